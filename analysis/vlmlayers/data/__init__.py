@@ -1,0 +1,1 @@
+"""Readers of image files and the built-in datasets."""

@@ -1,0 +1,47 @@
+"""Errors that a person can act on: one line that names what, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """The user's input is wrong. The command line prints the message and exits with code 2."""
+
+
+class UnreadableImage(UserError):
+    """An image file exists but cannot be decoded."""
+
+
+def nearest(value: str, valid: Iterable[str]) -> str | None:
+    """Return the valid name closest to `value`, or None where nothing is close."""
+    names = list(valid)
+    folded = {name.casefold(): name for name in names}
+    match = get_close_matches(str(value).casefold(), folded, n=1, cutoff=0.5)
+    return folded[match[0]] if match else None
+
+
+def check_one_of(kind: str, value: str, valid: Iterable[str], where: str = "") -> str:
+    """Return `value` if it is among `valid`.
+
+    Args:
+        kind: What the value is, for the message: "metric", "dataset", "position", …
+        value: The name to check.
+        valid: The names that would be right.
+        where: Where the value came from, such as a file name; appended to the message.
+
+    Raises:
+        UserError: The value is not among them. Names the nearest valid one, or up to twelve.
+    """
+    names = list(valid)
+    if value in names:
+        return value
+    place = f" in {where}" if where else ""
+    close = nearest(value, names)
+    if close is not None:
+        hint = f"did you mean {close!r}?"
+    else:
+        shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
+        hint = f"valid: {shown}"
+    raise UserError(f"unknown {kind} {value!r}{place}; {hint}")

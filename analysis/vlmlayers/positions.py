@@ -1,0 +1,61 @@
+"""Positions on a tower's axis: `embed`, blocks `1`..`L`, `final`, `proj`.
+
+This module owns the numbering. Blocks count from 1 everywhere, as in the MMA paper.
+"""
+
+from __future__ import annotations
+
+from vlmlayers.errors import UserError, check_one_of
+
+EMBED, FINAL, PROJ = "embed", "final", "proj"
+TOWERS = ("vision", "text")
+SPACES = ("native", "normed", "joint")
+POOLINGS = ("cls", "eot", "mean", "model")
+
+
+def tower_positions(blocks: int, space: str = "native") -> tuple[str, ...]:
+    """Return the positions of a tower with `blocks` blocks, in order, for one space.
+
+    In `joint` space every position already went through final norm and projection, so `final`
+    does not exist there and `proj` repeats the last block. In `normed` space `final` repeats the
+    last block and `proj` does not exist.
+    """
+    check_one_of("space", space, SPACES)
+    body = (EMBED, *(str(block) for block in range(1, blocks + 1)))
+    if space == "joint":
+        return (*body, PROJ)
+    return (*body, FINAL, PROJ) if space == "native" else (*body, FINAL)
+
+
+def relative_depth(position: str, blocks: int) -> float:
+    """Return depth in [0, 1]: `embed` 0, block b is b/L, `final` and `proj` 1."""
+    if position == EMBED:
+        return 0.0
+    if position in (FINAL, PROJ):
+        return 1.0
+    return block_number(position) / blocks
+
+
+def is_block(position: str) -> bool:
+    """Return whether the position is a block number."""
+    return position.isdecimal()
+
+
+def block_number(position: str) -> int:
+    """Return the number of a block position.
+
+    Raises:
+        UserError: The position is not a block.
+    """
+    if not is_block(position):
+        raise UserError(f"position {position!r} is not a block; blocks are '1', '2', …")
+    return int(position)
+
+
+def sort_key(position: str) -> tuple[int, int]:
+    """Return a key that sorts positions along the tower."""
+    if position == EMBED:
+        return (0, 0)
+    if is_block(position):
+        return (1, int(position))
+    return (2, (FINAL, PROJ).index(check_one_of("position", position, (EMBED, FINAL, PROJ))))
