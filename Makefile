@@ -1,0 +1,65 @@
+# Every target sets up what it needs: the first one on a fresh machine creates .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test test-slow test-lowest check format figures notebooks lab docs bench mini-clip clean
+.DEFAULT_GOAL := help
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.ready ## Create .venv and install everything
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12 ..."; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## The whole way on the embedded default, about two minutes
+	$(BIN)/vlmlayers demo
+
+test: setup ## All tests but the slow ones
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow"
+
+test-slow: setup ## The slow tests: kills, fuzzing, browser, long runs
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow
+
+test-lowest: ## The tests on the lowest declared versions, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest && .venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto -m "not slow"
+
+check: setup ## Lint, format, import rules and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Apply the formatter and the lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+figures: setup ## Redraw every figure and table from the committed tables
+	$(RUN) figures/all.py
+
+notebooks: setup ## Execute every notebook on the embedded default
+	OMP_NUM_THREADS=2 $(RUN) -m pytest -q tests/test_notebooks.py
+
+lab: setup ## Open JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+docs: setup ## Build the static site under site/
+	$(RUN) docs/build.py
+
+bench: setup ## All benchmarks; tables go to benchmarks/results/
+	$(RUN) benchmarks/run.py
+
+mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
+	$(RUN) -m vlmadapters.pretrain --out runs/mini-clip
+
+clean: ## Remove what the targets made, but not runs/
+	rm -rf .venv .venv-lowest site build dist .mypy_cache .ruff_cache .pytest_cache

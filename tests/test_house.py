@@ -1,0 +1,98 @@
+"""The house rules: what files promise about each other, and what an import costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+TEXT_FILES = {".py", ".toml", ".md", ".yml", ".txt", ".cff", ".ipynb", ".j2", ".csv", ".json", ""}
+
+
+def _pyproject(repository: Path) -> dict:
+    return tomllib.loads((repository / "pyproject.toml").read_text())
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[><=\[ ]", requirement)[0].lower().replace("_", "-")
+
+
+def test_environment_yml_has_the_bounds_of_pyproject(repository: Path) -> None:
+    project = _pyproject(repository)["project"]
+    declared = {*project["dependencies"], *project["optional-dependencies"]["notebooks"]}
+    listed = set(
+        re.findall(r"^      - ([^-\s].*)$", (repository / "environment.yml").read_text(), re.M)
+    )
+    assert listed == declared
+
+
+def test_every_dependency_has_a_lower_bound_and_a_pinned_version(repository: Path) -> None:
+    project = _pyproject(repository)["project"]
+    extras = project["optional-dependencies"]
+    pinned = {
+        _name(line): line.split("==")[1]
+        for line in (repository / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    required = [*project["dependencies"], *extras["notebooks"], *extras["hf"], *extras["shards"]]
+    for requirement in required:
+        assert ">=" in requirement, requirement
+        assert _name(requirement) in pinned, f"{requirement} is not in constraints.txt"
+
+
+def test_constraints_name_no_address(repository: Path) -> None:
+    text = (repository / "constraints.txt").read_text()
+    assert "://" not in text.split("\n", 1)[1]
+    assert "file:" not in text
+
+
+@pytest.mark.parametrize("module", ["vlmlayers", "vlmlayers.plots", "vlmlayers.cli"])
+def test_import_leaves_torch_alone(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_torch_is_imported_by_models_only(repository: Path) -> None:
+    offenders = [
+        path.relative_to(repository).as_posix()
+        for path in (repository / "analysis/vlmlayers").rglob("*.py")
+        if "models" not in path.parts
+        and re.search(r"^\s*(import|from) (torch|open_clip)\b", path.read_text(), re.M)
+    ]
+    assert offenders == []
+
+
+def test_analysis_never_imports_adapters(repository: Path) -> None:
+    offenders = [
+        path.name
+        for path in (repository / "analysis").rglob("*.py")
+        if re.search(r"^\s*(import|from) vlmadapters\b", path.read_text(), re.M)
+    ]
+    assert offenders == []
+
+
+def test_public_surface_is_small() -> None:
+    import vlmadapters
+    import vlmlayers
+
+    assert len(vlmlayers.__all__) <= 20
+    assert len(vlmadapters.__all__) <= 12
+
+
+def test_no_machine_path_is_committed(repository: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    here = "/" + "work" + "/"
+    offenders = [
+        name
+        for name in listed
+        if name
+        and Path(name).suffix in TEXT_FILES
+        and here in (repository / name).read_text(errors="ignore")
+    ]
+    assert offenders == []
