@@ -82,3 +82,24 @@ def test_five_steps_follow_the_authors_trajectory(golden: Golden) -> None:
     torch.testing.assert_close(final, golden.tensor("mma/final_logits"), atol=1e-5, rtol=0)
     for key, value in mma.official_state_dict().items():
         torch.testing.assert_close(value, golden.tensor(f"adapter_final/{key}"), atol=1e-6, rtol=1e-5)
+
+
+def test_the_benchmarks_transcription_agrees_with_the_authors_code(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    from public_recipe import PublicMMA
+
+    public = PublicMMA(golden.clip(), golden.adapter_config())
+    initial = golden.group("adapter_init/")
+    parameters = public.adapter_parameters()
+    assert parameters.keys() == initial.keys()
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(initial[key])
+    logits = public(golden.tensor("images")[0], golden.tensor("tokens"))
+    torch.testing.assert_close(logits, golden.tensor("mma/logits"), atol=1e-5, rtol=0)
+    F.cross_entropy(logits, golden.tensor("labels")[0]).backward()
+    for key, parameter in parameters.items():
+        expected = golden.tensor(f"grad/{key}")
+        assert (parameter.grad - expected).norm() / expected.norm() < 1e-4, key
