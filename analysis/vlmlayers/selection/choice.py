@@ -1,0 +1,164 @@
+"""`LayerChoice`: the layers picked in each tower, with the rule and the evidence."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.positions import TOWERS
+
+KEYS = ("vision", "text", "rule", "evidence")
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Blocks to adapt in each tower.
+
+    Attributes:
+        vision: Blocks of the image tower, from 1, ascending.
+        text: Blocks of the text tower, from 1, ascending.
+        rule: Name of the rule that chose them.
+        evidence: What the rule saw: values, thresholds, stability, and a statement.
+    """
+
+    vision: tuple[int, ...]
+    text: tuple[int, ...]
+    rule: str
+    evidence: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for tower in TOWERS:
+            blocks = _blocks(getattr(self, tower), tower)
+            depth = self.evidence.get("towers", {}).get(tower, {}).get("depth")
+            if depth is not None and blocks and blocks[-1] > depth:
+                raise UserError(f"{tower} block {blocks[-1]} does not exist; "
+                                f"the tower has blocks 1..{depth}")
+            object.__setattr__(self, tower, blocks)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the data decide; False where the choice would change on resampled scores."""
+        return bool(self.evidence.get("decided", True))
+
+    @property
+    def statement(self) -> str:
+        """How sure the choice is, in one or two sentences."""
+        return str(self.evidence.get("statement", ""))
+
+    def blocks(self, tower: str) -> tuple[int, ...]:
+        """Return the blocks of one tower."""
+        check_one_of("tower", tower, TOWERS)
+        return self.vision if tower == "vision" else self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `choice.json`."""
+        return {"vision": list(self.vision), "text": list(self.text), "rule": self.rule,
+                "evidence": self.evidence}
+
+    def save(self, path: str | Path) -> Path:
+        """Write `choice.json`; a half-written file never appears under the final name."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".part")
+        part.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+                        + "\n", encoding="utf-8")
+        os.replace(part, target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerChoice:
+        """Read a choice.
+
+        Raises:
+            UserError: The file is absent, not JSON, has unknown or missing keys, or its blocks
+                are not positive whole numbers.
+        """
+        source = Path(path)
+        try:
+            content = json.loads(source.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read the choice {source}: {error.strerror}; "
+                            "write it with `vlmlayers select`") from None
+        except ValueError as error:
+            raise UserError(f"{source} is not valid JSON ({error}); "
+                            "write it again with `vlmlayers select`") from None
+        return cls.from_dict(content, where=str(source))
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str = "the choice") -> LayerChoice:
+        """Return the choice that a dictionary describes, checked key by key."""
+        if not isinstance(content, Mapping):
+            raise UserError(f"{where} must hold an object with the keys {', '.join(KEYS)}")
+        for key in content:
+            check_one_of("key", key, KEYS, where=where)
+        for key in KEYS[:3]:
+            if key not in content:
+                raise UserError(f"{where} lacks the key {key!r}")
+        evidence = content.get("evidence") or {}
+        if not isinstance(evidence, Mapping) or not isinstance(content["rule"], str):
+            raise UserError(f"{where}: 'rule' must be a name and 'evidence' an object")
+        try:
+            return cls(content["vision"], content["text"], content["rule"], dict(evidence))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def __str__(self) -> str:
+        return (f"vision {describe_blocks(self.vision)}, text {describe_blocks(self.text)} "
+                f"(rule {self.rule})")
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th scope='row'>{tower}</th><td>{describe_blocks(self.blocks(tower))}</td></tr>"
+            for tower in TOWERS)
+        return (f"<table><caption>Layers to adapt, rule {html.escape(self.rule)}</caption>{rows}"
+                f"</table><p>{html.escape(self.statement)}</p>")
+
+
+def describe_blocks(blocks: Iterable[int]) -> str:
+    """Return blocks as text: `5–12`, `3, 5–7`, or `none`."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs) or "none"
+
+
+def parse_blocks(text: str | int | Iterable[int]) -> tuple[int, ...]:
+    """Return blocks from `5-12`, `3,5-7`, `none`, a number or a sequence of numbers.
+
+    Raises:
+        UserError: The text is none of these.
+    """
+    if isinstance(text, int):
+        return _blocks([text], "given")
+    if not isinstance(text, str):
+        return _blocks(text, "given")
+    found: set[int] = set()
+    cleaned = text.replace("–", "-").replace(" ", "")
+    if cleaned.casefold() in ("", "none"):
+        return ()
+    for part in cleaned.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"blocks {text!r} cannot be read; write them as 5-12 or 3,5-7")
+        found.update(range(int(first), int(last or first) + 1))
+    return _blocks(sorted(found), "given")
+
+
+def _blocks(values: Any, tower: str) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UserError(f"{tower} blocks must be a list of whole numbers from 1, not {values!r}")
+    found = []
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+            raise UserError(f"{tower} block {value!r} is not a whole number from 1")
+        found.append(int(value))
+    return tuple(sorted(set(found)))

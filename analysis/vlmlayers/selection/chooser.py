@@ -1,0 +1,196 @@
+"""`select`: a rule by name, run on a score table, with its evidence."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.selection.choice import LayerChoice, describe_blocks, parse_blocks
+from vlmlayers.selection.curves import check_scores, depths
+from vlmlayers.selection.rules import RULES, Pick, Picks
+from vlmlayers.selection.stability import HOW, doubts, stability
+
+GROUP = "vlmlayers.rules"
+FIXED = ("paper", "all", "explicit")
+
+
+def select(scores: pd.DataFrame, rule: str = "threshold", *, resamples: int = 200, seed: int = 0,
+           **options: Any) -> LayerChoice:
+    """Choose the layers to adapt from a score table.
+
+    Args:
+        scores: Score table of one model.
+        rule: A name of `RULES`, of an installed `vlmlayers.rules` entry point, or
+            `path.py:function`. A function takes the table and returns a `LayerChoice`, a
+            (vision, text) pair or a mapping with these keys.
+        resamples: Resampled tables on which the rule is run again; 0 skips that.
+        seed: Seed of the resampling.
+        **options: Fields of the rule, such as `accuracy=0.7` for `threshold`.
+
+    Returns:
+        The choice with its evidence.
+
+    Raises:
+        UserError: Rule or option is unknown, or the table lacks what the rule needs.
+    """
+    table = check_scores(scores)
+    if resamples < 0:
+        raise UserError(f"resamples must be 0 or more, not {resamples}")
+    chooser = make_rule(rule, options)
+    blocks = depths(table)
+    seen = _used(table, chooser)
+    picks = chooser(seen, blocks)
+    if not any(pick.blocks for pick in picks.values()) and rule == "explicit":
+        raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
+    moves = resamples if rule not in FIXED else 0
+    found = stability(chooser, seen, blocks, moves, seed) if moves else {}
+    evidence = _evidence(table, chooser, blocks, picks, found)
+    evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
+    return LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), rule, evidence)
+
+
+def make_rule(rule: str, options: Mapping[str, Any]) -> Callable[..., Picks]:
+    """Return the rule object of a name with its options set.
+
+    Raises:
+        UserError: The rule or an option of it is unknown, or a value has the wrong type.
+    """
+    plugins = {found.name: found for found in entry_points(group=GROUP)}
+    if ".py:" in rule:
+        return OwnRule(rule, _load_function(rule), dict(options))
+    if rule in plugins and rule not in RULES:
+        return OwnRule(rule, plugins[rule].load(), dict(options))
+    check_one_of("rule", rule, [*RULES, *plugins])
+    kind = RULES[rule]
+    known = {field.name: field for field in fields(kind)}
+    for name in options:
+        check_one_of(f"option of rule {rule!r}", name, known)
+    typed = {name: _typed(rule, name, value, known[name].default)
+             for name, value in options.items()}
+    made: Callable[..., Picks] = kind(**typed)
+    return made
+
+
+def _typed(rule: str, name: str, value: Any, default: Any) -> Any:
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        answers = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).casefold() in answers:
+            return answers[str(value).casefold()]
+        raise UserError(f"option {name} of rule {rule!r} must be true or false, not {value!r}")
+    if isinstance(default, int | float):
+        try:
+            return type(default)(value)
+        except (TypeError, ValueError):
+            raise UserError(f"option {name} of rule {rule!r} must be a number, "
+                            f"not {value!r}") from None
+    return value
+
+
+@dataclass(frozen=True)
+class OwnRule:
+    """A user's function as a rule."""
+
+    name: str
+    function: Callable[..., Any]
+    options: dict[str, Any]
+
+    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+        """Return the pick of each tower."""
+        try:
+            made = self.function(scores, **self.options)
+        except TypeError as error:
+            raise UserError(f"rule {self.name!r} cannot be called with these options: "
+                            f"{error}") from None
+        return {tower: Pick(picked) for tower, picked in self._read(made, blocks).items()}
+
+    def _read(self, made: Any, blocks: dict[str, int]) -> dict[str, tuple[int, ...]]:
+        if isinstance(made, LayerChoice):
+            made = (made.vision, made.text)
+        if isinstance(made, Mapping):
+            made = (made.get("vision", ()), made.get("text", ()))
+        if not isinstance(made, Iterable) or isinstance(made, str) or len(pair := tuple(made)) != 2:
+            raise UserError(f"rule {self.name!r} must return a LayerChoice or a (vision, text) "
+                            f"pair of blocks, not {made!r}")
+        chosen = {"vision": parse_blocks(pair[0]), "text": parse_blocks(pair[1])}
+        for tower, picked in chosen.items():
+            if picked and picked[-1] > blocks.get(tower, 0):
+                raise UserError(f"rule {self.name!r} chose {tower} block {picked[-1]}; the table "
+                                f"has {tower} blocks 1..{blocks.get(tower, 0)}")
+        return {tower: chosen[tower] for tower in {**dict.fromkeys(blocks), **chosen}
+                if tower in blocks or chosen[tower]}
+
+
+def _load_function(rule: str) -> Callable[..., Any]:
+    file, _, name = rule.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"rule file {file} does not exist; give path.py:function")
+    spec = importlib.util.spec_from_file_location(f"vlmlayers_rule_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"rule file {file} cannot be loaded as Python")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001  the user's code may fail in any way
+        raise UserError(f"rule file {file} fails on import: {error}") from error
+    functions = [key for key, value in vars(module).items() if callable(value)]
+    check_one_of("function", name, functions, where=file)
+    found: Callable[..., Any] = getattr(module, name)
+    return found
+
+
+def _used(scores: pd.DataFrame, chooser: Any) -> pd.DataFrame:
+    names = [getattr(chooser, name) for name in getattr(type(chooser), "metrics", ())]
+    wanted = [name for name in names if name != "none"]
+    if not wanted:
+        return scores
+    for name in wanted:
+        check_one_of("metric", name, list(dict.fromkeys(scores["metric"])), "the score table")
+    return scores[scores["metric"].isin(wanted)]
+
+
+def _evidence(scores: pd.DataFrame, chooser: Any, blocks: dict[str, int], picks: Picks,
+              found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    reasons = [note for pick in picks.values() for note in pick.notes]
+    towers = {}
+    for tower, depth in blocks.items():
+        pick = picks.get(tower, Pick(()))
+        towers[tower] = {"depth": depth, "values": pick.values, **pick.details,
+                         **found.get(tower, {})}
+        if tower in found:
+            reasons += doubts(tower, depth, found[tower])
+    options = (chooser.options if isinstance(chooser, OwnRule) else asdict(chooser))
+    first = scores.iloc[0]
+    return {"model": str(first["model"]), "weights": str(first["weights"]),
+            "random_weights": bool((scores["weights"] == "random").any()),
+            "options": {name: value if isinstance(value, str | int | float | bool) else str(value)
+                        for name, value in options.items()},
+            "towers": towers, "decided": not reasons, "doubts": reasons,
+            "statement": _statement(picks, found, reasons)}
+
+
+def _statement(picks: Picks, found: dict[str, dict[str, Any]], reasons: list[str]) -> str:
+    if reasons:
+        return f"The data do not decide: {'; '.join(reasons)}."
+    if not found:
+        return "Fixed by the rule, not by the measurements; nothing was resampled."
+    parts = []
+    for tower, one in found.items():
+        low, high = one["start"]["low"], one["start"]["high"]
+        where = f"start {low}" if low == high else f"start {low}–{high}"
+        parts.append(f"{tower} {describe_blocks(picks[tower].blocks)} "
+                     f"({where}; the same in {one['same']:.0%})")
+    return f"The data decide: over resampled scores, {', '.join(parts)}."
+
+
+def _blocks(picks: Picks, tower: str) -> tuple[int, ...]:
+    return picks[tower].blocks if tower in picks else ()

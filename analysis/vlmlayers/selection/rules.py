@@ -1,0 +1,269 @@
+"""Rules that choose layers: each a small dataclass whose call takes a score table.
+
+A rule returns a `Pick` per tower: the blocks, and the numbers that led to them. `select` adds how
+stable the pick is. High dataset accuracy marks blocks whose features are specific to a dataset;
+high agreement marks blocks where the towers speak of the same thing. MMA adapts blocks that are
+both and leaves the general lower blocks frozen; the rules `threshold`, `knee` and `budget` state
+that in three ways.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.selection.choice import parse_blocks
+from vlmlayers.selection.curves import (
+    Array, agreement_curve, agreement_matrix, block_curve, normalise,
+)
+from vlmlayers.selection.predict import block_scores
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Blocks of one tower and the numbers that led to them.
+
+    Attributes:
+        blocks: Chosen blocks, from 1, ascending.
+        values: metric → {`value`: per block, and `normalised`, `threshold`, … where used}.
+        notes: Reasons to doubt the pick that the rule itself can see.
+        details: What else the rule found, such as the fit of a curve.
+    """
+
+    blocks: tuple[int, ...]
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+Picks = dict[str, Pick]
+
+
+def _unit_interval(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{name} must lie between 0 and 1, not {value}")
+
+
+def _passing(mask: Array) -> tuple[int, ...]:
+    return tuple(int(b) + 1 for b in np.flatnonzero(mask))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Blocks whose dataset accuracy and cross-tower agreement both pass a share of their range.
+
+    The range of each curve is that of the tower's blocks 1..L, since `embed` cannot be adapted and
+    is at chance by construction under `cls`.
+
+    Attributes:
+        accuracy: Share of the range of `metric` that a block must reach.
+        agreement: Share of the range of `agreement_metric` that a block must reach.
+        metric: Metric of discriminability.
+        agreement_metric: Metric between the towers; `none` leaves agreement out.
+        partner: `depth` or `max`, see `agreement_curve`.
+        fill: Whether blocks between chosen ones are chosen as well.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("metric", "agreement_metric")
+    accuracy: float = 0.5
+    agreement: float = 0.5
+    metric: str = "dataset_accuracy"
+    agreement_metric: str = "cka_debiased"
+    partner: str = "depth"
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        _unit_interval("accuracy", self.accuracy)
+        _unit_interval("agreement", self.agreement)
+        check_one_of("partner", self.partner, ("depth", "max"))
+
+    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+        """Return the pick of each tower."""
+        matrix = None
+        if self.agreement_metric != "none" and len(blocks) == 2:
+            matrix = agreement_matrix(scores, self.agreement_metric, blocks)
+        return {tower: self._pick(scores, tower, depth, matrix) for tower, depth in blocks.items()}
+
+    def _pick(self, scores: pd.DataFrame, tower: str, depth: int, matrix: Array | None) -> Pick:
+        curves = {self.metric: (block_curve(scores, self.metric, tower, depth), self.accuracy)}
+        if matrix is not None:
+            curve = agreement_curve(matrix, tower, self.partner)
+            curves[self.agreement_metric] = (curve, self.agreement)
+        values, notes = {}, []
+        passes = np.ones(depth, dtype=bool)
+        for name, (curve, share) in curves.items():
+            scaled = normalise(curve)
+            passes &= scaled >= share
+            cut = float(curve.min() + share * (curve.max() - curve.min()))
+            values[name] = {"value": curve.tolist(), "normalised": scaled.tolist(),
+                            "share": share, "threshold": cut}
+            if curve.max() == curve.min():
+                notes.append(f"{name} is the same at every {tower} block")
+        chosen = _passing(passes)
+        if self.fill and chosen:
+            chosen = tuple(range(chosen[0], chosen[-1] + 1))
+        if not chosen:
+            notes.append(f"no {tower} block passes {' and '.join(curves)} together")
+        return Pick(chosen, values, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Knee:
+    """Blocks from the change point of a curve on, by two joined straight lines.
+
+    Attributes:
+        metric: Curve to fit.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("metric",)
+    metric: str = "dataset_accuracy"
+
+    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+        """Return the pick of each tower."""
+        picks = {}
+        for tower, depth in blocks.items():
+            curve = block_curve(scores, self.metric, tower, depth)
+            fit = fit_knee(curve)
+            notes = () if fit["better_than_line"] else (
+                f"one straight line fits {self.metric} of the {tower} tower as well as two",)
+            picks[tower] = Pick(
+                tuple(range(fit["knee"], depth + 1)),
+                {self.metric: {"value": curve.tolist(), "fit": fit["fitted"]}}, notes,
+                {"knee": fit},
+            )
+        return picks
+
+
+def fit_knee(curve: Array) -> dict[str, Any]:
+    """Fit y = a + b·x + c·max(0, x − k) over blocks and return the best knee k.
+
+    `better_than_line` compares the Bayesian information criterion of this fit (four parameters)
+    with that of one line (two).
+
+    Raises:
+        UserError: The tower has fewer than four blocks.
+    """
+    depth = len(curve)
+    if depth < 4:
+        raise UserError(f"the rule 'knee' needs at least 4 blocks, not {depth}; use 'threshold'")
+    x = np.arange(1, depth + 1, dtype=float)
+    fits = []
+    for knee in range(2, depth):
+        design = np.stack([np.ones(depth), x, np.maximum(0, x - knee)], axis=1)  # (block, 3)
+        fits.append((*_least_squares(design, curve), knee))
+    error, weights, fitted, knee = min(fits, key=lambda fit: fit[0])
+    line, _, _ = _least_squares(np.stack([np.ones(depth), x], axis=1), curve)
+    floor = 1e-12 * max(float(np.var(curve)) * depth, 1e-12)
+    gain = depth * np.log((line + floor) / (error + floor)) - 2 * np.log(depth)
+    return {"knee": int(knee), "slope_before": float(weights[1]),
+            "slope_after": float(weights[1] + weights[2]), "squared_error": float(error),
+            "line_squared_error": float(line), "bic_gain": float(gain),
+            "better_than_line": bool(gain > 0), "fitted": fitted.tolist()}
+
+
+def _least_squares(design: Array, curve: Array) -> tuple[float, Array, Array]:
+    weights = np.linalg.lstsq(design, curve, rcond=None)[0]
+    fitted = design @ weights
+    return float(np.square(curve - fitted).sum()), weights, fitted
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The best `n` blocks of each tower, or its best span of `n` blocks, by a block score.
+
+    Attributes:
+        n: Blocks per tower; 0 takes half of each tower.
+        span: True keeps the blocks together.
+        score: Name of a block score, see `vlmlayers.selection.BLOCK_SCORES`, or `metric:NAME`.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+    n: int = 0
+    span: bool = True
+    score: str = "accuracy_x_agreement"
+
+    def __post_init__(self) -> None:
+        if self.n < 0:
+            raise UserError(f"n must be 0 or a number of blocks, not {self.n}")
+
+    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+        """Return the pick of each tower."""
+        by_tower = block_scores(scores, self.score, blocks)
+        picks = {}
+        for tower, depth in blocks.items():
+            n = self.n or max(1, depth // 2)
+            if n > depth:
+                raise UserError(f"a budget of {n} blocks exceeds the {depth} {tower} blocks")
+            values = by_tower[tower]
+            if self.span:
+                sums = np.convolve(values, np.ones(n), mode="valid")
+                first = int(np.argmax(sums)) + 1
+                chosen = tuple(range(first, first + n))
+            else:
+                chosen = tuple(sorted(int(b) + 1 for b in np.argsort(-values, kind="stable")[:n]))
+            picks[tower] = Pick(chosen, {self.score: {"value": values.tolist()}},
+                                details={"budget": n})
+        return picks
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The upper two thirds of each tower: 5–12 of 12, as MMA hard-codes, scaled to any depth."""
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+        """Return the pick of each tower."""
+        return {tower: Pick(paper_blocks(depth)) for tower, depth in blocks.items()}
+
+
+def paper_blocks(depth: int) -> tuple[int, ...]:
+    """Return the paper's placement scaled to `depth` blocks: 5–12 of 12, 9–24 of 24."""
+    return tuple(range(depth // 3 + 1, depth + 1))
+
+
+@dataclass(frozen=True)
+class All:
+    """Every block."""
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+        """Return the pick of each tower."""
+        return {tower: Pick(tuple(range(1, depth + 1))) for tower, depth in blocks.items()}
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """Blocks named by the user.
+
+    Attributes:
+        vision: Blocks such as `5-12` or `3,5-7`, or a sequence of numbers.
+        text: The same for the text tower.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+    vision: Any = "none"
+    text: Any = "none"
+
+    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+        """Return the pick of each tower."""
+        picks = {}
+        for tower, given in (("vision", self.vision), ("text", self.text)):
+            chosen = parse_blocks(given)
+            depth = blocks.get(tower, 0)
+            if chosen and chosen[-1] > depth:
+                raise UserError(f"{tower} block {chosen[-1]} does not exist; the table has "
+                                f"{tower} blocks 1..{depth}")
+            picks[tower] = Pick(chosen)
+        return picks
+
+
+RULES: dict[str, type[Any]] = {
+    "threshold": Threshold, "knee": Knee, "budget": Budget, "paper": Paper, "all": All,
+    "explicit": Explicit,
+}

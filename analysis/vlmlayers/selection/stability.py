@@ -1,0 +1,103 @@
+"""How stable a choice is: the rule run again on resampled score tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlmlayers.selection.choice import describe_blocks
+from vlmlayers.selection.rules import Picks
+
+HOW = ("seeds drawn with replacement; each value moved by a normal draw whose deviation is that of "
+       "its interval, independently per row")
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Resampler:
+    """Draws score tables that could have come out instead of this one.
+
+    Attributes:
+        rows_by_seed: Row numbers of each seed; seed −1 is always kept.
+        deviation: (row,) standard deviation read off the interval; 0 where there is none.
+    """
+
+    scores: pd.DataFrame
+    rows_by_seed: Mapping[int, np.ndarray]
+    deviation: np.ndarray
+
+    @classmethod
+    def of(cls, scores: pd.DataFrame) -> Resampler:
+        """Prepare a table for resampling."""
+        table = scores.reset_index(drop=True)
+        width = (table["high"].to_numpy(float) - table["low"].to_numpy(float)) / (2 * _Z)
+        seeds = table["seed"].to_numpy(int)
+        rows = {int(seed): np.flatnonzero(seeds == seed) for seed in np.unique(seeds)}
+        return cls(table, rows, np.where(np.isfinite(width), width, 0.0))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds that the scores were computed with."""
+        return [seed for seed in self.rows_by_seed if seed >= 0]
+
+    def draw(self, generator: np.random.Generator) -> pd.DataFrame:
+        """Return one resampled table."""
+        picked = [self.rows_by_seed[-1]] if -1 in self.rows_by_seed else []
+        if self.seeds:
+            picked += [self.rows_by_seed[int(seed)]
+                       for seed in generator.choice(self.seeds, size=len(self.seeds))]
+        rows = np.concatenate(picked)
+        table = self.scores.iloc[rows].copy()
+        noise = generator.standard_normal(len(rows)) * self.deviation[rows]
+        table["value"] = table["value"].to_numpy(float) + noise
+        return table
+
+
+def stability(rule: Callable[[pd.DataFrame, dict[str, int]], Picks], scores: pd.DataFrame,
+              blocks: dict[str, int], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Return, per tower, how often each block is chosen and where the choice starts.
+
+    Returns:
+        tower → `frequency` (block,), `start` with `low` and `high` (95 % interval over the
+        resamples that chose anything; None where none did), `same` (share of resamples with
+        exactly this choice) and `empty` (share that chose nothing).
+    """
+    resampler = Resampler.of(scores)
+    generator = np.random.default_rng(seed)
+    base = rule(scores, blocks)
+    draws = [rule(resampler.draw(generator), blocks) for _ in range(resamples)]
+    found = {}
+    for tower, depth in blocks.items():
+        chosen = [draw[tower].blocks for draw in draws]
+        starts = [picked[0] for picked in chosen if picked]
+        counts = np.zeros(depth)
+        for picked in chosen:
+            counts[np.asarray(picked, dtype=int) - 1] += 1
+        low, high = np.quantile(starts, (0.025, 0.975), method="inverted_cdf") if starts else (0, 0)
+        found[tower] = {
+            "frequency": (counts / max(1, resamples)).tolist(),
+            "start": {"value": base[tower].blocks[0] if base[tower].blocks else None,
+                      "low": int(low) or None, "high": int(high) or None},
+            "same": float(np.mean([picked == base[tower].blocks for picked in chosen])),
+            "empty": float(np.mean([not picked for picked in chosen])),
+        }
+    return found
+
+
+def doubts(tower: str, depth: int, found: Mapping[str, Any]) -> list[str]:
+    """Return the reasons, if any, why resampling does not support the choice in a tower."""
+    reasons = []
+    unsure = [b + 1 for b, share in enumerate(found["frequency"]) if 0.25 < share < 0.75]
+    if unsure:
+        reasons.append(f"{tower} block{'s' if len(unsure) > 1 else ''} {describe_blocks(unsure)} "
+                       "could be chosen or not")
+    start = found["start"]
+    if start["low"] is not None and start["high"] - start["low"] > depth / 3:
+        reasons.append(f"the {tower} start lies anywhere in {start['low']}–{start['high']}")
+    if found["empty"] > 0.05:
+        reasons.append(f"{found['empty']:.0%} of the resamples choose no {tower} block")
+    return reasons

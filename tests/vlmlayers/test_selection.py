@@ -1,0 +1,289 @@
+"""Rules recover planted layers, say when they cannot, and refuse bad input in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import curve_rows, full, pair_rows, planted, step, table
+
+from vlmlayers.errors import UserError
+from vlmlayers.selection import (
+    LayerChoice, adapter_parameters, available_scores, block_scores, describe_blocks, fit_knee,
+    paper_blocks, parse_blocks, placement_score, predict, select,
+)
+from vlmlayers.selection.curves import agreement_curve, agreement_matrix, partner_block
+
+
+def span(first: int, last: int) -> tuple[int, ...]:
+    return tuple(range(first, last + 1))
+
+
+@pytest.mark.parametrize(("depths", "start"), [((12, 12), (5, 5)), ((24, 24), (9, 9)),
+                                               ((24, 12), (15, 8)), ((6, 12), (3, 6))])
+def test_planted_step_is_found(depths: tuple[int, int], start: tuple[int, int]) -> None:
+    scores = planted(*depths, start)
+    choice = select(scores, resamples=20)
+    assert choice.vision == span(start[0], depths[0])
+    assert choice.text == span(start[1], depths[1])
+    assert choice.decided
+    for tower in ("vision", "text"):
+        found = choice.evidence["towers"][tower]
+        frequency = np.array(found["frequency"])
+        assert set(np.flatnonzero(frequency == 1) + 1) == set(choice.blocks(tower))
+        assert found["start"]["low"] == found["start"]["high"] == choice.blocks(tower)[0]
+
+
+def test_budget_finds_the_planted_span() -> None:
+    choice = select(planted(24, 12, (17, 5)), "budget", n=8, resamples=5)
+    assert (choice.vision, choice.text) == (span(17, 24), span(5, 12))
+
+
+def test_threshold_needs_both_accuracy_and_agreement() -> None:
+    scores = table(
+        curve_rows("dataset_accuracy", "vision", step(8, 3)),
+        curve_rows("dataset_accuracy", "text", step(8, 3)),
+        pair_rows("cka_debiased", 8, 8, lambda i, j: 0.1 * min(i, j)))
+    both = select(scores, resamples=0)
+    alone = select(scores, agreement_metric="none", resamples=0)
+    assert alone.vision == span(3, 8)
+    assert both.vision == span(5, 8)  # (i − 1)/7 ≥ 0.5 first holds at block 5
+
+
+def test_resampling_finds_the_noise_that_was_put_in() -> None:
+    """Block 5 sits exactly on the threshold, so that half of all resamples choose it."""
+    values = [0.4, 0.4, 0.4, 0.4, 0.65, 0.9, 0.9, 0.9]
+    exact = curve_rows("dataset_accuracy", "vision", values)
+    for one in exact:
+        if one["position"] == "5":
+            one["low"], one["high"] = 0.6, 0.7
+    choice = select(table(exact), agreement_metric="none", resamples=400)
+    found = choice.evidence["towers"]["vision"]
+    assert 0.4 < found["frequency"][4] < 0.6
+    assert found["frequency"][:4] == [0, 0, 0, 0] and found["frequency"][5:] == [1, 1, 1]
+    assert not choice.decided and "vision block 5" in choice.statement
+    assert (found["start"]["low"], found["start"]["high"]) == (5, 6)
+
+
+def test_seeds_that_disagree_widen_the_start() -> None:
+    early = curve_rows("dataset_accuracy", "vision", step(12, 3), seeds=(0,))
+    late = curve_rows("dataset_accuracy", "vision", step(12, 10), seeds=(1,))
+    choice = select(table(early, late), agreement_metric="none", accuracy=0.9, resamples=200)
+    assert choice.evidence["towers"]["vision"]["start"] == {"value": 10, "low": 3, "high": 10}
+    assert "the vision start lies anywhere in 3–10" in choice.statement
+
+
+def test_flat_curve_is_undecided_and_chooses_nothing() -> None:
+    choice = select(table(curve_rows("dataset_accuracy", "vision", [0.5] * 6)),
+                    agreement_metric="none", resamples=0)
+    assert choice.vision == () and not choice.decided
+    assert "the same at every vision block" in choice.statement
+
+
+def test_same_seed_same_evidence() -> None:
+    scores = planted(half=0.4)
+    first, second = select(scores, resamples=30, seed=4), select(scores, resamples=30, seed=4)
+    other = select(scores, resamples=30, seed=5)
+    assert first.to_dict() == second.to_dict() != other.to_dict()
+
+
+@pytest.mark.parametrize("knee", [3, 6, 9])
+def test_knee_recovers_the_change_point(knee: int) -> None:
+    x = np.arange(1, 13)
+    curve = 0.2 + 0.06 * np.minimum(x, knee) + 0.002 * x
+    fit = fit_knee(curve)
+    assert fit["knee"] == knee and fit["better_than_line"]
+    assert fit["slope_before"] == pytest.approx(0.062) and fit["slope_after"] == pytest.approx(.002)
+    scores = table(curve_rows("dataset_accuracy", "vision", list(curve)))
+    choice = select(scores, "knee", resamples=0)
+    assert choice.vision == span(knee, 12)
+    assert choice.evidence["towers"]["vision"]["knee"]["knee"] == knee
+
+
+def test_knee_on_a_straight_line_is_undecided() -> None:
+    generator = np.random.default_rng(0)
+    line = np.linspace(0.2, 0.8, 12) + 0.01 * generator.standard_normal(12)
+    scores = table(curve_rows("dataset_accuracy", "vision", list(line)))
+    assert "one straight line fits" in select(scores, "knee", resamples=0).statement
+
+
+def test_budget_without_span_takes_the_best_blocks() -> None:
+    scores = table(curve_rows("class_accuracy", "vision", [.1, .9, .2, .8, .3, .7]))
+    choice = select(scores, "budget", n=2, span=False, score="metric:class_accuracy", resamples=0)
+    assert choice.vision == (2, 4)
+    joined = select(scores, "budget", n=3, span="true", score="metric:class_accuracy", resamples=0)
+    assert joined.vision == (2, 3, 4)
+
+
+@pytest.mark.parametrize(("depth", "first"), [(12, 5), (24, 9), (6, 3), (1, 1), (32, 11)])
+def test_paper_placement_scales(depth: int, first: int) -> None:
+    assert paper_blocks(depth) == span(first, depth)
+
+
+def test_fixed_rules() -> None:
+    scores = planted(24, 12, (9, 5))
+    assert select(scores, "paper").vision == span(9, 24)
+    assert select(scores, "all").text == span(1, 12)
+    explicit = select(scores, "explicit", vision="3,5-7", text=[2, 4])
+    assert (explicit.vision, explicit.text) == ((3, 5, 6, 7), (2, 4))
+    assert "Fixed by the rule" in explicit.statement
+
+
+def test_own_rule_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def last(scores, n=2):\n    return range(13 - n, 13), [12]\n"
+                    "def wrong(scores):\n    return 'all'\n"
+                    "def deep(scores):\n    return [99], []\n")
+    choice = select(planted(), f"{file}:last", n=3, resamples=3)
+    assert (choice.vision, choice.text) == ((10, 11, 12), (12,))
+    assert choice.evidence["towers"]["vision"]["frequency"][-3:] == [1, 1, 1]
+    for name, message in (("wrong", "must return a LayerChoice"), ("deep", "vision block 99"),
+                          ("lost", "did you mean 'last'")):
+        with pytest.raises(UserError, match=message):
+            select(planted(), f"{file}:{name}")
+    with pytest.raises(UserError, match="cannot be called with these options"):
+        select(planted(), f"{file}:last", m=3)
+    with pytest.raises(UserError, match="does not exist"):
+        select(planted(), "absent.py:rule")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name\n")
+    with pytest.raises(UserError, match="fails on import"):
+        select(planted(), f"{broken}:rule")
+
+
+def test_own_rule_from_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        name = "mine"
+
+        @staticmethod
+        def load() -> object:
+            return lambda scores: LayerChoice((1,), (2,), "mine")
+
+    monkeypatch.setattr("vlmlayers.selection.chooser.entry_points", lambda group: [Found()])
+    choice = select(planted(), "mine", resamples=2)
+    assert (choice.vision, choice.text, choice.rule) == ((1,), (2,), "mine")
+
+
+def test_agreement_reads_equal_relative_depth() -> None:
+    scores = table(pair_rows("cka_debiased", 4, 8, lambda i, j: 100 * i + j))
+    matrix = agreement_matrix(scores, "cka_debiased", {"vision": 4, "text": 8})
+    assert agreement_curve(matrix, "vision").tolist() == [102, 204, 306, 408]
+    assert agreement_curve(matrix, "vision", "max").tolist() == [108, 208, 308, 408]
+    assert agreement_curve(matrix, "text")[-1] == 408
+    assert [partner_block(b, 24, 12) for b in (1, 2, 23, 24)] == [1, 1, 12, 12]
+
+
+def choice_of(content: str, folder: Path) -> LayerChoice:
+    path = folder / "choice.json"
+    path.write_text(content)
+    return LayerChoice.load(path)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{", "not valid JSON"),
+    ("[]", "must hold an object"),
+    ('{"vision": [1], "text": [], "rule": "x", "visoin": 1}', "did you mean 'vision'"),
+    ('{"vision": [1], "rule": "x"}', "lacks the key 'text'"),
+    ('{"vision": [0], "text": [], "rule": "x"}', "not a whole number from 1"),
+    ('{"vision": [1.5], "text": [], "rule": "x"}', "not a whole number from 1"),
+    ('{"vision": "5-12", "text": [], "rule": "x"}', "must be a list of whole numbers"),
+    ('{"vision": [], "text": [], "rule": 3}', "'rule' must be a name"),
+    ('{"vision": [13], "text": [], "rule": "x", "evidence": {"towers": {"vision": {"depth": 12}}}}',
+     "block 13 does not exist"),
+])
+def test_bad_choice_files(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        choice_of(content, tmp_path)
+
+
+def test_choice_round_trip(tmp_path: Path) -> None:
+    choice = select(planted(), resamples=5)
+    again = LayerChoice.load(choice.save(tmp_path / "a" / "choice.json"))
+    assert again == choice and again.evidence == choice.evidence
+    assert json.loads((tmp_path / "a" / "choice.json").read_text())["vision"] == list(span(5, 12))
+    assert "5–12" in choice._repr_html_() and "5–12" in str(choice)
+    with pytest.raises(UserError, match="cannot read the choice"):
+        LayerChoice.load(tmp_path / "absent.json")
+
+
+def test_blocks_as_text() -> None:
+    assert describe_blocks((3, 5, 6, 7)) == "3, 5–7" and describe_blocks(()) == "none"
+    assert parse_blocks("3, 5–7") == (3, 5, 6, 7) and parse_blocks("none") == ()
+    with pytest.raises(UserError, match="write them as"):
+        parse_blocks("5 to 12")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"rule": "treshold"}, "did you mean 'threshold'"),
+    ({"acuracy": 0.5}, "did you mean 'accuracy'"),
+    ({"accuracy": 1.5}, "between 0 and 1"),
+    ({"accuracy": "much"}, "must be a number"),
+    ({"fill": "perhaps"}, "must be true or false"),
+    ({"partner": "dept"}, "did you mean 'depth'"),
+    ({"metric": "dataset_acuracy"}, "did you mean 'dataset_accuracy'"),
+    ({"resamples": -1}, "resamples must be 0"),
+    ({"rule": "budget", "n": 13}, "exceeds the 12 vision blocks"),
+    ({"rule": "budget", "n": -1}, "n must be 0"),
+    ({"rule": "budget", "score": "acuracy"}, "did you mean 'accuracy'"),
+    ({"rule": "budget", "score": "accuracy_x_generalizability"}, "needs the metric"),
+    ({"rule": "explicit"}, "names no block"),
+    ({"rule": "explicit", "vision": "1-13"}, "block 13 does not exist"),
+])
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        select(planted(), **options)  # type: ignore[arg-type]
+
+
+def test_bad_tables() -> None:
+    scores = planted()
+    for table_, message in (
+        (scores.drop(columns="value"), "lacks the columns value"),
+        (scores.iloc[:0], "is empty"),
+        (scores.assign(model=["a", *["b"] * (len(scores) - 1)]), "holds 2 models"),
+        (scores[scores.position != "7"], "has no value at block 7"),
+        (scores[scores.metric != "cka_debiased"], "unknown metric 'cka_debiased'"),
+        (scores[scores.position.isin(["embed", "proj"])], "no value at any block"),
+        (scores.assign(value=scores.value.where(scores.position != "3")), "not finite at block 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            select(table_)
+    with pytest.raises(UserError, match="at least 4 blocks"):
+        select(planted(3, 3, (2, 2)), "knee")
+
+
+def test_placement_scores_prefer_the_planted_placement() -> None:
+    scores = planted()
+    placements = {"planted": (span(5, 12), span(5, 12)), "low": (span(1, 8), span(1, 8)),
+                  "one": ((1,), (1,)), "all": (span(1, 12), span(1, 12))}
+    frame = predict(scores, placements).pivot(index="placement", columns="score",
+                                              values="predicted")
+    for name in ("contrast_accuracy", "contrast_accuracy_x_agreement", "captured_minus_cost"):
+        assert frame[name].idxmax() == "planted", name
+    assert frame.loc["planted", "mean_accuracy"] == 1
+    assert frame.loc["low", "mean_accuracy"] == pytest.approx(0.5)
+    assert frame.loc["all", "blocks_adapted"] == 1
+    assert frame.loc["one", "relative_depth"] == pytest.approx(1 / 12)
+    assert "metric:dataset_accuracy" in frame.columns
+
+
+def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
+    scores = full(24, 12)
+    assert "mean_accuracy_x_generalizability" not in available_scores(scores)
+    assert "metric:class_accuracy" in available_scores(scores)
+    low = placement_score(scores, span(1, 8), span(1, 4), "metric:class_accuracy")
+    high = placement_score(scores, span(17, 24), span(9, 12), "metric:class_accuracy")
+    assert low < high
+    assert set(block_scores(scores, "agreement")) == {"vision", "text"}
+    with pytest.raises(UserError, match="outside"):
+        placement_score(scores, (25,), ())
+    with pytest.raises(UserError, match="did you mean 'mean_accuracy'"):
+        placement_score(scores, (1,), (), "mean_acuracy")
+
+
+def test_adapter_parameters_are_those_of_the_paper() -> None:
+    widths = {"vision": 768, "text": 512}
+    assert adapter_parameters((5,), (5,), widths) == 84_320
+    assert adapter_parameters(span(5, 12), span(5, 12), widths) == 674_560
+    assert adapter_parameters((5,), (), widths) == 2 * 768 * 32 + 32 + 768 + 32 * 32 + 32
