@@ -1,0 +1,93 @@
+"""Read the tidy tables that figures and paper tables are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vlmlayers.errors import UserError
+
+Folders = Path | Sequence[Path]
+TEXT_COLUMNS = (
+    "model", "weights", "dataset", "split", "tower", "position", "space", "pooling", "metric",
+    "other_tower", "other_position", "options", "protocol", "method", "source", "split_kind",
+    "placement", "flag", "note", "benchmark",
+)  # fmt: skip
+SPELLINGS = {
+    "describabletextures": "dtd", "oxfordflowers": "flowers102", "oxfordflowers102": "flowers102",
+}  # fmt: skip
+
+
+class MissingTable(UserError):
+    """A table that a figure reads is not there; the figure is skipped with this message."""
+
+
+def as_folders(folders: Folders) -> tuple[Path, ...]:
+    """Return the folders as a tuple, also where one path was given."""
+    return (folders,) if isinstance(folders, Path) else tuple(Path(path) for path in folders)
+
+
+def read(stem: str, folders: Folders, needs: Sequence[str] = ()) -> pd.DataFrame:
+    """Read every `stem`*.csv and `stem`*.parquet of the folders as one table.
+
+    Where a table is stored both ways the Parquet file is read. Names stay text: position "5"
+    is not the number 5, and an empty name is "".
+
+    Raises:
+        MissingTable: No folder has such a table.
+        UserError: A table lacks one of the columns `needs`.
+    """
+    places = as_folders(folders)
+    found: dict[Path, Path] = {}
+    for folder in places:
+        for suffix in (".csv", ".parquet"):
+            for path in sorted(folder.glob(f"{stem}*{suffix}")):
+                found[path.with_suffix("")] = path
+    if not found:
+        shown = ", ".join(str(folder) for folder in places)
+        raise MissingTable(f"no table {stem}*.csv in {shown}; record one from a run to draw this")
+    return pd.concat([read_file(path, needs) for path in found.values()], ignore_index=True)
+
+
+def read_file(path: Path, needs: Sequence[str] = ()) -> pd.DataFrame:
+    """Read one table; see `read`."""
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path)
+    else:
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, "object"))
+    absent = [column for column in needs if column not in table.columns]
+    if absent:
+        raise UserError(f"{path} has no column {absent[0]!r}; it was not written by this toolkit")
+    for column in TEXT_COLUMNS:
+        if column in table.columns:
+            table[column] = table[column].fillna("").astype(str)
+    return table
+
+
+def select(table: pd.DataFrame, what: str, **values: str | Sequence[str]) -> pd.DataFrame:
+    """Return the rows whose columns hold the given values.
+
+    Raises:
+        MissingTable: No row is left. `what` names the wanted rows in the message.
+    """
+    mask = np.ones(len(table), dtype=bool)
+    for column, value in values.items():
+        wanted = [value] if isinstance(value, str) else list(value)
+        mask &= table[column].isin(wanted).to_numpy()
+    if not mask.any():
+        raise MissingTable(f"the tables hold no {what}; record a run that measures it")
+    return table[mask].reset_index(drop=True)
+
+
+def dataset_key(name: str) -> str:
+    """Return a dataset's name without case and punctuation, one spelling for all sources."""
+    plain = "".join(character for character in name.casefold() if character.isalnum())
+    return SPELLINGS.get(plain, plain)
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """Return 2bn / (b + n), 0 where both are 0."""
+    return 2 * base * novel / (base + novel) if base + novel else 0.0

@@ -1,0 +1,146 @@
+"""The tables of the paper: published numbers, and beside them the user's own runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlmlayers.figures.inputs import Folders
+from vlmlayers.figures.published import (
+    AVERAGE,
+    Numbers,
+    as_numbers,
+    own_accuracies,
+    own_base_to_novel,
+    own_results,
+    published,
+)
+from vlmlayers.figures.render import Table
+
+METRIC_NAMES = {"base": "Base", "novel": "Novel", "hm": "HM"}
+OWN_NOTE = (
+    "Own runs: mean ± standard deviation over seeds; their average stands only where every "
+    "dataset was run."
+)
+
+
+def base_to_novel(folders: Folders) -> Table:
+    """Return table 1: base, novel and HM on the eleven datasets and their average."""
+    numbers = as_numbers(published("base_to_novel", folders))
+    datasets = _unique(dataset for _, dataset, _ in numbers if dataset != AVERAGE)
+    methods = _unique(method for method, dataset, _ in numbers if dataset != AVERAGE)
+    own = own_base_to_novel(own_results("base_to_novel", folders), datasets)
+    extra = _unique(name for _, name, _ in own if name not in (*datasets, AVERAGE))
+    shown = [*datasets, AVERAGE, *extra]
+    return Table(
+        name="table1_base_to_novel",
+        title="Base-to-novel generalization: top-1 accuracy on base and novel classes and their "
+        "harmonic mean (HM), in percent; at the average, HM is that of the averages.",
+        stub=("Dataset", "Metric"),
+        rows=[(_title(name), label) for name in shown for label in METRIC_NAMES.values()],
+        columns=[*methods, *_unique(setting for setting, _, _ in own)],
+        cells={
+            ((_title(dataset), METRIC_NAMES[metric]), method): cell
+            for (method, dataset, metric), cell in (numbers | own).items()
+        },
+        rules=frozenset(range(3, 3 * len(shown), 3)),
+        notes=_notes(own),
+    )
+
+
+def cross_dataset(folders: Folders) -> Table:
+    """Return table 2: ImageNet to ten other datasets."""
+    return _transfer(
+        folders, "cross_dataset", "table2_cross_dataset",
+        "Cross-dataset transfer: trained on ImageNet, tested on all classes of ten other "
+        "datasets; top-1 accuracy in percent.",
+    )  # fmt: skip
+
+
+def domain_generalization(folders: Folders) -> Table:
+    """Return table 3: ImageNet to its four shifted test sets."""
+    return _transfer(
+        folders, "domain_generalization", "table3_domain_generalization",
+        "Domain generalization: trained on ImageNet, tested on four shifted test sets; top-1 "
+        "accuracy in percent.",
+    )  # fmt: skip
+
+
+def averages(folders: Folders) -> Table:
+    """Return table 4: averages over the eleven datasets of the methods the paper compares."""
+    numbers = as_numbers(published("base_to_novel_average", folders))
+    datasets = _unique(published("base_to_novel", folders).dataset)
+    datasets.remove(AVERAGE)
+    own = own_base_to_novel(own_results("base_to_novel", folders), datasets)
+    own = {key: cell for key, cell in own.items() if key[1] == AVERAGE}
+    methods = _unique(method for method, _, _ in numbers)
+    settings = _unique(setting for setting, _, _ in own)
+    return Table(
+        name="table4_averages",
+        title="Averages over the eleven datasets of base-to-novel generalization, in percent; HM "
+        "is that of the averages.",
+        stub=("Method",),
+        rows=[(method,) for method in (*methods, *settings)],
+        columns=list(METRIC_NAMES.values()),
+        cells={
+            ((method,), METRIC_NAMES[metric]): cell
+            for (method, _, metric), cell in (numbers | own).items()
+        },
+        rules=frozenset({len(methods)} if settings else ()),
+        notes=_notes(own),
+    )
+
+
+TABLES = {
+    "table1_base_to_novel": base_to_novel,
+    "table2_cross_dataset": cross_dataset,
+    "table3_domain_generalization": domain_generalization,
+    "table4_averages": averages,
+}
+
+
+def draw_table(name: str, tables: Folders, out: Path) -> list[Path]:
+    """Write one table of `TABLES` as CSV, Markdown and LaTeX; return the paths."""
+    return TABLES[name](tables).write(out)
+
+
+def _transfer(folders: Folders, protocol: str, name: str, title: str) -> Table:
+    table = published(protocol, folders)
+    source = "ImageNet"
+    targets = [name for name in _unique(table.dataset) if name not in (source, AVERAGE)]
+    numbers = as_numbers(table)
+    own = own_accuracies(own_results(protocol, folders), targets, source)
+    extra = _unique(dataset for _, dataset, _ in own)
+    extra = [dataset for dataset in extra if dataset not in (source, *targets, AVERAGE)]
+    methods = _unique(method for method, _, _ in numbers)
+    settings = _unique(setting for setting, _, _ in own)
+    return Table(
+        name=name,
+        title=title,
+        stub=("Method",),
+        rows=[(method,) for method in (*methods, *settings)],
+        columns=[f"{source} (source)", *targets, "Average", *extra],
+        cells={
+            ((method,), _heading(dataset, source)): cell
+            for (method, dataset, _), cell in (numbers | own).items()
+        },
+        rules=frozenset({len(methods)} if settings else ()),
+        notes=_notes(own),
+    )
+
+
+def _heading(dataset: str, source: str) -> str:
+    return f"{source} (source)" if dataset == source else _title(dataset)
+
+
+def _title(dataset: str) -> str:
+    return "Average" if dataset == AVERAGE else dataset
+
+
+def _notes(own: Numbers) -> tuple[str, ...]:
+    return (OWN_NOTE,) if own else ()
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    """Return the names in order of first appearance."""
+    return list(dict.fromkeys(names))

@@ -1,0 +1,147 @@
+"""Published numbers, and a user's own results in the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.figures.inputs import (
+    Folders,
+    MissingTable,
+    as_folders,
+    dataset_key,
+    harmonic_mean,
+    read,
+    read_file,
+)
+from vlmlayers.figures.render import Cell
+
+AVERAGE = "average"
+REPOSITORY_TABLES = Path(__file__).resolve().parents[3] / "figures" / "tables"
+RESULT_COLUMNS = (
+    "protocol", "method", "model", "weights", "dataset", "source", "split_kind", "placement",
+    "shots", "seed", "accuracy",
+)  # fmt: skip
+Numbers = dict[tuple[str, str, str], Cell]
+
+
+def published(name: str, folders: Folders) -> pd.DataFrame:
+    """Return a table of published numbers, one line per number.
+
+    It is looked for in the folders, then in `figures/tables` of the repository.
+
+    Raises:
+        MissingTable: It is in neither.
+    """
+    places = [*as_folders(folders), REPOSITORY_TABLES]
+    paths = [place / f"published_{name}.csv" for place in places]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise MissingTable(
+            f"published_{name}.csv is neither in {places[0]} nor in {REPOSITORY_TABLES}; "
+            "clone the repository to set your runs beside the published numbers"
+        )
+    return read_file(path)
+
+
+def as_numbers(table: pd.DataFrame) -> Numbers:
+    """Return published numbers as (method, dataset, metric) → cell."""
+    return {
+        (row["method"], row["dataset"], row["metric"]): Cell(
+            float(row["value"]), flag=row["flag"], note=row["note"], source=row["source"]
+        )
+        for row in table.to_dict("records")
+    }
+
+
+def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
+    """Return the user's results of one protocol, with a column `setting` that names the run.
+
+    The table is empty where no results*.csv exists. Accuracies become percent.
+    """
+    try:
+        table = read("results", folders, RESULT_COLUMNS)
+    except MissingTable:
+        return pd.DataFrame(columns=[*RESULT_COLUMNS, "setting"])
+    kept = table[table.protocol.str.replace("-", "_") == protocol].copy()
+    kept = kept.drop_duplicates([*RESULT_COLUMNS[:-1]], keep="last")
+    kept["accuracy"] = 100 * kept.accuracy.astype(float)
+    kept["setting"] = [_setting(row) for row in kept.to_dict("records")]
+    return kept
+
+
+def _setting(row: dict[Any, Any]) -> str:
+    """Name a run in a heading: what was trained where, on which model, with how many shots."""
+    weights = f" ({row['weights']})" if row["weights"] else ""
+    placement = f" {row['placement']}" if row["placement"] else ""
+    shots = f", {int(float(row['shots']))} shots" if float(row["shots"] or 0) else ""
+    return f"own: {row['method']}{placement}, {row['model']}{weights}{shots}"
+
+
+def own_base_to_novel(results: pd.DataFrame, datasets: Iterable[str]) -> Numbers:
+    """Return base, novel and HM of own runs, mean and sd over seeds.
+
+    HM is that of the mean accuracies. The average stands only where a seed has all `datasets`,
+    and its HM is the HM of the averages.
+
+    Args:
+        results: From `own_results`.
+        datasets: The published datasets, in their published spelling.
+    """
+    spelling = {dataset_key(name): name for name in datasets}
+    numbers: Numbers = {}
+    for setting, runs in results.groupby("setting", sort=False):
+        halves = _by_seed(runs, spelling, ["split_kind"]).unstack("split_kind")
+        if not {"base", "novel"} <= set(halves.columns):
+            continue
+        halves = halves[["base", "novel"]].dropna()
+        halves["hm"] = [harmonic_mean(base, novel) for base, novel in halves.to_numpy()]
+        for dataset, seeds in halves.groupby(level="dataset", sort=False):
+            cells = {metric: _cell(seeds[metric]) for metric in ("base", "novel", "hm")}
+            means = harmonic_mean(seeds.base.mean(), seeds.novel.mean())
+            cells["hm"] = Cell(means, cells["hm"].sd, len(seeds), source="own runs")
+            numbers |= {(str(setting), str(dataset), key): cell for key, cell in cells.items()}
+    return numbers
+
+
+def own_accuracies(results: pd.DataFrame, targets: Iterable[str], source: str) -> Numbers:
+    """Return accuracies of own transfer runs, mean and sd over seeds, by setting and dataset.
+
+    Args:
+        results: From `own_results`.
+        targets: The published targets, over which the average goes; `source` is not among them.
+        source: The dataset trained on.
+    """
+    targets = list(targets)
+    spelling = {dataset_key(name): name for name in targets}
+    spelling_all = spelling | {dataset_key(source): source}
+    numbers: Numbers = {}
+    for setting, runs in results.groupby("setting", sort=False):
+        values = _by_seed(runs, spelling, [], spelling_all)
+        for dataset, seeds in values.groupby(level="dataset", sort=False):
+            numbers[str(setting), str(dataset), "accuracy"] = _cell(seeds)
+    return numbers
+
+
+def _by_seed(
+    runs: pd.DataFrame,
+    averaged: dict[str, str],
+    extra: list[str],
+    spelling: dict[str, str] | None = None,
+) -> pd.Series:
+    """Return accuracy by (dataset, seed, *extra), with an average where all datasets are there."""
+    names = spelling or averaged
+    runs = runs.assign(dataset=[names.get(dataset_key(name), name) for name in runs.dataset])
+    values = runs.groupby(["dataset", "seed", *extra], sort=False).accuracy.mean()
+    among = values[values.index.get_level_values("dataset").isin(averaged.values())]
+    groups = among.groupby(level=["seed", *extra])
+    complete = groups.mean()[groups.size() == len(averaged)]
+    return pd.concat([values, pd.concat({AVERAGE: complete}, names=["dataset"])])
+
+
+def _cell(seeds: pd.Series) -> Cell:
+    spread = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
+    return Cell(float(seeds.mean()), spread, len(seeds), source="own runs")

@@ -1,0 +1,183 @@
+"""Build the static site: the guide pages of docs/ and the API reference from the docstrings.
+
+    python docs/build.py [--out site]
+
+Needs no network. The site opens from the disk: no page loads anything from elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import markdown2
+import pdoc
+import pdoc.render
+
+DOCS = Path(__file__).resolve().parent
+PACKAGES = ("vlmlayers", "vlmadapters")
+EXTRAS = ["fenced-code-blocks", "tables", "header-ids", "code-friendly", "cuddled-lists", "strike"]
+KEPT = {".png", ".svg", ".jpg", ".toml", ".csv", ".pdf"}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><link rel="icon" href="data:,"><link rel="stylesheet" href="{up}style.css">
+</head><body><a class="skip" href="#content">Skip to the text</a><div class="page">
+<nav aria-label="Site"><strong><a href="{up}index.html">vlm-layers</a></strong>
+{menu}
+</nav><main id="content">
+{body}
+</main></div></body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """One guide page.
+
+    Attributes:
+        source: The Markdown file.
+        target: Path of the page inside the site, such as `guide.html`.
+        title: Its first heading.
+    """
+
+    source: Path
+    target: str
+    title: str
+
+    @classmethod
+    def of(cls, source: Path, target: str) -> Page:
+        """Read the title of a Markdown file."""
+        heading = re.search(r"^# +(.+)$", source.read_text(encoding="utf-8"), re.MULTILINE)
+        title = heading.group(1) if heading else source.stem.replace("_", " ").capitalize()
+        return cls(source, target, title.replace("`", ""))
+
+
+def find_pages(docs: Path) -> list[Page]:
+    """Return the pages in the order of the menu: the README is the start, then docs/*.md."""
+    start = next((path for path in (docs / "index.md", docs.parent / "README.md")
+                  if path.exists()), None)  # fmt: skip
+    first = [Page.of(start, "index.html")] if start else []
+    rest = [path for path in sorted(docs.rglob("*.md")) if path != start]
+    return first + [Page.of(path, _target(path, docs)) for path in rest]
+
+
+def build(docs: Path, out: Path, packages: tuple[str, ...] = PACKAGES) -> list[Path]:
+    """Write the site into the folder `out`, which is replaced; return the guide pages written.
+
+    Raises:
+        RuntimeError: A module could not be imported, or `out` holds something else than a site.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "api").is_dir():
+        raise RuntimeError(f"{out} is not a site built by this script; name another folder")
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    build_reference(out / "api", packages)
+    pages = find_pages(docs)
+    for path in docs.rglob("*"):
+        if path.suffix in KEPT:
+            _copy(path, out / path.relative_to(docs))
+    shutil.copy(docs / "style.css", out / "style.css")
+    if not any(page.target == "index.html" for page in pages):
+        (out / "index.html").write_text(render("vlm-layers", "<h1>vlm-layers</h1>", "index.html",
+                                               pages, packages), encoding="utf-8")  # fmt: skip
+    written = []
+    for page in pages:
+        body = markdown2.markdown(page.source.read_text(encoding="utf-8"), extras=EXTRAS)
+        body = _mend_links(str(body), page, pages, docs, out)
+        path = out / page.target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render(page.title, body, page.target, pages, packages), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def build_reference(out: Path, packages: tuple[str, ...]) -> None:
+    """Write the API reference of the packages from their docstrings."""
+    pdoc.render.configure(
+        docformat="google", footer_text="vlm-layers", show_source=True, search=True
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pdoc.pdoc(*packages, output_directory=out)
+    faults = [str(warning.message) for warning in caught if _is_fault(warning)]
+    if faults:
+        raise RuntimeError("the API reference is incomplete:\n" + "\n".join(faults))
+
+
+def render(title: str, body: str, target: str, pages: list[Page], packages: tuple[str, ...]) -> str:
+    """Return a whole page: menu and body."""
+    up = "../" * target.count("/")
+    guide = [(page.target, page.title) for page in pages]
+    api = [(f"api/{package}.html", package) for package in packages]
+    menu = "\n".join(
+        f"<h2>{heading}</h2><ul>"
+        + "".join(_menu_line(up, to, words, to == target) for to, words in entries)
+        + "</ul>"
+        for heading, entries in (("Guide", guide), ("Reference", api)) if entries
+    )  # fmt: skip
+    return PAGE.format(title=html.escape(title), up=up, menu=menu, body=body)
+
+
+def _menu_line(up: str, target: str, words: str, current: bool) -> str:
+    mark = ' aria-current="page"' if current else ""
+    return f'<li><a href="{up}{target}"{mark}>{html.escape(words)}</a></li>'
+
+
+def _target(path: Path, docs: Path) -> str:
+    return path.relative_to(docs).with_suffix(".html").as_posix()
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, target)
+
+
+def _is_fault(warning: warnings.WarningMessage) -> bool:
+    """Tell a warning of pdoc about our code from those of the libraries we import."""
+    words = str(warning.message)
+    faults = ("Couldn't import", "Found ", "Error parsing", "Failed to run")
+    return words.startswith(faults) and any(package in words for package in PACKAGES)
+
+
+def _mend_links(body: str, page: Page, pages: list[Page], docs: Path, out: Path) -> str:
+    """Point links at the built pages; a link to a file that is not on the site loses its target."""
+    built = {built.source.resolve(): built.target for built in pages}
+    up = "../" * page.target.count("/")
+
+    def mend(match: re.Match[str]) -> str:
+        attribute, link = match.groups()
+        file, hash_, anchor = link.partition("#")
+        if not file or re.match(r"[a-z]+:", file):
+            return match.group(0)
+        source = (page.source.parent / file).resolve()
+        if source in built:
+            return f'{attribute}="{up}{built[source]}{hash_}{anchor}"'
+        if source.suffix in KEPT and source.is_file():
+            inside = source.relative_to(docs) if source.is_relative_to(docs) else Path(source.name)
+            _copy(source, out / inside)
+            return f'{attribute}="{up}{inside.as_posix()}"'
+        return ""
+
+    return re.sub(r'\b(href|src)="([^"]*)"', mend, body)
+
+
+def main() -> int:
+    """Build the site; return the exit code."""
+    parser = argparse.ArgumentParser(description="Build the static site.")
+    parser.add_argument("--out", type=Path, default=DOCS.parent / "site")
+    out = parser.parse_args().out
+    pages = build(DOCS, out)
+    sys.stdout.write(f"{out / 'index.html'}: {len(pages)} guide pages and the API reference\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
