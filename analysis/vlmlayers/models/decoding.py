@@ -1,0 +1,97 @@
+"""Decode images in fixed batches, in this process or in workers, in the order of the items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlmlayers.errors import UserError
+
+_GIVE_UP = 100
+
+
+@dataclass
+class Unreadable:
+    """Images that could not be decoded: row → path and reason."""
+
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def check(self, dataset: str, total: int) -> None:
+        """Stop the run.
+
+        Raises:
+            UserError: At least one image is unreadable; counts and lists the first five.
+        """
+        if not self.reasons:
+            return
+        shown = "; ".join(self.reasons[row] for row in sorted(self.reasons)[:5])
+        more = "; …" if len(self.reasons) > 5 else ""
+        raise UserError(
+            f"{len(self.reasons)} of {total} images of {dataset} cannot be read: {shown}{more}; "
+            "repair them, or leave them out with skip_unreadable=True (--skip-unreadable)"
+        )
+
+    def hopeless(self, seen: int) -> bool:
+        """Whether so many images fail that going on only delays the message."""
+        return len(self.reasons) >= _GIVE_UP and 2 * len(self.reasons) > seen
+
+
+class _Images(Dataset[tuple[int, Any]]):
+    def __init__(
+        self, manifest: Any, items: Sequence[Any], root: Path | None, preprocess: Any, size: int
+    ) -> None:
+        self.manifest, self.items, self.root = manifest, items, root
+        self.preprocess, self.size = preprocess, size
+
+    def __getitem__(self, row: int) -> tuple[int, Any]:
+        item = self.items[row]
+        try:
+            image = self.manifest.open_image(item, root=self.root, size=self.size)
+            return row, self.preprocess(image)
+        except (UserError, OSError) as error:
+            return row, f"{item.path} ({' '.join(str(error).split())})"
+
+
+def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
+    good = [(row, image) for row, image in samples if isinstance(image, Tensor)]
+    bad = {row: image for row, image in samples if not isinstance(image, Tensor)}
+    stacked = torch.stack([image for _, image in good]) if good else None
+    return [row for row, _ in good], stacked, bad
+
+
+def batches_of(rows: int, size: int) -> list[list[int]]:
+    """Return row numbers batch by batch; the division depends on nothing but these two numbers."""
+    return [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
+
+
+def decode(
+    manifest: Any, items: Sequence[Any], batches: Sequence[Sequence[int]], *, preprocess: Any,
+    root: Path | None, size: int, workers: int, unreadable: Unreadable, pin: bool = False,
+) -> Iterator[tuple[list[int], Tensor | None]]:
+    """Yield rows and stacked images of each batch, in order.
+
+    Args:
+        manifest: Opens the images.
+        items: All items; rows index them.
+        batches: Rows of each batch.
+        preprocess: PIL image → tensor.
+        root: Data root.
+        size: Pixels that the model takes, a hint for drawn images.
+        workers: Decoding processes; 0 decodes here.
+        unreadable: Collects the images that fail.
+        pin: Pin memory for the copy to a GPU.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Images(manifest, items, root, preprocess, size), batch_sampler=batches,  # type: ignore
+        num_workers=workers, collate_fn=_collate, pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
+    )
+    for rows, images, bad in loader:
+        unreadable.reasons.update(bad)
+        yield rows, images

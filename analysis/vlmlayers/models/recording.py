@@ -1,0 +1,263 @@
+"""Record every position of a tower in one pass: hooks that look, pool and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.models.towers import Tower, refuse_compiled
+from vlmlayers.positions import EMBED, FINAL, PROJ, SPACES
+
+Features = dict[str, dict[str, NDArray[np.float32]]]
+
+
+class HookDidNotFire(UserError):
+    """A block's hook was not called during a forward pass."""
+
+
+@contextmanager
+def block_outputs(tower: Tower, look: Any) -> Iterator[None]:
+    """Call `look(position, tensor)` for the input of block 1 and each block's output.
+
+    The hooks return nothing, so the forward pass is unchanged, and they are removed on every way
+    out, also on Ctrl-C.
+    """
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        look(EMBED, args[0] if args else next(v for v in kwargs.values() if _is_activation(v)))
+
+    def after(position: str) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            look(position, output[0] if isinstance(output, tuple) else output)
+        return hook
+
+    handles = []
+    try:
+        first = tower.blocks[0]
+        handles.append(first.register_forward_pre_hook(before, with_kwargs=True))
+        for number, block in enumerate(tower.blocks, start=1):
+            handles.append(block.register_forward_hook(after(str(number))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 3
+
+
+def probe(tower: Tower) -> None:
+    """Find batch axis and widths by a small forward pass; done once per tower.
+
+    The batch axis is the one whose size follows the batch, with batch and token counts that
+    differ.
+
+    Raises:
+        HookDidNotFire: A block was not called as a module.
+        UserError: No single axis follows the batch.
+    """
+    if tower.widths:
+        return
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    for batch in (2, 3):
+        seen: dict[str, Tensor] = {}
+        with torch.inference_mode(), block_outputs(tower, seen.__setitem__):
+            tower.run(tower.example(batch))
+        _require_all(tower, seen)
+        shapes.append({position: tuple(x.shape) for position, x in seen.items()})
+        if batch == 3:
+            tower.widths = {position: tower.channels(x) for position, x in seen.items()}
+    axes = {
+        tuple(i for i, (a, b) in enumerate(zip(two, three)) if (a, b) == (2, 3))
+        for two, three in ((shapes[0][p], shapes[1][p]) for p in shapes[0])
+    }
+    if len(axes) != 1 or len(next(iter(axes))) != 1:
+        tower.widths = {}
+        raise UserError(f"the {tower.name} tower ({tower.family}) mixes items in its activations")
+    tower.batch_axis = next(iter(axes))[0]
+
+
+def _require_all(tower: Tower, seen: Any) -> None:
+    expected = [EMBED, *(str(block) for block in range(1, tower.depth + 1))]
+    silent = [position for position in expected if position not in seen]
+    if silent:
+        raise HookDidNotFire(
+            f"hooks of the {tower.name} tower ({tower.family}) did not fire at "
+            f"{', '.join(silent[:6])}: the model does not call these modules in its forward pass"
+        )
+
+
+class Recorder:
+    """Context manager that records pooled features at every position of one tower.
+
+    Tokens are pooled on the device inside the hook, so what is kept is (item, width) per position;
+    each batch makes one copy per width and space to the host.
+
+        with Recorder(tower, spaces=("native", "joint")) as recorder:
+            for batch in batches:
+                features = recorder(batch)          # space → position → (item, width) float32
+
+    Args:
+        tower: Tower to record.
+        spaces: Among `native`, `normed`, `joint`.
+        pooling: Pooling of tokens; None for the tower's own. `joint` goes through the model's own
+            attention pool where it has one.
+
+    Raises:
+        UserError: Unknown space, or a pooling that the tower does not have.
+    """
+
+    def __init__(
+        self, tower: Tower, spaces: Sequence[str] = ("native", "joint"),
+        pooling: str | None = None,
+    ) -> None:
+        for space in spaces:
+            check_one_of("space", space, SPACES)
+        for block in tower.blocks:
+            refuse_compiled(block)
+        self.tower = tower
+        self.spaces = tuple(dict.fromkeys(spaces))
+        self.pooling = tower.resolve_pooling(pooling)
+        probe(tower)
+        own = tower.attend is not None and pooling in (None, "model")
+        self._attends = own and "joint" in self.spaces
+        self.joint_pooling = "model" if own else self.pooling
+        self._normed_at = self._where_normed()
+        self._seen: dict[str, dict[str, Tensor]] = {}
+        self._ids: Tensor | None = None
+        self._hooks: Any = None
+
+    def positions(self, space: str) -> tuple[str, ...]:
+        """Return the positions that are recorded in a space."""
+        found = self.tower.positions(space)
+        if self.pooling != "model" or space != "native" or self.tower.attend is None:
+            return found
+        return tuple(p for p in found if self.tower.widths.get(p, self.tower.width)
+                     == self.tower.width)
+
+    def __enter__(self) -> Recorder:
+        self._hooks = block_outputs(self.tower, self._look)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        hooks, self._hooks = self._hooks, None
+        self._seen = {}
+        hooks.__exit__(kind, error, trace)
+
+    def __call__(self, batch: Tensor) -> Features:
+        """Run the tower on one batch and return features by space and position.
+
+        Raises:
+            HookDidNotFire: A block was not called.
+            RuntimeError: Called outside the `with` block.
+        """
+        if self._hooks is None:
+            raise RuntimeError("a Recorder records inside its `with` block only")
+        self._seen, self._ids = {}, None
+        with torch.inference_mode():
+            if self.tower.valid is not None:
+                batch = self.tower.cut(batch)
+                self._ids = batch
+            output = self.tower.run(batch)
+            _require_all(self.tower, self._seen)
+            return _to_host(self._assemble(output))
+
+    def _where_normed(self) -> frozenset[str]:
+        """Return where tokens are normed inside the hook; elsewhere norm follows pooling."""
+        if self.tower.picks_token(self.pooling):
+            return frozenset()
+        if "normed" in self.spaces or ("joint" in self.spaces and not self._attends):
+            return frozenset(self.tower.positions("normed"))
+        return frozenset({str(self.tower.depth)})
+
+    def _look(self, position: str, x: Tensor) -> None:
+        """Pool one activation in every way that the chosen spaces need."""
+        tower = self.tower
+        found: dict[str, Tensor] = {}
+        tokens = tower.tokens(x)
+        found["native"] = self._pool(tokens, self.pooling)
+        if position in self._normed_at:
+            found["normed"] = self._normed(x, tokens)
+        if self._attends and position in tower.positions("joint"):
+            found["joint"] = self._attend(x, tokens)
+        self._seen[position] = found
+
+    def _normed(self, x: Tensor, tokens: Tensor) -> Tensor:
+        tower = self.tower
+        if tower.attend_norms and tower.attend is not None:
+            return tower.attend(x)
+        return tower.norm_after(self._pool(tower.norm(tokens), self.pooling))
+
+    def _attend(self, x: Tensor, tokens: Tensor) -> Tensor:
+        tower = self.tower
+        assert tower.attend is not None
+        attended = tower.attend(x if tower.attend_raw else tower.norm(tokens))
+        return attended if tower.attend_norms else tower.norm_after(attended)
+
+    def _pool(self, tokens: Tensor, pooling: str) -> Tensor:
+        """Return (item, width) from (item, token, width)."""
+        tower = self.tower
+        if pooling == "mean":
+            return self._mean(tokens)
+        if pooling == "cls":
+            return tokens[:, -1] if tower.suffix else tokens[:, 0]
+        if pooling == "eot":
+            assert tower.ends is not None and self._ids is not None
+            rows = torch.arange(len(tokens), device=tokens.device)
+            return tokens[rows, tower.ends(self._ids)]
+        if tower.attend is not None:
+            return tower.attend(tokens)
+        return tokens[:, -1]
+
+    def _mean(self, tokens: Tensor) -> Tensor:
+        tower = self.tower
+        if tower.valid is None or self._ids is None:
+            return tokens[:, tower.prefix :].mean(1) if tower.prefix else tokens.mean(1)
+        mask = tower.valid(self._ids).to(tokens.dtype)  # (item, token)
+        kept = tokens[:, : mask.shape[1]]  # a class token after the text stays out
+        return torch.einsum("ntd,nt->nd", kept, mask) / mask.sum(1, keepdim=True)
+
+    def _assemble(self, output: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Apply final norm and projection to all positions of equal width at once."""
+        tower, last = self.tower, str(self.tower.depth)
+        result: dict[str, dict[str, Tensor]] = {}
+        native = {p: s["native"] for p, s in self._seen.items()}
+        normed = {p: s["normed"] for p, s in self._seen.items() if "normed" in s}
+        inside = [p for p in tower.positions("normed") if p in self._seen]
+        if tower.picks_token(self.pooling):
+            keep = inside if {"normed", "joint"} & set(self.spaces) else [last]
+            stack = tower.norm_after(tower.norm(torch.stack([native[p] for p in keep])))
+            normed = dict(zip(keep, stack))
+        if "native" in self.spaces:
+            result["native"] = {**native, FINAL: normed.get(last, native[last]), PROJ: output}
+        if "normed" in self.spaces:
+            result["normed"] = {**normed, FINAL: normed[last]}
+        if "joint" in self.spaces:
+            source = {p: self._seen[p]["joint"] for p in inside} if self._attends else normed
+            stack = tower.project(torch.stack([source[p] for p in inside]))
+            result["joint"] = {**dict(zip(inside, stack)), PROJ: output}
+        return result
+
+
+def _to_host(features: dict[str, dict[str, Tensor]]) -> Features:
+    """Copy to the host as float32: one copy for all positions of one width."""
+    flat = [(s, p, x) for s, by in features.items() for p, x in by.items()]
+    result: Features = {space: {} for space in features}
+    for width in dict.fromkeys(x.shape[-1] for _, _, x in flat):
+        group = [entry for entry in flat if entry[2].shape[-1] == width]
+        block = torch.stack([x.float() for _, _, x in group]).cpu().numpy()
+        for (space, position, _), array in zip(group, block):
+            result[space][position] = array
+    return result

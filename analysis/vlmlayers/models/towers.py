@@ -1,0 +1,477 @@
+"""Where the blocks, norms, pools and projections of open_clip models are.
+
+The only file that knows foreign module trees. It turns them into `Tower` objects with one
+vocabulary: blocks 1..L, tokens of shape (item, token, width), final norm, pooling, projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vlmlayers.errors import UserError
+from vlmlayers.positions import EMBED, tower_positions
+
+Apply = Callable[[Tensor], Tensor]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(eq=False)
+class Tower:
+    """One tower of a vision-language model, in one vocabulary for every family.
+
+    Attributes:
+        name: `vision` or `text`.
+        kind: `blocks`, or `stages` where a convolutional or hierarchical trunk has no residual
+            stream of constant width; each stage counts as one block there.
+        family: Name of the module tree, for tables: "open_clip ViT", "timm Eva", "HF roberta", …
+        blocks: Modules; block b is `blocks[b - 1]`.
+        width: Channels where final norm and projection apply (the last block's).
+        pooling: The model's own pooling: `cls`, `eot`, `mean` or `model` (attention pool, last
+            token).
+        pool_note: What `model` pooling is, in words.
+        run: Model input to joint embedding, (item, joint); the model's own forward.
+        prefix: Special tokens before the others (class token, registers).
+        suffix: Special tokens after the others (CoCa's text class token).
+        causal: Whether attention is masked to what came before.
+        norm: Final norm on tokens, before pooling.
+        norm_after: Norm on the pooled vector, where the model has it there.
+        project: Pooled, normed vector to joint embedding.
+        attend: The model's own pool where it is more than picking or averaging tokens.
+        attend_raw: `attend` takes the raw block output (a map), not tokens.
+        attend_norms: `attend` includes the final norm.
+        layout: Order of axes of a block's output: `tokens`, `nchw` or `nhwc`.
+        ends: Text only: token ids to the index of the pooled end-of-text token, (item,).
+        valid: Text only: token ids to the mask of tokens that `mean` covers, (item, token).
+        cut: Text only: drops columns that no pooled token can see.
+        example: Batch size to a model input of that size.
+        batch_axis: Axis of a block's output that counts items; found by probing.
+        widths: Position to width, found by probing.
+    """
+
+    name: str
+    kind: str
+    family: str
+    blocks: Sequence[nn.Module]
+    width: int
+    pooling: str
+    run: Apply
+    example: Callable[[int], Tensor]
+    pool_note: str = ""
+    prefix: int = 0
+    suffix: int = 0
+    causal: bool = False
+    norm: Apply = _same
+    norm_after: Apply = _same
+    project: Apply = _same
+    attend: Apply | None = None
+    attend_raw: bool = False
+    attend_norms: bool = False
+    layout: str = "tokens"
+    ends: Apply | None = None
+    valid: Apply | None = None
+    cut: Apply = _same
+    batch_axis: int | None = None
+    widths: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L."""
+        return len(self.blocks)
+
+    @property
+    def token_pooling(self) -> str:
+        """Pooling of `native` and `normed` space by default: `mean` where `model` is attention."""
+        return "mean" if self.attend is not None else self.pooling
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """Poolings that this tower can do, its own first."""
+        found = [self.pooling, "mean"]
+        if self.prefix or self.suffix:
+            found.append("cls")
+        if self.ends is not None:
+            found.append("eot")
+        if self.attend is None or not self.attend_raw:
+            found.append("model")
+        return tuple(dict.fromkeys(found))
+
+    def resolve_pooling(self, pooling: str | None) -> str:
+        """Return the pooling to use for tokens; None stands for the default.
+
+        Raises:
+            UserError: The tower has no such token. Says which poolings it has.
+        """
+        if pooling is None:
+            return self.token_pooling
+        if pooling == "model" and self.attend is None:
+            return self.pooling
+        if pooling not in self.poolings:
+            raise UserError(
+                f"the {self.name} tower ({self.family}) has no {pooling!r} pooling; it has "
+                f"{', '.join(self.poolings)}; give each tower its own, as in "
+                f"pooling={{'{self.name}': '{self.token_pooling}'}}"
+            )
+        return pooling
+
+    def picks_token(self, pooling: str) -> bool:
+        """Whether the pooling picks one token, so that a per-token norm commutes with it."""
+        return pooling in ("cls", "eot") or (pooling == "model" and self.attend is None)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return a block's output as (item, token, width)."""
+        if self.layout == "nchw":
+            return x.flatten(2).transpose(1, 2)
+        if self.layout == "nhwc":
+            return x.flatten(1, 2)
+        return x if self.batch_axis in (None, 0) else x.transpose(0, 1)
+
+    def channels(self, x: Tensor) -> int:
+        """Return the width of a block's output."""
+        return int(x.shape[1] if self.layout == "nchw" else x.shape[-1])
+
+    def positions(self, space: str) -> tuple[str, ...]:
+        """Return the positions at which a space is defined for this tower.
+
+        Where widths change along the tower, final norm and projection fit the last stage only.
+        """
+        found = tower_positions(self.depth, space)
+        if space == "native" or not self.widths:
+            return found
+        inside = (EMBED, *map(str, range(1, self.depth + 1)))
+        fits = {p for p in inside if self.widths[p] == self.width}
+        if self.attend_raw:
+            fits = {str(self.depth)}
+        return tuple(p for p in found if p in fits or p not in inside)
+
+    def refusal(self, space: str) -> str:
+        """Return why a space lacks positions, or an empty string."""
+        missing = [p for p in tower_positions(self.depth, space) if p not in self.positions(space)]
+        if not missing:
+            return ""
+        return (
+            f"{space} space is defined at the last of the {self.depth} stages only: final norm "
+            f"and projection take {self.width} channels, the earlier stages have fewer"
+        )
+
+
+def find_towers(clip: nn.Module) -> dict[str, Tower]:
+    """Find both towers of an open_clip model.
+
+    Args:
+        clip: `open_clip.CLIP`, `CustomTextCLIP` or `CoCa`, not compiled.
+
+    Returns:
+        `{"vision": Tower, "text": Tower}`.
+
+    Raises:
+        UserError: The model is compiled or its module tree is unknown; says which part.
+    """
+    return {"vision": find_vision(clip), "text": find_text(clip)}
+
+
+def find_vision(clip: nn.Module) -> Tower:
+    """Find the vision tower of an open_clip model."""
+    refuse_compiled(clip)
+    visual = getattr(clip, "visual", None)
+    run = _encoder(clip, "encode_image")
+    if isinstance(visual, VisionTransformer):
+        return _open_clip_vit(visual, run)
+    if isinstance(visual, ModifiedResNet):
+        return _modified_resnet(visual, run)
+    if isinstance(visual, TimmModel):
+        return _timm(visual, run)
+    raise UserError(
+        f"no vision tower is known in {type(clip).__name__}: `visual` is "
+        f"{type(visual).__name__}; expected an open_clip or timm image model"
+    )
+
+
+def find_text(clip: nn.Module) -> Tower:
+    """Find the text tower of an open_clip model."""
+    refuse_compiled(clip)
+    text = getattr(clip, "text", None)
+    if isinstance(text, HFTextEncoder):
+        return _hugging_face(text, _encoder(clip, "encode_text"))
+    text = clip if text is None else text
+    if hasattr(text, "token_embedding") and hasattr(text, "ln_final"):
+        return _open_clip_text(text)
+    raise UserError(
+        f"no text tower is known in {type(clip).__name__}: `text` is {type(text).__name__}; "
+        "expected an open_clip text transformer or a Hugging Face encoder"
+    )
+
+
+def unwrap_compiled(clip: nn.Module) -> nn.Module:
+    """Return the module behind `torch.compile(model)`; hooks do not fire on the wrapper."""
+    return getattr(clip, "_orig_mod", clip)
+
+
+def refuse_compiled(clip: nn.Module) -> None:
+    """Refuse a model of which a part is compiled, as its hooks would be ignored.
+
+    Raises:
+        UserError: Names the compiled part.
+    """
+    for name, module in clip.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
+            raise UserError(
+                f"{name or 'the model'} is compiled with torch.compile, which ignores hooks; "
+                "pass the model as it was before compiling"
+            )
+
+
+def _encoder(clip: nn.Module, method: str) -> Apply:
+    encode = getattr(clip, method)
+
+    def run(batch: Tensor) -> Tensor:
+        return encode(batch, normalize=False)  # CoCa normalises unless told not to
+
+    return run
+
+
+def _images(visual: nn.Module, parameter: nn.Parameter) -> Callable[[int], Tensor]:
+    size: Any = visual.image_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+
+    def example(batch: int) -> Tensor:
+        return torch.zeros(batch, 3, height, width, dtype=parameter.dtype, device=parameter.device)
+
+    return example
+
+
+def _matrix(weight: Any) -> Apply:
+    """Return the projection held as a matrix, a linear layer, or not at all."""
+    if weight is None:
+        return _same
+    return weight if isinstance(weight, nn.Module) else lambda x: x @ weight
+
+
+def _open_clip_vit(visual: VisionTransformer, run: Apply) -> Tower:
+    tower = Tower(
+        name="vision", kind="blocks", family="open_clip ViT", run=run, prefix=1,
+        blocks=list(visual.transformer.resblocks), width=visual.transformer.width,
+        pooling={"tok": "cls", "avg": "mean"}.get(visual.pool_type, "model"),
+        example=_images(visual, visual.class_embedding), project=_matrix(visual.proj),
+    )
+    if visual.attn_pool is None:
+        if visual.pool_type == "none":
+            raise UserError("the vision tower has pool_type 'none': it has no joint embedding")
+        where = "norm_after" if visual.final_ln_after_pool else "norm"
+        setattr(tower, where, visual.ln_post)
+        return tower
+    if visual.attn_pool_contrastive is not None:
+        raise UserError(
+            f"attentional_pool={visual.attn_pool_type!r} is experimental in open_clip and gives no "
+            "vector per image; use attentional_pool=true"
+        )
+    tower.attend, tower.norm_after = _coca_pool(visual), visual.ln_post
+    tower.pool_note = f"attention pool, {visual.attn_pool.query.shape[0]} queries"
+    tower.pooling = "model"
+    if visual.pool_type == "avg":  # the norm stands between the pool and the mean of its queries
+        tower.norm_after = _same
+    return tower
+
+
+def _coca_pool(visual: VisionTransformer) -> Apply:
+    """Return CoCa's attention pool; queries are independent, so only those in use are asked."""
+    pool = visual.attn_pool
+    average = visual.pool_type == "avg"
+
+    def attend(x: Tensor) -> Tensor:
+        keys = pool.ln_k(x)
+        query = pool.ln_q(pool.query if average else pool.query[:1])
+        queries = query.unsqueeze(0).expand(len(x), -1, -1)  # (item, query, joint)
+        found = pool.attn(queries, keys, keys, need_weights=False)[0]
+        return visual.ln_post(found)[:, 1:].mean(1) if average else found[:, 0]
+
+    return attend
+
+
+def _modified_resnet(visual: ModifiedResNet, run: Apply) -> Tower:
+    stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+    return Tower(
+        name="vision", kind="stages", family="open_clip ResNet", blocks=stages, run=run,
+        width=visual.attnpool.q_proj.in_features, pooling="model", layout="nchw",
+        attend=visual.attnpool, attend_raw=True, pool_note="attention pool",
+        example=_images(visual, visual.conv1.weight),
+    )
+
+
+def _timm(visual: TimmModel, run: Apply) -> Tower:
+    trunk: Any = visual.trunk
+    if isinstance(getattr(trunk, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(
+        trunk, "norm"
+    ):
+        return _timm_blocks(visual, trunk, run)
+    return _timm_stages(visual, trunk, run)
+
+
+def _timm_blocks(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
+    tower = Tower(
+        name="vision", kind="blocks", family=f"timm {type(trunk).__name__}", run=run,
+        blocks=list(trunk.blocks), width=trunk.num_features,
+        pooling={"token": "cls", "avg": "mean"}.get(trunk.global_pool, "model"),
+        prefix=getattr(trunk, "num_prefix_tokens", 0), norm=trunk.norm, norm_after=trunk.fc_norm,
+        project=lambda x: visual.head(trunk.head(x)),
+        example=_images(visual, next(trunk.parameters())),
+    )
+    if tower.pooling == "model":
+        tower.attend = trunk.pool
+        attention = trunk.global_pool == "map"
+        tower.pool_note = "attention pool" if attention else f"{trunk.global_pool} pool"
+    return tower
+
+
+def _timm_stages(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
+    stages = getattr(trunk, "stages", None) or getattr(trunk, "layers", None)
+    if stages is None and hasattr(trunk, "layer4"):
+        stages = [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
+    if stages is None:
+        raise UserError(
+            f"timm model {type(trunk).__name__} has neither blocks nor stages that are known"
+        )
+    after = [getattr(trunk, part, None) for part in ("norm_pre", "final_conv", "norm")]
+
+    def attend(x: Tensor) -> Tensor:
+        for part in after:
+            x = x if part is None else part(x)
+        return trunk.forward_head(x, pre_logits=True)
+
+    return Tower(
+        name="vision", kind="stages", family=f"timm {type(trunk).__name__}", blocks=list(stages),
+        width=trunk.num_features, pooling="mean", run=run, attend=attend, attend_raw=True,
+        attend_norms=True, pool_note="the trunk's own head",
+        project=lambda x: visual.head(trunk.get_classifier()(x)),
+        layout="nhwc" if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else "nchw",
+        example=_images(visual, next(trunk.parameters())),
+    )
+
+
+def _open_clip_text(text: nn.Module) -> Tower:
+    module: Any = text
+    pool = getattr(module, "text_pool_type", None) or module.pool_type
+    class_token = getattr(module, "cls_emb", None) is not None
+    causal = module.attn_mask is not None
+    ends = _end_of_text(module, pool)
+    tower = Tower(
+        name="text", kind="blocks", family="open_clip text", run=_same, ends=ends,
+        blocks=list(module.transformer.resblocks), width=module.ln_final.normalized_shape[0],
+        pooling="cls" if class_token else {"argmax": "eot", "eos": "eot"}.get(pool, "model"),
+        pool_note=f"{pool} token", suffix=int(class_token), causal=causal, norm=module.ln_final,
+        project=_matrix(module.text_projection), example=_texts(module),
+        valid=_until(ends) if ends else _before_trailing_run,
+    )
+    if pool == "none" and not class_token:
+        raise UserError("the text tower has pool_type 'none': it has no joint embedding")
+    if pool == "first":
+        tower.pooling, tower.pool_note = "cls", "first token"
+    if causal and not class_token and ends is not None:
+        tower.cut = lambda ids: ids[:, : int(ends(ids).max()) + 1]
+    tower.run = _text_run(module, tower, pool)
+    return tower
+
+
+def _text_run(module: Any, tower: Tower, pool: str) -> Apply:
+    """Return the text forward for any number of columns that fits the positions learned."""
+
+    def run(ids: Tensor) -> Tensor:
+        if tower.suffix:
+            x, mask = module._embeds(ids)
+        else:
+            kind = module.transformer.get_cast_dtype()
+            columns = ids.shape[1]
+            x = module.token_embedding(ids).to(kind)
+            x = x + module.positional_embedding[:columns].to(kind)  # (item, token, width)
+            mask = module.attn_mask
+            mask = None if mask is None else mask[:columns, :columns]
+        x = module.transformer(x, attn_mask=mask)
+        if tower.pooling == "eot" and tower.ends is not None:
+            picked = x[torch.arange(len(x), device=x.device), tower.ends(ids)]
+        else:
+            picked = x[:, 0] if pool == "first" and not tower.suffix else x[:, -1]
+        return tower.project(module.ln_final(picked))
+
+    return run
+
+
+def _end_of_text(module: Any, pool: str) -> Apply | None:
+    """Return the rule that finds the end-of-text token, or None where there is no such token."""
+    if pool == "argmax":
+        return lambda ids: ids.argmax(-1)
+    if pool == "eos":
+        end = module.text_eos_id if hasattr(module, "text_eos_id") else module.eos_id
+        return lambda ids: (ids == end).int().argmax(-1)
+    return None
+
+
+def _until(ends: Apply) -> Apply:
+    def valid(ids: Tensor) -> Tensor:
+        return torch.arange(ids.shape[1], device=ids.device) <= ends(ids)[:, None]
+
+    return valid
+
+
+def _before_trailing_run(ids: Tensor) -> Tensor:
+    """Return the mask of tokens before the run of equal ids that pads a text on the right."""
+    differs = ids != ids[:, -1:]
+    last = ids.shape[1] - 1 - differs.flip(1).int().argmax(1)
+    last = torch.where(differs.any(1), last, ids.shape[1] - 1)
+    return torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
+
+
+def _texts(module: Any) -> Callable[[int], Tensor]:
+    def example(batch: int) -> Tensor:
+        device = next(module.parameters()).device
+        return torch.full((batch, module.context_length), 2, dtype=torch.long, device=device)
+
+    return example
+
+
+def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
+    encoder: Any = text.transformer
+    pooler = type(text.pooler).__name__
+    blocks = next(
+        (found for found in (
+            getattr(getattr(encoder, "encoder", None), "layer", None),  # BERT, RoBERTa
+            getattr(encoder, "block", None),  # T5
+            getattr(encoder, "layers", None),  # M2M-100
+        ) if found is not None),
+        None,
+    )
+    if blocks is None:
+        raise UserError(f"no blocks are known in Hugging Face model {type(encoder).__name__}")
+    config = text.config
+    norm = getattr(encoder, "final_layer_norm", None) or getattr(encoder, "layer_norm", None)
+
+    def valid(ids: Tensor) -> Tensor:
+        return ids != config.pad_token_id
+
+    def example(batch: int) -> Tensor:
+        device = next(encoder.parameters()).device
+        return torch.full((batch, 7), 5, dtype=torch.long, device=device)
+
+    tower = Tower(
+        name="text", kind="blocks", family=f"HF {config.model_type}", blocks=list(blocks), run=run,
+        width=getattr(config, "hidden_size", None) or config.d_model, example=example,
+        pooling={"MeanPooler": "mean", "MaxPooler": "model"}.get(pooler, "cls"), prefix=1,
+        norm=norm or _same, project=getattr(text, "proj", _same), valid=valid,
+        ends=lambda ids: valid(ids).int().cumsum(1).argmax(1),
+    )
+    if pooler == "ClsPooler" and getattr(encoder, "pooler", None) is not None:
+        tower.pooling, tower.attend, tower.pool_note = "model", encoder.pooler, "tanh pooler"
+    if pooler == "MaxPooler":
+        raise UserError("Hugging Face text towers with max pooling are not supported")
+    return tower
+
