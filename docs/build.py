@@ -79,7 +79,9 @@ def build(docs: Path, out: Path, packages: tuple[str, ...] = PACKAGES) -> list[P
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    build_reference(out / "api", packages)
+    if packages:
+        build_reference(out / "api", packages)
+    (out / "api").mkdir(exist_ok=True)
     pages = find_pages(docs)
     for path in docs.rglob("*"):
         if path.suffix in KEPT:

@@ -1,0 +1,299 @@
+"""The paper's tables and figures: right numbers, safe markup, no torch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vlmlayers.errors import UserError
+from vlmlayers.figures import inputs, paper_tables, render
+from vlmlayers.figures.inputs import MissingTable
+
+ELEVEN = (
+    "ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101",
+    "FGVCAircraft", "SUN397", "DTD", "EuroSAT", "UCF101",
+)  # fmt: skip
+MANIFEST_NAMES = (
+    "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101",
+    "fgvc_aircraft", "sun397", "describable_textures", "eurosat", "ucf101",
+)  # fmt: skip
+
+
+@pytest.fixture
+def published(repository: Path) -> Path:
+    return repository / "figures" / "tables"
+
+
+def numbers(folder: Path, name: str) -> pd.Series:
+    table = pd.read_csv(folder / f"published_{name}.csv", keep_default_na=False)
+    return table.set_index(["method", "dataset", "metric"]).value.astype(float)
+
+
+def harmonic(base: float, novel: float) -> float:
+    return 2 / (1 / base + 1 / novel)
+
+
+# --- published numbers ---------------------------------------------------------------------------
+
+
+def test_published_numbers_are_those_of_the_shared_paper_tables(
+    published: Path, shared_paper: Path
+) -> None:
+    ours = numbers(published, "base_to_novel")
+    theirs = pd.read_csv(shared_paper / "base_to_novel.csv")
+    compared = 0
+    for row in theirs.to_dict("records"):
+        dataset = "average" if row["dataset"].startswith("Average") else row["dataset"]
+        method = row["method"].split(" (MaPLe repo")[0]
+        for metric, column in (("base", "base_acc"), ("novel", "novel_acc"), ("hm", "hm_printed")):
+            if not np.isnan(row[column]):
+                assert ours[method, dataset, metric] == row[column]
+                compared += 1
+    assert compared == len(ours)
+    for name in ("cross_dataset", "domain_generalization"):
+        ours = numbers(published, name)
+        theirs = pd.read_csv(shared_paper / f"{name}.csv").set_index("method")
+        theirs = theirs.drop(columns=["average_recomputed", "source"]).rename(
+            columns={"ImageNet(source)": "ImageNet", "average_printed": "average"}
+        )
+        for (method, dataset), value in theirs.stack().dropna().items():
+            assert ours[method, dataset, "accuracy"] == value
+        assert len(ours) == theirs.notna().sum().sum()
+
+
+def test_base_to_novel_numbers_agree_with_each_other(published: Path) -> None:
+    """HM from base and novel, averages from the eleven; what disagrees is flagged, nothing else."""
+    table = pd.read_csv(published / "published_base_to_novel.csv", keep_default_na=False)
+    value = numbers(published, "base_to_novel")
+    flagged = set(
+        table[table.flag != ""][["method", "dataset", "metric"]].itertuples(index=False, name=None)
+    )
+    assert flagged == {("MMA", "UCF101", "novel"), ("MMRL", "DTD", "hm"), ("RPO", "average", "hm")}
+    flagged_rows = {key[:2] for key in flagged}
+    for method, dataset in {key[:2] for key in value.index}:
+        if (method, dataset, "base") not in value.index:
+            continue
+        base, novel = value[method, dataset, "base"], value[method, dataset, "novel"]
+        agrees = abs(harmonic(base, novel) - value[method, dataset, "hm"]) < 0.011
+        assert agrees == ((method, dataset) not in flagged_rows), (method, dataset)
+    for method in ("CLIP", "CoOp", "CoCoOp", "MaPLe", "PromptSRC", "MMA", "MMRL"):
+        for metric in ("base", "novel"):
+            mean = np.mean([value[method, dataset, metric] for dataset in ELEVEN])
+            off = abs(mean - value[method, "average", metric]) > 0.0051
+            assert off == ((method, metric) == ("MMA", "novel"))
+
+
+def test_the_novel_accuracy_that_would_mend_ucf101_is_the_one_in_the_note(published: Path) -> None:
+    table = pd.read_csv(published / "published_base_to_novel.csv", keep_default_na=False)
+    row = table.query("method == 'MMA' and dataset == 'UCF101' and metric == 'novel'").iloc[0]
+    value = numbers(published, "base_to_novel")
+    novel = [value["MMA", dataset, "novel"] for dataset in ELEVEN[:-1]]
+    mended = 11 * value["MMA", "average", "novel"] - sum(novel)
+    assert mended == pytest.approx(78.53, abs=0.06)
+    assert harmonic(86.23, 78.53) == pytest.approx(value["MMA", "UCF101", "hm"], abs=0.005)
+    assert "78.53" in row.note
+    assert row.value == 80.03, "the cell stands as printed"
+
+
+def test_transfer_averages_are_means_of_their_targets(published: Path) -> None:
+    for name, targets in (("cross_dataset", 10), ("domain_generalization", 4)):
+        value = numbers(published, name)
+        checked = 0
+        for method in value.index.unique("method"):
+            row = value[method].droplevel("metric").drop("ImageNet", errors="ignore")
+            if len(row) == targets + 1:
+                mean = row.drop("average").mean()
+                assert mean == pytest.approx(row["average"], abs=0.0051), (name, method)
+                checked += 1
+        assert checked >= 7
+
+
+def test_adapter_parameters_add_up(published: Path) -> None:
+    table = pd.read_csv(published / "published_adapter_params.csv").set_index("metric").value
+    assert table["text down 512->32"] == 512 * 32 + 32
+    assert table["vision up 32->768"] == 768 * 32 + 768
+    assert table.iloc[:5].sum() == table["per layer total"] == 84_320
+    assert table["8 layers (5..12)"] == 8 * 84_320
+
+
+def test_every_published_number_names_its_source(published: Path) -> None:
+    paths = sorted(published.glob("published_*.csv"))
+    assert len(paths) == 7
+    for path in paths:
+        assert (pd.read_csv(path, keep_default_na=False).source.str.len() > 5).all(), path
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def test_tables_show_the_published_numbers(published: Path, tmp_path: Path) -> None:
+    for name in paper_tables.TABLES:
+        csv, markdown, latex = paper_tables.draw_table(name, published, tmp_path)
+        assert {path.suffix for path in (csv, markdown, latex)} == {".csv", ".md", ".tex"}
+        tidy = pd.read_csv(csv)
+        assert (tidy.seeds == 0).all()
+        assert f"{tidy.value.iloc[-1]:.2f}" in markdown.read_text()
+    tidy = pd.read_csv(tmp_path / "table1_base_to_novel.csv")
+    assert len(tidy) == 7 * 12 * 3
+    cell = tidy.query("column == 'MMA' and dataset == 'UCF101' and metric == 'Novel'").iloc[0]
+    assert (cell.value, cell.flag) == (80.03, "inconsistent as printed")
+    methods = pd.read_csv(tmp_path / "table4_averages.csv").method.unique().tolist()
+    assert methods == [
+        "CLIP", "CoOp", "CoCoOp", "ProDA", "KgCoOp", "MaPLe", "LASP", "LASP-V", "RPO", "MMA",
+    ]  # fmt: skip
+
+
+def test_the_inconsistent_cell_carries_a_dagger_and_a_note(published: Path) -> None:
+    table = paper_tables.base_to_novel(published)
+    assert "80.03†" in table.markdown()
+    assert r"80.03\textsuperscript{\dag}" in table.latex()
+    assert "HM(86.23, 80.03) = 83.01" in table.latex()
+    assert table.markdown().count("†") == 4
+
+
+def results(settings: dict[str, float], datasets: tuple[str, ...], seeds: int = 3) -> pd.DataFrame:
+    """Base-to-novel results with accuracies in [0, 1] known in closed form."""
+    rows = []
+    for method, shift in settings.items():
+        for number, dataset in enumerate(datasets):
+            for seed in range(1, seeds + 1):
+                for half, start in (("base", 0.60), ("novel", 0.50)):
+                    rows.append({
+                        "protocol": "base_to_novel", "method": method, "model": "ViT-B-16",
+                        "weights": "openai", "dataset": dataset, "source": dataset,
+                        "split_kind": half, "placement": "v5-12,t5-12", "shots": 16, "seed": seed,
+                        "accuracy": start + shift + number / 100 + seed / 1000, "n": 100,
+                    })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_own_runs_fill_in(published: Path, tmp_path: Path) -> None:
+    """All eleven datasets under their manifest names: columns, averages and HM of averages."""
+    results({"mma": 0.1}, MANIFEST_NAMES).to_csv(tmp_path / "results.csv", index=False)
+    table = paper_tables.base_to_novel([tmp_path, published])
+    own = next(column for column in table.columns if column.startswith("own"))
+    for part in ("mma", "v5-12,t5-12", "ViT-B-16", "openai", "16 shots"):
+        assert part in own
+    assert table.cell(("ImageNet", "Base"), own).value == pytest.approx(70.2)
+    assert table.cell(("UCF101", "Novel"), own).value == pytest.approx(70.2)
+    assert table.cell(("DTD", "Base"), own).value == pytest.approx(78.2), "describable_textures"
+    assert table.cell(("Flowers102", "Base"), own).sd == pytest.approx(0.1)
+    base, novel = 70.2 + 5, 60.2 + 5
+    average = table.cell(("Average", "HM"), own)
+    assert average.value == pytest.approx(harmonic(base, novel))
+    assert average.seeds == 3
+    assert "± 0.10" in table.markdown()
+    assert r"$\pm$" in table.latex()
+    averages = paper_tables.averages([tmp_path, published])
+    assert averages.rows[-1] == (own,)
+    assert averages.cell((own,), "HM").value == average.value
+
+
+def test_an_own_average_over_some_datasets_is_not_shown(published: Path, tmp_path: Path) -> None:
+    results({"mma": 0.0}, ("eurosat", "my-leaves")).to_csv(tmp_path / "results.csv", index=False)
+    table = paper_tables.base_to_novel([tmp_path, published])
+    own = table.columns[-1]
+    assert table.cell(("EuroSAT", "Base"), own).value == pytest.approx(60.2)
+    assert table.cell(("Average", "Base"), own).value is None
+    assert table.cell(("my-leaves", "Base"), own).value == pytest.approx(61.2)
+    assert len(paper_tables.averages([tmp_path, published]).rows) == 10
+
+
+def test_own_transfer_runs_fill_in(published: Path, tmp_path: Path) -> None:
+    rows = results({"mma": 0.0}, MANIFEST_NAMES).query("split_kind == 'base'").copy()
+    rows["protocol"], rows["source"], rows["split_kind"] = "cross_dataset", "imagenet", "all"
+    rows.to_csv(tmp_path / "results_transfer.csv", index=False)
+    table = paper_tables.cross_dataset([tmp_path, published])
+    own = table.rows[-1]
+    assert table.cell(own, "ImageNet (source)").value == pytest.approx(60.2)
+    assert table.cell(own, "Average").value == pytest.approx(60.2 + 5.5), "without the source"
+    assert paper_tables.domain_generalization([tmp_path, published]).rows[-1] == ("MMA++",)
+
+
+def test_a_results_table_without_its_columns_is_refused(published: Path, tmp_path: Path) -> None:
+    results({"mma": 0.0}, ("eurosat",)).drop(columns="shots").to_csv(tmp_path / "results.csv")
+    with pytest.raises(UserError, match=r"results\.csv has no column 'shots'"):
+        paper_tables.base_to_novel([tmp_path, published])
+
+
+def test_missing_published_numbers_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlmlayers.figures import published as module
+
+    monkeypatch.setattr(module, "REPOSITORY_TABLES", tmp_path / "elsewhere")
+    with pytest.raises(MissingTable, match=r"published_base_to_novel\.csv is neither in"):
+        paper_tables.base_to_novel(tmp_path)
+
+
+def test_markup_in_names_is_escaped() -> None:
+    name = r"a_b & 50% {x} <i>|c\d ~ ^ #1 $"
+    table = render.Table("t_1", name, ("Method",), [(name,)], [name],
+                         {((name,), name): render.Cell(1.0, flag="bad_flag", note="n_1")})  # fmt: skip
+    latex = table.latex()
+    prose = "".join(line for line in latex.splitlines() if "50" in line or "flag" in line)
+    assert len(prose) > 200
+    assert not re.search(r"(?<!\\)[_%#$^~]", prose)
+    assert not re.search(r"[<>|]", prose)
+    body = next(line for line in latex.splitlines() if "1.00" in line)
+    assert body.count(" & ") == 1, "one cell boundary"
+    assert body.endswith(r"\\")
+    line = table.markdown().splitlines()[4]
+    assert line.replace(r"\|", "").count("|") == 3
+    assert "<i>" not in line
+
+
+def test_latex_braces_and_environments_balance(published: Path) -> None:
+    for draw in paper_tables.TABLES.values():
+        latex = draw(published).latex()
+        plain = latex.replace(r"\{", "").replace(r"\}", "")
+        assert plain.count("{") == plain.count("}")
+        for name in ("table*", "tabular"):
+            assert latex.count(rf"\begin{{{name}}}") == latex.count(rf"\end{{{name}}}") == 1
+        columns = latex.split(r"\begin{tabular}{", 1)[1].split("}", 1)[0]
+        cells = [line.count(" & ") for line in latex.splitlines() if line.endswith(r"\\")]
+        assert set(cells) == {len(columns) - 1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles(published: Path, tmp_path: Path) -> None:
+    written = [paper_tables.draw_table(name, published, tmp_path)[2] for name in paper_tables.TABLES]
+    inputs_ = "\n".join(rf"\input{{{path.name}}}" for path in written)
+    (tmp_path / "all.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n"
+        f"{inputs_}\n\\end{{document}}\n"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def test_read_joins_files_and_keeps_names_as_text(tmp_path: Path) -> None:
+    first = pd.DataFrame({"position": ["5", "embed"], "other_tower": ["", ""], "value": [0.5, 0.1]})
+    first.to_csv(tmp_path / "scores.csv", index=False)
+    first.assign(value=0.9).to_parquet(tmp_path / "scores.parquet")
+    first.to_csv(tmp_path / "scores_more.csv", index=False)
+    table = inputs.read("scores", tmp_path)
+    assert table.position.tolist() == ["5", "embed"] * 2
+    assert sorted(table.value) == [0.1, 0.5, 0.9, 0.9], "Parquet stands for the CSV of its name"
+    assert set(table.other_tower) == {""}
+    with pytest.raises(MissingTable, match=r"no table cost\*\.csv in .*record one"):
+        inputs.read("cost", tmp_path)
+    with pytest.raises(MissingTable, match="hold no gap; record"):
+        inputs.select(table, "gap", position="7")
+
+
+def test_figures_do_not_import_torch() -> None:
+    code = "import sys, vlmlayers.figures.paper_tables; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
