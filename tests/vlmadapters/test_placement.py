@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from vlmadapters.placement import KINDS, competitors, scaled_block, scaled_start
+from vlmlayers.errors import UserError
+
+TWELVE = {"vision": 12, "text": 12}
+CHOSEN = {"vision": (6, 7, 8, 9, 10, 11, 12), "text": (6, 7, 8, 9, 10, 11, 12)}
+
+
+def test_start_sweep_covers_every_start_block_and_names_what_coincides() -> None:
+    found = {c.label: c.kind for c in competitors(CHOSEN, TWELVE, ["start", "paper", "all"])}
+    assert set(found) == {f"v{s}-12,t{s}-12" for s in range(1, 12)} | {"v12,t12"}
+    assert found["v6-12,t6-12"] == "chosen+start"
+    assert found["v5-12,t5-12"] == "start+paper"
+    assert found["v1-12,t1-12"] == "start+all"
+
+
+@pytest.mark.parametrize(("vision", "text"), [(12, 12), (24, 12), (12, 24), (7, 3)])
+def test_every_placement_lies_in_its_towers_and_is_listed_once(vision: int, text: int) -> None:
+    depths = {"vision": vision, "text": text}
+    chosen = {"vision": (vision,), "text": (text - 1, text)}
+    found = competitors(chosen, depths, KINDS)
+    assert len({(c.vision, c.text) for c in found}) == len(found)
+    for c in found:
+        assert all(1 <= b <= vision for b in c.vision)
+        assert all(1 <= b <= text for b in c.text)
+        assert c.vision or c.text
+
+
+def test_paper_scales_to_24_blocks_and_unequal_towers() -> None:
+    paper = [c for c in competitors(CHOSEN, {"vision": 24, "text": 12}, ["paper"]) if "paper" in c.kind]
+    assert paper[0].label == "v9-24,t5-12"
+
+
+def test_random_placements_cost_what_the_choice_costs_and_repeat() -> None:
+    draw = [c for c in competitors(CHOSEN, TWELVE, ["random"], random_count=5, seed=3)]
+    again = [c for c in competitors(CHOSEN, TWELVE, ["random"], random_count=5, seed=3)]
+    assert draw == again
+    assert len(draw) == 6
+    assert all(len(c.vision) == len(c.text) == 7 for c in draw)
+    assert all(c.vision == c.text for c in draw)
+
+
+def test_scaling_of_single_blocks_and_starts() -> None:
+    assert [scaled_block(b, 24, 12) for b in (1, 2, 23, 24)] == [1, 1, 12, 12]
+    assert scaled_start(1, 24, 12) == 1
+    assert scaled_start(24, 24, 12) == 12
+
+
+def test_unknown_kind_and_foreign_block_are_refused() -> None:
+    with pytest.raises(UserError, match="did you mean 'upper'"):
+        competitors(CHOSEN, TWELVE, ["uper"])
+    with pytest.raises(UserError, match="text block 7, but the tower has blocks 1 to 6"):
+        competitors(CHOSEN, {"vision": 12, "text": 6})

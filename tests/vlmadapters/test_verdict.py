@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import kendalltau
+
+from vlmadapters.verdict import compare, outcomes, rank_correlation, regret, verdict
+from vlmlayers.errors import UserError
+
+PLACEMENTS = ("v5-12,t5-12", "v1-12,t1-12", "v9-12,t9-12", "v12,t12")
+KINDS = ("chosen", "all", "start", "single")
+
+
+def table(means: tuple[float, ...], noise: float = 0.5, datasets: int = 5) -> pd.DataFrame:
+    """Cells whose true means are known; dataset and seed shift every placement alike."""
+    generator = np.random.default_rng(7)
+    rows = []
+    for d in range(datasets):
+        shift = generator.normal(0, 10)
+        for seed in (1, 2, 3):
+            for name, kind, mean in zip(PLACEMENTS, KINDS, means):
+                value = mean + shift + generator.normal(0, noise)
+                rows.append(
+                    {
+                        "dataset": f"d{d}",
+                        "seed": seed,
+                        "placement": name,
+                        "kind": kind,
+                        "parameters": 10,
+                        "base": value,
+                        "novel": value,
+                        "hm": value,
+                        "changed": True,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def test_paired_differences_recover_planted_effects_under_large_dataset_shifts() -> None:
+    compared = compare(table((60, 58, 61, 50)), PLACEMENTS[0]).set_index("placement")
+    for name, truth in zip(PLACEMENTS, (0, -2, 1, -10)):
+        row = compared.loc[name]
+        assert abs(row.difference - truth) < 0.5
+        assert row.difference_low <= row.difference <= row.difference_high
+        # the shift of a dataset is common to all placements and must not widen the difference
+        assert row.difference_high - row.difference_low < 1.5
+        assert row.hm_high - row.hm_low > 4
+    assert compared.index[0] == PLACEMENTS[2]
+    assert compared["n"].eq(15).all()
+
+
+def test_regret_names_the_best_and_its_honest_form_is_not_larger() -> None:
+    found = regret(table((60, 58, 63, 50)), PLACEMENTS[0])
+    assert found.best == PLACEMENTS[2]
+    assert found.value == pytest.approx(3, abs=0.5)
+    assert found.honest <= found.value + 1e-9
+    assert regret(table((60, 58, 59, 50)), PLACEMENTS[0]).value == 0
+
+
+def test_rank_correlation_agrees_with_scipy_and_flags_chance() -> None:
+    cells = table((60, 58, 63, 50))
+    guess = {"right": (3, 2, 4, 1), "wrong": (2, 3, 1, 4), "ties": (1, 1, 2, 0), "flat": (1,) * 4}
+    predicted = pd.DataFrame(
+        [
+            {"placement": p, "score": s, "predicted": float(v)}
+            for s, values in guess.items()
+            for p, v in zip(PLACEMENTS, values)
+        ]
+    )
+    found = rank_correlation(cells, predicted).set_index("score")
+    means = outcomes(cells).means
+    for name in ("right", "wrong", "ties"):
+        assert found.at[name, "tau"] == pytest.approx(kendalltau(guess[name], means).statistic)
+    assert found.at["right", "tau"] == 1
+    assert found.at["wrong", "tau"] == -1
+    # four placements have 24 orders: a perfect ranking cannot be rarer than 2 in 24
+    assert found.at["right", "p"] == pytest.approx(2 / 24, abs=0.03)
+    assert "flat" not in found.index
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ((60, 57, 55, 50), "did better than the default"),
+        ((60, 63, 55, 50), "did worse than the default"),
+        ((60, 60.0, 55, 50), "cannot be told from the default"),
+    ],
+)
+def test_verdict_follows_from_the_numbers(means: tuple[float, ...], expected: str) -> None:
+    assert expected in verdict(table(means, noise=1.0), PLACEMENTS[0], PLACEMENTS[1])
+
+
+def test_verdict_says_when_the_rule_chose_the_default_and_when_nothing_was_learned() -> None:
+    cells = table((60, 57, 62, 50))
+    assert verdict(cells, PLACEMENTS[0], PLACEMENTS[0]).startswith("The rule chose the default")
+    assert "changed no prediction" in verdict(
+        cells.assign(changed=False), PLACEMENTS[0], PLACEMENTS[1]
+    )
+
+
+def test_incomplete_cells_are_left_out_and_an_empty_table_is_refused() -> None:
+    cells = table((60, 57, 55, 50))
+    part = cells.drop(index=cells.index[0])
+    assert len(outcomes(part).values) == 14
+    with pytest.raises(UserError, match="finish the sweep"):
+        outcomes(cells[cells["placement"] == "none"])
+    with pytest.raises(UserError, match="unknown placement"):
+        compare(cells, "v5-12,t5-13")
