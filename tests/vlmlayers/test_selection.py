@@ -11,8 +11,17 @@ from synthetic import curve_rows, full, pair_rows, planted, step, table
 
 from vlmlayers.errors import UserError
 from vlmlayers.selection import (
-    LayerChoice, adapter_parameters, available_scores, block_scores, describe_blocks, fit_knee,
-    paper_blocks, parse_blocks, placement_score, predict, select,
+    LayerChoice,
+    adapter_parameters,
+    available_scores,
+    block_scores,
+    describe_blocks,
+    fit_knee,
+    paper_blocks,
+    parse_blocks,
+    placement_score,
+    predict,
+    select,
 )
 from vlmlayers.selection.curves import agreement_curve, agreement_matrix, partner_block
 
@@ -21,8 +30,10 @@ def span(first: int, last: int) -> tuple[int, ...]:
     return tuple(range(first, last + 1))
 
 
-@pytest.mark.parametrize(("depths", "start"), [((12, 12), (5, 5)), ((24, 24), (9, 9)),
-                                               ((24, 12), (15, 8)), ((6, 12), (3, 6))])
+@pytest.mark.parametrize(
+    ("depths", "start"),
+    [((12, 12), (5, 5)), ((24, 24), (9, 9)), ((24, 12), (15, 8)), ((6, 12), (3, 6))],
+)
 def test_planted_step_is_found(depths: tuple[int, int], start: tuple[int, int]) -> None:
     scores = planted(*depths, start)
     choice = select(scores, resamples=20)
@@ -45,7 +56,8 @@ def test_threshold_needs_both_accuracy_and_agreement() -> None:
     scores = table(
         curve_rows("dataset_accuracy", "vision", step(8, 3)),
         curve_rows("dataset_accuracy", "text", step(8, 3)),
-        pair_rows("cka_debiased", 8, 8, lambda i, j: 0.1 * min(i, j)))
+        pair_rows("cka_debiased", 8, 8, lambda i, j: 0.1 * min(i, j)),
+    )
     both = select(scores, resamples=0)
     alone = select(scores, agreement_metric="none", resamples=0)
     assert alone.vision == span(3, 8)
@@ -76,8 +88,11 @@ def test_seeds_that_disagree_widen_the_start() -> None:
 
 
 def test_flat_curve_is_undecided_and_chooses_nothing() -> None:
-    choice = select(table(curve_rows("dataset_accuracy", "vision", [0.5] * 6)),
-                    agreement_metric="none", resamples=0)
+    choice = select(
+        table(curve_rows("dataset_accuracy", "vision", [0.5] * 6)),
+        agreement_metric="none",
+        resamples=0,
+    )
     assert choice.vision == () and not choice.decided
     assert "the same at every vision block" in choice.statement
 
@@ -95,7 +110,9 @@ def test_knee_recovers_the_change_point(knee: int) -> None:
     curve = 0.2 + 0.06 * np.minimum(x, knee) + 0.002 * x
     fit = fit_knee(curve)
     assert fit["knee"] == knee and fit["better_than_line"]
-    assert fit["slope_before"] == pytest.approx(0.062) and fit["slope_after"] == pytest.approx(.002)
+    assert fit["slope_before"] == pytest.approx(0.062) and fit["slope_after"] == pytest.approx(
+        0.002
+    )
     scores = table(curve_rows("dataset_accuracy", "vision", list(curve)))
     choice = select(scores, "knee", resamples=0)
     assert choice.vision == span(knee, 12)
@@ -110,7 +127,7 @@ def test_knee_on_a_straight_line_is_undecided() -> None:
 
 
 def test_budget_without_span_takes_the_best_blocks() -> None:
-    scores = table(curve_rows("class_accuracy", "vision", [.1, .9, .2, .8, .3, .7]))
+    scores = table(curve_rows("class_accuracy", "vision", [0.1, 0.9, 0.2, 0.8, 0.3, 0.7]))
     choice = select(scores, "budget", n=2, span=False, score="metric:class_accuracy", resamples=0)
     assert choice.vision == (2, 4)
     joined = select(scores, "budget", n=3, span="true", score="metric:class_accuracy", resamples=0)
@@ -133,14 +150,19 @@ def test_fixed_rules() -> None:
 
 def test_own_rule_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("def last(scores, n=2):\n    return range(13 - n, 13), [12]\n"
-                    "def wrong(scores):\n    return 'all'\n"
-                    "def deep(scores):\n    return [99], []\n")
+    file.write_text(
+        "def last(scores, n=2):\n    return range(13 - n, 13), [12]\n"
+        "def wrong(scores):\n    return 'all'\n"
+        "def deep(scores):\n    return [99], []\n"
+    )
     choice = select(planted(), f"{file}:last", n=3, resamples=3)
     assert (choice.vision, choice.text) == ((10, 11, 12), (12,))
     assert choice.evidence["towers"]["vision"]["frequency"][-3:] == [1, 1, 1]
-    for name, message in (("wrong", "must return a LayerChoice"), ("deep", "vision block 99"),
-                          ("lost", "did you mean 'last'")):
+    for name, message in (
+        ("wrong", "must return a LayerChoice"),
+        ("deep", "vision block 99"),
+        ("lost", "did you mean 'last'"),
+    ):
         with pytest.raises(UserError, match=message):
             select(planted(), f"{file}:{name}")
     with pytest.raises(UserError, match="cannot be called with these options"):
@@ -181,18 +203,24 @@ def choice_of(content: str, folder: Path) -> LayerChoice:
     return LayerChoice.load(path)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("{", "not valid JSON"),
-    ("[]", "must hold an object"),
-    ('{"vision": [1], "text": [], "rule": "x", "visoin": 1}', "did you mean 'vision'"),
-    ('{"vision": [1], "rule": "x"}', "lacks the key 'text'"),
-    ('{"vision": [0], "text": [], "rule": "x"}', "not a whole number from 1"),
-    ('{"vision": [1.5], "text": [], "rule": "x"}', "not a whole number from 1"),
-    ('{"vision": "5-12", "text": [], "rule": "x"}', "must be a list of whole numbers"),
-    ('{"vision": [], "text": [], "rule": 3}', "'rule' must be a name"),
-    ('{"vision": [13], "text": [], "rule": "x", "evidence": {"towers": {"vision": {"depth": 12}}}}',
-     "block 13 does not exist"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must hold an object"),
+        ('{"vision": [1], "text": [], "rule": "x", "visoin": 1}', "did you mean 'vision'"),
+        ('{"vision": [1], "rule": "x"}', "lacks the key 'text'"),
+        ('{"vision": [0], "text": [], "rule": "x"}', "not a whole number from 1"),
+        ('{"vision": [1.5], "text": [], "rule": "x"}', "not a whole number from 1"),
+        ('{"vision": "5-12", "text": [], "rule": "x"}', "must be a list of whole numbers"),
+        ('{"vision": [], "text": [], "rule": 3}', "'rule' must be a name"),
+        (
+            '{"vision": [13], "text": [], "rule": "x", '
+            '"evidence": {"towers": {"vision": {"depth": 12}}}}',
+            "block 13 does not exist",
+        ),
+    ],
+)
 def test_bad_choice_files(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         choice_of(content, tmp_path)
@@ -215,22 +243,25 @@ def test_blocks_as_text() -> None:
         parse_blocks("5 to 12")
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"rule": "treshold"}, "did you mean 'threshold'"),
-    ({"acuracy": 0.5}, "did you mean 'accuracy'"),
-    ({"accuracy": 1.5}, "between 0 and 1"),
-    ({"accuracy": "much"}, "must be a number"),
-    ({"fill": "perhaps"}, "must be true or false"),
-    ({"partner": "dept"}, "did you mean 'depth'"),
-    ({"metric": "dataset_acuracy"}, "did you mean 'dataset_accuracy'"),
-    ({"resamples": -1}, "resamples must be 0"),
-    ({"rule": "budget", "n": 13}, "exceeds the 12 vision blocks"),
-    ({"rule": "budget", "n": -1}, "n must be 0"),
-    ({"rule": "budget", "score": "acuracy"}, "did you mean 'accuracy'"),
-    ({"rule": "budget", "score": "accuracy_x_generalizability"}, "needs the metric"),
-    ({"rule": "explicit"}, "names no block"),
-    ({"rule": "explicit", "vision": "1-13"}, "block 13 does not exist"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "treshold"}, "did you mean 'threshold'"),
+        ({"acuracy": 0.5}, "did you mean 'accuracy'"),
+        ({"accuracy": 1.5}, "between 0 and 1"),
+        ({"accuracy": "much"}, "must be a number"),
+        ({"fill": "perhaps"}, "must be true or false"),
+        ({"partner": "dept"}, "did you mean 'depth'"),
+        ({"metric": "dataset_acuracy"}, "did you mean 'dataset_accuracy'"),
+        ({"resamples": -1}, "resamples must be 0"),
+        ({"rule": "budget", "n": 13}, "exceeds the 12 vision blocks"),
+        ({"rule": "budget", "n": -1}, "n must be 0"),
+        ({"rule": "budget", "score": "acuracy"}, "did you mean 'accuracy'"),
+        ({"rule": "budget", "score": "accuracy_x_novel"}, "needs the metric"),
+        ({"rule": "explicit"}, "names no block"),
+        ({"rule": "explicit", "vision": "1-13"}, "block 13 does not exist"),
+    ],
+)
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         select(planted(), **options)  # type: ignore[arg-type]
@@ -255,10 +286,15 @@ def test_bad_tables() -> None:
 
 def test_placement_scores_prefer_the_planted_placement() -> None:
     scores = planted()
-    placements = {"planted": (span(5, 12), span(5, 12)), "low": (span(1, 8), span(1, 8)),
-                  "one": ((1,), (1,)), "all": (span(1, 12), span(1, 12))}
-    frame = predict(scores, placements).pivot(index="placement", columns="score",
-                                              values="predicted")
+    placements = {
+        "planted": (span(5, 12), span(5, 12)),
+        "low": (span(1, 8), span(1, 8)),
+        "one": ((1,), (1,)),
+        "all": (span(1, 12), span(1, 12)),
+    }
+    frame = predict(scores, placements).pivot(
+        index="placement", columns="score", values="predicted"
+    )
     for name in ("contrast_accuracy", "contrast_accuracy_x_agreement", "captured_minus_cost"):
         assert frame[name].idxmax() == "planted", name
     assert frame.loc["planted", "mean_accuracy"] == 1
@@ -270,7 +306,7 @@ def test_placement_scores_prefer_the_planted_placement() -> None:
 
 def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
     scores = full(24, 12)
-    assert "mean_accuracy_x_generalizability" not in available_scores(scores)
+    assert "mean_accuracy_x_novel" not in available_scores(scores)
     assert "metric:class_accuracy" in available_scores(scores)
     low = placement_score(scores, span(1, 8), span(1, 4), "metric:class_accuracy")
     high = placement_score(scores, span(17, 24), span(9, 12), "metric:class_accuracy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmlayers.selection.choice import LayerChoice, describe_blocks, parse_blocks
+from vlmlayers.selection.chooser import make_rule, select
 from vlmlayers.selection.predict import (
     BLOCK_SCORES,
     PLACEMENT_SCORES,
@@ -13,7 +14,6 @@ from vlmlayers.selection.predict import (
     predict,
 )
 from vlmlayers.selection.rules import RULES, Pick, fit_knee, paper_blocks
-from vlmlayers.selection.chooser import make_rule, select
 
 __all__ = [
     "BLOCK_SCORES",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +36,9 @@ class LayerChoice:
             blocks = _blocks(getattr(self, tower), tower)
             depth = self.evidence.get("towers", {}).get(tower, {}).get("depth")
             if depth is not None and blocks and blocks[-1] > depth:
-                raise UserError(f"{tower} block {blocks[-1]} does not exist; "
-                                f"the tower has blocks 1..{depth}")
+                raise UserError(
+                    f"{tower} block {blocks[-1]} does not exist; the tower has blocks 1..{depth}"
+                )
             object.__setattr__(self, tower, blocks)
 
     @property
@@ -58,17 +58,23 @@ class LayerChoice:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `choice.json`."""
-        return {"vision": list(self.vision), "text": list(self.text), "rule": self.rule,
-                "evidence": self.evidence}
+        return {
+            "vision": list(self.vision),
+            "text": list(self.text),
+            "rule": self.rule,
+            "evidence": self.evidence,
+        }
 
     def save(self, path: str | Path) -> Path:
         """Write `choice.json`; a half-written file never appears under the final name."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-                        + "\n", encoding="utf-8")
-        os.replace(part, target)
+        part.write_text(
+            json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
+        part.replace(target)
         return target
 
     @classmethod
@@ -83,11 +89,14 @@ class LayerChoice:
         try:
             content = json.loads(source.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"cannot read the choice {source}: {error.strerror}; "
-                            "write it with `vlmlayers select`") from None
+            raise UserError(
+                f"cannot read the choice {source}: {error.strerror}; "
+                "write it with `vlmlayers select`"
+            ) from None
         except ValueError as error:
-            raise UserError(f"{source} is not valid JSON ({error}); "
-                            "write it again with `vlmlayers select`") from None
+            raise UserError(
+                f"{source} is not valid JSON ({error}); write it again with `vlmlayers select`"
+            ) from None
         return cls.from_dict(content, where=str(source))
 
     @classmethod
@@ -109,15 +118,20 @@ class LayerChoice:
             raise UserError(f"{where}: {error}") from None
 
     def __str__(self) -> str:
-        return (f"vision {describe_blocks(self.vision)}, text {describe_blocks(self.text)} "
-                f"(rule {self.rule})")
+        return (
+            f"vision {describe_blocks(self.vision)}, text {describe_blocks(self.text)} "
+            f"(rule {self.rule})"
+        )
 
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><th scope='row'>{tower}</th><td>{describe_blocks(self.blocks(tower))}</td></tr>"
-            for tower in TOWERS)
-        return (f"<table><caption>Layers to adapt, rule {html.escape(self.rule)}</caption>{rows}"
-                f"</table><p>{html.escape(self.statement)}</p>")
+            for tower in TOWERS
+        )
+        return (
+            f"<table><caption>Layers to adapt, rule {html.escape(self.rule)}</caption>{rows}"
+            f"</table><p>{html.escape(self.statement)}</p>"
+        )
 
 
 def describe_blocks(blocks: Iterable[int]) -> str:

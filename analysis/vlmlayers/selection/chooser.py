@@ -21,8 +21,14 @@ GROUP = "vlmlayers.rules"
 FIXED = ("paper", "all", "explicit")
 
 
-def select(scores: pd.DataFrame, rule: str = "threshold", *, resamples: int = 200, seed: int = 0,
-           **options: Any) -> LayerChoice:
+def select(
+    scores: pd.DataFrame,
+    rule: str = "threshold",
+    *,
+    resamples: int = 200,
+    seed: int = 0,
+    **options: Any,
+) -> LayerChoice:
     """Choose the layers to adapt from a score table.
 
     Args:
@@ -72,8 +78,9 @@ def make_rule(rule: str, options: Mapping[str, Any]) -> Callable[..., Picks]:
     known = {field.name: field for field in fields(kind)}
     for name in options:
         check_one_of(f"option of rule {rule!r}", name, known)
-    typed = {name: _typed(rule, name, value, known[name].default)
-             for name, value in options.items()}
+    typed = {
+        name: _typed(rule, name, value, known[name].default) for name, value in options.items()
+    }
     made: Callable[..., Picks] = kind(**typed)
     return made
 
@@ -90,8 +97,9 @@ def _typed(rule: str, name: str, value: Any, default: Any) -> Any:
         try:
             return type(default)(value)
         except (TypeError, ValueError):
-            raise UserError(f"option {name} of rule {rule!r} must be a number, "
-                            f"not {value!r}") from None
+            raise UserError(
+                f"option {name} of rule {rule!r} must be a number, not {value!r}"
+            ) from None
     return value
 
 
@@ -108,8 +116,9 @@ class OwnRule:
         try:
             made = self.function(scores, **self.options)
         except TypeError as error:
-            raise UserError(f"rule {self.name!r} cannot be called with these options: "
-                            f"{error}") from None
+            raise UserError(
+                f"rule {self.name!r} cannot be called with these options: {error}"
+            ) from None
         return {tower: Pick(picked) for tower, picked in self._read(made, blocks).items()}
 
     def _read(self, made: Any, blocks: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -118,15 +127,22 @@ class OwnRule:
         if isinstance(made, Mapping):
             made = (made.get("vision", ()), made.get("text", ()))
         if not isinstance(made, Iterable) or isinstance(made, str) or len(pair := tuple(made)) != 2:
-            raise UserError(f"rule {self.name!r} must return a LayerChoice or a (vision, text) "
-                            f"pair of blocks, not {made!r}")
+            raise UserError(
+                f"rule {self.name!r} must return a LayerChoice or a (vision, text) "
+                f"pair of blocks, not {made!r}"
+            )
         chosen = {"vision": parse_blocks(pair[0]), "text": parse_blocks(pair[1])}
         for tower, picked in chosen.items():
             if picked and picked[-1] > blocks.get(tower, 0):
-                raise UserError(f"rule {self.name!r} chose {tower} block {picked[-1]}; the table "
-                                f"has {tower} blocks 1..{blocks.get(tower, 0)}")
-        return {tower: chosen[tower] for tower in {**dict.fromkeys(blocks), **chosen}
-                if tower in blocks or chosen[tower]}
+                raise UserError(
+                    f"rule {self.name!r} chose {tower} block {picked[-1]}; the table "
+                    f"has {tower} blocks 1..{blocks.get(tower, 0)}"
+                )
+        return {
+            tower: chosen[tower]
+            for tower in {**dict.fromkeys(blocks), **chosen}
+            if tower in blocks or chosen[tower]
+        }
 
 
 def _load_function(rule: str) -> Callable[..., Any]:
@@ -140,7 +156,7 @@ def _load_function(rule: str) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  the user's code may fail in any way
+    except Exception as error:
         raise UserError(f"rule file {file} fails on import: {error}") from error
     functions = [key for key, value in vars(module).items() if callable(value)]
     check_one_of("function", name, functions, where=file)
@@ -158,24 +174,40 @@ def _used(scores: pd.DataFrame, chooser: Any) -> pd.DataFrame:
     return scores[scores["metric"].isin(wanted)]
 
 
-def _evidence(scores: pd.DataFrame, chooser: Any, blocks: dict[str, int], picks: Picks,
-              found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _evidence(
+    scores: pd.DataFrame,
+    chooser: Any,
+    blocks: dict[str, int],
+    picks: Picks,
+    found: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
     reasons = [note for pick in picks.values() for note in pick.notes]
     towers = {}
     for tower, depth in blocks.items():
         pick = picks.get(tower, Pick(()))
-        towers[tower] = {"depth": depth, "values": pick.values, **pick.details,
-                         **found.get(tower, {})}
+        towers[tower] = {
+            "depth": depth,
+            "values": pick.values,
+            **pick.details,
+            **found.get(tower, {}),
+        }
         if tower in found:
             reasons += doubts(tower, depth, found[tower])
-    options = (chooser.options if isinstance(chooser, OwnRule) else asdict(chooser))
+    options = chooser.options if isinstance(chooser, OwnRule) else asdict(chooser)
     first = scores.iloc[0]
-    return {"model": str(first["model"]), "weights": str(first["weights"]),
-            "random_weights": bool((scores["weights"] == "random").any()),
-            "options": {name: value if isinstance(value, str | int | float | bool) else str(value)
-                        for name, value in options.items()},
-            "towers": towers, "decided": not reasons, "doubts": reasons,
-            "statement": _statement(picks, found, reasons)}
+    return {
+        "model": str(first["model"]),
+        "weights": str(first["weights"]),
+        "random_weights": bool((scores["weights"] == "random").any()),
+        "options": {
+            name: value if isinstance(value, str | int | float | bool) else str(value)
+            for name, value in options.items()
+        },
+        "towers": towers,
+        "decided": not reasons,
+        "doubts": reasons,
+        "statement": _statement(picks, found, reasons),
+    }
 
 
 def _statement(picks: Picks, found: dict[str, dict[str, Any]], reasons: list[str]) -> str:
@@ -187,8 +219,10 @@ def _statement(picks: Picks, found: dict[str, dict[str, Any]], reasons: list[str
     for tower, one in found.items():
         low, high = one["start"]["low"], one["start"]["high"]
         where = f"start {low}" if low == high else f"start {low}–{high}"
-        parts.append(f"{tower} {describe_blocks(picks[tower].blocks)} "
-                     f"({where}; the same in {one['same']:.0%})")
+        parts.append(
+            f"{tower} {describe_blocks(picks[tower].blocks)} "
+            f"({where}; the same in {one['same']:.0%})"
+        )
     return f"The data decide: over resampled scores, {', '.join(parts)}."
 
 

@@ -14,8 +14,20 @@ from vlmlayers.positions import SPACES, TOWERS
 
 POOLED = "*"
 POOLING_ORDER = ("model", "cls", "eot", "mean")
-REQUIRED = ("model", "weights", "dataset", "tower", "position", "space", "pooling", "metric",
-            "value", "low", "high", "seed")
+REQUIRED = (
+    "model",
+    "weights",
+    "dataset",
+    "tower",
+    "position",
+    "space",
+    "pooling",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "seed",
+)
 Array = NDArray[np.float64]
 
 
@@ -27,14 +39,18 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """
     missing = [name for name in REQUIRED if name not in scores.columns]
     if missing:
-        raise UserError(f"the score table lacks the columns {', '.join(missing)}; "
-                        "write it with `vlmlayers score`")
+        raise UserError(
+            f"the score table lacks the columns {', '.join(missing)}; "
+            "write it with `vlmlayers score`"
+        )
     if scores.empty:
         raise UserError("the score table is empty; nothing can be chosen from it")
     models = sorted({f"{m} ({w})" for m, w in zip(scores["model"], scores["weights"])})
     if len(models) > 1:
-        raise UserError(f"the score table holds {len(models)} models ({', '.join(models[:4])}); "
-                        "keep the rows of one before choosing layers")
+        raise UserError(
+            f"the score table holds {len(models)} models ({', '.join(models[:4])}); "
+            "keep the rows of one before choosing layers"
+        )
     for name in ("other_tower", "other_position", "options"):
         if name not in scores.columns:
             scores = scores.assign(**{name: ""})
@@ -87,8 +103,12 @@ class Reading:
         return rows[pooled] if pooled.any() else rows
 
 
-def _keep(rows: pd.DataFrame, column: str, wanted: str | None, order: Sequence[str],
-          ) -> pd.DataFrame:
+def _keep(
+    rows: pd.DataFrame,
+    column: str,
+    wanted: str | None,
+    order: Sequence[str],
+) -> pd.DataFrame:
     present = rows[column].astype(str)
     names = set(present)
     if wanted is not None:
@@ -112,8 +132,14 @@ def has_curve(scores: pd.DataFrame, metric: str, tower: str) -> bool:
     return bool(rows["position"].astype(str).str.isdecimal().any())
 
 
-def block_curve(scores: pd.DataFrame, metric: str, tower: str, blocks: int,
-                reading: Reading | None = None, column: str = "value") -> Array:
+def block_curve(
+    scores: pd.DataFrame,
+    metric: str,
+    tower: str,
+    blocks: int,
+    reading: Reading | None = None,
+    column: str = "value",
+) -> Array:
     """Return a metric at every block of a tower, (block,), averaged over seeds and datasets.
 
     Raises:
@@ -122,8 +148,12 @@ def block_curve(scores: pd.DataFrame, metric: str, tower: str, blocks: int,
     check_one_of("metric", metric, metric_names(scores), where="the score table")
     rows = (reading or Reading()).rows(scores, metric, tower)
     rows = partnered(rows, tower, blocks)
-    return _fill(rows["position"].astype(str).to_numpy(), rows[column].to_numpy(float), blocks,
-                 f"{metric} of the {tower} tower")
+    return _fill(
+        rows["position"].astype(str).to_numpy(),
+        rows[column].to_numpy(float),
+        blocks,
+        f"{metric} of the {tower} tower",
+    )
 
 
 def partnered(rows: pd.DataFrame, tower: str, blocks: int) -> pd.DataFrame:
@@ -135,8 +165,13 @@ def partnered(rows: pd.DataFrame, tower: str, blocks: int) -> pd.DataFrame:
     other = max((int(p) for p in there[theirs == _other(tower)] if p.isdecimal()), default=blocks)
     here = rows["position"].astype(str)
     partner = [str(partner_block(int(p), blocks, other)) if p.isdecimal() else p for p in here]
-    return rows[(theirs == "") | ((theirs == _other(tower)) & (there == pd.Series(
-        partner, index=rows.index, dtype=object)))]
+    return rows[
+        (theirs == "")
+        | (
+            (theirs == _other(tower))
+            & (there == pd.Series(partner, index=rows.index, dtype=object))
+        )
+    ]
 
 
 def _fill(positions: NDArray[np.object_], values: Array, blocks: int, what: str) -> Array:
@@ -147,17 +182,22 @@ def _fill(positions: NDArray[np.object_], values: Array, blocks: int, what: str)
             count[int(position) - 1] += 1
     missing = [str(block + 1) for block in np.flatnonzero(count == 0)]
     if missing:
-        raise UserError(f"{what} has no value at block {', '.join(missing[:6])}"
-                        f"{', …' if len(missing) > 6 else ''}; score every block first")
+        raise UserError(
+            f"{what} has no value at block {', '.join(missing[:6])}"
+            f"{', …' if len(missing) > 6 else ''}; score every block first"
+        )
     curve: Array = total / count
     if not np.isfinite(curve).all():
-        raise UserError(f"{what} is not finite at block "
-                        f"{int(np.flatnonzero(~np.isfinite(curve))[0]) + 1}; drop or repair it")
+        raise UserError(
+            f"{what} is not finite at block "
+            f"{int(np.flatnonzero(~np.isfinite(curve))[0]) + 1}; drop or repair it"
+        )
     return curve
 
 
-def agreement_matrix(scores: pd.DataFrame, metric: str, blocks: dict[str, int],
-                     reading: Reading | None = None) -> Array:
+def agreement_matrix(
+    scores: pd.DataFrame, metric: str, blocks: dict[str, int], reading: Reading | None = None
+) -> Array:
     """Return agreement between every vision and every text block, (vision block, text block).
 
     Cells that were not measured are NaN.
@@ -179,8 +219,10 @@ def agreement_matrix(scores: pd.DataFrame, metric: str, blocks: dict[str, int],
                 total[cell] += value
                 count[cell] += 1
     if not count.any():
-        raise UserError(f"the score table has no {metric} between vision and text blocks; score it "
-                        "with both towers, or choose with agreement=none")
+        raise UserError(
+            f"the score table has no {metric} between vision and text blocks; score it "
+            "with both towers, or choose with agreement=none"
+        )
     with np.errstate(invalid="ignore"):
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
@@ -212,11 +254,14 @@ def agreement_curve(matrix: Array, tower: str, partner: str = "depth") -> Array:
         best: Array = np.nanmax(cells, axis=1)
         return best
     picked: Array = np.array(
-        [cells[b - 1, partner_block(b, own, other) - 1] for b in range(1, own + 1)])
+        [cells[b - 1, partner_block(b, own, other) - 1] for b in range(1, own + 1)]
+    )
     if np.isnan(picked).any():
         block = int(np.flatnonzero(np.isnan(picked))[0]) + 1
-        raise UserError(f"agreement of {tower} block {block} with its partner at equal depth was "
-                        "not measured; score every block pair or choose with partner=max")
+        raise UserError(
+            f"agreement of {tower} block {block} with its partner at equal depth was "
+            "not measured; score every block pair or choose with partner=max"
+        )
     return picked
 
 

@@ -16,12 +16,18 @@ import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.selection.curves import (
-    Array, agreement_curve, agreement_matrix, block_curve, depths, has_curve, metric_names,
+    Array,
+    agreement_curve,
+    agreement_matrix,
+    block_curve,
+    depths,
+    has_curve,
+    metric_names,
     normalise,
 )
 
 Blocks = Mapping[str, Sequence[int]]
-_ACCURACY, _AGREEMENT, _GENERAL = "dataset_accuracy", "cka_debiased", "generalizability"
+_ACCURACY, _AGREEMENT, _NOVEL = "dataset_accuracy", "cka_debiased", "novel_class_accuracy"
 
 
 def _metric(scores: pd.DataFrame, name: str, blocks: Mapping[str, int]) -> dict[str, Array]:
@@ -30,15 +36,22 @@ def _metric(scores: pd.DataFrame, name: str, blocks: Mapping[str, int]) -> dict[
     if not any(has_curve(scores, name, tower) for tower in blocks):
         matrix = agreement_matrix(scores, name, dict(blocks))
         return {tower: normalise(agreement_curve(matrix, tower)) for tower in blocks}
-    return {tower: normalise(block_curve(scores, name, tower, depth))
-            for tower, depth in blocks.items() if has_curve(scores, name, tower)}
+    return {
+        tower: normalise(block_curve(scores, name, tower, depth))
+        for tower, depth in blocks.items()
+        if has_curve(scores, name, tower)
+    }
 
 
 def _product(*names: str) -> Callable[[pd.DataFrame, Mapping[str, int]], dict[str, Array]]:
     def scaled(scores: pd.DataFrame, blocks: Mapping[str, int]) -> dict[str, Array]:
         parts = [_metric(scores, name, blocks) for name in names]
-        return {tower: np.prod([part[tower] for part in parts], axis=0)
-                for tower in blocks if all(tower in part for part in parts)}
+        return {
+            tower: np.prod([part[tower] for part in parts], axis=0)
+            for tower in blocks
+            if all(tower in part for part in parts)
+        }
+
     return scaled
 
 
@@ -59,23 +72,42 @@ class BlockScore:
 
 BLOCK_SCORES: dict[str, BlockScore] = {
     "accuracy": BlockScore(
-        "dataset accuracy, scaled to its range over the tower's blocks", (_ACCURACY,),
-        _product(_ACCURACY)),
+        "dataset accuracy, scaled to its range over the tower's blocks",
+        (_ACCURACY,),
+        _product(_ACCURACY),
+    ),
     "agreement": BlockScore(
         "debiased CKA with the other tower's block of equal depth, scaled to its range",
-        (_AGREEMENT,), _product(_AGREEMENT)),
+        (_AGREEMENT,),
+        _product(_AGREEMENT),
+    ),
     "accuracy_x_agreement": BlockScore(
-        "scaled dataset accuracy times scaled agreement", (_ACCURACY, _AGREEMENT),
-        _product(_ACCURACY, _AGREEMENT)),
-    "accuracy_x_generalizability": BlockScore(
-        "scaled dataset accuracy times scaled generalizability", (_ACCURACY, _GENERAL),
-        _product(_ACCURACY, _GENERAL)),
+        "scaled dataset accuracy times scaled agreement",
+        (_ACCURACY, _AGREEMENT),
+        _product(_ACCURACY, _AGREEMENT),
+    ),
+    "accuracy_x_novel": BlockScore(
+        "scaled dataset accuracy times scaled accuracy on novel classes, vision only",
+        (_ACCURACY, _NOVEL),
+        _product(_ACCURACY, _NOVEL),
+    ),
 }
 
 
-def block_scores(scores: pd.DataFrame, name: str, blocks: Mapping[str, int] | None = None,
-                 ) -> dict[str, Array]:
+def block_scores(
+    scores: pd.DataFrame,
+    name: str,
+    blocks: Mapping[str, int] | None = None,
+    *,
+    partial: bool = False,
+) -> dict[str, Array]:
     """Return a block score per tower, (block,), by its name or as `metric:NAME`.
+
+    Args:
+        scores: Score table of one model.
+        name: Name of a block score.
+        blocks: Depth by tower; read off the table where None.
+        partial: Whether a score that is defined on one tower only will do.
 
     Raises:
         UserError: The name is unknown or the table lacks a metric that it needs.
@@ -88,24 +120,31 @@ def block_scores(scores: pd.DataFrame, name: str, blocks: Mapping[str, int] | No
         score = BLOCK_SCORES[name]
         for metric in score.metrics:
             if metric not in set(scores["metric"]):
-                raise UserError(f"block score {name!r} needs the metric {metric!r}, which the "
-                                "score table lacks; score it or name another block score")
+                raise UserError(
+                    f"block score {name!r} needs the metric {metric!r}, which the "
+                    "score table lacks; score it or name another block score"
+                )
         by_tower = score.compute(scores, found)
     lacking = [tower for tower in found if tower not in by_tower]
-    if lacking:
+    if lacking and not (partial and by_tower):
         raise UserError(f"block score {name!r} has no value on the {lacking[0]} tower")
     return by_tower
 
 
 def _mean_over(by_tower: Mapping[str, Array], placement: Blocks) -> float:
-    picked = [by_tower[tower][np.asarray(placement[tower], dtype=int) - 1]
-              for tower in by_tower if len(placement.get(tower, ()))]
+    picked = [
+        by_tower[tower][np.asarray(placement[tower], dtype=int) - 1]
+        for tower in by_tower
+        if len(placement.get(tower, ()))
+    ]
     return float(np.concatenate(picked).mean()) if picked else 0.0
 
 
 def _frozen(placement: Blocks, blocks: Mapping[str, int]) -> dict[str, list[int]]:
-    return {tower: [b for b in range(1, depth + 1) if b not in placement.get(tower, ())]
-            for tower, depth in blocks.items()}
+    return {
+        tower: [b for b in range(1, depth + 1) if b not in placement.get(tower, ())]
+        for tower, depth in blocks.items()
+    }
 
 
 def _share(placement: Blocks, blocks: Mapping[str, int]) -> float:
@@ -133,8 +172,9 @@ def _contrast(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[st
 
 def _captured(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> float:
     total = sum(float(values[t].sum()) for t in values)
-    picked = sum(float(values[t][np.asarray(placement.get(t, ()), dtype=int) - 1].sum())
-                 for t in values)
+    picked = sum(
+        float(values[t][np.asarray(placement.get(t, ()), dtype=int) - 1].sum()) for t in values
+    )
     return picked / total - 0.5 * _share(placement, blocks) if total > 0 else 0.0
 
 
@@ -152,33 +192,47 @@ def _count(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, 
 
 PLACEMENT_SCORES: dict[str, PlacementScore] = {
     "mean_accuracy": PlacementScore(
-        "mean scaled dataset accuracy of the adapted blocks", "accuracy", _mean),
+        "mean scaled dataset accuracy of the adapted blocks", "accuracy", _mean
+    ),
     "mean_agreement": PlacementScore(
-        "mean scaled cross-tower agreement of the adapted blocks", "agreement", _mean),
+        "mean scaled cross-tower agreement of the adapted blocks", "agreement", _mean
+    ),
     "mean_accuracy_x_agreement": PlacementScore(
-        "mean over adapted blocks of scaled accuracy times agreement", "accuracy_x_agreement",
-        _mean),
-    "mean_accuracy_x_generalizability": PlacementScore(
-        "mean over adapted blocks of scaled accuracy times generalizability",
-        "accuracy_x_generalizability", _mean),
+        "mean over adapted blocks of scaled accuracy times agreement", "accuracy_x_agreement", _mean
+    ),
+    "mean_accuracy_x_novel": PlacementScore(
+        "mean over adapted vision blocks of scaled accuracy times accuracy on novel classes",
+        "accuracy_x_novel",
+        _mean,
+    ),
     "contrast_accuracy": PlacementScore(
-        "mean scaled accuracy of adapted blocks minus that of frozen blocks", "accuracy",
-        _contrast),
+        "mean scaled accuracy of adapted blocks minus that of frozen blocks", "accuracy", _contrast
+    ),
     "contrast_accuracy_x_agreement": PlacementScore(
         "mean scaled accuracy × agreement of adapted minus that of frozen blocks",
-        "accuracy_x_agreement", _contrast),
+        "accuracy_x_agreement",
+        _contrast,
+    ),
     "captured_minus_cost": PlacementScore(
         "share of all scaled accuracy × agreement that is adapted, minus half the share of blocks",
-        "accuracy_x_agreement", _captured),
+        "accuracy_x_agreement",
+        _captured,
+    ),
     "relative_depth": PlacementScore(
-        "mean relative depth of the adapted blocks; reads no measurement", "", _depth),
+        "mean relative depth of the adapted blocks; reads no measurement", "", _depth
+    ),
     "blocks_adapted": PlacementScore(
-        "share of all blocks that is adapted; reads no measurement", "", _count),
+        "share of all blocks that is adapted; reads no measurement", "", _count
+    ),
 }
 
 
-def placement_score(scores: pd.DataFrame, vision: Iterable[int], text: Iterable[int],
-                    name: str = "contrast_accuracy_x_agreement") -> float:
+def placement_score(
+    scores: pd.DataFrame,
+    vision: Iterable[int],
+    text: Iterable[int],
+    name: str = "contrast_accuracy_x_agreement",
+) -> float:
     """Return the predicted quality of one placement.
 
     Args:
@@ -195,23 +249,28 @@ def placement_score(scores: pd.DataFrame, vision: Iterable[int], text: Iterable[
     placement = {"vision": sorted(vision), "text": sorted(text)}
     for tower, picked in placement.items():
         if picked and not 1 <= picked[0] <= picked[-1] <= blocks.get(tower, 0):
-            raise UserError(f"placement names {tower} block {picked[-1]}, outside "
-                            f"1..{blocks.get(tower, 0)}")
+            raise UserError(
+                f"placement names {tower} block {picked[-1]}, outside 1..{blocks.get(tower, 0)}"
+            )
     if name.startswith("metric:"):
         by_tower = _metric(scores, name.removeprefix("metric:"), blocks)
         return _mean_over(by_tower, placement)
     check_one_of("placement score", name, [*PLACEMENT_SCORES, "metric:NAME"])
     score = PLACEMENT_SCORES[name]
-    values = block_scores(scores, score.block_score, blocks) if score.block_score else {}
+    values = (
+        block_scores(scores, score.block_score, blocks, partial=True) if score.block_score else {}
+    )
     return score.compute(values, placement, blocks)
 
 
 def available_scores(scores: pd.DataFrame) -> list[str]:
     """Return the placement scores that this table supports, then `metric:NAME` for each metric."""
     present = set(scores["metric"])
-    named = [name for name, score in PLACEMENT_SCORES.items()
-             if not score.block_score
-             or set(BLOCK_SCORES[score.block_score].metrics) <= present]
+    named = [
+        name
+        for name, score in PLACEMENT_SCORES.items()
+        if not score.block_score or set(BLOCK_SCORES[score.block_score].metrics) <= present
+    ]
     return named + [f"metric:{name}" for name in metric_names(scores) if _complete(scores, name)]
 
 
@@ -223,8 +282,9 @@ def _complete(scores: pd.DataFrame, name: str) -> bool:
     return True
 
 
-def predict(scores: pd.DataFrame, placements: Mapping[str, Any],
-            names: Iterable[str] | None = None) -> pd.DataFrame:
+def predict(
+    scores: pd.DataFrame, placements: Mapping[str, Any], names: Iterable[str] | None = None
+) -> pd.DataFrame:
     """Return every placement score of every placement.
 
     Args:
@@ -238,15 +298,22 @@ def predict(scores: pd.DataFrame, placements: Mapping[str, Any],
     rows = []
     for name in names if names is not None else available_scores(scores):
         for label, placed in placements.items():
-            vision, text = ((placed.vision, placed.text) if hasattr(placed, "vision") else placed)
-            rows.append({"placement": label, "vision": " ".join(map(str, vision)),
-                         "text": " ".join(map(str, text)), "score": name,
-                         "predicted": placement_score(scores, vision, text, name)})
+            vision, text = (placed.vision, placed.text) if hasattr(placed, "vision") else placed
+            rows.append(
+                {
+                    "placement": label,
+                    "vision": " ".join(map(str, vision)),
+                    "text": " ".join(map(str, text)),
+                    "score": name,
+                    "predicted": placement_score(scores, vision, text, name),
+                }
+            )
     return pd.DataFrame(rows, columns=["placement", "vision", "text", "score", "predicted"])
 
 
-def adapter_parameters(vision: Iterable[int], text: Iterable[int], widths: Mapping[str, int],
-                       dim: int = 32) -> int:
+def adapter_parameters(
+    vision: Iterable[int], text: Iterable[int], widths: Mapping[str, int], dim: int = 32
+) -> int:
     """Return the trainable parameters of MMA at a placement: 84,320 a block on ViT-B/16.
 
     Args:

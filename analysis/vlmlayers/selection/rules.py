@@ -18,7 +18,11 @@ import pandas as pd
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.selection.choice import parse_blocks
 from vlmlayers.selection.curves import (
-    Array, agreement_curve, agreement_matrix, block_curve, normalise,
+    Array,
+    agreement_curve,
+    agreement_matrix,
+    block_curve,
+    normalise,
 )
 from vlmlayers.selection.predict import block_scores
 
@@ -99,8 +103,12 @@ class Threshold:
             scaled = normalise(curve)
             passes &= scaled >= share
             cut = float(curve.min() + share * (curve.max() - curve.min()))
-            values[name] = {"value": curve.tolist(), "normalised": scaled.tolist(),
-                            "share": share, "threshold": cut}
+            values[name] = {
+                "value": curve.tolist(),
+                "normalised": scaled.tolist(),
+                "share": share,
+                "threshold": cut,
+            }
             if curve.max() == curve.min():
                 notes.append(f"{name} is the same at every {tower} block")
         chosen = _passing(passes)
@@ -128,11 +136,15 @@ class Knee:
         for tower, depth in blocks.items():
             curve = block_curve(scores, self.metric, tower, depth)
             fit = fit_knee(curve)
-            notes = () if fit["better_than_line"] else (
-                f"one straight line fits {self.metric} of the {tower} tower as well as two",)
+            notes = (
+                ()
+                if fit["better_than_line"]
+                else (f"one straight line fits {self.metric} of the {tower} tower as well as two",)
+            )
             picks[tower] = Pick(
                 tuple(range(fit["knee"], depth + 1)),
-                {self.metric: {"value": curve.tolist(), "fit": fit["fitted"]}}, notes,
+                {self.metric: {"value": curve.tolist(), "fit": fit["fitted"]}},
+                notes,
                 {"knee": fit},
             )
         return picks
@@ -159,16 +171,22 @@ def fit_knee(curve: Array) -> dict[str, Any]:
     line, _, _ = _least_squares(np.stack([np.ones(depth), x], axis=1), curve)
     floor = 1e-12 * max(float(np.var(curve)) * depth, 1e-12)
     gain = depth * np.log((line + floor) / (error + floor)) - 2 * np.log(depth)
-    return {"knee": int(knee), "slope_before": float(weights[1]),
-            "slope_after": float(weights[1] + weights[2]), "squared_error": float(error),
-            "line_squared_error": float(line), "bic_gain": float(gain),
-            "better_than_line": bool(gain > 0), "fitted": fitted.tolist()}
+    return {
+        "knee": int(knee),
+        "slope_before": float(weights[1]),
+        "slope_after": float(weights[1] + weights[2]),
+        "squared_error": float(error),
+        "line_squared_error": float(line),
+        "bic_gain": float(gain),
+        "better_than_line": bool(gain > 0),
+        "fitted": fitted.tolist(),
+    }
 
 
 def _least_squares(design: Array, curve: Array) -> tuple[float, Array, Array]:
     weights = np.linalg.lstsq(design, curve, rcond=None)[0]
     fitted = design @ weights
-    return float(np.square(curve - fitted).sum()), weights, fitted
+    return float(np.square(curve - fitted).sum()), np.asarray(weights), fitted
 
 
 @dataclass(frozen=True)
@@ -205,8 +223,9 @@ class Budget:
                 chosen = tuple(range(first, first + n))
             else:
                 chosen = tuple(sorted(int(b) + 1 for b in np.argsort(-values, kind="stable")[:n]))
-            picks[tower] = Pick(chosen, {self.score: {"value": values.tolist()}},
-                                details={"budget": n})
+            picks[tower] = Pick(
+                chosen, {self.score: {"value": values.tolist()}}, details={"budget": n}
+            )
         return picks
 
 
@@ -257,13 +276,19 @@ class Explicit:
             chosen = parse_blocks(given)
             depth = blocks.get(tower, 0)
             if chosen and chosen[-1] > depth:
-                raise UserError(f"{tower} block {chosen[-1]} does not exist; the table has "
-                                f"{tower} blocks 1..{depth}")
+                raise UserError(
+                    f"{tower} block {chosen[-1]} does not exist; the table has "
+                    f"{tower} blocks 1..{depth}"
+                )
             picks[tower] = Pick(chosen)
         return picks
 
 
 RULES: dict[str, type[Any]] = {
-    "threshold": Threshold, "knee": Knee, "budget": Budget, "paper": Paper, "all": All,
+    "threshold": Threshold,
+    "knee": Knee,
+    "budget": Budget,
+    "paper": Paper,
+    "all": All,
     "explicit": Explicit,
 }

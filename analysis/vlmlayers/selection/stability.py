@@ -12,8 +12,10 @@ import pandas as pd
 from vlmlayers.selection.choice import describe_blocks
 from vlmlayers.selection.rules import Picks
 
-HOW = ("seeds drawn with replacement; each value moved by a normal draw whose deviation is that of "
-       "its interval, independently per row")
+HOW = (
+    "seeds drawn with replacement; each value moved by a normal draw whose deviation is that of "
+    "its interval, independently per row"
+)
 _Z = 1.959963984540054
 
 
@@ -48,8 +50,10 @@ class Resampler:
         """Return one resampled table."""
         picked = [self.rows_by_seed[-1]] if -1 in self.rows_by_seed else []
         if self.seeds:
-            picked += [self.rows_by_seed[int(seed)]
-                       for seed in generator.choice(self.seeds, size=len(self.seeds))]
+            picked += [
+                self.rows_by_seed[int(seed)]
+                for seed in generator.choice(self.seeds, size=len(self.seeds))
+            ]
         rows = np.concatenate(picked)
         table = self.scores.iloc[rows].copy()
         noise = generator.standard_normal(len(rows)) * self.deviation[rows]
@@ -57,8 +61,13 @@ class Resampler:
         return table
 
 
-def stability(rule: Callable[[pd.DataFrame, dict[str, int]], Picks], scores: pd.DataFrame,
-              blocks: dict[str, int], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+def stability(
+    rule: Callable[[pd.DataFrame, dict[str, int]], Picks],
+    scores: pd.DataFrame,
+    blocks: dict[str, int],
+    resamples: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
     """Return, per tower, how often each block is chosen and where the choice starts.
 
     Returns:
@@ -80,8 +89,11 @@ def stability(rule: Callable[[pd.DataFrame, dict[str, int]], Picks], scores: pd.
         low, high = np.quantile(starts, (0.025, 0.975), method="inverted_cdf") if starts else (0, 0)
         found[tower] = {
             "frequency": (counts / max(1, resamples)).tolist(),
-            "start": {"value": base[tower].blocks[0] if base[tower].blocks else None,
-                      "low": int(low) or None, "high": int(high) or None},
+            "start": {
+                "value": base[tower].blocks[0] if base[tower].blocks else None,
+                "low": int(low) or None,
+                "high": int(high) or None,
+            },
             "same": float(np.mean([picked == base[tower].blocks for picked in chosen])),
             "empty": float(np.mean([not picked for picked in chosen])),
         }
@@ -93,8 +105,10 @@ def doubts(tower: str, depth: int, found: Mapping[str, Any]) -> list[str]:
     reasons = []
     unsure = [b + 1 for b, share in enumerate(found["frequency"]) if 0.25 < share < 0.75]
     if unsure:
-        reasons.append(f"{tower} block{'s' if len(unsure) > 1 else ''} {describe_blocks(unsure)} "
-                       "could be chosen or not")
+        reasons.append(
+            f"{tower} block{'s' if len(unsure) > 1 else ''} {describe_blocks(unsure)} "
+            "could be chosen or not"
+        )
     start = found["start"]
     if start["low"] is not None and start["high"] - start["low"] > depth / 3:
         reasons.append(f"the {tower} start lies anywhere in {start['low']}–{start['high']}")

@@ -1,0 +1,24 @@
+"""Figures: functions that take a tidy table and `ax`, and return `ax`. They compute nothing."""
+
+from __future__ import annotations
+
+from vlmlayers.plots.depth import dataset_curves, gap_curves, layer_curves, selection_frequency
+from vlmlayers.plots.matrices import agreement_matrix, dataset_heatmap
+from vlmlayers.plots.outcomes import cost, placement_sweep, predicted_vs_trained
+from vlmlayers.plots.saving import save_figure
+from vlmlayers.plots.style import axis_label, style
+
+__all__ = [
+    "agreement_matrix",
+    "axis_label",
+    "cost",
+    "dataset_curves",
+    "dataset_heatmap",
+    "gap_curves",
+    "layer_curves",
+    "placement_sweep",
+    "predicted_vs_trained",
+    "save_figure",
+    "selection_frequency",
+    "style",
+]

@@ -1,0 +1,225 @@
+"""Figures over depth: curves with bands and chance, gap, and how often each block is chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError
+from vlmlayers.plots.layout import DepthAxis, runs
+from vlmlayers.plots.style import (
+    CHANCE_COLOUR,
+    TOWER_COLOURS,
+    TOWER_MARKERS,
+    axes,
+    axis_label,
+    category,
+    mark_random,
+    style,
+)
+from vlmlayers.selection import LayerChoice, describe_blocks
+from vlmlayers.selection.curves import POOLED, depths
+from vlmlayers.summaries import curves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def is_random(scores: pd.DataFrame) -> bool:
+    """Return whether the table comes from an untrained backbone."""
+    return bool((scores["weights"].astype(str) == "random").any())
+
+
+def layer_curves(
+    scores: pd.DataFrame,
+    metric: str = "dataset_accuracy",
+    *,
+    choice: LayerChoice | None = None,
+    dataset: str | None = None,
+    space: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a metric along both towers with bands, the chance line and the chosen blocks.
+
+    Args:
+        scores: Score table of one model.
+        metric: Metric to draw.
+        choice: Layers whose blocks are shaded, vision below and text above.
+        dataset: One dataset; None takes the pooled rows, or the mean over datasets.
+        space: Space to read; None takes the first present.
+        ax: Axes to draw on; a new figure where None.
+
+    Raises:
+        UserError: The metric is not in the table.
+    """
+    with style():
+        frame = over_datasets(curves(scores, metric, dataset, space))
+        ax = axes(ax)
+        axis = DepthAxis.of(frame, depths(scores))
+        for tower, part in frame.groupby("tower", sort=False):
+            _line(
+                ax,
+                axis,
+                part,
+                str(tower),
+                label=str(tower).capitalize(),
+                color=TOWER_COLOURS[str(tower)],
+                marker=TOWER_MARKERS[str(tower)],
+            )
+        _chance(ax, frame)
+        axis.draw(ax)
+        if choice is not None:
+            shade(ax, axis, choice)
+        ax.set_ylabel(axis_label(metric))
+        ax.legend(loc="best", handlelength=1.6)
+        return mark_random(ax, is_random(scores))
+
+
+def gap_curves(
+    scores: pd.DataFrame,
+    metric: str = "centroid_gap",
+    *,
+    tower: str = "vision",
+    choice: LayerChoice | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a metric of the modality gap along depth, one line per dataset.
+
+    Raises:
+        UserError: The metric is not in the table, or not on this tower.
+    """
+    return dataset_curves(scores, metric, tower=tower, choice=choice, ax=ax)
+
+
+def dataset_curves(
+    scores: pd.DataFrame,
+    metric: str,
+    *,
+    tower: str = "vision",
+    choice: LayerChoice | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a metric along one tower, one line per dataset.
+
+    Raises:
+        UserError: The metric is not in the table, or not on this tower.
+    """
+    with style():
+        frame = curves(scores, metric)
+        frame = frame[frame["tower"] == tower]
+        if frame.empty:
+            raise UserError(f"metric {metric!r} has no value on the {tower} tower")
+        ax = axes(ax)
+        axis = DepthAxis.of(frame, depths(scores))
+        for number, (name, part) in enumerate(frame.groupby("dataset", sort=False)):
+            label = "all datasets" if name == POOLED else str(name)
+            _line(ax, axis, part, tower, label=_plain(label), **category(number))
+        _chance(ax, frame)
+        axis.draw(ax)
+        if choice is not None:
+            shade(ax, axis, choice, towers=(tower,))
+        ax.set_ylabel(axis_label(metric))
+        ax.legend(loc="best", ncols=2 if frame["dataset"].nunique() > 4 else 1, fontsize=6)
+        return mark_random(ax, is_random(scores))
+
+
+def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the pooled rows, or the mean of value, interval and null over datasets."""
+    pooled = frame[frame["dataset"] == POOLED]
+    if len(pooled) or frame["dataset"].nunique() <= 1:
+        return pooled if len(pooled) else frame
+    keys = ["metric", "tower", "position", "order", "depth"]
+    return frame.groupby(keys, sort=False)[["value", "low", "high", "null"]].mean().reset_index()
+
+
+def _line(ax: Axes, axis: DepthAxis, part: pd.DataFrame, tower: str, **options: Any) -> None:
+    x = [axis.x(tower, str(position)) for position in part["position"]]
+    options.setdefault("marker", ".")
+    ax.plot(x, part["value"], **options)
+    ax.fill_between(x, part["low"], part["high"], color=options["color"], alpha=0.16, linewidth=0)
+
+
+def _chance(ax: Axes, frame: pd.DataFrame) -> None:
+    nulls = frame["null"].dropna()
+    if len(nulls):
+        low, high = float(nulls.min()), float(nulls.max())
+        ax.axhline(
+            (low + high) / 2,
+            color=CHANCE_COLOUR,
+            linestyle=(0, (4, 2)),
+            linewidth=0.9,
+            label="Chance",
+        )
+        if high > low:
+            ax.axhspan(low, high, color=CHANCE_COLOUR, alpha=0.12, linewidth=0)
+
+
+def shade(
+    ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: tuple[str, ...] = ("vision", "text")
+) -> None:
+    """Shade the chosen blocks: the lower half of the axes for vision, the upper for text."""
+    for tower in towers:
+        if tower not in axis.blocks:
+            continue
+        low, high = (
+            (0.0, 1.0) if len(towers) == 1 else (0.0, 0.5) if tower == "vision" else (0.5, 1.0)
+        )
+        for first, last in runs(choice.blocks(tower)):
+            ax.axvspan(
+                axis.span(tower, first)[0],
+                axis.span(tower, last)[1],
+                low,
+                high,
+                color=TOWER_COLOURS[tower],
+                alpha=0.09,
+                linewidth=0,
+                zorder=0,
+            )
+
+
+def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
+    """Draw how often each block was chosen over resampled score tables.
+
+    Raises:
+        UserError: The choice was made without resampling.
+    """
+    towers = {
+        tower: found
+        for tower, found in choice.evidence.get("towers", {}).items()
+        if "frequency" in found
+    }
+    if not towers:
+        raise UserError("the choice holds no selection frequency; select with resamples above 0")
+    with style():
+        ax = axes(ax, (3.35, 2.0))
+        axis = DepthAxis({tower: found["depth"] for tower, found in towers.items()}, ())
+        for number, (tower, found) in enumerate(towers.items()):
+            step = axis.length / found["depth"]
+            width = 0.8 * step / len(towers)
+            shift = (number - (len(towers) - 1) / 2) * width
+            x = [axis.x(tower, str(b + 1)) + shift for b in range(found["depth"])]
+            chosen = [b + 1 in choice.blocks(tower) for b in range(found["depth"])]
+            bars = ax.bar(
+                x,
+                found["frequency"],
+                width * 0.92,
+                color=TOWER_COLOURS[tower],
+                label=f"{tower.capitalize()} ({describe_blocks(choice.blocks(tower))})",
+            )
+            for bar, kept in zip(bars, chosen):
+                bar.set_alpha(1.0 if kept else 0.35)
+        axis.draw(ax)
+        ax.set_xlim(0.3, axis.length + 0.7)
+        ax.set_ylim(0, 1.02)
+        ax.set_ylabel("Share of resamples")
+        legend = ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        for handle in legend.legend_handles:
+            if handle is not None:
+                handle.set_alpha(1.0)
+        return mark_random(ax, bool(choice.evidence.get("random_weights")))
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib does not read as mathematics or as a hidden label."""
+    return text.replace("$", r"\$").lstrip("_")

@@ -1,0 +1,87 @@
+"""Where a position stands on the horizontal axis, for towers of equal or unequal depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from vlmlayers.plots.style import sparse_labels
+from vlmlayers.positions import is_block, sort_key
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class DepthAxis:
+    """The axis of depth: block numbers where both towers have as many, else relative depth.
+
+    Attributes:
+        blocks: Number of blocks by tower.
+        tail: What comes after the last block, in order: of `final`, `proj`.
+    """
+
+    blocks: Mapping[str, int]
+    tail: tuple[str, ...]
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, blocks: Mapping[str, int]) -> DepthAxis:
+        """Return the axis for a frame of curves."""
+        present = set(frame["position"])
+        shown = {tower: depth for tower, depth in blocks.items() if tower in set(frame["tower"])}
+        return cls(shown or dict(blocks), tuple(p for p in ("final", "proj") if p in present))
+
+    @property
+    def equal(self) -> bool:
+        """Whether the towers shown have the same number of blocks."""
+        return len(set(self.blocks.values())) <= 1
+
+    @property
+    def length(self) -> int:
+        """Blocks of the deepest tower."""
+        return max(self.blocks.values())
+
+    def x(self, tower: str, position: str) -> float:
+        """Return where a position stands, in blocks of the deepest tower."""
+        if is_block(position):
+            return int(position) * self.length / self.blocks[tower]
+        return 0.0 if position == "embed" else self._end(self.tail.index(position))
+
+    def _end(self, index: int) -> float:
+        """Return where the index-th position after the last block stands."""
+        return self.length + (index + 1) * max(1.0, self.length / 12)
+
+    def span(self, tower: str, block: int) -> tuple[float, float]:
+        """Return the stretch of the axis that a block covers."""
+        step = self.length / self.blocks[tower]
+        return (block - 0.5) * step, (block + 0.5) * step
+
+    def draw(self, ax: Axes) -> None:
+        """Set ticks and label."""
+        ends = {"embed": 0.0, **{p: self._end(i) for i, p in enumerate(self.tail)}}
+        if self.equal:
+            names = sorted([*ends, *map(str, range(1, self.length + 1))], key=sort_key)
+            ticks = [self.x(next(iter(self.blocks)), name) for name in names]
+            labels = sparse_labels(names)
+            ax.set_xlabel("Block")
+        else:
+            marks = (0.25, 0.5, 0.75, 1.0)
+            ticks = [0.0, *(m * self.length for m in marks), *list(ends.values())[1:]]
+            labels = ["Embed", *(f"{m:g}" for m in marks), *(p.capitalize() for p in self.tail)]
+            ax.set_xlabel("Relative depth")
+        ax.set_xticks(ticks, labels)
+        ax.set_xlim(-0.4, self._end(len(self.tail) - 1) + 0.4)
+
+
+def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the stretches of consecutive blocks as (first, last)."""
+    found: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if found and found[-1][1] == block - 1:
+            found[-1] = (found[-1][0], block)
+        else:
+            found.append((block, block))
+    return found

@@ -1,0 +1,149 @@
+"""Heat maps: agreement of the towers' positions, and a metric per dataset and position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vlmlayers.errors import UserError
+from vlmlayers.plots.depth import is_random
+from vlmlayers.plots.layout import runs
+from vlmlayers.plots.style import (
+    SEQUENTIAL,
+    TOWER_COLOURS,
+    axes,
+    axis_label,
+    mark_random,
+    sparse_labels,
+    style,
+)
+from vlmlayers.positions import sort_key
+from vlmlayers.selection import LayerChoice
+from vlmlayers.summaries import agreement, curves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def agreement_matrix(
+    scores: pd.DataFrame,
+    metric: str = "cka_debiased",
+    *,
+    tower: str = "vision",
+    other_tower: str = "text",
+    dataset: str | None = None,
+    choice: LayerChoice | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw agreement between every position of a tower and every position of another.
+
+    Args:
+        scores: Score table of one model.
+        metric: A metric that relates two positions.
+        tower: Tower on the vertical axis.
+        other_tower: Tower on the horizontal axis; the same name for agreement within a tower.
+        dataset: One dataset; None takes the pooled rows, or the mean over datasets.
+        choice: Layers whose blocks are marked along both axes.
+        ax: Axes to draw on.
+
+    Raises:
+        UserError: The metric is absent, or no pair of these towers was measured.
+    """
+    frame = agreement(scores, metric, tower, other_tower, dataset)
+    if frame.empty:
+        raise UserError(f"metric {metric!r} was not measured between {tower} and {other_tower}")
+    rows, columns = _ordered(frame["position"]), _ordered(frame["other_position"])
+    grid = frame.pivot(index="position", columns="other_position", values="value").reindex(
+        index=rows, columns=columns
+    )
+    with style():
+        ax = axes(ax, (3.35, 2.9))
+        _image(ax, grid.to_numpy(float), axis_label(metric))
+        ax.invert_yaxis()
+        ax.set_xticks(range(len(columns)), sparse_labels(columns, 8), rotation=90)
+        ax.set_yticks(range(len(rows)), sparse_labels(rows, 13))
+        ax.set_xlabel(f"{other_tower.capitalize()} position")
+        ax.set_ylabel(f"{tower.capitalize()} position")
+        if choice is not None:
+            _mark(ax, choice.blocks(tower), rows, TOWER_COLOURS[tower], vertical=True)
+            _mark(
+                ax, choice.blocks(other_tower), columns, TOWER_COLOURS[other_tower], vertical=False
+            )
+        return mark_random(ax, is_random(scores))
+
+
+def dataset_heatmap(
+    scores: pd.DataFrame,
+    metric: str = "class_accuracy",
+    *,
+    tower: str = "vision",
+    choice: LayerChoice | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a metric for every dataset (rows) and position (columns) of one tower.
+
+    Raises:
+        UserError: The metric is not in the table, or not on this tower.
+    """
+    frame = curves(scores, metric)
+    frame = frame[frame["tower"] == tower]
+    if frame.empty:
+        raise UserError(f"metric {metric!r} has no value on the {tower} tower")
+    columns = _ordered(frame["position"])
+    grid = frame.pivot(index="dataset", columns="position", values="value").reindex(
+        index=list(dict.fromkeys(frame["dataset"])), columns=columns
+    )
+    with style():
+        ax = axes(ax, (3.35, 0.9 + 0.2 * len(grid)))
+        _image(ax, grid.to_numpy(float), axis_label(metric))
+        ax.set_xticks(range(len(columns)), sparse_labels(columns, 8), rotation=90)
+        ax.set_yticks(
+            range(len(grid)),
+            [str(n).replace("$", r"\$") if n != "*" else "all datasets" for n in grid.index],
+        )
+        ax.set_xlabel(f"{tower.capitalize()} position")
+        if choice is not None:
+            _mark(ax, choice.blocks(tower), columns, TOWER_COLOURS[tower], vertical=False)
+        return mark_random(ax, is_random(scores))
+
+
+def _ordered(positions: Any) -> list[str]:
+    return sorted({str(p) for p in positions}, key=sort_key)
+
+
+def _image(ax: Axes, grid: np.ndarray, label: str) -> None:
+    image = ax.imshow(
+        np.ma.masked_invalid(grid), aspect="auto", cmap=SEQUENTIAL, interpolation="nearest"
+    )
+    ax.set_facecolor("#EFEFEF")
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_label(label)
+
+
+def _mark(
+    ax: Axes,
+    blocks: tuple[int, ...],
+    names: list[str],
+    colour: str,
+    *,
+    vertical: bool,
+) -> None:
+    places = {int(name): i for i, name in enumerate(names) if name.isdecimal()}
+    for first, last in runs(b for b in blocks if b in places):
+        ends = [places[first] - 0.5, places[last] + 0.5]
+        edge = -0.012 if vertical else -0.025
+        line = ([edge, edge], ends) if vertical else (ends, [edge, edge])
+        transform = ax.get_yaxis_transform() if vertical else ax.get_xaxis_transform()
+        ax.plot(
+            *line,
+            color=colour,
+            linewidth=2.5,
+            transform=transform,
+            clip_on=False,
+            solid_capstyle="butt",
+        )

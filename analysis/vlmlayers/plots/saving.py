@@ -1,0 +1,61 @@
+"""Save a figure as SVG, PNG and PDF, with the table that it was drawn from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vlmlayers.errors import check_one_of
+from vlmlayers.plots.style import style
+
+FORMATS = ("svg", "png", "pdf")
+
+
+def save_figure(
+    figure: Figure | Axes,
+    stem: str | Path,
+    data: pd.DataFrame | None = None,
+    formats: Sequence[str] = FORMATS,
+) -> list[Path]:
+    """Write `stem.svg`, `.png`, `.pdf` and, of the data drawn, `stem.csv`.
+
+    Files carry no date, so that the same data give the same bytes.
+
+    Args:
+        figure: Figure, or axes of one.
+        stem: Path without suffix.
+        data: Table that was drawn.
+        formats: Any of `svg`, `png`, `pdf`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: A format is unknown.
+    """
+    drawn = figure.figure if isinstance(figure, Axes) else figure
+    folder, name = Path(stem).parent, Path(stem).name
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind in formats:
+        check_one_of("figure format", kind, FORMATS)
+        path = folder / f"{name}.{kind}"
+        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+        with style():
+            drawn.savefig(path, metadata=dates[kind])
+        written.append(path)
+    if data is not None:
+        path = folder / f"{name}.csv"
+        data.to_csv(path, index=False)
+        written.append(path)
+    return written
+
+
+def slug(text: str) -> str:
+    """Return text as a file name: letters, digits, dashes."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "figure"

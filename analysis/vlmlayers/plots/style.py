@@ -1,0 +1,148 @@
+"""The one style of all figures: legible in one column, safe for colour-blind readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vlmlayers.positions import is_block
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMN_WIDTH = 3.35
+TOWER_COLOURS = {"vision": "#0072B2", "text": "#C04F00"}
+TOWER_MARKERS = {"vision": "o", "text": "s"}
+# Okabe and Ito's palette, darkened where needed for lines on white.
+CATEGORY_COLOURS = (
+    "#0072B2",
+    "#C04F00",
+    "#007E5D",
+    "#B5568F",
+    "#8A6D00",
+    "#2F8FC4",
+    "#4D4D4D",
+    "#7A3E9D",
+    "#9C2F2F",
+    "#5B7F00",
+)
+CATEGORY_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+CHANCE_COLOUR = "#6B6B6B"
+SEQUENTIAL, DIVERGING = "cividis", "RdBu_r"
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.2,
+    "legend.frameon": False,
+    "figure.figsize": (COLUMN_WIDTH, 2.4),
+    "figure.dpi": 110,
+    "savefig.dpi": 220,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vlmlayers",
+    "pdf.fonttype": 42,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw inside this context in the shared style."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
+    """Return `ax`, or the axes of a new figure in the shared style.
+
+    A new figure is made without pyplot's registry where no interactive session runs, so that
+    drawing many figures keeps none of them alive.
+    """
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    if plt.isinteractive():
+        return plt.subplots(figsize=size)[1]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.subplots()
+
+
+def position_label(position: str) -> str:
+    """Return the tick label of a position."""
+    return position if is_block(position) else position.capitalize()
+
+
+def sparse_labels(positions: Iterable[str], most: int = 14) -> list[str]:
+    """Return tick labels, with every second block or more left blank where there are many."""
+    names = list(positions)
+    step = max(1, -(-sum(map(is_block, names)) // most))
+    return [
+        position_label(p) if not is_block(p) or (int(p) % step == 0 or step == 1) else ""
+        for p in names
+    ]
+
+
+def category(index: int) -> dict[str, Any]:
+    """Return colour and dash of the n-th category; both differ, so that print in grey reads."""
+    return {
+        "color": CATEGORY_COLOURS[index % len(CATEGORY_COLOURS)],
+        "linestyle": CATEGORY_DASHES[(index // 2) % len(CATEGORY_DASHES)],
+    }
+
+
+def axis_label(metric: str) -> str:
+    """Return the axis label that the METRICS table declares, or the name in words."""
+    label = str(declared(metric, "axis_label", metric.replace("_", " ")))
+    return label[:1].upper() + label[1:]
+
+
+def declared(metric: str, field: str, default: Any) -> Any:
+    """Return a field of a metric's declaration, or `default` where it declares none."""
+    from vlmlayers.metrics.table import METRICS
+
+    found = METRICS.get(metric)
+    if found is None:
+        return default
+    value = getattr(found, field, None)
+    return default if value in (None, "") else value
+
+
+def mark_random(ax: Axes, random_weights: bool) -> Axes:
+    """Write on the axes that the backbone is untrained, where it is."""
+    if random_weights:
+        ax.text(
+            0.99,
+            0.99,
+            "random weights",
+            transform=ax.transAxes,
+            ha="right",
+            va="top",
+            fontsize=7,
+            color="#9C2F2F",
+            weight="bold",
+        )
+    return ax

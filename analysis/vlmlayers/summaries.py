@@ -1,0 +1,144 @@
+"""Tidy summaries of score tables: one row per point that a figure or table shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from vlmlayers.errors import check_one_of
+from vlmlayers.positions import TOWERS, sort_key
+from vlmlayers.selection.curves import POOLED, Reading, depths, metric_names, partnered
+
+CURVE_COLUMNS = [
+    "metric",
+    "dataset",
+    "tower",
+    "position",
+    "depth",
+    "order",
+    "value",
+    "low",
+    "high",
+    "null",
+    "n",
+    "seeds",
+    "space",
+    "pooling",
+]
+_Z = 1.959963984540054
+
+
+def curves(
+    scores: pd.DataFrame, metric: str, dataset: str | None = None, space: str | None = None
+) -> pd.DataFrame:
+    """Return a metric along both towers: one row per dataset, tower and position.
+
+    `value` is the mean over seeds. `low` and `high` join the mean interval of one seed with 1.96
+    standard deviations over seeds, as a root of squares on each side. A metric that relates two
+    positions is read at the partner of equal relative depth.
+
+    Args:
+        scores: Score table of one model.
+        metric: Name of the metric.
+        dataset: One dataset; None keeps all, `*` the pooled rows.
+        space: Space to read; None takes the first present.
+
+    Raises:
+        UserError: The metric or dataset is not in the table.
+    """
+    check_one_of("metric", metric, metric_names(scores), where="the score table")
+    blocks = depths(scores)
+    frames = []
+    for tower in TOWERS:
+        rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
+        if dataset is not None:
+            rows = rows[rows["dataset"] == dataset]
+        names = rows["dataset"].unique()
+        for name in names:
+            part = Reading(space=space, dataset=str(name)).rows(rows, metric, tower)
+            frames.append(_summary(partnered(part, tower, blocks.get(tower, 0))))
+    if dataset is not None and not frames:
+        known = sorted(set(scores.loc[scores["metric"] == metric, "dataset"]))
+        check_one_of("dataset", dataset, known, where=f"the {metric} scores")
+    joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return joined.reindex(columns=CURVE_COLUMNS)
+
+
+def _summary(rows: pd.DataFrame) -> pd.DataFrame:
+    made = []
+    for position, group in rows.groupby("position", sort=False):
+        value = float(group["value"].mean())
+        spread = _Z * float(group["value"].std(ddof=1)) if len(group) > 1 else 0.0
+        first = group.iloc[0]
+        made.append(
+            {
+                **{
+                    name: first[name]
+                    for name in ("metric", "dataset", "tower", "depth", "n", "space", "pooling")
+                },
+                "position": position,
+                "order": sort_key(str(position)),
+                "value": value,
+                "low": value - float(np.hypot(value - group["low"].mean(), spread)),
+                "high": value + float(np.hypot(group["high"].mean() - value, spread)),
+                "null": float(group["null"].mean()),
+                "seeds": int((group["seed"] >= 0).sum()) or 0,
+            }
+        )
+    frame = pd.DataFrame(made).sort_values("order", kind="stable")
+    return frame.assign(order=range(len(frame)))
+
+
+def agreement(
+    scores: pd.DataFrame,
+    metric: str = "cka_debiased",
+    tower: str = "vision",
+    other_tower: str = "text",
+    dataset: str | None = None,
+) -> pd.DataFrame:
+    """Return agreement of two towers' positions: position, other_position, value, null.
+
+    Args:
+        scores: Score table of one model.
+        metric: A metric that relates two positions.
+        tower: Tower of the rows.
+        other_tower: Tower of the columns; the same name gives agreement within a tower.
+        dataset: One dataset; None takes the pooled rows or the mean over datasets.
+
+    Raises:
+        UserError: The metric is not in the table.
+    """
+    check_one_of("metric", metric, metric_names(scores), where="the score table")
+    pairs = scores[(scores["metric"] == metric) & (scores["other_position"].astype(str) != "")]
+    rows = Reading(dataset=dataset).rows(pairs, metric, tower)
+    rows = rows[rows["other_tower"] == other_tower]
+    grouped = rows.groupby(["position", "other_position"], sort=False)[["value", "null"]].mean()
+    frame = grouped.reset_index()
+    order = [
+        (*sort_key(str(a)), *sort_key(str(b)))
+        for a, b in zip(frame["position"], frame["other_position"])
+    ]
+    return (
+        frame.assign(_order=order)
+        .sort_values("_order")
+        .drop(columns="_order")
+        .reset_index(drop=True)
+    )
+
+
+def metrics_by_shape(scores: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the metrics that draw a curve (`curve`) and those that draw a matrix (`matrix`)."""
+    found: dict[str, list[str]] = {"curve": [], "matrix": []}
+    for metric in metric_names(scores):
+        rows = scores[scores["metric"] == metric]
+        crossed = rows[rows["other_tower"].astype(str) != ""]
+        many = crossed.groupby(["tower", "other_tower", "dataset", "position", "seed"])[
+            "other_position"
+        ].nunique()
+        found["matrix" if len(many) and many.max() > 1 else "curve"].append(metric)
+    return found
+
+
+def dataset_names(scores: pd.DataFrame) -> list[str]:
+    """Return the datasets of the table without the pooled one, in order of appearance."""
+    return [name for name in dict.fromkeys(scores["dataset"]) if name != POOLED]

@@ -1,0 +1,175 @@
+"""Figures draw what the table says, in both towers, at any depth, and import no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from synthetic import DATASETS, full, planted
+
+from vlmlayers import plots
+from vlmlayers.errors import UserError
+from vlmlayers.plots.saving import slug
+from vlmlayers.selection import select
+from vlmlayers.summaries import agreement, curves, dataset_names, metrics_by_shape
+
+OUTCOMES = pd.DataFrame(
+    [
+        {
+            "placement": f"v{i}-12",
+            "base": 80 - i,
+            "novel": 60 + i,
+            "hm": 70.0 + i / 10,
+            "hm_low": 69.0,
+            "hm_high": 72.0,
+            "chosen": i == 5,
+            "parameters": 1000 * (13 - i),
+            "predicted": i / 12,
+        }
+        for i in range(1, 13)
+    ]
+)
+
+
+def line(ax: Axes, label: str) -> np.ndarray:
+    found = next(one for one in ax.lines if one.get_label() == label)
+    return np.asarray(found.get_xydata())
+
+
+def test_curves_draw_the_values_of_the_table() -> None:
+    scores = planted(seeds=(0, 1))
+    ax = plots.layer_curves(scores, choice=select(scores, resamples=2))
+    xy = line(ax, "Vision")
+    assert len(xy) == 14 and xy[0, 0] == 0 and np.all(np.diff(xy[:, 0]) > 0)
+    assert xy[1:5, 1].tolist() == [0.4] * 4 and xy[5:, 1].tolist() == [0.9] * 9
+    assert line(ax, "Chance")[:, 1].tolist() == [0.1, 0.1]
+    shaded = [patch.get_extents().bounds for patch in ax.patches]
+    assert len(shaded) == 2  # one stretch per tower
+    first = ax.patches[0].get_xy()[0] if hasattr(ax.patches[0], "get_width") else None
+    assert first == 4.5
+    assert "ccuracy" in ax.get_ylabel()
+
+
+def test_unequal_towers_share_relative_depth() -> None:
+    ax = plots.layer_curves(full(24, 12), "class_accuracy")
+    assert ax.get_xlabel() == "Relative depth"
+    vision, text = line(ax, "Vision"), line(ax, "Text")
+    assert vision[24, 0] == text[12, 0] == 24
+    assert vision[-1, 0] == text[-1, 0] > 24
+
+
+def test_interval_joins_items_and_seeds() -> None:
+    scores = planted(seeds=(0, 1), half=0.03)
+    seed = scores["seed"] == 1
+    for column in ("value", "low", "high"):
+        scores.loc[seed, column] += 0.02
+    row = curves(scores, "dataset_accuracy").iloc[3]
+    spread = 1.959963984540054 * np.std([0.0, 0.02], ddof=1)
+    assert row["value"] == pytest.approx(0.41)
+    assert row["high"] - row["value"] == pytest.approx(np.hypot(0.03, spread))
+    assert row["seeds"] == 2
+
+
+def test_matrix_and_heatmap_show_each_cell_where_it_belongs() -> None:
+    scores = full(24, 12)
+    ax = plots.agreement_matrix(scores, dataset=DATASETS[0])
+    grid = np.asarray(ax.images[0].get_array())
+    assert grid.shape == (24, 12) and grid[3, 5] == pytest.approx(0.1 + 0.02 * (4 + 6))
+    heat = plots.dataset_heatmap(scores, "class_accuracy", tower="text")
+    labels = [tick.get_text() for tick in heat.get_yticklabels()]
+    assert labels == list(DATASETS)
+    assert np.asarray(heat.images[0].get_array()).shape == (3, 14)
+
+
+def test_every_figure_draws_on_given_axes_and_returns_them() -> None:
+    import matplotlib.pyplot as plt
+
+    scores = full()
+    choice = select(scores, resamples=5)
+    for draw, arguments in (
+        (plots.layer_curves, (scores,)),
+        (plots.gap_curves, (scores,)),
+        (plots.dataset_curves, (scores, "class_accuracy")),
+        (plots.agreement_matrix, (scores,)),
+        (plots.dataset_heatmap, (scores,)),
+        (plots.selection_frequency, (choice,)),
+        (plots.placement_sweep, (OUTCOMES,)),
+        (plots.predicted_vs_trained, (OUTCOMES,)),
+        (plots.cost, (OUTCOMES,)),
+    ):
+        figure, ax = plt.subplots()
+        assert draw(*arguments, ax=ax) is ax  # type: ignore[operator]
+        assert ax.has_data() or ax.images
+        plt.close(figure)
+
+
+def test_random_weights_are_announced_on_the_figure() -> None:
+    scores = full(weights="random")
+    for ax in (
+        plots.layer_curves(scores),
+        plots.agreement_matrix(scores),
+        plots.dataset_heatmap(scores),
+        plots.selection_frequency(select(scores, resamples=2)),
+    ):
+        assert any(text.get_text() == "random weights" for text in ax.texts)
+    assert not plots.layer_curves(full()).texts
+
+
+def test_saved_files_are_complete_and_reproducible(tmp_path: Path) -> None:
+    scores = full()
+    data = curves(scores, "dataset_accuracy")
+    first = plots.save_figure(plots.layer_curves(scores), tmp_path / "a" / "x", data)
+    second = plots.save_figure(plots.layer_curves(scores), tmp_path / "b" / "x", data)
+    assert [path.suffix for path in first] == [".svg", ".png", ".pdf", ".csv"]
+    for one, other in zip(first, second):
+        assert one.read_bytes() == other.read_bytes(), one.suffix
+    assert pd.read_csv(first[-1])["value"].tolist() == pytest.approx(data["value"].tolist())
+    with pytest.raises(UserError, match="did you mean 'png'"):
+        plots.save_figure(plots.layer_curves(scores), tmp_path / "x", formats=("pngg",))
+
+
+def test_summaries_know_shapes_and_datasets() -> None:
+    scores = full()
+    shapes = metrics_by_shape(scores)
+    assert shapes["matrix"] == ["cka_debiased"] and "centroid_gap" in shapes["curve"]
+    assert dataset_names(scores) == list(DATASETS)
+    cells = agreement(scores, dataset=DATASETS[1])
+    assert len(cells) == 144 and list(cells.iloc[12])[:2] == ["2", "1"]
+    assert slug("A/b <c>") == "a-b-c"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: plots.layer_curves(planted(), "dataset_acuracy"),
+            "did you mean 'dataset_accuracy'",
+        ),
+        (lambda: plots.gap_curves(full(), tower="text"), "no value on the text tower"),
+        (
+            lambda: plots.dataset_heatmap(full(), "centroid_gap", tower="text"),
+            "no value on the text",
+        ),
+        (
+            lambda: plots.agreement_matrix(full(), tower="text"),
+            "not measured between text and text",
+        ),
+        (lambda: plots.layer_curves(full(), "class_accuracy", dataset="digit"), "mean 'digits'"),
+        (lambda: plots.selection_frequency(select(planted(), resamples=0)), "resamples above 0"),
+        (lambda: plots.placement_sweep(OUTCOMES.drop(columns="hm")), "lacks hm"),
+        (lambda: plots.cost(OUTCOMES.iloc[:0]), "lacks rows"),
+    ],
+)
+def test_bad_input(call: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()  # type: ignore[operator]
+
+
+def test_importing_plots_imports_no_torch() -> None:
+    code = "import sys, vlmlayers.plots; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
