@@ -1,0 +1,98 @@
+"""Which manifests there are: shipped ones, the user's own, built-in datasets, plain folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.manifests.items import SPLITS
+from vlmlayers.manifests.layouts import builtin
+from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_toml
+
+MANIFESTS_VARIABLE = "VLMLAYERS_MANIFESTS"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def folders() -> list[Path]:
+    """Return the folders of manifests: those of `VLMLAYERS_MANIFESTS`, then the repository's."""
+    own = os.environ.get(MANIFESTS_VARIABLE, "").split(os.pathsep)
+    repository = Path(__file__).resolve().parents[3] / "data_manifests"
+    return [Path(folder) for folder in own if folder] + [repository]
+
+
+def _files() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in folders():
+        for path in sorted(folder.glob("*.toml")):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def names() -> list[str]:
+    """Return all names that can be loaded."""
+    files = _files()
+    return [*files, *(name for name in builtin.names() if name not in files)]
+
+
+def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
+    """Return name, content and source of a manifest.
+
+    Raises:
+        UserError: There is none of that name, or it is not valid.
+    """
+    text = os.fspath(name)
+    if text in (files := _files()):
+        return text, parse_spec(read_toml(files[text]), str(files[text])), files[text]
+    if text in builtin.names():
+        return text, _builtin_spec(text), None
+    if not (os.sep in text or "/" in text or text.endswith(".toml") or text in (".", "..")):
+        check_one_of("dataset", text, names())
+    path = Path(text).expanduser()
+    if path.is_dir() and not (path / "manifest.toml").is_file():
+        return path.resolve().name, _folder_spec(path), path
+    path = path / "manifest.toml" if path.is_dir() else path
+    stem = path.resolve().parent.name if path.stem == "manifest" else path.stem
+    spec = parse_spec(read_toml(path), str(path))
+    if spec.layout == "builtin":
+        raise UserError(f"{path}: layout 'builtin' is for datasets that are drawn by code")
+    return stem, spec, path
+
+
+def _builtin_spec(name: str) -> Spec:
+    data = builtin.dataset(name)
+    return Spec(
+        title=data.title,
+        kind=data.domain,
+        layout="builtin",
+        classes=len(data.class_names),
+        counts=dict(data.sizes),
+        licence="MIT, drawn by this package",
+        get=("nothing to get: it is drawn by code",),
+    )
+
+
+def _folder_spec(path: Path) -> Spec:
+    """Describe a folder of images that has no manifest by what is in it."""
+    inside = {entry.name for entry in path.iterdir() if entry.is_dir()}
+    splits: dict[str, str] = {}
+    for word, split in _SPLIT_WORDS.items():
+        if word in inside:
+            splits.setdefault(split, word)
+    content: dict[str, Any] = {"title": path.resolve().name or "images", "folder": "."}
+    tables = {
+        split: f"{folder}/{file}"
+        for split, folder in splits.items()
+        for file in reversed(METADATA)
+        if (path / folder / file).is_file()
+    }
+    columns = Columns(path="file_name", caption="text")
+    if tables:
+        return Spec(**content, layout="table", split_files=tables, columns=columns)
+    for file in METADATA:
+        if (path / file).is_file():
+            return Spec(**content, layout="table", split_file=(file,), columns=columns)
+    ordered = {split: splits[split] for split in SPLITS if split in splits}
+    return Spec(**content, layout="folder", split_folders=ordered)

@@ -1,0 +1,114 @@
+"""Items: what a dataset consists of, and which paths an item may have."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmlayers.errors import UserError
+
+SPLITS = ("train", "val", "test")
+_DRIVE = re.compile(r"^[A-Za-z]:")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a dataset.
+
+    Attributes:
+        path: Relative, posix, as the split file writes it.
+        label: Index into the class names; -1 where the dataset has no classes.
+        class_name: Name of the class as CoOp writes it (underscores kept), or "".
+        captions: Texts that describe the image.
+    """
+
+    path: str
+    label: int
+    class_name: str
+    captions: tuple[str, ...] = ()
+
+
+def checked_path(path: str, where: str) -> str:
+    """Return a path that stays inside the folder it is relative to.
+
+    Raises:
+        UserError: It is empty, absolute, holds `..`, control characters or half a surrogate pair.
+    """
+    parts = re.split(r"[/\\]", path)
+    if not path or path[0] in "/\\" or _DRIVE.match(path) or ".." in parts:
+        raise UserError(f"{where} names {path[:200]!r}, which leaves the dataset's folder; refused")
+    if _CONTROL.search(path) or not is_text(path):
+        raise UserError(f"{where} names {path[:200]!r}, which is not a usable file name; refused")
+    return path
+
+
+def is_text(value: object) -> bool:
+    """Return whether the value is a string that can be written as UTF-8."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def stratified_split(
+    items: Sequence[Item], fractions: Mapping[str, float]
+) -> dict[str, list[Item]]:
+    """Divide items into splits, class by class, by the hash of their paths.
+
+    Within a class the items are ranked by SHA-256 of the path, and the ranks are cut at the
+    cumulative fractions, rounded. No random state enters, so every machine gets the same split,
+    and a file that is added moves few others. The order of the items is kept.
+    """
+    ranked: dict[int, list[int]] = {}
+    for index, item in enumerate(items):
+        ranked.setdefault(item.label, []).append(index)
+    split_of = [""] * len(items)
+    names = list(fractions)
+    edges = np.cumsum([fractions[name] for name in names])
+    for members in ranked.values():
+        members.sort(key=lambda i: hashlib.sha256(items[i].path.encode()).digest())
+        ends = [round(float(edge) * len(members)) for edge in edges]
+        for name, start, end in zip(names, [0, *ends], ends):
+            for index in members[start:end]:
+                split_of[index] = name
+    return {name: [item for item, own in zip(items, split_of) if own == name] for name in names}
+
+
+def balanced_sample(items: Sequence[Item], n: int, seed: int) -> list[Item]:
+    """Draw `n` items, the classes as equal as their sizes allow, in the order given.
+
+    Every class is shuffled once and the classes are visited in turn, so a smaller draw with the
+    same seed is part of a larger one.
+
+    Raises:
+        UserError: `n` is not positive.
+    """
+    if n < 1:
+        raise UserError(f"cannot sample {n} items; ask for 1 or more")
+    random = np.random.default_rng(seed)
+    by_class: dict[int, list[int]] = {}
+    for index, item in enumerate(items):
+        by_class.setdefault(item.label, []).append(index)
+    turns: list[tuple[int, int, int]] = []
+    for turn, label in enumerate(random.permutation(sorted(by_class)).tolist()):
+        members = random.permutation(by_class[label]).tolist()
+        turns.extend((rank, turn, index) for rank, index in enumerate(members))
+    chosen = sorted(index for _, _, index in sorted(turns)[:n])
+    return [items[index] for index in chosen]
+
+
+def items_hash(items: Iterable[Item]) -> str:
+    """Return sixteen hexadecimal digits that change with any path, label, text or the order."""
+    digest = hashlib.sha256()
+    for item in items:
+        fields = (item.path, str(item.label), item.class_name, *item.captions)
+        digest.update(repr(fields).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,41 @@
+"""Plain lists: one text file per split, each line an image's stem and the name of its class."""
+
+from __future__ import annotations
+
+from vlmlayers.errors import UserError
+from vlmlayers.manifests.items import SPLITS, Item, checked_path
+from vlmlayers.manifests.layouts.base import declared_names
+from vlmlayers.manifests.place import MissingData, Place, read_text
+
+
+class Lists:
+    """FGVC Aircraft's own layout: `1025794 707-320` stands for `1025794.jpg`."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def splits(self) -> tuple[str, ...]:
+        """Return the splits that have a list."""
+        return tuple(split for split in SPLITS if split in self.place.spec.split_files)
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the declared names, in the order of their file."""
+        return declared_names(self.place)
+
+    def items(self, split: str) -> list[Item]:
+        """Return the items of a split in the order of its list."""
+        path = self.place.folder / self.place.spec.split_files[split]
+        if not path.is_file():
+            raise MissingData(f"{self.place.name}: no list {path}; {self.place.hint}")
+        labels = {name: label for label, name in enumerate(self.class_names())}
+        items = []
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
+            stem, _, name = line.strip().partition(" ")
+            where = f"line {number} of {path}"
+            if not stem:
+                continue
+            if name not in labels:
+                raise UserError(f"{where} names the class {name[:80]!r}, which is not declared")
+            file = stem if "." in stem else f"{stem}.jpg"
+            items.append(Item(checked_path(file, where), labels[name], name))
+        return items

@@ -1,0 +1,280 @@
+"""A dataset as the rest of the toolkit sees it: names, items, images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.manifests import catalogue
+from vlmlayers.manifests.items import (
+    SPLITS,
+    Item,
+    balanced_sample,
+    items_hash,
+    stratified_split,
+)
+from vlmlayers.manifests.layouts import layout_of
+from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
+from vlmlayers.manifests.place import Place, data_root
+from vlmlayers.manifests.schema import Spec
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlmlayers.manifests.check import CheckResult
+
+Root = str | os.PathLike[str] | None
+LOG = logging.getLogger("vlmlayers")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a dataset, and the way to its items.
+
+    Every method that reads files takes `root`, the data root: by default the environment
+    variable `VLMLAYERS_DATA`, else the folder `data` in the current one. `split` is `train`,
+    `val`, `test`, or `all` for the three one after the other.
+
+    Attributes:
+        name: Short name, as in score tables.
+        spec: Content of the manifest.
+        source: The TOML file or folder it came from; None for built-in datasets.
+    """
+
+    name: str
+    spec: Spec
+    source: Path | None = None
+
+    @classmethod
+    def load(cls, name: str | os.PathLike[str]) -> Manifest:
+        """Return the manifest of a name, a TOML file, or a folder of images.
+
+        A folder is taken as an image folder: its `train`, `val` and `test` folders are the
+        splits where there are any. A `manifest.toml` or `metadata.*` in it is respected.
+
+        Raises:
+            UserError: The name is unknown (with the nearest), or the manifest is not valid.
+        """
+        return cls(*catalogue.find(name))
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the names that can be loaded: shipped manifests, then built-in datasets."""
+        return catalogue.names()
+
+    @property
+    def title(self) -> str:
+        """Name of the dataset as people write it."""
+        return self.spec.title
+
+    @property
+    def kind(self) -> str:
+        """What is in the images."""
+        return self.spec.kind
+
+    @property
+    def layout(self) -> str:
+        """How the items are listed."""
+        return self.spec.layout
+
+    @property
+    def template(self) -> str:
+        """The common prompt template."""
+        return self.spec.template
+
+    @property
+    def zero_shot_template(self) -> str:
+        """The template of the literature's zero-shot rows; the common one where none is known."""
+        return self.spec.zero_shot_template or self.spec.template
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that change with anything the manifest says."""
+        return self.spec.hash
+
+    def place(self, root: Root = None) -> Place:
+        """Return where the dataset lies under a data root."""
+        source = self.source
+        beside = source if source is None or source.is_dir() else source.parent
+        return Place(self.name, self.spec, data_root(root), beside)
+
+    def splits(self, root: Root = None) -> tuple[str, ...]:
+        """Return the splits the dataset has, a declared carve-out included."""
+        found = layout_of(self.place(root)).splits()
+        carved = tuple(split for split in self.spec.carve if split not in found)
+        return tuple(split for split in SPLITS if split in (*found, *carved))
+
+    def class_names(self, root: Root = None) -> tuple[str, ...]:
+        """Return the class names by label, after renames and filters; () without classes."""
+        return tuple(name for name in self._names(root) if name is not None)
+
+    def _names(self, root: Root) -> list[str | None]:
+        """Return the final name of every class of the files, None for one that is left out."""
+        spec = self.spec
+        raw = layout_of(self.place(root)).class_names()
+        final: list[str | None] = []
+        for name in raw:
+            new = spec.renames.get(name, name)
+            dropped = bool({name, new} & set(spec.drop_classes))
+            missed = bool(spec.only_classes) and not {name, new} & set(spec.only_classes)
+            final.append(None if dropped or missed else new)
+        known = {*raw, *(name for name in final if name is not None)}
+        for name in spec.only_classes:
+            check_one_of("class", name, sorted(known), where=f"only_classes of {self.name}")
+        return final
+
+    def prompts(self, root: Root = None, template: str | None = None) -> tuple[str, ...]:
+        """Return one prompt per class: the template around the name, underscores as spaces."""
+        return tuple(self.prompt(name, template) for name in self.class_names(root))
+
+    def prompt(self, class_name: str, template: str | None = None) -> str:
+        """Return the prompt of one class. Braces in the name stay as they are."""
+        return (template or self.template).replace("{}", class_name.replace("_", " "))
+
+    def items(self, split: str, root: Root = None, *, present_only: bool = False) -> list[Item]:
+        """Return the items of a split, in the order of its file (or sorted, for folders).
+
+        No image is opened, and none needs to exist where a file lists them.
+
+        Args:
+            split: `train`, `val`, `test` or `all`.
+            root: The data root.
+            present_only: Leave out the items whose image is not on disk; how many is logged.
+
+        Raises:
+            UserError: The dataset has no such split, or the files that list it are missing,
+                altered or wrong.
+        """
+        check_one_of("split", split, (*SPLITS, "all"))
+        if split == "all":
+            parts = [self.items(part, root) for part in self.splits(root)]
+            items = [item for part in parts for item in part]
+        else:
+            items = self._split_items(split, root)
+        return self._present(items, split, root) if present_only else items
+
+    def _split_items(self, split: str, root: Root) -> list[Item]:
+        layout = layout_of(self.place(root))
+        found = layout.splits()
+        carve = self.spec.carve if "val" not in found and "train" in found else {}
+        if split not in found and split not in carve:
+            have = ", ".join(self.splits(root)) or "none on this machine"
+            raise UserError(
+                f"{self.name} has no split {split!r}; it has: {have}"
+                + ("; `carve` in a manifest makes a val of train" if split == "val" else "")
+            )
+        if carve and split in ("train", "val"):
+            shares = {"val": carve["val"], "train": 1 - carve["val"]}
+            return stratified_split(self._named(layout.items("train"), root), shares)[split]
+        return self._named(layout.items(split), root)
+
+    def _named(self, items: list[Item], root: Root) -> list[Item]:
+        """Apply renames and filters; labels close up where classes are left out."""
+        spec = self.spec
+        if not (spec.renames or spec.drop_classes or spec.only_classes):
+            return items
+        names = self._names(root)
+        kept = [label for label, name in enumerate(names) if name is not None]
+        labels = {label: new for new, label in enumerate(kept)}
+        return [
+            Item(item.path, labels[item.label], names[item.label] or "", item.captions)
+            for item in items
+            if item.label in labels
+        ]
+
+    def _present(self, items: list[Item], split: str, root: Root) -> list[Item]:
+        missing = set(self.missing(items, root))
+        if missing:
+            LOG.warning(
+                "%s %s: %d of %d items are not on disk and are left out",
+                self.name,
+                split,
+                len(missing),
+                len(items),
+            )
+        return [item for item in items if item not in missing]
+
+    def missing(self, items: list[Item], root: Root = None) -> list[Item]:
+        """Return the items whose image is not on disk."""
+        if self.layout in ("builtin", "shards", "folder"):
+            return []  # listed from what is there
+        images, listing = self.place(root).images, {}
+        absent = []
+        for item in items:
+            folder, _, name = item.path.rpartition("/")
+            if folder not in listing:
+                listing[folder] = _names_in(images / folder)
+            if name not in listing[folder]:
+                absent.append(item)
+        return absent
+
+    def sample(
+        self, split: str, n: int, seed: int = 0, root: Root = None, *, present_only: bool = False
+    ) -> list[Item]:
+        """Return up to `n` items of a split, balanced over classes, in the split's order.
+
+        The draw depends on the items, `n` and `seed` alone; a smaller draw is part of a larger.
+        """
+        return balanced_sample(self.items(split, root, present_only=present_only), n, seed)
+
+    def split_hash(self, split: str, root: Root = None) -> str:
+        """Return sixteen hexadecimal digits that change with any item or their order."""
+        return items_hash(self.items(split, root))
+
+    def location(self, item: Item, root: Root = None) -> Path:
+        """Return the file that holds an item's image (for shards, the tar file).
+
+        Raises:
+            UserError: The path leaves the dataset's folder, or the dataset is drawn by code.
+        """
+        if self.layout == "builtin":
+            raise UserError(f"{self.name} is drawn by code; its items have no files")
+        place = self.place(root)
+        path = item.path.partition(".tar/")[0] + ".tar" if self.layout == "shards" else item.path
+        return place.inside(path)
+
+    def open_image(self, item: Item, root: Root = None, size: int | None = None) -> Image.Image:
+        """Return an item's image, upright and RGB.
+
+        Args:
+            item: One of `items`.
+            root: The data root.
+            size: Side in pixels for datasets that are drawn; files ignore it.
+
+        Raises:
+            UserError: The file is missing or outside the dataset's folder.
+            UnreadableImage: It cannot be decoded.
+        """
+        from vlmlayers.data import readers, shards
+
+        if self.layout == "builtin":
+            options = {} if size is None else {"size": size}
+            image: Image.Image = dataset(self.name).image(*split_and_index(item), **options)
+            return image
+        path = self.location(item, root)
+        if self.layout == "shards":
+            member = item.path.partition(".tar/")[2]
+            return readers.open_image(shards.read_member(path, member), f"{path}/{member}")
+        return readers.open_image(path)
+
+    def check(self, root: Root = None, full: bool = False) -> CheckResult:
+        """Compare what is on disk with what the manifest expects; `full` decodes every image."""
+        from vlmlayers.manifests.check import check
+
+        return check(self, root, full)
+
+    def _repr_html_(self) -> str:
+        from vlmlayers.manifests.tables import manifest_html
+
+        return manifest_html(self)
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()

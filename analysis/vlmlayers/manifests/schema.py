@@ -1,0 +1,233 @@
+"""What a manifest may say: the schema of one dataset's TOML file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from vlmlayers.errors import UserError, nearest
+from vlmlayers.manifests.items import SPLITS, checked_path
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+LAYOUTS = ("coop", "folder", "table", "lists", "captions", "shards", "builtin")
+LARGEST_TOML = 4_000_000  # bytes; a manifest is some hundred lines, never megabytes
+
+
+def _template(text: str) -> str:
+    rest = text.replace("{}", "", 1)
+    if "{}" not in text or "{" in rest or "}" in rest:
+        raise ValueError(f"{text!r} must hold '{{}}' exactly once and no other brace")
+    return text
+
+
+def _split_names(table: dict[str, Any]) -> dict[str, Any]:
+    for key in table:
+        if key not in SPLITS:
+            raise ValueError(f"{key!r} is not a split; splits are train, val, test")
+    return table
+
+
+def _inside(path: str) -> str:
+    try:
+        return checked_path(path, "the manifest")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def _folder(path: str) -> str:
+    if path not in (".", "./"):
+        _inside(path.removeprefix("./"))
+    return path
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Template = Annotated[str, AfterValidator(_template)]
+RelativePath = Annotated[str, AfterValidator(_inside)]
+FolderPath = Annotated[str, AfterValidator(_folder)]
+Paths = Annotated[tuple[RelativePath, ...], BeforeValidator(_listed)]
+Hashes = Annotated[
+    tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...], BeforeValidator(_listed)
+]
+Count = Annotated[int, Field(ge=0, le=10**12, strict=True)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+BySplit = AfterValidator(_split_names)
+
+
+class Columns(BaseModel):
+    """Names of a table's columns."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = "path"
+    label: str = "label"
+    class_name: str = "class_name"
+    split: str = "split"
+    caption: str = "caption"
+
+
+class Spec(BaseModel):
+    """The content of a manifest. Paths are relative; candidates are tried in order.
+
+    Attributes:
+        title: Name of the dataset as people write it.
+        kind: What is in the images: objects, scenes, textures, …
+        folder: The dataset's folder under the data root; one that starts with `.` lies beside
+            the TOML file.
+        images: Folder under `folder` to which the items' paths are relative.
+        layout: One of `LAYOUTS`.
+        split_file: Candidates under the data root for the split, table or captions file.
+        split_sha256: Known hashes of that file; empty where none is known.
+        split_files: One file per split, under `folder` (layouts `table` and `lists`).
+        split_folders: Folder of each split under `images` (layout `folder`); none: one folder
+            for all, split by `fractions`.
+        shards: Tar files of each split under `folder`; `*` matches within a name.
+        fractions: Shares of train, val and test where the files do not split.
+        tail: Numbers of items at the end of the file that are val and test.
+        carve: Share of train that becomes val where the dataset has no val.
+        columns: Names of a table's columns.
+        classes: Expected number of classes.
+        counts: Expected number of items per split.
+        class_names: Names by label (or by sorted folder).
+        class_name_file: Candidates under the data root for a file of names, one a line.
+        class_keys: Whether each line of that file starts with a key (a folder name).
+        label_order: `folders`: labels follow the sorted class folders; `rows`: a folder's name
+            is the row of its class in the file of names.
+        renames: Class names that are replaced.
+        drop_classes: Class names that are left out; labels close up.
+        only_classes: Class names that are kept; labels close up.
+        template: Common prompt template.
+        zero_shot_template: Template that the literature uses for zero-shot rows.
+        licence: Terms of the images.
+        citation: Where the dataset was published.
+        get: Where to get it, one entry per part.
+        note: What a user should know.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str = Field(min_length=1)
+    kind: str = "images"
+    folder: FolderPath = "."
+    images: RelativePath | None = None
+    layout: Literal["coop", "folder", "table", "lists", "captions", "shards", "builtin"]
+    split_file: Paths = ()
+    split_sha256: Hashes = ()
+    split_files: Annotated[dict[str, RelativePath], BySplit] = {}
+    split_folders: Annotated[dict[str, RelativePath], BySplit] = {}
+    shards: Annotated[dict[str, Paths], BySplit] = {}
+    fractions: Annotated[dict[str, Fraction], BySplit] = {"train": 0.5, "val": 0.2, "test": 0.3}
+    tail: Annotated[dict[str, Count], BySplit] = {}
+    carve: Annotated[dict[str, Fraction], BySplit] = {}
+    columns: Columns = Columns()
+    classes: Count | None = None
+    counts: Annotated[dict[str, Count], BySplit] = {}
+    class_names: tuple[str, ...] = ()
+    class_name_file: Paths = ()
+    class_keys: bool = True
+    label_order: Literal["folders", "rows"] = "folders"
+    renames: dict[str, str] = {}
+    drop_classes: tuple[str, ...] = ()
+    only_classes: tuple[str, ...] = ()
+    template: Template = DEFAULT_TEMPLATE
+    zero_shot_template: Template | None = None
+    licence: str = ""
+    citation: str = ""
+    get: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _layout_has_its_keys(self) -> Spec:
+        needs = {
+            "coop": bool(self.split_file),
+            "captions": bool(self.split_file),
+            "table": bool(self.split_file or self.split_files),
+            "lists": bool(self.split_files),
+            "shards": bool(self.shards),
+        }
+        if not needs.get(self.layout, True):
+            key = {"lists": "split_files", "shards": "shards"}.get(self.layout, "split_file")
+            raise ValueError(f"layout {self.layout!r} needs the key {key!r}")
+        if abs(sum(self.fractions.values()) - 1) > 1e-6:
+            raise ValueError(f"fractions add up to {sum(self.fractions.values()):g}, not to 1")
+        if set(self.carve) - {"val"}:
+            raise ValueError("carve can only make 'val'")
+        return self
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that change with anything the manifest says."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of moderate size.
+
+    Raises:
+        UserError: The file is absent, too large, not UTF-8 or not TOML.
+    """
+    try:
+        if path.stat().st_size > LARGEST_TOML:
+            raise UserError(f"{path} is larger than {LARGEST_TOML:,} bytes; not a manifest")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid TOML: nested too deeply") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as TOML: {_one_line(error)}") from None
+
+
+def parse_spec(content: dict[str, Any], where: str) -> Spec:
+    """Check the content of a manifest.
+
+    Args:
+        content: The parsed TOML.
+        where: Name of the file, for messages.
+
+    Raises:
+        UserError: A key is unknown (with the nearest valid one), missing or has a wrong value.
+    """
+    try:
+        return Spec.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        more = error.error_count() - 1
+        tail = f" (and {more} more)" if more else ""
+        raise UserError(f"{where}: {_explain(first)}{tail}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+
+
+def _explain(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])[:120]
+    if error["type"] == "extra_forbidden":
+        fields = Columns.model_fields if "columns" in error["loc"][:-1] else Spec.model_fields
+        key = str(error["loc"][-1])[:80]
+        close = nearest(key, fields)
+        hint = f"did you mean {close!r}?" if close else "valid: " + ", ".join(fields)
+        return f"unknown key {key!r}; {hint}"
+    if error["type"] == "missing":
+        return f"the key {place!r} is missing"
+    message = _one_line(error["msg"].removeprefix("Value error, "))
+    return f"{place!r}: {message}" if place else message
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

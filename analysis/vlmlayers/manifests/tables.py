@@ -1,0 +1,111 @@
+"""Tables of what is known and what is on disk, for the command line and for Jupyter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from vlmlayers.manifests.items import SPLITS
+from vlmlayers.manifests.manifest import Manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Root = str | os.PathLike[str] | None
+
+
+def list_table(root: Root = None) -> pd.DataFrame:
+    """Return what is known: one row per dataset, whether or not it is on this machine.
+
+    Columns: name, title, kind, layout, classes, train, val, test, here, licence. `here` says
+    whether the dataset's folder exists; `check_table` looks into it.
+    """
+    import pandas as pd
+
+    rows = []
+    for name in Manifest.names():
+        manifest = Manifest.load(name)
+        spec = manifest.spec
+        built_in = spec.layout == "builtin"
+        rows.append(
+            {
+                "name": name,
+                "title": spec.title,
+                "kind": spec.kind,
+                "layout": spec.layout,
+                "classes": spec.classes,
+                **{split: spec.counts.get(split) for split in SPLITS},
+                "here": built_in or manifest.place(root).folder.is_dir(),
+                "licence": spec.licence,
+            }
+        )
+    table = pd.DataFrame(rows)
+    counts = ["classes", *SPLITS]
+    return table.astype({column: "Int64" for column in counts})
+
+
+def check_table(names: Sequence[str] = (), root: Root = None, full: bool = False) -> pd.DataFrame:
+    """Return what is on disk: one row per dataset of `names`, or of all that are known.
+
+    Columns: name, state, expected, found, missing, first_missing, unreadable, notes, get, and
+    `line`, the whole result in one line.
+
+    Raises:
+        UserError: A name is unknown.
+    """
+    import pandas as pd
+
+    rows = []
+    for manifest in [Manifest.load(name) for name in names or Manifest.names()]:
+        result = manifest.check(root, full)
+        rows.append(
+            {
+                "name": result.name,
+                "state": result.state,
+                "expected": sum(result.expected.values()) or None,
+                "found": result.found,
+                "missing": result.missing,
+                "first_missing": ", ".join(result.first_missing),
+                "unreadable": len(result.unreadable),
+                "notes": "; ".join(result.notes),
+                "get": "; ".join(result.get),
+                "line": result.line(),
+            }
+        )
+    return pd.DataFrame(rows).astype({"expected": "Int64"})
+
+
+def exit_code(table: pd.DataFrame, names: Sequence[str] = ()) -> int:
+    """Return 2 if a dataset that was asked for by name is not complete, else 0."""
+    complete = table["state"].isin(["complete", "built-in"])
+    return 2 if names and not bool(complete.all()) else 0
+
+
+def manifest_html(manifest: Manifest) -> str:
+    """Return a small HTML table that describes a manifest; everything in it is escaped."""
+    spec = manifest.spec
+    counts = ", ".join(
+        f"{spec.counts[split]:,} {split}" for split in SPLITS if split in spec.counts
+    )
+    rows = {
+        "name": manifest.name,
+        "kind": spec.kind,
+        "layout": spec.layout,
+        "classes": "" if spec.classes is None else str(spec.classes),
+        "items": counts,
+        "template": spec.template,
+        "zero-shot template": spec.zero_shot_template or "",
+        "licence": spec.licence,
+        "citation": spec.citation,
+        "get it": "; ".join(spec.get),
+        "note": spec.note,
+    }
+    body = "".join(
+        f"<tr><th style='text-align:left'>{escape(key)}</th>"
+        f"<td style='text-align:left'>{escape(value)}</td></tr>"
+        for key, value in rows.items()
+        if value
+    )
+    return f"<table><caption>{escape(spec.title)}</caption>{body}</table>"
