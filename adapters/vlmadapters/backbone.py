@@ -4,39 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from vlmlayers.errors import UserError
+from vlmlayers.models.towers import Tower, find_towers
+
+# Names of the norm that blocks apply to their input: open_clip, timm, Hugging Face.
+FIRST_NORMS = ("ln_1", "norm1", "layer_norm1")
 
 
-@dataclass
-class _T:
-    blocks: list
-    width: int
+def backbone_towers(clip: nn.Module) -> dict[str, Tower]:
+    """Return both towers of a CLIP whose blocks an adapter can stand beside.
 
-    @property
-    def depth(self) -> int:
-        return len(self.blocks)
+    Raises:
+        UserError: A tower has no transformer blocks, or its blocks have no first norm.
+    """
+    towers = find_towers(clip)
+    for tower in towers.values():
+        if tower.kind != "blocks":
+            raise UserError(
+                f"the {tower.name} tower ({tower.family}) has {tower.kind}, not transformer "
+                "blocks; the multi-modal adapter needs blocks of one width with a first norm")
+        first_norm(tower.blocks[0], tower)
+    return towers
 
 
-def backbone_towers(clip: nn.Module) -> dict[str, Any]:
-    return {"vision": _T(list(clip.visual.transformer.resblocks), clip.visual.transformer.width),
-            "text": _T(list(clip.transformer.resblocks), clip.transformer.width)}
+def first_norm(block: nn.Module, tower: Tower) -> nn.Module:
+    """Return the norm a block applies to its input.
 
-
-def first_norm(block: nn.Module) -> nn.Module:
-    """Return the norm a block applies to its input."""
-    for name in ("ln_1", "norm1", "layer_norm1"):
+    Raises:
+        UserError: There is none, as in post-norm blocks.
+    """
+    for name in FIRST_NORMS:
         norm = getattr(block, name, None)
         if isinstance(norm, nn.Module):
             return norm
     raise UserError(
-        f"a {type(block).__name__} block has no first norm, and the adapter reads its output; "
-        "this backbone cannot be adapted"
-    )
+        f"the {tower.name} tower's blocks ({tower.family}, {type(block).__name__}) have no first "
+        "norm, which the multi-modal adapter reads; choose a backbone of pre-norm blocks")
 
 
 @contextmanager

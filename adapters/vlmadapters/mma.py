@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from vlmadapters.backbone import backbone_towers, first_norm, frozen
 from vlmadapters.config import MMAConfig
 from vlmlayers.errors import UserError
+from vlmlayers.models.towers import Tower
 
 PREFIX = {"vision": "visual_adapter", "text": "text_adapter"}
 Select = Callable[[Tensor], Tensor]
@@ -157,7 +158,7 @@ class Adapter(nn.Module):
             stack.enter_context(frozen(clip))
             for name, tower in towers.items():
                 for block in getattr(self.config, name):
-                    hooks = _BlockHooks(self, name, block, tower.blocks[block - 1])
+                    hooks = _BlockHooks(self, tower, block)
                     stack.callback(hooks.remove)
             yield self
 
@@ -210,9 +211,10 @@ class Adapter(nn.Module):
 class _BlockHooks:
     """Hooks on one block and on its first norm, whose output the adapter reuses."""
 
-    def __init__(self, adapter: Adapter, tower: str, block: int, module: nn.Module) -> None:
-        self.adapter, self.tower, self.block = adapter, tower, block
-        self.norm = first_norm(module)
+    def __init__(self, adapter: Adapter, where: Tower, block: int) -> None:
+        module = where.blocks[block - 1]
+        self.adapter, self.tower, self.block = adapter, where.name, block
+        self.norm = first_norm(module, where)
         self.seen: tuple[Tensor, Tensor] | None = None
         self.handles = [
             self.norm.register_forward_hook(self._keep),
