@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vlmlayers.errors import UnreadableImage, UserError
@@ -76,7 +77,8 @@ def _decode(handle: BinaryIO, name: str, size: int) -> Image.Image:
         with Image.open(handle, formats=FORMATS) as image:
             _expect_size(image, name)
             image.load()
-            return _to_rgb(_upright(image))
+            _turn_upright(image)
+            return _to_rgb(image)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:
@@ -100,11 +102,11 @@ def _expect_size(image: Image.Image, name: str) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> None:
     try:
-        return ImageOps.exif_transpose(image)
-    except _FAULTS:  # broken EXIF says nothing; the pixels are sound
-        return image
+        ImageOps.exif_transpose(image, in_place=True)
+    except _FAULTS:  # broken EXIF says nothing of the pixels, which are sound
+        return
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -113,18 +115,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_eight_bit(image)).convert("RGB")
     if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        ground = Image.new("RGBA", layers.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, layers).convert("RGB")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
+        ground = Image.new("RGB", layer.size, (255, 255, 255))
+        ground.paste(layer, mask=layer.getchannel("A"))
+        return ground
     return image.convert("RGB")
 
 
-def _eight_bit(image: Image.Image) -> np.ndarray:
+def _eight_bit(image: Image.Image) -> NDArray[np.uint8]:
     """Scale a grey image of 16 or 32 bit to 0..255; floats are taken as 0..1 or 0..255."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image).astype(np.float32)
     if image.mode == "F":
-        values = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)
-        values = values * 255 if values.max(initial=0.0) <= 1 else values
+        np.nan_to_num(values, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
+        values *= 255 if values.max(initial=0.0) <= 1 else 1
     else:
-        values = values / 257  # 65535 is white
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        values /= 257  # 65535 is white
+    return np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from vlmlayers.errors import UnreadableImage, UserError
 
-IMAGE_SUFFIXES = frozenset("jpg jpeg png webp bmp gif tif tiff ppm".split())
+IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"])
 LARGEST_TEXT = 1_000_000  # bytes of a .cls or .txt member
 
 

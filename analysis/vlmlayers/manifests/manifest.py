@@ -49,6 +49,9 @@ class Manifest:
     spec: Spec
     source: Path | None = None
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.spec.hash, self.source))
+
     @classmethod
     def load(cls, name: str | os.PathLike[str]) -> Manifest:
         """Return the manifest of a name, a TOML file, or a folder of images.
@@ -275,6 +278,7 @@ class Manifest:
 
 def _names_in(folder: Path) -> frozenset[str]:
     try:
-        return frozenset(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries)
     except OSError:
         return frozenset()

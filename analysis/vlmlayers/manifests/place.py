@@ -13,6 +13,7 @@ from vlmlayers.manifests.items import checked_path
 from vlmlayers.manifests.schema import Spec
 
 DATA_VARIABLE = "VLMLAYERS_DATA"
+LARGEST_LIST = 300_000_000  # bytes; CoOp's layout for all of ImageNet takes about 130 MB
 
 
 class MissingData(UserError):
@@ -130,9 +131,11 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 file.
 
     Raises:
-        UserError: It cannot be read or is not UTF-8.
+        UserError: It cannot be read, is not UTF-8, or is larger than `LARGEST_LIST`.
     """
     try:
+        if path.stat().st_size > LARGEST_LIST:
+            raise UserError(f"{path} is larger than {LARGEST_LIST:,} bytes; no list of items")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None

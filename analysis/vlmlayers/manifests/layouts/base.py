@@ -50,7 +50,7 @@ def class_keys(place: Place) -> dict[str, str]:
     """
     path = place.find(place.spec.class_name_file, "the file of class names")
     names: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         text = line.strip()
         if not text:
             continue

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlmlayers.data.shards import IMAGE_SUFFIXES
 from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, Item, is_text, stratified_split
 from vlmlayers.manifests.layouts.base import class_keys
 from vlmlayers.manifests.place import MissingData, Place
 
-SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .mpo".split())
+SUFFIXES = frozenset(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "pgm", "pbm", "mpo"))
 
 
 class Folder:

@@ -29,7 +29,7 @@ class Lists:
             raise MissingData(f"{self.place.name}: no list {path}; {self.place.hint}")
         labels = {name: label for label, name in enumerate(self.class_names())}
         items = []
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             stem, _, name = line.strip().partition(" ")
             where = f"line {number} of {path}"
             if not stem:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -88,53 +89,61 @@ class Table:
 
 
 def _items(
-    rows: Iterable[tuple[str, Row, str]], columns: Columns, names: tuple[str, ...], where: str
+    rows: Sequence[tuple[str, Row, str]], columns: Columns, names: tuple[str, ...], where: str
 ) -> dict[tuple[str, str], Item]:
-    rows = list(rows)
-    labelled = _label_reader([row for _, row, _ in rows], columns, names, where)
-    items: dict[tuple[str, str], Item] = {}
+    """Return (split, path) → item; rows that repeat a path add their captions to it."""
+    label_of = _label_reader([row for _, row, _ in rows], columns, names, where)
+    labels: dict[tuple[str, str], tuple[int, str]] = {}
+    captions: dict[tuple[str, str], list[str]] = {}
     for number, (split, row, prefix) in enumerate(rows, start=1):
         place = f"row {number} of {where}"
-        path = prefix + checked_path(checked_name(row[columns.path], place), place)
-        label, name = labelled(row, place)
-        text = row.get(columns.caption)
-        captions = (checked_name(text, place),) if text not in (None, "") else ()
-        known = items.get((split, path))
-        if known is not None and known.label != label:
+        path = prefix + checked_path(checked_name(row.get(columns.path), place), place)
+        label = label_of(row, place)
+        if labels.setdefault((split, path), label) != label:
             raise UserError(f"{place} gives {path[:200]!r} a second label")
-        before = known.captions if known is not None else ()
-        items[split, path] = Item(path, label, name, before + captions)
-    return items
+        text = row.get(columns.caption)
+        if text not in (None, ""):
+            captions.setdefault((split, path), []).append(checked_name(text, place))
+    return {
+        key: Item(key[1], label, name, tuple(captions.get(key, ())))
+        for key, (label, name) in labels.items()
+    }
 
 
-def _label_reader(rows: list[Row], columns: Columns, names: tuple[str, ...], where: str) -> Any:
+def _label_reader(
+    rows: Sequence[Row], columns: Columns, names: tuple[str, ...], where: str
+) -> Callable[[Row, str], tuple[int, str]]:
     """Return a function that gives (label, class name) of a row."""
-    values = [row.get(columns.label) for row in rows]
-    if not rows or columns.label not in rows[0]:
+    first = rows[0] if rows else {}
+    column = next((c for c in (columns.label, columns.class_name) if c in first), None)
+    if column is None:
         return lambda row, place: (-1, "")
-    numeric = all(_is_number(value) for value in values)
-    words = names or tuple(sorted({str(value) for value in values}))
+    values = {str(row.get(column)) for row in rows if row.get(column) not in (None, "")}
+    numeric = all(_is_number(value.removeprefix("-")) for value in values)
+    words = names or tuple(sorted(values))
     by_word = {word: label for label, word in enumerate(words)}
 
     def read(row: Row, place: str) -> tuple[int, str]:
-        value = row.get(columns.label)
+        value = row.get(column)
+        word = checked_name(str(value), place)
+        if value in (None, ""):
+            raise UserError(f"{place} has no {column}")
         if not numeric:
-            word = checked_name(str(value), place)
             if word not in by_word:
                 raise UserError(f"{place} has the class {word[:80]!r}, which is not declared")
             return by_word[word], word
-        label = int(str(value))
-        if names and label >= len(names):
-            raise UserError(f"{place} has label {label}; the {len(names)} classes end before it")
+        label = int(word)
+        if label < 0 or (names and label >= len(names)):
+            last = f"0 to {len(names) - 1}" if names else "0, 1, 2, …"
+            raise UserError(f"{place} has label {label}; labels are {last}")
         own = row.get(columns.class_name)
         return label, names[label] if names else checked_name(str(own or label), place)
 
     return read
 
 
-def _is_number(value: object) -> bool:
-    text = str(value)
-    return type(value) in (int, str) and text.isascii() and text.isdecimal() and len(text) < 10
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 @lru_cache(maxsize=8)
@@ -146,7 +155,14 @@ def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
         raise UserError(f"{path} is no table; its suffix must be one of {', '.join(readers)}")
     try:
         rows = tuple(readers[suffix](path))
-    except (ValueError, OSError, csv.Error, RecursionError) as error:
+    except (
+        ValueError,
+        OSError,
+        LookupError,
+        NotImplementedError,
+        csv.Error,
+        RecursionError,
+    ) as error:
         raise UserError(f"{path} cannot be read as a table: {str(error)[:200]}") from None
     if rows and columns.path not in rows[0]:
         found = [str(key) for key in rows[0]]
@@ -158,11 +174,11 @@ def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
 
 def _csv(path: Path) -> Iterable[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    return list(csv.DictReader(read_text(path).splitlines(keepends=True), delimiter=delimiter))
+    return list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter))
 
 
 def _json_lines(path: Path) -> Iterable[Row]:
-    rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+    rows = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is not a JSON object")
     return rows
