@@ -1,206 +1,78 @@
-"""Score tables with a known answer."""
+"""Synthetic features with a known story: depth adds dataset and class structure to noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
-import pandas as pd
-
-from vlmlayers.positions import relative_depth
-
-COLUMNS = [
-    "model",
-    "weights",
-    "dataset",
-    "split",
-    "tower",
-    "position",
-    "depth",
-    "space",
-    "pooling",
-    "metric",
-    "value",
-    "low",
-    "high",
-    "null",
-    "n",
-    "seed",
-    "other_tower",
-    "other_position",
-    "options",
-]
-DATASETS = ("digits", "shapes", "<b>signs</b>")
+from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.positions import tower_positions
 
 
-def row(
-    metric: str,
-    tower: str,
-    position: str,
-    blocks: int,
-    value: float,
+def make_features(
+    dataset: str = "alpha",
     *,
-    half: float = 0.0,
-    **others: object,
-) -> dict[str, object]:
-    base = {
-        "model": "toy",
-        "weights": "toy.safetensors",
-        "dataset": "*",
-        "split": "train",
-        "space": "native",
-        "pooling": "cls" if tower == "vision" else "eot",
-        "null": 0.1,
-        "n": 300,
-        "seed": -1,
-        "other_tower": "",
-        "other_position": "",
-        "options": "",
-    }
-    return (
-        base
-        | {
-            "tower": tower,
-            "position": position,
-            "metric": metric,
-            "value": value,
-            "depth": relative_depth(position, blocks),
-            "low": value - half,
-            "high": value + half,
-        }
-        | others
+    number: int = 0,
+    items: int = 60,
+    classes: int = 6,
+    blocks: int = 3,
+    widths: tuple[int, int, int] = (24, 16, 12),
+    captions: int = 0,
+    names: str = "",
+    strength: float = 1.0,
+    seed: int = 0,
+    offset: float = 0.0,
+) -> LayerFeatures:
+    """Return features whose dataset and class signal grows linearly with depth."""
+    rng = np.random.default_rng([seed, number])
+    labels = np.arange(items) % classes
+    class_names = tuple(f"{names or dataset} thing {c}" for c in range(classes))
+    if captions:
+        pairs = np.repeat(np.arange(items), captions)
+        text_labels = labels[pairs]
+        ids = tuple(f"caption {i}" for i in range(len(pairs)))
+    else:
+        pairs, text_labels = None, np.arange(classes)
+        ids = tuple(f"a photo of a {name}." for name in class_names)
+
+    def arrays(width: int, given: np.ndarray, owner: np.ndarray, shared: int) -> dict:
+        by_space: dict[str, dict[str, np.ndarray]] = {}
+        for space in ("native", "joint"):
+            d = widths[2] if space == "joint" else width
+            story = np.random.default_rng([shared, number])
+            dataset_mean, class_means = story.normal(size=d), story.normal(size=(classes, d))
+            own = story.normal(size=(items, d))
+            modality = np.random.default_rng(shared).normal(size=d)
+            by_space[space] = {}
+            for i, position in enumerate(tower_positions(blocks, space)):
+                depth = strength * i / (blocks + 1)
+                wide = widths[2] if position == "proj" else d
+                x = depth * (dataset_mean + class_means[given] + 0.5 * own[owner])
+                x = x + rng.normal(size=x.shape) + modality + offset
+                by_space[space][position] = x[:, :wide].astype(np.float32)
+        return by_space
+
+    rows = np.arange(items)
+    vision = TowerFeatures(
+        "vision",
+        blocks,
+        "cls",
+        "images",
+        tuple(f"train/{i:06d}" for i in range(items)),
+        labels,
+        arrays(widths[0], labels, rows, 1),
     )
-
-
-def curve_rows(
-    metric: str,
-    tower: str,
-    values: Sequence[float],
-    *,
-    half: float = 0.0,
-    seeds: Sequence[int] = (-1,),
-    jitter: float = 0.0,
-    ends: bool = True,
-    **others: object,
-) -> list[dict[str, object]]:
-    """Rows of one curve: `embed` and `proj` repeat the first and last block where `ends`."""
-    depth = len(values)
-    generator = np.random.default_rng(7)
-    named = {str(b + 1): v for b, v in enumerate(values)}
-    if ends:
-        named = {"embed": values[0], **named, "proj": values[-1]}
-    return [
-        row(
-            metric,
-            tower,
-            position,
-            depth,
-            value + jitter * generator.standard_normal(),
-            half=half,
-            seed=seed,
-            **others,
-        )
-        for seed in seeds
-        for position, value in named.items()
-    ]
-
-
-def pair_rows(
-    metric: str, vision: int, text: int, cell: Callable[[int, int], float], **others: object
-) -> list[dict[str, object]]:
-    """Rows of a vision × text matrix; `cell` takes block numbers."""
-    return [
-        row(
-            metric,
-            "vision",
-            str(i),
-            vision,
-            cell(i, j),
-            other_tower="text",
-            other_position=str(j),
-            **others,
-        )
-        for i in range(1, vision + 1)
-        for j in range(1, text + 1)
-    ]
-
-
-def table(*parts: list[dict[str, object]]) -> pd.DataFrame:
-    return pd.DataFrame([one for part in parts for one in part], columns=COLUMNS)
-
-
-def step(depth: int, start: int, low: float = 0.4, high: float = 0.9) -> list[float]:
-    """A curve that jumps from low to high at block `start`."""
-    return [low if b < start else high for b in range(1, depth + 1)]
-
-
-def planted(
-    vision: int = 12,
-    text: int = 12,
-    start: tuple[int, int] = (5, 5),
-    *,
-    half: float = 0.01,
-    seeds: Sequence[int] = (0, 1, 2),
-) -> pd.DataFrame:
-    """A table whose curves jump at known blocks and whose towers agree from there on."""
-
-    def agreement(i: int, j: int) -> float:
-        return 0.8 if i >= start[0] and j >= start[1] else 0.2
-
-    return table(
-        curve_rows("dataset_accuracy", "vision", step(vision, start[0]), half=half, seeds=seeds),
-        curve_rows("dataset_accuracy", "text", step(text, start[1]), half=half, seeds=seeds),
-        pair_rows("cka_debiased", vision, text, agreement),
+    text = TowerFeatures(
+        "text",
+        blocks,
+        "eot",
+        "captions" if captions else "prompts",
+        ids,
+        text_labels,
+        arrays(widths[1], text_labels, rows[: len(ids)] if pairs is None else pairs, 2),
+        pairs,
     )
+    return LayerFeatures("toy", "random", dataset, "train", class_names, vision, text, True)
 
 
-def full(vision: int = 12, text: int = 12, **options: object) -> pd.DataFrame:
-    """A planted table with the metrics that a report shows, on three datasets."""
-    parts = [planted(vision, text).to_dict("records")]
-    for number, dataset in enumerate(DATASETS):
-        for tower, depth in (("vision", vision), ("text", text)):
-            rise = [0.3 + 0.04 * number + 0.5 * (b + 1) / depth for b in range(depth)]
-            parts.append(curve_rows("class_accuracy", tower, rise, half=0.03, dataset=dataset))
-            parts.append(
-                curve_rows(
-                    "fisher_ratio",
-                    tower,
-                    [v * 2 for v in rise],
-                    half=0.1,
-                    dataset=dataset,
-                    null=0.03,
-                )
-            )
-        falling = [1.2 - 0.4 * (b + 1) / vision + 0.05 * number for b in range(vision)]
-        gap = curve_rows(
-            "centroid_gap",
-            "vision",
-            falling,
-            half=0.02,
-            dataset=dataset,
-            space="joint",
-            null=0.08,
-            other_tower="text",
-        )
-        for one in gap:
-            position = str(one["position"])
-            if position.isdecimal():
-                position = str(max(1, round(int(position) * text / vision)))
-            one["other_position"] = position
-        parts.append(gap)
-        parts.append(
-            curve_rows(
-                "zero_shot_accuracy",
-                "vision",
-                [0.1 + 0.04 * b for b in range(vision)],
-                half=0.03,
-                dataset=dataset,
-                space="joint",
-            )
-        )
-        parts.append(
-            pair_rows(
-                "cka_debiased", vision, text, lambda i, j: 0.1 + 0.02 * (i + j), dataset=dataset
-            )
-        )
-    return table(*parts).assign(**options)
+def many(count: int = 3, **options) -> list[LayerFeatures]:
+    """Return features of several datasets."""
+    return [make_features(f"set{i}", number=i, **options) for i in range(count)]

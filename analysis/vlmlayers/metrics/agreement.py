@@ -1,0 +1,243 @@
+"""Agreement between two sets of features of the same items, whatever their widths.
+
+All but Procrustes are one idea: each side becomes an n × n kernel, the kernel a *signature* of
+Frobenius norm 1, and agreement is the inner product of two signatures. So a whole
+position × position matrix is one product, and a permutation of items costs one gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics.checks import Array, paired, squared_distances, triangle, unit, varies
+
+Kernel = Callable[..., Array]
+Signature = Callable[..., Array]
+
+
+def linear_kernel(x: Array) -> Array:
+    """Return the Gram matrix of centred rows, (n, n)."""
+    x = _spread_out(x)
+    return x @ x.T
+
+
+def rbf_kernel(x: Array, *, sigma: float = 0.5) -> Array:
+    """Return exp(−‖x_i − x_j‖² / 2s²) with s = sigma × the root of the median squared distance."""
+    squares = squared_distances(_spread_out(x))
+    median = float(np.median(squares))
+    if median <= 0.0:
+        raise UserError("half of all pairs of items coincide; the kernel has no width")
+    return np.exp(-squares / (2.0 * sigma**2 * median))
+
+
+def cosine_kernel(x: Array) -> Array:
+    """Return the cosines between rows, not centred, (n, n)."""
+    _spread_out(x)
+    x = unit(x)
+    return x @ x.T
+
+
+def distance_kernel(x: Array) -> Array:
+    """Return squared Euclidean distances between rows, (n, n)."""
+    return squared_distances(_spread_out(x))
+
+
+def _spread_out(x: Array) -> Array:
+    """Return centred rows, or complain where they differ by rounding only."""
+    mean = x.mean(axis=0)
+    if not varies(x - mean, mean):
+        raise UserError(f"the features of all {len(x)} items are the same")
+    return x - mean
+
+
+def biased_signature(kernel: Array) -> Array:
+    """Return the doubly centred kernel at norm 1: inner products are biased CKA."""
+    rows = kernel.mean(axis=0)
+    return _normalised(kernel - rows[None, :] - rows[:, None] + rows.mean())
+
+
+def debiased_signature(kernel: Array) -> Array:
+    """Return the U-centred kernel at norm 1: inner products are debiased CKA.
+
+    The inner product of U-centred kernels is n(n − 3) times the unbiased HSIC.
+
+    Reference: Székely and Rizzo 2014 (U-centring); Song et al. 2012 (unbiased HSIC).
+    """
+    n = len(kernel)
+    hollow = kernel.copy()
+    np.fill_diagonal(hollow, 0.0)
+    rows = hollow.sum(axis=0)
+    hollow -= (rows[None, :] + rows[:, None]) / (n - 2)
+    hollow += rows.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(hollow, 0.0)
+    return _normalised(hollow)
+
+
+def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
+    """Return the indicator of each row's k nearest others, at norm 1."""
+    n = len(kernel)
+    k = neighbours(n, k)
+    similarity = kernel.copy()
+    np.fill_diagonal(similarity, -np.inf)
+    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    result = np.zeros((n, n))
+    np.put_along_axis(result, near, 1.0 / np.sqrt(n * k), axis=1)
+    return result
+
+
+def rank_signature(kernel: Array) -> Array:
+    """Return the centred ranks of the off-diagonal entries, at norm 1."""
+    n = len(kernel)
+    upper = np.triu_indices(n, 1)
+    ranks = rankdata(kernel[upper])
+    result = np.zeros((n, n))
+    result[upper] = ranks - ranks.mean()
+    return _normalised(result + result.T)
+
+
+def neighbours(n: int, k: int) -> int:
+    """Return k, at most half of the other items: with all of them every layer agrees."""
+    return max(1, min(k, (n - 1) // 2))
+
+
+def cka(
+    x: Any,
+    y: Any,
+    *,
+    debiased: bool = True,
+    kernel: str = "linear",
+    sigma: float = 0.5,
+    form: str = "auto",
+) -> float:
+    """Return centred kernel alignment of paired rows.
+
+    HSIC(K, L) / √(HSIC(K, K) HSIC(L, L)). Biased HSIC is ‖Y_cᵀX_c‖² for linear kernels; it grows
+    as n falls, so never compare it at different n. Debiased HSIC is unbiased and its ratio can be
+    negative; it is not clamped.
+
+    Args:
+        x: (item, width).
+        y: (item, other width).
+        debiased: Use the unbiased estimate of HSIC (n ≥ 4).
+        kernel: `linear` or `rbf`.
+        sigma: Width of the RBF kernel in units of the root of the median squared distance.
+        form: `gram` (n × n), `feature` (width × width, linear only) or `auto`: the cheaper one.
+
+    Raises:
+        UserError: Rows not paired, too few items, constant features.
+
+    Reference: Kornblith et al. 2019; debiased: Song et al. 2012, Nguyen et al. 2021.
+    """
+    check_one_of("kernel", kernel, ("linear", "rbf"))
+    check_one_of("form", form, ("auto", "gram", "feature"))
+    x, y = paired(x, y, 4 if debiased else 2)
+    if kernel == "linear" and (form == "feature" or (form == "auto" and prefers_features(x, y))):
+        return _feature_cka(x, y, debiased)
+    signature = debiased_signature if debiased else biased_signature
+    if kernel == "linear":
+        first, second = linear_kernel(x), linear_kernel(y)
+    else:
+        first, second = rbf_kernel(x, sigma=sigma), rbf_kernel(y, sigma=sigma)
+    return float((signature(first) * signature(second)).sum())
+
+
+def prefers_features(x: Array, y: Array) -> bool:
+    """Return whether width × width products cost less than n × n ones; always so for n > width."""
+    n, a, b = len(x), x.shape[1], y.shape[1]
+    return n * (a + b) > a * b
+
+
+def hsic_features(x: Array, y: Array, debiased: bool) -> float:
+    """Return (n(n − 3) times) HSIC of centred features; no n × n matrix is formed."""
+    n = len(x)
+    total = float(np.square(x.T @ y).sum())
+    if not debiased:
+        return total
+    first, second = np.square(x).sum(axis=1), np.square(y).sum(axis=1)
+    correction = float(first.sum() * second.sum()) / ((n - 1) * (n - 2))
+    return total - n / (n - 2) * float(first @ second) + correction
+
+
+def _feature_cka(x: Array, y: Array, debiased: bool) -> float:
+    cross = hsic_features(x, y, debiased)
+    own = hsic_features(x, x, debiased) * hsic_features(y, y, debiased)
+    if own <= 0.0:
+        raise UserError("the features have no agreement with themselves; use more items")
+    return cross / float(np.sqrt(own))
+
+
+def mutual_knn(x: Any, y: Any, *, k: int = 10) -> float:
+    """Return the mean share of common k nearest neighbours (cosine, self excluded).
+
+    Raises:
+        UserError: Rows not paired, fewer than three items, or a row of zeros.
+
+    Reference: Huh et al. 2024, The Platonic Representation Hypothesis.
+    """
+    paired(x, y, 3)
+    first, second = cosine_kernel(np.asarray(x)), cosine_kernel(np.asarray(y))
+    return float((neighbour_signature(first, k=k) * neighbour_signature(second, k=k)).sum())
+
+
+def rsa(x: Any, y: Any) -> float:
+    """Return Spearman's correlation of the two Euclidean distance matrices' upper triangles.
+
+    Raises:
+        UserError: Rows not paired, fewer than four items, or constant features.
+
+    Reference: Kriegeskorte et al. 2008.
+    """
+    x, y = paired(x, y, 4)
+    first, second = distance_kernel(x), distance_kernel(y)
+    return float((rank_signature(first) * rank_signature(second)).sum())
+
+
+def procrustes(x: Any, y: Any) -> float:
+    """Return the angular Procrustes distance arccos(‖X_cᵀY_c‖_* / (‖X_c‖‖Y_c‖)), in radians.
+
+    A true metric on shapes: 0 where a rotation and a scale map one onto the other.
+
+    Raises:
+        UserError: Rows not paired, fewer than three items, or constant features.
+
+    Reference: Williams et al. 2021, Generalized shape metrics.
+    """
+    x, y = paired(x, y, 3)
+    x, y = _compact(x), _compact(y)
+    nuclear = np.linalg.svd(x.T @ y, compute_uv=False).sum()
+    cosine = nuclear / (np.linalg.norm(x) * np.linalg.norm(y))
+    return float(np.arccos(np.clip(cosine, 0.0, 1.0)))
+
+
+def _compact(x: Array) -> Array:
+    """Return x rotated into its span where items are fewer than columns."""
+    n, width = x.shape
+    if n >= width:
+        return x
+    return triangle(x.T).T
+
+
+def _normalised(signature: Array) -> Array:
+    norm = np.linalg.norm(signature)
+    if norm <= 0.0:
+        raise UserError("all items are equally similar; agreement is undefined")
+    return signature / norm
+
+
+def calibrated(value: Array, shuffled: Array, best: float) -> Array:
+    """Return (value − mean of shuffled)/(best − mean of shuffled): chance 0, identity 1.
+
+    Args:
+        value: Agreement, any shape.
+        shuffled: The same with the items of one side permuted, (permutation, …).
+        best: The value of identical features.
+
+    Reference: Hubert and Arabie 1985 (adjustment for chance), with a permutation null.
+    """
+    chance = shuffled.mean(axis=0)
+    return (value - chance) / (best - chance)

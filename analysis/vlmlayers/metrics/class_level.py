@@ -1,0 +1,217 @@
+"""Discriminability with labels: how well one layer's features separate classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.checks import (
+    Array,
+    Labels,
+    centred,
+    classes,
+    one_hot,
+    squared_distances,
+    unit,
+)
+
+
+def fisher_ratio(x: Any, labels: Any) -> float:
+    """Return tr S_b / tr S_w, scatter between over scatter within classes.
+
+    Under shuffled labels about (C − 1)/(n − C).
+
+    Raises:
+        UserError: One class, constant features, or no scatter within any class.
+
+    Reference: Fisher 1936; Fukunaga 1990, section 10.2.
+    """
+    x = centred(x, smallest_n=3)
+    y = classes(labels, len(x))
+    total = np.square(x).sum()
+    between = np.bincount(y) @ np.square(_means(x, y)).sum(axis=1)
+    if total - between <= 1e-12 * total:
+        raise UserError("no scatter within classes: every item equals its class mean")
+    return float(between / (total - between))
+
+
+def lda_criterion(x: Any, labels: Any, *, width: int | None = None) -> float:
+    """Return tr(S_w⁻¹ S_b) with S_w shrunk after Ledoit and Wolf, so n ≤ d is allowed.
+
+    S_b is Σ n_c (μ_c − μ)(μ_c − μ)ᵀ / n and S_w the covariance of items about their class means.
+
+    Args:
+        x: (item, width).
+        labels: (item,).
+        width: Width of the features before an exact rotation into their span.
+
+    Raises:
+        UserError: One class, or no scatter within any class.
+
+    Reference: Fukunaga 1990, section 10.2; Ledoit and Wolf 2004.
+    """
+    x = centred(x, smallest_n=3)
+    y = classes(labels, len(x))
+    means = _means(x, y)
+    within = x - means[y]
+    if np.square(within).sum() <= 1e-12 * np.square(x).sum():
+        raise UserError("no scatter within classes: every item equals its class mean")
+    share = np.bincount(y) / len(y)
+    return _trace_ratio(within, means * np.sqrt(share)[:, None], width)
+
+
+def h_score(x: Any, labels: Any, *, width: int | None = None) -> float:
+    """Return tr(Σ⁻¹ cov(E[f|y])) with the covariance Σ shrunk after Ledoit and Wolf.
+
+    Without shrinkage it equals C − 1 for true and shuffled labels alike where n ≤ d, so only the
+    regularised form exists here.
+
+    Raises:
+        UserError: One class, or constant features.
+
+    Reference: Bao et al. 2019; regularised: Ibrahim et al. 2021.
+    """
+    x = centred(x, smallest_n=3)
+    y = classes(labels, len(x))
+    share = np.bincount(y) / len(y)
+    return _trace_ratio(x, _means(x, y) * np.sqrt(share)[:, None], width)
+
+
+def silhouette_values(x: Any, labels: Any) -> Array:
+    """Return (b − a)/max(a, b) of each item with Euclidean distance; 0 in classes of one."""
+    x = centred(x, smallest_n=3)
+    y = classes(labels, len(x))
+    member = one_hot(y)
+    counts = member.sum(axis=0)
+    sums = np.sqrt(squared_distances(x)) @ member  # (item, class)
+    rows = np.arange(len(x))
+    own = sums[rows, y] / np.maximum(counts[y] - 1, 1)
+    others = sums / counts
+    others[rows, y] = np.inf
+    nearest = others.min(axis=1)
+    largest = np.maximum(own, nearest)
+    score = np.divide(nearest - own, largest, out=np.zeros(len(x)), where=largest > 0)
+    return np.where(counts[y] > 1, score, 0.0)
+
+
+def silhouette(x: Any, labels: Any) -> float:
+    """Return the mean silhouette with Euclidean distance.
+
+    Raises:
+        UserError: One class, or constant features.
+
+    Reference: Rousseeuw 1987.
+    """
+    return float(silhouette_values(x, labels).mean())
+
+
+def overlap_values(x: Any, labels: Any, *, k: int = 10) -> Array:
+    """Return for each item the share of its k nearest others (cosine) that has its label."""
+    x = unit(x, smallest_n=3)
+    y = classes(labels, len(x))
+    k = min(k, len(x) - 1)
+    similarity = x @ x.T
+    np.fill_diagonal(similarity, -np.inf)
+    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    return (y[near] == y[:, None]).mean(axis=1)
+
+
+def neighbourhood_overlap(x: Any, labels: Any, *, k: int = 10) -> float:
+    """Return the share of the k nearest other items (cosine) that have the same label.
+
+    Raises:
+        UserError: One class, fewer than three items, or a row of zeros.
+
+    Reference: Doimo et al. 2020.
+    """
+    return float(overlap_values(x, labels, k=k).mean())
+
+
+def zero_shot_values(x: Any, prompts: Any, labels: Any) -> Array:
+    """Return for each item whether its class prompt is the nearest one (cosine), 0 or 1.
+
+    Items tied between several prompts count with their share, so a constant is exactly chance.
+    """
+    similarity = unit(x) @ unit(prompts, "prompts").T  # (item, class)
+    best = similarity >= similarity.max(axis=1, keepdims=True) - 1e-12
+    own = best[np.arange(len(similarity)), np.asarray(labels)]
+    return own / best.sum(axis=1)
+
+
+def zero_shot_accuracy(x: Any, prompts: Any, labels: Any) -> float:
+    """Return the share of items whose class prompt is the nearest one (cosine).
+
+    Args:
+        x: Image features in `joint` space, (item, width).
+        prompts: One prompt feature per class, (class, width).
+        labels: Row of `prompts` that is right for each item, (item,).
+
+    Reference: Radford et al. 2021, section 3.1.
+    """
+    return float(zero_shot_values(x, prompts, labels).mean())
+
+
+def fisher_null(n: int, labels: Labels) -> float:
+    """Return the Fisher ratio expected under shuffled labels, (C − 1)/(n − C)."""
+    count = len(np.unique(labels))
+    return (count - 1) / (n - count) if n > count else float("nan")
+
+
+def same_label_null(n: int, labels: Labels) -> float:
+    """Return the chance that another item has the same label, Σ n_c(n_c − 1)/(n(n − 1))."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return float((counts * (counts - 1)).sum() / (n * (n - 1)))
+
+
+def _means(x: Array, y: Labels) -> Array:
+    return one_hot(y).T @ x / np.bincount(y)[:, None]
+
+
+def _trace_ratio(x: Array, directions: Array, width: int | None) -> float:
+    """Return tr(Σ⁻¹ DᵀD) for the shrunk covariance Σ of centred x and rows D in its span."""
+    n = len(x)
+    width = max(width or 0, x.shape[1])
+    shrinkage, size = shrinkage_of(x, width)
+    ridge = shrinkage * size
+    if shrinkage >= 1.0:
+        return float(np.square(directions).sum() / size)
+    if ridge <= 0.0:
+        raise UserError("covariance is singular and shrinkage is zero; use more items")
+    covariance = (1.0 - shrinkage) * (x.T @ x) / n
+    covariance.flat[:: len(covariance) + 1] += ridge
+    solved = cho_solve(cho_factor(covariance, lower=True, overwrite_a=True), directions.T)
+    return float((directions.T * solved).sum())
+
+
+def shrinkage_of(x: Array, width: int) -> tuple[float, float]:
+    """Return Ledoit–Wolf shrinkage and mean variance of centred rows, from rotation invariants.
+
+    Reference: Ledoit and Wolf 2004, section 3.
+    """
+    n = len(x)
+    gram = x @ x.T if n <= x.shape[1] else x.T @ x
+    frobenius = float(np.square(gram).sum()) / n**2
+    norms = np.square(x).sum(axis=1)
+    mean_variance = float(norms.sum()) / (n * width)
+    delta = frobenius - width * mean_variance**2
+    beta = (float(np.square(norms).sum()) / n - frobenius) / n
+    if delta <= 0.0:
+        return 1.0, mean_variance
+    return float(np.clip(beta / delta, 0.0, 1.0)), mean_variance
+
+
+def reduce_rows(x: Any) -> Array:
+    """Return the centred items rotated into their span: (item, ≤ min(n − 1, width)), exact.
+
+    Metrics that are invariant to rotation and translation cost less on the result.
+    """
+    x = centred(x)
+    n, width = x.shape
+    if n > width:
+        return x
+    values, vectors = np.linalg.eigh(x @ x.T)
+    keep = values > 1e-12 * max(values[-1], 1e-300)
+    return vectors[:, keep] * np.sqrt(values[keep])

@@ -1,0 +1,48 @@
+"""Dataset level: which dataset does an item come from? Functions of the confusion counts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.checks import Array, Labels
+
+
+def confusion(truth: Labels, predicted: Labels, classes: int) -> Array:
+    """Return counts by true (row) and predicted (column) class, (class, class)."""
+    counts = np.zeros((classes, classes))
+    np.add.at(counts, (truth, predicted), 1.0)
+    return counts
+
+
+def confusion_shares(counts: Array) -> Array:
+    """Return the share of each true class that is predicted as each class, (…, class, class).
+
+    Raises:
+        UserError: A class has no held-out item.
+    """
+    total = counts.sum(axis=-1, keepdims=True)
+    if not total.all():
+        raise UserError("a class has no held-out item; extract more items or use fewer folds")
+    return counts / total
+
+
+def recall(counts: Array) -> Array:
+    """Return the share of each class that is recognised, (…, class)."""
+    return np.diagonal(confusion_shares(counts), axis1=-2, axis2=-1)
+
+
+def balanced_accuracy(counts: Array) -> Array:
+    """Return the mean recall over classes: accuracy where every class weighs the same, (…)."""
+    return recall(counts).mean(axis=-1)
+
+
+def normalised_accuracy(counts: Array) -> Array:
+    """Return balanced accuracy rescaled so that chance is 0 and perfect is 1, (…)."""
+    chance = 1.0 / counts.shape[-1]
+    return (balanced_accuracy(counts) - chance) / (1.0 - chance)
+
+
+def invariance(counts: Array) -> Array:
+    """Return 1 − normalised balanced accuracy: 1 where the dataset cannot be told, (…)."""
+    return 1.0 - normalised_accuracy(counts)

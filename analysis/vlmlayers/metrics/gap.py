@@ -1,0 +1,199 @@
+"""The modality gap, on unit rows in `joint` space: how far images are from their texts.
+
+Every function takes images (item, width), texts (item, width) and `pairs` (pair, 2): the image
+row and the text row of each matching pair; None pairs row i with row i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.checks import Array, Labels, triangle, unit
+
+
+def centroid_gap(x: Any, y: Any, pairs: Any = None) -> float:
+    """Return ‖mean x − mean y‖ of unit rows. Samples of one cloud give about √(1/n_x + 1/n_y).
+
+    Reference: Liang et al. 2022, Mind the Gap.
+    """
+    return float(centroid_gap_weighted(x, y, pairs, *_ones(x, y))[0])
+
+
+def centroid_gap_weighted(x: Any, y: Any, pairs: Any, wx: Array, wy: Array) -> Array:
+    """Return the centroid gap under each row of item weights, (draw,)."""
+    x, y = unit(x), unit(y, "y")
+    means = [w @ rows / w.sum(axis=1, keepdims=True) for w, rows in ((wx, x), (wy, y))]
+    return np.linalg.norm(means[0] - means[1], axis=1)
+
+
+def pair_distances(x: Any, y: Any, pairs: Any = None) -> Array:
+    """Return ‖x_i − y_j‖ of each matching pair of unit rows, (pair,)."""
+    x, y, pairs = _inputs(x, y, pairs)
+    return np.linalg.norm(x[pairs[:, 0]] - y[pairs[:, 1]], axis=1)
+
+
+def pair_distance(x: Any, y: Any, pairs: Any = None) -> float:
+    """Return the mean distance ‖x_i − y_i‖ of matching unit rows.
+
+    Reference: Liang et al. 2022; Schrodi et al. 2025 (L2I).
+    """
+    return float(pair_distances(x, y, pairs).mean())
+
+
+def pair_cosines(x: Any, y: Any, pairs: Any = None) -> Array:
+    """Return the cosine of each matching pair, (pair,)."""
+    x, y, pairs = _inputs(x, y, pairs)
+    return (x[pairs[:, 0]] * y[pairs[:, 1]]).sum(axis=1)
+
+
+def matched_cosine(x: Any, y: Any, pairs: Any = None) -> float:
+    """Return the mean cosine of matching rows.
+
+    Reference: Hessel et al. 2021 (CLIPScore, unscaled).
+    """
+    return float(pair_cosines(x, y, pairs).mean())
+
+
+def rmg(x: Any, y: Any, pairs: Any = None) -> float:
+    """Return the relative modality gap d_match / (d_match + ½(d_img + d_txt)), d = (1 − cos)/2.
+
+    0 where pairs coincide, ½ where pairs are as far apart as strangers of one modality.
+
+    Raises:
+        UserError: Fewer than two images or two texts, or all items coincide.
+
+    Reference: Schrodi et al. 2025, Two Effects, One Trigger.
+    """
+    return float(rmg_weighted(x, y, pairs, *_ones(x, y))[0])
+
+
+def rmg_weighted(x: Any, y: Any, pairs: Any, wx: Array, wy: Array) -> Array:
+    """Return the relative modality gap under each row of item weights, (draw,)."""
+    x, y, pairs = _inputs(x, y, pairs, smallest_n=2)
+    apart = (1.0 - (x[pairs[:, 0]] * y[pairs[:, 1]]).sum(axis=1)) / 2.0
+    weight = wx[:, pairs[:, 0]]
+    match = weight @ apart / weight.sum(axis=1)
+    own = 0.5 * (_mean_distance(x, wx) + _mean_distance(y, wy))
+    if (match + own <= 1e-12).any():
+        raise UserError("all images and texts coincide; the relative gap is undefined")
+    return match / (match + own)
+
+
+def frechet_gap(x: Any, y: Any, pairs: Any = None) -> float:
+    """Return the Fréchet distance of the two clouds once their centroids are aligned.
+
+    √(tr Σ_x + tr Σ_y − 2 tr (Σ_x^½ Σ_y Σ_x^½)^½) of unit rows; the last term is the nuclear norm
+    of X_c Y_cᵀ, so no matrix root is taken.
+
+    Raises:
+        UserError: Fewer than two images or two texts.
+
+    Reference: Dowson and Landau 1982.
+    """
+    x, y = unit(x, smallest_n=2), unit(y, "y", smallest_n=2)
+    return _cloud_distance(x, y)
+
+
+def nuclear_norm(x: Array, y: Array) -> float:
+    """Return the sum of the singular values of X Yᵀ; for rows ≫ width at the cost of width³."""
+    if len(x) > x.shape[1]:
+        x = triangle(x)
+    if len(y) > y.shape[1]:
+        y = triangle(y)
+    return float(np.linalg.svd(x @ y.T, compute_uv=False).sum())
+
+
+def auc_weighted(scores_x: Array, scores_y: Array, wx: Array, wy: Array) -> Array:
+    """Return the chance that an image scores above a text under item weights, (draw,)."""
+    order = np.sort(scores_y)
+    below = np.searchsorted(order, scores_x, "left"), np.searchsorted(order, scores_x, "right")
+    rank = np.argsort(scores_y, kind="stable")
+    cumulative = np.concatenate([np.zeros((len(wy), 1)), np.cumsum(wy[:, rank], axis=1)], axis=1)
+    wins = 0.5 * (cumulative[:, below[0]] + cumulative[:, below[1]])
+    return (wx * wins).sum(axis=1) / (wx.sum(axis=1) * wy.sum(axis=1))
+
+
+def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
+    """Return for each row of x that has a match whether one is among its k nearest of y, 0 or 1.
+
+    Ties count half, so a constant tower scores like chance and not like the row order.
+    """
+    x, y, pairs = _inputs(x, y, pairs)
+    similarity = x @ y.T
+    match = np.zeros(similarity.shape, dtype=bool)
+    match[pairs[:, 0], pairs[:, 1]] = True
+    asked = match.any(axis=1)
+    similarity, match = similarity[asked], match[asked]
+    best = np.where(match, similarity, -np.inf).max(axis=1, keepdims=True)
+    above = ((similarity > best + 1e-12) & ~match).sum(axis=1)
+    tied = ((np.abs(similarity - best) <= 1e-12) & ~match).sum(axis=1)
+    return np.clip((k - above) / (tied + 1.0), 0.0, 1.0)
+
+
+def retrieval(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> float:
+    """Return recall at k: the share of queries x with a match among their k nearest of y.
+
+    Reference: Karpathy and Fei-Fei 2015.
+    """
+    return float(retrieval_hits(x, y, pairs, k=k).mean())
+
+
+def retrieval_null(n_texts: int, matches: Labels, k: int) -> float:
+    """Return 1 − Π (N − m − i)/(N − i) over i < k for m matches of N: recall of a random order."""
+    steps = np.arange(min(k, n_texts))[None, :]
+    left = np.maximum(n_texts - matches[:, None] - steps, 0) / (n_texts - steps)
+    return float((1.0 - left.prod(axis=1)).mean())
+
+
+def _mean_distance(x: Array, weights: Array) -> Array:
+    """Return the weighted mean of (1 − cos)/2 over i ≠ j, (draw,)."""
+    sums = weights @ x
+    own = np.square(weights).sum(axis=1)
+    total = np.square(weights.sum(axis=1)) - own
+    cosine = (np.square(sums).sum(axis=1) - own) / total
+    return (1.0 - cosine) / 2.0
+
+
+def _inputs(x: Any, y: Any, pairs: Any, smallest_n: int = 1) -> tuple[Array, Array, Labels]:
+    x, y = unit(x, smallest_n=smallest_n), unit(y, "y", smallest_n=smallest_n)
+    if x.shape[1] != y.shape[1]:
+        raise UserError(
+            f"images have width {x.shape[1]} and texts {y.shape[1]}; "
+            "a gap exists in `joint` space only"
+        )
+    if pairs is None:
+        if len(x) != len(y):
+            raise UserError(f"x has {len(x)} items and y has {len(y)}; pass `pairs`")
+        return x, y, np.stack([np.arange(len(x))] * 2, axis=1)
+    return x, y, np.asarray(pairs, dtype=np.int64)
+
+
+def _ones(x: Any, y: Any) -> tuple[Array, Array]:
+    return np.ones((1, len(x))), np.ones((1, len(y)))
+
+
+def centroid_gap_null(x: Any, y: Any, pairs: Any = None) -> float:
+    """Return √(1/n_x + 1/n_y), the centroid gap of two samples of one cloud."""
+    return float(np.sqrt(1.0 / len(x) + 1.0 / len(y)))
+
+
+def frechet_null(x: Any, y: Any, pairs: Any = None, *, draws: int = 5) -> float:
+    """Return the same distance after the centred rows of both modalities are mixed at random."""
+    x, y = unit(x, smallest_n=2), unit(y, "y", smallest_n=2)
+    rows = np.vstack([x - x.mean(axis=0), y - y.mean(axis=0)])
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(draws):
+        order = rng.permutation(len(rows))
+        values.append(_cloud_distance(rows[order[: len(x)]], rows[order[len(x) :]]))
+    return float(np.mean(values))
+
+
+def _cloud_distance(x: Array, y: Array) -> float:
+    x = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
+    y = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
+    total = np.square(x).sum() + np.square(y).sum()
+    return float(np.sqrt(max(total - 2.0 * nuclear_norm(x, y), 0.0)))

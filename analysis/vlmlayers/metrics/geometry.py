@@ -1,0 +1,164 @@
+"""Geometry of one layer: how many directions it uses and how its items spread.
+
+What depends on n: rank-like measures grow with n, so compare them at one n only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.checks import Array, centred, classes, squared_distances, unit
+
+
+def spectrum(x: Any) -> Array:
+    """Return the eigenvalues of the centred scatter, descending, rounding noise removed."""
+    x = centred(x)
+    small = x @ x.T if len(x) <= x.shape[1] else x.T @ x
+    values = np.linalg.eigvalsh(small)[::-1]
+    return values[values > 1e-12 * values[0]]
+
+
+def effective_rank(x: Any) -> float:
+    """Return exp(entropy of the normalised singular values) of centred features.
+
+    Reference: Roy and Vetterli 2007; RankMe, Garrido et al. 2023 (there without centring).
+    """
+    return rank_of(spectrum(x))
+
+
+def rank_of(eigenvalues: Array) -> float:
+    """Return the effective rank from the eigenvalues of the scatter."""
+    return float(np.exp(_entropy(np.sqrt(eigenvalues))))
+
+
+def spectral_entropy(x: Any) -> float:
+    """Return the von Neumann entropy of the centred scatter at trace 1, in nats.
+
+    Reference: von Neumann 1932; for layers of networks, Skean et al. 2025.
+    """
+    return _entropy(spectrum(x))
+
+
+def participation_ratio(x: Any) -> float:
+    """Return (Σλ)² / Σλ² of the eigenvalues of the centred scatter.
+
+    Reference: Gao et al. 2017.
+    """
+    values = spectrum(x)
+    return float(values.sum() ** 2 / np.square(values).sum())
+
+
+def mean_cosine(x: Any) -> float:
+    """Return the mean cosine between different items, not centred: anisotropy.
+
+    Reference: Ethayarajh 2019.
+    """
+    return float(mean_cosine_weighted(x, np.ones((1, len(x))))[0])
+
+
+def mean_cosine_weighted(x: Any, weights: Array) -> Array:
+    """Return the mean cosine under each row of item weights, (draw,)."""
+    x = unit(x, smallest_n=2)
+    own = np.square(weights).sum(axis=1)
+    total = np.square(weights.sum(axis=1)) - own
+    return (np.square(weights @ x).sum(axis=1) - own) / total
+
+
+def mean_cosine_centred(x: Any) -> float:
+    """Return the mean cosine between different items after centring; about −1/(n − 1) at best.
+
+    Reference: Ethayarajh 2019; centred: Cai et al. 2021.
+    """
+    return float(mean_cosine_centred_weighted(x, np.ones((1, len(x))))[0])
+
+
+def mean_cosine_centred_weighted(x: Any, weights: Array) -> Array:
+    """Return the centred mean cosine under each row of item weights, (draw,)."""
+    return mean_cosine_weighted(centred(x), weights)
+
+
+def uniformity(x: Any) -> float:
+    """Return log mean exp(−2‖x_i − x_j‖²) of unit rows over i ≠ j; lower is more uniform.
+
+    Reference: Wang and Isola 2020.
+    """
+    return float(uniformity_weighted(x, np.ones((1, len(x))))[0])
+
+
+def uniformity_weighted(x: Any, weights: Array) -> Array:
+    """Return uniformity under each row of item weights, (draw,)."""
+    kernel = np.exp(-2.0 * squared_distances(unit(x, smallest_n=2)))
+    own = np.square(weights).sum(axis=1)
+    total = np.square(weights.sum(axis=1)) - own
+    sums = ((weights @ kernel) * weights).sum(axis=1) - own
+    return np.log(sums / total)
+
+
+def alignment(x: Any, labels: Any) -> float:
+    """Return the mean ‖x_i − x_j‖² of unit rows over pairs of the same class; lower is closer.
+
+    Raises:
+        UserError: One class, or no class with two items.
+
+    Reference: Wang and Isola 2020 (there over two views of one item).
+    """
+    return float(alignment_weighted(x, labels, np.ones((1, len(x))))[0])
+
+
+def alignment_weighted(x: Any, labels: Any, weights: Array) -> Array:
+    """Return alignment under each row of item weights, (draw,)."""
+    x = unit(x, smallest_n=2)
+    y = classes(labels, len(x))
+    apart, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for c in range(int(y.max()) + 1):
+        w = weights[:, y == c]
+        size, own = w.sum(axis=1), np.square(w).sum(axis=1)
+        # Σ_{i≠j} w_i w_j (2 − 2 x_i·x_j): items drawn twice are at distance 0 from themselves.
+        apart += 2.0 * (size**2 - np.square(w @ x[y == c]).sum(axis=1))
+        pairs += size**2 - own
+    if (pairs <= 0.0).any():
+        raise UserError("no class has two items; alignment needs pairs of the same class")
+    return apart / pairs
+
+
+def twonn(x: Any, *, discard: float = 0.1) -> float:
+    """Return the TwoNN intrinsic dimension: slope of −log(1 − F(μ)) against log μ.
+
+    μ is the ratio of the distances to the second and first neighbour; the largest `discard` share
+    is left out. Items that coincide with another count once.
+
+    Raises:
+        UserError: Fewer than ten distinct items.
+
+    Reference: Facco et al. 2017.
+    """
+    x = np.unique(centred(x), axis=0)
+    if len(x) < 10:
+        raise UserError(f"{len(x)} distinct items; TwoNN needs at least 10")
+    squares = squared_distances(x)
+    np.fill_diagonal(squares, np.inf)
+    first, second = np.sqrt(np.partition(squares, 1, axis=1)[:, :2]).T
+    if not first.all():
+        raise UserError("items coincide up to rounding; TwoNN is undefined")
+    log_ratio = np.sort(np.log(second / first))
+    keep = int(len(x) * (1.0 - discard))
+    height = -np.log1p(-np.arange(keep) / len(x))
+    return float((log_ratio[:keep] @ height) / np.square(log_ratio[:keep]).sum())
+
+
+def uniformity_null(n: int, width: int) -> float:
+    """Return uniformity of directions drawn evenly, −4 + 8/width to second order."""
+    return -4.0 + 8.0 / width
+
+
+def centred_null(n: int, width: int) -> float:
+    """Return the mean centred cosine of items without structure, −1/(n − 1)."""
+    return -1.0 / (n - 1)
+
+
+def _entropy(values: Array) -> float:
+    share = values / values.sum()
+    return float(-(share * np.log(share)).sum())

@@ -1,0 +1,770 @@
+"""The table of all metrics: what each takes, where it points, and what chance gives.
+
+`scores` reads the protocol of a metric from `needs`; axis labels, captions, `vlmlayers score
+--list` and the property tests read the rest. A new metric is one function and one entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from inspect import getdoc
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from vlmlayers.errors import check_one_of
+from vlmlayers.metrics import agreement as ag
+from vlmlayers.metrics import class_level as cl
+from vlmlayers.metrics import dataset_level as dl
+from vlmlayers.metrics import gap, geometry, readouts, separability, transfer, transferability
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+INF = float("inf")
+NEEDS = {
+    "datasets": "features of several datasets, fitting, validation and held-out part",
+    "dataset confusion": "confusion counts between datasets",
+    "styles": "features of datasets that share class names",
+    "style classes": "features of datasets that share class names, source and target",
+    "class parts": "features and labels, fitting, validation and held-out part",
+    "novel classes": "features and labels of base and of novel classes",
+    "other datasets": "features and labels of one dataset and of all others",
+    "labels": "features and labels",
+    "prompts": "image features, one prompt per class, labels",
+    "pairs": "two sets of features, rows paired",
+    "pair matrix": "agreement of every pair of positions",
+    "modalities": "image and text features in joint space, matching rows",
+    "queries": "image and text features in joint space, matching rows, both ways",
+    "features": "features",
+}
+NATIVE = ("native", "normed", "joint")
+JOINT = ("joint",)
+BOTH = ("vision", "text")
+SIMILARITY = ("rotation", "scale", "translation", "row order")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric declares.
+
+    Attributes:
+        function: The plain function: arrays in, number (or counts, or predictions) out.
+        level: `dataset`, `class`, `agreement`, `gap` or `geometry`.
+        needs: What it takes: a key of `NEEDS`, which names the protocol.
+        axis_label: Label of an axis or colour bar.
+        bounds: Smallest and largest value it can take.
+        direction: What a larger value means: `more discriminable`, `more alike`, … .
+        null: What chance gives: a number, a function, or `shuffle` (labels or pairs shuffled),
+            `gaussian` (the same on white noise of the same shape), `none`.
+        invariances: What leaves the value unchanged; each is tested.
+        sensitive: An invariance it does not have; tested as the negative control.
+        smallest_n: Fewest items (pairs, classes) for which the value means anything.
+        largest_n: More items than this are subsampled, because the cost grows with n².
+        spaces: Spaces in which it is defined; the first is the default.
+        towers: Towers it is computed for.
+        per_item: Function of the same arguments whose mean over items is the metric.
+        weighted: Function that also takes item weights, (draw, item), and returns (draw,).
+        parts: Building blocks that let a protocol share work between positions.
+        takes: Options of the protocol that the function accepts.
+        settings: Fixed arguments.
+        base: For derived metrics, the name of the metric they derive from.
+        reference: Publication.
+    """
+
+    function: Callable[..., Any]
+    level: str
+    needs: str
+    axis_label: str
+    reference: str
+    bounds: tuple[float, float] = (0.0, 1.0)
+    direction: str = "more discriminable"
+    null: float | str | Callable[..., float] = "none"
+    invariances: tuple[str, ...] = ()
+    sensitive: str = ""
+    smallest_n: int = 2
+    largest_n: int = 0
+    spaces: tuple[str, ...] = NATIVE
+    towers: tuple[str, ...] = BOTH
+    per_item: Callable[..., Any] | None = None
+    weighted: Callable[..., Any] | None = None
+    parts: tuple[Callable[..., Any], ...] = ()
+    takes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    base: str = ""
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the function's documentation."""
+        return (getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def null_text(self) -> str:
+        """What chance gives, in words."""
+        if isinstance(self.null, (int, float)):
+            return f"{self.null:g}"
+        words = {
+            "shuffle": "shuffled labels" if self.needs == "labels" else "shuffled pairs",
+            "gaussian": "white noise of the same shape",
+            "none": "",
+            "classes": "1 / number of classes",
+        }
+        if isinstance(self.null, str):
+            return words[self.null]
+        return (getdoc(self.null) or "").split("\n\n")[0].removeprefix("Return ").rstrip(".")
+
+
+def _share(what: str) -> str:
+    return f"{what} (share of items)"
+
+
+METRICS: dict[str, Metric] = {
+    # Dataset level
+    "dataset_accuracy": Metric(
+        readouts.logistic,
+        "dataset",
+        "datasets",
+        "dataset accuracy (linear probe)",
+        "MMA, Yang et al. 2024, Fig. 1",
+        null="classes",
+        direction="more dataset-specific",
+        smallest_n=15,
+        invariances=("scale", "translation"),
+    ),
+    "dataset_accuracy_ncm": Metric(
+        readouts.nearest_mean,
+        "dataset",
+        "datasets",
+        "dataset accuracy (nearest mean)",
+        "Mensink et al. 2013",
+        null="classes",
+        direction="more dataset-specific",
+        smallest_n=15,
+        invariances=("scale", "translation"),
+    ),
+    "dataset_accuracy_knn": Metric(
+        readouts.k_nearest,
+        "dataset",
+        "datasets",
+        "dataset accuracy (k nearest)",
+        "Cover and Hart 1967",
+        null="classes",
+        direction="more dataset-specific",
+        smallest_n=15,
+        invariances=("scale", "translation"),
+        takes=("k",),
+    ),
+    "dataset_recall": Metric(
+        dl.recall,
+        "dataset",
+        "dataset confusion",
+        "recall of the dataset",
+        "MMA, Yang et al. 2024, Fig. 1",
+        null="classes",
+        direction="more dataset-specific",
+        smallest_n=15,
+        base="dataset_accuracy",
+    ),
+    "dataset_confusion": Metric(
+        dl.confusion_shares,
+        "dataset",
+        "dataset confusion",
+        "share predicted as another dataset",
+        "MMA, Yang et al. 2024, Fig. 1",
+        null="classes",
+        direction="less dataset-specific",
+        smallest_n=15,
+        base="dataset_accuracy",
+    ),
+    "dataset_invariance": Metric(
+        dl.invariance,
+        "dataset",
+        "dataset confusion",
+        "1 − normalised dataset accuracy",
+        "MMA, Yang et al. 2024, Fig. 1",
+        null=1.0,
+        direction="less dataset-specific",
+        bounds=(0.0, INF),
+        smallest_n=15,
+        base="dataset_accuracy",
+    ),
+    "style_accuracy": Metric(
+        readouts.logistic,
+        "dataset",
+        "styles",
+        "style accuracy (same classes)",
+        "Geirhos et al. 2019",
+        null="classes",
+        direction="more style-specific",
+        smallest_n=15,
+        towers=("vision",),
+        invariances=("scale", "translation"),
+    ),
+    "cross_style_accuracy": Metric(
+        readouts.nearest_mean,
+        "dataset",
+        "style classes",
+        "class accuracy on another style",
+        "Geirhos et al. 2019",
+        null="classes",
+        direction="more general",
+        smallest_n=4,
+        towers=("vision",),
+        invariances=("scale", "translation"),
+    ),
+    "novel_class_accuracy": Metric(
+        transfer.transfer_predict,
+        "dataset",
+        "novel classes",
+        "accuracy on novel classes (few shots)",
+        "Mensink et al. 2013",
+        null="classes",
+        direction="more general",
+        smallest_n=6,
+        towers=("vision",),
+        parts=(transfer.within_scatter, transfer.few_shot_predict),
+        invariances=("rotation", "scale", "translation"),
+        takes=("shots",),
+    ),
+    "left_out_accuracy": Metric(
+        transfer.transfer_predict,
+        "dataset",
+        "other datasets",
+        "accuracy on a left-out dataset (few shots)",
+        "Mensink et al. 2013",
+        null="classes",
+        direction="more general",
+        smallest_n=6,
+        towers=("vision",),
+        parts=(transfer.within_scatter, transfer.few_shot_predict),
+        invariances=("rotation", "scale", "translation"),
+        takes=("shots",),
+    ),
+    # Class level
+    "class_accuracy": Metric(
+        readouts.logistic,
+        "class",
+        "class parts",
+        "class accuracy (linear probe)",
+        "Radford et al. 2021",
+        null="classes",
+        smallest_n=6,
+        invariances=("scale", "translation"),
+    ),
+    "class_accuracy_ncm": Metric(
+        readouts.nearest_mean,
+        "class",
+        "class parts",
+        "class accuracy (nearest mean)",
+        "Mensink et al. 2013",
+        null="classes",
+        smallest_n=6,
+        invariances=("scale", "translation"),
+    ),
+    "class_accuracy_knn": Metric(
+        readouts.k_nearest,
+        "class",
+        "class parts",
+        "class accuracy (k nearest)",
+        "Cover and Hart 1967",
+        null="classes",
+        smallest_n=6,
+        invariances=("scale", "translation"),
+        takes=("k",),
+    ),
+    "zero_shot_accuracy": Metric(
+        cl.zero_shot_accuracy,
+        "class",
+        "prompts",
+        "zero-shot accuracy",
+        "Radford et al. 2021",
+        null="classes",
+        direction="better matched",
+        spaces=JOINT,
+        per_item=cl.zero_shot_values,
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    "fisher_ratio": Metric(
+        cl.fisher_ratio,
+        "class",
+        "labels",
+        "Fisher ratio tr S_b / tr S_w",
+        "Fisher 1936",
+        bounds=(0.0, INF),
+        null=cl.fisher_null,
+        smallest_n=6,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "lda_criterion": Metric(
+        cl.lda_criterion,
+        "class",
+        "labels",
+        "LDA criterion tr(S_w⁻¹ S_b)",
+        "Fukunaga 1990",
+        bounds=(0.0, INF),
+        null="shuffle",
+        smallest_n=6,
+        invariances=SIMILARITY,
+        sensitive="columns",
+        takes=("width",),
+    ),
+    "silhouette": Metric(
+        cl.silhouette,
+        "class",
+        "labels",
+        "silhouette (Euclidean)",
+        "Rousseeuw 1987",
+        bounds=(-1.0, 1.0),
+        null="shuffle",
+        smallest_n=6,
+        largest_n=2000,
+        per_item=cl.silhouette_values,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "h_score": Metric(
+        cl.h_score,
+        "class",
+        "labels",
+        "H-score (shrunk)",
+        "Ibrahim et al. 2021",
+        bounds=(0.0, INF),
+        null="shuffle",
+        smallest_n=6,
+        invariances=SIMILARITY,
+        sensitive="columns",
+        takes=("width",),
+    ),
+    "logme": Metric(
+        transferability.logme,
+        "class",
+        "labels",
+        "LogME (log evidence per item)",
+        "You et al. 2021",
+        bounds=(-INF, INF),
+        null="shuffle",
+        smallest_n=6,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "neighbourhood_overlap": Metric(
+        cl.neighbourhood_overlap,
+        "class",
+        "labels",
+        _share("neighbours of the same class"),
+        "Doimo et al. 2020",
+        null=cl.same_label_null,
+        smallest_n=6,
+        largest_n=2000,
+        per_item=cl.overlap_values,
+        invariances=("rotation", "scale", "row order"),
+        sensitive="translation",
+        takes=("k",),
+    ),
+    # Agreement between positions and towers
+    "cka_debiased": Metric(
+        ag.cka,
+        "agreement",
+        "pairs",
+        "CKA (linear, debiased)",
+        "Kornblith et al. 2019",
+        bounds=(-1.0, 1.0),
+        direction="more alike",
+        null="shuffle",
+        smallest_n=4,
+        largest_n=400,
+        parts=(ag.linear_kernel, ag.debiased_signature),
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "cka_biased": Metric(
+        ag.cka,
+        "agreement",
+        "pairs",
+        "CKA (linear, biased)",
+        "Kornblith et al. 2019",
+        direction="more alike",
+        null="shuffle",
+        smallest_n=4,
+        largest_n=400,
+        parts=(ag.linear_kernel, ag.biased_signature),
+        invariances=SIMILARITY,
+        sensitive="columns",
+        settings={"debiased": False},
+    ),
+    "cka_rbf": Metric(
+        ag.cka,
+        "agreement",
+        "pairs",
+        "CKA (RBF, debiased)",
+        "Kornblith et al. 2019",
+        bounds=(-1.0, 1.0),
+        direction="more alike",
+        null="shuffle",
+        smallest_n=4,
+        largest_n=400,
+        parts=(ag.rbf_kernel, ag.debiased_signature),
+        invariances=SIMILARITY,
+        sensitive="columns",
+        settings={"kernel": "rbf"},
+    ),
+    "mutual_knn": Metric(
+        ag.mutual_knn,
+        "agreement",
+        "pairs",
+        "mutual k nearest neighbours",
+        "Huh et al. 2024",
+        direction="more alike",
+        null="shuffle",
+        smallest_n=6,
+        largest_n=400,
+        parts=(ag.cosine_kernel, ag.neighbour_signature),
+        invariances=("rotation", "scale", "row order"),
+        sensitive="translation",
+        takes=("k",),
+    ),
+    "rsa": Metric(
+        ag.rsa,
+        "agreement",
+        "pairs",
+        "RSA (Spearman of distances)",
+        "Kriegeskorte et al. 2008",
+        bounds=(-1.0, 1.0),
+        direction="more alike",
+        null="shuffle",
+        smallest_n=5,
+        largest_n=300,
+        parts=(ag.distance_kernel, ag.rank_signature),
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "procrustes": Metric(
+        ag.procrustes,
+        "agreement",
+        "pairs",
+        "angular Procrustes distance (rad)",
+        "Williams et al. 2021",
+        bounds=(0.0, 1.5707963267948966),
+        direction="less alike",
+        null="shuffle",
+        smallest_n=4,
+        largest_n=64,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    # Modality gap
+    "centroid_gap": Metric(
+        gap.centroid_gap,
+        "gap",
+        "modalities",
+        "centroid gap",
+        "Liang et al. 2022",
+        bounds=(0.0, 2.0),
+        direction="wider gap",
+        null=gap.centroid_gap_null,
+        spaces=JOINT,
+        weighted=gap.centroid_gap_weighted,
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    "pair_distance": Metric(
+        gap.pair_distance,
+        "gap",
+        "modalities",
+        "text–image distance of pairs",
+        "Liang et al. 2022",
+        bounds=(0.0, 2.0),
+        direction="wider gap",
+        null="shuffle",
+        spaces=JOINT,
+        per_item=gap.pair_distances,
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    "rmg": Metric(
+        gap.rmg,
+        "gap",
+        "modalities",
+        "relative modality gap",
+        "Schrodi et al. 2025",
+        direction="wider gap",
+        null="shuffle",
+        spaces=JOINT,
+        weighted=gap.rmg_weighted,
+        smallest_n=3,
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    "matched_cosine": Metric(
+        gap.matched_cosine,
+        "gap",
+        "modalities",
+        "cosine of matching pairs",
+        "Hessel et al. 2021",
+        bounds=(-1.0, 1.0),
+        direction="narrower gap",
+        null="shuffle",
+        spaces=JOINT,
+        per_item=gap.pair_cosines,
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    "frechet_gap": Metric(
+        gap.frechet_gap,
+        "gap",
+        "modalities",
+        "Fréchet distance, centroids aligned",
+        "Dowson and Landau 1982",
+        bounds=(0.0, INF),
+        direction="wider gap",
+        null=gap.frechet_null,
+        spaces=JOINT,
+        smallest_n=4,
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    "modality_auc": Metric(
+        separability.modality_auc,
+        "gap",
+        "modalities",
+        "image against text (held-out AUC)",
+        "Shi et al. 2023",
+        direction="wider gap",
+        null=0.5,
+        spaces=JOINT,
+        smallest_n=4,
+        weighted=separability.modality_auc_weighted,
+        invariances=("scale",),
+    ),
+    "modality_auc_low": Metric(
+        separability.modality_auc,
+        "gap",
+        "modalities",
+        "image against text, 2 dimensions (AUC)",
+        "Shi et al. 2023",
+        direction="wider gap",
+        null=0.5,
+        spaces=JOINT,
+        smallest_n=4,
+        weighted=separability.modality_auc_weighted,
+        settings={"dims": 2},
+        invariances=("scale",),
+    ),
+    "retrieval_r1": Metric(
+        gap.retrieval,
+        "gap",
+        "queries",
+        "recall at 1",
+        "Karpathy and Fei-Fei 2015",
+        direction="better matched",
+        null=gap.retrieval_null,
+        spaces=JOINT,
+        smallest_n=2,
+        per_item=gap.retrieval_hits,
+        settings={"k": 1},
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    "retrieval_r5": Metric(
+        gap.retrieval,
+        "gap",
+        "queries",
+        "recall at 5",
+        "Karpathy and Fei-Fei 2015",
+        direction="better matched",
+        null=gap.retrieval_null,
+        spaces=JOINT,
+        smallest_n=6,
+        per_item=gap.retrieval_hits,
+        settings={"k": 5},
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    "retrieval_r10": Metric(
+        gap.retrieval,
+        "gap",
+        "queries",
+        "recall at 10",
+        "Karpathy and Fei-Fei 2015",
+        direction="better matched",
+        null=gap.retrieval_null,
+        spaces=JOINT,
+        smallest_n=11,
+        per_item=gap.retrieval_hits,
+        settings={"k": 10},
+        invariances=("rotation", "scale"),
+        sensitive="translation",
+    ),
+    # Geometry
+    "effective_rank": Metric(
+        geometry.effective_rank,
+        "geometry",
+        "features",
+        "effective rank (RankMe)",
+        "Garrido et al. 2023",
+        bounds=(1.0, INF),
+        direction="more directions",
+        null="gaussian",
+        smallest_n=4,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "participation_ratio": Metric(
+        geometry.participation_ratio,
+        "geometry",
+        "features",
+        "participation ratio",
+        "Gao et al. 2017",
+        bounds=(1.0, INF),
+        direction="more directions",
+        null="gaussian",
+        smallest_n=4,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "spectral_entropy": Metric(
+        geometry.spectral_entropy,
+        "geometry",
+        "features",
+        "von Neumann entropy (nats)",
+        "Skean et al. 2025",
+        bounds=(0.0, INF),
+        direction="more directions",
+        null="gaussian",
+        smallest_n=4,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "mean_cosine": Metric(
+        geometry.mean_cosine,
+        "geometry",
+        "features",
+        "mean cosine of items (raw)",
+        "Ethayarajh 2019",
+        bounds=(-1.0, 1.0),
+        direction="more anisotropic",
+        null=0.0,
+        weighted=geometry.mean_cosine_weighted,
+        invariances=("rotation", "scale", "row order"),
+        sensitive="translation",
+    ),
+    "mean_cosine_centred": Metric(
+        geometry.mean_cosine_centred,
+        "geometry",
+        "features",
+        "mean cosine of items (centred)",
+        "Cai et al. 2021",
+        bounds=(-1.0, 1.0),
+        direction="more anisotropic",
+        null=geometry.centred_null,
+        weighted=geometry.mean_cosine_centred_weighted,
+        smallest_n=3,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+    "uniformity": Metric(
+        geometry.uniformity,
+        "geometry",
+        "features",
+        "uniformity (log potential)",
+        "Wang and Isola 2020",
+        bounds=(-8.0, 0.0),
+        direction="less uniform",
+        smallest_n=3,
+        largest_n=2000,
+        null=geometry.uniformity_null,
+        weighted=geometry.uniformity_weighted,
+        invariances=("rotation", "scale", "row order"),
+        sensitive="translation",
+    ),
+    "alignment": Metric(
+        geometry.alignment,
+        "geometry",
+        "labels",
+        "distance² within classes (alignment)",
+        "Wang and Isola 2020",
+        bounds=(0.0, 4.0),
+        direction="less aligned",
+        null="shuffle",
+        smallest_n=4,
+        weighted=geometry.alignment_weighted,
+        invariances=("rotation", "scale", "row order"),
+        sensitive="translation",
+    ),
+    "twonn": Metric(
+        geometry.twonn,
+        "geometry",
+        "features",
+        "intrinsic dimension (TwoNN)",
+        "Facco et al. 2017",
+        bounds=(0.0, INF),
+        direction="more directions",
+        null="gaussian",
+        smallest_n=20,
+        largest_n=2000,
+        invariances=SIMILARITY,
+        sensitive="columns",
+    ),
+}
+
+
+def _variants(name: str, metric: Metric) -> dict[str, Metric]:
+    """Return what the permutation null makes of an agreement: calibrated, and the largest pair."""
+    label = metric.axis_label
+    calibrated = replace(
+        metric,
+        function=ag.calibrated,
+        needs="pair matrix",
+        null=0.0,
+        base=name,
+        bounds=(-INF, 1.0),
+        axis_label=f"{label}, calibrated",
+        direction="more alike",
+        invariances=(),
+        sensitive="",
+        parts=(),
+        takes=(),
+        settings={},
+    )
+    largest = replace(calibrated, axis_label=f"{label}, closest pair, calibrated as a maximum")
+    return {f"{name}_calibrated": calibrated, f"{name}_max": largest}
+
+
+for _name, _metric in [(n, m) for n, m in METRICS.items() if m.needs == "pairs"]:
+    METRICS |= _variants(_name, _metric)
+
+
+def metric(name: str) -> Metric:
+    """Return the entry of a metric.
+
+    Raises:
+        UserError: No metric has this name; the nearest one is named.
+    """
+    return METRICS[check_one_of("metric", name, METRICS)]
+
+
+def table() -> pd.DataFrame:
+    """Return the table for people: one row per metric, no functions."""
+    import pandas as pd
+
+    rows = [
+        {
+            "metric": name,
+            "level": m.level,
+            "meaning": m.summary,
+            "needs": NEEDS[m.needs],
+            "towers": ", ".join(m.towers),
+            "spaces": ", ".join(m.spaces),
+            "larger means": m.direction,
+            "bounds": f"{m.bounds[0]:g} … {m.bounds[1]:g}",
+            "chance": m.null_text,
+            "invariant to": ", ".join(m.invariances),
+            "smallest n": m.smallest_n,
+            "axis label": m.axis_label,
+            "reference": m.reference,
+        }
+        for name, m in METRICS.items()
+    ]
+    return pd.DataFrame(rows)

@@ -1,0 +1,96 @@
+"""Generalizability as measured transfer: geometry learned on some classes, used on others.
+
+The geometry is the within-class covariance (shrunk). Novel classes are told apart by the nearest
+mean of a few shots in that geometry: what generalizes is which directions vary inside a class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.checks import Array, Labels, classes, matrix, one_hot
+from vlmlayers.metrics.readouts import class_means
+
+
+@dataclass(frozen=True, eq=False)
+class WithinScatter:
+    """Scatter of items about their class means; a sum, so scatters of datasets add up.
+
+    Attributes:
+        scatter: (width, width).
+        n: Number of items.
+        fourth: Σ ‖item − class mean‖⁴, which the shrinkage needs.
+    """
+
+    scatter: Array
+    n: int
+    fourth: float
+
+    def __add__(self, other: WithinScatter) -> WithinScatter:
+        return WithinScatter(
+            self.scatter + other.scatter, self.n + other.n, self.fourth + other.fourth
+        )
+
+    def factor(self) -> Any:
+        """Return the Cholesky factor of the covariance shrunk after Ledoit and Wolf."""
+        width = len(self.scatter)
+        covariance = self.scatter / self.n
+        size = float(np.trace(covariance)) / width
+        if size <= 0.0:
+            raise UserError("no scatter within classes: the geometry is undefined")
+        frobenius = float(np.square(covariance).sum())
+        delta = frobenius - width * size**2
+        beta = (self.fourth / self.n - frobenius) / self.n
+        shrinkage = 1.0 if delta <= 0.0 else float(np.clip(beta / delta, 1e-4, 1.0))
+        covariance *= 1.0 - shrinkage
+        covariance.flat[:: width + 1] += shrinkage * size
+        return cho_factor(covariance, lower=True, overwrite_a=True)
+
+
+def within_scatter(x: Any, labels: Any) -> WithinScatter:
+    """Return the scatter within classes of (item, width) features.
+
+    Raises:
+        UserError: One class, or NaN.
+    """
+    x = matrix(x, smallest_n=3)
+    y = classes(labels, len(x))
+    means = one_hot(y).T @ x / np.bincount(y)[:, None]
+    deviations = x - means[y]
+    fourth = float(np.square(np.square(deviations).sum(axis=1)).sum())
+    return WithinScatter(deviations.T @ deviations, len(x), fourth)
+
+
+def few_shot_predict(
+    factor: Any, support: Array, support_labels: Labels, x: Array, *, classes: int
+) -> Labels:
+    """Return the class of each row whose few-shot mean is nearest in the given geometry."""
+    centre = support.mean(axis=0)
+    means = class_means(support - centre, support_labels, classes)
+    solved = cho_solve(factor, means.T)  # (width, class)
+    return ((x - centre) @ solved - 0.5 * (means.T * solved).sum(axis=0)).argmax(axis=1)
+
+
+def transfer_predict(
+    geometry: Any, geometry_labels: Any, support: Any, support_labels: Any, x: Any, *, classes: int
+) -> Labels:
+    """Predict classes from a few shots, in a geometry learned on other classes.
+
+    Args:
+        geometry: Features of base classes or of other datasets, (item, width).
+        geometry_labels: Their classes.
+        support: The few shots of the novel classes.
+        support_labels: Their classes, 0..classes − 1.
+        x: Features to classify.
+        classes: Number of novel classes.
+
+    Reference: Mensink et al. 2013, Distance-based image classification.
+    """
+    factor = within_scatter(geometry, geometry_labels).factor()
+    support, x = matrix(support, "support"), matrix(x)
+    return few_shot_predict(factor, support, np.asarray(support_labels), x, classes=classes)

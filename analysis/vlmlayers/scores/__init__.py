@@ -1,0 +1,31 @@
+"""Scores: the protocol that turns features and metrics into one tidy table."""
+
+from __future__ import annotations
+
+from vlmlayers.scores.protocol import Protocol
+from vlmlayers.scores.run import score
+from vlmlayers.scores.schema import (
+    CONTRACT_COLUMNS,
+    EXTRA_COLUMNS,
+    SCORE_COLUMNS,
+    read_scores,
+    refusals,
+    score_cost,
+    score_frame,
+    score_matrix,
+    write_scores,
+)
+
+__all__ = [
+    "CONTRACT_COLUMNS",
+    "EXTRA_COLUMNS",
+    "SCORE_COLUMNS",
+    "Protocol",
+    "read_scores",
+    "refusals",
+    "score",
+    "score_cost",
+    "score_frame",
+    "score_matrix",
+    "write_scores",
+]

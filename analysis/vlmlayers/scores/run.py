@@ -1,0 +1,138 @@
+"""`score`: which protocol serves which metric, and the table that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.features import LayerFeatures
+from vlmlayers.metrics.table import METRICS, Metric
+from vlmlayers.progress import bar
+from vlmlayers.scores.gaps import run_modalities, run_queries
+from vlmlayers.scores.items import run_features, run_labels, run_prompts
+from vlmlayers.scores.pairs import run_pairs
+from vlmlayers.scores.protocol import Collector, Protocol, make_groups
+from vlmlayers.scores.readouts import Runner, run_classes, run_datasets
+from vlmlayers.scores.schema import score_frame
+from vlmlayers.scores.transfers import run_left_out, run_novel, run_style_classes, run_styles
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What a metric needs decides the protocol; no metric is known here by name.
+RUNNERS: Mapping[tuple[str, ...], Runner] = {
+    ("datasets", "dataset confusion"): run_datasets,
+    ("styles",): run_styles,
+    ("style classes",): run_style_classes,
+    ("novel classes",): run_novel,
+    ("other datasets",): run_left_out,
+    ("class parts",): run_classes,
+    ("prompts",): run_prompts,
+    ("labels",): run_labels,
+    ("pairs", "pair matrix"): run_pairs,
+    ("modalities",): run_modalities,
+    ("queries",): run_queries,
+    ("features",): run_features,
+}
+
+
+def score(
+    features: LayerFeatures | Iterable[LayerFeatures],
+    metrics: Sequence[str] | None = None,
+    *,
+    positions: Sequence[str] | None = None,
+    spaces: Sequence[str] | None = None,
+    seeds: Sequence[int] = (1, 2, 3),
+    bootstrap: int = 200,
+    jackknife: int = 10,
+    shuffles: int = 10,
+    permutations: int = 100,
+    k: int = 10,
+    shots: int = 4,
+    folds: int = 5,
+    held_out: int = 100,
+    items_per_dataset: int | None = None,
+    vision_split: str = "item",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Score every position of both towers; each value comes with interval, null and n.
+
+    Args:
+        features: Features of one dataset or of several.
+        metrics: Names from `vlmlayers.metrics.METRICS`; None for all of them.
+        positions: Positions to score; None for all that were recorded.
+        spaces: Spaces to score in; None for each metric's default.
+        seeds: Seeds of splits and shots; one row per seed.
+        bootstrap: Draws of each bootstrap interval.
+        jackknife: Groups of each jackknife interval (where drawing an item twice would mislead).
+        shuffles: Label shuffles behind each shuffled null.
+        permutations: Permutations behind each agreement's null.
+        k: Neighbours.
+        shots: Shots per class of the transfer metrics.
+        folds: Parts: one held out, one for validation, the rest fits.
+        held_out: Folds are held out in turn until this many items were.
+        items_per_dataset: At most this many images per dataset, balanced by class.
+        vision_split: Deal images to parts by `item` or by `class` for dataset accuracy.
+        progress: Show a progress bar.
+
+    Returns:
+        A table with `SCORE_COLUMNS`. `attrs` holds `cost` (seconds by metric), `refused` (what
+        was not computed, and why) and `protocol`.
+
+    Raises:
+        UserError: Unknown metric, space or position, NaN or Inf features, nothing to score.
+    """
+    protocol = Protocol(
+        None if positions is None else tuple(positions),
+        None if spaces is None else tuple(spaces),
+        tuple(seeds),
+        bootstrap,
+        jackknife,
+        shuffles,
+        permutations,
+        k,
+        shots,
+        folds,
+        held_out,
+        items_per_dataset,
+        vision_split,
+    )
+    chosen = chosen_metrics(metrics)
+    given = [features] if isinstance(features, LayerFeatures) else list(features)
+    groups = make_groups(given, protocol)
+    _check_positions(given, protocol)
+    out = Collector()
+    tasks = [(group, needs) for group in groups for needs in RUNNERS]
+    for group, needs in bar(tasks, "scoring", unit="protocol", show=progress):
+        wanted = {name: metric for name, metric in chosen.items() if metric.needs in needs}
+        if wanted:
+            RUNNERS[needs](group, wanted, protocol, out)
+    cost = {name: round(seconds, 4) for name, seconds in out.cost.items()}
+    return score_frame(out.rows, cost=cost, refused=out.refused, protocol=protocol.record())
+
+
+def chosen_metrics(metrics: Sequence[str] | None) -> dict[str, Metric]:
+    """Return the entries of the named metrics, or of all.
+
+    Raises:
+        UserError: A name is unknown; the nearest one is named.
+    """
+    if isinstance(metrics, str):
+        metrics = [metrics]
+    names = list(METRICS) if metrics is None else list(metrics)
+    return {check_one_of("metric", name, METRICS): METRICS[name] for name in names}
+
+
+def _check_positions(features: list[LayerFeatures], protocol: Protocol) -> None:
+    recorded = {
+        position
+        for member in features
+        for tower in member.towers
+        for by_position in tower.arrays.values()
+        for position in by_position
+    }
+    for position in protocol.positions or ():
+        check_one_of("position", position, recorded, where="the features")
+    if not recorded:
+        raise UserError("the features hold no position; extract again")

@@ -1,0 +1,215 @@
+"""The score table: its columns, and reading and writing it without losing anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError
+from vlmlayers.positions import sort_key
+
+CONTRACT_COLUMNS = (
+    "model", "weights", "dataset", "split", "tower", "position", "depth", "space", "pooling",
+    "metric", "value", "low", "high", "null", "n", "seed",
+)  # fmt: skip
+EXTRA_COLUMNS = ("other_tower", "other_position", "options")
+SCORE_COLUMNS = CONTRACT_COLUMNS + EXTRA_COLUMNS
+NUMBERS = ("depth", "value", "low", "high", "null")
+COUNTS = ("n", "seed")
+ATTRIBUTES = ("cost", "refused", "protocol")
+SIDECAR = "scores.json"
+
+
+def score_frame(rows: Sequence[dict[str, Any]], **attributes: Any) -> pd.DataFrame:
+    """Return rows as a score table with the right columns, types and attributes."""
+    frame = pd.DataFrame(list(rows), columns=list(SCORE_COLUMNS))
+    frame = _typed(frame)
+    frame.attrs.update(attributes)
+    return frame
+
+
+def write_scores(scores: pd.DataFrame, folder: str | Path) -> tuple[Path, Path]:
+    """Write `scores.parquet`, `scores.csv` and a sidecar with checksums, cost and refusals.
+
+    Each file appears whole or not at all.
+
+    Returns:
+        The paths of the Parquet and the CSV file.
+
+    Raises:
+        UserError: The table lacks columns, or the folder cannot be written.
+    """
+    _check_columns(scores, "the table")
+    folder = Path(folder)
+    paths = folder / "scores.parquet", folder / "scores.csv"
+    bare = scores.copy()
+    bare.attrs = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(paths[0]) as part:
+            bare.to_parquet(part, index=False)
+        with _replacing(paths[1]) as part:
+            bare.to_csv(part, index=False)
+        sidecar = {
+            "sha256": {path.name: _sha256(path) for path in paths},
+            **{name: scores.attrs[name] for name in ATTRIBUTES if name in scores.attrs},
+        }
+        with _replacing(folder / SIDECAR) as part:
+            part.write_text(json.dumps(sidecar, indent=1, ensure_ascii=False))
+    except OSError as error:
+        raise UserError(
+            f"cannot write scores to {folder}: {error.strerror}; free space or choose "
+            "another folder"
+        ) from error
+    return paths
+
+
+def read_scores(path: str | Path) -> pd.DataFrame:
+    """Read a score table from a run folder, a Parquet or a CSV file.
+
+    Raises:
+        UserError: Missing, damaged or altered file, missing columns, or text where numbers belong.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = (
+            path / "scores.parquet" if (path / "scores.parquet").exists() else path / "scores.csv"
+        )
+    if not path.exists():
+        raise UserError(f"{path} does not exist; run `vlmlayers score` first")
+    notes = _sidecar(path)
+    try:
+        if path.suffix == ".csv":
+            frame = pd.read_csv(path, keep_default_na=False, dtype=str)
+        else:
+            frame = pd.read_parquet(path)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as a score table ({type(error).__name__}); "
+            "run `vlmlayers score` again"
+        ) from error
+    _check_columns(frame, str(path))
+    try:
+        frame = _typed(frame)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} has text where a number belongs ({error})") from error
+    frame.attrs.update({name: notes[name] for name in ATTRIBUTES if name in notes})
+    return frame
+
+
+def score_cost(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return what each metric cost, the dearest first: metric, seconds, rows."""
+    cost = scores.attrs.get("cost", {})
+    rows = scores["metric"].value_counts()
+    frame = pd.DataFrame(
+        [{"metric": m, "seconds": s, "rows": int(rows.get(m, 0))} for m, s in cost.items()],
+        columns=["metric", "seconds", "rows"],
+    )
+    return frame.sort_values("seconds", ascending=False, ignore_index=True)
+
+
+def refusals(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return what was not computed and why: metric, dataset, tower, position, reason."""
+    columns = ["metric", "dataset", "tower", "position", "reason"]
+    return pd.DataFrame(scores.attrs.get("refused", []), columns=columns)
+
+
+def score_matrix(
+    scores: pd.DataFrame,
+    metric: str,
+    *,
+    dataset: str = "*",
+    tower: str = "vision",
+    other_tower: str = "text",
+    space: str = "native",
+) -> pd.DataFrame:
+    """Return an agreement as a full position × position matrix, rows along `tower`.
+
+    Within a tower the table keeps each pair once; the matrix is filled symmetrically.
+
+    Raises:
+        UserError: The table has no such rows.
+    """
+    chosen = scores[
+        (scores["metric"] == metric)
+        & (scores["dataset"] == dataset)
+        & (scores["space"] == space)
+        & (scores["tower"] == tower)
+        & (scores["other_tower"] == other_tower)
+    ]
+    if chosen.empty:
+        raise UserError(f"no {metric} between {tower} and {other_tower} for dataset {dataset!r}")
+    grid = chosen.pivot_table(index="position", columns="other_position", values="value")
+    if tower == other_tower:
+        grid = grid.combine_first(grid.T)
+    return grid.loc[sorted(grid.index, key=sort_key), sorted(grid.columns, key=sort_key)]
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    extra = [column for column in frame.columns if column not in SCORE_COLUMNS]
+    frame = frame[[*SCORE_COLUMNS, *extra]].copy()
+    for column in SCORE_COLUMNS:
+        if column in NUMBERS:
+            given = frame[column]
+            blank = given.replace("", "nan") if given.dtype.kind not in "fiu" else given
+            frame[column] = blank.astype("float64")
+        elif column in COUNTS:
+            frame[column] = frame[column].astype("int64")
+        else:
+            frame[column] = frame[column].fillna("").astype(str)
+    return frame
+
+
+def _check_columns(frame: pd.DataFrame, where: str) -> None:
+    missing = [column for column in SCORE_COLUMNS if column not in frame.columns]
+    if missing:
+        raise UserError(
+            f"{where} lacks the score columns {', '.join(missing)}; "
+            "is it a table written by `vlmlayers score`?"
+        )
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    sidecar = path.parent / SIDECAR
+    if not sidecar.exists():
+        return {}
+    try:
+        notes: dict[str, Any] = json.loads(sidecar.read_text())
+        expected = notes["sha256"].get(path.name)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{sidecar} is damaged; run `vlmlayers score` again or delete it"
+        ) from error
+    if expected and expected != _sha256(path):
+        raise UserError(
+            f"{path} does not match its checksum in {SIDECAR}: half-written or edited; "
+            f"run `vlmlayers score` again, or delete {SIDECAR} to accept it"
+        )
+    return notes
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class _replacing:
+    """Write to a neighbour of `path` and put it in place only if that went well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.part = path.with_name(f".{path.name}.{os.getpid()}.part")
+
+    def __enter__(self) -> Path:
+        return self.part
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.part.replace(self.path)
+        else:
+            self.part.unlink(missing_ok=True)
