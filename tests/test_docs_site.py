@@ -62,7 +62,9 @@ def little_docs(tmp_path: Path) -> Path:
     (docs / "guide.md").write_text(
         "# From zero\n\n[metric](how/metric.md)\n\n## Second part\n\n```python\na = {'b': 1}\n```\n"
     )
-    (docs / "how" / "metric.md").write_text("# Add a metric\n\n[back](../guide.md) [home](../../README.md)")
+    (docs / "how" / "metric.md").write_text(
+        "# Add a metric\n\n[back](../guide.md) [home](../../README.md)"
+    )
     return docs
 
 

@@ -265,7 +265,9 @@ def test_latex_braces_and_environments_balance(published: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
 def test_latex_compiles(published: Path, tmp_path: Path) -> None:
-    written = [paper_tables.draw_table(name, published, tmp_path)[2] for name in paper_tables.TABLES]
+    written = [
+        paper_tables.draw_table(name, published, tmp_path)[2] for name in paper_tables.TABLES
+    ]
     inputs_ = "\n".join(rf"\input{{{path.name}}}" for path in written)
     (tmp_path / "all.tex").write_text(
         "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n"

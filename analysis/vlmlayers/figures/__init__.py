@@ -6,3 +6,61 @@ tables as CSV, Markdown and LaTeX.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vlmlayers.errors import check_one_of
+from vlmlayers.figures.inputs import Folders, MissingTable
+from vlmlayers.figures.paper_figures import FIGURES
+from vlmlayers.figures.paper_tables import TABLES, draw_table
+
+Drawing = Callable[[Folders, Path], list[Path]]
+DRAWINGS: dict[str, Drawing] = {**FIGURES, **{name: partial(draw_table, name) for name in TABLES}}
+
+__all__ = ["DRAWINGS", "Drawing", "MissingTable", "Outcome", "draw_all"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one figure or table.
+
+    Attributes:
+        name: A key of `DRAWINGS`.
+        paths: The files written; none where it was skipped.
+        reason: Why it was skipped.
+    """
+
+    name: str
+    paths: tuple[Path, ...] = ()
+    reason: str = ""
+
+    @property
+    def words(self) -> str:
+        """One line for the terminal."""
+        if not self.paths:
+            return f"skipped: {self.reason}"
+        return " ".join(path.suffix.removeprefix(".") for path in self.paths)
+
+
+def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> list[Outcome]:
+    """Draw every figure and table that the folders hold the tables for.
+
+    Args:
+        tables: One folder, or several, with tables: `figures/tables` or run folders.
+        out: Folder to write to.
+        names: Keys of `DRAWINGS`; all where None.
+
+    Raises:
+        UserError: A name is unknown, or a table is there but cannot be drawn.
+    """
+    found = []
+    for name in names if names is not None else DRAWINGS:
+        check_one_of("figure", name, DRAWINGS)
+        try:
+            found.append(Outcome(name, tuple(DRAWINGS[name](tables, out))))
+        except MissingTable as error:
+            found.append(Outcome(name, reason=str(error)))
+    return found

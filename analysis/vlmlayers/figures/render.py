@@ -125,7 +125,8 @@ class Table:
         notes = [rf"\par\footnotesize {escape_latex(note)}" for note in self.footnotes()]
         return "\n".join([
             "% needs \\usepackage{booktabs,graphicx}",
-            r"\begin{table*}[t]", r"\centering", rf"\caption{{{escape_latex(self.title)}}}",
+            r"\begin{table*}[t]", r"\centering\small\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{escape_latex(self.title)}}}",
             rf"\label{{tab:{self.name.replace('_', '-')}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{'l' * len(self.stub)}{'r' * len(self.columns)}}}",

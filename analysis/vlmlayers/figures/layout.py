@@ -1,0 +1,133 @@
+"""Panels, titles, legends and marks that the paper's figures share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from vlmlayers import plots
+from vlmlayers.plots.outcomes import CHOSEN_COLOUR, OUTCOMES
+from vlmlayers.plots.style import COLUMN_WIDTH, TOWER_COLOURS
+
+PUBLISHED_COLOUR = "#7A3E9D"
+MANY_TICKS = 16
+LONGEST_LABEL = 18
+
+
+def panels(
+    rows: int, columns: int, height: float, share: Literal["none", "row", "all"] = "none"
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of one column's width per column of panels, and its axes row by row.
+
+    Args:
+        rows: Rows of panels.
+        columns: Columns of panels.
+        height: Height of one panel in inches.
+        share: Which panels share their vertical axis.
+    """
+    with plots.style():
+        figure = Figure(figsize=(COLUMN_WIDTH * columns, height * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, list(figure.subplots(rows, columns, sharey=share, squeeze=False).ravel())
+
+
+def finish(ax: Axes, title: str, *, last: bool = True, first: bool = True, pad: float = 6) -> None:
+    """Write the title and free crowded labels.
+
+    Args:
+        ax: Axes with one panel drawn.
+        title: Title of the panel.
+        last: Whether the panel is in the last row, which names the horizontal axis.
+        first: Whether the panel is in the first column, which names the vertical axis.
+        pad: Points between title and axes.
+    """
+    ax.set_title(title.replace("$", r"\$"), fontsize=8, fontweight="bold", loc="left", pad=pad)
+    ax.set_xlabel(ax.get_xlabel() if last else "")
+    ax.set_ylabel(fill(ax.get_ylabel(), LONGEST_LABEL) if first else "")
+    labels = ax.get_xticklabels()
+    if labels and labels[0].get_text() == "Embed" and not labels[0].get_rotation():
+        labels[0].set_horizontalalignment("right")
+    for axis in (ax.xaxis, ax.yaxis):
+        names = axis.get_ticklabels()
+        if len(names) > MANY_TICKS and names[-1].get_text() == "Proj" and ax.images:
+            names[-2].set_text("")
+            axis.set_ticklabels([name.get_text() for name in names])
+
+
+def legend_of_choice(ax: Axes) -> None:
+    """Name the shaded blocks in the legend of the figure."""
+    for tower, colour in TOWER_COLOURS.items():
+        ax.fill_between([], [], color=colour, alpha=0.18, linewidth=0, label=f"Chosen, {tower}")
+
+
+def shared_legend(figure: Figure, axes: Sequence[Axes], columns: int, title: str = "") -> None:
+    """Write one legend below all panels, each label once, in place of those of the panels."""
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+        legend = ax.get_legend()
+        if legend is not None:
+            legend.remove()
+    if len(handles) > 1:
+        with plots.style():
+            figure.legend(handles.values(), handles.keys(), loc="outside lower center",
+                          ncols=columns, title=title or None, title_fontsize=6.5,
+                          columnspacing=1.2, handlelength=1.8)  # fmt: skip
+
+
+def mark_sweep(ax: Axes, means: pd.DataFrame) -> None:
+    """Mark chosen and published placements of a sweep; one off the axis stands on its right.
+
+    Args:
+        ax: Axes on which the placements of the axis stand at 0, 1, …
+        means: From `outcomes.sweep`.
+    """
+    places = [float(i) + (0.0 if on else 0.6) for i, on in enumerate(means.on_axis)]
+    on_axis = [place for place, on in zip(places, means.on_axis) if on]
+    for name, (_, colour, marker) in OUTCOMES.items():
+        rows = means[~means.on_axis]
+        ax.plot(places[len(on_axis):], rows[name], linestyle="", marker=marker, color=colour,
+                markersize=4)  # fmt: skip
+        if means[f"{name}_sd"].notna().any():
+            low, high = means[name] - means[f"{name}_sd"], means[name] + means[f"{name}_sd"]
+            ax.fill_between(on_axis, low[means.on_axis], high[means.on_axis], color=colour,
+                            alpha=0.14, linewidth=0)  # fmt: skip
+    for place, row in zip(places, means.to_dict("records")):
+        marks = [mark for mark in ("chosen", "published") if row[mark]]
+        if marks:
+            colour = CHOSEN_COLOUR if row["chosen"] else PUBLISHED_COLOUR
+            ax.axvline(place, color=colour, linewidth=1, linestyle=(0, (1, 1.2)), zorder=0)
+            ax.text(place, 1.0, "\n".join(marks), color=colour, fontsize=6.5, ha="center",
+                    va="bottom", transform=ax.get_xaxis_transform())  # fmt: skip
+    ax.set_xticks(places, means.label, rotation=0, ha="center", rotation_mode="default")
+    ax.set_xlabel("First adapted block, up to the last")
+
+
+def drop_overlapping_texts(figure: Figure, ax: Axes) -> None:
+    """Remove labels of points that would cover a point or an earlier label, or leave the axes."""
+    figure.draw_without_rendering()
+    frame = ax.get_window_extent()
+    kept: list[Bbox] = []
+    dots = [ax.transData.transform(drawn.get_offsets()) for drawn in ax.collections]
+    points = [tuple(point) for offsets in dots for point in offsets]
+    for text in list(ax.texts):
+        box = text.get_window_extent()
+        covers = any(box.padded(3).contains(*point) for point in points)
+        if covers or box.x1 > frame.x1 or any(box.overlaps(other) for other in kept):
+            text.remove()
+        else:
+            kept.append(box)
+
+
+def save(figure: Figure, out: Path, name: str, drawn: Sequence[pd.DataFrame]) -> list[Path]:
+    """Write the figure as PDF, SVG and PNG and the points drawn as CSV."""
+    return plots.save_figure(figure, out / name, pd.concat(drawn, ignore_index=True))

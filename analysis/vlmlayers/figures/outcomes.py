@@ -1,0 +1,129 @@
+"""From validation tables to the points that the figures of trained placements show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+from scipy.stats import kendalltau
+
+from vlmlayers.errors import UserError
+from vlmlayers.figures.inputs import MissingTable
+from vlmlayers.selection import available_scores, parse_blocks, predict
+from vlmlayers.selection.predict import PLACEMENT_SCORES
+
+OUTCOMES = ("base", "novel", "hm")
+NEEDS = ("model", "weights", "dataset", "seed", "placement", "kind", *OUTCOMES)
+DEFAULT_SCORE = "contrast_accuracy_x_agreement"
+
+
+def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per placement of one model: means over datasets, spread over seeds.
+
+    Only datasets and seeds that hold every placement count, so that all placements are judged on
+    the same runs. `hm` is the mean of the runs' harmonic means, as in the verdict.
+
+    Returns:
+        Columns placement, kind, start, chosen, published; base, novel, hm with `_sd` (over seeds,
+        of the mean over datasets; NaN for one seed); parameters, seconds where recorded; runs.
+    """
+    runs = validation.groupby(["dataset", "seed"]).placement.transform("nunique")
+    kept = validation[runs == validation.placement.nunique()]
+    if kept.empty:
+        raise MissingTable("no dataset and seed of the validation table holds every placement; "
+                           "finish the sweep to draw it")  # fmt: skip
+    first = kept.drop_duplicates("placement").set_index("placement")
+    per_seed = kept.groupby(["placement", "seed"], sort=False)[list(OUTCOMES)].mean()
+    grouped = per_seed.groupby(level="placement", sort=False)
+    frame = kept.groupby("placement", sort=False)[list(OUTCOMES)].mean()
+    frame = frame.join(grouped.std(ddof=1).add_suffix("_sd"))
+    for name in ("parameters", "seconds"):
+        if name in kept.columns:
+            frame[name] = kept.groupby("placement", sort=False)[name].mean()
+    kinds = first.kind.str.split("+")
+    frame = frame.assign(
+        kind=first.kind,
+        start=[start_block(name) for name in frame.index],
+        chosen=["chosen" in kind for kind in kinds],
+        published=["paper" in kind for kind in kinds],
+        runs=kept.groupby("placement", sort=False).size(),
+    )
+    return frame.reset_index()
+
+
+def start_block(placement: str) -> int:
+    """Return the first adapted block of a placement such as `v5-12,t5-12`.
+
+    Raises:
+        UserError: The placement names no block.
+    """
+    found = re.search(r"\d+", placement)
+    if found is None:
+        raise UserError(f"placement {placement!r} names no block; write it as v5-12,t5-12")
+    return int(found.group())
+
+
+def sweep(means: pd.DataFrame) -> pd.DataFrame:
+    """Return the placements of the start sweep in order, then chosen and published ones beside it.
+
+    Added columns: label, and on_axis (False for a placement that is no span up to the last block).
+
+    Raises:
+        MissingTable: No placement of the kind `start` was trained.
+    """
+    kinds = means.kind.str.split("+")
+    spans = means[["start" in kind for kind in kinds]].sort_values("start")
+    if spans.empty:
+        raise MissingTable("the validation holds no sweep of the start block; validate with the "
+                           "kind 'start' to draw it")  # fmt: skip
+    rest = means[(means.chosen | means.published) & ~means.placement.isin(spans.placement)]
+    labels = [*spans.start.astype(str), *rest.placement.str.replace(",", "\n")]
+    on_axis = [True] * len(spans) + [False] * len(rest)
+    return pd.concat([spans, rest], ignore_index=True).assign(label=labels, on_axis=on_axis)
+
+
+def predicted_means(
+    scores: pd.DataFrame, means: pd.DataFrame, names: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Return predicted quality beside trained HM, and Kendall's τ of each score.
+
+    Args:
+        scores: Score table of one model.
+        means: From `placement_means`, of the same model.
+        names: Placement scores; the default one, or the first the table supports, where None.
+
+    Returns:
+        The rows of `means` with score, predicted, tau and a short label, for each score; chosen
+        and published placements first.
+    """
+    if names is None:
+        supported = [name for name in available_scores(scores) if name in PLACEMENT_SCORES]
+        names = [DEFAULT_SCORE if DEFAULT_SCORE in supported else supported[0]]
+    placements = {name: placement_blocks(name) for name in means.placement}
+    predicted = predict(scores, placements, names)[["placement", "score", "predicted"]]
+    joined = predicted.merge(means, on="placement")
+    tau = {
+        score: float(kendalltau(part.predicted, part.hm).statistic)
+        for score, part in joined.groupby("score")
+    }
+    joined = joined.sort_values(["chosen", "published", "start"], ascending=[False, False, True])
+    return joined.assign(
+        tau=joined.score.map(tau), short=[short_label(name) for name in joined.placement]
+    )
+
+
+def short_label(placement: str) -> str:
+    """Return `5-12` for `v5-12,t5-12`, and any other placement as it is."""
+    vision, _, text = placement.partition(",")
+    return text[1:] if vision[1:] == text[1:] else placement
+
+
+def placement_blocks(placement: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return vision and text blocks of a placement such as `v3+5-7,t-`."""
+    vision, _, text = placement.partition(",")
+    return _blocks(vision.removeprefix("v")), _blocks(text.removeprefix("t"))
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    return parse_blocks("none" if text in ("", "-") else text.replace("+", ","))

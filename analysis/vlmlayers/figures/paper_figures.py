@@ -1,0 +1,216 @@
+"""The figures of the paper: read tidy tables, arrange panels, draw with `vlmlayers.plots`, save."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+
+from vlmlayers import plots
+from vlmlayers.figures.inputs import Folders, MissingTable, as_folders, read, select
+from vlmlayers.figures.layout import (
+    drop_overlapping_texts,
+    finish,
+    legend_of_choice,
+    mark_sweep,
+    panels,
+    save,
+    shared_legend,
+)
+from vlmlayers.figures.outcomes import (
+    NEEDS,
+    placement_means,
+    predicted_means,
+    start_block,
+    sweep,
+)
+from vlmlayers.plots.style import category
+from vlmlayers.selection import LayerChoice
+from vlmlayers.selection.curves import check_scores
+from vlmlayers.summaries import agreement, curves
+
+GAP_METRICS = ("pair_distance", "centroid_gap", "rmg")
+AGREEMENT_METRICS = ("cka_debiased", "mutual_knn")
+COST_PANELS = {
+    "parameters": ("Parameters (M)", 1e6),
+    "step_ms": ("Step (ms)", 1.0),
+    "seconds": ("Training (s)", 1.0),
+    "memory_mib": ("Memory (GiB)", 1024.0),
+}
+
+
+def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
+    """Draw how well the dataset is recognised at every position, mean and sd over seeds."""
+    scores = select(read("scores", tables), "dataset_accuracy", metric="dataset_accuracy")
+    models = list(by_model(scores))
+    figure, axes = panels(len(models), 1, 1.9, "all")
+    drawn = []
+    for (name, part), ax in zip(models, axes):
+        spread = seed_spread(check_scores(part))
+        choice = choice_of(part, tables)
+        plots.layer_curves(spread, "dataset_accuracy", choice=choice, ax=ax)
+        ax.set_ylabel("Dataset accuracy")
+        finish(ax, name)
+        if choice is not None:
+            legend_of_choice(ax)
+        drawn.append(curves(spread, "dataset_accuracy").assign(panel=name))
+    shared_legend(figure, axes, 3)
+    return save(figure, out, "fig1_dataset_recognition", drawn)
+
+
+def fig2_gap(tables: Folders, out: Path) -> list[Path]:
+    """Draw distance and gap between images and texts at every position, one line per dataset."""
+    scores = select(read("scores", tables), "modality gap", metric=GAP_METRICS)
+    models = list(by_model(scores))
+    metrics = [name for name in GAP_METRICS if (scores.metric == name).any()]
+    figure, axes = panels(len(metrics), len(models), 1.6, "row")
+    drawn = []
+    for ax, (metric, (name, part)) in zip(axes, product(metrics, models)):
+        if not (part.metric == metric).any():
+            ax.set_axis_off()
+            continue
+        part = check_scores(part)
+        plots.gap_curves(part, metric, ax=ax)
+        finish(ax, name if metric == metrics[0] else "", last=metric == metrics[-1],
+               first=name == models[0][0])  # fmt: skip
+        drawn.append(curves(part, metric).assign(panel=name))
+    words = "Joint space: final norm and projection applied at every position"
+    shared_legend(figure, axes, 3 * len(models), words)
+    return save(figure, out, "fig2_gap", drawn)
+
+
+def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
+    """Draw the agreement of every vision position with every text position."""
+    scores = select(read("scores", tables), "agreement between towers", metric=AGREEMENT_METRICS)
+    scores = select(scores, "agreement between towers", tower="vision", other_tower="text")
+    models = list(by_model(scores))
+    metrics = [name for name in AGREEMENT_METRICS if (scores.metric == name).any()]
+    figure, axes = panels(len(models), len(metrics), 2.9)
+    drawn = []
+    for ax, ((name, part), metric) in zip(axes, product(models, metrics)):
+        if not (part.metric == metric).any():
+            ax.set_axis_off()
+            continue
+        part = check_scores(part)
+        plots.agreement_matrix(part, metric, choice=choice_of(part, tables), ax=ax)
+        finish(ax, name)
+        drawn.append(agreement(part, metric).assign(metric=metric, panel=name))
+    return save(figure, out, "fig3_agreement", drawn)
+
+
+def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
+    """Draw base, novel and HM over the first adapted block; chosen and published are marked."""
+    models = list(by_model(read("validation", tables, NEEDS)))
+    figure, axes = panels(len(models), 1, 2.3)
+    drawn = []
+    for (name, part), ax in zip(models, axes):
+        means = sweep(placement_means(part))
+        spans = means[means.on_axis].assign(placement=means.label, chosen=False)
+        plots.placement_sweep(spans, ax=ax)
+        mark_sweep(ax, means)
+        finish(ax, name, pad=20 if (means.chosen & means.published).any() else 12)
+        ax.set_ylabel("Accuracy (%)")
+        drawn.append(means.assign(panel=name))
+    shared_legend(figure, axes, 3)
+    return save(figure, out, "fig4_placement_sweep", drawn)
+
+
+def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
+    """Draw the quality predicted from the scores against the trained harmonic mean."""
+    scores = dict(by_model(read("scores", tables)))
+    trained = by_model(read("validation", tables, NEEDS))
+    models = [(name, part) for name, part in trained if name in scores]
+    if not models:
+        raise MissingTable("no model has both scores and a validation; record both to draw this")
+    figure, axes = panels(len(models), 1, 2.6)
+    drawn = []
+    for (name, part), ax in zip(models, axes):
+        points = predicted_means(check_scores(scores[name]), placement_means(part))
+        plots.predicted_vs_trained(points.assign(placement=points.short), ax=ax)
+        ax.margins(x=0.12, y=0.1)
+        score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
+        ax.set_xlabel(f"Predicted: {score}")
+        ax.set_ylabel("Trained harmonic mean (%)")
+        tau = f"{points.tau.iloc[0]:.2f}".replace("-", "−")
+        finish(ax, f"{name}\nKendall's τ = {tau}, {len(points)} placements")
+        drawn.append(points.assign(panel=name))
+    shared_legend(figure, axes, 2)
+    for ax in axes:
+        drop_overlapping_texts(figure, ax)
+    return save(figure, out, "fig5_predicted_vs_trained", drawn)
+
+
+def fig6_cost(tables: Folders, out: Path) -> list[Path]:
+    """Draw parameters, time and memory over the first adapted block."""
+    try:
+        models = list(by_model(read("cost", tables, ("model", "placement", "parameters"))))
+    except MissingTable:
+        models = list(by_model(read("validation", tables, NEEDS)))
+    costs = [(name, cost_points(part)) for name, part in models]
+    shown = [key for key in COST_PANELS if any(key in part.columns for _, part in costs)]
+    figure, axes = panels(len(shown), 1, 1.3)
+    for key, ax in zip(shown, axes):
+        label, unit = COST_PANELS[key]
+        for number, (name, part) in enumerate(costs):
+            if key in part.columns:
+                options = {"marker": "o", "markersize": 3.2, **category(number)}
+                ax.plot(part.start, part[key] / unit, label=name, **options)
+        ax.set_ylabel(label)
+        ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+        ax.xaxis.set_major_locator(MaxNLocator(13, integer=True, steps=[1, 2, 4, 5, 10]))
+        ax.set_xlabel("First adapted block, up to the last")
+        title = costs[0][0] if len(costs) == 1 and key == shown[0] else ""
+        finish(ax, title, last=key == shown[-1])
+    shared_legend(figure, axes, 2)
+    return save(figure, out, "fig6_cost", [part.assign(panel=name) for name, part in costs])
+
+
+FIGURES = {
+    draw.__name__: draw
+    for draw in (fig1_dataset_recognition, fig2_gap, fig3_agreement, fig4_placement_sweep,
+                 fig5_predicted_vs_trained, fig6_cost)
+}  # fmt: skip
+
+
+def by_model(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the rows of each model under its name and weights, in order of appearance."""
+    if "weights" not in table.columns:
+        table = table.assign(weights="")
+    for (model, weights), part in table.groupby(["model", "weights"], sort=False):
+        known = weights and not str(weights).endswith(".safetensors")
+        yield f"{model} ({weights})" if known else str(model), part.reset_index(drop=True)
+
+
+def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per tower and position: mean over seeds, interval ± one sd over seeds."""
+    keys = [name for name in scores.columns if name not in
+            ("value", "low", "high", "null", "n", "seed", "options")]  # fmt: skip
+    groups = scores.groupby(keys, sort=False, dropna=False)
+    frame = groups.agg(value=("value", "mean"), sd=("value", "std"), null=("null", "mean"),
+                       n=("n", "first"), seeds=("seed", "nunique")).reset_index()  # fmt: skip
+    sd = frame.sd.fillna(0.0)
+    return frame.assign(low=frame.value - sd, high=frame.value + sd, seed=-1, options="")
+
+
+def choice_of(scores: pd.DataFrame, tables: Folders) -> LayerChoice | None:
+    """Return the recorded choice for the model of a score table, None where there is none."""
+    model = tuple(scores[["model", "weights"]].iloc[0])
+    for folder in as_folders(tables):
+        for path in sorted(folder.glob("choice*.json")):
+            seen = json.loads(path.read_text(encoding="utf-8")).get("evidence", {})
+            if (seen.get("model"), seen.get("weights")) == model:
+                return LayerChoice.load(path)
+    return None
+
+
+def cost_points(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the cost of the spans that end at the last block, by first adapted block."""
+    if "kind" in table.columns:
+        table = sweep(placement_means(table)).query("kind.str.contains('start')")
+    kept = [name for name in ("placement", "device", *COST_PANELS) if name in table.columns]
+    starts = [start_block(name) for name in table.placement]
+    return table[kept].assign(start=starts).sort_values("start", ignore_index=True)

@@ -1,0 +1,33 @@
+"""What every script of this folder does: read the arguments, draw, say what was written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vlmlayers.errors import UserError
+from vlmlayers.figures import Drawing
+
+HERE = Path(__file__).resolve().parent
+
+
+def folders(description: str) -> tuple[list[Path], Path]:
+    """Read the folders with tables and the one to write to from the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("tables", nargs="*", type=Path, default=[HERE / "tables"],
+                        help="folders with tables, such as run folders")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=HERE / "drawn", help="folder to write to")
+    arguments = parser.parse_args()
+    return list(arguments.tables), arguments.out
+
+
+def main(draw: Drawing) -> None:
+    """Draw one figure or table; leave with code 2 and one line where a table is missing."""
+    tables, out = folders(draw.__doc__ or "")
+    try:
+        paths = draw(tables, out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(*paths, sep="\n")
