@@ -5,6 +5,7 @@ This is the only part of `vlmlayers` that imports torch.
 
 from __future__ import annotations
 
+from vlmlayers.models.check import models_check, summary
 from vlmlayers.models.extract import extract
 from vlmlayers.models.load import VLM, list_models, load_model, wrap_model
 from vlmlayers.models.recording import Recorder
@@ -12,5 +13,5 @@ from vlmlayers.models.towers import Tower, find_towers
 
 __all__ = [
     "VLM", "Recorder", "Tower", "extract", "find_towers", "list_models", "load_model",
-    "wrap_model",
+    "models_check", "summary", "wrap_model",
 ]

@@ -319,7 +319,7 @@ class HubTokenizer:
                 self.name, context_length=self.context_length, tokenizer_mode=self.mode,
                 **self.options,
             )
-        except Exception as error:  # noqa: BLE001 transformers raises many kinds when offline
+        except Exception as error:
             raise UserError(
                 f"tokenizer {self.name!r} cannot be loaded: {_line(error)}; connect to the "
                 "Hugging Face hub once, or put it in the local cache"
@@ -374,7 +374,7 @@ def _weights_in(folder: Path, random_weights: bool) -> Path | None:
 def _download(name: str, tag: str | None, config: dict[str, Any]) -> str:
     try:
         return str(open_clip.download_pretrained(config))
-    except Exception as error:  # noqa: BLE001 the hub client raises many kinds when offline
+    except Exception as error:
         raise UserError(
             f"weights {tag!r} of {name} are not on this machine and cannot be downloaded "
             f"({_line(error)}); give checkpoint= a local file, or random_weights=True"

@@ -57,8 +57,8 @@ def _is_activation(value: Any) -> bool:
 def probe(tower: Tower) -> None:
     """Find batch axis and widths by a small forward pass; done once per tower.
 
-    The batch axis is the one whose size follows the batch, with batch and token counts that
-    differ.
+    The batch axis is the one axis whose size is that of the batch. Where a second axis happens to
+    have the same size, a batch of another size decides.
 
     Raises:
         HookDidNotFire: A block was not called as a module.
@@ -66,23 +66,19 @@ def probe(tower: Tower) -> None:
     """
     if tower.widths:
         return
-    shapes: list[dict[str, tuple[int, ...]]] = []
-    for batch in (2, 3):
+    axes: set[int] = set()
+    for batch in (2, 3, 5):
         seen: dict[str, Tensor] = {}
         with torch.inference_mode(), block_outputs(tower, seen.__setitem__):
             tower.run(tower.example(batch))
         _require_all(tower, seen)
-        shapes.append({position: tuple(x.shape) for position, x in seen.items()})
-        if batch == 3:
+        fits = [{i for i, size in enumerate(x.shape) if size == batch} for x in seen.values()]
+        axes = set.intersection(*fits) & (axes or set.intersection(*fits))
+        if len(axes) == 1:
+            tower.batch_axis = axes.pop()
             tower.widths = {position: tower.channels(x) for position, x in seen.items()}
-    axes = {
-        tuple(i for i, (a, b) in enumerate(zip(two, three)) if (a, b) == (2, 3))
-        for two, three in ((shapes[0][p], shapes[1][p]) for p in shapes[0])
-    }
-    if len(axes) != 1 or len(next(iter(axes))) != 1:
-        tower.widths = {}
-        raise UserError(f"the {tower.name} tower ({tower.family}) mixes items in its activations")
-    tower.batch_axis = next(iter(axes))[0]
+            return
+    raise UserError(f"the {tower.name} tower ({tower.family}) mixes items in its activations")
 
 
 def _require_all(tower: Tower, seen: Any) -> None:
