@@ -1,0 +1,209 @@
+"""Adapters on disk: the authors' layout, our own, and the state of an unfinished training.
+
+Nothing is unpickled: files load as safetensors or with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlmadapters.config import MMAConfig
+from vlmadapters.mma import Adapter, new_adapter
+from vlmlayers.errors import UserError
+
+FORMAT = "vlmadapters-1"
+STATE_FILE = "training.pt"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What our own checkpoints say about themselves.
+
+    Attributes:
+        config: Placement and size.
+        model: Architecture of the backbone.
+        weights: Its weights' tag or file name.
+        weights_hash: Hash of its weights.
+        class_names: Classes it was trained on.
+        provenance: Recipe, seed, dataset, versions; anything JSON.
+    """
+
+    config: MMAConfig
+    model: str = ""
+    weights: str = ""
+    weights_hash: str = ""
+    class_names: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_adapter(
+    path: str | Path, adapter: Adapter, model: Any, class_names: tuple[str, ...] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter as safetensors, with a JSON description in its header and beside it."""
+    path = Path(path).with_suffix(".safetensors")
+    info = {
+        "format": FORMAT, "adapter": adapter.config.to_dict(), "model": model.name,
+        "weights": model.weights, "weights_hash": model.weights_hash,
+        "class_names": list(class_names), "provenance": dict(provenance or {}),
+    }
+    text = json.dumps(info, indent=1)
+    state = {key: value.cpu().contiguous() for key, value in adapter.official_state_dict().items()}
+    atomically(path, lambda part: save_file(state, part, metadata={"description": text}))
+    atomically(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
+    return path
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """Return what a checkpoint of ours says about itself."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = json.loads((file.metadata() or {}).get("description", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"cannot read the adapter {path}: {error}") from error
+    if info.get("format") != FORMAT:
+        raise UserError(f"{path} is no adapter of this toolkit (its header does not say {FORMAT})")
+    return CheckpointInfo(
+        MMAConfig.from_dict(info["adapter"]), info["model"], info["weights"], info["weights_hash"],
+        tuple(info["class_names"]), info["provenance"])
+
+
+def load_adapter(path: str | Path, model: Any) -> Adapter:
+    """Read an adapter of ours for a backbone.
+
+    Raises:
+        UserError: The file is no adapter, or was made for another backbone; names both.
+    """
+    info = read_info(path)
+    if info.weights_hash != model.weights_hash:
+        raise UserError(
+            f"{path} was trained on {info.model} with weights {info.weights} "
+            f"({info.weights_hash[:12]}), this is {model.name} with weights {model.weights} "
+            f"({model.weights_hash[:12]}); load the backbone it was trained on")
+    adapter = new_adapter(model.clip, info.config)
+    with safe_open(path, framework="pt") as file:
+        adapter.load_official_state_dict({key: file.get_tensor(key) for key in file.keys()})
+    return adapter
+
+
+def save_official(path: str | Path, adapter: Adapter, epoch: int = 0) -> Path:
+    """Write an adapter in the authors' layout: a `.pth.tar` dictionary with `state_dict`."""
+    state = {key: value.cpu() for key, value in adapter.official_state_dict().items()}
+    content = {"state_dict": state, "epoch": epoch, "optimizer": None, "scheduler": None,
+               "val_result": None}
+    path = Path(path)
+    atomically(path, lambda part: torch.save(content, part))
+    return path
+
+
+def load_official(path: str | Path, clip: Any, config: MMAConfig | None = None) -> Adapter:
+    """Read an adapter in the authors' layout for a backbone.
+
+    Args:
+        path: A `.pth.tar` file, or the bare state dictionary.
+        clip: The backbone.
+        config: Its placement and scale. The file holds no scale; without a configuration the
+            published 0.001 is taken and the placement is read from the keys.
+
+    Raises:
+        UserError: The file holds more than tensors and is refused, or does not fit.
+    """
+    content = read_tensors_only(path)
+    state = content.get("state_dict", content)
+    state = {key.removeprefix("module."): value for key, value in state.items()
+             if isinstance(value, Tensor)}
+    found = placement_of(state, str(path))
+    config = config or found
+    if (config.vision, config.text, config.dim) != (found.vision, found.text, found.dim):
+        raise UserError(
+            f"{path} holds the placement {found.placement} with dim {found.dim}; asked for is "
+            f"{config.placement} with dim {config.dim}; change one of them")
+    adapter = new_adapter(clip, config)
+    adapter.load_official_state_dict(state)
+    return adapter
+
+
+def placement_of(state: Mapping[str, Tensor], where: str) -> MMAConfig:
+    """Read placement and inner width from the keys of an adapter's state."""
+    blocks: dict[str, set[int]] = {"visual_adapter": set(), "text_adapter": set()}
+    dim = 0
+    for key, value in state.items():
+        parts = key.split(".")
+        if parts[0] in blocks and len(parts) > 2 and parts[1].isdecimal():
+            blocks[parts[0]].add(int(parts[1]))
+            if parts[2] == "down" and value.ndim == 2:
+                dim = value.shape[0]
+    if not dim:
+        raise UserError(f"{where} holds no adapter: no key such as text_adapter.5.down.0.weight")
+    return MMAConfig(vision=tuple(sorted(blocks["visual_adapter"])),
+                     text=tuple(sorted(blocks["text_adapter"])), dim=dim)
+
+
+def read_tensors_only(path: str | Path) -> dict[str, Any]:
+    """Load a torch file that holds tensors and plain values; anything else is refused unread."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} holds more than tensors and is not opened, as loading it would run code "
+            f"({reason[:80]}); ask its author for the state dictionary alone") from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"cannot read the checkpoint {path}: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def save_training_state(folder: Path, identity: Mapping[str, Any], state: Any) -> None:
+    """Write the state of an unfinished training, whole or not at all."""
+    content = {"identity": json.dumps(identity, sort_keys=True), **state}
+    atomically(folder / STATE_FILE, lambda part: torch.save(content, part))
+
+
+def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
+    """Return the state of an unfinished training, or None where there is none.
+
+    Raises:
+        UserError: The state in the folder belongs to another run.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    content = read_tensors_only(path)
+    theirs = json.loads(content["identity"])
+    ours = json.loads(json.dumps(identity, sort_keys=True))
+    differing = [key for key in ours if ours[key] != theirs.get(key)]
+    if differing:
+        raise UserError(
+            f"{path} belongs to a run with other {', '.join(differing)}; choose another output "
+            "folder, or remove the file to start again")
+    return content
+
+
+def atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under a temporary name and rename it when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

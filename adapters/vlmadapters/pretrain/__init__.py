@@ -1,0 +1,7 @@
+"""The recipe of the miniature CLIP: contrastive training from scratch on small real and drawn images.
+
+`python -m vlmadapters.pretrain --out DIR` trains, resumes and exports; it is the only place where a
+backbone is trained. Test splits are never read here.
+"""
+
+from __future__ import annotations
