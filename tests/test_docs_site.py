@@ -1,4 +1,4 @@
-"""The static site: every module is on it, every link leads somewhere, nothing is loaded from afar."""
+"""The site: every module is on it, every link leads somewhere, nothing is loaded from afar."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,9 +12,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from vlmlayers.errors import UserError
-from vlmlayers.figures import inputs, paper_tables, render
+from vlmlayers.figures import (
+    DRAWINGS,
+    draw_all,
+    inputs,
+    outcomes,
+    paper_figures,
+    paper_tables,
+    render,
+)
 from vlmlayers.figures.inputs import MissingTable
 
 ELEVEN = (
@@ -235,8 +246,8 @@ def test_missing_published_numbers_are_named(
 
 def test_markup_in_names_is_escaped() -> None:
     name = r"a_b & 50% {x} <i>|c\d ~ ^ #1 $"
-    table = render.Table("t_1", name, ("Method",), [(name,)], [name],
-                         {((name,), name): render.Cell(1.0, flag="bad_flag", note="n_1")})  # fmt: skip
+    cells = {((name,), name): render.Cell(1.0, flag="bad_flag", note="n_1")}
+    table = render.Table("t_1", name, ("Method",), [(name,)], [name], cells)
     latex = table.latex()
     prose = "".join(line for line in latex.splitlines() if "50" in line or "flag" in line)
     assert len(prose) > 200
@@ -296,6 +307,221 @@ def test_read_joins_files_and_keeps_names_as_text(tmp_path: Path) -> None:
         inputs.select(table, "gap", position="7")
 
 
-def test_figures_do_not_import_torch() -> None:
-    code = "import sys, vlmlayers.figures.paper_tables; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+# --- figures -------------------------------------------------------------------------------------
+
+BLOCKS = 4
+POSITIONS = ("embed", *(str(block) for block in range(1, BLOCKS + 1)), "proj")
+
+
+def score_rows(model: str = "tiny") -> pd.DataFrame:
+    """Scores with planted values: dataset accuracy rises, the gap falls, agreement is a product."""
+    rows = []
+    plain = {"model": model, "weights": "w", "dataset": "*", "split": "train", "pooling": "model",
+             "space": "native", "n": 40, "seed": -1, "other_tower": "", "other_position": "",
+             "options": "", "null": 0.1}  # fmt: skip
+
+    def add(position: str, **values: object) -> None:
+        depth = min(POSITIONS.index(position), BLOCKS) / BLOCKS
+        row = plain | {"tower": "vision", "position": position, "depth": depth} | values
+        rows.append(row | {"low": row["value"] - 0.02, "high": row["value"] + 0.02})
+
+    for index, position in enumerate(POSITIONS):
+        for tower, start in (("vision", 0.2), ("text", 0.3)):
+            for seed in (1, 2, 3):
+                value = start + 0.1 * index + 0.01 * seed
+                add(position, tower=tower, metric="dataset_accuracy", value=value, seed=seed)
+        for dataset in ("digits", "a_b"):
+            for metric in ("centroid_gap", "pair_distance"):
+                add(position, metric=metric, value=1.2 - 0.1 * index, dataset=dataset,
+                    space="joint", other_tower="text", other_position=position)  # fmt: skip
+        for other_index, other in enumerate(POSITIONS):
+            add(position, metric="cka_debiased", value=0.02 * index * other_index,
+                other_tower="text", other_position=other)  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def validation_rows(model: str = "tiny") -> pd.DataFrame:
+    """Spans from every start block, the chosen off the axis; hm rises by 1 with the start."""
+    kinds = {"v1-4,t1-4": "all+start", "v2-4,t2-4": "paper+start", "v3-4,t3-4": "start",
+             "v4,t4": "start", "v2-4,t3-4": "chosen", "v1+3,t1+3": "random"}  # fmt: skip
+    rows = []
+    for number, (placement, kind) in enumerate(kinds.items()):
+        for dataset, easy in (("digits", 10.0), ("a_b", 0.0)):
+            for seed in (1, 2):
+                hm = 50 + easy + number + seed / 10
+                rows.append({
+                    "model": model, "weights": "w", "dataset": dataset, "shots": 4, "seed": seed,
+                    "placement": placement, "kind": kind, "parameters": 1000 * (6 - number),
+                    "base": hm + 5, "novel": hm - 5, "hm": hm, "seconds": 10.0 + seed,
+                })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
+    score_rows().to_csv(folder / "scores.csv", index=False)
+    validation_rows().to_csv(folder / "validation.csv", index=False)
+    evidence = {"model": "tiny", "weights": "w"}
+    choice = {"vision": [2, 3, 4], "text": [3, 4], "rule": "threshold", "evidence": evidence}
+    (folder / "choice.json").write_text(json.dumps(choice))
+    return folder
+
+
+def test_all_scripts_are_thin_and_draw_without_torch(
+    repository: Path, tables: Path, tmp_path: Path
+) -> None:
+    scripts = {path.stem for path in (repository / "figures").glob("[ft]*[0-9]_*.py")}
+    assert scripts == set(DRAWINGS)
+    for name in scripts:
+        text = (repository / "figures" / f"{name}.py").read_text()
+        assert f'DRAWINGS["{name}"]' in text
+        assert len(text.splitlines()) <= 15
+    code = (
+        "import sys, runpy; sys.argv[1:] = "
+        f"[{str(tables)!r}, '--out', {str(tmp_path)!r}]; "
+        f"sys.path.insert(0, {str(repository / 'figures')!r}); "
+        f"runpy.run_path({str(repository / 'figures' / 'all.py')!r}, run_name='__main__'); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "10 of 10 drawn" in run.stdout
+    for name in paper_figures.FIGURES:
+        for suffix in ("pdf", "svg", "png", "csv"):
+            assert (tmp_path / f"{name}.{suffix}").stat().st_size > 150
+
+
+def test_a_script_without_its_table_says_so_in_one_line(repository: Path, tmp_path: Path) -> None:
+    script = repository / "figures" / "fig6_cost.py"
+    run = subprocess.run([sys.executable, script, tmp_path, "--out", tmp_path / "out"],
+                         capture_output=True, text=True, check=False)  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "no table validation*.csv" in run.stderr
+    skipped = draw_all(tmp_path, tmp_path / "out", ["fig1_dataset_recognition"])
+    assert skipped[0].words.startswith("skipped: no table scores*.csv")
+    with pytest.raises(UserError, match="did you mean 'fig2_gap'"):
+        draw_all(tmp_path, tmp_path, ["fig2_gaps"])
+
+
+def test_figure_1_shows_mean_and_sd_over_seeds(tables: Path, tmp_path: Path) -> None:
+    paper_figures.fig1_dataset_recognition(tables, tmp_path)
+    drawn = pd.read_csv(tmp_path / "fig1_dataset_recognition.csv", dtype={"position": str})
+    drawn = drawn.set_index(["tower", "position"])
+    for tower, start in (("vision", 0.2), ("text", 0.3)):
+        assert drawn.loc[tower].index.tolist() == list(POSITIONS)
+        for index, position in enumerate(POSITIONS):
+            row = drawn.loc[(tower, position)]
+            assert row.value == pytest.approx(start + 0.1 * index + 0.02)
+            assert row.high - row.value == pytest.approx(0.01), "one sd over the seeds"
+            assert row.value - row.low == pytest.approx(0.01)
+
+
+def test_a_choice_marks_its_own_model_only(tables: Path) -> None:
+    choice = paper_figures.choice_of(score_rows(), tables)
+    assert (choice.vision, choice.text) == ((2, 3, 4), (3, 4))
+    assert paper_figures.choice_of(score_rows("another"), tables) is None
+
+
+def test_figure_4_orders_spans_and_sets_the_choice_beside_them(
+    tables: Path, tmp_path: Path
+) -> None:
+    paper_figures.fig4_placement_sweep(tables, tmp_path)
+    drawn = pd.read_csv(tmp_path / "fig4_placement_sweep.csv")
+    assert drawn.placement.tolist() == ["v1-4,t1-4", "v2-4,t2-4", "v3-4,t3-4", "v4,t4", "v2-4,t3-4"]
+    assert drawn.published.tolist() == [False, True, False, False, False]
+    assert drawn.chosen.tolist() == drawn.on_axis.eq(False).tolist()
+    assert drawn.hm.tolist() == pytest.approx([55.15, 56.15, 57.15, 58.15, 59.15])
+    assert drawn.base_sd.tolist() == pytest.approx([np.std([0.1, 0.2], ddof=1)] * 5)
+    svg = (tmp_path / "fig4_placement_sweep.svg").read_text()
+    for word in ("published", "chosen", "Harmonic mean"):
+        assert word in svg
+
+
+def test_unfinished_runs_do_not_enter_the_sweep() -> None:
+    rows = validation_rows()
+    hole = (rows.dataset == "a_b") & (rows.seed == 2) & (rows.placement == "v4,t4")
+    means = outcomes.placement_means(rows[~hole]).set_index("placement")
+    assert (means.runs == 3).all(), "the run with a hole is left out for every placement"
+    assert means.hm["v1-4,t1-4"] == pytest.approx((60.1 + 60.2 + 50.1) / 3)
+    alone = rows[(rows.seed == 1) & (rows.dataset == "digits") | (rows.placement == "v4,t4")]
+    assert (outcomes.placement_means(alone).runs == 1).all()
+    scattered = rows[(rows.seed == 1) == (rows.placement == "v4,t4")]
+    with pytest.raises(MissingTable, match="finish the sweep"):
+        outcomes.placement_means(scattered)
+    with pytest.raises(MissingTable, match="validate with the kind 'start'"):
+        outcomes.sweep(outcomes.placement_means(rows[rows.kind == "random"]))
+    with pytest.raises(UserError, match="names no block"):
+        outcomes.start_block("all")
+
+
+def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_path: Path) -> None:
+    """Deeper placements score higher on rising curves; trained hm is planted either way round."""
+    spans = validation_rows().query("kind.str.contains('start')")
+    means = outcomes.placement_means(spans)
+    rising = outcomes.predicted_means(score_rows(), means)
+    assert rising.tau.unique().tolist() == pytest.approx([1.0])
+    falling = outcomes.predicted_means(score_rows(), means.assign(hm=-means.hm))
+    assert falling.tau.unique().tolist() == pytest.approx([-1.0])
+    assert rising.short.tolist() == ["2-4", "1-4", "3-4", "4"], "the published one leads"
+    shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
+    validation_rows("another").to_csv(tmp_path / "validation.csv", index=False)
+    with pytest.raises(MissingTable, match="no model has both"):
+        paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path)
+
+
+def test_figure_6_reads_recorded_cost_or_the_validation(tables: Path, tmp_path: Path) -> None:
+    paper_figures.fig6_cost(tables, tmp_path)
+    drawn = pd.read_csv(tmp_path / "fig6_cost.csv")
+    assert drawn.parameters.tolist() == [6000, 5000, 4000, 3000]
+    assert drawn.seconds.tolist() == pytest.approx([11.5] * 4)
+    cost = pd.DataFrame({"model": "ViT-B-16", "placement": ["v9-12,t9-12", "v5-12,t5-12"],
+                         "parameters": [337_280, 674_560], "memory_mib": [2048, 4096]})  # fmt: skip
+    cost.to_csv(tmp_path / "cost.csv", index=False)
+    paper_figures.fig6_cost([tables, tmp_path], tmp_path / "out")
+    drawn = pd.read_csv(tmp_path / "out" / "fig6_cost.csv")
+    assert drawn.start.tolist() == [5, 9]
+    svg = (tmp_path / "out" / "fig6_cost.svg").read_text()
+    assert "Memory (GiB)" in svg
+    assert "Step (ms)" not in svg
+
+
+def drawn_texts(figure: Figure) -> list[Text]:
+    """Texts that appear on the page; ticks beyond the limits of their axis do not."""
+    hidden = set()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+                if not low <= tick.get_loc() <= high or not tick.label1.get_visible():
+                    hidden |= {tick.label1, tick.label2}
+    found = [text for text in figure.findobj(Text) if text.get_visible() and text not in hidden]
+    return [text for text in found if text.get_text().strip()]
+
+
+@pytest.mark.parametrize("name", sorted(paper_figures.FIGURES))
+def test_figures_are_one_column_wide_and_legible(
+    name: str, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Width, font sizes, and no text that covers another or leaves the page."""
+    seen = []
+    monkeypatch.setattr(paper_figures, "save", lambda figure, *_: seen.append(figure) or [])
+    paper_figures.FIGURES[name](tables, tmp_path)
+    figure = seen[0]
+    assert figure.get_figwidth() == pytest.approx(3.35)
+    figure.draw_without_rendering()
+    boxes = []
+    for text in drawn_texts(figure):
+        assert text.get_fontsize() >= 5.5, text.get_text()
+        box = text.get_window_extent()
+        if box.width == 0:
+            continue
+        assert box.x0 > -1, text.get_text()
+        assert box.x1 < figure.bbox.width + 1, text.get_text()
+        assert box.y0 > -1, text.get_text()
+        assert box.y1 < figure.bbox.height + 1, text.get_text()
+        for other, words in boxes:
+            covered = box.padded(-1)
+            assert not covered.overlaps(other), f"{text.get_text()!r} covers {words!r}"
+        boxes.append((box.padded(-1), text.get_text()))

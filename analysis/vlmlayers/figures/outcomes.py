@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 import pandas as pd
-from scipy.stats import kendalltau
 
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import MissingTable
@@ -97,6 +96,8 @@ def predicted_means(
         The rows of `means` with score, predicted, tau and a short label, for each score; chosen
         and published placements first.
     """
+    from scipy.stats import kendalltau  # half a second to import: only where it is needed
+
     if names is None:
         supported = [name for name in available_scores(scores) if name in PLACEMENT_SCORES]
         names = [DEFAULT_SCORE if DEFAULT_SCORE in supported else supported[0]]
