@@ -1,0 +1,391 @@
+"""The protocols of the paper: what is trained on, what is tested on, in which table.
+
+Every (source dataset, seed, placement) is one cell. A finished cell is one file, so that a run
+that was stopped goes on where it was; placements of one seed that are still missing train side by
+side. Test data decides nothing: the last epoch is evaluated, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlmadapters import parallel
+from vlmadapters.checkpoints import atomically, save_adapter
+from vlmadapters.config import MMAConfig
+from vlmadapters.evaluate import Case, Evaluator, Labels
+from vlmadapters.fewshot import base_or_novel, few_shot, kind_labels
+from vlmadapters.frozen import Backbone
+from vlmadapters.images import Images
+from vlmadapters.recipes import Recipe
+from vlmadapters.results import (
+    COLUMNS,
+    METHOD,
+    UNMOVED,
+    ZERO_SHOT,
+    ZERO_SHOT_OWN,
+    accuracy_fields,
+)
+from vlmadapters.train import Trainer, TrainResult
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.manifests import Item, Manifest
+
+LOG = logging.getLogger("vlmlayers")
+# Share of predictions that have to differ from zero-shot for training to count as having an effect.
+EFFECT = 0.002
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol trains on and tests.
+
+    Attributes:
+        name: As in the results table.
+        train_kind: Classes that are trained: `base` or `all`.
+        own_kinds: Halves of the source's own test set that are evaluated.
+        transfer: Whether other datasets are tested, all classes of each.
+    """
+
+    name: str
+    train_kind: str
+    own_kinds: tuple[str, ...]
+    transfer: bool = False
+
+
+PROTOCOLS = {
+    p.name: p for p in (
+        Protocol("base-to-novel", "base", ("base", "novel")),
+        Protocol("few-shot", "all", ("all",)),
+        Protocol("cross-dataset", "all", ("all",), transfer=True),
+        Protocol("domain-generalization", "all", ("all",), transfer=True),
+    )
+}
+
+
+@dataclass(eq=False)
+class Dataset:
+    """A dataset as the protocols use it: class names, items and images of one model.
+
+    Args:
+        name: Name or path of a manifest.
+        model: The model.
+        root: The data root.
+        workers: Threads that decode images.
+        limit: Use at most so many test items, balanced over classes; 0 uses all.
+    """
+
+    name: str
+    model: Any
+    root: Any = None
+    workers: int = 0
+    limit: int = 0
+    manifest: Manifest = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.manifest = Manifest.load(self.name)
+
+    @cached_property
+    def images(self) -> Images:
+        """The images, decoded once."""
+        return Images(self.model, self.manifest, self.root, workers=self.workers)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """All class names by label."""
+        return self.manifest.class_names(self.root)
+
+    def names(self, kind: str) -> list[str]:
+        """Return class names of `all`, `base` or `novel` classes."""
+        return [self.class_names[label] for label in self._labels(kind)]
+
+    def _labels(self, kind: str) -> tuple[int, ...]:
+        return kind_labels(kind, range(len(self.class_names)))
+
+    def shots(self, shots: int, seed: int, kind: str) -> list[Item]:
+        """Return the few-shot items of one half, relabelled from 0."""
+        drawn = few_shot(self.manifest.items("train", root=self.root), shots, seed)
+        return base_or_novel(drawn, kind, range(len(self.class_names)))
+
+    def test(self, kind: str, split: str = "test") -> list[Item]:
+        """Return the test items of one half, relabelled from 0."""
+        if self.limit:
+            items = self.manifest.sample(split, self.limit, 0, self.root)
+        else:
+            items = self.manifest.items(split, root=self.root)
+        return base_or_novel(items, kind, range(len(self.class_names)))
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Test items of one kind of classes of one dataset."""
+
+    dataset: Dataset
+    kind: str
+    split: str = "test"
+
+
+class Experiment:
+    """One protocol with one model, recipe and output folder.
+
+    Args:
+        protocol: Name of a protocol.
+        model: The model.
+        recipe: Training values and adapter; `configs` of `run` name the placements.
+        out: Folder of cells, adapters and tables; None keeps everything in memory.
+        root: The data root.
+        targets: Datasets tested by transfer.
+        split: Split that is tested; `val` for tuning, never mixed with `test` in one folder.
+        limit: Use at most so many test items of each dataset.
+        workers: Threads that decode images.
+        save_adapters: Write trained adapters beside the cells.
+        progress: Show bars.
+    """
+
+    def __init__(
+        self, protocol: str, model: Any, recipe: Recipe, out: str | Path | None = None, *,
+        root: Any = None, targets: Sequence[str] = (), split: str = "test", limit: int = 0,
+        workers: int = 0, save_adapters: bool = False, progress: bool = True,
+    ) -> None:
+        self.protocol = PROTOCOLS[check_one_of("protocol", protocol, PROTOCOLS)]
+        self.model, self.recipe, self.train = model, recipe, recipe.train
+        self.out = Path(out) if out is not None else None
+        self.root, self.split, self.limit, self.workers = root, split, limit, workers
+        self.save_adapters, self.progress = save_adapters, progress
+        if self.protocol.transfer and not targets:
+            raise UserError(f"the protocol {protocol} needs target datasets; name them")
+        self.target_names = tuple(targets) if self.protocol.transfer else ()
+        self.backbone = Backbone(model.clip, self.train.savings)
+        self.evaluator = Evaluator(
+            model, self.backbone, precision=self.train.precision, progress=progress)
+        self._datasets: dict[str, Dataset] = {}
+        self._zero: dict[tuple[str, str], list[Labels]] = {}
+
+    def dataset(self, name: str) -> Dataset:
+        """Return a dataset, its images shared by all cells."""
+        if name not in self._datasets:
+            self._datasets[name] = Dataset(name, self.model, self.root, self.workers, self.limit)
+        return self._datasets[name]
+
+    def targets(self, source: str) -> list[Target]:
+        """Return what adapters trained on a source are tested on."""
+        own = [Target(self.dataset(source), kind, self.split) for kind in self.protocol.own_kinds]
+        return own + [Target(self.dataset(name), "all", self.split)
+                      for name in self.target_names]
+
+    def run(
+        self, sources: Iterable[str], configs: Sequence[MMAConfig] | None = None,
+        seeds: Iterable[int] = (1, 2, 3), *, together: int = 12,
+    ) -> pd.DataFrame:
+        """Train and test every cell that has no file yet; return the results table.
+
+        Args:
+            sources: Datasets trained on.
+            configs: Placements; the recipe's own where None.
+            seeds: Seeds of draw, initialisation, order and views.
+            together: Placements trained side by side.
+        """
+        configs = list(configs) if configs is not None else [self.recipe.adapter]
+        rows: list[dict[str, Any]] = []
+        for source in sources:
+            rows += self._zero_shot_rows(source)
+            for seed in seeds:
+                rows += self._cells(source, seed, configs, together)
+        table = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(
+            list(COLUMNS[:10]), ignore_index=True)
+        rank, _ = parallel.rank_and_size()
+        if self.out is not None and not rank:
+            atomically(self.out / "results.csv", lambda part: table.to_csv(part, index=False))
+        return table
+
+    def _cells(
+        self, source: str, seed: int, configs: Sequence[MMAConfig], together: int
+    ) -> list[dict[str, Any]]:
+        done = {config: self._read(source, seed, config) for config in configs}
+        missing = [config for config, rows in done.items() if rows is None]
+        for start in range(0, len(missing), together):
+            group = missing[start : start + together]
+            for config, rows in zip(group, self._train_and_test(source, seed, group)):
+                done[config] = rows
+                self._write(source, seed, config, rows)
+        return [row for config in configs for row in done[config] or []]
+
+    def _train_and_test(
+        self, source: str, seed: int, configs: Sequence[MMAConfig]
+    ) -> list[list[dict[str, Any]]]:
+        data = self.dataset(source)
+        kind = self.protocol.train_kind
+        items = data.shots(self.train.shots, seed, kind)
+        folder = None
+        if self.out is not None:
+            key = "-".join(self._key(source, seed, config) for config in configs)
+            folder = self.out / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        trainer = Trainer(
+            self.model, data.images, items, data.names(kind), configs, self.train, seed,
+            backbone=self.backbone, folder=folder, progress=self.progress)
+        trained = trainer.fit()
+        rows = self._test(source, trained)
+        if folder is not None:
+            for file in folder.glob("*"):
+                file.unlink(missing_ok=True)
+            folder.rmdir() if folder.exists() else None
+        if self.save_adapters and self.out is not None:
+            for result in trained:
+                save_adapter(
+                    self.out / "adapters" / self._key(source, seed, result.config), result.adapter,
+                    self.model, tuple(data.names(kind)), self._identity(source, seed, result.config))
+        return rows
+
+    def _test(self, source: str, trained: Sequence[TrainResult]) -> list[list[dict[str, Any]]]:
+        rows: list[list[dict[str, Any]]] = [[] for _ in trained]
+        differing = [0] * len(trained)
+        total = 0
+        cases = [Case(result.adapter, self.train.template) for result in trained]
+        for target in self.targets(source):
+            items, truth = self._items(target)
+            plain = self._zero_shot(target)[0]
+            names = target.dataset.names(target.kind)
+            found = self.evaluator.predict(target.dataset.images, items, names, cases)
+            total += len(items)
+            for index, (result, labels) in enumerate(zip(trained, found)):
+                differing[index] += int((labels != plain).sum())
+                rows[index].append(self._row(
+                    target, truth, labels, METHOD, self.train.template, source=source,
+                    placement=result.config.placement, shots=self.train.shots, seed=result.seed,
+                    parameters=result.adapter.parameter_count(), seconds=result.seconds))
+        for index, result in enumerate(trained):
+            share = differing[index] / max(total, 1)
+            note = UNMOVED if share < EFFECT else ""
+            if note:
+                LOG.warning("%s, seed %d: %s", result.config.placement, result.seed, note)
+            for row in rows[index]:
+                row |= {"changed": share, "note": note}
+        return rows
+
+    def _items(self, target: Target) -> tuple[list[Item], Labels]:
+        items = target.dataset.test(target.kind, target.split)
+        return items, np.array([item.label for item in items], dtype=np.int64)
+
+    def _zero_shot(self, target: Target) -> list[Labels]:
+        """Return zero-shot predictions with the common and with the dataset's own template."""
+        key = (target.dataset.name, target.kind)
+        if key not in self._zero:
+            own = target.dataset.manifest.zero_shot_template
+            cases = [Case(None, self.train.template), Case(None, own)]
+            self._zero[key] = self.evaluator.predict(
+                target.dataset.images, self._items(target)[0],
+                target.dataset.names(target.kind), cases)
+        return self._zero[key]
+
+    def _zero_shot_rows(self, source: str) -> list[dict[str, Any]]:
+        rows = []
+        for target in self.targets(source):
+            _, truth = self._items(target)
+            own = target.dataset.manifest.zero_shot_template
+            named = ((ZERO_SHOT, self.train.template), (ZERO_SHOT_OWN, own))
+            for labels, (method, template) in zip(self._zero_shot(target), named):
+                rows.append(self._row(
+                    target, truth, labels, method, template, source="", placement="", shots=0,
+                    seed=-1, parameters=0, seconds=0.0))
+        return rows
+
+    def _row(
+        self, target: Target, truth: Labels, labels: Labels, method: str, template: str,
+        **values: Any,
+    ) -> dict[str, Any]:
+        return {
+            "protocol": self.protocol.name, "method": method, "model": self.model.name,
+            "weights": self.model.weights, "dataset": target.dataset.manifest.name,
+            "split_kind": target.kind, "template": template, "changed": 0.0, "note": "",
+            "random_weights": self.model.random_weights,
+            **accuracy_fields(int((labels == truth).sum()), len(truth)), **values,
+        }
+
+    def _identity(self, source: str, seed: int, config: MMAConfig) -> dict[str, Any]:
+        targets = {f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.hash
+                   for t in self.targets(source)}
+        return {
+            "protocol": self.protocol.name, "source": source, "seed": seed, "split": self.split,
+            "limit": self.limit, "adapter": config.to_dict(), "train": self.train.identity(),
+            "weights": self.model.weights_hash, "targets": targets,
+        }
+
+    def _key(self, source: str, seed: int, config: MMAConfig) -> str:
+        text = json.dumps(self._identity(source, seed, config), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return f"{Path(source).stem}-{config.placement}-s{seed}-{digest}"
+
+    def _path(self, source: str, seed: int, config: MMAConfig) -> Path | None:
+        if self.out is None:
+            return None
+        return self.out / "cells" / f"{self._key(source, seed, config)}.json"
+
+    def _read(self, source: str, seed: int, config: MMAConfig) -> list[dict[str, Any]] | None:
+        path = self._path(source, seed, config)
+        if path is None or not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows: list[dict[str, Any]] = content["rows"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it to run the cell again") from error
+        return rows
+
+    def _write(
+        self, source: str, seed: int, config: MMAConfig, rows: list[dict[str, Any]]
+    ) -> None:
+        path = self._path(source, seed, config)
+        rank, _ = parallel.rank_and_size()
+        if path is None or rank:
+            return
+        content = {"identity": self._identity(source, seed, config), "rows": rows}
+        atomically(path, lambda part: part.write_text(json.dumps(content, indent=1)))
+
+
+def base_to_novel(
+    model: Any, datasets: Iterable[str], recipe: Recipe, out: str | Path | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Train on base classes, test on base and on novel classes of each dataset."""
+    return _run("base-to-novel", model, datasets, recipe, out, **options)
+
+
+def few_shot_all(
+    model: Any, datasets: Iterable[str], recipe: Recipe, out: str | Path | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Train on all classes with k shots, test on all classes of each dataset."""
+    return _run("few-shot", model, datasets, recipe, out, **options)
+
+
+def cross_dataset(
+    model: Any, source: str, targets: Sequence[str], recipe: Recipe,
+    out: str | Path | None = None, **options: Any,
+) -> pd.DataFrame:
+    """Train on all classes of the source, test on all classes of each target."""
+    return _run("cross-dataset", model, [source], recipe, out, targets=targets, **options)
+
+
+def domain_generalization(
+    model: Any, source: str, targets: Sequence[str], recipe: Recipe,
+    out: str | Path | None = None, **options: Any,
+) -> pd.DataFrame:
+    """Train on the source, test on shifted test sets, each among its own classes."""
+    return _run("domain-generalization", model, [source], recipe, out, targets=targets, **options)
+
+
+def _run(
+    protocol: str, model: Any, sources: Iterable[str], recipe: Recipe, out: Any,
+    configs: Sequence[MMAConfig] | None = None, seeds: Iterable[int] = (1, 2, 3),
+    together: int = 12, **options: Any,
+) -> pd.DataFrame:
+    experiment = Experiment(protocol, model, recipe, out, **options)
+    return experiment.run(sources, configs, seeds, together=together)
