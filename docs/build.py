@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import argparse
 import html
+import importlib.util
 import re
 import shutil
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import markdown2
 import pdoc
 import pdoc.render
+from pygments.formatters import HtmlFormatter
 
 DOCS = Path(__file__).resolve().parent
 PACKAGES = ("vlmlayers", "vlmadapters")
@@ -79,14 +82,19 @@ def build(docs: Path, out: Path, packages: tuple[str, ...] = PACKAGES) -> list[P
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
+    pages = find_pages(docs)
+    (out / "api").mkdir()
     if packages:
         build_reference(out / "api", packages)
-    (out / "api").mkdir(exist_ok=True)
-    pages = find_pages(docs)
+        overview = render("All modules", list_modules(packages), "api/index.html", pages, packages)
+        (out / "api" / "index.html").write_text(overview, encoding="utf-8")
     for path in docs.rglob("*"):
         if path.suffix in KEPT:
             _copy(path, out / path.relative_to(docs))
-    shutil.copy(docs / "style.css", out / "style.css")
+    colours = HtmlFormatter(style="friendly").get_style_defs(".codehilite")
+    style = (docs / "style.css").read_text(encoding="utf-8")
+    style += f"@media (prefers-color-scheme: light) {{\n{colours}\n}}\n"
+    (out / "style.css").write_text(style, encoding="utf-8")
     if not any(page.target == "index.html" for page in pages):
         (out / "index.html").write_text(render("vlm-layers", "<h1>vlm-layers</h1>", "index.html",
                                                pages, packages), encoding="utf-8")  # fmt: skip
@@ -108,17 +116,42 @@ def build_reference(out: Path, packages: tuple[str, ...]) -> None:
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pdoc.pdoc(*packages, output_directory=out)
+        pdoc.pdoc(*find_modules(packages), output_directory=out)
     faults = [str(warning.message) for warning in caught if _is_fault(warning)]
     if faults:
         raise RuntimeError("the API reference is incomplete:\n" + "\n".join(faults))
+
+
+def list_modules(packages: tuple[str, ...]) -> str:
+    """Return a table of all modules with the first sentence of their docstrings."""
+    rows = []
+    for name in find_modules(packages):
+        words = (import_module(name).__doc__ or "").strip().split("\n\n")[0]
+        link = f'<a href="{name.replace(".", "/")}.html"><code>{name}</code></a>'
+        text = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(words))
+        rows.append(f"<tr><td>{link}</td><td>{text}</td></tr>")
+    return "<h1>All modules</h1>\n<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def find_modules(packages: tuple[str, ...]) -> list[str]:
+    """Return every module of the packages, also those that an `__all__` leaves out."""
+    found = []
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        homes = list(spec.submodule_search_locations or []) if spec else []
+        files = sorted(path for home in homes for path in Path(home).rglob("*.py"))
+        parts = [(package, *path.relative_to(homes[0]).with_suffix("").parts) for path in files]
+        names = [".".join(name).removesuffix(".__init__") for name in parts]
+        found += [name for name in sorted(names) if "._" not in name] or [package]
+    return found
 
 
 def render(title: str, body: str, target: str, pages: list[Page], packages: tuple[str, ...]) -> str:
     """Return a whole page: menu and body."""
     up = "../" * target.count("/")
     guide = [(page.target, page.title) for page in pages]
-    api = [(f"api/{package}.html", package) for package in packages]
+    api = [(f"api/{package.replace('.', '/')}.html", package) for package in packages]
+    api += [("api/index.html", "All modules")] if api else []
     menu = "\n".join(
         f"<h2>{heading}</h2><ul>"
         + "".join(_menu_line(up, to, words, to == target) for to, words in entries)

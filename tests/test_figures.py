@@ -177,7 +177,7 @@ def results(settings: dict[str, float], datasets: tuple[str, ...], seeds: int = 
             for seed in range(1, seeds + 1):
                 for half, start in (("base", 0.60), ("novel", 0.50)):
                     rows.append({
-                        "protocol": "base_to_novel", "method": method, "model": "ViT-B-16",
+                        "protocol": "base-to-novel", "method": method, "model": "ViT-B-16",
                         "weights": "openai", "dataset": dataset, "source": dataset,
                         "split_kind": half, "placement": "v5-12,t5-12", "shots": 16, "seed": seed,
                         "accuracy": start + shift + number / 100 + seed / 1000, "n": 100,
@@ -207,6 +207,17 @@ def test_own_runs_fill_in(published: Path, tmp_path: Path) -> None:
     assert averages.cell((own,), "HM").value == average.value
 
 
+def test_zero_shot_rows_stand_as_a_setting_of_their_own(published: Path, tmp_path: Path) -> None:
+    rows = results({"zero-shot CLIP": 0.0}, MANIFEST_NAMES, seeds=1)
+    rows = rows.assign(placement="", shots=0, seed=-1, source="")
+    both = pd.concat([rows, results({"MMA": 0.1}, MANIFEST_NAMES)])
+    both.to_csv(tmp_path / "results.csv", index=False)
+    table = paper_tables.base_to_novel([tmp_path, published])
+    assert table.columns[-2] == "own: zero-shot CLIP, ViT-B-16 (openai)"
+    assert str(table.cell(("ImageNet", "Base"), table.columns[-2])) == "60.10", "one seed, no sd"
+    assert str(table.cell(("ImageNet", "Base"), table.columns[-1])) == "70.20 ± 0.10"
+
+
 def test_an_own_average_over_some_datasets_is_not_shown(published: Path, tmp_path: Path) -> None:
     results({"mma": 0.0}, ("eurosat", "my-leaves")).to_csv(tmp_path / "results.csv", index=False)
     table = paper_tables.base_to_novel([tmp_path, published])
@@ -219,7 +230,7 @@ def test_an_own_average_over_some_datasets_is_not_shown(published: Path, tmp_pat
 
 def test_own_transfer_runs_fill_in(published: Path, tmp_path: Path) -> None:
     rows = results({"mma": 0.0}, MANIFEST_NAMES).query("split_kind == 'base'").copy()
-    rows["protocol"], rows["source"], rows["split_kind"] = "cross_dataset", "imagenet", "all"
+    rows["protocol"], rows["source"], rows["split_kind"] = "cross-dataset", "imagenet", "all"
     rows.to_csv(tmp_path / "results_transfer.csv", index=False)
     table = paper_tables.cross_dataset([tmp_path, published])
     own = table.rows[-1]
