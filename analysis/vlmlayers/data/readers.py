@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from vlmlayers.errors import UnreadableImage, UserError
 
 # Only formats whose decoders are in wide use: EPS, for one, would start another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO opens as JPEG
 LARGEST = 89_478_485  # pixels; Pillow's own bound for a warning, about 0.25 GiB as RGB
 # A long strip would explode when its short side is resized to a model's input.
 LONGEST = 256  # times the short side

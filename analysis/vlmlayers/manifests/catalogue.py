@@ -63,14 +63,19 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
 
 def _builtin_spec(name: str) -> Spec:
     data = builtin.dataset(name)
+    scans = name == "digits"
     return Spec(
         title=data.title,
         kind=data.domain,
         layout="builtin",
         classes=len(data.class_names),
         counts=dict(data.sizes),
-        licence="MIT, drawn by this package",
-        get=("nothing to get: it is drawn by code",),
+        licence="CC BY 4.0 (UCI), through scikit-learn" if scans else "MIT, drawn by this package",
+        citation="Alpaydin and Kaynak, Optical recognition of handwritten digits, UCI, 1998"
+        if scans
+        else "",
+        get=("nothing to get: it comes with the Python packages",),
+        note=f"drawn by code {builtin.code_hash()}",
     )
 
 

@@ -81,6 +81,8 @@ def check(
     """
     spec = manifest.spec
     expected = dict(spec.counts)
+    if manifest.layout == "builtin":
+        return CheckResult(manifest.name, "built-in", expected, expected, sum(expected.values()))
     try:
         by_split = {split: manifest.items(split, root) for split in manifest.splits(root)}
         classes = len(manifest.class_names(root))
@@ -98,8 +100,6 @@ def check(
         fault = _first_part(manifest.name, error)
         return CheckResult(manifest.name, "altered", expected, notes=(fault,), get=spec.get)
     listed = {split: len(items) for split, items in by_split.items()}
-    if manifest.layout == "builtin":
-        return CheckResult(manifest.name, "built-in", expected, listed, sum(listed.values()))
     items = [item for part in by_split.values() for item in part]
     missing = manifest.missing(items, root)
     absent = set(missing)

@@ -6,8 +6,8 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
+from random import Random
 
 from vlmlayers.errors import UserError
 
@@ -72,10 +72,10 @@ def stratified_split(
         ranked.setdefault(item.label, []).append(index)
     split_of = [""] * len(items)
     names = list(fractions)
-    edges = np.cumsum([fractions[name] for name in names])
+    edges = [*list(accumulate(fractions.values()))[:-1], 1.0]
     for members in ranked.values():
         members.sort(key=lambda i: hashlib.sha256(items[i].path.encode()).digest())
-        ends = [round(float(edge) * len(members)) for edge in edges]
+        ends = [round(edge * len(members)) for edge in edges]
         for name, start, end in zip(names, [0, *ends], ends):
             for index in members[start:end]:
                 split_of[index] = name
@@ -93,14 +93,15 @@ def balanced_sample(items: Sequence[Item], n: int, seed: int) -> list[Item]:
     """
     if n < 1:
         raise UserError(f"cannot sample {n} items; ask for 1 or more")
-    random = np.random.default_rng(seed)
+    random = Random(seed)
     by_class: dict[int, list[int]] = {}
     for index, item in enumerate(items):
         by_class.setdefault(item.label, []).append(index)
     turns: list[tuple[int, int, int]] = []
-    for turn, label in enumerate(random.permutation(sorted(by_class)).tolist()):
-        members = random.permutation(by_class[label]).tolist()
-        turns.extend((rank, turn, index) for rank, index in enumerate(members))
+    for turn, label in enumerate(random.sample(sorted(by_class), len(by_class))):
+        members = by_class[label]
+        drawn = random.sample(members, len(members))
+        turns.extend((rank, turn, index) for rank, index in enumerate(drawn))
     chosen = sorted(index for _, _, index in sorted(turns)[:n])
     return [items[index] for index in chosen]
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from functools import cache
+from pathlib import Path
 
+from vlmlayers.data import builtin
+from vlmlayers.data.builtin.base import BuiltinDataset
 from vlmlayers.manifests.items import SPLITS, Item
 from vlmlayers.manifests.place import Place
 
 
-def dataset(name: str) -> Any:
+def dataset(name: str) -> BuiltinDataset:
     """Return a built-in dataset by name."""
-    from vlmlayers.data import builtin
-
     return builtin.get(name)
 
 
 def names() -> list[str]:
     """Return the names of the built-in datasets."""
-    from vlmlayers.data import builtin
+    return list(builtin.names())
 
-    return list(getattr(builtin, "names", list)())
+
+@cache
+def code_hash() -> str:
+    """Return sixteen hexadecimal digits that change with the code that draws."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(builtin.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class BuiltIn:
@@ -38,12 +47,17 @@ class BuiltIn:
 
     def items(self, split: str) -> list[Item]:
         """Return the items of a split by index, each with its caption."""
-        names, data = self.class_names(), self.dataset
-        labels = [data.label(split, index) for index in range(data.sizes[split])]
-        return [
-            Item(f"{split}/{i:06d}", label, names[label], (data.caption(split, i),))
-            for i, label in enumerate(labels)
-        ]
+        return list(_items(self.dataset.name, split))
+
+
+@cache
+def _items(name: str, split: str) -> tuple[Item, ...]:
+    data = dataset(name)
+    labels = [data.label(split, index) for index in range(data.sizes[split])]
+    return tuple(
+        Item(f"{split}/{i:06d}", label, data.class_names[label], (data.caption(split, i),))
+        for i, label in enumerate(labels)
+    )
 
 
 def split_and_index(item: Item) -> tuple[str, int]:

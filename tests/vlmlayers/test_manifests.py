@@ -1,0 +1,356 @@
+"""Manifests as a whole: the schema, what is shipped, samples, and agreement with publications."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from data_fixtures import coop_dataset, folder_dataset, write_manifest
+
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Item, Manifest
+from vlmlayers.manifests.schema import DEFAULT_TEMPLATE
+
+SHIPPED = sorted(path.stem for path in Path(__file__).parents[2].glob("data_manifests/*.toml"))
+PAPER = {
+    "ImageNet": "imagenet", "Caltech101": "caltech101", "OxfordPets": "oxford_pets",
+    "StanfordCars": "stanford_cars", "Flowers102": "oxford_flowers", "Food101": "food101",
+    "FGVCAircraft": "fgvc_aircraft", "SUN397": "sun397", "DTD": "dtd", "EuroSAT": "eurosat",
+    "UCF101": "ucf101", "ImageNetV2": "imagenet_v2", "ImageNet-Sketch": "imagenet_sketch",
+    "ImageNet-A": "imagenet_a", "ImageNet-R": "imagenet_r",
+}  # fmt: skip
+ON_DISK = {
+    "caltech101": (100, 8242), "cifar10": (10, 4000), "cue_conflict": (16, 1280),
+    "edges": (16, 160), "silhouettes": (16, 160), "scenes15": (15, 1500),
+    "tiny_imagenet": (200, 14000), "tiny_imagenet_shards": (200, 20000), "flickr8k": (0, 1000),
+}  # fmt: skip
+
+
+@pytest.fixture
+def shared_root(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLMLAYERS_DATA", str(shared_data))
+    return shared_data
+
+
+# The schema
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('layuot = "folder"\nlayout = "folder"', "unknown key 'layuot'; did you mean 'layout'?"),
+        ('layout = "folder"\nzzzzzz = 1', "unknown key 'zzzzzz'; valid: title, kind, folder"),
+        ('kind = "x"', "the key 'layout' is missing"),
+        ('layout = "zip"', "'layout': Input should be 'coop', 'folder'"),
+        ('layout = "coop"', "layout 'coop' needs the key 'split_file'"),
+        ('layout = "lists"', "layout 'lists' needs the key 'split_files'"),
+        ('layout = "shards"', "layout 'shards' needs the key 'shards'"),
+        ('layout = "folder"\ntemplate = "a photo"', "must hold '{}' exactly once"),
+        ('layout = "folder"\ntemplate = "{} and {}"', "must hold '{}' exactly once"),
+        ('layout = "folder"\ntemplate = "{0} {}"', "must hold '{}' exactly once"),
+        ('layout = "folder"\nfolder = "../x"', "leaves the dataset's folder"),
+        ('layout = "folder"\nfolder = "/etc"', "leaves the dataset's folder"),
+        ('layout = "folder"\nimages = "a/../../b"', "leaves the dataset's folder"),
+        ('layout = "folder"\ncounts = { dev = 3 }', "'dev' is not a split"),
+        ('layout = "folder"\ncounts = { test = -3 }', "'counts.test'"),
+        ('layout = "folder"\ncarve = { test = 0.1 }', "carve can only make 'val'"),
+        ('layout = "folder"\nfractions = { train = 0.5, test = 0.1 }', "add up to 0.6, not to 1"),
+        ('layout = "folder"\ncolumns = { pth = "x" }', "unknown key 'pth'; did you mean 'path'?"),
+        ('layout = "folder"\nsplit_sha256 = "abc"', "'split_sha256.0'"),
+        ('layout = "builtin"', "layout 'builtin' is for datasets that are drawn by code"),
+        ("layout = ", "cannot be read as TOML"),
+        ("x = " + "[" * 5000, "is not valid TOML: nested too deeply"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = write_manifest(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        Manifest.load(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_manifests(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.toml does not exist"):
+        Manifest.load(tmp_path / "absent.toml")
+    (tmp_path / "large.toml").write_bytes(b"#" * 4_000_001)
+    with pytest.raises(UserError, match="is larger than 4,000,000 bytes"):
+        Manifest.load(tmp_path / "large.toml")
+    (tmp_path / "latin.toml").write_bytes('title = "é"'.encode("latin-1"))
+    with pytest.raises(UserError, match="cannot be read as TOML"):
+        Manifest.load(tmp_path / "latin.toml")
+
+
+def test_unknown_name_comes_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown dataset 'caltech_101'; did you mean 'caltech101'"):
+        Manifest.load("caltech_101")
+
+
+def test_hash_follows_the_content_and_not_the_comments(tmp_path: Path) -> None:
+    text = 'layout = "folder"\nkind = "a"'
+    plain = Manifest.load(write_manifest(tmp_path / "a", text))
+    commented = Manifest.load(write_manifest(tmp_path / "b", "# why\n" + text))
+    changed = Manifest.load(write_manifest(tmp_path / "c", text.replace('"a"', '"b"')))
+    assert plain.hash == commented.hash != changed.hash
+    assert pickle.loads(pickle.dumps(plain)) == plain
+    assert len({plain, pickle.loads(pickle.dumps(plain)), changed}) == 2
+
+
+def test_own_folder_of_manifests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_manifest(tmp_path, 'title = "Mine"\nlayout = "folder"', name="mine")
+    write_manifest(tmp_path, 'title = "My DTD"\nlayout = "folder"', name="dtd")
+    monkeypatch.setenv("VLMLAYERS_MANIFESTS", str(tmp_path))
+    assert {"mine", "caltech101"} <= set(Manifest.names())
+    assert Manifest.load("mine").title == "Mine"
+    assert Manifest.load("dtd").title == "My DTD"
+
+
+# What is shipped
+
+
+def test_shipped_manifests_agree_with_the_papers_table(shared_paper: Path) -> None:
+    with (shared_paper / "datasets.csv").open(encoding="utf-8") as handle:
+        rows = {row["dataset"]: row for row in csv.DictReader(handle)}
+    assert set(rows) == set(PAPER)
+    for title, name in PAPER.items():
+        manifest, row = Manifest.load(name), rows[title]
+        assert manifest.title == title
+        assert manifest.spec.classes == int(row["classes"])
+        assert manifest.spec.folder + "/" == row["folder"]
+        assert manifest.template == DEFAULT_TEMPLATE == row["mma_public_config_template"]
+        assert manifest.zero_shot_template == row["zero_shot_template(CoOp zsclip.py)"]
+        expected = {split: row[split] for split in ("train", "val", "test") if row[split] != "-"}
+        if name == "imagenet":
+            assert expected.pop("train") == "1.28M"
+            assert round(manifest.spec.counts["train"] / 1e6, 2) == 1.28
+        counts = {key: str(count) for key, count in manifest.spec.counts.items()}
+        assert expected.items() <= counts.items()
+        assert len(counts) == len(expected) + (name == "imagenet")
+        if row["split_json"].endswith(".json"):
+            assert Path(manifest.spec.split_file[0]).name == row["split_json"]
+
+
+def test_every_shipped_manifest_is_complete() -> None:
+    assert len(SHIPPED) >= 23
+    for name in SHIPPED:
+        spec = Manifest.load(name).spec
+        assert spec.licence and spec.citation and spec.get and spec.counts and spec.kind, name
+        assert spec.classes is not None, name
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("name", "expected"), ON_DISK.items())
+def test_datasets_on_disk(name: str, expected: tuple[int, int], shared_root: Path) -> None:
+    manifest = Manifest.load(name)
+    result = manifest.check()
+    assert result.state == "complete", result.line()
+    assert (len(manifest.class_names()), result.found) == expected
+    items = manifest.items(manifest.splits()[-1])
+    assert manifest.open_image(items[-1]).mode == "RGB"
+    assert all(manifest.class_names()[item.label] == item.class_name for item in items[:50]
+               if item.label >= 0)  # fmt: skip
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("shots", [1, 4, 16])
+@pytest.mark.parametrize("name", ["caltech101", "dtd", "oxford_pets"])
+def test_published_few_shot_draws(name: str, shots: int, shared_root: Path) -> None:
+    """The order of the items is what makes an independent publication of the draws come out."""
+    by_label: dict[int, list[Item]] = {}
+    for item in Manifest.load(name).items("train"):
+        by_label.setdefault(item.label, []).append(item)
+    generator = random.Random(1)
+    drawn = [item for items in by_label.values() for item in generator.sample(items, shots)]
+    path = shared_root / f"coop_splits/indices/{name}/shot_{shots}-seed_1.json"
+    published = json.loads(path.read_text())["train"]["data"]
+    assert [(item.label, item.class_name) for item in drawn] == [
+        (entry["label"], entry["classname"]) for entry in published
+    ]
+    assert all(e["impath"].endswith(f"/{item.path}") for e, item in zip(published, drawn))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    "name", ["caltech101", "dtd", "eurosat", "oxford_flowers", "oxford_pets", "stanford_cars",
+             "ucf101"]
+)  # fmt: skip
+def test_class_names_agree_with_their_publication(name: str, shared_root: Path) -> None:
+    text = (shared_root / f"coop_splits/classnames/{name}.txt").read_text(encoding="utf-8")
+    assert list(Manifest.load(name).class_names()) == text.split("\n")[: text.count("\n")]
+
+
+@pytest.mark.shared
+def test_items_without_a_single_image(shared_root: Path) -> None:
+    manifest = Manifest.load("eurosat")
+    assert not (shared_root / "eurosat").exists()
+    assert [len(manifest.items(s)) for s in ("train", "val", "test")] == [13500, 5400, 8100]
+    assert manifest.items("train")[0] == Item(
+        "AnnualCrop/AnnualCrop_1381.jpg", 0, "Annual Crop Land"
+    )
+
+
+@pytest.mark.shared
+def test_present_items_only(shared_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = Manifest.load("dtd")
+    present = manifest.items("all", present_only=True)
+    assert len(present) == 1200
+    assert "dtd all: 4440 of 5640 items are not on disk and are left out" in caplog.text
+    assert len({item.label for item in present}) == 10
+    assert len(manifest.class_names()) == 47
+    drawn = manifest.sample("train", 50, present_only=True)
+    assert set(Counter(item.label for item in drawn).values()) == {5}
+
+
+@pytest.mark.shared
+def test_shards_hold_other_images_of_the_same_classes(shared_root: Path) -> None:
+    shards, folder = Manifest.load("tiny_imagenet_shards"), Manifest.load("tiny_imagenet")
+    assert shards.class_names() == folder.class_names()
+    assert shards.class_names()[:2] == ("goldfish", "European fire salamander")
+    items = shards.items("train")
+    stems = {item.path.rpartition("/")[2].partition(".")[0] for item in items}
+    assert not stems & {Path(item.path).stem for item in folder.items("train")}
+    wnids = sorted({path.name for path in (shared_root / "tiny-imagenet/train").iterdir()})
+    assert all(wnids[item.label] in item.path for item in items[::97])
+
+
+@pytest.mark.shared
+def test_captions_are_paired_with_their_image(shared_root: Path) -> None:
+    manifest = Manifest.load("flickr8k")
+    first = manifest.items("train")[0]
+    assert first.path == "1000268201_693b08cb0e.jpg"
+    assert len(first.captions) == 5
+    assert first.captions[1] == "A girl going into a wooden building ."
+    lines = (shared_root / "flickr8k/captions.tsv").read_text().splitlines()
+    assert manifest.items("test")[-1].path == lines[-1].partition("\t")[0]
+    assert first.label == -1 and manifest.class_names() == ()
+
+
+# Built-in datasets
+
+
+def test_built_in_datasets_are_listed_and_drawn() -> None:
+    built_in = [name for name in Manifest.names() if Manifest.load(name).layout == "builtin"]
+    assert {"digits", "textures"} <= set(built_in)
+    for name in built_in:
+        manifest = Manifest.load(name)
+        assert manifest.check().state == "built-in"
+        item = manifest.items("test")[3]
+        assert item.path == "test/000003"
+        assert item.class_name == manifest.class_names()[item.label]
+        assert item.captions[0]
+        assert manifest.open_image(item, size=32).size == (32, 32)
+        with pytest.raises(UserError, match="is drawn by code; its items have no files"):
+            manifest.location(item)
+
+
+# Names, prompts, samples
+
+
+NAMES = [
+    "<b>bold</b>", "{} {0} {name}", "two\nlines", "שלום עולם", "🦊", "x" * 10_000, "a_b", "100 %s",
+]  # fmt: skip
+
+
+def test_any_class_name_goes_through(tmp_path: Path) -> None:
+    lists = {"train": [[f"{i}.jpg", i, name] for i, name in enumerate(NAMES)]}
+    manifest = coop_dataset(tmp_path, lists)
+    assert list(manifest.class_names()) == NAMES
+    prompts = manifest.prompts()
+    assert prompts[1] == "a photo of a {} {0} {name}."
+    assert prompts[6] == "a photo of a a b."
+    assert manifest.prompts(template="{}!")[7] == "100 %s!"
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5000])
+def test_any_number_of_classes(tmp_path: Path, classes: int) -> None:
+    lists = {"test": [[f"{i}.jpg", i % classes, f"c{i % classes}"] for i in range(3 * classes)]}
+    manifest = coop_dataset(tmp_path, lists)
+    assert manifest.class_names() == tuple(f"c{i}" for i in range(classes))
+    drawn = manifest.sample("test", 2 * classes, seed=4)
+    assert set(Counter(item.label for item in drawn).values()) == {2}
+
+
+def test_samples_are_balanced_nested_and_in_order(tmp_path: Path) -> None:
+    labels = [0] * 40 + [1] * 5 + [2] * 40
+    lists = {"train": [[f"{i}.jpg", label, str(label)] for i, label in enumerate(labels)]}
+    manifest = coop_dataset(tmp_path, lists)
+    items = manifest.items("train")
+    small, large = manifest.sample("train", 12, seed=3), manifest.sample("train", 45, seed=3)
+    assert Counter(item.label for item in small) == {0: 4, 1: 4, 2: 4}
+    assert Counter(item.label for item in large) == {0: 20, 1: 5, 2: 20}
+    assert set(small) < set(large)
+    assert [items.index(item) for item in large] == sorted(items.index(item) for item in large)
+    assert manifest.sample("train", 12, seed=3) == small != manifest.sample("train", 12, seed=4)
+    assert manifest.sample("train", 1000) == items
+    state = random.getstate()
+    manifest.sample("train", 5)
+    assert random.getstate() == state
+    with pytest.raises(UserError, match="cannot sample 0 items; ask for 1 or more"):
+        manifest.sample("train", 0)
+
+
+def test_split_hash_follows_items_and_their_order(tmp_path: Path) -> None:
+    rows = [["a.jpg", 0, "x"], ["b.jpg", 0, "x"]]
+    first = coop_dataset(tmp_path / "1", {"train": rows})
+    same = coop_dataset(tmp_path / "2", {"train": rows, "test": rows})
+    turned = coop_dataset(tmp_path / "3", {"train": rows[::-1]})
+    assert first.split_hash("train") == same.split_hash("train") != turned.split_hash("train")
+
+
+def test_renames_and_filters_close_the_labels_up(tmp_path: Path) -> None:
+    rows = [[f"{i}.jpg", i % 4, "abcd"[i % 4]] for i in range(8)]
+    extra = 'drop_classes = ["b"]\nrenames = { d = "delta" }'
+    manifest = coop_dataset(tmp_path / "1", {"train": rows}, extra)
+    assert manifest.class_names() == ("a", "c", "delta")
+    assert [(item.label, item.class_name) for item in manifest.items("train")] == [
+        (0, "a"), (1, "c"), (2, "delta"), (0, "a"), (1, "c"), (2, "delta"),
+    ]  # fmt: skip
+    only = coop_dataset(tmp_path / "2", {"train": rows}, 'only_classes = ["d", "b"]')
+    assert only.class_names() == ("b", "d")
+    wrong = coop_dataset(tmp_path / "3", {"train": rows}, 'only_classes = ["abcd"]')
+    with pytest.raises(UserError, match="unknown class 'abcd' in only_classes of"):
+        wrong.items("train")
+
+
+# Splits
+
+
+def test_splits_that_are_not_there(tmp_path: Path) -> None:
+    paths = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in "ab"
+             for i in range(10)]  # fmt: skip
+    extra = 'split_folders = { train = "train", test = "test" }\n'
+    manifest = folder_dataset(tmp_path, paths, extra)
+    with pytest.raises(UserError, match="sample has no split 'val'; it has: train, test; `carve`"):
+        manifest.items("val")
+    with pytest.raises(UserError, match="unknown split 'tset'; did you mean 'test'"):
+        manifest.items("tset")
+    carved = folder_dataset(tmp_path, [], extra + "carve = { val = 0.2 }")
+    assert carved.splits() == ("train", "val", "test")
+    train, val = carved.items("train"), carved.items("val")
+    assert Counter(item.label for item in val) == {0: 2, 1: 2}
+    assert {*train, *val} == set(manifest.items("train")) and len(train) == 16
+    assert carved.items("test") == manifest.items("test")
+
+
+def test_data_root_comes_from_argument_then_variable_then_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, place in enumerate(["argument", "variable", "here/data"], start=1):
+        rows = [["a.jpg", 0, "x"]] * number
+        coop_dataset(tmp_path / place / "set", {"train": rows})
+    path = write_manifest(
+        tmp_path, 'folder = "set"\nlayout = "coop"\nsplit_file = "set/split.json"'
+    )
+    manifest = Manifest.load(path)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("VLMLAYERS_DATA", raising=False)
+    assert len(manifest.items("train")) == 3
+    monkeypatch.setenv("VLMLAYERS_DATA", str(tmp_path / "variable"))
+    assert len(manifest.items("train")) == 2
+    assert len(manifest.items("train", root=tmp_path / "argument")) == 1

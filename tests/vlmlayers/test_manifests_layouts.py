@@ -1,0 +1,367 @@
+"""Each layout: what it reads, in which order, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from data_fixtures import coop_dataset, folder_dataset, write_manifest, write_pictures
+
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Item, Manifest
+
+OUTSIDE = ["../secret.jpg", "/etc/passwd", "a/../../b.jpg", "..", "\\\\host\\x.jpg", "C:/x.jpg",
+           "a\\..\\b.jpg", ""]  # fmt: skip
+
+
+# CoOp's split files
+
+
+def test_coop_keeps_the_files_order(tmp_path: Path) -> None:
+    rows = [["z/2.jpg", 1, "zebra"], ["a/1.jpg", 0, "ant"], ["z/1.jpg", 1, "zebra"]]
+    manifest = coop_dataset(tmp_path, {"train": rows, "test": [["a/9.jpg", 0, "ant"]], "val": []})
+    assert manifest.items("train") == [Item(*row) for row in rows]
+    assert manifest.splits() == ("train", "test")
+    assert manifest.class_names() == ("ant", "zebra")
+    assert [item.path for item in manifest.items("all")][-1] == "a/9.jpg"
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_coop_paths_stay_inside(tmp_path: Path, path: str) -> None:
+    manifest = coop_dataset(tmp_path, {"train": [["ok.jpg", 0, "x"], [path, 0, "x"]]})
+    with pytest.raises(UserError, match=r"entry 1 names .*leaves the dataset's folder; refused"):
+        manifest.items("train")
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"train": [["a", ' + "9" * 5000 + ', "x"]]}', "is not valid JSON"),
+        ([], "no 'train', 'val' or 'test' at its top"),
+        ({"dev": []}, "no 'train', 'val' or 'test' at its top"),
+        ({"train": {"a": 1}}, "is not a list of [path, label, class name]"),
+        ({"train": [["a.jpg", 0]]}, "expected [path, label, class name]"),
+        ({"train": [[3, 0, "x"]]}, "has '3' where a path is expected"),
+        ({"train": [["a.jpg", "0", "x"]]}, "labels are whole numbers from 0"),
+        ({"train": [["a.jpg", True, "x"]]}, "labels are whole numbers from 0"),
+        ({"train": [["a.jpg", -1, "x"]]}, "labels are whole numbers from 0"),
+        ({"train": [["a.jpg", 0, None]]}, "has 'None' where text is expected"),
+        ({"train": [["a.jpg", 0, "\ud800"]]}, "where text is expected"),
+        ({"train": [["a\0.jpg", 0, "x"]]}, "is not a usable file name; refused"),
+        ({"train": [["\ud800.jpg", 0, "x"]]}, "is not a usable file name; refused"),
+        ({"train": [["a.jpg", 0, "x"], ["b.jpg", 0, "y"]]}, "label 0 has two class names, 'x' and"),
+        ({"train": [["a.jpg", 10**9, "x"]]}, "labels must be 0, 1, 2, …; 0 is missing"),
+    ],
+)
+def test_coop_refuses_what_is_no_split_file(tmp_path: Path, lists: object, message: str) -> None:
+    manifest = coop_dataset(tmp_path, lists)
+    with pytest.raises(UserError) as caught:
+        manifest.items("train")
+    assert message in str(caught.value) and "split.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()
+
+
+def test_coop_missing_and_altered_split_files(tmp_path: Path) -> None:
+    extra = f'split_sha256 = "{"0" * 64}"\nget = "https://example.org/split.json"'
+    manifest = coop_dataset(tmp_path, {"train": [["a.jpg", 0, "x"]]}, extra)
+    with pytest.raises(UserError, match=r"is altered: its sha256 is \w{12}…, the manifest expects"):
+        manifest.items("train")
+    (tmp_path / "split.json").unlink()
+    with pytest.raises(
+        UserError, match=r"split file not found at .* get it: https://example.org/s"
+    ):
+        manifest.items("train")
+
+
+def test_coop_reads_a_file_again_after_it_changed(tmp_path: Path) -> None:
+    manifest = coop_dataset(tmp_path, {"train": [["a.jpg", 0, "x"]]})
+    assert len(manifest.items("train")) == 1
+    coop_dataset(tmp_path, {"train": [["a.jpg", 0, "x"], ["b.jpg", 0, "x"]]})
+    assert len(manifest.items("train")) == 2
+
+
+# Image folders
+
+
+def test_folder_sorts_classes_and_files(tmp_path: Path) -> None:
+    paths = ["test/b/1.png", "train/b/2.PNG", "train/a/deep/3.jpg", "train/b/1.png"]
+    splits = 'split_folders = { train = "train", test = "test" }'
+    manifest = folder_dataset(tmp_path, paths, splits)
+    (tmp_path / "train/a/notes.txt").write_text("no image")
+    (tmp_path / "train/.cache").mkdir()
+    assert manifest.class_names() == ("a", "b")
+    assert manifest.items("train") == [
+        Item("train/a/deep/3.jpg", 0, "a"), Item("train/b/1.png", 1, "b"),
+        Item("train/b/2.PNG", 1, "b"),
+    ]  # fmt: skip
+    assert manifest.items("test") == [Item("test/b/1.png", 1, "b")]
+    assert manifest.location(manifest.items("test")[0]) == tmp_path / "test/b/1.png"
+
+
+def test_folder_without_splits_is_divided_by_hash(tmp_path: Path) -> None:
+    paths = [f"{name}/{i:02d}.png" for name in "ab" for i in range(20)]
+    manifest = folder_dataset(tmp_path, paths)
+    parts = {split: manifest.items(split) for split in ("train", "val", "test")}
+    for part, size in zip(parts.values(), (10, 4, 6)):
+        assert Counter(item.label for item in part) == {0: size, 1: size}
+    assert sorted(item.path for part in parts.values() for item in part) == paths
+    write_pictures(tmp_path, ["b/20.png"])
+    assert [i for i in manifest.items("train") if i.label == 0] == parts["train"][:10]
+    both = folder_dataset(tmp_path, [], "fractions = { train = 0.5, test = 0.5 }")
+    assert both.splits() == ("train", "test") and len(both.items("test")) == 21
+
+
+def test_folder_names_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("n02 second thing\nn01 first\n\nn03 third\n")
+    keyed = 'class_name_file = "names.txt"\nsplit_folders = { test = "." }'
+    manifest = folder_dataset(tmp_path, ["n01/a.png", "n02/a.png"], keyed)
+    assert manifest.class_names() == ("first", "second thing")
+    assert manifest.items("test")[1] == Item("n02/a.png", 1, "second thing")
+    write_pictures(tmp_path, ["n09/a.png"])
+    with pytest.raises(UserError, match=r"no class name for the folder 'n09' \(1 such\)"):
+        manifest.items("test")
+
+
+def test_folder_names_may_be_rows_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("n01 first\nn02 second\nn03 third\n")
+    rows = 'class_name_file = "names.txt"\nlabel_order = "rows"\nsplit_folders = { test = "x" }'
+    manifest = folder_dataset(tmp_path, ["x/2/a.png", "x/0/a.png"], rows)
+    assert manifest.class_names() == ("first", "second", "third")
+    assert [(i.label, i.class_name) for i in manifest.items("test")] == [(0, "first"), (2, "third")]
+    write_pictures(tmp_path, ["x/3/a.png"])
+    with pytest.raises(UserError, match="the folder '3' is not the number of one of the 3 rows"):
+        manifest.items("test")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n01\n", r"line 1 of .*names.txt has a key but no class name"),
+        ("n01 a\nn01 b\n", r"line 2 of .*names.txt repeats the key 'n01'"),
+        (b"n01 \xff\n", r"names.txt is not UTF-8 text"),
+        (None, r"the file of class names not found at"),
+    ],
+)
+def test_files_of_names_are_checked(tmp_path: Path, text: str | bytes | None, message: str) -> None:
+    if text is not None:
+        content = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "names.txt").write_bytes(content)
+    manifest = folder_dataset(tmp_path, ["n01/a.png"], 'class_name_file = "names.txt"')
+    with pytest.raises(UserError, match=message):
+        manifest.items("test")
+
+
+def test_folder_that_is_missing_or_has_other_classes(tmp_path: Path) -> None:
+    manifest = folder_dataset(tmp_path, ["a/1.png"], 'class_names = ["x", "y"]')
+    with pytest.raises(UserError, match=r"1 class folders under .*, but the manifest names 2"):
+        manifest.items("train")
+    absent = Manifest.load(write_manifest(tmp_path, 'layout = "folder"\nfolder = "gone"'))
+    with pytest.raises(
+        UserError, match=r"no folder .*gone; put it there, or name another data root"
+    ):
+        absent.items("train", root=tmp_path)
+
+
+def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["outside/secret.png"])
+    data = tmp_path / "data"
+    manifest = folder_dataset(data, ["a/1.png"], 'split_folders = { test = "." }')
+    (data / "a/2.png").symlink_to(data / "a/1.png")
+    assert [item.path for item in manifest.items("test")] == ["a/1.png", "a/2.png"]
+    (data / "a/3.png").symlink_to(tmp_path / "outside/secret.png")
+    with pytest.raises(UserError, match=r"'a/3.png' is a link that leaves the dataset's folder"):
+        manifest.items("test")
+    (data / "a/3.png").unlink()
+    (data / "b").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="'b' is a link that leaves the dataset's folder; refused"):
+        manifest.items("test")
+    listed = coop_dataset(data, {"test": [["b/secret.png", 0, "x"]]})
+    with pytest.raises(UserError, match=r"'b/secret.png' is a link that leaves"):
+        listed.open_image(listed.items("test")[0])
+    with pytest.raises(UserError, match="leaves the dataset's folder; refused"):
+        listed.location(Item("../outside/secret.png", 0, "x"))
+
+
+def test_a_splits_folder_may_be_a_link(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["elsewhere/a/1.png"])
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train").symlink_to(tmp_path / "elsewhere")
+    manifest = folder_dataset(data, [], 'split_folders = { train = "train" }')
+    assert manifest.open_image(manifest.items("train")[0]).size == (12, 8)
+
+
+def test_a_plain_folder_needs_no_manifest(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pets", ["train/cat/1.png", "valid/cat/2.png", "train/dog/1.png"])
+    manifest = Manifest.load(tmp_path / "pets")
+    assert manifest.name == "pets" and manifest.splits() == ("train", "val")
+    assert manifest.items("val") == [Item("valid/cat/2.png", 0, "cat")]
+    (tmp_path / "pets/manifest.toml").write_text('title = "Own"\nlayout = "folder"\nfolder = "."')
+    assert Manifest.load(tmp_path / "pets").title == "Own"
+
+
+# Tables
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> None:
+    frame = pd.DataFrame(rows)
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+
+
+def table_dataset(folder: Path, file: str, extra: str = "") -> Manifest:
+    text = f'folder = "."\nlayout = "table"\nsplit_file = "{file}"\n{extra}'
+    return Manifest.load(write_manifest(folder, text))
+
+
+ROWS: list[dict[str, object]] = [
+    {"path": "b.jpg", "label": "zebra, plain", "split": "train", "caption": "one \u2028 zebra"},
+    {"path": "a.jpg", "label": "NA", "split": "train", "caption": "an ant"},
+    {"path": "b.jpg", "label": "zebra, plain", "split": "train", "caption": 'a "horse"'},
+    {"path": "c.jpg", "label": "NA", "split": "test", "caption": ""},
+]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables_of_every_kind_say_the_same(tmp_path: Path, suffix: str) -> None:
+    write_table(tmp_path / f"t.{suffix}", ROWS)
+    manifest = table_dataset(tmp_path, f"t.{suffix}")
+    assert manifest.class_names() == ("NA", "zebra, plain")
+    assert manifest.items("train") == [
+        Item("b.jpg", 1, "zebra, plain", ("one \u2028 zebra", 'a "horse"')),
+        Item("a.jpg", 0, "NA", ("an ant",)),
+    ]
+    assert manifest.items("test") == [Item("c.jpg", 0, "NA")]
+
+
+def test_table_with_numbers_and_names(tmp_path: Path) -> None:
+    rows = [{"file": f"{i}.jpg", "y": i % 2, "word": "ab"[i % 2]} for i in range(20)]
+    write_table(tmp_path / "t.parquet", rows)  # type: ignore[arg-type]
+    columns = 'columns = { path = "file", label = "y", class_name = "word" }'
+    manifest = table_dataset(tmp_path, "t.parquet", columns)
+    assert manifest.class_names() == ("a", "b")
+    assert [len(manifest.items(split)) for split in ("train", "val", "test")] == [10, 4, 6]
+    named = table_dataset(tmp_path, "t.parquet", columns + '\nclass_names = ["first", "second"]')
+    assert {item.class_name for item in named.items("train")} == {"first", "second"}
+    words = table_dataset(tmp_path, "t.parquet", 'columns = { path = "file", class_name = "word" }')
+    assert words.items("train") == manifest.items("train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "extra", "message"),
+    [
+        ([{"pth": "a.jpg"}], "", "has no column 'path' (it has: ['pth']); did you mean 'pth'?"),
+        ([{"path": "../a.jpg"}], "", "row 1 of"),
+        ([{"path": ""}], "", "leaves the dataset's folder; refused"),
+        ([{"path": "a.jpg", "split": "dev"}], "", "has the split 'dev'; splits are train, val"),
+        ([{"path": "a", "label": "x"}, {"path": "b", "label": ""}], "", "row 2 of"),
+        ([{"path": "a", "label": "x"}, {"path": "a", "label": "y"}], "", "'a' a second label"),
+        ([{"path": "a", "label": "x"}], 'class_names = ["y"]', "class 'x', which is not declared"),
+        ([{"path": "a", "label": 3}], 'class_names = ["y"]', "label 3; labels are 0 to 0"),
+        ([{"path": "a", "label": -1}], "", "label -1; labels are 0, 1, 2, …"),
+    ],
+)
+def test_tables_are_checked(tmp_path: Path, rows: list, extra: str, message: str) -> None:
+    write_table(tmp_path / "t.csv", rows)
+    with pytest.raises(UserError) as caught:
+        table_dataset(tmp_path, "t.csv", extra).items("train")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("t.xls", b"", "is no table; its suffix must be one of .csv"),
+        ("t.parquet", b"PAR1 not really", "cannot be read as a table"),
+        ("t.jsonl", b"[1, 2]", "a line is not a JSON object"),
+        ("t.jsonl", b"{", "cannot be read as a table"),
+        ("t.jsonl", b'{"path": "a"}\n{"label": 1}', "row 2 of"),
+        ("t.csv", b"path\n\xff", "is not UTF-8 text"),
+        ("t.csv", b'path\n"' + b"x" * 200_000, "cannot be read as a table"),
+    ],
+)
+def test_files_that_are_no_tables(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        table_dataset(tmp_path, file).items("train")
+    assert message in str(caught.value)
+
+
+def test_hugging_face_image_folder(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_pictures(tmp_path / "hf", [f"{split}/0.png", f"{split}/1.png"])
+        rows = [{"file_name": f"{i}.png", "text": f"picture {i}", "label": i} for i in range(2)]
+        write_table(tmp_path / "hf" / split / "metadata.jsonl", rows)  # type: ignore[arg-type]
+    manifest = Manifest.load(tmp_path / "hf")
+    assert manifest.splits() == ("train", "val")
+    assert manifest.items("val")[1] == Item("validation/1.png", 1, "1", ("picture 1",))
+    assert manifest.open_image(manifest.items("val")[1]).size == (12, 8)
+    write_pictures(tmp_path / "flat", [f"{i}.png" for i in range(10)])
+    flat_rows = [{"file_name": f"{i}.png", "text": "t"} for i in range(10)]
+    write_table(tmp_path / "flat/metadata.csv", flat_rows)  # type: ignore[arg-type]
+    flat = Manifest.load(tmp_path / "flat")
+    assert len(flat.items("all")) == 10 and flat.class_names() == ()
+    (tmp_path / "hf/train/metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no table .*train/metadata.jsonl"):
+        manifest.items("train")
+
+
+# Plain lists and captions
+
+
+def test_lists_keep_spaces_and_slashes_in_names(tmp_path: Path) -> None:
+    (tmp_path / "variants.txt").write_text("F/A-18\nMetroliner\nDHC-8-100\n")
+    (tmp_path / "train.txt").write_text("0034309 DHC-8-100\n1025794 F/A-18\n")
+    text = (
+        'folder = "."\nlayout = "lists"\nclass_keys = false\nclass_name_file = "variants.txt"\n'
+        'split_files = { train = "train.txt", test = "test.txt" }'
+    )
+    manifest = Manifest.load(write_manifest(tmp_path, text))
+    assert manifest.items("train") == [
+        Item("0034309.jpg", 2, "DHC-8-100"), Item("1025794.jpg", 0, "F/A-18"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"no list .*test.txt"):
+        manifest.items("test")
+    (tmp_path / "test.txt").write_text("1 Spitfire\n")
+    with pytest.raises(UserError, match=r"line 1 of .* names the class 'Spitfire', which is not"):
+        manifest.items("test")
+
+
+def captions_dataset(folder: Path, text: str) -> Manifest:
+    folder.mkdir(exist_ok=True)
+    (folder / "c.tsv").write_text(text, encoding="utf-8")
+    keys = 'folder = "."\nlayout = "captions"\nsplit_file = "c.tsv"\ntail = { test = 2, val = 1 }'
+    return Manifest.load(write_manifest(folder, keys))
+
+
+def test_captions_are_grouped_and_split_from_the_tail(tmp_path: Path) -> None:
+    lines = [f"{i}.jpg\tcaption {i}{j}" for i in (4, 2, 9, 7) for j in range(2)]
+    manifest = captions_dataset(tmp_path, "\n".join(lines) + "\n")
+    assert manifest.items("train") == [Item("4.jpg", -1, "", ("caption 40", "caption 41"))]
+    assert [item.path for item in manifest.items("val")] == ["2.jpg"]
+    assert [item.path for item in manifest.items("test")] == ["9.jpg", "7.jpg"]
+    few = captions_dataset(tmp_path / "few", "1.jpg\tx\n")
+    assert few.splits() == ("test",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg no tab", r"line 1 of .* is not: file name, tab, caption"),
+        ("a.jpg\tx\nb.jpg\t ", r"line 2 of .* is not: file name, tab, caption"),
+        ("../a.jpg\tx", "leaves the dataset's folder; refused"),
+    ],
+)
+def test_captions_are_checked(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        captions_dataset(tmp_path, text).items("test")
