@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.positions import relative_depth, sort_key
+from vlmlayers.positions import SPACES, is_block, relative_depth, sort_key, tower_positions
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,7 @@ class TowerFeatures:
         labels: (item,) index into the class names.
         arrays: space → position → (item, width), float32, memory-mapped where stored.
         pairs: (item,) for captions, the row of the image each one describes; else None.
+        joint_pooling: Pooling in `joint` space where it differs: `model` for attention pools.
     """
 
     tower: str
@@ -36,6 +41,7 @@ class TowerFeatures:
     labels: NDArray[np.int64]
     arrays: Mapping[str, Mapping[str, NDArray[np.floating]]]
     pairs: NDArray[np.int64] | None = None
+    joint_pooling: str = ""
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -71,6 +77,10 @@ class TowerFeatures:
     def depth(self, position: str) -> float:
         """Return the relative depth of a position, 0 to 1."""
         return relative_depth(position, self.blocks)
+
+    def pooling_in(self, space: str) -> str:
+        """Return the pooling used in a space."""
+        return self.joint_pooling or self.pooling if space == "joint" else self.pooling
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> TowerFeatures:
         """Return the same features for some items, in the order given."""
@@ -124,3 +134,104 @@ class LayerFeatures:
     def towers(self) -> tuple[TowerFeatures, ...]:
         """The towers that were extracted."""
         return tuple(tower for tower in (self.vision, self.text) if tower is not None)
+
+    @classmethod
+    def from_arrays(
+        cls, vision: Mapping[str, NDArray[Any]] | None = None,
+        text: Mapping[str, NDArray[Any]] | None = None, *, labels: Sequence[int] | None = None,
+        class_names: Sequence[str] = (), space: str = "native", pairs: Sequence[int] | None = None,
+        text_labels: Sequence[int] | None = None, model: str = "own features",
+        weights: str = "own", dataset: str = "own data", split: str = "train",
+        pooling: str = "mean",
+    ) -> LayerFeatures:
+        """Make features of arrays that were recorded elsewhere.
+
+        Args:
+            vision: Position (`embed`, `1`, `2`, …, `final`, `proj`) → (image, width).
+            text: The same for texts.
+            labels: (image,) class of each image; all 0 where None.
+            class_names: Names by label; "class 0", … where empty.
+            space: Space that all arrays are in.
+            pairs: (text,) row of the image that each text describes. Texts are class prompts, one
+                per class, where None.
+            text_labels: (text,) class of each text; by `pairs`, or counting up, where None.
+            model: Name in tables.
+            weights: Name of the weights in tables.
+            dataset: Name of the dataset in tables.
+            split: Name of the split in tables.
+            pooling: Name of the pooling in tables.
+
+        Raises:
+            UserError: No arrays, unknown positions or space, gaps between blocks, NaN or Inf, or
+                numbers of rows that do not agree.
+        """
+        check_one_of("space", space, SPACES)
+        rows = len(next(iter(vision.values()))) if vision else 0
+        own = np.zeros(rows, np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+        images = words = None
+        if vision:
+            images = _own_tower("vision", vision, own, space, pooling, "images", None)
+        if text:
+            count = len(next(iter(text.values())))
+            links = None if pairs is None else np.asarray(pairs, dtype=np.int64)
+            if text_labels is not None:
+                of_texts = np.asarray(text_labels, dtype=np.int64)
+            else:
+                of_texts = np.arange(count) if links is None else own[links]
+            kind = "prompts" if links is None else "captions"
+            words = _own_tower("text", text, of_texts, space, pooling, kind, links)
+        if images is None and words is None:
+            raise UserError("from_arrays needs arrays of at least one tower")
+        known = np.concatenate([part.labels for part in (images, words) if part is not None])
+        names = tuple(class_names) or tuple(f"class {i}" for i in range(int(known.max()) + 1))
+        return cls(model, weights, dataset, split, names, images, words)
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row per tower and space: items, positions, widths, pooling, megabytes."""
+        import pandas as pd
+
+        rows = []
+        for tower in self.towers:
+            for space in tower.spaces:
+                arrays = [tower.arrays[space][p] for p in tower.positions(space)]
+                rows.append({
+                    "tower": tower.tower, "space": space, "kind": tower.kind, "items": len(tower),
+                    "blocks": tower.blocks, "positions": len(arrays),
+                    "widths": "/".join(map(str, dict.fromkeys(a.shape[1] for a in arrays))),
+                    "pooling": tower.pooling_in(space),
+                    "megabytes": round(sum(a.nbytes for a in arrays) / 1e6, 3),
+                })
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        parts = [f"{len(t)} {t.kind} × {len(t.positions(t.spaces[0]))} positions"
+                 for t in self.towers]
+        untrained = ", RANDOM WEIGHTS" if self.random_weights else ""
+        return (f"LayerFeatures({self.model} [{self.weights}{untrained}] on {self.dataset} "
+                f"{self.split}: {'; '.join(parts)})")
+
+    def _repr_html_(self) -> str:
+        note = " <b>(random weights: untrained)</b>" if self.random_weights else ""
+        title = f"{self.model} [{self.weights}] on {self.dataset}, {self.split}"
+        return f"<p>{escape(title)}{note}</p>{self.summary().to_html(index=False)}"
+
+
+def _own_tower(
+    name: str, arrays: Mapping[str, NDArray[Any]], labels: NDArray[np.int64], space: str,
+    pooling: str, kind: str, pairs: NDArray[np.int64] | None,
+) -> TowerFeatures:
+    """Return one tower of arrays that were recorded elsewhere, checked."""
+    numbers = sorted(int(p) for p in arrays if is_block(p))
+    blocks = numbers[-1] if numbers else 0
+    if numbers != list(range(1, blocks + 1)):
+        raise UserError(f"{name} arrays have blocks {numbers}; they have to be 1 to L without gaps")
+    valid = tower_positions(blocks, "native")
+    checked = {}
+    for position, values in arrays.items():
+        check_one_of("position", position, valid, where=f"{name} arrays")
+        array = np.asarray(values, dtype=np.float32)
+        if not np.isfinite(array).all():
+            raise UserError(f"NaN or Inf in {name} array at {position}")
+        checked[position] = array
+    ids = tuple(f"{name} {row}" for row in range(len(next(iter(checked.values())))))
+    return TowerFeatures(name, blocks, pooling, kind, ids, labels, {space: checked}, pairs)

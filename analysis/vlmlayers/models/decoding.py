@@ -72,9 +72,9 @@ def batches_of(rows: int, size: int) -> list[list[int]]:
 
 def decode(
     manifest: Any, items: Sequence[Any], batches: Sequence[Sequence[int]], *, preprocess: Any,
-    root: Path | None, size: int, workers: int, unreadable: Unreadable, pin: bool = False,
-) -> Iterator[tuple[list[int], Tensor | None]]:
-    """Yield rows and stacked images of each batch, in order.
+    root: Path | None, size: int, workers: int, pin: bool = False,
+) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
+    """Yield rows, stacked images, and reasons of those that failed, batch by batch in order.
 
     Args:
         manifest: Opens the images.
@@ -84,7 +84,6 @@ def decode(
         root: Data root.
         size: Pixels that the model takes, a hint for drawn images.
         workers: Decoding processes; 0 decodes here.
-        unreadable: Collects the images that fail.
         pin: Pin memory for the copy to a GPU.
     """
     loader: DataLoader[Any] = DataLoader(
@@ -92,6 +91,4 @@ def decode(
         num_workers=workers, collate_fn=_collate, pin_memory=pin,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
-    for rows, images, bad in loader:
-        unreadable.reasons.update(bad)
-        yield rows, images
+    yield from loader

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -13,19 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.models.decoding import Unreadable, batches_of, decode
+from vlmlayers.features import LayerFeatures
 from vlmlayers.models.load import PRECISIONS, VLM
-from vlmlayers.models.recording import Features, Recorder
+from vlmlayers.models.recording import Recorder
+from vlmlayers.models.work import Texts, Work
 from vlmlayers.positions import TOWERS
-from vlmlayers.progress import bar
 
 TEXTS = ("prompts", "captions")
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def extract(
@@ -75,27 +68,16 @@ def extract(
         tower: Recorder(model.towers[tower], spaces, pooling_of(pooling, tower))
         for tower in TOWERS
     }
-    run = _Run(model, precision, batch_size, workers, skip_unreadable, progress)
-    vision = run.images(recorders["vision"], manifest, split, chosen, place)
-    words = run.texts(recorders["text"], texts)
-    return LayerFeatures(
-        model=model.name, weights=model.weights, dataset=manifest.name, split=split,
-        class_names=names, vision=vision, text=words, random_weights=model.random_weights,
-        identity=identity_of(
-            model, manifest, split, chosen, texts, recorders, batch_size, precision
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts of one extraction: prompts by class, or captions by image."""
-
-    kind: str
-    texts: tuple[str, ...]
-    labels: NDArray[np.int64]
-    template: str
-    pairs: NDArray[np.int64] | None = None
+    identity = identity_of(model, manifest, split, chosen, texts, recorders, batch_size, precision)
+    header = {
+        "model": model.name, "weights": model.weights, "dataset": manifest.name, "split": split,
+        "class_names": list(names), "random_weights": model.random_weights,
+    }
+    work = Work(model, manifest, split, chosen, texts, recorders, place, batch_size, workers,
+                precision, skip_unreadable, progress)
+    if out is None:
+        return work.in_memory(header, identity)
+    return work.on_disk(Path(out), header, identity)
 
 
 def pooling_of(pooling: str | Mapping[str, str] | None, tower: str) -> str | None:
@@ -110,7 +92,6 @@ def pooling_of(pooling: str | Mapping[str, str] | None, tower: str) -> str | Non
 def _items(
     manifest: Any, split: str, items: int | Sequence[Any] | None, root: Path | None, seed: int
 ) -> list[Any]:
-    check_one_of("split", split, ("train", "val", "test"))
     if items is None:
         found = list(manifest.items(split, root=root))
     elif isinstance(items, int):
@@ -129,7 +110,10 @@ def _texts(
         pattern = manifest.template if template is None else template
         if "{}" not in pattern:
             raise UserError(f"template {pattern!r} has no {{}} where the class name goes")
-        prompts = tuple(pattern.replace("{}", name) for name in names)
+        if not names:
+            raise UserError(f"{manifest.name} has no classes to make prompts of; use "
+                            "text='captions' (--text captions)")
+        prompts = tuple(manifest.prompt(name, pattern) for name in names)
         return Texts(kind, prompts, np.arange(len(names), dtype=np.int64), pattern)
     rows = [(row, caption) for row, item in enumerate(items) for caption in item.captions]
     if not rows:
@@ -160,113 +144,6 @@ def identity_of(
         "template": texts.template, "texts_hash": words.hexdigest(),
         "versions": {
             "torch": torch.__version__, "open_clip": version("open_clip_torch"),
-            "timm": version("timm"), "python": platform.python_version(),
+            "timm": version("timm"),
         },
     }
-
-
-@dataclass
-class _Run:
-    model: VLM
-    precision: str
-    batch_size: int
-    workers: int
-    skip_unreadable: bool
-    progress: bool
-
-    def images(
-        self, recorder: Recorder, manifest: Any, split: str, items: Sequence[Any],
-        root: Path | None,
-    ) -> TowerFeatures:
-        unreadable = Unreadable()
-        rows = _Rows(len(items))
-        stream = decode(
-            manifest, items, batches_of(len(items), self.batch_size), root=root,
-            preprocess=self.model.preprocess, size=self.model.image_size, workers=self.workers,
-            unreadable=unreadable, pin=self.model.device.type == "cuda",
-        )
-        description = f"{manifest.name} {split} images"
-        with recorder, bar(
-            total=len(items), description=description, unit="image", show=self.progress
-        ) as shown:
-            for index, images in stream:
-                if images is not None:
-                    rows.put(index, self._record(recorder, images), recorder, items)
-                shown.update(len(index))
-                if unreadable.hopeless(shown.n + len(unreadable.reasons)):
-                    break
-        if not self.skip_unreadable:
-            unreadable.check(manifest.name, len(items))
-        kept = [row for row in range(len(items)) if row not in unreadable.reasons]
-        if not kept:
-            unreadable.check(manifest.name, len(items))
-        labels = np.array([item.label for item in items], dtype=np.int64)
-        whole = TowerFeatures(
-            "vision", recorder.tower.depth, recorder.pooling, "images",
-            tuple(item.path for item in items), labels, rows.arrays,
-        )
-        return whole if len(kept) == len(items) else whole.take(kept)
-
-    def texts(self, recorder: Recorder, texts: Texts) -> TowerFeatures:
-        rows = _Rows(len(texts.texts))
-        with recorder:
-            for index in batches_of(len(texts.texts), self.batch_size):
-                ids = self.model.tokenizer([texts.texts[i] for i in index])
-                rows.put(index, self._record(recorder, ids), recorder, texts.texts)
-        return TowerFeatures(
-            "text", recorder.tower.depth, recorder.pooling, texts.kind, texts.texts, texts.labels,
-            rows.arrays, texts.pairs,
-        )
-
-    def _record(self, recorder: Recorder, batch: Tensor) -> Features:
-        device = self.model.device
-        batch = batch.to(device, non_blocking=True)
-        if batch.is_floating_point():
-            batch = batch.to(next(self.model.clip.parameters()).dtype)
-        with autocast(device, self.precision):
-            return recorder(batch)
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return autocast to a precision, or nothing for fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
-
-
-class _Rows:
-    """Arrays of one tower in memory, filled batch by batch."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.arrays: dict[str, dict[str, NDArray[np.floating]]] = {}
-
-    def put(
-        self, rows: Sequence[int], features: Features, recorder: Recorder, items: Sequence[Any]
-    ) -> None:
-        for space, by_position in features.items():
-            arrays = self.arrays.setdefault(space, {})
-            for position, values in by_position.items():
-                refuse_not_finite(values, rows, position, recorder, items)
-                if position not in arrays:
-                    arrays[position] = np.empty((self.total, values.shape[1]), np.float32)
-                arrays[position][rows] = values
-
-
-def refuse_not_finite(
-    values: NDArray[np.floating], rows: Sequence[int], position: str, recorder: Recorder,
-    items: Sequence[Any],
-) -> None:
-    """Stop at NaN or Inf features.
-
-    Raises:
-        UserError: Names tower, position and the first item.
-    """
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        first = items[rows[int(np.argmax(bad))]]
-        raise UserError(
-            f"NaN or Inf in {recorder.tower.name} features at {position}, {int(bad.sum())} of "
-            f"{len(rows)} items in the batch, first {getattr(first, 'path', first)!r}; try "
-            "precision fp32, and check the weights"
-        )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.towers import Tower, refuse_compiled
-from vlmlayers.positions import EMBED, FINAL, PROJ, SPACES
+from vlmlayers.positions import EMBED, FINAL, PROJ, SPACES, sort_key
 
 Features = dict[str, dict[str, NDArray[np.float32]]]
 
@@ -72,8 +72,9 @@ def probe(tower: Tower) -> None:
         with torch.inference_mode(), block_outputs(tower, seen.__setitem__):
             tower.run(tower.example(batch))
         _require_all(tower, seen)
-        fits = [{i for i, size in enumerate(x.shape) if size == batch} for x in seen.values()]
-        axes = set.intersection(*fits) & (axes or set.intersection(*fits))
+        for x in seen.values():
+            fits = {axis for axis, size in enumerate(x.shape) if size == batch}
+            axes = axes & fits if axes else fits
         if len(axes) == 1:
             tower.batch_axis = axes.pop()
             tower.widths = {position: tower.channels(x) for position, x in seen.items()}
@@ -131,13 +132,14 @@ class Recorder:
         self._ids: Tensor | None = None
         self._hooks: Any = None
 
-    def positions(self, space: str) -> tuple[str, ...]:
-        """Return the positions that are recorded in a space."""
-        found = self.tower.positions(space)
-        if self.pooling != "model" or space != "native" or self.tower.attend is None:
-            return found
-        return tuple(p for p in found if self.tower.widths.get(p, self.tower.width)
-                     == self.tower.width)
+    def widths(self) -> dict[str, dict[str, int]]:
+        """Return space → position → width of what is recorded, in order along the tower."""
+        with self:
+            found = self(self.tower.example(2))
+        return {
+            space: {p: by_position[p].shape[1] for p in sorted(by_position, key=sort_key)}
+            for space, by_position in found.items()
+        }
 
     def __enter__(self) -> Recorder:
         self._hooks = block_outputs(self.tower, self._look)

@@ -1,0 +1,258 @@
+"""The work of one extraction: batches through both towers, into memory or into a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.models.decoding import Unreadable, batches_of, decode
+from vlmlayers.models.load import VLM
+from vlmlayers.models.processes import Processes
+from vlmlayers.models.recording import Features, Recorder
+from vlmlayers.progress import bar
+from vlmlayers.store_writer import StoreWriter, TowerPlan, reuse
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of one extraction: prompts by class, or captions by image."""
+
+    kind: str
+    texts: tuple[str, ...]
+    labels: NDArray[np.int64]
+    template: str
+    pairs: NDArray[np.int64] | None = None
+
+
+class Sink(Protocol):
+    """Where batches go."""
+
+    done: dict[str, set[int]]
+
+    def put(
+        self, tower: str, batch: int, rows: Sequence[int], features: Features,
+        bad: Mapping[int, str],
+    ) -> None:
+        """Take the features of one batch."""
+
+
+@dataclass
+class Work:
+    """All that one extraction needs; see `extract` for the fields."""
+
+    model: VLM
+    manifest: Any
+    split: str
+    items: Sequence[Any]
+    texts: Texts
+    recorders: Mapping[str, Recorder]
+    root: Path | None
+    batch_size: int
+    workers: int
+    precision: str
+    skip_unreadable: bool
+    progress: bool
+
+    def in_memory(self, header: Mapping[str, Any], identity: Mapping[str, Any]) -> LayerFeatures:
+        """Return features held in memory."""
+        if Processes.current().world > 1:
+            raise UserError("extraction by several processes needs out=, a folder for the store")
+        sink = MemorySink(self.plans())
+        self._fill(sink, Processes(0, 1))
+        self._refuse_unreadable(sink.bad)
+        vision, text = sink.towers()
+        return LayerFeatures(
+            **{**header, "class_names": tuple(header["class_names"])}, vision=vision, text=text,
+            identity=identity,
+        )
+
+    def on_disk(
+        self, folder: Path, header: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> LayerFeatures:
+        """Return memory-mapped features of a store: a whole one, a resumed one or a new one."""
+        processes = Processes.current()
+        found = reuse(folder, identity, self.skip_unreadable)
+        if found is not None:
+            return found
+        writer = StoreWriter(
+            folder, header, identity, self.plans(), processes.rank, processes.barrier
+        )
+        try:
+            writer.start()
+            self._fill(writer, processes)
+            processes.barrier()
+            self._refuse_unreadable(writer.unreadable())
+            return writer.finish()
+        finally:
+            writer.close()
+
+    def plans(self) -> dict[str, TowerPlan]:
+        """Return ids, labels, batches and shapes of both towers."""
+        labels = [int(item.label) for item in self.items]
+        paths = tuple(str(item.path) for item in self.items)
+        texts, pairs = self.texts, self.texts.pairs
+        parts: list[tuple[str, str, tuple[str, ...], Sequence[int], Any]] = [
+            ("vision", "images", paths, labels, None),
+            ("text", texts.kind, texts.texts, [int(label) for label in texts.labels],
+             None if pairs is None else [int(row) for row in pairs]),
+        ]
+        return {
+            name: TowerPlan(
+                self.recorders[name].tower.depth, self.recorders[name].pooling,
+                self.recorders[name].joint_pooling, kind, ids, of, self._batches(len(ids)),
+                self.recorders[name].widths(), links,
+            )
+            for name, kind, ids, of, links in parts
+        }
+
+    def _batches(self, rows: int) -> list[list[int]]:
+        return batches_of(rows, self.batch_size)
+
+    def _fill(self, sink: Sink, processes: Processes) -> None:
+        """Run the batches that are left for this process: images, then texts."""
+        batches = self._batches(len(self.items))
+        left = [b for b in processes.share(len(batches)) if b not in sink.done["vision"]]
+        finished = sum(len(batches[b]) for b in processes.share(len(batches))) - sum(
+            len(batches[b]) for b in left
+        )
+        recorder = self.recorders["vision"]
+        with recorder, bar(
+            total=finished + sum(len(batches[b]) for b in left), initial=finished, unit="image",
+            description=f"{self.manifest.name} {self.split}",
+            show=self.progress and processes.rank == 0,
+        ) as shown:
+            for batch, rows, images, bad in self._images(batches, left):
+                features = {} if images is None else self._record(recorder, images)
+                refuse_not_finite(features, rows, recorder, self.items)
+                sink.put("vision", batch, rows, features, bad)
+                shown.update(len(batches[batch]))
+        recorder = self.recorders["text"]
+        batches = self._batches(len(self.texts.texts))
+        with recorder:
+            for batch in processes.share(len(batches)):
+                if batch not in sink.done["text"]:
+                    rows = batches[batch]
+                    ids = self.model.tokenizer([self.texts.texts[row] for row in rows])
+                    features = self._record(recorder, ids)
+                    refuse_not_finite(features, rows, recorder, self.texts.texts)
+                    sink.put("text", batch, rows, features, {})
+
+    def _images(
+        self, batches: Sequence[Sequence[int]], left: Sequence[int]
+    ) -> Iterator[tuple[int, list[int], Tensor | None, dict[int, str]]]:
+        unreadable, seen = Unreadable(), 0
+        stream = decode(
+            self.manifest, self.items, [batches[b] for b in left], root=self.root,
+            preprocess=self.model.preprocess, size=self.model.image_size, workers=self.workers,
+            pin=self.model.device.type == "cuda",
+        )
+        for batch, (rows, images, bad) in zip(left, stream):
+            unreadable.reasons.update(bad)
+            seen += len(rows) + len(bad)
+            if unreadable.hopeless(seen) and not self.skip_unreadable:
+                unreadable.check(self.manifest.name, seen)
+            yield batch, rows, images, bad
+
+    def _refuse_unreadable(self, bad: Mapping[int, str]) -> None:
+        if bad and (not self.skip_unreadable or len(bad) == len(self.items)):
+            Unreadable(dict(bad)).check(self.manifest.name, len(self.items))
+
+    def _record(self, recorder: Recorder, batch: Tensor) -> Features:
+        device = self.model.device
+        batch = batch.to(device, non_blocking=True)
+        if batch.is_floating_point():
+            batch = batch.to(next(self.model.clip.parameters()).dtype)
+        with autocast(device, self.precision):
+            return recorder(batch)
+
+
+class MemorySink:
+    """Arrays of both towers in memory, filled batch by batch."""
+
+    def __init__(self, plans: Mapping[str, TowerPlan]) -> None:
+        self.plans = plans
+        self.done: dict[str, set[int]] = {name: set() for name in plans}
+        self.bad: dict[int, str] = {}
+        self.arrays = {
+            name: {
+                space: {p: np.empty((len(plan.ids), w), np.float32) for p, w in widths.items()}
+                for space, widths in plan.widths.items()
+            }
+            for name, plan in plans.items()
+        }
+
+    def put(
+        self, tower: str, batch: int, rows: Sequence[int], features: Features,
+        bad: Mapping[int, str],
+    ) -> None:
+        """Take the features of one batch."""
+        for space, by_position in features.items():
+            for position, values in by_position.items():
+                self.arrays[tower][space][position][rows] = values
+        self.bad.update(bad)
+        self.done[tower].add(batch)
+
+    def towers(self) -> tuple[TowerFeatures, TowerFeatures]:
+        """Return both towers without the rows of unreadable images."""
+        plan = self.plans["vision"]
+        kept = [row for row in range(len(plan.ids)) if row not in self.bad]
+        vision, text = (
+            TowerFeatures(
+                name, plan.blocks, plan.pooling, plan.kind, plan.ids,
+                np.asarray(plan.labels, dtype=np.int64), self.arrays[name],
+                None if plan.pairs is None else np.asarray(plan.pairs, dtype=np.int64),
+                plan.joint_pooling,
+            )
+            for name, plan in self.plans.items()
+        )
+        if not self.bad:
+            return vision, text
+        if text.pairs is not None:
+            new = np.full(len(plan.ids), -1, dtype=np.int64)
+            new[kept] = np.arange(len(kept))
+            text = text.take(np.flatnonzero(new[text.pairs] >= 0))
+            text = TowerFeatures(
+                text.tower, text.blocks, text.pooling, text.kind, text.ids, text.labels,
+                text.arrays, new[text.pairs], text.joint_pooling,
+            )
+        return vision.take(kept), text
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return autocast to a precision, or nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+def refuse_not_finite(
+    features: Features, rows: Sequence[int], recorder: Recorder, items: Sequence[Any]
+) -> None:
+    """Stop at NaN or Inf features.
+
+    Raises:
+        UserError: Names tower, position and the first item.
+    """
+    for space, by_position in features.items():
+        for position, values in by_position.items():
+            if np.isfinite(values).all():
+                continue
+            bad = ~np.isfinite(values).all(axis=1)
+            first = items[rows[int(np.argmax(bad))]]
+            raise UserError(
+                f"NaN or Inf in {recorder.tower.name} features at {position} ({space}), "
+                f"{int(bad.sum())} of {len(rows)} items of a batch, first "
+                f"{getattr(first, 'path', first)!r}; use precision fp32, or check the weights"
+            )

@@ -1,0 +1,237 @@
+"""The feature store on disk: one memory-mapped array per tower, space and position.
+
+    <store>/store.json                      identity, shapes, checksums; its presence means "whole"
+    <store>/<tower>/items.json              ids, labels, pairs
+    <store>/<tower>/<space>/<position>.npy  (item, width) float32
+
+Work in progress lies beside it in `<store>.partial` and becomes the store by one rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures, TowerFeatures
+
+SIDECAR = "store.json"
+ITEMS = "items.json"
+FORMAT = 1
+
+
+class DamagedStore(UserError):
+    """A file of the store is missing, cut short or altered."""
+
+
+class FeatureStore:
+    """Reads stores; `vlmlayers.models.extract(…, out=folder)` writes them."""
+
+    @staticmethod
+    def open(path: str | Path, verify: bool = True) -> LayerFeatures:
+        """Return the features of a store, memory-mapped.
+
+        Args:
+            path: Folder of the store.
+            verify: Compare every file with its checksum; sizes are compared in each case.
+
+        Raises:
+            UserError: There is no store, or its extraction is not finished.
+            DamagedStore: A file is missing, cut short or altered; names it.
+        """
+        folder = Path(path)
+        record = read_sidecar(folder)
+        towers = {
+            name: _tower(folder, name, part, verify) for name, part in record["towers"].items()
+        }
+        return LayerFeatures(
+            **{key: record[key] for key in ("model", "weights", "dataset", "split",
+                                            "random_weights", "identity")},
+            class_names=tuple(record["class_names"]), vision=towers.get("vision"),
+            text=towers.get("text"),
+        )
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether a whole store lies at the path."""
+        return (Path(path) / SIDECAR).is_file()
+
+
+def open_features(path: str | Path, verify: bool = True) -> LayerFeatures:
+    """Return the features of a store; see `FeatureStore.open`."""
+    return FeatureStore.open(path, verify)
+
+
+def partial_folder(path: Path) -> Path:
+    """Return the folder that holds unfinished work for a store."""
+    return path.with_name(path.name + ".partial")
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """Return the checked content of a store's sidecar.
+
+    Raises:
+        UserError: There is no store at this place.
+        DamagedStore: The sidecar is altered.
+    """
+    file = folder / SIDECAR
+    if not file.is_file():
+        state = "is not finished; run the extraction again to resume" if partial_folder(
+            folder
+        ).exists() else "is not there; run `vlmlayers extract` first"
+        raise UserError(f"feature store {folder} {state}")
+    return read_record(file)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Return a JSON record that carries its own checksum.
+
+    Raises:
+        DamagedStore: It is not JSON, of another format, or altered.
+    """
+    advice = f"delete {file.parent} and extract again"
+    try:
+        record = json.loads(file.read_bytes())
+        expected = record.pop("checksum")
+    except OSError as error:
+        raise DamagedStore(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedStore(f"{file} is damaged: it is not the JSON that was written; "
+                           f"{advice}") from error
+    if record_checksum(record) != expected:
+        raise DamagedStore(f"{file} is altered: its checksum differs; {advice}")
+    if record.get("format") != FORMAT:
+        raise DamagedStore(f"{file} has format {record.get('format')}, expected {FORMAT}; {advice}")
+    return dict(record)
+
+
+def record_checksum(record: Mapping[str, Any]) -> str:
+    """Return SHA-256 of a record's canonical JSON."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON record with its checksum: whole or not at all."""
+    body = {"format": FORMAT, **record}
+    body["checksum"] = record_checksum(body)
+    write_atomically(file, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old content or the new, never a part."""
+    with writing(file):
+        draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        try:
+            with draft.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into one line for the user.
+
+    Raises:
+        UserError: Names the path, the reason, and that the work so far is kept.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space" if full else "choose a folder that can be written"
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; {advice} and start again, what is "
+            "done so far is kept"
+        ) from error
+
+
+def file_checksum(file: Path) -> str:
+    """Return SHA-256 of a file's bytes."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def array_file(folder: Path, tower: str, space: str, position: str) -> Path:
+    """Return where an array lies in a store."""
+    return folder / tower / space / f"{position}.npy"
+
+
+def differing_field(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """Return the first field in which two identities differ, with both values; None if equal."""
+    old, new = dict(_flat(there)), dict(_flat(here))
+    for key in dict.fromkeys([*new, *old]):
+        if old.get(key) != new.get(key):
+            return f"{key} is {_short(old.get(key))} there, {_short(new.get(key))} here"
+    return None
+
+
+def refuse_other_identity(
+    folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]
+) -> None:
+    """Refuse a store that belongs to something else.
+
+    Raises:
+        UserError: Names the first field that differs, with both values.
+    """
+    difference = differing_field(there, json.loads(json.dumps(here)))
+    if difference is not None:
+        raise UserError(
+            f"feature store {folder} belongs to another extraction: {difference}; choose another "
+            "folder, or delete this one"
+        )
+
+
+def _tower(folder: Path, name: str, part: Mapping[str, Any], verify: bool) -> TowerFeatures:
+    items_file = folder / name / ITEMS
+    _check_file(items_file, part["items"], verify, folder)
+    items = json.loads(items_file.read_bytes())
+    arrays: dict[str, dict[str, NDArray[np.floating]]] = {}
+    for space, positions in part["order"]:
+        for position in positions:
+            file = array_file(folder, name, space, position)
+            _check_file(file, part["arrays"][space][position], verify, folder)
+            arrays.setdefault(space, {})[position] = np.load(file, mmap_mode="r")
+    pairs = items["pairs"]
+    return TowerFeatures(
+        name, part["blocks"], part["pooling"], part["kind"], tuple(items["ids"]),
+        np.asarray(items["labels"], dtype=np.int64), arrays,
+        None if pairs is None else np.asarray(pairs, dtype=np.int64), part["joint_pooling"],
+    )
+
+
+def _check_file(file: Path, entry: Mapping[str, Any], verify: bool, folder: Path) -> None:
+    advice = f"delete {folder} and extract again"
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise DamagedStore(f"{file} is missing from the store; {advice}") from error
+    if size != entry["bytes"]:
+        raise DamagedStore(f"{file} has {size} bytes, expected {entry['bytes']}; {advice}")
+    if verify and file_checksum(file) != entry["sha256"]:
+        raise DamagedStore(f"{file} is altered: its checksum differs; {advice}")
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else repr(value)
+    return text if len(text) <= 40 else text[:19] + "…" + text[-16:]

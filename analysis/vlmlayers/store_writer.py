@@ -1,0 +1,400 @@
+"""Write a feature store batch by batch, so that any interruption costs at most one batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures
+from vlmlayers.store import (
+    ITEMS,
+    SIDECAR,
+    FeatureStore,
+    array_file,
+    file_checksum,
+    partial_folder,
+    read_record,
+    read_sidecar,
+    refuse_other_identity,
+    write_atomically,
+    write_record,
+    writing,
+)
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes on one store are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
+_HEADER = 128  # bytes before the rows of a version 1.0 .npy file with a short header
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """What one tower's part of a store will hold.
+
+    Attributes:
+        blocks: Number of blocks.
+        pooling: Pooling of tokens.
+        joint_pooling: Pooling in `joint` space.
+        kind: `images`, `prompts` or `captions`.
+        ids: (item,) ids.
+        labels: (item,) labels.
+        batches: Rows of each batch; a batch is the unit of work that is resumed.
+        widths: space → position → width, in order along the tower.
+        pairs: (item,) rows of the images that captions describe, or None.
+    """
+
+    blocks: int
+    pooling: str
+    joint_pooling: str
+    kind: str
+    ids: tuple[str, ...]
+    labels: Sequence[int]
+    batches: Sequence[Sequence[int]]
+    widths: Mapping[str, Mapping[str, int]]
+    pairs: Sequence[int] | None = None
+
+
+@dataclass
+class StoreWriter:
+    """Writes one store, alone or as one of several processes that share the folder.
+
+    Rows go to their place by item index and each batch is noted in a journal with a checksum, so
+    the result does not depend on who wrote which batch, nor on interruptions.
+
+    Args:
+        folder: The store to make.
+        header: Model, weights, dataset, split, class names, … for the sidecar.
+        identity: All that the values depend on.
+        towers: Plan of each tower.
+        rank: Number of this process; process 0 prepares and finishes.
+        barrier: Waits for the other processes.
+    """
+
+    folder: Path
+    header: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    towers: Mapping[str, TowerPlan]
+    rank: int = 0
+    barrier: Callable[[], None] = lambda: None
+    done: dict[str, set[int]] = field(default_factory=dict, init=False)
+    _lock: IO[bytes] | None = field(default=None, init=False)
+
+    @property
+    def partial(self) -> Path:
+        """Folder of the work in progress."""
+        return partial_folder(self.folder)
+
+    @property
+    def rows(self) -> Path:
+        """Folder of the arrays while they fill."""
+        return self.partial / "rows"
+
+    def start(self) -> None:
+        """Prepare or resume.
+
+        Raises:
+            UserError: The folder holds something else, another identity, or another process
+                writes it; or it cannot be written, or has too little space.
+        """
+        if self.rank == 0:
+            self._prepare()
+        self.barrier()
+        self.done, bad = self._journal()
+        for name, plan in self.towers.items():
+            if plan.kind == "images":  # an image may have been repaired since
+                self.redo(name, list(bad))
+        self.barrier()  # nobody appends to a journal that another process still reads
+
+    def _prepare(self) -> None:
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} exists and is no feature store; choose another folder")
+        identity_file = self.partial / "identity.json"
+        with writing(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        if identity_file.exists():
+            refuse_other_identity(self.partial, read_record(identity_file)["identity"],
+                                  self.identity)
+        for name, plan in self.towers.items():
+            for space, widths in plan.widths.items():
+                for position, width in widths.items():
+                    file = array_file(self.rows, name, space, position)
+                    _allocate(file, len(plan.ids), width)
+        if not identity_file.exists():
+            write_record(identity_file, {"identity": dict(self.identity)})
+
+    def _take_lock(self) -> None:
+        if fcntl is None:
+            return
+        self._lock = (self.partial / "lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            self._lock = None
+            raise UserError(
+                f"another process is writing {self.folder}; wait for it or choose another folder"
+            ) from error
+
+    def put(
+        self, tower: str, batch: int, rows: Sequence[int], features: Arrays,
+        bad: Mapping[int, str],
+    ) -> None:
+        """Write one batch and note it in the journal.
+
+        Args:
+            tower: `vision` or `text`.
+            batch: Number of the batch.
+            rows: Rows that `features` holds; the others of the batch could not be read.
+            features: space → position → (row, width).
+            bad: Row → reason, for images that could not be read.
+
+        Raises:
+            UserError: The disk is full or not writable.
+        """
+        plan, check = self.towers[tower], 0
+        with writing(self.partial):
+            for space, widths in plan.widths.items():
+                for position in widths:
+                    values = _filled(plan.batches[batch], rows, features, space, position,
+                                     widths[position])
+                    file = array_file(self.rows, tower, space, position)
+                    _write_rows(file, plan.batches[batch][0], values)
+                    check = zlib.crc32(values.tobytes(), check)
+            line = {"tower": tower, "batch": batch, "crc": check,
+                    "bad": {str(row): reason for row, reason in bad.items()}}
+            with (self.partial / f"journal.{self.rank}.jsonl").open("ab") as handle:
+                handle.write(json.dumps(line).encode() + b"\n")
+        self.done[tower].add(batch)
+
+    def _journal(self) -> tuple[dict[str, set[int]], dict[int, str]]:
+        """Return finished batches whose rows are intact, and the images that were unreadable."""
+        lines: list[dict[str, Any]] = []
+        for file in sorted(self.partial.glob("journal.*.jsonl")):
+            for text in file.read_bytes().splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue  # a line that was cut by a crash: its batch is done again
+                if isinstance(line, dict):
+                    lines.append(line)
+        done: dict[str, set[int]] = {name: set() for name in self.towers}
+        bad: dict[int, str] = {}
+        for line in reversed(lines):
+            tower, batch = line.get("tower"), line.get("batch")
+            if tower in done and batch not in done[tower] and self._intact(tower, batch, line):
+                done[tower].add(batch)
+                bad.update({int(row): reason for row, reason in line["bad"].items()})
+        return done, bad
+
+    def _intact(self, tower: str, batch: Any, line: Mapping[str, Any]) -> bool:
+        plan, check = self.towers[tower], 0
+        if not isinstance(batch, int) or not 0 <= batch < len(plan.batches):
+            return False
+        rows = plan.batches[batch]
+        for space, widths in plan.widths.items():
+            for position, width in widths.items():
+                file = array_file(self.rows, tower, space, position)
+                check = zlib.crc32(_read_rows(file, rows[0], len(rows), width), check)
+        return bool(check == line.get("crc"))
+
+    def unreadable(self) -> dict[int, str]:
+        """Return row → reason of all images that could not be read, by any process."""
+        return self._journal()[1]
+
+    def redo(self, tower: str, rows: Sequence[int]) -> None:
+        """Forget the batches of some rows, so that they are done again."""
+        wanted = set(rows)
+        for batch, members in enumerate(self.towers[tower].batches):
+            if wanted & set(members):
+                self.done[tower].discard(batch)
+
+    def finish(self) -> LayerFeatures:
+        """Turn the finished work into a store and return its features, memory-mapped.
+
+        Raises:
+            UserError: Every image was unreadable, or the disk is full.
+            RuntimeError: A batch is missing, which is a fault.
+        """
+        self.barrier()
+        if self.rank == 0:
+            self._seal()
+        self.barrier()
+        return FeatureStore.open(self.folder, verify=False)
+
+    def _seal(self) -> None:
+        done, bad = self._journal()
+        for name, plan in self.towers.items():
+            missing = sorted(set(range(len(plan.batches))) - done[name])
+            if missing:
+                raise RuntimeError(f"batches {missing[:5]} of {name} are missing in {self.partial}")
+        source = self.rows
+        with writing(self.partial):
+            if bad:
+                source = self._without(bad)
+            record = {name: self._part(source, name, bad) for name in self.towers}
+            write_record(source / SIDECAR, {
+                **self.header, "identity": dict(self.identity), "towers": record,
+                "skipped": {str(row): bad[row] for row in sorted(bad)},
+            })
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            _sync_folders(source)
+            source.rename(self.folder)
+            _sync(self.folder.parent)
+        self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _without(self, bad: Mapping[int, str]) -> Path:
+        """Copy the arrays, leaving out the rows of unreadable images."""
+        kept = self.partial / "kept"
+        shutil.rmtree(kept, ignore_errors=True)
+        for name, plan in self.towers.items():
+            for space, widths in plan.widths.items():
+                for position in widths:
+                    values = np.load(array_file(self.rows, name, space, position), mmap_mode="r")
+                    rows = _kept(plan, bad)
+                    file = array_file(kept, name, space, position)
+                    _allocate(file, len(rows), values.shape[1])
+                    _write_rows(file, 0, np.ascontiguousarray(values[rows]))
+        return kept
+
+    def _part(self, folder: Path, name: str, bad: Mapping[int, str]) -> dict[str, Any]:
+        plan = self.towers[name]
+        rows = _kept(plan, bad)
+        pairs = plan.pairs
+        items = {
+            "ids": [plan.ids[row] for row in rows], "labels": [int(plan.labels[r]) for r in rows],
+            "pairs": None if pairs is None else _renumber(pairs, rows, bad),
+        }
+        write_atomically(folder / name / ITEMS, json.dumps(items).encode())
+        arrays: dict[str, dict[str, Any]] = {}
+        for space, widths in plan.widths.items():
+            for position, width in widths.items():
+                file = array_file(folder, name, space, position)
+                _sync(file)
+                arrays.setdefault(space, {})[position] = {
+                    "shape": [len(rows), width], **_fingerprint(file)
+                }
+        return {
+            "blocks": plan.blocks, "pooling": plan.pooling, "joint_pooling": plan.joint_pooling,
+            "kind": plan.kind, "arrays": arrays, "items": _fingerprint(folder / name / ITEMS),
+            "order": [[space, list(widths)] for space, widths in plan.widths.items()],
+        }
+
+    def close(self) -> None:
+        """Release the lock; what is done stays for the next start."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def reuse(
+    folder: Path, identity: Mapping[str, Any], skip_unreadable: bool
+) -> LayerFeatures | None:
+    """Return the features of a whole store of the same identity, or None where there is none.
+
+    Raises:
+        UserError: The store belongs to another identity, or leaves out images that are wanted.
+        DamagedStore: A file is altered.
+    """
+    if not FeatureStore.exists(folder):
+        return None
+    record = read_sidecar(folder)
+    refuse_other_identity(folder, record["identity"], identity)
+    if record["skipped"] and not skip_unreadable:
+        raise UserError(
+            f"feature store {folder} leaves out {len(record['skipped'])} unreadable images; allow "
+            "it with skip_unreadable=True (--skip-unreadable), or repair them and delete the store"
+        )
+    shutil.rmtree(partial_folder(folder), ignore_errors=True)
+    return FeatureStore.open(folder)
+
+
+def _kept(plan: TowerPlan, bad: Mapping[int, str]) -> list[int]:
+    """Return rows to keep: readable images; texts all, captions those of kept images."""
+    total = range(len(plan.ids))
+    if plan.kind == "images":
+        return [row for row in total if row not in bad]
+    if plan.pairs is None:
+        return list(total)
+    return [row for row in total if plan.pairs[row] not in bad]
+
+
+def _renumber(pairs: Sequence[int], rows: Sequence[int], bad: Mapping[int, str]) -> list[int]:
+    """Return the pairs of kept captions in terms of kept images."""
+    gone = np.sort(np.fromiter(bad, dtype=np.int64, count=len(bad)))
+    return [int(pairs[row] - np.searchsorted(gone, pairs[row])) for row in rows]
+
+
+def _allocate(file: Path, rows: int, width: int) -> None:
+    """Make an .npy file of the right size; space is reserved, so that a full disk shows now."""
+    size = _HEADER + 4 * rows * width
+    if file.exists() and file.stat().st_size == size:
+        return
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as handle:
+            np.lib.format.write_array_header_1_0(
+                handle, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+            )
+            assert handle.tell() == _HEADER
+            handle.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, size)
+            else:
+                handle.truncate(size)
+
+
+def _filled(
+    batch: Sequence[int], rows: Sequence[int], features: Arrays, space: str, position: str,
+    width: int,
+) -> NDArray[np.float32]:
+    """Return the values of a whole batch, zero where an image could not be read."""
+    if len(rows) == len(batch):
+        return np.ascontiguousarray(features[space][position], dtype="<f4")
+    values = np.zeros((len(batch), width), dtype="<f4")
+    if rows:
+        values[[row - batch[0] for row in rows]] = features[space][position]
+    return values
+
+
+def _write_rows(file: Path, first: int, values: NDArray[np.float32]) -> None:
+    with file.open("r+b") as handle:
+        handle.seek(_HEADER + first * values.shape[1] * 4)
+        handle.write(values.tobytes())
+
+
+def _read_rows(file: Path, first: int, count: int, width: int) -> bytes:
+    with file.open("rb") as handle:
+        handle.seek(_HEADER + first * width * 4)
+        return handle.read(count * width * 4)
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file_checksum(file)}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _sync(path)
