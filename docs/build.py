@@ -114,12 +114,30 @@ def build_reference(out: Path, packages: tuple[str, ...]) -> None:
     pdoc.render.configure(
         docformat="google", footer_text="vlm-layers", show_source=True, search=True
     )
+    modules = find_modules(packages)
+    for name in modules:
+        resolve_names(name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pdoc.pdoc(*find_modules(packages), output_directory=out)
+        pdoc.pdoc(*modules, output_directory=out)
     faults = [str(warning.message) for warning in caught if _is_fault(warning)]
     if faults:
         raise RuntimeError("the API reference is incomplete:\n" + "\n".join(faults))
+
+
+def resolve_names(name: str) -> None:
+    """Import the public names that a module imports on first use; pdoc reads only its dictionary.
+
+    Raises:
+        RuntimeError: The module or one of its names cannot be imported.
+    """
+    try:
+        module = import_module(name)
+        vars(module).update(
+            {word: getattr(module, word) for word in vars(module).get("__all__", ())}
+        )
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"{name} cannot be documented: {error}") from error
 
 
 def list_modules(packages: tuple[str, ...]) -> str:
