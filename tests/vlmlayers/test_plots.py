@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from synthetic import DATASETS, full, planted
+from score_tables import DATASETS, full, planted
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import curve_rows, full, pair_rows, planted, step, table
+from score_tables import curve_rows, full, pair_rows, planted, step, table
 
 from vlmlayers.errors import UserError
 from vlmlayers.selection import (
