@@ -39,7 +39,12 @@ def spectral_entropy(x: Any) -> float:
 
     Reference: von Neumann 1932; for layers of networks, Skean et al. 2025.
     """
-    return _entropy(spectrum(x))
+    return entropy_of(spectrum(x))
+
+
+def entropy_of(eigenvalues: Array) -> float:
+    """Return the von Neumann entropy from the eigenvalues of the scatter."""
+    return _entropy(eigenvalues)
 
 
 def participation_ratio(x: Any) -> float:
@@ -47,8 +52,12 @@ def participation_ratio(x: Any) -> float:
 
     Reference: Gao et al. 2017.
     """
-    values = spectrum(x)
-    return float(values.sum() ** 2 / np.square(values).sum())
+    return participation_of(spectrum(x))
+
+
+def participation_of(eigenvalues: Array) -> float:
+    """Return the participation ratio from the eigenvalues of the scatter."""
+    return float(eigenvalues.sum() ** 2 / np.square(eigenvalues).sum())
 
 
 def mean_cosine(x: Any) -> float:
@@ -160,5 +169,5 @@ def centred_null(n: int, width: int) -> float:
 
 
 def _entropy(values: Array) -> float:
-    share = values / values.sum()
+    share = values[values > 0.0] / values.sum()
     return float(-(share * np.log(share)).sum())

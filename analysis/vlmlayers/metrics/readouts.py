@@ -202,9 +202,9 @@ def _solve(
         if not active.any():
             break
         direction = -_two_loop(gradient, pairs)
-        slope = (direction * gradient).sum(axis=(1, 2))
+        slope = _dot(direction, gradient)
         bad = slope >= 0.0
-        direction[bad], slope[bad] = -gradient[bad], -np.square(gradient[bad]).sum(axis=(1, 2))
+        direction[bad], slope[bad] = -gradient[bad], -_dot(gradient, gradient)[bad]
         size = np.ones(grid)
         if not pairs:
             size = np.minimum(1.0, 1.0 / np.maximum(np.abs(gradient).sum(axis=(1, 2)), 1e-12))
@@ -217,10 +217,16 @@ def _solve(
                 break
             size = np.where(failed, 0.5 * size, size)
         step, change = new_w - w, new_gradient - gradient
-        curvature = (step * change).sum(axis=(1, 2))
-        pairs = [*pairs[-(memory - 1) :], (step, change, np.where(curvature > 1e-14, curvature, 0))]
+        curvature = _dot(step, change)
+        usable = np.where(curvature > 1e-14, curvature, 0.0)
+        pairs = [*pairs[-(memory - 1) :], (step, change, usable)]
         w, value, gradient = new_w, new_value, new_gradient
     return w
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """Return the inner product of each problem of the batch, (C,)."""
+    return np.einsum("gi,gi->g", a.reshape(len(a), -1), b.reshape(len(b), -1))
 
 
 def _two_loop(gradient: Array, pairs: list[tuple[Array, Array, Array]]) -> Array:
@@ -231,14 +237,13 @@ def _two_loop(gradient: Array, pairs: list[tuple[Array, Array, Array]]) -> Array
     alphas = []
     for step, change, curvature in reversed(pairs):
         rho = np.divide(1.0, curvature, out=np.zeros_like(curvature), where=curvature > 0)
-        alpha = rho * (step * q).sum(axis=(1, 2))
+        alpha = rho * _dot(step, q)
         q -= alpha[:, None, None] * change
         alphas.append((alpha, rho))
     _, change, curvature = pairs[-1]
-    norm = np.square(change).sum(axis=(1, 2))
+    norm = _dot(change, change)
     scale = np.divide(curvature, norm, out=np.ones_like(norm), where=(curvature > 0) & (norm > 0))
     q *= scale[:, None, None]
     for (step, change, _), (alpha, rho) in zip(pairs, reversed(alphas)):
-        beta = rho * (change * q).sum(axis=(1, 2))
-        q += (alpha - beta)[:, None, None] * step
+        q += (alpha - rho * _dot(change, q))[:, None, None] * step
     return q

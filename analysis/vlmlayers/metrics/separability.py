@@ -81,6 +81,11 @@ def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
 
 def _principal(fit: Array, held: Array, dims: int) -> tuple[Array, Array]:
     mean = fit.mean(axis=0)
-    _, _, rows = np.linalg.svd(fit - mean, full_matrices=False)
-    basis = rows[:dims].T
+    spread = fit - mean
+    if len(fit) < fit.shape[1]:
+        values, vectors = np.linalg.eigh(spread @ spread.T)
+        length = np.sqrt(np.maximum(values[-dims:], 1e-300))
+        basis = spread.T @ (vectors[:, -dims:] / length)
+    else:
+        basis = np.linalg.eigh(spread.T @ spread)[1][:, -dims:]
     return (fit - mean) @ basis, (held - mean) @ basis

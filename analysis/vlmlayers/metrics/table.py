@@ -154,6 +154,17 @@ METRICS: dict[str, Metric] = {
         invariances=("scale", "translation"),
         takes=("k",),
     ),
+    "dataset_accuracy_lda": Metric(
+        transfer.discriminant,
+        "dataset",
+        "datasets",
+        "dataset accuracy (LDA)",
+        "Fisher 1936",
+        null="classes",
+        direction="more dataset-specific",
+        smallest_n=15,
+        invariances=("rotation", "scale", "translation"),
+    ),
     "dataset_recall": Metric(
         dl.recall,
         "dataset",

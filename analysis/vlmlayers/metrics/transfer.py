@@ -13,7 +13,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Labels, classes, matrix, one_hot
+from vlmlayers.metrics.checks import Array, Labels, classes, matrix, one_hot, varies
 from vlmlayers.metrics.readouts import class_means
 
 
@@ -72,8 +72,13 @@ def few_shot_predict(
     """Return the class of each row whose few-shot mean is nearest in the given geometry."""
     centre = support.mean(axis=0)
     means = class_means(support - centre, support_labels, classes)
+    return discriminant_predict(factor, means, x - centre)
+
+
+def discriminant_predict(factor: Any, means: Array, x: Array) -> Labels:
+    """Return the class of each row whose mean is nearest under a factored covariance."""
     solved = cho_solve(factor, means.T)  # (width, class)
-    return ((x - centre) @ solved - 0.5 * (means.T * solved).sum(axis=0)).argmax(axis=1)
+    return (x @ solved - 0.5 * (means.T * solved).sum(axis=0)).argmax(axis=1)
 
 
 def transfer_predict(
@@ -94,3 +99,20 @@ def transfer_predict(
     factor = within_scatter(geometry, geometry_labels).factor()
     support, x = matrix(support, "support"), matrix(x)
     return few_shot_predict(factor, support, np.asarray(support_labels), x, classes=classes)
+
+
+def discriminant(
+    fit: Array, fit_labels: Labels, val: Array, val_labels: Labels, x: Array, *, classes: int
+) -> Labels:
+    """Predict the class with the nearest mean in the shrunk within-class covariance (LDA).
+
+    Features are not standardised: LDA needs only sums of them, so streaming has the same read-out.
+
+    Reference: Fisher 1936; shrinkage: Ledoit and Wolf 2004.
+    """
+    centre = fit.mean(axis=0)
+    fit, x = fit - centre, x - centre
+    if not varies(fit, centre):
+        return np.zeros(len(x), dtype=np.int64)
+    factor = within_scatter(fit, fit_labels).factor()
+    return discriminant_predict(factor, class_means(fit, fit_labels, classes), x)

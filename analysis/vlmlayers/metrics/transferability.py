@@ -32,13 +32,23 @@ def logme(x: Any, labels: Any, *, steps: int = 100) -> float:
 def _spectrum(x: Array, target: Array) -> tuple[Array, Array, Array]:
     """Return squared singular values (r,), squared projections (r, C) and what is left (C,)."""
     small = x @ x.T if len(x) <= x.shape[1] else x.T @ x
-    values, vectors = np.linalg.eigh(small)
+    values, vectors = _eigen(small)
     keep = values > 1e-10 * values[-1]
     values, vectors = values[keep], vectors[:, keep]
     left = vectors if len(x) <= x.shape[1] else x @ vectors / np.sqrt(values)
     projected = np.square(left.T @ target)
     outside = np.maximum(np.square(target).sum(axis=0) - projected.sum(axis=0), 1e-12)
     return values, projected, outside
+
+
+def _eigen(matrix: Array) -> tuple[Array, Array]:
+    """Return eigenvalues, ascending, and vectors; free where rotated features made it diagonal."""
+    diagonal = np.diagonal(matrix)
+    off = np.abs(matrix - np.diag(diagonal)).max()
+    if off > 1e-12 * diagonal.max():
+        return np.linalg.eigh(matrix)
+    order = np.argsort(diagonal)
+    return diagonal[order], np.eye(len(matrix))[:, order]
 
 
 def _evidence(
@@ -56,7 +66,7 @@ def _evidence(
         new_beta = np.clip((n - gamma) / np.maximum(residual, 1e-12), 1e-12, 1e12)
         moved = np.abs(new_alpha / alpha - 1).max() + np.abs(new_beta / beta - 1).max()
         alpha, beta = new_alpha, new_beta
-        if moved < 1e-6:
+        if moved < 1e-4:  # the evidence is stationary there: its own error is the square
             break
     damped = alpha + beta * squared[:, None]
     weight = (beta**2 * squared[:, None] * projected / damped**2).sum(axis=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vlmlayers.scores.protocol import Protocol
 from vlmlayers.scores.run import score
 from vlmlayers.scores.schema import (
@@ -29,3 +31,12 @@ __all__ = [
     "score_matrix",
     "write_scores",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return `score_streaming`, which builds on the modules here and so cannot be imported first."""
+    if name == "score_streaming":
+        from vlmlayers.streaming import score_streaming
+
+        return score_streaming
+    raise AttributeError(f"module 'vlmlayers.scores' has no attribute {name!r}")

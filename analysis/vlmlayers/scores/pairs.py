@@ -11,6 +11,7 @@ import numpy as np
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.agreement import calibrated
 from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.scores.parts import balanced_rows
@@ -41,10 +42,12 @@ class Pairing:
 
     @property
     def within(self) -> bool:
+        """Whether both sides are one tower."""
         return self.sides[0] is self.sides[1]
 
     @property
     def n(self) -> int:
+        """Number of paired rows."""
         return len(next(iter(self.sides[0].arrays.values()), ()))
 
 
@@ -197,7 +200,7 @@ def _run_matrix(
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """Agreement of all cells: value (a, b), jackknife (g, a, b), shuffled (p, a, b), and its best."""
+    """All cells: value (a, b), jackknife (g, a, b), shuffled (p, a, b), and the best there is."""
 
     value: Array
     left_out: Array
@@ -245,7 +248,9 @@ class _Signatures:
         ]
         self.whole = [self._stack(kernels, None) for kernels in self.kernels]
         n = pairing.n
-        self.last = np.ascontiguousarray(self.whole[-1].T).reshape(n, n, -1)
+        # The null needs no double precision: float32 halves what a permutation has to move.
+        self.single = [stack.astype(np.float32) for stack in (self.whole[0], self.whole[-1])]
+        self.last = np.ascontiguousarray(self.single[1].T)  # (n · n, b)
         self.options = {"k": min(protocol.k, max(1, (n - 1) // 2))} if metric.takes else {}
 
     def _stack(self, kernels: list[Array], rows: Labels | None) -> Array:
@@ -260,8 +265,9 @@ class _Signatures:
 
     def permuted(self, order: Labels) -> Array:
         """Return the matrix with the second side's rows permuted, (a, b)."""
-        moved = self.last[order][:, order]
-        return self.whole[0] @ moved.reshape(-1, moved.shape[-1])
+        n = len(order)
+        moved = self.last[(order[:, None] * n + order[None, :]).ravel()]
+        return (self.single[0] @ moved).astype(np.float64)
 
 
 class _Cells:
@@ -271,8 +277,10 @@ class _Cells:
         self, metric: Metric, pairing: Pairing, labels: list[list[str]], protocol: Protocol
     ) -> None:
         self.function, self.within = metric.function, pairing.within
+        exact = {"rotation", "translation"} <= set(metric.invariances)
         self.arrays = [
-            [side.arrays[p] for p in chosen] for side, chosen in zip(pairing.sides, labels)
+            [reduce_rows(side.arrays[p]) if exact else side.arrays[p] for p in chosen]
+            for side, chosen in zip(pairing.sides, labels)
         ]
         self.permutations = protocol.shuffles
         self.options: dict[str, Any] = {}

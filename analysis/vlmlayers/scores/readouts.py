@@ -42,6 +42,7 @@ class Split:
 
     @property
     def held_items(self) -> int:
+        """Number of items that are held out in some fold."""
         return int(np.isin(self.fold, list(self.held)).sum())
 
 

@@ -1,0 +1,229 @@
+"""Sums that metrics can be computed from, without keeping features.
+
+Each accumulator is a value: `of(rows)` makes one, `+` merges two. Sums are kept about the mean and
+moved exactly when means differ (a pairwise update), so a large common offset costs no digits and
+the order of merging does not matter up to rounding.
+
+Reference: Chan, Golub and LeVeque 1983; higher moments: Pébay 2008.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.checks import Array, Labels
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of rows a = x − mean.
+
+    Attributes:
+        n: Number of rows.
+        mean: (width,).
+        scatter: Σ a aᵀ, (width, width).
+        cubic: Σ ‖a‖² a, (width,).
+        fourth: Σ ‖a‖⁴.
+    """
+
+    n: int
+    mean: Array
+    scatter: Array
+    cubic: Array
+    fourth: float
+
+    @classmethod
+    def of(cls, x: Array) -> Moments:
+        """Return the moments of (item, width) rows."""
+        mean = x.mean(axis=0)
+        a = x - mean
+        squares = np.square(a).sum(axis=1)
+        return cls(len(x), mean, a.T @ a, squares @ a, float(squares @ squares))
+
+    def __add__(self, other: Moments) -> Moments:
+        n = self.n + other.n
+        mean = self.mean + (other.mean - self.mean) * (other.n / n)
+        parts = [part._about(mean) for part in (self, other)]
+        return Moments(n, mean, *(p + q for p, q in zip(*parts)))
+
+    def _about(self, centre: Array) -> tuple[Array, Array, float]:
+        """Return scatter, cubic and fourth about another centre."""
+        d = self.mean - centre
+        size = float(d @ d)
+        trace = float(np.trace(self.scatter))
+        moved = self.scatter @ d
+        scatter = self.scatter + self.n * np.outer(d, d)
+        cubic = self.cubic + 2.0 * moved + (trace + self.n * size) * d
+        fourth = (
+            self.fourth + 4.0 * float(self.cubic @ d) + 4.0 * float(d @ moved)
+            + 2.0 * size * trace + self.n * size**2
+        )  # fmt: skip
+        return scatter, cubic, fourth
+
+
+@dataclass(frozen=True, eq=False)
+class CrossMoments:
+    """Joint moments of paired rows a = x − mean_x and b = y − mean_y.
+
+    Attributes:
+        n: Number of pairs.
+        mean_x: (width,).
+        mean_y: (other width,).
+        cross: Σ a bᵀ, (width, other width).
+        sizes: Σ ‖a‖² and Σ ‖b‖².
+        x2y: Σ ‖a‖² b, (other width,).
+        y2x: Σ ‖b‖² a, (width,).
+        x2y2: Σ ‖a‖² ‖b‖².
+    """
+
+    n: int
+    mean_x: Array
+    mean_y: Array
+    cross: Array
+    sizes: Array
+    x2y: Array
+    y2x: Array
+    x2y2: float
+
+    @classmethod
+    def of(cls, x: Array, y: Array) -> CrossMoments:
+        """Return the joint moments of paired rows."""
+        mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+        a, b = x - mean_x, y - mean_y
+        p, q = np.square(a).sum(axis=1), np.square(b).sum(axis=1)
+        sizes = np.array([p.sum(), q.sum()])
+        return cls(len(x), mean_x, mean_y, a.T @ b, sizes, p @ b, q @ a, float(p @ q))
+
+    def __add__(self, other: CrossMoments) -> CrossMoments:
+        n = self.n + other.n
+        share = other.n / n
+        mean_x = self.mean_x + (other.mean_x - self.mean_x) * share
+        mean_y = self.mean_y + (other.mean_y - self.mean_y) * share
+        parts = [part._about(mean_x, mean_y) for part in (self, other)]
+        return CrossMoments(n, mean_x, mean_y, *(p + q for p, q in zip(*parts)))
+
+    def _about(self, centre_x: Array, centre_y: Array) -> tuple[Array, Array, Array, Array, float]:
+        """Return the sums about other centres."""
+        d, e = self.mean_x - centre_x, self.mean_y - centre_y
+        dd, ee = float(d @ d), float(e @ e)
+        xx, yy = self.sizes
+        cross = self.cross + self.n * np.outer(d, e)
+        sizes = self.sizes + self.n * np.array([dd, ee])
+        x2y = self.x2y + 2.0 * (d @ self.cross) + (xx + self.n * dd) * e
+        y2x = self.y2x + 2.0 * (self.cross @ e) + (yy + self.n * ee) * d
+        x2y2 = (
+            self.x2y2 + 2.0 * float(self.x2y @ e) + 2.0 * float(self.y2x @ d)
+            + 4.0 * float(d @ self.cross @ e) + ee * xx + dd * yy + self.n * dd * ee
+        )  # fmt: skip
+        return cross, sizes, x2y, y2x, x2y2
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMoments:
+    """Size and mean of each class.
+
+    Attributes:
+        counts: (class,).
+        means: (class, width); zero where a class is empty.
+    """
+
+    counts: Array
+    means: Array
+
+    @classmethod
+    def of(cls, x: Array, labels: Labels, classes: int) -> ClassMoments:
+        """Return sizes and means of (item, width) rows."""
+        counts = np.bincount(labels, minlength=classes).astype(np.float64)
+        sums = np.zeros((classes, x.shape[1]))
+        np.add.at(sums, labels, x)
+        return cls(counts, sums / np.maximum(counts, 1.0)[:, None])
+
+    def __add__(self, other: ClassMoments) -> ClassMoments:
+        counts = self.counts + other.counts
+        share = other.counts / np.maximum(counts, 1.0)
+        return ClassMoments(counts, self.means + (other.means - self.means) * share[:, None])
+
+
+def fisher_from(total: Moments, classes: ClassMoments) -> float:
+    """Return the Fisher trace ratio from sums.
+
+    Raises:
+        UserError: One class, or no scatter within classes.
+    """
+    if np.count_nonzero(classes.counts) < 2:
+        raise UserError("labels name 1 class; at least 2 are needed")
+    scatter = float(np.trace(total.scatter))
+    between = float(classes.counts @ np.square(classes.means - total.mean).sum(axis=1))
+    if scatter - between <= 1e-12 * max(scatter, 1e-300):
+        raise UserError("no scatter within classes: every item equals its class mean")
+    return between / (scatter - between)
+
+
+def cka_from(x: Moments, y: Moments, cross: CrossMoments, *, debiased: bool = True) -> float:
+    """Return linear CKA from sums of paired rows.
+
+    Raises:
+        UserError: Fewer than four pairs, or constant features.
+    """
+    n = cross.n
+    if n < 4:
+        raise UserError(f"{n} pairs; at least 4 are needed")
+    both = _hsic(n, cross.cross, cross.sizes[0], cross.sizes[1], cross.x2y2, debiased)
+    own = [
+        _hsic(n, m.scatter, np.trace(m.scatter), np.trace(m.scatter), m.fourth, debiased)
+        for m in (x, y)
+    ]
+    if min(own) <= 0.0:
+        raise UserError(f"the features of all {n} items are the same")
+    return both / float(np.sqrt(own[0] * own[1]))
+
+
+def biased_cka_null(x: Moments, y: Moments) -> float:
+    """Return the mean of biased CKA over all permutations of the pairs, tr K tr L / (n − 1)."""
+    traces = np.trace(x.scatter) * np.trace(y.scatter) / (x.n - 1)
+    return float(traces / (np.linalg.norm(x.scatter) * np.linalg.norm(y.scatter)))
+
+
+def frechet_from(x: Moments, y: Moments) -> float:
+    """Return the Fréchet distance of two clouds with aligned centroids from sums."""
+    first, second = x.scatter / (x.n - 1), y.scatter / (y.n - 1)
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    middle = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ second @ root), 0.0)).sum()
+    return float(np.sqrt(max(np.trace(first) + np.trace(second) - 2.0 * middle, 0.0)))
+
+
+def eigenvalues_from(x: Moments) -> Array:
+    """Return the eigenvalues of the centred scatter, descending, rounding noise removed.
+
+    Raises:
+        UserError: Constant features.
+    """
+    values = np.linalg.eigvalsh(x.scatter)[::-1]
+    if values[0] <= 1e-12 * x.n * float(x.mean @ x.mean):
+        raise UserError(f"the features of all {x.n} items are the same")
+    return values[values > 1e-12 * values[0]]
+
+
+def white_noise_scatter(n: int, width: int, rng: np.random.Generator) -> Array:
+    """Return a draw of the centred scatter of n rows of white noise, without drawing the rows.
+
+    Reference: Bartlett 1934 (decomposition of the Wishart distribution).
+    """
+    degrees = n - 1
+    if degrees < width:
+        rows = rng.standard_normal((degrees, width))
+        return rows.T @ rows
+    lower = np.tril(rng.standard_normal((width, width)), -1)
+    lower.flat[:: width + 1] = np.sqrt(rng.chisquare(degrees - np.arange(width)))
+    return lower @ lower.T
+
+
+def _hsic(n: int, cross: Array, xx: float, yy: float, x2y2: float, debiased: bool) -> float:
+    total = float(np.square(cross).sum())
+    if not debiased:
+        return total
+    return total - n / (n - 2) * x2y2 + float(xx * yy) / ((n - 1) * (n - 2))

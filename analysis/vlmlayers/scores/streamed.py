@@ -1,0 +1,271 @@
+"""From streamed sums to a score table: which metrics sums suffice for, and their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics import gap, geometry
+from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.class_level import fisher_ratio
+from vlmlayers.metrics.dataset_level import confusion
+from vlmlayers.metrics.intervals import jackknife, jackknife_groups
+from vlmlayers.metrics.moments import (
+    Moments,
+    biased_cka_null,
+    cka_from,
+    eigenvalues_from,
+    fisher_from,
+    frechet_from,
+    white_noise_scatter,
+)
+from vlmlayers.metrics.table import METRICS
+from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
+from vlmlayers.scores.protocol import Collector, Group, Protocol
+from vlmlayers.scores.readouts import accuracy_and_interval
+from vlmlayers.scores.schema import score_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from vlmlayers.streaming import DatasetSums, Key
+
+SPECTRAL: Mapping[str, Callable[[Array], float]] = {
+    "effective_rank": geometry.rank_of,
+    "participation_ratio": geometry.participation_of,
+    "spectral_entropy": geometry.entropy_of,
+}
+GAPS = ("centroid_gap", "frechet_gap")
+AGREEMENTS = {"cka_debiased": True, "cka_biased": False}
+STREAMED = ("dataset_accuracy_lda", "fisher_ratio", *AGREEMENTS, *GAPS, *SPECTRAL)
+
+
+def check_streamed(metrics: Sequence[str] | None) -> list[str]:
+    """Return the names of the metrics to stream.
+
+    Raises:
+        UserError: A name is unknown, or the metric needs the features themselves.
+    """
+    for name in metrics or ():
+        check_one_of("metric", name, METRICS)
+        check_one_of("streaming metric", name, STREAMED)
+    return list(STREAMED if metrics is None else metrics)
+
+
+def streamed_scores(
+    datasets: Mapping[str, DatasetSums], metrics: Sequence[str] | None
+) -> pd.DataFrame:
+    """Return the score table of streamed sums."""
+    names = check_streamed(metrics)
+    protocol, out = Protocol(), Collector()
+    heads = [sums.head for sums in datasets.values()]
+    group = Group(heads[0].model, heads[0].weights, heads[0].split, tuple(heads))
+    if "dataset_accuracy_lda" in names:
+        _add_dataset_accuracy(group, datasets, protocol, out)
+    for sums in datasets.values():
+        scorer = _Scorer(group, sums, protocol, out)
+        for name in names:
+            if name == "fisher_ratio":
+                scorer.fisher()
+            elif name in SPECTRAL:
+                scorer.spectral(name)
+            elif name in GAPS:
+                scorer.gaps(name)
+            elif name in AGREEMENTS:
+                scorer.agreement(name)
+    cost = {name: round(seconds, 4) for name, seconds in out.cost.items()}
+    return score_frame(out.rows, cost=cost, refused=out.refused, protocol=protocol.record())
+
+
+def _add_dataset_accuracy(
+    group: Group, datasets: Mapping[str, DatasetSums], protocol: Protocol, out: Collector
+) -> None:
+    """Add dataset accuracy of images by LDA: fitted on the sums, held out on the samples."""
+    name, all_sums = "dataset_accuracy_lda", list(datasets.values())
+    if len(all_sums) < 2:
+        out.refuse(name, "*", "vision", "", f"{len(all_sums)} datasets; at least 2 are needed")
+        return
+    from vlmlayers.streaming import ordered
+
+    for key in ordered(set.intersection(*(set(s.sample) for s in all_sums))):
+        tower, space, position = key
+        if tower != "vision" or space != "native":
+            continue
+        with out.attempt(name, "*", tower, position):
+            if not all(key in sums.moments for sums in all_sums):
+                raise UserError("a dataset has no items beside its held-out sample; stream more")
+            moments = [sums.moments[key] for sums in all_sums]
+            parts = [WithinScatter(m.scatter, m.n, m.fourth) for m in moments]
+            factor = sum(parts[1:], parts[0]).factor()
+            centre = np.mean([m.mean for m in moments], axis=0)
+            means = np.stack([m.mean - centre for m in moments])
+            held = [sums.sample[key] - centre for sums in all_sums]
+            truth = np.repeat(np.arange(len(held)), [len(x) for x in held])
+            predicted = discriminant_predict(factor, means, np.concatenate(held))
+            counts = confusion(truth, predicted, len(held))
+            value, interval = accuracy_and_interval(counts, protocol, 0)
+            head = all_sums[0].head.vision
+            assert head is not None
+            out.add(
+                name,
+                group.place("*", head, position, space),
+                value,
+                interval,
+                1.0 / len(held),
+                len(truth),
+                estimate="streaming",
+                interval="bootstrap",
+                fitted_on=sum(m.n for m in moments),
+            )
+
+
+def _on_rows(function: Callable[..., float], *arrays: Any) -> float:
+    """Return a function of some rows of its arrays; the last argument names the rows."""
+    *data, rows = arrays
+    return float(function(*(array[rows] for array in data)))
+
+
+class _Scorer:
+    """Scores of one dataset from its sums; intervals from its sample, narrowed to the full n."""
+
+    def __init__(self, group: Group, sums: DatasetSums, protocol: Protocol, out: Collector) -> None:
+        self.group, self.sums, self.out, self.protocol = group, sums, out, protocol
+        self.full = sums.whole()
+        strata = np.zeros(len(sums.labels), np.int64)
+        self.kept = jackknife_groups(strata, protocol.jackknife, protocol.rng(0, 21))
+        self.narrower = float(np.sqrt(len(sums.labels) / sums.n))
+
+    def _add(
+        self,
+        name: str,
+        key: Key,
+        value: float,
+        null: float,
+        on_sample: Callable[[Labels], float],
+        other: str = "",
+        **noted: Any,
+    ) -> None:
+        tower, space, position = key
+        low, high = jackknife(on_sample, 0.0, self.kept)
+        head = self.sums.head.tower(tower)
+        place = self.group.place(
+            self.sums.head.dataset, head, position, space, "text" if other else "", other
+        )
+        interval = (value + low * self.narrower, value + high * self.narrower)
+        self.out.add(
+            name,
+            place,
+            value,
+            interval,
+            null,
+            self.sums.n,
+            estimate="streaming",
+            interval="jackknife_of_sample",
+            sample=len(self.sums.labels),
+            **noted,
+        )
+
+    def _keys(self, space: str, towers: tuple[str, ...]) -> list[Key]:
+        from vlmlayers.streaming import ordered
+
+        prompts = self.sums.prompts is not None
+        return [
+            key
+            for key in ordered(self.full.moments)
+            if key[1] == space and key[0] in towers and not (key[0] == "text" and prompts)
+        ]
+
+    def fisher(self) -> None:
+        """Add the Fisher ratio of images."""
+        for key in self._keys("native", ("vision",)):
+            with self.out.attempt("fisher_ratio", self.sums.head.dataset, key[0], key[2]):
+                classes = self.full.classes[key]
+                value = fisher_from(self.full.moments[key], classes)
+                count = np.count_nonzero(classes.counts)
+                self._add(
+                    "fisher_ratio",
+                    key,
+                    value,
+                    (count - 1) / (self.sums.n - count),
+                    partial(_on_rows, fisher_ratio, self.sums.sample[key], self.sums.labels),
+                )
+
+    def spectral(self, name: str) -> None:
+        """Add a function of the spectrum of images, and of captions."""
+        function, plain = SPECTRAL[name], METRICS[name].function
+        for key in self._keys("native", ("vision", "text")):
+            with self.out.attempt(name, self.sums.head.dataset, key[0], key[2]):
+                moments = self.full.moments[key]
+                value = function(eigenvalues_from(moments))
+                noise = white_noise_scatter(moments.n, len(moments.mean), self.protocol.rng(0, 22))
+                null = function(np.linalg.eigvalsh(noise)[::-1].clip(min=0.0))
+                on_sample = partial(_on_rows, plain, self.sums.sample[key])
+                self._add(name, key, value, null, on_sample)
+
+    def gaps(self, name: str) -> None:
+        """Add a distance between the clouds of images and texts, unit rows in `joint` space."""
+        for space, position, other in self.sums.pairs():
+            if space != "joint":
+                continue
+            with self.out.attempt(name, self.sums.head.dataset, "vision", position):
+                keys = ("vision", space, position), ("text", space, other)
+                x = self.full.moments[keys[0]]
+                texts = self._text_rows(keys[1])
+                y = self.full.moments[keys[1]] if texts is None else Moments.of(texts)
+                image_rows = self.sums.sample[keys[0]]
+                text_rows = self.sums.sample[keys[1]] if texts is None else texts
+                function = gap.centroid_gap if name == "centroid_gap" else gap.frechet_gap
+
+                def on_sample(
+                    rows: Labels,
+                    x: Array = image_rows,
+                    y: Array = text_rows,
+                    own: bool = texts is None,
+                    f: Any = function,
+                ) -> float:
+                    return float(f(x[rows], y[rows] if own else y))
+
+                if name == "centroid_gap":
+                    value = float(np.linalg.norm(x.mean - y.mean))
+                    null = float(np.sqrt(1.0 / x.n + 1.0 / y.n))
+                else:
+                    value, null = frechet_from(x, y), gap.frechet_null(image_rows, text_rows)
+                kind = "captions" if texts is None else "class_prompts"
+                self._add(name, keys[0], value, null, on_sample, other, pairs=kind, texts=y.n)
+
+    def _text_rows(self, key: Key) -> Array | None:
+        """Return the class prompts themselves where texts are prompts."""
+        from vlmlayers.scores.items import prompt_matrix
+        from vlmlayers.streaming import unit_rows
+
+        if self.sums.prompts is None:
+            return None
+        return unit_rows(prompt_matrix(self.sums.prompts, key[2], key[1])[0])
+
+    def agreement(self, name: str) -> None:
+        """Add CKA of images with their texts, position by position at equal depth."""
+        debiased = AGREEMENTS[name]
+        for space, position, other in self.sums.pairs():
+            if space != "native":
+                continue
+            with self.out.attempt(name, self.sums.head.dataset, "vision", position):
+                keys = ("vision", space, position), ("text", space, other)
+                x, y = (self.full.moments[key] for key in keys)
+                cross = self.full.cross[space, position, other]
+                value = cka_from(x, y, cross, debiased=debiased)
+                null = 0.0 if debiased else biased_cka_null(x, y)
+                rows_x, rows_y = (self.sums.sample[key] for key in keys)
+
+                def on_sample(
+                    rows: Labels, x: Array = rows_x, y: Array = rows_y, unbiased: bool = debiased
+                ) -> float:
+                    from vlmlayers.metrics.agreement import cka
+
+                    return cka(x[rows], y[rows], debiased=unbiased)
+
+                kind = "image_prompts" if self.sums.prompts is not None else "captions"
+                self._add(name, keys[0], value, null, on_sample, other, pairs=kind)

@@ -1,0 +1,292 @@
+"""Scores in one pass: sums and a small sample instead of features; memory does not grow with n.
+
+A row goes to the sample if the hash of its id is among the smallest seen, else into the sums. So
+the result does not depend on how the rows were cut into chunks or shared among processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
+from vlmlayers.positions import sort_key
+from vlmlayers.scores.gaps import partner_positions
+from vlmlayers.scores.items import prompt_matrix
+from vlmlayers.scores.protocol import Protocol, check_finite
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Key = tuple[str, str, str]  # tower, space, position
+
+
+@dataclass
+class DatasetSums:
+    """What is kept of one dataset.
+
+    Attributes:
+        head: Features without items: names, class names, model.
+        sample_size: Items kept, those with the smallest hashes.
+        hashes: (sample,) ascending.
+        labels: (sample,).
+        sample: Features of the sample, (sample, width) by key.
+        moments: Moments of all other items by key.
+        classes: Class sizes and means of all other items, by key of the vision tower.
+        cross: Joint moments of images and texts of all other items, by position pair.
+        prompts: The text tower, where texts are class prompts.
+    """
+
+    head: LayerFeatures
+    sample_size: int
+    hashes: NDArray[np.uint64]
+    labels: Labels
+    sample: dict[Key, Array] = field(default_factory=dict)
+    moments: dict[Key, Moments] = field(default_factory=dict)
+    classes: dict[Key, ClassMoments] = field(default_factory=dict)
+    cross: dict[tuple[str, str, str], CrossMoments] = field(default_factory=dict)
+    prompts: TowerFeatures | None = None
+
+    def update(self, hashes: NDArray[np.uint64], labels: Labels, rows: dict[Key, Array]) -> None:
+        """Take in rows; what the sample has no room for goes into the sums."""
+        hashes = np.concatenate([self.hashes, hashes])
+        labels = np.concatenate([self.labels, labels])
+        order = np.argsort(hashes, kind="stable")
+        keep, rest = np.sort(order[: self.sample_size]), np.sort(order[self.sample_size :])
+        if len(np.unique(hashes[order[: self.sample_size + 1]])) < min(
+            len(hashes), self.sample_size + 1
+        ):
+            raise UserError(f"{self.head.dataset}: an item came twice; each must come once")
+        together = {
+            key: np.concatenate([self.sample[key], x]) if key in self.sample else x
+            for key, x in rows.items()
+        }
+        self.hashes, self.labels = hashes[keep], labels[keep]
+        self.sample = {key: x[keep] for key, x in together.items()}
+        if len(rest):
+            self._absorb({key: x[rest] for key, x in together.items()}, labels[rest])
+
+    def _absorb(self, rows: dict[Key, Array], labels: Labels) -> None:
+        count = len(self.head.class_names)
+        for key, x in rows.items():
+            _merge_into(self.moments, key, Moments.of(x))
+            if key[0] == "vision":
+                _merge_into(self.classes, key, ClassMoments.of(x, labels, count))
+        for space, position, other in self.pairs():
+            x, y = rows["vision", space, position], rows["text", space, other]
+            _merge_into(self.cross, (space, position, other), CrossMoments.of(x, y))
+
+    def pairs(self) -> list[tuple[str, str, str]]:
+        """Return space, vision position and text position of each pair at equal depth."""
+        vision, text = self.head.vision, self.head.text
+        if vision is None or text is None:
+            return []
+        found = []
+        for space in sorted({key[1] for key in self.sample}):
+            found += [(space, *pair) for pair in partner_positions(vision, text, space, Protocol())]
+        return found
+
+    def merge(self, other: DatasetSums) -> DatasetSums:
+        """Return what one pass over both would have kept."""
+        merged = replace(
+            self, sample=dict(self.sample), moments=dict(self.moments),
+            classes=dict(self.classes), cross=dict(self.cross),
+        )  # fmt: skip
+        for mine, theirs in (
+            (merged.moments, other.moments), (merged.classes, other.classes),
+            (merged.cross, other.cross),
+        ):  # fmt: skip
+            for key, value in theirs.items():
+                _merge_into(mine, key, value)
+        merged.update(other.hashes, other.labels, other.sample)
+        return merged
+
+    def whole(self) -> DatasetSums:
+        """Return the same with the sample counted in the sums as well."""
+        full = replace(
+            self, moments=dict(self.moments), classes=dict(self.classes), cross=dict(self.cross)
+        )
+        full._absorb(self.sample, self.labels)
+        return full
+
+    @property
+    def n(self) -> int:
+        """Number of items seen."""
+        seen = next(iter(self.moments.values())).n if self.moments else 0
+        return seen + len(self.hashes)
+
+
+class StreamingScores:
+    """Sums over any number of chunks of features; two of them merge exactly.
+
+    Args:
+        sample: Items of each dataset kept as they are: they are held out from the read-out, and
+            intervals come from them.
+    """
+
+    def __init__(self, sample: int = 200) -> None:
+        if sample < 20:
+            raise UserError(f"sample is {sample}; at least 20 items per dataset are needed")
+        self.sample = sample
+        self.datasets: dict[str, DatasetSums] = {}
+
+    def update(self, chunk: LayerFeatures) -> None:
+        """Take in some items of a dataset.
+
+        Raises:
+            UserError: NaN or Inf, no images, or a chunk of another model.
+        """
+        check_finite(chunk)
+        if chunk.vision is None:
+            raise UserError(f"{chunk.dataset}: streaming counts images; no vision features came")
+        sums = self.datasets.setdefault(chunk.dataset, self._empty(chunk))
+        first = next(iter(self.datasets.values())).head
+        if (first.model, first.weights, first.split) != (chunk.model, chunk.weights, chunk.split):
+            raise UserError(
+                f"{chunk.dataset}: features of {chunk.model} {chunk.weights} "
+                f"{chunk.split} cannot join those of {first.model} {first.weights} "
+                f"{first.split}"
+            )
+        sums.update(_hashes(chunk.dataset, chunk.vision.ids), chunk.vision.labels, _rows(chunk))
+
+    def merge(self, other: StreamingScores) -> StreamingScores:
+        """Return the sums of both, as one pass over both would have made them."""
+        if self.sample != other.sample:
+            raise UserError(f"samples of {self.sample} and {other.sample} items cannot be merged")
+        merged = StreamingScores(self.sample)
+        merged.datasets = dict(self.datasets)
+        for name, sums in other.datasets.items():
+            mine = merged.datasets.get(name)
+            merged.datasets[name] = sums if mine is None else mine.merge(sums)
+        return merged
+
+    def scores(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return the score table of what was seen so far; see `STREAMED` for the metrics."""
+        from vlmlayers.scores.streamed import streamed_scores
+
+        if not self.datasets:
+            raise UserError("no features came; nothing to score")
+        return streamed_scores(self.datasets, metrics)
+
+    def _empty(self, chunk: LayerFeatures) -> DatasetSums:
+        head = replace(chunk, vision=_hollow(chunk.vision), text=_hollow(chunk.text))
+        prompts = chunk.text if chunk.text is not None and chunk.text.pairs is None else None
+        return DatasetSums(
+            head, self.sample, np.empty(0, np.uint64), np.empty(0, np.int64), prompts=prompts
+        )
+
+
+def score_streaming(
+    chunks: LayerFeatures | Iterable[LayerFeatures | str | Path],
+    metrics: Sequence[str] | None = None,
+    *,
+    sample: int = 200,
+) -> pd.DataFrame:
+    """Score features that arrive in chunks, in one pass and with flat memory.
+
+    Args:
+        chunks: Features of some or all items of a dataset each, in any order, or folders of
+            stored features; they are read a few thousand rows at a time.
+        metrics: Names from `vlmlayers.scores.streamed.STREAMED`; None for all of them.
+        sample: Items of each dataset kept for held-out accuracy and intervals.
+
+    Returns:
+        A score table as `score` makes it, `options` saying `estimate=streaming`.
+
+    Raises:
+        UserError: As `StreamingScores.update`, or an unknown metric.
+    """
+    from vlmlayers.scores.streamed import check_streamed
+
+    check_streamed(metrics)
+    sums = StreamingScores(sample)
+    for given in [chunks] if isinstance(chunks, LayerFeatures) else chunks:
+        whole = given if isinstance(given, LayerFeatures) else _opened(given)
+        for chunk in in_chunks(whole):
+            sums.update(chunk)
+    return sums.scores(metrics)
+
+
+def in_chunks(features: LayerFeatures, rows: int = 4096) -> Iterator[LayerFeatures]:
+    """Yield features some images at a time, each with its captions or with all class prompts."""
+    vision, text = features.tower("vision"), features.text
+    for start in range(0, len(vision), rows):
+        chosen = np.arange(start, min(start + rows, len(vision)))
+        part = text
+        if text is not None and text.pairs is not None:
+            rows_of_text = np.flatnonzero(np.isin(text.pairs, chosen))
+            part = replace(text.take(rows_of_text), pairs=text.pairs[rows_of_text] - start)
+        yield replace(features, vision=vision.take(chosen), text=part)
+
+
+def _opened(folder: str | Path) -> LayerFeatures:
+    from vlmlayers.store import open_features
+
+    return open_features(folder)
+
+
+def unit_rows(x: Array) -> Array:
+    """Return rows at length 1; a row of zeros stays."""
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(length > 0.0, length, 1.0)
+
+
+def _rows(chunk: LayerFeatures) -> dict[Key, Array]:
+    """Return the paired rows of a chunk in float64: images, and the text of each image.
+
+    In `joint` space rows have length 1, as the modality gap wants them. The text of an image is
+    its first caption or the prompt of its class.
+    """
+    vision, text = chunk.vision, chunk.text
+    assert vision is not None
+    given: dict[Key, Any] = {
+        ("vision", space, p): array
+        for space, by in vision.arrays.items()
+        for p, array in by.items()
+    }
+    if text is not None and text.pairs is not None:
+        images, first = np.unique(text.pairs, return_index=True)
+        if not np.array_equal(images, np.arange(len(vision))):
+            raise UserError(f"{chunk.dataset}: an image of a chunk has no caption")
+        given |= {
+            ("text", space, p): array[first] for space, by in text.arrays.items()
+            for p, array in by.items()
+        }  # fmt: skip
+    elif text is not None:
+        missing = np.setdiff1d(vision.labels, text.labels)
+        if len(missing):
+            raise UserError(f"{chunk.dataset}: class {missing[0]} has images but no prompt")
+        for space, by in text.arrays.items():
+            for p in by:
+                prompts, ids = prompt_matrix(text, p, space)
+                given["text", space, p] = prompts[np.searchsorted(ids, vision.labels)]
+    rows = {key: np.asarray(x, dtype=np.float64) for key, x in given.items()}
+    return {key: unit_rows(x) if key[1] == "joint" else x for key, x in rows.items()}
+
+
+def _hashes(dataset: str, ids: Sequence[str]) -> NDArray[np.uint64]:
+    digests = (blake2b(f"{dataset}\0{name}".encode(), digest_size=8).digest() for name in ids)
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def _hollow(tower: TowerFeatures | None) -> TowerFeatures | None:
+    """Return a tower without items: its positions, widths and names."""
+    return None if tower is None else tower.take([])
+
+
+def _merge_into(target: dict[Any, Any], key: Any, value: Any) -> None:
+    target[key] = target[key] + value if key in target else value
+
+
+def ordered(keys: Iterable[Key]) -> list[Key]:
+    """Return keys along the tower."""
+    return sorted(keys, key=lambda key: (key[0] != "vision", key[1], sort_key(key[2])))
