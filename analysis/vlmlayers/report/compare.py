@@ -1,0 +1,170 @@
+"""A comparison report: several runs side by side (models, weights, before and after)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError
+from vlmlayers.plots import save_figure
+from vlmlayers.plots.comparison import run_curves
+from vlmlayers.plots.saving import slug
+from vlmlayers.report.figures import Drawn
+from vlmlayers.report.numbers import Answer, read_answer
+from vlmlayers.report.page import RANDOM, _safe, render
+from vlmlayers.report.payload import curve_entries, metric_entry
+from vlmlayers.report.ribbon import ribbon
+from vlmlayers.report.tables import differences, summary_table
+from vlmlayers.run import write_text
+from vlmlayers.summaries import curves, metrics_by_shape
+from vlmlayers.text_tables import escape_markdown, markdown_table
+
+DRAWN = ("dataset_accuracy", "class_accuracy", "centroid_gap")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run of a comparison."""
+
+    name: str
+    answer: Answer
+    link: str
+    ribbon: Any
+
+
+def write_comparison(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    title: str = "Comparison",
+    formats: Sequence[str] = ("svg", "png"),
+) -> Path:
+    """Write a comparison of several run folders.
+
+    Args:
+        folders: Two or more run folders.
+        out: Folder of `report.html`, `report.md` and `figures/`.
+        title: Heading.
+        formats: Formats of the saved figures.
+
+    Returns:
+        Path of `report.html`.
+
+    Raises:
+        UserError: Fewer than two runs, one of them incomplete, or no metric in common.
+    """
+    if len(folders) < 2:
+        raise UserError("a comparison needs at least two run folders")
+    out = Path(out)
+    runs = [_run(name, Path(folder), out) for name, folder in zip(_names(folders), folders)]
+    shared = _shared(runs)
+    figures = list(_figures(runs, shared, out, formats))
+    pairs = [(run.name, run.answer) for run in runs]
+    random = [run.name for run in runs if run.answer.random_weights]
+    banner = f"{RANDOM} Runs: {', '.join(random)}." if random else ""
+    html = render(
+        "comparison.html.j2",
+        title,
+        _payload(runs, shared),
+        {
+            "runs": runs,
+            "summary": summary_table(pairs),
+            "differences": differences(pairs),
+            "random": banner,
+            "figures": figures,
+            "curve_metrics": [(name, metric_entry(name)["label"]) for name in shared],
+        },
+    )
+    write_text(out / "report.md", _markdown(runs, title, banner, figures))
+    return write_text(out / "report.html", html)
+
+
+def _names(folders: Sequence[str | Path]) -> list[str]:
+    paths = [Path(folder).resolve() for folder in folders]
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{path.parent.name}/{path.name}" for path in paths]
+
+
+def _run(name: str, folder: Path, out: Path) -> Compared:
+    answer = read_answer(folder)
+    link = Path(os.path.relpath(answer.run.report.resolve(), out.resolve())).as_posix()
+    return Compared(name, answer, link, _safe(ribbon(answer)))
+
+
+def _shared(runs: Sequence[Compared]) -> list[str]:
+    found = [metrics_by_shape(run.answer.scores)["curve"] for run in runs]
+    shared = [name for name in found[0] if all(name in other for other in found[1:])]
+    if not shared:
+        raise UserError("these runs have no metric with a curve in common; score the same metrics")
+    return sorted(shared, key=lambda n: n != "dataset_accuracy")
+
+
+def _payload(runs: Sequence[Compared], shared: list[str]) -> dict[str, Any]:
+    return {
+        "random": False,
+        "metrics": {name: metric_entry(name) for name in shared},
+        "runs": [
+            {
+                "name": run.name + (" (random)" if run.answer.random_weights else ""),
+                "depth": run.answer.depths,
+                "curves": curve_entries(
+                    run.answer.scores[run.answer.scores["metric"].isin(shared)], shared
+                ),
+            }
+            for run in runs
+        ],
+    }
+
+
+def _figures(
+    runs: Sequence[Compared],
+    shared: list[str],
+    out: Path,
+    formats: Sequence[str],
+) -> Any:
+    for metric in [name for name in DRAWN if name in shared]:
+        parts = []
+        for run in runs:
+            frame = curves(run.answer.scores, metric)
+            frame = frame[frame["tower"] == "vision"]
+            label = run.name + (" (random)" if run.answer.random_weights else "")
+            parts.append(frame.assign(run=label))
+        table = pd.concat(parts, ignore_index=True)
+        if table.empty:
+            continue
+        files = save_figure(
+            run_curves(table, metric), out / "figures" / f"runs-{slug(metric)}", table, formats
+        )
+        yield Drawn(
+            f"runs-{slug(metric)}",
+            f"{metric_entry(metric)['label']} of the vision tower, {len(runs)} runs.",
+            tuple(files),
+        )
+
+
+def _markdown(runs: Sequence[Compared], title: str, banner: str, figures: Sequence[Drawn]) -> str:
+    pairs = [(run.name, run.answer) for run in runs]
+    summary, other = summary_table(pairs), differences(pairs)
+    parts = [
+        f"# {escape_markdown(title)}",
+        "",
+        *([f"> **{escape_markdown(banner)}**", ""] if banner else []),
+        markdown_table(summary.headings, summary.rows),
+        "",
+    ]
+    for run in runs:
+        parts += [
+            f"- {escape_markdown(run.name)}: {escape_markdown(run.answer.headline)} "
+            f"{escape_markdown(run.answer.choice.statement)}"
+        ]
+    for figure in figures:
+        shown = next(path for path in figure.files if path.suffix[1:] == figure.shown)
+        parts += ["", f"![{escape_markdown(figure.caption)}](figures/{shown.name})"]
+    parts += ["", "## What differs", "", markdown_table(other.headings, other.rows)]
+    return "\n".join(parts) + "\n"

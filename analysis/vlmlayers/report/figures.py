@@ -1,0 +1,221 @@
+"""The publication figures of a run: drawn, saved beside their tables, and ready to embed."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers import plots
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.plots.saving import slug
+from vlmlayers.report.numbers import Answer, read_answer
+from vlmlayers.report.payload import metric_entry
+from vlmlayers.selection.curves import has_curve
+from vlmlayers.summaries import agreement, curves, metrics_by_shape
+
+MIME = {"svg": "image/svg+xml", "png": "image/png", "pdf": "application/pdf", "csv": "text/csv"}
+CURVES = ("dataset_accuracy", "class_accuracy", "zero_shot_accuracy", "fisher_ratio")
+GAPS = ("centroid_gap", "rmg")
+HEATMAPS = ("class_accuracy",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A figure to draw.
+
+    Attributes:
+        name: Name of its files.
+        caption: What it shows.
+        draw: Returns the axes.
+        data: Returns the table that is drawn.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[], Any]
+    data: Callable[[], pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A saved figure; `uris` hold its files as data URIs."""
+
+    name: str
+    caption: str
+    files: tuple[Path, ...]
+
+    @property
+    def alt(self) -> str:
+        """Text for those who cannot see it."""
+        return f"{self.caption} The CSV beside it holds the values."
+
+    @property
+    def uris(self) -> dict[str, str]:
+        """Each file as a data URI, by kind."""
+        return {
+            path.suffix[1:]: data_uri(path.read_bytes(), MIME[path.suffix[1:]])
+            for path in self.files
+            if path.suffix != ".pdf"
+        }
+
+    @property
+    def shown(self) -> str:
+        """The kind that a page shows."""
+        return "svg" if any(path.suffix == ".svg" for path in self.files) else "png"
+
+
+def data_uri(content: bytes, mime: str) -> str:
+    """Return content as a data URI."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def write_figures(
+    run: str | Path | Answer, formats: Sequence[str] = ("svg", "png"), metrics: Sequence[str] = ()
+) -> list[Path]:
+    """Draw the figures of a run into its folder `figures`.
+
+    Args:
+        run: Run folder.
+        formats: Any of `svg`, `png`, `pdf`.
+        metrics: Metrics to draw along depth besides the usual ones.
+
+    Returns:
+        The files written.
+    """
+    answer = run if isinstance(run, Answer) else read_answer(run)
+    return [path for figure in draw_figures(answer, formats, metrics) for path in figure.files]
+
+
+def draw_figures(
+    answer: Answer,
+    formats: Sequence[str],
+    metrics: Sequence[str] = (),
+) -> list[Drawn]:
+    """Draw, save and return the figures of a run."""
+    for name in formats:
+        check_one_of("figure format", name, MIME)
+    if not {"svg", "png"} & set(formats):
+        raise UserError("the report shows figures as svg or png; name one of them")
+    drawn = []
+    for plan in plans(answer, metrics):
+        stem = answer.run.figures / plan.name
+        files = plots.save_figure(plan.draw(), stem, plan.data(), formats)
+        drawn.append(Drawn(plan.name, plan.caption, tuple(files)))
+    return drawn
+
+
+def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
+    """Yield what there is to draw for a run."""
+    scores, choice = answer.scores, answer.choice
+    shapes = metrics_by_shape(scores)
+    for name in metrics:
+        check_one_of("metric", name, shapes["curve"], where="the score table")
+    for metric in dict.fromkeys((*CURVES, *metrics)):
+        if metric in shapes["curve"]:
+            yield Plan(
+                f"curves-{slug(metric)}",
+                _caption(answer, metric, "along depth"),
+                lambda m=metric: plots.layer_curves(scores, m, choice=choice),
+                lambda m=metric: curves(scores, m),
+            )
+    for metric in GAPS:
+        if metric in shapes["curve"] and has_rows(scores, metric, "vision"):
+            yield Plan(
+                f"gap-{slug(metric)}",
+                _caption(answer, metric, "per dataset along depth"),
+                lambda m=metric: plots.gap_curves(scores, m, choice=choice),
+                lambda m=metric: curves(scores, m),
+            )
+    for metric in shapes["matrix"][:2]:
+        if len(agreement(scores, metric)):
+            yield Plan(
+                f"agreement-{slug(metric)}",
+                _caption(answer, metric, "of every vision and text position"),
+                lambda m=metric: plots.agreement_matrix(scores, m, choice=choice),
+                lambda m=metric: agreement(scores, m),
+            )
+    for metric in HEATMAPS:
+        for tower in answer.depths:
+            if metric in shapes["curve"] and has_curve(scores, metric, tower):
+                yield Plan(
+                    f"datasets-{slug(metric)}-{tower}",
+                    _caption(answer, metric, f"per dataset and {tower} position"),
+                    lambda m=metric, t=tower: plots.dataset_heatmap(
+                        scores, m, tower=t, choice=choice
+                    ),
+                    lambda m=metric, t=tower: curves(scores, m).query("tower == @t"),
+                )
+    if any("frequency" in found for found in choice.evidence.get("towers", {}).values()):
+        yield Plan(
+            "selection-frequency",
+            f"How often each block is chosen, {answer.model}.",
+            lambda: plots.selection_frequency(choice),
+            lambda: frequency_table(answer),
+        )
+    yield from _outcome_plans(answer)
+
+
+def _outcome_plans(answer: Answer) -> Iterator[Plan]:
+    if answer.validation is None:
+        return
+    frame, validation = answer.validation.outcomes(), answer.validation
+    yield Plan(
+        "placement-sweep",
+        "Trained accuracy at each placement.",
+        lambda: plots.placement_sweep(frame),
+        lambda: frame,
+    )
+    if "parameters" in frame.columns:
+        yield Plan(
+            "cost",
+            "Trained harmonic mean against trainable parameters.",
+            lambda: plots.cost(frame),
+            lambda: frame,
+        )
+    if len(validation.predicted) and len(validation.correlations):
+        best = str(validation.correlations.iloc[0]["score"])
+        values = validation.predicted[validation.predicted["score"] == best]
+        merged = frame.merge(values[["placement", "predicted"]], on="placement").rename(
+            columns={"predicted": best}
+        )
+        if len(merged):
+            yield Plan(
+                "predicted-trained",
+                f"Placement score {best} against trained outcome.",
+                lambda: plots.predicted_vs_trained(merged, best),
+                lambda: merged,
+            )
+
+
+def has_rows(scores: pd.DataFrame, metric: str, tower: str) -> bool:
+    """Return whether a metric has any value on a tower."""
+    return bool(((scores["metric"] == metric) & (scores["tower"] == tower)).any())
+
+
+def frequency_table(answer: Answer) -> pd.DataFrame:
+    """Return the selection frequency as a tidy table."""
+    rows = [
+        {
+            "tower": tower,
+            "block": block + 1,
+            "frequency": share,
+            "chosen": block + 1 in answer.choice.blocks(tower),
+        }
+        for tower, found in answer.choice.evidence.get("towers", {}).items()
+        for block, share in enumerate(found.get("frequency", ()))
+    ]
+    return pd.DataFrame(rows, columns=["tower", "block", "frequency", "chosen"])
+
+
+def _caption(answer: Answer, metric: str, where: str) -> str:
+    entry = metric_entry(metric)
+    random = ", RANDOM WEIGHTS" if answer.random_weights else ""
+    return (
+        f"{entry['label']} {where}, {answer.model} ({answer.weights}){random}. "
+        f"{entry['caption']}".strip()
+    )

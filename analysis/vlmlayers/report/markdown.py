@@ -1,0 +1,54 @@
+"""`report.md`: the report for repositories and reviews."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vlmlayers.report.tables import Table, answer_tables, made_tables, validation_tables
+from vlmlayers.text_tables import escape_markdown as esc
+from vlmlayers.text_tables import markdown_table
+
+if TYPE_CHECKING:
+    from vlmlayers.report.figures import Drawn
+    from vlmlayers.report.numbers import Answer
+
+
+def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Drawn]) -> str:
+    """Return the report as Markdown; figures are linked from the folder `figures`."""
+    parts = [f"# {esc(title)}", ""]
+    if answer.random_weights:
+        parts += [
+            "> **RANDOM WEIGHTS**: this backbone is untrained; nothing here says anything "
+            "about a trained model.",
+            "",
+        ]
+    parts += [f"**{esc(answer.headline)}** {esc(answer.choice.statement)}", ""]
+    parts += [f"- {esc(label)}: {esc(text)}" for label, text in answer.facts()]
+    if note:
+        parts += ["", esc(note)]
+    parts += ["", "## Evidence", ""]
+    for figure in figures:
+        shown = next(path for path in figure.files if path.suffix[1:] == figure.shown)
+        parts += [f"![{esc(figure.caption)}](figures/{shown.name})", "", esc(figure.caption), ""]
+    if answer.validation is not None:
+        parts += ["## Proof by training", ""]
+        if answer.validation.verdict:
+            parts += [f"**{esc(answer.validation.verdict)}**", ""]
+        parts += _tables(validation_tables(answer.validation))
+    parts += ["## Tables", "", *_tables(answer_tables(answer))]
+    parts += ["## How it was made", "", *_tables(made_tables(answer))]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _tables(tables: Sequence[Table]) -> list[str]:
+    return [
+        part
+        for table in tables
+        for part in (
+            f"### {esc(table.caption)}",
+            "",
+            markdown_table(table.headings, table.rows),
+            "",
+        )
+    ]

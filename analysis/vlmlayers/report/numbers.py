@@ -1,0 +1,263 @@
+"""The answer of a run and the sentences of its report, all computed from its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError
+from vlmlayers.plots.depth import over_datasets
+from vlmlayers.run import Run, read_json
+from vlmlayers.scores import read_scores
+from vlmlayers.selection import LayerChoice, adapter_parameters, describe_blocks, paper_blocks
+from vlmlayers.selection.curves import depths
+from vlmlayers.summaries import curves
+
+DIM = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """What training found, as the stage `validate` wrote it.
+
+    Attributes:
+        cells: One row per dataset, seed and placement.
+        placements: One row per placement: means and intervals of base, novel, hm.
+        correlations: Kendall's τ of each placement score with trained HM.
+        predicted: Predicted and trained value of each placement and score.
+        verdict: The one sentence, or empty.
+        chosen: Label of the chosen placement.
+        reference: Label of the placement it is compared with.
+    """
+
+    cells: pd.DataFrame
+    placements: pd.DataFrame
+    correlations: pd.DataFrame
+    predicted: pd.DataFrame
+    verdict: str = ""
+    chosen: str = ""
+    reference: str = ""
+
+    @classmethod
+    def read(cls, run: Run) -> Validation | None:
+        """Read the validation of a run; None where there is none."""
+        if not run.validation.exists():
+            return None
+        cells = _table(run.validation)
+        needed = {"placement", "dataset", "seed", "base", "novel", "hm"}
+        if not needed <= set(cells.columns) or cells.empty:
+            raise UserError(
+                f"{run.validation} lacks rows or the columns "
+                f"{', '.join(sorted(needed - set(cells.columns))) or '–'}; "
+                "run `vlmlayers validate` again"
+            )
+        notes_file = run.folder / "validation.json"
+        notes = read_json(notes_file) if notes_file.exists() else {}
+        chosen = str(notes.get("chosen") or _kind(cells, "chosen"))
+        reference = str(notes.get("reference") or _kind(cells, "paper"))
+        placements = _table(run.folder / "validation_placements.csv")
+        return cls(
+            cells,
+            placements if len(placements) else _means(cells),
+            _table(run.folder / "validation_correlations.csv"),
+            _table(run.folder / "validation_predicted.csv"),
+            str(notes.get("verdict", "")),
+            chosen,
+            reference,
+        )
+
+    def outcomes(self) -> pd.DataFrame:
+        """Return one row per placement, in the order of the cells, with the chosen one marked."""
+        order = list(dict.fromkeys(self.cells["placement"].astype(str)))
+        frame = self.placements.set_index("placement").reindex(order).reset_index()
+        return frame.assign(chosen=frame["placement"] == self.chosen)
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype={"placement": str}) if path.exists() else pd.DataFrame()
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as a table ({type(error).__name__}); "
+            "run `vlmlayers validate` again"
+        ) from None
+
+
+def _kind(cells: pd.DataFrame, kind: str) -> str:
+    if "kind" not in cells.columns:
+        return ""
+    rows = cells[[kind in str(one).split("+") for one in cells["kind"]]]
+    return str(rows["placement"].iloc[0]) if len(rows) else ""
+
+
+def _means(cells: pd.DataFrame) -> pd.DataFrame:
+    values = [name for name in ("base", "novel", "hm", "parameters") if name in cells.columns]
+    per_dataset = cells.groupby(["placement", "dataset"], sort=False)[values].mean()
+    return per_dataset.groupby("placement", sort=False).mean().reset_index()
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A run as its report sees it.
+
+    Attributes:
+        run: The run folder.
+        scores: Its score table.
+        choice: Its choice.
+        provenance: How it was made.
+        validation: What training found, or None.
+    """
+
+    run: Run
+    scores: pd.DataFrame
+    choice: LayerChoice
+    provenance: dict[str, Any] = field(default_factory=dict)
+    validation: Validation | None = None
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """Blocks of each tower."""
+        return depths(self.scores)
+
+    @property
+    def model(self) -> str:
+        """Architecture."""
+        return str(self.scores["model"].iloc[0])
+
+    @property
+    def weights(self) -> str:
+        """Tag, file name or `random`."""
+        return str(self.scores["weights"].iloc[0])
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the backbone is untrained."""
+        recorded = self.provenance.get("model", {}).get("random_weights", False)
+        return bool(recorded or (self.scores["weights"].astype(str) == "random").any())
+
+    @property
+    def paper(self) -> LayerChoice:
+        """The paper's placement at this depth."""
+        return LayerChoice(
+            *(paper_blocks(self.depths.get(t, 0)) for t in ("vision", "text")), "paper"
+        )
+
+    @property
+    def headline(self) -> str:
+        """The answer in one sentence."""
+        parts = [
+            f"blocks {describe_blocks(self.choice.blocks(tower))} of the {tower} tower"
+            for tower in self.depths
+            if self.choice.blocks(tower)
+        ]
+        if not parts:
+            return "No block is chosen."
+        return f"Adapt {' and '.join(parts)}."
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each tower; empty where it was not recorded."""
+        towers = self.provenance.get("model", {}).get("towers", {})
+        return {name: int(tower["width"]) for name, tower in towers.items() if "width" in tower}
+
+    def parameters(self, choice: LayerChoice) -> int | None:
+        """Return the trainable parameters of MMA at a placement; None where widths are unknown."""
+        if set(self.widths) != {"vision", "text"}:
+            return None
+        return adapter_parameters(choice.vision, choice.text, self.widths, DIM)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what stands beside the answer: label and text."""
+        options = ", ".join(
+            f"{k} {_number(v)}" for k, v in self.choice.evidence.get("options", {}).items()
+        )
+        found = [("Rule", self.choice.rule + (f" ({options})" if options else ""))]
+        ours, theirs = self.parameters(self.choice), self.parameters(self.paper)
+        if ours is not None and theirs:
+            found.append(
+                (
+                    "Parameters of MMA",
+                    f"{ours:,} at bottleneck width {DIM}, "
+                    f"{ours / theirs:.0%} of the paper's placement",
+                )
+            )
+        same = (self.choice.vision, self.choice.text) == (self.paper.vision, self.paper.text)
+        scaled = (
+            f"vision {describe_blocks(self.paper.vision)}, text {describe_blocks(self.paper.text)}"
+        )
+        found.append(
+            (
+                "The paper's placement",
+                "the same: " + scaled if same else f"{scaled} (5–12 of 12, scaled to this depth)",
+            )
+        )
+        found.append(("Proved by training", self._proof()))
+        return found
+
+    def _proof(self) -> str:
+        if self.validation is None:
+            return "not yet; `vlmlayers validate` trains here and at competitors"
+        if self.validation.verdict:
+            return self.validation.verdict
+        frame = self.validation.placements.set_index("placement")["hm"]
+        text = f"best {frame.idxmax()} with harmonic mean {_number(frame.max())}"
+        for name, label in (
+            (self.validation.chosen, "chosen"),
+            (self.validation.reference, "the paper's"),
+        ):
+            if name in frame.index:
+                text = f"{label} {_number(frame[name])}, {text}"
+        return text
+
+    def reading(self, metric: str) -> str:
+        """Return what a curve shows, in one or two sentences of numbers."""
+        frame = over_datasets(curves(self.scores, metric))
+        sentences = []
+        for tower, part in frame.groupby("tower", sort=False):
+            first, last = part.iloc[0], part.iloc[-1]
+            sentence = (
+                f"{str(tower).capitalize()}: {first['value']:.2f} at {first['position']}, "
+                f"{last['value']:.2f} at {last['position']}"
+            )
+            peak = part.loc[part["value"].idxmax()]
+            if peak["position"] not in (first["position"], last["position"]):
+                sentence += f", highest {peak['value']:.2f} at {peak['position']}"
+            sentences.append(sentence)
+        null = frame["null"].dropna()
+        chance = f" Chance {null.mean():.2f}." if len(null) else ""
+        return ". ".join(sentences) + "." + chance
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_answer(run: Run | str | Path) -> Answer:
+    """Read a run folder.
+
+    Raises:
+        UserError: It holds no score table or no choice.
+    """
+    found = run if isinstance(run, Run) else Run.open(run)
+    if not found.choice.exists():
+        raise UserError(
+            f"{found.folder} holds no choice.json; run `vlmlayers select {found.folder}` first"
+        )
+    return Answer(
+        found,
+        read_scores(found.folder),
+        LayerChoice.load(found.choice),
+        found.read_provenance(),
+        Validation.read(found),
+    )
+
+
+def join(words: Iterable[str]) -> str:
+    """Return words as `a, b and c`."""
+    names = list(words)
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,178 @@
+"""Write the report of one run: `report.html`, `report.md` and the figures."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from vlmlayers.report.figures import data_uri, draw_figures
+from vlmlayers.report.markdown import report_markdown
+from vlmlayers.report.numbers import Answer, read_answer
+from vlmlayers.report.payload import payload, script_json
+from vlmlayers.report.ribbon import ribbon
+from vlmlayers.report.tables import answer_tables, made_tables, validation_tables
+from vlmlayers.run import write_text
+from vlmlayers.summaries import metrics_by_shape
+
+TEMPLATES = Path(__file__).parent / "templates"
+RANDOM = (
+    "RANDOM WEIGHTS: this backbone is untrained. The numbers show that the tools work; they "
+    "say nothing about a trained model."
+)
+FIRST = ("dataset_accuracy", "class_accuracy", "zero_shot_accuracy")
+
+
+def write_report(
+    folder: str | Path,
+    *,
+    title: str = "",
+    note: str = "",
+    formats: Sequence[str] = ("svg", "png"),
+    metrics: Sequence[str] = (),
+) -> Path:
+    """Write the report of a run folder.
+
+    Args:
+        folder: Run folder with scores and a choice.
+        title: Heading; model and weights where empty.
+        note: A paragraph under the answer.
+        formats: Formats of the saved figures.
+        metrics: Metrics to draw a figure of besides the usual ones.
+
+    Returns:
+        Path of `report.html`.
+
+    Raises:
+        UserError: The folder holds no scores or no choice, or a metric or format is unknown.
+    """
+    answer = read_answer(folder)
+    heading = title or f"Layers to adapt: {answer.model} ({answer.weights})"
+    figures = draw_figures(answer, formats, metrics)
+    html = render(
+        "report.html.j2",
+        heading,
+        payload(answer),
+        {
+            "answer": answer,
+            "note": note,
+            "figures": figures,
+            "ribbon": _safe(ribbon(answer)),
+            "random": RANDOM if answer.random_weights else "",
+            **_evidence(answer),
+            "validation": answer.validation,
+            "predictors": _predictors(answer),
+            "validation_tables": validation_tables(answer.validation),
+            "answer_tables": answer_tables(answer),
+            "made_tables": made_tables(answer),
+            "downloads": _downloads(answer),
+            "study": _study(answer),
+            "written": answer.provenance.get("environment", {}).get("written", ""),
+        },
+    )
+    write_text(answer.run.folder / "report.md", report_markdown(answer, heading, note, figures))
+    return write_text(answer.run.report, html)
+
+
+def render(template: str, title: str, data: Any, values: dict[str, Any]) -> str:
+    """Return a page: everything is escaped, except the package's own script, style and SVG."""
+    script = (TEMPLATES / "charts.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    css = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            title=title,
+            data=_safe(script_json(data)),
+            script=_safe(script),
+            css=_safe(css),
+            script_hash=f"sha256-{digest}",
+            version=version("vlm-layers"),
+            **values,
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _safe(text: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def _evidence(answer: Answer) -> dict[str, Any]:
+    shapes = metrics_by_shape(answer.scores)
+    labels = {name: _label(name) for names in shapes.values() for name in names}
+    ordered = sorted(shapes["curve"], key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST))
+    per_dataset = [
+        name
+        for name in sorted(ordered, key=lambda n: n != "centroid_gap")
+        if set(answer.scores.loc[answer.scores["metric"] == name, "dataset"]) - {"*"}
+    ]
+    gap = "centroid_gap" if "centroid_gap" in ordered else ""
+    return {
+        "curve_metrics": [(name, labels[name]) for name in ordered],
+        "matrix_metrics": [(name, labels[name]) for name in shapes["matrix"]],
+        "gap_metrics": [(name, labels[name]) for name in per_dataset],
+        "lead": f"{_label(ordered[0])}. {answer.reading(ordered[0])}" if ordered else "",
+        "gap_lead": f"{_label(gap)}. {answer.reading(gap)}" if gap else "",
+        "datasets": sorted(set(answer.scores["dataset"]) - {"*"}),
+        "frequency": any(
+            "frequency" in found for found in answer.choice.evidence.get("towers", {}).values()
+        ),
+    }
+
+
+def _label(metric: str) -> str:
+    from vlmlayers.report.payload import metric_entry
+
+    return str(metric_entry(metric)["label"])
+
+
+def _predictors(answer: Answer) -> list[tuple[str, str]]:
+    if answer.validation is None:
+        return []
+    correlated = [str(name) for name in answer.validation.correlations.get("score", ())]
+    known = dict.fromkeys(map(str, answer.validation.predicted.get("score", ())))
+    names = [name for name in [*correlated, *known] if name in known]
+    if "parameters" in answer.validation.placements.columns:
+        names.append("parameters")
+    return [
+        (name, name.replace("_", " ").replace("metric:", "mean of "))
+        for name in dict.fromkeys(names)
+    ]
+
+
+def _downloads(answer: Answer) -> list[tuple[str, str]]:
+    table = answer.scores.to_csv(index=False).encode()
+    found = [
+        ("scores.csv.gz", data_uri(gzip.compress(table, mtime=0), "application/gzip")),
+        ("choice.json", data_uri(answer.run.choice.read_bytes(), "application/json")),
+    ]
+    for path in (answer.run.provenance, answer.run.validation, answer.run.study):
+        if path.exists():
+            mime = {".json": "application/json", ".csv": "text/csv"}.get(path.suffix, "text/plain")
+            found.append((path.name, data_uri(path.read_bytes(), mime)))
+    return found
+
+
+def _study(answer: Answer) -> str:
+    return answer.run.study.read_text(encoding="utf-8") if answer.run.study.exists() else ""

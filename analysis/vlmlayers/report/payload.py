@@ -1,0 +1,177 @@
+"""What the interactive charts of a report draw, as JSON that is safe inside HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.positions import sort_key
+from vlmlayers.report.numbers import Answer, Validation
+from vlmlayers.selection.curves import POOLED
+from vlmlayers.summaries import curves, dataset_names, metrics_by_shape
+
+DIGITS = 5
+
+
+def script_json(content: Any) -> str:
+    """Return JSON that can stand in a script element: no markup in it can end the element."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def payload(answer: Answer) -> dict[str, Any]:
+    """Return all that the charts of one run draw."""
+    shapes = metrics_by_shape(answer.scores)
+    content = {
+        "title": f"{answer.model} ({answer.weights})",
+        "random": answer.random_weights,
+        "depth": answer.depths,
+        "choice": {"vision": list(answer.choice.vision), "text": list(answer.choice.text)},
+        "datasets": dataset_names(answer.scores),
+        "metrics": {name: metric_entry(name) for names in shapes.values() for name in names},
+        "curves": curve_entries(answer.scores, shapes["curve"]),
+        "matrices": [
+            entry for name in shapes["matrix"] for entry in matrix_entries(answer.scores, name)
+        ],
+        "frequency": {
+            tower: rounded(found["frequency"])
+            for tower, found in answer.choice.evidence.get("towers", {}).items()
+            if "frequency" in found
+        },
+    }
+    if answer.validation is not None:
+        content["validation"] = validation_entry(answer.validation)
+    return content
+
+
+def metric_entry(name: str) -> dict[str, Any]:
+    """Return what the METRICS table says of a metric, for labels and captions."""
+    from vlmlayers.metrics import METRICS
+
+    known = METRICS.get(name)
+    if known is None:
+        return {"label": name.replace("_", " "), "level": "other", "caption": ""}
+    chance = f" Chance: {known.null_text}." if known.null_text else ""
+    caption = (
+        f"{known.summary.rstrip('.')}. Larger means {known.direction}.{chance} {known.reference}."
+    )
+    if known.level == "gap":
+        caption += (
+            " Taken in joint space: final norm and projection are applied at every "
+            "position, a definition of this toolkit."
+        )
+    label = known.axis_label
+    return {"label": label[:1].upper() + label[1:], "level": known.level, "caption": caption}
+
+
+def curve_entries(scores: pd.DataFrame, metrics: list[str]) -> list[dict[str, Any]]:
+    """Return every curve: metric, dataset, tower, space and its points."""
+    entries = []
+    for metric in metrics:
+        rows = scores[scores["metric"] == metric]
+        for space in dict.fromkeys(rows["space"]):
+            part = scores[(scores["metric"] != metric) | (scores["space"] == space)]
+            frame = curves(part, metric)
+            for (dataset, tower), curve in frame.groupby(["dataset", "tower"], sort=False):
+                entries.append(
+                    {
+                        "metric": metric,
+                        "dataset": dataset,
+                        "tower": tower,
+                        "space": space,
+                        "pooling": str(curve["pooling"].iloc[0]),
+                        "points": [
+                            [p, *rounded([v, low, high, null]), int(n), int(seeds)]
+                            for p, v, low, high, null, n, seeds in zip(
+                                curve["position"],
+                                curve["value"],
+                                curve["low"],
+                                curve["high"],
+                                curve["null"],
+                                curve["n"].fillna(0),
+                                curve["seeds"],
+                            )
+                        ],
+                    }
+                )
+    return entries
+
+
+def matrix_entries(scores: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
+    """Return every matrix of a metric; agreement within a tower is filled symmetrically."""
+    rows = scores[(scores["metric"] == metric) & (scores["other_position"].astype(str) != "")]
+    entries = []
+    keys = ["dataset", "tower", "other_tower", "space"]
+    for (dataset, tower, other, space), part in rows.groupby(keys, sort=False):
+        grid = part.pivot_table(index="position", columns="other_position", values="value")
+        if tower == other:
+            grid = grid.combine_first(grid.T)
+        grid = grid.loc[sorted(grid.index, key=sort_key), sorted(grid.columns, key=sort_key)]
+        entries.append(
+            {
+                "metric": metric,
+                "dataset": dataset,
+                "tower": tower,
+                "other": other,
+                "space": space,
+                "rows": list(grid.index),
+                "columns": list(grid.columns),
+                "null": rounded([part["null"].mean()])[0],
+                "n": int(part["n"].max()),
+                "values": [rounded(values) for values in grid.to_numpy(float).tolist()],
+            }
+        )
+    order = {POOLED: 0}
+    return sorted(entries, key=lambda e: (order.get(e["dataset"], 1), e["tower"] == e["other"]))
+
+
+def validation_entry(validation: Validation) -> dict[str, Any]:
+    """Return the sweep and the predicted values of a validation."""
+    frame = validation.outcomes()
+    names = [
+        name
+        for name in (
+            "base",
+            "novel",
+            "hm",
+            "hm_low",
+            "hm_high",
+            "parameters",
+            "difference",
+            "difference_low",
+            "difference_high",
+        )
+        if name in frame.columns
+    ]
+    points = [
+        {
+            "placement": str(row["placement"]),
+            "chosen": bool(row["chosen"]),
+            "reference": str(row["placement"]) == validation.reference,
+            **dict(zip(names, rounded([row[name] for name in names]))),
+        }
+        for _, row in frame.iterrows()
+    ]
+    predicted: dict[str, dict[str, Any]] = {}
+    for _, row in validation.predicted.iterrows():
+        predicted.setdefault(str(row["score"]), {})[str(row["placement"])] = rounded(
+            [row["predicted"]]
+        )[0]
+    tau = {
+        str(row["score"]): rounded([row["tau"], row["low"], row["high"], row["p"]])
+        for _, row in validation.correlations.iterrows()
+    }
+    return {"points": points, "predicted": predicted, "tau": tau, "chosen": validation.chosen}
+
+
+def rounded(values: Any) -> list[float | None]:
+    """Return numbers to five significant digits; None where there is no finite number."""
+    return [
+        float(f"{float(v):.{DIGITS}g}") if v is not None and math.isfinite(float(v)) else None
+        for v in values
+    ]

@@ -1,0 +1,336 @@
+"""The tables of a report: the answer by block, how it was made, what training found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.report.numbers import Answer, Validation, join
+from vlmlayers.report.payload import metric_entry
+from vlmlayers.scores import refusals, score_cost
+from vlmlayers.selection import describe_blocks
+from vlmlayers.summaries import curves, metrics_by_shape
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of words: caption, headings, rows of cells."""
+
+    caption: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def bare(self) -> Table:
+        """Return the table without its caption, for where a heading says it."""
+        return replace(self, caption="")
+
+
+def tabular(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """Return a table with every cell as text."""
+    return Table(caption, tuple(headings), tuple(tuple(words(c) for c in row) for row in rows))
+
+
+def words(value: Any) -> str:
+    """Return a value as a table shows it."""
+    if value is None or (isinstance(value, float) and value != value):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {words(one)}" for key, one in value.items()) or "–"
+    return str(value)
+
+
+def answer_tables(answer: Answer) -> list[Table]:
+    """Return one table per tower: each block, the values behind it, chosen or not."""
+    return [_tower_table(answer, tower) for tower in answer.depths] + [position_table(answer)]
+
+
+def _tower_table(answer: Answer, tower: str) -> Table:
+    found = answer.choice.evidence.get("towers", {}).get(tower, {})
+    values = found.get("values", {})
+    headings = ["Block"]
+    for name, column in values.items():
+        headings.append(metric_entry(name)["label"])
+        if "normalised" in column:
+            headings.append(f"share of range (from {column.get('share', 0):.0%})")
+    frequency = found.get("frequency", [])
+    headings += ["Chosen", *(["Chosen in resamples"] if frequency else [])]
+    rows = []
+    for block in range(1, answer.depths[tower] + 1):
+        row: list[Any] = [str(block)]
+        for column in values.values():
+            row.append(float(column["value"][block - 1]))
+            if "normalised" in column:
+                row.append(f"{column['normalised'][block - 1]:.0%}")
+        row.append(block in answer.choice.blocks(tower))
+        rows.append([*row, *([f"{frequency[block - 1]:.0%}"] if frequency else [])])
+    return tabular(f"{tower.capitalize()} tower, block by block", headings, rows)
+
+
+def position_table(answer: Answer) -> Table:
+    """Return every metric that has a curve at every position, mean over datasets."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    shown = metrics_by_shape(answer.scores)["curve"]
+    for metric in shown:
+        frame = curves(answer.scores, metric)
+        for (tower, position), part in frame.groupby(["tower", "position"], sort=False):
+            pooled = part[part["dataset"] == "*"]
+            value = (pooled if len(pooled) else part)["value"].mean()
+            rows.setdefault((str(tower), str(position)), {})[metric] = float(value)
+    headings = ["Position", *(metric_entry(name)["label"] for name in shown)]
+    return tabular(
+        "Every position and metric, mean over datasets and seeds",
+        headings,
+        [
+            [f"{tower} {position}", *(values.get(name) for name in shown)]
+            for (tower, position), values in rows.items()
+        ],
+    )
+
+
+def validation_tables(validation: Validation | None) -> list[Table]:
+    """Return the placements by outcome, and how well each score predicted them."""
+    if validation is None:
+        return []
+    tables = []
+    frame = validation.outcomes().sort_values("hm", ascending=False)
+    headings = ["Placement", "Base", "Novel", "Harmonic mean", "Against the chosen", "Parameters"]
+    rows = []
+    for _, row in frame.iterrows():
+        name = str(row["placement"])
+        mark = (
+            " (chosen)"
+            if row["chosen"]
+            else " (the paper's)"
+            if name == validation.reference
+            else ""
+        )
+        rows.append(
+            [
+                name + mark,
+                *(_interval(row, key) for key in ("base", "novel", "hm")),
+                _interval(row, "difference"),
+                _whole(row.get("parameters")),
+            ]
+        )
+    tables.append(
+        tabular(
+            "Placements, best first, with 95 % intervals over datasets and seeds", headings, rows
+        )
+    )
+    if len(validation.correlations):
+        tables.append(
+            tabular(
+                "How well each placement score predicted the trained harmonic mean",
+                ["Placement score", "Kendall's τ", "low", "high", "permutation p"],
+                [
+                    [str(r["score"]), *(float(r[k]) for k in ("tau", "low", "high", "p"))]
+                    for _, r in validation.correlations.iterrows()
+                ],
+            )
+        )
+    return tables
+
+
+def _interval(row: pd.Series, key: str) -> str:
+    value = row.get(key)
+    if value is None or value != value:
+        return "–"
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    tail = f" [{low:.1f}, {high:.1f}]" if low is not None and low == low else ""
+    return f"{value:+.1f}{tail}" if key == "difference" else f"{value:.1f}{tail}"
+
+
+def _whole(value: Any) -> str:
+    return "–" if value is None or value != value else f"{int(value):,}"
+
+
+def made_tables(answer: Answer) -> list[Table]:
+    """Return how the run was made: model, datasets, options, cost, refusals, definitions."""
+    source = answer.provenance
+    tables = [_model_table(answer)]
+    if source.get("datasets"):
+        keys = ("title", "split", "items", "classes", "texts", "text", "template", "manifest_hash")
+        tables.append(
+            tabular(
+                "Datasets",
+                [
+                    "Dataset",
+                    "Title",
+                    "Split",
+                    "Images",
+                    "Classes",
+                    "Texts",
+                    "Text",
+                    "Template",
+                    "Manifest",
+                ],
+                [
+                    [name, *(one.get(key) for key in keys)]
+                    for name, one in source["datasets"].items()
+                ],
+            )
+        )
+    options = {
+        "extract": source.get("extract"),
+        "score": source.get("score"),
+        "select": source.get("select"),
+        "protocol": answer.scores.attrs.get("protocol"),
+    }
+    rows = [
+        [stage, key, value]
+        for stage, one in options.items()
+        if isinstance(one, dict)
+        for key, value in one.items()
+    ]
+    if rows:
+        tables.append(tabular("Options", ["Stage", "Option", "Value"], rows))
+    cost = score_cost(answer.scores)
+    if len(cost):
+        tables.append(
+            tabular(
+                "What each metric cost",
+                ["Metric", "Seconds", "Values"],
+                [
+                    [str(r["metric"]), float(r["seconds"]), int(r["rows"])]
+                    for _, r in cost.iterrows()
+                ],
+            )
+        )
+    tables += _refusal_tables(answer)
+    tables.append(
+        tabular(
+            "What the metrics mean",
+            ["Metric", "Definition"],
+            [
+                [name, metric_entry(name)["caption"]]
+                for names in metrics_by_shape(answer.scores).values()
+                for name in names
+            ],
+        )
+    )
+    return tables
+
+
+def _model_table(answer: Answer) -> Table:
+    source = answer.provenance
+    model, place = source.get("model", {}), source.get("environment", {})
+    rows: list[list[Any]] = [
+        ["Model", answer.model],
+        ["Weights", answer.weights + (" (UNTRAINED)" if answer.random_weights else "")],
+        ["Weights hash", model.get("weights_hash")],
+        ["Parameters", model.get("parameters")],
+    ]
+    for name, tower in model.get("towers", {}).items():
+        rows.append(
+            [
+                f"{name.capitalize()} tower",
+                f"{tower.get('blocks')} {tower.get('kind')} of width {tower.get('width')}",
+            ]
+        )
+    rows += [
+        ["Seed", source.get("seed")],
+        ["Device", source.get("extract", {}).get("device")],
+        ["Precision", source.get("extract", {}).get("precision")],
+        ["Machine", place.get("platform")],
+        ["Python", place.get("python")],
+        ["Versions", place.get("versions")],
+        ["Commit", place.get("commit") or None],
+        ["Scored", place.get("written")],
+    ]
+    return tabular("Model and machine", ["What", "Value"], [r for r in rows if r[1] is not None])
+
+
+def _refusal_tables(answer: Answer) -> list[Table]:
+    refused = refusals(answer.scores)
+    if refused.empty:
+        return []
+    grouped = refused.groupby(["metric", "reason"], sort=False)
+    rows = [
+        [metric, reason, ", ".join(dict.fromkeys(map(str, part["dataset"])))[:200], len(part)]
+        for (metric, reason), part in grouped
+    ]
+    return [tabular("Asked for and not computed", ["Metric", "Reason", "Datasets", "Times"], rows)]
+
+
+def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
+    """Return one row per run of a comparison."""
+    rows = []
+    for name, answer in answers:
+        rows.append(
+            [
+                name,
+                answer.weights + (" (UNTRAINED)" if answer.random_weights else ""),
+                join(f"{tower} {depth}" for tower, depth in answer.depths.items()),
+                describe_blocks(answer.choice.vision),
+                describe_blocks(answer.choice.text),
+                answer.choice.decided,
+                answer.parameters(answer.choice),
+                *_ends(answer, "dataset_accuracy"),
+                _last(answer, "centroid_gap"),
+                _best(answer.validation),
+            ]
+        )
+    return tabular(
+        "The answers",
+        [
+            "Run",
+            "Weights",
+            "Blocks",
+            "Adapt vision",
+            "Adapt text",
+            "Decided",
+            "Parameters",
+            "Vision dataset accuracy, embed",
+            "at the end",
+            "Gap at the end",
+            "Trained HM",
+        ],
+        rows,
+    )
+
+
+def _ends(answer: Answer, metric: str) -> tuple[float | None, float | None]:
+    if metric not in set(answer.scores["metric"]):
+        return None, None
+    frame = curves(answer.scores, metric)
+    frame = frame[frame["tower"] == "vision"]
+    if frame.empty:
+        return None, None
+    by_position = frame.groupby("order")["value"].mean()
+    return float(by_position.iloc[0]), float(by_position.iloc[-1])
+
+
+def _last(answer: Answer, metric: str) -> float | None:
+    return _ends(answer, metric)[1]
+
+
+def _best(validation: Validation | None) -> str | None:
+    if validation is None or validation.chosen not in set(validation.placements["placement"]):
+        return None
+    frame = validation.placements.set_index("placement")["hm"]
+    return f"{frame[validation.chosen]:.1f} (best {frame.max():.1f})"
+
+
+def differences(answers: Sequence[tuple[str, Answer]]) -> Table:
+    """Return what the runs were made of, one column per run, rows that differ first."""
+    facts: dict[str, list[str]] = {}
+    for index, (_, answer) in enumerate(answers):
+        for what, value in _model_table(answer).rows:
+            facts.setdefault(what, ["–"] * len(answers))[index] = value
+        names = words(sorted(n for n in answer.provenance.get("datasets", {})))
+        facts.setdefault("Datasets", ["–"] * len(answers))[index] = names
+    ordered = sorted(facts.items(), key=lambda item: len(set(item[1])) == 1)
+    return tabular(
+        "", ["What", *(name for name, _ in answers)], [[what, *values] for what, values in ordered]
+    )

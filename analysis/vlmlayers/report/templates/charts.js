@@ -1,0 +1,502 @@
+"use strict";
+// Charts of a report: plain SVG drawn from the JSON in the page. Nothing is fetched.
+(() => {
+  const DATA = JSON.parse(document.getElementById("data").textContent);
+  const NS = "http://www.w3.org/2000/svg";
+  const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif";
+  const TOWER = { vision: "#0072B2", text: "#C04F00" };
+  const COLOURS = ["#0072B2", "#C04F00", "#007E5D", "#B5568F", "#8A6D00", "#2F8FC4", "#4D4D4D",
+    "#7A3E9D", "#9C2F2F", "#5B7F00"];
+  const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
+  const CIVIDIS = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115],
+    [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56]];
+  const POOLED = "all datasets, pooled", MEAN = "mean over datasets";
+
+  const node = (name, attributes = {}, text) => {
+    const made = document.createElementNS(NS, name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    if (text !== undefined) made.textContent = text;
+    return made;
+  };
+  const html = (name, properties = {}, ...children) => {
+    const made = Object.assign(document.createElement(name), properties);
+    made.append(...children);
+    return made;
+  };
+  const show = (value) => value === null || value === undefined || !Number.isFinite(value) ? "–"
+    : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3));
+  const isBlock = (position) => /^[0-9]+$/.test(position);
+  const title = (word) => word.charAt(0).toUpperCase() + word.slice(1);
+  const datasetLabel = (name) => name === "*" ? POOLED : name === "" ? MEAN : name;
+  const unique = (list) => [...new Set(list)];
+  const mean = (list) => {
+    const known = list.filter((v) => v !== null && v !== undefined);
+    return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
+  };
+  const colour = (share) => {
+    const at = Math.min(1, Math.max(0, share)) * (CIVIDIS.length - 1);
+    const low = Math.floor(at), high = Math.min(low + 1, CIVIDIS.length - 1);
+    const mix = CIVIDIS[low].map((c, i) => Math.round(c + (CIVIDIS[high][i] - c) * (at - low)));
+    return `rgb(${mix.join(",")})`;
+  };
+  const ticks = (low, high, count = 5) => {
+    const rough = (high - low) / count || 1;
+    const power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough) || 10 * power;
+    const found = [];
+    for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) {
+      found.push(+v.toPrecision(12));
+    }
+    return found;
+  };
+
+  // One axis for both towers: block numbers where depths agree, else relative depth.
+  const depthAxis = (towers, tail, depth = DATA.depth) => {
+    const depths = towers.map((t) => depth[t]);
+    const longest = Math.max(...depths), equal = new Set(depths).size === 1;
+    const step = Math.max(1, longest / 12);
+    const ends = ["final", "proj"].filter((p) => tail.has(p));
+    const x = (tower, position) => isBlock(position) ? Number(position) * longest / depth[tower]
+      : position === "embed" ? 0 : longest + (ends.indexOf(position) + 1) * step;
+    const every = Math.ceil(longest / 12);
+    const marks = [{ x: 0, label: "Embed" }];
+    if (equal) for (let b = every; b <= longest; b += every) marks.push({ x: b, label: String(b) });
+    else for (const share of [0.25, 0.5, 0.75, 1]) marks.push({ x: share * longest, label: String(share) });
+    for (const end of ends) marks.push({ x: x("", end), label: title(end) });
+    return { x, marks, low: -0.4 * step, high: longest + ends.length * step + 0.4 * step,
+      label: equal ? "Block" : "Relative depth", half: (tower) => longest / depth[tower] / 2 };
+  };
+
+  const frame = (plot, height, margins) => {
+    const width = Math.max(280, Math.round(plot.clientWidth || 640));
+    plot.querySelectorAll("svg, .tip").forEach((old) => old.remove());
+    const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, width, height, "font-family": FONT,
+      "font-size": 12, role: "img", "aria-label": plot.dataset.alt || "Chart", xmlns: NS });
+    plot.prepend(svg);
+    const tip = html("div", { className: "tip", hidden: true });
+    plot.append(tip);
+    return { svg, tip, width, height, left: margins.left, right: width - margins.right,
+      top: margins.top, bottom: height - margins.bottom };
+  };
+  const live = (plot) => plot.querySelector(".live") ||
+    plot.appendChild(html("div", { className: "live", ariaLive: "polite", role: "status" }));
+  const placeTip = (plot, area, x, y, heading, lines) => {
+    area.tip.replaceChildren(html("b", { textContent: heading }),
+      ...lines.map((line) => html("span", { textContent: line })));
+    area.tip.hidden = false;
+    const scale = plot.clientWidth / area.width, wide = area.tip.offsetWidth;
+    const left = Math.min(Math.max(0, x * scale + 12), Math.max(0, plot.clientWidth - wide));
+    area.tip.style.left = `${x * scale + 12 + wide > plot.clientWidth ? Math.max(0, x * scale - wide - 12) : left}px`;
+    area.tip.style.top = `${Math.max(0, y * scale)}px`;
+  };
+  const pointer = (plot, area, event) => {
+    const box = area.svg.getBoundingClientRect();
+    return [(event.clientX - box.left) * area.width / box.width,
+      (event.clientY - box.top) * area.height / box.height];
+  };
+  // Pointer and arrow keys move over the same stops; what is under them is also read aloud.
+  const explore = (plot, area, stops, locate, tell) => {
+    let current = -1;
+    const go = (index, aloud) => {
+      current = Math.min(stops - 1, Math.max(0, index));
+      const said = tell(current);
+      if (aloud) live(plot).textContent = said;
+    };
+    const leave = () => { area.tip.hidden = true; tell(-1); };
+    plot.onpointermove = (event) => { const at = locate(...pointer(plot, area, event)); if (at >= 0) go(at, false); else leave(); };
+    plot.onpointerdown = plot.onpointermove;
+    plot.onpointerleave = leave;
+    plot.onblur = leave;
+    plot.onkeydown = (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: plot.rowLength || 1, ArrowUp: -(plot.rowLength || 1) }[event.key];
+      if (step && stops) { event.preventDefault(); go(current < 0 ? 0 : current + step, true); }
+      if (event.key === "Escape") leave();
+    };
+  };
+
+  const lineChart = (plot, spec) => {
+    plot.dataset.alt = spec.alt;
+    const narrow = plot.clientWidth < 520;
+    const legendRows = Math.ceil(spec.series.length / (narrow ? 2 : 4));
+    const area = frame(plot, (narrow ? 300 : 360) + legendRows * 18,
+      { left: 52, right: 14, top: 12 + legendRows * 18, bottom: spec.slanted ? 92 : 46 });
+    const { svg, left, right, top, bottom } = area;
+    const all = spec.series.flatMap((s) => s.points.flatMap((p) => [p.value, p.low, p.high]))
+      .concat(spec.chance || []).filter((v) => v !== null && v !== undefined);
+    let low = Math.min(...all), high = Math.max(...all);
+    const room = (high - low || Math.abs(high) || 1) * 0.06;
+    low -= low >= 0 && low < room ? low : room;
+    high += room;
+    const X = (v) => left + (v - spec.axis.low) / (spec.axis.high - spec.axis.low) * (right - left);
+    const Y = (v) => bottom - (v - low) / (high - low) * (bottom - top);
+    for (const band of spec.shade || []) {
+      const [from, to] = [Math.max(left, X(band.from)), Math.min(right, X(band.to))];
+      const halves = { whole: [top, bottom], lower: [(top + bottom) / 2, bottom], upper: [top, (top + bottom) / 2] }[band.part];
+      svg.append(node("rect", { x: from, y: halves[0], width: Math.max(0, to - from), height: halves[1] - halves[0],
+        fill: band.colour, opacity: 0.09 }));
+    }
+    for (const v of ticks(low, high)) {
+      svg.append(node("line", { x1: left, x2: right, y1: Y(v), y2: Y(v), stroke: "#E3E3E8" }),
+        node("text", { x: left - 8, y: Y(v) + 4, "text-anchor": "end", fill: "#55555E" }, show(v)));
+    }
+    let lastLabel = -99;
+    for (const mark of spec.axis.marks) {
+      svg.append(node("line", { x1: X(mark.x), x2: X(mark.x), y1: bottom, y2: bottom + 4, stroke: "#8B8B95" }));
+      const need = spec.slanted ? 13 : 4 + mark.label.length * 6.6;
+      if (X(mark.x) - lastLabel < need && !mark.must) continue;
+      lastLabel = X(mark.x);
+      const label = node("text", { x: X(mark.x), y: bottom + 18, "text-anchor": spec.slanted ? "end" : "middle", fill: "#55555E" }, mark.label);
+      if (spec.slanted) label.setAttribute("transform", `rotate(-45 ${X(mark.x)} ${bottom + 12})`);
+      svg.append(label);
+    }
+    svg.append(node("line", { x1: left, x2: right, y1: bottom, y2: bottom, stroke: "#8B8B95" }),
+      node("text", { x: (left + right) / 2, y: area.height - 6, "text-anchor": "middle", fill: "#1B1B1F" }, spec.axis.label),
+      node("text", { x: 13, y: (top + bottom) / 2, "text-anchor": "middle", fill: "#1B1B1F",
+        transform: `rotate(-90 13 ${(top + bottom) / 2})` }, spec.yLabel));
+    if (spec.chance && spec.chance.length) {
+      const [from, to] = [Math.max(...spec.chance), Math.min(...spec.chance)];
+      svg.append(node("rect", { x: left, y: Y(from), width: right - left, height: Math.max(0, Y(to) - Y(from)), fill: "#6B6B6B", opacity: 0.12 }),
+        node("line", { x1: left, x2: right, y1: Y((from + to) / 2), y2: Y((from + to) / 2), stroke: "#6B6B6B", "stroke-dasharray": "5 3" }),
+        node("text", { x: right, y: Y((from + to) / 2) - 5, "text-anchor": "end", fill: "#55555E" }, "Chance"));
+    }
+    spec.series.forEach((s, i) => {
+      const path = (pick) => s.points.map((p, k) => `${k ? "L" : "M"}${X(p.x).toFixed(1)} ${Y(pick(p)).toFixed(1)}`).join("");
+      const banded = s.points.filter((p) => p.low !== null && p.low !== undefined && p.high !== null);
+      if (spec.bands !== false && banded.length > 1) {
+        const back = [...banded].reverse().map((p) => `L${X(p.x).toFixed(1)} ${Y(p.low).toFixed(1)}`).join("");
+        const there = banded.map((p, k) => `${k ? "L" : "M"}${X(p.x).toFixed(1)} ${Y(p.high).toFixed(1)}`).join("");
+        svg.append(node("path", { d: `${there}${back}Z`, fill: s.colour, opacity: 0.15, class: "band" }));
+      }
+      svg.append(node("path", { d: path((p) => p.value), fill: "none", stroke: s.colour, "stroke-width": 2,
+        "stroke-dasharray": s.dash || "none", "stroke-linejoin": "round", class: "series" }));
+      for (const p of s.points) {
+        svg.append(i % 2 ? node("rect", { x: X(p.x) - 3, y: Y(p.value) - 3, width: 6, height: 6, fill: s.colour })
+          : node("circle", { cx: X(p.x), cy: Y(p.value), r: 3.2, fill: s.colour }));
+      }
+      const columns = narrow ? 2 : 4, cell = (right - left) / columns;
+      const [lx, ly] = [left + (i % columns) * cell, 12 + Math.floor(i / columns) * 18];
+      const room = Math.floor((cell - 34) / 6.4);
+      svg.append(node("line", { x1: lx, x2: lx + 22, y1: ly, y2: ly, stroke: s.colour, "stroke-width": 2, "stroke-dasharray": s.dash || "none" }),
+        node("text", { x: lx + 28, y: ly + 4, fill: "#1B1B1F" }, s.name.length > room ? `${s.name.slice(0, room - 1)}…` : s.name));
+    });
+    if (DATA.random) svg.append(node("text", { x: right, y: top + 12, "text-anchor": "end", fill: "#8A1F1F", "font-weight": 600 }, "random weights"));
+    const stops = unique(spec.series.flatMap((s) => s.points.map((p) => p.x))).sort((a, b) => a - b);
+    const rule = svg.appendChild(node("line", { y1: top, y2: bottom, stroke: "#55555E", "stroke-dasharray": "2 2", visibility: "hidden" }));
+    explore(plot, area, stops.length, (x, y) => {
+      if (!stops.length || y < top - 8 || y > bottom + 8) return -1;
+      return stops.reduce((best, s, i) => Math.abs(X(s) - x) < Math.abs(X(stops[best]) - x) ? i : best, 0);
+    }, (index) => {
+      rule.setAttribute("visibility", index < 0 ? "hidden" : "visible");
+      if (index < 0) return "";
+      const at = X(stops[index]);
+      rule.setAttribute("x1", at); rule.setAttribute("x2", at);
+      const here = spec.series.map((s) => [s, s.points.find((p) => Math.abs(p.x - stops[index]) < 1e-6)]).filter(([, p]) => p);
+      const heading = unique(here.map(([, p]) => p.label)).join(" / ");
+      const lines = here.map(([s, p]) => `${s.name} ${show(p.value)}` +
+        (p.low !== null && p.low !== undefined ? ` [${show(p.low)}, ${show(p.high)}]` : "") + (p.more ? ` ${p.more}` : ""));
+      placeTip(plot, area, at, top + 6, heading, lines);
+      return `${heading}: ${lines.join(", ")}`;
+    });
+  };
+
+  const heatmap = (plot, spec) => {
+    plot.dataset.alt = spec.alt;
+    const names = spec.rows.map(String);
+    const width = Math.max(280, plot.clientWidth || 640);
+    const longest = Math.min(Math.max(...names.map((n) => n.length)) * 6.8, width * 0.34);
+    const left = Math.max(58, longest + 30);
+    const cell = Math.min(spec.square ? 34 : 46, (width - left - 14) / spec.columns.length);
+    const tall = spec.square ? cell : 28;
+    const area = frame(plot, Math.round(tall * names.length + 120), { left, right: 14, top: 46, bottom: 74 });
+    const { svg, top } = area;
+    const known = spec.values.flat().filter((v) => v !== null);
+    const low = Math.min(...known), high = Math.max(...known);
+    const bottom = top + tall * names.length;
+    const fit = Math.floor(longest / 6.4);
+    const every = Math.max(1, Math.ceil(14 / cell));
+    names.forEach((name, r) => {
+      if (!spec.square || r % Math.ceil(13 / tall) === 0) svg.append(node("text", { x: left - 8, y: top + (r + 0.5) * tall + 4, "text-anchor": "end", fill: "#55555E" },
+        name.length > fit && fit > 3 ? `${name.slice(0, fit - 1)}…` : title(name)));
+      spec.columns.forEach((column, c) => {
+        const value = spec.values[r][c];
+        svg.append(node("rect", { x: left + c * cell, y: top + r * tall, width: cell + 0.3, height: tall + 0.3,
+          fill: value === null ? "#EFEFF2" : colour((value - low) / (high - low || 1)), class: "cell" }));
+      });
+    });
+    spec.columns.forEach((column, c) => {
+      if (c % every && isBlock(column)) return;
+      const x = left + (c + 0.5) * cell;
+      const wide = !isBlock(column);
+      const label = node("text", { x, y: bottom + 16, "text-anchor": wide ? "end" : "middle", fill: "#55555E" }, title(column));
+      if (wide) label.setAttribute("transform", `rotate(-60 ${x} ${bottom + 12})`);
+      svg.append(label);
+    });
+    const mark = (blocks, names, tower, vertical) => (blocks || []).forEach((b) => {
+      const at = names.indexOf(String(b));
+      if (at < 0) return;
+      svg.append(vertical ? node("rect", { x: left - 5, y: top + at * tall, width: 4, height: tall, fill: TOWER[tower] })
+        : node("rect", { x: left + at * cell, y: bottom + 1, width: cell, height: 4, fill: TOWER[tower] }));
+    });
+    if (spec.rowTower) mark(DATA.choice[spec.rowTower], spec.rows, spec.rowTower, true);
+    if (spec.columnTower) mark(DATA.choice[spec.columnTower], spec.columns, spec.columnTower, false);
+    const bar = Math.min(200, width - left - 110);
+    for (let i = 0; i < 40; i++) svg.append(node("rect", { x: left + i * bar / 40, y: 14, width: bar / 40 + 0.5, height: 10, fill: colour(i / 39) }));
+    svg.append(node("text", { x: left, y: 38, fill: "#55555E" }, show(low)),
+      node("text", { x: left + bar, y: 38, "text-anchor": "end", fill: "#55555E" }, show(high)),
+      node("text", { x: left + spec.columns.length * cell / 2, y: bottom + 62, "text-anchor": "middle", fill: "#1B1B1F" }, spec.xLabel),
+      node("text", { x: 13, y: (top + bottom) / 2, "text-anchor": "middle", fill: "#1B1B1F", transform: `rotate(-90 13 ${(top + bottom) / 2})` }, spec.yLabel));
+    if (DATA.random) svg.append(node("text", { x: area.right, y: 24, "text-anchor": "end", fill: "#8A1F1F", "font-weight": 600 }, "random weights"));
+    const ring = svg.appendChild(node("rect", { width: cell, height: tall, fill: "none", stroke: "#fff", "stroke-width": 2, visibility: "hidden" }));
+    plot.rowLength = spec.columns.length;
+    explore(plot, area, names.length * spec.columns.length, (x, y) => {
+      const c = Math.floor((x - left) / cell), r = Math.floor((y - top) / tall);
+      return c < 0 || r < 0 || c >= spec.columns.length || r >= names.length ? -1 : r * spec.columns.length + c;
+    }, (index) => {
+      ring.setAttribute("visibility", index < 0 ? "hidden" : "visible");
+      if (index < 0) return "";
+      const r = Math.floor(index / spec.columns.length), c = index % spec.columns.length;
+      ring.setAttribute("x", left + c * cell); ring.setAttribute("y", top + r * tall);
+      const heading = spec.name(names[r], spec.columns[c]), said = show(spec.values[r][c]);
+      placeTip(plot, area, left + (c + 1) * cell, top + r * tall, heading, [`${spec.measure} ${said}`]);
+      return `${heading}: ${said}`;
+    });
+  };
+
+  const barChart = (plot, spec) => {
+    plot.dataset.alt = spec.alt;
+    const area = frame(plot, 230, { left: 52, right: 14, top: 30, bottom: 46 });
+    const { svg, left, right, top, bottom } = area;
+    const X = (v) => left + (v - spec.axis.low) / (spec.axis.high - spec.axis.low) * (right - left);
+    const Y = (v) => bottom - v * (bottom - top);
+    for (const v of [0, 0.25, 0.5, 0.75, 1]) svg.append(
+      node("line", { x1: left, x2: right, y1: Y(v), y2: Y(v), stroke: "#E3E3E8" }),
+      node("text", { x: left - 8, y: Y(v) + 4, "text-anchor": "end", fill: "#55555E" }, `${v * 100} %`));
+    for (const mark of spec.axis.marks) svg.append(node("text", { x: X(mark.x), y: bottom + 18, "text-anchor": "middle", fill: "#55555E" }, mark.label));
+    svg.append(node("text", { x: (left + right) / 2, y: area.height - 6, "text-anchor": "middle", fill: "#1B1B1F" }, spec.axis.label));
+    spec.bars.forEach((b) => svg.append(node("rect", { x: X(b.from), y: Y(b.value), width: Math.max(1, X(b.to) - X(b.from)),
+      height: bottom - Y(b.value), fill: b.colour, opacity: b.chosen ? 1 : 0.38, class: "bar" })));
+    spec.legend.forEach((l, i) => svg.append(node("rect", { x: left + i * 130, y: 6, width: 12, height: 12, fill: l.colour }),
+      node("text", { x: left + i * 130 + 18, y: 16, fill: "#1B1B1F" }, l.name)));
+    if (DATA.random) svg.append(node("text", { x: right, y: 16, "text-anchor": "end", fill: "#8A1F1F", "font-weight": 600 }, "random weights"));
+    explore(plot, area, spec.bars.length, (x, y) => y < top - 20 || y > bottom ? -1 : spec.bars.findIndex((b) => x >= X(b.from) && x <= X(b.to)), (index) => {
+      if (index < 0) return "";
+      const b = spec.bars[index];
+      placeTip(plot, area, X(b.to), top, b.label, [`chosen in ${Math.round(b.value * 100)} % of resamples`]);
+      return `${b.label}: ${Math.round(b.value * 100)} %`;
+    });
+  };
+
+  const scatter = (plot, spec) => {
+    plot.dataset.alt = spec.alt;
+    const area = frame(plot, plot.clientWidth < 520 ? 300 : 380, { left: 58, right: 20, top: 14, bottom: 48 });
+    const { svg, left, right, top, bottom } = area;
+    const span = (pick) => { const v = spec.points.map(pick), a = Math.min(...v), b = Math.max(...v), pad = (b - a || 1) * 0.08; return [a - pad, b + pad]; };
+    const [x0, x1] = span((p) => p.x), [y0, y1] = span((p) => p.y);
+    const X = (v) => left + (v - x0) / (x1 - x0) * (right - left), Y = (v) => bottom - (v - y0) / (y1 - y0) * (bottom - top);
+    for (const v of ticks(y0, y1)) svg.append(node("line", { x1: left, x2: right, y1: Y(v), y2: Y(v), stroke: "#E3E3E8" }),
+      node("text", { x: left - 8, y: Y(v) + 4, "text-anchor": "end", fill: "#55555E" }, show(v)));
+    for (const v of ticks(x0, x1, plot.clientWidth < 520 ? 3 : 5)) svg.append(node("text", { x: X(v), y: bottom + 18, "text-anchor": "middle", fill: "#55555E" }, show(v)));
+    svg.append(node("text", { x: (left + right) / 2, y: area.height - 8, "text-anchor": "middle", fill: "#1B1B1F" }, spec.xLabel),
+      node("text", { x: 13, y: (top + bottom) / 2, "text-anchor": "middle", fill: "#1B1B1F", transform: `rotate(-90 13 ${(top + bottom) / 2})` }, spec.yLabel));
+    for (const p of spec.points) {
+      svg.append(node("circle", { cx: X(p.x), cy: Y(p.y), r: p.chosen ? 8 : 5.5, fill: p.chosen ? "#007E5D" : p.reference ? "#B5568F" : "#0072B2",
+        stroke: "#fff", "stroke-width": 1.5, class: "point" }));
+      if (p.chosen || p.reference) svg.append(node("text", { x: X(p.x) + 10, y: Y(p.y) - 8, fill: "#1B1B1F" }, p.chosen ? "chosen" : "paper"));
+    }
+    explore(plot, area, spec.points.length, (x, y) => {
+      const far = spec.points.map((p) => Math.hypot(X(p.x) - x, Y(p.y) - y)), near = far.indexOf(Math.min(...far));
+      return far[near] < 30 ? near : -1;
+    }, (index) => {
+      if (index < 0) return "";
+      const p = spec.points[index], lines = [`${spec.xLabel} ${show(p.x)}`, `${spec.yLabel} ${show(p.y)}`];
+      placeTip(plot, area, X(p.x), Y(p.y), p.label, lines);
+      return `${p.label}: ${lines.join(", ")}`;
+    });
+  };
+
+  const table = (figure, headings, rows) => {
+    const place = figure.querySelector(".values");
+    if (!place) return;
+    const head = html("tr", {}, ...headings.map((h) => html("th", { textContent: h, scope: "col" })));
+    place.replaceChildren(html("table", {}, html("thead", {}, head), html("tbody", {},
+      ...rows.map((row) => html("tr", {}, ...row.map((v) => html("td", { textContent: typeof v === "number" ? show(v) : v ?? "–",
+        className: typeof v === "number" ? "number" : "" })))))));
+    figure.csv = [headings, ...rows].map((row) => row.map(quote).join(",")).join("\r\n");
+  };
+  // A cell that a spreadsheet would run as a formula is written as text.
+  const quote = (value) => {
+    const text = value === null || value === undefined ? "" : String(value);
+    const safe = typeof value !== "number" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
+    return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  };
+  const save = (name, blob) => {
+    const url = URL.createObjectURL(blob), link = html("a", { href: url, download: name });
+    document.body.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  };
+  const standalone = (svg) => {
+    const copy = svg.cloneNode(true);
+    copy.prepend(node("rect", { width: "100%", height: "100%", fill: "#fff" }));
+    return new XMLSerializer().serializeToString(copy);
+  };
+  const download = (figure, kind) => {
+    const svg = figure.querySelector(".plot svg"), stem = figure.dataset.chart;
+    if (kind === "csv") return save(`${stem}.csv`, new Blob([figure.csv || ""], { type: "text/csv" }));
+    if (!svg) return undefined;
+    const text = standalone(svg);
+    if (kind === "svg") return save(`${stem}.svg`, new Blob([text], { type: "image/svg+xml" }));
+    const image = new Image();
+    image.onload = () => {
+      const canvas = html("canvas", { width: svg.viewBox.baseVal.width * 2, height: svg.viewBox.baseVal.height * 2 });
+      canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+      canvas.toBlob((blob) => save(`${stem}.png`, blob));
+    };
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;
+    return undefined;
+  };
+
+  const fill = (select, options, keep = true) => {
+    const before = select.value;
+    select.replaceChildren(...options.map(([value, label]) => html("option", { value, textContent: label })));
+    if (keep && options.some(([value]) => value === before)) select.value = before;
+    select.closest("label").hidden = options.length < 2;
+  };
+  const shade = (axis, towers) => towers.flatMap((tower) => (DATA.choice?.[tower] || []).map((b) => ({
+    from: axis.x(tower, String(b)) - axis.half(tower), to: axis.x(tower, String(b)) + axis.half(tower),
+    colour: TOWER[tower], part: towers.length === 1 ? "whole" : tower === "vision" ? "lower" : "upper" })));
+  const averaged = (entries) => {
+    const byPosition = new Map();
+    for (const entry of entries) for (const p of entry.points) byPosition.set(p[0], [...(byPosition.get(p[0]) || []), p]);
+    return [...byPosition].map(([position, ps]) => [position, ...[1, 2, 3, 4].map((k) => mean(ps.map((p) => p[k]))), ps.reduce((a, p) => a + p[5], 0), 0]);
+  };
+  const asPoint = (axis, tower) => ([position, value, low, high, nothing, n, seeds]) => ({ x: axis.x(tower, position),
+    label: isBlock(position) ? `${title(tower)} block ${position}` : title(position), value, low, high, null: nothing, n, seeds, position });
+
+  const caption = (figure, text) => { const place = figure.querySelector(".about"); if (place) place.textContent = text; };
+  const controls = (figure) => Object.fromEntries([...figure.querySelectorAll("[data-control]")].map((c) => [c.dataset.control, c]));
+
+  const charts = {
+    curves(figure, c) {
+      const metric = c.metric.value, here = DATA.curves.filter((e) => e.metric === metric);
+      const names = unique(here.map((e) => e.dataset));
+      const separate = names.filter((n) => n !== "*");
+      fill(c.dataset, [...(names.includes("*") ? [["*", POOLED]] : [["", MEAN]]), ...separate.map((n) => [n, n])]);
+      fill(c.space, unique(here.map((e) => e.space)).map((s) => [s, s]));
+      const towers = ["vision", "text"].filter((t) => c[t].checked);
+      const found = towers.map((tower) => {
+        const entries = here.filter((e) => e.tower === tower && e.space === c.space.value && (c.dataset.value === "" || e.dataset === c.dataset.value));
+        return [tower, entries.length > 1 ? averaged(entries) : entries[0]?.points || []];
+      }).filter(([, points]) => points.length);
+      const plot = figure.querySelector(".plot"), label = DATA.metrics[metric].label;
+      const tail = new Set(found.flatMap(([, points]) => points.map((p) => p[0])));
+      const axis = depthAxis(found.length ? found.map(([t]) => t) : ["vision"].filter((t) => t in DATA.depth), tail);
+      const series = found.map(([tower, points]) => ({ name: title(tower), colour: TOWER[tower], points: points.map(asPoint(axis, tower)) }));
+      const nulls = found.flatMap(([, points]) => points.map((p) => p[4])).filter((v) => v !== null);
+      caption(figure, `${DATA.metrics[metric].caption} ${title(datasetLabel(c.dataset.value))}. Bands: 95 % interval over items and seeds. Shaded: the chosen blocks, text above, vision below.`);
+      if (!series.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
+      lineChart(plot, { series, axis, yLabel: label, chance: nulls.length ? [Math.min(...nulls), Math.max(...nulls)] : [],
+        shade: shade(axis, found.map(([t]) => t)), bands: c.bands.checked, alt: `${label} along depth, ${datasetLabel(c.dataset.value)}; the values are in the table below.` });
+      table(figure, ["tower", "position", label, "low", "high", "chance", "n"], series.flatMap((s) => s.points.map((p) => [s.name, p.position, p.value, p.low, p.high, p.null, p.n])));
+    },
+    datasets(figure, c) {
+      const metric = c.metric.value;
+      fill(c.tower, unique(DATA.curves.filter((e) => e.metric === metric && e.dataset !== "*").map((e) => e.tower)).map((t) => [t, title(t)]));
+      const tower = c.tower.value, here = DATA.curves.filter((e) => e.metric === metric && e.tower === tower && e.dataset !== "*");
+      const first = here[0]?.space, entries = here.filter((e) => e.space === first), label = DATA.metrics[metric].label;
+      const tail = new Set(entries.flatMap((e) => e.points.map((p) => p[0])));
+      const axis = depthAxis([tower], tail);
+      const plot = figure.querySelector(".plot");
+      caption(figure, DATA.metrics[metric].caption);
+      const rows = entries.flatMap((e) => e.points.map((p) => [e.dataset, p[0], p[1], p[2], p[3], p[4], p[5]]));
+      if (c.form.value === "lines") {
+        plot.rowLength = undefined;
+        const nulls = entries.flatMap((e) => e.points.map((p) => p[4])).filter((v) => v !== null);
+        lineChart(plot, { axis, yLabel: label, shade: shade(axis, [tower]), chance: nulls.length ? [Math.min(...nulls), Math.max(...nulls)] : [],
+          series: entries.map((e, i) => ({ name: e.dataset, colour: COLOURS[i % COLOURS.length], dash: DASHES[Math.floor(i / 2) % DASHES.length], points: e.points.map(asPoint(axis, tower)) })),
+          alt: `${label} per dataset along the ${tower} tower; the values are in the table below.` });
+      } else {
+        const columns = entries[0].points.map((p) => p[0]);
+        heatmap(plot, { rows: entries.map((e) => e.dataset), columns, columnTower: tower, xLabel: `${title(tower)} position`, yLabel: "", measure: label,
+          values: entries.map((e) => columns.map((n) => e.points.find((p) => p[0] === n)?.[1] ?? null)), name: (row, column) => `${row}, ${column}`,
+          alt: `${label} per dataset and ${tower} position; the values are in the table below.` });
+      }
+      table(figure, ["dataset", "position", label, "low", "high", "chance", "n"], rows);
+    },
+    agreement(figure, c) {
+      const here = DATA.matrices.filter((e) => e.metric === c.metric.value);
+      fill(c.pair, unique(here.map((e) => `${e.tower} × ${e.other}`)).map((p) => [p, p]));
+      const paired = here.filter((e) => `${e.tower} × ${e.other}` === c.pair.value);
+      fill(c.dataset, unique(paired.map((e) => e.dataset)).map((n) => [n, datasetLabel(n)]));
+      const entry = paired.find((e) => e.dataset === c.dataset.value), label = DATA.metrics[c.metric.value].label;
+      caption(figure, `${DATA.metrics[c.metric.value].caption} n ${entry.n}. The bars at the axes mark the chosen blocks.`);
+      heatmap(figure.querySelector(".plot"), { rows: entry.rows, columns: entry.columns, values: entry.values, square: true,
+        rowTower: entry.tower, columnTower: entry.other, measure: label, xLabel: `${title(entry.other)} position`, yLabel: `${title(entry.tower)} position`,
+        name: (row, column) => `${entry.tower} ${row} × ${entry.other} ${column}`, alt: `${label}, ${c.pair.value}; the values are in the table below.` });
+      table(figure, [`${entry.tower} \\ ${entry.other}`, ...entry.columns], entry.rows.map((name, r) => [name, ...entry.values[r]]));
+    },
+    frequency(figure) {
+      const towers = Object.keys(DATA.frequency), axis = depthAxis(towers, new Set());
+      axis.marks = axis.marks.slice(1);
+      axis.low = 0.3;
+      axis.high = Math.max(...towers.map((t) => DATA.depth[t])) + 0.7;
+      const bars = towers.flatMap((tower, i) => DATA.frequency[tower].map((value, b) => {
+        const middle = axis.x(tower, String(b + 1)), half = axis.half(tower) * 0.86, wide = 2 * half / towers.length;
+        return { from: middle - half + i * wide, to: middle - half + (i + 1) * wide - 0.03, value, colour: TOWER[tower],
+          chosen: DATA.choice[tower].includes(b + 1), label: `${title(tower)} block ${b + 1}`, block: b + 1, tower };
+      })).sort((a, b) => a.from - b.from);
+      barChart(figure.querySelector(".plot"), { bars, axis, legend: towers.map((t) => ({ name: title(t), colour: TOWER[t] })),
+        alt: "Share of resamples in which each block is chosen; the values are in the table below." });
+      table(figure, ["tower", "block", "share", "chosen"], bars.map((b) => [b.tower, String(b.block), b.value, b.chosen ? "yes" : "no"]));
+    },
+    sweep(figure, c) {
+      const points = DATA.validation.points.map((p, i) => ({ ...p, i }));
+      const names = [["base", "Base", "#2F8FC4"], ["novel", "Novel", "#C04F00"], ["hm", "Harmonic mean", "#222222"]].filter(([k]) => c[k].checked);
+      const axis = { low: -0.6, high: points.length - 0.4, label: "", marks: points.map((p) => ({ x: p.i, label: p.placement })) };
+      const place = (k) => (p) => ({ x: p.i, label: p.placement, value: p[k], low: p[`${k}_low`] ?? null, high: p[`${k}_high`] ?? null });
+      if (names.length) lineChart(figure.querySelector(".plot"), { axis, slanted: true, yLabel: "Accuracy (%)", shade: points.filter((p) => p.chosen).map((p) => ({ from: p.i - 0.45, to: p.i + 0.45, colour: "#007E5D", part: "whole" })),
+        series: names.map(([k, name, tint]) => ({ name, colour: tint, points: points.map(place(k)) })), alt: "Trained accuracy at each placement; the values are in the table below." });
+      table(figure, ["placement", "base", "novel", "hm", "parameters", "chosen"], points.map((p) => [p.placement, p.base, p.novel, p.hm, p.parameters ?? null, p.chosen ? "yes" : p.reference ? "paper" : ""]));
+    },
+    scatter(figure, c) {
+      const v = DATA.validation, name = c.score.value;
+      const value = (p) => name === "parameters" ? p.parameters : v.predicted[name]?.[p.placement];
+      const points = v.points.map((p) => ({ ...p, label: p.placement, x: value(p), y: p.hm })).filter((p) => Number.isFinite(p.x) && Number.isFinite(p.y));
+      const tau = v.tau[name];
+      caption(figure, tau ? `Kendall's τ ${show(tau[0])}, 95 % interval [${show(tau[1])}, ${show(tau[2])}], permutation p ${show(tau[3])}, ${points.length} placements.` : "One point per placement.");
+      const label = name.replaceAll("_", " ");
+      if (points.length) scatter(figure.querySelector(".plot"), { points, xLabel: title(label), yLabel: "Trained harmonic mean (%)", alt: `${label} against trained harmonic mean; the values are in the table below.` });
+      table(figure, ["placement", label, "hm"], points.map((p) => [p.label, p.x, p.y]));
+    },
+    runs(figure, c) {
+      const metric = c.metric.value, tower = c.tower.value;
+      const holding = DATA.runs.map((run) => [run, run.curves.filter((e) => e.metric === metric && e.tower === tower)]);
+      const names = unique(holding.flatMap(([, es]) => es.map((e) => e.dataset)));
+      fill(c.dataset, [...(names.includes("*") ? [["*", POOLED]] : [["", MEAN]]), ...names.filter((n) => n !== "*").map((n) => [n, n])]);
+      const found = holding.map(([run, entries]) => {
+        const here = entries.filter((e) => c.dataset.value === "" || e.dataset === c.dataset.value);
+        return [run, here.length > 1 ? averaged(here) : here[0]?.points || []];
+      }).filter(([, points]) => points.length);
+      const plot = figure.querySelector(".plot"), label = DATA.metrics[metric].label;
+      caption(figure, `${DATA.metrics[metric].caption} Depth is relative, so that towers of different depth share the axis.`);
+      if (!found.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
+      const where = (run) => (p) => isBlock(p) ? Number(p) / run.depth[tower] : p === "embed" ? 0 : p === "final" ? 1.05 : 1.1;
+      const axis = { low: -0.03, high: 1.13, label: "Relative depth", marks: [[0, "Embed"], [0.25, "0.25"], [0.5, "0.5"], [0.75, "0.75"], [1, "1"], [1.1, "Proj"]].map(([x, l]) => ({ x, label: l })) };
+      const series = found.map(([run, points]) => ({ name: run.name, colour: COLOURS[DATA.runs.indexOf(run) % COLOURS.length], dash: DASHES[Math.floor(DATA.runs.indexOf(run) / 2) % DASHES.length],
+        points: points.map((p) => ({ x: where(run)(p[0]), label: isBlock(p[0]) ? `Relative depth ${show(where(run)(p[0]))}` : title(p[0]), value: p[1], low: p[2], high: p[3], position: p[0] })) }));
+      lineChart(plot, { series, axis, yLabel: label, chance: [], alt: `${label} of ${series.length} runs; the values are in the table below.` });
+      table(figure, ["run", "position", label, "low", "high"], series.flatMap((s) => s.points.map((p) => [s.name, p.position, p.value, p.low, p.high])));
+    },
+  };
+
+  for (const figure of document.querySelectorAll("figure[data-chart]")) {
+    const parts = controls(figure), draw = () => charts[figure.dataset.chart](figure, parts);
+    for (const control of Object.values(parts)) control.addEventListener("change", draw);
+    for (const button of figure.querySelectorAll("button[data-get]")) button.addEventListener("click", () => download(figure, button.dataset.get));
+    draw();
+    let width = figure.clientWidth;
+    new ResizeObserver(() => { if (Math.abs(figure.clientWidth - width) > 8) { width = figure.clientWidth; draw(); } }).observe(figure);
+  }
+  document.documentElement.dataset.charts = "drawn";
+})();

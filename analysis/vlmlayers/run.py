@@ -1,0 +1,207 @@
+"""A run folder: what a study writes, and how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vlmlayers.errors import UserError
+
+PACKAGES = (
+    "vlm-layers",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pandas",
+    "torch",
+    "open_clip_torch",
+    "timm",
+    "pillow",
+    "matplotlib",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the names in it.
+
+    Attributes:
+        folder: Where the run lies.
+    """
+
+    folder: Path
+
+    @property
+    def study(self) -> Path:
+        """The study file as run."""
+        return self.folder / "study.toml"
+
+    @property
+    def features(self) -> Path:
+        """Folder of the feature stores."""
+        return self.folder / "features"
+
+    @property
+    def scores(self) -> Path:
+        """The score table."""
+        return self.folder / "scores.parquet"
+
+    @property
+    def choice(self) -> Path:
+        """The layers chosen."""
+        return self.folder / "choice.json"
+
+    @property
+    def validation(self) -> Path:
+        """What training reached at each placement."""
+        return self.folder / "validation.csv"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of figures and the tables they were drawn from."""
+        return self.folder / "figures"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.folder / "report.html"
+
+    @property
+    def provenance(self) -> Path:
+        """Versions, commit, hashes, seeds."""
+        return self.folder / "provenance.json"
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Return the run in a folder.
+
+        Raises:
+            UserError: The folder holds no score table.
+        """
+        run = cls(Path(folder))
+        if not run.scores.exists() and not (run.folder / "scores.csv").exists():
+            raise UserError(
+                f"{folder} is not a run folder: it holds no scores.parquet; make one "
+                "with `vlmlayers study` or `vlmlayers score`"
+            )
+        return run
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Return what is recorded of how the run was made; empty where nothing is."""
+        return read_json(self.provenance) if self.provenance.exists() else {}
+
+    def record(self, **parts: Any) -> None:
+        """Add to `provenance.json`."""
+        write_json(self.provenance, {**self.read_provenance(), **parts})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object from a JSON file.
+
+    Raises:
+        UserError: The file cannot be read or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON; delete it and run the stage again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no object; delete it and run the stage again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a JSON file that appears whole or not at all."""
+    return write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file that appears whole or not at all.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free space or choose another folder"
+        ) from error
+    return path
+
+
+def fingerprint(content: Any) -> str:
+    """Return sixteen hexadecimal digits that change with any part of JSON-like content."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """Return sixteen hexadecimal digits of a file's SHA-256; empty where there is no file."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, machine and commit."""
+    return {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "commit": commit(),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that values depend on, without importing them."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache(maxsize=1)
+def commit() -> str:
+    """Return the commit of this package's repository, with `+changes`; empty outside of one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *words],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+        head = git("rev-parse", "HEAD") if tracked else ""
+        changed = head and git("status", "--porcelain", "--untracked-files=no", str(here))
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return head + ("+changes" if changed else "")

@@ -1,0 +1,8 @@
+"""A study: the whole way from a model and datasets to a report, stage by stage."""
+
+from __future__ import annotations
+
+from vlmlayers.study.runner import STAGES, StageContext, run_study
+from vlmlayers.study.schema import Study, check_study, read_study
+
+__all__ = ["STAGES", "StageContext", "Study", "check_study", "read_study", "run_study"]

@@ -1,0 +1,94 @@
+"""The architectures as text: what their configurations say, or what a check finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.text_tables import text_table
+
+
+def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> str:
+    """Return the architectures as a table.
+
+    Args:
+        names: Architectures; all that open_clip knows where None.
+        check: Build each without weights and find its towers, instead of reading configurations.
+
+    Raises:
+        UserError: A name is unknown.
+    """
+    if not check:
+        return text_table(configurations(names), {"vision": 26, "text": 26})
+    from vlmlayers.models.check import models_check, summary
+
+    table = models_check(names, progress=True)
+    shown = pd.DataFrame(
+        {
+            "model": table["model"],
+            "vision": _tower(table, "vision"),
+            "text": _tower(table, "text"),
+            "status": table["status"],
+        }
+    )
+    lines = [text_table(shown, {"model": 34, "vision": 20, "text": 16}), ""]
+    lines += [f"{row.model}: {row.reason}" for row in table.itertuples() if row.reason]
+    return "\n".join([*lines, summary(table)])
+
+
+def _tower(table: pd.DataFrame, tower: str) -> list[str]:
+    blocks, widths = table[f"{tower}_blocks"], table[f"{tower}_width"]
+    pooling = table[f"{tower}_pooling"]
+    return [f"{b} × {w} {p}" if b else "" for b, w, p in zip(blocks, widths, pooling)]
+
+
+def configurations(names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return what open_clip's configurations say: model, image, vision, text, joint.
+
+    Reads the files, so that listing needs no torch. Foreign trunks and text towers are named;
+    how many blocks they have is for `check` to find.
+    """
+    folder = _folder()
+    files = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    shipped = Path(__file__).parents[1] / "models" / "mini_clip" / "open_clip_config.json"
+    if shipped.is_file():
+        files["mini-clip"] = shipped
+    for name in names or ():
+        check_one_of("model", name, files)
+    return pd.DataFrame(
+        [_row(name, path) for name, path in files.items() if not names or name in names]
+    )
+
+
+def _folder() -> Path:
+    spec = find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise UserError("open_clip is not installed; pip install open_clip_torch")
+    return Path(spec.origin).parent / "model_configs"
+
+
+def _row(name: str, path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    config = content.get("model_cfg", content)
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    return {
+        "model": name,
+        "image": vision.get("image_size", 224),
+        "vision": _words(vision, "timm_model_name"),
+        "text": _words(text, "hf_model_name"),
+        "joint": config.get("embed_dim"),
+    }
+
+
+def _words(part: dict[str, Any], foreign: str) -> str:
+    if part.get(foreign):
+        return str(part[foreign]).rpartition("/")[2]
+    layers = part.get("layers", 12)
+    blocks = "+".join(map(str, layers)) if isinstance(layers, list) else str(layers)
+    return f"{blocks} × {part.get('width', '?')}"

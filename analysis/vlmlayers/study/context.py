@@ -1,0 +1,205 @@
+"""What the stages of a study share: paths, options, and the model once it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures
+from vlmlayers.manifests import Item, Manifest
+from vlmlayers.run import Run, file_hash, read_json, versions
+from vlmlayers.selection import LayerChoice
+from vlmlayers.study.schema import DatasetPart, ModelPart, Study
+
+
+def silent(message: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset of a study, ready to extract."""
+
+    manifest: Manifest
+    items: list[Item]
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """Name of its feature store."""
+        return f"{self.manifest.name}-{self.options['split']}"
+
+
+@dataclass
+class StageContext:
+    """One model of a study and its run folder; what a stage gets.
+
+    Attributes:
+        run: The run folder.
+        study: The study.
+        part: The model's table of the study.
+        base: Folder that relative paths of the study start from.
+        data_root: Data root, or None for the environment variable and the default.
+        echo: Says one line to the user.
+        progress: Whether to show progress bars.
+        device: Device asked for on the command line; None takes the study's.
+        force: Whether stages run again even where nothing changed.
+    """
+
+    run: Run
+    study: Study
+    part: ModelPart
+    base: Path
+    data_root: Path | None = None
+    echo: Callable[[str], None] = silent
+    progress: bool = True
+    device: str | None = None
+    force: bool = False
+    _model: Any = field(default=None, repr=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The table `validate` of the study."""
+        return dict(self.study.validate_ or {})
+
+    @property
+    def seed(self) -> int:
+        """Seed of the study."""
+        return self.study.seed
+
+    @cached_property
+    def datasets(self) -> list[Dataset]:
+        """The datasets with their items, drawn but not opened.
+
+        Raises:
+            UserError: A dataset is unknown, lacks the split, or has no image on disk.
+        """
+        return [self._dataset(part) for part in self.study.datasets]
+
+    def _dataset(self, part: DatasetPart) -> Dataset:
+        options = self.study.part(part)
+        local = self.base / part.name
+        name = (
+            str(local)
+            if ("/" in part.name or part.name.endswith(".toml")) and local.exists()
+            else part.name
+        )
+        manifest = Manifest.load(name)
+        split, present = options["split"], options["present_only"]
+        items = (
+            manifest.sample(
+                split, options["items"], seed=self.seed, root=self.data_root, present_only=present
+            )
+            if options["items"]
+            else manifest.items(split, root=self.data_root, present_only=present)
+        )
+        if not items:
+            raise UserError(
+                f"{manifest.name} has no item on disk in split {split!r}; "
+                f"run `vlmlayers data check {manifest.name}`"
+            )
+        return Dataset(manifest, items, options)
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `load_model`, with paths resolved."""
+        part = self.part
+        name = str(self._path(part.path)) if part.path else part.name
+        files = {
+            key: None if value is None else str(self._path(value, required=False))
+            for key, value in (("config", part.config), ("checkpoint", part.checkpoint))
+        }
+        return {
+            "name": name,
+            "pretrained": part.pretrained,
+            **files,
+            "random_weights": part.random_weights,
+        }
+
+    def _path(self, text: str, required: bool = True) -> Path:
+        from vlmlayers.manifests.place import data_root
+
+        path = Path(text).expanduser()
+        places = (
+            [path]
+            if path.is_absolute()
+            else [self.base / path, data_root(self.data_root) / path, path]
+        )
+        for place in places:
+            if place.exists():
+                return place.resolve()
+        if required:
+            tried = ", ".join(str(place) for place in places)
+            raise UserError(f"model folder {text} does not exist; tried {tried}")
+        return path
+
+    def model_fingerprint(self) -> dict[str, Any]:
+        """Return what identifies the weights without loading them."""
+        arguments = self.model_arguments()
+        files = [Path(str(arguments[key])) for key in ("checkpoint", "config") if arguments[key]]
+        folder = Path(arguments["name"])
+        if self.part.path and folder.is_dir():
+            files += sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors"))
+        if arguments["name"] == "mini-clip":
+            shipped = Path(__file__).parents[1] / "models" / "mini_clip"
+            files += sorted(shipped.glob("*.json")) + sorted(shipped.glob("*.safetensors"))
+        names = {
+            key: value for key, value in arguments.items() if key not in ("config", "checkpoint")
+        }
+        names["name"] = folder.name
+        known = versions()
+        return {
+            **names,
+            "files": {path.name: file_hash(path) for path in files},
+            "open_clip": known.get("open_clip_torch"),
+            "torch": known.get("torch"),
+        }
+
+    def load_model(self) -> Any:
+        """Return the model (`vlmlayers.models.VLM`), loaded once."""
+        if self._model is None:
+            from vlmlayers.models import load_model
+
+            self.echo(f"loading {self.part.title}")
+            self._model = load_model(**self.model_arguments(), device=self.resolved_device())
+        return self._model
+
+    def resolved_device(self) -> str:
+        """Return the device to run on; `auto` takes a GPU where there is one."""
+        device = self.device or self.study.extract.device
+        if device != "auto":
+            return device
+        from vlmlayers.models import load
+
+        return "cuda" if load.torch.cuda.is_available() else "cpu"
+
+    def features(self) -> Iterator[LayerFeatures]:
+        """Yield the stored features, dataset by dataset; needs no torch.
+
+        Raises:
+            UserError: A store is missing or incomplete.
+        """
+        from vlmlayers.store import open_features
+
+        for dataset in self.datasets:
+            yield open_features(self.run.features / dataset.folder)
+
+    @property
+    def scores(self) -> Any:
+        """The score table of the run."""
+        from vlmlayers.scores import read_scores
+
+        return read_scores(self.run.scores)
+
+    @property
+    def choice(self) -> LayerChoice:
+        """The layers chosen in this run."""
+        return LayerChoice.load(self.run.choice)
+
+    def ledger(self) -> dict[str, Any]:
+        """Return which stages are done and on what inputs."""
+        path = self.run.folder / "stages.json"
+        return read_json(path) if path.exists() else {}

@@ -1,0 +1,114 @@
+"""The embedded default: the miniature CLIP on built-in datasets, end to end."""
+
+from __future__ import annotations
+
+import textwrap
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from vlmlayers.positions import block_number, is_block
+from vlmlayers.report.numbers import Answer, read_answer
+from vlmlayers.run import Run
+from vlmlayers.study.context import silent
+from vlmlayers.study.runner import run_study
+from vlmlayers.study.schema import Study, check_study
+from vlmlayers.summaries import curves
+from vlmlayers.text_tables import text_table
+
+FILE = Path(__file__).parent / "demo.toml"
+MOST = 9
+
+
+def demo_study(random_weights: bool = False) -> Study:
+    """Return the demo's study, with the built-in datasets filled in."""
+    from vlmlayers.data import builtin
+
+    content = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    content["models"] = [{"name": "mini-clip", "random_weights": random_weights}]
+    content["datasets"] = pick_datasets(builtin.names())
+    return check_study(content, "the demo")
+
+
+def pick_datasets(names: list[str]) -> list[str]:
+    """Return handwritten digits and one dataset of each drawn family, at most `MOST`.
+
+    A family draws the same classes in several styles (`icons_filled`, `icons_outline`, …).
+    """
+    families: dict[str, str] = {}
+    for name in sorted(names, key=lambda n: n != "digits"):
+        families.setdefault(name.partition("_")[0], name)
+    return list(families.values())[:MOST]
+
+
+def run_demo(
+    out: str | Path = "runs/demo",
+    *,
+    random_weights: bool = False,
+    force: bool = False,
+    progress: bool = True,
+    echo: Callable[[str], None] = silent,
+) -> list[str]:
+    """Run the demo and return the lines that sum it up.
+
+    Raises:
+        UserError: The shipped weights are missing and random ones were not asked for.
+    """
+    study = demo_study(random_weights)
+    source = FILE.read_text(encoding="utf-8")
+    run = run_study(
+        study, out, base=FILE.parent, source=source, force=force, progress=progress, echo=echo
+    )[0]
+    return summary(run)
+
+
+def summary(run: Run) -> list[str]:
+    """Return the demo's table, the answer and the path of the report."""
+    answer = read_answer(run)
+    lines = ["", text_table(position_table(answer)), ""]
+    if answer.random_weights:
+        lines.append("RANDOM WEIGHTS: this says nothing about a trained model.")
+    for sentence in (answer.headline, answer.choice.statement):
+        lines += textwrap.wrap(sentence, 80)
+    return [*lines, f"Report: {run.report}"]
+
+
+def position_table(answer: Answer) -> pd.DataFrame:
+    """Return per position: dataset and class accuracy of both towers, gap, and whether chosen."""
+    scores, choice = answer.scores, answer.choice
+    columns: dict[str, dict[str, float]] = {}
+    for metric, short in (("dataset_accuracy", "dataset"), ("class_accuracy", "class")):
+        if metric not in set(scores["metric"]):
+            continue
+        frame = curves(scores, metric)
+        for tower, part in frame.groupby("tower", sort=False):
+            columns[f"{short} {tower}"] = part.groupby("position")["value"].mean().to_dict()
+    if "centroid_gap" in set(scores["metric"]):
+        gap = curves(scores, "centroid_gap")
+        columns["gap"] = gap.groupby("position")["value"].mean().to_dict()
+    depth = max(answer.depths.values())
+    positions = ["embed", *map(str, range(1, depth + 1)), "proj"]
+    rows = [
+        {
+            "position": position,
+            **{name: _rounded(values.get(position)) for name, values in columns.items()},
+            "chosen": _chosen(position, choice.vision, choice.text),
+        }
+        for position in positions
+    ]
+    return pd.DataFrame(rows)
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _chosen(position: str, vision: tuple[int, ...], text: tuple[int, ...]) -> str:
+    if not is_block(position):
+        return ""
+    block = block_number(position)
+    return " ".join(
+        name for name, blocks in (("vision", vision), ("text", text)) if block in blocks
+    )

@@ -1,0 +1,151 @@
+"""Run a study: every stage that is wanted, in order, none that is already done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.manifests.place import DATA_VARIABLE
+from vlmlayers.run import Run, fingerprint, write_json, write_text
+from vlmlayers.study.context import StageContext, silent
+from vlmlayers.study.schema import Study
+from vlmlayers.study.stages import STAGES, Stage
+
+
+def run_study(
+    study: Study,
+    out: str | Path,
+    *,
+    base: str | Path = ".",
+    source: str = "",
+    data_root: str | Path | None = None,
+    only: Sequence[str] = (),
+    start: str | None = None,
+    force: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+    echo: Callable[[str], None] = silent,
+) -> list[Run]:
+    """Run a study and return its run folders, one per model.
+
+    A stage whose inputs did not change since it last finished is not run again. A study that was
+    stopped continues where it was.
+
+    Args:
+        study: What to run.
+        out: The run folder; with several models, the folder of their run folders and of the
+            comparison report.
+        base: Folder that relative paths in the study start from.
+        source: Text of the study file, kept in the run folder.
+        data_root: Data root; None takes `VLMLAYERS_DATA`, then the study's.
+        only: Names of stages; all where empty.
+        start: First stage to run; earlier ones must be done.
+        force: Run the stages even where nothing changed.
+        device: Device; None takes the study's.
+        progress: Whether to show progress bars.
+        echo: Says one line.
+
+    Raises:
+        UserError: A stage is unknown, needs an earlier one, or its input is wrong.
+    """
+    picked = pick_stages(only, start)
+    root = _data_root(study, data_root, Path(base))
+    many = len(study.models) > 1
+    runs = []
+    for part in study.models:
+        folder = Path(out) / part.title if many else Path(out)
+        context = StageContext(
+            Run(folder), study, part, Path(base), root, echo, progress, device, force
+        )
+        if many:
+            echo(f"{part.title}{' (RANDOM WEIGHTS)' if part.random_weights else ''}")
+        elif part.random_weights:
+            echo(f"{part.title}: RANDOM WEIGHTS, nothing here says anything about a trained model")
+        if source:
+            write_text(context.run.study, source)
+        run_stages(context, picked)
+        runs.append(context.run)
+    if many and "report" in picked:
+        from vlmlayers.report import write_comparison
+
+        echo(f"report   {write_comparison([run.folder for run in runs], out, study.title)}")
+    return runs
+
+
+def pick_stages(only: Sequence[str], start: str | None) -> list[str]:
+    """Return the names of the stages to run, in order."""
+    names = list(STAGES)
+    for name in [*only, *([start] if start else [])]:
+        check_one_of("stage", name, names)
+    if only and start:
+        raise UserError("give either --only or --from, not both")
+    if only:
+        return [name for name in names if name in only]
+    return names[names.index(start) :] if start else names
+
+
+def run_stages(context: StageContext, picked: Sequence[str]) -> None:
+    """Run the picked stages of one model that are wanted and not up to date."""
+    for name, stage in STAGES.items():
+        if name not in picked or not stage.wanted(context):
+            continue
+        _need_earlier(context, name, picked)
+        inputs = fingerprint(stage.inputs(context))
+        if not context.force and up_to_date(context, stage, inputs):
+            context.echo(f"{name:8} unchanged")
+            continue
+        _forget(context, name)
+        began = time.monotonic()
+        stage.run(context)
+        # Inputs are taken again: a stage may refine what it depends on, such as provenance.
+        _remember(context, name, fingerprint(stage.inputs(context)), time.monotonic() - began)
+
+
+def up_to_date(context: StageContext, stage: Stage, inputs: str) -> bool:
+    """Return whether a stage finished on these inputs and its files are still there."""
+    done = context.ledger().get(stage.name, {})
+    return done.get("inputs") == inputs and all(path.exists() for path in stage.outputs(context))
+
+
+def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> None:
+    for earlier in list(STAGES)[: list(STAGES).index(name)]:
+        stage = STAGES[earlier]
+        needed = earlier != "validate" and not (earlier == "extract" and name != "score")
+        if earlier in picked or not needed:
+            continue
+        missing = [path for path in stage.outputs(context) if not path.exists()]
+        if missing:
+            raise UserError(
+                f"stage {name!r} needs {missing[0]}, which stage {earlier!r} writes; "
+                f"run with --from {earlier}"
+            )
+
+
+def _remember(context: StageContext, name: str, inputs: str, seconds: float) -> None:
+    ledger = context.ledger()
+    ledger[name] = {
+        "inputs": inputs,
+        "seconds": round(seconds, 2),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(context.run.folder / "stages.json", ledger)
+
+
+def _forget(context: StageContext, name: str) -> None:
+    ledger: dict[str, Any] = context.ledger()
+    if ledger.pop(name, None) is not None:
+        write_json(context.run.folder / "stages.json", ledger)
+
+
+def _data_root(study: Study, given: str | Path | None, base: Path) -> Path | None:
+    import os
+
+    if given is not None:
+        return Path(given).expanduser()
+    if os.environ.get(DATA_VARIABLE) or study.data_root is None:
+        return None
+    return base / Path(study.data_root).expanduser()

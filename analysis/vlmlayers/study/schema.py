@@ -1,0 +1,295 @@
+"""What a study file may say."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vlmlayers.errors import UserError, check_one_of, nearest
+
+Split = Literal["train", "val", "test", "all"]
+DEFAULT_METRICS = (
+    "dataset_accuracy",
+    "dataset_accuracy_ncm",
+    "dataset_accuracy_knn",
+    "class_accuracy",
+    "zero_shot_accuracy",
+    "fisher_ratio",
+    "cka_debiased",
+    "centroid_gap",
+    "rmg",
+)
+
+
+class Part(BaseModel):
+    """A table of a study file; a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelPart(Part):
+    """One backbone.
+
+    Attributes:
+        name: open_clip architecture, `mini-clip`, or `local` with `config` and `checkpoint`.
+        path: Folder with `open_clip_config.json` and `model.safetensors`, instead of a name;
+            relative to the study file, else to the data root.
+        pretrained: Tag of the hub, or path of a checkpoint.
+        config: Configuration file for `local`.
+        checkpoint: Weights for `local`.
+        random_weights: Use an untrained model; every output says so.
+        label: Name of the run folder where a study has several models.
+    """
+
+    name: str = ""
+    path: str = ""
+    pretrained: str | None = None
+    config: str | None = None
+    checkpoint: str | None = None
+    random_weights: bool = False
+    label: str = ""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelPart:
+        if bool(self.name) == bool(self.path):
+            raise ValueError("a model needs either 'name' or 'path'")
+        return self
+
+    @property
+    def title(self) -> str:
+        """Name for folders and messages."""
+        base = self.label or (Path(self.path).name if self.path else self.name)
+        text = base if self.label or not self.random_weights else f"{base}-random"
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"
+
+
+class DatasetPart(Part):
+    """One dataset; what is absent comes from `extract`."""
+
+    name: str
+    split: Split | None = None
+    items: int | None = Field(default=None, ge=1)
+    present_only: bool | None = None
+    template: str | None = None
+    text: Literal["prompts", "captions"] | None = None
+
+
+class ExtractPart(Part):
+    """How features are recorded.
+
+    Attributes:
+        split: Split to record.
+        items: Items per dataset, balanced over classes; 0 takes all.
+        present_only: Leave out items whose image is not on disk, for partial copies.
+        template: Common prompt template of all datasets.
+        spaces: Among `native`, `normed`, `joint`.
+        pooling: One per tower; empty takes each tower's own.
+        text: `prompts` or `captions`.
+        batch_size: Items per forward pass.
+        workers: Decoding processes.
+        precision: `fp32`, `bf16` or `fp16`.
+        device: `cpu`, `cuda`, …; `auto` takes a GPU where there is one.
+        skip_unreadable: Leave unreadable images out instead of stopping.
+    """
+
+    split: Split = "train"
+    items: int = Field(default=300, ge=0)
+    present_only: bool = False
+    template: str = "a photo of a {}."
+    spaces: tuple[Literal["native", "normed", "joint"], ...] = ("native", "joint")
+    pooling: dict[Literal["vision", "text"], str] = {}
+    text: Literal["prompts", "captions"] = "prompts"
+    batch_size: int = Field(default=64, ge=1)
+    workers: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    skip_unreadable: bool = False
+
+    @field_validator("template")
+    @classmethod
+    def _one_place(cls, text: str) -> str:
+        if text.count("{}") != 1:
+            raise ValueError("template must hold '{}' exactly once")
+        return text
+
+
+class ScorePart(Part):
+    """Which metrics, and the options of `vlmlayers.score`.
+
+    Attributes:
+        metrics: Names of the METRICS table.
+        options: Fields of `vlmlayers.scores.Protocol`, such as `seeds` and `bootstrap`.
+    """
+
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    options: dict[str, Any] = {}
+
+
+class SelectPart(Part):
+    """Which rule, and its options."""
+
+    rule: str = "threshold"
+    resamples: int = Field(default=200, ge=0)
+    options: dict[str, Any] = {}
+
+
+class ReportPart(Part):
+    """What the report says beyond the numbers.
+
+    Attributes:
+        title: Heading; the study's title where empty.
+        note: A paragraph of the author.
+        formats: Formats of the saved figures.
+        metrics: Metrics to draw a publication figure of; empty takes the usual ones.
+    """
+
+    title: str = ""
+    note: str = ""
+    formats: tuple[Literal["svg", "png", "pdf"], ...] = ("svg", "png")
+    metrics: tuple[str, ...] = ()
+
+
+class Study(Part):
+    """A study file.
+
+    Attributes:
+        title: Heading of the report.
+        data_root: Where the datasets lie, relative to the study file; an option of the command
+            line or `VLMLAYERS_DATA` comes first.
+        seed: Seed of item draws and resampling.
+        models: One or more backbones; several give one run folder each and a comparison.
+        datasets: Names, or tables with `name` and what differs from `extract`.
+        extract: How features are recorded.
+        score: Metrics.
+        select: Rule.
+        validate_: The table `validate`, handed to the validation stage; absent: not validated.
+        report: Report.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=()
+    )
+
+    title: str = "Layer analysis"
+    data_root: str | None = None
+    seed: int = 0
+    models: tuple[ModelPart, ...] = Field(min_length=1)
+    datasets: tuple[DatasetPart, ...] = Field(min_length=1)
+    extract: ExtractPart = ExtractPart()
+    score: ScorePart = ScorePart()
+    select: SelectPart = SelectPart()
+    validate_: dict[str, Any] | None = Field(default=None, alias="validate")
+    report: ReportPart = ReportPart()
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _names_are_tables(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [{"name": one} if isinstance(one, str) else one for one in value]
+        return value
+
+    @model_validator(mode="after")
+    def _different_names(self) -> Study:
+        for kind, names in (
+            ("model", [model.title for model in self.models]),
+            ("dataset", [f"{d.name} ({self.part(d)['split']})" for d in self.datasets]),
+        ):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                hint = "; give each a label" if kind == "model" else ""
+                raise ValueError(f"{kind} {twice[0]!r} is named twice{hint}")
+        return self
+
+    def part(self, dataset: DatasetPart) -> dict[str, Any]:
+        """Return the extraction options of one dataset."""
+        own = {
+            name: getattr(dataset, name)
+            for name in ("split", "items", "present_only", "template", "text")
+        }
+        common = {name: getattr(self.extract, name) for name in own}
+        return {name: common[name] if value is None else value for name, value in own.items()}
+
+
+def read_study(path: str | Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        UserError: The file is absent or not TOML; a key is unknown (with the nearest), missing or
+            has a wrong value; a metric, rule or dataset is unknown.
+    """
+    source = Path(path)
+    try:
+        content = tomllib.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"study file {source} does not exist; see {_examples()}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source} cannot be read as TOML: {' '.join(str(error).split())}"
+        ) from None
+    return check_study(content, str(source))
+
+
+def check_study(content: dict[str, Any], where: str = "the study") -> Study:
+    """Return the study that a dictionary describes, with its names checked."""
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error)}") from None
+    _check_names(study, where)
+    return study
+
+
+def _check_names(study: Study, where: str) -> None:
+    from vlmlayers.metrics import METRICS
+    from vlmlayers.scores import Protocol
+    from vlmlayers.selection import make_rule
+
+    for metric in study.score.metrics:
+        check_one_of("metric", metric, METRICS, where=where)
+    for name in study.score.options:
+        check_one_of("score option", name, Protocol.__dataclass_fields__, where=where)
+    rule = study.select.rule
+    if ".py:" not in rule:
+        try:
+            make_rule(rule, study.select.options)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """Return the first problem of a validation error in one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    more = error.error_count() - 1
+    tail = f" (and {more} more)" if more else ""
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        fields = _fields(first["loc"][:-1])
+        close = nearest(key, fields)
+        hint = f"did you mean {close!r}?" if close else "valid: " + ", ".join(fields)
+        return f"unknown key {place!r}; {hint}{tail}"
+    if first["type"] == "missing":
+        return f"the key {place!r} is missing{tail}"
+    message = first["msg"].removeprefix("Value error, ")
+    return (f"{place!r}: {message}" if place else message) + tail
+
+
+def _fields(place: tuple[Any, ...]) -> list[str]:
+    parts: dict[str, type[BaseModel]] = {
+        "models": ModelPart,
+        "datasets": DatasetPart,
+        "extract": ExtractPart,
+        "score": ScorePart,
+        "select": SelectPart,
+        "report": ReportPart,
+    }
+    model = parts.get(str(place[0]), Study) if place else Study
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _examples() -> str:
+    return "data_manifests/studies/ for examples"

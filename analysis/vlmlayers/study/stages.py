@@ -1,0 +1,244 @@
+"""The stages of a study: what each reads, what it writes, and on what its result depends."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+from vlmlayers.errors import UserError
+from vlmlayers.run import environment, file_hash, fingerprint
+from vlmlayers.selection import select
+from vlmlayers.study.context import StageContext
+
+GROUP = "vlmlayers.stages"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: Verb of the command line.
+        inputs: All that the result depends on, as JSON values; cheap to compute.
+        run: Does the work.
+        outputs: Files that exist when it is done.
+        wanted: Whether the study asks for it.
+    """
+
+    name: str
+    inputs: Callable[[StageContext], Any]
+    run: Callable[[StageContext], None]
+    outputs: Callable[[StageContext], list[Path]]
+    wanted: Callable[[StageContext], bool] = lambda context: True
+
+
+def _extract_inputs(context: StageContext) -> Any:
+    common = context.study.extract.model_dump(exclude={"workers", "device", "items", "split"})
+    return {
+        "model": context.model_fingerprint(),
+        "options": common,
+        "device": context.device or context.study.extract.device,
+        "datasets": {
+            data.folder: {
+                "manifest": data.manifest.hash,
+                "options": data.options,
+                "items": fingerprint([(i.path, i.label) for i in data.items]),
+            }
+            for data in context.datasets
+        },
+    }
+
+
+def _extract(context: StageContext) -> None:
+    from vlmlayers.models import extract
+
+    model = context.load_model()
+    options = context.study.extract
+    record = {}
+    for data in context.datasets:
+        if context.force:
+            shutil.rmtree(context.run.features / data.folder, ignore_errors=True)
+        context.echo(f"extract  {data.manifest.name}: {len(data.items)} items ({data.folder})")
+        features = extract(
+            model,
+            data.manifest,
+            data.options["split"],
+            items=data.items,
+            root=context.data_root,
+            spaces=options.spaces,
+            pooling=dict(options.pooling) or None,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            precision=options.precision,
+            out=context.run.features / data.folder,
+            text=data.options["text"],
+            template=data.options["template"],
+            seed=context.seed,
+            skip_unreadable=options.skip_unreadable,
+            progress=context.progress,
+        )
+        record[data.manifest.name] = {
+            "title": data.manifest.title,
+            "split": data.options["split"],
+            "items": len(features.vision or ()),
+            "asked": len(data.items),
+            "classes": len(features.class_names),
+            "texts": len(features.text or ()),
+            "text": data.options["text"],
+            "template": data.options["template"],
+            "present_only": data.options["present_only"],
+            "manifest_hash": data.manifest.hash,
+            "items_hash": features.identity.get("items_hash", ""),
+        }
+    context.run.record(
+        model=_model_record(model),
+        datasets=record,
+        extract={**options.model_dump(mode="json"), "device": str(model.device)},
+        seed=context.seed,
+        environment=environment(),
+    )
+
+
+def _model_record(model: Any) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in model.clip.parameters())
+    return {
+        "name": model.name,
+        "weights": model.weights,
+        "weights_hash": model.weights_hash,
+        "random_weights": bool(model.random_weights),
+        "parameters": int(parameters),
+        "preprocessing": dict(model.preprocess_config),
+        "towers": {
+            name: {
+                "blocks": tower.depth,
+                "width": tower.width,
+                "kind": str(getattr(tower, "kind", "blocks")),
+            }
+            for name, tower in model.towers.items()
+        },
+    }
+
+
+def _score_inputs(context: StageContext) -> Any:
+    return {
+        "extract": context.ledger().get("extract", {}).get("inputs"),
+        "metrics": context.study.score.metrics,
+        "options": context.study.score.options,
+        "version": version("vlm-layers"),
+    }
+
+
+def _score(context: StageContext) -> None:
+    from vlmlayers.scores import score, write_scores
+
+    features = list(context.features())
+    part = context.study.score
+    context.echo(f"score    {len(part.metrics)} metrics on {len(features)} datasets")
+    scores = score(features, list(part.metrics), progress=context.progress, **part.options)
+    write_scores(scores, context.run.folder)
+    context.run.record(score=part.model_dump(mode="json"), environment=environment())
+
+
+def _select_inputs(context: StageContext) -> Any:
+    part = context.study.select
+    own = file_hash(Path(part.rule.rpartition(":")[0])) if ".py:" in part.rule else ""
+    return {
+        "scores": file_hash(context.run.scores),
+        "select": part.model_dump(),
+        "seed": context.seed,
+        "own_rule": own,
+        "version": version("vlm-layers"),
+    }
+
+
+def _select(context: StageContext) -> None:
+    part = context.study.select
+    rule = part.rule
+    if ".py:" in rule and not Path(rule).is_absolute():
+        rule = str(context.base / rule)
+    choice = select(
+        context.scores, rule, resamples=part.resamples, seed=context.seed, **part.options
+    )
+    choice.save(context.run.choice)
+    context.run.record(select=part.model_dump(mode="json"))
+    context.echo(f"select   {choice}")
+
+
+def _validate_inputs(context: StageContext) -> Any:
+    return {
+        "choice": file_hash(context.run.choice),
+        "options": context.options,
+        "scores": file_hash(context.run.scores),
+        "model": context.model_fingerprint(),
+    }
+
+
+def _validate(context: StageContext) -> None:
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if "validate" not in found:
+        raise UserError(
+            "no package offers the stage 'validate'; install vlmadapters, or drop the "
+            "table [validate] from the study"
+        )
+    context.echo("validate training at the chosen placement and its competitors")
+    found["validate"].load()(context)
+
+
+def _report_inputs(context: StageContext) -> Any:
+    run = context.run
+    files = [
+        run.scores,
+        run.choice,
+        run.validation,
+        run.provenance,
+        *sorted(run.folder.glob("validation*.csv")),
+    ]
+    return {
+        "files": {path.name: file_hash(path) for path in files},
+        "report": context.study.report.model_dump(),
+        "title": context.study.title,
+        "version": version("vlm-layers"),
+    }
+
+
+def _report(context: StageContext) -> None:
+    from vlmlayers.report import write_report
+
+    part = context.study.report
+    path = write_report(
+        context.run.folder,
+        title=part.title or context.study.title,
+        note=part.note,
+        formats=part.formats,
+        metrics=part.metrics,
+    )
+    context.echo(f"report   {path}")
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "extract",
+            _extract_inputs,
+            _extract,
+            lambda c: [c.run.features / data.folder for data in c.datasets],
+        ),
+        Stage("score", _score_inputs, _score, lambda c: [c.run.scores]),
+        Stage("select", _select_inputs, _select, lambda c: [c.run.choice]),
+        Stage(
+            "validate",
+            _validate_inputs,
+            _validate,
+            lambda c: [c.run.validation],
+            wanted=lambda c: c.study.validate_ is not None,
+        ),
+        Stage(
+            "report", _report_inputs, _report, lambda c: [c.run.report, c.run.folder / "report.md"]
+        ),
+    )
+}

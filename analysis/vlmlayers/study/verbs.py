@@ -1,0 +1,106 @@
+"""What the table verbs of the command line do: `score`, `select`, and their options."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.run import Run, environment
+from vlmlayers.study.schema import DEFAULT_METRICS
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Return `KEY=VALUE` words as options; values that read as JSON are taken as such.
+
+    Raises:
+        UserError: A word has no `=`.
+    """
+    found: dict[str, Any] = {}
+    for word in settings:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {word!r} is not KEY=VALUE")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def metrics_text() -> str:
+    """Return the METRICS table as text: name, level and meaning."""
+    from vlmlayers.metrics import METRICS
+
+    lines = []
+    for name, metric in METRICS.items():
+        mark = "*" if name in DEFAULT_METRICS else " "
+        lines.append(f"{mark} {name} ({metric.level}): {metric.axis_label}")
+        lines += textwrap.wrap(metric.summary, 76, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join([*lines, "", "* scored by default"])
+
+
+def score_run(
+    folder: str | Path,
+    metrics: Sequence[str] | None,
+    options: dict[str, Any],
+    *,
+    streaming: bool = False,
+    progress: bool = True,
+) -> str:
+    """Score the stored features of a run folder and write the table.
+
+    Raises:
+        UserError: No features, an unknown metric or option.
+    """
+    from vlmlayers.metrics import METRICS
+    from vlmlayers.scores import Protocol, score, write_scores
+    from vlmlayers.store import open_features
+
+    run = Run(Path(folder))
+    stores = sorted(path for path in run.features.glob("*") if path.is_dir())
+    if not stores:
+        raise UserError(f"{run.features} holds no features; run `vlmlayers extract` first")
+    for name in metrics or ():
+        check_one_of("metric", name, METRICS)
+    for name in options:
+        check_one_of("score option", name, Protocol.__dataclass_fields__)
+    if streaming:
+        from vlmlayers.scores import score_streaming
+
+        table = score_streaming(stores, metrics)
+    else:
+        table = score(
+            (open_features(path) for path in stores),
+            list(metrics or DEFAULT_METRICS),
+            progress=progress,
+            **options,
+        )
+    _, text = write_scores(table, run.folder)
+    run.record(
+        score={"metrics": list(metrics or DEFAULT_METRICS), "options": options},
+        environment=environment(),
+    )
+    return f"{len(table)} scores of {table['metric'].nunique()} metrics: {text}"
+
+
+def select_run(
+    path: str | Path,
+    rule: str,
+    options: dict[str, Any],
+    resamples: int,
+    seed: int,
+    out: str | Path | None = None,
+) -> str:
+    """Choose layers from a run folder or a score table and write `choice.json`."""
+    from vlmlayers.scores import read_scores
+    from vlmlayers.selection import select
+
+    source = Path(path)
+    choice = select(read_scores(source), rule, resamples=resamples, seed=seed, **options)
+    folder = source if source.is_dir() else source.parent
+    written = choice.save(out or Run(folder).choice)
+    return "\n".join([f"adapt {choice}", *textwrap.wrap(choice.statement, 80), str(written)])

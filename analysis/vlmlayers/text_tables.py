@@ -1,0 +1,58 @@
+"""Tables as plain text for the terminal, within 80 columns, and as Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+WIDTH = 80
+
+
+def text_table(table: pd.DataFrame, widths: Mapping[str, int] | None = None) -> str:
+    """Return a table as aligned text; columns in `widths` are cut with an ellipsis.
+
+    Numbers stand to the right, words to the left; missing values are blank.
+    """
+    cells = {name: [_cell(value) for value in table[name]] for name in table.columns}
+    for name, width in (widths or {}).items():
+        if name in cells:
+            cells[name] = [
+                textwrap.shorten(v, width, placeholder="…") if len(v) > width else v
+                for v in cells[name]
+            ]
+    lines = []
+    numeric = {name: pd.api.types.is_numeric_dtype(table[name]) for name in cells}
+    size = {
+        name: max([len(str(name)), *(len(v) for v in values)]) for name, values in cells.items()
+    }
+    for row in range(-1, len(table)):
+        words = [str(name) if row < 0 else cells[name][row] for name in cells]
+        parts = [w.rjust(size[n]) if numeric[n] else w.ljust(size[n]) for w, n in zip(words, cells)]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table with every cell escaped."""
+
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(escape_markdown(_cell(cell)) for cell in cells) + " |"
+
+    rule = "|" + "|".join("---" for _ in headings) + "|"
+    return "\n".join([line(headings), rule, *(line(row) for row in rows)])
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that Markdown shows as it is, HTML included."""
+    plain = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
+    for mark in "\\|*_`[]":
+        plain = plain.replace(mark, "\\" + mark)
+    return plain
+
+
+def _cell(value: object) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
