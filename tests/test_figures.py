@@ -312,7 +312,7 @@ def test_read_joins_files_and_keeps_names_as_text(tmp_path: Path) -> None:
     assert table.position.tolist() == ["5", "embed"] * 2
     assert sorted(table.value) == [0.1, 0.5, 0.9, 0.9], "Parquet stands for the CSV of its name"
     assert set(table.other_tower) == {""}
-    with pytest.raises(MissingTable, match=r"no table cost\*\.csv in .*record one"):
+    with pytest.raises(MissingTable, match=r"no cost\*\.csv in .*record one"):
         inputs.read("cost", tmp_path)
     with pytest.raises(MissingTable, match="hold no gap; record"):
         inputs.select(table, "gap", position="7")
@@ -322,6 +322,7 @@ def test_read_joins_files_and_keeps_names_as_text(tmp_path: Path) -> None:
 
 BLOCKS = 4
 POSITIONS = ("embed", *(str(block) for block in range(1, BLOCKS + 1)), "proj")
+RECORDED = (*POSITIONS[:-1], "final", "proj")
 
 
 def score_rows(model: str = "tiny") -> pd.DataFrame:
@@ -332,10 +333,13 @@ def score_rows(model: str = "tiny") -> pd.DataFrame:
              "options": "", "null": 0.1}  # fmt: skip
 
     def add(position: str, **values: object) -> None:
-        depth = min(POSITIONS.index(position), BLOCKS) / BLOCKS
+        depth = min(RECORDED.index(position), BLOCKS) / BLOCKS
         row = plain | {"tower": "vision", "position": position, "depth": depth} | values
         rows.append(row | {"low": row["value"] - 0.02, "high": row["value"] + 0.02})
 
+    for tower, start in (("vision", 0.2), ("text", 0.3)):
+        for seed in (1, 2, 3):
+            add("final", tower=tower, metric="dataset_accuracy", value=0.7, seed=seed)
     for index, position in enumerate(POSITIONS):
         for tower, start in (("vision", 0.2), ("text", 0.3)):
             for seed in (1, 2, 3):
@@ -409,9 +413,9 @@ def test_a_script_without_its_table_says_so_in_one_line(repository: Path, tmp_pa
                          capture_output=True, text=True, check=False)  # fmt: skip
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
-    assert "no table validation*.csv" in run.stderr
+    assert "no validation*.csv" in run.stderr
     skipped = draw_all(tmp_path, tmp_path / "out", ["fig1_dataset_recognition"])
-    assert skipped[0].words.startswith("skipped: no table scores*.csv")
+    assert skipped[0].words.startswith("skipped: no scores*.csv")
     with pytest.raises(UserError, match="did you mean 'fig2_gap'"):
         draw_all(tmp_path, tmp_path, ["fig2_gaps"])
 
@@ -421,7 +425,7 @@ def test_figure_1_shows_mean_and_sd_over_seeds(tables: Path, tmp_path: Path) -> 
     drawn = pd.read_csv(tmp_path / "fig1_dataset_recognition.csv", dtype={"position": str})
     drawn = drawn.set_index(["tower", "position"])
     for tower, start in (("vision", 0.2), ("text", 0.3)):
-        assert drawn.loc[tower].index.tolist() == list(POSITIONS)
+        assert drawn.loc[tower].index.tolist() == list(POSITIONS), "without final, as in the paper"
         for index, position in enumerate(POSITIONS):
             row = drawn.loc[(tower, position)]
             assert row.value == pytest.approx(start + 0.1 * index + 0.02)

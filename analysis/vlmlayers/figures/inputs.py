@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def read(stem: str, folders: Folders, needs: Sequence[str] = ()) -> pd.DataFrame
             for path in sorted(folder.glob(f"{stem}*{suffix}")):
                 found[path.with_suffix("")] = path
     if not found:
-        shown = ", ".join(str(folder) for folder in places)
-        raise MissingTable(f"no table {stem}*.csv in {shown}; record one from a run to draw this")
+        shown = ", ".join(min(str(place), os.path.relpath(place), key=len) for place in places)
+        raise MissingTable(f"no {stem}*.csv in {shown}; record one from a run")
     return pd.concat([read_file(path, needs) for path in found.values()], ignore_index=True)
 
 

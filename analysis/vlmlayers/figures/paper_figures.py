@@ -29,6 +29,7 @@ from vlmlayers.figures.outcomes import (
     sweep,
 )
 from vlmlayers.plots.style import category
+from vlmlayers.positions import FINAL
 from vlmlayers.selection import LayerChoice
 from vlmlayers.selection.curves import check_scores
 from vlmlayers.summaries import agreement, curves
@@ -46,6 +47,7 @@ COST_PANELS = {
 def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
     """Draw how well the dataset is recognised at every position, mean and sd over seeds."""
     scores = select(read("scores", tables), "dataset_accuracy", metric="dataset_accuracy")
+    scores = scores[scores.position != FINAL]  # the paper's axis: Embed, 1..L, Proj
     models = list(by_model(scores))
     figure, axes = panels(len(models), 1, 1.9, "all")
     drawn = []
