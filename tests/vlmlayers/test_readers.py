@@ -1,0 +1,233 @@
+"""Decoding: every odd image becomes upright RGB, or is refused with its name."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_fixtures import picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlmlayers.data.readers import LARGEST, LONGEST, open_image
+from vlmlayers.errors import UnreadableImage, UserError
+
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_content_decides_the_format_and_not_the_suffix(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encoded(picture(), format))
+    image = open_image(path)
+    assert (image.mode, image.size, type(image)) == ("RGB", (12, 8), Image.Image)
+    difference = np.asarray(image).astype(int) - np.asarray(picture())
+    assert np.abs(difference).mean() < 30
+    image.load()  # the file is closed; the pixels are here
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    """The eight orientations are the symmetries of a rectangle; NumPy turns the pixels itself."""
+    pixels = np.asarray(picture(size=(3, 2)))
+    stored = {
+        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2), 6: np.rot90(pixels, 1),
+        7: np.rot90(pixels, 2).transpose(1, 0, 2), 8: np.rot90(pixels, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_image(content)), pixels)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_cost_the_image() -> None:
+    content = encoded(picture(), "PNG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff" + b"\x00" * 9)
+    assert open_image(content).size == (12, 8)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    for format in ("PNG", "TIFF"):
+        image = open_image(encoded(Image.fromarray(values), format))
+        assert np.asarray(image)[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
+    whole = open_image(encoded(Image.fromarray(values.astype(np.int32)), "TIFF"))
+    assert np.asarray(whole)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_floats_are_shares_or_bytes_and_never_nan() -> None:
+    shares = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
+    image = open_image(encoded(Image.fromarray(shares), "TIFF"))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255, 0]
+    bytes_ = np.array([[0, 7, 254.6, np.inf]], dtype=np.float32)
+    assert np.asarray(open_image(encoded(Image.fromarray(bytes_), "TIFF")))[0, :, 1].tolist() == [
+        0, 7, 255, 255,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_lies_over_white(mode: str) -> None:
+    image = Image.new("RGBA", (2, 1), (10, 10, 10, 255))
+    image.putpixel((1, 0), (10, 10, 10, 0))
+    if mode == "P":
+        palette = Image.new("P", (2, 1))
+        palette.putpalette([10, 10, 10, 90, 0, 0])
+        palette.putpixel((1, 0), 1)
+        content = encoded(palette, "PNG", transparency=1)
+    else:
+        content = encoded(image.convert(mode), "PNG")
+    pixels = np.asarray(open_image(content))
+    assert pixels[0].tolist() == [[10, 10, 10], [255, 255, 255]]
+
+
+def test_other_modes() -> None:
+    cmyk = open_image(encoded(Image.new("CMYK", (4, 4), (255, 0, 0, 0)), "TIFF"))
+    assert cmyk.getpixel((0, 0)) == (0, 255, 255)
+    assert open_image(encoded(picture().convert("1"), "PNG")).mode == "RGB"
+    assert open_image(encoded(picture().convert("P"), "GIF")).mode == "RGB"
+    grey = open_image(encoded(picture().convert("L"), "PNG"))
+    np.testing.assert_array_equal(np.asarray(grey)[..., 2], np.asarray(picture().convert("L")))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation(format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("#ff0000", "#0000ff", "#00ff00")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    content = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert open_image(content).getpixel((4, 4)) == (255, 0, 0)
+
+
+# What is refused
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Return a PNG that claims any size and holds almost nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" * 1000)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+def webp_header(width: int, height: int) -> bytes:
+    """Return a WebP canvas of any size with next to nothing on it."""
+    sizes = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    lossless = ((width - 1) | (height - 1) << 14 | 1 << 28).to_bytes(4, "little")
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes([16, 0, 0, 0]) + sizes
+    body += b"VP8L" + struct.pack("<I", 10) + b"\x2f" + lossless + b"\0" * 5
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"plain text, no image", "is not an image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image of a known format"),
+        (encoded(picture(), "JPEG")[:300], "cannot be decoded"),
+        (encoded(picture(3, (200, 200)), "JPEG")[:-900], "cannot be decoded: image file is trunc"),
+        (encoded(picture(3, (200, 200)))[:-900], "cannot be decoded"),
+        (encoded(picture(), "WEBP")[:-20], "cannot be decoded"),
+        (png_header(10, 10_000_000), "pixels; more than 89,478,485 are refused"),
+        (png_header(20_000, 20_000), "pixels; refused"),
+        (png_header(60_000, 60_000), "pixels; refused"),
+        (webp_header(16_000, 16_000), "pixels; refused"),
+        (encoded(Image.new("L", (1, LONGEST + 1))), "sides beyond 1:256 are refused"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_unreadable_images_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImage) as caught:
+        open_image(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_largest_size_that_is_read() -> None:
+    assert 9459 * 9459 < LARGEST < 9460 * 9460
+    wide = Image.new("L", (LONGEST * 2, 2), 7)
+    assert open_image(encoded(wide)).size == wide.size
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.jpg is missing") as caught:
+        open_image(tmp_path / "absent.jpg")
+    assert not isinstance(caught.value, UnreadableImage)
+    with pytest.raises(UnreadableImage, match="is not a regular file"):
+        open_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="is not a regular file"):  # and does not wait
+        open_image(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="^shard.tar/a.jpg is not an image"):  # noqa: RUF043
+        open_image(b"text", "shard.tar/a.jpg")
+
+
+def test_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "closed.png"
+    path.write_bytes(encoded(picture()))
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user reads everything")
+    with pytest.raises(UnreadableImage, match="cannot be read: Permission denied"):
+        open_image(path)
+
+
+SAMPLES = [encoded(picture(3, (40, 30)), format) for format in FORMATS]
+
+
+def survives(content: bytes) -> None:
+    """Decode, or refuse in one line; anything else fails the test."""
+    try:
+        assert open_image(content, "fuzz").mode == "RGB"
+    except UnreadableImage as error:
+        assert str(error).startswith("fuzz") and "\n" not in str(error)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    content = bytearray(draw(st.sampled_from(SAMPLES)))
+    for _ in range(draw(st.integers(1, 6))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    cut = draw(st.integers(0, len(content)))
+    return bytes(content[:cut] if draw(st.booleans()) else content)
+
+
+@settings(max_examples=150, deadline=None)
+@given(damaged())
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_images(content: bytes) -> None:
+    survives(content)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_many_damaged_images() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(40_000):
+        content = bytearray(SAMPLES[random.integers(len(SAMPLES))])
+        head = int(random.choice([32, 200, len(content)]))
+        for place in random.integers(0, min(head, len(content)), random.integers(1, 5)):
+            content[place] = random.integers(256)
+        survives(bytes(content))

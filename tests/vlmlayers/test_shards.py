@@ -1,0 +1,221 @@
+"""Webdataset shards: random access, exact counts, conversion, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_fixtures import coop_dataset, folder_dataset, picture, write_manifest, write_pictures
+
+from vlmlayers.data.shards import index_shard, read_member
+from vlmlayers.errors import UnreadableImage, UserError
+from vlmlayers.manifests import Item, Manifest, write_shards
+
+NAMES = ["a {} <b>", 'quo"te\n', "\u007f\\", "747"]
+
+
+def png(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shards_dataset(folder: Path, extra: str = "") -> Manifest:
+    text = f'folder = "."\nlayout = "shards"\nshards = {{ train = "train-*.tar" }}\n{extra}'
+    return Manifest.load(write_manifest(folder, text))
+
+
+def source(folder: Path, count: int = 11) -> Manifest:
+    rows = [[f"x/{i}.png", i % len(NAMES), NAMES[i % len(NAMES)]] for i in range(count)]
+    write_pictures(folder, [str(row[0]) for row in rows])
+    return coop_dataset(folder, {"train": rows, "test": rows[:3]}, 'licence = "CC \\"BY\\""')
+
+
+def test_conversion_keeps_items_pixels_and_names(tmp_path: Path) -> None:
+    manifest = source(tmp_path / "from")
+    written = write_shards(manifest, ["train", "test"], tmp_path / "to", 4, progress=False)
+    shards = Manifest.load(written)
+    assert shards.check(full=True).state == "complete"
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
+        "manifest.toml", "test-00000.tar", "train-00000.tar", "train-00001.tar", "train-00002.tar",
+    ]  # fmt: skip
+    assert shards.class_names() == tuple(NAMES)
+    assert shards.spec.licence == 'CC "BY"'
+    for split, count in (("train", 11), ("test", 3)):
+        before, after = manifest.items(split), shards.items(split)
+        assert len(after) == count
+        assert [(i.label, i.class_name) for i in before] == [(i.label, i.class_name) for i in after]
+        for old, new in zip(before, after):
+            pixels = np.asarray(shards.open_image(new))
+            np.testing.assert_array_equal(pixels, np.asarray(manifest.open_image(old)))
+    assert shards.location(shards.items("train")[5]) == tmp_path / "to/train-00001.tar"
+    assert shards.items("train")[5].path == "train-00001.tar/00000005.png"
+
+
+def test_conversion_is_deterministic_and_goes_on(tmp_path: Path) -> None:
+    manifest = source(tmp_path / "from")
+    write_shards(manifest, "train", tmp_path / "a", 4, progress=False)
+    again = write_shards(manifest, "train", tmp_path / "b", 4, progress=False)
+    for path in sorted((tmp_path / "a").glob("*.tar")):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    twice = write_shards(Manifest.load(again), "train", tmp_path / "c", 100, progress=False)
+    first, last = Manifest.load(again), Manifest.load(twice)
+    assert [i.label for i in first.items("train")] == [i.label for i in last.items("train")]
+    with pytest.raises(UserError, match="per_shard is 0; a shard holds 1 item or more"):
+        write_shards(manifest, "train", tmp_path / "d", 0)
+
+
+def test_conversion_of_captions(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "from", ["1.png", "2.png"])
+    (tmp_path / "from/c.tsv").write_text("1.png\tone\n1.png\ta first\n2.png\ttwo\n")
+    text = 'folder = "."\nlayout = "captions"\nsplit_file = "c.tsv"'
+    captioned = Manifest.load(write_manifest(tmp_path / "from", text))
+    shards = Manifest.load(write_shards(captioned, "train", tmp_path / "to", progress=False))
+    assert [(i.label, i.captions) for i in shards.items("train")] == [
+        (-1, ("one", "a first")), (-1, ("two",)),
+    ]  # fmt: skip
+    assert shards.class_names() == ()
+
+
+def test_conversion_of_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.load("flags")
+    items = manifest.items("val")[:7]
+    monkeypatch.setattr(Manifest, "items", lambda self, split, root=None: items)
+    written = write_shards(manifest, "val", tmp_path, 3, progress=False)
+    monkeypatch.undo()
+    shards = Manifest.load(written)
+    assert shards.class_names() == manifest.class_names()
+    for old, new in zip(items, shards.items("val"), strict=True):
+        assert (old.label, old.captions) == (new.label, new.captions)
+        pixels = np.asarray(shards.open_image(new))
+        np.testing.assert_array_equal(pixels, np.asarray(manifest.open_image(old)))
+
+
+def test_a_failed_conversion_leaves_no_half_shard(tmp_path: Path) -> None:
+    manifest = source(tmp_path / "from")
+    (tmp_path / "from/x/6.png").unlink()
+    with pytest.raises(UserError, match=r"x/6\.png cannot be read: No such file"):
+        write_shards(manifest, "train", tmp_path / "to", 4, progress=False)
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["train-00000.tar"]
+    write_pictures(tmp_path / "from", ["x/6.png"])
+    written = write_shards(manifest, "train", tmp_path / "to", 4, progress=False)
+    assert Manifest.load(written).check(full=True).ok
+
+
+def test_webdataset_itself_reads_what_is_written(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    manifest = source(tmp_path / "from")
+    write_shards(manifest, "train", tmp_path / "to", 4, progress=False)
+    files = sorted(str(path) for path in (tmp_path / "to").glob("train-*.tar"))
+    pipeline = webdataset.WebDataset(files, shardshuffle=False).decode("rgb8")
+    samples = list(pipeline.to_tuple("png", "cls", "json"))
+    assert [label for _, label, _ in samples] == [item.label for item in manifest.items("train")]
+    assert [extra["path"] for *_, extra in samples] == [i.path for i in manifest.items("train")]
+    np.testing.assert_array_equal(
+        samples[5][0], np.asarray(manifest.open_image(manifest.items("train")[5]))
+    )
+
+
+def test_classes_are_numbers_or_words(tmp_path: Path) -> None:
+    numbers = [("b.png", png()), ("b.cls", b"2\n"), ("a.png", png()), ("a.cls", b"0")]
+    write_tar(tmp_path / "1/train-0.tar", numbers)
+    plain = shards_dataset(tmp_path / "1")
+    assert plain.class_names() == ("0", "1", "2")
+    assert plain.items("train")[0] == Item("train-0.tar/b.png", 2, "2")
+    words = [("d/b.png", png()), ("d/b.cls", b"zebra"), ("d/a.png", png()), ("d/a.cls", b"ant")]
+    write_tar(tmp_path / "2/train-0.tar", words)
+    named = shards_dataset(tmp_path / "2")
+    assert [(i.path, i.label) for i in named.items("train")] == [
+        ("train-0.tar/d/b.png", 1), ("train-0.tar/d/a.png", 0),
+    ]  # fmt: skip
+    declared = shards_dataset(tmp_path / "1", 'class_names = ["x", "y"]')
+    with pytest.raises(UserError, match=r"b\.png has the class '2', not one of 2 classes"):
+        declared.items("train")
+    write_tar(tmp_path / "1/train-0.tar", [("a.png", png()), ("a.cls", b"99999999")])
+    with pytest.raises(UserError, match="1 classes, but labels to 100000000"):
+        plain.class_names()
+
+
+def test_members_are_read_in_any_order(tmp_path: Path) -> None:
+    contents = {f"{i:03d}.png": png(i) for i in range(20)}
+    path = write_tar(tmp_path / "train-0.tar", list(contents.items()))
+    for name in np.random.default_rng(0).permutation(list(contents)).tolist():
+        assert read_member(path, name) == contents[name]
+    with pytest.raises(UserError, match=r"train-0\.tar holds no image '999\.png'"):
+        read_member(path, "999.png")
+
+
+def test_a_changed_shard_is_indexed_again(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train-0.tar", [("a.png", png(1))])
+    assert len(index_shard(path)) == 1
+    write_tar(path, [("b.png", png(2)), ("c.png", png(3))] * 1)
+    assert [sample.image for sample in index_shard(path)] == ["b.png", "c.png"]
+
+
+def test_shards_that_are_refused(tmp_path: Path) -> None:
+    manifest = shards_dataset(tmp_path)
+    with pytest.raises(UserError, match=r"no shard .*train-\*\.tar"):
+        manifest.items("train")
+    path = tmp_path / "train-0.tar"
+    cases: list[tuple[bytes, str]] = [
+        (b"no tar at all" * 100, "cannot be read as an uncompressed tar"),
+        (write_tar(path, [("a.png", png())], "w:gz").read_bytes(), "as an uncompressed tar"),
+        (write_tar(path, [("a.cls", b"1")]).read_bytes(), r"sample 'a' has no image among"),
+        (write_tar(path, [("a.png", png()), ("a.cls", b"\xff")]).read_bytes(), "is not UTF-8 text"),
+        (write_tar(path, [("a.png", b"x" * 9000)]).read_bytes()[:4000], "is truncated in|tar:"),
+        (
+            write_tar(path, [("a.png", png()), ("a.txt", b"x" * 1_000_001)]).read_bytes(),
+            "is too large for text",
+        ),
+        (write_tar(path, [("../a.png", png())]).read_bytes(), "leaves the dataset's folder"),
+    ]
+    for number, (content, message) in enumerate(cases):
+        other = tmp_path / str(number)
+        other.mkdir()
+        (other / "train-0.tar").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            shards_dataset(other).items("train")
+    with pytest.raises(UserError, match=r"gone\.tar cannot be read: No such file"):
+        index_shard(tmp_path / "gone.tar")
+    with pytest.raises(UserError, match=r"gone\.tar cannot be read: No such file"):
+        read_member(tmp_path / "gone.tar", "a.png")
+
+
+def test_an_unreadable_image_in_a_shard_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", [("a.png", b"text"), ("b.png", png())])
+    manifest = shards_dataset(tmp_path)
+    bad, good = manifest.items("train")
+    with pytest.raises(UnreadableImage, match=r"train-0\.tar/a\.png is not an image"):
+        manifest.open_image(bad)
+    assert manifest.open_image(good).size == (12, 8)
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder(tmp_path: Path) -> None:
+    outside = write_tar(tmp_path / "outside.tar", [("a.png", png())])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train-0.tar").symlink_to(outside)
+    manifest = shards_dataset(tmp_path / "data")
+    with pytest.raises(UserError, match=r"is a link that leaves the dataset's folder; refused"):
+        manifest.open_image(manifest.items("train")[0])
+
+
+def test_folders_convert_with_their_class_names(tmp_path: Path) -> None:
+    paths = [f"{name}/{i}.jpg" for name in ("gull", "owl") for i in range(4)]
+    manifest = folder_dataset(tmp_path / "from", paths, 'split_folders = { test = "." }')
+    shards = Manifest.load(write_shards(manifest, "test", tmp_path / "to", 3, progress=False))
+    assert shards.class_names() == ("gull", "owl")
+    original = (tmp_path / "from/owl/2.jpg").read_bytes()
+    assert read_member(tmp_path / "to/test-00002.tar", "00000006.jpg") == original
