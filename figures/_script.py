@@ -17,7 +17,8 @@ def folders(description: str) -> tuple[list[Path], Path]:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("tables", nargs="*", type=Path, default=[HERE / "tables"],
                         help="folders with tables, such as run folders")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "figures", help="folder to write to")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "figures",
+                        help="folder to write to")  # fmt: skip
     arguments = parser.parse_args()
     return list(arguments.tables), arguments.out
 
