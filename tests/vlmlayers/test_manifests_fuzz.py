@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,14 +39,15 @@ SPLIT_FILES = st.dictionaries(
 
 
 def answers(work: Callable[[], Any]) -> None:
-    """Run; a refusal must be one printable line, and nothing may take five seconds."""
-    start = time.monotonic()
+    """Run; a refusal must be one printable line; nothing takes five seconds or a gigabyte."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         work()
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
         str(error).encode()
     assert time.monotonic() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
 
 
 def use(manifest: Manifest) -> None:

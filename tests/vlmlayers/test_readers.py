@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -225,9 +226,11 @@ def test_damaged_images(content: bytes) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_many_damaged_images() -> None:
     random = np.random.default_rng(0)
-    for _ in range(40_000):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(60_000):
         content = bytearray(SAMPLES[random.integers(len(SAMPLES))])
         head = int(random.choice([32, 200, len(content)]))
         for place in random.integers(0, min(head, len(content)), random.integers(1, 5)):
             content[place] = random.integers(256)
         survives(bytes(content))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB: 1 GB

@@ -12,7 +12,7 @@ from vlmlayers.manifests.items import SPLITS, Item, is_text, stratified_split
 from vlmlayers.manifests.layouts.base import class_keys
 from vlmlayers.manifests.place import MissingData, Place
 
-SUFFIXES = frozenset(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "pgm", "pbm", "mpo"))
+SUFFIXES = IMAGE_SUFFIXES | {"pgm", "pbm", "mpo"}
 
 
 class Folder:
@@ -111,7 +111,7 @@ class Folder:
             path = f"{folder}/{entry.name}"
             if entry.is_dir(follow_symlinks=False):
                 yield from self._files(path)
-            elif Path(entry.name).suffix.lower() in SUFFIXES:
+            elif entry.name.rpartition(".")[2].lower() in SUFFIXES:
                 if not is_text(entry.name):
                     raise UserError(
                         f"{self.place.name}: a file name in {folder!r} is not UTF-8: {path!a}"
