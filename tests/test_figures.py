@@ -15,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+import vlmlayers.figures
 from vlmlayers.errors import UserError
 from vlmlayers.figures import (
     DRAWINGS,
@@ -540,3 +541,26 @@ def test_figures_are_one_column_wide_and_legible(
             covered = box.padded(-1)
             assert not covered.overlaps(other), f"{text.get_text()!r} covers {words!r}"
         boxes.append((box.padded(-1), text.get_text()))
+
+
+def test_the_command_draws_the_paper_from_run_folders(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from vlmlayers.cli import app
+
+    some = {name: DRAWINGS[name] for name in ("fig1_dataset_recognition", "table4_averages")}
+    monkeypatch.setattr(vlmlayers.figures, "DRAWINGS", some)
+    other = tmp_path / "other"
+    other.mkdir()
+    score_rows("second").to_parquet(other / "scores.parquet")
+    out = tmp_path / "paper"
+    run = CliRunner().invoke(app, ["figures", str(tables), str(other), "--paper", str(out)])
+    assert run.exit_code == 0, run.output
+    assert run.output.count("\n") == len(some)
+    assert "fig1_dataset_recognition     svg png pdf csv" in run.output
+    panels = pd.read_csv(out / "fig1_dataset_recognition.csv").panel.unique().tolist()
+    assert panels == ["tiny (w)", "second (w)"]
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        draw_all(tmp_path / "nowhere", out)

@@ -364,8 +364,18 @@ def figures(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="svg, png, pdf; repeatable.")
     ] = None,
+    paper: Annotated[
+        Path | None,
+        typer.Option(help="Draw the paper's figures and tables of all runs together, in here."),
+    ] = None,
 ) -> None:
     """Draw the figures of runs again, each with the table it was drawn from."""
+    if paper is not None:
+        from vlmlayers.figures import draw_all
+
+        for outcome in draw_all(runs, paper):
+            typer.echo(f"{outcome.name:28} {outcome.words}")
+        return
     from vlmlayers.report import write_figures
 
     for run in runs:

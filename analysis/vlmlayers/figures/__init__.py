@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vlmlayers.errors import check_one_of
-from vlmlayers.figures.inputs import Folders, MissingTable
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.figures.inputs import Folders, MissingTable, as_folders
 from vlmlayers.figures.paper_figures import FIGURES
 from vlmlayers.figures.paper_tables import TABLES, draw_table
 
@@ -54,8 +54,11 @@ def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> 
         names: Keys of `DRAWINGS`; all where None.
 
     Raises:
-        UserError: A name is unknown, or a table is there but cannot be drawn.
+        UserError: A name is unknown, a folder is not there, or a table cannot be drawn.
     """
+    for folder in as_folders(tables):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; name run folders or folders of tables")
     found = []
     for name in names if names is not None else DRAWINGS:
         check_one_of("figure", name, DRAWINGS)
