@@ -61,9 +61,12 @@ class PublicMMA(nn.Module):
         self.requires_grad_(False)
         self.visual_adapter = self._branches(config.vision, visual.width)
         self.text_adapter = self._branches(config.text, text.width)
-        self.shared_adapter = nn.ModuleDict({
-            str(b): nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU())
-            for b in config.vision})
+        self.shared_adapter = nn.ModuleDict(
+            {
+                str(b): nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU())
+                for b in config.vision
+            }
+        )
         for parameter in self.adapter_parameters().values():
             if parameter.ndim == 2:
                 nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
@@ -72,14 +75,25 @@ class PublicMMA(nn.Module):
 
     def _branches(self, blocks: tuple[int, ...], width: int) -> nn.ModuleDict:
         dim = self.config.dim
-        return nn.ModuleDict({
-            str(b): nn.ModuleDict({"down": nn.Sequential(nn.Linear(width, dim), nn.ReLU()),
-                                   "up": nn.Linear(dim, width)}) for b in blocks})
+        return nn.ModuleDict(
+            {
+                str(b): nn.ModuleDict(
+                    {
+                        "down": nn.Sequential(nn.Linear(width, dim), nn.ReLU()),
+                        "up": nn.Linear(dim, width),
+                    }
+                )
+                for b in blocks
+            }
+        )
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters under the authors' names."""
-        return {name: parameter for name, parameter in self.named_parameters()
-                if name.split(".")[0] in ("visual_adapter", "text_adapter", "shared_adapter")}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.split(".")[0] in ("visual_adapter", "text_adapter", "shared_adapter")
+        }
 
     def _run(self, x: Tensor, blocks: nn.ModuleList, adapters: nn.ModuleDict) -> Tensor:
         scale = self.config.scale

@@ -25,7 +25,8 @@ def backbone_towers(clip: nn.Module) -> dict[str, Tower]:
         if tower.kind != "blocks":
             raise UserError(
                 f"the {tower.name} tower ({tower.family}) has {tower.kind}, not transformer "
-                "blocks; the multi-modal adapter needs blocks of one width with a first norm")
+                "blocks; the multi-modal adapter needs blocks of one width with a first norm"
+            )
         first_norm(tower.blocks[0], tower)
     return towers
 
@@ -42,7 +43,8 @@ def first_norm(block: nn.Module, tower: Tower) -> nn.Module:
             return norm
     raise UserError(
         f"the {tower.name} tower's blocks ({tower.family}, {type(block).__name__}) have no first "
-        "norm, which the multi-modal adapter reads; choose a backbone of pre-norm blocks")
+        "norm, which the multi-modal adapter reads; choose a backbone of pre-norm blocks"
+    )
 
 
 @contextmanager

@@ -48,15 +48,24 @@ class CheckpointInfo:
 
 
 def save_adapter(
-    path: str | Path, adapter: Adapter, model: Any, class_names: tuple[str, ...] = (),
+    path: str | Path,
+    adapter: Adapter,
+    model: Any,
+    class_names: tuple[str, ...] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter as safetensors, with a JSON description in its header and beside it."""
-    path = Path(path).with_suffix(".safetensors")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
     info = {
-        "format": FORMAT, "adapter": adapter.config.to_dict(), "model": model.name,
-        "weights": model.weights, "weights_hash": model.weights_hash,
-        "class_names": list(class_names), "provenance": dict(provenance or {}),
+        "format": FORMAT,
+        "adapter": adapter.config.to_dict(),
+        "model": model.name,
+        "weights": model.weights,
+        "weights_hash": model.weights_hash,
+        "class_names": list(class_names),
+        "provenance": dict(provenance or {}),
     }
     text = json.dumps(info, indent=1)
     state = {key: value.cpu().contiguous() for key, value in adapter.official_state_dict().items()}
@@ -75,8 +84,13 @@ def read_info(path: str | Path) -> CheckpointInfo:
     if info.get("format") != FORMAT:
         raise UserError(f"{path} is no adapter of this toolkit (its header does not say {FORMAT})")
     return CheckpointInfo(
-        MMAConfig.from_dict(info["adapter"]), info["model"], info["weights"], info["weights_hash"],
-        tuple(info["class_names"]), info["provenance"])
+        MMAConfig.from_dict(info["adapter"]),
+        info["model"],
+        info["weights"],
+        info["weights_hash"],
+        tuple(info["class_names"]),
+        info["provenance"],
+    )
 
 
 def load_adapter(path: str | Path, model: Any) -> Adapter:
@@ -90,18 +104,26 @@ def load_adapter(path: str | Path, model: Any) -> Adapter:
         raise UserError(
             f"{path} was trained on {info.model} with weights {info.weights} "
             f"({info.weights_hash[:12]}), this is {model.name} with weights {model.weights} "
-            f"({model.weights_hash[:12]}); load the backbone it was trained on")
+            f"({model.weights_hash[:12]}); load the backbone it was trained on"
+        )
     adapter = new_adapter(model.clip, info.config)
     with safe_open(path, framework="pt") as file:
-        adapter.load_official_state_dict({key: file.get_tensor(key) for key in file.keys()})
+        adapter.load_official_state_dict(
+            {key: file.get_tensor(key) for key in sorted(adapter.official_state_dict())}
+        )
     return adapter
 
 
 def save_official(path: str | Path, adapter: Adapter, epoch: int = 0) -> Path:
     """Write an adapter in the authors' layout: a `.pth.tar` dictionary with `state_dict`."""
     state = {key: value.cpu() for key, value in adapter.official_state_dict().items()}
-    content = {"state_dict": state, "epoch": epoch, "optimizer": None, "scheduler": None,
-               "val_result": None}
+    content = {
+        "state_dict": state,
+        "epoch": epoch,
+        "optimizer": None,
+        "scheduler": None,
+        "val_result": None,
+    }
     path = Path(path)
     atomically(path, lambda part: torch.save(content, part))
     return path
@@ -121,14 +143,18 @@ def load_official(path: str | Path, clip: Any, config: MMAConfig | None = None) 
     """
     content = read_tensors_only(path)
     state = content.get("state_dict", content)
-    state = {key.removeprefix("module."): value for key, value in state.items()
-             if isinstance(value, Tensor)}
+    state = {
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
     found = placement_of(state, str(path))
     config = config or found
     if (config.vision, config.text, config.dim) != (found.vision, found.text, found.dim):
         raise UserError(
             f"{path} holds the placement {found.placement} with dim {found.dim}; asked for is "
-            f"{config.placement} with dim {config.dim}; change one of them")
+            f"{config.placement} with dim {config.dim}; change one of them"
+        )
     adapter = new_adapter(clip, config)
     adapter.load_official_state_dict(state)
     return adapter
@@ -146,8 +172,11 @@ def placement_of(state: Mapping[str, Tensor], where: str) -> MMAConfig:
                 dim = value.shape[0]
     if not dim:
         raise UserError(f"{where} holds no adapter: no key such as text_adapter.5.down.0.weight")
-    return MMAConfig(vision=tuple(sorted(blocks["visual_adapter"])),
-                     text=tuple(sorted(blocks["text_adapter"])), dim=dim)
+    return MMAConfig(
+        vision=tuple(sorted(blocks["visual_adapter"])),
+        text=tuple(sorted(blocks["text_adapter"])),
+        dim=dim,
+    )
 
 
 def read_tensors_only(path: str | Path) -> dict[str, Any]:
@@ -158,7 +187,8 @@ def read_tensors_only(path: str | Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} holds more than tensors and is not opened, as loading it would run code "
-            f"({reason[:80]}); ask its author for the state dictionary alone") from error
+            f"({reason[:80]}); ask its author for the state dictionary alone"
+        ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {_line(error)}") from error
     if not isinstance(content, dict):
@@ -188,7 +218,8 @@ def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
     if differing:
         raise UserError(
             f"{path} belongs to a run with other {', '.join(differing)}; choose another output "
-            "folder, or remove the file to start again")
+            "folder, or remove the file to start again"
+        )
     return content
 
 

@@ -80,8 +80,13 @@ class MMAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         pairs = None if self.pairs is None else [list(pair) for pair in self.pairs]
-        return {"vision": list(self.vision), "text": list(self.text), "dim": self.dim,
-                "scale": self.scale, "pairs": pairs}
+        return {
+            "vision": list(self.vision),
+            "text": list(self.text),
+            "dim": self.dim,
+            "scale": self.scale,
+            "pairs": pairs,
+        }
 
     @property
     def placement(self) -> str:

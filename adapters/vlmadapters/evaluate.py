@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmadapters.config import MMAConfig
 from vlmadapters.fewshot import class_prompts
 from vlmadapters.frozen import Backbone
 from vlmadapters.images import Images
@@ -31,6 +32,11 @@ class Case:
     adapter: Adapter | None
     template: str
 
+    @property
+    def config(self) -> MMAConfig | None:
+        """Placement of the adapter, None for the backbone."""
+        return None if self.adapter is None else self.adapter.config
+
 
 class Evaluator:
     """Predicts classes of images; class features are kept until their adapter changes.
@@ -44,8 +50,13 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: Any, backbone: Backbone | None = None, *, batch_size: int = 100,
-        precision: str = "auto", progress: bool = True,
+        self,
+        model: Any,
+        backbone: Backbone | None = None,
+        *,
+        batch_size: int = 100,
+        precision: str = "auto",
+        progress: bool = True,
     ) -> None:
         self.model, self.backbone = model, backbone or Backbone(model.clip)
         self.batch_size, self.progress = batch_size, progress
@@ -74,7 +85,10 @@ class Evaluator:
         return features
 
     def predict(
-        self, images: Images, items: Sequence[Item], class_names: Sequence[str],
+        self,
+        images: Images,
+        items: Sequence[Item],
+        class_names: Sequence[str],
         cases: Sequence[Case],
     ) -> list[Labels]:
         """Return the predicted label of every item, one array (item,) per case.
@@ -86,8 +100,13 @@ class Evaluator:
         """
         found: list[list[Labels]] = [[] for _ in cases]
         total = math.ceil(len(items) / self.batch_size)
-        batches = track(images.batches(items, self.batch_size), f"test {images.manifest.name}",
-                        total=total, unit="batch", show=self.progress)
+        batches = track(
+            images.batches(items, self.batch_size),
+            f"test {images.manifest.name}",
+            total=total,
+            unit="batch",
+            show=self.progress,
+        )
         texts = self._case_texts(class_names, cases)
         for batch in batches:
             for index, labels in enumerate(self._batch(batch, cases, texts)):
@@ -95,14 +114,16 @@ class Evaluator:
         return [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in found]
 
     def _case_texts(self, class_names: Sequence[str], cases: Sequence[Case]) -> list[Tensor]:
-        return [self.text_features(case.adapter, class_prompts(class_names, case.template))
-                for case in cases]
+        return [
+            self.text_features(case.adapter, class_prompts(class_names, case.template))
+            for case in cases
+        ]
 
     @torch.no_grad()
     def _batch(
         self, batch: Tensor, cases: Sequence[Case], texts: Sequence[Tensor]
     ) -> Iterator[Labels]:
-        starts = [self.backbone.start(c.adapter and c.adapter.config, "vision") for c in cases]
+        starts = [self.backbone.start(case.config, "vision") for case in cases]
         with self.autocast():
             states = self.backbone.images(batch, starts)
         plain: Tensor | None = None
@@ -118,7 +139,8 @@ class Evaluator:
             if not bool(torch.isfinite(logits).all()):
                 raise UserError(
                     "the model gives logits that are not finite; try precision fp32, or train "
-                    "with a lower lr or scale")
+                    "with a lower lr or scale"
+                )
             yield logits.argmax(1).cpu().numpy()
 
 

@@ -40,8 +40,11 @@ def few_shot(items: Iterable[Item], shots: int, seed: int) -> list[Item]:
     if not groups:
         raise UserError("there are no training items to draw from; check the split file")
     generator = random.Random(seed)
-    return [item for group in groups.values()
-            for item in (generator.sample(group, shots) if len(group) >= shots else group)]
+    return [
+        item
+        for group in groups.values()
+        for item in (generator.sample(group, shots) if len(group) >= shots else group)
+    ]
 
 
 def base_novel_labels(labels: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

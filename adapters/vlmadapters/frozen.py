@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -64,12 +63,17 @@ class Backbone:
     def logits(self, images: State, prompts: State, adapter: Adapter | None) -> Tensor:
         """Return class logits, (image, class)."""
         return scaled_cosines(
-            self.clip, self.features("vision", images, adapter),
-            self.features("text", prompts, adapter))
+            self.clip,
+            self.features("vision", images, adapter),
+            self.features("text", prompts, adapter),
+        )
 
 
 def climb(
-    walk: Walk, enter: Callable[[Tensor], State], inputs: Tensor, starts: Iterable[int],
+    walk: Walk,
+    enter: Callable[[Tensor], State],
+    inputs: Tensor,
+    starts: Iterable[int],
     shared: bool = True,
 ) -> dict[int, State]:
     """Walk up once without a graph and return the state at each of the blocks asked for.
@@ -121,9 +125,15 @@ class ViewCache:
         assert self.form is not None
         index = torch.from_numpy(rows)
         device = self.form.inputs.device
-        kept = {block: replace(self.form, x=x[index].to(device), block=block,
-                               inputs=self.form.inputs[:1].expand(len(rows), -1, -1, -1))
-                for block, x in self.stored.items()}
+        kept = {
+            block: replace(
+                self.form,
+                x=x[index].to(device),
+                block=block,
+                inputs=self.form.inputs[:1].expand(len(rows), -1, -1, -1),
+            )
+            for block, x in self.stored.items()
+        }
         if len(kept) == len(self.starts):
             return kept
         lowest = kept[self.starts[0]]
@@ -150,5 +160,3 @@ class ViewCache:
 def _tokens(state: State) -> Tensor:
     assert state.x is not None
     return state.x.detach()
-
-

@@ -22,13 +22,18 @@ def is_standard(block: nn.Module) -> bool:
     """Return whether `standard_block` computes the same as the block's own forward."""
     if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
         return False
-    attention = block.attn
-    return (
-        type(block.ln_1) is LayerNorm and type(block.ln_2) is LayerNorm
-        and attention.batch_first and attention._qkv_same_embed_dim
-        and attention.in_proj_bias is not None and attention.bias_k is None
-        and isinstance(block.mlp.gelu, (QuickGELU, nn.GELU))
-        and getattr(block.mlp.gelu, "approximate", "none") == "none"
+    attention: Any = block.attn
+    mlp: Any = block.mlp
+    act = mlp.gelu
+    return bool(
+        type(block.ln_1) is LayerNorm
+        and type(block.ln_2) is LayerNorm
+        and attention.batch_first
+        and attention._qkv_same_embed_dim
+        and attention.in_proj_bias is not None
+        and attention.bias_k is None
+        and isinstance(act, (QuickGELU, nn.GELU))
+        and getattr(act, "approximate", "none") == "none"
     )
 
 
@@ -70,7 +75,8 @@ class _FrozenMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Any, mlp: Any, quick: bool) -> Tensor:
         n, mean, rstd = torch.native_layer_norm(
-            x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            x, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        )
         flat = n.view(-1, n.shape[-1])
         factor = QUICK if quick else 1.0
         t = torch.addmm(mlp.c_fc.bias, flat, mlp.c_fc.weight.t(), beta=factor, alpha=factor)
@@ -92,8 +98,8 @@ class _FrozenMLP(torch.autograd.Function):
             to_t = torch.ops.aten.gelu_backward(to_h, t)
         to_n = (to_t @ mlp.c_fc.weight).view_as(x)
         to_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            to_n, x, norm.normalized_shape, mean, rstd, norm.weight, norm.bias,
-            [True, False, False])
+            to_n, x, norm.normalized_shape, mean, rstd, norm.weight, norm.bias, [True, False, False]
+        )
         return to_x.add_(grad), None, None, None
 
 

@@ -83,7 +83,12 @@ class Images:
     """
 
     def __init__(
-        self, model: Any, manifest: Manifest, root: Any = None, *, keep: int = KEEP_BYTES,
+        self,
+        model: Any,
+        manifest: Manifest,
+        root: Any = None,
+        *,
+        keep: int = KEEP_BYTES,
         workers: int = 0,
     ) -> None:
         self.manifest, self.root, self.keep, self.used = manifest, root, keep, 0
@@ -139,7 +144,8 @@ class Images:
             raw = self.raw(item)
             top, left, h, w, flip = augmentation.box(draw, raw.shape[1], raw.shape[2])
             crop = V.resized_crop(
-                raw, top, left, h, w, list(self.size), InterpolationMode.BICUBIC, antialias=True)
+                raw, top, left, h, w, list(self.size), InterpolationMode.BICUBIC, antialias=True
+            )
             return crop.flip(-1) if flip else crop
 
         return self.normalised(self._map(view, items, draws))
@@ -157,7 +163,8 @@ def _normalisation(preprocess: Any) -> tuple[Tensor, Tensor]:
             mean, std = torch.tensor(step.mean), torch.tensor(step.std)
             return mean.view(3, 1, 1), std.view(3, 1, 1)
     raise UserError(
-        "the model's preprocessing has no normalisation step; load the model with load_model")
+        "the model's preprocessing has no normalisation step; load the model with load_model"
+    )
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:

@@ -65,4 +65,5 @@ def check_memory(
     if needed > free:
         raise UserError(
             f"a training step needs about {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} "
-            f"GB free; lower batch_size ({batch_size}), adapt later blocks, or use fewer classes")
+            f"GB free; lower batch_size ({batch_size}), adapt later blocks, or use fewer classes"
+        )

@@ -99,13 +99,18 @@ class Adapter(nn.Module):
         self.config = config
         self.widths = dict(widths)
         self.visual_adapter = nn.ModuleDict(
-            {str(b): _Branch(widths["vision"], config.dim) for b in config.vision})
+            {str(b): _Branch(widths["vision"], config.dim) for b in config.vision}
+        )
         self.text_adapter = nn.ModuleDict(
-            {str(b): _Branch(widths["text"], config.dim) for b in config.text})
+            {str(b): _Branch(widths["text"], config.dim) for b in config.text}
+        )
         self._shared_names = config.shared_names()
         self.shared_adapter = nn.ModuleDict(
-            {name: nn.Sequential(_linear(config.dim, config.dim), nn.ReLU())
-             for name in dict.fromkeys(self._shared_names.values())})
+            {
+                name: nn.Sequential(_linear(config.dim, config.dim), nn.ReLU())
+                for name in dict.fromkeys(self._shared_names.values())
+            }
+        )
         self.version = 0
         self._select: dict[str, Select] = {}
         self.reset_parameters(seed)
@@ -118,8 +123,7 @@ class Adapter(nn.Module):
                 nn.init.zeros_(parameter)
                 continue
             fresh = torch.empty(parameter.shape)
-            nn.init.kaiming_normal_(
-                fresh, mode="fan_out", nonlinearity="relu", generator=generator)
+            nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
             with torch.no_grad():
                 parameter.copy_(fresh)
         self.touch()
@@ -192,12 +196,14 @@ class Adapter(nn.Module):
             raise UserError(
                 f"the checkpoint does not fit the placement {self.config.placement}: "
                 f"{len(missing)} parameters are missing ({_few(missing)}), "
-                f"{len(extra)} are not known ({_few(extra)})")
+                f"{len(extra)} are not known ({_few(extra)})"
+            )
         for key, parameter in own.items():
             if state[key].shape != parameter.shape:
                 raise UserError(
                     f"{key} has shape {tuple(state[key].shape)} in the checkpoint and "
-                    f"{tuple(parameter.shape)} for this backbone; load the backbone it was made for")
+                    f"{tuple(parameter.shape)} for this backbone; load the backbone it was made for"
+                )
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(state[key])
@@ -284,14 +290,16 @@ def check_fits(config: MMAConfig, towers: Mapping[str, Any], widths: Mapping[str
         if blocks and blocks[-1] > tower.depth:
             raise UserError(
                 f"the placement {config.placement} names {name} block {blocks[-1]}, but the "
-                f"{name} tower has {tower.depth} blocks")
+                f"{name} tower has {tower.depth} blocks"
+            )
         if blocks and widths[name] != tower.width:
             raise UserError(
                 f"the adapter was made for a {name} tower of width {widths[name]}, this backbone's "
-                f"has width {tower.width}; load the backbone it was made for")
+                f"has width {tower.width}; load the backbone it was made for"
+            )
 
 
-def scaled_cosines(clip: nn.Module, image_features: Tensor, text_features: Tensor) -> Tensor:
+def scaled_cosines(clip: Any, image_features: Tensor, text_features: Tensor) -> Tensor:
     """Return exp(logit scale) · cosine, (image, class), with the model's logit bias if any."""
     images = F.normalize(image_features, dim=-1)
     texts = F.normalize(text_features, dim=-1)
@@ -300,7 +308,7 @@ def scaled_cosines(clip: nn.Module, image_features: Tensor, text_features: Tenso
     return logits if bias is None else logits + bias
 
 
-def class_logits(clip: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+def class_logits(clip: Any, images: Tensor, tokens: Tensor) -> Tensor:
     """Return exp(logit scale) · cosine between images and class prompts, differentiable.
 
     Args:

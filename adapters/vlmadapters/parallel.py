@@ -54,7 +54,8 @@ def check_divides(batch_size: int) -> None:
     if batch_size % size:
         raise UserError(
             f"a batch of {batch_size} does not divide over {size} processes; choose a batch size "
-            f"that is a multiple of {size}")
+            f"that is a multiple of {size}"
+        )
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:

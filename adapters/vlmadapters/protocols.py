@@ -11,9 +11,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,7 @@ from vlmadapters import parallel
 from vlmadapters.checkpoints import atomically, save_adapter
 from vlmadapters.config import MMAConfig
 from vlmadapters.evaluate import Case, Evaluator, Labels
-from vlmadapters.fewshot import base_or_novel, few_shot, kind_labels
 from vlmadapters.frozen import Backbone
-from vlmadapters.images import Images
 from vlmadapters.recipes import Recipe
 from vlmadapters.results import (
     COLUMNS,
@@ -33,11 +31,11 @@ from vlmadapters.results import (
     UNMOVED,
     ZERO_SHOT,
     ZERO_SHOT_OWN,
-    accuracy_fields,
 )
+from vlmadapters.targets import Dataset, Target, result_row
 from vlmadapters.train import Trainer, TrainResult
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.manifests import Item, Manifest
+from vlmlayers.manifests import Item
 
 LOG = logging.getLogger("vlmlayers")
 # Share of predictions that have to differ from zero-shot for training to count as having an effect.
@@ -62,75 +60,14 @@ class Protocol:
 
 
 PROTOCOLS = {
-    p.name: p for p in (
+    p.name: p
+    for p in (
         Protocol("base-to-novel", "base", ("base", "novel")),
         Protocol("few-shot", "all", ("all",)),
         Protocol("cross-dataset", "all", ("all",), transfer=True),
         Protocol("domain-generalization", "all", ("all",), transfer=True),
     )
 }
-
-
-@dataclass(eq=False)
-class Dataset:
-    """A dataset as the protocols use it: class names, items and images of one model.
-
-    Args:
-        name: Name or path of a manifest.
-        model: The model.
-        root: The data root.
-        workers: Threads that decode images.
-        limit: Use at most so many test items, balanced over classes; 0 uses all.
-    """
-
-    name: str
-    model: Any
-    root: Any = None
-    workers: int = 0
-    limit: int = 0
-    manifest: Manifest = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.manifest = Manifest.load(self.name)
-
-    @cached_property
-    def images(self) -> Images:
-        """The images, decoded once."""
-        return Images(self.model, self.manifest, self.root, workers=self.workers)
-
-    @cached_property
-    def class_names(self) -> tuple[str, ...]:
-        """All class names by label."""
-        return self.manifest.class_names(self.root)
-
-    def names(self, kind: str) -> list[str]:
-        """Return class names of `all`, `base` or `novel` classes."""
-        return [self.class_names[label] for label in self._labels(kind)]
-
-    def _labels(self, kind: str) -> tuple[int, ...]:
-        return kind_labels(kind, range(len(self.class_names)))
-
-    def shots(self, shots: int, seed: int, kind: str) -> list[Item]:
-        """Return the few-shot items of one half, relabelled from 0."""
-        drawn = few_shot(self.manifest.items("train", root=self.root), shots, seed)
-        return base_or_novel(drawn, kind, range(len(self.class_names)))
-
-    def test(self, kind: str, split: str = "test") -> list[Item]:
-        """Return the test items of one half, relabelled from 0."""
-        if self.limit:
-            items = self.manifest.sample(split, self.limit, 0, self.root)
-        else:
-            items = self.manifest.items(split, root=self.root)
-        return base_or_novel(items, kind, range(len(self.class_names)))
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """Test items of one kind of classes of one dataset."""
-
-    dataset: Dataset
-    kind: str
-    split: str = "test"
 
 
 class Experiment:
@@ -151,9 +88,19 @@ class Experiment:
     """
 
     def __init__(
-        self, protocol: str, model: Any, recipe: Recipe, out: str | Path | None = None, *,
-        root: Any = None, targets: Sequence[str] = (), split: str = "test", limit: int = 0,
-        workers: int = 0, save_adapters: bool = False, progress: bool = True,
+        self,
+        protocol: str,
+        model: Any,
+        recipe: Recipe,
+        out: str | Path | None = None,
+        *,
+        root: Any = None,
+        targets: Sequence[str] = (),
+        split: str = "test",
+        limit: int = 0,
+        workers: int = 0,
+        save_adapters: bool = False,
+        progress: bool = True,
     ) -> None:
         self.protocol = PROTOCOLS[check_one_of("protocol", protocol, PROTOCOLS)]
         self.model, self.recipe, self.train = model, recipe, recipe.train
@@ -165,7 +112,8 @@ class Experiment:
         self.target_names = tuple(targets) if self.protocol.transfer else ()
         self.backbone = Backbone(model.clip, self.train.savings)
         self.evaluator = Evaluator(
-            model, self.backbone, precision=self.train.precision, progress=progress)
+            model, self.backbone, precision=self.train.precision, progress=progress
+        )
         self._datasets: dict[str, Dataset] = {}
         self._zero: dict[tuple[str, str], list[Labels]] = {}
 
@@ -178,12 +126,15 @@ class Experiment:
     def targets(self, source: str) -> list[Target]:
         """Return what adapters trained on a source are tested on."""
         own = [Target(self.dataset(source), kind, self.split) for kind in self.protocol.own_kinds]
-        return own + [Target(self.dataset(name), "all", self.split)
-                      for name in self.target_names]
+        return own + [Target(self.dataset(name), "all", self.split) for name in self.target_names]
 
     def run(
-        self, sources: Iterable[str], configs: Sequence[MMAConfig] | None = None,
-        seeds: Iterable[int] = (1, 2, 3), *, together: int = 12,
+        self,
+        sources: Iterable[str],
+        configs: Sequence[MMAConfig] | None = None,
+        seeds: Iterable[int] = (1, 2, 3),
+        *,
+        together: int = 12,
     ) -> pd.DataFrame:
         """Train and test every cell that has no file yet; return the results table.
 
@@ -200,7 +151,8 @@ class Experiment:
             for seed in seeds:
                 rows += self._cells(source, seed, configs, together)
         table = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(
-            list(COLUMNS[:10]), ignore_index=True)
+            list(COLUMNS[:10]), ignore_index=True
+        )
         rank, _ = parallel.rank_and_size()
         if self.out is not None and not rank:
             atomically(self.out / "results.csv", lambda part: table.to_csv(part, index=False))
@@ -229,19 +181,31 @@ class Experiment:
             key = "-".join(self._key(source, seed, config) for config in configs)
             folder = self.out / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:16]
         trainer = Trainer(
-            self.model, data.images, items, data.names(kind), configs, self.train, seed,
-            backbone=self.backbone, folder=folder, progress=self.progress)
+            self.model,
+            data.images,
+            items,
+            data.names(kind),
+            configs,
+            self.train,
+            seed,
+            backbone=self.backbone,
+            folder=folder,
+            progress=self.progress,
+        )
         trained = trainer.fit()
         rows = self._test(source, trained)
-        if folder is not None:
-            for file in folder.glob("*"):
-                file.unlink(missing_ok=True)
-            folder.rmdir() if folder.exists() else None
-        if self.save_adapters and self.out is not None:
+        rank, _ = parallel.rank_and_size()
+        if folder is not None and not rank:
+            rmtree(folder, ignore_errors=True)
+        if self.save_adapters and self.out is not None and not rank:
             for result in trained:
                 save_adapter(
-                    self.out / "adapters" / self._key(source, seed, result.config), result.adapter,
-                    self.model, tuple(data.names(kind)), self._identity(source, seed, result.config))
+                    self.out / "adapters" / self._key(source, seed, result.config),
+                    result.adapter,
+                    self.model,
+                    tuple(data.names(kind)),
+                    self._identity(source, seed, result.config),
+                )
         return rows
 
     def _test(self, source: str, trained: Sequence[TrainResult]) -> list[list[dict[str, Any]]]:
@@ -257,10 +221,23 @@ class Experiment:
             total += len(items)
             for index, (result, labels) in enumerate(zip(trained, found)):
                 differing[index] += int((labels != plain).sum())
-                rows[index].append(self._row(
-                    target, truth, labels, METHOD, self.train.template, source=source,
-                    placement=result.config.placement, shots=self.train.shots, seed=result.seed,
-                    parameters=result.adapter.parameter_count(), seconds=result.seconds))
+                rows[index].append(
+                    result_row(
+                        self.protocol.name,
+                        self.model,
+                        target,
+                        truth,
+                        labels,
+                        METHOD,
+                        self.train.template,
+                        source=source,
+                        placement=result.config.placement,
+                        shots=self.train.shots,
+                        seed=result.seed,
+                        parameters=result.adapter.parameter_count(),
+                        seconds=result.seconds,
+                    )
+                )
         for index, result in enumerate(trained):
             share = differing[index] / max(total, 1)
             note = UNMOVED if share < EFFECT else ""
@@ -281,8 +258,11 @@ class Experiment:
             own = target.dataset.manifest.zero_shot_template
             cases = [Case(None, self.train.template), Case(None, own)]
             self._zero[key] = self.evaluator.predict(
-                target.dataset.images, self._items(target)[0],
-                target.dataset.names(target.kind), cases)
+                target.dataset.images,
+                self._items(target)[0],
+                target.dataset.names(target.kind),
+                cases,
+            )
         return self._zero[key]
 
     def _zero_shot_rows(self, source: str) -> list[dict[str, Any]]:
@@ -292,30 +272,28 @@ class Experiment:
             own = target.dataset.manifest.zero_shot_template
             named = ((ZERO_SHOT, self.train.template), (ZERO_SHOT_OWN, own))
             for labels, (method, template) in zip(self._zero_shot(target), named):
-                rows.append(self._row(
-                    target, truth, labels, method, template, source="", placement="", shots=0,
-                    seed=-1, parameters=0, seconds=0.0))
+                rows.append(
+                    result_row(
+                        self.protocol.name, self.model, target, truth, labels, method, template
+                    )
+                )
         return rows
 
-    def _row(
-        self, target: Target, truth: Labels, labels: Labels, method: str, template: str,
-        **values: Any,
-    ) -> dict[str, Any]:
-        return {
-            "protocol": self.protocol.name, "method": method, "model": self.model.name,
-            "weights": self.model.weights, "dataset": target.dataset.manifest.name,
-            "split_kind": target.kind, "template": template, "changed": 0.0, "note": "",
-            "random_weights": self.model.random_weights,
-            **accuracy_fields(int((labels == truth).sum()), len(truth)), **values,
-        }
-
     def _identity(self, source: str, seed: int, config: MMAConfig) -> dict[str, Any]:
-        targets = {f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.hash
-                   for t in self.targets(source)}
+        targets = {
+            f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.hash
+            for t in self.targets(source)
+        }
         return {
-            "protocol": self.protocol.name, "source": source, "seed": seed, "split": self.split,
-            "limit": self.limit, "adapter": config.to_dict(), "train": self.train.identity(),
-            "weights": self.model.weights_hash, "targets": targets,
+            "protocol": self.protocol.name,
+            "source": source,
+            "seed": seed,
+            "split": self.split,
+            "limit": self.limit,
+            "adapter": config.to_dict(),
+            "train": self.train.identity(),
+            "weights": self.model.weights_hash,
+            "targets": targets,
         }
 
     def _key(self, source: str, seed: int, config: MMAConfig) -> str:
@@ -336,12 +314,12 @@ class Experiment:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows: list[dict[str, Any]] = content["rows"]
         except (ValueError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it to run the cell again") from error
+            raise UserError(
+                f"{path} is damaged ({error}); remove it to run the cell again"
+            ) from error
         return rows
 
-    def _write(
-        self, source: str, seed: int, config: MMAConfig, rows: list[dict[str, Any]]
-    ) -> None:
+    def _write(self, source: str, seed: int, config: MMAConfig, rows: list[dict[str, Any]]) -> None:
         path = self._path(source, seed, config)
         rank, _ = parallel.rank_and_size()
         if path is None or rank:
@@ -351,7 +329,10 @@ class Experiment:
 
 
 def base_to_novel(
-    model: Any, datasets: Iterable[str], recipe: Recipe, out: str | Path | None = None,
+    model: Any,
+    datasets: Iterable[str],
+    recipe: Recipe,
+    out: str | Path | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """Train on base classes, test on base and on novel classes of each dataset."""
@@ -359,7 +340,10 @@ def base_to_novel(
 
 
 def few_shot_all(
-    model: Any, datasets: Iterable[str], recipe: Recipe, out: str | Path | None = None,
+    model: Any,
+    datasets: Iterable[str],
+    recipe: Recipe,
+    out: str | Path | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """Train on all classes with k shots, test on all classes of each dataset."""
@@ -367,25 +351,39 @@ def few_shot_all(
 
 
 def cross_dataset(
-    model: Any, source: str, targets: Sequence[str], recipe: Recipe,
-    out: str | Path | None = None, **options: Any,
+    model: Any,
+    source: str,
+    targets: Sequence[str],
+    recipe: Recipe,
+    out: str | Path | None = None,
+    **options: Any,
 ) -> pd.DataFrame:
     """Train on all classes of the source, test on all classes of each target."""
     return _run("cross-dataset", model, [source], recipe, out, targets=targets, **options)
 
 
 def domain_generalization(
-    model: Any, source: str, targets: Sequence[str], recipe: Recipe,
-    out: str | Path | None = None, **options: Any,
+    model: Any,
+    source: str,
+    targets: Sequence[str],
+    recipe: Recipe,
+    out: str | Path | None = None,
+    **options: Any,
 ) -> pd.DataFrame:
     """Train on the source, test on shifted test sets, each among its own classes."""
     return _run("domain-generalization", model, [source], recipe, out, targets=targets, **options)
 
 
 def _run(
-    protocol: str, model: Any, sources: Iterable[str], recipe: Recipe, out: Any,
-    configs: Sequence[MMAConfig] | None = None, seeds: Iterable[int] = (1, 2, 3),
-    together: int = 12, **options: Any,
+    protocol: str,
+    model: Any,
+    sources: Iterable[str],
+    recipe: Recipe,
+    out: Any,
+    configs: Sequence[MMAConfig] | None = None,
+    seeds: Iterable[int] = (1, 2, 3),
+    together: int = 12,
+    **options: Any,
 ) -> pd.DataFrame:
     experiment = Experiment(protocol, model, recipe, out, **options)
     return experiment.run(sources, configs, seeds, together=together)

@@ -119,8 +119,11 @@ class Recipe:
         """Return the recipe with some values replaced; None keeps a value."""
         new_train = {key: value for key, value in train.items() if value is not None}
         new_adapter = {key: value for key, value in adapter.items() if value is not None}
-        return replace(self, train=replace(self.train, **new_train),
-                       adapter=replace(self.adapter, **new_adapter))
+        return replace(
+            self,
+            train=replace(self.train, **new_train),
+            adapter=replace(self.adapter, **new_adapter),
+        )
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -145,9 +148,7 @@ def load_recipe(name: str | Path) -> Recipe:
     return _recipe(str(name), shipped[str(name)], shipped, "recipes.toml")
 
 
-def _recipe(
-    name: str, values: Mapping[str, Any], shipped: Mapping[str, Any], where: str
-) -> Recipe:
+def _recipe(name: str, values: Mapping[str, Any], shipped: Mapping[str, Any], where: str) -> Recipe:
     values = dict(values)
     base = values.pop("extends", None)
     if base is not None:
@@ -162,8 +163,7 @@ def _recipe(
     for key in savings:
         check_one_of("saving", key, [f.name for f in fields(Savings)], where=where)
     try:
-        train = replace(parent.train, **values,
-                        savings=replace(parent.train.savings, **savings))
+        train = replace(parent.train, **values, savings=replace(parent.train.savings, **savings))
         return Recipe(name, train, MMAConfig.from_dict(adapter))
     except TypeError as error:
         raise UserError(f"{where}: a value has the wrong type: {error}") from error

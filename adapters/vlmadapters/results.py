@@ -11,9 +11,26 @@ from vlmadapters.evaluate import wilson
 from vlmlayers.errors import UserError
 
 COLUMNS = (
-    "protocol", "method", "model", "weights", "dataset", "source", "split_kind", "placement",
-    "shots", "seed", "accuracy", "n", "low", "high", "template", "parameters", "changed",
-    "seconds", "random_weights", "note",
+    "protocol",
+    "method",
+    "model",
+    "weights",
+    "dataset",
+    "source",
+    "split_kind",
+    "placement",
+    "shots",
+    "seed",
+    "accuracy",
+    "n",
+    "low",
+    "high",
+    "template",
+    "parameters",
+    "changed",
+    "seconds",
+    "random_weights",
+    "note",
 )
 ZERO_SHOT, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
 METHOD = "MMA"
@@ -66,12 +83,13 @@ def _comparable_source(results: pd.DataFrame) -> pd.Series:
 def _datasets(part: pd.DataFrame) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     seeds = part.pivot_table(
-        index=["dataset", "seed"], columns="split_kind", values="accuracy", sort=False)
+        index=["dataset", "seed"], columns="split_kind", values="accuracy", sort=False
+    )
     if {"base", "novel"} <= set(seeds.columns):
         seeds["hm"] = [harmonic_mean(b, n) for b, n in zip(seeds["base"], seeds["novel"])]
-    notes = part.groupby("dataset")["note"].agg(lambda n: "; ".join(dict.fromkeys(filter(None, n))))
     for dataset, block in seeds.groupby(level="dataset", sort=False):
-        rows += _metrics(str(dataset), block, str(notes[dataset]))
+        notes = part.loc[part["dataset"] == dataset, "note"]
+        rows += _metrics(str(dataset), block, "; ".join(dict.fromkeys(filter(None, notes))))
     source = set(part["source"])
     targets = [d for d in seeds.index.unique("dataset") if d not in source]
     if len(targets) > 1:
@@ -83,7 +101,8 @@ def _average(seeds: pd.DataFrame) -> pd.DataFrame:
     """Return the mean over datasets for every seed that all of them have."""
     plain = seeds.drop(columns="hm", errors="ignore")
     complete = plain.groupby(level="seed").filter(
-        lambda block: len(block) == plain.index.get_level_values("dataset").nunique())
+        lambda block: len(block) == plain.index.get_level_values("dataset").nunique()
+    )
     mean = (complete if len(complete) else plain).groupby(level="seed").mean()
     if {"base", "novel"} <= set(mean.columns):
         mean["hm"] = [harmonic_mean(b, n) for b, n in zip(mean["base"], mean["novel"])]
@@ -96,10 +115,16 @@ def _metrics(dataset: str, block: pd.DataFrame, note: str) -> list[dict[str, Any
         means["hm"] = harmonic_mean(means["base"], means["novel"])
     order = [m for m in ("base", "novel", "hm", "all") if m in block.columns]
     return [
-        {"dataset": dataset, "metric": metric, "mean": means[metric],
-         "sd": block[metric].std(ddof=1) if len(block) > 1 else float("nan"),
-         "seeds": len(block), "note": note}
-        for metric in order if pd.notna(means[metric])
+        {
+            "dataset": dataset,
+            "metric": metric,
+            "mean": means[metric],
+            "sd": block[metric].std(ddof=1) if len(block) > 1 else float("nan"),
+            "seeds": len(block),
+            "note": note,
+        }
+        for metric in order
+        if pd.notna(means[metric])
     ]
 
 
@@ -130,10 +155,22 @@ def with_published(
         for row in table.to_dict("records"):
             metric = "all" if row["metric"] == "accuracy" else row["metric"]
             note = "; ".join(filter(None, (str(row["flag"] or ""), str(row["source"]))))
-            added.append({
-                "protocol": protocol, "method": row["method"], "model": "ViT-B/16",
-                "weights": "openai", "source": "", "placement": "", "shots": 16,
-                "dataset": spelling[row["dataset"]], "metric": metric,
-                "mean": float(row["value"]) / 100, "sd": float("nan"), "seeds": 3, "note": note,
-                "origin": "published"})
+            added.append(
+                {
+                    "protocol": protocol,
+                    "method": row["method"],
+                    "model": "ViT-B/16",
+                    "weights": "openai",
+                    "source": "",
+                    "placement": "",
+                    "shots": 16,
+                    "dataset": spelling[row["dataset"]],
+                    "metric": metric,
+                    "mean": float(row["value"]) / 100,
+                    "sd": float("nan"),
+                    "seeds": 3,
+                    "note": note,
+                    "origin": "published",
+                }
+            )
     return pd.concat([summary.assign(origin="ours"), pd.DataFrame(added)], ignore_index=True)

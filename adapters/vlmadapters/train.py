@@ -85,9 +85,18 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Any, images: Images, items: Sequence[Item], class_names: Sequence[str],
-        configs: Sequence[MMAConfig], train: TrainConfig | None = None, seed: int = 1, *,
-        backbone: Backbone | None = None, folder: Path | None = None, progress: bool = True,
+        self,
+        model: Any,
+        images: Images,
+        items: Sequence[Item],
+        class_names: Sequence[str],
+        configs: Sequence[MMAConfig],
+        train: TrainConfig | None = None,
+        seed: int = 1,
+        *,
+        backbone: Backbone | None = None,
+        folder: Path | None = None,
+        progress: bool = True,
     ) -> None:
         self.model, self.images, self.items = model, images, list(items)
         self.class_names = list(class_names)
@@ -112,15 +121,19 @@ class Trainer:
         if not labels <= set(range(len(self.class_names))):
             raise UserError(
                 f"training labels go up to {max(labels)}, but there are {len(self.class_names)} "
-                "class names; relabel the items with base_or_novel")
+                "class names; relabel the items with base_or_novel"
+            )
         if not self.items:
             raise UserError("there are no training items; check the few-shot draw")
 
     def _new_run(self, config: MMAConfig) -> _Run:
         adapter = new_adapter(self.model.clip, config, self.seed)
         optimizer = torch.optim.SGD(
-            adapter.parameters(), lr=self.train.lr, momentum=self.train.momentum,
-            weight_decay=self.train.weight_decay)
+            adapter.parameters(),
+            lr=self.train.lr,
+            momentum=self.train.momentum,
+            weight_decay=self.train.weight_decay,
+        )
         return _Run(adapter, optimizer, adapter.official_state_dict())
 
     def fit(self) -> list[TrainResult]:
@@ -137,8 +150,13 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         total = self.train.epochs * len(self._batches(0))
         rank, _ = parallel.rank_and_size()
-        with bar(description="train", total=total, unit="step",
-                 show=self.progress and rank == 0, initial=done) as shown:
+        with bar(
+            description="train",
+            total=total,
+            unit="step",
+            show=self.progress and rank == 0,
+            initial=done,
+        ) as shown:
             prompts = self._prompts()
             while self.epoch < self.train.epochs:
                 self._one_epoch(prompts, shown)
@@ -179,14 +197,16 @@ class Trainer:
         run.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             logits = self.backbone.logits(
-                states[self.vision_starts[index]], prompts[self.text_starts[index]], run.adapter)
+                states[self.vision_starts[index]], prompts[self.text_starts[index]], run.adapter
+            )
         loss = F.cross_entropy(logits.float(), labels)
         value = parallel.mean_over_processes(loss.detach())
         if not math.isfinite(value):
             raise UserError(
                 f"the loss of {self.configs[index].placement} became {value} in epoch "
                 f"{self.epoch + 1}, step {self.step + 1}; lower lr ({self.train.lr}) or the "
-                f"adapter's scale ({self.configs[index].scale})")
+                f"adapter's scale ({self.configs[index].scale})"
+            )
         self.scaler.scale(loss).backward()
         parallel.average(run.adapter.parameters())
         self.scaler.step(run.optimizer)
@@ -212,7 +232,9 @@ class Trainer:
 
         def load(rows: NDArray[np.int64]) -> Tensor:
             chosen = batch[rows]
-            return self.images.augmented([self.items[i] for i in chosen], draws[chosen], augmentation)
+            return self.images.augmented(
+                [self.items[i] for i in chosen], draws[chosen], augmentation
+            )
 
         if not views or not self.backbone.steps:
             return self.backbone.images(load(np.arange(len(batch))), self.vision_starts)
@@ -229,27 +251,51 @@ class Trainer:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         return [
-            TrainResult(run.adapter, run.adapter.config, self.seed, run.losses, _change(run), share,
-                        steps * self.batch_size / share if share else 0.0, peak)
+            TrainResult(
+                run.adapter,
+                run.adapter.config,
+                self.seed,
+                run.losses,
+                _change(run),
+                share,
+                steps * self.batch_size / share if share else 0.0,
+                peak,
+            )
             for run in self.runs
         ]
 
     def _identity(self) -> dict[str, Any]:
         return {
             "adapters": [config.to_dict() for config in self.configs],
-            "train": self.train.identity(), "seed": self.seed, "weights": self.model.weights_hash,
-            "items": [item.path for item in self.items], "classes": self.class_names,
+            "train": self.train.identity(),
+            "seed": self.seed,
+            "weights": self.model.weights_hash,
+            "items": [item.path for item in self.items],
+            "classes": self.class_names,
         }
 
     def _save(self) -> None:
         rank, _ = parallel.rank_and_size()
         if self.folder is None or rank:
             return
-        save_training_state(self.folder, self._identity(), {
-            "epoch": self.epoch, "step": self.step, "scaler": self.scaler.state_dict(),
-            "runs": [{"adapter": run.adapter.official_state_dict(), "losses": run.losses,
-                      "initial": run.initial, "optimizer": run.optimizer.state_dict()}
-                     for run in self.runs]})
+        save_training_state(
+            self.folder,
+            self._identity(),
+            {
+                "epoch": self.epoch,
+                "step": self.step,
+                "scaler": self.scaler.state_dict(),
+                "runs": [
+                    {
+                        "adapter": run.adapter.official_state_dict(),
+                        "losses": run.losses,
+                        "initial": run.initial,
+                        "optimizer": run.optimizer.state_dict(),
+                    }
+                    for run in self.runs
+                ],
+            },
+        )
 
     def _resume(self) -> None:
         if self.folder is None:
@@ -285,7 +331,8 @@ def precision_of(
 
 def _change(run: _Run) -> float:
     now = run.adapter.official_state_dict()
-    moved = max(float((now[key] - value.to(now[key])).abs().max())
-                for key, value in run.initial.items())
+    moved = max(
+        float((now[key] - value.to(now[key])).abs().max()) for key, value in run.initial.items()
+    )
     size = max(float(value.abs().max()) for value in run.initial.values())
     return moved / size if size else moved

@@ -40,7 +40,7 @@ class State:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-class _Reached(Exception):  # noqa: N818  a signal, not an error
+class _Reached(Exception):
     """The walk has seen what enters block 1."""
 
 
@@ -120,6 +120,7 @@ class Walk:
             state = self.advance(state, tower.depth + 1, adapter)
             return self._head(state.x, rows)
         state = self.advance(state, tower.depth, adapter)
+        assert state.x is not None
         x = self._block(tower.depth, state.x, state, adapter, rows)[:, 0]
         return tower.project(tower.norm_after(tower.norm(x)))
 
@@ -138,11 +139,15 @@ class Walk:
         return self.fused[block - 1] and known and (mask is None or mask.ndim == 2)
 
     def _block(
-        self, number: int, x: Tensor, state: State, adapter: Adapter | None,
+        self,
+        number: int,
+        x: Tensor,
+        state: State,
+        adapter: Adapter | None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Return the output of one block; of the tokens at `rows` only, where given."""
-        module = self.tower.blocks[number - 1]
+        module: Any = self.tower.blocks[number - 1]
         adapted = adapter is not None and number in getattr(adapter.config, self.tower.name)
         if not self._is_fused(number, state):
             out = module(x, *state.args, **state.kwargs)

@@ -12,8 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from vlmadapters.config import MMAConfig
-from vlmadapters.mma import Adapter, attach, class_logits, new_adapter
-from vlmlayers.errors import UserError
+from vlmadapters.mma import attach, class_logits
 
 
 class Golden:
@@ -70,7 +69,8 @@ def test_five_steps_follow_the_authors_trajectory(golden: Golden) -> None:
     with attach(clip, golden.adapter_config()) as mma:
         mma.load_official_state_dict(golden.group("adapter_init/"))
         optimizer = torch.optim.SGD(
-            mma.parameters(), lr=o["lr"], momentum=o["momentum"], weight_decay=o["weight_decay"])
+            mma.parameters(), lr=o["lr"], momentum=o["momentum"], weight_decay=o["weight_decay"]
+        )
         for images, labels in zip(golden.tensor("images"), golden.tensor("labels")):
             loss = F.cross_entropy(class_logits(clip, images, golden.tensor("tokens")), labels)
             optimizer.zero_grad()
@@ -81,7 +81,9 @@ def test_five_steps_follow_the_authors_trajectory(golden: Golden) -> None:
     np.testing.assert_allclose(losses, golden.arrays["losses"], atol=1e-5)
     torch.testing.assert_close(final, golden.tensor("mma/final_logits"), atol=1e-5, rtol=0)
     for key, value in mma.official_state_dict().items():
-        torch.testing.assert_close(value, golden.tensor(f"adapter_final/{key}"), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            value, golden.tensor(f"adapter_final/{key}"), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_the_benchmarks_transcription_agrees_with_the_authors_code(
