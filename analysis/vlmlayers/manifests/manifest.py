@@ -255,9 +255,8 @@ class Manifest:
         from vlmlayers.data import readers, shards
 
         if self.layout == "builtin":
-            options = {} if size is None else {"size": size}
-            image: Image.Image = dataset(self.name).image(*split_and_index(item), **options)
-            return image
+            drawn, (split, index) = dataset(self.name), split_and_index(item)
+            return drawn.image(split, index, **({} if size is None else {"size": size}))
         path = self.location(item, root)
         if self.layout == "shards":
             member = item.path.partition(".tar/")[2]
