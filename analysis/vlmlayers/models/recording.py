@@ -105,8 +105,8 @@ class Recorder:
     Args:
         tower: Tower to record.
         spaces: Among `native`, `normed`, `joint`.
-        pooling: Pooling of tokens; None for the tower's own. `joint` goes through the model's own
-            attention pool where it has one.
+        pooling: Pooling of tokens. None or `model` for the tower's own: where that is an attention
+            pool, `joint` goes through it, and `native`, which it was not trained on, is averaged.
 
     Raises:
         UserError: Unknown space, or a pooling that the tower does not have.
@@ -194,15 +194,15 @@ class Recorder:
 
     def _normed(self, x: Tensor, tokens: Tensor) -> Tensor:
         tower = self.tower
-        if tower.attend_norms and tower.attend is not None:
-            return tower.attend(x)
+        if tower.attend_norms:  # the final norm is part of the model's own pool
+            return self._attend(x, tokens)
         return tower.norm_after(self._pool(tower.norm(tokens), self.pooling))
 
     def _attend(self, x: Tensor, tokens: Tensor) -> Tensor:
         tower = self.tower
         assert tower.attend is not None
-        attended = tower.attend(x if tower.attend_raw else tower.norm(tokens))
-        return attended if tower.attend_norms else tower.norm_after(attended)
+        pooled = tower.attend(x if tower.attend_raw else tower.norm(tokens))
+        return tower.norm_after(pooled)
 
     def _pool(self, tokens: Tensor, pooling: str) -> Tensor:
         """Return (item, width) from (item, token, width)."""
@@ -215,9 +215,7 @@ class Recorder:
             assert tower.ends is not None and self._ids is not None
             rows = torch.arange(len(tokens), device=tokens.device)
             return tokens[rows, tower.ends(self._ids)]
-        if tower.attend is not None:
-            return tower.attend(tokens)
-        return tokens[:, -1]
+        return tokens[:, -1]  # the model's own last token
 
     def _mean(self, tokens: Tensor) -> Tensor:
         tower = self.tower

@@ -50,7 +50,7 @@ class Tower:
         project: Pooled, normed vector to joint embedding.
         attend: The model's own pool where it is more than picking or averaging tokens.
         attend_raw: `attend` takes the raw block output (a map), not tokens.
-        attend_norms: `attend` includes the final norm.
+        attend_norms: `attend` includes the final norm; `normed` space then goes through it.
         layout: Order of axes of a block's output: `tokens`, `nchw` or `nhwc`.
         ends: Text only: token ids to the index of the pooled end-of-text token, (item,).
         valid: Text only: token ids to the mask of tokens that `mean` covers, (item, token).
@@ -103,20 +103,16 @@ class Tower:
             found.append("cls")
         if self.ends is not None:
             found.append("eot")
-        if self.attend is None or not self.attend_raw:
-            found.append("model")
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys([*found, "model"]))
 
     def resolve_pooling(self, pooling: str | None) -> str:
-        """Return the pooling to use for tokens; None stands for the default.
+        """Return the pooling to use for tokens; None and `model` stand for the tower's own.
 
         Raises:
             UserError: The tower has no such token. Says which poolings it has.
         """
-        if pooling is None:
+        if pooling in (None, "model"):
             return self.token_pooling
-        if pooling == "model" and self.attend is None:
-            return self.pooling
         if pooling not in self.poolings:
             raise UserError(
                 f"the {self.name} tower ({self.family}) has no {pooling!r} pooling; it has "
@@ -276,16 +272,16 @@ def _open_clip_vit(visual: VisionTransformer, run: Apply) -> Tower:
             f"attentional_pool={visual.attn_pool_type!r} is experimental in open_clip and gives no "
             "vector per image; use attentional_pool=true"
         )
-    tower.attend, tower.norm_after = _coca_pool(visual), visual.ln_post
+    tower.attend, tower.attend_norms, tower.pooling = _coca_pool(visual), True, "model"
     tower.pool_note = f"attention pool, {visual.attn_pool.query.shape[0]} queries"
-    tower.pooling = "model"
-    if visual.pool_type == "avg":  # the norm stands between the pool and the mean of its queries
-        tower.norm_after = _same
     return tower
 
 
 def _coca_pool(visual: VisionTransformer) -> Apply:
-    """Return CoCa's attention pool; queries are independent, so only those in use are asked."""
+    """Return CoCa's attention pool with the norm that follows it.
+
+    Queries are independent, so only those in use are asked.
+    """
     pool = visual.attn_pool
     average = visual.pool_type == "avg"
 
@@ -293,8 +289,8 @@ def _coca_pool(visual: VisionTransformer) -> Apply:
         keys = pool.ln_k(x)
         query = pool.ln_q(pool.query if average else pool.query[:1])
         queries = query.unsqueeze(0).expand(len(x), -1, -1)  # (item, query, joint)
-        found = pool.attn(queries, keys, keys, need_weights=False)[0]
-        return visual.ln_post(found)[:, 1:].mean(1) if average else found[:, 0]
+        found = visual.ln_post(pool.attn(queries, keys, keys, need_weights=False)[0])
+        return found[:, 1:].mean(1) if average else found[:, 0]
 
     return attend
 

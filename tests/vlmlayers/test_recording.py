@@ -1,0 +1,137 @@
+"""Hooks: they look, they pool, they leave, and they say when they were not called."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from vlmlayers.errors import UserError
+from vlmlayers.models import Recorder, find_towers
+from vlmlayers.models.recording import HookDidNotFire, probe
+
+
+def _hooks(clip):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in clip.modules())
+
+
+class Stop(BaseException):
+    """Stands for Ctrl-C, which is no Exception either."""
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stop])
+def test_hooks_are_removed_on_every_way_out(error):
+    clip = tiny.build("clip")
+    tower = find_towers(clip)["vision"]
+    with pytest.raises(error), Recorder(tower) as recorder:
+        recorder(tiny.images(clip))
+        assert _hooks(clip) == tower.depth + 1
+        raise error
+    assert _hooks(clip) == 0
+    with Recorder(tower):
+        pass
+    assert _hooks(clip) == 0
+
+
+def test_hooks_are_removed_when_the_forward_pass_fails():
+    clip = tiny.build("clip")
+    tower = find_towers(clip)["vision"]
+    with pytest.raises(RuntimeError), Recorder(tower) as recorder:
+        recorder(torch.zeros(2, 5, 32, 32))
+    assert _hooks(clip) == 0
+
+
+def test_hooks_are_removed_when_registering_fails(monkeypatch):
+    clip = tiny.build("clip")
+    tower = find_towers(clip)["vision"]
+    probe(tower)
+
+    def fail(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tower.blocks[2], "register_forward_hook", fail)
+    with pytest.raises(KeyboardInterrupt), Recorder(tower):
+        pass
+    assert _hooks(clip) == 0
+
+
+def test_recording_does_not_change_the_forward_pass():
+    clip = tiny.build("clip")
+    x = tiny.images(clip)
+    before = clip.encode_image(x)
+    with Recorder(find_towers(clip)["vision"], ("native", "normed", "joint")) as recorder:
+        recorder(x)
+        during = clip.encode_image(x)
+    assert torch.equal(before, during)
+
+
+def test_a_hook_of_someone_else_that_replaces_the_output_is_seen_downstream():
+    """Recording looks at the stream as it is, so an attached adapter shows in later blocks."""
+    clip = tiny.build("clip")
+    tower, x = find_towers(clip)["vision"], tiny.images(clip)
+    with Recorder(tower, ("native",)) as recorder:
+        plain = recorder(x)["native"]
+    handle = tower.blocks[1].register_forward_hook(lambda _m, _a, out: out + 1)
+    with Recorder(tower, ("native",)) as recorder:
+        changed = recorder(x)["native"]
+    handle.remove()
+    assert (changed["1"] == plain["1"]).all()
+    assert abs(changed["2"] - plain["2"] - 1).max() < 1e-5
+    assert abs(changed["3"] - plain["3"]).max() > 1e-3
+
+
+def test_a_block_that_is_never_called_is_an_error():
+    clip = tiny.build("clip")
+    tower = find_towers(clip)["vision"]
+    tower.blocks = [*tower.blocks, torch.nn.Identity()]
+    with pytest.raises(HookDidNotFire, match="did not fire at 4"):
+        probe(tower)
+
+
+def test_a_block_that_falls_silent_later_is_an_error():
+    clip = tiny.build("clip")
+    tower = find_towers(clip)["vision"]
+    with pytest.raises(HookDidNotFire, match="did not fire at 2"), Recorder(tower) as recorder:
+        recorder(tiny.images(clip))
+        transformer = clip.visual.transformer
+        transformer.resblocks = torch.nn.ModuleList([transformer.resblocks[0],
+                                                     transformer.resblocks[2]])
+        recorder(tiny.images(clip))
+
+
+def test_a_tower_that_mixes_items_is_refused():
+    clip = tiny.build("clip")
+    tower = find_towers(clip)["vision"]
+    inner = tower.run
+    tower.run = lambda x: inner(x[:1])
+    with pytest.raises(UserError, match="mixes items"):
+        probe(tower)
+
+
+def test_recorder_refuses_use_outside_its_block_and_unknown_spaces():
+    clip = tiny.build("clip")
+    tower = find_towers(clip)["vision"]
+    with pytest.raises(RuntimeError, match="inside its `with` block"):
+        Recorder(tower)(tiny.images(clip))
+    with pytest.raises(UserError, match="unknown space 'jiont'; did you mean 'joint'"):
+        Recorder(tower, ("jiont",))
+
+
+def test_widths_are_known_before_recording():
+    clip = tiny.build("clip")
+    for tower in find_towers(clip).values():
+        widths = Recorder(tower, ("native", "normed", "joint")).widths()
+        native = tower.width
+        assert widths["native"] == {"embed": native, "1": native, "2": native, "3": native,
+                                    "final": native, "proj": 24}
+        assert set(widths["joint"].values()) == {24}
+        assert list(widths["normed"]) == ["embed", "1", "2", "3", "final"]
+
+
+def test_nothing_of_the_activations_is_kept():
+    clip = tiny.build("clip")
+    with Recorder(find_towers(clip)["vision"]) as recorder:
+        found = recorder(tiny.images(clip))
+    kept = sum(a.nbytes for by in found.values() for a in by.values())
+    assert kept == 4 * 3 * (5 * 48 + 24 + 5 * 24)
+    assert recorder._seen == {}
+    assert all(a.dtype == "float32" for by in found.values() for a in by.values())
