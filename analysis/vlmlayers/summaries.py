@@ -7,7 +7,7 @@ import pandas as pd
 
 from vlmlayers.errors import check_one_of
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.selection.curves import POOLED, Reading, depths, metric_names, partnered
+from vlmlayers.selection.curves import POOLED, Reading, bare, depths, metric_names, partnered
 
 CURVE_COLUMNS = [
     "metric",
@@ -46,6 +46,7 @@ def curves(
     Raises:
         UserError: The metric or dataset is not in the table.
     """
+    scores = bare(scores)
     check_one_of("metric", metric, metric_names(scores), where="the score table")
     blocks = depths(scores)
     frames = []
@@ -108,6 +109,7 @@ def agreement(
     Raises:
         UserError: The metric is not in the table.
     """
+    scores = bare(scores)
     check_one_of("metric", metric, metric_names(scores), where="the score table")
     pairs = scores[(scores["metric"] == metric) & (scores["other_position"].astype(str) != "")]
     rows = Reading(dataset=dataset).rows(pairs, metric, tower)
@@ -128,6 +130,7 @@ def agreement(
 
 def metrics_by_shape(scores: pd.DataFrame) -> dict[str, list[str]]:
     """Return the metrics that draw a curve (`curve`) and those that draw a matrix (`matrix`)."""
+    scores = bare(scores)
     found: dict[str, list[str]] = {"curve": [], "matrix": []}
     for metric in metric_names(scores):
         rows = scores[scores["metric"] == metric]

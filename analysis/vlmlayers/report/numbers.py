@@ -15,7 +15,7 @@ from vlmlayers.plots.depth import over_datasets
 from vlmlayers.run import Run, read_json
 from vlmlayers.scores import read_scores
 from vlmlayers.selection import LayerChoice, adapter_parameters, describe_blocks, paper_blocks
-from vlmlayers.selection.curves import depths
+from vlmlayers.selection.curves import bare, depths
 from vlmlayers.summaries import curves
 
 DIM = 32
@@ -111,6 +111,7 @@ class Answer:
         choice: Its choice.
         provenance: How it was made.
         validation: What training found, or None.
+        attributes: Attributes of the score table: cost, refusals, protocol.
     """
 
     run: Run
@@ -118,6 +119,7 @@ class Answer:
     choice: LayerChoice
     provenance: dict[str, Any] = field(default_factory=dict)
     validation: Validation | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def depths(self) -> dict[str, int]:
@@ -225,7 +227,7 @@ class Answer:
                 f"{last['value']:.2f} at {last['position']}"
             )
             peak = part.loc[part["value"].idxmax()]
-            if peak["position"] not in (first["position"], last["position"]):
+            if peak["value"] - max(first["value"], last["value"]) > 0.005:
                 sentence += f", highest {peak['value']:.2f} at {peak['position']}"
             sentences.append(sentence)
         null = frame["null"].dropna()
@@ -234,7 +236,7 @@ class Answer:
 
 
 def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def read_answer(run: Run | str | Path) -> Answer:
@@ -248,12 +250,14 @@ def read_answer(run: Run | str | Path) -> Answer:
         raise UserError(
             f"{found.folder} holds no choice.json; run `vlmlayers select {found.folder}` first"
         )
+    scores = read_scores(found.folder)
     return Answer(
         found,
-        read_scores(found.folder),
+        bare(scores),
         LayerChoice.load(found.choice),
         found.read_provenance(),
         Validation.read(found),
+        dict(scores.attrs),
     )
 
 

@@ -185,7 +185,7 @@ def made_tables(answer: Answer) -> list[Table]:
         "extract": source.get("extract"),
         "score": source.get("score"),
         "select": source.get("select"),
-        "protocol": answer.scores.attrs.get("protocol"),
+        "protocol": answer.attributes.get("protocol"),
     }
     rows = [
         [stage, key, value]
@@ -195,7 +195,7 @@ def made_tables(answer: Answer) -> list[Table]:
     ]
     if rows:
         tables.append(tabular("Options", ["Stage", "Option", "Value"], rows))
-    cost = score_cost(answer.scores)
+    cost = score_cost(_with(answer))
     if len(cost):
         tables.append(
             tabular(
@@ -251,8 +251,14 @@ def _model_table(answer: Answer) -> Table:
     return tabular("Model and machine", ["What", "Value"], [r for r in rows if r[1] is not None])
 
 
+def _with(answer: Answer) -> pd.DataFrame:
+    table = answer.scores.copy(deep=False)
+    table.attrs = answer.attributes
+    return table
+
+
 def _refusal_tables(answer: Answer) -> list[Table]:
-    refused = refusals(answer.scores)
+    refused = refusals(_with(answer))
     if refused.empty:
         return []
     grouped = refused.groupby(["metric", "reason"], sort=False)

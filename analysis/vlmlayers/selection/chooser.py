@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.positions import TOWERS
 from vlmlayers.selection.choice import LayerChoice, describe_blocks, parse_blocks
-from vlmlayers.selection.curves import check_scores, depths
+from vlmlayers.selection.curves import Reading, check_scores, depths
 from vlmlayers.selection.rules import RULES, Pick, Picks
 from vlmlayers.selection.stability import HOW, doubts, stability
 
@@ -165,13 +166,15 @@ def _load_function(rule: str) -> Callable[..., Any]:
 
 
 def _used(scores: pd.DataFrame, chooser: Any) -> pd.DataFrame:
+    """Keep the rows that a rule reads, so that running it again on resamples is quick."""
     names = [getattr(chooser, name) for name in getattr(type(chooser), "metrics", ())]
     wanted = [name for name in names if name != "none"]
     if not wanted:
         return scores
     for name in wanted:
         check_one_of("metric", name, list(dict.fromkeys(scores["metric"])), "the score table")
-    return scores[scores["metric"].isin(wanted)]
+    rows = scores[scores["metric"].isin(wanted) & (scores["other_tower"] != scores["tower"])]
+    return pd.concat([Reading().rows(rows, name, tower) for name in wanted for tower in TOWERS])
 
 
 def _evidence(

@@ -37,6 +37,7 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: Columns are missing, the table is empty, or it holds more than one model.
     """
+    scores = bare(scores)
     missing = [name for name in REQUIRED if name not in scores.columns]
     if missing:
         raise UserError(
@@ -55,6 +56,15 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
         if name not in scores.columns:
             scores = scores.assign(**{name: ""})
     return scores
+
+
+def bare(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the table without its attributes, which pandas copies at every step."""
+    if not scores.attrs:
+        return scores
+    table = scores.copy(deep=False)
+    table.attrs = {}
+    return table
 
 
 def depths(scores: pd.DataFrame) -> dict[str, int]:

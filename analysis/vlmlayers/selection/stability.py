@@ -14,7 +14,7 @@ from vlmlayers.selection.rules import Picks
 
 HOW = (
     "seeds drawn with replacement; each value moved by a normal draw whose deviation is that of "
-    "its interval, independently per row"
+    "its interval, independently per row: cautious, since positions share their items"
 )
 _Z = 1.959963984540054
 
@@ -36,6 +36,7 @@ class Resampler:
     def of(cls, scores: pd.DataFrame) -> Resampler:
         """Prepare a table for resampling."""
         table = scores.reset_index(drop=True)
+        table.attrs = {}
         width = (table["high"].to_numpy(float) - table["low"].to_numpy(float)) / (2 * _Z)
         seeds = table["seed"].to_numpy(int)
         rows = {int(seed): np.flatnonzero(seeds == seed) for seed in np.unique(seeds)}

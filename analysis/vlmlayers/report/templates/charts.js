@@ -62,7 +62,7 @@
     const marks = [{ x: 0, label: "Embed" }];
     if (equal) for (let b = every; b <= longest; b += every) marks.push({ x: b, label: String(b) });
     else for (const share of [0.25, 0.5, 0.75, 1]) marks.push({ x: share * longest, label: String(share) });
-    for (const end of ends) marks.push({ x: x("", end), label: title(end) });
+    for (const end of ends) marks.push({ x: x("", end), label: title(end), must: true });
     return { x, marks, low: -0.4 * step, high: longest + ends.length * step + 0.4 * step,
       label: equal ? "Block" : "Relative depth", half: (tower) => longest / depth[tower] / 2 };
   };
@@ -142,8 +142,9 @@
     let lastLabel = -99;
     for (const mark of spec.axis.marks) {
       svg.append(node("line", { x1: X(mark.x), x2: X(mark.x), y1: bottom, y2: bottom + 4, stroke: "#8B8B95" }));
-      const need = spec.slanted ? 13 : 4 + mark.label.length * 6.6;
-      if (X(mark.x) - lastLabel < need && !mark.must) continue;
+      const need = spec.slanted ? 13 : 6 + mark.label.length * 6.6;
+      const crowded = spec.axis.marks.some((m) => m.must && m !== mark && Math.abs(X(m.x) - X(mark.x)) < 4 + (m.label.length + mark.label.length) * 3.4);
+      if ((X(mark.x) - lastLabel < need || crowded) && !mark.must) continue;
       lastLabel = X(mark.x);
       const label = node("text", { x: X(mark.x), y: bottom + 18, "text-anchor": spec.slanted ? "end" : "middle", fill: "#55555E" }, mark.label);
       if (spec.slanted) label.setAttribute("transform", `rotate(-45 ${X(mark.x)} ${bottom + 12})`);
