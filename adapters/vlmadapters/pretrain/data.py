@@ -109,7 +109,11 @@ def load_source(
 
 
 def sample_batch(
-    sources: Sequence[Source], size: int, templates: Mapping[str, Sequence[str]], seed: int, step: int
+    sources: Sequence[Source],
+    size: int,
+    templates: Mapping[str, Sequence[str]],
+    seed: int,
+    step: int,
 ) -> Batch:
     """Draw one batch: a pure function of seed and step, so that a resumed run sees the same.
 
@@ -187,7 +191,9 @@ def augment(batch: Batch, size: int, generator: torch.Generator, strength: float
     brightness = 1 + soft * uniform(-0.3, 0.3)
     contrast = 1 + soft * uniform(-0.3, 0.3)
     mean = images.mean((1, 2, 3), keepdim=True)
-    images = (images - mean) * contrast[:, None, None, None] + mean * brightness[:, None, None, None]
+    images = (images - mean) * contrast[:, None, None, None] + mean * brightness[
+        :, None, None, None
+    ]
     grey = (uniform(0, 1) < 0.1 * soft)[:, None, None, None]
     images = torch.where(grey, images.mean(1, keepdim=True), images).clamp(0, 1)
     return (images - _MEAN) / _STD
