@@ -29,8 +29,13 @@ from vlmlayers.models.towers import Tower, find_towers, unwrap_compiled
 MINI = "mini-clip"
 LOCAL = "local"
 CONFIG_FILE = "open_clip_config.json"
+MINI_FOLDER = Path(__file__).parent / "mini_clip"
 PRECISIONS = ("fp32", "bf16", "fp16")
 SEED = 0
+_BUILD_ERRORS = (
+    TypeError, ValueError, RuntimeError, AssertionError, KeyError, AttributeError,
+    ZeroDivisionError, IndexError,
+)
 
 
 @dataclass(eq=False)
@@ -125,11 +130,11 @@ def load_model(
             random_weights, device, precision,
         )
     if name == MINI:
-        folder = Path(__file__).parent / "mini_clip"
-        if not (folder / CONFIG_FILE).is_file():
-            raise UserError(f"{MINI} is not part of this installation: {folder} is missing")
+        if not (MINI_FOLDER / CONFIG_FILE).is_file():
+            raise UserError(f"{MINI} is not part of this installation: {MINI_FOLDER} is missing")
         return _load_local(
-            MINI, folder / CONFIG_FILE, checkpoint or _weights_in(folder, random_weights),
+            MINI, MINI_FOLDER / CONFIG_FILE,
+            checkpoint or _weights_in(MINI_FOLDER, random_weights),
             random_weights, device, precision,
         )
     if name == LOCAL:
@@ -240,6 +245,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model]
     if missing:
         raise UserError(f"{path} is no open_clip configuration: it lacks {', '.join(missing)}")
+    for part in ("vision_cfg", "text_cfg"):
+        if not isinstance(model[part], dict):
+            raise UserError(f"{path} is no open_clip configuration: {part} is not a table")
     return dict(model), dict(found.get("preprocess_cfg", {}))
 
 
@@ -256,8 +264,8 @@ def build_clip(
     """
     settings: dict[str, Any] = copy.deepcopy(dict(config))
     custom = settings.pop("custom_text", False)
+    place = _device(device)
     with text_config_offline(settings) as hugging_face, _quiet():
-        settings["vision_cfg"].setdefault("timm_model_pretrained", False)
         settings["vision_cfg"]["timm_model_pretrained"] = False
         kind: Any = CustomTextCLIP if custom or hugging_face else CLIP
         if "multimodal_cfg" in settings:
@@ -267,15 +275,22 @@ def build_clip(
                 torch.manual_seed(seed)
                 clip = kind(**settings, cast_dtype=get_cast_dtype(precision))
                 _fill_decoder(clip)
-        except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        except _BUILD_ERRORS as error:
             raise UserError(f"open_clip cannot build this configuration: {_line(error)}") from error
-    if torch.device(device).type != "meta":
+    if place.type != "meta":
         timm = "timm_model_name" in settings["vision_cfg"]
         try:
-            _set_model_device_and_precision(clip, torch.device(device), precision, timm)
+            _set_model_device_and_precision(clip, place, precision, timm)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"cannot use device {str(device)!r}: {_line(error)}") from error
     return clip.eval()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"cannot use device {str(device)!r}; use 'cpu' or 'cuda'") from error
 
 
 def _fill_decoder(clip: nn.Module) -> None:
@@ -288,15 +303,31 @@ def _fill_decoder(clip: nn.Module) -> None:
 def make_tokenizer(text: Mapping[str, Any], folder: Path | None = None) -> Any:
     """Return the tokenizer of a text configuration.
 
-    A tokenizer that has to come from the hub is fetched at its first use.
+    A tokenizer that has to come from the hub is fetched at its first use. Relative paths start at
+    the folder of the configuration.
+
+    Raises:
+        UserError: Its vocabulary is missing, broken or larger than the model's.
     """
     length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     options = dict(text.get("tokenizer_kwargs", {}))
     hub = text.get("hf_tokenizer_name")
-    if not hub:
-        return open_clip.SimpleTokenizer(context_length=length, **options)
-    local = folder / hub if folder is not None and (folder / hub).exists() else None
-    return HubTokenizer(str(local or hub), length, text.get("tokenizer_mode"), options)
+    if hub:
+        local = folder / hub if folder is not None and (folder / hub).exists() else None
+        return HubTokenizer(str(local or hub), length, text.get("tokenizer_mode"), options)
+    if folder is not None and "bpe_path" in options:
+        options["bpe_path"] = str(folder / options["bpe_path"])
+    try:
+        tokenizer = open_clip.SimpleTokenizer(context_length=length, **options)
+    except (OSError, TypeError, ValueError, IndexError, EOFError) as error:
+        raise UserError(f"tokenizer_kwargs {options} are wrong: {_line(error)}") from error
+    known = text.get("vocab_size", tokenizer.vocab_size)
+    if known < tokenizer.vocab_size:
+        raise UserError(
+            f"text_cfg has vocab_size {known}, its tokenizer has {tokenizer.vocab_size} tokens; "
+            "name the tokenizer's bpe_path in tokenizer_kwargs"
+        )
+    return tokenizer
 
 
 @dataclass
@@ -315,7 +346,7 @@ class HubTokenizer:
     @cached_property
     def _inner(self) -> Any:
         try:
-            return open_clip.HFTokenizer(
+            return open_clip.tokenizer.HFTokenizer(
                 self.name, context_length=self.context_length, tokenizer_mode=self.mode,
                 **self.options,
             )
