@@ -96,6 +96,12 @@ def classes(labels: Any, n: int, smallest_class: int = 1) -> Labels:
     return numbered.astype(np.int64)
 
 
+def ratio(top: Array, bottom: Array) -> Array:
+    """Return top / bottom, NaN where the bottom is not positive: a draw that holds no pair."""
+    out = np.full(np.broadcast(top, bottom).shape, np.nan)
+    return np.divide(top, bottom, out=out, where=bottom > 0)
+
+
 def one_hot(labels: Labels) -> Array:
     """Return the class indicator matrix, (item, class)."""
     return np.eye(int(labels.max()) + 1)[labels]

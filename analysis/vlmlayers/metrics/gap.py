@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Labels, triangle, unit
+from vlmlayers.metrics.checks import Array, Labels, ratio, triangle, unit
 
 
 def centroid_gap(x: Any, y: Any, pairs: Any = None) -> float:
@@ -153,7 +153,7 @@ def _mean_distance(x: Array, weights: Array) -> Array:
     sums = weights @ x
     own = np.square(weights).sum(axis=1)
     total = np.square(weights.sum(axis=1)) - own
-    cosine = (np.square(sums).sum(axis=1) - own) / total
+    cosine = ratio(np.square(sums).sum(axis=1) - own, total)
     return (1.0 - cosine) / 2.0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, centred, classes, squared_distances, unit
+from vlmlayers.metrics.checks import Array, centred, classes, ratio, squared_distances, unit
 
 
 def spectrum(x: Any) -> Array:
@@ -73,7 +73,7 @@ def mean_cosine_weighted(x: Any, weights: Array) -> Array:
     x = unit(x, smallest_n=2)
     own = np.square(weights).sum(axis=1)
     total = np.square(weights.sum(axis=1)) - own
-    return (np.square(weights @ x).sum(axis=1) - own) / total
+    return ratio(np.square(weights @ x).sum(axis=1) - own, total)
 
 
 def mean_cosine_centred(x: Any) -> float:
@@ -103,7 +103,7 @@ def uniformity_weighted(x: Any, weights: Array) -> Array:
     own = np.square(weights).sum(axis=1)
     total = np.square(weights.sum(axis=1)) - own
     sums = ((weights @ kernel) * weights).sum(axis=1) - own
-    return np.log(sums / total)
+    return np.log(ratio(sums, total))
 
 
 def alignment(x: Any, labels: Any) -> float:
@@ -114,7 +114,10 @@ def alignment(x: Any, labels: Any) -> float:
 
     Reference: Wang and Isola 2020 (there over two views of one item).
     """
-    return float(alignment_weighted(x, labels, np.ones((1, len(x))))[0])
+    value = float(alignment_weighted(x, labels, np.ones((1, len(x))))[0])
+    if np.isnan(value):
+        raise UserError("no class has two items; alignment needs pairs of the same class")
+    return value
 
 
 def alignment_weighted(x: Any, labels: Any, weights: Array) -> Array:
@@ -128,9 +131,7 @@ def alignment_weighted(x: Any, labels: Any, weights: Array) -> Array:
         # Σ_{i≠j} w_i w_j (2 − 2 x_i·x_j): items drawn twice are at distance 0 from themselves.
         apart += 2.0 * (size**2 - np.square(w @ x[y == c]).sum(axis=1))
         pairs += size**2 - own
-    if (pairs <= 0.0).any():
-        raise UserError("no class has two items; alignment needs pairs of the same class")
-    return apart / pairs
+    return ratio(apart, pairs)
 
 
 def twonn(x: Any, *, discard: float = 0.1) -> float:

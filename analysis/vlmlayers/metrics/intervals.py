@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.stats import t as student_t
 
+from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import Array, Labels
 
 LEVEL = 0.95
@@ -25,9 +26,18 @@ def bootstrap_weights(strata: Labels, draws: int, rng: np.random.Generator) -> A
 
 
 def percentile(draws: Array) -> tuple[float, float]:
-    """Return the 95 % percentile interval of bootstrap draws."""
+    """Return the 95 % percentile interval of bootstrap draws.
+
+    Draws without a value (NaN: one item drawn n times has no pairs) are left out.
+
+    Raises:
+        UserError: More than half of the draws have no value.
+    """
+    known = draws[~np.isnan(draws)]
+    if 2 * len(known) <= len(draws):
+        raise UserError("too few items for a bootstrap interval: most draws have no pair")
     tail = 50.0 * (1.0 - LEVEL)
-    low, high = np.percentile(draws, [tail, 100.0 - tail])
+    low, high = np.percentile(known, [tail, 100.0 - tail])
     return float(low), float(high)
 
 

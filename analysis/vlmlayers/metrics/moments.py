@@ -176,7 +176,8 @@ def cka_from(x: Moments, y: Moments, cross: CrossMoments, *, debiased: bool = Tr
         _hsic(n, m.scatter, np.trace(m.scatter), np.trace(m.scatter), m.fourth, debiased)
         for m in (x, y)
     ]
-    if min(own) <= 0.0:
+    spread = [float(np.trace(m.scatter)) > 1e-12 * n * float(m.mean @ m.mean) for m in (x, y)]
+    if min(own) <= 0.0 or not all(spread):
         raise UserError(f"the features of all {n} items are the same")
     return both / float(np.sqrt(own[0] * own[1]))
 

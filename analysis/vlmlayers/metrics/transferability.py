@@ -26,7 +26,8 @@ def logme(x: Any, labels: Any, *, steps: int = 100) -> float:
     target = one_hot(y)
     target -= target.mean(axis=0)
     squared, projected, outside = _spectrum(x, target)
-    return float(_evidence(squared, projected, outside, len(x), x.shape[1], steps).mean())
+    # Centring takes one direction away from items and targets alike: n − 1 observations are left.
+    return float(_evidence(squared, projected, outside, len(x) - 1, x.shape[1], steps).mean())
 
 
 def _spectrum(x: Array, target: Array) -> tuple[Array, Array, Array]:

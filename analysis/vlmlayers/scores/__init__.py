@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Return `score_streaming`, which builds on the modules here and so cannot be imported first."""
+    """Return `score_streaming`: it builds on the modules here, so it cannot come first."""
     if name == "score_streaming":
         from vlmlayers.streaming import score_streaming
 

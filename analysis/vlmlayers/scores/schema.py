@@ -182,7 +182,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
     try:
         notes: dict[str, Any] = json.loads(sidecar.read_text())
         expected = notes["sha256"].get(path.name)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{sidecar} is damaged; run `vlmlayers score` again or delete it"
         ) from error

@@ -1,0 +1,171 @@
+"""Agreement: published numbers, brute-force definitions, and the traps that METRICS names."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import pdist
+from scipy.stats import spearmanr
+from vlmlayers.errors import UserError
+from vlmlayers.metrics import calibrated, cka, mutual_knn, procrustes, rsa
+
+
+@pytest.fixture(scope="module")
+def published() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.RandomState(1337)
+    x = random.randn(100, 10)
+    return x, random.randn(100, 10) + x
+
+
+@pytest.mark.parametrize("form", ["gram", "feature"])
+def test_published_cka(published, form: str) -> None:
+    assert cka(*published, debiased=False, form=form) == pytest.approx(0.55761, abs=5e-6)
+    assert cka(*published, debiased=True, form=form) == pytest.approx(0.51346, abs=5e-6)
+
+
+def test_published_rbf_cka(published) -> None:
+    assert cka(*published, debiased=False, kernel="rbf") == pytest.approx(0.65483, abs=5e-6)
+
+
+def _unbiased_hsic(k: np.ndarray, m: np.ndarray) -> float:
+    """Song et al.'s estimator, written as in METRICS with explicit sums."""
+    n = len(k)
+    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+    one = np.ones(n)
+    return (
+        np.trace(k @ m)
+        + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (one @ k @ m @ one)
+    ) / (n * (n - 3))
+
+
+@pytest.mark.parametrize("n", [4, 7, 30])
+@pytest.mark.parametrize("form", ["gram", "feature"])
+def test_debiased_cka_is_the_ratio_of_unbiased_hsic(n: int, form: str) -> None:
+    rng = np.random.default_rng(n)
+    x, y = rng.normal(size=(n, 9)) + 3, rng.normal(size=(n, 5))
+    k, m = x @ x.T, y @ y.T
+    expected = _unbiased_hsic(k, m) / np.sqrt(_unbiased_hsic(k, k) * _unbiased_hsic(m, m))
+    assert cka(x, y, form=form) == pytest.approx(expected, abs=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(4, 40), st.integers(1, 30), st.integers(1, 30), st.booleans(), st.integers(0, 99)
+)
+def test_both_forms_of_cka_agree(n: int, a: int, b: int, debiased: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(n, a)), rng.normal(size=(n, b))
+    forms = [cka(x, y, debiased=debiased, form=form) for form in ("gram", "feature")]
+    assert forms[0] == pytest.approx(forms[1], abs=1e-9)
+
+
+def test_unrelated_features_show_why_debiasing_matters() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 768)), rng.normal(size=(32, 512))
+    assert cka(x, y, debiased=False) > 0.9
+    assert abs(cka(x, y)) < 0.1
+
+
+def test_debiased_cka_is_not_clamped() -> None:
+    rng = np.random.default_rng(1)
+    values = [cka(rng.normal(size=(20, 50)), rng.normal(size=(20, 50))) for _ in range(20)]
+    assert min(values) < 0.0
+
+
+def test_a_large_offset_in_float32_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 20))
+    y = x @ rng.normal(size=(20, 15))
+    shifted = (x + 1000).astype(np.float32)
+    for form in ("gram", "feature"):
+        assert cka(shifted, y, form=form) == pytest.approx(cka(x, y), abs=1e-4)
+
+
+def test_feature_form_never_makes_a_matrix_of_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmlayers.metrics import agreement
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an n × n kernel was formed")
+
+    monkeypatch.setattr(agreement, "linear_kernel", refuse)
+    rng = np.random.default_rng(0)
+    assert np.isfinite(cka(rng.normal(size=(300, 20)), rng.normal(size=(300, 10))))
+
+
+def test_mutual_knn_counts_common_neighbours() -> None:
+    rng = np.random.default_rng(2)
+    x, y, k = rng.normal(size=(25, 6)), rng.normal(size=(25, 4)), 5
+
+    def near(z: np.ndarray, i: int) -> set[int]:
+        cosine = z @ z[i] / np.linalg.norm(z, axis=1)
+        return set(sorted((j for j in range(len(z)) if j != i), key=lambda j: -cosine[j])[:k])
+
+    expected = np.mean([len(near(x, i) & near(y, i)) / k for i in range(25)])
+    assert mutual_knn(x, y, k=k) == pytest.approx(expected)
+    assert mutual_knn(x, x, k=k) == pytest.approx(1.0)
+
+
+def test_mutual_knn_of_unrelated_features_lands_at_its_null() -> None:
+    rng = np.random.default_rng(3)
+    values = [mutual_knn(rng.normal(size=(60, 9)), rng.normal(size=(60, 9))) for _ in range(30)]
+    assert np.mean(values) == pytest.approx(10 / 59, abs=0.01)
+
+
+def test_rsa_is_spearman_of_distances() -> None:
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(20, 6)), rng.normal(size=(20, 3))
+    assert rsa(x, y) == pytest.approx(spearmanr(pdist(x), pdist(y)).statistic, abs=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(5, 12))
+def test_procrustes_obeys_the_triangle_inequality(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    sets = [rng.normal(size=(n, int(rng.integers(2, 15)))) for _ in range(3)]
+    sides = {pair: procrustes(sets[pair[0]], sets[pair[1]]) for pair in combinations(range(3), 2)}
+    a, b, c = sides.values()
+    assert a <= b + c + 1e-9 and b <= a + c + 1e-9 and c <= a + b + 1e-9
+
+
+def test_procrustes_undoes_a_planted_rotation() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(30, 8))
+    rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    assert procrustes(x, 3 * x @ rotation + 7) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_calibration_puts_chance_at_zero_and_identity_at_one() -> None:
+    shuffled = np.array([0.4, 0.6])
+    assert calibrated(np.array([0.5, 1.0]), shuffled[:, None], 1.0) == pytest.approx([0.0, 1.0])
+
+
+@pytest.mark.parametrize("function", [cka, mutual_knn, rsa, procrustes])
+def test_bad_pairs_are_refused(function) -> None:
+    x = np.random.default_rng(0).normal(size=(10, 3))
+    with pytest.raises(UserError, match="rows must be paired"):
+        function(x, x[:9])
+    with pytest.raises(UserError, match="at least"):
+        function(x[:2], x[:2])
+    with pytest.raises(UserError, match="same features for all 10 items"):
+        function(x, np.full((10, 3), 1000.1, dtype=np.float32))
+    with pytest.raises(UserError, match="NaN or Inf, first at item 3, column 1"):
+        bad = x.copy()
+        bad[3, 1] = np.inf
+        function(x, bad)
+    with pytest.raises(UserError, match="expected \\(item, width\\)"):
+        function(x[:, 0], x)
+
+
+def test_unknown_forms_are_named() -> None:
+    x = np.eye(5)
+    with pytest.raises(UserError, match="unknown kernel 'linaer'; did you mean 'linear'"):
+        cka(x, x, kernel="linaer")
+    with pytest.raises(UserError, match="unknown form 'grams'; did you mean 'gram'"):
+        cka(x, x, form="grams")
+    with pytest.raises(UserError, match="half of all pairs"):
+        cka(np.vstack([np.zeros((9, 2)), np.ones((1, 2))]), np.eye(10), kernel="rbf")

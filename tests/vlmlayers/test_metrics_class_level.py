@@ -1,0 +1,238 @@
+"""Discriminability: scikit-learn as the second route, planted classes, degenerate input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from sklearn.covariance import LedoitWolf, ledoit_wolf_shrinkage
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from vlmlayers.errors import UserError
+from vlmlayers.metrics import (
+    fisher_ratio,
+    h_score,
+    k_nearest,
+    lda_criterion,
+    logistic,
+    logme,
+    nearest_mean,
+    neighbourhood_overlap,
+    silhouette,
+    transfer_predict,
+    zero_shot_accuracy,
+)
+from vlmlayers.metrics.class_level import reduce_rows, shrinkage_of
+from vlmlayers.metrics.readouts import C_GRID, logistic_logits, standardised
+from vlmlayers.metrics.transfer import discriminant, within_scatter
+
+LABELLED = [fisher_ratio, lda_criterion, silhouette, h_score, logme, neighbourhood_overlap]
+
+
+def planted(n: int = 90, width: int = 12, classes: int = 5, gap: float = 1.5, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    return rng.normal(size=(n, width)) + gap * rng.normal(size=(classes, width))[y], y
+
+
+@pytest.mark.parametrize(("n", "width"), [(90, 12), (40, 100)])
+def test_logistic_regression_finds_the_optimum_of_scikit_learn(n: int, width: int) -> None:
+    x, y = planted(n, width)
+    other = planted(n, width, seed=0)[0] + 0.1
+    ours = logistic_logits(x, y, [other], classes=5)[0]
+    scaled, other = standardised(x, other)
+    for i, c in enumerate(C_GRID):
+        model = LogisticRegression(C=c, max_iter=2000, tol=1e-8).fit(scaled, y)
+        shares = np.exp(ours[i] - ours[i].max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        assert shares == pytest.approx(model.predict_proba(other), abs=0.02)
+
+
+def test_unequal_classes_weigh_the_same() -> None:
+    x, y = planted(120, 6, 2, gap=0.5)
+    kept = (y == 0) | (np.arange(120) < 30)
+    x, y = x[kept], y[kept]
+    ours = logistic_logits(x, y, [x], classes=2, c_grid=(0.1,))[0][0]
+    scaled = standardised(x)[0]
+    # Two opposite weight vectors of half the length cost half: C of the binary form is doubled.
+    model = LogisticRegression(C=0.2, class_weight="balanced", tol=1e-8).fit(scaled, y)
+    assert ours[:, 1] - ours[:, 0] == pytest.approx(model.decision_function(scaled), abs=5e-3)
+
+
+def test_read_outs_predict_as_scikit_learn_does() -> None:
+    x, y = planted(gap=0.8)
+    other, _ = planted(gap=0.8, seed=1)
+    scaled, other_scaled = standardised(x, other)
+    assert (
+        nearest_mean(x, y, x, y, other, classes=5)
+        == NearestCentroid().fit(scaled, y).predict(other_scaled)
+    ).all()
+    one = KNeighborsClassifier(1, metric="cosine").fit(scaled, y)
+    assert (k_nearest(x, y, x, y, other, classes=5, k=1) == one.predict(other_scaled)).all()
+    shrunk = LinearDiscriminantAnalysis(
+        solver="lsqr", covariance_estimator=_Within(within_scatter(x, y))
+    ).fit(x, y)
+    assert (discriminant(x, y, x, y, other, classes=5) == shrunk.predict(other)).all()
+
+
+class _Within:
+    """Hands scikit-learn's LDA one covariance for every class, shrunk by scikit-learn."""
+
+    def __init__(self, scatter) -> None:
+        self.scatter = scatter
+
+    def fit(self, x: np.ndarray) -> _Within:
+        width = x.shape[1]
+        data, y = planted(gap=0.8)
+        within = data - np.stack([data[y == c].mean(axis=0) for c in range(5)])[y]
+        self.covariance_ = LedoitWolf(assume_centered=True).fit(within).covariance_
+        assert self.covariance_.shape == (width, width)
+        return self
+
+
+def test_c_is_chosen_on_the_validation_part() -> None:
+    x, y = planted(60, 40, 2, gap=0.2)
+    val, val_y = planted(60, 40, 2, gap=0.2, seed=0)
+    val = val + np.random.default_rng(9).normal(size=val.shape)
+    logits = logistic_logits(x, y, [val, x], classes=2)
+    accuracy = [(part.argmax(axis=1) == val_y).mean() for part in logits[0]]
+    chosen = logistic(x, y, val, val_y, x, classes=2)
+    best = [i for i, value in enumerate(accuracy) if value == max(accuracy)]
+    assert any((logits[1][i].argmax(axis=1) == chosen).all() for i in best)
+
+
+@pytest.mark.parametrize("readout", [logistic, nearest_mean, k_nearest, discriminant])
+def test_a_constant_predicts_one_class(readout) -> None:
+    x, y = np.full((30, 8), 1000.3, dtype=np.float32), np.arange(30) % 3
+    noise = 1e-4 * np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    assert len(np.unique(readout(x + noise, y, x, y, x, classes=3))) == 1
+
+
+def test_fisher_ratio_from_scatter_matrices() -> None:
+    x, y = planted(40, 60)
+    means = np.stack([x[y == c].mean(axis=0) for c in range(5)])
+    within = ((x - means[y]) ** 2).sum()
+    between = sum((y == c).sum() * ((means[c] - x.mean(axis=0)) ** 2).sum() for c in range(5))
+    assert fisher_ratio(x + 1000, y) == pytest.approx(between / within)
+
+
+def test_silhouette_is_that_of_scikit_learn() -> None:
+    x, y = planted()
+    y[0] = 17  # a class of one
+    assert silhouette(x, y) == pytest.approx(silhouette_score(x, y))
+
+
+def test_shrinkage_is_that_of_scikit_learn() -> None:
+    for n, width in ((30, 80), (80, 30)):
+        x = planted(n, width)[0]
+        x = x - x.mean(axis=0)
+        expected = ledoit_wolf_shrinkage(x, assume_centered=True)
+        assert shrinkage_of(x, width)[0] == pytest.approx(expected)
+        assert shrinkage_of(reduce_rows(x), width)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("n", "width"), [(40, 60), (80, 10)])
+def test_lda_and_h_score_from_explicit_inverses(n: int, width: int) -> None:
+    x, y = planted(n, width)
+    x = x - x.mean(axis=0)
+    means = np.stack([x[y == c].mean(axis=0) for c in range(5)])[y]
+    between = means.T @ means / n
+    for function, about in ((lda_criterion, x - means), (h_score, x)):
+        covariance = LedoitWolf(assume_centered=True).fit(about).covariance_
+        expected = np.trace(np.linalg.inv(covariance) @ between)
+        assert function(x, y) == pytest.approx(expected)
+        assert function(reduce_rows(x), y, width=width) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("n", "width"), [(30, 50), (60, 8)])
+def test_logme_reaches_the_maximum_of_the_evidence(n: int, width: int) -> None:
+    x, y = planted(n, width, 2)
+    x = x - x.mean(axis=0)
+    target = (y == 0) - (y == 0).mean()
+    # An intercept takes one direction of the items: n − 1 observations beside the constant one.
+    basis = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, 1:]]))[0][:, 1:]
+    x_in, target_in = basis.T @ x, basis.T @ target
+
+    def negative_evidence(log: np.ndarray) -> float:
+        log = np.clip(log, -15, 15)
+        covariance = np.exp(-log[1]) * np.eye(n - 1) + np.exp(-log[0]) * x_in @ x_in.T
+        _, log_det = np.linalg.slogdet(covariance)
+        data = target_in @ np.linalg.solve(covariance, target_in)
+        return 0.5 * (log_det + data + (n - 1) * np.log(2 * np.pi)) / (n - 1)
+
+    starts = [
+        minimize(negative_evidence, start, method="Nelder-Mead").fun
+        for start in ([0.0, 0.0], [3.0, 1.0])
+    ]
+    assert logme(x, y) == pytest.approx(-min(starts), abs=1e-3)
+
+
+def test_logme_is_not_fooled_by_a_missing_label_id() -> None:
+    x, y = planted()
+    assert logme(x, y * 10) == pytest.approx(logme(x, y))
+
+
+def test_neighbourhood_overlap_by_counting() -> None:
+    x, y = planted(30)
+    u = x / np.linalg.norm(x, axis=1, keepdims=True)
+    shares = []
+    for i in range(30):
+        order = [j for j in np.argsort(-(u @ u[i])) if j != i][:4]
+        shares.append(np.mean(y[order] == y[i]))
+    assert neighbourhood_overlap(x, y, k=4) == pytest.approx(np.mean(shares))
+
+
+def test_zero_shot_is_exactly_chance_for_a_constant() -> None:
+    prompts = np.eye(4)
+    assert zero_shot_accuracy(np.ones((8, 4)), prompts, np.arange(8) % 4) == pytest.approx(0.25)
+    assert zero_shot_accuracy(prompts[[0, 1, 2]], prompts, [0, 1, 3]) == pytest.approx(2 / 3)
+
+
+def test_a_geometry_learned_elsewhere_helps_novel_classes() -> None:
+    rng = np.random.default_rng(0)
+    noise = np.array([8.0] * 10 + [0.3] * 10)  # the first ten directions vary inside every class
+
+    def draw(classes: int, each: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.repeat(np.arange(classes), each)
+        return rng.normal(size=(classes, 20))[y] + noise * rng.normal(size=(len(y), 20)), y
+
+    base, base_y = draw(10, 30)
+    x, y = draw(5, 42)
+    shots = np.arange(len(y)) % 42 < 2
+    arguments = (x[shots], y[shots], x[~shots])
+    learned = transfer_predict(base, base_y, *arguments, classes=5)
+    scatter = rng.normal(size=(300, 20))
+    untaught = transfer_predict(scatter, np.arange(300) % 10, *arguments, classes=5)
+    assert (learned == y[~shots]).mean() > (untaught == y[~shots]).mean() + 0.3
+
+
+@pytest.mark.parametrize("function", LABELLED)
+def test_bad_labels_are_refused(function) -> None:
+    x, y = planted(20)
+    with pytest.raises(UserError, match="name 1 class"):
+        function(x, np.zeros(20))
+    with pytest.raises(UserError, match="labels have shape"):
+        function(x, y[:-1])
+    with pytest.raises(UserError, match="at least 3"):
+        function(x[:2], y[:2])
+    with pytest.raises(UserError, match="NaN or Inf"):
+        function(np.where(np.eye(20, 12) > 0, np.nan, x), y)
+
+
+@pytest.mark.parametrize("function", [f for f in LABELLED if f is not neighbourhood_overlap])
+def test_constant_features_are_refused(function) -> None:
+    with pytest.raises(UserError, match="same features for all"):
+        function(np.full((12, 4), 3.3), np.arange(12) % 2)
+
+
+@pytest.mark.parametrize("function", [fisher_ratio, lda_criterion])
+def test_items_equal_to_their_class_mean_are_refused(function) -> None:
+    with pytest.raises(UserError, match="no scatter within classes"):
+        function(np.eye(3)[np.arange(12) % 3], np.arange(12) % 3)
+
+
+def test_a_row_of_zeros_has_no_neighbours() -> None:
+    with pytest.raises(UserError, match="row of zeros"):
+        neighbourhood_overlap(np.vstack([np.zeros(3), np.eye(3)]), [0, 0, 1, 1])

@@ -1,0 +1,258 @@
+"""The modality gap and the geometry of one layer: definitions written out, planted truths."""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+from sklearn.metrics import roc_auc_score
+from vlmlayers.errors import UserError
+from vlmlayers.metrics import (
+    alignment,
+    centroid_gap,
+    effective_rank,
+    frechet_gap,
+    matched_cosine,
+    mean_cosine,
+    mean_cosine_centred,
+    modality_auc,
+    pair_distance,
+    participation_ratio,
+    retrieval,
+    rmg,
+    spectral_entropy,
+    twonn,
+    uniformity,
+)
+from vlmlayers.metrics.gap import (
+    auc_weighted,
+    centroid_gap_null,
+    centroid_gap_weighted,
+    retrieval_null,
+    rmg_weighted,
+)
+from vlmlayers.metrics.geometry import (
+    alignment_weighted,
+    mean_cosine_weighted,
+    uniformity_null,
+    uniformity_weighted,
+)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def clouds() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(14, 6)) + 1.0, rng.normal(size=(14, 6)) - 0.5
+
+
+def test_gap_by_definition(clouds) -> None:
+    x, y = map(unit, clouds)
+    assert centroid_gap(*clouds) == pytest.approx(np.linalg.norm(x.mean(0) - y.mean(0)))
+    assert pair_distance(*clouds) == pytest.approx(
+        np.mean([np.linalg.norm(a - b) for a, b in zip(x, y)])
+    )
+    assert matched_cosine(*clouds) == pytest.approx(np.mean([a @ b for a, b in zip(x, y)]))
+    own = [
+        np.mean([(1 - z[i] @ z[j]) / 2 for i in range(14) for j in range(14) if i != j])
+        for z in (x, y)
+    ]
+    match = np.mean([(1 - a @ b) / 2 for a, b in zip(x, y)])
+    assert rmg(*clouds) == pytest.approx(match / (match + sum(own) / 2))
+
+
+def test_frechet_gap_by_matrix_roots(clouds) -> None:
+    x, y = map(unit, clouds)
+    a, b = np.cov(x.T), np.cov(y.T)
+    root = sqrtm(a)
+    expected = np.trace(a) + np.trace(b) - 2 * np.trace(sqrtm(root @ b @ root)).real
+    assert frechet_gap(*clouds) ** 2 == pytest.approx(expected, abs=1e-9)
+    assert frechet_gap(x, x) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_rmg_has_its_two_landmarks() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(50, 8))
+    assert rmg(x, x) == pytest.approx(0.0)
+    strangers = [rmg(x, rng.normal(size=(50, 8))) for _ in range(20)]
+    assert np.mean(strangers) == pytest.approx(0.5, abs=0.01)
+
+
+def test_centroid_gap_of_one_cloud_lands_at_its_null() -> None:
+    rng = np.random.default_rng(2)
+    draws = [(rng.normal(size=(80, 64)), rng.normal(size=(20, 64))) for _ in range(30)]
+    assert np.mean([centroid_gap(*d) for d in draws]) == pytest.approx(
+        centroid_gap_null(*draws[0]), rel=0.05
+    )
+
+
+def test_class_prompts_pair_with_many_images() -> None:
+    prompts = np.eye(3)
+    labels = np.array([0, 0, 1, 2])
+    images = prompts[labels]
+    pairs = np.stack([np.arange(4), labels], axis=1)
+    assert pair_distance(images, prompts, pairs) == pytest.approx(0.0)
+    assert retrieval(images, prompts, pairs, k=1) == 1.0
+    assert retrieval(prompts, images, pairs[:, ::-1], k=1) == 1.0
+
+
+def test_retrieval_ranks_by_hand(clouds) -> None:
+    x, y = map(unit, clouds)
+    for k in (1, 5, 10):
+        hits = [i in np.argsort(-(y @ x[i]))[:k] for i in range(14)]
+        assert retrieval(*clouds, k=k) == pytest.approx(np.mean(hits))
+
+
+def test_retrieval_of_a_constant_is_chance() -> None:
+    assert retrieval(np.ones((8, 2)), np.ones((8, 2)), k=2) == pytest.approx(2 / 8)
+
+
+def test_retrieval_null_is_hypergeometric() -> None:
+    expected = np.mean([1 - comb(20 - m, 5) / comb(20, 5) for m in (1, 3)])
+    assert retrieval_null(20, np.array([1, 3]), 5) == pytest.approx(expected)
+    assert retrieval_null(4, np.array([1]), 10) == pytest.approx(1.0)
+
+
+def test_auc_is_that_of_scikit_learn_and_weights_repeat_items() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=30).round(1), rng.normal(size=20).round(1)
+    truth = np.repeat([1, 0], [30, 20])
+    wa, wb = rng.integers(0, 3, 30), rng.integers(0, 3, 20)
+    plain, weighted = auc_weighted(a, b, np.stack([np.ones(30), wa]), np.stack([np.ones(20), wb]))
+    assert plain == pytest.approx(roc_auc_score(truth, np.concatenate([a, b])))
+    repeated = np.concatenate([np.repeat(a, wa), np.repeat(b, wb)])
+    truth = np.repeat([1, 0], [wa.sum(), wb.sum()])
+    assert weighted == pytest.approx(roc_auc_score(truth, repeated))
+
+
+def test_modality_auc_sees_a_planted_gap_and_nothing_else() -> None:
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(100, 10)), rng.normal(size=(100, 10))
+    assert modality_auc(x, y) == pytest.approx(0.5, abs=0.12)
+    assert modality_auc(x + 2, y - 2) > 0.99
+    assert modality_auc(x + 2, y - 2, dims=2) > 0.95
+
+
+@pytest.mark.parametrize("which", ["centroid_gap", "rmg"])
+def test_weights_of_gaps_repeat_items(clouds, which: str) -> None:
+    x, y = clouds
+    w = np.random.default_rng(5).integers(0, 3, 14)
+    rows = np.repeat(np.arange(14), w)
+    pairs = np.stack([np.arange(14)] * 2, axis=1)
+    if which == "centroid_gap":
+        assert centroid_gap_weighted(x, y, pairs, w[None], w[None])[0] == pytest.approx(
+            centroid_gap(x[rows], y[rows])
+        )
+    else:  # pairs of one item with itself are left out: repeated items are not neighbours
+        u, v = unit(x), unit(y)
+        apart = np.array([(1 - u[i] @ v[i]) / 2 for i in range(14)])
+
+        def inner(z: np.ndarray) -> float:
+            both = np.outer(w, w) * (1 - np.eye(14))
+            return float((both * (1 - z @ z.T) / 2).sum() / both.sum())
+
+        match = (w @ apart) / w.sum()
+        expected = match / (match + 0.5 * (inner(u) + inner(v)))
+        assert rmg_weighted(x, y, pairs, w[None], w[None])[0] == pytest.approx(expected)
+
+
+def test_bad_clouds_are_refused(clouds) -> None:
+    x, y = clouds
+    with pytest.raises(UserError, match="pass `pairs`"):
+        pair_distance(x, y[:-1])
+    with pytest.raises(UserError, match="`joint` space only"):
+        rmg(x, y[:, :-1])
+    with pytest.raises(UserError, match="all images and texts coincide"):
+        rmg(np.ones((3, 2)), np.ones((3, 2)))
+    with pytest.raises(UserError, match="row of zeros"):
+        centroid_gap(np.zeros((2, 2)), y[:, :2])
+    with pytest.raises(UserError, match="one group"):
+        modality_auc(x, y[:1], np.stack([np.arange(14), np.zeros(14, int)], axis=1))
+
+
+def test_spectral_measures_of_a_planted_spectrum() -> None:
+    rng = np.random.default_rng(6)
+    left = np.linalg.qr(rng.normal(size=(50, 4)) - 0)[0]
+    left = np.linalg.qr(left - left.mean(axis=0))[0]
+    x = left @ np.diag([3.0, 2.0, 1.0, 1.0]) @ np.linalg.qr(rng.normal(size=(9, 4)))[0].T
+    singular = np.array([3, 2, 1, 1]) / 7
+    eigen = np.array([9, 4, 1, 1]) / 15
+    assert effective_rank(x + 1000) == pytest.approx(np.exp(-(singular * np.log(singular)).sum()))
+    assert spectral_entropy(x) == pytest.approx(-(eigen * np.log(eigen)).sum())
+    assert participation_ratio(x) == pytest.approx(1 / (eigen**2).sum())
+
+
+def test_pairwise_geometry_by_loops() -> None:
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(9, 4)) + 1, np.arange(9) % 2
+    u = unit(x)
+    pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
+    assert mean_cosine(x) == pytest.approx(np.mean([u[i] @ u[j] for i, j in pairs]))
+    c = unit(x - x.mean(axis=0))
+    assert mean_cosine_centred(x) == pytest.approx(np.mean([c[i] @ c[j] for i, j in pairs]))
+    squares = {p: ((u[p[0]] - u[p[1]]) ** 2).sum() for p in pairs}
+    assert uniformity(x) == pytest.approx(
+        np.log(np.mean([np.exp(-2 * s) for s in squares.values()]))
+    )
+    same = [squares[p] for p in pairs if y[p[0]] == y[p[1]]]
+    assert alignment(x, y) == pytest.approx(np.mean(same))
+
+
+def test_weights_of_geometry_skip_an_item_with_itself() -> None:
+    rng = np.random.default_rng(8)
+    x, y, w = rng.normal(size=(9, 4)), np.arange(9) % 2, rng.integers(0, 3, 9)
+    u = unit(x)
+    both = np.outer(w, w) * (1 - np.eye(9))
+    squares = ((u[:, None] - u[None]) ** 2).sum(axis=2)
+    assert mean_cosine_weighted(x, w[None])[0] == pytest.approx(
+        (both * (u @ u.T)).sum() / both.sum()
+    )
+    assert uniformity_weighted(x, w[None])[0] == pytest.approx(
+        np.log((both * np.exp(-2 * squares)).sum() / both.sum())
+    )
+    same = both * (y[:, None] == y[None])
+    assert alignment_weighted(x, y, w[None])[0] == pytest.approx(
+        (same * squares).sum() / same.sum()
+    )
+
+
+def test_uniform_directions_land_at_the_null() -> None:
+    x = np.random.default_rng(9).normal(size=(400, 100))
+    assert uniformity(x) == pytest.approx(uniformity_null(400, 100), abs=0.02)
+
+
+@pytest.mark.parametrize("dimension", [2, 5])
+def test_twonn_recovers_a_planted_dimension(dimension: int) -> None:
+    rng = np.random.default_rng(10)
+    plane = rng.uniform(size=(800, dimension)) @ rng.normal(size=(dimension, 30))
+    assert twonn(plane) == pytest.approx(dimension, rel=0.15)
+
+
+def test_twonn_is_that_of_scikit_dimension() -> None:
+    skdim = pytest.importorskip("skdim", reason="needs the extra vlm-layers[geometry]")
+    x = np.random.default_rng(11).normal(size=(300, 4))
+    assert twonn(x) == pytest.approx(skdim.id.TwoNN().fit(x).dimension_, rel=0.02)
+
+
+def test_degenerate_geometry_is_refused() -> None:
+    same = np.full((30, 3), 7.7, dtype=np.float32)
+    for function in (
+        effective_rank,
+        participation_ratio,
+        spectral_entropy,
+        mean_cosine_centred,
+        twonn,
+    ):
+        with pytest.raises(UserError, match="same features"):
+            function(same)
+    with pytest.raises(UserError, match="TwoNN needs at least 10"):
+        twonn(np.eye(5))
+    with pytest.raises(UserError, match="no class has two items"):
+        alignment(np.eye(3), [0, 1, 2])
+    with pytest.raises(UserError, match="at least 2"):
+        mean_cosine(np.ones((1, 3)))

@@ -1,0 +1,495 @@
+"""Scores: the protocol recovers planted stories, lands at its nulls, and refuses out loud."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import make_features, many
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.metrics import METRICS, rmg
+from vlmlayers.metrics.intervals import bootstrap_weights, jackknife_groups, mean_interval
+from vlmlayers.scores import (
+    CONTRACT_COLUMNS,
+    SCORE_COLUMNS,
+    Protocol,
+    read_scores,
+    refusals,
+    score,
+    score_cost,
+    score_frame,
+    score_matrix,
+    write_scores,
+)
+from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
+from vlmlayers.scores.readouts import dataset_split
+from vlmlayers.scores.run import chosen_metrics
+from vlmlayers.scores.transfers import families
+
+QUICK = {"bootstrap": 50, "permutations": 20, "shuffles": 2, "seeds": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def scores() -> pd.DataFrame:
+    features = [
+        *many(3),
+        make_features("captioned", number=9, captions=2),
+        make_features("restyled", number=5, names="set0"),
+    ]
+    return score(features, jackknife=5, **QUICK)
+
+
+def _mean(table: pd.DataFrame, metric: str, tower: str, position: str, dataset: str = "*") -> float:
+    rows = table[
+        (table.metric == metric)
+        & (table.tower == tower)
+        & (table.position == position)
+        & (table.dataset == dataset)
+    ]
+    assert len(rows)
+    return float(rows["value"].mean())
+
+
+def test_the_table_has_the_columns_of_the_contract(scores: pd.DataFrame) -> None:
+    assert tuple(scores.columns) == SCORE_COLUMNS
+    assert SCORE_COLUMNS[:16] == CONTRACT_COLUMNS
+    assert str(scores["n"].dtype) == str(scores["seed"].dtype) == "int64"
+
+
+def test_every_metric_is_scored_or_refused(scores: pd.DataFrame) -> None:
+    assert set(scores["metric"]) == set(METRICS)
+
+
+def test_every_value_has_interval_null_and_n(scores: pd.DataFrame) -> None:
+    assert np.isfinite(scores[["value", "low", "high", "null", "depth"]]).all().all()
+    assert (scores["low"] <= scores["high"]).all() and (scores["n"] > 0).all()
+    assert scores["options"].str.contains("interval=").all()
+
+
+def test_dataset_accuracy_rises_with_the_planted_depth(scores: pd.DataFrame) -> None:
+    for name in (
+        "dataset_accuracy",
+        "dataset_accuracy_ncm",
+        "dataset_accuracy_knn",
+        "dataset_accuracy_lda",
+    ):
+        for tower in ("vision", "text"):
+            values = [_mean(scores, name, tower, p) for p in ("embed", "1", "3")]
+            assert values[0] < 0.45 and values[0] < values[1] < values[2]
+    seeds = scores[(scores.metric == "dataset_accuracy")]["seed"]
+    assert set(seeds) == {1, 2}
+
+
+def test_derived_dataset_metrics_follow_from_the_confusion(scores: pd.DataFrame) -> None:
+    one = scores[(scores.tower == "vision") & (scores.position == "2") & (scores.seed == 1)]
+    accuracy = one.loc[one.metric == "dataset_accuracy", "value"].item()
+    recall = one[one.metric == "dataset_recall"]
+    assert recall["value"].mean() == pytest.approx(accuracy)
+    assert one.loc[one.metric == "dataset_invariance", "value"].item() == pytest.approx(
+        1 - (accuracy - 1 / 5) / (1 - 1 / 5)
+    )
+    wrong = one[(one.metric == "dataset_confusion") & (one.dataset == "set0")]
+    assert wrong["value"].sum() == pytest.approx(1 - recall.set_index("dataset").value["set0"])
+    assert set(wrong["options"].str.extract(r"predicted=(\w+)")[0]) == {
+        "set1",
+        "set2",
+        "captioned",
+        "restyled",
+    }
+
+
+def test_a_constant_embedding_scores_exactly_chance_or_is_refused() -> None:
+    members = []
+    for member in many(2):
+        tower = member.tower("vision")
+        arrays = {s: dict(by) for s, by in tower.arrays.items()}
+        arrays["native"]["embed"] = np.full_like(arrays["native"]["embed"], 0.1234)
+        members.append(replace(member, vision=replace(tower, arrays=arrays)))
+    table = score(members, positions=["embed", "1"], **QUICK)
+    here = table[
+        (table.tower == "vision")
+        & (table.position == "embed")
+        & (table.space == "native")
+        & ~table.metric.isin(["mean_cosine"])
+    ]
+    exact = here[here.metric.str.startswith("dataset_accuracy")]
+    assert len(exact) == 8 and exact["value"].to_numpy() == pytest.approx(0.5)
+    refused = refusals(table)
+    refused = refused[(refused.tower == "vision") & (refused.position == "embed")]
+    assert {"fisher_ratio", "cka_debiased", "mutual_knn", "effective_rank"} <= set(refused.metric)
+    assert refused["reason"].str.contains("same").any()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "class_accuracy_ncm",
+        "silhouette",
+        "h_score",
+        "lda_criterion",
+        "logme",
+        "neighbourhood_overlap",
+        "alignment",
+        "fisher_ratio",
+    ],
+)
+def test_shuffled_labels_land_at_the_null(name: str) -> None:
+    member = make_features(items=90, strength=2.0)
+    rng = np.random.default_rng(3)
+    values, nulls = [], []
+    for _ in range(6):
+        tower = replace(member.tower("vision"), labels=rng.permutation(member.vision.labels))
+        table = score(
+            replace(member, vision=tower),
+            [name],
+            positions=["3"],
+            bootstrap=20,
+            shuffles=10,
+            seeds=(1,),
+        )
+        table = table[table.tower == "vision"]
+        values += table["value"].tolist()
+        nulls += table["null"].tolist()
+    true = score(member, [name], positions=["3"], bootstrap=20, seeds=(1,))
+    signal = abs(true[true.tower == "vision"]["value"].iloc[0] - np.mean(nulls))
+    assert abs(np.mean(values) - np.mean(nulls)) < 0.25 * signal
+
+
+def test_unrelated_towers_land_at_their_permutation_null() -> None:
+    table = score(
+        make_features(items=80, classes=20, strength=0.0),
+        ["cka_biased", "cka_biased_calibrated", "cka_biased_max", "mutual_knn_max"],
+        **QUICK,
+    )
+    across = table[table.other_tower.eq("text") & table.tower.eq("vision")]
+    raw = across[across.metric == "cka_biased"]
+    assert raw["value"].mean() == pytest.approx(raw["null"].mean(), abs=0.02)
+    assert raw["null"].mean() > 0.4  # the biased estimate is far from 0 on unrelated data
+    assert across[across.metric == "cka_biased_calibrated"]["value"].mean() == pytest.approx(
+        0.0, abs=0.05
+    )
+    p = across[across.metric == "cka_biased_max"]["options"].str.extract(r";p=([\d.]+)")[0]
+    assert float(p.iloc[0]) > 0.04
+
+
+def test_the_maximum_needs_the_maximum_in_its_null(scores: pd.DataFrame) -> None:
+    one = scores[
+        (scores.dataset == "captioned")
+        & (scores.other_tower == "text")
+        & (scores.tower == "vision")
+    ]
+    largest = one[one.metric == "cka_debiased_max"].iloc[0]
+    cells = one[one.metric == "cka_debiased"]
+    best = cells.loc[cells["value"].idxmax()]
+    assert (best.position, best.other_position) == (largest.position, largest.other_position)
+    calibrated = one[one.metric == "cka_debiased_calibrated"]["value"].max()
+    assert largest["value"] < calibrated
+
+
+def test_planted_agreement_is_found(scores: pd.DataFrame) -> None:
+    rng = np.random.default_rng(0)
+    member = make_features("twin", items=40, classes=40, strength=0.0)
+    x = rng.normal(size=(40, 16)).astype(np.float32)
+    turned = x @ np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
+    member = replace(
+        member,
+        vision=replace(member.vision, arrays={"native": {"1": x}}),
+        text=replace(member.text, arrays={"native": {"1": turned}}),
+    )
+    names = ["cka_debiased", "rsa", "mutual_knn", "procrustes", "cka_debiased_calibrated"]
+    table = score(member, names, **QUICK)
+    across = table[(table.tower == "vision") & (table.other_tower == "text")].set_index("metric")
+    assert across.loc[
+        ["cka_debiased", "rsa", "mutual_knn", "cka_debiased_calibrated"], "value"
+    ].to_numpy() == pytest.approx(1.0, abs=1e-5)
+    assert across.loc["procrustes", "value"] == pytest.approx(0.0, abs=1e-2)
+    assert across["options"].str.contains("p=0.0476").sum() >= 4  # none of 20 permutations
+
+
+def test_a_matrix_is_square_and_symmetric_within_a_tower(scores: pd.DataFrame) -> None:
+    inner = score_matrix(scores, "cka_debiased", dataset="set0", other_tower="vision")
+    assert list(inner.index) == list(inner.columns) == ["embed", "1", "2", "3", "final", "proj"]
+    assert inner.to_numpy() == pytest.approx(inner.to_numpy().T)
+    assert np.diag(inner) == pytest.approx(np.ones(6))
+    across = score_matrix(scores, "rsa_calibrated")
+    assert across.shape == (6, 6)
+    with pytest.raises(UserError, match="no rsa between vision and text for dataset 'nowhere'"):
+        score_matrix(scores, "rsa", dataset="nowhere")
+
+
+def test_the_gap_is_that_of_the_plain_function(scores: pd.DataFrame) -> None:
+    member = make_features("captioned", number=9, captions=2)
+    pairs = np.stack([member.text.pairs, np.arange(120)], axis=1)
+    for position in ("embed", "proj"):
+        x, y = (t.array(position, "joint") for t in member.towers)
+        row = scores[
+            (scores.metric == "rmg")
+            & (scores.dataset == "captioned")
+            & (scores.position == position)
+        ].iloc[0]
+        assert row["value"] == pytest.approx(rmg(x, y, pairs))
+        assert (row["space"], row["other_tower"], row["other_position"], row["n"]) == (
+            "joint",
+            "text",
+            position,
+            120,
+        )
+
+
+def test_zero_shot_holds_the_other_tower_at_proj(scores: pd.DataFrame) -> None:
+    rows = scores[(scores.metric == "zero_shot_accuracy") & (scores.dataset == "set0")]
+    assert set(rows["other_position"]) == {"proj"}
+    ends = rows[rows.position == "proj"]["value"]
+    assert len(ends) == 2 and ends.nunique() == 1
+
+
+def test_styles_and_transfer(scores: pd.DataFrame) -> None:
+    style = scores[scores.metric == "style_accuracy"]
+    assert style["options"].str.contains("family=set0\\+restyled").all()
+    assert style.groupby("position")["value"].mean()["3"] > 0.8
+    cross = scores[scores.metric == "cross_style_accuracy"]
+    assert set(cross["dataset"]) == {"set0", "restyled"}
+    novel = scores[(scores.metric == "novel_class_accuracy") & (scores.position == "3")]
+    assert novel["value"].mean() > 0.7 and set(novel["null"].round(6)) == {round(1 / 3, 6)}
+
+
+def test_families_need_shared_class_names() -> None:
+    sources = [(m, m.vision) for m in [*many(2), make_features("twin", names="set1")]]
+    ((members, shared),) = families(sources)
+    assert [m.dataset for m, _ in members] == ["set1", "twin"] and len(shared) == 6
+
+
+def test_prompts_are_split_by_class_and_shared_names_stay_together() -> None:
+    members = [*many(2, classes=10), make_features("twin", number=2, names="set1", classes=10)]
+    sources = [(m, m.text) for m in members]
+    split = dataset_split(sources, Protocol(), seed=1)
+    by_name: dict[str, set[int]] = {}
+    names = [name for m in members for name in m.class_names]
+    for name, fold in zip(names, split.fold):
+        by_name.setdefault(name, set()).add(int(fold))
+    assert all(len(folds) == 1 for folds in by_name.values())
+    assert split.options["split_by"] == "class"
+    assert split.options["ceiling"] == pytest.approx((1 + 0.5 + 0.5) / 3, abs=1e-3)
+
+
+def test_images_are_equally_many_and_spread_over_classes() -> None:
+    members = [make_features("small", items=30), make_features("large", items=90, number=1)]
+    split = dataset_split([(m, m.vision) for m in members], Protocol(), seed=1)
+    assert [len(rows) for rows in split.rows] == [30, 30]
+    sizes = pd.crosstab(split.labels, split.fold)
+    assert (sizes == 6).all().all()
+    by_class = dataset_split(
+        [(m, m.vision) for m in members], Protocol(vision_split="class"), seed=1
+    )
+    assert by_class.options["split_by"] == "class"
+    classes = np.concatenate(
+        [m.vision.labels[r] + 10 * i for i, (m, r) in enumerate(zip(members, by_class.rows))]
+    )
+    assert (pd.crosstab(classes, by_class.fold) > 0).sum(axis=1).max() == 1
+
+
+def test_captions_of_an_image_stay_in_one_fold() -> None:
+    members = [make_features(f"c{i}", number=i, captions=3) for i in range(2)]
+    split = dataset_split([(m, m.text) for m in members], Protocol(), seed=2)
+    images = np.concatenate([m.text.pairs + 1000 * i for i, m in enumerate(members)])
+    assert (pd.crosstab(images, split.fold) > 0).sum(axis=1).max() == 1
+
+
+def test_a_score_is_the_same_twice_and_another_seed_differs() -> None:
+    members = many(2)
+    names = ["dataset_accuracy", "rmg", "cka_debiased", "effective_rank"]
+    first, again = (score(members, names, **QUICK) for _ in range(2))
+    pd.testing.assert_frame_equal(first, again, check_flags=False)
+    other = score(members, ["dataset_accuracy"], seeds=(7,), bootstrap=50)
+    mine = first[(first.metric == "dataset_accuracy") & (first.seed == 1)]["value"].to_numpy()
+    assert not np.array_equal(mine, other["value"].to_numpy())
+
+
+def test_scoring_leaves_the_global_generator_alone() -> None:
+    np.random.seed(5)  # noqa: NPY002
+    expected = np.random.random()  # noqa: NPY002
+    np.random.seed(5)  # noqa: NPY002
+    score(many(2), ["dataset_accuracy_ncm"], **QUICK)
+    assert np.random.random() == expected  # noqa: NPY002
+
+
+def test_intervals_cover_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        values = (rng.random(100) < 0.7).astype(float)
+        low, high = mean_interval(values, bootstrap_weights(np.zeros(100, int), 200, rng))
+        hits += low <= 0.7 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_the_fisher_interval_covers_its_expectation() -> None:
+    tables = [
+        score(
+            make_features(seed=s, strength=0.0, items=60),
+            ["fisher_ratio"],
+            positions=["1"],
+            seeds=(1,),
+        )
+        for s in range(40)
+    ]
+    rows = pd.concat([t[t.tower == "vision"] for t in tables])
+    assert rows["value"].mean() == pytest.approx(rows["null"].iloc[0], rel=0.1)
+    assert ((rows["low"] <= rows["null"]) & (rows["null"] <= rows["high"])).mean() >= 0.8
+
+
+def test_jackknife_groups_leave_each_item_out_once() -> None:
+    kept = jackknife_groups(np.arange(47) % 4, 10, np.random.default_rng(0))
+    left_out = np.concatenate([np.setdiff1d(np.arange(47), rows) for rows in kept])
+    assert sorted(left_out) == list(range(47))
+    assert max(47 - len(rows) for rows in kept) - min(47 - len(rows) for rows in kept) <= 1
+
+
+def test_balanced_rows_deal_and_shots() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [50, 5, 20])
+    rows = balanced_rows(labels, 15, rng)
+    assert np.bincount(labels[rows]).tolist() == [5, 5, 5] and (np.diff(rows) > 0).all()
+    fold = deal(labels.tolist(), list(range(75)), labels.tolist(), 5, rng)
+    assert (pd.crosstab(labels, fold).loc[1] == 1).all()
+    support, query = shots_and_queries(labels, 2, rng)
+    assert np.bincount(labels[support]).tolist() == [2, 2, 2]
+    assert sorted([*support, *query]) == list(range(75))
+
+
+def test_items_per_dataset_keeps_images_and_captions_together() -> None:
+    member = make_features(captions=2, items=60)
+    table = score(member, ["pair_distance", "effective_rank"], items_per_dataset=24, **QUICK)
+    assert set(table[table.metric == "pair_distance"]["n"]) == {48}
+    assert set(table[(table.metric == "effective_rank") & (table.tower == "vision")]["n"]) == {24}
+
+
+def test_towers_of_different_depth_meet_at_equal_relative_depth() -> None:
+    deep, flat = make_features(blocks=6), make_features(blocks=3)
+    member = replace(deep, text=flat.text)
+    table = score(member, ["centroid_gap"], **QUICK)
+    pairs = dict(zip(table["position"], table["other_position"]))
+    assert pairs["embed"] == "embed" and pairs["6"] == "3" and pairs["2"] == "1"
+    assert pairs["proj"] == "proj"
+
+
+def test_other_spaces_on_request() -> None:
+    table = score(make_features(), ["fisher_ratio", "rmg"], spaces=["joint"], **QUICK)
+    assert set(table["space"]) == {"joint"} and set(table["metric"]) == {"fisher_ratio", "rmg"}
+    missing = score(make_features(), ["fisher_ratio"], spaces=["normed"], **QUICK)
+    assert missing.empty and "no normed features" in refusals(missing)["reason"].to_string()
+
+
+def test_one_dataset_alone_has_no_dataset_accuracy() -> None:
+    table = score(make_features(), ["dataset_accuracy", "left_out_accuracy", "style_accuracy"])
+    assert table.empty
+    reasons = refusals(table)["reason"].tolist()
+    assert "1 datasets; at least 2 are needed" in reasons
+
+
+def test_too_few_items_are_refused_not_guessed() -> None:
+    tiny = make_features(items=8, classes=4)
+    table = score([tiny, make_features("other", number=1, items=8, classes=2)], **QUICK)
+    refused = refusals(table)
+    assert "0 classes have 3 items or more; at least 2 are needed" in refused["reason"].tolist()
+    assert "8 items; at least 20 are needed" in refused["reason"].tolist()
+    assert refused["reason"].str.contains("has 2 independent items; at least 3").any()
+    assert np.isfinite(table[["value", "low", "high", "null"]]).all().all()
+
+
+def _broken(value: float) -> LayerFeatures:
+    member = make_features("flowers")
+    tower = member.tower("text")
+    arrays = {s: {p: a.copy() for p, a in by.items()} for s, by in tower.arrays.items()}
+    arrays["native"]["2"][4, 0] = value
+    return replace(member, text=replace(tower, arrays=arrays))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_inf_name_dataset_tower_and_position(value: float) -> None:
+    with pytest.raises(UserError, match=r"flowers, text at 2 \(native\) has NaN or Inf in item 4"):
+        score(_broken(value), ["fisher_ratio"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"metrics": ["dataset_acuracy"]},
+            "unknown metric 'dataset_acuracy'; did you mean 'dataset_",
+        ),
+        ({"spaces": ["jiont"]}, "unknown space 'jiont'; did you mean 'joint'"),
+        ({"positions": ["17"]}, "unknown position '17' in the features"),
+        ({"positions": ["prj"]}, "unknown position 'prj'; did you mean 'proj'"),
+        ({"bootstrap": 1}, "bootstrap is 1; at least 2 is needed"),
+        ({"folds": 2}, "folds is 2; at least 3 is needed"),
+        ({"seeds": ()}, "seeds is empty"),
+        ({"vision_split": "clas"}, "unknown vision_split 'clas'; did you mean 'class'"),
+    ],
+)
+def test_wrong_options_are_named(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        score(make_features(), **options)
+
+
+def test_wrong_features_are_named() -> None:
+    with pytest.raises(UserError, match="no features to score"):
+        score([])
+    with pytest.raises(UserError, match="dataset 'alpha' appears twice"):
+        score([make_features(), make_features()])
+    empty = TowerFeatures("vision", 1, "cls", "images", (), np.empty(0, np.int64), {})
+    with pytest.raises(UserError, match="vision features have no items"):
+        score(LayerFeatures("m", "w", "none", "train", (), empty))
+
+
+def test_one_name_is_enough() -> None:
+    assert list(chosen_metrics("rmg")) == ["rmg"]
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])
+def test_tables_come_back_as_they_were(scores: pd.DataFrame, tmp_path, name: str) -> None:
+    write_scores(scores, tmp_path)
+    back = read_scores(tmp_path / name)
+    pd.testing.assert_frame_equal(back, scores, check_flags=False)
+    assert back.attrs["refused"] == scores.attrs["refused"]
+    assert score_cost(back).equals(score_cost(scores)) and score_cost(back)["seconds"].sum() > 0
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
+
+
+def test_altered_and_damaged_tables_are_refused(scores: pd.DataFrame, tmp_path) -> None:
+    parquet, text = write_scores(scores.head(20), tmp_path)
+    text.write_text(text.read_text()[:-5])
+    with pytest.raises(UserError, match="does not match its checksum"):
+        read_scores(text)
+    (tmp_path / "scores.json").unlink()
+    parquet.write_bytes(parquet.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read as a score table"):
+        read_scores(tmp_path)
+    with pytest.raises(UserError, match="does not exist; run `vlmlayers score` first"):
+        read_scores(tmp_path / "nothing.csv")
+    pd.DataFrame({"metric": ["a"]}).to_csv(text, index=False)
+    with pytest.raises(UserError, match="lacks the score columns model, weights"):
+        read_scores(text)
+    scores.head(2).assign(value=["high", "low"]).to_csv(text, index=False)
+    with pytest.raises(UserError, match="text where a number belongs"):
+        read_scores(text)
+    (tmp_path / "scores.json").write_text(json.dumps([1]))
+    with pytest.raises(UserError, match="is damaged"):
+        read_scores(text)
+
+
+def test_a_folder_that_cannot_be_written_is_named(scores: pd.DataFrame, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write scores to"):
+        write_scores(scores, tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="the table lacks the score columns"):
+        write_scores(pd.DataFrame({"value": [1.0]}), tmp_path)
+
+
+def test_an_empty_table_is_a_table(tmp_path) -> None:
+    write_scores(score_frame([]), tmp_path)
+    assert read_scores(tmp_path).empty and read_scores(tmp_path / "scores.csv").empty

@@ -1,0 +1,260 @@
+"""Streaming: sums merge exactly, in any order, and give what the features themselves give."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import make_features, many
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.metrics import (
+    centroid_gap,
+    cka,
+    effective_rank,
+    fisher_ratio,
+    frechet_gap,
+    participation_ratio,
+    spectral_entropy,
+)
+from vlmlayers.metrics.moments import (
+    ClassMoments,
+    CrossMoments,
+    Moments,
+    biased_cka_null,
+    cka_from,
+    eigenvalues_from,
+    fisher_from,
+    frechet_from,
+    white_noise_scatter,
+)
+from vlmlayers.scores import score, score_streaming
+from vlmlayers.streaming import StreamingScores, in_chunks
+
+PARTS = {
+    Moments: ("mean", "scatter", "cubic", "fourth"),
+    CrossMoments: ("mean_x", "mean_y", "cross", "sizes", "x2y", "y2x", "x2y2"),
+    ClassMoments: ("counts", "means"),
+}
+
+
+def _assert_same(a: object, b: object, scale: float = 1.0) -> None:
+    for name in PARTS[type(a)]:
+        one, two = np.asarray(getattr(a, name)), np.asarray(getattr(b, name))
+        size = max(float(np.abs(one).max()), 1e-12) * scale
+        assert np.abs(one - two).max() <= 1e-10 * size, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.sampled_from([0.0, 3.0, 1000.0]),
+)
+def test_merging_equals_one_pass_and_is_associative(
+    seed: int, a: int, b: int, c: int, offset: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(a + b + c, 5)) + offset, rng.normal(size=(a + b + c, 3)) - offset
+    labels = rng.integers(0, 4, a + b + c)
+    cuts = [slice(0, a), slice(a, a + b), slice(a + b, None)]
+    # Odd sums about the mean nearly cancel: their error is measured against their even neighbours.
+    scale = 1e3 if offset == 1000.0 else 1e2
+    for make, whole in (
+        (lambda s: Moments.of(x[s]), Moments.of(x)),
+        (lambda s: CrossMoments.of(x[s], y[s]), CrossMoments.of(x, y)),
+        (lambda s: ClassMoments.of(x[s], labels[s], 4), ClassMoments.of(x, labels, 4)),
+    ):
+        first, second, third = (make(cut) for cut in cuts)
+        _assert_same(whole, (first + second) + third, scale)
+        _assert_same(whole, first + (second + third), scale)
+
+
+def test_two_halves_equal_the_whole_to_ten_digits() -> None:
+    rng = np.random.default_rng(0)
+    x = np.exp(rng.normal(size=(4000, 20))) + 5
+    y = np.exp(rng.normal(size=(4000, 10)))
+    _assert_same(Moments.of(x), Moments.of(x[:2000]) + Moments.of(x[2000:]))
+    _assert_same(
+        CrossMoments.of(x, y),
+        CrossMoments.of(x[:2000], y[:2000]) + CrossMoments.of(x[2000:], y[2000:]),
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_metrics_from_sums_are_the_metrics(offset: float) -> None:
+    rng = np.random.default_rng(1)
+    x, labels = rng.normal(size=(300, 12)), np.arange(300) % 4
+    x += rng.normal(size=(4, 12))[labels] + offset
+    y = x[:, :5] + rng.normal(size=(300, 5))
+    sums = Moments.of(x[:200]) + Moments.of(x[200:])
+    other = Moments.of(y[:50]) + Moments.of(y[50:])
+    cross = CrossMoments.of(x[:10], y[:10]) + CrossMoments.of(x[10:], y[10:])
+    classes = ClassMoments.of(x[:9], labels[:9], 4) + ClassMoments.of(x[9:], labels[9:], 4)
+    assert fisher_from(sums, classes) == pytest.approx(fisher_ratio(x, labels), rel=1e-8)
+    for debiased in (True, False):
+        assert cka_from(sums, other, cross, debiased=debiased) == pytest.approx(
+            cka(x, y, debiased=debiased), rel=1e-8
+        )
+    values = eigenvalues_from(sums)
+    assert values.sum() ** 2 / (values**2).sum() == pytest.approx(participation_ratio(x), rel=1e-8)
+
+
+def test_frechet_gap_from_sums() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(200, 6)) + 1, rng.normal(size=(150, 6))
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    assert frechet_from(Moments.of(x), Moments.of(y)) == pytest.approx(frechet_gap(x, y), abs=1e-7)
+
+
+def test_biased_null_is_the_mean_over_permutations() -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(30, 20)), rng.normal(size=(30, 25))
+    shuffled = [cka(x, y[rng.permutation(30)], debiased=False) for _ in range(300)]
+    assert biased_cka_null(Moments.of(x), Moments.of(y)) == pytest.approx(
+        np.mean(shuffled), abs=0.005
+    )
+
+
+@pytest.mark.parametrize(("n", "width"), [(50, 8), (6, 20)])
+def test_white_noise_scatter_has_the_moments_of_drawn_noise(n: int, width: int) -> None:
+    rng = np.random.default_rng(4)
+    ours = [white_noise_scatter(n, width, rng) for _ in range(300)]
+    drawn = [np.cov(rng.normal(size=(n, width)).T) * (n - 1) for _ in range(300)]
+    assert np.mean([np.trace(s) for s in ours]) == pytest.approx((n - 1) * width, rel=0.03)
+    assert np.mean([(s**2).sum() for s in ours]) == pytest.approx(
+        np.mean([(s**2).sum() for s in drawn]), rel=0.06
+    )
+
+
+def test_degenerate_sums_are_refused() -> None:
+    x = np.full((10, 3), 1000.1)
+    same, labels = Moments.of(x), np.arange(10) % 2
+    with pytest.raises(UserError, match="are the same"):
+        eigenvalues_from(same)
+    with pytest.raises(UserError, match="name 1 class"):
+        fisher_from(same, ClassMoments.of(x, np.zeros(10, int), 3))
+    with pytest.raises(UserError, match="no scatter within classes"):
+        fisher_from(same, ClassMoments.of(x, labels, 2))
+    with pytest.raises(UserError, match="are the same"):
+        cka_from(same, same, CrossMoments.of(x, x))
+    with pytest.raises(UserError, match="at least 4"):
+        cka_from(Moments.of(x[:3]), Moments.of(x[:3]), CrossMoments.of(x[:3], x[:3]))
+
+
+@pytest.fixture(scope="module")
+def features() -> list[LayerFeatures]:
+    return [*many(2, items=300), make_features("captioned", number=7, items=300, captions=1)]
+
+
+def _by_place(table):
+    keys = ["dataset", "tower", "position", "metric", "space"]
+    return table.set_index(keys)[["value", "low", "high", "null", "n"]].sort_index()
+
+
+def test_chunks_order_and_merging_change_nothing(features: list[LayerFeatures]) -> None:
+    whole = score_streaming(features, sample=50)
+    pieces = [chunk for member in features for chunk in in_chunks(member, 37)]
+    order = np.random.default_rng(0).permutation(len(pieces))
+    halves = StreamingScores(50), StreamingScores(50)
+    for i in order:
+        halves[i % 2].update(pieces[i])
+    merged = halves[0].merge(halves[1]).scores()
+    a, b = _by_place(whole), _by_place(merged)
+    assert (a.index == b.index).all()
+    assert a[["value", "n"]].to_numpy() == pytest.approx(b[["value", "n"]].to_numpy(), rel=1e-8)
+
+
+def test_streamed_values_are_those_of_the_features(features: list[LayerFeatures]) -> None:
+    streamed = _by_place(score_streaming(features, sample=60))
+    member = features[2]  # one caption per image: the pairs are the same in both
+    x, y = (t.array("2", "joint") for t in member.towers)
+    native = [t.array("2") for t in member.towers]
+    expected = {
+        ("fisher_ratio", "native"): fisher_ratio(native[0], member.vision.labels),
+        ("cka_debiased", "native"): cka(*native),
+        ("cka_biased", "native"): cka(*native, debiased=False),
+        ("centroid_gap", "joint"): centroid_gap(x, y),
+        ("frechet_gap", "joint"): frechet_gap(x, y),
+        ("effective_rank", "native"): effective_rank(native[0]),
+        ("participation_ratio", "native"): participation_ratio(native[0]),
+        ("spectral_entropy", "native"): spectral_entropy(native[0]),
+    }
+    for (metric, space), value in expected.items():
+        row = streamed.loc[[("captioned", "vision", "2", metric, space)]].iloc[0]
+        assert row["value"] == pytest.approx(value, rel=1e-6), metric
+        assert row["low"] <= row["value"] <= row["high"] and row["n"] == 300
+
+
+def test_streamed_dataset_accuracy_tells_the_same_story(features: list[LayerFeatures]) -> None:
+    streamed = score_streaming(features, ["dataset_accuracy_lda"], sample=80)
+    plain = score(features, ["dataset_accuracy_lda"], seeds=(1, 2, 3))
+    plain = plain[plain.tower == "vision"].groupby("position")["value"].mean()
+    streamed = streamed.set_index("position")["value"]
+    assert (streamed - plain).abs().max() < 0.12
+    assert streamed["embed"] < streamed["1"] < streamed["3"]
+
+
+def _wide_chunk(rows: int, start: int) -> LayerFeatures:
+    rng = np.random.default_rng(start)
+    x = rng.normal(size=(rows, 32)).astype(np.float32)
+    ids = tuple(str(start + i) for i in range(rows))
+    tower = TowerFeatures(
+        "vision", 1, "cls", "images", ids, np.arange(rows) % 5, {"native": {"1": x}}
+    )
+    return LayerFeatures("m", "w", "noise", "train", tuple("abcde"), tower)
+
+
+def test_memory_is_flat_in_n() -> None:
+    peaks = []
+    for n in (10_000, 80_000):
+        sums = StreamingScores(100)
+        tracemalloc.start()
+        for start in range(0, n, 2_000):
+            sums.update(_wide_chunk(2_000, start))
+        sums.scores(["effective_rank", "fisher_ratio"])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.15 * peaks[0]
+
+
+def test_wrong_streams_are_refused(features: list[LayerFeatures]) -> None:
+    with pytest.raises(UserError, match="unknown streaming metric 'silhouette'"):
+        score_streaming(features, ["silhouette"])
+    with pytest.raises(UserError, match="unknown metric 'fisher'"):
+        score_streaming(features, ["fisher"])
+    with pytest.raises(UserError, match="no features came"):
+        score_streaming([])
+    with pytest.raises(UserError, match="sample is 3; at least 20"):
+        StreamingScores(3)
+    with pytest.raises(UserError, match="samples of 20 and 30 items cannot be merged"):
+        StreamingScores(20).merge(StreamingScores(30))
+    sums = StreamingScores(20)
+    sums.update(features[0])
+    with pytest.raises(UserError, match="cannot join those of toy random train"):
+        sums.update(replace(features[1], model="another"))
+    with pytest.raises(UserError, match="no vision features came"):
+        sums.update(replace(features[1], vision=None))
+    few = features[0].vision.take(np.arange(5))
+    fresh = StreamingScores(20)
+    fresh.update(replace(features[0], vision=few))
+    with pytest.raises(UserError, match="an item came twice"):
+        fresh.update(replace(features[0], vision=few))
+    with pytest.raises(UserError, match="class 5 has images but no prompt"):
+        StreamingScores(20).update(replace(features[0], text=features[0].text.take(np.arange(5))))
+    captions = features[2]
+    with pytest.raises(UserError, match="an image of a chunk has no caption"):
+        StreamingScores(20).update(replace(captions, text=captions.text.take(np.arange(9))))
+
+
+def test_one_dataset_or_too_few_items_are_refused_out_loud() -> None:
+    alone = score_streaming(make_features(items=60), ["dataset_accuracy_lda"])
+    assert alone.empty and "at least 2 are needed" in alone.attrs["refused"][0]["reason"]
+    small = score_streaming(many(2), ["dataset_accuracy_lda"], sample=100)
+    assert "stream more" in small.attrs["refused"][0]["reason"]
