@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmadapters.config import MMAConfig
@@ -107,10 +107,7 @@ def load_adapter(path: str | Path, model: Any) -> Adapter:
             f"({model.weights_hash[:12]}); load the backbone it was trained on"
         )
     adapter = new_adapter(model.clip, info.config)
-    with safe_open(path, framework="pt") as file:
-        adapter.load_official_state_dict(
-            {key: file.get_tensor(key) for key in sorted(adapter.official_state_dict())}
-        )
+    adapter.load_official_state_dict(load_file(path))
     return adapter
 
 

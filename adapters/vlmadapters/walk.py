@@ -131,7 +131,8 @@ class Walk:
             return None
         if tower.pooling == "eot" and tower.ends is not None:
             return tower.ends(inputs)
-        return torch.full((n,), -1 if tower.suffix else 0, device=inputs.device)
+        last = tower.suffix or tower.pooling == "model"  # else the class token, which comes first
+        return torch.full((n,), -1 if last else 0, device=inputs.device)
 
     def _is_fused(self, block: int, state: State) -> bool:
         mask = state.kwargs.get("attn_mask")
