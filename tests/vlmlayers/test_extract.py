@@ -1,0 +1,220 @@
+"""Extraction: rows in order, texts, precision, unreadable images, and wrong arguments."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures
+from vlmlayers.models import extract
+from vlmlayers.models.decoding import batches_of
+from vlmlayers.models.work import autocast
+
+MODEL = tiny.model()
+
+
+def run(manifest=None, model=MODEL, split="train", **options):
+    options = {"batch_size": 8, "progress": False, **options}
+    return extract(model, manifest or tiny.DrawnManifest(), split, **options)
+
+
+def _encode(items, manifest):
+    batch = torch.stack([tiny.preprocess(manifest.open_image(item)) for item in items])
+    with torch.inference_mode():
+        return MODEL.clip.encode_image(batch).numpy()
+
+
+def test_rows_follow_the_items_and_end_at_the_models_embedding():
+    manifest = tiny.DrawnManifest()
+    found = run(manifest)
+    items = manifest.items("train")
+    assert found.vision.ids == tuple(item.path for item in items)
+    assert found.vision.labels.tolist() == [item.label for item in items]
+    for position in ("proj", "3"):
+        assert np.allclose(found.vision.array(position, "joint"), _encode(items, manifest),
+                           atol=1e-5)
+
+
+def test_prompts_are_one_per_class_with_the_template_around_the_name():
+    found = run(template="see {}!")
+    assert found.text.ids == ("see cat!", "see tree frog!", "see a {brace} <b>!")
+    assert found.text.labels.tolist() == [0, 1, 2]
+    assert found.text.kind == "prompts"
+    with torch.inference_mode():
+        expected = MODEL.clip.encode_text(tiny.tokenizer(list(found.text.ids))).numpy()
+    assert np.allclose(found.text.array("3", "joint"), expected, atol=1e-5)
+
+
+def test_captions_are_all_of_each_image_with_their_pairs():
+    found = run(text="captions", items=5)
+    assert found.text.ids[:3] == ("first 0", "second 0", "first 1")
+    assert found.text.pairs.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert found.text.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_and_workers_change_nothing_but_rounding(workers):
+    whole = run(batch_size=64)
+    parts = run(batch_size=5, workers=workers)
+    for tower in ("vision", "text"):
+        for position in whole.tower(tower).positions():
+            a, b = (f.tower(tower).array(position) for f in (whole, parts))
+            assert np.allclose(a, b, atol=1e-5)
+
+
+def test_workers_give_the_same_bytes():
+    here, there = run(workers=0), run(workers=2)
+    for position in here.vision.positions():
+        assert (here.vision.array(position) == there.vision.array(position)).all()
+
+
+def test_global_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    run(workers=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_items_may_be_a_number_or_a_list():
+    manifest = tiny.DrawnManifest()
+    chosen = manifest.items("train")[3:7]
+    assert run(manifest, items=4).vision.ids == tuple(i.path for i in manifest.items("train")[:4])
+    found = run(manifest, items=chosen)
+    assert np.allclose(found.vision.array("proj"), _encode(chosen, manifest), atol=1e-5)
+
+
+def test_autocast_is_close_and_features_stay_float32():
+    full, half = run(), run(precision="bf16")
+    a, b = full.vision.array("2"), half.vision.array("2")
+    assert b.dtype == np.float32
+    assert 1e-4 < abs(a - b).max() < 0.2 * abs(a).max()
+    assert half.identity["precision"] == "bf16"
+    assert type(autocast(torch.device("cpu"), "fp32")).__name__ == "nullcontext"
+
+
+def test_pooling_may_differ_between_towers():
+    found = run(pooling={"vision": "mean"})
+    assert (found.vision.pooling, found.text.pooling) == ("mean", "eot")
+    assert found.vision.pooling_in("joint") == "mean"
+    attention = run(model=tiny.model("coca"))
+    assert (attention.vision.pooling, attention.vision.pooling_in("joint")) == ("mean", "model")
+
+
+def test_unreadable_images_are_counted_listed_and_stop_the_run():
+    broken = {f"train/{i:03d}.png" for i in (1, 5, 6, 7, 9, 20, 21)}
+    with pytest.raises(UserError) as caught:
+        run(tiny.DrawnManifest(broken=broken))
+    message = str(caught.value)
+    assert message.startswith("7 of 22 images of drawn cannot be read: train/001.png")
+    assert message.count("train/") == 2 * 5  # the first five, each with its reason
+    assert "--skip-unreadable" in message
+
+
+def test_unreadable_images_can_be_left_out():
+    broken = {"train/001.png", "train/010.png"}
+    found = run(tiny.DrawnManifest(broken=broken), skip_unreadable=True, text="captions")
+    clean = run(text="captions", batch_size=8)
+    kept = [i for i in range(22) if i not in (1, 10)]
+    assert found.vision.ids == tuple(f"train/{i:03d}.png" for i in kept)
+    assert np.allclose(found.vision.array("3"), clean.vision.array("3")[kept], atol=1e-5)
+    assert found.text.ids[:4] == ("first 0", "second 0", "first 2", "second 2")
+    assert found.text.pairs.tolist() == [row for row in range(20) for _ in (0, 1)]
+
+
+def test_a_dataset_without_a_single_readable_image_stops_in_each_case():
+    broken = {f"train/{i:03d}.png" for i in range(22)}
+    with pytest.raises(UserError, match="22 of 22 images"):
+        run(tiny.DrawnManifest(broken=broken), skip_unreadable=True)
+
+
+def test_a_hopeless_dataset_stops_early():
+    manifest = tiny.DrawnManifest(count=600, broken={f"train/{i:03d}.png" for i in range(600)})
+    with pytest.raises(UserError, match="104 of 104 images"):
+        run(manifest)
+    assert len(manifest.opened) < 130
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_stop_the_run(value):
+    model = tiny.model()
+    with torch.no_grad():
+        model.clip.visual.transformer.resblocks[1].mlp.c_fc.weight[0, 0] = value
+    with pytest.raises(UserError, match="NaN or Inf in vision features at 2 .native., 8 of 8 items"
+                                        ".*first 'train/000.png'"):
+        run(model=model)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"precision": "fp8"}, "unknown precision 'fp8'"),
+    ({"text": "prompt"}, "unknown text 'prompt'; did you mean 'prompts'"),
+    ({"spaces": ("joined",)}, "unknown space 'joined'; did you mean 'joint'"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"template": "a photo"}, "has no {} where the class name goes"),
+    ({"items": []}, "drawn has no items in split 'train'"),
+    ({"pooling": {"visual": "cls"}}, "unknown tower 'visual' in pooling; did you mean 'vision'"),
+    ({"pooling": "cls"}, "the text tower .open_clip text. has no 'cls' pooling; it has eot"),
+])
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        run(**options)
+
+
+def test_texts_that_are_not_there_are_named():
+    with pytest.raises(UserError, match="has no captions; use text='prompts'"):
+        run(tiny.DrawnManifest(captioned=False), text="captions")
+    with pytest.raises(UserError, match="has no classes to make prompts of"):
+        run(tiny.DrawnManifest(names=()))
+
+
+def test_identity_tells_apart_what_values_depend_on():
+    base = run().identity
+    assert base == run().identity
+    others = [run(batch_size=4), run(precision="bf16"), run(template="{}"), run(items=5),
+              run(split="test"), run(spaces=("native",)), run(pooling="mean"),
+              run(tiny.DrawnManifest(hash="9")), run(model=tiny.model(seed=3))]
+    assert all(other.identity != base for other in others)
+
+
+def test_batches_partition_the_rows():
+    for rows, size in ((0, 4), (1, 4), (8, 4), (9, 4)):
+        batches = batches_of(rows, size)
+        assert [row for batch in batches for row in batch] == list(range(rows))
+        assert all(0 < len(batch) <= size for batch in batches)
+
+
+def test_summary_and_representations_say_what_is_there():
+    found = run(spaces=("native",))
+    table = found.summary()
+    assert table[["tower", "items", "positions", "widths"]].to_numpy().tolist() == [
+        ["vision", 22, 6, "48/24"], ["text", 3, 6, "32/24"]]
+    assert "22 images × 6 positions" in repr(found)
+    assert "tiny clip" in found._repr_html_()
+
+
+def test_own_arrays_become_features():
+    rng = np.random.default_rng(0)
+    images = {p: rng.normal(size=(6, 4)) for p in ("embed", "1", "2", "proj")}
+    texts = {p: rng.normal(size=(2, 3)) for p in ("1", "2")}
+    found = LayerFeatures.from_arrays(images, texts, labels=[0, 1] * 3, class_names=["a", "b"],
+                                      dataset="mine")
+    assert found.vision.blocks == found.text.blocks == 2
+    assert found.vision.positions() == ("embed", "1", "2", "proj")
+    assert found.text.labels.tolist() == [0, 1]
+    paired = LayerFeatures.from_arrays(images, texts, labels=[0, 1] * 3, pairs=[3, 2])
+    assert paired.text.labels.tolist() == [1, 0]
+    assert paired.class_names == ("class 0", "class 1")
+
+
+@pytest.mark.parametrize(("vision", "options", "message"), [
+    ({}, {}, "needs arrays of at least one tower"),
+    ({"1": np.zeros((2, 2)), "3": np.zeros((2, 2))}, {}, "blocks .1, 3.; they have to be 1 to L"),
+    ({"fianl": np.zeros((2, 2))}, {}, "unknown position 'fianl' in vision arrays; did you mean"),
+    ({"1": np.full((2, 2), np.nan)}, {}, "NaN or Inf in vision array at 1"),
+    ({"1": np.zeros((2, 2))}, {"labels": [0]}, "2 ids but 1 labels"),
+    ({"1": np.zeros((2, 2)), "2": np.zeros((3, 2))}, {}, "expected .2, width."),
+    ({"1": np.zeros((2, 2))}, {"space": "raw"}, "unknown space 'raw'"),
+])
+def test_wrong_own_arrays_are_named(vision, options, message):
+    with pytest.raises(UserError, match=message):
+        LayerFeatures.from_arrays(vision, **options)
