@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,8 @@ def main(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Train the miniature CLIP from scratch; start again to continue."""
+    for stop in (signal.SIGTERM, signal.SIGINT):  # also where a shell starts us in the background
+        signal.signal(stop, signal.default_int_handler)
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":

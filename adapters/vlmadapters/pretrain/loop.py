@@ -85,11 +85,8 @@ def rate(step: int, recipe: Recipe) -> float:
 
 
 def dropped(step: int, recipe: Recipe) -> float:
-    """Return the share of patches dropped at a step; none in the last part of the decay."""
-    done = step / recipe["steps"]
-    if done < 1 - recipe["decay"]:
-        return float(recipe["patch_dropout"])
-    return float(recipe["patch_dropout"]) / 2 if done < 1 - recipe["decay"] / 2 else 0.0
+    """Return the share of patches dropped at a step; none in the last eighth of the run."""
+    return float(recipe["patch_dropout"]) if step / recipe["steps"] < 0.875 else 0.0
 
 
 def contrastive_loss(image: Tensor, text: Tensor, groups: Sequence[str], scale: Tensor) -> Tensor:
@@ -277,7 +274,7 @@ def load_sources(
     return real + [load_source(n, share, folder, root, recipe["drawn_items"], show) for n in names]
 
 
-def train(run: Run, sources: Sequence[Source], *, save_every: int = 250, show: bool = True) -> None:
+def train(run: Run, sources: Sequence[Source], *, save_every: int = 50, show: bool = True) -> None:
     """Train to the last step of the recipe; writes `log.csv`, checkpoints and the export.
 
     Ctrl-C saves and stops; the next start continues at the same step.
