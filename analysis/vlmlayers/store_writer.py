@@ -177,7 +177,7 @@ class StoreWriter:
             line = {"tower": tower, "batch": batch, "crc": check,
                     "bad": {str(row): reason for row, reason in bad.items()}}
             with (self.partial / f"journal.{self.rank}.jsonl").open("ab") as handle:
-                handle.write(json.dumps(line).encode() + b"\n")
+                handle.write(b"\n" + json.dumps(line).encode() + b"\n")  # after a cut line, too
         self.done[tower].add(batch)
 
     def _journal(self) -> tuple[dict[str, set[int]], dict[int, str]]:

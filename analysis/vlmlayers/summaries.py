@@ -121,7 +121,7 @@ def agreement(
         for a, b in zip(frame["position"], frame["other_position"])
     ]
     return (
-        frame.assign(_order=order)
+        frame.assign(_order=pd.Series(order, index=frame.index, dtype=object))
         .sort_values("_order")
         .drop(columns="_order")
         .reset_index(drop=True)

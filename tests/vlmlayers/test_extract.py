@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import tiny
@@ -174,6 +177,15 @@ def test_identity_tells_apart_what_values_depend_on():
               run(split="test"), run(spaces=("native",)), run(pooling="mean"),
               run(tiny.DrawnManifest(hash="9")), run(model=tiny.model(seed=3))]
     assert all(other.identity != base for other in others)
+
+
+def test_a_decoding_process_that_dies_gives_one_line():
+    class Deadly(tiny.DrawnManifest):
+        def open_image(self, item, root=None, size=None):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UserError, match="a decoding process died.*start again with fewer workers"):
+        run(Deadly(), workers=1)
 
 
 def test_batches_partition_the_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmlayers.metrics.agreement import calibrated, cka, mutual_knn, procrustes, rsa
+from vlmlayers.metrics.cka_matrix import cka_matrix
 from vlmlayers.metrics.class_level import (
     fisher_ratio,
     h_score,
@@ -44,6 +45,7 @@ __all__ = [
     "calibrated",
     "centroid_gap",
     "cka",
+    "cka_matrix",
     "confusion",
     "effective_rank",
     "fisher_ratio",

@@ -85,10 +85,21 @@ def decode(
         size: Pixels that the model takes, a hint for drawn images.
         workers: Decoding processes; 0 decodes here.
         pin: Pin memory for the copy to a GPU.
+
+    Raises:
+        UserError: A decoding process died, mostly for lack of memory.
     """
     loader: DataLoader[Any] = DataLoader(
         _Images(manifest, items, root, preprocess, size), batch_sampler=batches,  # type: ignore
         num_workers=workers, collate_fn=_collate, pin_memory=pin,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
-    yield from loader
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a decoding process died ({' '.join(str(error).split())[:120]}); what is done so far "
+            "is kept in the store, start again with fewer workers"
+        ) from error

@@ -121,7 +121,7 @@ def _image(ax: Axes, grid: np.ndarray, label: str) -> None:
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(label)
 
 

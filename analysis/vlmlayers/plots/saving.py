@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ def save_figure(
     Raises:
         UserError: A format is unknown.
     """
-    drawn = figure.figure if isinstance(figure, Axes) else figure
+    drawn: Any = figure.figure if isinstance(figure, Axes) else figure
     folder, name = Path(stem).parent, Path(stem).name
     folder.mkdir(parents=True, exist_ok=True)
     written = []

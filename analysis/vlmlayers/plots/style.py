@@ -67,7 +67,8 @@ def style() -> Iterator[None]:
     """Draw inside this context in the shared style."""
     import matplotlib as mpl
 
-    with mpl.rc_context(STYLE):
+    options: Any = STYLE
+    with mpl.rc_context(options):
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,15 @@ from vlmlayers.selection.curves import has_curve
 from vlmlayers.summaries import agreement, curves, metrics_by_shape
 
 MIME = {"svg": "image/svg+xml", "png": "image/png", "pdf": "application/pdf", "csv": "text/csv"}
-CURVES = ("dataset_accuracy", "class_accuracy", "zero_shot_accuracy", "fisher_ratio")
+CURVES = (
+    "dataset_accuracy",
+    "class_accuracy",
+    "class_accuracy_ncm",
+    "zero_shot_accuracy",
+    "fisher_ratio",
+)
 GAPS = ("centroid_gap", "rmg")
-HEATMAPS = ("class_accuracy",)
+HEATMAPS = ("class_accuracy", "class_accuracy_ncm")
 
 
 @dataclass(frozen=True)
@@ -120,42 +127,41 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
             yield Plan(
                 f"curves-{slug(metric)}",
                 _caption(answer, metric, "along depth"),
-                lambda m=metric: plots.layer_curves(scores, m, choice=choice),
-                lambda m=metric: curves(scores, m),
+                partial(plots.layer_curves, scores, metric, choice=choice),
+                partial(curves, scores, metric),
             )
     for metric in GAPS:
         if metric in shapes["curve"] and has_rows(scores, metric, "vision"):
             yield Plan(
                 f"gap-{slug(metric)}",
                 _caption(answer, metric, "per dataset along depth"),
-                lambda m=metric: plots.gap_curves(scores, m, choice=choice),
-                lambda m=metric: curves(scores, m),
+                partial(plots.gap_curves, scores, metric, choice=choice),
+                partial(curves, scores, metric),
             )
     for metric in shapes["matrix"][:2]:
         if len(agreement(scores, metric)):
             yield Plan(
                 f"agreement-{slug(metric)}",
                 _caption(answer, metric, "of every vision and text position"),
-                lambda m=metric: plots.agreement_matrix(scores, m, choice=choice),
-                lambda m=metric: agreement(scores, m),
+                partial(plots.agreement_matrix, scores, metric, choice=choice),
+                partial(agreement, scores, metric),
             )
     for metric in HEATMAPS:
         for tower in answer.depths:
             if metric in shapes["curve"] and has_curve(scores, metric, tower):
+                one = scores[scores["tower"] == tower]
                 yield Plan(
                     f"datasets-{slug(metric)}-{tower}",
                     _caption(answer, metric, f"per dataset and {tower} position"),
-                    lambda m=metric, t=tower: plots.dataset_heatmap(
-                        scores, m, tower=t, choice=choice
-                    ),
-                    lambda m=metric, t=tower: curves(scores, m).query("tower == @t"),
+                    partial(plots.dataset_heatmap, one, metric, tower=tower, choice=choice),
+                    partial(curves, one, metric),
                 )
     if any("frequency" in found for found in choice.evidence.get("towers", {}).values()):
         yield Plan(
             "selection-frequency",
             f"How often each block is chosen, {answer.model}.",
-            lambda: plots.selection_frequency(choice),
-            lambda: frequency_table(answer),
+            partial(plots.selection_frequency, choice),
+            partial(frequency_table, answer),
         )
     yield from _outcome_plans(answer)
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.plots.depth import over_datasets
+from vlmlayers.positions import TOWERS
 from vlmlayers.run import Run, read_json
 from vlmlayers.scores import read_scores
 from vlmlayers.selection import LayerChoice, adapter_parameters, describe_blocks, paper_blocks
@@ -145,9 +146,8 @@ class Answer:
     @property
     def paper(self) -> LayerChoice:
         """The paper's placement at this depth."""
-        return LayerChoice(
-            *(paper_blocks(self.depths.get(t, 0)) for t in ("vision", "text")), "paper"
-        )
+        vision, text = (paper_blocks(self.depths.get(tower, 0)) for tower in TOWERS)
+        return LayerChoice(vision, text, "paper")
 
     @property
     def headline(self) -> str:
@@ -226,7 +226,7 @@ class Answer:
                 f"{str(tower).capitalize()}: {first['value']:.2f} at {first['position']}, "
                 f"{last['value']:.2f} at {last['position']}"
             )
-            peak = part.loc[part["value"].idxmax()]
+            peak = part.iloc[int(part["value"].to_numpy().argmax())]
             if peak["value"] - max(first["value"], last["value"]) > 0.005:
                 sentence += f", highest {peak['value']:.2f} at {peak['position']}"
             sentences.append(sentence)
@@ -257,7 +257,7 @@ def read_answer(run: Run | str | Path) -> Answer:
         LayerChoice.load(found.choice),
         found.read_provenance(),
         Validation.read(found),
-        dict(scores.attrs),
+        {str(name): value for name, value in scores.attrs.items()},
     )
 
 

@@ -58,7 +58,8 @@ def metric_entry(name: str) -> dict[str, Any]:
         return {"label": name.replace("_", " "), "level": "other", "caption": ""}
     chance = f" Chance: {known.null_text}." if known.null_text else ""
     meaning = known.summary.removeprefix("Return ")
-    caption = f"{meaning[:1].upper()}{meaning[1:].rstrip('.')}. Larger means {known.direction}.{chance} {known.reference}."
+    meaning = meaning[:1].upper() + meaning[1:].rstrip(".")
+    caption = f"{meaning}. Larger means {known.direction}.{chance} {known.reference}."
     if known.level == "gap":
         caption += (
             " Taken in joint space: final norm and projection are applied at every "

@@ -253,7 +253,7 @@ def _model_table(answer: Answer) -> Table:
 
 def _with(answer: Answer) -> pd.DataFrame:
     table = answer.scores.copy(deep=False)
-    table.attrs = answer.attributes
+    table.attrs.update(answer.attributes)
     return table
 
 

@@ -38,7 +38,7 @@ def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> s
         }
     )
     lines = [text_table(shown, {"model": 34, "vision": 20, "text": 16}), ""]
-    lines += [f"{row.model}: {row.reason}" for row in table.itertuples() if row.reason]
+    lines += [f"{name}: {why}" for name, why in zip(table["model"], table["reason"]) if why]
     return "\n".join([*lines, summary(table)])
 
 

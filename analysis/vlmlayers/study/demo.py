@@ -20,6 +20,11 @@ from vlmlayers.text_tables import text_table
 
 FILE = Path(__file__).parent / "demo.toml"
 MOST = 9
+MEASURES = (
+    ("dataset_accuracy", "dataset"),
+    ("class_accuracy", "class"),
+    ("class_accuracy_ncm", "class"),
+)
 
 
 def demo_study(random_weights: bool = False) -> Study:
@@ -79,15 +84,15 @@ def position_table(answer: Answer) -> pd.DataFrame:
     """Return per position: dataset and class accuracy of both towers, gap, and whether chosen."""
     scores, choice = answer.scores, answer.choice
     columns: dict[str, dict[str, float]] = {}
-    for metric, short in (("dataset_accuracy", "dataset"), ("class_accuracy", "class")):
+    for metric, short in MEASURES:
         if metric not in set(scores["metric"]):
             continue
         frame = curves(scores, metric)
         for tower, part in frame.groupby("tower", sort=False):
-            columns[f"{short} {tower}"] = part.groupby("position")["value"].mean().to_dict()
+            columns[f"{short} {tower}"] = _by_position(part)
     if "centroid_gap" in set(scores["metric"]):
         gap = curves(scores, "centroid_gap")
-        columns["gap"] = gap.groupby("position")["value"].mean().to_dict()
+        columns["gap"] = _by_position(gap)
     depth = max(answer.depths.values())
     positions = ["embed", *map(str, range(1, depth + 1)), "proj"]
     rows = [
@@ -99,6 +104,11 @@ def position_table(answer: Answer) -> pd.DataFrame:
         for position in positions
     ]
     return pd.DataFrame(rows)
+
+
+def _by_position(frame: pd.DataFrame) -> dict[str, float]:
+    means = frame.groupby("position")["value"].mean()
+    return {str(position): float(value) for position, value in means.items()}
 
 
 def _rounded(value: float | None) -> str:

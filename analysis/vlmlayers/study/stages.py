@@ -70,7 +70,7 @@ def _extract(context: StageContext) -> None:
             items=data.items,
             root=context.data_root,
             spaces=options.spaces,
-            pooling=dict(options.pooling) or None,
+            pooling={str(k): v for k, v in options.pooling.items()} or None,
             batch_size=options.batch_size,
             workers=options.workers,
             precision=options.precision,

@@ -1,0 +1,459 @@
+"""The store: whole or absent, resumed byte for byte, and silent about nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from vlmlayers.errors import UserError
+from vlmlayers.models import extract
+from vlmlayers.store import (
+    DamagedStore,
+    FeatureStore,
+    differing_field,
+    open_features,
+    partial_folder,
+    write_atomically,
+)
+from vlmlayers.store_writer import StoreWriter
+
+MODEL = tiny.model()
+HERE = Path(__file__).parent
+
+
+def run(out, manifest=None, model=MODEL, **options):
+    options = {"batch_size": 4, "progress": False, "text": "captions", **options}
+    return extract(model, manifest or tiny.DrawnManifest(), "train", out=out, **options)
+
+
+def content(folder):
+    """Return every file of a store with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def store(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "store"))
+
+
+class Interrupted(tiny.DrawnManifest):
+    """Fails for good after some images, as Ctrl-C or a crash would."""
+
+    stop_after = 9
+    error: type[BaseException] = KeyboardInterrupt
+
+    def open_image(self, item, root=None, size=None):
+        if len(self.opened) >= self.stop_after:
+            raise self.error
+        return super().open_image(item, root, size)
+
+
+def test_the_store_holds_what_memory_holds(whole):
+    stored, memory = open_features(whole), run(None)
+    assert stored.identity == json.loads(json.dumps(memory.identity))
+    assert stored.class_names == memory.class_names
+    for tower in ("vision", "text"):
+        a, b = stored.tower(tower), memory.tower(tower)
+        assert (a.ids, a.pooling, a.kind, a.blocks) == (b.ids, b.pooling, b.kind, b.blocks)
+        assert a.labels.tolist() == b.labels.tolist()
+        for space in b.spaces:
+            assert a.positions(space) == b.positions(space)
+            for position in b.positions(space):
+                assert isinstance(a.array(position, space), np.memmap)
+                assert (a.array(position, space) == b.array(position, space)).all()
+    assert stored.text.pairs.tolist() == memory.text.pairs.tolist()
+
+
+def test_arrays_are_plain_npy_files(whole):
+    array = np.load(whole / "vision" / "native" / "embed.npy")
+    assert (array.shape, array.dtype) == ((22, 48), np.float32)
+
+
+def test_two_runs_give_the_same_bytes(whole, tmp_path):
+    run(tmp_path / "again")
+    assert content(tmp_path / "again") == content(whole)
+    assert not partial_folder(tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(("stop_after", "error"), [
+    (0, KeyboardInterrupt), (4, MemoryError), (9, KeyboardInterrupt), (21, KeyboardInterrupt),
+])
+def test_an_interrupted_extraction_resumes_at_the_last_full_batch(
+    whole, tmp_path, stop_after, error
+):
+    manifest = Interrupted()
+    manifest.stop_after, manifest.error = stop_after, error
+    with pytest.raises(error):
+        run(tmp_path / "s", manifest)
+    with pytest.raises(UserError, match="is not finished; run the extraction again to resume"):
+        open_features(tmp_path / "s")
+    rest = tiny.DrawnManifest()
+    run(tmp_path / "s", rest)
+    assert len(rest.opened) == 22 - stop_after // 4 * 4
+    assert content(tmp_path / "s") == content(whole)
+
+
+def test_a_whole_store_is_reused_without_opening_an_image(store):
+    manifest = tiny.DrawnManifest()
+    found = run(store, manifest)
+    assert manifest.opened == []
+    assert isinstance(found.vision.array("1"), np.memmap)
+
+
+@pytest.mark.parametrize(("change", "field"), [
+    ({"model": tiny.model(seed=2)}, "weights is 'seed 0' there, 'seed 2' here"),
+    ({"precision": "bf16"}, "precision is 'fp32' there, 'bf16' here"),
+    ({"batch_size": 5}, "batch_size is 4 there, 5 here"),
+    ({"manifest": tiny.DrawnManifest(hash="9")}, "manifest_hash is '0123' there, '9' here"),
+    ({"pooling": "mean"}, "pooling.vision is 'cls' there, 'mean' here"),
+    ({"items": 7}, "items is 22 there, 7 here"),
+    ({"text": "prompts"}, "text is 'captions' there, 'prompts' here"),
+    ({"spaces": ("native",)}, "spaces is"),
+])
+def test_a_store_of_another_identity_is_refused_and_left_alone(store, change, field):
+    before = content(store)
+    with pytest.raises(UserError, match="belongs to another extraction") as caught:
+        run(store, **change)
+    assert field in str(caught.value)
+    assert content(store) == before
+
+
+def test_other_weights_of_the_same_name_are_told_apart(store):
+    other = tiny.model(seed=2)
+    other.weights = MODEL.weights
+    with pytest.raises(UserError, match="weights_hash is '[0-9a-f]{18}…"):
+        run(store, model=other)
+
+
+def test_other_preprocessing_is_told_apart(store):
+    other = tiny.model()
+    other.preprocess_config = {"mean": 0.4}
+    with pytest.raises(UserError, match="preprocessing.mean is absent there, 0.4 here"):
+        run(store, model=other)
+
+
+def test_unfinished_work_of_another_identity_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s", Interrupted())
+    with pytest.raises(UserError, match=r"s.partial belongs to another extraction: precision"):
+        run(tmp_path / "s", precision="bf16")
+
+
+def test_identities_are_compared_field_by_field():
+    one = {"a": 1, "b": {"c": 2, "d": 3}}
+    assert differing_field(one, {"b": {"d": 3, "c": 2}, "a": 1}) is None
+    assert differing_field(one, {"a": 1, "b": {"c": 2, "d": 4}}) == "b.d is 3 there, 4 here"
+    assert differing_field(one, {"a": 1, "b": {"c": 2}}) == "b.d is 3 there, absent here"
+
+
+FILES = ["store.json", "vision/items.json", "vision/native/embed.npy", "text/joint/3.npy"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("where", [0.01, 0.9])
+def test_a_flipped_byte_is_detected_and_the_file_named(store, name, where):
+    file = store / name
+    data = bytearray(file.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 0x01
+    file.write_bytes(data)
+    for attempt in (lambda: open_features(store), lambda: run(store)):
+        with pytest.raises(DamagedStore) as caught:
+            attempt()
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("keep", [0.0, 0.999])
+def test_a_truncated_file_is_detected_without_reading_checksums(store, name, keep):
+    file = store / name
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(DamagedStore, match="bytes, expected|is damaged") as caught:
+        open_features(store, verify=False)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_array_a_missing_store_and_another_format(store):
+    (store / "vision" / "native" / "2.npy").unlink()
+    with pytest.raises(DamagedStore, match=r"2.npy is missing from the store; delete"):
+        open_features(store)
+    with pytest.raises(UserError, match="nowhere is not there; run `vlmlayers extract` first"):
+        open_features(store.parent / "nowhere")
+    assert not FeatureStore.exists(store.parent / "nowhere")
+    from vlmlayers.store import record_checksum
+
+    record = json.loads((store / "store.json").read_text())
+    record.pop("checksum")
+    record["format"] = 99
+    record["checksum"] = record_checksum(record)
+    (store / "store.json").write_text(json.dumps(record))
+    with pytest.raises(DamagedStore, match="has format 99, expected 1"):
+        open_features(store)
+
+
+def _interrupted(folder):
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, Interrupted())  # two batches of four are done
+    return partial_folder(folder)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "journal cut", "journal junk",
+                                    "journal gone", "stale sidecar"])
+def test_unfinished_work_that_is_damaged_is_done_again(whole, tmp_path, damage):
+    partial = _interrupted(tmp_path / "s")
+    array, journal = partial / "rows/vision/native/2.npy", partial / "journal.0.jsonl"
+    if damage == "flip":
+        data = bytearray(array.read_bytes())
+        data[128 + 3] ^= 0x10
+        array.write_bytes(data)
+    elif damage == "truncate":
+        array.write_bytes(array.read_bytes()[:300])
+    elif damage == "remove":
+        array.unlink()
+    elif damage == "journal cut":
+        journal.write_bytes(journal.read_bytes()[:-7])
+    elif damage == "journal junk":
+        journal.write_bytes(b'\xff\x00{"tower"\n[1]\n{"batch": 1}\n' + journal.read_bytes())
+    elif damage == "journal gone":
+        journal.unlink()
+    else:
+        (partial / "rows" / "store.json").write_text("{}")
+    run(tmp_path / "s")
+    assert content(tmp_path / "s") == content(whole)
+
+
+def test_a_damaged_identity_of_unfinished_work_is_named(tmp_path):
+    partial = _interrupted(tmp_path / "s")
+    (partial / "identity.json").write_text("{")
+    with pytest.raises(DamagedStore, match=r"identity.json is damaged"):
+        run(tmp_path / "s")
+
+
+def test_unreadable_images_keep_the_work_and_are_tried_again(whole, tmp_path):
+    broken = {"train/005.png"}
+    with pytest.raises(UserError, match="1 of 22 images of drawn cannot be read"):
+        run(tmp_path / "s", tiny.DrawnManifest(broken=broken))
+    repaired = tiny.DrawnManifest()
+    run(tmp_path / "s", repaired)
+    assert repaired.opened == [f"train/{i:03d}.png" for i in (4, 5, 6, 7)]
+    assert content(tmp_path / "s") == content(whole)
+
+
+def test_a_store_without_unreadable_images_says_so(tmp_path):
+    broken = {"train/001.png", "train/010.png"}
+    manifest = tiny.DrawnManifest(broken=broken)
+    stored = run(tmp_path / "s", manifest, skip_unreadable=True)
+    memory = run(None, manifest, skip_unreadable=True)
+    assert stored.vision.ids == memory.vision.ids
+    assert stored.text.pairs.tolist() == memory.text.pairs.tolist()
+    assert (stored.vision.array("3") == memory.vision.array("3")).all()
+    assert (stored.text.array("3", "joint") == memory.text.array("3", "joint")).all()
+    assert len(run(tmp_path / "s", manifest, skip_unreadable=True).vision) == 20
+    with pytest.raises(UserError, match="leaves out 2 unreadable images; allow it with skip"):
+        run(tmp_path / "s", manifest)
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is no feature store; choose another"):
+        run(tmp_path)
+    with pytest.raises(UserError, match="exists and is no feature store"):
+        run(tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not partial_folder(tmp_path).exists()
+    (tmp_path / "empty").mkdir()
+    assert len(run(tmp_path / "empty").vision) == 22
+
+
+def test_two_processes_on_one_store_are_told_apart(tmp_path):
+    class Second(tiny.DrawnManifest):
+        def open_image(self, item, root=None, size=None):
+            if not self.opened:
+                with pytest.raises(UserError, match="another process is writing"):
+                    run(tmp_path / "s", tiny.DrawnManifest())
+            return super().open_image(item, root, size)
+
+    assert len(run(tmp_path / "s", Second()).vision) == 22
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_failing_disk_gives_one_line_and_keeps_the_work(whole, tmp_path, monkeypatch, number):
+    from vlmlayers import store_writer
+
+    real, calls = store_writer._write_rows, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 40:
+            raise OSError(number, os.strerror(number))
+        real(*args)
+
+    monkeypatch.setattr(store_writer, "_write_rows", fail)
+    with pytest.raises(UserError, match="cannot write .*start again, what is done") as caught:
+        run(tmp_path / "s")
+    assert os.strerror(number) in str(caught.value)
+    assert ("free some space" in str(caught.value)) == (number == errno.ENOSPC)
+    monkeypatch.setattr(store_writer, "_write_rows", real)
+    rest = tiny.DrawnManifest()
+    run(tmp_path / "s", rest)
+    assert 0 < len(rest.opened) < 22
+    assert content(tmp_path / "s") == content(whole)
+
+
+def test_too_little_space_shows_before_the_first_image(tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    manifest = tiny.DrawnManifest()
+    with pytest.raises(UserError, match="No space left on device; free some space"):
+        run(tmp_path / "s", manifest)
+    assert manifest.opened == []
+
+
+def test_a_real_small_file_system_that_fills_up(tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount],
+                          capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        with pytest.raises(UserError, match="free some space and start again"):
+            run(mount / "s")
+        subprocess.run(["mount", "-o", "remount,size=4m", mount], check=True)
+        assert len(run(mount / "s").vision) == 22
+        subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+        assert len(run(mount / "s").vision) == 22  # a whole store needs no writing
+        with pytest.raises(UserError, match="Read-only file system; choose a folder that can"):
+            run(mount / "t")
+    finally:
+        subprocess.run(["umount", mount], check=False)
+
+
+def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    write_atomically(file, b"old")
+
+    def fail(_descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="cannot write .*x.json: Input/output error"):
+        write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_lost_batch_is_a_fault_and_no_store(tmp_path, monkeypatch):
+    real = StoreWriter.put
+    monkeypatch.setattr(
+        StoreWriter, "put",
+        lambda self, tower, batch, *rest: None if batch == 2 else real(self, tower, batch, *rest),
+    )
+    with pytest.raises(RuntimeError, match=r"batches .2. of vision are missing"):
+        run(tmp_path / "s")
+    assert not FeatureStore.exists(tmp_path / "s")
+
+
+def test_a_data_root_that_disappears_loses_nothing(whole, tmp_path):
+    class Gone(tiny.DrawnManifest):
+        def open_image(self, item, root=None, size=None):
+            if len(self.opened) >= 8:
+                raise FileNotFoundError(2, "No such file or directory", item.path)
+            return super().open_image(item, root, size)
+
+    with pytest.raises(UserError, match="14 of 22 images of drawn cannot be read"):
+        run(tmp_path / "s", Gone())
+    rest = tiny.DrawnManifest()
+    run(tmp_path / "s", rest)
+    assert len(rest.opened) == 14
+    assert content(tmp_path / "s") == content(whole)
+
+
+# Processes of their own
+
+
+def start(*arguments, processes=1):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "PYTHONPATH": str(HERE)}
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                    str(processes)]
+    return subprocess.Popen([*command, str(HERE / "extract_process.py"), *map(str, arguments)],
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, timeout=120):
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output.decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single") / "store"
+    code, output = finish(start(folder))
+    assert code == 0, output
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_same_bytes(single, tmp_path, processes):
+    code, output = finish(start(tmp_path / "s", processes=processes))
+    assert code == 0, output
+    assert content(tmp_path / "s") == content(single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(3, 3), (3, 2), (2, 1)])
+def test_one_of_several_processes_is_killed_and_the_run_resumes(single, tmp_path, first, then):
+    code, output = finish(start(tmp_path / "s", 43, 6, processes=first))
+    assert code != 0
+    assert "SIGKILL" in output or "Signal 9" in output
+    assert not FeatureStore.exists(tmp_path / "s")
+    assert list(partial_folder(tmp_path / "s").glob("journal.*.jsonl"))
+    code, output = finish(start(tmp_path / "s", processes=then))
+    assert code == 0, output
+    assert content(tmp_path / "s") == content(single)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(single, tmp_path):
+    """SIGKILL after a random time, twenty times in a row, then a start that is left to finish."""
+    rng, kills, longest = random.Random(7), 0, 3.0
+    while kills < 20:
+        process = start(tmp_path / "s", 43, 0, 0.08)
+        time.sleep(1.5 + longest * rng.random())
+        if process.poll() is not None:  # it finished: start over
+            assert content(tmp_path / "s") == content(single)
+            shutil.rmtree(tmp_path / "s")
+            process.communicate()
+            continue
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    code, output = finish(start(tmp_path / "s"))
+    assert code == 0, output
+    assert content(tmp_path / "s") == content(single)
