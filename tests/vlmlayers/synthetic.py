@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.positions import tower_positions
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 from scipy.stats import spearmanr
+
 from vlmlayers.errors import UserError
-from vlmlayers.metrics import calibrated, cka, mutual_knn, procrustes, rsa
+from vlmlayers.metrics import calibrated, cka, cka_matrix, mutual_knn, procrustes, rsa
+from vlmlayers.metrics.cka_matrix import cheaper_form
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +171,35 @@ def test_unknown_forms_are_named() -> None:
         cka(x, x, form="grams")
     with pytest.raises(UserError, match="half of all pairs"):
         cka(np.vstack([np.zeros((9, 2)), np.ones((1, 2))]), np.eye(10), kernel="rbf")
+
+
+@pytest.mark.parametrize("form", ["gram", "feature"])
+@pytest.mark.parametrize("debiased", [True, False])
+def test_the_matrix_of_layers_holds_the_cka_of_each_pair(form: str, debiased: bool) -> None:
+    rng = np.random.default_rng(6)
+    xs = [(rng.normal(size=(50, d)) + 100).astype(np.float32) for d in (7, 80)]
+    ys = [xs[0], xs[1] @ rng.normal(size=(80, 6)), rng.normal(size=(50, 5))]
+    expected = [[cka(x, y, debiased=debiased) for y in ys] for x in xs]
+    found = cka_matrix(xs, ys, debiased=debiased, form=form, block=16)
+    assert found == pytest.approx(np.array(expected), abs=1e-6)
+
+
+def test_the_cheaper_form_is_chosen() -> None:
+    layers = [768] * 12, [512] * 12
+    assert cheaper_form(1_000, *layers) == "gram"
+    assert cheaper_form(50_000, *layers) == "feature"
+    x = np.random.default_rng(7).normal(size=(40, 3))
+    assert cka_matrix([x], [x])[0, 0] == pytest.approx(1.0)
+
+
+def test_bad_layers_are_refused() -> None:
+    x = np.random.default_rng(8).normal(size=(20, 3))
+    with pytest.raises(UserError, match=r"layers have \[19, 20\] items"):
+        cka_matrix([x], [x[:19]])
+    with pytest.raises(UserError, match="3 items; at least 4"):
+        cka_matrix([x[:3]], [x[:3]])
+    for form in ("gram", "feature"):
+        with pytest.raises(UserError, match="are the same"):
+            cka_matrix([x], [np.full((20, 3), 1000.1)], form=form)
+        with pytest.raises(UserError, match="NaN or Inf"):
+            cka_matrix([x], [np.where(np.eye(20, 3) > 0, np.nan, x)], form=form)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 from sklearn.metrics import roc_auc_score
+
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import (
     alignment,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS, metric, table
 from vlmlayers.metrics.table import NATIVE, NEEDS, Metric

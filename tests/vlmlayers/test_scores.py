@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from synthetic import make_features, many
+
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics import METRICS, rmg
@@ -310,11 +311,11 @@ def test_a_score_is_the_same_twice_and_another_seed_differs() -> None:
 
 
 def test_scoring_leaves_the_global_generator_alone() -> None:
-    np.random.seed(5)  # noqa: NPY002
-    expected = np.random.random()  # noqa: NPY002
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
+    expected = np.random.random()
+    np.random.seed(5)
     score(many(2), ["dataset_accuracy_ncm"], **QUICK)
-    assert np.random.random() == expected  # noqa: NPY002
+    assert np.random.random() == expected
 
 
 def test_intervals_cover_the_truth() -> None:

@@ -1,0 +1,298 @@
+"""What metrics cost: layer × layer CKA, the whole suite, each metric against n and width, streams.
+
+    python benchmarks/metrics.py [cka] [suite] [growth] [stream]
+
+Tables go to benchmarks/results/metrics_*.csv with machine, versions and load. Each case runs in a
+process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+LAYERS, WIDTHS = 12, (768, 512)
+SIZES = (1_000, 4_000, 50_000)
+
+
+def machine() -> dict[str, Any]:
+    """Return what a timing depends on."""
+    return {
+        "cpu_count": os.cpu_count(), "system": platform.system(), "machine": platform.machine(),
+        "python": platform.python_version(), "numpy": np.__version__,
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "load_before": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write a tidy table."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"metrics_{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {len(rows)} rows to benchmarks/results/metrics_{name}.csv", flush=True)
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def layers(n: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return two towers of synthetic layers, float32, as a feature store hands them over."""
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal((n, 32), dtype=np.float32)
+
+    def layer(width: int) -> np.ndarray:
+        x = shared @ rng.standard_normal((32, width), dtype=np.float32)
+        x += 4 * rng.standard_normal((n, width), dtype=np.float32)
+        return x
+
+    return [layer(WIDTHS[0]) for _ in range(LAYERS)], [layer(WIDTHS[1]) for _ in range(LAYERS)]
+
+
+def plain_gram(xs: list[np.ndarray], ys: list[np.ndarray]) -> np.ndarray:
+    """Debiased CKA as it is commonly written: both Gram matrices anew for every pair."""
+
+    def hsic(k: np.ndarray, m: np.ndarray) -> float:
+        n = len(k)
+        one = np.ones(n)
+        mixed = 2 / (n - 2) * (one @ k) @ (m @ one)
+        return float((k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - mixed)
+
+    def gram(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        k = x @ x.T
+        np.fill_diagonal(k, 0.0)
+        return k
+
+    def pair(x: np.ndarray, y: np.ndarray) -> float:
+        k, m = gram(x), gram(y)
+        return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
+
+    return np.array([[pair(x, y) for y in ys] for x in xs])
+
+
+def case_cka(form: str, n: int) -> dict[str, Any]:
+    from vlmlayers.metrics import cka_matrix
+    from vlmlayers.metrics.cka_matrix import cheaper_form
+
+    xs, ys = layers(n)
+    before = peak_mib()
+    used = 2 if form == "plain" and n > 1_000 else LAYERS
+    start = time.perf_counter()
+    values = plain_gram(xs[:used], ys[:used]) if form == "plain" else cka_matrix(xs, ys)
+    seconds = (time.perf_counter() - start) * (LAYERS / used) ** 2
+    chosen = form if form == "plain" else cheaper_form(n, [768] * LAYERS, [512] * LAYERS)
+    return {
+        "form": chosen,
+        "n": n,
+        "layers": f"{LAYERS}x{LAYERS}",
+        "widths": "768/512",
+        "seconds": round(seconds, 2),
+        "pairs_timed": used * used,
+        "extra_peak_mib": round(peak_mib() - before, 1),
+        "inputs_mib": round(before, 1),
+        "first_value": round(float(values[0, 0]), 6),
+    }
+
+
+def case_suite() -> list[dict[str, Any]]:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vlmlayers"))
+    from synthetic import many
+
+    from vlmlayers.scores import score, score_cost
+
+    features = many(8, items=200, classes=20, blocks=12, widths=(768, 512, 512), strength=0.3)
+    start = time.perf_counter()
+    table = score(features)
+    total = time.perf_counter() - start
+    rows = [{"metric": "(all)", "seconds": round(total, 2), "rows": len(table)}]
+    rows += score_cost(table).round(3).to_dict("records")
+    return [
+        {
+            **row,
+            "datasets": 8,
+            "items": 200,
+            "native_positions": 30,
+            "joint_positions": 28,
+            "bootstrap": 200,
+            "peak_mib": round(peak_mib()),
+        }
+        for row in rows
+    ]
+
+
+def case_growth() -> list[dict[str, Any]]:
+    from vlmlayers.metrics import METRICS
+
+    rows = []
+    for name, metric in METRICS.items():
+        if metric.needs not in ("labels", "features", "pairs", "modalities", "datasets"):
+            continue
+        for n, width in [(n, 256) for n in (100, 200, 400, 800)] + [
+            (400, width) for width in (64, 128, 512, 1024)
+        ]:
+            times = sorted(_timed(metric, n, width) for _ in range(2))
+            rows.append({"metric": name, "n": n, "width": width, "seconds": round(times[0], 6)})
+    return rows
+
+
+def _timed(metric: Any, n: int, width: int) -> float:
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % 10
+    x = rng.normal(size=(n, width)) + rng.normal(size=(10, width))[y]
+    other = x + rng.normal(size=x.shape)
+    arguments: dict[str, Any] = dict(metric.settings)
+    given: tuple[Any, ...] = {"labels": (x, y), "features": (x,)}.get(metric.needs, (x, other))
+    if metric.needs == "datasets":
+        a, b = int(0.6 * n), int(0.8 * n)
+        given, arguments = (x[:a], y[:a], x[a:b], y[a:b], x[b:]), {"classes": 10}
+    start = time.perf_counter()
+    metric.function(*given, **arguments)
+    return time.perf_counter() - start
+
+
+def case_stream(n: int) -> dict[str, Any]:
+    from vlmlayers.features import LayerFeatures, TowerFeatures
+    from vlmlayers.streaming import StreamingScores
+
+    width, chunk = 128, 5_000
+    rng = np.random.default_rng(0)
+    labels = np.arange(chunk) % 10
+    sums = StreamingScores()
+    start = time.perf_counter()
+    for first in range(0, n, chunk):
+        arrays = {
+            "native": {
+                str(b): rng.standard_normal((chunk, width), dtype=np.float32) for b in (1, 2, 3)
+            }
+        }
+        ids = tuple(str(first + i) for i in range(chunk))
+        tower = TowerFeatures("vision", 3, "cls", "images", ids, labels, arrays)
+        sums.update(LayerFeatures("m", "w", "noise", "train", tuple("abcdefghij"), tower))
+    table = sums.scores()
+    seconds = time.perf_counter() - start
+    return {
+        "n": n,
+        "positions": 3,
+        "width": width,
+        "chunk": chunk,
+        "rows": len(table),
+        "seconds": round(seconds, 2),
+        "items_per_second": round(n / seconds),
+        "peak_mib": round(peak_mib(), 1),
+    }
+
+
+def alone(*arguments: str) -> Any:
+    """Run one case in a process of its own and return its result."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--case", *arguments], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_cka() -> None:
+    rows = [
+        alone("cka", form, str(n))
+        for n in SIZES
+        for form in ("ours", "plain")
+        if not (form == "plain" and n > 4_000)
+    ]
+    n = SIZES[-1]
+    rows.append(
+        {
+            **dict.fromkeys(rows[0], ""),
+            "form": "plain",
+            "n": n,
+            "pairs_timed": 0,
+            "layers": f"{LAYERS}x{LAYERS}",
+            "widths": "768/512",
+            "extra_peak_mib": round(3 * n * n * 8 / 2**20),
+        }
+    )
+    plain = {row["n"]: row for row in rows if row["form"] == "plain" and row["seconds"]}
+    for row in rows:
+        base = plain.get(row["n"])
+        row["faster"] = (
+            round(base["seconds"] / row["seconds"], 1) if base and row["seconds"] else ""
+        )
+    write("cka", [{**row, **machine()} for row in rows])
+
+
+def run_growth() -> None:
+    rows = alone("growth")
+    write("growth", [{**row, **machine()} for row in rows])
+    plot(rows)
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draw the cost of each metric against n and against width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 6), sharey=True, layout="constrained")
+    names = sorted({row["metric"] for row in rows})
+    styles = ("-", "--", ":", "-.")
+    for i, name in enumerate(names):
+        for ax, key, fixed in ((axes[0], "n", ("width", 256)), (axes[1], "width", ("n", 400))):
+            mine = sorted(
+                (row[key], row["seconds"])
+                for row in rows
+                if row["metric"] == name and row[fixed[0]] == fixed[1]
+            )
+            ax.plot(*zip(*mine), styles[i // 10], color=f"C{i % 10}", label=name)
+            ax.set(xscale="log", yscale="log", xlabel=key, title=f"{fixed[0]} = {fixed[1]}")
+    axes[0].set_ylabel("seconds, one position")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure.savefig(RESULTS / "metrics_growth.svg")
+
+
+RUNS: dict[str, Callable[[], None]] = {
+    "cka": run_cka,
+    "suite": lambda: write("suite", [{**row, **machine()} for row in alone("suite")]),
+    "growth": run_growth,
+    "stream": lambda: write(
+        "stream", [{**alone("stream", str(n)), **machine()} for n in (10_000, 100_000, 1_000_000)]
+    ),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--case"]:
+        name, *rest = arguments[1:]
+        case = {
+            "cka": lambda form, n: case_cka(form, int(n)),
+            "suite": case_suite,
+            "growth": case_growth,
+            "stream": lambda n: case_stream(int(n)),
+        }[name]
+        print(json.dumps(case(*rest)))
+        return 0
+    unknown = sorted(set(arguments) - set(RUNS))
+    if unknown:
+        print(f"unknown part {unknown[0]!r}; valid: {', '.join(RUNS)}", file=sys.stderr)
+        return 2
+    for name in arguments or RUNS:
+        RUNS[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
