@@ -20,9 +20,12 @@ VIEW_BYTES = 4 << 30
 
 
 def start_of(config: MMAConfig | None, tower: str, depth: int) -> int:
-    """Return the first adapted block of a tower, depth + 1 where it has none."""
+    """Return the first adapted block of a tower; the last block where none is adapted.
+
+    Up to there activations are frozen and kept for all tokens; the last block needs one only.
+    """
     blocks = getattr(config, tower) if config is not None else ()
-    return blocks[0] if blocks else depth + 1
+    return blocks[0] if blocks else depth
 
 
 class Backbone:
@@ -41,7 +44,7 @@ class Backbone:
         self.vision.steps = self.text.steps = self.steps
 
     def start(self, config: MMAConfig | None, tower: str) -> int:
-        """Return the first adapted block of a tower, one past the last where it has none."""
+        """Return the first adapted block of a tower; the last block where none is adapted."""
         return start_of(config, tower, getattr(self, tower).tower.depth)
 
     def prompts(self, tokens: Tensor, starts: Iterable[int]) -> dict[int, State]:

@@ -34,7 +34,7 @@ def estimate_memory(
 def _tower_bytes(backbone: Backbone, config: MMAConfig, name: str, items: int) -> int:
     tower: Tower = getattr(backbone, name).tower
     tokens = _tokens(tower)
-    graph = tower.depth + 1 - backbone.start(config, name)
+    graph = tower.depth + 1 - backbone.start(config, name) if getattr(config, name) else 0
     return 4 * items * tokens * tower.width * (KEPT * graph + TRANSIENT)
 
 

@@ -116,7 +116,8 @@ class Walk:
         if state.x is None:
             return tower.run(state.inputs)
         rows = self._rows(state.inputs, len(state.x))
-        if rows is None or not self.last_token or not self._is_fused(tower.depth, state):
+        whole = rows is None or not self.last_token or not self._is_fused(tower.depth, state)
+        if whole or state.block > tower.depth:
             state = self.advance(state, tower.depth + 1, adapter)
             return self._head(state.x, rows)
         state = self.advance(state, tower.depth, adapter)

@@ -71,3 +71,19 @@ def test_prompts_are_cut_after_the_longest_end_of_text() -> None:
     whole = Backbone(model.clip, Savings(cut_prompts=False)).prompts(tokens, [2])[2]
     assert whole.x is not None
     assert whole.x.shape[1] == 77
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_an_adapter_the_walk_gives_the_models_own_features(family: str) -> None:
+    model = shared_backbone(family)
+    images, tokens = some_images(model), some_tokens(model)
+    walk = Backbone(model.clip)
+    with torch.no_grad():
+        expected = model.clip.encode_image(images), model.clip.encode_text(tokens)
+        for kind, inputs, feature in zip(("vision", "text"), (images, tokens), expected):
+            depth = getattr(walk, kind).tower.depth
+            states = (walk.images if kind == "vision" else walk.prompts)(inputs, range(1, depth + 2))
+            assert sorted(states) == list(range(1, depth + 2))
+            for state in states.values():
+                found = walk.features(kind, state, None)
+                torch.testing.assert_close(found, feature, atol=2e-5, rtol=1e-5)
