@@ -1,0 +1,143 @@
+"""Adapters on disk: read back as written, refused where they do not fit, never executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbones import backbone, shared_backbone
+
+from vlmadapters.checkpoints import (
+    load_adapter,
+    load_official,
+    read_info,
+    save_adapter,
+    save_official,
+)
+from vlmadapters.config import MMAConfig
+from vlmadapters.mma import new_adapter
+from vlmlayers.errors import UserError
+
+CONFIG = MMAConfig((1, 2), (2, 3), dim=4, scale=0.5)
+
+
+def same(a: Any, b: Any) -> bool:
+    left, right = a.official_state_dict(), b.official_state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_our_format_holds_the_adapter_and_what_it_belongs_to(tmp_path: Path) -> None:
+    model = shared_backbone()
+    adapter = new_adapter(model.clip, CONFIG, seed=5)
+    path = save_adapter(tmp_path / "a", adapter, model, ("cat", "dog"), {"seed": 5})
+    assert same(load_adapter(path, model), adapter)
+    info = read_info(path)
+    assert info.config == CONFIG
+    assert (info.class_names, info.provenance) == (("cat", "dog"), {"seed": 5})
+    assert json.loads(path.with_suffix(".json").read_text())["weights_hash"] == model.weights_hash
+
+
+def test_the_authors_layout_is_written_and_read(tmp_path: Path) -> None:
+    model = shared_backbone()
+    adapter = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4), seed=5)
+    path = save_official(tmp_path / "model.pth.tar-5", adapter, epoch=5)
+    content = torch.load(path, weights_only=True)
+    assert content["epoch"] == 5
+    assert "text_adapter.2.down.0.weight" in content["state_dict"]
+    read = load_official(path, model.clip)
+    assert same(read, adapter)
+    assert read.config == MMAConfig.span(2, 3, dim=4, scale=0.001)
+    wrapped = {"state_dict": {f"module.{k}": v for k, v in content["state_dict"].items()}}
+    torch.save(wrapped, tmp_path / "wrapped.pth.tar")
+    assert same(load_official(tmp_path / "wrapped.pth.tar", model.clip), adapter)
+
+
+class Bomb:
+    """Writes a file when unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("through_torch", [True, False])
+def test_a_pickle_in_disguise_is_refused_and_not_executed(
+    through_torch: bool, tmp_path: Path
+) -> None:
+    path, target = tmp_path / "model.pth.tar", tmp_path / "executed"
+    bomb = {"state_dict": {}, "extra": Bomb(target)}
+    if through_torch:
+        torch.save(bomb, path)
+    else:
+        path.write_bytes(pickle.dumps(bomb))
+    with pytest.raises(UserError, match="more than tensors|cannot read"):
+        load_official(path, shared_backbone().clip)
+    assert not target.exists()
+
+
+def test_another_backbone_or_placement_is_refused_with_both_sides(tmp_path: Path) -> None:
+    model = shared_backbone()
+    adapter = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4))
+    ours = save_adapter(tmp_path / "a", adapter, model)
+    other = backbone()
+    with torch.no_grad():
+        next(other.clip.parameters()).add_(1)
+    other = replace(other, weights="other")
+    with pytest.raises(UserError, match=r"weights random \(.*this is .* weights other \("):
+        load_adapter(ours, other)
+    theirs = save_official(tmp_path / "b.pth.tar", adapter)
+    asked = MMAConfig.span(1, 3, dim=4)
+    with pytest.raises(UserError, match=r"placement v2-3,t2-3 .* asked for is v1-3,t1-3"):
+        load_official(theirs, model.clip, asked)
+    wide = shared_backbone("depths differ")
+    with pytest.raises(UserError, match="has shape|blocks"):
+        load_official(theirs, wide.clip)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot read"),
+        (b"not a checkpoint at all", "cannot read|more than tensors"),
+        (None, "cannot read"),
+    ],
+)
+def test_damaged_files_are_named(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "damaged"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_official(path, shared_backbone().clip)
+    with pytest.raises(UserError, match="cannot read the adapter"):
+        load_adapter(path, shared_backbone())
+
+
+def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth.tar"
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_official(path, shared_backbone().clip)
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(UserError, match="holds a list"):
+        load_official(path, shared_backbone().clip)
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "y.safetensors")
+    with pytest.raises(UserError, match="no adapter of this toolkit"):
+        read_info(tmp_path / "y.safetensors")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    adapter = new_adapter(shared_backbone().clip, CONFIG)
+    (tmp_path / "target").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        save_official(tmp_path / "target", adapter)
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
