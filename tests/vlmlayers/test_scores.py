@@ -12,7 +12,7 @@ from synthetic import make_features, many
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.metrics import METRICS, rmg
+from vlmlayers.metrics import METRICS, Metric, rmg
 from vlmlayers.metrics.intervals import bootstrap_weights, jackknife_groups, mean_interval
 from vlmlayers.scores import (
     CONTRACT_COLUMNS,
@@ -445,6 +445,25 @@ def test_wrong_features_are_named() -> None:
     empty = TowerFeatures("vision", 1, "cls", "images", (), np.empty(0, np.int64), {})
     with pytest.raises(UserError, match="vision features have no items"):
         score(LayerFeatures("m", "w", "none", "train", (), empty))
+
+
+def test_one_function_and_one_entry_add_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean_norm(x: np.ndarray) -> float:
+        """Return the root mean square length of the features."""
+        return float(np.sqrt(np.square(x).sum(axis=1).mean()))
+
+    def entry(null: str) -> Metric:
+        return Metric(mean_norm, "geometry", "features", "length", "", (0.0, np.inf), null=null)
+
+    monkeypatch.setitem(METRICS, "mean_norm", entry("none"))
+    member = make_features()
+    table = score(member, ["mean_norm"], positions=["2"])
+    row = table[table.tower == "vision"].iloc[0]
+    assert row["value"] == pytest.approx(mean_norm(member.vision.array("2")), rel=1e-6)
+    assert row["low"] < row["value"] < row["high"] and np.isnan(row["null"])
+    monkeypatch.setitem(METRICS, "mean_norm", entry("shuffle"))
+    refused = refusals(score(member, ["mean_norm"]))
+    assert refused["reason"].str.contains("null 'shuffle' of mean_norm needs labels").all()
 
 
 def test_one_name_is_enough() -> None:

@@ -56,7 +56,7 @@ class Metric:
         bounds: Smallest and largest value it can take.
         direction: What a larger value means: `more discriminable`, `more alike`, … .
         null: What chance gives: a number, a function, or `shuffle` (labels or pairs shuffled),
-            `gaussian` (the same on white noise of the same shape), `none`.
+            `gaussian` (the same on white noise of the same shape), `none` (the column is NaN).
         invariances: What leaves the value unchanged; each is tested.
         sensitive: An invariance it does not have; tested as the negative control.
         smallest_n: Fewest items (pairs, classes) for which the value means anything.

@@ -200,6 +200,8 @@ def _gap_null(metric: Metric, x: Array, y: Array, pairs: Labels, protocol: Proto
         return float(metric.null)
     if callable(metric.null):
         return float(metric.null(x, y, pairs))
+    if metric.null == "none":
+        return float("nan")
     rng = protocol.rng(0, 13)
     values = []
     for _ in range(protocol.shuffles):

@@ -176,8 +176,12 @@ def _null(
         return float(metric.null)
     if callable(metric.null):
         return float(metric.null(len(x), given[0] if given else width))
+    if metric.null == "none":
+        return float("nan")
     if metric.null == "gaussian":
         return _gaussian_null(name, len(x), width)
+    if not given:
+        raise UserError(f"the null {metric.null!r} of {name} needs labels; declare another one")
     rng = protocol.rng(0, 6)
     arguments = protocol.arguments(metric, width=width)
     values = [
