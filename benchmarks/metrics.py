@@ -8,10 +8,7 @@ process of its own, so that its peak memory is its own.
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -21,30 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import RESULTS, machine, write_table
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, WIDTHS = 12, (768, 512)
 SIZES = (1_000, 4_000, 50_000)
 
 
-def machine() -> dict[str, Any]:
-    """Return what a timing depends on."""
-    return {
-        "cpu_count": os.cpu_count(), "system": platform.system(), "machine": platform.machine(),
-        "python": platform.python_version(), "numpy": np.__version__,
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "load_before": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
-
-
 def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write a tidy table."""
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"metrics_{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {len(rows)} rows to benchmarks/results/metrics_{name}.csv", flush=True)
+    """Write a tidy table with what the timing depends on."""
+    write_table(f"metrics_{name}", [{**row, **machine()} for row in rows])
 
 
 def peak_mib() -> float:
@@ -231,12 +213,12 @@ def run_cka() -> None:
         row["faster"] = (
             round(base["seconds"] / row["seconds"], 1) if base and row["seconds"] else ""
         )
-    write("cka", [{**row, **machine()} for row in rows])
+    write("cka", rows)
 
 
 def run_growth() -> None:
     rows = alone("growth")
-    write("growth", [{**row, **machine()} for row in rows])
+    write("growth", rows)
     plot(rows)
 
 
@@ -266,10 +248,10 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 RUNS: dict[str, Callable[[], None]] = {
     "cka": run_cka,
-    "suite": lambda: write("suite", [{**row, **machine()} for row in alone("suite")]),
+    "suite": lambda: write("suite", alone("suite")),
     "growth": run_growth,
     "stream": lambda: write(
-        "stream", [{**alone("stream", str(n)), **machine()} for n in (10_000, 100_000, 1_000_000)]
+        "stream", [alone("stream", str(n)) for n in (10_000, 100_000, 1_000_000)]
     ),
 }
 
