@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-
 from vlmlayers.data import builtin
 from vlmlayers.data.builtin import shapes
 from vlmlayers.data.builtin.base import checkerboard, generator, with_article

@@ -20,11 +20,11 @@ from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from vlmadapters.pretrain.data import Source, augment, load_source, sample_batch
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.progress import bar
+
+from vlmadapters.pretrain.data import Source, augment, load_source, sample_batch
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 TOKENIZER = "merges.txt.gz"
@@ -225,7 +225,7 @@ class Run:
                 text = encode_texts(self.model, self.tokenizer, batch.texts)
                 loss = contrastive_loss(image, text, batch.groups, self.model.logit_scale.exp())
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         with torch.no_grad():
@@ -234,7 +234,7 @@ class Run:
             for slow, fast in zip(self.average.parameters(), self.model.parameters()):
                 slow.lerp_(fast, 1 - keep)
         self.step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def _encode_image(self, images: Tensor) -> Tensor:
         if dropped(self.step, self.recipe) == 0:
