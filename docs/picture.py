@@ -20,7 +20,7 @@ def main(run: Path, stem: Path) -> None:
     with vl.plots.style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
         vl.plots.layer_curves(scores, "dataset_accuracy", choice=choice, ax=left)
-        vl.plots.layer_curves(scores, "cka_debiased", choice=choice, ax=right)
+        vl.plots.dataset_curves(scores, "centroid_gap", choice=choice, ax=right)
         vl.plots.save_figure(figure, stem, formats=["png"])
 
 

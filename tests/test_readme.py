@@ -1,0 +1,220 @@
+"""What README, guide and CONTRIBUTING tell people to type exists and agrees with the code."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from vlmlayers.manifests import Manifest
+from vlmlayers.models.load import MINI_FOLDER
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide.md")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHIPPED = (MINI_FOLDER / "model.safetensors").is_file()
+
+
+def _blocks(kind: str) -> list[Any]:
+    found = []
+    for page in PAGES:
+        for match in FENCE.finditer((ROOT / page).read_text(encoding="utf-8")):
+            if match[1] == kind:
+                number = len([f for f in found if f.values[0] == page])
+                found.append(pytest.param(page, match[2], id=f"{page}-{number}"))
+    return found
+
+
+def _commands(program: str) -> list[list[str]]:
+    lines = [line for block in _blocks("sh") for line in str(block.values[1]).splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(part) for part in parts if part.split(" ")[0] == program]
+
+
+def _identity(words: list[str]) -> str:
+    return " ".join(words[:4])
+
+
+def test_no_block_is_of_an_unknown_kind() -> None:
+    kinds = {m[1] for page in PAGES for m in FENCE.finditer((ROOT / page).read_text("utf-8"))}
+    assert kinds == {"sh", "python", "toml"}
+
+
+def test_the_commands_are_found() -> None:
+    assert len(_commands("vlmlayers")) > 25
+    assert len(_commands("make")) > 8
+
+
+def _parse(words: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Parse a command with the real parser, without running it."""
+    from vlmlayers.cli import app
+
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("vlmlayers", list(words))
+    while hasattr(command, "commands"):
+        rest = [*getattr(context, "_protected_args", []), *context.args]
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+    return command, context.params
+
+
+@pytest.mark.parametrize("words", _commands("vlmlayers"), ids=_identity)
+def test_vlmlayers_commands_parse(words: list[str]) -> None:
+    command, values = _parse(words[1:])
+    assert command.name == next(w for w in reversed(words[1:3]) if w == command.name)
+    for name in values.get("datasets") or []:
+        assert "/" in name or name in Manifest.names(), name
+    for name in values.get("target") or []:
+        assert name in Manifest.names()
+    if command.name == "score":
+        from vlmlayers.metrics import METRICS
+
+        assert set(values["metrics"] or []) <= set(METRICS)
+    if command.name == "train":
+        from vlmadapters import load_recipe
+        from vlmadapters.config import parse_placement
+        from vlmadapters.protocols import PROTOCOLS
+
+        load_recipe(values["recipe"])
+        assert values["protocol"] in PROTOCOLS
+        assert all(map(parse_placement, values["placement"] or []))
+
+
+@pytest.mark.parametrize("wrong", ["scoer runs/x", "train --nothing", "extract mini-clip --out x"])
+def test_the_parser_behind_these_tests_refuses_nonsense(wrong: str) -> None:
+    with pytest.raises(Exception, match=r"(?i)no such|missing|usage"):
+        _parse(wrong.split())
+
+
+@pytest.mark.parametrize("words", _commands("torchrun"), ids=_identity)
+def test_torchrun_commands_start_a_module_that_exists(words: list[str]) -> None:
+    module = words.index("-m")
+    assert (ROOT / "adapters" / f"{words[module + 1].replace('.', '/')}.py").is_file()
+    assert _parse(words[module + 2 :])[0].name == "train"
+
+
+@pytest.mark.parametrize("words", _commands("make"), ids=_identity)
+def test_make_targets_exist(words: list[str]) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(words[1:]) <= set(targets)
+
+
+@pytest.mark.parametrize(("page", "code"), _blocks("python"))
+def test_python_blocks_compile(page: str, code: str) -> None:
+    compile(code if not code.startswith('"') else f"METRICS = {{\n{code}\n}}", page, "exec")
+
+
+@pytest.mark.parametrize(("page", "text"), _blocks("toml"))
+def test_toml_blocks_are_studies_or_manifests(page: str, text: str) -> None:
+    from vlmlayers.manifests.schema import parse_spec
+    from vlmlayers.study import check_study
+
+    content = tomllib.loads(text)
+    if "models" in content:
+        assert len(check_study(content, page).datasets) >= 3
+    else:
+        assert parse_spec(content, page).classes == 12
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data_manifests/studies").glob("*.toml")))
+def test_study_files_are_valid_and_name_known_datasets(path: Path) -> None:
+    from vlmlayers.study import read_study
+
+    assert {part.name for part in read_study(path).datasets} <= set(Manifest.names())
+
+
+def _run(code: str, folder: Path) -> None:
+    environment = os.environ | {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_block_on_own_features_runs(tmp_path: Path) -> None:
+    code = next(str(b.values[1]) for b in _blocks("python") if "from_arrays" in str(b.values[1]))
+    _run(code, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHIPPED, reason="the miniature CLIP is not shipped")
+def test_the_first_screen_of_the_readme_runs(tmp_path: Path) -> None:
+    _run(str(_blocks("python")[0].values[1]), tmp_path)
+
+
+def test_the_rule_of_contributing_chooses_the_last_third() -> None:
+    import pandas as pd
+
+    code = next(str(b.values[1]) for b in _blocks("python") if "last_third" in str(b.values[1]))
+    space: dict[str, Any] = {}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), space)
+    positions = ["embed", *map(str, range(1, 13)), "proj"]
+    scores = pd.DataFrame(
+        [{"tower": tower, "position": p} for tower in ("vision", "text") for p in positions]
+    )
+    assert [tuple(blocks) for blocks in space["last_third"](scores)] == [(9, 10, 11, 12)] * 2
+
+
+def test_the_metric_of_contributing_fits_the_table() -> None:
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    table = import_module("vlmlayers.metrics.table")
+    blocks = [str(b.values[1]) for b in _blocks("python")]
+    space: dict[str, Any] = {}
+    exec(next(b for b in blocks if "mean_norm(x)" in b), space)
+    entry = next(b for b in blocks if b.startswith('"mean_norm"'))
+    names = vars(table) | {"geometry": SimpleNamespace(mean_norm=space["mean_norm"])}
+    made = eval(f"{{{entry}}}", names)["mean_norm"]
+    assert made.needs in table.NEEDS
+    assert made.function(np.array([[3.0, 4.0], [0.0, 5.0]])) == pytest.approx(5.0)
+
+
+def _rows(heading: str) -> list[list[str]]:
+    text = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    table = text[text.index(heading) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in table]
+
+
+def test_the_guide_lists_the_datasets_as_the_manifests_do() -> None:
+    full = _rows(
+        "| dataset | name here | images under the data root | split or class names | train"
+    )
+    shifted = _rows(
+        "| dataset | name here | images under the data root | split or class names | te"
+    )
+    assert (len(full), len(shifted)) == (11, 4)
+    for title, name, images, file, *counts in full + shifted:
+        spec = Manifest.load(name).spec
+        place = f"{spec.folder}/{spec.images}" if spec.images else spec.folder
+        splits = ("train", "val", "test") if len(counts) == 3 else ("test",)
+        expected = [f"{spec.counts[s]:,}" if s in spec.counts else "–" for s in splits]
+        assert title == spec.title
+        assert images.split("`")[0] == place
+        assert file in (spec.split_file or spec.class_name_file)
+        assert counts == expected, name
+
+
+def test_the_guide_says_where_to_get_every_part_as_the_manifests_do() -> None:
+    rows = {row[0]: " ".join(row[1:]) for row in _rows("| dataset | images | split or class")}
+    for name in ("imagenet", "caltech101", "food101", "sun397", "dtd", "eurosat", "ucf101"):
+        spec = Manifest.load(name).spec
+        for part in re.findall(r"https?://[^\s;,)]+|id (\S+)", " ".join(spec.get)):
+            assert part in rows[spec.title], (name, part)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert ((ROOT / page).parent / link).exists(), link
