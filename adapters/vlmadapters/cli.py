@@ -1,4 +1,4 @@
-"""The verbs `train` and `evaluate` of the command line; each is one call of the library."""
+"""The verbs `train`, `evaluate` and `validate`; each is one call of the library."""
 
 from __future__ import annotations
 
@@ -7,28 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmlayers.errors import UserError
+from vlmadapters.options import (
+    DataRoot,
+    Device,
+    Limit,
+    Model,
+    Pretrained,
+    Quiet,
+    RandomWeights,
+    Workers,
+    load_backbone,
+    read_placements,
+    read_recipe,
+    read_seeds,
+)
+from vlmadapters.validate_verb import validate
 
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-root", help="Folder that the datasets lie in; else VLMLAYERS_DATA, else ./data."
-    ),
-]
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Architecture, mini-clip, or a folder with open_clip_config.json and weights."
-    ),
-]
-Pretrained = Annotated[str | None, typer.Option(help="Tag or checkpoint file.")]
-RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="An untrained model; every output says so.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
-Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+__all__ = ["evaluate", "train", "validate"]
 
 
 def train(
@@ -86,10 +81,10 @@ def train(
     from vlmadapters import parallel
     from vlmadapters.protocols import Experiment
 
-    made = _recipe(recipe, settings or [])
-    configs = _placements(made.adapter, placement or [], choice)
+    made = read_recipe(recipe, settings or [])
+    configs = read_placements(made.adapter, placement or [], choice)
     with parallel.process_group() as (rank, _):
-        loaded = _load(model, pretrained, random_weights, device)
+        loaded = load_backbone(model, pretrained, random_weights, device)
         experiment = Experiment(
             protocol,
             loaded,
@@ -102,7 +97,7 @@ def train(
             save_adapters=True,
             progress=not quiet and rank == 0,
         )
-        table = experiment.run(datasets, configs, _seeds(seeds), together=together)
+        table = experiment.run(datasets, configs, read_seeds(seeds), together=together)
     if rank == 0:
         typer.echo(_text(table, published))
         typer.echo(f"results {out / 'results.csv'}")
@@ -140,7 +135,7 @@ def evaluate(
     from vlmadapters.checkpoints import atomically
     from vlmadapters.targets import evaluate_adapters
 
-    loaded = _load(model, pretrained, random_weights, device)
+    loaded = load_backbone(model, pretrained, random_weights, device)
     adapters = {path: _adapter(path, loaded, scale) for path in adapter or []}
     table = evaluate_adapters(
         loaded,
@@ -170,68 +165,6 @@ def _adapter(path: Path, model: Any, scale: float) -> Any:
     made = load_official(path, model.clip)
     made.config = replace(made.config, scale=scale)
     return made
-
-
-def _load(model: str, pretrained: str | None, random_weights: bool, device: str) -> Any:
-    from vlmadapters.parallel import local_device
-    from vlmlayers.models import load_model
-
-    return load_model(
-        model,
-        pretrained,
-        random_weights=random_weights,
-        device=local_device() if device == "auto" else device,
-    )
-
-
-def _recipe(name: str, settings: list[str]) -> Any:
-    from dataclasses import fields
-
-    from vlmadapters.recipes import TrainConfig, load_recipe
-    from vlmlayers.errors import check_one_of
-
-    own = [f.name for f in fields(TrainConfig) if f.name not in ("savings", "scale")]
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, mark, text = setting.partition("=")
-        check_one_of("key", key, [*own, "dim", "scale", "crop_scale"], where="--set")
-        if not mark:
-            raise UserError(f"--set {setting!r} has no value; write KEY=VALUE")
-        values[key] = _value(key, text)
-    # `scale` on the command line is the adapter's; the crop's range is `crop_scale`.
-    adapter: dict[str, Any] = {key: values.pop(key) for key in ("dim", "scale") if key in values}
-    if "crop_scale" in values:
-        values["scale"] = values.pop("crop_scale")
-    return load_recipe(name).changed(values, adapter)
-
-
-def _value(key: str, text: str) -> Any:
-    if key in ("template", "precision"):
-        return text
-    try:
-        if key == "crop_scale":
-            low, high = text.split(",")
-            return float(low), float(high)
-        whole = ("epochs", "batch_size", "shots", "cached_views", "save_every", "dim")
-        return int(text) if key in whole else float(text)
-    except ValueError:
-        raise UserError(f"--set {key}={text}: {text!r} is not a number of the right kind") from None
-
-
-def _placements(adapter: Any, placements: list[str], choice: Path | None) -> list[Any]:
-    from vlmadapters.config import MMAConfig, parse_placement
-
-    configs = [adapter.with_placement(*parse_placement(text)) for text in placements]
-    if choice is not None:
-        configs.append(MMAConfig.from_choice(choice, dim=adapter.dim, scale=adapter.scale))
-    return configs or [adapter]
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--seeds {text!r} is not a list of whole numbers such as 1,2,3") from None
 
 
 def _text(table: Any, published: bool) -> str:

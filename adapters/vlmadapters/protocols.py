@@ -2,15 +2,16 @@
 
 Every (source dataset, seed, placement) is one cell. A finished cell is one file, so that a run
 that was stopped goes on where it was; placements of one seed that are still missing train side by
-side. Test data decides nothing: the last epoch is evaluated, once.
+side. Processes that work on one folder claim cells, so that none is trained twice. Test data
+decides nothing: the last epoch is evaluated, once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters import parallel
+from vlmadapters.cells import claim, digest, read_cell, write_cell
 from vlmadapters.checkpoints import atomically, save_adapter
 from vlmadapters.config import MMAConfig
 from vlmadapters.evaluate import Case, Evaluator, Labels
@@ -35,7 +37,8 @@ from vlmadapters.results import (
 from vlmadapters.targets import Dataset, Target, result_row
 from vlmadapters.train import Trainer, TrainResult
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.manifests import Item
+from vlmlayers.manifests import Item, Manifest
+from vlmlayers.progress import bar
 
 LOG = logging.getLogger("vlmlayers")
 # Share of predictions that have to differ from zero-shot for training to count as having an effect.
@@ -117,6 +120,13 @@ class Experiment:
         self._datasets: dict[str, Dataset] = {}
         self._zero: dict[tuple[str, str], list[Labels]] = {}
 
+    def add(self, manifest: Manifest) -> str:
+        """Make a dataset known that is loaded already; return the name to run it by."""
+        self._datasets[manifest.name] = Dataset(
+            manifest, self.model, self.root, self.workers, self.limit
+        )
+        return manifest.name
+
     def dataset(self, name: str) -> Dataset:
         """Return a dataset, its images shared by all cells."""
         if name not in self._datasets:
@@ -145,30 +155,83 @@ class Experiment:
             together: Placements trained side by side.
         """
         configs = list(configs) if configs is not None else [self.recipe.adapter]
-        rows: list[dict[str, Any]] = []
-        for source in sources:
-            rows += self._zero_shot_rows(source)
-            for seed in seeds:
-                rows += self._cells(source, seed, configs, together)
+        sources, seeds = list(sources), list(seeds)
+        rank, _ = parallel.rank_and_size()
+        total = len(sources) * len(seeds) * len(configs)
+        with bar(
+            description="cells", total=total, unit="cell", show=self.progress and rank == 0
+        ) as shown:
+            rows = [row for source in sources for row in self._zero_shot_rows(source)]
+            found = {
+                (source, seed): self._cells(source, seed, configs, together, shown)
+                for source in sources
+                for seed in seeds
+            }
+            for (source, seed), cells in found.items():
+                if cells is None:
+                    cells = self._cells(source, seed, configs, together, shown, wait=True)
+                rows += cells or []
         table = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(
             list(COLUMNS[:10]), ignore_index=True
         )
-        rank, _ = parallel.rank_and_size()
         if self.out is not None and not rank:
             atomically(self.out / "results.csv", lambda part: table.to_csv(part, index=False))
         return table
 
     def _cells(
-        self, source: str, seed: int, configs: Sequence[MMAConfig], together: int
-    ) -> list[dict[str, Any]]:
+        self,
+        source: str,
+        seed: int,
+        configs: Sequence[MMAConfig],
+        together: int,
+        shown: Any,
+        wait: bool = False,
+    ) -> list[dict[str, Any]] | None:
+        """Return the rows of one source and seed; None where other processes hold what is missing.
+
+        With `wait` their cells are waited for, and trained here where those processes died.
+        """
         done = {config: self._read(source, seed, config) for config in configs}
-        missing = [config for config, rows in done.items() if rows is None]
-        for start in range(0, len(missing), together):
-            group = missing[start : start + together]
-            for config, rows in zip(group, self._train_and_test(source, seed, group)):
-                done[config] = rows
-                self._write(source, seed, config, rows)
+        if not wait:
+            shown.update(sum(rows is not None for rows in done.values()))
+        while missing := [config for config, rows in done.items() if rows is None]:
+            with ExitStack() as held:
+                group = self._claim(held, source, seed, missing, together, wait)
+                if not group:
+                    return None
+                done |= {config: self._read(source, seed, config) for config in group}
+                group = [config for config in group if done[config] is None]
+                trained = self._train_and_test(source, seed, group) if group else []
+                for config, rows in zip(group, trained):
+                    self._write(source, seed, config, rows)
+                    done[config] = rows
+            shown.update(sum(done[config] is not None for config in missing))
         return [row for config in configs for row in done[config] or []]
+
+    def _claim(
+        self,
+        held: ExitStack,
+        source: str,
+        seed: int,
+        missing: Sequence[MMAConfig],
+        together: int,
+        wait: bool,
+    ) -> list[MMAConfig]:
+        """Return up to `together` cells that no other process holds; with `wait` at least one."""
+        _, size = parallel.rank_and_size()
+        if self.out is None or size > 1:
+            return list(missing[:together])
+        locks = self.out / "locks"
+        keys = {config: locks / f"{self._key(source, seed, config)}.lock" for config in missing}
+        group: list[MMAConfig] = []
+        for config in missing:
+            if len(group) < together and claim(keys[config], held):
+                group.append(config)
+        if not group and wait:
+            LOG.info("waiting for the process that trains %s, seed %d", source, seed)
+            claim(keys[missing[0]], held, wait=True)
+            group = [missing[0]]
+        return group
 
     def _train_and_test(
         self, source: str, seed: int, configs: Sequence[MMAConfig]
@@ -253,7 +316,7 @@ class Experiment:
 
     def _zero_shot(self, target: Target) -> list[Labels]:
         """Return zero-shot predictions with the common and with the dataset's own template."""
-        key = (target.dataset.name, target.kind)
+        key = (target.dataset.manifest.name, target.kind)
         if key not in self._zero:
             own = target.dataset.manifest.zero_shot_template
             cases = [Case(None, self.train.template), Case(None, own)]
@@ -266,6 +329,15 @@ class Experiment:
         return self._zero[key]
 
     def _zero_shot_rows(self, source: str) -> list[dict[str, Any]]:
+        identity = self._zero_identity(source)
+        path = self._cell_path(f"{Path(source).stem}-zero-shot", identity)
+        rows = read_cell(path)
+        if rows is None:
+            rows = self._new_zero_shot_rows(source)
+            write_cell(path, identity, rows)
+        return rows
+
+    def _new_zero_shot_rows(self, source: str) -> list[dict[str, Any]]:
         rows = []
         for target in self.targets(source):
             _, truth = self._items(target)
@@ -279,7 +351,7 @@ class Experiment:
                 )
         return rows
 
-    def _identity(self, source: str, seed: int, config: MMAConfig) -> dict[str, Any]:
+    def _zero_identity(self, source: str) -> dict[str, Any]:
         targets = {
             f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.hash
             for t in self.targets(source)
@@ -287,45 +359,40 @@ class Experiment:
         return {
             "protocol": self.protocol.name,
             "source": source,
-            "seed": seed,
             "split": self.split,
             "limit": self.limit,
-            "adapter": config.to_dict(),
-            "train": self.train.identity(),
+            "template": self.train.template,
             "weights": self.model.weights_hash,
             "targets": targets,
         }
 
-    def _key(self, source: str, seed: int, config: MMAConfig) -> str:
-        text = json.dumps(self._identity(source, seed, config), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return f"{Path(source).stem}-{config.placement}-s{seed}-{digest}"
+    def _identity(self, source: str, seed: int, config: MMAConfig) -> dict[str, Any]:
+        return {
+            **self._zero_identity(source),
+            "seed": seed,
+            "adapter": config.to_dict(),
+            "train": self.train.identity(),
+        }
 
-    def _path(self, source: str, seed: int, config: MMAConfig) -> Path | None:
+    def _key(self, source: str, seed: int, config: MMAConfig) -> str:
+        mark = digest(self._identity(source, seed, config))
+        return f"{Path(source).stem}-{config.placement}-s{seed}-{mark}"
+
+    def _cell_path(self, name: str, identity: dict[str, Any]) -> Path | None:
         if self.out is None:
             return None
-        return self.out / "cells" / f"{self._key(source, seed, config)}.json"
+        return self.out / "cells" / f"{name}-{digest(identity)}.json"
+
+    def _path(self, source: str, seed: int, config: MMAConfig) -> Path | None:
+        name = f"{Path(source).stem}-{config.placement}-s{seed}"
+        return self._cell_path(name, self._identity(source, seed, config))
 
     def _read(self, source: str, seed: int, config: MMAConfig) -> list[dict[str, Any]] | None:
-        path = self._path(source, seed, config)
-        if path is None or not path.exists():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            rows: list[dict[str, Any]] = content["rows"]
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}); remove it to run the cell again"
-            ) from error
-        return rows
+        return read_cell(self._path(source, seed, config))
 
     def _write(self, source: str, seed: int, config: MMAConfig, rows: list[dict[str, Any]]) -> None:
         path = self._path(source, seed, config)
-        rank, _ = parallel.rank_and_size()
-        if path is None or rank:
-            return
-        content = {"identity": self._identity(source, seed, config), "rows": rows}
-        atomically(path, lambda part: part.write_text(json.dumps(content, indent=1)))
+        write_cell(path, self._identity(source, seed, config), rows)
 
 
 def base_to_novel(

@@ -24,14 +24,14 @@ class Dataset:
     """A dataset as the protocols use it: class names, items and images of one model.
 
     Args:
-        name: Name or path of a manifest.
+        name: Name or path of a manifest, or the manifest.
         model: The model.
         root: The data root.
         workers: Threads that decode images.
         limit: Use at most so many test items, balanced over classes; 0 uses all.
     """
 
-    name: str
+    name: str | Manifest
     model: Any
     root: Any = None
     workers: int = 0
@@ -39,7 +39,8 @@ class Dataset:
     manifest: Manifest = field(init=False)
 
     def __post_init__(self) -> None:
-        self.manifest = Manifest.load(self.name)
+        given = self.name
+        self.manifest = given if isinstance(given, Manifest) else Manifest.load(given)
 
     @cached_property
     def images(self) -> Images:

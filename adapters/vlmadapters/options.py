@@ -1,0 +1,97 @@
+"""Options that the verbs `train`, `evaluate` and `validate` share, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmlayers.errors import UserError
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-root", help="Folder that the datasets lie in; else VLMLAYERS_DATA, else ./data."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Architecture, mini-clip, or a folder with open_clip_config.json and weights."
+    ),
+]
+Pretrained = Annotated[str | None, typer.Option(help="Tag or checkpoint file.")]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="An untrained model; every output says so.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
+Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def load_backbone(model: str, pretrained: str | None, random_weights: bool, device: str) -> Any:
+    """Load the model that the arguments name; `auto` takes a GPU where there is one."""
+    from vlmadapters.parallel import local_device
+    from vlmlayers.models import load_model
+
+    return load_model(
+        model,
+        pretrained,
+        random_weights=random_weights,
+        device=local_device() if device == "auto" else device,
+    )
+
+
+def read_recipe(name: str, settings: list[str]) -> Any:
+    """Return a recipe with the settings KEY=VALUE of the command line applied."""
+    from dataclasses import fields
+
+    from vlmadapters.recipes import TrainConfig, load_recipe
+    from vlmlayers.errors import check_one_of
+
+    own = [f.name for f in fields(TrainConfig) if f.name not in ("savings", "scale")]
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, mark, text = setting.partition("=")
+        check_one_of("key", key, [*own, "dim", "scale", "crop_scale"], where="--set")
+        if not mark:
+            raise UserError(f"--set {setting!r} has no value; write KEY=VALUE")
+        values[key] = _value(key, text)
+    # `scale` on the command line is the adapter's; the crop's range is `crop_scale`.
+    adapter: dict[str, Any] = {key: values.pop(key) for key in ("dim", "scale") if key in values}
+    if "crop_scale" in values:
+        values["scale"] = values.pop("crop_scale")
+    return load_recipe(name).changed(values, adapter)
+
+
+def _value(key: str, text: str) -> Any:
+    if key in ("template", "precision"):
+        return text
+    try:
+        if key == "crop_scale":
+            low, high = text.split(",")
+            return float(low), float(high)
+        whole = ("epochs", "batch_size", "shots", "cached_views", "save_every", "dim")
+        return int(text) if key in whole else float(text)
+    except ValueError:
+        raise UserError(f"--set {key}={text}: {text!r} is not a number of the right kind") from None
+
+
+def read_placements(adapter: Any, placements: list[str], choice: Path | None) -> list[Any]:
+    """Return the adapters to train: named placements, a choice's, or else the recipe's own."""
+    from vlmadapters.config import MMAConfig, parse_placement
+
+    configs = [adapter.with_placement(*parse_placement(text)) for text in placements]
+    if choice is not None:
+        configs.append(MMAConfig.from_choice(choice, dim=adapter.dim, scale=adapter.scale))
+    return configs or [adapter]
+
+
+def read_seeds(text: str) -> list[int]:
+    """Read seeds such as 1,2,3."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {text!r} is not a list of whole numbers such as 1,2,3") from None
