@@ -180,9 +180,10 @@ def data_list(data_root: DataRoot = None) -> None:
     from vlmlayers.manifests import list_table
     from vlmlayers.text_tables import text_table
 
-    table = list_table(data_root).drop(columns=["kind"])
+    table = list_table(data_root).drop(columns=["kind", "layout"])
     table["here"] = table["here"].map({True: "yes", False: ""})
-    typer.echo(text_table(table, widths={"title": 24, "licence": 14}))
+    table = table.rename(columns={"classes": "class"})
+    typer.echo(text_table(table, widths={"title": 15, "licence": 8}))
 
 
 @data_app.command("check")

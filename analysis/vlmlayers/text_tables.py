@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -18,10 +17,7 @@ def text_table(table: pd.DataFrame, widths: Mapping[str, int] | None = None) -> 
     cells = {name: [_cell(value) for value in table[name]] for name in table.columns}
     for name, width in (widths or {}).items():
         if name in cells:
-            cells[name] = [
-                textwrap.shorten(v, width, placeholder="…") if len(v) > width else v
-                for v in cells[name]
-            ]
+            cells[name] = [v if len(v) <= width else v[: width - 1] + "…" for v in cells[name]]
     lines = []
     numeric = {name: pd.api.types.is_numeric_dtype(table[name]) for name in cells}
     size = {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 OUTCOMES = {
     "base": ("Base accuracy", "#2F8FC4", "s"),
-    "novel": ("Novel accuracy", "#C04F00", "^"),
+    "novel": ("Novel accuracy", "#B34700", "^"),
     "hm": ("Harmonic mean", "#222222", "o"),
 }
 CHOSEN_COLOUR = "#007E5D"

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMN_WIDTH = 3.35
-TOWER_COLOURS = {"vision": "#0072B2", "text": "#C04F00"}
+TOWER_COLOURS = {"vision": "#0072B2", "text": "#B34700"}
 TOWER_MARKERS = {"vision": "o", "text": "s"}
 # Okabe and Ito's palette, darkened where needed for lines on white.
 CATEGORY_COLOURS = (
     "#0072B2",
-    "#C04F00",
+    "#B34700",
     "#007E5D",
     "#B5568F",
     "#8A6D00",

@@ -19,6 +19,7 @@ from vlmlayers.selection.curves import (
     Array,
     agreement_curve,
     agreement_matrix,
+    bare,
     block_curve,
     depths,
     has_curve,
@@ -245,22 +246,43 @@ def placement_score(
     Raises:
         UserError: The name is unknown, a metric is missing, or a block does not exist.
     """
+    return scorer(scores, name)(vision, text)
+
+
+def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable[int]], float]:
+    """Return a function from (vision blocks, text blocks) to a placement score.
+
+    The table is read once; see `placement_score` for names and errors.
+    """
+    scores = bare(scores)
     blocks = depths(scores)
+    if name.startswith("metric:"):
+        compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], float] = _mean
+        values: Mapping[str, Array] = _metric(scores, name.removeprefix("metric:"), blocks)
+    else:
+        check_one_of("placement score", name, [*PLACEMENT_SCORES, "metric:NAME"])
+        score = PLACEMENT_SCORES[name]
+        compute = score.compute
+        values = (
+            block_scores(scores, score.block_score, blocks, partial=True)
+            if score.block_score
+            else {}
+        )
+
+    def of(vision: Iterable[int], text: Iterable[int]) -> float:
+        return compute(values, _checked(vision, text, blocks), blocks)
+
+    return of
+
+
+def _checked(vision: Iterable[int], text: Iterable[int], blocks: Mapping[str, int]) -> Blocks:
     placement = {"vision": sorted(vision), "text": sorted(text)}
     for tower, picked in placement.items():
         if picked and not 1 <= picked[0] <= picked[-1] <= blocks.get(tower, 0):
             raise UserError(
                 f"placement names {tower} block {picked[-1]}, outside 1..{blocks.get(tower, 0)}"
             )
-    if name.startswith("metric:"):
-        by_tower = _metric(scores, name.removeprefix("metric:"), blocks)
-        return _mean_over(by_tower, placement)
-    check_one_of("placement score", name, [*PLACEMENT_SCORES, "metric:NAME"])
-    score = PLACEMENT_SCORES[name]
-    values = (
-        block_scores(scores, score.block_score, blocks, partial=True) if score.block_score else {}
-    )
-    return score.compute(values, placement, blocks)
+    return placement
 
 
 def available_scores(scores: pd.DataFrame) -> list[str]:
@@ -297,6 +319,7 @@ def predict(
     """
     rows = []
     for name in names if names is not None else available_scores(scores):
+        score = scorer(scores, name)
         for label, placed in placements.items():
             vision, text = (placed.vision, placed.text) if hasattr(placed, "vision") else placed
             rows.append(
@@ -305,7 +328,7 @@ def predict(
                     "vision": " ".join(map(str, vision)),
                     "text": " ".join(map(str, text)),
                     "score": name,
-                    "predicted": placement_score(scores, vision, text, name),
+                    "predicted": score(vision, text),
                 }
             )
     return pd.DataFrame(rows, columns=["placement", "vision", "text", "score", "predicted"])

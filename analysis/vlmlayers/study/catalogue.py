@@ -25,7 +25,7 @@ def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> s
         UserError: A name is unknown.
     """
     if not check:
-        return text_table(configurations(names), {"vision": 26, "text": 26})
+        return text_table(configurations(names), {"model": 29, "vision": 18, "text": 16})
     from vlmlayers.models.check import models_check, summary
 
     table = models_check(names, progress=True)
@@ -37,7 +37,7 @@ def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> s
             "status": table["status"],
         }
     )
-    lines = [text_table(shown, {"model": 34, "vision": 20, "text": 16}), ""]
+    lines = [text_table(shown, {"model": 29, "vision": 19, "text": 16}), ""]
     lines += [f"{name}: {why}" for name, why in zip(table["model"], table["reason"]) if why]
     return "\n".join([*lines, summary(table)])
 

@@ -38,7 +38,8 @@ def metrics_text() -> str:
     lines = []
     for name, metric in METRICS.items():
         mark = "*" if name in DEFAULT_METRICS else " "
-        lines.append(f"{mark} {name} ({metric.level}): {metric.axis_label}")
+        heading = f"{mark} {name} ({metric.level}): {metric.axis_label}"
+        lines += textwrap.wrap(heading, 80, subsequent_indent="    ", drop_whitespace=False)
         lines += textwrap.wrap(metric.summary, 76, initial_indent="    ", subsequent_indent="    ")
     return "\n".join([*lines, "", "* scored by default"])
 

@@ -4,8 +4,8 @@
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const NS = "http://www.w3.org/2000/svg";
   const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif";
-  const TOWER = { vision: "#0072B2", text: "#C04F00" };
-  const COLOURS = ["#0072B2", "#C04F00", "#007E5D", "#B5568F", "#8A6D00", "#2F8FC4", "#4D4D4D",
+  const TOWER = { vision: "#0072B2", text: "#B34700" };
+  const COLOURS = ["#0072B2", "#B34700", "#007E5D", "#B5568F", "#8A6D00", "#2F8FC4", "#4D4D4D",
     "#7A3E9D", "#9C2F2F", "#5B7F00"];
   const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
   const CIVIDIS = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115],
@@ -453,7 +453,7 @@
     },
     sweep(figure, c) {
       const points = DATA.validation.points.map((p, i) => ({ ...p, i }));
-      const names = [["base", "Base", "#2F8FC4"], ["novel", "Novel", "#C04F00"], ["hm", "Harmonic mean", "#222222"]].filter(([k]) => c[k].checked);
+      const names = [["base", "Base", "#2F8FC4"], ["novel", "Novel", "#B34700"], ["hm", "Harmonic mean", "#222222"]].filter(([k]) => c[k].checked);
       const axis = { low: -0.6, high: points.length - 0.4, label: "", marks: points.map((p) => ({ x: p.i, label: p.placement })) };
       const place = (k) => (p) => ({ x: p.i, label: p.placement, value: p[k], low: p[`${k}_low`] ?? null, high: p[`${k}_high`] ?? null });
       if (names.length) lineChart(figure.querySelector(".plot"), { axis, slanted: true, yLabel: "Accuracy (%)", shade: points.filter((p) => p.chosen).map((p) => ({ from: p.i - 0.45, to: p.i + 0.45, colour: "#007E5D", part: "whole" })),

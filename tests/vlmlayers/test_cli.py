@@ -1,0 +1,199 @@
+"""The command line: thin verbs, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_folders import make_run
+
+from vlmlayers import cli
+from vlmlayers.errors import UserError
+from vlmlayers.run import Run
+from vlmlayers.study.verbs import parse_settings
+
+VERBS = (
+    "demo",
+    "study",
+    "data",
+    "models",
+    "extract",
+    "score",
+    "select",
+    "train",
+    "evaluate",
+    "validate",
+    "report",
+    "figures",
+)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
+    """Run `vlmlayers WORDS` in this process: exit code, output, errors."""
+
+    def of(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlmlayers", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        read = capsys.readouterr()
+        return code, read.out, read.err
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("cli") / "run", small=True)
+
+
+def test_help_lists_the_verbs_in_order_of_use_without_torch() -> None:
+    code = (
+        "import sys\nsys.argv = ['vlmlayers', '--help']\nfrom vlmlayers.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nprint('torch' in sys.modules)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    places = [out.index(f"\n  {verb} ") for verb in VERBS]
+    assert places == sorted(places) and out.strip().endswith("False")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_user_errors_are_one_line_and_exit_2(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for words, message in (
+        (("select", tmp_path), "run `vlmlayers score` first"),
+        (("study", tmp_path / "absent.toml"), "does not exist"),
+        (("report", tmp_path), "not a run folder"),
+        (("score",), "needs a run folder"),
+        (("score", tmp_path), "holds no features"),
+        (("data", "check", "caltech1001"), "did you mean 'caltech101'"),
+        (("models", "ViT-B-61"), "did you mean"),
+        (("extract", "ViT-B-32", "digits", "--out", tmp_path, "--precision", "fp9"), "fp32"),
+    ):
+        code, out, err = call(*words)
+        assert code == 2 and message in err, (words, err)
+        assert err.startswith("Error: ") and err.count("\n") == 1 and "Traceback" not in err
+        assert out == ""
+
+
+def test_wrong_usage_exits_2_and_faults_are_not_hidden(call, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    assert call("selekt")[0] == 2
+    assert call("select")[0] == 2
+
+    def broken(*_: object, **__: object) -> str:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("vlmlayers.study.verbs.metrics_text", broken)
+    with pytest.raises(RuntimeError, match="a fault"):
+        call("score", "--list")
+
+
+def test_full_disk_is_one_line(call, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def full(*_: object, **__: object) -> str:
+        raise OSError(28, "No space left on device", "scores.csv")
+
+    monkeypatch.setattr("vlmlayers.study.verbs.metrics_text", full)
+    code, _, err = call("score", "--list")
+    assert code == 2 and "the disk is full (scores.csv)" in err
+
+
+def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = call(
+        "select", run.folder, "--rule", "budget", "-s", "n=3", "-s", "span=true", "--resamples", 5
+    )
+    assert code == 0 and out.startswith("adapt vision ")
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    choice = json.loads(run.choice.read_text())
+    assert len(choice["vision"]) == 3 and choice["rule"] == "budget"
+    code, out, _ = call("report", run.folder, "--title", "By hand")
+    assert code == 0 and "By hand" in run.report.read_text()
+    code, out, _ = call("figures", run.folder, "--format", "svg")
+    assert code == 0 and all(Path(line).exists() for line in out.split())
+    code, _, err = call("select", run.folder, "-s", "n")
+    assert code == 2 and "is not KEY=VALUE" in err
+
+
+def test_tables_read_well_at_80_columns(call) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = call("score", "--list")
+    assert code == 0 and "dataset_accuracy" in out and max(map(len, out.splitlines())) <= 80
+    code, out, _ = call("models", "ViT-B-32", "RN50")
+    assert code == 0 and "12 × 768" in out and "3+4+6+3" in out
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = call("data", "list")
+    assert code == 0 and "caltech101" in out
+
+
+def test_data_check_exits_2_for_what_was_asked_for_and_is_missing(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = call("data", "check", "caltech101", "--data-root", tmp_path)
+    assert code == 2 and "caltech101" in out
+    assert call("data", "check", "digits")[0] == 0
+
+
+def test_settings() -> None:
+    assert parse_settings(["a=1", "b=[1, 2]", "c=x", "d=true", "e=a=b"]) == {
+        "a": 1,
+        "b": [1, 2],
+        "c": "x",
+        "d": True,
+        "e": "a=b",
+    }
+    with pytest.raises(UserError, match="KEY=VALUE"):
+        parse_settings(["=1"])
+
+
+def test_a_broken_extension_says_so(call, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    class Broken:
+        name = "broken"
+
+        @staticmethod
+        def load() -> object:
+            raise ImportError("no module named lost")
+
+    monkeypatch.setattr(cli, "_extensions", lambda: {"broken": Broken()})
+    code, _, err = call("broken")
+    assert code == 2 and "cannot be loaded: no module named lost" in err
+
+
+def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "vlmlayers.cli",
+        "extract",
+        "ViT-B-32",
+        "--random-weights",
+        "letters",
+        "--split",
+        "train",
+        "--items",
+        "2000",
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("extract"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Start the same command again" in err and "Traceback" not in err

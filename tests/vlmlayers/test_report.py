@@ -1,0 +1,191 @@
+"""The report says what the tables say, stands alone, and lets nothing a user wrote run."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from run_folders import make_run
+from score_tables import DATASETS
+
+from vlmlayers.errors import UserError
+from vlmlayers.report import write_comparison, write_figures, write_report
+from vlmlayers.report.numbers import read_answer
+from vlmlayers.report.payload import script_json
+from vlmlayers.run import Run
+from vlmlayers.text_tables import escape_markdown, markdown_table, text_table
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and the text of script elements."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("runs") / "validated", validated=True)
+    write_report(run.folder, title=EVIL, note=EVIL)
+    return run
+
+
+@pytest.fixture(scope="module")
+def random_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("runs") / "random", 24, 12, small=True, weights="random")
+    write_report(run.folder)
+    return run
+
+
+def test_the_answer_comes_first_and_is_right(validated: Run) -> None:
+    words = " ".join(Page(validated.report.read_text()).words)
+    answer = words.index("Adapt blocks 5–12 of the vision tower and blocks 5–12 of the text tower.")
+    assert answer < words.index("Evidence") < words.index("How it was made")
+    per_block = 2 * 128 * 32 + 32 + 128 + 2 * 96 * 32 + 32 + 96 + 32 * 32 + 32
+    assert f"{8 * per_block:,} at bottleneck width 32" in words
+    assert "The chosen placement did worse than the default." in words
+    assert "the same: vision 5–12, text 5–12" in words
+
+
+def test_nothing_is_loaded_and_nothing_foreign_runs(validated: Run) -> None:
+    text = validated.report.read_text()
+    page = Page(text)
+    assert len(page.all("script")) == 2 and not page.all("iframe")
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    for _, attributes in page.tags:
+        for name in ("src", "href"):
+            value = attributes.get(name) or ""
+            assert not re.match(r"(https?:)?//", value), value
+            if name == "src" and name in attributes:
+                assert value.startswith("data:"), value
+    policy = next(a["content"] for a in page.all("meta") if "http-equiv" in a)
+    assert policy is not None and "default-src 'none'" in policy
+    assert "'unsafe-inline'" not in policy.split("script-src")[1].split(";")[0]
+    assert "&lt;img src=x onerror=alert(1)&gt;" in text
+
+
+def test_json_cannot_leave_its_script() -> None:
+    content = {"name": EVIL + "\u2028&"}
+    text = script_json(content)
+    assert not set("<>&\u2028") & set(text) and json.loads(text) == content
+    with pytest.raises(ValueError, match="JSON"):
+        script_json({"value": float("nan")})
+
+
+def test_embedded_downloads_hold_the_tables(validated: Run) -> None:
+    page = Page(validated.report.read_text())
+    links = {a["download"]: a["href"] for a in page.all("a") if "download" in a}
+    packed = base64.b64decode(str(links["scores.csv.gz"]).partition(",")[2])
+    table = pd.read_csv(io.BytesIO(gzip.decompress(packed)), keep_default_na=False)
+    assert len(table) == len(pd.read_parquet(validated.scores))
+    choice = json.loads(base64.b64decode(str(links["choice.json"]).partition(",")[2]))
+    assert choice["vision"] == list(range(5, 13))
+    for kind in ("svg", "png", "csv"):
+        assert f"curves-dataset-accuracy.{kind}" in links
+
+
+def test_every_figure_has_its_table_and_alt_text(validated: Run) -> None:
+    stems = {path.stem for path in validated.figures.iterdir()}
+    assert {
+        "curves-dataset-accuracy",
+        "gap-centroid-gap",
+        "agreement-cka-debiased",
+        "selection-frequency",
+        "placement-sweep",
+        "cost",
+        "predicted-trained",
+    } <= stems
+    for stem in stems:
+        for kind in ("svg", "png", "csv"):
+            assert (validated.figures / f"{stem}.{kind}").stat().st_size > 50, (stem, kind)
+    sweep = pd.read_csv(validated.figures / "placement-sweep.csv")
+    cells = pd.read_csv(validated.validation)
+    assert sweep["hm"].max() == pytest.approx(cells.groupby("placement")["hm"].mean().max())
+    images = Page(validated.report.read_text()).all("img")
+    assert len(images) == len(stems) and all(len(str(one["alt"])) > 20 for one in images)
+
+
+def test_random_weights_are_announced_everywhere(random_run: Run) -> None:
+    assert "RANDOM WEIGHTS" in random_run.report.read_text().split("<header>")[0]
+    markdown = (random_run.folder / "report.md").read_text()
+    assert "**RANDOM WEIGHTS**" in markdown.split("Evidence")[0]
+    svg = (random_run.figures / "curves-dataset-accuracy.svg").read_text()
+    assert "random weights" in svg
+    assert "Adapt blocks 9–24 of the vision tower" in random_run.report.read_text()
+
+
+def test_markdown_report_is_inert(validated: Run) -> None:
+    text = (validated.folder / "report.md").read_text()
+    assert "<script" not in text and "<img" not in text
+    assert "**Adapt blocks 5–12" in text and "](figures/curves-dataset-accuracy.svg)" in text
+    for link in re.findall(r"\]\((figures/[^)]+)\)", text):
+        assert (validated.folder / link).exists()
+
+
+def test_comparison_of_unequal_runs(validated: Run, random_run: Run, tmp_path: Path) -> None:
+    path = write_comparison([validated.folder, random_run.folder], tmp_path / "both", "Two")
+    text = path.read_text()
+    assert "Runs: random." in text.split("<header>")[0]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))  # type: ignore[union-attr]
+    assert [run["depth"]["vision"] for run in data["runs"]] == [12, 24]
+    for link in re.findall(r'<a href="([^#"][^"]*report.html)"', text):
+        assert (path.parent / link).resolve().exists()
+    assert (tmp_path / "both" / "report.md").read_text().startswith("# Two")
+    with pytest.raises(UserError, match="at least two"):
+        write_comparison([validated.folder], tmp_path)
+
+
+def test_reading_is_computed_from_the_table(validated: Run) -> None:
+    answer = read_answer(validated.folder)
+    assert answer.reading("dataset_accuracy") == (
+        "Vision: 0.40 at embed, 0.90 at proj. Text: 0.40 at embed, 0.90 at proj. Chance 0.10."
+    )
+    assert DATASETS[2] in set(answer.scores["dataset"])
+
+
+def test_figures_verb_and_bad_input(validated: Run, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "x", small=True)
+    files = write_figures(run.folder, formats=("pdf", "png"))
+    assert {path.suffix for path in files} == {".pdf", ".png", ".csv"}
+    for call, message in (
+        (lambda: write_figures(run.folder, formats=("pdf",)), "svg or png"),
+        (lambda: write_figures(run.folder, formats=("gif",)), "unknown figure format"),
+        (lambda: write_report(run.folder, metrics=("rmgg",)), "unknown metric 'rmgg'"),
+        (lambda: write_report(tmp_path), "not a run folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    run.validation.write_text("placement,hm\na,1\n")
+    with pytest.raises(UserError, match=r"lacks rows or the columns base, dataset"):
+        write_report(run.folder)
+    run.choice.unlink()
+    with pytest.raises(UserError, match="vlmlayers select"):
+        write_report(run.folder)
+
+
+def test_text_tables() -> None:
+    frame = pd.DataFrame({"name": ["a", "long name here"], "value": [1.5, float("nan")]})
+    assert text_table(frame, {"name": 6}).splitlines()[1] == "a        1.5"
+    assert escape_markdown("a|b <i>*") == "a\\|b &lt;i&gt;\\*"
+    assert markdown_table(["h"], [["x\ny"]]).splitlines()[2] == "| x y |"

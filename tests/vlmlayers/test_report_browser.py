@@ -1,0 +1,195 @@
+"""The report in a real browser: charts present, every control works, no error, no request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Tab, chromium
+from run_folders import make_run
+
+from vlmlayers.report import write_comparison, write_report
+
+pytest.importorskip("websocket", reason="needs websocket-client, which jupyterlab brings")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the path")
+
+CHANGE = """(figure, name, value) => {
+  const c = document.querySelector(`figure[data-chart=${figure}] [data-control=${name}]`);
+  if (c.type === 'checkbox') c.checked = value; else c.value = value;
+  c.dispatchEvent(new Event('change'));
+  return document.querySelector(`figure[data-chart=${figure}] .plot`).innerHTML;
+}"""
+
+
+def change(tab: Tab, figure: str, name: str, value: object) -> str:
+    return str(
+        tab.run(f"({CHANGE})({json.dumps(figure)}, {json.dumps(name)}, {json.dumps(value)})")
+    )
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    evil = "<img src=http://example.invalid/x onerror=alert(1)>"
+    first = make_run(folder / "first", validated=True)
+    second = make_run(folder / "second", 24, 12, small=True, weights="random")
+    return {
+        "report": write_report(first.folder, title=evil, note=evil),
+        "random": write_report(second.folder),
+        "comparison": write_comparison([first.folder, second.folder], folder / "both"),
+    }
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+def load(tab: Tab, path: Path, width: int = 1280) -> None:
+    tab.events.clear()
+    tab.open(path, width)
+    tab.until("document.documentElement.dataset.charts === 'drawn'")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["report", "random", "comparison"])
+def test_pages_stand_alone_and_fit(tab: Tab, pages: dict[str, Path], name: str, width: int) -> None:
+    load(tab, pages[name], width)
+    assert tab.errors() == []
+    assert tab.requests() == [pages[name].resolve().as_uri()]
+    charts = tab.run(
+        "[...document.querySelectorAll('figure[data-chart]')].map(f => "
+        "[f.dataset.chart, f.querySelectorAll('.plot svg > *').length])"
+    )
+    assert charts and all(count > 8 for _, count in charts), charts
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    assert tab.run(
+        "[...document.querySelectorAll('img')].every(i => i.complete && "
+        "i.naturalWidth > 0 && i.alt.length > 20)"
+    )
+
+
+def test_every_control_redraws_its_chart(tab: Tab, pages: dict[str, Path]) -> None:
+    load(tab, pages["report"])
+    controls = tab.run("""[...document.querySelectorAll('[data-control]')].map(c => [
+        c.closest('figure').dataset.chart, c.dataset.control, c.type,
+        c.options ? [...c.options].map(o => o.value) : []])""")
+    seen = set()
+    for figure, name, kind, options in controls:
+        values = [False, True] if kind == "checkbox" else options[::-1]
+        drawings = {change(tab, figure, name, value) for value in values}
+        assert len(drawings) >= min(2, len(values)), (figure, name)
+        seen.add(figure)
+    assert seen == {"curves", "datasets", "agreement", "sweep", "scatter"}
+    assert tab.errors() == []
+
+
+def test_curves_follow_metric_dataset_and_towers(tab: Tab, pages: dict[str, Path]) -> None:
+    load(tab, pages["report"])
+    both = "document.querySelectorAll('figure[data-chart=curves] path.series').length"
+    assert tab.run(both) == 2
+    change(tab, "curves", "text", False)
+    assert tab.run(both) == 1
+    change(tab, "curves", "metric", "class_accuracy")
+    change(tab, "curves", "dataset", "<b>signs</b>")
+    rows = tab.run(
+        "[...document.querySelectorAll('figure[data-chart=curves] tbody tr')]"
+        ".map(r => [...r.cells].map(c => c.textContent))"
+    )
+    assert len(rows) == 14
+    expected = 0.3 + 0.04 * 2 + 0.5 * 7 / 12
+    block = next(row for row in rows if row[1] == "7")
+    assert float(block[2]) == pytest.approx(expected, abs=5e-4)
+    assert tab.run("document.querySelector('figure[data-chart=curves] b') === null")
+
+
+def test_values_show_on_hover_and_by_keyboard(tab: Tab, pages: dict[str, Path]) -> None:
+    load(tab, pages["report"])
+    plot = "document.querySelector('figure[data-chart=curves] .plot')"
+    tab.run(f"{plot}.scrollIntoView({{block: 'center'}})")
+    box = tab.run(
+        f"(r => [r.x, r.y, r.width, r.height])({plot}.querySelector('svg').getBoundingClientRect())"
+    )
+    for part in (0.5, 0.9):
+        tab.send(
+            "Input.dispatchMouseEvent",
+            type="mouseMoved",
+            x=box[0] + box[2] * part,
+            y=box[1] + box[3] * 0.5,
+        )
+    tip = tab.run(f"{plot}.querySelector('.tip').textContent")
+    assert "Vision 0.9 [0.89, 0.91]" in tip and "Text 0.9" in tip
+    tab.run(f"{plot}.focus()")
+    for _ in range(20):
+        tab.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft")
+    assert tab.run(f"{plot}.querySelector('.live').textContent").startswith("Embed: Vision 0.4 [")
+    for chart in ("agreement", "frequency", "datasets", "sweep", "scatter"):
+        tab.run(f"document.querySelector('figure[data-chart={chart}] .plot').focus()")
+        tab.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+        said = tab.run(f"document.querySelector('figure[data-chart={chart}] .live').textContent")
+        assert ":" in said, chart
+    assert tab.errors() == []
+
+
+def test_downloads_are_made_in_the_page(tab: Tab, pages: dict[str, Path], tmp_path: Path) -> None:
+    load(tab, pages["report"])
+    tab.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for kind in ("csv", "svg", "png"):
+        tab.run(f"document.querySelector('figure[data-chart=curves] [data-get={kind}]').click()")
+        file = tmp_path / f"curves.{kind}"
+        for _ in range(400):
+            if file.exists() and file.stat().st_size:
+                break
+            tab.run("new Promise(done => setTimeout(done, 25))")
+        assert file.stat().st_size > 300, kind
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert lines[0].startswith("tower,position") and len(lines) == 29
+    assert (tmp_path / "curves.svg").read_text().startswith("<svg")
+    assert tab.errors() == []
+
+
+def test_prints_to_a4(tab: Tab, pages: dict[str, Path]) -> None:
+    load(tab, pages["report"])
+    printed = tab.send("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"]
+    assert len(printed) > 20_000
+    tab.send("Emulation.setEmulatedMedia", media="print")
+    shown = tab.run(
+        "[...document.querySelectorAll('.controls, nav')].filter("
+        "e => getComputedStyle(e).display !== 'none').length"
+    )
+    tab.send("Emulation.setEmulatedMedia", media="")
+    assert shown == 0
+
+
+def test_text_has_contrast(tab: Tab, pages: dict[str, Path]) -> None:
+    """Every text colour of the page against white or its card reaches WCAG AA, 4.5 : 1."""
+    load(tab, pages["random"])
+    pairs = tab.run("""(() => {
+      const found = new Map();
+      const all = 'p, dt, dd, h1, h2, h3, td, th, a, small, label, figcaption, summary, i, .random';
+      const clear = 'rgba(0, 0, 0, 0)';
+      for (const e of document.querySelectorAll(all)) {
+        if (!e.textContent.trim()) continue;
+        let up = e, back = clear;
+        for (; up && back === clear; up = up.parentElement) {
+          back = getComputedStyle(up).backgroundColor;
+        }
+        found.set(getComputedStyle(e).color + '|' + back, e.tagName);
+      }
+      return [...found.keys()];
+    })()""")
+    for pair in pairs:
+        text, back = (luminance(part) for part in pair.split("|"))
+        ratio = (max(text, back) + 0.05) / (min(text, back) + 0.05)
+        assert ratio >= 4.5, (pair, round(ratio, 2))
+
+
+def luminance(colour: str) -> float:
+    parts = [float(v) / 255 for v in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    if colour == "rgba(0, 0, 0, 0)":
+        return 1.0
+    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,264 @@
+"""Studies: schema messages, stages that run once, and resuming after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from vlmlayers.errors import UserError
+from vlmlayers.run import Run, fingerprint, read_json
+from vlmlayers.study import check_study, read_study, run_study
+from vlmlayers.study.demo import demo_study, pick_datasets, position_table
+
+BASE: dict[str, Any] = {"models": [{"name": "mini-clip"}], "datasets": ["digits"]}
+STUDIES = Path(__file__).parents[2] / "data_manifests" / "studies"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": []}, "did you mean 'models'"),
+        ({"extract": {"itmes": 3}}, "did you mean 'items'"),
+        ({"models": [{"name": "a", "pretraned": "x"}]}, "did you mean 'pretrained'"),
+        ({"datasets": [{"name": "a", "splt": "train"}]}, "did you mean 'split'"),
+        ({"models": []}, "at least 1"),
+        ({"models": [{}]}, "either 'name' or 'path'"),
+        ({"models": [{"name": "a"}, {"name": "a"}]}, "named twice; give each a label"),
+        ({"datasets": ["digits", "digits"]}, "named twice"),
+        ({"extract": {"template": "photo"}}, "exactly once"),
+        ({"extract": {"precision": "fp8"}}, "fp32"),
+        ({"score": {"metrics": ["dataset_acuracy"]}}, "did you mean 'dataset_accuracy'"),
+        ({"score": {"options": {"bootstraps": 3}}}, "did you mean 'bootstrap'"),
+        ({"select": {"rule": "treshold"}}, "did you mean 'threshold'"),
+        ({"select": {"options": {"acuracy": 1}}}, "did you mean 'accuracy'"),
+        ({"report": {"formats": ["gif"]}}, "svg"),
+    ],
+)
+def test_schema_messages(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check_study({**BASE, **change}, "s.toml")
+    assert "s.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_study_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_study(tmp_path / "absent.toml")
+    file = tmp_path / "s.toml"
+    file.write_text("models = [")
+    with pytest.raises(UserError, match="cannot be read as TOML"):
+        read_study(file)
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda p: p.stem)
+def test_committed_studies_are_valid(file: Path) -> None:
+    from vlmlayers.manifests import Manifest
+
+    study = read_study(file)
+    for dataset in study.datasets:
+        assert dataset.name in Manifest.names(), dataset.name
+
+
+def test_demo_takes_one_dataset_of_each_family() -> None:
+    assert pick_datasets(["a_one", "a_two", "b", "digits"]) == ["digits", "a_one", "b"]
+    names = [dataset.name for dataset in demo_study().datasets]
+    assert names[0] == "digits" and 3 <= len(names) <= 9
+    assert demo_study(random_weights=True).models[0].random_weights
+
+
+def test_models_are_looked_up_beside_the_study_then_under_the_data_root(tmp_path: Path) -> None:
+    from vlmlayers.study import StageContext
+
+    study = check_study({**BASE, "models": [{"path": "w"}]})
+    (tmp_path / "data" / "w").mkdir(parents=True)
+    context = StageContext(
+        Run(tmp_path / "out"), study, study.models[0], tmp_path / "base", tmp_path / "data"
+    )
+    assert context.model_arguments()["name"] == str(tmp_path / "data" / "w")
+    (tmp_path / "base" / "w").mkdir(parents=True)
+    assert context.model_arguments()["name"] == str(tmp_path / "base" / "w")
+    shutil.rmtree(tmp_path / "base")
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(UserError, match="model folder w does not exist"):
+        context.model_arguments()
+
+
+def test_fingerprint_sees_every_change() -> None:
+    one = {"a": [1, 2], "b": {"c": None}}
+    assert fingerprint(one) == fingerprint({"b": {"c": None}, "a": [1, 2]})
+    assert fingerprint(one) != fingerprint({"a": [2, 1], "b": {"c": None}})
+
+
+TINY = """
+title = "Tiny"
+models = [{ path = "tiny-clip", random_weights = true }]
+datasets = ["digits", "letters", "flags"]
+[extract]
+split = "test"
+items = 40
+batch_size = 8
+[score]
+metrics = ["dataset_accuracy_ncm", "cka_debiased", "centroid_gap", "class_accuracy_ncm"]
+options = { seeds = [1], bootstrap = 5, permutations = 2 }
+[select]
+options = { metric = "dataset_accuracy_ncm" }
+resamples = 5
+[report]
+formats = ["svg"]
+"""
+TINY_CLIP = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 4, "width": 32,
+                       "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2,
+                     "layers": 3},
+    }
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of an untrained model of unequal towers, which needs no download."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny-clip").mkdir()
+    (folder / "tiny-clip" / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
+    path = folder / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("out") / "tiny"
+    return run_study(
+        read_study(study_file),
+        out,
+        base=study_file.parent,
+        source=study_file.read_text(),
+        progress=False,
+    )[0]
+
+
+def test_run_folder_holds_what_the_contract_names(done: Run) -> None:
+    names = {path.name for path in done.folder.iterdir()}
+    assert {
+        "study.toml",
+        "provenance.json",
+        "features",
+        "scores.parquet",
+        "scores.csv",
+        "choice.json",
+        "figures",
+        "report.html",
+        "report.md",
+    } <= names
+    record = done.read_provenance()
+    towers = record["model"]["towers"]
+    assert (towers["vision"]["blocks"], towers["vision"]["width"]) == (4, 32)
+    assert (towers["text"]["blocks"], towers["text"]["width"]) == (3, 16)
+    assert record["model"]["random_weights"]
+    for name in ("report.html", "report.md"):
+        assert "RANDOM WEIGHTS" in (done.folder / name).read_text()
+    assert set(record["datasets"]) == {"digits", "letters", "flags"}
+    assert record["environment"]["versions"]["torch"] and record["extract"]["device"] == "cpu"
+    assert all(one["manifest_hash"] for one in record["datasets"].values())
+
+
+def test_demo_table_reads_the_scores(done: Run) -> None:
+    from vlmlayers.report.numbers import read_answer
+
+    answer = read_answer(done)
+    table = position_table(answer)
+    assert list(table["position"]) == ["embed", "1", "2", "3", "4", "proj"]
+    scores = answer.scores
+    gap = scores[(scores["metric"] == "centroid_gap") & (scores["position"] == "3")]["value"].mean()
+    assert table.loc[3, "gap"] == f"{gap:.2f}"
+    assert {i for i, words in enumerate(table["chosen"]) if "vision" in words} == set(
+        answer.choice.vision
+    )
+
+
+def test_unchanged_stages_do_not_run_again(done: Run, study_file: Path) -> None:
+    before = read_json(done.folder / "stages.json")
+    said: list[str] = []
+    run_study(
+        read_study(study_file),
+        done.folder,
+        base=study_file.parent,
+        progress=False,
+        echo=said.append,
+    )
+    assert said == [f"{name:8} unchanged" for name in ("extract", "score", "select", "report")]
+    assert read_json(done.folder / "stages.json") == before
+
+
+def test_a_change_runs_what_depends_on_it_and_nothing_else(
+    done: Run, study_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(done.folder, copy)
+    changed = study_file.read_text().replace("resamples = 5", 'rule = "knee"\nresamples = 4')
+    file = tmp_path / "s.toml"
+    file.write_text(changed)
+    said: list[str] = []
+    run = run_study(
+        read_study(file), copy, base=study_file.parent, progress=False, echo=said.append
+    )[0]
+    assert said[:2] == ["extract  unchanged", "score    unchanged"]
+    assert any(line.startswith("select   vision") for line in said)
+    assert read_json(run.choice)["rule"] == "knee" and "knee" in run.report.read_text()
+
+
+def test_stages_can_be_picked_and_say_what_they_need(study_file: Path, tmp_path: Path) -> None:
+    study = read_study(study_file)
+    for options, message in (
+        ({"only": ["scores"]}, "did you mean 'score'"),
+        ({"only": ["select"]}, "stage 'score' writes; run with --from score"),
+        ({"start": "score"}, "stage 'extract' writes"),
+        ({"start": "score", "only": ["score"]}, "not both"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_study(study, tmp_path / "none", base=study_file.parent, progress=False, **options)
+
+
+def test_a_killed_study_finishes_with_the_same_tables(
+    done: Run, study_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "vlmlayers.cli",
+        "study",
+        str(study_file),
+        "--out",
+        str(out),
+        "--quiet",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    end = time.monotonic() + 90
+    while not (out / "features" / "digits-test").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "scores.parquet").exists()
+    run_study(read_study(study_file), out, base=study_file.parent, progress=False)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(out / "scores.parquet"), pd.read_parquet(done.scores)
+    )
+    assert (out / "choice.json").read_bytes() == done.choice.read_bytes()
