@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from vlmadapters.config import MMAConfig
 from vlmadapters.images import Augmentation
 from vlmlayers.errors import UserError, check_one_of
 
+SHIPPED = Path(__file__).with_name("recipes.toml")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -134,7 +134,7 @@ def load_recipe(name: str | Path) -> Recipe:
     Raises:
         UserError: The name or a key is unknown (with the nearest), or a value is wrong.
     """
-    shipped = tomllib.loads((files("vlmadapters") / "recipes.toml").read_text(encoding="utf-8"))
+    shipped = tomllib.loads(SHIPPED.read_text(encoding="utf-8"))
     path = Path(name)
     if path.suffix == ".toml":
         try:
