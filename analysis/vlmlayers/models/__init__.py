@@ -6,12 +6,13 @@ This is the only part of `vlmlayers` that imports torch.
 from __future__ import annotations
 
 from vlmlayers.models.check import models_check, summary
+from vlmlayers.models.estimate import estimate
 from vlmlayers.models.extract import extract
 from vlmlayers.models.load import VLM, list_models, load_model, wrap_model
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.towers import Tower, find_towers
 
 __all__ = [
-    "VLM", "Recorder", "Tower", "extract", "find_towers", "list_models", "load_model",
+    "VLM", "Recorder", "Tower", "estimate", "extract", "find_towers", "list_models", "load_model",
     "models_check", "summary", "wrap_model",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -164,7 +165,8 @@ def wrap_model(
     """
     return VLM(
         clip, preprocess, preprocess_train or preprocess, tokenizer, name, weights,
-        random_weights, preprocess_config={"transform": str(preprocess)},
+        random_weights, preprocess_config={"transform": re.sub(" at 0x[0-9a-f]+", "",
+                                                               str(preprocess))},
     )
 
 

@@ -1,0 +1,50 @@
+"""The estimate: measured constants, arithmetic that holds, and the true size of a store."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+from vlmlayers.errors import UserError
+from vlmlayers.models import extract
+from vlmlayers.models.estimate import Costs, estimate, measure_costs, scale_table
+
+COSTS = Costs(forward=0.002, decode=0.008, bytes_per_image=1000, stream_bytes=5_000_000,
+              device="cpu", batch_size=4)
+
+
+def test_time_adds_up_without_workers_and_overlaps_with_them():
+    assert COSTS.seconds(1000) == pytest.approx(10)
+    assert COSTS.seconds(1000, processes=4) == pytest.approx(2.5)
+    assert COSTS.seconds(1000, workers=2) == pytest.approx(4)
+    assert COSTS.seconds(1000, workers=8) == pytest.approx(2)
+    assert (COSTS.limit(0), COSTS.limit(2), COSTS.limit(8)) == ("decoding", "decoding", "model")
+
+
+def test_the_store_grows_with_the_images_and_streaming_does_not():
+    table = scale_table(COSTS, images=(10**4, 10**9), processes=(1, 64), free=1e9)
+    assert table["store_gb"].tolist() == [0.01, 0.01, 1000, 1000]
+    assert table["stream_mb"].unique().tolist() == [5.0]
+    assert table["keep"].tolist() == ["store", "store", "stream", "stream"]
+    assert table["hours"][2] / table["hours"][3] == pytest.approx(64)
+    assert set(scale_table(COSTS)["keep"]) == {"store"}
+
+
+def test_bytes_per_image_are_those_of_a_real_store(tmp_path):
+    model, manifest = tiny.model(), tiny.DrawnManifest()
+    items = manifest.items("train")
+    costs = measure_costs(model, manifest, items, batch_size=8)
+    extract(model, manifest, "train", out=tmp_path / "s", batch_size=8, progress=False)
+    files = list((tmp_path / "s" / "vision").glob("*/*.npy"))
+    assert sum(f.stat().st_size - 128 for f in files) == len(items) * costs.bytes_per_image
+    assert costs.forward > 0
+    assert costs.decode > 0
+
+
+def test_the_text_names_the_plan(tmp_path):
+    manifest = tiny.DrawnManifest()
+    text = estimate(tiny.model(), manifest, manifest.items("train"), out=tmp_path / "a" / "b")
+    assert "tiny clip on drawn: 22 images" in text
+    assert "free on this disk" in text
+    assert "1e+09" in text
+    with pytest.raises(UserError, match="nothing to estimate"):
+        estimate(tiny.model(), manifest, [])
