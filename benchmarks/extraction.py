@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from common import Pair, machine, measure_pair, peak_mib, reset_peak, resident_mib, write_table
+
 from vlmlayers.models import VLM, Recorder, load_model
 from vlmlayers.models.recording import block_outputs
 
@@ -54,7 +55,9 @@ def one_pass_per_layer(model: VLM, batch: torch.Tensor) -> None:
             tower.run(batch)
 
 
-def row(work: str, against: str, pair: Pair, goal: str, direction: str, **more: Any) -> dict[str, Any]:
+def row(
+    work: str, against: str, pair: Pair, goal: str, direction: str, **more: Any
+) -> dict[str, Any]:
     """Return one line; `ratio` reads as the goal does: cost, or how many times faster."""
     low, high = pair.spread
     ratio = pair.ratio
@@ -74,8 +77,8 @@ def times(device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     x = images(model, batch)
     rows = []
-    with Recorder(model.towers["vision"], SPACES) as recorder:
-        pass
+    recorder = Recorder(model.towers["vision"], SPACES)
+
     def record() -> None:
         with recorder:
             recorder(x)
@@ -102,11 +105,11 @@ def times(device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
     found = measure_pair(short, full, pairs=pairs, wait=wait)
     rows.append(row("short prompts, cut", "77 tokens", found, ">= 4", "faster", batch=len(ids),
                     tokens=int(tower.cut(ids).shape[1])))
-    recorder = Recorder(tower, SPACES)
+    texts = Recorder(tower, SPACES)
 
     def record_text() -> None:
-        with recorder:
-            recorder(ids)
+        with texts:
+            texts(ids)
 
     found = measure_pair(record_text, full, pairs=pairs, wait=wait)
     rows.append(row("short prompts, cut, all positions", "77 tokens, bare", found, ">= 4",

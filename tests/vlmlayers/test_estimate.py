@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
+
 from vlmlayers.errors import UserError
 from vlmlayers.models import extract
 from vlmlayers.models.estimate import Costs, estimate, measure_costs, scale_table

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.models import extract

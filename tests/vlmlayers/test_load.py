@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+
 from vlmlayers.errors import UserError
 from vlmlayers.models import list_models, load, load_model
 from vlmlayers.models.load import HubTokenizer, build_clip, hash_weights
@@ -87,7 +88,7 @@ def test_default_tokenizer_is_open_clips_own(folder):
 def test_random_weights_are_the_same_each_time_and_leave_global_state_alone():
     torch.manual_seed(11)
     random.seed(11)
-    np.random.seed(11)  # noqa: NPY002 the global state is what is checked
+    np.random.seed(11)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     hashes = {
         hash_weights(build_clip(tiny.FAMILIES[f]).state_dict())
@@ -267,7 +268,8 @@ def test_a_folder_without_weights_and_a_missing_mini_clip(folder, monkeypatch):
 def test_tokenizers_of_a_local_configuration(folder):
     """A vocabulary beside the configuration is used; one that does not fit is refused."""
     file = folder / "open_clip_config.json"
-    words = gzip.open(open_clip.tokenizer.default_bpe()).read().decode().split("\n")[:301]
+    with gzip.open(open_clip.tokenizer.default_bpe()) as handle:
+        words = handle.read().decode().split("\n")[:301]
     with gzip.open(folder / "own.txt.gz", "wb") as handle:
         handle.write("\n".join(words).encode())
     text = {"tokenizer_kwargs": {"bpe_path": "own.txt.gz"}, "vocab_size": 814}

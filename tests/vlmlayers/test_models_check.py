@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import open_clip
 import pytest
+
 from vlmlayers.errors import UserError
 from vlmlayers.models import check, models_check, summary
 

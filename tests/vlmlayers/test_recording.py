@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+
 from vlmlayers.errors import UserError
 from vlmlayers.models import Recorder, find_towers
 from vlmlayers.models.recording import HookDidNotFire, probe

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+
 from vlmlayers.errors import UserError
 from vlmlayers.models import extract
 from vlmlayers.store import (

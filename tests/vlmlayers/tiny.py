@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
 from vlmlayers.errors import UnreadableImage
 from vlmlayers.manifests.items import Item
 from vlmlayers.models import VLM, wrap_model

@@ -127,8 +127,8 @@ def load_model(
     folder = Path(name)
     if name not in (MINI, LOCAL) and (folder / CONFIG_FILE).is_file():
         return _load_local(
-            str(folder.name), folder / CONFIG_FILE, checkpoint or _weights_in(folder, random_weights),
-            random_weights, device, precision,
+            folder.name, folder / CONFIG_FILE,
+            checkpoint or _weights_in(folder, random_weights), random_weights, device, precision,
         )
     if name == MINI:
         if not (MINI_FOLDER / CONFIG_FILE).is_file():
