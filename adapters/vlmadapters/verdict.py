@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -111,6 +112,11 @@ def outcomes(table: pd.DataFrame, outcome: str = "hm") -> Outcomes:
     )
 
 
+def _by_placement(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Return the rows of a table with one row per placement, by label."""
+    return {str(row["placement"]): row for row in table.to_dict("records")}
+
+
 def _interval(draws: Array) -> tuple[float, float]:
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
@@ -132,7 +138,7 @@ def compare(
         and hm with `_low`, `_high`; `difference` (hm minus the chosen one's, in the same dataset
         and seed) with `difference_low`, `difference_high`; n (datasets × seeds).
     """
-    first = table.drop_duplicates("placement").set_index("placement")
+    first = _by_placement(table.drop_duplicates("placement"))
     rows: dict[str, dict[str, object]] = {}
     for outcome in ("base", "novel", "hm"):
         found = outcomes(table, outcome)
@@ -144,8 +150,8 @@ def compare(
                 name,
                 {
                     "placement": name,
-                    "kind": first.at[name, "kind"],
-                    "parameters": int(first.at[name, "parameters"]),
+                    "kind": first[name]["kind"],
+                    "parameters": int(first[name]["parameters"]),
                 },
             )
             row |= {outcome: found.means[i], f"{outcome}_low": low, f"{outcome}_high": high}
@@ -275,9 +281,9 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
             "Training changed no prediction at any placement, so this run says nothing about the "
             "choice: raise the learning rate or α."
         )
-    compared = compare(table, chosen, seed=seed).set_index("placement")
+    compared = _by_placement(compare(table, chosen, seed=seed))
     left = regret(table, chosen, seed=seed)
-    ours = float(compared.at[chosen, "hm"])
+    ours = compared[chosen]["hm"]
     tail = (
         f"the best placement ({left.best}) is {left.value:.1f} points above it "
         f"[{left.low:.1f}, {left.high:.1f}]"
@@ -286,10 +292,10 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     )
     if reference == chosen:
         return f"The rule chose the default ({chosen}, harmonic mean {ours:.1f}); {tail}."
-    gain = -float(compared.at[reference, "difference"])
+    gain = -compared[reference]["difference"]
     low, high = (
-        -float(compared.at[reference, "difference_high"]),
-        -float(compared.at[reference, "difference_low"]),
+        -compared[reference]["difference_high"],
+        -compared[reference]["difference_low"],
     )
     if low > 0:
         did = "did better than"
@@ -300,7 +306,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     return (
         f"The chosen placement ({chosen}, harmonic mean {ours:.1f}) {did} the default "
         f"({reference}) by {gain:+.1f} points [{low:.1f}, {high:.1f}] over "
-        f"{int(compared.at[chosen, 'n'])} runs; {tail}."
+        f"{compared[chosen]['n']} runs; {tail}."
     )
 
 
