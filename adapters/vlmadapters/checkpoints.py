@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -223,7 +224,7 @@ def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under a temporary name and rename it when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.part")
     try:
         write(part)
         part.replace(path)
