@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import open_clip
@@ -55,7 +55,7 @@ FAMILIES["timm ViT, average pool"] = timm("vit_tiny_patch16_224", "avg", "linear
 FAMILIES["timm EVA"] = timm("eva02_tiny_patch14_224", "token", "linear")
 
 
-@lru_cache(maxsize=None)
+@cache
 def shared_backbone(name: str = "clip") -> VLM:
     """The same, built once; for tests that leave it as it was."""
     return backbone(name)
@@ -66,7 +66,11 @@ def backbone(name: str = "clip") -> VLM:
     size = FAMILIES[name]["vision_cfg"]["image_size"]
     transform = open_clip.image_transform(size, is_train=False)
     return wrap_model(
-        clip, transform, open_clip.SimpleTokenizer(), name=name, weights="random",
+        clip,
+        transform,
+        open_clip.SimpleTokenizer(),
+        name=name,
+        weights="random",
         random_weights=True,
     )
 
@@ -81,4 +85,12 @@ def some_tokens(model: VLM, n: int = 3) -> Tensor:
     return model.tokenizer(words[:n])
 
 
-__all__ = ["FAMILIES", "backbone", "config", "shared_backbone", "some_images", "some_tokens", "timm"]
+__all__ = [
+    "FAMILIES",
+    "backbone",
+    "config",
+    "shared_backbone",
+    "some_images",
+    "some_tokens",
+    "timm",
+]

@@ -246,20 +246,28 @@ def test_a_tower_without_blocks_is_refused_with_its_reason() -> None:
         (lambda: parse_placement("5-x"), "cannot read the placement"),
         (lambda: new_adapter(shared_backbone().clip, MMAConfig.span(2, 9)), "tower has 3 blocks"),
         (
-            lambda: Adapter(MMAConfig.span(1, 1), {"vision": 8, "text": 8})
-            .attached(shared_backbone().clip)
-            .__enter__(),
+            lambda: (
+                Adapter(MMAConfig.span(1, 1), {"vision": 8, "text": 8})
+                .attached(shared_backbone().clip)
+                .__enter__()
+            ),
             "width 8, this backbone's",
         ),
         (
-            lambda: new_adapter(shared_backbone().clip, MMAConfig.span(1, 2)).load_official_state_dict(
+            lambda: new_adapter(
+                shared_backbone().clip, MMAConfig.span(1, 2)
+            ).load_official_state_dict(
                 new_adapter(shared_backbone().clip, MMAConfig.span(2, 3)).official_state_dict()
             ),
             r"10 parameters are missing .* 10 are not known",
         ),
         (
-            lambda: new_adapter(shared_backbone().clip, MMAConfig.span(1, 1)).load_official_state_dict(
-                new_adapter(shared_backbone().clip, MMAConfig.span(1, 1, dim=4)).official_state_dict()
+            lambda: new_adapter(
+                shared_backbone().clip, MMAConfig.span(1, 1)
+            ).load_official_state_dict(
+                new_adapter(
+                    shared_backbone().clip, MMAConfig.span(1, 1, dim=4)
+                ).official_state_dict()
             ),
             r"has shape \(.*\) in the checkpoint and",
         ),

@@ -187,8 +187,9 @@ def test_the_published_recipe_is_the_default() -> None:
 
 def test_a_recipe_file_extends_a_shipped_one(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('extends = "published"\nlr = 0.1\nadapter = { scale = 0.2 }\n'
-                    "savings = { fused = false }\n")
+    path.write_text(
+        'extends = "published"\nlr = 0.1\nadapter = { scale = 0.2 }\nsavings = { fused = false }\n'
+    )
     recipe = load_recipe(path)
     assert (recipe.train.lr, recipe.adapter.scale, recipe.train.savings.fused) == (0.1, 0.2, False)
     assert recipe.adapter.vision == load_recipe("published").adapter.vision

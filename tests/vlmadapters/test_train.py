@@ -111,11 +111,11 @@ def test_a_small_view_cache_keeps_the_lowest_block_only(monkeypatch: pytest.Monk
 
 def test_the_same_seed_gives_the_same_losses_and_global_state_is_left_alone() -> None:
     torch.manual_seed(7)
-    np.random.seed(7)  # noqa: NPY002
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    np.random.seed(7)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     first = fit().losses
     assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert states[1] == np.random.get_state()[1].tolist()
     assert fit().losses == first
     assert fit(seed=2).losses != first
 

@@ -82,7 +82,9 @@ def test_without_an_adapter_the_walk_gives_the_models_own_features(family: str) 
         expected = model.clip.encode_image(images), model.clip.encode_text(tokens)
         for kind, inputs, feature in zip(("vision", "text"), (images, tokens), expected):
             depth = getattr(walk, kind).tower.depth
-            states = (walk.images if kind == "vision" else walk.prompts)(inputs, range(1, depth + 2))
+            states = (walk.images if kind == "vision" else walk.prompts)(
+                inputs, range(1, depth + 2)
+            )
             assert sorted(states) == list(range(1, depth + 2))
             for state in states.values():
                 found = walk.features(kind, state, None)
