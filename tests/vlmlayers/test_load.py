@@ -129,6 +129,20 @@ def test_hash_sees_names_types_shapes_and_single_bits():
     assert hash_weights({"x": torch.tensor(1.5)}) != hash_weights({"x": torch.tensor(1.25)})
 
 
+def test_the_hash_of_a_model_is_kept_until_its_weights_change(monkeypatch):
+    model, calls = tiny.model(), []
+    real = load.hash_weights
+    monkeypatch.setattr(load, "hash_weights", lambda state: calls.append(1) or real(state))
+    first = model.weights_hash
+    assert (model.weights_hash, len(calls)) == (first, 1)
+    with torch.no_grad():
+        model.clip.ln_final.bias[0] += 1
+    changed = model.weights_hash
+    assert changed != first
+    model.clip.load_state_dict(tiny.build("clip").state_dict())
+    assert model.weights_hash == first
+
+
 def test_unknown_names_get_the_nearest():
     with pytest.raises(UserError, match="unknown model 'vit-b-32'; did you mean 'ViT-B-32'"):
         load_model("vit-b-32")

@@ -152,6 +152,16 @@ def test_other_preprocessing_is_told_apart(store):
         run(store, model=other)
 
 
+def test_a_model_with_an_adapter_attached_is_not_stored(tmp_path):
+    model = tiny.model()
+    handle = model.clip.visual.ln_post.register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match=r"visual.ln_post has a hook .an attached adapter"):
+        run(tmp_path / "s", model=model)
+    assert len(run(None, model=model).vision) == 22
+    handle.remove()
+    assert len(run(tmp_path / "s", model=model).vision) == 22
+
+
 def test_unfinished_work_of_another_identity_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "s", Interrupted())

@@ -77,7 +77,22 @@ def extract(
                 precision, skip_unreadable, progress)
     if out is None:
         return work.in_memory(header, identity)
+    refuse_hooks(model)
     return work.on_disk(Path(out), header, identity)
+
+
+def refuse_hooks(model: VLM) -> None:
+    """Refuse to store features of a model with hooks, which its identity does not know of.
+
+    Raises:
+        UserError: Names the first module with a hook, such as an attached adapter.
+    """
+    for name, module in model.clip.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UserError(
+                f"{name or 'the model'} has a hook (an attached adapter?) that the identity of a "
+                "feature store does not know of; detach it, or keep the features in memory"
+            )
 
 
 def pooling_of(pooling: str | Mapping[str, str] | None, tower: str) -> str | None:

@@ -66,6 +66,7 @@ class VLM:
     precision: str = "fp32"
     preprocess_config: Mapping[str, Any] = field(default_factory=dict)
     towers: dict[str, Tower] = field(init=False)
+    _hash: tuple[Any, str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.clip = unwrap_compiled(self.clip).eval().requires_grad_(False)
@@ -82,10 +83,20 @@ class VLM:
         size: Any = self.clip.visual.image_size  # type: ignore[union-attr]
         return int(size if isinstance(size, int) else max(size))
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """SHA-256 over names, types, shapes and bytes of all weights (computed once)."""
-        return hash_weights(self.clip.state_dict())
+        """SHA-256 over names, types, shapes and bytes of all weights.
+
+        Computed once, and again after weights were changed in place or replaced.
+        """
+        state = self.clip.state_dict()
+        stamp = tuple(
+            (key, value.data_ptr(), 0 if value.is_inference() else value._version)
+            for key, value in state.items()
+        )
+        if self._hash is None or self._hash[0] != stamp:
+            self._hash = (stamp, hash_weights(state))
+        return self._hash[1]
 
     def __repr__(self) -> str:
         vision, text = self.towers["vision"], self.towers["text"]
