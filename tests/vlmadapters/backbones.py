@@ -84,8 +84,6 @@ def some_tokens(model: VLM, n: int = 3) -> Tensor:
     words = ["a photo of a cat.", "a photo of a golden retriever dog.", "a blurry photo of a bus."]
     return model.tokenizer(words[:n])
 
-
-__all__ = [
     "FAMILIES",
     "backbone",
     "config",

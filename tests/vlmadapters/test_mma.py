@@ -230,6 +230,10 @@ def test_a_tower_without_blocks_is_refused_with_its_reason() -> None:
         new_adapter(clip, MMAConfig.span(1, 2))
 
 
+def fresh(first: int, last: int, **options: int) -> Adapter:
+    return new_adapter(shared_backbone().clip, MMAConfig.span(first, last, **options))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
