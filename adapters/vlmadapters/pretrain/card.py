@@ -57,7 +57,7 @@ class Evaluation:
     Args:
         model: What `load_model` returns.
         root: Data root of the real images; sets that are not there are left out and said.
-        limit: Test images per dataset, balanced over classes; None for all.
+        limit: Test images per built-in dataset, balanced over classes; None for all.
         fit: Training images per dataset behind the linear probe.
         show: Whether to show progress.
     """
@@ -90,7 +90,10 @@ class Evaluation:
 
     def classes(self, name: str) -> tuple[list[dict[str, object]], LayerFeatures]:
         """Return zero-shot and linear-probe rows of a dataset, and its test features."""
-        test = self.features(name, "test", self.limit)
+        drawn = (
+            name in builtin.names()
+        )  # real test sets are read whole: their classes differ in size
+        test = self.features(name, "test", self.limit if drawn else None)
         train = self.features(name, "train", self.fit)
         assert test.vision is not None and test.text is not None and train.vision is not None
         images, labels = test.vision.array("proj", "joint"), test.vision.labels
@@ -205,7 +208,7 @@ def main(
         "runs/mini-clip"
     ),
     data_root: Annotated[Path | None, typer.Option(help="Folder of the real images.")] = None,
-    limit: Annotated[int, typer.Option(help="Test images per dataset; 0 takes all.")] = 0,
+    limit: Annotated[int, typer.Option(help="Test images per built-in dataset; 0 takes all.")] = 0,
     fit: Annotated[int, typer.Option(help="Training images per linear probe.")] = 1500,
     drawn_only: Annotated[bool, typer.Option(help="Leave the real images out.")] = False,
 ) -> None:

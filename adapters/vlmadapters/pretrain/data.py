@@ -30,7 +30,7 @@ class Source:
     Attributes:
         name: Manifest name.
         weight: Share of every batch, before the shares are normalised.
-        drawn: Whether the images are built-in drawings, which are neither mirrored nor cropped hard.
+        drawn: Whether the images are built-in drawings: never mirrored, nor cropped hard.
         images: (item, 3, SIDE, SIDE) uint8, memory-mapped.
         items: The manifest's items, in the same order.
     """

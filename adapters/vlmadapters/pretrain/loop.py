@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import gzip
+import itertools
 import json
 import math
 import time
@@ -120,7 +121,7 @@ def encode_texts(model: CLIP, tokenizer: SimpleTokenizer, texts: Sequence[str]) 
     cuts = [0, *(round(share * len(order)) for share in TEXT_CUTS), len(order)]
     parts = [
         _encode_tokens(model, tokens[order[low:high]].to(device))
-        for low, high in zip(cuts, cuts[1:])
+        for low, high in itertools.pairwise(cuts)
         if high > low
     ]
     place = {distinct[i]: row for row, i in enumerate(order.tolist())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -58,7 +59,7 @@ def _land(
     canvas.place(0.5, 0.5, 1.0, float(rng.uniform(0, math.pi)))
     if land == "farmland":
         cuts = np.sort(rng.uniform(-0.75, 0.75, 5))
-        for left, right in zip(cuts[:-1], cuts[1:]):
+        for left, right in itertools.pairwise(cuts):
             top = float(rng.uniform(-0.4, 0.4))
             for low, high in ((-0.8, top), (top, 0.8)):
                 tint = pick(rng, (ground, dark, (175, 150, 80), (95, 125, 55)))
