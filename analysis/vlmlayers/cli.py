@@ -245,11 +245,16 @@ def extract(
         bool,
         typer.Option("--skip-unreadable", help="Leave unreadable images out instead of stopping."),
     ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Measure one batch, say what it will cost, and stop."),
+    ] = False,
     data_root: DataRoot = None,
     quiet: Quiet = False,
 ) -> None:
     """Record every position of both towers into RUN/features."""
     from vlmlayers.study import check_study, run_study
+    from vlmlayers.study.estimating import estimate_study
 
     local = Path(model).is_dir()
     part = {
@@ -276,6 +281,9 @@ def extract(
         },
         "the command line",
     )
+    if estimate:
+        typer.echo(estimate_study(made, out, data_root=data_root))
+        return
     run_study(made, out, data_root=data_root, only=["extract"], progress=not quiet, echo=typer.echo)
 
 

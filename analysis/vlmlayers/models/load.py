@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -301,7 +302,10 @@ def build_clip(
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        return torch.device(device)
+        found = torch.device(device)
+        if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one process per GPU
+        return found
     except RuntimeError as error:
         raise UserError(f"cannot use device {str(device)!r}; use 'cpu' or 'cuda'") from error
 

@@ -1,0 +1,49 @@
+"""What the extraction of a study will cost, before it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmlayers.run import Run
+from vlmlayers.study.context import StageContext
+from vlmlayers.study.schema import Study
+
+
+def estimate_study(
+    study: Study,
+    out: str | Path,
+    *,
+    base: str | Path = ".",
+    data_root: str | Path | None = None,
+    device: str | None = None,
+) -> str:
+    """Measure one batch per model and dataset; return time, disk and memory as text.
+
+    Nothing is recorded and no folder is made.
+
+    Raises:
+        UserError: The model or a dataset of the study is wrong.
+    """
+    from vlmlayers.models import estimate
+
+    parts = []
+    root = None if data_root is None else Path(data_root)
+    for part in study.models:
+        context = StageContext(Run(Path(out)), study, part, Path(base), root, device=device)
+        model, options = context.load_model(), study.extract
+        parts += [
+            estimate(
+                model,
+                data.manifest,
+                data.items,
+                out=out,
+                workers=options.workers,
+                root=root,
+                spaces=options.spaces,
+                pooling=dict(options.pooling).get("vision"),
+                batch_size=options.batch_size,
+                precision=options.precision,
+            )
+            for data in context.datasets
+        ]
+    return "\n".join(parts)
