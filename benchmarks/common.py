@@ -43,7 +43,10 @@ class Pair:
 
 
 def measure_pair(
-    ours: Callable[[], Any], other: Callable[[], Any], *, pairs: int,
+    ours: Callable[[], Any],
+    other: Callable[[], Any],
+    *,
+    pairs: int,
     wait: Callable[[], None] = lambda: None,
 ) -> Pair:
     """Run two functions alternately, in changing order, after one run of each to warm up.
@@ -93,9 +96,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return {
-        "device": device, "hardware": name, "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(), **{package: _version(package) for package in VERSIONS},
+        "device": device,
+        "hardware": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in VERSIONS},
     }
 
 

@@ -22,8 +22,16 @@ from vlmlayers.models.recording import block_outputs
 
 MODEL = "ViT-B-32"
 SPACES = ("native", "joint")
-NAMES = ("airplane", "brown bear", "castle", "digital watch", "espresso", "fountain pen",
-         "grand piano", "hot air balloon")
+NAMES = (
+    "airplane",
+    "brown bear",
+    "castle",
+    "digital watch",
+    "espresso",
+    "fountain pen",
+    "grand piano",
+    "hot air balloon",
+)
 
 
 def load(device: str) -> VLM:
@@ -64,11 +72,17 @@ def row(
     if direction == "faster":
         ratio, low, high = 1 / ratio, 1 / high, 1 / low
     return {
-        "work": work, "against": against, "quantity": "time", "ratio": round(ratio, 3),
-        "ratio_q1": round(low, 3), "ratio_q3": round(high, 3), "goal": goal,
+        "work": work,
+        "against": against,
+        "quantity": "time",
+        "ratio": round(ratio, 3),
+        "ratio_q1": round(low, 3),
+        "ratio_q3": round(high, 3),
+        "goal": goal,
         "seconds": round(sorted(pair.ours)[len(pair.ours) // 2], 4),
         "seconds_against": round(sorted(pair.other)[len(pair.other) // 2], 4),
-        "pairs": len(pair.ours), **more,
+        "pairs": len(pair.ours),
+        **more,
     }
 
 
@@ -84,12 +98,14 @@ def times(device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
             recorder(x)
 
     found = measure_pair(record, lambda: bare(model, x), pairs=pairs, wait=wait)
-    rows.append(row("all positions, one pass", "bare encode", found, "<= 1.05", "cost",
-                    batch=batch))
+    rows.append(
+        row("all positions, one pass", "bare encode", found, "<= 1.05", "cost", batch=batch)
+    )
     few = max(2, pairs // 4)
     found = measure_pair(record, lambda: one_pass_per_layer(model, x), pairs=few, wait=wait)
-    rows.append(row("all positions, one pass", "one pass per block", found, ">= 10", "faster",
-                    batch=batch))
+    rows.append(
+        row("all positions, one pass", "one pass per block", found, ">= 10", "faster", batch=batch)
+    )
     ids = model.tokenizer([f"a photo of a {name}." for name in NAMES] * (batch // len(NAMES)))
     ids = ids.to(device)
     tower = model.towers["text"]
@@ -103,8 +119,17 @@ def times(device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
             model.clip.encode_text(ids).cpu()  # type: ignore[operator]
 
     found = measure_pair(short, full, pairs=pairs, wait=wait)
-    rows.append(row("short prompts, cut", "77 tokens", found, ">= 4", "faster", batch=len(ids),
-                    tokens=int(tower.cut(ids).shape[1])))
+    rows.append(
+        row(
+            "short prompts, cut",
+            "77 tokens",
+            found,
+            ">= 4",
+            "faster",
+            batch=len(ids),
+            tokens=int(tower.cut(ids).shape[1]),
+        )
+    )
     texts = Recorder(tower, SPACES)
 
     def record_text() -> None:
@@ -112,8 +137,17 @@ def times(device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
             texts(ids)
 
     found = measure_pair(record_text, full, pairs=pairs, wait=wait)
-    rows.append(row("short prompts, cut, all positions", "77 tokens, bare", found, ">= 4",
-                    "faster", batch=len(ids), tokens=int(tower.cut(ids).shape[1])))
+    rows.append(
+        row(
+            "short prompts, cut, all positions",
+            "77 tokens, bare",
+            found,
+            ">= 4",
+            "faster",
+            batch=len(ids),
+            tokens=int(tower.cut(ids).shape[1]),
+        )
+    )
     return rows
 
 
@@ -126,10 +160,14 @@ def memory(device: str, batch: int) -> list[dict[str, Any]]:
         found[work] = json.loads(output.splitlines()[-1])
     return [
         {
-            "work": "all positions, one pass", "against": "bare encode", "quantity": quantity,
+            "work": "all positions, one pass",
+            "against": "bare encode",
+            "quantity": quantity,
             "ratio": round(found["record"][quantity] / found["bare"][quantity], 3),
-            "goal": "<= 1.10", "mib": round(found["record"][quantity], 1),
-            "mib_against": round(found["bare"][quantity], 1), "batch": batch,
+            "goal": "<= 1.10",
+            "mib": round(found["record"][quantity], 1),
+            "mib_against": round(found["bare"][quantity], 1),
+            "batch": batch,
         }
         for quantity in ("peak memory", "peak memory above the model")
     ]
@@ -179,10 +217,13 @@ def main() -> None:
     rows += times(options.device, options.pairs, options.batch)
     place = machine(options.device)
     for line in rows:
-        print(f"{line['work']} / {line['against']}, {line['quantity']}: {line['ratio']} "
-              f"(to reach {line['goal']})")
-    write_table(f"extraction-{options.device}",
-                [{"model": MODEL, **line, **place} for line in rows])
+        print(
+            f"{line['work']} / {line['against']}, {line['quantity']}: {line['ratio']} "
+            f"(to reach {line['goal']})"
+        )
+    write_table(
+        f"extraction-{options.device}", [{"model": MODEL, **line, **place} for line in rows]
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
+
 from vlmlayers.data import builtin
 from vlmlayers.data.builtin import BuiltinDataset
 

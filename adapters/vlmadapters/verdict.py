@@ -122,9 +122,7 @@ def _interval(draws: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare(
-    table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0
-) -> pd.DataFrame:
+def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Return every placement's outcomes and its paired difference to the chosen one.
 
     Args:

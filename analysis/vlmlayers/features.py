@@ -87,7 +87,10 @@ class TowerFeatures:
         index = np.asarray(rows, dtype=np.int64)
         arrays = {s: {p: a[index] for p, a in by.items()} for s, by in self.arrays.items()}
         return replace(
-            self, ids=tuple(self.ids[i] for i in index), labels=self.labels[index], arrays=arrays,
+            self,
+            ids=tuple(self.ids[i] for i in index),
+            labels=self.labels[index],
+            arrays=arrays,
             pairs=None if self.pairs is None else self.pairs[index],
         )
 
@@ -137,11 +140,19 @@ class LayerFeatures:
 
     @classmethod
     def from_arrays(
-        cls, vision: Mapping[str, NDArray[Any]] | None = None,
-        text: Mapping[str, NDArray[Any]] | None = None, *, labels: Sequence[int] | None = None,
-        class_names: Sequence[str] = (), space: str = "native", pairs: Sequence[int] | None = None,
-        text_labels: Sequence[int] | None = None, model: str = "own features",
-        weights: str = "own", dataset: str = "own data", split: str = "train",
+        cls,
+        vision: Mapping[str, NDArray[Any]] | None = None,
+        text: Mapping[str, NDArray[Any]] | None = None,
+        *,
+        labels: Sequence[int] | None = None,
+        class_names: Sequence[str] = (),
+        space: str = "native",
+        pairs: Sequence[int] | None = None,
+        text_labels: Sequence[int] | None = None,
+        model: str = "own features",
+        weights: str = "own",
+        dataset: str = "own data",
+        split: str = "train",
         pooling: str = "mean",
     ) -> LayerFeatures:
         """Make features of arrays that were recorded elsewhere.
@@ -194,21 +205,30 @@ class LayerFeatures:
         for tower in self.towers:
             for space in tower.spaces:
                 arrays = [tower.arrays[space][p] for p in tower.positions(space)]
-                rows.append({
-                    "tower": tower.tower, "space": space, "kind": tower.kind, "items": len(tower),
-                    "blocks": tower.blocks, "positions": len(arrays),
-                    "widths": "/".join(map(str, dict.fromkeys(a.shape[1] for a in arrays))),
-                    "pooling": tower.pooling_in(space),
-                    "megabytes": round(sum(a.nbytes for a in arrays) / 1e6, 3),
-                })
+                rows.append(
+                    {
+                        "tower": tower.tower,
+                        "space": space,
+                        "kind": tower.kind,
+                        "items": len(tower),
+                        "blocks": tower.blocks,
+                        "positions": len(arrays),
+                        "widths": "/".join(map(str, dict.fromkeys(a.shape[1] for a in arrays))),
+                        "pooling": tower.pooling_in(space),
+                        "megabytes": round(sum(a.nbytes for a in arrays) / 1e6, 3),
+                    }
+                )
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        parts = [f"{len(t)} {t.kind} × {len(t.positions(t.spaces[0]))} positions"
-                 for t in self.towers]
+        parts = [
+            f"{len(t)} {t.kind} × {len(t.positions(t.spaces[0]))} positions" for t in self.towers
+        ]
         untrained = ", RANDOM WEIGHTS" if self.random_weights else ""
-        return (f"LayerFeatures({self.model} [{self.weights}{untrained}] on {self.dataset} "
-                f"{self.split}: {'; '.join(parts)})")
+        return (
+            f"LayerFeatures({self.model} [{self.weights}{untrained}] on {self.dataset} "
+            f"{self.split}: {'; '.join(parts)})"
+        )
 
     def _repr_html_(self) -> str:
         note = " <b>(random weights: untrained)</b>" if self.random_weights else ""
@@ -217,8 +237,13 @@ class LayerFeatures:
 
 
 def _own_tower(
-    name: str, arrays: Mapping[str, NDArray[Any]], labels: NDArray[np.int64], space: str,
-    pooling: str, kind: str, pairs: NDArray[np.int64] | None,
+    name: str,
+    arrays: Mapping[str, NDArray[Any]],
+    labels: NDArray[np.int64],
+    space: str,
+    pooling: str,
+    kind: str,
+    pairs: NDArray[np.int64] | None,
 ) -> TowerFeatures:
     """Return one tower of arrays that were recorded elsewhere, checked."""
     numbers = sorted(int(p) for p in arrays if is_block(p))

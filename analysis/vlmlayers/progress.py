@@ -9,8 +9,13 @@ T = TypeVar("T")
 
 
 def track(
-    items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it",
-    show: bool = True, **options: Any,
+    items: Iterable[T],
+    description: str,
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    show: bool = True,
+    **options: Any,
 ) -> Iterator[T]:
     """Iterate over `items` under a progress bar.
 
@@ -26,13 +31,25 @@ def track(
 
 
 def bar(
-    items: Iterable[Any] | None = None, description: str = "", *, total: int | None = None,
-    unit: str = "it", show: bool = True, **options: Any,
+    items: Iterable[Any] | None = None,
+    description: str = "",
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    show: bool = True,
+    **options: Any,
 ) -> Any:
     """Return a tqdm bar that suits where it is shown (terminal or Jupyter)."""
     from tqdm.auto import tqdm
 
     return tqdm(
-        items, desc=description, total=total, unit=unit, disable=not show, dynamic_ncols=True,
-        leave=False, smoothing=0.1, **options,
+        items,
+        desc=description,
+        total=total,
+        unit=unit,
+        disable=not show,
+        dynamic_ncols=True,
+        leave=False,
+        smoothing=0.1,
+        **options,
     )

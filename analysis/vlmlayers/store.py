@@ -54,9 +54,12 @@ class FeatureStore:
             name: _tower(folder, name, part, verify) for name, part in record["towers"].items()
         }
         return LayerFeatures(
-            **{key: record[key] for key in ("model", "weights", "dataset", "split",
-                                            "random_weights", "identity")},
-            class_names=tuple(record["class_names"]), vision=towers.get("vision"),
+            **{
+                key: record[key]
+                for key in ("model", "weights", "dataset", "split", "random_weights", "identity")
+            },
+            class_names=tuple(record["class_names"]),
+            vision=towers.get("vision"),
             text=towers.get("text"),
         )
 
@@ -85,9 +88,11 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     """
     file = folder / SIDECAR
     if not file.is_file():
-        state = "is not finished; run the extraction again to resume" if partial_folder(
-            folder
-        ).exists() else "is not there; run `vlmlayers extract` first"
+        state = (
+            "is not finished; run the extraction again to resume"
+            if partial_folder(folder).exists()
+            else "is not there; run `vlmlayers extract` first"
+        )
         raise UserError(f"feature store {folder} {state}")
     return read_record(file)
 
@@ -105,8 +110,9 @@ def read_record(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise DamagedStore(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamagedStore(f"{file} is damaged: it is not the JSON that was written; "
-                           f"{advice}") from error
+        raise DamagedStore(
+            f"{file} is damaged: it is not the JSON that was written; {advice}"
+        ) from error
     if record_checksum(record) != expected:
         raise DamagedStore(f"{file} is altered: its checksum differs; {advice}")
     if record.get("format") != FORMAT:
@@ -178,9 +184,7 @@ def differing_field(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
     return None
 
 
-def refuse_other_identity(
-    folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]
-) -> None:
+def refuse_other_identity(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Refuse a store that belongs to something else.
 
     Raises:
@@ -206,9 +210,15 @@ def _tower(folder: Path, name: str, part: Mapping[str, Any], verify: bool) -> To
             arrays.setdefault(space, {})[position] = np.load(file, mmap_mode="r")
     pairs = items["pairs"]
     return TowerFeatures(
-        name, part["blocks"], part["pooling"], part["kind"], tuple(items["ids"]),
-        np.asarray(items["labels"], dtype=np.int64), arrays,
-        None if pairs is None else np.asarray(pairs, dtype=np.int64), part["joint_pooling"],
+        name,
+        part["blocks"],
+        part["pooling"],
+        part["kind"],
+        tuple(items["ids"]),
+        np.asarray(items["labels"], dtype=np.int64),
+        arrays,
+        None if pairs is None else np.asarray(pairs, dtype=np.int64),
+        part["joint_pooling"],
     )
 
 

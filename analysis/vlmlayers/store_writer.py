@@ -126,8 +126,9 @@ class StoreWriter:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         if identity_file.exists():
-            refuse_other_identity(self.partial, read_record(identity_file)["identity"],
-                                  self.identity)
+            refuse_other_identity(
+                self.partial, read_record(identity_file)["identity"], self.identity
+            )
         for name, plan in self.towers.items():
             for space, widths in plan.widths.items():
                 for position, width in widths.items():
@@ -150,7 +151,11 @@ class StoreWriter:
             ) from error
 
     def put(
-        self, tower: str, batch: int, rows: Sequence[int], features: Arrays,
+        self,
+        tower: str,
+        batch: int,
+        rows: Sequence[int],
+        features: Arrays,
         bad: Mapping[int, str],
     ) -> None:
         """Write one batch and note it in the journal.
@@ -169,13 +174,18 @@ class StoreWriter:
         with writing(self.partial):
             for space, widths in plan.widths.items():
                 for position in widths:
-                    values = _filled(plan.batches[batch], rows, features, space, position,
-                                     widths[position])
+                    values = _filled(
+                        plan.batches[batch], rows, features, space, position, widths[position]
+                    )
                     file = array_file(self.rows, tower, space, position)
                     _write_rows(file, plan.batches[batch][0], values)
                     check = zlib.crc32(values.tobytes(), check)
-            line = {"tower": tower, "batch": batch, "crc": check,
-                    "bad": {str(row): reason for row, reason in bad.items()}}
+            line = {
+                "tower": tower,
+                "batch": batch,
+                "crc": check,
+                "bad": {str(row): reason for row, reason in bad.items()},
+            }
             with (self.partial / f"journal.{self.rank}.jsonl").open("ab") as handle:
                 handle.write(b"\n" + json.dumps(line).encode() + b"\n")  # after a cut line, too
         self.done[tower].add(batch)
@@ -246,10 +256,15 @@ class StoreWriter:
             if bad:
                 source = self._without(bad)
             record = {name: self._part(source, name, bad) for name in self.towers}
-            write_record(source / SIDECAR, {
-                **self.header, "identity": dict(self.identity), "towers": record,
-                "skipped": {str(row): bad[row] for row in sorted(bad)},
-            })
+            write_record(
+                source / SIDECAR,
+                {
+                    **self.header,
+                    "identity": dict(self.identity),
+                    "towers": record,
+                    "skipped": {str(row): bad[row] for row in sorted(bad)},
+                },
+            )
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             _sync_folders(source)
             source.rename(self.folder)
@@ -276,7 +291,8 @@ class StoreWriter:
         rows = _kept(plan, bad)
         pairs = plan.pairs
         items = {
-            "ids": [plan.ids[row] for row in rows], "labels": [int(plan.labels[r]) for r in rows],
+            "ids": [plan.ids[row] for row in rows],
+            "labels": [int(plan.labels[r]) for r in rows],
             "pairs": None if pairs is None else _renumber(pairs, rows, bad),
         }
         write_atomically(folder / name / ITEMS, json.dumps(items).encode())
@@ -286,11 +302,16 @@ class StoreWriter:
                 file = array_file(folder, name, space, position)
                 _sync(file)
                 arrays.setdefault(space, {})[position] = {
-                    "shape": [len(rows), width], **_fingerprint(file)
+                    "shape": [len(rows), width],
+                    **_fingerprint(file),
                 }
         return {
-            "blocks": plan.blocks, "pooling": plan.pooling, "joint_pooling": plan.joint_pooling,
-            "kind": plan.kind, "arrays": arrays, "items": _fingerprint(folder / name / ITEMS),
+            "blocks": plan.blocks,
+            "pooling": plan.pooling,
+            "joint_pooling": plan.joint_pooling,
+            "kind": plan.kind,
+            "arrays": arrays,
+            "items": _fingerprint(folder / name / ITEMS),
             "order": [[space, list(widths)] for space, widths in plan.widths.items()],
         }
 
@@ -301,9 +322,7 @@ class StoreWriter:
             self._lock = None
 
 
-def reuse(
-    folder: Path, identity: Mapping[str, Any], skip_unreadable: bool
-) -> LayerFeatures | None:
+def reuse(folder: Path, identity: Mapping[str, Any], skip_unreadable: bool) -> LayerFeatures | None:
     """Return the features of a whole store of the same identity, or None where there is none.
 
     Raises:
@@ -359,7 +378,11 @@ def _allocate(file: Path, rows: int, width: int) -> None:
 
 
 def _filled(
-    batch: Sequence[int], rows: Sequence[int], features: Arrays, space: str, position: str,
+    batch: Sequence[int],
+    rows: Sequence[int],
+    features: Arrays,
+    space: str,
+    position: str,
     width: int,
 ) -> NDArray[np.float32]:
     """Return the values of a whole batch, zero where an image could not be read."""

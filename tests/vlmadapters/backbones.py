@@ -83,12 +83,3 @@ def some_images(model: VLM, n: int = 2, seed: int = 0) -> Tensor:
 def some_tokens(model: VLM, n: int = 3) -> Tensor:
     words = ["a photo of a cat.", "a photo of a golden retriever dog.", "a blurry photo of a bus."]
     return model.tokenizer(words[:n])
-
-    "FAMILIES",
-    "backbone",
-    "config",
-    "shared_backbone",
-    "some_images",
-    "some_tokens",
-    "timm",
-]

@@ -30,7 +30,9 @@ def test_every_placement_lies_in_its_towers_and_is_listed_once(vision: int, text
 
 
 def test_paper_scales_to_24_blocks_and_unequal_towers() -> None:
-    paper = [c for c in competitors(CHOSEN, {"vision": 24, "text": 12}, ["paper"]) if "paper" in c.kind]
+    paper = [
+        c for c in competitors(CHOSEN, {"vision": 24, "text": 12}, ["paper"]) if "paper" in c.kind
+    ]
     assert paper[0].label == "v9-24,t5-12"
 
 

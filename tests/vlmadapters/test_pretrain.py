@@ -12,6 +12,7 @@ import torch
 from open_clip.tokenizer import default_bpe
 from torch.nn import functional as F
 from typer.testing import CliRunner
+
 from vlmadapters.pretrain import __main__ as command
 from vlmadapters.pretrain import card
 from vlmadapters.pretrain.data import Batch, Source, augment, load_source, sample_batch

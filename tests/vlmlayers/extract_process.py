@@ -34,5 +34,12 @@ class Mortal(tiny.DrawnManifest):
 COUNT, DIE_AT = (int(value) for value in [*sys.argv[2:4], "43", "0"][:2])
 SLOW = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
 MORTALS = (1,) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else (0,)
-extract(tiny.model(), Mortal(count=COUNT), "train", out=Path(sys.argv[1]), batch_size=4,
-        text="captions", progress=False)
+extract(
+    tiny.model(),
+    Mortal(count=COUNT),
+    "train",
+    out=Path(sys.argv[1]),
+    batch_size=4,
+    text="captions",
+    progress=False,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,23 @@ from score_tables import DATASETS, full, planted
 from vlmlayers.run import Run, write_json
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import predict, select
+
+TINY_CLIP = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 4, "width": 32,
+                       "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2,
+                     "layers": 3},
+    }
+}  # fmt: skip
+
+
+def tiny_clip(folder: Path) -> Path:
+    """Write the configuration of a model of unequal towers, small enough to run untrained."""
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(TINY_CLIP))
+    return folder
 
 
 def make_run(

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+
 from vlmlayers.data import builtin
 from vlmlayers.data.builtin import shapes
 from vlmlayers.data.builtin.base import checkerboard, generator, with_article
@@ -95,12 +96,12 @@ def test_another_process_draws_the_same() -> None:
 
 
 def test_global_random_state_is_left_alone() -> None:
-    state, before = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    state, before = random.getstate(), np.random.get_state()[1].copy()
     for name in NAMES:
         builtin.get(name).image("val", 1)
         builtin.get(name).caption("val", 1)
     assert random.getstate() == state
-    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], before)
 
 
 @pytest.mark.parametrize("name", NAMES)

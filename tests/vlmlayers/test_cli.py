@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_folders import make_run
+from run_folders import make_run, tiny_clip
 
 from vlmlayers import cli
 from vlmlayers.errors import UserError
@@ -170,7 +170,7 @@ def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
         "-m",
         "vlmlayers.cli",
         "extract",
-        "ViT-B-32",
+        str(tiny_clip(tmp_path / "tiny-clip")),
         "--random-weights",
         "letters",
         "--split",

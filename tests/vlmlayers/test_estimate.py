@@ -9,8 +9,14 @@ from vlmlayers.errors import UserError
 from vlmlayers.models import extract
 from vlmlayers.models.estimate import Costs, estimate, measure_costs, scale_table
 
-COSTS = Costs(forward=0.002, decode=0.008, bytes_per_image=1000, stream_bytes=5_000_000,
-              device="cpu", batch_size=4)
+COSTS = Costs(
+    forward=0.002,
+    decode=0.008,
+    bytes_per_image=1000,
+    stream_bytes=5_000_000,
+    device="cpu",
+    batch_size=4,
+)
 
 
 def test_time_adds_up_without_workers_and_overlaps_with_them():

@@ -37,8 +37,9 @@ def test_rows_follow_the_items_and_end_at_the_models_embedding():
     assert found.vision.ids == tuple(item.path for item in items)
     assert found.vision.labels.tolist() == [item.label for item in items]
     for position in ("proj", "3"):
-        assert np.allclose(found.vision.array(position, "joint"), _encode(items, manifest),
-                           atol=1e-5)
+        assert np.allclose(
+            found.vision.array(position, "joint"), _encode(items, manifest), atol=1e-5
+        )
 
 
 def test_prompts_are_one_per_class_with_the_template_around_the_name():
@@ -144,21 +145,29 @@ def test_features_that_are_not_finite_stop_the_run(value):
     model = tiny.model()
     with torch.no_grad():
         model.clip.visual.transformer.resblocks[1].mlp.c_fc.weight[0, 0] = value
-    with pytest.raises(UserError, match="NaN or Inf in vision features at 2 .native., 8 of 8 items"
-                                        ".*first 'train/000.png'"):
+    with pytest.raises(
+        UserError,
+        match="NaN or Inf in vision features at 2 .native., 8 of 8 items.*first 'train/000.png'",
+    ):
         run(model=model)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"precision": "fp8"}, "unknown precision 'fp8'"),
-    ({"text": "prompt"}, "unknown text 'prompt'; did you mean 'prompts'"),
-    ({"spaces": ("joined",)}, "unknown space 'joined'; did you mean 'joint'"),
-    ({"batch_size": 0}, "batch_size is 0"),
-    ({"template": "a photo"}, "has no {} where the class name goes"),
-    ({"items": []}, "drawn has no items in split 'train'"),
-    ({"pooling": {"visual": "cls"}}, "unknown tower 'visual' in pooling; did you mean 'vision'"),
-    ({"pooling": "cls"}, "the text tower .open_clip text. has no 'cls' pooling; it has eot"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"text": "prompt"}, "unknown text 'prompt'; did you mean 'prompts'"),
+        ({"spaces": ("joined",)}, "unknown space 'joined'; did you mean 'joint'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"template": "a photo"}, "has no {} where the class name goes"),
+        ({"items": []}, "drawn has no items in split 'train'"),
+        (
+            {"pooling": {"visual": "cls"}},
+            "unknown tower 'visual' in pooling; did you mean 'vision'",
+        ),
+        ({"pooling": "cls"}, "the text tower .open_clip text. has no 'cls' pooling; it has eot"),
+    ],
+)
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(UserError, match=message):
         run(**options)
@@ -174,9 +183,17 @@ def test_texts_that_are_not_there_are_named():
 def test_identity_tells_apart_what_values_depend_on():
     base = run().identity
     assert base == run().identity
-    others = [run(batch_size=4), run(precision="bf16"), run(template="{}"), run(items=5),
-              run(split="test"), run(spaces=("native",)), run(pooling="mean"),
-              run(tiny.DrawnManifest(hash="9")), run(model=tiny.model(seed=3))]
+    others = [
+        run(batch_size=4),
+        run(precision="bf16"),
+        run(template="{}"),
+        run(items=5),
+        run(split="test"),
+        run(spaces=("native",)),
+        run(pooling="mean"),
+        run(tiny.DrawnManifest(hash="9")),
+        run(model=tiny.model(seed=3)),
+    ]
     assert all(other.identity != base for other in others)
 
 
@@ -200,7 +217,9 @@ def test_summary_and_representations_say_what_is_there():
     found = run(spaces=("native",))
     table = found.summary()
     assert table[["tower", "items", "positions", "widths"]].to_numpy().tolist() == [
-        ["vision", 22, 6, "48/24"], ["text", 3, 6, "32/24"]]
+        ["vision", 22, 6, "48/24"],
+        ["text", 3, 6, "32/24"],
+    ]
     assert "22 images × 6 positions" in repr(found)
     assert "tiny clip" in found._repr_html_()
 
@@ -209,8 +228,9 @@ def test_own_arrays_become_features():
     rng = np.random.default_rng(0)
     images = {p: rng.normal(size=(6, 4)) for p in ("embed", "1", "2", "proj")}
     texts = {p: rng.normal(size=(2, 3)) for p in ("1", "2")}
-    found = LayerFeatures.from_arrays(images, texts, labels=[0, 1] * 3, class_names=["a", "b"],
-                                      dataset="mine")
+    found = LayerFeatures.from_arrays(
+        images, texts, labels=[0, 1] * 3, class_names=["a", "b"], dataset="mine"
+    )
     assert found.vision.blocks == found.text.blocks == 2
     assert found.vision.positions() == ("embed", "1", "2", "proj")
     assert found.text.labels.tolist() == [0, 1]
@@ -219,15 +239,26 @@ def test_own_arrays_become_features():
     assert paired.class_names == ("class 0", "class 1")
 
 
-@pytest.mark.parametrize(("vision", "options", "message"), [
-    ({}, {}, "needs arrays of at least one tower"),
-    ({"1": np.zeros((2, 2)), "3": np.zeros((2, 2))}, {}, "blocks .1, 3.; they have to be 1 to L"),
-    ({"fianl": np.zeros((2, 2))}, {}, "unknown position 'fianl' in vision arrays; did you mean"),
-    ({"1": np.full((2, 2), np.nan)}, {}, "NaN or Inf in vision array at 1"),
-    ({"1": np.zeros((2, 2))}, {"labels": [0]}, "2 ids but 1 labels"),
-    ({"1": np.zeros((2, 2)), "2": np.zeros((3, 2))}, {}, "expected .2, width."),
-    ({"1": np.zeros((2, 2))}, {"space": "raw"}, "unknown space 'raw'"),
-])
+@pytest.mark.parametrize(
+    ("vision", "options", "message"),
+    [
+        ({}, {}, "needs arrays of at least one tower"),
+        (
+            {"1": np.zeros((2, 2)), "3": np.zeros((2, 2))},
+            {},
+            "blocks .1, 3.; they have to be 1 to L",
+        ),
+        (
+            {"fianl": np.zeros((2, 2))},
+            {},
+            "unknown position 'fianl' in vision arrays; did you mean",
+        ),
+        ({"1": np.full((2, 2), np.nan)}, {}, "NaN or Inf in vision array at 1"),
+        ({"1": np.zeros((2, 2))}, {"labels": [0]}, "2 ids but 1 labels"),
+        ({"1": np.zeros((2, 2)), "2": np.zeros((3, 2))}, {}, "expected .2, width."),
+        ({"1": np.zeros((2, 2))}, {"space": "raw"}, "unknown space 'raw'"),
+    ],
+)
 def test_wrong_own_arrays_are_named(vision, options, message):
     with pytest.raises(UserError, match=message):
         LayerFeatures.from_arrays(vision, **options)

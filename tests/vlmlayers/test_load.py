@@ -38,7 +38,10 @@ def test_a_local_folder_loads_with_its_weights(folder):
     x = tiny.images(reference)
     assert torch.allclose(model.clip.encode_image(x), reference.encode_image(x), atol=1e-5)
     assert (model.name, model.weights, model.random_weights) == (
-        folder.name, "model.safetensors", False)
+        folder.name,
+        "model.safetensors",
+        False,
+    )
     assert not any(p.requires_grad for p in model.clip.parameters())
     assert not model.clip.training
     assert (model.towers["vision"].depth, model.image_size) == (3, 32)
@@ -46,8 +49,9 @@ def test_a_local_folder_loads_with_its_weights(folder):
 
 
 def test_config_and_checkpoint_are_the_same_as_the_folder(folder):
-    by_files = load_model("local", config=folder / "open_clip_config.json",
-                          checkpoint=folder / "model.safetensors")
+    by_files = load_model(
+        "local", config=folder / "open_clip_config.json", checkpoint=folder / "model.safetensors"
+    )
     assert by_files.weights_hash == load_model(str(folder)).weights_hash
 
 
@@ -62,8 +66,9 @@ def test_half_precision_weights_load_into_float32(folder):
 def test_torch_files_with_tensors_alone_and_wrapped_prefixes_load(folder):
     state = {f"module.{k}": v for k, v in tiny.build("loaded").state_dict().items()}
     torch.save({"epoch": 3, "state_dict": state}, folder / "own.pt")
-    model = load_model("local", config=folder / "open_clip_config.json",
-                       checkpoint=folder / "own.pt")
+    model = load_model(
+        "local", config=folder / "open_clip_config.json", checkpoint=folder / "own.pt"
+    )
     assert model.weights_hash == load_model(str(folder)).weights_hash
 
 
@@ -90,10 +95,7 @@ def test_random_weights_are_the_same_each_time_and_leave_global_state_alone():
     random.seed(11)
     np.random.seed(11)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    hashes = {
-        hash_weights(build_clip(tiny.FAMILIES[f]).state_dict())
-        for f in ("coca", "coca")
-    }
+    hashes = {hash_weights(build_clip(tiny.FAMILIES[f]).state_dict()) for f in ("coca", "coca")}
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert len(hashes) == 1
     assert torch.equal(before[0], after[0])
@@ -120,7 +122,8 @@ def test_hash_sees_names_types_shapes_and_single_bits():
     flipped = {"a": torch.zeros(4), "b": torch.ones(2, 2)}
     flipped["b"][1, 1] = float(np.nextafter(np.float32(1), np.float32(2)))
     others = [
-        flipped, {"a": torch.zeros(4), "c": torch.ones(2, 2)},
+        flipped,
+        {"a": torch.zeros(4), "c": torch.ones(2, 2)},
         {"a": torch.zeros(2, 2), "b": torch.ones(4)},
         {"a": torch.zeros(4, dtype=torch.int32), "b": torch.ones(2, 2)},
     ]
@@ -153,11 +156,14 @@ def test_unknown_names_get_the_nearest():
     assert {"mini-clip", "ViT-B-16"} <= set(list_models())
 
 
-@pytest.mark.parametrize(("name", "tag", "right"), [
-    ("ViT-B-16", "openai", "ViT-B-16-quickgelu"), ("ViT-L-14", "metaclip_400m",
-                                                   "ViT-L-14-quickgelu"),
-    ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "ViT-B-32"),
-])
+@pytest.mark.parametrize(
+    ("name", "tag", "right"),
+    [
+        ("ViT-B-16", "openai", "ViT-B-16-quickgelu"),
+        ("ViT-L-14", "metaclip_400m", "ViT-L-14-quickgelu"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "ViT-B-32"),
+    ],
+)
 def test_quickgelu_mismatch_is_an_error(name, tag, right):
     config = open_clip.get_model_config(name)
     base = name.removesuffix("-quickgelu")
@@ -193,8 +199,12 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
 
 def _error(folder, **options):
     with pytest.raises(UserError) as caught:
-        load_model("local", config=folder / "open_clip_config.json",
-                   checkpoint=folder / "bad.safetensors", **options)
+        load_model(
+            "local",
+            config=folder / "open_clip_config.json",
+            checkpoint=folder / "bad.safetensors",
+            **options,
+        )
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -231,10 +241,13 @@ class Payload:
         return (Path.touch, (self.trace,))
 
 
-@pytest.mark.parametrize("writer", [
-    lambda value, path: torch.save(value, path),
-    lambda value, path: path.write_bytes(pickle.dumps(value)),
-])
+@pytest.mark.parametrize(
+    "writer",
+    [
+        lambda value, path: torch.save(value, path),
+        lambda value, path: path.write_bytes(pickle.dumps(value)),
+    ],
+)
 def test_a_pickle_is_refused_and_not_executed(folder, writer):
     trace = folder / "executed"
     for file in (folder / "evil.pt", folder / "bad.safetensors"):
@@ -258,7 +271,8 @@ def test_configurations_that_are_wrong(tmp_path):
     with pytest.raises(UserError, match="cannot read model configuration"):
         load_model("local", config=file, random_weights=True)
     for text, expected in (
-        ("{", "is not JSON"), ("[]", "lacks embed_dim, vision_cfg, text_cfg"),
+        ("{", "is not JSON"),
+        ("[]", "lacks embed_dim, vision_cfg, text_cfg"),
         (json.dumps({**CONFIG, "text_cfg": {"depth": 2}}), "unexpected keyword argument 'depth'"),
         (json.dumps({**CONFIG, "colour": 2}), "unexpected keyword argument 'colour'"),
         (json.dumps({**CONFIG, "vision_cfg": 3}), "vision_cfg is not a table"),
@@ -292,9 +306,11 @@ def test_tokenizers_of_a_local_configuration(folder):
     ids = model.tokenizer(["a dog"])
     assert int(ids.max()) == 813
     assert model.clip.encode_text(ids).shape == (1, 24)
-    for wrong, expected in (({**text, "vocab_size": 700}, "vocab_size 700, its tokenizer has 814"),
-                            ({"tokenizer_kwargs": {"bpe_path": "no.gz"}}, "are wrong: .*no.gz"),
-                            ({"tokenizer_kwargs": {"speed": 1}}, "are wrong: .*speed")):
+    for wrong, expected in (
+        ({**text, "vocab_size": 700}, "vocab_size 700, its tokenizer has 814"),
+        ({"tokenizer_kwargs": {"bpe_path": "no.gz"}}, "are wrong: .*no.gz"),
+        ({"tokenizer_kwargs": {"speed": 1}}, "are wrong: .*speed"),
+    ):
         file.write_text(json.dumps(tiny.config(text=wrong)))
         with pytest.raises(UserError, match=expected):
             load_model(str(folder), random_weights=True)

@@ -8,18 +8,29 @@ import pytest
 from vlmlayers.errors import UserError
 from vlmlayers.models import check, models_check, summary
 
-SOME = ["RN50", "ViT-B-32-quickgelu", "ViT-B-32-SigLIP2-256", "coca_ViT-B-32", "convnext_tiny",
-        "MobileCLIP-S1", "mt5-base-ViT-B-32"]
+SOME = [
+    "RN50",
+    "ViT-B-32-quickgelu",
+    "ViT-B-32-SigLIP2-256",
+    "coca_ViT-B-32",
+    "convnext_tiny",
+    "MobileCLIP-S1",
+    "mt5-base-ViT-B-32",
+]
 
 
 def test_a_family_of_each_kind_is_found_without_weights():
     table = models_check(SOME).set_index("model")
     assert summary(table.reset_index()) == "7 of 7 architectures: both towers found"
     assert table.loc["RN50", ["vision_kind", "vision_blocks", "joint_positions"]].tolist() == [
-        "stages", 4, "last stage"]
-    assert table.loc["ViT-B-32-quickgelu", ["vision_blocks", "vision_width", "text_width",
-                                            "vision_pooling", "text_pooling"]].tolist() == [
-        12, 768, 512, "cls", "eot"]
+        "stages",
+        4,
+        "last stage",
+    ]
+    assert table.loc[
+        "ViT-B-32-quickgelu",
+        ["vision_blocks", "vision_width", "text_width", "vision_pooling", "text_pooling"],
+    ].tolist() == [12, 768, 512, "cls", "eot"]
     assert table.loc["ViT-B-32-SigLIP2-256", "vision_pooling"] == "model (attention pool)"
     assert table.loc["coca_ViT-B-32", "text_pooling"] == "cls"
     assert table.loc["mt5-base-ViT-B-32", "text_family"] == "HF mt5"
@@ -32,7 +43,9 @@ def test_a_refusal_says_why(monkeypatch):
     monkeypatch.setattr(check, "find_vision", refuse)
     table = models_check(["ViT-S-32"])
     assert table.loc[0, ["status", "reason"]].tolist() == [
-        "refused", "no vision tower is known in Odd"]
+        "refused",
+        "no vision tower is known in Odd",
+    ]
     assert summary(table) == "0 of 1 architectures: both towers found"
 
 

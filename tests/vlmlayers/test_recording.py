@@ -94,8 +94,9 @@ def test_a_block_that_falls_silent_later_is_an_error():
     with pytest.raises(HookDidNotFire, match="did not fire at 2"), Recorder(tower) as recorder:
         recorder(tiny.images(clip))
         transformer = clip.visual.transformer
-        transformer.resblocks = torch.nn.ModuleList([transformer.resblocks[0],
-                                                     transformer.resblocks[2]])
+        transformer.resblocks = torch.nn.ModuleList(
+            [transformer.resblocks[0], transformer.resblocks[2]]
+        )
         recorder(tiny.images(clip))
 
 
@@ -122,8 +123,14 @@ def test_widths_are_known_before_recording():
     for tower in find_towers(clip).values():
         widths = Recorder(tower, ("native", "normed", "joint")).widths()
         native = tower.width
-        assert widths["native"] == {"embed": native, "1": native, "2": native, "3": native,
-                                    "final": native, "proj": 24}
+        assert widths["native"] == {
+            "embed": native,
+            "1": native,
+            "2": native,
+            "3": native,
+            "final": native,
+            "proj": 24,
+        }
         assert set(widths["joint"].values()) == {24}
         assert list(widths["normed"]) == ["embed", "1", "2", "3", "final"]
 

@@ -40,8 +40,9 @@ def run(out, manifest=None, model=MODEL, **options):
 
 def content(folder):
     """Return every file of a store with its bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +96,15 @@ def test_two_runs_give_the_same_bytes(whole, tmp_path):
     assert not partial_folder(tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize(("stop_after", "error"), [
-    (0, KeyboardInterrupt), (4, MemoryError), (9, KeyboardInterrupt), (21, KeyboardInterrupt),
-])
+@pytest.mark.parametrize(
+    ("stop_after", "error"),
+    [
+        (0, KeyboardInterrupt),
+        (4, MemoryError),
+        (9, KeyboardInterrupt),
+        (21, KeyboardInterrupt),
+    ],
+)
 def test_an_interrupted_extraction_resumes_at_the_last_full_batch(
     whole, tmp_path, stop_after, error
 ):
@@ -120,16 +127,19 @@ def test_a_whole_store_is_reused_without_opening_an_image(store):
     assert isinstance(found.vision.array("1"), np.memmap)
 
 
-@pytest.mark.parametrize(("change", "field"), [
-    ({"model": tiny.model(seed=2)}, "weights is 'seed 0' there, 'seed 2' here"),
-    ({"precision": "bf16"}, "precision is 'fp32' there, 'bf16' here"),
-    ({"batch_size": 5}, "batch_size is 4 there, 5 here"),
-    ({"manifest": tiny.DrawnManifest(hash="9")}, "manifest_hash is '0123' there, '9' here"),
-    ({"pooling": "mean"}, "pooling.vision is 'cls' there, 'mean' here"),
-    ({"items": 7}, "items is 22 there, 7 here"),
-    ({"text": "prompts"}, "text is 'captions' there, 'prompts' here"),
-    ({"spaces": ("native",)}, "spaces is"),
-])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": tiny.model(seed=2)}, "weights is 'seed 0' there, 'seed 2' here"),
+        ({"precision": "bf16"}, "precision is 'fp32' there, 'bf16' here"),
+        ({"batch_size": 5}, "batch_size is 4 there, 5 here"),
+        ({"manifest": tiny.DrawnManifest(hash="9")}, "manifest_hash is '0123' there, '9' here"),
+        ({"pooling": "mean"}, "pooling.vision is 'cls' there, 'mean' here"),
+        ({"items": 7}, "items is 22 there, 7 here"),
+        ({"text": "prompts"}, "text is 'captions' there, 'prompts' here"),
+        ({"spaces": ("native",)}, "spaces is"),
+    ],
+)
 def test_a_store_of_another_identity_is_refused_and_left_alone(store, change, field):
     before = content(store)
     with pytest.raises(UserError, match="belongs to another extraction") as caught:
@@ -228,8 +238,10 @@ def _interrupted(folder):
     return partial_folder(folder)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "journal cut", "journal junk",
-                                    "journal gone", "stale sidecar"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flip", "truncate", "remove", "journal cut", "journal junk", "journal gone", "stale sidecar"],
+)
 def test_unfinished_work_that_is_damaged_is_done_again(whole, tmp_path, damage):
     partial = _interrupted(tmp_path / "s")
     array, journal = partial / "rows/vision/native/2.npy", partial / "journal.0.jsonl"
@@ -345,8 +357,9 @@ def test_too_little_space_shows_before_the_first_image(tmp_path, monkeypatch):
 def test_a_real_small_file_system_that_fills_up(tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount],
-                          capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
@@ -379,7 +392,8 @@ def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch
 def test_a_lost_batch_is_a_fault_and_no_store(tmp_path, monkeypatch):
     real = StoreWriter.put
     monkeypatch.setattr(
-        StoreWriter, "put",
+        StoreWriter,
+        "put",
         lambda self, tower, batch, *rest: None if batch == 2 else real(self, tower, batch, *rest),
     )
     with pytest.raises(RuntimeError, match=r"batches .2. of vision are missing"):
@@ -406,14 +420,27 @@ def test_a_data_root_that_disappears_loses_nothing(whole, tmp_path):
 
 
 def start(*arguments, processes=1):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                   "PYTHONPATH": str(HERE)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(HERE),
+    }
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                    str(processes)]
-    return subprocess.Popen([*command, str(HERE / "extract_process.py"), *map(str, arguments)],
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
+    return subprocess.Popen(
+        [*command, str(HERE / "extract_process.py"), *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finish(process, timeout=120):

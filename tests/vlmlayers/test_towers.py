@@ -134,8 +134,9 @@ def test_attention_pool_is_applied_at_every_position():
     trunk, x = clip.visual.trunk, tiny.images(clip)
     tower = find_towers(clip)["vision"]
     found = _record(tower, x)
-    oracle = trunk.forward_intermediates(x, intermediates_only=True, output_fmt="NLC",
-                                         return_prefix_tokens=True)
+    oracle = trunk.forward_intermediates(
+        x, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+    )
     for block, (patches, prefix) in enumerate(oracle, start=1):
         tokens = torch.cat([prefix, patches], 1) if prefix is not None else patches
         expected = trunk.forward_head(trunk.norm(tokens))
@@ -231,10 +232,15 @@ def test_positions_and_refusal_of_stages():
     assert find_towers(tiny.build("clip"))["vision"].refusal("joint") == ""
 
 
-@pytest.mark.parametrize(("family", "side", "pooling", "has"), [
-    ("clip", "vision", "eot", "cls, mean, model"), ("clip", "text", "cls", "eot, mean, model"),
-    ("timm convnext", "vision", "cls", "mean, model"), ("resnet", "vision", "cls", "model, mean"),
-])
+@pytest.mark.parametrize(
+    ("family", "side", "pooling", "has"),
+    [
+        ("clip", "vision", "eot", "cls, mean, model"),
+        ("clip", "text", "cls", "eot, mean, model"),
+        ("timm convnext", "vision", "cls", "mean, model"),
+        ("resnet", "vision", "cls", "model, mean"),
+    ],
+)
 def test_a_pooling_that_the_tower_lacks_is_refused(family, side, pooling, has):
     tower = find_towers(tiny.build(family))[side]
     with pytest.raises(UserError, match="pooling; it has") as caught:
@@ -263,8 +269,9 @@ def test_unknown_module_trees_are_refused():
     with pytest.raises(UserError, match="neither blocks nor stages"):
         find_towers(build_clip(tiny.timm("test_efficientnet", 160)))
     with pytest.raises(UserError, match="experimental in open_clip"):
-        find_towers(build_clip(tiny.config({"attentional_pool": "parallel",
-                                            "attn_pooler_heads": 2})))
+        find_towers(
+            build_clip(tiny.config({"attentional_pool": "parallel", "attn_pooler_heads": 2}))
+        )
     with pytest.raises(UserError, match="pool_type 'none'"):
         find_towers(build_clip(tiny.config({"pool_type": "none"})))
     with pytest.raises(UserError, match="text tower has pool_type 'none'"):
@@ -278,32 +285,77 @@ def find_towers_text(module):
 
 
 HF = {
-    "roberta": {"model_type": "roberta", "vocab_size": 64, "hidden_size": 32,
-                "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-                "max_position_embeddings": 20, "pad_token_id": 0, "type_vocab_size": 1},
-    "mt5": {"model_type": "mt5", "vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48,
-            "num_layers": 2, "num_heads": 2, "pad_token_id": 0, "is_encoder_decoder": True},
-    "m2m_100": {"model_type": "m2m_100", "vocab_size": 64, "d_model": 32, "encoder_layers": 2,
-                "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-                "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 20,
-                "pad_token_id": 0, "is_encoder_decoder": True},
-    "bert": {"model_type": "bert", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 20,
-             "pad_token_id": 0},
+    "roberta": {
+        "model_type": "roberta",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 20,
+        "pad_token_id": 0,
+        "type_vocab_size": 1,
+    },
+    "mt5": {
+        "model_type": "mt5",
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 2,
+        "pad_token_id": 0,
+        "is_encoder_decoder": True,
+    },
+    "m2m_100": {
+        "model_type": "m2m_100",
+        "vocab_size": 64,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 20,
+        "pad_token_id": 0,
+        "is_encoder_decoder": True,
+    },
+    "bert": {
+        "model_type": "bert",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 20,
+        "pad_token_id": 0,
+    },
 }
 
 
-@pytest.mark.parametrize(("kind", "pooler", "pooling"), [
-    ("roberta", "mean_pooler", "mean"), ("mt5", "mean_pooler", "mean"),
-    ("m2m_100", "cls_pooler", "cls"), ("roberta", "cls_pooler", "model"),
-    ("bert", "cls_last_hidden_state_pooler", "cls"),
-])
+@pytest.mark.parametrize(
+    ("kind", "pooler", "pooling"),
+    [
+        ("roberta", "mean_pooler", "mean"),
+        ("mt5", "mean_pooler", "mean"),
+        ("m2m_100", "cls_pooler", "cls"),
+        ("roberta", "cls_pooler", "model"),
+        ("bert", "cls_last_hidden_state_pooler", "cls"),
+    ],
+)
 def test_hugging_face_text_towers(kind, pooler, pooling, tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(json.dumps(HF[kind]))
-    clip = build_clip(tiny.config(text={
-        "hf_model_name": str(tmp_path), "hf_proj_type": "linear", "hf_pooler_type": pooler,
-    }))
+    clip = build_clip(
+        tiny.config(
+            text={
+                "hf_model_name": str(tmp_path),
+                "hf_proj_type": "linear",
+                "hf_pooler_type": pooler,
+            }
+        )
+    )
     tower, ids = find_towers(clip)["text"], tiny.token_ids()
     ids[ids == 2] = 0
     found = _record(tower, ids)
@@ -321,8 +373,10 @@ def test_hugging_face_text_towers(kind, pooler, pooling, tmp_path):
 
 def test_open_clip_known_text_towers_build_offline():
     pytest.importorskip("transformers")
-    names = {open_clip.get_model_config(n)["text_cfg"].get("hf_model_name")
-             for n in open_clip.list_models()} - {None}
+    names = {
+        open_clip.get_model_config(n)["text_cfg"].get("hf_model_name")
+        for n in open_clip.list_models()
+    } - {None}
     from vlmlayers.models.hf_offline import KNOWN
 
     assert names <= set(KNOWN)

@@ -21,8 +21,10 @@ BIDIRECTIONAL = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
 
 def config(vision: dict | None = None, text: dict | None = None, **more: Any) -> dict[str, Any]:
     return {
-        "embed_dim": 24, "vision_cfg": {**VISION, **(vision or {})},
-        "text_cfg": {**TEXT, **(text or {})}, **more,
+        "embed_dim": 24,
+        "vision_cfg": {**VISION, **(vision or {})},
+        "text_cfg": {**TEXT, **(text or {})},
+        **more,
     }
 
 
@@ -43,12 +45,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "custom blocks": config({"qk_norm": True, "scale_fc": True}, {"scale_attn": True}),
     "coca": config(
         {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-        {"embed_cls": True, "output_tokens": True}, custom_text=True, multimodal_cfg=MULTIMODAL,
+        {"embed_cls": True, "output_tokens": True},
+        custom_text=True,
+        multimodal_cfg=MULTIMODAL,
     ),
     "coca mean": config(
-        {"attentional_pool": True, "attn_pooler_heads": 2, "pool_type": "avg",
-         "output_tokens": True},
-        {"embed_cls": True, "output_tokens": True}, custom_text=True, multimodal_cfg=MULTIMODAL,
+        {
+            "attentional_pool": True,
+            "attn_pooler_heads": 2,
+            "pool_type": "avg",
+            "output_tokens": True,
+        },
+        {"embed_cls": True, "output_tokens": True},
+        custom_text=True,
+        multimodal_cfg=MULTIMODAL,
     ),
     "resnet": config({"layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "image_size": 64}),
     "timm vit token": timm("test_vit", 160, "token", None),
@@ -138,8 +148,12 @@ class DrawnManifest:
 
     def items(self, split: str, root: Any = None) -> list[Item]:
         return [
-            Item(f"{split}/{i:03d}.png", i % 3, self.names[i % 3] if self.names else "",
-                 (f"first {i}", f"second {i}") if self.captioned else ())
+            Item(
+                f"{split}/{i:03d}.png",
+                i % 3,
+                self.names[i % 3] if self.names else "",
+                (f"first {i}", f"second {i}") if self.captioned else (),
+            )
             for i in range(self.count)
         ]
 

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import torch
 import typer
-from vlmlayers.errors import UserError
 
 from vlmadapters.pretrain.loop import Run, load_recipe, load_sources, train
+from vlmlayers.errors import UserError
 
 
 def main(

@@ -18,6 +18,7 @@ import pandas as pd
 import typer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures

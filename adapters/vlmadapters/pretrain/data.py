@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest

@@ -21,11 +21,11 @@ from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vlmadapters.pretrain.data import Source, augment, load_source, sample_batch
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.progress import bar
-
-from vlmadapters.pretrain.data import Source, augment, load_source, sample_batch
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 TOKENIZER = "merges.txt.gz"

@@ -13,6 +13,15 @@ from vlmlayers.models.recording import Recorder
 from vlmlayers.models.towers import Tower, find_towers
 
 __all__ = [
-    "VLM", "Recorder", "Tower", "estimate", "extract", "find_towers", "list_models", "load_model",
-    "models_check", "summary", "wrap_model",
+    "VLM",
+    "Recorder",
+    "Tower",
+    "estimate",
+    "extract",
+    "find_towers",
+    "list_models",
+    "load_model",
+    "models_check",
+    "summary",
+    "wrap_model",
 ]

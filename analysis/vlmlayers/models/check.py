@@ -79,14 +79,23 @@ def check_model(name: str) -> Check:
     except UserError as error:
         return Check(name, status="refused", reason=str(error))
     return Check(
-        name, vision.family, vision.kind, vision.depth, vision.width, _pooling(vision),
-        text.family, text.depth, text.width, _pooling(text),
+        name,
+        vision.family,
+        vision.kind,
+        vision.depth,
+        vision.width,
+        _pooling(vision),
+        text.family,
+        text.depth,
+        text.width,
+        _pooling(text),
         "last stage" if vision.refusal("joint") else "all",
     )
 
 
 _READS_ONE_VALUE = (
-    torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default,
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,
     torch.ops.aten.is_nonzero.default,
 )
 

@@ -68,15 +68,19 @@ def _misfit(clip: nn.Module, state: Mapping[str, Tensor], error: Exception) -> s
     own: dict[str, Any] = clip.state_dict()
     shapes = [
         f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
-        for key in own if key in state and own[key].shape != state[key].shape
+        for key in own
+        if key in state and own[key].shape != state[key].shape
     ]
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
     parts = [
         f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', …' if len(found) > _SHOWN else ''})"
         for what, found in (
-            ("of another shape", shapes), ("missing", missing), ("unexpected", extra)
-        ) if found
+            ("of another shape", shapes),
+            ("missing", missing),
+            ("unexpected", extra),
+        )
+        if found
     ]
     return "; ".join(parts) or _line(error)
 

@@ -71,8 +71,15 @@ def batches_of(rows: int, size: int) -> list[list[int]]:
 
 
 def decode(
-    manifest: Any, items: Sequence[Any], batches: Sequence[Sequence[int]], *, preprocess: Any,
-    root: Path | None, size: int, workers: int, pin: bool = False,
+    manifest: Any,
+    items: Sequence[Any],
+    batches: Sequence[Sequence[int]],
+    *,
+    preprocess: Any,
+    root: Path | None,
+    size: int,
+    workers: int,
+    pin: bool = False,
 ) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
     """Yield rows, stacked images, and reasons of those that failed, batch by batch in order.
 
@@ -90,8 +97,11 @@ def decode(
         UserError: A decoding process died, mostly for lack of memory.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Images(manifest, items, root, preprocess, size), batch_sampler=batches,  # type: ignore
-        num_workers=workers, collate_fn=_collate, pin_memory=pin,
+        _Images(manifest, items, root, preprocess, size),
+        batch_sampler=batches,  # type: ignore
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
     try:

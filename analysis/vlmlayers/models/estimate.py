@@ -60,9 +60,16 @@ class Costs:
 
 
 def measure_costs(
-    model: VLM, manifest: Any, items: Sequence[Any], *, root: Path | None = None,
-    spaces: Sequence[str] = ("native", "joint"), pooling: str | None = None,
-    batch_size: int = 64, precision: str = "fp32", repeats: int = 3,
+    model: VLM,
+    manifest: Any,
+    items: Sequence[Any],
+    *,
+    root: Path | None = None,
+    spaces: Sequence[str] = ("native", "joint"),
+    pooling: str | None = None,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    repeats: int = 3,
 ) -> Costs:
     """Measure on one batch of real images what an image costs.
 
@@ -85,25 +92,36 @@ def measure_costs(
     recorder = Recorder(model.towers["vision"], spaces, pooling)
     widths = recorder.widths()
     size = model.image_size
-    batch, decode = _timed(lambda: torch.stack([
-        model.preprocess(manifest.open_image(item, root=root, size=size))
-        for item in items[:batch_size]
-    ]))
+    batch, decode = _timed(
+        lambda: torch.stack(
+            [
+                model.preprocess(manifest.open_image(item, root=root, size=size))
+                for item in items[:batch_size]
+            ]
+        )
+    )
     batch = batch.to(model.device, next(model.clip.parameters()).dtype)
     with recorder, autocast(model.device, precision):
         recorder(batch)
         forward = min(_timed(lambda: recorder(batch))[1] for _ in range(repeats))
     per_space = [list(by_position.values()) for by_position in widths.values()]
     return Costs(
-        forward / len(batch), decode / len(batch), 4 * sum(sum(part) for part in per_space),
-        8 * sum(width * width for part in per_space for width in part), str(model.device),
+        forward / len(batch),
+        decode / len(batch),
+        4 * sum(sum(part) for part in per_space),
+        8 * sum(width * width for part in per_space for width in part),
+        str(model.device),
         len(batch),
     )
 
 
 def scale_table(
-    costs: Costs, *, images: Sequence[int] = IMAGES, processes: Sequence[int] = PROCESSES,
-    workers: int = 0, free: float | None = None,
+    costs: Costs,
+    *,
+    images: Sequence[int] = IMAGES,
+    processes: Sequence[int] = PROCESSES,
+    workers: int = 0,
+    free: float | None = None,
 ) -> pd.DataFrame:
     """Return time, disk and memory for numbers of images and processes.
 
@@ -123,19 +141,28 @@ def scale_table(
     for count in images:
         size = count * costs.bytes_per_image
         for number in processes:
-            rows.append({
-                "images": count, "processes": number,
-                "hours": costs.seconds(count, number, workers) / 3600,
-                "limited_by": costs.limit(workers), "store_gb": size / 1e9,
-                "stream_mb": costs.stream_bytes / 1e6,
-                "keep": "store" if free is None or size <= free else "stream",
-            })
+            rows.append(
+                {
+                    "images": count,
+                    "processes": number,
+                    "hours": costs.seconds(count, number, workers) / 3600,
+                    "limited_by": costs.limit(workers),
+                    "store_gb": size / 1e9,
+                    "stream_mb": costs.stream_bytes / 1e6,
+                    "keep": "store" if free is None or size <= free else "stream",
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def estimate(
-    model: VLM, manifest: Any, items: Sequence[Any], *, out: str | Path | None = None,
-    workers: int = 0, **options: Any,
+    model: VLM,
+    manifest: Any,
+    items: Sequence[Any],
+    *,
+    out: str | Path | None = None,
+    workers: int = 0,
+    **options: Any,
 ) -> str:
     """Return the cost of an extraction, and a table of the same for other sizes, as text.
 
@@ -164,7 +191,8 @@ def estimate(
 
 def _text(table: pd.DataFrame) -> str:
     formatters: Mapping[str, Callable[[Any], str]] = {
-        **{name: pattern.format for name, pattern in _SHOW.items()}, "images": "{:.0e}".format,
+        **{name: pattern.format for name, pattern in _SHOW.items()},
+        "images": "{:.0e}".format,
     }
     return str(table.to_string(index=False, formatters=dict(formatters)))
 

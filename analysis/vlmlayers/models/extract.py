@@ -22,11 +22,22 @@ TEXTS = ("prompts", "captions")
 
 
 def extract(
-    model: VLM, manifest: Any, split: str, *, items: int | Sequence[Any] | None = None,
-    root: str | Path | None = None, spaces: Sequence[str] = ("native", "joint"),
-    pooling: str | Mapping[str, str] | None = None, batch_size: int = 64, workers: int = 0,
-    precision: str = "fp32", out: str | Path | None = None, text: str = "prompts",
-    template: str | None = None, seed: int = 0, skip_unreadable: bool = False,
+    model: VLM,
+    manifest: Any,
+    split: str,
+    *,
+    items: int | Sequence[Any] | None = None,
+    root: str | Path | None = None,
+    spaces: Sequence[str] = ("native", "joint"),
+    pooling: str | Mapping[str, str] | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    precision: str = "fp32",
+    out: str | Path | None = None,
+    text: str = "prompts",
+    template: str | None = None,
+    seed: int = 0,
+    skip_unreadable: bool = False,
     progress: bool = True,
 ) -> LayerFeatures:
     """Record every position of both towers for the items of a split.
@@ -65,16 +76,31 @@ def extract(
     names = tuple(manifest.class_names(place))
     texts = _texts(manifest, chosen, names, text, template)
     recorders = {
-        tower: Recorder(model.towers[tower], spaces, pooling_of(pooling, tower))
-        for tower in TOWERS
+        tower: Recorder(model.towers[tower], spaces, pooling_of(pooling, tower)) for tower in TOWERS
     }
     identity = identity_of(model, manifest, split, chosen, texts, recorders, batch_size, precision)
     header = {
-        "model": model.name, "weights": model.weights, "dataset": manifest.name, "split": split,
-        "class_names": list(names), "random_weights": model.random_weights,
+        "model": model.name,
+        "weights": model.weights,
+        "dataset": manifest.name,
+        "split": split,
+        "class_names": list(names),
+        "random_weights": model.random_weights,
     }
-    work = Work(model, manifest, split, chosen, texts, recorders, place, batch_size, workers,
-                precision, skip_unreadable, progress)
+    work = Work(
+        model,
+        manifest,
+        split,
+        chosen,
+        texts,
+        recorders,
+        place,
+        batch_size,
+        workers,
+        precision,
+        skip_unreadable,
+        progress,
+    )
     if out is None:
         return work.in_memory(header, identity)
     refuse_hooks(model)
@@ -126,8 +152,10 @@ def _texts(
         if "{}" not in pattern:
             raise UserError(f"template {pattern!r} has no {{}} where the class name goes")
         if not names:
-            raise UserError(f"{manifest.name} has no classes to make prompts of; use "
-                            "text='captions' (--text captions)")
+            raise UserError(
+                f"{manifest.name} has no classes to make prompts of; use "
+                "text='captions' (--text captions)"
+            )
         prompts = tuple(manifest.prompt(name, pattern) for name in names)
         return Texts(kind, prompts, np.arange(len(names), dtype=np.int64), pattern)
     rows = [(row, caption) for row, item in enumerate(items) for caption in item.captions]
@@ -139,8 +167,14 @@ def _texts(
 
 
 def identity_of(
-    model: VLM, manifest: Any, split: str, items: Sequence[Any], texts: Texts,
-    recorders: Mapping[str, Recorder], batch_size: int, precision: str,
+    model: VLM,
+    manifest: Any,
+    split: str,
+    items: Sequence[Any],
+    texts: Texts,
+    recorders: Mapping[str, Recorder],
+    batch_size: int,
+    precision: str,
 ) -> dict[str, Any]:
     """Return all that feature values depend on, as JSON values."""
     order = sha256()
@@ -148,17 +182,28 @@ def identity_of(
         order.update(f"{item.path}\0{item.label}\n".encode())
     words = sha256("\n".join(texts.texts).encode())
     return {
-        "model": model.name, "weights": model.weights, "weights_hash": model.weights_hash,
-        "preprocessing": dict(model.preprocess_config), "precision": precision,
-        "weights_precision": model.precision, "device": model.device.type,
+        "model": model.name,
+        "weights": model.weights,
+        "weights_hash": model.weights_hash,
+        "preprocessing": dict(model.preprocess_config),
+        "precision": precision,
+        "weights_precision": model.precision,
+        "device": model.device.type,
         "pooling": {name: recorder.pooling for name, recorder in recorders.items()},
         "joint_pooling": {name: recorder.joint_pooling for name, recorder in recorders.items()},
-        "spaces": list(next(iter(recorders.values())).spaces), "batch_size": batch_size,
-        "dataset": manifest.name, "manifest_hash": manifest.hash, "split": split,
-        "items": len(items), "items_hash": order.hexdigest(), "text": texts.kind,
-        "template": texts.template, "texts_hash": words.hexdigest(),
+        "spaces": list(next(iter(recorders.values())).spaces),
+        "batch_size": batch_size,
+        "dataset": manifest.name,
+        "manifest_hash": manifest.hash,
+        "split": split,
+        "items": len(items),
+        "items_hash": order.hexdigest(),
+        "text": texts.kind,
+        "template": texts.template,
+        "texts_hash": words.hexdigest(),
         "versions": {
-            "torch": torch.__version__, "open_clip": version("open_clip_torch"),
+            "torch": torch.__version__,
+            "open_clip": version("open_clip_torch"),
             "timm": version("timm"),
         },
     }

@@ -35,8 +35,14 @@ MINI_FOLDER = Path(__file__).parent / "mini_clip"
 PRECISIONS = ("fp32", "bf16", "fp16")
 SEED = 0
 _BUILD_ERRORS = (
-    TypeError, ValueError, RuntimeError, AssertionError, KeyError, AttributeError,
-    ZeroDivisionError, IndexError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AssertionError,
+    KeyError,
+    AttributeError,
+    ZeroDivisionError,
+    IndexError,
 )
 
 
@@ -113,9 +119,14 @@ def list_models() -> list[str]:
 
 
 def load_model(
-    name: str, pretrained: str | None = None, *, config: str | Path | None = None,
-    checkpoint: str | Path | None = None, random_weights: bool = False,
-    device: str | torch.device = "cpu", precision: str = "fp32",
+    name: str,
+    pretrained: str | None = None,
+    *,
+    config: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    random_weights: bool = False,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
 ) -> VLM:
     """Load a model by architecture and tag, from a local checkpoint, or with random weights.
 
@@ -139,16 +150,23 @@ def load_model(
     folder = Path(name)
     if name not in (MINI, LOCAL) and (folder / CONFIG_FILE).is_file():
         return _load_local(
-            folder.name, folder / CONFIG_FILE,
-            checkpoint or _weights_in(folder, random_weights), random_weights, device, precision,
+            folder.name,
+            folder / CONFIG_FILE,
+            checkpoint or _weights_in(folder, random_weights),
+            random_weights,
+            device,
+            precision,
         )
     if name == MINI:
         if not (MINI_FOLDER / CONFIG_FILE).is_file():
             raise UserError(f"{MINI} is not part of this installation: {MINI_FOLDER} is missing")
         return _load_local(
-            MINI, MINI_FOLDER / CONFIG_FILE,
+            MINI,
+            MINI_FOLDER / CONFIG_FILE,
             checkpoint or _weights_in(MINI_FOLDER, random_weights),
-            random_weights, device, precision,
+            random_weights,
+            device,
+            precision,
         )
     if name == LOCAL:
         if config is None:
@@ -161,8 +179,14 @@ def load_model(
 
 
 def wrap_model(
-    clip: nn.Module, preprocess: Any, tokenizer: Any, *, name: str, weights: str,
-    preprocess_train: Any = None, random_weights: bool = False,
+    clip: nn.Module,
+    preprocess: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    weights: str,
+    preprocess_train: Any = None,
+    random_weights: bool = False,
 ) -> VLM:
     """Make a `VLM` of a model that is already in memory.
 
@@ -176,15 +200,24 @@ def wrap_model(
         random_weights: Whether the model is untrained.
     """
     return VLM(
-        clip, preprocess, preprocess_train or preprocess, tokenizer, name, weights,
-        random_weights, preprocess_config={"transform": re.sub(" at 0x[0-9a-f]+", "",
-                                                               str(preprocess))},
+        clip,
+        preprocess,
+        preprocess_train or preprocess,
+        tokenizer,
+        name,
+        weights,
+        random_weights,
+        preprocess_config={"transform": re.sub(" at 0x[0-9a-f]+", "", str(preprocess))},
     )
 
 
 def _load_known(
-    name: str, pretrained: str | None, checkpoint: str | Path | None, random_weights: bool,
-    device: str | torch.device, precision: str,
+    name: str,
+    pretrained: str | None,
+    checkpoint: str | Path | None,
+    random_weights: bool,
+    device: str | torch.device,
+    precision: str,
 ) -> VLM:
     config = open_clip.get_model_config(name)
     tag: dict[str, Any] = {}
@@ -210,8 +243,12 @@ def _load_known(
 
 
 def _load_local(
-    name: str, config_path: Path, checkpoint: str | Path | None, random_weights: bool,
-    device: str | torch.device, precision: str,
+    name: str,
+    config_path: Path,
+    checkpoint: str | Path | None,
+    random_weights: bool,
+    device: str | torch.device,
+    precision: str,
 ) -> VLM:
     config, preprocess = read_config(config_path)
     if (checkpoint is not None) == random_weights:
@@ -223,23 +260,40 @@ def _load_local(
         load_checkpoint(clip, Path(checkpoint))
     weights = "random" if checkpoint is None else Path(checkpoint).name
     return _assemble(
-        clip, config, preprocess, name, weights, random_weights, precision,
+        clip,
+        config,
+        preprocess,
+        name,
+        weights,
+        random_weights,
+        precision,
         folder=config_path.parent,
     )
 
 
 def _assemble(
-    clip: nn.Module, config: Mapping[str, Any], preprocess: Mapping[str, Any], name: str,
-    weights: str, random_weights: bool, precision: str, folder: Path | None = None,
+    clip: nn.Module,
+    config: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
+    name: str,
+    weights: str,
+    random_weights: bool,
+    precision: str,
+    folder: Path | None = None,
 ) -> VLM:
     settings = merge_preprocess_dict(asdict(PreprocessCfg()), dict(preprocess))
     settings["size"] = clip.visual.image_size  # type: ignore[union-attr]
     transform = PreprocessCfg(**settings)
     return VLM(
-        clip, image_transform_v2(transform, is_train=False),
+        clip,
+        image_transform_v2(transform, is_train=False),
         image_transform_v2(transform, is_train=True),
-        make_tokenizer(config.get("text_cfg", {}), folder), name, weights, random_weights,
-        precision, preprocess_config=json.loads(json.dumps(asdict(transform))),
+        make_tokenizer(config.get("text_cfg", {}), folder),
+        name,
+        weights,
+        random_weights,
+        precision,
+        preprocess_config=json.loads(json.dumps(asdict(transform))),
     )
 
 
@@ -266,7 +320,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def build_clip(
-    config: Mapping[str, Any], *, precision: str = "fp32", device: str | torch.device = "cpu",
+    config: Mapping[str, Any],
+    *,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
     seed: int = SEED,
 ) -> nn.Module:
     """Build an untrained model from an open_clip configuration.
@@ -364,7 +421,9 @@ class HubTokenizer:
     def _inner(self) -> Any:
         try:
             return open_clip.tokenizer.HFTokenizer(
-                self.name, context_length=self.context_length, tokenizer_mode=self.mode,
+                self.name,
+                context_length=self.context_length,
+                tokenizer_mode=self.mode,
                 **self.options,
             )
         except Exception as error:

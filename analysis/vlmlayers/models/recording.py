@@ -30,12 +30,14 @@ def block_outputs(tower: Tower, look: Any) -> Iterator[None]:
     The hooks return nothing, so the forward pass is unchanged, and they are removed on every way
     out, also on Ctrl-C.
     """
+
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         look(EMBED, args[0] if args else next(v for v in kwargs.values() if _is_activation(v)))
 
     def after(position: str) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
             look(position, output[0] if isinstance(output, tuple) else output)
+
         return hook
 
     handles = []
@@ -113,7 +115,9 @@ class Recorder:
     """
 
     def __init__(
-        self, tower: Tower, spaces: Sequence[str] = ("native", "joint"),
+        self,
+        tower: Tower,
+        spaces: Sequence[str] = ("native", "joint"),
         pooling: str | None = None,
     ) -> None:
         for space in spaces:
@@ -147,7 +151,9 @@ class Recorder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         hooks, self._hooks = self._hooks, None

@@ -256,10 +256,16 @@ def _matrix(weight: Any) -> Apply:
 
 def _open_clip_vit(visual: VisionTransformer, run: Apply) -> Tower:
     tower = Tower(
-        name="vision", kind="blocks", family="open_clip ViT", run=run, prefix=1,
-        blocks=list(visual.transformer.resblocks), width=visual.transformer.width,
+        name="vision",
+        kind="blocks",
+        family="open_clip ViT",
+        run=run,
+        prefix=1,
+        blocks=list(visual.transformer.resblocks),
+        width=visual.transformer.width,
         pooling={"tok": "cls", "avg": "mean"}.get(visual.pool_type, "model"),
-        example=_images(visual, visual.class_embedding), project=_matrix(visual.proj),
+        example=_images(visual, visual.class_embedding),
+        project=_matrix(visual.proj),
     )
     if visual.attn_pool is None:
         if visual.pool_type == "none":
@@ -298,9 +304,17 @@ def _coca_pool(visual: VisionTransformer) -> Apply:
 def _modified_resnet(visual: ModifiedResNet, run: Apply) -> Tower:
     stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
     return Tower(
-        name="vision", kind="stages", family="open_clip ResNet", blocks=stages, run=run,
-        width=visual.attnpool.q_proj.in_features, pooling="model", layout="nchw",
-        attend=visual.attnpool, attend_raw=True, pool_note="attention pool",
+        name="vision",
+        kind="stages",
+        family="open_clip ResNet",
+        blocks=stages,
+        run=run,
+        width=visual.attnpool.q_proj.in_features,
+        pooling="model",
+        layout="nchw",
+        attend=visual.attnpool,
+        attend_raw=True,
+        pool_note="attention pool",
         example=_images(visual, visual.conv1.weight),
     )
 
@@ -316,10 +330,16 @@ def _timm(visual: TimmModel, run: Apply) -> Tower:
 
 def _timm_blocks(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
     tower = Tower(
-        name="vision", kind="blocks", family=f"timm {type(trunk).__name__}", run=run,
-        blocks=list(trunk.blocks), width=trunk.num_features,
+        name="vision",
+        kind="blocks",
+        family=f"timm {type(trunk).__name__}",
+        run=run,
+        blocks=list(trunk.blocks),
+        width=trunk.num_features,
         pooling={"token": "cls", "avg": "mean"}.get(trunk.global_pool, "model"),
-        prefix=getattr(trunk, "num_prefix_tokens", 0), norm=trunk.norm, norm_after=trunk.fc_norm,
+        prefix=getattr(trunk, "num_prefix_tokens", 0),
+        norm=trunk.norm,
+        norm_after=trunk.fc_norm,
         project=lambda x: visual.head(trunk.head(x)),
         example=_images(visual, next(trunk.parameters())),
     )
@@ -346,9 +366,17 @@ def _timm_stages(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
         return trunk.forward_head(x, pre_logits=True)
 
     return Tower(
-        name="vision", kind="stages", family=f"timm {type(trunk).__name__}", blocks=list(stages),
-        width=trunk.num_features, pooling="mean", run=run, attend=attend, attend_raw=True,
-        attend_norms=True, pool_note="the trunk's own head",
+        name="vision",
+        kind="stages",
+        family=f"timm {type(trunk).__name__}",
+        blocks=list(stages),
+        width=trunk.num_features,
+        pooling="mean",
+        run=run,
+        attend=attend,
+        attend_raw=True,
+        attend_norms=True,
+        pool_note="the trunk's own head",
         project=lambda x: visual.head(trunk.get_classifier()(x)),
         layout="nhwc" if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else "nchw",
         example=_images(visual, next(trunk.parameters())),
@@ -362,11 +390,20 @@ def _open_clip_text(text: nn.Module) -> Tower:
     causal = module.attn_mask is not None
     ends = _end_of_text(module, pool)
     tower = Tower(
-        name="text", kind="blocks", family="open_clip text", run=_same, ends=ends,
-        blocks=list(module.transformer.resblocks), width=module.ln_final.normalized_shape[0],
+        name="text",
+        kind="blocks",
+        family="open_clip text",
+        run=_same,
+        ends=ends,
+        blocks=list(module.transformer.resblocks),
+        width=module.ln_final.normalized_shape[0],
         pooling="cls" if class_token else {"argmax": "eot", "eos": "eot"}.get(pool, "model"),
-        pool_note=f"{pool} token", suffix=int(class_token), causal=causal, norm=module.ln_final,
-        project=_matrix(module.text_projection), example=_texts(module),
+        pool_note=f"{pool} token",
+        suffix=int(class_token),
+        causal=causal,
+        norm=module.ln_final,
+        project=_matrix(module.text_projection),
+        example=_texts(module),
         valid=_until(ends) if ends else _before_trailing_run,
     )
     if pool == "none" and not class_token:
@@ -439,11 +476,15 @@ def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
     encoder: Any = text.transformer
     pooler = type(text.pooler).__name__
     blocks = next(
-        (found for found in (
-            getattr(getattr(encoder, "encoder", None), "layer", None),  # BERT, RoBERTa
-            getattr(encoder, "block", None),  # T5
-            getattr(encoder, "layers", None),  # M2M-100
-        ) if found is not None),
+        (
+            found
+            for found in (
+                getattr(getattr(encoder, "encoder", None), "layer", None),  # BERT, RoBERTa
+                getattr(encoder, "block", None),  # T5
+                getattr(encoder, "layers", None),  # M2M-100
+            )
+            if found is not None
+        ),
         None,
     )
     if blocks is None:
@@ -459,10 +500,18 @@ def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
         return torch.full((batch, 7), 5, dtype=torch.long, device=device)
 
     tower = Tower(
-        name="text", kind="blocks", family=f"HF {config.model_type}", blocks=list(blocks), run=run,
-        width=getattr(config, "hidden_size", None) or config.d_model, example=example,
-        pooling={"MeanPooler": "mean", "MaxPooler": "model"}.get(pooler, "cls"), prefix=1,
-        norm=norm or _same, project=getattr(text, "proj", _same), valid=valid,
+        name="text",
+        kind="blocks",
+        family=f"HF {config.model_type}",
+        blocks=list(blocks),
+        run=run,
+        width=getattr(config, "hidden_size", None) or config.d_model,
+        example=example,
+        pooling={"MeanPooler": "mean", "MaxPooler": "model"}.get(pooler, "cls"),
+        prefix=1,
+        norm=norm or _same,
+        project=getattr(text, "proj", _same),
+        valid=valid,
         ends=lambda ids: valid(ids).int().cumsum(1).argmax(1),
     )
     if pooler == "ClsPooler" and getattr(encoder, "pooler", None) is not None:
@@ -470,4 +519,3 @@ def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
     if pooler == "MaxPooler":
         raise UserError("Hugging Face text towers with max pooling are not supported")
     return tower
-

@@ -42,7 +42,11 @@ class Sink(Protocol):
     done: dict[str, set[int]]
 
     def put(
-        self, tower: str, batch: int, rows: Sequence[int], features: Features,
+        self,
+        tower: str,
+        batch: int,
+        rows: Sequence[int],
+        features: Features,
         bad: Mapping[int, str],
     ) -> None:
         """Take the features of one batch."""
@@ -74,7 +78,9 @@ class Work:
         self._refuse_unreadable(sink.bad)
         vision, text = sink.towers()
         return LayerFeatures(
-            **{**header, "class_names": tuple(header["class_names"])}, vision=vision, text=text,
+            **{**header, "class_names": tuple(header["class_names"])},
+            vision=vision,
+            text=text,
             identity=identity,
         )
 
@@ -105,14 +111,25 @@ class Work:
         texts, pairs = self.texts, self.texts.pairs
         parts: list[tuple[str, str, tuple[str, ...], Sequence[int], Any]] = [
             ("vision", "images", paths, labels, None),
-            ("text", texts.kind, texts.texts, [int(label) for label in texts.labels],
-             None if pairs is None else [int(row) for row in pairs]),
+            (
+                "text",
+                texts.kind,
+                texts.texts,
+                [int(label) for label in texts.labels],
+                None if pairs is None else [int(row) for row in pairs],
+            ),
         ]
         return {
             name: TowerPlan(
-                self.recorders[name].tower.depth, self.recorders[name].pooling,
-                self.recorders[name].joint_pooling, kind, ids, of, self._batches(len(ids)),
-                self.recorders[name].widths(), links,
+                self.recorders[name].tower.depth,
+                self.recorders[name].pooling,
+                self.recorders[name].joint_pooling,
+                kind,
+                ids,
+                of,
+                self._batches(len(ids)),
+                self.recorders[name].widths(),
+                links,
             )
             for name, kind, ids, of, links in parts
         }
@@ -128,11 +145,16 @@ class Work:
             len(batches[b]) for b in left
         )
         recorder = self.recorders["vision"]
-        with recorder, bar(
-            total=finished + sum(len(batches[b]) for b in left), initial=finished, unit="image",
-            description=f"{self.manifest.name} {self.split}",
-            show=self.progress and processes.rank == 0,
-        ) as shown:
+        with (
+            recorder,
+            bar(
+                total=finished + sum(len(batches[b]) for b in left),
+                initial=finished,
+                unit="image",
+                description=f"{self.manifest.name} {self.split}",
+                show=self.progress and processes.rank == 0,
+            ) as shown,
+        ):
             for batch, rows, images, bad in self._images(batches, left):
                 features = {} if images is None else self._record(recorder, images)
                 refuse_not_finite(features, rows, recorder, self.items)
@@ -154,8 +176,13 @@ class Work:
     ) -> Iterator[tuple[int, list[int], Tensor | None, dict[int, str]]]:
         unreadable, seen = Unreadable(), 0
         stream = decode(
-            self.manifest, self.items, [batches[b] for b in left], root=self.root,
-            preprocess=self.model.preprocess, size=self.model.image_size, workers=self.workers,
+            self.manifest,
+            self.items,
+            [batches[b] for b in left],
+            root=self.root,
+            preprocess=self.model.preprocess,
+            size=self.model.image_size,
+            workers=self.workers,
             pin=self.model.device.type == "cuda",
         )
         for batch, (rows, images, bad) in zip(left, stream):
@@ -194,7 +221,11 @@ class MemorySink:
         }
 
     def put(
-        self, tower: str, batch: int, rows: Sequence[int], features: Features,
+        self,
+        tower: str,
+        batch: int,
+        rows: Sequence[int],
+        features: Features,
         bad: Mapping[int, str],
     ) -> None:
         """Take the features of one batch."""
@@ -210,8 +241,13 @@ class MemorySink:
         kept = [row for row in range(len(plan.ids)) if row not in self.bad]
         vision, text = (
             TowerFeatures(
-                name, plan.blocks, plan.pooling, plan.kind, plan.ids,
-                np.asarray(plan.labels, dtype=np.int64), self.arrays[name],
+                name,
+                plan.blocks,
+                plan.pooling,
+                plan.kind,
+                plan.ids,
+                np.asarray(plan.labels, dtype=np.int64),
+                self.arrays[name],
                 None if plan.pairs is None else np.asarray(plan.pairs, dtype=np.int64),
                 plan.joint_pooling,
             )
@@ -224,8 +260,15 @@ class MemorySink:
             new[kept] = np.arange(len(kept))
             text = text.take(np.flatnonzero(new[text.pairs] >= 0))
             text = TowerFeatures(
-                text.tower, text.blocks, text.pooling, text.kind, text.ids, text.labels,
-                text.arrays, new[text.pairs], text.joint_pooling,
+                text.tower,
+                text.blocks,
+                text.pooling,
+                text.kind,
+                text.ids,
+                text.labels,
+                text.arrays,
+                new[text.pairs],
+                text.joint_pooling,
             )
         return vision.take(kept), text
 
