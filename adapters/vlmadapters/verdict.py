@@ -7,7 +7,7 @@ one dataset are not two datasets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ def outcomes(table: pd.DataFrame, outcome: str = "hm") -> Outcomes:
     )
 
 
-def _by_placement(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def _by_placement(table: pd.DataFrame) -> dict[str, dict[Hashable, Any]]:
     """Return the rows of a table with one row per placement, by label."""
     return {str(row["placement"]): row for row in table.to_dict("records")}
 

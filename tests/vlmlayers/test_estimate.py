@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 
@@ -55,3 +57,29 @@ def test_the_text_names_the_plan(tmp_path):
     assert "1e+09" in text
     with pytest.raises(UserError, match="nothing to estimate"):
         estimate(tiny.model(), manifest, [])
+
+
+def test_the_command_line_estimates_and_records_nothing(tmp_path):
+    from typer.testing import CliRunner
+    from vlmlayers.cli import app
+
+    config = tiny.config(text={"vocab_size": 49408})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(
+        app,
+        [
+            "extract",
+            str(tmp_path / "model"),
+            "digits",
+            "--random-weights",
+            "--items",
+            "20",
+            "--out",
+            str(tmp_path / "run"),
+            "--estimate",
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert "model on digits: 20 images" in result.output
+    assert not (tmp_path / "run").exists()

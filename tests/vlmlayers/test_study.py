@@ -254,3 +254,17 @@ def test_a_killed_study_finishes_with_the_same_tables(
         pd.read_parquet(out / "scores.parquet"), pd.read_parquet(done.scores)
     )
     assert (out / "choice.json").read_bytes() == done.choice.read_bytes()
+
+
+def test_another_extraction_is_refused_and_forced(
+    done: Run, study_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(done.folder, copy)
+    file = tmp_path / "s.toml"
+    file.write_text(study_file.read_text().replace("items = 40", "items = 30"))
+    options = {"base": study_file.parent, "progress": False, "only": ["extract"]}
+    with pytest.raises(UserError, match="belongs to another extraction.*--force"):
+        run_study(read_study(file), copy, **options)
+    run = run_study(read_study(file), copy, force=True, **options)[0]
+    assert {one["items"] for one in run.read_provenance()["datasets"].values()} == {30}

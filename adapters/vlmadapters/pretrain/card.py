@@ -35,7 +35,7 @@ ONE_PROMPT = "a photo of a {}."
 # two idle cores, same prompt and same test images.
 BAR = {"tiny_imagenet": 0.108, "cifar10": 0.399, "caltech101": 0.302, "scenes15": 0.318,
        "dtd": 0.250}  # fmt: skip
-ACCURACIES = ("dataset_accuracy", "class_accuracy", "class_accuracy_ncm")
+ACCURACIES = ("dataset_accuracy", "class_accuracy_ncm")
 GAPS = ("centroid_gap", "pair_distance", "rmg", "modality_auc")
 PER_DATASET = 100  # images behind the curves; classes alike
 Z95 = 1.959964
@@ -68,7 +68,7 @@ class Evaluation:
     ) -> None:
         self.model, self.root, self.limit, self.fit, self.show = model, root, limit, fit, show
 
-    def features(self, name: str, split: str, n: int | None, **options: str) -> LayerFeatures:
+    def features(self, name: str, split: str, n: int | None, **options: Any) -> LayerFeatures:
         """Extract a split with the one prompt that all figures use."""
         return extract(
             self.model, Manifest.load(name), split, items=self._present(name, split, n),
@@ -163,13 +163,14 @@ def classes_table(rows: pd.DataFrame, bar: Mapping[str, float] = BAR) -> str:
         "| dataset | test images | chance | zero-shot (95 %) | times chance | bar | linear probe |",
         "|---|---|---|---|---|---|---|",
     ]
-    probes = rows[rows.metric == "linear_probe"].set_index("dataset")
-    for row in rows[rows.metric == "zero_shot_accuracy"].itertuples():
+    probes = rows[rows.metric == "linear_probe"].set_index("dataset")["value"]
+    zero_shot: list[Any] = list(rows[rows.metric == "zero_shot_accuracy"].itertuples())
+    for row in zero_shot:
         goal = f"{100 * bar[row.dataset]:.1f}" if row.dataset in bar else "5 × chance"
         lines.append(
             f"| {row.dataset} | {row.n} | {100 * row.null:.1f} | {100 * row.value:.1f} "
             f"({100 * row.low:.1f}–{100 * row.high:.1f}) | {row.value / row.null:.1f} | {goal} | "
-            f"{100 * probes.loc[row.dataset, 'value']:.1f} |"
+            f"{100 * probes[row.dataset]:.1f} |"
         )
     return "\n".join(lines)
 

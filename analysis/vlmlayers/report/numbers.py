@@ -73,9 +73,11 @@ class Validation:
         )
 
     def outcomes(self) -> pd.DataFrame:
-        """Return one row per placement, in the order of the cells, with the chosen one marked."""
-        order = list(dict.fromkeys(self.cells["placement"].astype(str)))
-        frame = self.placements.set_index("placement").reindex(order).reset_index()
+        """Return one row per placement, by start block and size, with the chosen one marked."""
+        cells = self.cells.drop_duplicates("placement").reset_index(drop=True)
+        order = sorted(cells.index, key=lambda row: (*_place(cells.loc[row]), row))
+        names = cells.loc[order, "placement"].astype(str)
+        frame = self.placements.set_index("placement").reindex(list(names)).reset_index()
         return frame.assign(chosen=frame["placement"] == self.chosen)
 
 
@@ -87,6 +89,17 @@ def _table(path: Path) -> pd.DataFrame:
             f"{path} cannot be read as a table ({type(error).__name__}); "
             "run `vlmlayers validate` again"
         ) from None
+
+
+def _place(cell: pd.Series) -> tuple[float, float]:
+    """Return first block and number of blocks; what names no block stands last."""
+    blocks = [
+        int(b)
+        for key in ("vision", "text")
+        for b in str(cell.get(key, "")).split()
+        if b.isdecimal()
+    ]
+    return (min(blocks), -len(blocks)) if blocks else (float("inf"), 0.0)
 
 
 def _kind(cells: pd.DataFrame, kind: str) -> str:

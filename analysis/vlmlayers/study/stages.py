@@ -12,7 +12,7 @@ from typing import Any
 from vlmlayers.errors import UserError
 from vlmlayers.run import environment, file_hash, fingerprint
 from vlmlayers.selection import select
-from vlmlayers.study.context import StageContext
+from vlmlayers.study.context import Dataset, StageContext
 
 GROUP = "vlmlayers.stages"
 
@@ -54,8 +54,6 @@ def _extract_inputs(context: StageContext) -> Any:
 
 
 def _extract(context: StageContext) -> None:
-    from vlmlayers.models import extract
-
     model = context.load_model()
     options = context.study.extract
     record = {}
@@ -63,24 +61,7 @@ def _extract(context: StageContext) -> None:
         if context.force:
             shutil.rmtree(context.run.features / data.folder, ignore_errors=True)
         context.echo(f"extract  {data.manifest.name}: {len(data.items)} items ({data.folder})")
-        features = extract(
-            model,
-            data.manifest,
-            data.options["split"],
-            items=data.items,
-            root=context.data_root,
-            spaces=options.spaces,
-            pooling={str(k): v for k, v in options.pooling.items()} or None,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            precision=options.precision,
-            out=context.run.features / data.folder,
-            text=data.options["text"],
-            template=data.options["template"],
-            seed=context.seed,
-            skip_unreadable=options.skip_unreadable,
-            progress=context.progress,
-        )
+        features = _extract_one(context, model, data)
         record[data.manifest.name] = {
             "title": data.manifest.title,
             "split": data.options["split"],
@@ -101,6 +82,35 @@ def _extract(context: StageContext) -> None:
         seed=context.seed,
         environment=environment(),
     )
+
+
+def _extract_one(context: StageContext, model: Any, data: Dataset) -> Any:
+    from vlmlayers.models import extract
+
+    options, store = context.study.extract, context.run.features / data.folder
+    try:
+        return extract(
+            model,
+            data.manifest,
+            data.options["split"],
+            items=data.items,
+            root=context.data_root,
+            spaces=options.spaces,
+            pooling={str(k): v for k, v in options.pooling.items()} or None,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            precision=options.precision,
+            out=store,
+            text=data.options["text"],
+            template=data.options["template"],
+            seed=context.seed,
+            skip_unreadable=options.skip_unreadable,
+            progress=context.progress,
+        )
+    except UserError as error:
+        if "belongs to another extraction" not in str(error):
+            raise
+        raise UserError(f"{error}, or extract again with --force") from None
 
 
 def _model_record(model: Any) -> dict[str, Any]:
