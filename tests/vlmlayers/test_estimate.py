@@ -61,6 +61,7 @@ def test_the_text_names_the_plan(tmp_path):
 
 def test_the_command_line_estimates_and_records_nothing(tmp_path):
     from typer.testing import CliRunner
+
     from vlmlayers.cli import app
 
     config = tiny.config(text={"vocab_size": 49408})

@@ -262,3 +262,15 @@ def test_own_arrays_become_features():
 def test_wrong_own_arrays_are_named(vision, options, message):
     with pytest.raises(UserError, match=message):
         LayerFeatures.from_arrays(vision, **options)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives():
+    here, there = tiny.model(), tiny.model()
+    there.clip.to("cuda")
+    a, b = run(model=here), run(model=there)
+    for tower in ("vision", "text"):
+        for position in a.tower(tower).positions("joint"):
+            x, y = (f.tower(tower).array(position, "joint") for f in (a, b))
+            assert np.allclose(x, y, atol=1e-3 * max(1.0, abs(x).max()))
+    assert b.identity["device"] == "cuda"

@@ -135,6 +135,16 @@ def test_widths_are_known_before_recording():
         assert list(widths["normed"]) == ["embed", "1", "2", "3", "final"]
 
 
+def test_a_head_that_is_not_the_models_own_is_refused():
+    clip = tiny.build("clip")
+    tower = find_towers(clip)["vision"]
+    Recorder(tower).widths()
+    tower.norm = torch.nn.Identity()
+    with pytest.raises(UserError, match="is not the model's own embedding"):
+        Recorder(tower).widths()
+    Recorder(tower, pooling="mean").widths()  # there they differ by nature
+
+
 def test_nothing_of_the_activations_is_kept():
     clip = tiny.build("clip")
     with Recorder(find_towers(clip)["vision"]) as recorder:

@@ -16,6 +16,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.towers import Tower, refuse_compiled
 from vlmlayers.positions import EMBED, FINAL, PROJ, SPACES, sort_key
 
+_AGREE = 0.02  # of the largest value; half precision stays below, a wrong head does not
 Features = dict[str, dict[str, NDArray[np.float32]]]
 
 
@@ -137,13 +138,31 @@ class Recorder:
         self._hooks: Any = None
 
     def widths(self) -> dict[str, dict[str, int]]:
-        """Return space → position → width of what is recorded, in order along the tower."""
+        """Return space → position → width of what is recorded, in order along the tower.
+
+        Raises:
+            UserError: The head that was found does not reproduce the model's own embedding.
+        """
         with self:
             found = self(self.tower.example(2))
+        self._require_agreement(found)
         return {
             space: {p: by_position[p].shape[1] for p in sorted(by_position, key=sort_key)}
             for space, by_position in found.items()
         }
+
+    def _require_agreement(self, found: Features) -> None:
+        """Compare the last block through the head with the embedding, where they have to agree."""
+        tower = self.tower
+        if "joint" not in found or not (self._attends or self.pooling == tower.pooling):
+            return
+        last, own = found["joint"][str(tower.depth)], found["joint"][PROJ]
+        if np.abs(last - own).max() > _AGREE * max(float(np.abs(own).max()), 1e-6):
+            raise UserError(
+                f"the last block of the {tower.name} tower ({tower.family}), taken through final "
+                "norm, pool and projection, is not the model's own embedding; this variant of the "
+                "family is not known"
+            )
 
     def __enter__(self) -> Recorder:
         self._hooks = block_outputs(self.tower, self._look)
