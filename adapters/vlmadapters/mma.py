@@ -5,7 +5,7 @@ Reference: Yang, Zhang, Wang, Xie, "MMA: Multi-Modal Adapter for Vision-Language
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +19,6 @@ from vlmlayers.errors import UserError
 from vlmlayers.models.towers import Tower
 
 PREFIX = {"vision": "visual_adapter", "text": "text_adapter"}
-Select = Callable[[Tensor], Tensor]
 
 
 class _ScaledDown(torch.autograd.Function):
@@ -112,7 +111,6 @@ class Adapter(nn.Module):
             }
         )
         self.version = 0
-        self._select: dict[str, Select] = {}
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int) -> None:
@@ -165,15 +163,6 @@ class Adapter(nn.Module):
                     hooks = _BlockHooks(self, tower, block)
                     stack.callback(hooks.remove)
             yield self
-
-    @contextmanager
-    def selecting(self, tower: str, select: Select) -> Iterator[None]:
-        """Within the context the last block of a tower hands on selected tokens only."""
-        self._select[tower] = select
-        try:
-            yield
-        finally:
-            del self._select[tower]
 
     def named_official_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield parameters under the authors' names, such as `text_adapter.5.down.0.weight`."""
@@ -237,9 +226,6 @@ class _BlockHooks:
         seen, self.seen = self.seen, None
         # A post-norm block calls its norm on something else; the adapter still reads norm(x).
         u = seen[1] if seen is not None and seen[0] is x else self._norm(x)
-        select = self.adapter._select.get(self.tower)
-        if select is not None and u.shape != output.shape:
-            u = select(u)
         return self.adapter.add_to(output, u, self.tower, self.block)
 
     def _norm(self, x: Tensor) -> Tensor:
