@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 from vlmlayers.errors import UserError
 from vlmlayers.models import list_models, load, load_model
-from vlmlayers.models.load import HubTokenizer, build_clip, hash_weights
+from vlmlayers.models.build import build_clip
+from vlmlayers.models.load import hash_weights
+from vlmlayers.models.tokenizers import HubTokenizer
 
 CONFIG = tiny.config(text={"vocab_size": 49408})  # as many as open_clip's tokenizer has
 tiny.FAMILIES["loaded"] = CONFIG

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
+from vlmlayers.models.build import one_line
 
 _SHOWN = 3
 
@@ -38,7 +39,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             "as safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_line(error)}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"checkpoint {path} holds no state dict of tensors")
@@ -82,9 +83,4 @@ def _misfit(clip: nn.Module, state: Mapping[str, Tensor], error: Exception) -> s
         )
         if found
     ]
-    return "; ".join(parts) or _line(error)
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+    return "; ".join(parts) or one_line(error)

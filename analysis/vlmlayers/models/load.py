@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.coca_model import CoCa
-from open_clip.factory import _set_model_device_and_precision
-from open_clip.model import CLIP, CustomTextCLIP, get_cast_dtype
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.models.build import build_clip, one_line, read_config
 from vlmlayers.models.checkpoints import load_checkpoint
-from vlmlayers.models.hf_offline import text_config_offline
+from vlmlayers.models.tokenizers import make_tokenizer
 from vlmlayers.models.towers import Tower, find_towers, unwrap_compiled
 
 MINI = "mini-clip"
@@ -33,17 +26,6 @@ LOCAL = "local"
 CONFIG_FILE = "open_clip_config.json"
 MINI_FOLDER = Path(__file__).parent / "mini_clip"
 PRECISIONS = ("fp32", "bf16", "fp16")
-SEED = 0
-_BUILD_ERRORS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AssertionError,
-    KeyError,
-    AttributeError,
-    ZeroDivisionError,
-    IndexError,
-)
 
 
 @dataclass(eq=False)
@@ -297,142 +279,6 @@ def _assemble(
     )
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return model and preprocessing parts of an open_clip configuration file.
-
-    Raises:
-        UserError: The file is missing, is not JSON, or lacks a required part.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read model configuration {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    model = found.get("model_cfg", found) if isinstance(found, dict) else {}
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model]
-    if missing:
-        raise UserError(f"{path} is no open_clip configuration: it lacks {', '.join(missing)}")
-    for part in ("vision_cfg", "text_cfg"):
-        if not isinstance(model[part], dict):
-            raise UserError(f"{path} is no open_clip configuration: {part} is not a table")
-    return dict(model), dict(found.get("preprocess_cfg", {}))
-
-
-def build_clip(
-    config: Mapping[str, Any],
-    *,
-    precision: str = "fp32",
-    device: str | torch.device = "cpu",
-    seed: int = SEED,
-) -> nn.Module:
-    """Build an untrained model from an open_clip configuration.
-
-    Values depend on `seed` only; the global random state is restored.
-
-    Raises:
-        UserError: The configuration has keys or values that open_clip does not take.
-    """
-    settings: dict[str, Any] = copy.deepcopy(dict(config))
-    custom = settings.pop("custom_text", False)
-    place = _device(device)
-    with text_config_offline(settings) as hugging_face, _quiet():
-        settings["vision_cfg"]["timm_model_pretrained"] = False
-        kind: Any = CustomTextCLIP if custom or hugging_face else CLIP
-        if "multimodal_cfg" in settings:
-            kind = CoCa
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                clip = kind(**settings, cast_dtype=get_cast_dtype(precision))
-                _fill_decoder(clip)
-        except _BUILD_ERRORS as error:
-            raise UserError(f"open_clip cannot build this configuration: {_line(error)}") from error
-    if place.type != "meta":
-        timm = "timm_model_name" in settings["vision_cfg"]
-        try:
-            _set_model_device_and_precision(clip, place, precision, timm)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"cannot use device {str(device)!r}: {_line(error)}") from error
-    return clip.eval()
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
-            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one process per GPU
-        return found
-    except RuntimeError as error:
-        raise UserError(f"cannot use device {str(device)!r}; use 'cpu' or 'cuda'") from error
-
-
-def _fill_decoder(clip: nn.Module) -> None:
-    """Give CoCa's captioning head, which open_clip leaves uninitialised, defined values."""
-    head = getattr(getattr(clip, "text_decoder", None), "text_projection", None)
-    if head is not None:
-        nn.init.normal_(head, std=head.shape[0] ** -0.5)
-
-
-def make_tokenizer(text: Mapping[str, Any], folder: Path | None = None) -> Any:
-    """Return the tokenizer of a text configuration.
-
-    A tokenizer that has to come from the hub is fetched at its first use. Relative paths start at
-    the folder of the configuration.
-
-    Raises:
-        UserError: Its vocabulary is missing, broken or larger than the model's.
-    """
-    length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
-    options = dict(text.get("tokenizer_kwargs", {}))
-    hub = text.get("hf_tokenizer_name")
-    if hub:
-        local = folder / hub if folder is not None and (folder / hub).exists() else None
-        return HubTokenizer(str(local or hub), length, text.get("tokenizer_mode"), options)
-    if folder is not None and "bpe_path" in options:
-        options["bpe_path"] = str(folder / options["bpe_path"])
-    try:
-        tokenizer = open_clip.SimpleTokenizer(context_length=length, **options)
-    except (OSError, TypeError, ValueError, IndexError, EOFError) as error:
-        raise UserError(f"tokenizer_kwargs {options} are wrong: {_line(error)}") from error
-    known = text.get("vocab_size", tokenizer.vocab_size)
-    if known < tokenizer.vocab_size:
-        raise UserError(
-            f"text_cfg has vocab_size {known}, its tokenizer has {tokenizer.vocab_size} tokens; "
-            "name the tokenizer's bpe_path in tokenizer_kwargs"
-        )
-    return tokenizer
-
-
-@dataclass
-class HubTokenizer:
-    """A Hugging Face tokenizer, fetched at first use so that a model loads without it."""
-
-    name: str
-    context_length: int
-    mode: str | None
-    options: dict[str, Any]
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Return token ids, (text, context)."""
-        return self._inner(texts)
-
-    @cached_property
-    def _inner(self) -> Any:
-        try:
-            return open_clip.tokenizer.HFTokenizer(
-                self.name,
-                context_length=self.context_length,
-                tokenizer_mode=self.mode,
-                **self.options,
-            )
-        except Exception as error:
-            raise UserError(
-                f"tokenizer {self.name!r} cannot be loaded: {_line(error)}; connect to the "
-                "Hugging Face hub once, or put it in the local cache"
-            ) from error
-
-
 def refuse_quickgelu_mismatch(
     name: str, tag: str, config: Mapping[str, Any], tag_config: Mapping[str, Any]
 ) -> None:
@@ -484,22 +330,5 @@ def _download(name: str, tag: str | None, config: dict[str, Any]) -> str:
     except Exception as error:
         raise UserError(
             f"weights {tag!r} of {name} are not on this machine and cannot be downloaded "
-            f"({_line(error)}); give checkpoint= a local file, or random_weights=True"
+            f"({one_line(error)}); give checkpoint= a local file, or random_weights=True"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's advice about weights on the root logger while a model is built."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -6,8 +6,7 @@ vocabulary: blocks 1..L, tokens of shape (item, token, width), final norm, pooli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,148 +17,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
-from vlmlayers.positions import EMBED, tower_positions
-
-Apply = Callable[[Tensor], Tensor]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-@dataclass(eq=False)
-class Tower:
-    """One tower of a vision-language model, in one vocabulary for every family.
-
-    Attributes:
-        name: `vision` or `text`.
-        kind: `blocks`, or `stages` where a convolutional or hierarchical trunk has no residual
-            stream of constant width; each stage counts as one block there.
-        family: Name of the module tree, for tables: "open_clip ViT", "timm Eva", "HF roberta", …
-        blocks: Modules; block b is `blocks[b - 1]`.
-        width: Channels where final norm and projection apply (the last block's).
-        pooling: The model's own pooling: `cls`, `eot`, `mean` or `model` (attention pool, last
-            token).
-        pool_note: What `model` pooling is, in words.
-        run: Model input to joint embedding, (item, joint); the model's own forward.
-        prefix: Special tokens before the others (class token, registers).
-        suffix: Special tokens after the others (CoCa's text class token).
-        causal: Whether attention is masked to what came before.
-        norm: Final norm on tokens, before pooling.
-        norm_after: Norm on the pooled vector, where the model has it there.
-        project: Pooled, normed vector to joint embedding.
-        attend: The model's own pool where it is more than picking or averaging tokens.
-        attend_raw: `attend` takes the raw block output (a map), not tokens.
-        attend_norms: `attend` includes the final norm; `normed` space then goes through it.
-        layout: Order of axes of a block's output: `tokens`, `nchw` or `nhwc`.
-        ends: Text only: token ids to the index of the pooled end-of-text token, (item,).
-        valid: Text only: token ids to the mask of tokens that `mean` covers, (item, token).
-        cut: Text only: drops columns that no pooled token can see.
-        example: Batch size to a model input of that size.
-        batch_axis: Axis of a block's output that counts items; found by probing.
-        widths: Position to width, found by probing.
-    """
-
-    name: str
-    kind: str
-    family: str
-    blocks: Sequence[nn.Module]
-    width: int
-    pooling: str
-    run: Apply
-    example: Callable[[int], Tensor]
-    pool_note: str = ""
-    prefix: int = 0
-    suffix: int = 0
-    causal: bool = False
-    norm: Apply = _same
-    norm_after: Apply = _same
-    project: Apply = _same
-    attend: Apply | None = None
-    attend_raw: bool = False
-    attend_norms: bool = False
-    layout: str = "tokens"
-    ends: Apply | None = None
-    valid: Apply | None = None
-    cut: Apply = _same
-    batch_axis: int | None = None
-    widths: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks L."""
-        return len(self.blocks)
-
-    @property
-    def token_pooling(self) -> str:
-        """Pooling of `native` and `normed` space by default: `mean` where `model` is attention."""
-        return "mean" if self.attend is not None else self.pooling
-
-    @property
-    def poolings(self) -> tuple[str, ...]:
-        """Poolings that this tower can do, its own first."""
-        found = [self.pooling, "mean"]
-        if self.prefix or self.suffix:
-            found.append("cls")
-        if self.ends is not None:
-            found.append("eot")
-        return tuple(dict.fromkeys([*found, "model"]))
-
-    def resolve_pooling(self, pooling: str | None) -> str:
-        """Return the pooling to use for tokens; None and `model` stand for the tower's own.
-
-        Raises:
-            UserError: The tower has no such token. Says which poolings it has.
-        """
-        if pooling in (None, "model"):
-            return self.token_pooling
-        if pooling not in self.poolings:
-            raise UserError(
-                f"the {self.name} tower ({self.family}) has no {pooling!r} pooling; it has "
-                f"{', '.join(self.poolings)}; give each tower its own, as in "
-                f"pooling={{'{self.name}': '{self.token_pooling}'}}"
-            )
-        return pooling
-
-    def picks_token(self, pooling: str) -> bool:
-        """Whether the pooling picks one token, so that a per-token norm commutes with it."""
-        return pooling in ("cls", "eot") or (pooling == "model" and self.attend is None)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """Return a block's output as (item, token, width)."""
-        if self.layout == "nchw":
-            return x.flatten(2).transpose(1, 2)
-        if self.layout == "nhwc":
-            return x.flatten(1, 2)
-        return x if self.batch_axis in (None, 0) else x.transpose(0, 1)
-
-    def channels(self, x: Tensor) -> int:
-        """Return the width of a block's output."""
-        return int(x.shape[1] if self.layout == "nchw" else x.shape[-1])
-
-    def positions(self, space: str) -> tuple[str, ...]:
-        """Return the positions at which a space is defined for this tower.
-
-        Where widths change along the tower, final norm and projection fit the last stage only.
-        """
-        found = tower_positions(self.depth, space)
-        if space == "native" or not self.widths:
-            return found
-        inside = (EMBED, *map(str, range(1, self.depth + 1)))
-        fits = {p for p in inside if self.widths[p] == self.width}
-        if self.attend_raw:
-            fits = {str(self.depth)}
-        return tuple(p for p in found if p in fits or p not in inside)
-
-    def refusal(self, space: str) -> str:
-        """Return why a space lacks positions, or an empty string."""
-        missing = [p for p in tower_positions(self.depth, space) if p not in self.positions(space)]
-        if not missing:
-            return ""
-        return (
-            f"{space} space is defined at the last of the {self.depth} stages only: final norm "
-            f"and projection take {self.width} channels, the earlier stages have fewer"
-        )
+from vlmlayers.models.tower import Apply, Tower, same
 
 
 def find_towers(clip: nn.Module) -> dict[str, Tower]:
@@ -250,7 +108,7 @@ def _images(visual: nn.Module, parameter: nn.Parameter) -> Callable[[int], Tenso
 def _matrix(weight: Any) -> Apply:
     """Return the projection held as a matrix, a linear layer, or not at all."""
     if weight is None:
-        return _same
+        return same
     return weight if isinstance(weight, nn.Module) else lambda x: x @ weight
 
 
@@ -393,7 +251,7 @@ def _open_clip_text(text: nn.Module) -> Tower:
         name="text",
         kind="blocks",
         family="open_clip text",
-        run=_same,
+        run=same,
         ends=ends,
         blocks=list(module.transformer.resblocks),
         width=module.ln_final.normalized_shape[0],
@@ -509,8 +367,8 @@ def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
         example=example,
         pooling={"MeanPooler": "mean", "MaxPooler": "model"}.get(pooler, "cls"),
         prefix=1,
-        norm=norm or _same,
-        project=getattr(text, "proj", _same),
+        norm=norm or same,
+        project=getattr(text, "proj", same),
         valid=valid,
         ends=lambda ids: valid(ids).int().cumsum(1).argmax(1),
     )

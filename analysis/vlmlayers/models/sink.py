@@ -1,0 +1,96 @@
+"""Where batches of features go: a store on disk, or arrays in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from vlmlayers.features import TowerFeatures
+from vlmlayers.models.recording import Features
+from vlmlayers.store_writer import TowerPlan
+
+
+class Sink(Protocol):
+    """Where batches go."""
+
+    done: dict[str, set[int]]
+
+    def put(
+        self,
+        tower: str,
+        batch: int,
+        rows: Sequence[int],
+        features: Features,
+        bad: Mapping[int, str],
+    ) -> None:
+        """Take the features of one batch."""
+
+
+class MemorySink:
+    """Arrays of both towers in memory, filled batch by batch."""
+
+    def __init__(self, plans: Mapping[str, TowerPlan]) -> None:
+        self.plans = plans
+        self.done: dict[str, set[int]] = {name: set() for name in plans}
+        self.bad: dict[int, str] = {}
+        self.arrays = {
+            name: {
+                space: {p: np.empty((len(plan.ids), w), np.float32) for p, w in widths.items()}
+                for space, widths in plan.widths.items()
+            }
+            for name, plan in plans.items()
+        }
+
+    def put(
+        self,
+        tower: str,
+        batch: int,
+        rows: Sequence[int],
+        features: Features,
+        bad: Mapping[int, str],
+    ) -> None:
+        """Take the features of one batch."""
+        for space, by_position in features.items():
+            for position, values in by_position.items():
+                self.arrays[tower][space][position][rows] = values
+        self.bad.update(bad)
+        self.done[tower].add(batch)
+
+    def towers(self) -> tuple[TowerFeatures, TowerFeatures]:
+        """Return both towers without the rows of unreadable images."""
+        plan = self.plans["vision"]
+        kept = [row for row in range(len(plan.ids)) if row not in self.bad]
+        vision, text = (
+            TowerFeatures(
+                name,
+                plan.blocks,
+                plan.pooling,
+                plan.kind,
+                plan.ids,
+                np.asarray(plan.labels, dtype=np.int64),
+                self.arrays[name],
+                None if plan.pairs is None else np.asarray(plan.pairs, dtype=np.int64),
+                plan.joint_pooling,
+            )
+            for name, plan in self.plans.items()
+        )
+        if not self.bad:
+            return vision, text
+        if text.pairs is not None:
+            new = np.full(len(plan.ids), -1, dtype=np.int64)
+            new[kept] = np.arange(len(kept))
+            text = text.take(np.flatnonzero(new[text.pairs] >= 0))
+            text = TowerFeatures(
+                text.tower,
+                text.blocks,
+                text.pooling,
+                text.kind,
+                text.ids,
+                text.labels,
+                text.arrays,
+                new[text.pairs],
+                text.joint_pooling,
+            )
+        return vision.take(kept), text
