@@ -208,7 +208,8 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(
     )[0]
     assert said[1:3] == ["extract  unchanged", "score    unchanged"]
     assert any(line.startswith("select   vision") for line in said)
-    assert read_json(run.choice)["rule"] == "paper" and "rule paper" in run.report.read_text()
+    assert read_json(run.choice)["rule"] == "paper"
+    assert "Fixed by the rule" in run.report.read_text()
 
 
 def test_stages_can_be_picked_and_say_what_they_need(study_file: Path, tmp_path: Path) -> None:
@@ -223,6 +224,34 @@ def test_stages_can_be_picked_and_say_what_they_need(study_file: Path, tmp_path:
             run_study(study, tmp_path / "none", base=study_file.parent, progress=False, **options)
 
 
+def test_an_interrupted_study_finishes_with_the_same_tables(
+    done: Run, study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C arrives inside the second dataset, between two batches."""
+    from vlmlayers.manifests import Manifest
+
+    drawn = 0
+    open_image = Manifest.open_image
+
+    def interrupted(self: Manifest, *args: Any, **options: Any) -> Any:
+        nonlocal drawn
+        drawn += 1
+        if drawn == 60:
+            raise KeyboardInterrupt
+        return open_image(self, *args, **options)
+
+    options = {"base": study_file.parent, "progress": False}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Manifest, "open_image", interrupted)
+        run_study(read_study(study_file), tmp_path, **options)
+    assert drawn == 60 and not (tmp_path / "scores.parquet").exists()
+    run_study(read_study(study_file), tmp_path, **options)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "scores.parquet"), pd.read_parquet(done.scores)
+    )
+
+
+@pytest.mark.slow
 def test_a_killed_study_finishes_with_the_same_tables(
     done: Run, study_file: Path, tmp_path: Path
 ) -> None:
@@ -264,7 +293,7 @@ def test_another_extraction_is_refused_and_forced(
     file = tmp_path / "s.toml"
     file.write_text(study_file.read_text().replace("items = 40", "items = 30"))
     options = {"base": study_file.parent, "progress": False, "only": ["extract"]}
-    with pytest.raises(UserError, match="belongs to another extraction.*--force"):
+    with pytest.raises(UserError, match=r"belongs to another extraction.*--force"):
         run_study(read_study(file), copy, **options)
     run = run_study(read_study(file), copy, force=True, **options)[0]
     assert {one["items"] for one in run.read_provenance()["datasets"].values()} == {30}

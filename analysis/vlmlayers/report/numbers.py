@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,10 +74,9 @@ class Validation:
 
     def outcomes(self) -> pd.DataFrame:
         """Return one row per placement, by start block and size, with the chosen one marked."""
-        cells = self.cells.drop_duplicates("placement").reset_index(drop=True)
-        order = sorted(cells.index, key=lambda row: (*_place(cells.loc[row]), row))
-        names = cells.loc[order, "placement"].astype(str)
-        frame = self.placements.set_index("placement").reindex(list(names)).reset_index()
+        cells = self.cells.drop_duplicates("placement").to_dict("records")
+        names = [str(cell["placement"]) for cell in sorted(cells, key=_place)]
+        frame = self.placements.set_index("placement").reindex(names).reset_index()
         return frame.assign(chosen=frame["placement"] == self.chosen)
 
 
@@ -91,7 +90,7 @@ def _table(path: Path) -> pd.DataFrame:
         ) from None
 
 
-def _place(cell: pd.Series) -> tuple[float, float]:
+def _place(cell: Mapping[Any, Any]) -> tuple[float, float]:
     """Return first block and number of blocks; what names no block stands last."""
     blocks = [
         int(b)
