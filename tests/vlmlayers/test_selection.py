@@ -97,6 +97,15 @@ def test_flat_curve_is_undecided_and_chooses_nothing() -> None:
     assert "the same at every vision block" in choice.statement
 
 
+def test_a_curve_within_its_interval_is_undecided() -> None:
+    rising = list(np.linspace(0.97, 0.99, 8))
+    for half, decided in ((0.02, False), (0.0001, True)):
+        scores = table(curve_rows("dataset_accuracy", "vision", rising, half=half))
+        choice = select(scores, agreement_metric="none", resamples=0)
+        assert choice.decided is decided
+        assert ("varies by 0.02 over its blocks" in choice.statement) is not decided
+
+
 def test_same_seed_same_evidence() -> None:
     scores = planted(half=0.4)
     first, second = select(scores, resamples=30, seed=4), select(scores, resamples=30, seed=4)

@@ -215,7 +215,7 @@ class Answer:
 
     def _proof(self) -> str:
         if self.validation is None:
-            return "not yet; `vlmlayers validate` trains here and at competitors"
+            return "not yet: vlmlayers validate trains here and at competing placements"
         if self.validation.verdict:
             return self.validation.verdict
         frame = self.validation.placements.set_index("placement")["hm"]

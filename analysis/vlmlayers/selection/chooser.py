@@ -184,7 +184,7 @@ def _evidence(
     picks: Picks,
     found: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    reasons = [note for pick in picks.values() for note in pick.notes]
+    reasons: dict[str, list[str]] = {}
     towers = {}
     for tower, depth in blocks.items():
         pick = picks.get(tower, Pick(()))
@@ -194,8 +194,9 @@ def _evidence(
             **pick.details,
             **found.get(tower, {}),
         }
+        reasons[tower] = [*pick.notes]
         if tower in found:
-            reasons += doubts(tower, depth, found[tower])
+            reasons[tower] += doubts(tower, depth, found[tower])
     options = chooser.options if isinstance(chooser, OwnRule) else asdict(chooser)
     first = scores.iloc[0]
     return {
@@ -207,26 +208,37 @@ def _evidence(
             for name, value in options.items()
         },
         "towers": towers,
-        "decided": not reasons,
-        "doubts": reasons,
+        "decided": not any(reasons.values()),
+        "doubts": [reason for one in reasons.values() for reason in one],
         "statement": _statement(picks, found, reasons),
     }
 
 
-def _statement(picks: Picks, found: dict[str, dict[str, Any]], reasons: list[str]) -> str:
-    if reasons:
-        return f"The data do not decide: {'; '.join(reasons)}."
+def _statement(
+    picks: Picks, found: dict[str, dict[str, Any]], reasons: dict[str, list[str]]
+) -> str:
+    open_questions = "; ".join(reason for one in reasons.values() for reason in one)
     if not found:
+        if open_questions:
+            return f"The data do not decide: {open_questions}."
         return "Fixed by the rule, not by the measurements; nothing was resampled."
-    parts = []
-    for tower, one in found.items():
-        low, high = one["start"]["low"], one["start"]["high"]
-        where = f"start {low}" if low == high else f"start {low}–{high}"
-        parts.append(
-            f"{tower} {describe_blocks(picks[tower].blocks)} "
-            f"({where}; the same in {one['same']:.0%})"
-        )
-    return f"The data decide: over resampled scores, {', '.join(parts)}."
+    firm = " and ".join(
+        _firm(tower, picks[tower], one) for tower, one in found.items() if not reasons[tower]
+    )
+    if not open_questions:
+        return f"The data decide for {firm}."
+    if firm:
+        return f"The data decide for {firm}. They do not decide for the rest: {open_questions}."
+    return f"The data do not decide: {open_questions}."
+
+
+def _firm(tower: str, pick: Pick, found: dict[str, Any]) -> str:
+    low, high = found["start"]["low"], found["start"]["high"]
+    start = str(low) if low == high else f"{low}–{high}"
+    return (
+        f"{tower} {describe_blocks(pick.blocks)} (95 % of resamples start at {start}; "
+        f"{found['same']:.0%} choose exactly this)"
+    )
 
 
 def _blocks(picks: Picks, tower: str) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from vlmlayers.selection.curves import (
     agreement_curve,
     agreement_matrix,
     block_curve,
+    has_curve,
     normalise,
 )
 from vlmlayers.selection.predict import block_scores
@@ -45,6 +46,22 @@ class Pick:
 
 
 Picks = dict[str, Pick]
+
+
+def _within_noise(scores: pd.DataFrame, metric: str, tower: str, depth: int) -> list[str]:
+    """Return a note where a curve varies less over the blocks than its interval is wide."""
+    rows = scores[(scores["metric"] == metric) & scores["low"].notna() & scores["high"].notna()]
+    if rows.empty or not has_curve(rows, metric, tower):
+        return []
+    curve = block_curve(scores, metric, tower, depth)
+    low, high = (block_curve(rows, metric, tower, depth, column=c) for c in ("low", "high"))
+    span, width = float(np.ptp(curve)), float(np.median(high - low))
+    if not 0 < span < width:
+        return []
+    return [
+        f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, less than its "
+        f"95 % interval of {width:.2g}"
+    ]
 
 
 def _unit_interval(name: str, value: float) -> None:
@@ -111,6 +128,7 @@ class Threshold:
             }
             if curve.max() == curve.min():
                 notes.append(f"{name} is the same at every {tower} block")
+        notes += _within_noise(scores, self.metric, tower, depth)
         chosen = _passing(passes)
         if self.fill and chosen:
             chosen = tuple(range(chosen[0], chosen[-1] + 1))
