@@ -313,7 +313,7 @@ def test_two_processes_on_one_store_are_told_apart(tmp_path):
         def open_image(self, item, root=None, size=None):
             if not self.opened:
                 with pytest.raises(UserError, match="another process is writing"):
-                    run(tmp_path / "s", tiny.DrawnManifest())
+                    run(tmp_path / "s", tiny.DrawnManifest(), model=tiny.model())
             return super().open_image(item, root, size)
 
     assert len(run(tmp_path / "s", Second()).vision) == 22
