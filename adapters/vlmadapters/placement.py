@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vlmadapters.config import MMAConfig
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.selection import paper_blocks
 
 Blocks = tuple[int, ...]
 KINDS: dict[str, str] = {
@@ -17,7 +18,7 @@ KINDS: dict[str, str] = {
     "upper": "upper half of both towers",
     "start": "every start block up to the last, both towers at equal relative depth",
     "single": "one block of each tower at equal relative depth",
-    "random": "random blocks, as many in each tower as the choice has",
+    "random": "random blocks at the cost of the choice: as many in each tower, as many shared",
     "vision": "the chosen vision blocks only",
     "text": "the chosen text blocks only",
 }
@@ -61,11 +62,20 @@ def _span(start: int, last: int) -> Blocks:
 def _random_blocks(
     generator: random.Random, chosen: Mapping[str, Sequence[int]], depths: Mapping[str, int]
 ) -> tuple[Blocks, Blocks]:
-    """Draw as many blocks per tower as chosen; paired where the towers allow, for equal cost."""
-    vision = tuple(sorted(generator.sample(range(1, depths["vision"] + 1), len(chosen["vision"]))))
-    if depths["vision"] == depths["text"] and len(chosen["vision"]) == len(chosen["text"]):
-        return vision, vision
-    text = tuple(sorted(generator.sample(range(1, depths["text"] + 1), len(chosen["text"]))))
+    """Draw as many blocks per tower as chosen, as many of them in both towers as chosen.
+
+    A block that is adapted in both towers shares its middle layer, so equal counts alone would not
+    be an equal number of parameters.
+    """
+    shallow, deep = sorted(depths, key=lambda tower: depths[tower])
+    both = set(chosen["vision"]) & set(chosen["text"])
+    common = range(1, depths[shallow] + 1)
+    shared = set(generator.sample(common, len(both)))
+    free = [b for b in common if b not in shared]
+    alone = {shallow: set(generator.sample(free, len(chosen[shallow]) - len(both)))}
+    free = [b for b in range(1, depths[deep] + 1) if b not in shared | alone[shallow]]
+    alone[deep] = set(generator.sample(free, len(chosen[deep]) - len(both)))
+    vision, text = (tuple(sorted(shared | alone[tower])) for tower in ("vision", "text"))
     return vision, text
 
 
@@ -78,7 +88,7 @@ def _placements(
 ) -> Iterator[tuple[Blocks, Blocks]]:
     v, t = depths["vision"], depths["text"]
     if kind == "paper":
-        yield _span(v - round(v * 2 / 3) + 1, v), _span(t - round(t * 2 / 3) + 1, t)
+        yield paper_blocks(v), paper_blocks(t)
     elif kind == "all":
         yield _span(1, v), _span(1, t)
     elif kind == "lower":

@@ -18,13 +18,12 @@ from vlmadapters import parallel
 from vlmadapters.checkpoints import atomically
 from vlmadapters.placement import DEFAULT_KINDS, KINDS, Competitor, competitors
 from vlmadapters.protocols import Experiment
+from vlmadapters.ranking import predicted_outcomes, predictors, rank_correlation
 from vlmadapters.recipes import Recipe, load_recipe
 from vlmadapters.results import METHOD, ZERO_SHOT, harmonic_mean
 from vlmadapters.verdict import (
     VALIDATION_COLUMNS,
     compare,
-    predicted_outcomes,
-    rank_correlation,
     regret,
     verdict,
 )
@@ -228,15 +227,19 @@ def write_summary(
         "validation": table,
         "validation_placements": compare(table, chosen, seed=seed),
     }
+    said: dict[str, str] = {}
     if scores is not None:
         predicted = predict(scores, _placements(table))
-        tables["validation_correlations"] = rank_correlation(table, predicted, seed=seed)
+        correlations = rank_correlation(table, predicted, seed=seed)
+        tables["validation_correlations"] = correlations
+        said["predictors"] = predictors(correlations)
         tables["validation_predicted"] = predicted_outcomes(predicted, table)
     left = regret(table, chosen, seed=seed)
     content = {
         "verdict": verdict(table, chosen, other, seed=seed),
         "chosen": chosen,
         "reference": other,
+        **said,
         "best": left.best,
         "regret": asdict(left),
         "datasets": list(dict.fromkeys(table["dataset"])),

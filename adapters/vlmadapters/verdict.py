@@ -1,4 +1,4 @@
-"""What training says about a choice: differences, regret, rank correlation, and one sentence.
+"""What training says about a choice: differences, regret, and one sentence.
 
 Everything here reads the validation table (one row per dataset, seed and placement) and draws from
 private generators. The unit that is resampled is the dataset, then the seed within it: two seeds of
@@ -7,7 +7,7 @@ one dataset are not two datasets.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,8 @@ def _by_placement(table: pd.DataFrame) -> dict[str, dict[Hashable, Any]]:
     return {str(row["placement"]): row for row in table.to_dict("records")}
 
 
-def _interval(draws: Array) -> tuple[float, float]:
+def interval(draws: Array) -> tuple[float, float]:
+    """Return the 95 % interval of bootstrap draws."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
@@ -134,7 +135,8 @@ def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 
     Returns:
         One row per placement, best harmonic mean first: placement, kind, parameters; base, novel
         and hm with `_low`, `_high`; `difference` (hm minus the chosen one's, in the same dataset
-        and seed) with `difference_low`, `difference_high`; n (datasets × seeds).
+        and seed), `base_difference` and `novel_difference`, each with `_low`, `_high`; n
+        (datasets × seeds).
     """
     first = _by_placement(table.drop_duplicates("placement"))
     rows: dict[str, dict[str, object]] = {}
@@ -142,88 +144,26 @@ def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 
         found = outcomes(table, outcome)
         resampled = found.resampled_means(draws, seed)
         anchor = found.column(chosen)
-        for i, name in enumerate(found.placements):
-            low, high = _interval(resampled[:, i])
+        for i, label in enumerate(found.placements):
+            low, high = interval(resampled[:, i])
             row = rows.setdefault(
-                name,
+                label,
                 {
-                    "placement": name,
-                    "kind": first[name]["kind"],
-                    "parameters": int(first[name]["parameters"]),
+                    "placement": label,
+                    "kind": first[label]["kind"],
+                    "parameters": int(first[label]["parameters"]),
                 },
             )
             row |= {outcome: found.means[i], f"{outcome}_low": low, f"{outcome}_high": high}
-            if outcome == "hm":
-                low, high = _interval(resampled[:, i] - resampled[:, anchor])
-                row |= {
-                    "difference": found.means[i] - found.means[anchor],
-                    "difference_low": low,
-                    "difference_high": high,
-                    "n": len(found.values),
-                }
-    return pd.DataFrame(rows.values()).sort_values("hm", ascending=False, ignore_index=True)
-
-
-def rank_correlation(
-    table: pd.DataFrame,
-    predicted: pd.DataFrame,
-    *,
-    outcome: str = "hm",
-    draws: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Return Kendall's τ-b between predicted placement scores and trained outcomes.
-
-    Args:
-        table: Validation table.
-        predicted: Columns placement, score, predicted (from `selection.predict`).
-        outcome: `hm`, `base` or `novel`.
-        draws: Bootstrap draws (datasets, then seeds) and permutations of the placements.
-        seed: Seed of the private generator.
-
-    Returns:
-        One row per score, best first: score, outcome, tau, low, high, p (two-sided, by
-        permutation; the null is 0), n (placements). A score that is the same for every placement
-        has no ranks and is left out.
-    """
-    found = outcomes(table, outcome)
-    resampled = found.resampled_means(draws, seed)
-    generator = np.random.default_rng(seed)
-    order = np.array([generator.permutation(len(found.placements)) for _ in range(draws)])
-    rows = []
-    for name, group in predicted.groupby("score", sort=False):
-        values = group.drop_duplicates("placement").set_index("placement")["predicted"]
-        guess = values.reindex(list(found.placements)).to_numpy(np.float64)
-        if not np.isfinite(guess).all() or np.ptp(guess) == 0 or np.ptp(found.means) == 0:
-            continue
-        tau = _tau(guess, found.means[None])[0]
-        low, high = _interval(_tau(guess, resampled))
-        null = _tau(guess, found.means[order])
-        p = (1 + np.sum(np.abs(null) >= abs(tau) - 1e-12)) / (draws + 1)
-        rows.append(
-            {
-                "score": name,
-                "outcome": outcome,
-                "tau": tau,
-                "low": low,
-                "high": high,
-                "p": float(p),
-                "n": len(guess),
+            low, high = interval(resampled[:, i] - resampled[:, anchor])
+            name = "difference" if outcome == "hm" else f"{outcome}_difference"
+            row |= {
+                name: found.means[i] - found.means[anchor],
+                f"{name}_low": low,
+                f"{name}_high": high,
+                "n": len(found.values),
             }
-        )
-    columns = ["score", "outcome", "tau", "low", "high", "p", "n"]
-    return pd.DataFrame(rows, columns=columns).sort_values(
-        "tau", ascending=False, ignore_index=True
-    )
-
-
-def _tau(guess: Array, trained: Array) -> Array:
-    """Return Kendall's τ-b of one ranking with many, (draw,), by the signs of all pairs."""
-    upper = np.triu_indices(len(guess), 1)
-    a = np.sign(guess[upper[0]] - guess[upper[1]])  # (pair,)
-    b = np.sign(trained[:, upper[0]] - trained[:, upper[1]])  # (draw, pair)
-    scale = np.sqrt((a != 0).sum() * (b != 0).sum(1))
-    return np.divide(b @ a, scale, out=np.zeros(len(b)), where=scale > 0)
+    return pd.DataFrame(rows.values()).sort_values("hm", ascending=False, ignore_index=True)
 
 
 @dataclass(frozen=True)
@@ -250,7 +190,7 @@ def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0
     found = outcomes(table, "hm")
     anchor, best = found.column(chosen), int(np.argmax(found.means))
     resampled = found.resampled_means(draws, seed)
-    low, high = _interval(resampled[:, best] - resampled[:, anchor])
+    low, high = interval(resampled[:, best] - resampled[:, anchor])
     left_out = []
     for cell in range(len(found.values)):
         rest = np.delete(found.values, cell, axis=0)
@@ -306,14 +246,3 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         f"({reference}) by {gain:+.1f} points [{low:.1f}, {high:.1f}] over "
         f"{compared[chosen]['n']} runs; {tail}."
     )
-
-
-def predicted_outcomes(
-    predicted: pd.DataFrame, table: pd.DataFrame, outcome: str = "hm"
-) -> pd.DataFrame:
-    """Return predicted scores with the trained outcome beside them, for the scatter plot."""
-    found = outcomes(table, outcome)
-    trained: Mapping[str, float] = dict(zip(found.placements, found.means.tolist()))
-    merged = predicted[predicted["placement"].isin(list(trained))].copy()
-    merged["trained"] = [trained[name] for name in merged["placement"]]
-    return merged.reset_index(drop=True)

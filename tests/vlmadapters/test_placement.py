@@ -4,6 +4,7 @@ import pytest
 
 from vlmadapters.placement import KINDS, competitors, scaled_block, scaled_start
 from vlmlayers.errors import UserError
+from vlmlayers.selection import adapter_parameters, paper_blocks
 
 TWELVE = {"vision": 12, "text": 12}
 CHOSEN = {"vision": (6, 7, 8, 9, 10, 11, 12), "text": (6, 7, 8, 9, 10, 11, 12)}
@@ -36,13 +37,44 @@ def test_paper_scales_to_24_blocks_and_unequal_towers() -> None:
     assert paper[0].label == "v9-24,t5-12"
 
 
-def test_random_placements_cost_what_the_choice_costs_and_repeat() -> None:
+def test_random_placements_repeat_and_pair_where_the_choice_does() -> None:
     draw = [c for c in competitors(CHOSEN, TWELVE, ["random"], random_count=5, seed=3)]
     again = [c for c in competitors(CHOSEN, TWELVE, ["random"], random_count=5, seed=3)]
     assert draw == again
     assert len(draw) == 6
     assert all(len(c.vision) == len(c.text) == 7 for c in draw)
     assert all(c.vision == c.text for c in draw)
+
+
+@pytest.mark.parametrize(
+    ("depths", "vision", "text"),
+    [
+        ((12, 12), range(5, 13), range(8, 13)),
+        ((12, 12), range(1, 7), range(7, 13)),
+        ((24, 12), range(5, 25), range(1, 5)),
+        ((12, 24), (3, 9), range(3, 25)),
+        ((24, 12), range(1, 25), range(1, 13)),
+    ],
+)
+def test_random_placements_cost_what_the_choice_costs(
+    depths: tuple[int, int], vision: range, text: range
+) -> None:
+    """By the count of parameters, in which a block of both towers has one middle layer."""
+    chosen = {"vision": tuple(vision), "text": tuple(text)}
+    widths = {"vision": 128, "text": 96}
+    both = dict(zip(("vision", "text"), depths))
+    found = competitors(chosen, both, ["random"], random_count=20, seed=1)
+    costs = {adapter_parameters(c.vision, c.text, widths) for c in found}
+    assert costs == {adapter_parameters(vision, text, widths)}
+    assert all(set(c.vision) <= set(range(1, depths[0] + 1)) for c in found)
+    assert all(set(c.text) <= set(range(1, depths[1] + 1)) for c in found)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 6, 8, 12, 24, 32])
+def test_the_papers_placement_is_the_rule_of_that_name(depth: int) -> None:
+    found = competitors({"vision": (1,), "text": ()}, {"vision": depth, "text": depth}, ["paper"])
+    paper = next(c for c in found if "paper" in c.kind)
+    assert paper.vision == paper.text == paper_blocks(depth)
 
 
 def test_scaling_of_single_blocks_and_starts() -> None:

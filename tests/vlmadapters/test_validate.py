@@ -192,7 +192,7 @@ FAMILIES["24 and 12 blocks"] = config({"layers": 24, "width": 32}, {"layers": 12
 @pytest.mark.parametrize(
     ("family", "chosen", "paper", "starts"),
     [
-        ("depths differ", ((3, 4), (2,)), "v2-4,t2", 4),
+        ("depths differ", ((3, 4), (2,)), "v2-4,t1-2", 4),
         ("24 and 12 blocks", ((9, 24), (5,)), "v9-24,t5-12", 24),
     ],
 )

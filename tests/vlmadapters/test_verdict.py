@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
-from vlmadapters.verdict import compare, outcomes, rank_correlation, regret, verdict
+from vlmadapters.ranking import holm, predictors, rank_correlation
+from vlmadapters.verdict import compare, outcomes, regret, verdict
 from vlmlayers.errors import UserError
 
 PLACEMENTS = ("v5-12,t5-12", "v1-12,t1-12", "v9-12,t9-12", "v12,t12")
@@ -46,6 +47,8 @@ def test_paired_differences_recover_planted_effects_under_large_dataset_shifts()
         # the shift of a dataset is common to all placements and must not widen the difference
         assert row.difference_high - row.difference_low < 1.5
         assert row.hm_high - row.hm_low > 4
+        assert row.base_difference == pytest.approx(row.difference)
+        assert row.novel_difference_low == pytest.approx(row.difference_low)
     assert compared.index[0] == PLACEMENTS[2]
     assert compared["n"].eq(15).all()
 
@@ -77,6 +80,44 @@ def test_rank_correlation_agrees_with_scipy_and_flags_chance() -> None:
     # four placements have 24 orders: a perfect ranking cannot be rarer than 2 in 24
     assert found.at["right", "p"] == pytest.approx(2 / 24, abs=0.03)
     assert "flat" not in found.index
+
+
+def test_holm_on_a_worked_example() -> None:
+    """0.005 × 4, 0.01 × 3, 0.03 × 2, then not less than before: Holm 1979, by hand."""
+    assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.9, 0.8])).tolist() == [1, 1]
+
+
+def test_the_statement_names_what_predicted_what_reversed_and_what_did_neither() -> None:
+    names = [f"v{i}-12,t{i}-12" for i in range(1, 13)]
+    generator = np.random.default_rng(0)
+    rows = [
+        {"dataset": d, "seed": s, "placement": name, "kind": "start", "parameters": 1,
+         "changed": True, **dict.fromkeys(("base", "novel", "hm"), i + generator.normal(0, 0.2))}
+        for d in "ab" for s in (1, 2) for i, name in enumerate(names)
+    ]  # fmt: skip
+    guess = {
+        "mean_accuracy": np.arange(12.0),
+        "metric:rmg": -np.arange(12.0),
+        "mean_agreement": np.array([5, 1, 9, 2, 8, 3, 7, 4, 6, 0, 11, 10.0]),
+        "relative_depth": np.arange(12.0) % 5,
+    }
+    predicted = pd.DataFrame(
+        [
+            {"placement": name, "score": score, "predicted": value}
+            for score, values in guess.items()
+            for name, value in zip(names, values)
+        ]
+    )
+    found = rank_correlation(pd.DataFrame(rows), predicted)
+    said = predictors(found)
+    assert said.startswith("Of 3 scores that read a measurement, 1 predicted the trained harmonic")
+    assert "correction): mean_accuracy (τ 1.00)." in said
+    assert "1 ranked the placements in reverse: metric:rmg (τ −1.00)." in said
+    assert "1 cannot be told from chance. Without any measurement: relative_depth (τ" in said
+    assert (found["p_holm"] >= found["p"]).all()
+    assert "none predicted" in predictors(found[found["score"] == "mean_agreement"])
+    assert "No score could be compared" in predictors(found.iloc[:0])
 
 
 @pytest.mark.parametrize(
