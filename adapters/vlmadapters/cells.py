@@ -16,6 +16,7 @@ from typing import Any
 from vlmadapters import parallel
 from vlmadapters.checkpoints import atomically
 from vlmlayers.errors import UserError
+from vlmlayers.store import record_checksum
 
 try:
     import fcntl
@@ -62,9 +63,12 @@ def read_cell(path: Path | None) -> list[dict[str, Any]] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        expected = content.pop("checksum")
         rows: list[dict[str, Any]] = content["rows"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it to run the cell again") from error
+    if record_checksum(content) != expected:
+        raise UserError(f"{path} is altered: its checksum differs; remove it to run the cell again")
     return rows
 
 
@@ -73,5 +77,6 @@ def write_cell(path: Path | None, identity: dict[str, Any], rows: list[dict[str,
     rank, _ = parallel.rank_and_size()
     if path is None or rank:
         return
-    content = {"identity": identity, "rows": rows}
+    content: dict[str, Any] = {"identity": identity, "rows": rows}
+    content["checksum"] = record_checksum(json.loads(json.dumps(content)))
     atomically(path, lambda part: part.write_text(json.dumps(content, indent=1), encoding="utf-8"))

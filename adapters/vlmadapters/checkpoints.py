@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmadapters.checksums import content_checksum
 from vlmadapters.config import MMAConfig
 from vlmadapters.mma import Adapter, new_adapter
 from vlmlayers.errors import UserError
 
-FORMAT = "vlmadapters-1"
+FORMAT = "vlmadapters-2"
 STATE_FILE = "training.pt"
 
 
@@ -68,23 +69,37 @@ def save_adapter(
         "class_names": list(class_names),
         "provenance": dict(provenance or {}),
     }
-    text = json.dumps(info, indent=1)
     state = {key: value.cpu().contiguous() for key, value in adapter.official_state_dict().items()}
+    text = json.dumps({**info, "checksum": _checksum(info, state)}, indent=1)
     atomically(path, lambda part: save_file(state, part, metadata={"description": text}))
     atomically(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
     return path
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
-    """Return what a checkpoint of ours says about itself."""
+    """Return what a checkpoint of ours says about itself.
+
+    Raises:
+        UserError: It cannot be read, is no adapter of ours, or was altered since it was written.
+    """
+    return _read_ours(path)[0]
+
+
+def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {}).get("description", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"cannot read the adapter {path}: {error}") from error
-    if info.get("format") != FORMAT:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RuntimeError, RecursionError) as error:
+        raise UserError(f"cannot read the adapter {path}: {_line(error)}") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(f"{path} is no adapter of this toolkit (its header does not say {FORMAT})")
-    return CheckpointInfo(
+    expected = info.pop("checksum", None)
+    if _checksum(info, state) != expected:
+        raise UserError(
+            f"{path} is altered: its checksum differs; copy it again, or train it again"
+        )
+    found = CheckpointInfo(
         MMAConfig.from_dict(info["adapter"]),
         info["model"],
         info["weights"],
@@ -92,15 +107,20 @@ def read_info(path: str | Path) -> CheckpointInfo:
         tuple(info["class_names"]),
         info["provenance"],
     )
+    return found, state
+
+
+def _checksum(info: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    return content_checksum([json.dumps(info, sort_keys=True), state])
 
 
 def load_adapter(path: str | Path, model: Any) -> Adapter:
     """Read an adapter of ours for a backbone.
 
     Raises:
-        UserError: The file is no adapter, or was made for another backbone; names both.
+        UserError: The file is no adapter, is altered, or was made for another backbone.
     """
-    info = read_info(path)
+    info, state = _read_ours(path)
     if info.weights_hash != model.weights_hash:
         raise UserError(
             f"{path} was trained on {info.model} with weights {info.weights} "
@@ -108,7 +128,7 @@ def load_adapter(path: str | Path, model: Any) -> Adapter:
             f"({model.weights_hash[:12]}); load the backbone it was trained on"
         )
     adapter = new_adapter(model.clip, info.config)
-    adapter.load_official_state_dict(load_file(path))
+    adapter.load_official_state_dict(state)
     return adapter
 
 
@@ -141,11 +161,16 @@ def load_official(path: str | Path, clip: Any, config: MMAConfig | None = None) 
     """
     content = read_tensors_only(path)
     state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds no adapter: its state_dict is a {type(state).__name__}")
     state = {
         key.removeprefix("module."): value
         for key, value in state.items()
-        if isinstance(value, Tensor)
+        if isinstance(key, str) and isinstance(value, Tensor)
     }
+    for key, value in state.items():  # a small file may claim a view larger than memory
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path} holds less data than the shape of {key[:80]!a} asks for")
     found = placement_of(state, str(path))
     config = config or found
     if (config.vision, config.text, config.dim) != (found.vision, found.text, found.dim):
@@ -197,6 +222,7 @@ def read_tensors_only(path: str | Path) -> dict[str, Any]:
 def save_training_state(folder: Path, identity: Mapping[str, Any], state: Any) -> None:
     """Write the state of an unfinished training, whole or not at all."""
     content = {"identity": json.dumps(identity, sort_keys=True), **state}
+    content["checksum"] = content_checksum(content)
     atomically(folder / STATE_FILE, lambda part: torch.save(content, part))
 
 
@@ -204,12 +230,17 @@ def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
     """Return the state of an unfinished training, or None where there is none.
 
     Raises:
-        UserError: The state in the folder belongs to another run.
+        UserError: The state in the folder is damaged, or belongs to another run.
     """
     path = folder / STATE_FILE
     if not path.exists():
         return None
     content = read_tensors_only(path)
+    expected = content.pop("checksum", None)
+    if content_checksum(content) != expected:
+        raise UserError(
+            f"{path} is altered: its checksum differs; remove it to train this group again"
+        )
     theirs = json.loads(content["identity"])
     ours = json.loads(json.dumps(identity, sort_keys=True))
     differing = [key for key in ours if ours[key] != theirs.get(key)]

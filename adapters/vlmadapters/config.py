@@ -132,7 +132,7 @@ def parse_placement(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
             raise ValueError
     except ValueError:
         raise UserError(
-            f"cannot read the placement {text!r}; write 5-12, or v5-12,t7-12, or v1+3+5-8,t-"
+            f"cannot read the placement {text[:80]!r}; write 5-12, or v5-12,t7-12, or v1+3+5-8,t-"
         ) from None
     return by_tower.get("v", ()), by_tower.get("t", ())
 
@@ -143,6 +143,8 @@ def _parse_ranges(text: str) -> tuple[int, ...]:
     blocks: list[int] = []
     for part in text.split("+"):
         first, _, last = part.partition("-")
+        if max(len(first), len(last)) > 4:  # no tower is that deep, and the range would fill memory
+            raise ValueError
         blocks.extend(range(int(first), int(last or first) + 1))
     return tuple(blocks)
 

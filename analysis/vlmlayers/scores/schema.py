@@ -13,6 +13,7 @@ import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.positions import sort_key
+from vlmlayers.scores.shown import ScoreTable
 
 CONTRACT_COLUMNS = (
     "model", "weights", "dataset", "split", "tower", "position", "depth", "space", "pooling",
@@ -31,7 +32,7 @@ def score_frame(rows: Sequence[dict[str, Any]], **attributes: Any) -> pd.DataFra
     frame = pd.DataFrame(list(rows), columns=list(SCORE_COLUMNS))
     frame = _typed(frame)
     frame.attrs.update(attributes)
-    return frame
+    return ScoreTable.of(frame)
 
 
 def write_scores(scores: pd.DataFrame, folder: str | Path) -> tuple[Path, Path]:
@@ -97,10 +98,11 @@ def read_scores(path: str | Path) -> pd.DataFrame:
     _check_columns(frame, str(path))
     try:
         frame = _typed(frame)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} has text where a number belongs ({error})") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} has text where a number belongs ({reason})") from error
     frame.attrs.update({name: notes[name] for name in ATTRIBUTES if name in notes})
-    return frame
+    return ScoreTable.of(frame)
 
 
 def score_cost(scores: pd.DataFrame) -> pd.DataFrame:

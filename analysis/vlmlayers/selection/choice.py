@@ -34,7 +34,7 @@ class LayerChoice:
     def __post_init__(self) -> None:
         for tower in TOWERS:
             blocks = _blocks(getattr(self, tower), tower)
-            depth = self.evidence.get("towers", {}).get(tower, {}).get("depth")
+            depth = _depth(self.evidence, tower)
             if depth is not None and blocks and blocks[-1] > depth:
                 raise UserError(
                     f"{tower} block {blocks[-1]} does not exist; the tower has blocks 1..{depth}"
@@ -134,6 +134,14 @@ class LayerChoice:
         )
 
 
+def _depth(evidence: Mapping[str, Any], tower: str) -> int | None:
+    """Return the number of blocks that the evidence gives a tower, None where it gives none."""
+    found: Any = evidence
+    for key in ("towers", tower, "depth"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, int) else None
+
+
 def describe_blocks(blocks: Iterable[int]) -> str:
     """Return blocks as text: `5–12`, `3, 5–7`, or `none`."""
     runs: list[list[int]] = []
@@ -162,17 +170,26 @@ def parse_blocks(text: str | int | Iterable[int]) -> tuple[int, ...]:
     for part in cleaned.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"blocks {text!r} cannot be read; write them as 5-12 or 3,5-7")
+            raise UserError(f"blocks {text[:80]!r} cannot be read; write them as 5-12 or 3,5-7")
+        if max(len(first), len(last)) > 4:  # no tower is that deep, and the range would fill memory
+            raise UserError(f"blocks {text[:80]!r} go beyond 9999; towers are not that deep")
         found.update(range(int(first), int(last or first) + 1))
     return _blocks(sorted(found), "given")
 
 
 def _blocks(values: Any, tower: str) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise UserError(f"{tower} blocks must be a list of whole numbers from 1, not {values!r}")
+        raise UserError(
+            f"{tower} blocks must be a list of whole numbers from 1, not {_short(values)}"
+        )
     found = []
     for value in values:
         if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-            raise UserError(f"{tower} block {value!r} is not a whole number from 1")
+            raise UserError(f"{tower} block {_short(value)} is not a whole number from 1")
         found.append(int(value))
     return tuple(sorted(set(found)))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
