@@ -57,7 +57,9 @@ def curves(
         names = rows["dataset"].unique()
         for name in names:
             part = Reading(space=space, dataset=str(name)).rows(rows, metric, tower)
-            frames.append(_summary(partnered(part, tower, blocks.get(tower, 0))))
+            part = partnered(part, tower, blocks.get(tower, 0))
+            if len(part):  # agreement within one tower has no partner to be read at
+                frames.append(_summary(part))
     if dataset is not None and not frames:
         known = sorted(set(scores.loc[scores["metric"] == metric, "dataset"]))
         check_one_of("dataset", dataset, known, where=f"the {metric} scores")
@@ -88,6 +90,28 @@ def _summary(rows: pd.DataFrame) -> pd.DataFrame:
         )
     frame = pd.DataFrame(made).sort_values("order", kind="stable")
     return frame.assign(order=range(len(frame)))
+
+
+def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the pooled rows, or the mean of value, interval and null over datasets."""
+    pooled = frame[frame["dataset"] == POOLED]
+    if len(pooled) or frame["dataset"].nunique() <= 1:
+        return pooled if len(pooled) else frame
+    keys = ["metric", "tower", "position", "order", "depth"]
+    return frame.groupby(keys, sort=False)[["value", "low", "high", "null"]].mean().reset_index()
+
+
+def overview(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the means over datasets and seeds: a row per position, columns metric and tower.
+
+    Args:
+        scores: Score table of one model.
+    """
+    made = [over_datasets(curves(scores, metric)) for metric in metric_names(bare(scores))]
+    shown = pd.concat([part for part in made if len(part)], ignore_index=True)
+    keys = list(dict.fromkeys(zip(shown["metric"], shown["tower"])))
+    wide = shown.pivot_table(index="position", columns=["metric", "tower"], values="value")
+    return wide.loc[sorted(wide.index, key=sort_key), keys]
 
 
 def agreement(

@@ -45,7 +45,7 @@ def test_curves_draw_the_values_of_the_table() -> None:
     scores = planted(seeds=(0, 1))
     ax = plots.layer_curves(scores, choice=select(scores, resamples=2))
     xy = line(ax, "Vision")
-    assert len(xy) == 14 and xy[0, 0] == 0 and np.all(np.diff(xy[:, 0]) > 0)
+    assert len(xy) == 14 and xy[1, 0] == 1 and np.all(np.diff(xy[:, 0]) > 0)
     assert xy[1:5, 1].tolist() == [0.4] * 4 and xy[5:, 1].tolist() == [0.9] * 9
     assert line(ax, "Chance")[:, 1].tolist() == [0.1, 0.1]
     shaded = [patch.get_extents().bounds for patch in ax.patches]

@@ -52,9 +52,6 @@ def finish(ax: Axes, title: str, *, last: bool = True, first: bool = True, pad: 
     ax.set_title(title.replace("$", r"\$"), fontsize=8, fontweight="bold", loc="left", pad=pad)
     ax.set_xlabel(ax.get_xlabel() if last else "")
     ax.set_ylabel(fill(ax.get_ylabel(), LONGEST_LABEL) if first else "")
-    labels = ax.get_xticklabels()
-    if labels and labels[0].get_text() == "Embed" and not labels[0].get_rotation():
-        labels[0].set_horizontalalignment("right")
     for axis in (ax.xaxis, ax.yaxis):
         names = axis.get_ticklabels()
         if len(names) > MANY_TICKS and names[-1].get_text() == "Proj" and ax.images:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from vlmlayers.plots.depth import dataset_curves, gap_curves, layer_curves, selection_frequency
 from vlmlayers.plots.matrices import agreement_matrix, dataset_heatmap
 from vlmlayers.plots.outcomes import cost, placement_sweep, predicted_vs_trained
-from vlmlayers.plots.saving import save_figure
-from vlmlayers.plots.style import axis_label, style
+from vlmlayers.plots.saving import FORMATS, save_figure
+from vlmlayers.plots.style import axis_label, style, unseen
 
 __all__ = [
+    "FORMATS",
     "agreement_matrix",
     "axis_label",
     "cost",
@@ -21,4 +22,5 @@ __all__ = [
     "save_figure",
     "selection_frequency",
     "style",
+    "unseen",
 ]

@@ -20,7 +20,7 @@ from vlmlayers.plots.style import (
 )
 from vlmlayers.selection import LayerChoice, describe_blocks
 from vlmlayers.selection.curves import POOLED, depths
-from vlmlayers.summaries import curves
+from vlmlayers.summaries import curves, over_datasets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def layer_curves(
         if choice is not None:
             shade(ax, axis, choice)
         ax.set_ylabel(axis_label(metric))
-        ax.legend(loc="best", handlelength=1.6)
+        legend(ax)
         return mark_random(ax, is_random(scores))
 
 
@@ -120,17 +120,17 @@ def dataset_curves(
         if choice is not None:
             shade(ax, axis, choice, towers=(tower,))
         ax.set_ylabel(axis_label(metric))
-        ax.legend(loc="best", ncols=2 if frame["dataset"].nunique() > 4 else 1, fontsize=6)
+        legend(ax)
         return mark_random(ax, is_random(scores))
 
 
-def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the pooled rows, or the mean of value, interval and null over datasets."""
-    pooled = frame[frame["dataset"] == POOLED]
-    if len(pooled) or frame["dataset"].nunique() <= 1:
-        return pooled if len(pooled) else frame
-    keys = ["metric", "tower", "position", "order", "depth"]
-    return frame.groupby(keys, sort=False)[["value", "low", "high", "null"]].mean().reset_index()
+def legend(ax: Axes) -> None:
+    """Name the lines: inside the axes where there are few, else above them in columns."""
+    few = len(ax.get_legend_handles_labels()[1]) <= 5
+    place: dict[str, Any] = {"loc": "best", "frameon": True, "framealpha": 0.8, "edgecolor": "none"}
+    if not few:
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 6}
+    ax.legend(handlelength=1.6, columnspacing=1.2, **place)
 
 
 def _line(ax: Axes, axis: DepthAxis, part: pd.DataFrame, tower: str, **options: Any) -> None:

@@ -48,11 +48,21 @@ class DepthAxis:
         """Return where a position stands, in blocks of the deepest tower."""
         if is_block(position):
             return int(position) * self.length / self.blocks[tower]
-        return 0.0 if position == "embed" else self._end(self.tail.index(position))
+        return self._start if position == "embed" else self._end(self.tail.index(position))
+
+    @property
+    def _unit(self) -> float:
+        """Width of one step of a twelve-block axis, in blocks."""
+        return max(1.0, self.length / 12)
+
+    @property
+    def _start(self) -> float:
+        """Where `embed` stands: far enough from block 1 for both labels in one column."""
+        return 1 - 1.35 * self._unit
 
     def _end(self, index: int) -> float:
         """Return where the index-th position after the last block stands."""
-        return self.length + (index + 1) * max(1.0, self.length / 12)
+        return self.length + (1.3 + 1.6 * index) * self._unit
 
     def span(self, tower: str, block: int) -> tuple[float, float]:
         """Return the stretch of the axis that a block covers."""
@@ -61,7 +71,7 @@ class DepthAxis:
 
     def draw(self, ax: Axes) -> None:
         """Set ticks and label."""
-        ends = {"embed": 0.0, **{p: self._end(i) for i, p in enumerate(self.tail)}}
+        ends = {"embed": self._start, **{p: self._end(i) for i, p in enumerate(self.tail)}}
         if self.equal:
             names = sorted([*ends, *map(str, range(1, self.length + 1))], key=sort_key)
             ticks = [self.x(next(iter(self.blocks)), name) for name in names]
@@ -69,11 +79,12 @@ class DepthAxis:
             ax.set_xlabel("Block")
         else:
             marks = (0.25, 0.5, 0.75, 1.0)
-            ticks = [0.0, *(m * self.length for m in marks), *list(ends.values())[1:]]
+            ticks = [self._start, *(m * self.length for m in marks), *list(ends.values())[1:]]
             labels = ["Embed", *(f"{m:g}" for m in marks), *(p.capitalize() for p in self.tail)]
             ax.set_xlabel("Relative depth")
         ax.set_xticks(ticks, labels)
-        ax.set_xlim(-0.4, self._end(len(self.tail) - 1) + 0.4)
+        last = self._end(len(self.tail) - 1) if self.tail else self.length
+        ax.set_xlim(self._start - 0.4 * self._unit, last + 0.4 * self._unit)
 
 
 def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from vlmlayers.positions import is_block
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMN_WIDTH = 3.35
+_UNSEEN: ContextVar[bool] = ContextVar("unseen", default=False)
 TOWER_COLOURS = {"vision": "#0072B2", "text": "#B34700"}
 TOWER_MARKERS = {"vision": "o", "text": "s"}
 # Okabe and Ito's palette, darkened where needed for lines on white.
@@ -75,14 +78,14 @@ def style() -> Iterator[None]:
 def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     """Return `ax`, or the axes of a new figure in the shared style.
 
-    A new figure is made without pyplot's registry where no interactive session runs, so that
-    drawing many figures keeps none of them alive.
+    A new figure is known to pyplot only where somebody looks, in a notebook or an interactive
+    session: elsewhere pyplot would keep every figure alive.
     """
     if ax is not None:
         return ax
-    import matplotlib.pyplot as plt
+    if _somebody_looks():
+        import matplotlib.pyplot as plt
 
-    if plt.isinteractive():
         return plt.subplots(figsize=size)[1]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -90,6 +93,30 @@ def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Draw figures to be saved, not shown, also in a notebook."""
+    token = _UNSEEN.set(True)
+    try:
+        yield
+    finally:
+        _UNSEEN.reset(token)
+
+
+def _somebody_looks() -> bool:
+    """Tell a notebook or an interactive session from a script or a command.
+
+    A notebook is not asked for `isinteractive()` alone: it is False there until pyplot has made
+    its first figure.
+    """
+    import matplotlib as mpl
+
+    if _UNSEEN.get():
+        return False
+    ipython = sys.modules.get("IPython")
+    return mpl.is_interactive() or (ipython is not None and ipython.get_ipython() is not None)
 
 
 def position_label(position: str) -> str:

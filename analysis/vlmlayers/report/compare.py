@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.plots import save_figure
+from vlmlayers.plots import save_figure, unseen
 from vlmlayers.plots.comparison import run_curves
 from vlmlayers.plots.saving import slug
 from vlmlayers.report.figures import Drawn
@@ -138,9 +138,10 @@ def _figures(
         table = pd.concat(parts, ignore_index=True)
         if table.empty:
             continue
-        files = save_figure(
-            run_curves(table, metric), out / "figures" / f"runs-{slug(metric)}", table, formats
-        )
+        with unseen():
+            files = save_figure(
+                run_curves(table, metric), out / "figures" / f"runs-{slug(metric)}", table, formats
+            )
         yield Drawn(
             f"runs-{slug(metric)}",
             f"{metric_entry(metric)['label']} of the vision tower, {len(runs)} runs.",

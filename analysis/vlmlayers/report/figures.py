@@ -95,7 +95,7 @@ def write_figures(
         The files written.
     """
     answer = run if isinstance(run, Answer) else read_answer(run)
-    return [path for figure in draw_figures(answer, formats, metrics) for path in figure.files]
+    return [path for figure in _drawn(answer, formats, metrics) for path in figure.files]
 
 
 def draw_figures(
@@ -103,17 +103,24 @@ def draw_figures(
     formats: Sequence[str],
     metrics: Sequence[str] = (),
 ) -> list[Drawn]:
-    """Draw, save and return the figures of a run."""
-    for name in formats:
-        check_one_of("figure format", name, MIME)
+    """Draw, save and return the figures of a run, for a page that shows them.
+
+    Raises:
+        UserError: A format is unknown, or a page can show none of them.
+    """
     if not {"svg", "png"} & set(formats):
         raise UserError("the report shows figures as svg or png; name one of them")
-    drawn = []
+    return list(_drawn(answer, formats, metrics))
+
+
+def _drawn(answer: Answer, formats: Sequence[str], metrics: Sequence[str]) -> Iterator[Drawn]:
+    for name in formats:
+        check_one_of("figure format", name, plots.FORMATS)
     for plan in plans(answer, metrics):
         stem = answer.run.figures / plan.name
-        files = plots.save_figure(plan.draw(), stem, plan.data(), formats)
-        drawn.append(Drawn(plan.name, plan.caption, tuple(files)))
-    return drawn
+        with plots.unseen():
+            files = plots.save_figure(plan.draw(), stem, plan.data(), formats)
+        yield Drawn(plan.name, plan.caption, tuple(files))
 
 
 def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:

@@ -11,13 +11,12 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.plots.depth import over_datasets
 from vlmlayers.positions import TOWERS
 from vlmlayers.run import Run, read_json
 from vlmlayers.scores import read_scores
 from vlmlayers.selection import LayerChoice, adapter_parameters, describe_blocks, paper_blocks
 from vlmlayers.selection.curves import bare, depths
-from vlmlayers.summaries import curves
+from vlmlayers.summaries import curves, over_datasets
 
 DIM = 32
 
