@@ -185,19 +185,19 @@ def full(vision: int = 12, text: int = 12, **options: object) -> pd.DataFrame:
         for one in gap:
             position = str(one["position"])
             if position.isdecimal():
-                position = str(max(1, round(int(position) * text / vision)))
+                position = str(max(1, int(int(position) * text / vision + 0.5)))
             one["other_position"] = position
         parts.append(gap)
-        parts.append(
-            curve_rows(
-                "zero_shot_accuracy",
-                "vision",
-                [0.1 + 0.04 * b for b in range(vision)],
-                half=0.03,
-                dataset=dataset,
-                space="joint",
-            )
+        zero_shot = curve_rows(
+            "zero_shot_accuracy",
+            "vision",
+            [0.1 + 0.04 * b for b in range(vision)],
+            half=0.03,
+            dataset=dataset,
+            space="joint",
+            other_tower="text",
         )
+        parts.append([{**one, "other_position": "proj"} for one in zero_shot])
         parts.append(
             pair_rows(
                 "cka_debiased", vision, text, lambda i, j: 0.1 + 0.02 * (i + j), dataset=dataset

@@ -23,7 +23,13 @@ from vlmlayers.selection import (
     predict,
     select,
 )
-from vlmlayers.selection.curves import agreement_curve, agreement_matrix, partner_block
+from vlmlayers.selection.curves import (
+    agreement_curve,
+    agreement_matrix,
+    block_curve,
+    partner_block,
+)
+from vlmlayers.summaries import curves
 
 
 def span(first: int, last: int) -> tuple[int, ...]:
@@ -45,6 +51,56 @@ def test_planted_step_is_found(depths: tuple[int, int], start: tuple[int, int]) 
         frequency = np.array(found["frequency"])
         assert set(np.flatnonzero(frequency == 1) + 1) == set(choice.blocks(tower))
         assert found["start"]["low"] == found["start"]["high"] == choice.blocks(tower)[0]
+
+
+@pytest.mark.parametrize("depths", [(12, 12), (24, 24), (24, 12), (6, 12)])
+@pytest.mark.parametrize(
+    ("rule", "options", "share"),
+    [
+        ("threshold", {}, 0.5),
+        ("budget", {}, 0.5),
+        ("budget", {"span": False, "score": "metric:dataset_accuracy"}, 0.5),
+        ("paper", {}, 1 / 3),
+        ("all", {}, 0.0),
+    ],
+)
+def test_every_rule_on_every_depth(
+    rule: str, options: dict[str, object], share: float, depths: tuple[int, int]
+) -> None:
+    """The planted step leaves a share of each tower below it, which the rule has to find."""
+    first = [1 + round(share * depth) for depth in depths]
+    choice = select(planted(*depths, (first[0], first[1])), rule, resamples=5, **options)
+    assert (choice.vision, choice.text) == (span(first[0], depths[0]), span(first[1], depths[1]))
+    for tower, depth in zip(("vision", "text"), depths):
+        found = choice.evidence["towers"][tower]
+        assert found["depth"] == depth
+        if rule not in ("paper", "all"):
+            assert len(found["frequency"]) == depth
+
+
+@pytest.mark.parametrize(("depths", "knees"), [((12, 12), (4, 7)), ((24, 12), (15, 5))])
+def test_the_knee_of_each_tower_is_its_own(depths: tuple[int, int], knees: tuple[int, int]) -> None:
+    parts = [
+        curve_rows("dataset_accuracy", tower, list(0.2 + 0.04 * np.minimum(np.arange(d), k - 1)))
+        for tower, d, k in zip(("vision", "text"), depths, knees)
+    ]
+    choice = select(table(*parts), "knee", resamples=3)
+    assert (choice.vision, choice.text) == (span(knees[0], depths[0]), span(knees[1], depths[1]))
+    fit = choice.evidence["towers"]["vision"]["values"]["dataset_accuracy"]["fit"]
+    assert len(fit) == depths[0] and fit[-1] == pytest.approx(0.2 + 0.04 * (knees[0] - 1))
+
+
+def test_zero_shot_accuracy_is_a_curve_although_it_names_a_partner() -> None:
+    """Every block is related to the other tower's `proj`, not to its partner in depth."""
+    scores = full(12, 12)
+    rows = scores[scores["metric"] == "zero_shot_accuracy"]
+    assert set(rows["other_position"]) == {"proj"}
+    expected = [0.1 + 0.04 * b for b in range(12)]
+    assert block_curve(scores, "zero_shot_accuracy", "vision", 12) == pytest.approx(expected)
+    assert len(curves(scores, "zero_shot_accuracy", "digits")) == 14
+    assert "metric:zero_shot_accuracy" in available_scores(scores)
+    gap = block_curve(full(24, 12), "centroid_gap", "vision", 24)
+    assert gap == pytest.approx([1.2 - 0.4 * b / 24 + 0.05 for b in range(1, 25)])
 
 
 def test_budget_finds_the_planted_span() -> None:
@@ -184,17 +240,23 @@ def test_own_rule_from_a_file(tmp_path: Path) -> None:
         select(planted(), f"{broken}:rule")
 
 
-def test_own_rule_from_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Found:
-        name = "mine"
-
-        @staticmethod
-        def load() -> object:
-            return lambda scores: LayerChoice((1,), (2,), "mine")
-
-    monkeypatch.setattr("vlmlayers.selection.chooser.entry_points", lambda group: [Found()])
-    choice = select(planted(), "mine", resamples=2)
-    assert (choice.vision, choice.text, choice.rule) == ((1,), (2,), "mine")
+def test_own_rule_from_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A distribution as pip leaves it: a module, and metadata that name it."""
+    (tmp_path / "my_rules.py").write_text(
+        "def ends(scores, n=1):\n    return range(1, n + 1), [12]\n"
+    )
+    info = tmp_path / "my_rules-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rules\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vlmlayers.rules]\nends = my_rules:ends\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    choice = select(planted(), "ends", resamples=2, n=2)
+    assert (choice.vision, choice.text, choice.rule) == ((1, 2), (12,), "ends")
+    assert choice.evidence["towers"]["vision"]["frequency"][:3] == [1, 1, 0]
+    with pytest.raises(UserError, match="did you mean 'ends'"):
+        select(planted(), "endz")
 
 
 def test_agreement_reads_equal_relative_depth() -> None:

@@ -136,9 +136,13 @@ def metric_names(scores: pd.DataFrame) -> list[str]:
 
 
 def has_curve(scores: pd.DataFrame, metric: str, tower: str) -> bool:
-    """Return whether the metric has values of its own at the blocks of this tower."""
+    """Return whether the metric has values of its own at the blocks of this tower.
+
+    Values that relate every block to one and the same position count as its own.
+    """
     rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
-    rows = rows[rows["other_tower"].astype(str) == ""]
+    if rows["other_position"].astype(str).nunique() > 1:
+        rows = rows[rows["other_tower"].astype(str) == ""]
     return bool(rows["position"].astype(str).str.isdecimal().any())
 
 
@@ -167,11 +171,15 @@ def block_curve(
 
 
 def partnered(rows: pd.DataFrame, tower: str, blocks: int) -> pd.DataFrame:
-    """Drop rows that relate a block to any but its partner at equal relative depth."""
+    """Drop rows that relate a block to any but its partner at equal relative depth.
+
+    Where every position is related to one and the same, such as zero-shot accuracy to the other
+    tower's `proj`, that one is the partner and all rows stay.
+    """
     theirs = rows["other_tower"].astype(str)
-    if (theirs == "").all():
-        return rows
     there = rows["other_position"].astype(str)
+    if (theirs == "").all() or there.nunique() == 1:
+        return rows
     other = max((int(p) for p in there[theirs == _other(tower)] if p.isdecimal()), default=blocks)
     here = rows["position"].astype(str)
     partner = [str(partner_block(int(p), blocks, other)) if p.isdecimal() else p for p in here]
