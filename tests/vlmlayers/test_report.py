@@ -169,7 +169,7 @@ def test_figures_verb_and_bad_input(validated: Run, tmp_path: Path) -> None:
     files = write_figures(run.folder, formats=("pdf", "png"))
     assert {path.suffix for path in files} == {".pdf", ".png", ".csv"}
     for call, message in (
-        (lambda: write_figures(run.folder, formats=("pdf",)), "svg or png"),
+        (lambda: write_report(run.folder, formats=("pdf",)), "svg or png"),
         (lambda: write_figures(run.folder, formats=("gif",)), "unknown figure format"),
         (lambda: write_report(run.folder, metrics=("rmgg",)), "unknown metric 'rmgg'"),
         (lambda: write_report(tmp_path), "not a run folder"),
