@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,17 @@ from vlmadapters.pretrain.loop import (
     dropped,
     encode_texts,
     load_recipe,
+    optimizers,
     rate,
     train,
 )  # fmt: skip
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError
 from vlmlayers.models import load_model
+
+needs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="this torch has no Muon, which pretraining needs"
+)
 
 
 def tiny_recipe(**changes: object) -> Recipe:
@@ -57,6 +63,7 @@ def weights(run: Run) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
+@needs_muon
 def test_two_runs_and_a_resumed_one_are_the_same_bit_for_bit(
     tmp_path: Path, sources: list[Source]
 ) -> None:
@@ -76,6 +83,7 @@ def test_two_runs_and_a_resumed_one_are_the_same_bit_for_bit(
     assert not torch.equal(start, weights(straight))
 
 
+@needs_muon
 def test_training_leaves_global_random_state_alone(tmp_path: Path, sources: list[Source]) -> None:
     run = Run(tiny_recipe(), tmp_path)
     before = torch.get_rng_state()
@@ -83,6 +91,7 @@ def test_training_leaves_global_random_state_alone(tmp_path: Path, sources: list
     assert torch.equal(before, torch.get_rng_state())
 
 
+@needs_muon
 def test_train_logs_exports_and_the_export_loads(tmp_path: Path, sources: list[Source]) -> None:
     run = Run(tiny_recipe(steps=25, batch_size=6), tmp_path)
     train(run, sources, show=False)
@@ -102,6 +111,7 @@ def test_train_logs_exports_and_the_export_loads(tmp_path: Path, sources: list[S
     assert torch.equal(average, ours.clip.state_dict()["visual.proj"])
 
 
+@needs_muon
 def test_a_changed_recipe_is_refused_but_a_longer_one_goes_on(tmp_path: Path) -> None:
     Run(tiny_recipe(), tmp_path).save()
     assert Run(tiny_recipe(steps=9), tmp_path).resume()
@@ -111,6 +121,7 @@ def test_a_changed_recipe_is_refused_but_a_longer_one_goes_on(tmp_path: Path) ->
         load_recipe(batch_sizes=3)
 
 
+@needs_muon
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path, sources: list[Source]) -> None:
     run = Run(tiny_recipe(), tmp_path)
     with torch.no_grad():
@@ -145,6 +156,7 @@ def test_members_of_a_group_do_not_repel() -> None:
     )
 
 
+@needs_muon
 def test_texts_in_buckets_are_what_open_clip_encodes(tmp_path: Path) -> None:
     run = Run(tiny_recipe(), tmp_path)
     texts = ["a cat", "{}", "a photo of a red flag with a diagonal band in the wind.", "a cat", "x"]
@@ -187,6 +199,56 @@ def test_batches_are_a_function_of_seed_and_step(sources: list[Source]) -> None:
         assert group in text
 
 
+def test_a_batch_of_few_draws_has_few_sources_and_one_template_for_each(
+    sources: list[Source],
+) -> None:
+    templates = load_recipe()["templates"]
+    batch = sample_batch(sources, 12, templates, 1, 0, draws=1)
+    prompts = {t.replace(g, "{}") for t, g in zip(batch.texts, batch.groups) if g in t}
+    captions = {
+        t for t in batch.texts if t in {c for s in sources for i in s.items for c in i.captions}
+    }
+    assert len({group.startswith("handwritten") for group in batch.groups}) == 1
+    assert len(prompts - {c.replace(g, "{}") for c in captions for g in batch.groups}) == 1
+
+
+def test_a_source_is_drawn_as_often_as_its_weight_says(sources: list[Source]) -> None:
+    weighted = [replace(sources[0], weight=3.0), replace(sources[1], weight=1.0)]
+    templates = load_recipe()["templates"]
+    seen = np.concatenate(
+        [
+            [group.startswith("handwritten") for group in batch.groups]
+            for batch in (sample_batch(weighted, 12, templates, 1, k, draws=4) for k in range(300))
+        ]
+    )
+    assert seen.mean() == pytest.approx(0.25, abs=0.04)  # 3600 images of 1200 draws: sd 0.0125
+
+
+@needs_muon
+def test_every_parameter_has_one_optimizer_and_muon_takes_the_matrices_of_blocks(
+    tmp_path: Path,
+) -> None:
+    run = Run(tiny_recipe(), tmp_path)
+    adam, muon = optimizers(run.model, run.recipe)
+    held = [p for o in (adam, muon) for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(id(p) for p in run.model.parameters())
+    names = {id(p): n for n, p in run.model.named_parameters()}
+    matrices = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert len(matrices) == 4 * 4  # in, out, up and down of two blocks in two towers
+    assert all("resblocks" in name for name in matrices)
+    spared = {
+        names[id(p)] for g in adam.param_groups if g["weight_decay"] == 0 for p in g["params"]
+    }
+    assert {"logit_scale", "token_embedding.weight", "positional_embedding"} <= spared
+    assert not {"visual.proj", "text_projection"} & spared
+
+
+def test_a_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(UserError, match="has no Muon"):
+        optimizers(torch.nn.Linear(2, 2), load_recipe())
+
+
 def test_drawings_are_not_mirrored_and_photographs_are() -> None:
     ramp = torch.arange(80, dtype=torch.uint8).mul(3).expand(64, 3, 80, 80).contiguous()
     texts = ["x"] * 64
@@ -216,6 +278,7 @@ def test_cache_is_drawn_once_and_holds_the_train_split(tmp_path: Path) -> None:
     assert all(item.path.startswith("train/") for item in source.items)
 
 
+@needs_muon
 def test_tokenizer_keeps_the_first_merges_of_open_clip(tmp_path: Path) -> None:
     run = Run(tiny_recipe(), tmp_path)
     ours = gzip.decompress((tmp_path / "merges.txt.gz").read_bytes()).decode().split("\n")
@@ -225,6 +288,7 @@ def test_tokenizer_keeps_the_first_merges_of_open_clip(tmp_path: Path) -> None:
     assert run.tokenizer.eot_token_id == run.tokenizer.vocab_size - 1
 
 
+@needs_muon
 def test_command_trains_resumes_and_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +313,7 @@ def test_wilson_interval_matches_published_values() -> None:
     assert card.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
+@needs_muon
 def test_card_measures_test_items_only_and_writes_its_tables(tmp_path: Path) -> None:
     run = Run(tiny_recipe(), tmp_path)
     run.export(tmp_path / "export")

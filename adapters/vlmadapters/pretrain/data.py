@@ -21,6 +21,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.progress import track
 
+CAPTIONED = 0.15  # share of drawings whose text is a caption, not a class prompt
 SIDE = 80  # pixels of a cached square; crops of it feed the 64-pixel model
 
 
@@ -114,8 +115,13 @@ def sample_batch(
     templates: Mapping[str, Sequence[str]],
     seed: int,
     step: int,
+    draws: int = 0,
 ) -> Batch:
     """Draw one batch: a pure function of seed and step, so that a resumed run sees the same.
+
+    Few sources in a batch make most negatives items of the same dataset, which are the hard ones:
+    a dataset is easily told from another, a class less so. One template per source and batch keeps
+    the number of distinct texts, and with it the cost of the text tower, low.
 
     Args:
         sources: Training sets.
@@ -123,10 +129,14 @@ def sample_batch(
         templates: `first` (the common prompt) and `others`.
         seed: Seed of the run.
         step: Number of the step.
+        draws: Draw so many sources by their weight, with replacement, and share the batch between
+            them; 0 draws a source for each image.
     """
     generator = np.random.default_rng((seed, step))
     shares = np.array([source.weight for source in sources])
-    which = generator.choice(len(sources), size=size, p=shares / shares.sum())
+    drawn_sources = generator.choice(len(sources), size=draws or size, p=shares / shares.sum())
+    which = np.resize(drawn_sources, size)
+    template = {int(s): _template(templates, generator) for s in dict.fromkeys(which.tolist())}
     images = np.empty((size, 3, SIDE, SIDE), np.uint8)
     texts, groups, drawn = [], [], []
     for row, s in enumerate(which):
@@ -134,7 +144,7 @@ def sample_batch(
         index = int(generator.integers(len(source.items)))
         item = source.items[index]
         images[row] = source.images[index]
-        text, group = _text(source, item, index, templates, generator)
+        text, group = _text(source, item, index, template[int(s)], generator)
         texts.append(text)
         groups.append(group)
         drawn.append(source.drawn)
@@ -145,17 +155,21 @@ def _text(
     source: Source,
     item: Item,
     index: int,
-    templates: Mapping[str, Sequence[str]],
+    template: str,
     generator: np.random.Generator,
 ) -> tuple[str, str]:
     """Return a text for an item and the group whose members are positives of each other."""
     if not item.class_name:
         return str(generator.choice(list(item.captions))), f"{source.name}:{index}"
     name = item.class_name.replace("_", " ")
-    if source.drawn and item.captions and generator.random() < 0.4:
+    if source.drawn and item.captions and generator.random() < CAPTIONED:
         return str(generator.choice(list(item.captions))), name
+    return template.replace("{}", name), name
+
+
+def _template(templates: Mapping[str, Sequence[str]], generator: np.random.Generator) -> str:
     pool = templates["first"] if generator.random() < 0.5 else templates["others"]
-    return str(generator.choice(list(pool))).replace("{}", name), name
+    return str(generator.choice(list(pool)))
 
 
 def augment(batch: Batch, size: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:

@@ -140,15 +140,38 @@ def _encode_tokens(model: CLIP, tokens: Tensor) -> Tensor:
     return embedding
 
 
-def groups_of_parameters(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups: decay for matrices, none for norms, biases and embeddings."""
-    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
-    chosen = {id(p) for p in plain}
-    matrices = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for all else.
+
+    Muon takes steps whose root mean square is that of AdamW, so one schedule serves both; norms,
+    biases and embeddings do not decay.
+
+    Raises:
+        UserError: This torch has no Muon.
+
+    Reference:
+        Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks; Liu et al.
+        2025, Muon is scalable for LLM training (the size of a step).
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"torch {torch.__version__} has no Muon; pretraining needs torch >= 2.9")
+    named = dict(model.named_parameters())
+    hidden = {n for n, p in named.items() if "resblocks" in n and p.ndim == 2}
+    plain = {n for n, p in named.items() if p.ndim < 2 or "embedding" in n}
+    decay = recipe["weight_decay"]
+    rest = [
+        {"params": [p for n, p in named.items() if n not in hidden | plain]},
+        {"params": [named[n] for n in sorted(plain)], "weight_decay": 0.0},
     ]
+    matrices = [{"params": [named[n] for n in sorted(hidden)]}]
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay)
+    muon = torch.optim.Muon(
+        matrices, momentum=0.95, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+    )
+    for optimizer, factor in ((adam, 1.0), (muon, recipe["muon_factor"])):
+        for group in optimizer.param_groups:
+            group["factor"] = factor
+    return [adam, muon]
 
 
 class Run:
@@ -165,9 +188,7 @@ class Run:
         self.model, self.tokenizer = build(recipe, folder)
         self.model.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            groups_of_parameters(self.model, recipe["weight_decay"]), betas=(0.9, 0.98), eps=1e-6
-        )
+        self.optimizers = optimizers(self.model, recipe)
         self.step, self.seconds = 0, 0.0
 
     @property
@@ -178,8 +199,11 @@ class Run:
     def save(self) -> None:
         """Write the whole state; an interruption leaves the one before."""
         partial = self.checkpoint.with_suffix(".partial")
-        state = {name: getattr(self, name).state_dict() for name in ("model", "average")}
-        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step}
+        state: dict[str, Any] = {
+            name: getattr(self, name).state_dict() for name in ("model", "average")
+        }
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        state["step"] = self.step
         torch.save(state | {"seconds": self.seconds, "recipe": json.dumps(self.recipe)}, partial)
         partial.replace(self.checkpoint)
 
@@ -201,20 +225,30 @@ class Run:
                     f"{self.checkpoint} was trained with {key} = {value!r}, the recipe says "
                     f"{self.recipe.get(key)!r}; name another --out or restore the setting"
                 )
-        for name in ("model", "average", "optimizer"):
+        for name in ("model", "average"):
             getattr(self, name).load_state_dict(state[name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
         return True
 
     def train_step(self, sources: Sequence[Source], templates: Mapping[str, Any]) -> float:
         """Take one step, a function of seed and step number alone; return the loss."""
         recipe = self.recipe
-        batch = sample_batch(sources, recipe["batch_size"], templates, recipe["seed"], self.step)
+        batch = sample_batch(
+            sources,
+            recipe["batch_size"],
+            templates,
+            recipe["seed"],
+            self.step,
+            recipe["sources_per_batch"],
+        )
         generator = torch.Generator().manual_seed(recipe["seed"] * 1_000_003 + self.step)
         size = recipe["model"]["vision_cfg"]["image_size"]
         images = augment(batch, size, generator).to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.step, recipe)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["factor"] * rate(self.step, recipe)
         self.model.train()
         self.model.visual.patch_dropout.prob = dropped(self.step, recipe)
         mixed = bool(recipe["mixed_precision"])
@@ -225,10 +259,11 @@ class Run:
                 image = self._encode_image(images)
                 text = encode_texts(self.model, self.tokenizer, batch.texts)
                 loss = contrastive_loss(image, text, batch.groups, self.model.logit_scale.exp())
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
             keep = min(recipe["averaging"], (1 + self.step) / (10 + self.step))
