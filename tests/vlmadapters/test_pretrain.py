@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 from open_clip.tokenizer import default_bpe
@@ -327,7 +328,35 @@ def test_card_measures_test_items_only_and_writes_its_tables(tmp_path: Path) -> 
     for row in rows:
         assert row["low"] <= row["value"] <= row["high"]
         assert row["null"] == pytest.approx(0.1)
-    import pandas as pd
-
     table = card.classes_table(pd.DataFrame(rows))
     assert "| digits | 40 | 10.0 |" in table
+
+
+def planted_card(**zero_shot: tuple[float, float, float]) -> pd.DataFrame:
+    rows = [
+        {"dataset": name, "metric": "zero_shot_accuracy", "tower": "vision", "position": "proj",
+         "value": value, "low": low, "null": null}
+        for name, (value, low, null) in zero_shot.items()
+    ]  # fmt: skip
+    rows += [
+        {"dataset": "all", "metric": "dataset_accuracy", "tower": "vision", "position": position,
+         "value": value, "null": 0.1}
+        for position, value in (("embed", 0.1), ("6", 0.6), ("proj", 0.8))
+    ]  # fmt: skip
+    rows.append({"dataset": "flags", "metric": "centroid_gap", "tower": "vision",
+                 "position": "proj", "value": 0.7, "null": 0.2})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_card_says_what_was_reached_and_names_what_was_not() -> None:
+    rows = planted_card(
+        flags=(0.5, 0.45, 0.05), letters=(0.06, 0.03, 0.05), dtd=(0.3, 0.25, 0.1),
+        cifar10=(0.2, 0.18, 0.1),
+    )  # fmt: skip
+    five, bar, chance, rise, gap = card.reached_list(rows).splitlines()
+    assert five.endswith("1 of 2; not on letters (1.2 ×).")
+    assert bar.endswith("1 of 2; not on cifar10.")
+    assert chance.endswith("3 of 4; not on letters.")
+    assert rise.endswith("10.0 % to 80.0 %.")
+    assert gap.endswith("0.700 against 0.200 at `proj`.")
+    assert card.reached_list(planted_card(flags=(0.5, 0.45, 0.05))).splitlines()[0].endswith("1.")

@@ -204,6 +204,40 @@ def other_table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def reached_list(rows: pd.DataFrame, bar: Mapping[str, float] = BAR) -> str:
+    """Return the Markdown list of what the model was to reach and what it did, from the rows."""
+    shown = rows[rows.metric == "zero_shot_accuracy"].set_index("dataset")
+    drawn = shown[~shown.index.isin(list(bar))]
+    real = shown[shown.index.isin(list(bar))]
+    times = drawn.value / drawn.null
+    short = [f"{name} ({ratio:.1f} ×)" for name, ratio in times[times < 5].items()]
+    above = [name for name in real.index if real.value[name] >= bar[name]]
+    below = [name for name in real.index if name not in above]
+    level = list(shown.index[shown.low <= shown.null])
+    curve = rows[(rows.metric == "dataset_accuracy") & (rows.tower == "vision")]
+    curve = curve.groupby("position")["value"].mean()
+    gap = rows[(rows.metric == "centroid_gap") & (rows.position == "proj")][["value", "null"]]
+    gap = gap.mean()
+
+    def but(names: Sequence[object]) -> str:
+        return f"; not on {', '.join(map(str, names))}" if names else ""
+
+    return "\n".join(
+        [
+            f"- Zero-shot at least 5 × chance on each built-in dataset: {len(drawn) - len(short)} "
+            f"of {len(drawn)}{but(short)}.",
+            f"- Zero-shot at least the bar on three of five real sets: {len(above)} of {len(real)}"
+            f"{but(below)}.",
+            f"- Clearly above chance (interval above it) on all: {len(shown) - len(level)} of "
+            f"{len(shown)}{but(level)}.",
+            "- Dataset accuracy rises from `embed` to `proj` in the vision tower: "
+            f"{100 * curve['embed']:.1f} % to {100 * curve['proj']:.1f} %.",
+            f"- Modality gap above its null: centroid gap {gap['value']:.3f} against "
+            f"{gap['null']:.3f} at `proj`.",
+        ]
+    )
+
+
 def main(
     model: Annotated[str, typer.Argument(help="Model name or folder.")] = "mini-clip",
     out: Annotated[Path, typer.Option(help="Folder for evaluation.csv and evaluation.md.")] = Path(
@@ -219,7 +253,8 @@ def main(
     rows = Evaluation(load_model(model), data_root, limit or None, fit).run(names)
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "evaluation.csv", index=False, float_format="%.5f")
-    text = "\n\n".join((classes_table(rows), positions_table(rows), other_table(rows))) + "\n"
+    tables = (classes_table(rows), positions_table(rows), other_table(rows), reached_list(rows))
+    text = "\n\n".join(tables) + "\n"
     (out / "evaluation.md").write_text(text)
     typer.echo(text)
 
