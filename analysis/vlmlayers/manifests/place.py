@@ -62,7 +62,7 @@ class Place:
     def hint(self) -> str:
         """Where to get what is missing."""
         where = f"get it: {'; '.join(self.spec.get)}" if self.spec.get else "put it there"
-        return f"{where}, or name another data root ({DATA_VARIABLE} or --data)"
+        return f"{where}, or name another data root ({DATA_VARIABLE} or --data-root)"
 
     def find(self, candidates: tuple[str, ...], what: str) -> Path:
         """Return the first candidate that exists under the data root or beside the TOML file.
