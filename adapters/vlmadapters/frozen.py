@@ -37,7 +37,7 @@ class Backbone:
     def __init__(self, clip: nn.Module, savings: Savings | None = None) -> None:
         self.clip, self.savings = clip, savings or Savings()
         towers = backbone_towers(clip)
-        options = {"last_token": self.savings.last_token, "fused": self.savings.fused}
+        options = {name: getattr(self.savings, name) for name in ("last_token", "fused", "onednn")}
         self.vision = Walk(towers["vision"], **options)
         self.text = Walk(towers["text"], cut=self.savings.cut_prompts, **options)
         self.steps = self.vision.steps and self.text.steps

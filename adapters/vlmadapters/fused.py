@@ -1,9 +1,9 @@
 """The arithmetic of open_clip's standard block, arranged for frozen weights.
 
 Same function, fewer passes over memory: weights need no gradient, the adapter reuses the block's
-first norm, and QuickGELU is SiLU once its factor 1.702 is folded into the two matrix products.
-Agreement with the block's own forward is to float32 rounding (tested); blocks of any other kind
-run their own forward.
+first norm, and QuickGELU is SiLU once its factor 1.702 is folded into the norm before and the
+residual sum after. Agreement with the block's own forward is to float32 rounding (tested); blocks
+of any other kind run their own forward.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmadapters.products import frozen_linear, product, suits
+
 QUICK = 1.702
 
 
 def is_standard(block: nn.Module) -> bool:
-    """Return whether `standard_block` computes the same as the block's own forward."""
+    """Return whether the functions below compute the same as the block's own forward."""
     if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
         return False
     attention: Any = block.attn
@@ -37,34 +39,62 @@ def is_standard(block: nn.Module) -> bool:
     )
 
 
-def attend(
-    block: Any, x: Tensor, u: Tensor, mask: Tensor | None, rows: Tensor | None = None
-) -> Tensor:
-    """Return x plus the block's attention.
+def attend(block: Any, x: Tensor, u: Tensor, mask: Tensor | None, onednn: bool = True) -> Tensor:
+    """Return x plus the block's attention, (item, token, width).
 
     Args:
         block: A standard block.
-        x: Input of the block, (item, token, width); (item, 1, width) with `rows`.
-        u: `block.ln_1` of the block's whole input, (item, token, width).
+        x: Input of the block, (item, token, width).
+        u: `block.ln_1` of it.
         mask: Additive attention mask, (token, token), or None.
-        rows: (item,) the only token of each item whose output is needed, or None for all.
+        onednn: Use oneDNN where it suits.
     """
     attention, heads = block.attn, block.attn.num_heads
     n, tokens, width = u.shape
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    if rows is None:
-        qkv = F.linear(u, weight, bias).view(n, tokens, 3, heads, width // heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (item, head, token, width / head)
-    else:
-        picked = u[torch.arange(n, device=u.device), rows]
-        q = F.linear(picked, weight[:width], bias[:width]).view(n, heads, 1, width // heads)
-        kv = F.linear(u, weight[width:], bias[width:]).view(n, tokens, 2, heads, width // heads)
-        k, v = kv.permute(2, 0, 3, 1, 4)
-        mask = None if mask is None else mask[rows][:, None, None]  # (item, 1, 1, token)
+    qkv = frozen_linear(u, attention.in_proj_weight, attention.in_proj_bias, onednn)
+    qkv = qkv.view(n, tokens, 3, heads, width // heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (item, head, token, width / head)
     mask = None if mask is None else mask.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out.transpose(1, 2).reshape(n, q.shape[2], width)
-    out = block.ls_1(F.linear(out, attention.out_proj.weight, attention.out_proj.bias))
+    return _leave(block, x, out.transpose(1, 2).reshape(n, tokens, width), onednn)
+
+
+def attend_one(
+    block: Any, x: Tensor, u: Tensor, rows: Tensor, mask: Tensor | None, onednn: bool = True
+) -> Tensor:
+    """Return x plus the block's attention for one token of each item, (item, 1, width).
+
+    With a single query, keys and values of the other tokens need not be formed: the query goes
+    through the key map's transpose, q · (K u) = (Kᵀ q) · u, and the attention's mean is taken of u
+    before the value map. The key's bias is the same for every token and drops out of the softmax.
+
+    Args:
+        block: A standard block.
+        x: Input of the block at those tokens, (item, 1, width).
+        u: `block.ln_1` of the block's whole input, (item, token, width).
+        rows: (item,) index of the token.
+        mask: Additive attention mask, (token, token), or None.
+        onednn: Use oneDNN where it suits.
+    """
+    attention, heads = block.attn, block.attn.num_heads
+    n, _, width = u.shape
+    size = width // heads
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    to_k, to_v = (weight[i * width : (i + 1) * width].view(heads, size, width) for i in (1, 2))
+    picked = u[torch.arange(n, device=u.device), rows]
+    q = frozen_linear(picked, weight[:width], bias[:width], onednn).view(n, heads, size)
+    asked = torch.einsum("nhd,hdw->nhw", q * size**-0.5, to_k)  # (item, head, width)
+    scores = asked @ u.transpose(1, 2)  # (item, head, token)
+    if mask is not None:
+        scores = scores + mask[rows][:, None].to(scores.dtype)
+    seen = scores.softmax(-1).to(u.dtype) @ u  # (item, head, width)
+    out = torch.einsum("nhw,hdw->nhd", seen, to_v) + bias[2 * width :].view(heads, size)
+    return _leave(block, x, out.reshape(n, 1, width), onednn)
+
+
+def _leave(block: Any, x: Tensor, out: Tensor, onednn: bool) -> Tensor:
+    projection = block.attn.out_proj
+    out = block.ls_1(frozen_linear(out, projection.weight, projection.bias, onednn))
     in_place = not out.requires_grad and out.dtype == x.dtype
     return out.add_(x) if in_place else x + out
 
@@ -73,39 +103,42 @@ class _FrozenMLP(torch.autograd.Function):
     """x + c_proj(act(c_fc(norm(x)))) with the gradient of x only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Any, mlp: Any, quick: bool) -> Tensor:
-        n, mean, rstd = torch.native_layer_norm(
-            x, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-        )
-        flat = n.view(-1, n.shape[-1])
+    def forward(ctx: Any, x: Tensor, norm: Any, mlp: Any, quick: bool, onednn: bool) -> Tensor:
         factor = QUICK if quick else 1.0
-        t = torch.addmm(mlp.c_fc.bias, flat, mlp.c_fc.weight.t(), beta=factor, alpha=factor)
-        ctx.parts, ctx.quick = (norm, mlp), quick
-        ctx.save_for_backward(x, mean, rstd, t)
-        h = F.silu(t) if quick else F.gelu(t)
-        y = torch.addmm(mlp.c_proj.bias, h, mlp.c_proj.weight.t(), alpha=1 / factor)
-        return y.view_as(x).add_(x)
+        n, mean, rstd = torch.native_layer_norm(
+            x, norm.normalized_shape, norm.weight * factor, norm.bias * factor, norm.eps
+        )
+        t = product(n, mlp.c_fc.weight, mlp.c_fc.bias * factor, onednn)
+        if ctx.needs_input_grad[0]:
+            ctx.parts = norm, mlp, quick, onednn
+            ctx.save_for_backward(x, mean, rstd, t)
+            h = F.silu(t) if quick else F.gelu(t)
+        else:
+            h = F.silu(t, inplace=True) if quick else F.gelu(t)
+        y = product(h, mlp.c_proj.weight, mlp.c_proj.bias * factor, onednn)
+        return torch.add(x, y, alpha=1 / factor, out=y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        (norm, mlp), (x, mean, rstd, t) = ctx.parts, ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        to_h = flat @ mlp.c_proj.weight
-        if ctx.quick:  # the two factors 1.702 and 1/1.702 cancel
-            to_t = torch.ops.aten.silu_backward(to_h, t)
-        else:
-            to_t = torch.ops.aten.gelu_backward(to_h, t)
-        to_n = (to_t @ mlp.c_fc.weight).view_as(x)
+        (norm, mlp, quick, onednn), (x, mean, rstd, t) = ctx.parts, ctx.saved_tensors
+        to_h = product(grad, mlp.c_proj.weight.t(), None, onednn)
+        # The two factors 1.702 and 1 / 1.702 cancel.
+        backward = torch.ops.aten.silu_backward if quick else torch.ops.aten.gelu_backward
+        to_n = product(backward(to_h, t), mlp.c_fc.weight.t(), None, onednn)
         to_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             to_n, x, norm.normalized_shape, mean, rstd, norm.weight, norm.bias, [True, False, False]
         )
-        return to_x.add_(grad), None, None, None
+        return to_x.add_(grad), None, None, None, None
 
 
-def feed_forward(block: Any, x: Tensor) -> Tensor:
+def feed_forward(block: Any, x: Tensor, onednn: bool = True) -> Tensor:
     """Return x plus the block's multilayer perceptron, (item, token, width)."""
-    plain = isinstance(block.ls_2, nn.Identity) and x.dtype == block.mlp.c_fc.weight.dtype
+    weight = block.mlp.c_fc.weight
+    plain = isinstance(block.ls_2, nn.Identity) and x.dtype == weight.dtype
     if plain and not torch.is_autocast_enabled(x.device.type):
-        return _FrozenMLP.apply(x, block.ln_2, block.mlp, isinstance(block.mlp.gelu, QuickGELU))
+        quick = isinstance(block.mlp.gelu, QuickGELU)
+        use = onednn and suits(x, weight)
+        made: Tensor = _FrozenMLP.apply(x, block.ln_2, block.mlp, quick, use)
+        return made
     return x + block.ls_2(block.mlp(block.ln_2(x)))

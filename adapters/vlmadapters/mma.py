@@ -14,51 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmadapters.backbone import backbone_towers, first_norm, frozen
+from vlmadapters.branch import add_branch
 from vlmadapters.config import MMAConfig
 from vlmlayers.errors import UserError
 from vlmlayers.models.towers import Tower
 
 PREFIX = {"vision": "visual_adapter", "text": "text_adapter"}
-
-
-class _ScaledDown(torch.autograd.Function):
-    """A linear map whose parameters see the full gradient and whose input sees α times it."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, scale: float) -> Tensor:
-        kind = u.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else u.dtype
-        ctx.scale, ctx.input_dtype, ctx.dtypes = scale, u.dtype, (weight.dtype, bias.dtype)
-        u, weight = u.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(u, weight)
-        with torch.autocast(kind, enabled=False):
-            return F.linear(u, weight, bias.to(dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        u, weight = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])  # (item · token, dim)
-        to_weight = (flat.t() @ u.reshape(-1, u.shape[-1])).to(ctx.dtypes[0])
-        to_input = None
-        if ctx.needs_input_grad[0]:
-            to_input = ((grad * ctx.scale) @ weight).to(ctx.input_dtype)
-        return to_input, to_weight, flat.sum(0).to(ctx.dtypes[1]), None
-
-
-class _AddScaled(torch.autograd.Function):
-    """`out + α · y` whose backward hands y the full gradient, as if α were 1."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, y: Tensor, scale: float) -> Tensor:
-        ctx.dtypes = out.dtype, y.dtype
-        return torch.add(out, y, alpha=scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        to_out = grad.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        return to_out, grad.to(ctx.dtypes[1]), None
 
 
 def _linear(width_in: int, width_out: int) -> nn.Linear:
@@ -140,10 +101,10 @@ class Adapter(nn.Module):
             block: Number of the block.
         """
         branch = getattr(self, PREFIX[tower])[str(block)]
-        down = branch.down[0]
-        h = F.relu(_ScaledDown.apply(u, down.weight, down.bias, self.config.scale))
-        h = self.shared_adapter[self._shared_names[tower, block]](h)  # (item, token, dim)
-        return _AddScaled.apply(out, branch.up(h), self.config.scale)
+        shared = self.shared_adapter[self._shared_names[tower, block]]
+        linears = (branch.down[0], shared[0], branch.up)
+        parameters = [part for linear in linears for part in (linear.weight, linear.bias)]
+        return add_branch(out, u, self.config.scale, *parameters)
 
     @contextmanager
     def attached(self, clip: nn.Module) -> Iterator[Adapter]:

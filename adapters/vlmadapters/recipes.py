@@ -25,8 +25,9 @@ class Savings:
         text_prefix: Text activations below the first adapted block are computed once.
         image_prefix: Image activations below the first adapted block are computed without a
             graph, and once for all placements that are trained together.
-        last_token: The last block computes the pooled token's query only.
+        last_token: The last block computes the pooled token only, without other tokens' keys.
         fused: Standard blocks run with fewer passes over memory.
+        onednn: Fused blocks multiply with oneDNN on a CPU in float32.
         text_features: Class features are kept between updates at evaluation.
     """
 
@@ -35,6 +36,7 @@ class Savings:
     image_prefix: bool = True
     last_token: bool = True
     fused: bool = True
+    onednn: bool = True
     text_features: bool = True
 
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmadapters.backbone import first_norm
-from vlmadapters.fused import attend, feed_forward, is_standard
+from vlmadapters.fused import attend, attend_one, feed_forward, is_standard
 from vlmadapters.mma import Adapter
 from vlmlayers.models.towers import Tower
 
@@ -52,12 +52,19 @@ class Walk:
         cut: Drop text columns that no pooled token can see.
         last_token: Compute only the pooled token's query in the last block.
         fused: Use the fused arithmetic for standard blocks.
+        onednn: Let oneDNN multiply in these, where it suits.
     """
 
     def __init__(
-        self, tower: Tower, *, cut: bool = True, last_token: bool = True, fused: bool = True
+        self,
+        tower: Tower,
+        *,
+        cut: bool = True,
+        last_token: bool = True,
+        fused: bool = True,
+        onednn: bool = True,
     ) -> None:
-        self.tower, self.cut, self.last_token = tower, cut, last_token
+        self.tower, self.cut, self.last_token, self.onednn = tower, cut, last_token, onednn
         self.fused = [fused and is_standard(block) for block in tower.blocks]
         self.steps = True
         with torch.no_grad():
@@ -155,12 +162,14 @@ class Walk:
             out = module(x, *state.args, **state.kwargs)
             u = first_norm(module, self.tower)(x) if adapted else x
         else:
-            u = module.ln_1(x)
-            each = torch.arange(len(x), device=x.device)
-            residual = x if rows is None else x[each, rows][:, None]
-            out = attend(module, residual, u, state.kwargs.get("attn_mask"), rows)
-            out = feed_forward(module, out)
-            u = u if rows is None else u[each, rows][:, None]  # (item, 1, width)
+            u, mask = module.ln_1(x), state.kwargs.get("attn_mask")
+            if rows is None:
+                out = attend(module, x, u, mask, self.onednn)
+            else:
+                each = torch.arange(len(x), device=x.device)
+                out = attend_one(module, x[each, rows][:, None], u, rows, mask, self.onednn)
+                u = u[each, rows][:, None]  # (item, 1, width)
+            out = feed_forward(module, out, self.onednn)
         if adapter is None or not adapted:
             return out
         return adapter.add_to(out, u, self.tower.name, number)

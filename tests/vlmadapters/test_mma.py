@@ -14,7 +14,9 @@ from backbones import FAMILIES, SIZE, backbone, config, shared_backbone, some_im
 from torch.nn import functional as F
 
 from vlmadapters.config import MMAConfig, parse_placement
+from vlmadapters.frozen import Backbone
 from vlmadapters.mma import Adapter, attach, class_logits, new_adapter
+from vlmadapters.recipes import Savings
 from vlmlayers.errors import UserError
 from vlmlayers.models.load import build_clip
 
@@ -44,8 +46,15 @@ class Golden:
 
 
 @pytest.fixture(scope="module")
-def golden(shared_golden: Path) -> Golden:
-    return Golden(shared_golden)
+def golden(repository: Path) -> Golden:
+    return Golden(repository / "tests/golden")
+
+
+def test_the_copy_of_the_recorded_run_is_the_record(golden: Golden, shared_golden: Path) -> None:
+    record = Golden(shared_golden)
+    assert golden.config == record.config
+    for key in golden.arrays.files:
+        assert np.array_equal(golden.arrays[key], record.arrays[key]), key
 
 
 def test_plain_clip_agrees_before_anything_is_attached(golden: Golden) -> None:
@@ -60,6 +69,7 @@ def test_logits_and_first_gradients_agree_with_the_authors_code(golden: Golden) 
         logits = class_logits(clip, golden.tensor("images")[0], golden.tensor("tokens"))
         torch.testing.assert_close(logits, golden.tensor("mma/logits"), atol=1e-5, rtol=0)
         F.cross_entropy(logits, golden.tensor("labels")[0]).backward()
+        assert mma.parameter_count() == golden.config["trainable_parameters"]
         for key, parameter in mma.named_official_parameters():
             expected = golden.tensor(f"grad/{key}")
             assert parameter.grad is not None
@@ -67,22 +77,40 @@ def test_logits_and_first_gradients_agree_with_the_authors_code(golden: Golden) 
             assert error < 1e-4, key
 
 
-def test_five_steps_follow_the_authors_trajectory(golden: Golden) -> None:
-    clip, losses = golden.clip(), []
-    o = golden.config["optimizer"]
-    with attach(clip, golden.adapter_config()) as mma:
-        mma.load_official_state_dict(golden.group("adapter_init/"))
-        optimizer = torch.optim.SGD(
-            mma.parameters(), lr=o["lr"], momentum=o["momentum"], weight_decay=o["weight_decay"]
-        )
-        for images, labels in zip(golden.tensor("images"), golden.tensor("labels")):
-            loss = F.cross_entropy(class_logits(clip, images, golden.tensor("tokens")), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        final = class_logits(clip, golden.tensor("images")[0], golden.tensor("tokens"))
+@pytest.mark.parametrize("savings", [None, Savings(), Savings(onednn=False)])
+def test_five_steps_follow_the_authors_trajectory(golden: Golden, savings: Savings | None) -> None:
+    """Attached by hooks, and by the walks that training uses, with what they save."""
+    clip, tokens, losses = golden.clip(), golden.tensor("tokens"), []
+    config, o = golden.adapter_config(), golden.config["optimizer"]
+    mma = new_adapter(clip, config)
+    mma.load_official_state_dict(golden.group("adapter_init/"))
+    backbone = Backbone(clip, savings)
+    prompts = backbone.prompts(tokens, [config.text[0]])[config.text[0]]
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        if savings is None:
+            with mma.attached(clip):
+                return class_logits(clip, images, tokens)
+        states = backbone.images(images, [config.vision[0]])
+        return backbone.logits(states[config.vision[0]], prompts, mma)
+
+    optimizer = torch.optim.SGD(
+        mma.parameters(), lr=o["lr"], momentum=o["momentum"], weight_decay=o["weight_decay"]
+    )
+    clip.requires_grad_(False)
+    for images, labels in zip(golden.tensor("images"), golden.tensor("labels")):
+        loss = F.cross_entropy(logits(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        if not losses:
+            for key, parameter in mma.named_official_parameters():
+                expected = golden.tensor(f"grad/{key}")
+                assert parameter.grad is not None
+                assert (parameter.grad - expected).norm() / expected.norm() < 1e-4, key
+        optimizer.step()
+        losses.append(loss.item())
     np.testing.assert_allclose(losses, golden.arrays["losses"], atol=1e-5)
+    final = logits(golden.tensor("images")[0])
     torch.testing.assert_close(final, golden.tensor("mma/final_logits"), atol=1e-5, rtol=0)
     for key, value in mma.official_state_dict().items():
         torch.testing.assert_close(
