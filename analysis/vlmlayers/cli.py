@@ -231,6 +231,10 @@ def extract(
         bool, typer.Option("--random-weights", help="An untrained model; every output says so.")
     ] = False,
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "train",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Trained adapter; the features are those of the adapted model."),
+    ] = None,
     items: Annotated[int, typer.Option(help="Items per dataset, 0 for all.")] = 0,
     text: Annotated[str, typer.Option(help="prompts or captions.")] = "prompts",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
@@ -273,6 +277,7 @@ def extract(
                 "text": text,
                 "precision": precision,
                 "device": device,
+        "adapter": str(adapter.resolve()) if adapter else "",
                 "batch_size": batch_size,
                 "workers": workers,
                 "present_only": present_only,

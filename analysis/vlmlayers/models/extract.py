@@ -117,7 +117,8 @@ def refuse_hooks(model: VLM) -> None:
         if module._forward_hooks or module._forward_pre_hooks:
             raise UserError(
                 f"{name or 'the model'} has a hook (an attached adapter?) that the identity of a "
-                "feature store does not know of; detach it, or keep the features in memory"
+                "feature store does not know of; detach it, keep the features in memory, or give "
+                "the adapter's file with --adapter"
             )
 
 
@@ -152,9 +153,13 @@ def _texts(
         if "{}" not in pattern:
             raise UserError(f"template {pattern!r} has no {{}} where the class name goes")
         if not names:
+    An adapter that is attached for good (`VLM.adapter_hash`) is part of the identity.
+
             raise UserError(
                 f"{manifest.name} has no classes to make prompts of; use "
                 "text='captions' (--text captions)"
+    if model.adapter_hash:
+        return
             )
         prompts = tuple(manifest.prompt(name, pattern) for name in names)
         return Texts(kind, prompts, np.arange(len(names), dtype=np.int64), pattern)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -43,6 +44,7 @@ class VLM:
         precision: Data type of the weights.
         preprocess_config: What the evaluation transform does; part of the cache's identity.
         towers: `{"vision": Tower, "text": Tower}`.
+        adapter_hash: Hash of an adapter that is attached for good; part of `weights_hash`.
     """
 
     clip: nn.Module
@@ -55,7 +57,9 @@ class VLM:
     precision: str = "fp32"
     preprocess_config: Mapping[str, Any] = field(default_factory=dict)
     towers: dict[str, Tower] = field(init=False)
+    adapter_hash: str = field(default="", init=False)
     _hash: tuple[Any, str] | None = field(default=None, init=False, repr=False)
+    _held: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.clip = unwrap_compiled(self.clip).eval().requires_grad_(False)
@@ -85,7 +89,23 @@ class VLM:
         )
         if self._hash is None or self._hash[0] != stamp:
             self._hash = (stamp, hash_weights(state))
+        if self.adapter_hash:
+            return sha256(f"{self._hash[1]} {self.adapter_hash}".encode()).hexdigest()
         return self._hash[1]
+
+    def adapt(self, attached: AbstractContextManager[Any], words: str, digest: str) -> None:
+        """Attach an adapter for as long as this object lives, and say so in weights and hash.
+
+        Args:
+            attached: Context in which the adapter is attached.
+            words: What it is, for the name of the weights; untrained weights keep theirs.
+            digest: Hash of its parameters.
+        """
+        held = ExitStack()
+        held.enter_context(attached)  # fails where an adapter is attached already
+        self._held = held
+        self.adapter_hash = digest
+        self.weights = self.weights if self.random_weights else f"{self.weights} + {words}"
 
     def __repr__(self) -> str:
         vision, text = self.towers["vision"], self.towers["text"]

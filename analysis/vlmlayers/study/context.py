@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from vlmlayers.manifests import Item, Manifest
 from vlmlayers.run import Run, file_hash, read_json, versions
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.schema import DatasetPart, ModelPart, Study
+
+ADAPTERS = "vlmlayers.adapters"
 
 
 def silent(message: str) -> None:
@@ -119,7 +123,7 @@ class StageContext:
             "random_weights": part.random_weights,
         }
 
-    def _path(self, text: str, required: bool = True) -> Path:
+    def _path(self, text: str, required: bool = True, what: str = "model folder") -> Path:
         from vlmlayers.manifests.place import data_root
 
         path = Path(text).expanduser()
@@ -133,7 +137,7 @@ class StageContext:
                 return place.resolve()
         if required:
             tried = ", ".join(str(place) for place in places)
-            raise UserError(f"model folder {text} does not exist; tried {tried}")
+            raise UserError(f"{what} {text} does not exist; tried {tried}")
         return path
 
     def model_fingerprint(self) -> dict[str, Any]:
@@ -146,6 +150,8 @@ class StageContext:
         if arguments["name"] == "mini-clip":
             shipped = Path(__file__).parents[1] / "models" / "mini_clip"
             files += sorted(shipped.glob("*.json")) + sorted(shipped.glob("*.safetensors"))
+        if self.part.adapter:
+            files.append(self._path(self.part.adapter, what="adapter"))
         names = {
             key: value for key, value in arguments.items() if key not in ("config", "checkpoint")
         }
@@ -165,16 +171,23 @@ class StageContext:
 
             self.echo(f"loading {self.part.title}")
             self._model = load_model(**self.model_arguments(), device=self.resolved_device())
+            if self.part.adapter:
+                attach = _attacher(self.part.adapter)
+                self._model = attach(self._model, self._path(self.part.adapter, what="adapter"))
         return self._model
 
     def resolved_device(self) -> str:
-        """Return the device to run on; `auto` takes a GPU where there is one."""
-        device = self.device or self.study.extract.device
-        if device != "auto":
-            return device
-        from vlmlayers.models import load
+        """Return the device to run on; `auto` takes a GPU where there is one.
 
-        return "cuda" if load.torch.cuda.is_available() else "cpu"
+        Under `torchrun` each process of a machine takes a GPU of its own.
+        """
+        device = self.device or self.study.extract.device
+        if device == "auto":
+            from vlmlayers.models import load
+
+            device = "cuda" if load.torch.cuda.is_available() else "cpu"
+        own = os.environ.get("LOCAL_RANK")
+        return f"cuda:{own}" if device == "cuda" and own else device
 
     def features(self) -> Iterator[LayerFeatures]:
         """Yield the stored features, dataset by dataset; needs no torch.
@@ -203,3 +216,14 @@ class StageContext:
         """Return which stages are done and on what inputs."""
         path = self.run.folder / "stages.json"
         return read_json(path) if path.exists() else {}
+
+
+def _attacher(adapter: str) -> Callable[[Any, Path], Any]:
+    """Return the function that attaches an adapter's file to a model for good."""
+    found = {point.name: point for point in entry_points(group=ADAPTERS)}
+    if "attach" not in found:
+        raise UserError(
+            f"no package offers to attach the adapter {adapter}; install vlmadapters again"
+        )
+    attach: Callable[[Any, Path], Any] = found["attach"].load()
+    return attach

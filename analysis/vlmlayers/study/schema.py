@@ -42,6 +42,7 @@ class ModelPart(Part):
         config: Configuration file for `local`.
         checkpoint: Weights for `local`.
         random_weights: Use an untrained model; every output says so.
+        adapter: Trained adapter to attach: features are those of the adapted model.
         label: Name of the run folder where a study has several models.
     """
 
@@ -51,6 +52,7 @@ class ModelPart(Part):
     config: str | None = None
     checkpoint: str | None = None
     random_weights: bool = False
+    adapter: str = ""
     label: str = ""
 
     @model_validator(mode="after")
@@ -63,8 +65,9 @@ class ModelPart(Part):
     def title(self) -> str:
         """Name for folders and messages."""
         base = self.label or (Path(self.path).name if self.path else self.name)
-        text = base if self.label or not self.random_weights else f"{base}-random"
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"
+        if not self.label:
+            base += "-random" * self.random_weights + "-adapted" * bool(self.adapter)
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "model"
 
 
 class DatasetPart(Part):

@@ -120,6 +120,7 @@ def _model_record(model: Any) -> dict[str, Any]:
         "weights": model.weights,
         "weights_hash": model.weights_hash,
         "random_weights": bool(model.random_weights),
+        **({"adapter_hash": model.adapter_hash} if model.adapter_hash else {}),
         "parameters": int(parameters),
         "preprocessing": dict(model.preprocess_config),
         "towers": {
@@ -245,7 +246,8 @@ STAGES: dict[str, Stage] = {
             _validate_inputs,
             _validate,
             lambda c: [c.run.validation],
-            wanted=lambda c: c.study.validate_ is not None,
+            # The backbone is what is adapted; an adapted model is there to be measured.
+            wanted=lambda c: c.study.validate_ is not None and not c.part.adapter,
         ),
         Stage(
             "report", _report_inputs, _report, lambda c: [c.run.report, c.run.folder / "report.md"]
