@@ -153,3 +153,23 @@ def test_nothing_of_the_activations_is_kept():
     assert kept == 4 * 3 * (5 * 48 + 24 + 5 * 24)
     assert recorder._seen == {}
     assert all(a.dtype == "float32" for by in found.values() for a in by.values())
+
+
+@pytest.mark.parametrize("family", ["clip", "first", "clipa", "coca", "timm vit token"])
+def test_what_a_hook_keeps_owns_its_memory(family, monkeypatch):
+    """A view of one token would hold every block's whole activation until the pass ends."""
+    clip = tiny.build(family)
+    for side, batch in (("vision", tiny.images(clip)), ("text", tiny.token_ids())):
+        kept = {}
+
+        def assemble(self, output, kept=kept):
+            kept.update(self._seen)
+            return {}
+
+        monkeypatch.setattr(Recorder, "_assemble", assemble)
+        with Recorder(find_towers(clip)[side], ("native", "normed", "joint")) as recorder:
+            recorder(batch)
+        held = [value for found in kept.values() for value in found.values()]
+        assert len(held) >= find_towers(clip)[side].depth + 1
+        for value in held:
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()

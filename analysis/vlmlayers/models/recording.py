@@ -230,17 +230,20 @@ class Recorder:
         return tower.norm_after(pooled)
 
     def _pool(self, tokens: Tensor, pooling: str) -> Tensor:
-        """Return (item, width) from (item, token, width)."""
+        """Return (item, width) from (item, token, width), in storage of its own.
+
+        A view of one token would keep the whole activation until the pass ends.
+        """
         tower = self.tower
         if pooling == "mean":
             return self._mean(tokens)
         if pooling == "cls":
-            return tokens[:, -1] if tower.suffix else tokens[:, 0]
+            return (tokens[:, -1] if tower.suffix else tokens[:, 0]).clone()
         if pooling == "eot":
             assert tower.ends is not None and self._ids is not None
             rows = torch.arange(len(tokens), device=tokens.device)
             return tokens[rows, tower.ends(self._ids)]
-        return tokens[:, -1]  # the model's own last token
+        return tokens[:, -1].clone()  # the model's own last token
 
     def _mean(self, tokens: Tensor) -> Tensor:
         tower = self.tower
