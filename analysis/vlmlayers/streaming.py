@@ -73,9 +73,10 @@ class DatasetSums:
         self.hashes, self.labels = hashes[keep], labels[keep]
         self.sample = {key: x[keep] for key, x in together.items()}
         if len(rest):
-            self._absorb({key: x[rest] for key, x in together.items()}, labels[rest])
+            self.absorb({key: x[rest] for key, x in together.items()}, labels[rest])
 
-    def _absorb(self, rows: dict[Key, Array], labels: Labels) -> None:
+    def absorb(self, rows: dict[Key, Array], labels: Labels) -> None:
+        """Count rows in the sums alone."""
         count = len(self.head.class_names)
         for key, x in rows.items():
             _merge_into(self.moments, key, Moments.of(x))
@@ -115,8 +116,23 @@ class DatasetSums:
         full = replace(
             self, moments=dict(self.moments), classes=dict(self.classes), cross=dict(self.cross)
         )
-        full._absorb(self.sample, self.labels)
+        full.absorb(self.sample, self.labels)
         return full
+
+    def held_out(self, key: Key) -> tuple[Moments, Array]:
+        """Return moments to fit on and the rows held out: the sample, at most half of all items.
+
+        Raises:
+            UserError: Fewer than two items.
+        """
+        most = min(len(self.hashes), self.n // 2)
+        if most < 1:
+            raise UserError(f"{self.head.dataset}: {self.n} items; at least 2 are needed")
+        order = np.argsort(self.hashes, kind="stable")
+        held, rest = (self.sample[key][np.sort(part)] for part in (order[:most], order[most:]))
+        parts = [self.moments[key]] if key in self.moments else []
+        parts += [Moments.of(rest)] if len(rest) else []
+        return sum(parts[1:], parts[0]), held
 
     @property
     def n(self) -> int:
@@ -148,7 +164,7 @@ class StreamingScores:
         check_finite(chunk)
         if chunk.vision is None:
             raise UserError(f"{chunk.dataset}: streaming counts images; no vision features came")
-        sums = self.datasets.setdefault(chunk.dataset, self._empty(chunk))
+        sums = self.open(chunk)
         first = next(iter(self.datasets.values())).head
         if (first.model, first.weights, first.split) != (chunk.model, chunk.weights, chunk.split):
             raise UserError(
@@ -157,6 +173,10 @@ class StreamingScores:
                 f"{first.split}"
             )
         sums.update(_hashes(chunk.dataset, chunk.vision.ids), chunk.vision.labels, _rows(chunk))
+
+    def open(self, chunk: LayerFeatures) -> DatasetSums:
+        """Return the sums of a dataset, empty where nothing of it was taken in."""
+        return self.datasets.setdefault(chunk.dataset, self._empty(chunk))
 
     def merge(self, other: StreamingScores) -> StreamingScores:
         """Return the sums of both, as one pass over both would have made them."""

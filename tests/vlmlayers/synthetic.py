@@ -1,11 +1,55 @@
-"""Synthetic features with a known story: depth adds dataset and class structure to noise."""
+"""Synthetic features with a known story, and inputs that fit any entry of the METRICS table."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.metrics import Metric
 from vlmlayers.positions import tower_positions
+
+PLAIN_NEEDS = (
+    "labels", "pairs", "features", "modalities", "queries", "prompts", "datasets", "class parts",
+    "styles", "style classes", "novel classes", "other datasets",
+)  # fmt: skip
+
+
+def metric_inputs(
+    entry: Metric, seed: int = 0, *, n: int = 36, width: int = 9, classes: int = 3
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return feature matrices that belong together, and the labels that follow them."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    means = rng.normal(size=(classes, width))
+    x = rng.normal(size=(n, width)) + means[y] + 0.5
+    if entry.needs == "labels":
+        return [x], [y]
+    if entry.needs == "features":
+        return [x], []
+    if entry.needs == "pairs":
+        return [x], [x[:, :6] + rng.normal(size=(n, min(width, 6)))]
+    if entry.needs == "prompts":
+        return [x, means + rng.normal(size=means.shape)], [y]
+    if entry.needs in ("modalities", "queries"):
+        return [x, x + rng.normal(size=x.shape) - 1.0], []
+    a, b = n // 2, 3 * n // 4
+    return [x[:a], x[a:b], x[b:]], [y[:a], y[a:b]]
+
+
+def metric_value(
+    entry: Metric, features: list[np.ndarray], rest: list[np.ndarray], classes: int = 3
+) -> np.ndarray:
+    """Return what the plain function of an entry gives: a number, or predicted classes."""
+    options = dict(entry.settings)
+    if entry.needs in ("novel classes", "other datasets"):
+        geometry, support, x = features
+        return entry.function(geometry, rest[0], support, rest[1], x, classes=classes)
+    if len(features) == 3:
+        fit, val, x = features
+        return entry.function(fit, rest[0], val, rest[1], x, classes=classes, **options)
+    if "k" in entry.takes:
+        options["k"] = 4
+    return np.asarray(entry.function(*features, *rest, **options))
 
 
 def make_features(

@@ -6,27 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import PLAIN_NEEDS, metric_inputs, metric_value
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS, metric, table
-from vlmlayers.metrics.table import NATIVE, NEEDS, Metric
+from vlmlayers.metrics.declare import NATIVE, NEEDS, Metric
 from vlmlayers.scores.run import RUNNERS
+from vlmlayers.study.verbs import metrics_text
 
-TESTED = {
-    "labels",
-    "pairs",
-    "features",
-    "modalities",
-    "queries",
-    "prompts",
-    "datasets",
-    "class parts",
-    "styles",
-    "style classes",
-    "novel classes",
-    "other datasets",
-}
-CASES = [(name, kind) for name, m in METRICS.items() if m.needs in TESTED for kind in m.invariances]
+PLAIN = {name: entry for name, entry in METRICS.items() if entry.needs in PLAIN_NEEDS}
+CASES = [(name, kind) for name, entry in PLAIN.items() for kind in entry.invariances]
 CONTROLS = [(name, m.sensitive) for name, m in METRICS.items() if m.sensitive]
 
 
@@ -42,39 +31,6 @@ def _transform(kind: str, x: np.ndarray, seed: int) -> np.ndarray:
     return x * rng.uniform(0.02, 5, size=x.shape[1])
 
 
-def _arrays(entry: Metric, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return feature matrices that belong together, and the arguments that follow them."""
-    rng = np.random.default_rng(seed)
-    n, width, classes = 36, 9, 3
-    y = np.arange(n) % classes
-    means = rng.normal(size=(classes, width))
-    x = rng.normal(size=(n, width)) + means[y] + 0.5
-    if entry.needs == "labels":
-        return [x], [y]
-    if entry.needs == "features":
-        return [x], []
-    if entry.needs == "pairs":
-        return [x], [x[:, :6] + rng.normal(size=(n, 6))]
-    if entry.needs == "prompts":
-        return [x, means + rng.normal(size=means.shape)], [y]
-    if entry.needs in ("modalities", "queries"):
-        return [x, x + rng.normal(size=x.shape) - 1.0], []
-    return [x[:18], x[18:27], x[27:]], [y[:18], y[18:27]]
-
-
-def _value(entry: Metric, features: list[np.ndarray], rest: list[np.ndarray]) -> np.ndarray:
-    settings_ = dict(entry.settings)
-    if entry.needs in ("novel classes", "other datasets"):
-        geometry, support, x = features
-        return entry.function(geometry, rest[0], support, rest[1], x, classes=3)
-    if len(features) == 3:
-        fit, val, x = features
-        return entry.function(fit, rest[0], val, rest[1], x, classes=3, **settings_)
-    if "k" in entry.takes:
-        settings_["k"] = 4
-    return np.asarray(entry.function(*features, *rest, **settings_))
-
-
 def _shuffled(entry: Metric, features: list, rest: list, seed: int) -> tuple[list, list]:
     order = np.random.default_rng(seed).permutation(len(features[0]))
     return [x[order] for x in features], [r[order] for r in rest]
@@ -85,12 +41,12 @@ def _shuffled(entry: Metric, features: list, rest: list, seed: int) -> tuple[lis
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_declared_invariances_hold(name: str, kind: str, seed: int) -> None:
     entry = METRICS[name]
-    features, rest = _arrays(entry, seed)
-    expected = _value(entry, features, rest)
+    features, rest = metric_inputs(entry, seed)
+    expected = metric_value(entry, features, rest)
     if kind == "row order":
-        value = _value(entry, *_shuffled(entry, features, rest, seed))
+        value = metric_value(entry, *_shuffled(entry, features, rest, seed))
     else:
-        value = _value(entry, [_transform(kind, x, seed) for x in features], rest)
+        value = metric_value(entry, [_transform(kind, x, seed) for x in features], rest)
     if expected.dtype.kind == "i":  # predictions: L-BFGS stops at a tolerance
         assert (value == expected).mean() >= 0.85
     else:
@@ -101,19 +57,26 @@ def test_declared_invariances_hold(name: str, kind: str, seed: int) -> None:
 def test_the_negative_control_changes_the_value(name: str, kind: str) -> None:
     entry = METRICS[name]
     changes = []
-    for seed in range(3):
-        features, rest = _arrays(entry, seed)
-        moved = [features[0], *features[1:]]
-        moved[0] = _transform(kind, features[0], seed)
-        before, after = _value(entry, features, rest), _value(entry, moved, rest)
-        changes.append(abs(float(after - before)))
+    for seed in range(5):
+        features, rest = metric_inputs(entry, seed)
+        if len(features) == 3:  # a read-out: all parts move, and columns differ in scale
+            features = [x * np.geomspace(0.1, 10, x.shape[1]) for x in features]
+            moved = [_transform(kind, x, seed) for x in features]
+        else:
+            moved = [_transform(kind, features[0], seed), *features[1:]]
+        before, after = metric_value(entry, features, rest), metric_value(entry, moved, rest)
+        changes.append(np.abs(np.asarray(after) - np.asarray(before)).max())
     assert max(changes) > 1e-3
 
 
-@pytest.mark.parametrize("name", [n for n, m in METRICS.items() if m.needs in TESTED])
+def test_every_metric_of_features_has_a_negative_control() -> None:
+    assert [name for name, entry in PLAIN.items() if not entry.sensitive] == []
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_values_stay_inside_the_declared_bounds(name: str) -> None:
     entry = METRICS[name]
-    value = _value(entry, *_arrays(entry, 0))
+    value = metric_value(entry, *metric_inputs(entry, 0))
     if value.dtype.kind == "f":
         assert entry.bounds[0] - 1e-9 <= value <= entry.bounds[1] + 1e-9
 
@@ -143,3 +106,17 @@ def test_the_table_for_people_has_a_row_per_metric() -> None:
 def test_an_unknown_metric_is_named_with_the_nearest_one() -> None:
     with pytest.raises(UserError, match="unknown metric 'fischer_ratio'; did you mean 'fisher_rat"):
         metric("fischer_ratio")
+
+
+def test_the_list_shows_what_is_declared_in_80_columns() -> None:
+    text = metrics_text()
+    assert max(map(len, text.splitlines())) <= 80
+    entries = [line[3:].split(" (")[0] for line in text.splitlines() if line[3:4].strip()]
+    assert [name for name in entries if name in METRICS] == list(METRICS)
+    one = " ".join(metrics_text(["fisher_ratio"]).split())
+    for fact in ("*~ fisher_ratio (class)", "larger: more discriminable", "range 0 … ∞", "n ≥ 6",
+                 "(C − 1)/(n − C)", "unchanged by rotation", "Fisher 1936"):  # fmt: skip
+        assert fact in one
+    assert "silhouette" not in one
+    with pytest.raises(UserError, match="unknown metric 'rmgg'; did you mean 'rmg'"):
+        metrics_text(["rmgg"])

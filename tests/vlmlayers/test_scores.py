@@ -293,6 +293,47 @@ def test_images_are_equally_many_and_spread_over_classes() -> None:
     assert (pd.crosstab(classes, by_class.fold) > 0).sum(axis=1).max() == 1
 
 
+def test_datasets_of_unequal_size_can_keep_all_items_and_weigh_the_same() -> None:
+    members = [make_features("small", items=30), make_features("large", items=90, number=1)]
+    table = score(members, ["dataset_accuracy", "dataset_recall"], balance="weights", **QUICK)
+    images = table[(table.tower == "vision") & (table.position == "3") & (table.seed == 1)]
+    assert images["options"].str.contains("balance=weights").all()
+    by_dataset = images.set_index("dataset")
+    assert by_dataset.loc["*", "n"] == by_dataset.loc[["small", "large"], "n"].sum() > 60
+    assert by_dataset.loc["*", "value"] == pytest.approx(
+        by_dataset.loc[["small", "large"], "value"].mean()
+    )
+
+
+@pytest.mark.parametrize("how", ["columns", "rows", "none"])
+def test_what_read_outs_do_to_features_first_is_an_option_and_recorded(how: str) -> None:
+    names = ["dataset_accuracy", "dataset_accuracy_ncm", "dataset_accuracy_knn", "dataset_recall"]
+    names += ["class_accuracy_ncm"]
+    table = score(many(2), names, normalise=how, positions=["3"], **QUICK)
+    assert set(table["metric"]) == set(names)
+    assert table["options"].str.contains(f"normalise={how}").all()
+    assert table.attrs["protocol"]["normalise"] == how
+    assert (table[table.metric == "dataset_accuracy"]["value"] > 0.8).all()
+
+
+def test_each_smallest_n_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [
+        *many(2, items=12, classes=2),
+        make_features("captioned", number=9, items=12, classes=2, captions=1),
+        make_features("restyled", number=5, names="set0", items=24, classes=4),
+        make_features("again", number=6, names="set0", items=24, classes=4),
+    ]
+    for name, entry in METRICS.items():
+        if not entry.base:
+            monkeypatch.setitem(METRICS, name, replace(entry, smallest_n=10_000))
+    names = [name for name, entry in METRICS.items() if not entry.base]
+    table = score(members, names, positions=["3", "proj"], **QUICK)
+    assert table.empty
+    words = refusals(table).groupby("metric")["reason"].agg(" ".join)
+    assert set(words.index) == set(names)
+    assert words.str.contains("at least 10000 are needed").all()
+
+
 def test_captions_of_an_image_stay_in_one_fold() -> None:
     members = [make_features(f"c{i}", number=i, captions=3) for i in range(2)]
     split = dataset_split([(m, m.text) for m in members], Protocol(), seed=2)
@@ -429,6 +470,8 @@ def test_nan_and_inf_name_dataset_tower_and_position(value: float) -> None:
         ({"bootstrap": 1}, "bootstrap is 1; at least 2 is needed"),
         ({"folds": 2}, "folds is 2; at least 3 is needed"),
         ({"seeds": ()}, "seeds is empty"),
+        ({"balance": "equl"}, "unknown balance 'equl'; did you mean 'equal'"),
+        ({"normalise": "row"}, "unknown normalise 'row'; did you mean 'rows'"),
         ({"vision_split": "clas"}, "unknown vision_split 'clas'; did you mean 'class'"),
     ],
 )

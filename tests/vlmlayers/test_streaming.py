@@ -6,6 +6,7 @@ import tracemalloc
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -257,5 +258,33 @@ def test_wrong_streams_are_refused(features: list[LayerFeatures]) -> None:
 def test_one_dataset_or_too_few_items_are_refused_out_loud() -> None:
     alone = score_streaming(make_features(items=60), ["dataset_accuracy_lda"])
     assert alone.empty and "at least 2 are needed" in alone.attrs["refused"][0]["reason"]
-    small = score_streaming(many(2), ["dataset_accuracy_lda"], sample=100)
-    assert "stream more" in small.attrs["refused"][0]["reason"]
+    single = make_features(items=60)
+    lone = replace(single, vision=single.vision.take([0]), text=None)
+    few = score_streaming([lone, make_features("other", number=1)], ["dataset_accuracy_lda"])
+    assert few.empty and "1 items; at least 2" in few.attrs["refused"][-1]["reason"]
+
+
+def test_small_datasets_hold_out_half_and_large_ones_the_sample() -> None:
+    small, large = make_features(items=60), make_features("other", number=1, items=500)
+    table = score_streaming([small, large], ["dataset_accuracy_lda"], sample=100)
+    rows = table[table.tower == "vision"]
+    assert set(rows["n"]) == {30 + 100}
+    assert rows["options"].str.contains("fitted_on=430").all()
+
+
+def test_streamed_prompts_are_scored_as_without_streaming(features: list[LayerFeatures]) -> None:
+    members = features[:2]
+    streamed = score_streaming(members, ["dataset_accuracy_lda"])
+    plain = score(members, ["dataset_accuracy_lda"])
+    columns = ["position", "value", "low", "high", "null", "n", "seed"]
+    first, second = (
+        t[t.tower == "text"][columns].reset_index(drop=True) for t in (streamed, plain)
+    )
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_streamed_captions_are_read_out_from_their_sums() -> None:
+    members = [make_features(f"c{i}", number=i, items=300, captions=1) for i in range(2)]
+    table = score_streaming(members, ["dataset_accuracy_lda"], sample=80)
+    text = table[table.tower == "text"].set_index("position")["value"]
+    assert text["embed"] < text["1"] < text["3"]

@@ -46,10 +46,10 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         n = self.n + other.n
         mean = self.mean + (other.mean - self.mean) * (other.n / n)
-        parts = [part._about(mean) for part in (self, other)]
+        parts = [part.about(mean) for part in (self, other)]
         return Moments(n, mean, *(p + q for p, q in zip(*parts)))
 
-    def _about(self, centre: Array) -> tuple[Array, Array, float]:
+    def about(self, centre: Array) -> tuple[Array, Array, float]:
         """Return scatter, cubic and fourth about another centre."""
         d = self.mean - centre
         size = float(d @ d)
@@ -102,10 +102,10 @@ class CrossMoments:
         share = other.n / n
         mean_x = self.mean_x + (other.mean_x - self.mean_x) * share
         mean_y = self.mean_y + (other.mean_y - self.mean_y) * share
-        parts = [part._about(mean_x, mean_y) for part in (self, other)]
+        parts = [part.about(mean_x, mean_y) for part in (self, other)]
         return CrossMoments(n, mean_x, mean_y, *(p + q for p, q in zip(*parts)))
 
-    def _about(self, centre_x: Array, centre_y: Array) -> tuple[Array, Array, Array, Array, float]:
+    def about(self, centre_x: Array, centre_y: Array) -> tuple[Array, Array, Array, Array, float]:
         """Return the sums about other centres."""
         d, e = self.mean_x - centre_x, self.mean_y - centre_y
         dd, ee = float(d @ d), float(e @ e)

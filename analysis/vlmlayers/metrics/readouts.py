@@ -1,17 +1,20 @@
 """Read-outs: a classifier fitted on some items says the class of others.
 
 Each takes (fitting features, their classes, validation features, their classes, features) and
-returns the predicted class of each row. Every class weighs the same, whatever its size. All of
-them standardise on the fitting part alone.
+returns the predicted class of each row. Every class weighs the same, whatever its size.
+`normalise` says what comes first: `columns` to mean 0 and variance 1 of the fitting part, `rows` to
+length 1, or `none` (the mean of the fitting part is removed, nothing else).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from vlmlayers.metrics.checks import SAME, Array, Labels, squared_distances
+from vlmlayers.errors import check_one_of
+from vlmlayers.metrics.checks import SAME, Array, Labels, matrix, squared_distances
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+NORMALISE = ("columns", "rows", "none")
 
 
 def standardiser(fit: Array) -> tuple[Array, Array]:
@@ -24,9 +27,23 @@ def standardiser(fit: Array) -> tuple[Array, Array]:
 
 def standardised(fit: Array, *others: Array) -> list[Array]:
     """Return all arrays scaled to zero mean and unit variance of the fitting part, float64."""
-    fit = np.asarray(fit, dtype=np.float64)
-    mean, factor = standardiser(fit)
-    return [(np.asarray(part, dtype=np.float64) - mean) * factor for part in (fit, *others)]
+    return normalised(fit, *others)
+
+
+def normalised(fit: Array, *others: Array, how: str = "columns") -> list[Array]:
+    """Return all arrays normalised, float64; see the module for what `how` may be.
+
+    Raises:
+        UserError: Unknown normalisation, or NaN.
+    """
+    check_one_of("normalise", how, NORMALISE)
+    parts = [matrix(part) for part in (fit, *others)]
+    if how == "rows":
+        parts = [_directions(part) for part in parts]
+    mean, factor = standardiser(parts[0])
+    if how != "columns":
+        factor = (factor > 0.0).astype(np.float64)
+    return [(part - mean) * factor for part in parts]
 
 
 def logistic(
@@ -38,6 +55,7 @@ def logistic(
     *,
     classes: int,
     c_grid: tuple[float, ...] = C_GRID,
+    normalise: str = "columns",
 ) -> Labels:
     """Predict by multinomial logistic regression, C chosen on the validation part.
 
@@ -46,7 +64,9 @@ def logistic(
 
     Reference: Radford et al. 2021, section A.3 (linear probes of CLIP).
     """
-    logits = logistic_logits(fit, fit_labels, [val, x], classes=classes, c_grid=c_grid)
+    logits = logistic_logits(
+        fit, fit_labels, [val, x], classes=classes, c_grid=c_grid, normalise=normalise
+    )
     best = _best_c(logits[0], val_labels, classes)
     return logits[1][best].argmax(axis=1)
 
@@ -58,9 +78,10 @@ def logistic_logits(
     *,
     classes: int,
     c_grid: tuple[float, ...] = C_GRID,
+    normalise: str = "columns",
 ) -> list[Array]:
     """Return for each part the logits of every C, (C, item, class)."""
-    scaled, *others = standardised(fit, *parts)
+    scaled, *others = normalised(fit, *parts, how=normalise)
     scaled, others = _rotate(scaled, others)
     weights = _balanced_weights(fit_labels, classes)
     solution = _solve(_with_ones(scaled), fit_labels, weights, classes, np.asarray(c_grid))
@@ -75,12 +96,13 @@ def nearest_mean(
     x: Array,
     *,
     classes: int,
+    normalise: str = "columns",
 ) -> Labels:
-    """Predict the class whose mean is nearest (Euclidean, standardised features).
+    """Predict the class whose mean is nearest (Euclidean, normalised features).
 
     Reference: Mensink et al. 2013 (nearest class mean).
     """
-    scaled, x = standardised(fit, x)
+    scaled, x = normalised(fit, x, how=normalise)
     means = class_means(scaled, fit_labels, classes)
     return squared_distances(x, means).argmin(axis=1)
 
@@ -94,15 +116,16 @@ def k_nearest(
     *,
     classes: int,
     k: int = 10,
+    normalise: str = "columns",
 ) -> Labels:
-    """Predict by the votes of the k nearest fitting items (cosine, standardised features).
+    """Predict by the votes of the k nearest fitting items (cosine, normalised features).
 
     k is at most the size of the smallest class. Votes weigh 1/size of their class; the nearest
     neighbour breaks ties.
 
     Reference: Cover and Hart 1967; as used for frozen features by Caron et al. 2021.
     """
-    scaled, x = standardised(fit, x)
+    scaled, x = normalised(fit, x, how=normalise)
     k = min(k, int(np.bincount(fit_labels, minlength=classes).min()))
     near = np.argsort(-(_directions(x) @ _directions(scaled).T), axis=1, kind="stable")[:, :k]
     votes = _balanced_weights(fit_labels, classes)[near] + 1e-9 * np.arange(k, 0, -1)

@@ -110,6 +110,7 @@ def discriminant(
 
     Reference: Fisher 1936; shrinkage: Ledoit and Wolf 2004.
     """
+    fit, x = matrix(fit), matrix(x)
     centre = fit.mean(axis=0)
     fit, x = fit - centre, x - centre
     if not varies(fit, centre):

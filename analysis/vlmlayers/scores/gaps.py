@@ -143,8 +143,7 @@ def _run_gap(
     places = partner_positions(vision, text, space, protocol)
     if not places:
         raise UserError(f"no {space} features were extracted for both towers")
-    if min(len(matching.images), len(matching.pairs)) < metric.smallest_n:
-        raise UserError(f"{len(matching.pairs)} pairs; at least {metric.smallest_n} are needed")
+    protocol.require(min(len(matching.images), len(matching.pairs)), metric, "pairs")
     for position, other in places:
         try:
             x = rows_of(vision, position, space, matching.images)

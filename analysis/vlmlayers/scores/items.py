@@ -92,6 +92,7 @@ def _run_zero_shot(
         for position in chosen_positions([moving], space, protocol):
             here = (position, "proj") if moving is vision else ("proj", position)
             with out.attempt(name, member.dataset, moving.tower, position):
+                protocol.require(len(known), metric)
                 x = rows_of(vision, here[0], space, known)
                 prompts, ids = prompt_matrix(text, here[1], space)
                 values = metric.per_item(x, prompts, np.searchsorted(ids, labels))
@@ -128,8 +129,7 @@ def _run_single(
         metric = metrics[name]
         with out.attempt(name, member.dataset, features.tower, position):
             rows = shared.rows(metric)
-            if len(rows) < metric.smallest_n:
-                raise UserError(f"{len(rows)} items; at least {metric.smallest_n} are needed")
+            protocol.require(len(rows), metric)
             x, width = shared.array(metric, position, space)
             given = () if labels is None else (labels[rows],)
             value, interval, how = value_and_interval(

@@ -13,6 +13,7 @@ import numpy as np
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Array
+from vlmlayers.metrics.readouts import NORMALISE
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import SPACES, relative_depth, sort_key
 from vlmlayers.scores.parts import balanced_rows
@@ -36,6 +37,9 @@ class Protocol:
         held_out: Folds are held out in turn until this many items were, at most all of them.
         items_per_dataset: At most this many items of each dataset, balanced by class.
         vision_split: Parts for dataset accuracy of images are dealt by `item` or by `class`.
+        balance: Images for dataset accuracy: `equal` numbers of each dataset, or `weights`: all
+            of them, each dataset weighing the same in the fit and in the accuracy.
+        normalise: What read-outs do to features first: `columns`, `rows` or `none`.
     """
 
     positions: tuple[str, ...] | None = None
@@ -51,11 +55,15 @@ class Protocol:
     held_out: int = 100
     items_per_dataset: int | None = None
     vision_split: str = "item"
+    balance: str = "equal"
+    normalise: str = "columns"
 
     def __post_init__(self) -> None:
         for space in self.spaces or ():
             check_one_of("space", space, SPACES)
         check_one_of("vision_split", self.vision_split, ("item", "class"))
+        check_one_of("balance", self.balance, ("equal", "weights"))
+        check_one_of("normalise", self.normalise, NORMALISE)
         for position in self.positions or ():
             if not position.isdecimal():
                 check_one_of("position", position, ("embed", "final", "proj"))
@@ -83,8 +91,17 @@ class Protocol:
 
     def arguments(self, metric: Metric, **given: Any) -> dict[str, Any]:
         """Return the keyword arguments of a metric's function: its settings and our options."""
-        known = {"k": self.k, "shots": self.shots, **given}
+        known = {"k": self.k, "shots": self.shots, "normalise": self.normalise, **given}
         return {**metric.settings, **{name: known[name] for name in metric.takes if name in known}}
+
+    def require(self, n: int, metric: Metric, what: str = "items") -> None:
+        """Refuse what is too little for a metric to mean anything.
+
+        Raises:
+            UserError: Fewer than the metric's smallest n.
+        """
+        if n < metric.smallest_n:
+            raise UserError(f"{n} {what}; at least {metric.smallest_n} are needed")
 
     def rng(self, *key: int) -> np.random.Generator:
         """Return a private generator for one purpose."""

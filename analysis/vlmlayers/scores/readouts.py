@@ -14,6 +14,7 @@ from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.intervals import percentile
 from vlmlayers.metrics.table import METRICS, Metric
+from vlmlayers.positions import TOWERS
 from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds
 from vlmlayers.scores.protocol import (
     Collector,
@@ -47,14 +48,18 @@ class Split:
 
 
 def run_datasets(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
+    group: Group,
+    metrics: Mapping[str, Metric],
+    protocol: Protocol,
+    out: Collector,
+    towers: tuple[str, ...] = TOWERS,
 ) -> None:
     """Score how well read-outs tell from which dataset an item comes."""
     readouts = {name: m for name, m in metrics.items() if not m.base}
     derived = {name: m for name, m in metrics.items() if m.base}
     for base in {m.base for m in derived.values()} - set(readouts):
         readouts[base] = METRICS[base]
-    for tower in ("vision", "text"):
+    for tower in towers:
         sources = group.sources(tower)
         if len(sources) < 2:
             for name in metrics:
@@ -73,6 +78,7 @@ def run_datasets(
                 place = group.place("*", sources[0][1], position, space)
                 for split in splits:
                     with out.attempt(name, "*", tower, position):
+                        protocol.require(len(split.labels), metric)
                         counts = held_out_counts(
                             metric, _stacked(sources, split, position, space), split, protocol
                         )
@@ -100,6 +106,7 @@ def run_classes(
                     place = group.place(member.dataset, features, position, space)
                     for split in splits:
                         with out.attempt(name, member.dataset, tower, position):
+                            protocol.require(len(split.labels), metric)
                             x = _stacked(sources, split, position, space)
                             counts = held_out_counts(metric, x, split, protocol)
                             _add_accuracy(name, metric, place, counts, split, protocol, out)
@@ -108,17 +115,17 @@ def run_classes(
 def dataset_split(sources: list[Source], protocol: Protocol, seed: int) -> Split:
     """Draw the items of dataset accuracy and deal them to folds.
 
-    Images: equally many of each dataset (the size of the smallest), dealt by item and spread over
-    classes. Class prompts: all of them, dealt by class name, so that a name that two datasets
-    share stays in one part; datasets weigh the same in the fit and in the accuracy. Captions are
-    dealt by image.
+    Images: equally many of each dataset (the size of the smallest) or all of them, dealt by item
+    and spread over classes. Class prompts: all of them, dealt by class name, so that a name that
+    two datasets share stays in one part. Captions are dealt by image. Where datasets differ in
+    size they weigh the same in the fit and in the accuracy.
 
     Raises:
         UserError: A dataset has too few items to be in every part.
     """
     rng = protocol.rng(seed, 1)
     by_class = sources[0][1].kind == "prompts" or protocol.vision_split == "class"
-    equal = sources[0][1].tower == "vision"
+    equal = sources[0][1].tower == "vision" and protocol.balance == "equal"
     most = min(len(features) for _, features in sources)
     rows = tuple(
         balanced_rows(f.labels, most, rng) if equal else np.arange(len(f)) for _, f in sources
@@ -233,7 +240,6 @@ def _add_accuracy(
     out: Collector,
 ) -> None:
     value, interval = accuracy_and_interval(counts, protocol, split.seed)
-    arguments = {k: v for k, v in protocol.arguments(metric).items()}
     out.add(
         name,
         place,
@@ -244,7 +250,7 @@ def _add_accuracy(
         split.seed,
         interval="bootstrap",
         **split.options,
-        **arguments,
+        **protocol.arguments(metric),
     )
 
 
@@ -265,6 +271,7 @@ def _add_derived(
     )
     null = float(metric.null) if isinstance(metric.null, (int, float)) else 1.0 / len(counts)
     common = {"interval": "bootstrap", "readout": metric.base, **split.options}
+    common |= protocol.arguments(METRICS[metric.base])
     for index in np.ndindex(value.shape):
         if len(index) == 2 and index[0] == index[1]:
             continue

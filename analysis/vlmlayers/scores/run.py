@@ -54,6 +54,8 @@ def score(
     held_out: int = 100,
     items_per_dataset: int | None = None,
     vision_split: str = "item",
+    balance: str = "equal",
+    normalise: str = "columns",
     progress: bool = False,
 ) -> pd.DataFrame:
     """Score every position of both towers; each value comes with interval, null and n.
@@ -74,6 +76,10 @@ def score(
         held_out: Folds are held out in turn until this many items were.
         items_per_dataset: At most this many images per dataset, balanced by class.
         vision_split: Deal images to parts by `item` or by `class` for dataset accuracy.
+        balance: Images for dataset accuracy: `equal` numbers of each dataset, or `weights`: all
+            of them, each dataset weighing the same.
+        normalise: What read-outs do to features first: `columns` (standardise on the fitting
+            part), `rows` (length 1) or `none`.
         progress: Show a progress bar.
 
     Returns:
@@ -97,6 +103,8 @@ def score(
         held_out,
         items_per_dataset,
         vision_split,
+        balance,
+        normalise,
     )
     chosen = chosen_metrics(metrics)
     given = [features] if isinstance(features, LayerFeatures) else list(features)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import check_one_of
 from vlmlayers.metrics import gap, geometry
 from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.class_level import fisher_ratio
@@ -26,7 +27,7 @@ from vlmlayers.metrics.moments import (
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
 from vlmlayers.scores.protocol import Collector, Group, Protocol
-from vlmlayers.scores.readouts import accuracy_and_interval
+from vlmlayers.scores.readouts import accuracy_and_interval, run_datasets
 from vlmlayers.scores.schema import score_frame
 
 if TYPE_CHECKING:
@@ -84,43 +85,62 @@ def streamed_scores(
 def _add_dataset_accuracy(
     group: Group, datasets: Mapping[str, DatasetSums], protocol: Protocol, out: Collector
 ) -> None:
-    """Add dataset accuracy of images by LDA: fitted on the sums, held out on the samples."""
+    """Add dataset accuracy by LDA: fitted on the sums, held out on the samples.
+
+    Class prompts are few and kept: they are scored as without streaming, split by class.
+    """
     name, all_sums = "dataset_accuracy_lda", list(datasets.values())
     if len(all_sums) < 2:
-        out.refuse(name, "*", "vision", "", f"{len(all_sums)} datasets; at least 2 are needed")
+        out.refuse(name, "*", "", "", f"{len(all_sums)} datasets; at least 2 are needed")
         return
     from vlmlayers.streaming import ordered
 
+    prompts = [sums.prompts is not None for sums in all_sums]
+    if all(prompts):
+        heads = (replace(sums.head, vision=None, text=sums.prompts) for sums in all_sums)
+        texts = replace(group, members=tuple(heads))
+        run_datasets(texts, {name: METRICS[name]}, protocol, out, towers=("text",))
+    elif any(prompts):
+        out.refuse(name, "*", "text", "", "some datasets have prompts and some have captions")
     for key in ordered(set.intersection(*(set(s.sample) for s in all_sums))):
         tower, space, position = key
-        if tower != "vision" or space != "native":
+        if space != "native" or (tower == "text" and any(prompts)):
             continue
         with out.attempt(name, "*", tower, position):
-            if not all(key in sums.moments for sums in all_sums):
-                raise UserError("a dataset has no items beside its held-out sample; stream more")
-            moments = [sums.moments[key] for sums in all_sums]
-            parts = [WithinScatter(m.scatter, m.n, m.fourth) for m in moments]
-            factor = sum(parts[1:], parts[0]).factor()
-            centre = np.mean([m.mean for m in moments], axis=0)
-            means = np.stack([m.mean - centre for m in moments])
-            held = [sums.sample[key] - centre for sums in all_sums]
-            truth = np.repeat(np.arange(len(held)), [len(x) for x in held])
-            predicted = discriminant_predict(factor, means, np.concatenate(held))
-            counts = confusion(truth, predicted, len(held))
-            value, interval = accuracy_and_interval(counts, protocol, 0)
-            head = all_sums[0].head.vision
-            assert head is not None
-            out.add(
-                name,
-                group.place("*", head, position, space),
-                value,
-                interval,
-                1.0 / len(held),
-                len(truth),
-                estimate="streaming",
-                interval="bootstrap",
-                fitted_on=sum(m.n for m in moments),
-            )
+            _add_streamed_accuracy(name, group, all_sums, key, protocol, out)
+
+
+def _add_streamed_accuracy(
+    name: str,
+    group: Group,
+    all_sums: list[DatasetSums],
+    key: Key,
+    protocol: Protocol,
+    out: Collector,
+) -> None:
+    tower, space, position = key
+    parts = [sums.held_out(key) for sums in all_sums]
+    moments, held = [fit for fit, _ in parts], [rows for _, rows in parts]
+    protocol.require(sum(m.n for m in moments) + sum(map(len, held)), METRICS[name])
+    scatters = [WithinScatter(m.scatter, m.n, m.fourth) for m in moments]
+    factor = sum(scatters[1:], scatters[0]).factor()
+    centre = np.mean([m.mean for m in moments], axis=0)
+    means = np.stack([m.mean - centre for m in moments])
+    truth = np.repeat(np.arange(len(held)), [len(x) for x in held])
+    predicted = discriminant_predict(factor, means, np.concatenate(held) - centre)
+    counts = confusion(truth, predicted, len(held))
+    value, interval = accuracy_and_interval(counts, protocol, 0)
+    out.add(
+        name,
+        group.place("*", all_sums[0].head.tower(tower), position, space),
+        value,
+        interval,
+        1.0 / len(held),
+        len(truth),
+        estimate="streaming",
+        interval="bootstrap",
+        fitted_on=sum(m.n for m in moments),
+    )
 
 
 def _on_rows(function: Callable[..., float], *arrays: Any) -> float:

@@ -118,6 +118,7 @@ def _add_few_shot(
 ) -> None:
     """Add one row per seed: shots drawn, other items of the same classes recognised."""
     ids, y, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    protocol.require(len(labels), metric)
     if len(ids) < 2:
         raise UserError(f"{len(ids)} class to recognise; at least 2 are needed")
     shots = min(protocol.shots, int(sizes.min()) - 1)
@@ -177,6 +178,7 @@ def run_styles(
                     place = group.place("*", sources[0][1], position, space)
                     for split in splits:
                         with out.attempt(name, "*", tower, position):
+                            protocol.require(len(split.labels), metric)
                             x = np.concatenate(
                                 [
                                     rows_of(f, position, space, rows)
@@ -197,6 +199,7 @@ def run_styles(
                                 family=text,
                                 split_by="class",
                                 shared_classes=len(shared),
+                                **protocol.arguments(metric),
                             )
 
 
@@ -242,11 +245,15 @@ def _add_cross_style(
         _shared_rows(source, shared),
         _shared_rows(target, shared),
     )
+    protocol.require(min(len(fit_rows), len(rows)), metric)
     fit = rows_of(source[1], position, space, fit_rows)
     x = rows_of(target[1], position, space, rows)
     if len(np.unique(fit_labels)) < len(shared) or len(np.unique(labels)) < len(shared):
         raise UserError("a shared class has no item in one of the styles")
-    predicted = metric.function(fit, fit_labels, fit, fit_labels, x, classes=len(shared))
+    arguments = protocol.arguments(metric)
+    predicted = metric.function(
+        fit, fit_labels, fit, fit_labels, x, classes=len(shared), **arguments
+    )
     counts = confusion(labels, predicted, len(shared))
     value, interval = accuracy_and_interval(counts, protocol, 0)
     place = group.place(target[0].dataset, target[1], position, space)
@@ -260,6 +267,7 @@ def _add_cross_style(
         interval="bootstrap",
         source=source[0].dataset,
         classes=len(shared),
+        **arguments,
     )
 
 

@@ -31,17 +31,36 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def metrics_text() -> str:
-    """Return the METRICS table as text: name, level and meaning."""
-    from vlmlayers.metrics import METRICS
+def metrics_text(names: Sequence[str] | None = None) -> str:
+    """Return what the METRICS table declares, as text of 80 columns.
 
-    lines = []
-    for name, metric in METRICS.items():
-        mark = "*" if name in DEFAULT_METRICS else " "
-        heading = f"{mark} {name} ({metric.level}): {metric.axis_label}"
-        lines += textwrap.wrap(heading, 80, subsequent_indent="    ", drop_whitespace=False)
-        lines += textwrap.wrap(metric.summary, 76, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join([*lines, "", "* scored by default"])
+    Raises:
+        UserError: A name is unknown; the nearest one is named.
+    """
+    from vlmlayers.metrics import METRICS, table
+    from vlmlayers.scores.streamed import STREAMED
+
+    for name in names or ():
+        check_one_of("metric", name, METRICS)
+    lines: list[str] = []
+    for row in table().to_dict("records"):
+        name = row["metric"]
+        if names and name not in names:
+            continue
+        marks = ("*" if name in DEFAULT_METRICS else " ") + ("~" if name in STREAMED else " ")
+        lines += _wrapped(f"{name} ({row['level']}): {row['axis label']}", marks + " ")
+        lines += _wrapped(row["meaning"])
+        facts = [f"larger: {row['larger means']}", f"range {row['bounds']}"]
+        facts += [f"chance: {row['chance']}"] if row["chance"] else []
+        facts += [f"n ≥ {row['smallest n']}"]
+        facts += [f"unchanged by {row['invariant to']}"] if row["invariant to"] else []
+        lines += _wrapped("; ".join(facts))
+        lines += _wrapped(f"{row['towers']}; {row['spaces']}; {row['reference']}")
+    return "\n".join([*lines, "", "* scored by default    ~ can be streamed"])
+
+
+def _wrapped(text: str, first: str = "     ") -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=first, subsequent_indent="     ")
 
 
 def score_run(
@@ -58,7 +77,8 @@ def score_run(
         UserError: No features, an unknown metric or option.
     """
     from vlmlayers.metrics import METRICS
-    from vlmlayers.scores import Protocol, score, write_scores
+    from vlmlayers.scores import Protocol, score, score_streaming, write_scores
+    from vlmlayers.scores.streamed import STREAMED
     from vlmlayers.store import open_features
 
     run = Run(Path(folder))
@@ -67,22 +87,19 @@ def score_run(
         raise UserError(f"{run.features} holds no features; run `vlmlayers extract` first")
     for name in metrics or ():
         check_one_of("metric", name, METRICS)
-    for name in options:
-        check_one_of("score option", name, Protocol.__dataclass_fields__)
     if streaming:
-        from vlmlayers.scores import score_streaming
-
-        table = score_streaming(stores, metrics)
+        for name in options:
+            check_one_of("option of streamed scores", name, ("sample",))
+        table = score_streaming(stores, metrics, **options)
+        used = list(metrics or STREAMED)
     else:
-        table = score(
-            (open_features(path) for path in stores),
-            list(metrics or DEFAULT_METRICS),
-            progress=progress,
-            **options,
-        )
+        for name in options:
+            check_one_of("score option", name, Protocol.__dataclass_fields__)
+        used = list(metrics or DEFAULT_METRICS)
+        table = score((open_features(path) for path in stores), used, progress=progress, **options)
     _, text = write_scores(table, run.folder)
     run.record(
-        score={"metrics": list(metrics or DEFAULT_METRICS), "options": options},
+        score={"metrics": used, "options": options, "streaming": streaming},
         environment=environment(),
     )
     return f"{len(table)} scores of {table['metric'].nunique()} metrics: {text}"

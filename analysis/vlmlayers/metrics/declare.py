@@ -1,0 +1,101 @@
+"""What a metric declares of itself, as data that protocols, captions and tests read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from inspect import getdoc
+from types import MappingProxyType
+from typing import Any
+
+INF = float("inf")
+NEEDS = {
+    "datasets": "features of several datasets, fitting, validation and held-out part",
+    "dataset confusion": "confusion counts between datasets",
+    "styles": "features of datasets that share class names",
+    "style classes": "features of datasets that share class names, source and target",
+    "class parts": "features and labels, fitting, validation and held-out part",
+    "novel classes": "features and labels of base and of novel classes",
+    "other datasets": "features and labels of one dataset and of all others",
+    "labels": "features and labels",
+    "prompts": "image features, one prompt per class, labels",
+    "pairs": "two sets of features, rows paired",
+    "pair matrix": "agreement of every pair of positions",
+    "modalities": "image and text features in joint space, matching rows",
+    "queries": "image and text features in joint space, matching rows, both ways",
+    "features": "features",
+}
+NATIVE = ("native", "normed", "joint")
+JOINT = ("joint",)
+BOTH = ("vision", "text")
+SIMILARITY = ("rotation", "scale", "translation", "row order")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric declares.
+
+    Attributes:
+        function: The plain function: arrays in, number (or counts, or predictions) out.
+        level: `dataset`, `class`, `agreement`, `gap` or `geometry`.
+        needs: What it takes: a key of `NEEDS`, which names the protocol.
+        axis_label: Label of an axis or colour bar.
+        bounds: Smallest and largest value it can take.
+        direction: What a larger value means: `more discriminable`, `more alike`, … .
+        null: What chance gives: a number, a function, or `shuffle` (labels or pairs shuffled),
+            `gaussian` (the same on white noise of the same shape), `none` (the column is NaN).
+        invariances: What leaves the value unchanged; each is tested.
+        sensitive: An invariance it does not have; tested as the negative control.
+        smallest_n: Fewest items (pairs, classes) for which the value means anything.
+        largest_n: More items than this are subsampled, because the cost grows with n².
+        spaces: Spaces in which it is defined; the first is the default.
+        towers: Towers it is computed for.
+        per_item: Function of the same arguments whose mean over items is the metric.
+        weighted: Function that also takes item weights, (draw, item), and returns (draw,).
+        parts: Building blocks that let a protocol share work between positions.
+        takes: Options of the protocol that the function accepts.
+        settings: Fixed arguments.
+        base: For derived metrics, the name of the metric they derive from.
+        reference: Publication.
+    """
+
+    function: Callable[..., Any]
+    level: str
+    needs: str
+    axis_label: str
+    reference: str
+    bounds: tuple[float, float] = (0.0, 1.0)
+    direction: str = "more discriminable"
+    null: float | str | Callable[..., float] = "none"
+    invariances: tuple[str, ...] = ()
+    sensitive: str = ""
+    smallest_n: int = 2
+    largest_n: int = 0
+    spaces: tuple[str, ...] = NATIVE
+    towers: tuple[str, ...] = BOTH
+    per_item: Callable[..., Any] | None = None
+    weighted: Callable[..., Any] | None = None
+    parts: tuple[Callable[..., Any], ...] = ()
+    takes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    base: str = ""
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the function's documentation."""
+        return (getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def null_text(self) -> str:
+        """What chance gives, in words."""
+        if isinstance(self.null, (int, float)):
+            return f"{self.null:g}"
+        words = {
+            "shuffle": "shuffled labels" if self.needs == "labels" else "shuffled pairs",
+            "gaussian": "white noise of the same shape",
+            "none": "",
+            "classes": "1 / number of classes",
+        }
+        if isinstance(self.null, str):
+            return words[self.null]
+        return (getdoc(self.null) or "").split("\n\n")[0].removeprefix("Return ").rstrip(".")

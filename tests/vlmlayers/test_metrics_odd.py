@@ -1,0 +1,113 @@
+"""Odd inputs for every metric of the table: each is refused in words or answered sensibly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import PLAIN_NEEDS, metric_inputs, metric_value
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics import METRICS, k_nearest, nearest_mean
+from vlmlayers.metrics.transfer import discriminant
+
+PLAIN = [name for name, entry in METRICS.items() if entry.needs in PLAIN_NEEDS]
+MOVABLE = [name for name in PLAIN if "translation" in METRICS[name].invariances]
+LABELLED = [name for name in PLAIN if METRICS[name].needs == "labels"]
+UNTUNED = (nearest_mean, k_nearest, discriminant)
+READOUTS = [name for name in PLAIN if "classes" in str(METRICS[name].null)]
+
+
+def _sensible(name: str, value: np.ndarray, classes: int = 3) -> None:
+    low, high = METRICS[name].bounds
+    if value.dtype.kind == "i":
+        low, high = 0, classes - 1
+    assert np.isfinite(value).all()
+    assert (value >= low - 1e-9).all() and (value <= high + 1e-9).all()
+
+
+def _refused_or_sensible(name: str, make: Callable[[], np.ndarray]) -> None:
+    """A complaint must be a UserError; a value must be finite and inside the bounds."""
+    try:
+        value = make()
+    except UserError as error:
+        assert len(str(error)) > 10
+        return
+    _sensible(name, np.asarray(value))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", PLAIN)
+def test_nan_and_inf_are_never_silent(name: str, bad: float) -> None:
+    entry = METRICS[name]
+    for number in range(len(metric_inputs(entry)[0])):
+        if number == 1 and entry.function in UNTUNED:
+            continue  # these do not read the validation part
+        features, rest = metric_inputs(entry)
+        features[number] = features[number].copy()
+        features[number][2, 1] = bad
+        with pytest.raises(UserError, match="NaN or Inf"):
+            metric_value(entry, features, rest)
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 10_000))
+@pytest.mark.parametrize("name", MOVABLE)
+def test_an_offset_of_1000_in_float32_costs_only_its_rounding(name: str, seed: int) -> None:
+    entry = METRICS[name]
+    features, rest = metric_inputs(entry, seed)
+    if entry.needs == "pairs":
+        features, rest = [*features, *rest], []
+    plain = metric_value(entry, features, rest)
+    moved = metric_value(entry, [(x + 1000.0).astype(np.float32) for x in features], rest)
+    if plain.dtype.kind == "i":
+        assert (moved == plain).mean() >= 0.85
+    else:
+        assert moved == pytest.approx(plain, rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_more_columns_than_items_give_a_value_inside_the_bounds(name: str) -> None:
+    entry = METRICS[name]
+    _sensible(name, np.asarray(metric_value(entry, *metric_inputs(entry, n=24, width=120))))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_two_items_are_refused_or_mean_something(name: str) -> None:
+    entry = METRICS[name]
+    features, rest = metric_inputs(entry, n=2, classes=2)
+    if len(features) == 3:
+        features, rest = metric_inputs(entry, n=8, classes=2)
+        rest[0][:] = rest[0][:1]  # two classes, of which one has no fitting item
+    _refused_or_sensible(name, lambda: metric_value(entry, features, rest, classes=2))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_constant_features_are_refused_or_mean_something(name: str) -> None:
+    entry = METRICS[name]
+    features, rest = metric_inputs(entry)
+    features = [np.full_like(x, 1000.1, dtype=np.float32) for x in features]
+    _refused_or_sensible(name, lambda: metric_value(entry, features, rest))
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_one_class_is_refused(name: str) -> None:
+    features, rest = metric_inputs(METRICS[name])
+    with pytest.raises(UserError, match="labels name 1 class; at least 2 are needed"):
+        metric_value(METRICS[name], features, [np.zeros_like(rest[0])])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(2, 12),
+    width=st.integers(1, 8),
+    name=st.sampled_from([name for name in PLAIN if name not in READOUTS]),
+)
+def test_small_random_inputs_never_give_nonsense(seed: int, n: int, width: int, name: str) -> None:
+    entry = METRICS[name]
+    features, rest = metric_inputs(entry, seed, n=n, width=width, classes=2)
+    _refused_or_sensible(name, lambda: metric_value(entry, features, rest, classes=2))
