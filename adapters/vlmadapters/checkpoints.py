@@ -6,10 +6,12 @@ Nothing is unpickled: files load as safetensors or with `weights_only=True`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -23,8 +25,11 @@ from vlmadapters.checksums import content_checksum
 from vlmadapters.config import MMAConfig
 from vlmadapters.mma import Adapter, new_adapter
 from vlmlayers.errors import UserError
+from vlmlayers.models.checkpoints import BROKEN
 
+LOG = logging.getLogger("vlmlayers")
 FORMAT = "vlmadapters-2"
+PARTS = ("visual_adapter", "text_adapter", "shared_adapter")
 STATE_FILE = "training.pt"
 
 
@@ -171,12 +176,16 @@ def load_official(path: str | Path, clip: Any, config: MMAConfig | None = None) 
     for key, value in state.items():  # a small file may claim a view larger than memory
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path} holds less data than the shape of {key[:80]!a} asks for")
+    others = sorted(key for key in state if key.partition(".")[0] not in PARTS)
+    if others:
+        LOG.info("%s: %d entries are no part of the adapter: %.80s", path, len(others), others)
+        state = {key: value for key, value in state.items() if key not in others}
     found = placement_of(state, str(path))
     config = config or found
-    if (config.vision, config.text, config.dim) != (found.vision, found.text, found.dim):
+    if _described(config) != _described(found):
         raise UserError(
-            f"{path} holds the placement {found.placement} with dim {found.dim}; asked for is "
-            f"{config.placement} with dim {config.dim}; change one of them"
+            f"{path} holds the placement {_described(found)}; asked for is {_described(config)}; "
+            "change one of them"
         )
     adapter = new_adapter(clip, config)
     adapter.load_official_state_dict(state)
@@ -185,21 +194,34 @@ def load_official(path: str | Path, clip: Any, config: MMAConfig | None = None) 
 
 def placement_of(state: Mapping[str, Tensor], where: str) -> MMAConfig:
     """Read placement and inner width from the keys of an adapter's state."""
-    blocks: dict[str, set[int]] = {"visual_adapter": set(), "text_adapter": set()}
-    dim = 0
+    blocks: dict[str, set[int]] = {part: set() for part in PARTS}
+    pairs, dim = set(), 0
     for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] in blocks and len(parts) > 2 and parts[1].isdecimal():
-            blocks[parts[0]].add(int(parts[1]))
-            if parts[2] == "down" and value.ndim == 2:
-                dim = value.shape[0]
+        part, number, rest = (key.split(".", 2) + ["", ""])[:3]
+        if part not in PARTS or not rest:
+            continue
+        if number.isdecimal():
+            blocks[part].add(int(number))
+        if part != "shared_adapter" and rest.startswith("down") and value.ndim == 2:
+            dim = value.shape[0]
+        paired = re.fullmatch(r"v(\d+)t(\d+)", number)
+        if part == "shared_adapter" and paired:
+            pairs.add((int(paired[1]), int(paired[2])))
     if not dim:
         raise UserError(f"{where} holds no adapter: no key such as text_adapter.5.down.0.weight")
-    return MMAConfig(
-        vision=tuple(sorted(blocks["visual_adapter"])),
-        text=tuple(sorted(blocks["text_adapter"])),
-        dim=dim,
-    )
+    vision, text = (tuple(sorted(blocks[part])) for part in ("visual_adapter", "text_adapter"))
+    pairs |= {(block, block) for block in blocks["shared_adapter"]}
+    config = MMAConfig(vision, text, dim)
+    if pairs != set(config.shared_pairs()):
+        return replace(config, pairs=tuple(sorted(pairs)))
+    return config
+
+
+def _described(config: MMAConfig) -> str:
+    pairs = sorted(config.shared_pairs())
+    equal = pairs == [(block, block) for block in config.vision if block in config.text]
+    paired = "" if equal else f" and the pairs {', '.join(f'{v}:{t}' for v, t in pairs) or 'none'}"
+    return f"{config.placement} with dim {config.dim}{paired}"
 
 
 def read_tensors_only(path: str | Path) -> dict[str, Any]:
@@ -212,7 +234,7 @@ def read_tensors_only(path: str | Path) -> dict[str, Any]:
             f"{path} holds more than tensors and is not opened, as loading it would run code "
             f"({reason[:80]}); ask its author for the state dictionary alone"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except BROKEN as error:
         raise UserError(f"cannot read the checkpoint {path}: {_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, printable
+from vlmlayers.run import is_first_process
 
 VERBS = "vlmlayers.verbs"
 RESUME = "Stopped. Start the same command again to continue where it was."
@@ -230,11 +231,11 @@ def extract(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="An untrained model; every output says so.")
     ] = False,
-    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "train",
     adapter: Annotated[
         Path | None,
         typer.Option(help="Trained adapter; the features are those of the adapted model."),
     ] = None,
+    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "train",
     items: Annotated[int, typer.Option(help="Items per dataset, 0 for all.")] = 0,
     text: Annotated[str, typer.Option(help="prompts or captions.")] = "prompts",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
@@ -253,18 +254,30 @@ def extract(
         bool,
         typer.Option("--estimate", help="Measure one batch, say what it will cost, and stop."),
     ] = False,
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming", help="Store no features: sum them as they are made, and score the sums."
+        ),
+    ] = False,
     data_root: DataRoot = None,
     quiet: Quiet = False,
 ) -> None:
-    """Record every position of both towers into RUN/features."""
+    """Record every position of both towers into RUN/features.
+
+    Several processes share the work, one per GPU:
+    `torchrun --nproc-per-node N -m vlmlayers.cli extract …`.
+    """
     from vlmlayers.study import check_study, run_study
     from vlmlayers.study.estimating import estimate_study
+    from vlmlayers.study.streams import stream_study
 
     local = Path(model).is_dir()
     part = {
         "path" if local else "name": str(Path(model).resolve()) if local else model,
         "pretrained": pretrained,
         "random_weights": random_weights,
+        "adapter": str(adapter.resolve()) if adapter else "",
     }
     made = check_study(
         {
@@ -277,7 +290,6 @@ def extract(
                 "text": text,
                 "precision": precision,
                 "device": device,
-        "adapter": str(adapter.resolve()) if adapter else "",
                 "batch_size": batch_size,
                 "workers": workers,
                 "present_only": present_only,
@@ -289,7 +301,14 @@ def extract(
     if estimate:
         typer.echo(estimate_study(made, out, data_root=data_root))
         return
-    run_study(made, out, data_root=data_root, only=["extract"], progress=not quiet, echo=typer.echo)
+    first = is_first_process()
+    shown = {"progress": not quiet, "echo": typer.echo if first else lambda line: None}
+    if streaming:
+        done = stream_study(made, out, data_root=data_root, **shown)
+        if first:
+            typer.echo(done)
+        return
+    run_study(made, out, data_root=data_root, only=["extract"], **shown)
 
 
 @app.command()
@@ -300,7 +319,9 @@ def score(
         typer.Option("--metric", "-m", help="A metric; repeatable; the first ones where absent."),
     ] = None,
     settings: Settings = None,
-    show: Annotated[bool, typer.Option("--list", help="List the metrics and stop.")] = False,
+    show: Annotated[
+        bool, typer.Option("--list", help="Say what each metric is, and stop.")
+    ] = False,
     streaming: Annotated[
         bool,
         typer.Option("--streaming", help="Flat in memory: only scores that are sums over items."),
@@ -311,7 +332,7 @@ def score(
     from vlmlayers.study import verbs
 
     if show:
-        typer.echo(verbs.metrics_text())
+        typer.echo(verbs.metrics_text(metrics))
         return
     if run is None:
         raise UserError("vlmlayers score needs a run folder; make one with `vlmlayers extract`")
@@ -402,7 +423,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo(f"\n{RESUME}", err=True)

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 1500  # characters of a message: a file may hold a name of any length
+
 
 class UserError(Exception):
     """The user's input is wrong. The command line prints the message and exits with code 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]}…")
+
+
+def printable(text: str) -> str:
+    """Return text in one line, with control characters and marks of direction spelled out.
+
+    What a file holds must not steer the terminal that its name is shown on.
+    """
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class UnreadableImage(UserError):

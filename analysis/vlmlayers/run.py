@@ -101,8 +101,19 @@ class Run:
         return read_json(self.provenance) if self.provenance.exists() else {}
 
     def record(self, **parts: Any) -> None:
-        """Add to `provenance.json`."""
-        write_json(self.provenance, {**self.read_provenance(), **parts})
+        """Add to `provenance.json`; of several processes the first one does."""
+        if is_first_process():
+            write_json(self.provenance, {**self.read_provenance(), **parts})
+
+
+def is_first_process() -> bool:
+    """Return whether this process writes tables: the only one, or the first that torchrun made."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes_launched() -> int:
+    """Return how many processes torchrun started, 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

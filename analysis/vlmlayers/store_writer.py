@@ -124,7 +124,7 @@ class StoreWriter:
         identity_file = self.partial / "identity.json"
         with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock = take_lock(self.partial / "lock", self.folder)
         if identity_file.exists():
             refuse_other_identity(
                 self.partial, read_record(identity_file)["identity"], self.identity
@@ -136,19 +136,6 @@ class StoreWriter:
                     _allocate(file, len(plan.ids), width)
         if not identity_file.exists():
             write_record(identity_file, {"identity": dict(self.identity)})
-
-    def _take_lock(self) -> None:
-        if fcntl is None:
-            return
-        self._lock = (self.partial / "lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            self._lock = None
-            raise UserError(
-                f"another process is writing {self.folder}; wait for it or choose another folder"
-            ) from error
 
     def put(
         self,
@@ -320,6 +307,25 @@ class StoreWriter:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def take_lock(file: Path, folder: Path) -> IO[bytes] | None:
+    """Return a lock that holds until it is closed or this process ends.
+
+    Raises:
+        UserError: Another process holds it; names the folder.
+    """
+    if fcntl is None:
+        return None
+    lock = file.open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(
+            f"another process is writing {folder}; wait for it or choose another folder"
+        ) from error
+    return lock
 
 
 def reuse(folder: Path, identity: Mapping[str, Any], skip_unreadable: bool) -> LayerFeatures | None:

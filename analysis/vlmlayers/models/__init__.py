@@ -10,6 +10,7 @@ from vlmlayers.models.estimate import estimate
 from vlmlayers.models.extract import extract
 from vlmlayers.models.load import VLM, list_models, load_model, wrap_model
 from vlmlayers.models.recording import Recorder
+from vlmlayers.models.stream import stream
 from vlmlayers.models.towers import Tower, find_towers
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "list_models",
     "load_model",
     "models_check",
+    "stream",
     "summary",
     "wrap_model",
 ]

@@ -17,6 +17,19 @@ from vlmlayers.errors import UserError
 from vlmlayers.models.build import one_line
 
 _SHOWN = 3
+# What torch's reader raises on damaged files, as found by damaging some.
+BROKEN = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -38,7 +51,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"checkpoint {path} holds more than tensors and is not unpickled; save its state dict "
             "as safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except BROKEN as error:
         raise UserError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

@@ -67,6 +67,51 @@ def extract(
         UserError: No items, unreadable images, NaN or Inf features, a store of another identity,
             or any argument that names nothing known.
     """
+    work, header, identity = prepare(
+        model,
+        manifest,
+        split,
+        items=items,
+        root=root,
+        spaces=spaces,
+        pooling=pooling,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        text=text,
+        template=template,
+        seed=seed,
+        skip_unreadable=skip_unreadable,
+        progress=progress,
+    )
+    if out is None:
+        return work.in_memory(header, identity)
+    refuse_hooks(model)
+    return work.on_disk(Path(out), header, identity)
+
+
+def prepare(
+    model: VLM,
+    manifest: Any,
+    split: str,
+    *,
+    items: int | Sequence[Any] | None,
+    root: str | Path | None,
+    spaces: Sequence[str],
+    pooling: str | Mapping[str, str] | None,
+    batch_size: int,
+    workers: int,
+    precision: str,
+    text: str,
+    template: str | None,
+    seed: int,
+    skip_unreadable: bool,
+    progress: bool,
+) -> tuple[Work, dict[str, Any], dict[str, Any]]:
+    """Return the work of an extraction, what its features say of themselves, and its identity.
+
+    Arguments and errors are those of `extract`.
+    """
     check_one_of("precision", precision, PRECISIONS)
     check_one_of("text", text, TEXTS)
     if batch_size < 1:
@@ -101,18 +146,19 @@ def extract(
         skip_unreadable,
         progress,
     )
-    if out is None:
-        return work.in_memory(header, identity)
-    refuse_hooks(model)
-    return work.on_disk(Path(out), header, identity)
+    return work, header, identity
 
 
 def refuse_hooks(model: VLM) -> None:
     """Refuse to store features of a model with hooks, which its identity does not know of.
 
+    An adapter that is attached for good (`VLM.adapter_hash`) is part of the identity.
+
     Raises:
         UserError: Names the first module with a hook, such as an attached adapter.
     """
+    if model.adapter_hash:
+        return
     for name, module in model.clip.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise UserError(
@@ -153,13 +199,9 @@ def _texts(
         if "{}" not in pattern:
             raise UserError(f"template {pattern!r} has no {{}} where the class name goes")
         if not names:
-    An adapter that is attached for good (`VLM.adapter_hash`) is part of the identity.
-
             raise UserError(
                 f"{manifest.name} has no classes to make prompts of; use "
                 "text='captions' (--text captions)"
-    if model.adapter_hash:
-        return
             )
         prompts = tuple(manifest.prompt(name, pattern) for name in names)
         return Texts(kind, prompts, np.arange(len(names), dtype=np.int64), pattern)

@@ -60,7 +60,7 @@ class Work:
             raise UserError("extraction by several processes needs out=, a folder for the store")
         sink = MemorySink(self.plans())
         self._fill(sink, Processes(0, 1))
-        self._refuse_unreadable(sink.bad)
+        self.refuse_unreadable(sink.bad)
         vision, text = sink.towers()
         return LayerFeatures(
             **{**header, "class_names": tuple(header["class_names"])},
@@ -84,7 +84,7 @@ class Work:
             writer.start()
             self._fill(writer, processes)
             processes.barrier()
-            self._refuse_unreadable(writer.unreadable())
+            self.refuse_unreadable(writer.unreadable())
             return writer.finish()
         finally:
             writer.close()
@@ -140,8 +140,8 @@ class Work:
                 show=self.progress and processes.rank == 0,
             ) as shown,
         ):
-            for batch, rows, images, bad in self._images(batches, left):
-                features = {} if images is None else self._record(recorder, images)
+            for batch, rows, images, bad in self.images(batches, left):
+                features = {} if images is None else self.record(recorder, images)
                 refuse_not_finite(features, rows, recorder, self.items)
                 sink.put("vision", batch, rows, features, bad)
                 shown.update(len(batches[batch]))
@@ -152,13 +152,14 @@ class Work:
                 if batch not in sink.done["text"]:
                     rows = batches[batch]
                     ids = self.model.tokenizer([self.texts.texts[row] for row in rows])
-                    features = self._record(recorder, ids)
+                    features = self.record(recorder, ids)
                     refuse_not_finite(features, rows, recorder, self.texts.texts)
                     sink.put("text", batch, rows, features, {})
 
-    def _images(
+    def images(
         self, batches: Sequence[Sequence[int]], left: Sequence[int]
     ) -> Iterator[tuple[int, list[int], Tensor | None, dict[int, str]]]:
+        """Yield number, readable rows, images and reasons of the others for the batches left."""
         unreadable, seen = Unreadable(), 0
         stream = decode(
             self.manifest,
@@ -177,11 +178,13 @@ class Work:
                 unreadable.check(self.manifest.name, seen)
             yield batch, rows, images, bad
 
-    def _refuse_unreadable(self, bad: Mapping[int, str]) -> None:
+    def refuse_unreadable(self, bad: Mapping[int, str]) -> None:
+        """Stop where images could not be read, unless they may be left out."""
         if bad and (not self.skip_unreadable or len(bad) == len(self.items)):
             Unreadable(dict(bad)).check(self.manifest.name, len(self.items))
 
-    def _record(self, recorder: Recorder, batch: Tensor) -> Features:
+    def record(self, recorder: Recorder, batch: Tensor) -> Features:
+        """Return the features of one batch of images or token ids."""
         device = self.model.device
         batch = batch.to(device, non_blocking=True)
         if batch.is_floating_point():

@@ -10,7 +10,14 @@ from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests.place import DATA_VARIABLE
-from vlmlayers.run import Run, fingerprint, write_json, write_text
+from vlmlayers.run import (
+    Run,
+    fingerprint,
+    is_first_process,
+    processes_launched,
+    write_json,
+    write_text,
+)
 from vlmlayers.study.context import StageContext, silent
 from vlmlayers.study.schema import Study
 from vlmlayers.study.stages import STAGES, Stage
@@ -53,6 +60,11 @@ def run_study(
         UserError: A stage is unknown, needs an earlier one, or its input is wrong.
     """
     picked = pick_stages(only, start)
+    if processes_launched() > 1 and picked != ["extract"]:
+        raise UserError(
+            "several processes share the stage 'extract' alone; run it by itself (--only extract), "
+            "then start the same command without torchrun for the others"
+        )
     root = _data_root(study, data_root, Path(base))
     many = len(study.models) > 1
     runs = []
@@ -65,7 +77,7 @@ def run_study(
             echo(f"{part.title}{' (RANDOM WEIGHTS)' if part.random_weights else ''}")
         elif part.random_weights:
             echo(f"{part.title}: RANDOM WEIGHTS, nothing here says anything about a trained model")
-        if source:
+        if source and is_first_process():
             write_text(context.run.study, source)
         run_stages(context, picked)
         runs.append(context.run)
@@ -126,6 +138,8 @@ def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> No
 
 
 def _remember(context: StageContext, name: str, inputs: str, seconds: float) -> None:
+    if not is_first_process():
+        return
     ledger = context.ledger()
     ledger[name] = {
         "inputs": inputs,
@@ -137,7 +151,7 @@ def _remember(context: StageContext, name: str, inputs: str, seconds: float) -> 
 
 def _forget(context: StageContext, name: str) -> None:
     ledger: dict[str, Any] = context.ledger()
-    if ledger.pop(name, None) is not None:
+    if is_first_process() and ledger.pop(name, None) is not None:
         write_json(context.run.folder / "stages.json", ledger)
 
 

@@ -1,0 +1,134 @@
+"""Merging streamed sums over processes by all-reduce: every process ends with the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
+from vlmlayers.models.processes import Processes
+from vlmlayers.streaming import DatasetSums, Key
+
+Widths = Mapping[Key, int]
+
+
+def merge_over_processes(sums: DatasetSums, widths: Widths, processes: Processes) -> DatasetSums:
+    """Return what one pass over the items of all processes would have kept, in every process.
+
+    The sample is the one that a single process keeps, in the order of its hashes; sums differ by
+    rounding alone. Each process sends its sums once, so that the time does not grow with items.
+
+    Args:
+        sums: What this process has seen; it may be nothing.
+        widths: Width of each (tower, space, position), the same in every process.
+        processes: Place of this process.
+
+    Raises:
+        UserError: Two processes were given the same item.
+    """
+    every = _gathered(sums.hashes, processes)
+    kept = every[: sums.sample_size]
+    if len(np.unique(kept)) < len(kept):
+        raise UserError(f"{sums.head.dataset}: an item came twice; each must come once")
+    mine = np.isin(sums.hashes, kept)
+    own = replace(
+        sums, moments=dict(sums.moments), classes=dict(sums.classes), cross=dict(sums.cross)
+    )
+    if not mine.all():
+        rest = {key: x[~mine] for key, x in sums.sample.items()}
+        own.absorb(rest, sums.labels[~mine])
+    place = np.searchsorted(kept, sums.hashes[mine])
+    merged = DatasetSums(own.head, own.sample_size, kept, np.empty(0, np.int64), {})
+    merged.prompts = own.prompts
+    labels = np.zeros(len(kept), np.int64)
+    labels[place] = sums.labels[mine]
+    merged.labels = _summed(labels, processes)
+    for key, width in widths.items():
+        rows = np.zeros((len(kept), width))
+        if len(place):
+            rows[place] = sums.sample[key][mine]
+        merged.sample[key] = _summed(rows, processes)
+    _merge_sums(own, merged, widths, len(every) > len(kept), processes)
+    return merged
+
+
+def _merge_sums(
+    own: DatasetSums, merged: DatasetSums, widths: Widths, more: bool, processes: Processes
+) -> None:
+    seen = next((m.n for m in own.moments.values()), 0)
+    if not more and not int(_summed(np.array([seen], np.int64), processes)[0]):
+        return  # every item is in the sample
+    classes = len(own.head.class_names)
+    for key, width in widths.items():
+        merged.moments[key] = _moments(own.moments.get(key), width, processes)
+        if key[0] == "vision":
+            found = own.classes.get(key)
+            merged.classes[key] = _class_moments(found, (classes, width), processes)
+    for space, position, other in merged.pairs():
+        shape = widths["vision", space, position], widths["text", space, other]
+        pair = space, position, other
+        merged.cross[pair] = _cross_moments(own.cross.get(pair), shape, processes)
+
+
+def _moments(part: Moments | None, width: int, processes: Processes) -> Moments:
+    own = part or Moments(0, np.zeros(width), np.zeros((width, width)), np.zeros(width), 0.0)
+    n = int(_summed(np.array([own.n], np.int64), processes)[0])
+    mean = _summed(own.n * own.mean, processes) / n
+    scatter, cubic, fourth = own.about(mean)
+    return Moments(
+        n,
+        mean,
+        _summed(scatter, processes),
+        _summed(cubic, processes),
+        float(_summed(np.array([fourth]), processes)[0]),
+    )
+
+
+def _cross_moments(
+    part: CrossMoments | None, shape: tuple[int, int], processes: Processes
+) -> CrossMoments:
+    x, y = (np.zeros(width) for width in shape)
+    own = part or CrossMoments(0, x, y, np.zeros(shape), np.zeros(2), y, x, 0.0)
+    n = int(_summed(np.array([own.n], np.int64), processes)[0])
+    mean_x = _summed(own.n * own.mean_x, processes) / n
+    mean_y = _summed(own.n * own.mean_y, processes) / n
+    cross, sizes, x2y, y2x, x2y2 = own.about(mean_x, mean_y)
+    parts = [_summed(np.asarray(p), processes) for p in (cross, sizes, x2y, y2x)]
+    last = float(_summed(np.array([x2y2]), processes)[0])
+    return CrossMoments(n, mean_x, mean_y, parts[0], parts[1], parts[2], parts[3], last)
+
+
+def _class_moments(
+    part: ClassMoments | None, shape: tuple[int, int], processes: Processes
+) -> ClassMoments:
+    own = part or ClassMoments(np.zeros(shape[0]), np.zeros(shape))
+    counts = _summed(own.counts, processes)
+    sums = _summed(own.counts[:, None] * own.means, processes)
+    return ClassMoments(counts, sums / np.maximum(counts, 1.0)[:, None])
+
+
+def _summed(values: NDArray[Any], processes: Processes) -> NDArray[Any]:
+    if processes.world == 1:
+        return np.array(values)
+    tensor = torch.from_numpy(np.array(values, order="C"))
+    distributed.all_reduce(tensor)
+    found: NDArray[Any] = tensor.numpy()
+    return found
+
+
+def _gathered(hashes: NDArray[np.uint64], processes: Processes) -> NDArray[np.uint64]:
+    """Return the hashes of all processes, ascending."""
+    counts = np.zeros(processes.world, np.int64)
+    counts[processes.rank] = len(hashes)
+    counts = _summed(counts, processes)
+    start = int(counts[: processes.rank].sum())
+    every = np.zeros(int(counts.sum()), np.int64)  # collectives know no unsigned numbers
+    every[start : start + len(hashes)] = hashes.view(np.int64)
+    return np.sort(_summed(every, processes).view(np.uint64))

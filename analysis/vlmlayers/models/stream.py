@@ -1,0 +1,370 @@
+"""Extraction into sums instead of a store: disk and memory do not grow with the images.
+
+Several processes under `torchrun` share the batches and merge by all-reduce. What a process has
+summed is saved now and then, with the batches it is made of, so that an interruption costs the
+batches since and none is counted twice.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
+from vlmlayers.models.decoding import batches_of
+from vlmlayers.models.extract import prepare, refuse_hooks
+from vlmlayers.models.load import VLM
+from vlmlayers.models.processes import Processes
+from vlmlayers.models.recording import Features
+from vlmlayers.models.reduce import merge_over_processes
+from vlmlayers.models.work import Work, refuse_not_finite
+from vlmlayers.progress import bar
+from vlmlayers.store import (
+    DamagedStore,
+    read_record,
+    refuse_other_identity,
+    write_atomically,
+    write_record,
+    writing,
+)
+from vlmlayers.store_writer import take_lock
+from vlmlayers.streaming import DatasetSums, StreamingScores
+
+CHUNK = 1024  # images between two updates of the sums, whose cost does not depend on the images
+_PARTS: dict[str, Any] = {"moments": Moments, "classes": ClassMoments, "cross": CrossMoments}
+
+
+def stream(
+    model: VLM,
+    manifest: Any,
+    split: str,
+    *,
+    items: int | Sequence[Any] | None = None,
+    root: str | Path | None = None,
+    spaces: Sequence[str] = ("native", "joint"),
+    pooling: str | Mapping[str, str] | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    precision: str = "fp32",
+    out: str | Path | None = None,
+    text: str = "prompts",
+    template: str | None = None,
+    seed: int = 0,
+    skip_unreadable: bool = False,
+    sample: int = 200,
+    save_seconds: float = 120.0,
+    progress: bool = True,
+) -> StreamingScores:
+    """Run the items of a split through both towers and keep sums and a small sample of them.
+
+    Args:
+        model: What `load_model` returns.
+        manifest: The dataset.
+        split: As in `extract`, like all arguments up to `skip_unreadable` but `out`.
+        items: See `extract`.
+        root: See `extract`.
+        spaces: See `extract`.
+        pooling: See `extract`.
+        batch_size: See `extract`.
+        workers: See `extract`.
+        precision: See `extract`.
+        out: Folder of the saved sums; a stopped run resumes there. None saves nothing.
+        text: See `extract`; of several captions the first one counts.
+        template: See `extract`.
+        seed: See `extract`.
+        skip_unreadable: See `extract`.
+        sample: Items kept as they are; see `StreamingScores`.
+        save_seconds: Time between two savings.
+        progress: Show a progress bar.
+
+    Returns:
+        The sums over all processes, in every process; `.scores()` makes the table.
+
+    Raises:
+        UserError: As `extract`.
+    """
+    work, header, identity = prepare(
+        model,
+        manifest,
+        split,
+        items=items,
+        root=root,
+        spaces=spaces,
+        pooling=pooling,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        text=text,
+        template=template,
+        seed=seed,
+        skip_unreadable=skip_unreadable,
+        progress=progress,
+    )
+    if out is not None:
+        refuse_hooks(model)
+    run = _Run(work, header, {**identity, "sample": sample}, StreamingScores(sample), save_seconds)
+    return run.whole(None if out is None else Path(out))
+
+
+@dataclass
+class _Run:
+    """One process's share of a streamed extraction."""
+
+    work: Work
+    header: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    sums: StreamingScores
+    save_seconds: float
+    processes: Processes = field(default_factory=Processes.current)
+    done: set[int] = field(default_factory=set)  # batches in the sums of any process
+    own: set[int] = field(default_factory=set)  # batches in the sums of this one
+    bad: dict[int, str] = field(default_factory=dict)
+    prompts: TowerFeatures | None = None  # those of the classes; None where there are captions
+
+    def whole(self, folder: Path | None) -> StreamingScores:
+        """Sum what is left, merge over processes, and return the whole."""
+        self.prompts = self._class_prompts()
+        self.sums.open(self._chunk([], {}))
+        lock = self._start(folder)
+        try:
+            saved = time.monotonic()
+            for rows, features, batches in self._chunks():
+                if len(rows):
+                    self.sums.update(self._chunk(rows, features))
+                self.own |= batches
+                if folder is not None and time.monotonic() - saved > self.save_seconds:
+                    self._save(folder)
+                    saved = time.monotonic()
+            if folder is not None:
+                self._save(folder)
+            self.work.refuse_unreadable(self.bad)
+            name = str(self.header["dataset"])
+            merged = merge_over_processes(self.sums.datasets[name], self._widths(), self.processes)
+        finally:
+            if lock is not None:
+                lock.close()
+        found = StreamingScores(self.sums.sample)
+        found.datasets[name] = merged
+        return found
+
+    def _start(self, folder: Path | None) -> Any:
+        """Take up what earlier processes saved: the first one gets their sums, all the batches."""
+        if folder is None:
+            return None
+        lock = None
+        if self.processes.rank == 0:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = take_lock(folder / "lock", folder)
+            identity = folder / "identity.json"
+            if identity.exists():
+                refuse_other_identity(folder, read_record(identity)["identity"], self.identity)
+            else:
+                write_record(identity, {"identity": dict(self.identity)})
+            self._adopt(folder)
+        self.processes.barrier()
+        self.done = _batches_in(folder / "sums.0.npz")
+        self.processes.barrier()  # nobody saves while another still reads
+        return lock
+
+    def _adopt(self, folder: Path) -> None:
+        files = {file: _batches_in(file) for file in folder.glob("sums.*.npz")}
+        name = str(self.header["dataset"])
+        for file, batches in sorted(files.items(), key=lambda pair: -len(pair[1])):
+            if batches <= self.own:  # it was taken up before, by a start that was then killed
+                continue
+            if batches & self.own:
+                raise DamagedStore(f"{file} counts batches twice; delete {folder} and start again")
+            mine = self.sums.datasets[name]
+            self.sums.datasets[name] = mine.merge(_load(file, mine))
+            self.own |= batches
+        self._save(folder)
+        for file in files:
+            if file.name != "sums.0.npz":
+                file.unlink()
+
+    def _chunks(self) -> Iterator[tuple[list[int], Features, set[int]]]:
+        """Yield rows, vision features and the numbers of the batches they came from."""
+        batches = batches_of(len(self.work.items), self.work.batch_size)
+        share = self.processes.share(len(batches))
+        left = [number for number in share if number not in self.done]
+        recorder = self.work.recorders["vision"]
+        rows: list[int] = []
+        parts: list[Features] = []
+        numbers: set[int] = set()
+        with (
+            recorder,
+            bar(
+                total=sum(len(batches[b]) for b in share),
+                initial=sum(len(batches[b]) for b in share if b in self.done),
+                unit="image",
+                description=f"{self.work.manifest.name} {self.work.split}",
+                show=self.work.progress and self.processes.rank == 0,
+            ) as shown,
+        ):
+            for batch, good, images, bad in self.work.images(batches, left):
+                self.bad |= bad
+                if bad and not self.work.skip_unreadable:
+                    continue  # it is done again once its images are repaired
+                numbers.add(batch)
+                if images is not None:
+                    features = self.work.record(recorder, images)
+                    refuse_not_finite(features, good, recorder, self.work.items)
+                    rows += good
+                    parts.append(features)
+                shown.update(len(batches[batch]))
+                if len(rows) >= CHUNK or batch == left[-1]:
+                    yield rows, _joined(parts), numbers
+                    rows, parts, numbers = [], [], set()
+        if numbers:
+            yield rows, _joined(parts), numbers
+
+    def _class_prompts(self) -> TowerFeatures | None:
+        """Return the class prompts, which every process computes; None for captions."""
+        texts = self.work.texts
+        if texts.pairs is not None:
+            return None
+        return self._texts(list(texts.texts), texts.labels)
+
+    def _texts(self, texts: list[str], labels: Any, pairs: Any = None) -> TowerFeatures:
+        recorder = self.work.recorders["text"]
+        parts = []
+        with recorder:
+            for rows in batches_of(len(texts), self.work.batch_size):
+                ids = self.work.model.tokenizer([texts[row] for row in rows])
+                parts.append(self.work.record(recorder, ids))
+                refuse_not_finite(parts[-1], rows, recorder, texts)
+        return self._tower("text", tuple(texts), labels, _joined(parts), pairs)
+
+    def _chunk(self, rows: Sequence[int], features: Features) -> LayerFeatures:
+        items = [self.work.items[row] for row in rows]
+        labels = np.array([item.label for item in items], dtype=np.int64)
+        ids = tuple(str(item.path) for item in items)
+        text = self.prompts
+        if text is None:
+            captions = [self._first_caption(item) for item in items]
+            text = self._texts(captions, labels, np.arange(len(rows), dtype=np.int64))
+        return LayerFeatures(
+            **{**self.header, "class_names": tuple(self.header["class_names"])},
+            vision=self._tower("vision", ids, labels, features, None),
+            text=text,
+            identity=self.identity,
+        )
+
+    def _first_caption(self, item: Any) -> str:
+        if not item.captions:
+            raise UserError(f"{self.header['dataset']}: {item.path} has no caption")
+        return str(item.captions[0])
+
+    def _tower(
+        self, name: str, ids: tuple[str, ...], labels: Any, features: Features, pairs: Any
+    ) -> TowerFeatures:
+        recorder = self.work.recorders[name]
+        arrays = features or {
+            space: {position: np.empty((0, width), np.float32) for position, width in by.items()}
+            for space, by in recorder.widths().items()
+        }
+        kind = "images" if name == "vision" else self.work.texts.kind
+        return TowerFeatures(
+            name,
+            recorder.tower.depth,
+            recorder.pooling,
+            kind,
+            ids,
+            np.asarray(labels, np.int64),
+            arrays,
+            pairs,
+            recorder.joint_pooling,
+        )
+
+    def _widths(self) -> dict[tuple[str, str, str], int]:
+        return {
+            (tower, space, position): width
+            for tower, recorder in self.work.recorders.items()
+            for space, by in recorder.widths().items()
+            for position, width in by.items()
+        }
+
+    def _save(self, folder: Path) -> None:
+        name = str(self.header["dataset"])
+        sums = self.sums.datasets.get(name)
+        arrays = {} if sums is None else _arrays(sums)
+        arrays["batches"] = np.array(sorted(self.own), np.int64)
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        write_atomically(folder / f"sums.{self.processes.rank}.npz", buffer.getvalue())
+
+
+def _joined(parts: Sequence[Features]) -> Features:
+    if not parts:
+        return {}
+    return {
+        space: {p: np.concatenate([part[space][p] for part in parts]) for p in by}
+        for space, by in parts[0].items()
+    }
+
+
+def _arrays(sums: DatasetSums) -> dict[str, Any]:
+    """Return all that sums hold as arrays by name."""
+    found: dict[str, Any] = {"hashes": sums.hashes, "labels": sums.labels}
+    found |= {_name("sample", key): rows for key, rows in sums.sample.items()}
+    for kind, made in _PARTS.items():
+        for key, value in getattr(sums, kind).items():
+            for part in made.__dataclass_fields__:
+                found[_name(kind, key, part)] = np.asarray(getattr(value, part))
+    return found
+
+
+def _name(*parts: Any) -> str:
+    return json.dumps([list(part) if isinstance(part, tuple) else part for part in parts])
+
+
+def _load(file: Path, like: DatasetSums) -> DatasetSums:
+    """Return saved sums.
+
+    Raises:
+        DamagedStore: The file is cut short or altered.
+    """
+    arrays = _read(file)
+    sums = DatasetSums(
+        like.head, like.sample_size, arrays["hashes"], arrays["labels"], prompts=like.prompts
+    )
+    fields: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
+    for name, array in arrays.items():
+        if not name.startswith("["):
+            continue
+        kind, key, *part = json.loads(name)
+        if kind == "sample":
+            sums.sample[tuple(key)] = array
+        else:
+            value = array.item() if array.ndim == 0 else array
+            fields.setdefault((kind, tuple(key)), {})[part[0]] = value
+    for (kind, key), values in fields.items():
+        getattr(sums, kind)[key] = _PARTS[kind](**values)
+    return sums
+
+
+def _batches_in(file: Path) -> set[int]:
+    return {int(number) for number in _read(file)["batches"]}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:  # the zip's checksums are compared
+            return {name: archive[name] for name in archive.files}
+    except OSError as error:
+        raise DamagedStore(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedStore(
+            f"{file} is altered or cut short; delete {file.parent} and start again"
+        ) from error

@@ -1,0 +1,92 @@
+"""A study whose features are summed as they are made: no store, scores at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vlmlayers.errors import UserError
+from vlmlayers.run import Run, environment
+from vlmlayers.study.context import StageContext, silent
+from vlmlayers.study.schema import Study
+
+
+def stream_study(
+    study: Study,
+    out: str | Path,
+    *,
+    metrics: Sequence[str] | None = None,
+    base: str | Path = ".",
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    echo: Callable[[str], None] = silent,
+) -> str:
+    """Run every image through the towers, keep sums, and write the score table of the run.
+
+    Saved sums lie in `streams/` of the run folder until the table is written; a stopped run goes
+    on from them. Under `torchrun` the processes share the images.
+
+    Args:
+        study: One model, and datasets.
+        out: The run folder.
+        metrics: Those that sums suffice for; all of them where None.
+        base: Folder that relative paths in the study start from.
+        data_root: Data root.
+        device: Device; None takes the study's.
+        progress: Whether to show progress bars.
+        echo: Says one line.
+
+    Raises:
+        UserError: The study has several models, a metric needs the features themselves, or
+            anything that `vlmlayers.models.stream` refuses.
+    """
+    from vlmlayers.models import stream
+    from vlmlayers.models.processes import Processes
+    from vlmlayers.scores import write_scores
+    from vlmlayers.scores.streamed import check_streamed
+    from vlmlayers.streaming import StreamingScores
+
+    if len(study.models) > 1:
+        raise UserError("streaming takes one model at a time; name one")
+    check_streamed(metrics)
+    root = None if data_root is None else Path(data_root)
+    context = StageContext(
+        Run(Path(out)), study, study.models[0], Path(base), root, echo, progress, device
+    )
+    model, options = context.load_model(), study.extract
+    folder, total = context.run.folder / "streams", StreamingScores()
+    for data in context.datasets:
+        echo(f"stream   {data.manifest.name}: {len(data.items)} items ({data.folder})")
+        found = stream(
+            model,
+            data.manifest,
+            data.options["split"],
+            items=data.items,
+            root=root,
+            spaces=options.spaces,
+            pooling={str(k): v for k, v in options.pooling.items()} or None,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            precision=options.precision,
+            out=folder / data.folder,
+            text=data.options["text"],
+            template=data.options["template"],
+            seed=context.seed,
+            skip_unreadable=options.skip_unreadable,
+            progress=progress,
+        )
+        total = total.merge(found)
+    if Processes.current().rank:
+        return ""
+    table = total.scores(metrics)
+    _, text = write_scores(table, context.run.folder)
+    context.run.record(
+        extract={**options.model_dump(mode="json"), "streaming": True},
+        score={"metrics": sorted(set(table["metric"])), "options": {}},
+        seed=context.seed,
+        environment=environment(),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    return f"{len(table)} scores of {table['metric'].nunique()} metrics: {text}"
