@@ -1,6 +1,6 @@
 """Images per second of each built-in dataset, drawn at 64 pixels on one core.
 
-    python benchmarks/drawing.py [--images N]
+python benchmarks/drawing.py [--images N]
 """
 
 from __future__ import annotations
