@@ -88,6 +88,8 @@ def build(docs: Path, out: Path, packages: tuple[str, ...] = PACKAGES) -> list[P
         build_reference(out / "api", packages)
         overview = render("All modules", list_modules(packages), "api/index.html", pages, packages)
         (out / "api" / "index.html").write_text(overview, encoding="utf-8")
+        listed = render("All metrics", list_metrics(), "api/metrics.html", pages, packages)
+        (out / "api" / "metrics.html").write_text(listed, encoding="utf-8")
     for path in docs.rglob("*"):
         if path.suffix in KEPT:
             _copy(path, out / path.relative_to(docs))
@@ -146,9 +148,38 @@ def list_modules(packages: tuple[str, ...]) -> str:
     for name in find_modules(packages):
         words = (import_module(name).__doc__ or "").strip().split("\n\n")[0]
         link = f'<a href="{name.replace(".", "/")}.html"><code>{name}</code></a>'
-        text = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(words))
-        rows.append(f"<tr><td>{link}</td><td>{text}</td></tr>")
+        rows.append(f"<tr><td>{link}</td><td>{_code(words)}</td></tr>")
     return "<h1>All modules</h1>\n<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def list_metrics() -> str:
+    """Return what the METRICS table declares, one table for each level."""
+    from vlmlayers.metrics import table
+
+    parts = ["<h1>All metrics</h1>"]
+    for level, rows in table().groupby("level", sort=False):
+        lines = [_metric_row({key: _code(value) for key, value in row.items()})
+                 for row in rows.to_dict("records")]  # fmt: skip
+        heads = "".join(f"<th>{words}</th>" for words in ("Metric", "Value", "Chance", "Holds for"))
+        parts.append(f"<h2>{str(level).capitalize()}</h2>\n<table>\n<tr>{heads}</tr>")
+        parts += [*lines, "</table>"]
+    return "\n".join(parts)
+
+
+def _metric_row(row: dict[str, str]) -> str:
+    cells = (
+        f"<code>{row['metric']}</code><br>{row['axis label']}",
+        f"{row['meaning']}<br>Larger: {row['larger means']}; range {row['bounds']}. "
+        f"{row['reference']}.",
+        row["chance"] or "not defined",
+        f"{row['needs']}; {row['towers']}; {row['spaces']}; n ≥ {row['smallest n']}"
+        + (f"; unchanged by {row['invariant to']}" if row["invariant to"] else ""),
+    )
+    return f'<tr id="{row["metric"]}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _code(words: object) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(str(words)))
 
 
 def find_modules(packages: tuple[str, ...]) -> list[str]:
@@ -169,7 +200,7 @@ def render(title: str, body: str, target: str, pages: list[Page], packages: tupl
     up = "../" * target.count("/")
     guide = [(page.target, page.title) for page in pages]
     api = [(f"api/{package.replace('.', '/')}.html", package) for package in packages]
-    api += [("api/index.html", "All modules")] if api else []
+    api += [("api/index.html", "All modules"), ("api/metrics.html", "All metrics")] if api else []
     menu = "\n".join(
         f"<h2>{heading}</h2><ul>"
         + "".join(_menu_line(up, to, words, to == target) for to, words in entries)

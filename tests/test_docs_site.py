@@ -89,6 +89,19 @@ def test_guide_pages_are_rendered_and_linked(
     assert "../style.css" in deep.loaded
 
 
+def test_the_page_of_metrics_holds_every_declaration(builder: ModuleType) -> None:
+    from vlmlayers.metrics import METRICS
+
+    page = builder.list_metrics()
+    assert re.findall(r'<tr id="(\w+)">', page) == sorted(
+        METRICS, key=lambda name: list(dict.fromkeys(m.level for m in METRICS.values())).index(
+            METRICS[name].level)
+    )  # fmt: skip
+    row = page.split('<tr id="silhouette">')[1].split("</tr>")[0]
+    for fact in ("shuffled labels", "range -1 … 1", "n ≥ 6", "Rousseeuw 1987", "rotation"):
+        assert fact in row
+
+
 def test_a_folder_that_is_no_site_is_not_replaced(
     builder: ModuleType, little_docs: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ NEEDS = {
     "queries": "image and text features in joint space, matching rows, both ways",
     "features": "features",
 }
+SORTS = {"datasets": "datasets", "dataset confusion": "datasets", "styles": "styles"}
 NATIVE = ("native", "normed", "joint")
 JOINT = ("joint",)
 BOTH = ("vision", "text")
@@ -94,7 +95,7 @@ class Metric:
             "shuffle": "shuffled labels" if self.needs == "labels" else "shuffled pairs",
             "gaussian": "white noise of the same shape",
             "none": "",
-            "classes": "1 / number of classes",
+            "classes": f"1 / number of {SORTS.get(self.needs, 'classes')}",
         }
         if isinstance(self.null, str):
             return words[self.null]
