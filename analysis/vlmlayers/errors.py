@@ -12,7 +12,8 @@ class UserError(Exception):
     """The user's input is wrong. The command line prints the message and exits with code 2."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]}…")
+        line = " ".join(str(message).splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}…")
 
 
 def printable(text: str) -> str:

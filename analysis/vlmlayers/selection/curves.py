@@ -73,9 +73,14 @@ def depths(scores: pd.DataFrame) -> dict[str, int]:
     for tower in TOWERS:
         names = scores.loc[scores["tower"] == tower, "position"].astype(str)
         partner = scores.loc[scores["other_tower"] == tower, "other_position"].astype(str)
-        blocks = [int(p) for p in {*names, *partner} if p.isdecimal()]
+        blocks = [p for p in {*names, *partner} if p.isdecimal()]
+        absurd = [p for p in blocks if len(p) > 4]
+        if absurd:
+            raise UserError(
+                f"the score table has a {tower} position {absurd[0][:40]}; no tower is that deep"
+            )
         if blocks:
-            found[tower] = max(blocks)
+            found[tower] = max(map(int, blocks))
     if not found:
         raise UserError("the score table has no value at any block; score positions 1..L first")
     return found
