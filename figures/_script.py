@@ -10,12 +10,13 @@ from vlmlayers.errors import UserError
 from vlmlayers.figures import Drawing
 
 HERE = Path(__file__).resolve().parent
+RECORDED = (HERE / "tables", HERE.parent / "benchmarks" / "results")
 
 
 def folders(description: str) -> tuple[list[Path], Path]:
     """Read the folders with tables and the one to write to from the command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("tables", nargs="*", type=Path, default=[HERE / "tables"],
+    parser.add_argument("tables", nargs="*", type=Path, default=RECORDED,
                         help="folders with tables, such as run folders")  # fmt: skip
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "figures",
                         help="folder to write to")  # fmt: skip

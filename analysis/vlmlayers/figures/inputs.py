@@ -17,6 +17,8 @@ TEXT_COLUMNS = (
     "other_tower", "other_position", "options", "protocol", "method", "source", "split_kind",
     "placement", "flag", "note", "benchmark",
 )  # fmt: skip
+# What a validation computes from its cells and writes beside them.
+DERIVED = ("_placements", "_correlations", "_predicted")
 SPELLINGS = {
     "describabletextures": "dtd", "oxfordflowers": "flowers102", "oxfordflowers102": "flowers102",
 }  # fmt: skip
@@ -34,7 +36,8 @@ def as_folders(folders: Folders) -> tuple[Path, ...]:
 def read(stem: str, folders: Folders, needs: Sequence[str] = ()) -> pd.DataFrame:
     """Read every `stem`*.csv and `stem`*.parquet of the folders as one table.
 
-    Where a table is stored both ways the Parquet file is read. Names stay text: position "5"
+    Where a table is stored both ways the Parquet file is read; what `validate` computes from its
+    cells and writes beside them is not. Names stay text: position "5"
     is not the number 5, and an empty name is "".
 
     Raises:
@@ -46,7 +49,8 @@ def read(stem: str, folders: Folders, needs: Sequence[str] = ()) -> pd.DataFrame
     for folder in places:
         for suffix in (".csv", ".parquet"):
             for path in sorted(folder.glob(f"{stem}*{suffix}")):
-                found[path.with_suffix("")] = path
+                if not path.stem.endswith(DERIVED):
+                    found[path.with_suffix("")] = path
     if not found:
         shown = ", ".join(min(str(place), os.path.relpath(place), key=len) for place in places)
         raise MissingTable(f"no {stem}*.csv in {shown}; record one from a run")

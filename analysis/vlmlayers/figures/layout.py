@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from vlmlayers import plots
-from vlmlayers.plots.outcomes import CHOSEN_COLOUR, OUTCOMES
+from vlmlayers.plots.outcomes import CHOSEN_COLOUR, OUTCOMES, PUBLISHED_COLOUR
 from vlmlayers.plots.style import COLUMN_WIDTH, TOWER_COLOURS
 
-PUBLISHED_COLOUR = "#7A3E9D"
 MANY_TICKS = 16
 LONGEST_LABEL = 18
 
@@ -98,13 +97,14 @@ def mark_sweep(ax: Axes, means: pd.DataFrame) -> None:
             low, high = means[name] - means[f"{name}_sd"], means[name] + means[f"{name}_sd"]
             ax.fill_between(on_axis, low[means.on_axis], high[means.on_axis], color=colour,
                             alpha=0.14, linewidth=0)  # fmt: skip
-    for place, row in zip(places, means.to_dict("records")):
-        marks = [mark for mark in ("chosen", "published") if row[mark]]
-        if marks:
-            colour = CHOSEN_COLOUR if row["chosen"] else PUBLISHED_COLOUR
-            ax.axvline(place, color=colour, linewidth=1, linestyle=(0, (1, 1.2)), zorder=0)
-            ax.text(place, 1.0, "\n".join(marks), color=colour, fontsize=6.5, ha="center",
-                    va="bottom", transform=ax.get_xaxis_transform())  # fmt: skip
+    for mark, colour, row in (("chosen", CHOSEN_COLOUR, 0), ("published", PUBLISHED_COLOUR, 1)):
+        for place in (place for place, marked in zip(places, means[mark]) if marked):
+            dots = (1.2 * row, (1.2, 1.2))  # both lines show where the placements coincide
+            ax.axvline(place, color=colour, linewidth=1, linestyle=dots, zorder=0)
+            # A line of its own for each word: neighbouring placements would share one.
+            ax.annotate(mark, (place, 1.0), (0, 1 + 8 * row), color=colour, fontsize=6.5,
+                        ha="center", va="bottom", xycoords=ax.get_xaxis_transform(),
+                        textcoords="offset points")  # fmt: skip
     ax.set_xticks(places, means.label, rotation=0, ha="center", rotation_mode="default")
     ax.set_xlabel("First adapted block, up to the last")
 

@@ -114,7 +114,7 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
         spans = means[means.on_axis].assign(placement=means.label, chosen=False)
         plots.placement_sweep(spans, ax=ax)
         mark_sweep(ax, means)
-        finish(ax, name, pad=20 if (means.chosen & means.published).any() else 12)
+        finish(ax, name, pad=20)
         ax.set_ylabel("Accuracy (%)")
         drawn.append(means.assign(panel=name))
     shared_legend(figure, axes, 3)
@@ -140,7 +140,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
         tau = f"{points.tau.iloc[0]:.2f}".replace("-", "−")
         finish(ax, f"{name}\nKendall's τ = {tau}, {len(points)} placements")
         drawn.append(points.assign(panel=name))
-    shared_legend(figure, axes, 2)
+    shared_legend(figure, axes, 3)
     for ax in axes:
         drop_overlapping_texts(figure, ax)
     return save(figure, out, "fig5_predicted_vs_trained", drawn)
@@ -213,6 +213,9 @@ def cost_points(table: pd.DataFrame) -> pd.DataFrame:
     """Return the cost of the spans that end at the last block, by first adapted block."""
     if "kind" in table.columns:
         table = sweep(placement_means(table)).query("kind.str.contains('start')")
+        # Placements that trained side by side share one time, which says nothing about each.
+        if "seconds" in table.columns and len(table) > 1 and table.seconds.nunique() == 1:
+            table = table.drop(columns="seconds")
     kept = [name for name in ("placement", "device", *COST_PANELS) if name in table.columns]
     starts = [start_block(name) for name in table.placement]
     return table[kept].assign(start=starts).sort_values("start", ignore_index=True)

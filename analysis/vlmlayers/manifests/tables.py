@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS
 from vlmlayers.manifests.manifest import Manifest
 
@@ -86,15 +87,15 @@ def exit_code(table: pd.DataFrame, names: Sequence[str] = ()) -> int:
 def manifest_html(manifest: Manifest) -> str:
     """Return a small HTML table that describes a manifest; everything in it is escaped."""
     spec = manifest.spec
-    counts = ", ".join(
-        f"{spec.counts[split]:,} {split}" for split in SPLITS if split in spec.counts
-    )
+    classes, counts = spec.classes, dict(spec.counts)
+    if not counts and spec.layout == "folder":  # nobody declared them: look
+        classes, counts = _folder_counts(manifest)
     rows = {
         "name": manifest.name,
         "kind": spec.kind,
         "layout": spec.layout,
-        "classes": "" if spec.classes is None else str(spec.classes),
-        "items": counts,
+        "classes": "" if classes is None else str(classes),
+        "items": ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if split in counts),
         "template": spec.template,
         "zero-shot template": spec.zero_shot_template or "",
         "licence": spec.licence,
@@ -108,4 +109,14 @@ def manifest_html(manifest: Manifest) -> str:
         for key, value in rows.items()
         if value
     )
-    return f"<table><caption>{escape(spec.title)}</caption>{body}</table>"
+    title = f"<caption style='white-space:nowrap'><b>{escape(spec.title)}</b></caption>"
+    return f"<table>{title}{body}</table>"
+
+
+def _folder_counts(manifest: Manifest) -> tuple[int | None, dict[str, int]]:
+    """Return classes and items per split of a folder as it is on disk; none where it is absent."""
+    try:
+        items = {split: len(manifest.items(split)) for split in manifest.splits()}
+        return len(manifest.class_names()), items
+    except UserError:
+        return None, {}

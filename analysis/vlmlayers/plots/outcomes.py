@@ -17,7 +17,7 @@ OUTCOMES = {
     "novel": ("Novel accuracy", "#B34700", "^"),
     "hm": ("Harmonic mean", "#222222", "o"),
 }
-CHOSEN_COLOUR = "#007E5D"
+CHOSEN_COLOUR, PUBLISHED_COLOUR = "#007E5D", "#7A3E9D"
 
 
 def _need(frame: pd.DataFrame, *columns: str) -> None:
@@ -27,6 +27,13 @@ def _need(frame: pd.DataFrame, *columns: str) -> None:
             f"the validation table lacks {', '.join(missing) or 'rows'}; "
             "write it with `vlmlayers validate`"
         )
+
+
+def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
+    """Return a column of yes and no; no where it is not there."""
+    if name not in outcomes.columns:
+        return pd.Series(False, index=outcomes.index)
+    return outcomes[name].astype(bool)
 
 
 def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -73,32 +80,28 @@ def predicted_vs_trained(
 ) -> Axes:
     """Draw a predicted placement score against the trained HM, one point per placement.
 
+    Args:
+        outcomes: One row per placement: `placement`, `hm`, the predicted score, and where known
+            `chosen` and `published`.
+        predicted: Column of the predicted score.
+        ax: Axes to draw on.
+
     Raises:
         UserError: A column is missing or there is no row.
     """
     _need(outcomes, "placement", "hm", predicted)
     with style():
         ax = axes(ax)
-        chosen = (
-            outcomes["chosen"]
-            if "chosen" in outcomes.columns
-            else pd.Series(False, index=outcomes.index)
-        )
-        for flag, label, colour in (
-            (False, "Placement", CATEGORY_COLOURS[0]),
-            (True, "Chosen", CHOSEN_COLOUR),
+        published, chosen = _flag(outcomes, "published"), _flag(outcomes, "chosen")
+        for rows, label, colour, marker, size in (
+            (~published & ~chosen, "Placement", CATEGORY_COLOURS[0], "o", 22),
+            (published, "Published", PUBLISHED_COLOUR, "D", 30),
+            (chosen, "Chosen", CHOSEN_COLOUR, "*", 60),
         ):
-            part = outcomes[chosen.astype(bool) == flag]
+            part = outcomes[rows]
             if len(part):
-                ax.scatter(
-                    part[predicted],
-                    part["hm"],
-                    s=22 if not flag else 60,
-                    label=label,
-                    color=colour,
-                    marker="o" if not flag else "*",
-                    zorder=3,
-                )
+                ax.scatter(part[predicted], part["hm"], s=size, label=label, color=colour,
+                           marker=marker, zorder=3)  # fmt: skip
         for _, row in outcomes.iterrows():
             ax.annotate(
                 str(row["placement"]),

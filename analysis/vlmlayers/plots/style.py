@@ -72,7 +72,13 @@ def style() -> Iterator[None]:
 
     options: Any = STYLE
     with mpl.rc_context(options):
-        yield
+        try:
+            yield
+        finally:
+            # The first figure of a notebook loads its backend, which turns interactive mode on;
+            # leaving the context must not turn it off, or no later figure is shown.
+            interactive = mpl.is_interactive()
+    mpl.interactive(interactive)
 
 
 def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
