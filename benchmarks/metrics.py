@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 from common import RESULTS, machine, write_table
 
+TEST_HELPERS = Path(__file__).parents[1] / "tests" / "vlmlayers"
 LAYERS, WIDTHS = 12, (768, 512)
 SIZES = (1_000, 4_000, 50_000)
+FIXED_N, FIXED_WIDTH = 400, 256
+MARKS = ("-o", "--s", ":^", "-.D")
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
@@ -95,7 +98,7 @@ def case_cka(form: str, n: int) -> dict[str, Any]:
 
 
 def case_suite() -> list[dict[str, Any]]:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vlmlayers"))
+    sys.path.insert(0, str(TEST_HELPERS))
     from synthetic import many
 
     from vlmlayers.scores import score, score_cost
@@ -122,32 +125,31 @@ def case_suite() -> list[dict[str, Any]]:
 
 
 def case_growth() -> list[dict[str, Any]]:
+    sys.path.insert(0, str(TEST_HELPERS))
+    from synthetic import PLAIN_NEEDS
+
     from vlmlayers.metrics import METRICS
 
     rows = []
     for name, metric in METRICS.items():
-        if metric.needs not in ("labels", "features", "pairs", "modalities", "datasets"):
+        if metric.needs not in PLAIN_NEEDS:
             continue
-        for n, width in [(n, 256) for n in (100, 200, 400, 800)] + [
-            (400, width) for width in (64, 128, 512, 1024)
-        ]:
-            times = sorted(_timed(metric, n, width) for _ in range(2))
-            rows.append({"metric": name, "n": n, "width": width, "seconds": round(times[0], 6)})
+        sizes = [(n, FIXED_WIDTH) for n in (100, 200, 400, 800, 1600)]
+        sizes += [(FIXED_N, width) for width in (64, 128, 512, 1024)]
+        for n, width in sizes:
+            seconds = min(_timed(metric, n, width) for _ in range(2))
+            rows.append({"metric": name, "n": n, "width": width, "seconds": round(seconds, 6)})
     return rows
 
 
 def _timed(metric: Any, n: int, width: int) -> float:
-    rng = np.random.default_rng(0)
-    y = np.arange(n) % 10
-    x = rng.normal(size=(n, width)) + rng.normal(size=(10, width))[y]
-    other = x + rng.normal(size=x.shape)
-    arguments: dict[str, Any] = dict(metric.settings)
-    given: tuple[Any, ...] = {"labels": (x, y), "features": (x,)}.get(metric.needs, (x, other))
-    if metric.needs == "datasets":
-        a, b = int(0.6 * n), int(0.8 * n)
-        given, arguments = (x[:a], y[:a], x[a:b], y[a:b], x[b:]), {"classes": 10}
+    from synthetic import metric_inputs, metric_value
+
+    features, rest = metric_inputs(metric, n=n, width=width, classes=10)
+    if metric.needs == "pairs":
+        rest = [features[0] + np.random.default_rng(1).normal(size=features[0].shape)]
     start = time.perf_counter()
-    metric.function(*given, **arguments)
+    metric_value(metric, features, rest, classes=10)
     return time.perf_counter() - start
 
 
@@ -159,7 +161,7 @@ def case_stream(n: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     labels = np.arange(chunk) % 10
     sums = StreamingScores()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for first in range(0, n, chunk):
         arrays = {
             "native": {
@@ -170,7 +172,7 @@ def case_stream(n: int) -> dict[str, Any]:
         tower = TowerFeatures("vision", 3, "cls", "images", ids, labels, arrays)
         sums.update(LayerFeatures("m", "w", "noise", "train", tuple("abcdefghij"), tower))
     table = sums.scores()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {
         "n": n,
         "positions": 3,
@@ -178,6 +180,7 @@ def case_stream(n: int) -> dict[str, Any]:
         "chunk": chunk,
         "rows": len(table),
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2),
         "items_per_second": round(n / seconds),
         "peak_mib": round(peak_mib(), 1),
     }
@@ -225,28 +228,43 @@ def run_growth() -> None:
     plot(rows)
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
-    """Draw the cost of each metric against n and against width."""
+def plot(rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Draw the cost of each metric against n and against width, one column for each level."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 6), sharey=True, layout="constrained")
-    names = sorted({row["metric"] for row in rows})
-    styles = ("-", "--", ":", "-.")
-    for i, name in enumerate(names):
-        for ax, key, fixed in ((axes[0], "n", ("width", 256)), (axes[1], "width", ("n", 400))):
-            mine = sorted(
-                (row[key], row["seconds"])
-                for row in rows
-                if row["metric"] == name and row[fixed[0]] == fixed[1]
-            )
-            ax.plot(*zip(*mine), styles[i // 10], color=f"C{i % 10}", label=name)
-            ax.set(xscale="log", yscale="log", xlabel=key, title=f"{fixed[0]} = {fixed[1]}")
-    axes[0].set_ylabel("seconds, one position")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    figure.savefig(RESULTS / "metrics_growth.svg")
+    from vlmlayers.metrics import METRICS
+
+    names = list(dict.fromkeys(row["metric"] for row in rows))
+    levels = list(dict.fromkeys(METRICS[name].level for name in names))
+    figure, axes = plt.subplots(
+        2, len(levels), figsize=(3 * len(levels), 6.4), sharex="row", sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for column, level in enumerate(levels):
+        mine = [name for name in names if METRICS[name].level == level]
+        for ax, key, fixed, value in zip(
+            axes[:, column], ("n", "width"), ("width", "n"), (FIXED_WIDTH, FIXED_N)
+        ):
+            for i, name in enumerate(mine):
+                points = sorted(
+                    (row[key], 1e3 * row["seconds"])
+                    for row in rows
+                    if row["metric"] == name and row[fixed] == value
+                )
+                ax.plot(*zip(*points), MARKS[i % len(MARKS)], color=f"C{i % 10}", label=name)
+            ax.set(xscale="log", yscale="log", title=f"{level}, {fixed} = {value}", xlabel=key)
+        axes[1, column].legend(
+            fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22)
+        )
+    for ax in axes[:, 0]:
+        ax.set_ylabel("milliseconds, one position")
+    path = folder / "metrics_growth.svg"
+    figure.savefig(path)
+    plt.close(figure)
+    return path
 
 
 RUNS: dict[str, Callable[[], None]] = {
