@@ -24,6 +24,7 @@ from vlmlayers.scores import (
     score_cost,
     score_frame,
     score_matrix,
+    stated_options,
     write_scores,
 )
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
@@ -332,6 +333,16 @@ def test_each_smallest_n_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
     words = refusals(table).groupby("metric")["reason"].agg(" ".join)
     assert set(words.index) == set(names)
     assert words.str.contains("at least 10000 are needed").all()
+
+
+def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -> None:
+    words = stated_options(scores, "dataset_accuracy")
+    for fact in ("split by item or class", "balance equal or weights", "folds 5",
+                 "normalise columns", "interval bootstrap", "seeds 1, 2"):  # fmt: skip
+        assert fact in words
+    agreement = stated_options(scores, "cka_debiased")
+    assert "permutations 20" in agreement and "seeds" not in agreement and " p " not in agreement
+    assert stated_options(scores, "none of this name") == ""
 
 
 def test_captions_of_an_image_stay_in_one_fold() -> None:

@@ -15,6 +15,7 @@ from vlmlayers.scores.schema import (
     score_cost,
     score_frame,
     score_matrix,
+    stated_options,
     write_scores,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "score_cost",
     "score_frame",
     "score_matrix",
+    "stated_options",
     "write_scores",
 ]
 
