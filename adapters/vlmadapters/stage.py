@@ -22,6 +22,23 @@ PASSED = (
 )
 
 
+def check(context: Any) -> None:
+    """Check the table `[validate]`, its recipe and its datasets, before the study's first stage.
+
+    Args:
+        context: `vlmlayers.study.StageContext`.
+
+    Raises:
+        UserError: A key or name is unknown, or a value has the wrong type.
+    """
+    from vlmadapters.options import read_recipe
+
+    options = _checked(context.options)
+    read_recipe(_recipe(context, options.get("recipe") or "published"), _settings(options))
+    if "datasets" in options:
+        _manifests(context, options["datasets"])
+
+
 def validate(context: Any) -> None:
     """Train at the choice of a run and at its competitors; write `validation*` into its folder.
 
@@ -39,7 +56,8 @@ def validate(context: Any) -> None:
 
     options = _checked(context.options)
     model = context.load_model()
-    settings = [f"{key}={_text(value)}" for key, value in options.pop("set", {}).items()]
+    settings = _settings(options)
+    options.pop("set", None)
     recipe = _recipe(context, options.pop("recipe", None) or library.default_recipe(model))
     manifests = _manifests(context, options.pop("datasets", None))
     from vlmadapters.options import read_recipe
@@ -89,6 +107,10 @@ def _kind(key: str) -> type:
     if key == "set":
         return dict
     return str if key in ("recipe", "reference") else int
+
+
+def _settings(options: dict[str, Any]) -> list[str]:
+    return [f"{key}={_text(value)}" for key, value in options.get("set", {}).items()]
 
 
 def _text(value: Any) -> str:

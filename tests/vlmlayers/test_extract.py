@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from data_fixtures import coop_dataset, picture
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
@@ -125,6 +126,28 @@ def test_unreadable_images_can_be_left_out():
     assert np.allclose(found.vision.array("3"), clean.vision.array("3")[kept], atol=1e-5)
     assert found.text.ids[:4] == ("first 0", "second 0", "first 2", "second 2")
     assert found.text.pairs.tolist() == [row for row in range(20) for _ in (0, 1)]
+
+
+def test_missing_images_are_told_before_the_first_is_opened(tmp_path):
+    rows = [[f"a/{i}.png", 0, "a"] for i in range(6)]
+    manifest = coop_dataset(tmp_path / "d", {"train": rows}, 'get = "https://example.org"')
+    store, (first, second) = tmp_path / "store", (tmp_path / "d/a/0.png", tmp_path / "d/a/1.png")
+    for here, without in ((0, False), (2, True)):
+        if here:
+            first.parent.mkdir()
+            picture(0, (32, 32)).save(first)
+            picture(1, (32, 32)).save(second)
+        for out in (None, store):
+            with pytest.raises(UserError) as caught:
+                run(manifest, out=out)
+            message = str(caught.value)
+            assert f"{6 - here} of 6 images are not in {tmp_path / 'd'}: a/{here}.png, " in message
+            assert f"a/{here + 2}.png, …; get it: https://example.org" in message
+            assert ("--present-only" in message) == without
+    assert not store.exists() and not store.with_name("store.partial").exists()
+    found = run(manifest, items=manifest.items("train", present_only=True), out=store)
+    assert found.vision.ids == ("a/0.png", "a/1.png")
+    assert run(manifest, skip_unreadable=True).vision.ids == found.vision.ids
 
 
 def test_a_dataset_without_a_single_readable_image_stops_in_each_case():

@@ -92,6 +92,46 @@ def test_models_are_looked_up_beside_the_study_then_under_the_data_root(tmp_path
         context.model_arguments()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": [{"name": "mini-clip"}, {"name": "ViT-B-61"}]}, "did you mean 'ViT-B-16'"),
+        ({"models": [{"name": "mini-clip"}, {"path": "lost"}]}, "folder lost does not exist"),
+        (
+            {"models": [{"name": "local", "config": "no.json", "checkpoint": "a.safetensors"}]},
+            "config no.json of model local does not exist",
+        ),
+        ({"select": {"rule": "lost.py:rule"}}, "lost.py"),
+        ({"validate": {"sedes": [1]}}, r"'sedes' in \[validate\]; did you mean 'seeds'"),
+        ({"validate": {"recipe": "publishd"}}, "publishd"),
+        ({"validate": {"set": {"lrr": 1}}}, "did you mean 'lr'"),
+        ({"validate": {"datasets": ["digitz"]}}, "did you mean 'digits'"),
+    ],
+)
+def test_what_fails_late_is_told_before_the_first_stage(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_study(check_study({**BASE, **change}), tmp_path / "run", base=tmp_path, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_rule_beside_the_study_is_run_again(
+    done: Run, study_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(done.folder, copy)
+    shutil.copytree(study_file.parent, tmp_path / "base")
+    text = study_file.read_text().replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
+    file = tmp_path / "base" / "s.toml"
+    file.write_text(text.replace("resamples = 5", 'rule = "own.py:rule"\nresamples = 3'))
+    for block in (1, 2):
+        own = f"def rule(scores):\n    return [{block}], [{block}]\n"
+        (tmp_path / "base" / "own.py").write_text(own)
+        run = run_study(read_study(file), copy, base=file.parent, progress=False)[0]
+        assert read_json(run.choice)["vision"] == [block]
+
+
 def test_fingerprint_sees_every_change() -> None:
     one = {"a": [1, 2], "b": {"c": None}}
     assert fingerprint(one) == fingerprint({"b": {"c": None}, "a": [1, 2]})

@@ -160,6 +160,9 @@ class DrawnManifest:
     def sample(self, split: str, n: int, seed: int = 0, root: Any = None) -> list[Item]:
         return self.items(split)[:n]
 
+    def refuse_missing(self, items: Any, root: Any = None) -> None:
+        """Nothing is missing where all is drawn."""
+
     def open_image(self, item: Item, root: Any = None, size: int | None = None) -> Image.Image:
         self.opened.append(item.path)
         if item.path in self.broken:

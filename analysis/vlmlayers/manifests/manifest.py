@@ -19,7 +19,7 @@ from vlmlayers.manifests.items import (
 )
 from vlmlayers.manifests.layouts import layout_of
 from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
-from vlmlayers.manifests.place import Place, data_root
+from vlmlayers.manifests.place import MissingData, Place, data_root
 from vlmlayers.manifests.schema import Spec
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Root = str | os.PathLike[str] | None
 LOG = logging.getLogger("vlmlayers")
+_SHOWN = 3  # missing files that are named
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,26 @@ class Manifest:
             if name not in listing[folder]:
                 absent.append(item)
         return absent
+
+    def refuse_missing(self, items: list[Item], root: Root = None) -> None:
+        """Refuse items whose image is not on disk, before any of them is opened.
+
+        Raises:
+            MissingData: Says how many, the first few, where to get them and how to go without.
+        """
+        absent = self.missing(items, root)
+        if absent:
+            shown = ", ".join(item.path for item in absent[:_SHOWN])
+            more = ", …" if len(absent) > _SHOWN else ""
+            without = (
+                ", or leave them out with present_only (--present-only)"
+                if len(absent) < len(items)
+                else ""
+            )
+            raise MissingData(
+                f"{self.name}: {len(absent):,} of {len(items):,} images are not in "
+                f"{self.place(root).images}: {shown}{more}; {self.place(root).hint}{without}"
+            )
 
     def sample(
         self, split: str, n: int, seed: int = 0, root: Root = None, *, present_only: bool = False

@@ -133,6 +133,7 @@ class _Run:
 
     def whole(self, folder: Path | None) -> StreamingScores:
         """Sum what is left, merge over processes, and return the whole."""
+        self.work.refuse_missing()
         self.prompts = self._class_prompts()
         self.sums.open(self._chunk([], {}))
         lock = self._start(folder)

@@ -58,6 +58,7 @@ class Work:
         """Return features held in memory."""
         if Processes.current().world > 1:
             raise UserError("extraction by several processes needs out=, a folder for the store")
+        self.refuse_missing()
         sink = MemorySink(self.plans())
         self._fill(sink, Processes(0, 1))
         self.refuse_unreadable(sink.bad)
@@ -77,6 +78,7 @@ class Work:
         found = reuse(folder, identity, self.skip_unreadable)
         if found is not None:
             return found
+        self.refuse_missing()
         writer = StoreWriter(
             folder, header, identity, self.plans(), processes.rank, processes.barrier
         )
@@ -88,6 +90,11 @@ class Work:
             return writer.finish()
         finally:
             writer.close()
+
+    def refuse_missing(self) -> None:
+        """Refuse images that are not on disk, unless what cannot be read is to be left out."""
+        if not self.skip_unreadable:
+            self.manifest.refuse_missing(self.items, self.root)
 
     def plans(self) -> dict[str, TowerPlan]:
         """Return ids, labels, batches and shapes of both towers."""

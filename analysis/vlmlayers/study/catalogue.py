@@ -48,6 +48,11 @@ def _tower(table: pd.DataFrame, tower: str) -> list[str]:
     return [f"{b} × {w} {p}" if b else "" for b, w, p in zip(blocks, widths, pooling)]
 
 
+def names() -> list[str]:
+    """Return the names of the architectures that open_clip's files describe; needs no torch."""
+    return [path.stem for path in sorted(_folder().glob("*.json"))]
+
+
 def configurations(names: Sequence[str] | None = None) -> pd.DataFrame:
     """Return what open_clip's configurations say: model, image, vision, text, joint.
 

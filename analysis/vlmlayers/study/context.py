@@ -108,6 +108,14 @@ class StageContext:
             )
         return Dataset(manifest, items, options)
 
+    @property
+    def rule(self) -> str:
+        """The rule's name, or its file and function with the file looked up beside the study."""
+        rule = self.study.select.rule
+        if ".py:" not in rule or Path(rule).is_absolute():
+            return rule
+        return str(self.base / rule)
+
     def model_arguments(self) -> dict[str, Any]:
         """Return the arguments of `load_model`, with paths resolved."""
         part = self.part

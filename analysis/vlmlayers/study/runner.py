@@ -19,7 +19,8 @@ from vlmlayers.run import (
     write_text,
 )
 from vlmlayers.study.context import StageContext, silent
-from vlmlayers.study.schema import Study
+from vlmlayers.study.preflight import check_before
+from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
 
 
@@ -49,7 +50,7 @@ def run_study(
         base: Folder that relative paths in the study start from.
         source: Text of the study file, kept in the run folder.
         data_root: Data root; None takes `VLMLAYERS_DATA`, then the study's.
-        only: Names of stages; all where empty.
+        only: Names of stages; those of the study where empty.
         start: First stage to run; earlier ones must be done.
         force: Run the stages even where nothing changed.
         device: Device; None takes the study's.
@@ -59,7 +60,7 @@ def run_study(
     Raises:
         UserError: A stage is unknown, needs an earlier one, or its input is wrong.
     """
-    picked = pick_stages(only, start)
+    picked = pick_stages(only or (() if start else study.stages), start)
     if processes_launched() > 1 and picked != ["extract"]:
         raise UserError(
             "several processes share the stage 'extract' alone; run it by itself (--only extract), "
@@ -67,12 +68,15 @@ def run_study(
         )
     root = _data_root(study, data_root, Path(base))
     many = len(study.models) > 1
+
+    def context_of(part: ModelPart) -> StageContext:
+        run = Run(Path(out) / part.title if many else Path(out))
+        return StageContext(run, study, part, Path(base), root, echo, progress, device, force)
+
+    check_before([context_of(part) for part in study.models], picked)
     runs = []
     for part in study.models:
-        folder = Path(out) / part.title if many else Path(out)
-        context = StageContext(
-            Run(folder), study, part, Path(base), root, echo, progress, device, force
-        )
+        context = context_of(part)  # one at a time: it holds the loaded model
         if many:
             echo(f"{part.title}{' (RANDOM WEIGHTS)' if part.random_weights else ''}")
         elif part.random_weights:
@@ -126,7 +130,8 @@ def up_to_date(context: StageContext, stage: Stage, inputs: str) -> bool:
 def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> None:
     for earlier in list(STAGES)[: list(STAGES).index(name)]:
         stage = STAGES[earlier]
-        needed = earlier != "validate" and not (earlier == "extract" and name != "score")
+        needed = earlier in ("score", "select") or (earlier == "extract" and name == "score")
+        needed &= name != "train"  # which reads a choice only where it is told to
         if earlier in picked or not needed:
             continue
         missing = [path for path in stage.outputs(context) if not path.exists()]

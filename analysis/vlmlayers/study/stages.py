@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points, version
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def _score(context: StageContext) -> None:
 
 def _select_inputs(context: StageContext) -> Any:
     part = context.study.select
-    own = file_hash(Path(part.rule.rpartition(":")[0])) if ".py:" in part.rule else ""
+    own = file_hash(Path(context.rule.rpartition(":")[0])) if ".py:" in part.rule else ""
     return {
         "scores": file_hash(context.run.scores),
         "select": part.model_dump(),
@@ -168,11 +168,8 @@ def _select_inputs(context: StageContext) -> Any:
 
 def _select(context: StageContext) -> None:
     part = context.study.select
-    rule = part.rule
-    if ".py:" in rule and not Path(rule).is_absolute():
-        rule = str(context.base / rule)
     choice = select(
-        context.scores, rule, resamples=part.resamples, seed=context.seed, **part.options
+        context.scores, context.rule, resamples=part.resamples, seed=context.seed, **part.options
     )
     choice.save(context.run.choice)
     context.run.record(select=part.model_dump(mode="json"))
@@ -188,15 +185,38 @@ def _validate_inputs(context: StageContext) -> Any:
     }
 
 
+def _train_inputs(context: StageContext) -> Any:
+    chosen = any("choice" in part.get("placements", ()) for part in context.study.train)
+    return {
+        "train": context.study.train,
+        "choice": file_hash(context.run.choice) if chosen else "",
+        "model": context.model_fingerprint(),
+    }
+
+
+def _train(context: StageContext) -> None:
+    offered("train").load()(context)
+
+
 def _validate(context: StageContext) -> None:
-    found = {point.name: point for point in entry_points(group=GROUP)}
-    if "validate" not in found:
-        raise UserError(
-            "no package offers the stage 'validate'; install vlmadapters, or drop the "
-            "table [validate] from the study"
-        )
+    point = offered("validate")
     context.echo("validate training at the chosen placement and its competitors")
-    found["validate"].load()(context)
+    point.load()(context)
+
+
+def offered(stage: str) -> EntryPoint:
+    """Return the stage `train` or `validate` that an installed package offers.
+
+    Raises:
+        UserError: No package does.
+    """
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if stage not in found:
+        raise UserError(
+            f"no package offers the stage {stage!r}; install vlmadapters, or drop the "
+            f"table [{stage}] from the study"
+        )
+    return found[stage]
 
 
 def _report_inputs(context: StageContext) -> Any:
@@ -241,6 +261,13 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("score", _score_inputs, _score, lambda c: [c.run.scores]),
         Stage("select", _select_inputs, _select, lambda c: [c.run.choice]),
+        Stage(
+            "train",
+            _train_inputs,
+            _train,
+            lambda c: [c.run.folder / "results.csv"],
+            wanted=lambda c: bool(c.study.train),
+        ),
         Stage(
             "validate",
             _validate_inputs,

@@ -1,0 +1,69 @@
+"""What can be wrong in a study is said before hours of work, not after them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.study.context import StageContext
+from vlmlayers.study.stages import offered
+
+
+def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> None:
+    """Check every model, the rule and the tables `train` and `validate`, without a model.
+
+    A package that offers one of these stages may have a function `check` beside it, which gets
+    the context.
+
+    Args:
+        contexts: One per model.
+        picked: Stages that will run.
+
+    Raises:
+        UserError: A model, a file of it, the rule's file or a key of `validate` is wrong.
+    """
+    for context in contexts:
+        if "extract" in picked:
+            _check_model(context)
+    if "select" in picked:
+        _check_own_rule(contexts[0])
+    if "train" in picked and contexts[0].study.train:
+        _check_offered(contexts[0], "train")
+    if "validate" in picked and contexts[0].study.validate_ is not None:
+        _check_offered(contexts[0], "validate")
+
+
+def _check_model(context: StageContext) -> None:
+    arguments, name = context.model_arguments(), context.part.name
+    if name and not Path(name).is_dir():
+        check_one_of("model", name, _known())
+    for key in ("config", "checkpoint"):
+        if arguments[key] is not None and not Path(arguments[key]).is_file():
+            raise UserError(f"{key} {arguments[key]} of model {context.part.title} does not exist")
+
+
+def _known() -> list[str]:
+    if "open_clip" in sys.modules:  # it may have been given more architectures at run time
+        from vlmlayers.models import list_models
+
+        return [*list_models(), "local"]
+    from vlmlayers.study.catalogue import names
+
+    return [*names(), "mini-clip", "local"]
+
+
+def _check_own_rule(context: StageContext) -> None:
+    from vlmlayers.selection.chooser import make_rule
+
+    part = context.study.select
+    if ".py:" in part.rule:
+        make_rule(context.rule, part.options)
+
+
+def _check_offered(context: StageContext, stage: str) -> None:
+    check = getattr(import_module(offered(stage).module), "check", None)
+    if check is not None:
+        check(context)
