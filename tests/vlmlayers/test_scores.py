@@ -395,6 +395,19 @@ def test_the_fisher_interval_covers_its_expectation() -> None:
     assert ((rows["low"] <= rows["null"]) & (rows["null"] <= rows["high"])).mean() >= 0.8
 
 
+def test_one_query_per_class_still_has_an_interval() -> None:
+    member = make_features(items=60, classes=30, strength=1.0)
+    table = score(member, ["novel_class_accuracy"], positions=["2"], seeds=(1,), bootstrap=100)
+    row = table.iloc[0]
+    assert row["n"] == 15 and row["low"] < row["value"] < row["high"]
+
+
+def test_shares_of_one_dataset_come_with_wilsons_interval(scores: pd.DataFrame) -> None:
+    rows = scores[scores.metric == "dataset_recall"]
+    assert rows["options"].str.contains("interval=wilson").all()
+    assert (rows["high"] - rows["low"] > 0.05).all()
+
+
 def test_jackknife_groups_leave_each_item_out_once() -> None:
     kept = jackknife_groups(np.arange(47) % 4, 10, np.random.default_rng(0))
     left_out = np.concatenate([np.setdiff1d(np.arange(47), rows) for rows in kept])

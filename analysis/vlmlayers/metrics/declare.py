@@ -87,6 +87,11 @@ class Metric:
         return (getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
     @property
+    def is_share(self) -> bool:
+        """Whether the value is a share of items, between 0 and 1."""
+        return self.bounds == (0.0, 1.0)
+
+    @property
     def null_text(self) -> str:
         """What chance gives, in words."""
         if isinstance(self.null, (int, float)):

@@ -5,19 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import Array, Labels
 
 LEVEL = 0.95
+SMALL = 5  # resampling m items underestimates the variance by 1/m, and one item never varies
+
+
+def small_strata(sizes: Labels) -> Labels:
+    """Return the strata to resample together: those below five items, with company if need be.
+
+    Strata that are drawn as one keep the variance between them: intervals are too wide rather
+    than too narrow.
+
+    Reference: Wolter 2007, section 2.5 (collapsed strata).
+    """
+    order = np.argsort(sizes, kind="stable")
+    count = int((sizes < SMALL).sum())
+    while 0 < count < len(sizes) and sizes[order[:count]].sum() < SMALL:
+        count += 1
+    return order[:count]
 
 
 def bootstrap_weights(strata: Labels, draws: int, rng: np.random.Generator) -> Array:
     """Return how often each draw takes each item, (draw, item), resampling inside each stratum.
 
+    Strata of fewer than five items are resampled as one.
+
     Reference: Efron and Tibshirani 1993, section 8.
     """
+    _, strata, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    small = small_strata(sizes)
+    strata = np.where(np.isin(strata, small), small[0] if len(small) else -1, strata)
     weights = np.zeros((draws, len(strata)))
     for stratum in np.unique(strata):
         rows = np.flatnonzero(strata == stratum)
@@ -41,9 +63,43 @@ def percentile(draws: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_interval(values: Array, weights: Array) -> tuple[float, float]:
-    """Return the interval of a mean over items from per-item values and bootstrap weights."""
+def mean_interval(values: Array, weights: Array, share: bool = False) -> tuple[float, float]:
+    """Return the interval of a mean over items from per-item values and bootstrap weights.
+
+    Where all items of a `share` are 0 or all are 1 resampling cannot vary: Wilson's interval then.
+    """
+    if share and values[0] in (0.0, 1.0) and (values == values[0]).all():
+        low, high = wilson(float(values[0]), len(values))
+        return float(low), float(high)
     return percentile(weights @ values / weights.sum(axis=1))
+
+
+def wilson(share: Array | float, n: Array | float) -> tuple[Array, Array]:
+    """Return the score interval of a share of n items; it has a width at 0 and 1 as well.
+
+    Reference: Wilson 1927.
+    """
+    z = float(norm.ppf(0.5 + LEVEL / 2))
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
+
+
+def mean_share_draws(hits: Array, sizes: Labels, draws: int, rng: np.random.Generator) -> Array:
+    """Return bootstrap draws of the mean over classes of hits / size, (draw,).
+
+    Items are resampled inside each class; classes of fewer than five items together.
+    """
+    small = small_strata(sizes)
+    large = np.setdiff1d(np.arange(len(sizes)), small)
+    shares = hits[large] / sizes[large]
+    total = (rng.binomial(sizes[large], shares, (draws, len(large))) / sizes[large]).sum(axis=1)
+    if len(small):
+        each = 1.0 / np.repeat(sizes[small], sizes[small])
+        hit = np.concatenate([np.arange(n) < h for h, n in zip(hits[small], sizes[small])])
+        weights = bootstrap_weights(np.zeros(len(each), np.int64), draws, rng) * each
+        total += len(small) * (weights @ hit) / weights.sum(axis=1)
+    return np.asarray(total / len(sizes))
 
 
 def jackknife_groups(strata: Labels, groups: int, rng: np.random.Generator) -> list[Labels]:

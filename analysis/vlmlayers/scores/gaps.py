@@ -184,7 +184,8 @@ def _gap_value(
         return float(draws[0]), percentile(draws[1:]), "bootstrap"
     if metric.per_item is not None:
         values = metric.per_item(x, y, pairs, **arguments)
-        return float(values.mean()), mean_interval(values, weights[:, pairs[:, 0]]), "bootstrap"
+        interval = mean_interval(values, weights[:, pairs[:, 0]], metric.is_share)
+        return float(values.mean()), interval, "bootstrap"
     value = float(metric.function(x, y, pairs, **arguments))
 
     def statistic(rows: Labels) -> float:
@@ -279,7 +280,7 @@ def _run_retrieval(
                 name,
                 place,
                 values.mean(),
-                mean_interval(values, w[:, asked]),
+                mean_interval(values, w[:, asked], metric.is_share),
                 metric.null(len(y), matches, arguments["k"]),
                 len(values),
                 interval="bootstrap",

@@ -101,7 +101,7 @@ def _run_zero_shot(
                     name,
                     place,
                     values.mean(),
-                    mean_interval(values, weights),
+                    mean_interval(values, weights, metric.is_share),
                     1.0 / len(ids),
                     len(values),
                     interval="bootstrap",
@@ -159,7 +159,7 @@ def value_and_interval(
         return float(draws[0]), percentile(draws[1:]), "bootstrap"
     if metric.per_item is not None:
         values = metric.per_item(*arrays, **arguments)
-        return float(values.mean()), mean_interval(values, weights), "bootstrap"
+        return float(values.mean()), mean_interval(values, weights, metric.is_share), "bootstrap"
 
     def statistic(rows: Labels) -> float:
         return float(metric.function(*(a[rows] for a in arrays), **arguments))

@@ -12,7 +12,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.dataset_level import confusion
-from vlmlayers.metrics.intervals import percentile
+from vlmlayers.metrics.intervals import mean_share_draws, percentile, wilson
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds
@@ -222,12 +222,15 @@ def accuracy_and_interval(
     counts: Array, protocol: Protocol, seed: int
 ) -> tuple[float, tuple[float, float]]:
     """Return balanced accuracy over the classes that were held out, and its interval."""
-    present = counts.sum(axis=1) > 0
-    counts = counts[present][:, np.concatenate([np.flatnonzero(present), np.flatnonzero(~present)])]
-    draws = resampled_counts(counts, protocol.bootstrap, protocol.rng(seed, 3))
-    correct = np.diagonal(draws[..., : len(counts)], axis1=1, axis2=2) / counts.sum(axis=1)
-    value = (np.diagonal(counts) / counts.sum(axis=1)).mean()
-    return float(value), percentile(correct.mean(axis=1))
+    sizes = counts.sum(axis=1).astype(np.int64)
+    hits, sizes = np.diagonal(counts)[sizes > 0], sizes[sizes > 0]
+    value = float((hits / sizes).mean())
+    if value in (0.0, 1.0):  # resampling cannot vary what is all wrong or all right
+        low, high = wilson(value, sizes.sum())
+        return value, (float(low), float(high))
+    return value, percentile(
+        mean_share_draws(hits, sizes, protocol.bootstrap, protocol.rng(seed, 3))
+    )
 
 
 def _add_accuracy(
@@ -270,7 +273,7 @@ def _add_derived(
         resampled_counts(counts, protocol.bootstrap, protocol.rng(split.seed, 4))
     )
     null = float(metric.null) if isinstance(metric.null, (int, float)) else 1.0 / len(counts)
-    common = {"interval": "bootstrap", "readout": metric.base, **split.options}
+    common = {"readout": metric.base, **split.options}
     common |= protocol.arguments(METRICS[metric.base])
     for index in np.ndindex(value.shape):
         if len(index) == 2 and index[0] == index[1]:
@@ -278,14 +281,17 @@ def _add_derived(
         dataset = datasets[index[0]] if index else "*"
         own = {"predicted": datasets[index[1]]} if len(index) == 2 else {}
         n = int(counts[index[0]].sum()) if index else int(counts.sum())
+        share = bool(index) and metric.is_share
+        low, high = wilson(value[index], n) if share else percentile(draws[(..., *index)])
         out.add(
             name,
             _at(place, dataset),
             float(value[index]),
-            percentile(draws[(..., *index)]),
+            (float(low), float(high)),
             null,
             n,
             split.seed,
+            interval="wilson" if share else "bootstrap",
             **own,
             **common,
         )

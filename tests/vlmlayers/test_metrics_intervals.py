@@ -1,0 +1,84 @@
+"""Intervals: published formulas, coverage of a known truth, and strata too small to resample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.intervals import (
+    SMALL,
+    bootstrap_weights,
+    jackknife,
+    jackknife_groups,
+    mean_interval,
+    mean_share_draws,
+    percentile,
+    small_strata,
+    wilson,
+)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 8), (8, 8), (3, 10), (40, 90)])
+def test_wilson_is_that_of_scipy(hits: int, n: int) -> None:
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+    assert wilson(hits / n, n) == pytest.approx((expected.low, expected.high))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 999))
+def test_weights_resample_inside_strata_and_small_ones_together(sizes: list, seed: int) -> None:
+    strata = np.repeat(np.arange(len(sizes)), sizes)
+    weights = bootstrap_weights(strata, 30, np.random.default_rng(seed))
+    small = small_strata(np.array(sizes))
+    assert (weights.sum(axis=1) == len(strata)).all()
+    for stratum, size in enumerate(sizes):
+        if stratum not in small:
+            assert size >= SMALL
+            assert (weights[:, strata == stratum].sum(axis=1) == size).all()
+    together = np.isin(strata, small).sum()
+    assert together == 0 or together >= SMALL or together == len(strata)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 20])
+def test_accuracy_over_classes_of_any_size_is_covered(size: int) -> None:
+    rng = np.random.default_rng(size)
+    truth = rng.uniform(0.1, 0.9, 40)  # each class has its own accuracy
+    covered, repeats = 0, 150
+    for _ in range(repeats):
+        hits = rng.binomial(size, truth)
+        low, high = percentile(mean_share_draws(hits, np.full(40, size), 200, rng))
+        covered += low <= truth.mean() <= high
+    assert covered / repeats >= 0.88
+
+
+def test_unequal_classes_weigh_the_same() -> None:
+    rng = np.random.default_rng(0)
+    hits, sizes = np.array([2, 1, 30]), np.array([2, 3, 60])
+    draws = mean_share_draws(hits, sizes, 4000, rng)
+    assert draws.mean() == pytest.approx((hits / sizes).mean(), abs=0.02)
+    assert draws.std() > 0.05
+
+
+def test_shares_that_resampling_cannot_vary_get_a_width() -> None:
+    weights = bootstrap_weights(np.zeros(12, int), 50, np.random.default_rng(0))
+    none, all_ = np.zeros(12), np.ones(12)
+    assert mean_interval(none, weights) == (0.0, 0.0)
+    assert mean_interval(none, weights, share=True) == pytest.approx((0.0, 0.2425), abs=1e-3)
+    assert mean_interval(all_, weights, share=True)[0] == pytest.approx(0.7575, abs=1e-3)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=200)
+    groups = jackknife_groups(np.zeros(200, int), 200, rng)
+    low, high = jackknife(lambda rows: float(x[rows].mean()), float(x.mean()), groups)
+    assert (high - low) / 2 == pytest.approx(1.972 * x.std(ddof=1) / np.sqrt(200), rel=1e-3)
+
+
+def test_draws_without_a_value_are_refused_where_they_are_most() -> None:
+    with pytest.raises(UserError, match="too few items for a bootstrap interval"):
+        percentile(np.array([np.nan, np.nan, 1.0]))
