@@ -1,11 +1,14 @@
 """One training step of MMA: ours against a plain transcription of the public recipe.
 
-    python benchmarks/training.py [--pairs N]
+    python benchmarks/training.py [--rounds N] [--architecture NAME] [--placements 5,9]
 
-ViT-B/16 size with random weights, batch 16, the prompts of 50 classes of Caltech101. Both get the
-same images, labels and adapter; the losses are compared. `ratio` is the median over pairs of wall
-time public / ours, `cpu_ratio` the same in processor time, which other work on the machine
-disturbs less. The public step of 5-12 has no cached row: it has no such option.
+ViT-B/16 size with random weights, batch 16, the prompts of 50 classes of Caltech101. All sides get
+the same images, labels and adapter and take turns; their losses are compared. Decoding and
+augmenting are not in the step: they are the same for every side. Views: `fresh` computes the
+frozen blocks of the vision tower at every step, `cached` has their activations from an earlier
+epoch. `ours, torch's products` switches off the saving `onednn`, whose worth depends on the
+processor. `ratio` is the median over rounds of wall time public / ours, `cpu_ratio` the same in
+processor time, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -15,22 +18,25 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import open_clip
 import torch
-from common import machine, measure_pair, peak_mib, reset_peak, write_table
+from common import machine, peak_mib, reset_peak, write_table
 from public_recipe import PublicMMA
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmadapters.config import MMAConfig
 from vlmadapters.fewshot import class_prompts
 from vlmadapters.frozen import Backbone
 from vlmadapters.mma import new_adapter
+from vlmadapters.recipes import Savings
 from vlmlayers.models.load import build_clip
 
 BATCH, ARCHITECTURE, TEMPLATE = 16, "ViT-B-16-quickgelu", "a photo of a {}."
-CASES = ((5, "fresh"), (9, "fresh"), (9, "cached"))
+PUBLIC, OURS, PLAIN = "public recipe", "ours", "ours, torch's products"
 # The first 50 classes of Caltech101 by label, as its split file names them.
 CLASSES = [
     "face", "leopard", "motorbike", "accordion", "airplane", "anchor", "ant", "barrel", "bass",
@@ -43,18 +49,28 @@ CLASSES = [
 ]  # fmt: skip
 
 
-def timed(step: Callable[[], float], cpu: list[float], losses: list[float]) -> Callable[[], None]:
-    """Return the step with its processor time and loss recorded."""
+@dataclass
+class Side:
+    """One of the steps compared, and what was measured of it."""
 
-    def run() -> None:
-        start = time.process_time()
-        losses.append(step())
-        cpu.append(time.process_time() - start)
+    name: str
+    views: str
+    step: Callable[[], float]
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
-    return run
+    def run(self, wait: Callable[[], None]) -> None:
+        """Make one update and note its time and loss."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = self.step()
+        wait()
+        self.seconds.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+        self.losses.append(loss)
 
 
-def stepper(logits: Callable[[], torch.Tensor], parameters: list[Any], labels: Any) -> Any:
+def stepper(logits: Callable[[], Tensor], parameters: list[Any], labels: Tensor) -> Any:
     """Return one update: forward, backward, SGD of the published recipe."""
     optimizer = torch.optim.SGD(parameters, lr=0.0015, momentum=0.9, weight_decay=5e-4)
 
@@ -68,6 +84,42 @@ def stepper(logits: Callable[[], torch.Tensor], parameters: list[Any], labels: A
     return step
 
 
+def public_side(clip: Any, config: MMAConfig, data: tuple[Tensor, ...], cast: Any) -> Side:
+    """Return the step of the public recipe, which knows no cached views."""
+    images, labels, tokens = data
+    public, start = PublicMMA(clip, config).to(images.device), new_adapter(clip, config)
+    parameters = public.adapter_parameters()
+    with torch.no_grad():
+        for name, value in start.official_state_dict().items():
+            parameters[name].copy_(value)
+
+    def logits() -> Tensor:
+        with cast():
+            found: Tensor = public(images, tokens)
+        return found
+
+    return Side(PUBLIC, "fresh", stepper(logits, list(parameters.values()), labels))
+
+
+def our_side(
+    name: str, views: str, clip: Any, config: MMAConfig, data: tuple[Tensor, ...], cast: Any
+) -> Side:
+    """Return our step from the same initial adapter."""
+    images, labels, tokens = data
+    adapter, backbone = new_adapter(clip, config), Backbone(clip, Savings(onednn=name != PLAIN))
+    first = config.vision[0]
+    with cast():
+        prompts = backbone.prompts(tokens, [first])[first]
+        kept = backbone.images(images, [first])[first]
+
+    def logits() -> Tensor:
+        with cast():
+            state = kept if views == "cached" else backbone.images(images, [first])[first]
+            return backbone.logits(state, prompts, adapter)
+
+    return Side(name, views, stepper(logits, list(adapter.parameters()), labels))
+
+
 def peak(step: Callable[[], Any], device: str) -> float:
     """Return the peak memory of one run in MiB: allocated on a GPU, resident on a CPU."""
     if device == "cuda":
@@ -79,89 +131,68 @@ def peak(step: Callable[[], Any], device: str) -> float:
     return peak_mib()
 
 
-def compare(first: int, views: str, precision: str, device: str, pairs: int) -> list[Any]:
-    """Measure both sides of one case; return a row for each."""
+def compare(
+    architecture: dict[str, Any], first: int, precision: str, device: str, rounds: int
+) -> list[dict[str, Any]]:
+    """Measure every side of one placement in turn; return a row for each."""
     generator = torch.Generator().manual_seed(0)
-    clip = build_clip(open_clip.get_model_config(ARCHITECTURE), device=device)
-    images = torch.randn(BATCH, 3, 224, 224, generator=generator).to(device)
+    clip = build_clip(architecture, device=device)
+    size = clip.visual.image_size
+    images = torch.randn(BATCH, 3, *size, generator=generator).to(device)
     labels = torch.randint(0, len(CLASSES), (BATCH,), generator=generator).to(device)
     tokens = open_clip.tokenize(class_prompts(CLASSES, TEMPLATE)).to(device)
-    config = MMAConfig.span(first, 12)
-    public, ours = PublicMMA(clip, config).to(device), new_adapter(clip, config)
-    backbone = Backbone(clip)
-    with torch.no_grad():
-        for name, parameter in public.adapter_parameters().items():
-            parameter.copy_(ours.official_state_dict()[name])
     cast: Any = nullcontext
     if precision != "fp32":
         cast = lambda: torch.autocast(device, dtype=torch.bfloat16)  # noqa: E731
-    with cast():
-        prompts = backbone.prompts(tokens, [first])[first]
-        kept = backbone.images(images, [first])[first]
-
-    def our_logits() -> torch.Tensor:
-        with cast():
-            state = kept if views == "cached" else backbone.images(images, [first])[first]
-            return backbone.logits(state, prompts, ours)
-
-    def public_logits() -> torch.Tensor:
-        with cast():
-            return public(images, tokens)
-
-    sides = {
-        "public recipe": stepper(public_logits, list(public.adapter_parameters().values()), labels),
-        "ours": stepper(our_logits, list(ours.parameters()), labels),
-    }
+    given = clip, MMAConfig.span(first, 12), (images, labels, tokens), cast
+    names = (OURS, PLAIN) if device == "cpu" else (OURS,)
+    ours = [our_side(name, views, *given) for name in names for views in ("fresh", "cached")]
+    sides = [public_side(*given), *ours]
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    cpu: dict[str, list[float]] = {side: [] for side in sides}
-    losses: dict[str, list[float]] = {side: [] for side in sides}
-    runs = {side: timed(step, cpu[side], losses[side]) for side, step in sides.items()}
-    pair = measure_pair(runs["ours"], runs["public recipe"], pairs=pairs, wait=wait)
-    differ = max(abs(a - b) for a, b in zip(losses["ours"], losses["public recipe"]))
-    cpu_ratio = statistics.median(a / b for a, b in zip(cpu["public recipe"], cpu["ours"]))
-    low, high = pair.spread
-    rows = []
-    for side, seconds in (("public recipe", pair.other), ("ours", pair.ours)):
-        middle = statistics.median(seconds)
-        rows.append({
-            "model": ARCHITECTURE, "placement": config.placement, "views": views, "side": side,
-            "precision": precision, "batch": BATCH, "classes": len(CLASSES),
-            "seconds": round(middle, 4), "images_per_second": round(BATCH / middle, 2),
-            "peak_mib": round(peak(sides[side], device)),
-            "ratio": round(1 / pair.ratio, 2) if side == "ours" else 1.0,
-            "ratio_low": round(1 / high, 2) if side == "ours" else 1.0,
-            "ratio_high": round(1 / low, 2) if side == "ours" else 1.0,
-            "cpu_ratio": round(cpu_ratio, 2) if side == "ours" else 1.0,
-            "largest_loss_difference": f"{differ:.1e}", "pairs": pairs, **machine(device),
-        })  # fmt: skip
-        print(
-            {
-                k: rows[-1][k]
-                for k in (
-                    "placement",
-                    "views",
-                    "side",
-                    "precision",
-                    "seconds",
-                    "ratio",
-                    "cpu_ratio",
-                    "peak_mib",
-                )
-            },
-            flush=True,
-        )
-    return rows
+    for number in range(rounds + 1):  # the first round warms up
+        for side in sides if number % 2 else reversed(sides):
+            side.run(wait)
+    where = {
+        "placement": given[1].placement, "precision": precision,
+        "batch": BATCH, "classes": len(CLASSES), "rounds": rounds,
+    }  # fmt: skip
+    return [row(side, sides[0], device) | where | machine(device) for side in sides]
+
+
+def row(side: Side, public: Side, device: str) -> dict[str, Any]:
+    """Return what was measured of one side, beside the public recipe."""
+    middle = statistics.median(side.seconds[1:])
+    ratios = [a / b for a, b in zip(public.seconds[1:], side.seconds[1:])]
+    cpu = [a / b for a, b in zip(public.cpu[1:], side.cpu[1:])]
+    difference = max(abs(a - b) for a, b in zip(side.losses, public.losses))
+    made = {
+        "side": side.name, "views": side.views, "seconds": round(middle, 4),
+        "images_per_second": round(BATCH / middle, 2),
+        "ratio": round(statistics.median(ratios), 2), "ratio_low": round(min(ratios), 2),
+        "ratio_high": round(max(ratios), 2), "cpu_ratio": round(statistics.median(cpu), 2),
+        "peak_mib": round(peak(side.step, device)),
+        "largest_loss_difference": f"{difference:.1e}",
+    }  # fmt: skip
+    print(made, flush=True)
+    return made
 
 
 def main() -> None:
-    """Measure every case on the CPU, and on the GPU where there is one."""
+    """Measure on the GPU where there is one, else on the CPU."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--architecture", default=ARCHITECTURE)
+    parser.add_argument("--placements", default="5,9", help="first adapted blocks; up to 12")
+    asked = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precisions = ("fp32", "bf16") if device == "cuda" else ("fp32",)
-    rows = [row for precision in precisions for first, views in CASES
-            for row in compare(first, views, precision, device, pairs)]  # fmt: skip
+    architecture = open_clip.get_model_config(asked.architecture)
+    rows = [
+        {"model": asked.architecture, **made}
+        for precision in precisions
+        for first in map(int, asked.placements.split(","))
+        for made in compare(architecture, first, precision, device, asked.rounds)
+    ]
     write_table(f"training_{device}", rows)
 
 

@@ -17,6 +17,7 @@ from vlmadapters.options import (
     RandomWeights,
     Workers,
     load_backbone,
+    read_pairs,
     read_placements,
     read_recipe,
     read_seeds,
@@ -51,6 +52,13 @@ def train(
         ),
     ] = None,
     choice: Annotated[Path | None, typer.Option(help="A choice.json to train at.")] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help="Vision and text blocks that share a projection, as in 5:7,6:8; equal numbers "
+            "where absent."
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, as in 1,2,3.")] = "1,2,3",
     settings: Annotated[
         list[str] | None,
@@ -78,11 +86,15 @@ def train(
     A stopped run goes on with the same command. Several GPUs:
     `torchrun --nproc-per-node N -m vlmadapters.cli train …`.
     """
+    from dataclasses import replace
+
     from vlmadapters import parallel
     from vlmadapters.protocols import Experiment
 
     made = read_recipe(recipe, settings or [])
     configs = read_placements(made.adapter, placement or [], choice)
+    if pairs is not None:
+        configs = [replace(config, pairs=read_pairs(pairs)) for config in configs]
     with parallel.process_group() as (rank, _):
         loaded = load_backbone(model, pretrained, random_weights, device)
         experiment = Experiment(
@@ -169,20 +181,14 @@ def _adapter(path: Path, model: Any, scale: float) -> Any:
 
 def _text(table: Any, published: bool) -> str:
     from vlmadapters.results import summarise, with_published
+    from vlmadapters.terminal import results_text
     from vlmlayers.manifests import Manifest
 
     summary = summarise(table)
     if published:
         names = set(summary["dataset"]) & set(Manifest.names())
         summary = with_published(summary, {name: Manifest.load(name).title for name in names})
-    shown = summary.copy()
-    for column in ("mean", "sd"):
-        shown[column] = [f"{100 * v:.2f}" if v == v else "" for v in shown[column]]
-    columns = ["method", "placement", "dataset", "metric", "mean", "sd", "seeds", "note"]
-    lines = [shown[columns].to_string(index=False)]
-    if bool(table["random_weights"].any()):
-        lines.insert(0, "The backbone has RANDOM weights: these numbers say nothing about a model.")
-    return "\n".join(lines)
+    return results_text(summary, bool(table["random_weights"].any()))
 
 
 if __name__ == "__main__":  # what torchrun starts, as in `torchrun -m vlmadapters.cli train …`

@@ -174,6 +174,8 @@ def _pairs(
 ) -> tuple[tuple[int, int], ...]:
     found = []
     for pair in pairs:
+        if len(tuple(pair)) != 2:
+            raise UserError(f"the pair {pair!r} is not a vision block and a text block")
         v, t = pair
         if v not in vision or t not in text:
             raise UserError(f"the pair (vision {v}, text {t}) names a block that is not adapted")

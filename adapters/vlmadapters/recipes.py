@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,6 +15,18 @@ from vlmlayers.errors import UserError, check_one_of
 
 SHIPPED = Path(__file__).with_name("recipes.toml")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+# Whether a number is whole, the least and the largest value.
+RANGES: dict[str, tuple[bool, float, float]] = {
+    "lr": (False, 0, math.inf),
+    "momentum": (False, 0, 1),
+    "weight_decay": (False, 0, math.inf),
+    "epochs": (True, 1, math.inf),
+    "batch_size": (True, 1, math.inf),
+    "shots": (True, 1, math.inf),
+    "flip": (False, 0, 1),
+    "cached_views": (True, 0, math.inf),
+    "save_every": (True, 0, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,11 @@ class Savings:
     onednn: bool = True
     text_features: bool = True
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, bool):
+                raise UserError(f"the saving {name} is {value!r}; it must be true or false")
+
     @classmethod
     def none(cls) -> Savings:
         """Return the plain computation."""
@@ -60,6 +78,7 @@ class TrainConfig:
         precision: `fp32`, autocast to `bf16` or `fp16` (with loss scaling), or `auto`: fp32 on
             CPU and bf16 on a GPU that has it.
         scale: Range of the random crop's share of the area.
+        ratio: Range of its aspect ratio.
         flip: Chance of a horizontal flip.
         cached_views: 0 draws a fresh view at every epoch, as published. A positive number fixes
             that many views per image, whose frozen activations are then computed once.
@@ -76,6 +95,7 @@ class TrainConfig:
     template: str = "a photo of a {}."
     precision: str = "auto"
     scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     cached_views: int = 0
     save_every: int = 0
@@ -83,23 +103,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_one_of("precision", self.precision, PRECISIONS)
-        object.__setattr__(self, "scale", tuple(self.scale))
-        for name in ("epochs", "batch_size", "shots"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name, (whole, low, high) in RANGES.items():
+            _check_number(name, getattr(self, name), whole, low, high)
         if not self.lr > 0:
             raise UserError(f"lr is {self.lr}; it must be above 0")
-        if self.cached_views < 0:
-            raise UserError(f"cached_views is {self.cached_views}; it must be 0 or more")
+        for name, limit in (("scale", 1.0), ("ratio", math.inf)):
+            object.__setattr__(self, name, _range(name, getattr(self, name), limit))
 
     @property
     def augmentation(self) -> Augmentation:
         """The augmentation these values describe."""
-        return Augmentation(scale=self.scale, flip=self.flip)
+        return Augmentation(scale=self.scale, ratio=self.ratio, flip=self.flip)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
-        return {**asdict(self), "scale": list(self.scale)}
+        return {**asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}
 
     def identity(self) -> dict[str, Any]:
         """Return the values that a result depends on."""
@@ -107,6 +125,26 @@ class TrainConfig:
         for key in ("savings", "save_every"):
             values.pop(key)
         return values
+
+
+def _check_number(name: str, value: Any, whole: bool, low: float, high: float) -> None:
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise UserError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
+    if not low <= value <= high:
+        limits = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"{name} is {value}; it must be {limits}")
+
+
+def _range(name: str, values: Any, limit: float) -> tuple[float, float]:
+    try:
+        low, high = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {values!r}; it must be two numbers, low and high") from None
+    if not 0 < low <= high <= limit:
+        top = "" if limit == math.inf else f" and {limit:g} at most"
+        raise UserError(f"{name} is {low:g} to {high:g}; it must rise, above 0{top}")
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -169,3 +207,5 @@ def _recipe(name: str, values: Mapping[str, Any], shipped: Mapping[str, Any], wh
         return Recipe(name, train, MMAConfig.from_dict(adapter))
     except TypeError as error:
         raise UserError(f"{where}: a value has the wrong type: {error}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -204,7 +204,16 @@ def test_a_recipe_file_extends_a_shipped_one(tmp_path: Path) -> None:
         ("savings = { fuzed = true }", "did you mean 'fused'"),
         ('extends = "publisched"', "did you mean 'published'"),
         ("lr = ", "is not TOML"),
-        ('lr = "high"', "wrong type"),
+        ('lr = "high"', "recipe.toml: lr is 'high'; it must be a number"),
+        ("epochs = 1.5", "must be a whole number"),
+        ("momentum = 2", "must be from 0 to 1"),
+        ("flip = true", "flip is True"),
+        ("scale = [0.5]", "must be two numbers"),
+        ("scale = [0.5, 2.0]", "must rise, above 0 and 1 at most"),
+        ("ratio = [2.0, 1.0]", "ratio is 2 to 1; it must rise, above 0"),
+        ('savings = { fused = "no" }', "must be true or false"),
+        ("adapter = { pairs = [[5]] }", "not a vision block and a text block"),
+        ("adapter = { vision = 5 }", "wrong type"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(content: str, message: str, tmp_path: Path) -> None:
@@ -260,10 +269,12 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
     command = ["train", str(model_folder), "shapes_filled", "--out", str(out), "--seeds", "1"]
     command += ["--placement", "2-3", "--placement", "v3,t2-3", "--limit", "32", "--quiet"]
     settings = ("epochs=1", "shots=1", "batch_size=8", "lr=0.1", "scale=0.1", "dim=4")
+    settings += ("momentum=0.8", "ratio=0.8,1.25", "crop_scale=0.5,1", "onednn=false")
     command += [part for setting in settings for part in ("--set", setting)]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0
-    assert "v3,t2-3" in result.output
+    assert "MMA v3,t2-3 " in result.output
+    assert max(map(len, result.output.splitlines()[:-1])) <= 80
     found = pd.read_csv(out / "results.csv", keep_default_na=False)
     assert set(found[found.method == METHOD].placement) == {"v2-3,t2-3", "v3,t2-3"}
     adapter = next(p for p in (out / "adapters").glob("*.safetensors") if "v2-3" in p.name)
@@ -287,6 +298,10 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
         (["--seeds", "one"], "not a list of whole numbers"),
         (["--placement", "low"], "cannot read the placement"),
         (["--recipe", "publishd"], "did you mean 'published'"),
+        (["--set", "fused=maybe"], "write fused=true or fused=false"),
+        (["--set", "ratio=1"], "not a number of the right kind"),
+        (["--pairs", "5-7"], "cannot read --pairs"),
+        (["--placement", "2-3", "--pairs", "1:2"], "names a block that is not adapted"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(
