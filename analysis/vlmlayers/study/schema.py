@@ -164,11 +164,13 @@ class Study(Part):
         data_root: Where the datasets lie, relative to the study file; an option of the command
             line or `VLMLAYERS_DATA` comes first.
         seed: Seed of item draws and resampling.
+        stages: Stages to run where the command line names none; all where empty.
         models: One or more backbones; several give one run folder each and a comparison.
         datasets: Names, or tables with `name` and what differs from `extract`.
         extract: How features are recorded.
         score: Metrics.
         select: Rule.
+        train: The tables `[[train]]`, handed to the training stage: protocols of the paper.
         validate_: The table `validate`, handed to the validation stage; absent: not validated.
         report: Report.
     """
@@ -180,11 +182,13 @@ class Study(Part):
     title: str = "Layer analysis"
     data_root: str | None = None
     seed: int = 0
+    stages: tuple[Literal["extract", "score", "select", "train", "validate", "report"], ...] = ()
     models: tuple[ModelPart, ...] = Field(min_length=1)
     datasets: tuple[DatasetPart, ...] = Field(min_length=1)
     extract: ExtractPart = ExtractPart()
     score: ScorePart = ScorePart()
     select: SelectPart = SelectPart()
+    train: tuple[dict[str, Any], ...] = ()
     validate_: dict[str, Any] | None = Field(default=None, alias="validate")
     report: ReportPart = ReportPart()
 
