@@ -40,6 +40,7 @@ VALIDATION_COLUMNS = (
     "seconds",
 )
 OUTCOMES = ("hm", "base", "novel")
+ZERO_SHOT = "zero-shot"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +124,17 @@ def interval(draws: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def with_zero_shot(table: pd.DataFrame) -> pd.DataFrame:
+    """Add CLIP without an adapter as one more placement, of no block, to be compared in pairs."""
+    if "zero_shot_base" not in table.columns:
+        return table
+    plain = table.drop_duplicates(["dataset", "seed"])
+    base, novel = plain["zero_shot_base"], plain["zero_shot_novel"]
+    hm = (2 * base * novel / (base + novel)).fillna(0.0)
+    named = {"placement": ZERO_SHOT, "kind": ZERO_SHOT, "parameters": 0}
+    return pd.concat([table, plain.assign(**named, base=base, novel=novel, hm=hm)])
+
+
 def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Return every placement's outcomes and its paired difference to the chosen one.
 
@@ -133,11 +145,12 @@ def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 
         seed: Seed of the private generator.
 
     Returns:
-        One row per placement, best harmonic mean first: placement, kind, parameters; base, novel
-        and hm with `_low`, `_high`; `difference` (hm minus the chosen one's, in the same dataset
-        and seed), `base_difference` and `novel_difference`, each with `_low`, `_high`; n
-        (datasets × seeds).
+        One row per placement and one for zero-shot CLIP, best harmonic mean first: placement,
+        kind, parameters; base, novel and hm with `_low`, `_high`; `difference` (hm minus the
+        chosen one's, in the same dataset and seed), `base_difference` and `novel_difference`, each
+        with `_low`, `_high`; n (datasets × seeds).
     """
+    table = with_zero_shot(table)
     first = _by_placement(table.drop_duplicates("placement"))
     rows: dict[str, dict[str, object]] = {}
     for outcome in ("base", "novel", "hm"):
@@ -228,6 +241,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         if left.best != chosen
         else "no placement did better"
     )
+    tail += _against_zero_shot(compared.get(ZERO_SHOT))
     if reference == chosen:
         return f"The rule chose the default ({chosen}, harmonic mean {ours:.1f}); {tail}."
     gain = -compared[reference]["difference"]
@@ -246,3 +260,14 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         f"({reference}) by {gain:+.1f} points [{low:.1f}, {high:.1f}] over "
         f"{compared[chosen]['n']} runs; {tail}."
     )
+
+
+def _against_zero_shot(plain: dict[Hashable, Any] | None) -> str:
+    if plain is None:
+        return ""
+    low, high = plain["difference_low"], plain["difference_high"]
+    side = "above" if plain["difference"] > 0 else "below"
+    where = f"{abs(plain['difference']):.1f} points {side}"
+    if low > 0 or high < 0:
+        return f"; zero-shot CLIP is {where} it [{low:.1f}, {high:.1f}]"
+    return f"; zero-shot CLIP cannot be told from it ({where}) [{low:.1f}, {high:.1f}]"

@@ -132,6 +132,26 @@ def test_verdict_follows_from_the_numbers(means: tuple[float, ...], expected: st
     assert expected in verdict(table(means, noise=1.0), PLACEMENTS[0], PLACEMENTS[1])
 
 
+@pytest.mark.parametrize(
+    ("plain", "said"),
+    [
+        (40, "zero-shot CLIP is 20.0 points below it"),
+        (70, "zero-shot CLIP is 10.0 points above it"),
+        (60.01, "zero-shot CLIP cannot be told from it (0.0 points"),
+    ],
+)
+def test_zero_shot_is_compared_in_pairs(plain: float, said: str) -> None:
+    cells = table((60, 57, 55, 50), noise=0.05)
+    noise = np.random.default_rng(1).normal(0, 0.5, len(cells)) if plain == 60.01 else 0.0
+    zero = cells.groupby(["dataset", "seed"])["hm"].transform("first") - 60 + plain + noise
+    cells = cells.assign(zero_shot_base=zero, zero_shot_novel=zero)
+    assert said in verdict(cells, PLACEMENTS[0], PLACEMENTS[1])
+    row = compare(cells, PLACEMENTS[0]).set_index("placement").loc["zero-shot"]
+    assert row.difference == pytest.approx(plain - 60, abs=0.3)
+    assert (row.parameters, row.kind) == (0, "zero-shot")
+    assert regret(cells, PLACEMENTS[0]).best == PLACEMENTS[0]
+
+
 def test_verdict_says_when_the_rule_chose_the_default_and_when_nothing_was_learned() -> None:
     cells = table((60, 57, 62, 50))
     assert verdict(cells, PLACEMENTS[0], PLACEMENTS[0]).startswith("The rule chose the default")

@@ -14,11 +14,18 @@ from vlmlayers.errors import UserError
 from vlmlayers.positions import TOWERS
 from vlmlayers.run import Run, read_json
 from vlmlayers.scores import read_scores
-from vlmlayers.selection import LayerChoice, adapter_parameters, describe_blocks, paper_blocks
+from vlmlayers.selection import (
+    RULES,
+    LayerChoice,
+    adapter_parameters,
+    describe_blocks,
+    paper_blocks,
+)
 from vlmlayers.selection.curves import bare, depths
 from vlmlayers.summaries import curves, over_datasets
 
 DIM = 32
+ZERO_SHOT = "zero-shot"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +35,26 @@ class Validation:
     Attributes:
         cells: One row per dataset, seed and placement.
         placements: One row per placement: means and intervals of base, novel, hm.
+        zero_shot: The same of CLIP without an adapter, one row; empty where it was not compared.
         correlations: Kendall's τ of each placement score with trained HM.
         predicted: Predicted and trained value of each placement and score.
         verdict: The one sentence, or empty.
         chosen: Label of the chosen placement.
         reference: Label of the placement it is compared with.
+        best: Label of the placement with the highest harmonic mean.
+        predictors: In words, which placement scores predicted the outcome; or empty.
     """
 
     cells: pd.DataFrame
     placements: pd.DataFrame
+    zero_shot: pd.DataFrame
     correlations: pd.DataFrame
     predicted: pd.DataFrame
     verdict: str = ""
     chosen: str = ""
     reference: str = ""
+    best: str = ""
+    predictors: str = ""
 
     @classmethod
     def read(cls, run: Run) -> Validation | None:
@@ -61,22 +74,38 @@ class Validation:
         chosen = str(notes.get("chosen") or _kind(cells, "chosen"))
         reference = str(notes.get("reference") or _kind(cells, "paper"))
         placements = _table(run.folder / "validation_placements.csv")
+        placements = placements if len(placements) else _means(cells)
+        trained = placements["placement"] != ZERO_SHOT
+        means = placements[trained].set_index("placement")["hm"]
         return cls(
             cells,
-            placements if len(placements) else _means(cells),
+            placements[trained].reset_index(drop=True),
+            placements[~trained].reset_index(drop=True),
             _table(run.folder / "validation_correlations.csv"),
             _table(run.folder / "validation_predicted.csv"),
             str(notes.get("verdict", "")),
             chosen,
             reference,
+            str(means.idxmax()) if means.notna().any() else "",
+            str(notes.get("predictors", "")),
         )
 
+    def kind(self, placement: str) -> str:
+        """Return why a placement was trained, such as `start+paper`; empty where unknown."""
+        rows = self.cells[self.cells["placement"] == placement]
+        return str(rows["kind"].iloc[0]) if len(rows) and "kind" in rows.columns else ""
+
     def outcomes(self) -> pd.DataFrame:
-        """Return one row per placement, by start block and size, with the chosen one marked."""
+        """Return one row per placement: the sweep of the start block, then the others by start.
+
+        Added columns: chosen, and sweep, whether the placement belongs to that sweep.
+        """
         cells = self.cells.drop_duplicates("placement").to_dict("records")
         names = [str(cell["placement"]) for cell in sorted(cells, key=_place)]
         frame = self.placements.set_index("placement").reindex(names).reset_index()
-        return frame.assign(chosen=frame["placement"] == self.chosen)
+        swept = ["start" in self.kind(name).split("+") for name in frame["placement"]]
+        frame = frame.assign(chosen=frame["placement"] == self.chosen, sweep=swept)
+        return frame.sort_values("sweep", ascending=False, kind="stable", ignore_index=True)
 
 
 def _table(path: Path) -> pd.DataFrame:
@@ -186,10 +215,7 @@ class Answer:
 
     def facts(self) -> list[tuple[str, str]]:
         """Return what stands beside the answer: label and text."""
-        options = ", ".join(
-            f"{k} {_number(v)}" for k, v in self.choice.evidence.get("options", {}).items()
-        )
-        found = [("Rule", self.choice.rule + (f" ({options})" if options else ""))]
+        found = [("Rule", self._rule()), *self._starts()]
         ours, theirs = self.parameters(self.choice), self.parameters(self.paper)
         if ours is not None and theirs:
             found.append(
@@ -212,9 +238,35 @@ class Answer:
         found.append(("Proved by training", self._proof()))
         return found
 
+    def _rule(self) -> str:
+        """Return the rule in words, with the options that are numbers or names."""
+        rule = RULES.get(self.choice.rule)
+        meaning = (rule.__doc__ or "").partition("\n")[0].rstrip(".") if rule else ""
+        options = ", ".join(
+            f"{key.replace('_', ' ')} {_number(value)}"
+            for key, value in self.choice.evidence.get("options", {}).items()
+            if value is not False
+        )
+        words = f"{self.choice.rule}: {meaning[:1].lower()}{meaning[1:]}" if meaning else ""
+        return (words or self.choice.rule) + (f" ({options})" if options else "")
+
+    def _starts(self) -> list[tuple[str, str]]:
+        """Return the first chosen block of each tower with its interval over resamples."""
+        parts = []
+        for tower in self.depths:
+            start = self.choice.evidence.get("towers", {}).get(tower, {}).get("start") or {}
+            if start.get("value") is None or start.get("low") is None:
+                continue
+            low, high = start["low"], start["high"]
+            span = f"always {low}" if low == high else f"{low} to {high}"
+            parts.append(f"{tower} {start['value']} ({span})")
+        if not parts:
+            return []
+        return [("First block", f"{join(parts)}, in 95 % of resamples")]
+
     def _proof(self) -> str:
         if self.validation is None:
-            return "not yet: vlmlayers validate trains here and at competing placements"
+            return "not yet; `vlmlayers validate` trains here and at competing placements"
         if self.validation.verdict:
             return self.validation.verdict
         frame = self.validation.placements.set_index("placement")["hm"]

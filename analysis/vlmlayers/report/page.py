@@ -18,7 +18,12 @@ from vlmlayers.report.markdown import report_markdown
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import payload, script_json
 from vlmlayers.report.ribbon import ribbon
-from vlmlayers.report.tables import answer_tables, made_tables, validation_tables
+from vlmlayers.report.tables import (
+    answer_tables,
+    comparison_table,
+    made_tables,
+    validation_tables,
+)
 from vlmlayers.run import write_text
 from vlmlayers.summaries import metrics_by_shape
 
@@ -68,6 +73,7 @@ def write_report(
             "random": RANDOM if answer.random_weights else "",
             **_evidence(answer),
             "validation": answer.validation,
+            "comparison": comparison_table(answer.validation),
             "predictors": _predictors(answer),
             "validation_tables": validation_tables(answer.validation),
             "answer_tables": answer_tables(answer),
@@ -167,7 +173,8 @@ def _downloads(answer: Answer) -> list[tuple[str, str]]:
         ("scores.csv.gz", data_uri(gzip.compress(table, mtime=0), "application/gzip")),
         ("choice.json", data_uri(answer.run.choice.read_bytes(), "application/json")),
     ]
-    for path in (answer.run.provenance, answer.run.validation, answer.run.study):
+    validation = sorted(answer.run.folder.glob("validation*.*")) if answer.validation else []
+    for path in (answer.run.provenance, *validation, answer.run.study):
         if path.exists():
             mime = {".json": "application/json", ".csv": "text/csv"}.get(path.suffix, "text/plain")
             found.append((path.name, data_uri(path.read_bytes(), mime)))

@@ -14,6 +14,7 @@ from vlmlayers.selection.curves import POOLED
 from vlmlayers.summaries import curves, dataset_names, metrics_by_shape
 
 DIGITS = 5
+OUTCOMES = ("base", "novel", "hm", "difference", "parameters")  # and their intervals
 
 
 def script_json(content: Any) -> str:
@@ -38,6 +39,15 @@ def payload(answer: Answer) -> dict[str, Any]:
         "matrices": [
             entry for name in shapes["matrix"] for entry in matrix_entries(answer.scores, name)
         ],
+        "fits": {
+            tower: {
+                name: rounded(values["fit"])
+                for name, values in found["values"].items()
+                if "fit" in values
+            }
+            for tower, found in answer.choice.evidence.get("towers", {}).items()
+            if isinstance(found.get("values"), dict)
+        },
         "frequency": {
             tower: rounded(found["frequency"])
             for tower, found in answer.choice.evidence.get("towers", {}).items()
@@ -133,30 +143,17 @@ def matrix_entries(scores: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
 def validation_entry(validation: Validation) -> dict[str, Any]:
     """Return the sweep and the predicted values of a validation."""
     frame = validation.outcomes()
-    names = [
-        name
-        for name in (
-            "base",
-            "novel",
-            "hm",
-            "hm_low",
-            "hm_high",
-            "parameters",
-            "difference",
-            "difference_low",
-            "difference_high",
-        )
-        if name in frame.columns
-    ]
     points = [
         {
-            "placement": str(row["placement"]),
             "chosen": bool(row["chosen"]),
             "reference": str(row["placement"]) == validation.reference,
-            **dict(zip(names, rounded([row[name] for name in names]))),
+            "sweep": bool(row["sweep"]),
+            "kind": validation.kind(str(row["placement"])),
+            **_outcome_entry(row),
         }
         for _, row in frame.iterrows()
     ]
+    plain = [_outcome_entry(row) for _, row in validation.zero_shot.iterrows()]
     predicted: dict[str, dict[str, Any]] = {}
     for _, row in validation.predicted.iterrows():
         predicted.setdefault(str(row["score"]), {})[str(row["placement"])] = rounded(
@@ -166,7 +163,21 @@ def validation_entry(validation: Validation) -> dict[str, Any]:
         str(row["score"]): rounded([row["tau"], row["low"], row["high"], row["p"]])
         for _, row in validation.correlations.iterrows()
     }
-    return {"points": points, "predicted": predicted, "tau": tau, "chosen": validation.chosen}
+    return {
+        "points": points,
+        "zero_shot": plain[0] if plain else None,
+        "predicted": predicted,
+        "tau": tau,
+        "chosen": validation.chosen,
+    }
+
+
+def _outcome_entry(row: pd.Series) -> dict[str, Any]:
+    keys = [name for name in row.index if name.partition("_")[0] in OUTCOMES]
+    return {
+        "placement": str(row["placement"]),
+        **dict(zip(keys, rounded([row[name] for name in keys]))),
+    }
 
 
 def rounded(values: Any) -> list[float | None]:

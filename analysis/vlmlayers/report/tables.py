@@ -8,20 +8,22 @@ from typing import Any
 
 import pandas as pd
 
+from vlmlayers.plots.saving import slug
 from vlmlayers.report.numbers import Answer, Validation, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores import refusals, score_cost
-from vlmlayers.selection import describe_blocks
+from vlmlayers.selection import PLACEMENT_SCORES, describe_blocks
 from vlmlayers.summaries import curves, metrics_by_shape
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of words: caption, headings, rows of cells."""
+    """A table of words: caption, headings, rows of cells, and the name of its download."""
 
     caption: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    name: str = "table"
 
     def bare(self) -> Table:
         """Return the table without its caption, for where a heading says it."""
@@ -30,7 +32,8 @@ class Table:
 
 def tabular(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Return a table with every cell as text."""
-    return Table(caption, tuple(headings), tuple(tuple(words(c) for c in row) for row in rows))
+    cells = tuple(tuple(words(cell) for cell in row) for row in rows)
+    return Table(caption, tuple(headings), cells, slug(caption.partition(",")[0]) or "table")
 
 
 def words(value: Any) -> str:
@@ -98,48 +101,112 @@ def position_table(answer: Answer) -> Table:
     )
 
 
+def comparison_table(validation: Validation | None) -> Table | None:
+    """Return the chosen placement beside the paper's, the best and zero-shot CLIP."""
+    if validation is None:
+        return None
+    frame = validation.placements.set_index("placement", drop=False)
+    named: dict[str, list[str]] = {}
+    for label, placement in (
+        ("chosen", validation.chosen),
+        ("the paper's", validation.reference),
+        ("best of all trained", validation.best),
+    ):
+        if placement in frame.index:
+            named.setdefault(placement, []).append(label)
+    rows = [_outcome_row(frame.loc[name], join(words_)) for name, words_ in named.items()]
+    rows += [_outcome_row(row, "no adapter") for _, row in validation.zero_shot.iterrows()]
+    count = validation.cells.groupby("dataset")["seed"].nunique()
+    caption = (
+        f"Test accuracy in percent, mean of {len(count)} dataset{'s' * (len(count) > 1)} and "
+        f"{int(count.max())} seed{'s' * (int(count.max()) > 1)}, 95 % intervals"
+    )
+    return tabular(caption, ["Placement", *OUTCOME_HEADINGS], rows)
+
+
+OUTCOME_HEADINGS = (
+    "Base classes",
+    "Novel classes",
+    "Harmonic mean",
+    "HM against the chosen",
+    "Parameters",
+)
+
+
+def _outcome_row(row: pd.Series, words_: str) -> list[Any]:
+    name = f"{row['placement']}" + (f" ({words_})" if words_ else "")
+    cells = [_interval(row, key) for key in ("base", "novel", "hm", "difference")]
+    return [name, *cells, _whole(row.get("parameters"))]
+
+
 def validation_tables(validation: Validation | None) -> list[Table]:
     """Return the placements by outcome, and how well each score predicted them."""
     if validation is None:
         return []
-    tables = []
-    frame = validation.outcomes().sort_values("hm", ascending=False)
-    headings = ["Placement", "Base", "Novel", "Harmonic mean", "Against the chosen", "Parameters"]
-    rows = []
-    for _, row in frame.iterrows():
-        name = str(row["placement"])
-        mark = (
-            " (chosen)"
-            if row["chosen"]
-            else " (the paper's)"
-            if name == validation.reference
-            else ""
-        )
-        rows.append(
-            [
-                name + mark,
-                *(_interval(row, key) for key in ("base", "novel", "hm")),
-                _interval(row, "difference"),
-                _whole(row.get("parameters")),
-            ]
-        )
-    tables.append(
+    frame = pd.concat([validation.placements, validation.zero_shot], ignore_index=True)
+    frame = frame.sort_values("hm", ascending=False)
+    tables = [
         tabular(
-            "Placements, best first, with 95 % intervals over datasets and seeds", headings, rows
+            "Placements, best first, with 95 % intervals over datasets and seeds",
+            ["Placement", *OUTCOME_HEADINGS],
+            [
+                _outcome_row(row, _why(validation, str(row["placement"])))
+                for _, row in frame.iterrows()
+            ],
         )
-    )
+    ]
     if len(validation.correlations):
+        columns = [
+            name
+            for name in ("tau", "low", "high", "p", "p_holm")
+            if name in validation.correlations
+        ]
         tables.append(
             tabular(
                 "How well each placement score predicted the trained harmonic mean",
-                ["Placement score", "Kendall's τ", "low", "high", "permutation p"],
+                ["Placement score", *(CORRELATION_HEADINGS[name] for name in columns), "Meaning"],
                 [
-                    [str(r["score"]), *(float(r[k]) for k in ("tau", "low", "high", "p"))]
+                    [str(r["score"]), *(float(r[k]) for k in columns), _meaning(str(r["score"]))]
                     for _, r in validation.correlations.iterrows()
                 ],
             )
         )
     return tables
+
+
+CORRELATION_HEADINGS = {
+    "tau": "Kendall's τ",
+    "low": "low",
+    "high": "high",
+    "p": "permutation p",
+    "p_holm": "p, corrected",
+}
+
+
+def _why(validation: Validation, placement: str) -> str:
+    """Return in words why a placement was trained."""
+    kinds = [one for one in validation.kind(placement).split("+") if one not in ("start", "chosen")]
+    chosen = ["chosen"] if placement == validation.chosen else []
+    return join([*chosen, *(KINDS.get(one, one) for one in kinds if one)])
+
+
+KINDS = {
+    "paper": "the paper's",
+    "all": "all blocks",
+    "lower": "lower half",
+    "upper": "upper half",
+    "single": "one block",
+    "vision": "vision only",
+    "text": "text only",
+}
+
+
+def _meaning(score: str) -> str:
+    known = PLACEMENT_SCORES.get(score)
+    if known is not None:
+        return known.meaning
+    metric = metric_entry(score.removeprefix("metric:"))["label"]
+    return f"mean over adapted blocks of {metric[:1].lower()}{metric[1:]}, scaled to its range"
 
 
 def _interval(row: pd.Series, key: str) -> str:

@@ -59,10 +59,10 @@
     const x = (tower, position) => isBlock(position) ? Number(position) * longest / depth[tower]
       : position === "embed" ? 0 : longest + (ends.indexOf(position) + 1) * step;
     const every = Math.ceil(longest / 12);
-    const marks = [{ x: 0, label: "Embed" }];
+    const marks = [{ x: 0, label: "Embed", must: true }];
     if (equal) for (let b = every; b <= longest; b += every) marks.push({ x: b, label: String(b) });
     else for (const share of [0.25, 0.5, 0.75, 1]) marks.push({ x: share * longest, label: String(share) });
-    for (const end of ends) marks.push({ x: x("", end), label: title(end), must: true });
+    for (const end of ends) marks.push({ x: x("", end), label: title(end), must: end === ends[ends.length - 1] });
     return { x, marks, low: -0.4 * step, high: longest + ends.length * step + 0.4 * step,
       label: equal ? "Block" : "Relative depth", half: (tower) => longest / depth[tower] / 2 };
   };
@@ -121,8 +121,9 @@
     const area = frame(plot, (narrow ? 300 : 360) + legendRows * 18,
       { left: 52, right: 14, top: 12 + legendRows * 18, bottom: spec.slanted ? 92 : 46 });
     const { svg, left, right, top, bottom } = area;
-    const all = spec.series.flatMap((s) => s.points.flatMap((p) => [p.value, p.low, p.high]))
-      .concat(spec.chance || []).filter((v) => v !== null && v !== undefined);
+    const spread = spec.bands !== false || spec.whiskers;
+    const all = spec.series.flatMap((s) => s.points.flatMap((p) => spread ? [p.value, p.low, p.high] : [p.value]))
+      .concat(spec.chance || [], (spec.levels || []).map((l) => l.value)).filter((v) => v !== null && v !== undefined);
     let low = Math.min(...all), high = Math.max(...all);
     const room = (high - low || Math.abs(high) || 1) * 0.06;
     low -= low >= 0 && low < room ? low : room;
@@ -160,17 +161,22 @@
         node("line", { x1: left, x2: right, y1: Y((from + to) / 2), y2: Y((from + to) / 2), stroke: "#6B6B6B", "stroke-dasharray": "5 3" }),
         node("text", { x: right, y: Y((from + to) / 2) - 5, "text-anchor": "end", fill: "#55555E" }, "Chance"));
     }
+    for (const level of spec.levels || []) {
+      svg.append(node("line", { x1: left, x2: right, y1: Y(level.value), y2: Y(level.value), stroke: level.colour, "stroke-dasharray": "5 3", class: "level" }));
+    }
     spec.series.forEach((s, i) => {
-      const path = (pick) => s.points.map((p, k) => `${k ? "L" : "M"}${X(p.x).toFixed(1)} ${Y(pick(p)).toFixed(1)}`).join("");
+      const path = (pick) => s.points.map((p, k) => `${k && !p.apart ? "L" : "M"}${X(p.x).toFixed(1)} ${Y(pick(p)).toFixed(1)}`).join("");
       const banded = s.points.filter((p) => p.low !== null && p.low !== undefined && p.high !== null);
-      if (spec.bands !== false && banded.length > 1) {
+      if (spec.whiskers) for (const p of banded) {
+        svg.append(node("line", { x1: X(p.x), x2: X(p.x), y1: Y(p.low), y2: Y(p.high), stroke: s.colour, "stroke-width": 1.4, opacity: 0.75, class: "whisker" }));
+      } else if (spec.bands !== false && banded.length > 1) {
         const back = [...banded].reverse().map((p) => `L${X(p.x).toFixed(1)} ${Y(p.low).toFixed(1)}`).join("");
         const there = banded.map((p, k) => `${k ? "L" : "M"}${X(p.x).toFixed(1)} ${Y(p.high).toFixed(1)}`).join("");
         svg.append(node("path", { d: `${there}${back}Z`, fill: s.colour, opacity: 0.15, class: "band" }));
       }
       svg.append(node("path", { d: path((p) => p.value), fill: "none", stroke: s.colour, "stroke-width": 2,
         "stroke-dasharray": s.dash || "none", "stroke-linejoin": "round", class: "series" }));
-      for (const p of s.points) {
+      if (!s.bare) for (const p of s.points) {
         svg.append(i % 2 ? node("rect", { x: X(p.x) - 3, y: Y(p.value) - 3, width: 6, height: 6, fill: s.colour })
           : node("circle", { cx: X(p.x), cy: Y(p.value), r: 3.2, fill: s.colour }));
       }
@@ -181,7 +187,9 @@
         node("text", { x: lx + 28, y: ly + 4, fill: "#1B1B1F" }, s.name.length > room ? `${s.name.slice(0, room - 1)}…` : s.name));
     });
     if (DATA.random) svg.append(node("text", { x: right, y: top + 12, "text-anchor": "end", fill: "#8A1F1F", "font-weight": 600 }, "random weights"));
-    const stops = unique(spec.series.flatMap((s) => s.points.map((p) => p.x))).sort((a, b) => a - b);
+    const apart = spec.whiskers ? 0.3 : 1e-6;
+    const stops = unique(spec.series.flatMap((s) => s.points.map((p) => p.x))).sort((a, b) => a - b)
+      .filter((x, i, all) => !i || x - all[i - 1] > apart);
     const rule = svg.appendChild(node("line", { y1: top, y2: bottom, stroke: "#55555E", "stroke-dasharray": "2 2", visibility: "hidden" }));
     explore(plot, area, stops.length, (x, y) => {
       if (!stops.length || y < top - 8 || y > bottom + 8) return -1;
@@ -191,7 +199,7 @@
       if (index < 0) return "";
       const at = X(stops[index]);
       rule.setAttribute("x1", at); rule.setAttribute("x2", at);
-      const here = spec.series.map((s) => [s, s.points.find((p) => Math.abs(p.x - stops[index]) < 1e-6)]).filter(([, p]) => p);
+      const here = spec.series.map((s) => [s, s.points.find((p) => Math.abs(p.x - stops[index]) <= apart * 1.2)]).filter(([, p]) => p);
       const heading = unique(here.map(([, p]) => p.label)).join(" / ");
       const lines = here.map(([s, p]) => `${s.name} ${show(p.value)}` +
         (p.low !== null && p.low !== undefined ? ` [${show(p.low)}, ${show(p.high)}]` : "") + (p.more ? ` ${p.more}` : ""));
@@ -206,7 +214,8 @@
     const width = Math.max(280, plot.clientWidth || 640);
     const longest = Math.min(Math.max(...names.map((n) => n.length)) * 6.8, width * 0.34);
     const left = Math.max(58, longest + 30);
-    const cell = Math.min(spec.square ? 34 : 46, (width - left - 14) / spec.columns.length);
+    const most = document.documentElement.classList.contains("printing") ? 30 : 46;
+    const cell = Math.min(most, (width - left - 14) / spec.columns.length);
     const tall = spec.square ? cell : 28;
     const area = frame(plot, Math.round(tall * names.length + 120), { left, right: 14, top: 46, bottom: 74 });
     const { svg, top } = area;
@@ -378,6 +387,18 @@
   const caption = (figure, text) => { const place = figure.querySelector(".about"); if (place) place.textContent = text; };
   const controls = (figure) => Object.fromEntries([...figure.querySelectorAll("[data-control]")].map((c) => [c.dataset.control, c]));
 
+  // 5–12 where both towers are adapted alike up to the end, else why the placement was trained.
+  const WHY = { lower: "lower half", upper: "upper half", single: "one block", random: "random", vision: "vision only", text: "text only" };
+  const shortName = (p) => {
+    const [vision, text] = p.placement.split(",").map((part) => part.slice(1));
+    const blocks = vision === text ? vision.replaceAll("-", "–") : p.placement.replaceAll("-", "–").replaceAll(",", ", ");
+    const why = p.kind.split("+").map((k) => WHY[k]).find(Boolean);
+    if (p.sweep || !why || why === "one block") return blocks.length > 15 ? `${blocks.slice(0, 14)}…` : blocks;
+    return why === "random" ? `random ${p.number}` : why;
+  };
+  let randoms = 0;
+  for (const p of DATA.validation?.points || []) if (/\brandom\b/.test(p.kind)) p.number = ++randoms;
+
   const charts = {
     curves(figure, c) {
       const metric = c.metric.value, here = DATA.curves.filter((e) => e.metric === metric);
@@ -395,7 +416,11 @@
       const axis = depthAxis(found.length ? found.map(([t]) => t) : ["vision"].filter((t) => t in DATA.depth), tail);
       const series = found.map(([tower, points]) => ({ name: title(tower), colour: TOWER[tower], points: points.map(asPoint(axis, tower)) }));
       const nulls = found.flatMap(([, points]) => points.map((p) => p[4])).filter((v) => v !== null);
-      caption(figure, `${DATA.metrics[metric].caption} ${title(datasetLabel(c.dataset.value))}. Bands: 95 % interval over items and seeds. Shaded: the chosen blocks, text above, vision below.`);
+      const pooled = c.dataset.value === "*" || c.dataset.value === "";
+      const fits = pooled ? towers.filter((t) => DATA.fits?.[t]?.[metric]) : [];
+      for (const tower of fits) series.push({ name: `${title(tower)}, fitted`, colour: TOWER[tower], dash: "6 4", bare: true,
+        points: DATA.fits[tower][metric].map((value, b) => ({ x: axis.x(tower, String(b + 1)), label: `${title(tower)} block ${b + 1}`, value, low: null, high: null })) });
+      caption(figure, `${DATA.metrics[metric].caption} ${title(datasetLabel(c.dataset.value))}. Bands: 95 % interval over items and seeds. Shaded: the chosen blocks, text above, vision below.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
       if (!series.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
       lineChart(plot, { series, axis, yLabel: label, chance: nulls.length ? [Math.min(...nulls), Math.max(...nulls)] : [],
         shade: shade(axis, found.map(([t]) => t)), bands: c.bands.checked, alt: `${label} along depth, ${datasetLabel(c.dataset.value)}; the values are in the table below.` });
@@ -452,13 +477,24 @@
       table(figure, ["tower", "block", "share", "chosen"], bars.map((b) => [b.tower, String(b.block), b.value, b.chosen ? "yes" : "no"]));
     },
     sweep(figure, c) {
-      const points = DATA.validation.points.map((p, i) => ({ ...p, i }));
-      const names = [["base", "Base", "#2F8FC4"], ["novel", "Novel", "#B34700"], ["hm", "Harmonic mean", "#222222"]].filter(([k]) => c[k].checked);
-      const axis = { low: -0.6, high: points.length - 0.4, label: "", marks: points.map((p) => ({ x: p.i, label: p.placement })) };
-      const place = (k) => (p) => ({ x: p.i, label: p.placement, value: p[k], low: p[`${k}_low`] ?? null, high: p[`${k}_high`] ?? null });
-      if (names.length) lineChart(figure.querySelector(".plot"), { axis, slanted: true, yLabel: "Accuracy (%)", shade: points.filter((p) => p.chosen).map((p) => ({ from: p.i - 0.45, to: p.i + 0.45, colour: "#007E5D", part: "whole" })),
-        series: names.map(([k, name, tint]) => ({ name, colour: tint, points: points.map(place(k)) })), alt: "Trained accuracy at each placement; the values are in the table below." });
-      table(figure, ["placement", "base", "novel", "hm", "parameters", "chosen"], points.map((p) => [p.placement, p.base, p.novel, p.hm, p.parameters ?? null, p.chosen ? "yes" : p.reference ? "paper" : ""]));
+      const v = DATA.validation, against = c.form.value === "difference", plain = v.zero_shot;
+      const key = (k) => !against ? k : k === "hm" ? "difference" : `${k}_difference`;
+      const points = v.points.map((p, i) => ({ ...p, i: i + (p.sweep ? 0 : 0.6) }));
+      const names = [["base", "Base", "#2F8FC4"], ["novel", "Novel", "#B34700"], ["hm", "Harmonic mean", "#222222"]]
+        .filter(([k]) => c[k].checked && points.some((p) => Number.isFinite(p[key(k)])));
+      const axis = { low: -0.6, high: Math.max(...points.map((p) => p.i)) + 0.6, label: "", marks: points.map((p) => ({ x: p.i, label: shortName(p) })) };
+      const place = ([k], n) => (p) => ({ x: p.i + (against ? 0.16 * (n - (names.length - 1) / 2) : 0), label: p.placement, apart: !p.sweep, value: p[key(k)],
+        low: p[`${key(k)}_low`] ?? null, high: p[`${key(k)}_high`] ?? null });
+      const levels = plain ? names.filter(([k]) => Number.isFinite(plain[key(k)])).map(([k, , tint]) => ({ value: plain[key(k)], colour: tint })) : [];
+      caption(figure, `${against ? "Test accuracy minus that of the chosen placement, in pairs of dataset and seed, with 95 % intervals." : "Mean test accuracy over datasets and seeds; its intervals stand in the table, and are wide because datasets differ."} Joined: the sweep of the first adapted block up to the last. Apart: other placements. Green: the chosen one.${plain ? " Dashed: CLIP without an adapter." : ""}`);
+      const plot = figure.querySelector(".plot");
+      if (!names.length) { plot.querySelectorAll("svg").forEach((old) => old.remove()); table(figure, ["nothing to show"], []); return; }
+      lineChart(plot, { axis, slanted: true, yLabel: against ? "Difference (points)" : "Accuracy (%)", levels, bands: false, whiskers: against,
+        shade: points.filter((p) => p.chosen).map((p) => ({ from: p.i - 0.45, to: p.i + 0.45, colour: "#007E5D", part: "whole" })),
+        series: names.map((one, n) => ({ name: one[1], colour: one[2], points: points.map(place(one, n)).filter((p) => Number.isFinite(p.value)) })),
+        alt: `${against ? "Difference of trained accuracy to the chosen placement" : "Trained accuracy"} at each placement; the values are in the table below.` });
+      table(figure, ["placement", ...names.flatMap(([, name]) => [name, "low", "high"]), "parameters", "why"],
+        points.map((p) => [p.placement, ...names.flatMap(([k]) => [p[key(k)] ?? null, p[`${key(k)}_low`] ?? null, p[`${key(k)}_high`] ?? null]), p.parameters ?? null, p.kind.replaceAll("+", ", ")]));
     },
     scatter(figure, c) {
       const v = DATA.validation, name = c.score.value;
@@ -491,13 +527,33 @@
     },
   };
 
+  const redraw = [];
   for (const figure of document.querySelectorAll("figure[data-chart]")) {
     const parts = controls(figure), draw = () => charts[figure.dataset.chart](figure, parts);
     for (const control of Object.values(parts)) control.addEventListener("change", draw);
     for (const button of figure.querySelectorAll("button[data-get]")) button.addEventListener("click", () => download(figure, button.dataset.get));
     draw();
+    redraw.push(draw);
     let width = figure.clientWidth;
     new ResizeObserver(() => { if (Math.abs(figure.clientWidth - width) > 8) { width = figure.clientWidth; draw(); } }).observe(figure);
   }
+  for (const button of document.querySelectorAll("button[data-table]")) button.addEventListener("click", () => {
+    const rows = [...button.closest(".table").querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => quote(cell.textContent)).join(","));
+    save(`${button.dataset.table}.csv`, new Blob([rows.join("\r\n")], { type: "text/csv" }));
+  });
+  // Paper is narrower than most windows, and nothing can be unfolded on it.
+  const folded = () => [...document.querySelectorAll("details:not(.screen):not([open])")];
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    document.documentElement.classList.add("printing");
+    opened = folded();
+    for (const one of opened) one.open = true;
+    for (const draw of redraw) draw();
+  });
+  addEventListener("afterprint", () => {
+    document.documentElement.classList.remove("printing");
+    for (const one of opened) one.open = false;
+    for (const draw of redraw) draw();
+  });
   document.documentElement.dataset.charts = "drawn";
 })();
