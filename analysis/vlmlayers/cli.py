@@ -202,6 +202,26 @@ def data_check(
     raise typer.Exit(exit_code(table, names or ()))
 
 
+@data_app.command("shards")
+def data_shards(
+    name: Annotated[str, typer.Argument(help="Dataset: a name, TOML file or image folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the shards and their manifest.toml.")],
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", help="A split; repeatable; all where absent.")
+    ] = None,
+    per_shard: Annotated[int, typer.Option(help="Items in one tar file.")] = 1000,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a dataset to webdataset shards, with a manifest of their own."""
+    from vlmlayers.manifests import Manifest, write_shards
+
+    manifest = Manifest.load(name)
+    chosen = splits or manifest.splits(data_root)
+    written = write_shards(manifest, chosen, out, per_shard, data_root, progress=not quiet)
+    typer.echo(f"{Manifest.load(str(written)).check().line()}\n{written}")
+
+
 @app.command()
 def models(
     check: Annotated[
@@ -302,7 +322,10 @@ def extract(
         typer.echo(estimate_study(made, out, data_root=data_root))
         return
     first = is_first_process()
-    shown = {"progress": not quiet, "echo": typer.echo if first else lambda line: None}
+    shown: dict[str, Any] = {
+        "progress": not quiet,
+        "echo": typer.echo if first else lambda line: None,
+    }
     if streaming:
         done = stream_study(made, out, data_root=data_root, **shown)
         if first:

@@ -242,6 +242,8 @@ class StoreWriter:
         with writing(self.partial):
             if bad:
                 source = self._without(bad)
+            for draft in source.rglob("*.tmp"):  # of a process that was killed while it wrote
+                draft.unlink()
             record = {name: self._part(source, name, bad) for name in self.towers}
             write_record(
                 source / SIDECAR,

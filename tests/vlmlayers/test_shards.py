@@ -49,7 +49,7 @@ def test_conversion_keeps_items_pixels_and_names(tmp_path: Path) -> None:
     written = write_shards(manifest, ["train", "test"], tmp_path / "to", 4, progress=False)
     shards = Manifest.load(written)
     assert shards.check(full=True).state == "complete"
-    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "to").glob("[!.]*")) == [
         "manifest.toml", "test-00000.tar", "train-00000.tar", "train-00001.tar", "train-00002.tar",
     ]  # fmt: skip
     assert shards.class_names() == tuple(NAMES)
@@ -109,10 +109,49 @@ def test_a_failed_conversion_leaves_no_half_shard(tmp_path: Path) -> None:
     (tmp_path / "from/x/6.png").unlink()
     with pytest.raises(UserError, match=r"x/6\.png cannot be read: No such file"):
         write_shards(manifest, "train", tmp_path / "to", 4, progress=False)
-    assert [path.name for path in (tmp_path / "to").iterdir()] == ["train-00000.tar"]
+    assert [path.name for path in (tmp_path / "to").glob("[!.]*")] == ["train-00000.tar"]
+    (tmp_path / "to/train-00000.tar").touch()
+    before = (tmp_path / "to/train-00000.tar").stat().st_mtime_ns
     write_pictures(tmp_path / "from", ["x/6.png"])
     written = write_shards(manifest, "train", tmp_path / "to", 4, progress=False)
     assert Manifest.load(written).check(full=True).ok
+    assert (tmp_path / "to/train-00000.tar").stat().st_mtime_ns == before  # it went on
+
+
+def test_a_conversion_adds_to_nothing_else(tmp_path: Path) -> None:
+    manifest = source(tmp_path / "from")
+    write_shards(manifest, "train", tmp_path / "to", 4, progress=False)
+    with pytest.raises(UserError, match="holds another conversion; choose another folder"):
+        write_shards(manifest, "train", tmp_path / "to", 5, progress=False)
+    write_tar(tmp_path / "mine/x.tar", [("a.png", png())])
+    with pytest.raises(UserError, match="holds shards of another origin; choose another"):
+        write_shards(manifest, "train", tmp_path / "mine", 4, progress=False)
+    assert len(index_shard(tmp_path / "mine/x.tar")) == 1
+
+
+def test_the_verb_converts_and_checks(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from vlmlayers.cli import app
+
+    paths = [f"train/{name}/{i}.jpg" for name in ("gull", "owl") for i in range(4)]
+    folder_dataset(tmp_path / "from", paths, 'split_folders = { train = "train" }')
+    arguments = [str(tmp_path / "from/sample.toml"), "--out", str(tmp_path / "to"), "--quiet"]
+    result = CliRunner().invoke(app, ["data", "shards", *arguments, "--per-shard", "3"])
+    assert result.exit_code == 0, result.output
+    assert "8" in result.output
+    assert len(list((tmp_path / "to").glob("*.tar"))) == 3
+    assert len(Manifest.load(tmp_path / "to").items("train")) == 8
+
+
+def test_writing_without_the_library_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "webdataset.writer", None)
+    with pytest.raises(UserError, match="needs the package webdataset; install it with"):
+        write_shards(source(tmp_path / "from"), "train", tmp_path / "to", progress=False)
 
 
 def test_webdataset_itself_reads_what_is_written(tmp_path: Path) -> None:

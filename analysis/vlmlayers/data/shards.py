@@ -1,4 +1,4 @@
-"""Webdataset shards: an index over plain tar files for random access, and a writer.
+"""Webdataset shards: an index over plain tar files for random access, and the writer.
 
 A sample is the members that share a name up to its first dot: an image, `.cls` (a whole number
 or a class name), `.txt` (captions, one a line), `.json` (kept, not read). The files are read with
@@ -8,7 +8,6 @@ index and a run resumes in the middle: both need access by number.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vlmlayers.errors import UnreadableImage, UserError
+from vlmlayers.store import writing
 
 IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"])
 LARGEST_TEXT = 1_000_000  # bytes of a .cls or .txt member
@@ -146,27 +146,38 @@ class NewSample:
 def write_shard(path: Path, samples: Iterable[tuple[int, NewSample]]) -> None:
     """Write numbered samples into one tar file, which appears only when it is complete.
 
-    Equal samples give equal bytes: times and owners are left at zero.
+    Equal samples give equal bytes: times and owners are fixed.
+
+    Raises:
+        UserError: The package webdataset is not installed, or the disk is full or not writable.
     """
+    try:
+        from webdataset.writer import TarWriter
+    except ImportError as error:
+        raise UserError(
+            "writing shards needs the package webdataset; install it with "
+            "`pip install 'vlm-layers[shards]'`"
+        ) from error
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            for number, sample in samples:
-                for suffix, content in _members(sample):
-                    info = tarfile.TarInfo(f"{number:08d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        temporary.replace(path)
+        with writing(path):
+            with (
+                temporary.open("wb") as stream,
+                TarWriter(stream, encoder=False, mtime=0) as tar,
+            ):
+                for number, sample in samples:
+                    tar.write({"__key__": f"{number:08d}", **_members(sample)})
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _members(sample: NewSample) -> list[tuple[str, bytes]]:
-    members = [(sample.suffix, sample.image)]
+def _members(sample: NewSample) -> dict[str, bytes]:
+    members = {sample.suffix: sample.image}
     if sample.label >= 0:
-        members.append(("cls", str(sample.label).encode()))
+        members["cls"] = str(sample.label).encode()
     if sample.captions:
         lines = (" ".join(text.split()) for text in sample.captions)
-        members.append(("txt", "\n".join(lines).encode()))
-    members.append(("json", json.dumps({"path": sample.origin}, ensure_ascii=False).encode()))
+        members["txt"] = "\n".join(lines).encode()
+    members["json"] = json.dumps({"path": sample.origin}, ensure_ascii=False).encode()
     return members

@@ -8,11 +8,20 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vlmlayers.data.shards import IMAGE_SUFFIXES, NewSample, read_member, write_shard
+from vlmlayers.data.shards import (
+    IMAGE_SUFFIXES,
+    NewSample,
+    index_shard,
+    read_member,
+    write_shard,
+)
 from vlmlayers.errors import UserError
-from vlmlayers.manifests.items import Item
+from vlmlayers.manifests.items import Item, items_hash
 from vlmlayers.manifests.manifest import Manifest
 from vlmlayers.progress import track
+from vlmlayers.run import fingerprint, read_json, write_json, write_text
+
+NOTE = ".conversion.json"
 
 Root = str | os.PathLike[str] | None
 
@@ -29,7 +38,8 @@ def write_shards(
     """Write splits of a dataset as webdataset shards and return the manifest written beside them.
 
     Files are copied byte for byte, so features do not change; drawn images become PNG. Each
-    shard appears when it is complete, the manifest last.
+    shard appears when it is complete, the manifest last. A conversion that was stopped goes on
+    with the shards that are missing.
 
     Args:
         manifest: The dataset to convert.
@@ -40,29 +50,42 @@ def write_shards(
         progress: Whether to show progress.
 
     Raises:
-        UserError: `per_shard` is not positive, or an image cannot be read.
+        UserError: `per_shard` is not positive, an image cannot be read, or the folder holds
+            something else.
     """
     if per_shard < 1:
         raise UserError(f"per_shard is {per_shard}; a shard holds 1 item or more")
     target = Path(folder)
     splits = [split] if isinstance(split, str) else list(split)
+    listed = {part: manifest.items(part, root) for part in splits}
+    plan = fingerprint([manifest.hash, per_shard, {k: items_hash(v) for k, v in listed.items()}])
+    _start(target, plan)
     shards: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
-    for part in splits:
-        items = manifest.items(part, root)
-        target.mkdir(parents=True, exist_ok=True)
+    for part, items in listed.items():
         counts[part], shards[part] = len(items), []
         starts = range(0, len(items), per_shard)
         for number, start in enumerate(track(starts, part, unit="shard", show=progress)):
             name = f"{part}-{number:05d}.tar"
             batch = items[start : start + per_shard]
-            write_shard(target / name, _samples(manifest, batch, start, root))
+            if not _whole(target / name, len(batch)):
+                write_shard(target / name, _samples(manifest, batch, start, root))
             shards[part].append(name)
-    path = target / "manifest.toml"
-    temporary = target / f".manifest.toml.{os.getpid()}.part"
-    temporary.write_text(_toml(manifest, shards, counts, root), encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_text(target / "manifest.toml", _toml(manifest, shards, counts, root))
+
+
+def _start(target: Path, plan: str) -> None:
+    """Note what is converted into a folder, so that nothing but the same is added to it."""
+    note = target / NOTE
+    if note.exists() and read_json(note).get("plan") != plan:
+        raise UserError(f"{target} holds another conversion; choose another folder, or delete it")
+    if not note.exists() and next(target.glob("*.tar"), None) is not None:
+        raise UserError(f"{target} holds shards of another origin; choose another folder")
+    write_json(note, {"plan": plan})
+
+
+def _whole(shard: Path, count: int) -> bool:
+    return shard.exists() and len(index_shard(shard)) == count
 
 
 def _samples(
