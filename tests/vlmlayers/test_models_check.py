@@ -7,6 +7,7 @@ import pytest
 
 from vlmlayers.errors import UserError
 from vlmlayers.models import check, models_check, summary
+from vlmlayers.study.catalogue import models_text
 
 SOME = [
     "RN50",
@@ -47,6 +48,28 @@ def test_a_refusal_says_why(monkeypatch):
         "no vision tower is known in Odd",
     ]
     assert summary(table) == "0 of 1 architectures: both towers found"
+
+
+def test_the_check_reads_well_at_80_columns(monkeypatch, capfd):
+    lines = models_text(SOME, check=True).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(
+        " ".join(line.split()) == "RN50 4 stages × 2048 attention 12 × 512 eot" for line in lines
+    )
+    assert "Stages count as blocks" in lines[-2]
+    assert lines[-1] == "7 of 7 architectures: both towers found"
+    assert "7/7" in capfd.readouterr().err  # a progress bar
+
+    def refuse(clip):
+        raise UserError("no vision tower is known in Odd")
+
+    monkeypatch.setattr(check, "find_vision", refuse)
+    lines = models_text(["ViT-S-32"], check=True).splitlines()
+    assert lines[1].split() == ["ViT-S-32", "refused"]
+    assert lines[-2:] == [
+        "ViT-S-32: no vision tower is known in Odd",
+        "0 of 1 architectures: both towers found",
+    ]
 
 
 def test_unknown_architecture_is_refused():

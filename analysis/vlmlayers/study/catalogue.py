@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,25 @@ def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> s
     shown = pd.DataFrame(
         {
             "model": table["model"],
-            "vision": _tower(table, "vision"),
-            "text": _tower(table, "text"),
-            "status": table["status"],
+            "vision": [_tower(row, "vision") for row in table.to_dict("records")],
+            "text": [_tower(row, "text") for row in table.to_dict("records")],
         }
     )
-    lines = [text_table(shown, {"model": 29, "vision": 19, "text": 16}), ""]
+    lines = [text_table(shown, {"model": 29, "vision": 27, "text": 19}), ""]
     lines += [f"{name}: {why}" for name, why in zip(table["model"], table["reason"]) if why]
+    if "stages" in set(table["vision_kind"]):
+        lines.append("Stages count as blocks; joint space is defined at the last of them only.")
     return "\n".join([*lines, summary(table)])
 
 
-def _tower(table: pd.DataFrame, tower: str) -> list[str]:
-    blocks, widths = table[f"{tower}_blocks"], table[f"{tower}_width"]
-    pooling = table[f"{tower}_pooling"]
-    return [f"{b} × {w} {p}" if b else "" for b, w, p in zip(blocks, widths, pooling)]
+def _tower(row: Mapping[Hashable, Any], tower: str) -> str:
+    """Return blocks, width and pooling of a tower as a table shows them."""
+    if row["status"] == "refused":
+        return "refused" if tower == "vision" else ""
+    stages = " stages" if row.get(f"{tower}_kind") == "stages" else ""
+    pooling = row[f"{tower}_pooling"].removeprefix("model (").rstrip(")")
+    words = pooling.partition(",")[0].removesuffix(" pool")
+    return f"{row[f'{tower}_blocks']}{stages} × {row[f'{tower}_width']} {words}"
 
 
 def names() -> list[str]:
