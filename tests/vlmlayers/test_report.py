@@ -18,8 +18,10 @@ from score_tables import DATASETS
 from vlmlayers.errors import UserError
 from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.numbers import read_answer
-from vlmlayers.report.payload import script_json
+from vlmlayers.report.payload import payload, script_json, validation_entry
+from vlmlayers.report.tables import comparison_table, summary_table
 from vlmlayers.run import Run
+from vlmlayers.selection import select
 from vlmlayers.text_tables import escape_markdown, markdown_table, text_table
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -66,6 +68,56 @@ def test_the_answer_comes_first_and_is_right(validated: Run) -> None:
     assert f"{8 * per_block:,} at bottleneck width 32" in words
     assert "The chosen placement did worse than the default." in words
     assert "the same: vision 5–12, text 5–12" in words
+    assert "vision 5 (always 5) and text 5 (always 5), in 95 % of resamples" in words
+    assert "threshold: blocks whose dataset accuracy and cross-tower agreement both pass" in words
+
+
+def test_the_answer_compares_with_the_papers_placement_the_best_and_zero_shot(
+    validated: Run,
+) -> None:
+    table = comparison_table(read_answer(validated.folder).validation)
+    assert table is not None
+    cells = pd.read_csv(validated.validation)
+    means = cells.groupby("placement")["hm"].mean()
+    by_name = {row[0]: row for row in table.rows}
+    assert list(by_name) == [
+        "v5-12,t5-12 (chosen and the paper's)",
+        f"{means.idxmax()} (best of all trained)",
+        "zero-shot (no adapter)",
+    ]
+    ours, zero = means["v5-12,t5-12"], 52.4
+    row = by_name["zero-shot (no adapter)"]
+    assert row[3] == "52.4 [51.4, 53.4]"
+    assert row[4] == f"{zero - ours:+.1f} [{zero - ours - 1:.1f}, {zero - ours + 1:.1f}]"
+    assert "mean of 2 datasets and 3 seeds" in table.caption
+    words = " ".join(Page(validated.report.read_text()).words)
+    assert words.index("best of all trained") < words.index("Along depth")
+    assert "none predicted the outcome." in words
+    assert comparison_table(None) is None
+    best = read_answer(validated.folder).validation
+    assert best is not None and best.best == means.idxmax()
+    row = summary_table([("a", read_answer(validated.folder))]).rows[0]
+    assert row[-1] == f"{ours:.1f} (best {means.max():.1f})"
+
+
+def test_the_sweep_is_told_apart_from_other_placements(validated: Run) -> None:
+    validation = read_answer(validated.folder).validation
+    assert validation is not None
+    entry = validation_entry(validation)
+    names = [point["placement"] for point in entry["points"]]
+    assert names == [f"v{i}-12,t{i}-12" for i in range(1, 13)] + ["v5-12,t-"]
+    assert [point["sweep"] for point in entry["points"]] == [True] * 12 + [False]
+    assert entry["points"][-1]["kind"] == "vision"
+    assert entry["zero_shot"]["novel"] == 55
+    assert entry["points"][0]["base_difference_low"] is not None
+
+
+def test_a_knee_is_drawn_over_its_curve(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "knee", small=True)
+    select(read_answer(run.folder).scores, "knee", resamples=3).save(run.choice)
+    answer = read_answer(run.folder)
+    fit = answer.choice.evidence["towers"]["text"]["values"]["dataset_accuracy"]["fit"]
+    assert payload(answer)["fits"]["text"]["dataset_accuracy"] == pytest.approx(fit, rel=1e-4)
 
 
 def test_nothing_is_loaded_and_nothing_foreign_runs(validated: Run) -> None:
@@ -101,6 +153,9 @@ def test_embedded_downloads_hold_the_tables(validated: Run) -> None:
     assert len(table) == len(pd.read_parquet(validated.scores))
     choice = json.loads(base64.b64decode(str(links["choice.json"]).partition(",")[2]))
     assert choice["vision"] == list(range(5, 13))
+    for name in ("validation_placements.csv", "validation_correlations.csv", "validation.json"):
+        content = base64.b64decode(str(links[name]).partition(",")[2])
+        assert content == (validated.folder / name).read_bytes()
     for kind in ("svg", "png", "csv"):
         assert f"curves-dataset-accuracy.{kind}" in links
 
