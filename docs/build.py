@@ -26,6 +26,7 @@ from pygments.formatters import HtmlFormatter
 DOCS = Path(__file__).resolve().parent
 PACKAGES = ("vlmlayers", "vlmadapters")
 EXTRAS = ["fenced-code-blocks", "tables", "header-ids", "code-friendly", "cuddled-lists", "strike"]
+BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md")  # pages that lie where repositories have them
 KEPT = {".png", ".svg", ".jpg", ".toml", ".csv", ".pdf"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -63,12 +64,17 @@ class Page:
 
 
 def find_pages(docs: Path) -> list[Page]:
-    """Return the pages in the order of the menu: the README is the start, then docs/*.md."""
+    """Return the pages in the order of the menu: the README, docs/*.md, the rest of `BESIDE`."""
     start = next((path for path in (docs / "index.md", docs.parent / "README.md")
                   if path.exists()), None)  # fmt: skip
     first = [Page.of(start, "index.html")] if start else []
     rest = [path for path in sorted(docs.rglob("*.md")) if path != start]
-    return first + [Page.of(path, _target(path, docs)) for path in rest]
+    beside = [docs.parent / name for name in BESIDE]
+    return [
+        *first,
+        *(Page.of(path, _target(path, docs)) for path in rest),
+        *(Page.of(path, f"{path.stem.lower()}.html") for path in beside if path.exists()),
+    ]
 
 
 def build(docs: Path, out: Path, packages: tuple[str, ...] = PACKAGES) -> list[Path]:
@@ -173,7 +179,8 @@ def _metric_row(row: dict[str, str]) -> str:
         f"{row['reference']}.",
         row["chance"] or "not defined",
         f"{row['needs']}; {row['towers']}; {row['spaces']}; n ≥ {row['smallest n']}"
-        + (f"; unchanged by {row['invariant to']}" if row["invariant to"] else ""),
+        + (f"; unchanged by {row['invariant to']}" if row["invariant to"] else "")
+        + (f"; changed by {row['sensitive to']}" if row["sensitive to"] else ""),
     )
     return f'<tr id="{row["metric"]}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
@@ -198,7 +205,7 @@ def find_modules(packages: tuple[str, ...]) -> list[str]:
 def render(title: str, body: str, target: str, pages: list[Page], packages: tuple[str, ...]) -> str:
     """Return a whole page: menu and body."""
     up = "../" * target.count("/")
-    guide = [(page.target, page.title) for page in pages]
+    guide = [(p.target, "Start" if p.target == "index.html" else p.title) for p in pages]
     api = [(f"api/{package.replace('.', '/')}.html", package) for package in packages]
     api += [("api/index.html", "All modules"), ("api/metrics.html", "All metrics")] if api else []
     menu = "\n".join(

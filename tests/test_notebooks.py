@@ -29,6 +29,22 @@ def test_notebooks_are_thin_and_stripped(path: Path) -> None:
         assert len(cell.source.splitlines()) <= 17
 
 
+def test_every_plot_is_shown_in_a_notebook_and_none_of_those_only_saved() -> None:
+    """From the first figure on, also where nobody imported pyplot before."""
+    cells = (
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent / 'vlmlayers')!r})\n"
+        "import vlmlayers as vl\nfrom score_tables import full\nscores = full()\nscores",
+        "vl.plots.layer_curves(scores, 'class_accuracy');",
+        "vl.plots.agreement_matrix(scores)",
+        "with vl.plots.unseen():\n    vl.plots.agreement_matrix(scores)",
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3").execute()
+    kinds = [{kind for output in cell.outputs for kind in output.get("data", {})}
+             for cell in notebook.cells[1:]]  # fmt: skip
+    assert ["image/png" in found for found in kinds] == [True, True, False]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (MINI_FOLDER / "model.safetensors").is_file(), reason="the miniature CLIP is not shipped"
@@ -40,11 +56,12 @@ def test_notebooks_run(path: Path, tmp_path: Path) -> None:
         notebook, timeout=170, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
-    shown = [
-        output
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if output.output_type in ("execute_result", "display_data")
-    ]
-    assert shown, "a notebook that shows nothing teaches nothing"
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        pictures = [kind for output in cell.outputs for kind in output.get("data", {})
+                    if kind in ("image/png", "image/svg+xml")]  # fmt: skip
+        draws = any(word in cell.source for word in ("vl.plots.", "plt.", "SVG("))
+        assert bool(pictures) == draws, cell.source
+        words = [output.text for output in cell.outputs if output.output_type == "stream"]
+        assert not any("Warning" in text for text in words), words

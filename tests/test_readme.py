@@ -114,13 +114,17 @@ def test_python_blocks_compile(page: str, code: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), _blocks("toml"))
-def test_toml_blocks_are_studies_or_manifests(page: str, text: str) -> None:
+def test_toml_blocks_are_studies_recipes_or_manifests(page: str, text: str, tmp_path: Path) -> None:
+    from vlmadapters import load_recipe
     from vlmlayers.manifests.schema import parse_spec
     from vlmlayers.study import check_study
 
     content = tomllib.loads(text)
     if "models" in content:
         assert len(check_study(content, page).datasets) >= 3
+    elif "extends" in content:
+        (tmp_path / "my_recipe.toml").write_text(text, encoding="utf-8")
+        assert load_recipe(tmp_path / "my_recipe.toml").train.cached_views == 4
     else:
         assert parse_spec(content, page).classes == 12
 
@@ -149,6 +153,32 @@ def test_the_block_on_own_features_runs(tmp_path: Path) -> None:
 @pytest.mark.skipif(not SHIPPED, reason="the miniature CLIP is not shipped")
 def test_the_first_screen_of_the_readme_runs(tmp_path: Path) -> None:
     _run(str(_blocks("python")[0].values[1]), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHIPPED, reason="the miniature CLIP is not shipped")
+def test_the_stages_of_the_readme_run_as_they_are_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the run folder that they share, one after the other; and the rule of CONTRIBUTING."""
+    from typer.testing import CliRunner
+
+    from vlmlayers.cli import app
+
+    rule = next(str(b.values[1]) for b in _blocks("python") if "last_third" in str(b.values[1]))
+    (tmp_path / "my_rules.py").write_text(rule, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    page = "\n".join(m[2] for m in FENCE.finditer((ROOT / "README.md").read_text("utf-8")))
+    typed = [line for line in page.splitlines() if re.match(r"vlmlayers .*\bruns/mine\b", line)]
+    typed = [line for line in typed if not line.startswith("vlmlayers train")]
+    verbs = [line.split()[1] for line in typed]
+    assert verbs == ["extract", "score", "select", "report", "figures"]
+    own = next(w for w in _commands("vlmlayers") if any("my_rules.py" in part for part in w))
+    for words in [*map(shlex.split, typed), [w.replace("runs/demo", "runs/mine") for w in own]]:
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, (words, done.output, done.exception)
+    assert (tmp_path / "runs/mine/report.html").stat().st_size > 10_000
+    assert list((tmp_path / "runs/mine/figures").glob("*.pdf"))
 
 
 def test_the_rule_of_contributing_chooses_the_last_third() -> None:
@@ -213,8 +243,20 @@ def test_the_guide_says_where_to_get_every_part_as_the_manifests_do() -> None:
             assert part in rows[spec.title], (name, part)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md"])
-def test_links_lead_somewhere(page: str) -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
-        if "://" not in link:
-            assert ((ROOT / page).parent / link).exists(), link
+MARKDOWN = [
+    path for folder in (".", "docs", "figures/tables", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    places = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
+              for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}  # fmt: skip
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        assert (page.parent / file).exists(), link
+        assert file or anchor in places, link

@@ -133,6 +133,24 @@ def test_saved_files_are_complete_and_reproducible(tmp_path: Path) -> None:
         plots.save_figure(plots.layer_curves(scores), tmp_path / "x", formats=("pngg",))
 
 
+def test_a_score_table_shows_itself_as_positions_against_metrics() -> None:
+    from vlmlayers.scores.shown import ScoreTable
+    from vlmlayers.summaries import overview
+
+    scores = full()
+    wide = overview(scores)
+    assert wide.index.tolist() == ["embed", *map(str, range(1, 13)), "proj"]
+    curve = curves(scores, "class_accuracy")
+    mean = curve[(curve.tower == "text") & (curve.position == "7")].value.mean()
+    assert wide.loc["7", ("class_accuracy", "text")] == pytest.approx(mean)
+    shown = ScoreTable.of(scores.assign(model="<b>"))
+    html = shown._repr_html_()
+    assert f"{mean:.3f}" in html and "&lt;b&gt;" in html and "<b>" not in html
+    assert type(shown.head()) is pd.DataFrame
+    within = scores[scores.other_tower != "text"]
+    assert len(overview(within)), "agreement within a tower is left out"
+
+
 def test_summaries_know_shapes_and_datasets() -> None:
     scores = full()
     shapes = metrics_by_shape(scores)

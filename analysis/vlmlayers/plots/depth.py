@@ -127,7 +127,7 @@ def dataset_curves(
 def legend(ax: Axes) -> None:
     """Name the lines: inside the axes where there are few, else above them in columns."""
     few = len(ax.get_legend_handles_labels()[1]) <= 5
-    place: dict[str, Any] = {"loc": "best", "frameon": True, "framealpha": 0.8, "edgecolor": "none"}
+    place: dict[str, Any] = {"loc": "best", "frameon": True, "framealpha": 0.9, "edgecolor": "none"}
     if not few:
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 6}
     ax.legend(handlelength=1.6, columnspacing=1.2, **place)
