@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 
 from vlmlayers.errors import UserError
-from vlmlayers.models import extract
+from vlmlayers.models import extract, stream
 from vlmlayers.models.estimate import Costs, estimate, measure_costs, scale_table
 
 COSTS = Costs(
@@ -34,8 +35,32 @@ def test_the_store_grows_with_the_images_and_streaming_does_not():
     assert table["store_gb"].tolist() == [0.01, 0.01, 1000, 1000]
     assert table["stream_mb"].unique().tolist() == [5.0]
     assert table["keep"].tolist() == ["store", "store", "stream", "stream"]
-    assert table["hours"][2] / table["hours"][3] == pytest.approx(64)
+    assert table["store_hours"][2] / table["store_hours"][3] == pytest.approx(64)
     assert set(scale_table(COSTS)["keep"]) == {"store"}
+
+
+def test_one_disk_for_all_processes_limits_a_store_and_not_the_sums():
+    costs = replace(COSTS, write=0.001, add=0.002)
+    assert costs.seconds(1000, processes=64, workers=8) == pytest.approx(1)
+    assert costs.seconds(1000, processes=64, workers=8, streaming=True) == pytest.approx(4 / 64)
+    assert costs.limit(8, 1000, 64) == "disk"
+    assert costs.limit(8, 1000, 1) == "model"
+    table = scale_table(costs, images=(1000,), processes=(1, 64), workers=8)
+    assert (table["store_hours"] < table["stream_hours"]).tolist() == [True, False]
+
+
+def test_accumulators_take_the_bytes_that_are_foretold():
+    manifest = tiny.DrawnManifest(count=60, captioned=False)
+    model, items = tiny.model(), manifest.items("train")
+    costs = measure_costs(model, manifest, items, batch_size=8)
+    sums = stream(model, manifest, "train", batch_size=8, sample=20, progress=False)
+    (kept,) = sums.datasets.values()
+    parts = [(m.scatter,) for m in kept.moments.values()]
+    parts += [(c.cross,) for c in kept.cross.values()]
+    parts += [(c.means,) for c in kept.classes.values()]
+    assert sum(array.nbytes for part in parts for array in part) == pytest.approx(
+        costs.stream_bytes, rel=0.02
+    )
 
 
 def test_bytes_per_image_are_those_of_a_real_store(tmp_path):

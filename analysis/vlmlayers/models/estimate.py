@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
+from vlmlayers.metrics.moments import Moments
 from vlmlayers.models.load import VLM
 from vlmlayers.models.recording import Recorder
+from vlmlayers.models.stream import CHUNK
 from vlmlayers.models.work import autocast
 
 IMAGES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 PROCESSES = (1, 8, 64)
-_SHOW = {"hours": "{:.2f}", "store_gb": "{:,.2f}", "stream_mb": "{:,.1f}"}
+_ENOUGH = 8_000_000  # bytes whose writing is timed
+_SHOW = {
+    "store_hours": "{:,.2f}",
+    "stream_hours": "{:,.2f}",
+    "store_gb": "{:,.2f}",
+    "stream_mb": "{:,.1f}",
+}
 
 
 @dataclass(frozen=True)
@@ -30,10 +42,12 @@ class Costs:
         forward: Seconds per image for the tower with recording, on this device.
         decode: Seconds per image to read and preprocess, in one process.
         bytes_per_image: Bytes that the store takes per image.
-        stream_bytes: Bytes of streaming accumulators (second moments of every position, float64);
-            they do not grow with the number of images.
+        stream_bytes: Bytes of streaming accumulators (float64), per process; they do not grow
+            with the number of images.
         device: Where `forward` was measured.
         batch_size: With which batch size.
+        write: Seconds per image to write its features; the disk is one for all processes.
+        add: Seconds per image to add its features to the accumulators, on the host.
     """
 
     forward: float
@@ -42,21 +56,47 @@ class Costs:
     stream_bytes: int
     device: str
     batch_size: int
+    write: float = 0.0
+    add: float = 0.0
 
-    def seconds(self, images: float, processes: int = 1, workers: int = 0) -> float:
+    def seconds(
+        self, images: float, processes: int = 1, workers: int = 0, *, streaming: bool = False
+    ) -> float:
         """Return the time for some images.
 
         Decoding runs beside the model when there are workers, and before it when there are none.
+        A store takes at least as long as its disk; streaming adds its sums to the model's time.
         """
         share = images / processes
-        if workers == 0:
-            return share * (self.decode + self.forward)
-        return share * max(self.decode / workers, self.forward)
+        model = self.forward + self.add if streaming else self.forward
+        busy = self.decode + model if workers == 0 else max(self.decode / workers, model)
+        return share * busy if streaming else max(share * busy, images * self.write)
 
-    def limit(self, workers: int) -> str:
-        """Return what takes longer, `model` or `decoding`."""
+    def limit(self, workers: int, images: float = 1.0, processes: int = 1) -> str:
+        """Return what takes longest for a store: `model`, `decoding` or `disk`."""
         slow = self.decode / max(workers, 1)
+        if images * self.write >= self.seconds(images, processes, workers):
+            return "disk"
         return "decoding" if slow > self.forward else "model"
+
+
+def bytes_per_image(widths: Mapping[str, Mapping[str, int]]) -> int:
+    """Return what an image takes in a store, from the widths by space and position."""
+    return 4 * sum(sum(by.values()) for by in widths.values())
+
+
+def stream_bytes(
+    vision: Mapping[str, Mapping[str, int]], text: Mapping[str, Mapping[str, int]], classes: int
+) -> int:
+    """Return what the accumulators take: moments of both towers, of pairs, and class means."""
+    total = 0
+    for space, widths in vision.items():
+        other = text.get(space, {})
+        partner = [other.get(position, max(other.values(), default=0)) for position in widths]
+        total += sum(w * w for w in widths.values()) + sum(w * w for w in other.values())
+        total += sum(w * t for w, t in zip(widths.values(), partner))
+        total += classes * sum(widths.values())
+    return 8 * total
 
 
 def measure_costs(
@@ -70,6 +110,7 @@ def measure_costs(
     batch_size: int = 64,
     precision: str = "fp32",
     repeats: int = 3,
+    disk: Path | None = None,
 ) -> Costs:
     """Measure on one batch of real images what an image costs.
 
@@ -83,6 +124,7 @@ def measure_costs(
         batch_size: Its batch size.
         precision: Its precision.
         repeats: Timed runs, of which the fastest counts.
+        disk: Folder on the disk of the planned store; the system's temporary one where None.
 
     Raises:
         UserError: No items, or the first images cannot be read.
@@ -90,7 +132,7 @@ def measure_costs(
     if not items:
         raise UserError("there is nothing to estimate: no items")
     recorder = Recorder(model.towers["vision"], spaces, pooling)
-    widths = recorder.widths()
+    widths, texts = recorder.widths(), Recorder(model.towers["text"], spaces, None).widths()
     size = model.image_size
     batch, decode = _timed(
         lambda: torch.stack(
@@ -102,17 +144,61 @@ def measure_costs(
     )
     batch = batch.to(model.device, next(model.clip.parameters()).dtype)
     with recorder, autocast(model.device, precision):
-        recorder(batch)
+        features = recorder(batch)
         forward = min(_timed(lambda: recorder(batch))[1] for _ in range(repeats))
-    per_space = [list(by_position.values()) for by_position in widths.values()]
+    rows = np.concatenate([x for by in features.values() for x in by.values()], axis=1)
+    classes = len(manifest.class_names(root))
+    own = 8 * sum(width * width for by in widths.values() for width in by.values())
+    sums = stream_bytes(widths, texts, classes)
     return Costs(
         forward / len(batch),
         decode / len(batch),
-        4 * sum(sum(part) for part in per_space),
-        8 * sum(width * width for part in per_space for width in part),
+        bytes_per_image(widths),
+        sums,
         str(model.device),
         len(batch),
+        _write_seconds(rows, repeats, disk) / len(batch),
+        # Both towers and their pairs are added at the rate of the vision tower.
+        _add_seconds(features, repeats) / len(batch) * sums / own,
     )
+
+
+def _write_seconds(rows: NDArray[np.floating], repeats: int, disk: Path | None) -> float:
+    """Return the time to write rows and have them on the disk, in a file without a name."""
+    content = np.ascontiguousarray(rows, dtype=np.float32).tobytes()
+    content *= max(1, _ENOUGH // len(content))
+
+    def write() -> None:
+        with tempfile.TemporaryFile(dir=disk) as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    try:
+        seconds = min(_timed(write)[1] for _ in range(repeats))
+    except OSError:  # a folder that cannot be written: the extraction will say so
+        return 0.0
+    return seconds * rows.nbytes / len(content)
+
+
+def _add_seconds(features: Mapping[str, Mapping[str, Any]], repeats: int) -> float:
+    """Return the time to add a batch to the moments of the vision tower.
+
+    The rows are repeated to the chunk that streaming adds at once.
+    """
+    count = len(next(iter(next(iter(features.values())).values())))
+    times = -(-CHUNK // count)
+    tiled = [
+        np.tile(np.asarray(x, np.float64), (times, 1))
+        for by in features.values()
+        for x in by.values()
+    ]
+
+    def add() -> None:
+        for x in tiled:
+            Moments.of(x)
+
+    return min(_timed(add)[1] for _ in range(repeats)) / times
 
 
 def scale_table(
@@ -133,9 +219,10 @@ def scale_table(
         free: Bytes of free disk; decides between a store and streaming.
 
     Returns:
-        One row per pair: hours, what limits it, gigabytes of the store, megabytes of streaming
-        accumulators, and `keep`: `store` where it fits the disk, else `stream`. A store is read
-        again for every new metric; streaming has to be told all metrics beforehand.
+        One row per pair: hours with a store and with streaming, what limits the store, gigabytes
+        of it, megabytes of accumulators per process, and `keep`: `store` where it fits the disk,
+        else `stream`. A store is read again for every new metric; streaming is told all metrics
+        beforehand.
     """
     rows = []
     for count in images:
@@ -145,8 +232,9 @@ def scale_table(
                 {
                     "images": count,
                     "processes": number,
-                    "hours": costs.seconds(count, number, workers) / 3600,
-                    "limited_by": costs.limit(workers),
+                    "store_hours": costs.seconds(count, number, workers) / 3600,
+                    "stream_hours": costs.seconds(count, number, workers, streaming=True) / 3600,
+                    "limited_by": costs.limit(workers, count, number),
                     "store_gb": size / 1e9,
                     "stream_mb": costs.stream_bytes / 1e6,
                     "keep": "store" if free is None or size <= free else "stream",
@@ -174,16 +262,18 @@ def estimate(
         workers: Decoding processes.
         **options: See `measure_costs`.
     """
-    costs = measure_costs(model, manifest, items, **options)
-    free = None if out is None else shutil.disk_usage(_existing(Path(out))).free
+    disk = None if out is None else _existing(Path(out))
+    costs = measure_costs(model, manifest, items, disk=disk, **options)
+    free = None if disk is None else shutil.disk_usage(disk).free
     own = scale_table(costs, images=[len(items)], processes=[1], workers=workers, free=free)
     table = scale_table(costs, workers=workers, free=free)
     minutes = costs.seconds(len(items), 1, workers) / 60
     head = (
         f"{model.name} on {manifest.name}: {len(items)} images, {minutes:.1f} minutes by one "
         f"process on {costs.device}, store {own['store_gb'][0]:.3f} GB\n"
-        f"measured: model {1e3 * costs.forward:.2f} ms and decoding {1e3 * costs.decode:.2f} ms "
-        f"per image (batch {costs.batch_size}), {costs.bytes_per_image} bytes per image"
+        f"measured per image (batch {costs.batch_size}): model {1e3 * costs.forward:.2f} ms, "
+        f"decoding {1e3 * costs.decode:.2f} ms,\nwriting {1e3 * costs.write:.3f} ms, summing "
+        f"instead {1e3 * costs.add:.3f} ms, {costs.bytes_per_image} bytes in the store"
     )
     room = "" if free is None else f"\nfree on this disk: {free / 1e9:.1f} GB"
     return f"{head}{room}\n\n{_text(table)}\n"
