@@ -331,6 +331,7 @@ def table() -> pd.DataFrame:
             "bounds": " … ".join(f"{b:.4g}".replace("inf", "∞") for b in m.bounds),
             "chance": m.null_text,
             "invariant to": ", ".join(m.invariances),
+            "sensitive to": m.sensitive.replace("columns", "a scale of each column"),
             "smallest n": m.smallest_n,
             "axis label": m.axis_label,
             "reference": m.reference,

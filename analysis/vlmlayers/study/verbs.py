@@ -54,6 +54,7 @@ def metrics_text(names: Sequence[str] | None = None) -> str:
         facts += [f"chance: {row['chance']}"] if row["chance"] else []
         facts += [f"n ≥ {row['smallest n']}"]
         facts += [f"unchanged by {row['invariant to']}"] if row["invariant to"] else []
+        facts += [f"changed by {row['sensitive to']}"] if row["sensitive to"] else []
         lines += _wrapped("; ".join(facts))
         lines += _wrapped(f"{row['towers']}; {row['spaces']}; {row['reference']}")
     return "\n".join([*lines, "", "* scored by default    ~ can be streamed"])
