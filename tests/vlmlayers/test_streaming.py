@@ -272,6 +272,15 @@ def test_small_datasets_hold_out_half_and_large_ones_the_sample() -> None:
     assert rows["options"].str.contains("fitted_on=430").all()
 
 
+def test_a_constant_embedding_streams_to_exactly_chance() -> None:
+    members = []
+    for member in many(4):
+        arrays = {"native": {"embed": np.full((60, 24), 0.1234, dtype=np.float32)}}
+        members.append(replace(member, vision=replace(member.vision, arrays=arrays), text=None))
+    table = score_streaming(members, ["dataset_accuracy_lda"])
+    assert table["value"].tolist() == [0.25]
+
+
 def test_streamed_prompts_are_scored_as_without_streaming(features: list[LayerFeatures]) -> None:
     members = features[:2]
     streamed = score_streaming(members, ["dataset_accuracy_lda"])

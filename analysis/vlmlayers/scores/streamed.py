@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmlayers.errors import check_one_of
 from vlmlayers.metrics import gap, geometry
-from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.checks import SAME, Array, Labels
 from vlmlayers.metrics.class_level import fisher_ratio
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.intervals import jackknife, jackknife_groups
@@ -122,12 +122,8 @@ def _add_streamed_accuracy(
     parts = [sums.held_out(key) for sums in all_sums]
     moments, held = [fit for fit, _ in parts], [rows for _, rows in parts]
     protocol.require(sum(m.n for m in moments) + sum(map(len, held)), METRICS[name])
-    scatters = [WithinScatter(m.scatter, m.n, m.fourth) for m in moments]
-    factor = sum(scatters[1:], scatters[0]).factor()
-    centre = np.mean([m.mean for m in moments], axis=0)
-    means = np.stack([m.mean - centre for m in moments])
     truth = np.repeat(np.arange(len(held)), [len(x) for x in held])
-    predicted = discriminant_predict(factor, means, np.concatenate(held) - centre)
+    predicted = _discriminant(moments, np.concatenate(held))
     counts = confusion(truth, predicted, len(held))
     value, interval = accuracy_and_interval(counts, protocol, 0)
     out.add(
@@ -141,6 +137,18 @@ def _add_streamed_accuracy(
         interval="bootstrap",
         fitted_on=sum(m.n for m in moments),
     )
+
+
+def _discriminant(moments: list[Moments], x: Array) -> Labels:
+    """Predict the dataset by LDA from its moments; one and the same where items do not differ."""
+    whole = sum(moments[1:], moments[0])
+    if np.trace(whole.scatter) <= SAME**2 * whole.n * float(whole.mean @ whole.mean):
+        return np.zeros(len(x), dtype=np.int64)
+    scatters = [WithinScatter(m.scatter, m.n, m.fourth) for m in moments]
+    centre = np.mean([m.mean for m in moments], axis=0)
+    means = np.stack([m.mean - centre for m in moments])
+    factor = sum(scatters[1:], scatters[0]).factor()
+    return discriminant_predict(factor, means, x - centre)
 
 
 def _on_rows(function: Callable[..., float], *arrays: Any) -> float:
