@@ -53,6 +53,7 @@ def little_docs(tmp_path: Path) -> Path:
     docs = tmp_path / "docs"
     (docs / "how").mkdir(parents=True)
     (docs / "style.css").write_text("body {}")
+    (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\n[guide](docs/guide.md)")
     (docs / "picture.png").write_bytes(b"png")
     (tmp_path / "README.md").write_text(
         "# The `toolkit`\n\n[guide](docs/guide.md#second-part) [licence](LICENSE) "
@@ -74,7 +75,7 @@ def test_guide_pages_are_rendered_and_linked(
     out = tmp_path / "site"
     pages = builder.build(little_docs, out, packages=())
     assert sorted(page.relative_to(out).as_posix() for page in pages) == [
-        "guide.html", "how/metric.html", "index.html",
+        "contributing.html", "guide.html", "how/metric.html", "index.html",
     ]  # fmt: skip
     index = (out / "index.html").read_text()
     assert "<title>The toolkit</title>" in index
@@ -84,6 +85,8 @@ def test_guide_pages_are_rendered_and_linked(
     assert "LICENSE" not in index, "a link to a file that is not on the site must lose its target"
     assert "https://example.org/a" in read(out / "index.html").links
     assert (out / "picture.png").read_bytes() == b"png"
+    assert '<a href="index.html" aria-current="page">Start</a>' in index
+    assert "guide.html" in read(out / "contributing.html").links
     deep = read(out / "how" / "metric.html")
     assert {"../guide.html", "../index.html"} <= set(deep.links)
     assert "../style.css" in deep.loaded
