@@ -1,15 +1,19 @@
 """Record the sweep behind figures 4 to 6: run a study, keep its tables and how they were made.
 
     python figures/record_sweep.py [--data-root DIR] [--study FILE] [--run DIR] [--out DIR]
+                                   [--processes N]
 
-A sweep that was stopped goes on where it was. The tables are those of the run folder under the
+Several processes of one thread each share the cells of the sweep. A sweep that was stopped goes on
+where it was. The tables are those of the run folder under the
 names that the figures look for; the page beside them says what ran, on what, and what came out.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +33,17 @@ KEPT = (
     "scores.parquet", "choice.json", "validation.csv", "validation_placements.csv",
     "validation_correlations.csv",
 )  # fmt: skip
+
+
+def train(asked: argparse.Namespace) -> None:
+    """Train the cells in processes that share the run folder, and wait for them."""
+    command = [sys.executable, "-m", "vlmlayers.cli", "study", str(asked.study)]
+    command += ["--out", str(asked.run), "--only", "validate", "--quiet"]
+    command += ["--data-root", str(asked.data_root)] if asked.data_root else []
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen(command, env=alone) for _ in range(asked.processes)]
+    if any([process.wait() for process in started]):
+        raise UserError("a process of the sweep failed, as said above; start again to go on")
 
 
 def record(run: Run, out: Path, name: str, command: str) -> list[Path]:
@@ -53,13 +68,13 @@ def _page(run: Run, command: str) -> str:
         stage: done["seconds"] for stage, done in read_json(run.folder / "stages.json").items()
     }
     facts = [
-        ("command", f"`{command}`"),
+        ("command", command),
         ("model", f"{model['name']}, weights {model['weights']}, {model['weights_hash'][:16]}"),
         ("recipe", ", ".join(f"{key} {value}" for key, value in notes["recipe"].items())),
         ("adapter", f"bottleneck width {notes['dim']}"),
         ("datasets", ", ".join(notes["datasets"])),
         ("seeds, shots", f"{', '.join(map(str, notes['seeds']))}; {notes['shots']} shots"),
-        ("test images", f"at most {notes['limit']} of each half" if notes["limit"] else "all"),
+        ("test images", f"{notes['limit']} of each dataset, balanced" if notes["limit"] else "all"),
         ("layers chosen on", ", ".join(f"{k} {v}" for k, v in notes["chosen_on"].items())),
         ("machine", f"{notes['device']}, {place['cpus']} CPUs, Python {place['python']}"),
         ("versions", ", ".join(f"{key} {value}" for key, value in place["versions"].items())),
@@ -70,7 +85,7 @@ def _page(run: Run, command: str) -> str:
     return "\n".join([
         "# A recorded sweep over placements", "",
         "Written by `figures/record_sweep.py`; nothing here is edited by hand.", "",
-        notes["verdict"], "", notes["predictors"], "",
+        notes["verdict"], "", notes.get("predictors", ""), "",
         markdown_table(("what", "value"), facts), "",
         "## Placements", "", "Percent, with 95 % intervals over datasets and seeds; the difference "
         "is that of the harmonic mean to the chosen placement, in pairs.", "",
@@ -102,13 +117,15 @@ def main() -> None:
     parser.add_argument("--study", type=Path, default=STUDY)
     parser.add_argument("--run", type=Path, default=HERE.parent / "runs" / "placement_sweep")
     parser.add_argument("--out", type=Path, default=HERE / "tables")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
     try:
         study = read_study(asked.study)
-        run = run_study(
-            study, asked.run, base=asked.study.parent, source=asked.study.read_text("utf-8"),
-            data_root=asked.data_root, echo=print,
-        )[0]  # fmt: skip
+        source = {"base": asked.study.parent, "source": asked.study.read_text("utf-8")}
+        shared = {**source, "data_root": asked.data_root, "echo": print}
+        run_study(study, asked.run, only=["extract", "score", "select"], **shared)
+        train(asked)
+        run = run_study(study, asked.run, **shared)[0]
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -151,6 +151,50 @@ def test_downloads_are_made_in_the_page(tab: Tab, pages: dict[str, Path], tmp_pa
     assert tab.errors() == []
 
 
+def test_the_sweep_shows_differences_with_whiskers_and_zero_shot(
+    tab: Tab, pages: dict[str, Path]
+) -> None:
+    load(tab, pages["report"])
+    count = "document.querySelectorAll('figure[data-chart=sweep] {0}').length"
+    assert tab.run(count.format("line.level")) == 3  # base, novel and HM without an adapter
+    assert tab.run(count.format(".whisker")) == 0
+    change(tab, "sweep", "form", "difference")
+    assert tab.run(count.format(".whisker")) == 13 * 3
+    path = "document.querySelector('figure[data-chart=sweep] path.series').getAttribute('d')"
+    assert tab.run(path).count("M") == 2  # the placement beside the sweep is not joined to it
+    rows = tab.run("[...document.querySelectorAll('figure[data-chart=sweep] tbody tr')].length")
+    assert rows == 13
+    for name in ("base", "novel", "hm"):
+        change(tab, "sweep", name, False)
+    assert tab.errors() == []
+
+
+def test_every_table_is_a_download(tab: Tab, pages: dict[str, Path], tmp_path: Path) -> None:
+    load(tab, pages["report"])
+    tab.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    tables = tab.run("document.querySelectorAll('.table').length")
+    assert tables == tab.run("document.querySelectorAll('button[data-table]').length") > 8
+    tab.run("document.querySelector('.answer button[data-table]').click()")
+    for _ in range(400):
+        if found := [f for f in tmp_path.glob("*.csv") if f.stat().st_size]:
+            break
+        tab.run("new Promise(done => setTimeout(done, 25))")
+    lines = found[0].read_text().splitlines()
+    assert lines[0].startswith("Placement,Base classes,Novel classes") and len(lines) == 4
+
+
+def test_printing_unfolds_and_narrows_and_undoes_it(tab: Tab, pages: dict[str, Path]) -> None:
+    load(tab, pages["report"])
+    closed = "document.querySelectorAll('details:not(.screen):not([open])').length"
+    width = "document.querySelector('figure[data-chart=curves] svg').viewBox.baseVal.width"
+    before = tab.run(closed), tab.run(width)
+    assert before[0] > 3 and before[1] > 900
+    tab.run("dispatchEvent(new Event('beforeprint'))")
+    assert tab.run(closed) == 0 and tab.run(width) <= 680
+    tab.run("dispatchEvent(new Event('afterprint'))")
+    assert (tab.run(closed), tab.run(width)) == before
+
+
 def test_prints_to_a4(tab: Tab, pages: dict[str, Path]) -> None:
     load(tab, pages["report"])
     printed = tab.send("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"]
