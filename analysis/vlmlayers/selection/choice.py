@@ -129,7 +129,8 @@ class LayerChoice:
             for tower in TOWERS
         )
         return (
-            f"<table><caption>Layers to adapt, rule {html.escape(self.rule)}</caption>{rows}"
+            f"<table><caption style='white-space:nowrap'>Layers to adapt, rule "
+            f"{html.escape(self.rule)}</caption>{rows}"
             f"</table><p>{html.escape(self.statement)}</p>"
         )
 
