@@ -147,6 +147,9 @@ def study(
         list[str] | None, typer.Option("--only", help="Run this stage only; repeatable.")
     ] = None,
     start: Annotated[str | None, typer.Option("--from", help="Run from this stage on.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option("--skip", help="Leave this stage out; repeatable.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Run stages again even where nothing changed.")
     ] = False,
@@ -168,6 +171,7 @@ def study(
         data_root=data_root,
         only=only or (),
         start=start,
+        skip=skip or (),
         force=force,
         device=device,
         progress=not quiet,
@@ -280,6 +284,9 @@ def extract(
             "--streaming", help="Store no features: sum them as they are made, and score the sums."
         ),
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace features of another extraction.")
+    ] = False,
     data_root: DataRoot = None,
     quiet: Quiet = False,
 ) -> None:
@@ -331,7 +338,7 @@ def extract(
         if first:
             typer.echo(done)
         return
-    run_study(made, out, data_root=data_root, only=["extract"], **shown)
+    run_study(made, out, data_root=data_root, only=["extract"], force=force, **shown)
 
 
 @app.command()

@@ -107,6 +107,17 @@ def test_full_disk_is_one_line(call, monkeypatch) -> None:  # type: ignore[no-un
     assert code == 2 and "the disk is full (scores.csv)" in err
 
 
+def test_extract_refuses_another_extraction_until_forced(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, out = tiny_clip(tmp_path / "tiny-clip"), tmp_path / "run"
+    words = ("extract", model, "digits", "--random-weights", "--out", out, "--quiet", "--items")
+    assert call(*words, 10)[0] == 0
+    code, _, err = call(*words, 12)
+    assert code == 2 and "items is 10 there, 12 here" in err and "--force" in err
+    assert call(*words, 12, "--force")[0] == 0
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["datasets"]["digits"]["items"] == 12
+
+
 def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = call(
         "select", run.folder, "--rule", "budget", "-s", "n=3", "-s", "span=true", "--resamples", 5
