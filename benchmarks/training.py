@@ -136,7 +136,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Measure every side of one placement in turn; return a row for each."""
     generator = torch.Generator().manual_seed(0)
-    clip = build_clip(architecture, device=device)
+    clip: Any = build_clip(architecture, device=device)
     size = clip.visual.image_size
     images = torch.randn(BATCH, 3, *size, generator=generator).to(device)
     labels = torch.randint(0, len(CLASSES), (BATCH,), generator=generator).to(device)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmadapters import parallel
 from vlmadapters.config import MMAConfig
 from vlmadapters.fewshot import class_prompts
 from vlmadapters.frozen import Backbone
@@ -93,15 +94,17 @@ class Evaluator:
     ) -> list[Labels]:
         """Return the predicted label of every item, one array (item,) per case.
 
-        What is frozen below the first adapted block is computed once for all cases.
+        What is frozen below the first adapted block is computed once for all cases. Under
+        `torchrun` every process predicts its share and gets the labels of all.
 
         Raises:
             UserError: A model gives features that are not numbers.
         """
         found: list[list[Labels]] = [[] for _ in cases]
-        total = math.ceil(len(items) / self.batch_size)
+        mine = parallel.share(items)
+        total = math.ceil(len(mine) / self.batch_size)
         batches = track(
-            images.batches(items, self.batch_size),
+            images.batches(mine, self.batch_size),
             f"test {images.manifest.name}",
             total=total,
             unit="batch",
@@ -111,7 +114,8 @@ class Evaluator:
         for batch in batches:
             for index, labels in enumerate(self._batch(batch, cases, texts)):
                 found[index].append(labels)
-        return [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in found]
+        joined = [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in found]
+        return [parallel.gathered(labels, len(items), self.model.device) for labels in joined]
 
     def _case_texts(self, class_names: Sequence[str], cases: Sequence[Case]) -> list[Tensor]:
         return [

@@ -7,10 +7,11 @@ run, a run over several processes and every placement of a sweep see the same vi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torchvision.transforms.v2 import functional as V
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
 
+T = TypeVar("T")
 TRIES = 10
 KEEP_BYTES = 2 << 30
 
@@ -150,10 +152,29 @@ class Images:
 
         return self.normalised(self._map(view, items, draws))
 
+    def ahead(self, make: Callable[[T], Tensor], parts: Iterable[T]) -> Iterator[Tensor]:
+        """Yield `make(part)` of each part, the next one made while the caller works on this one.
+
+        Without workers each is made when it is asked for.
+        """
+        if self.pool is None:
+            yield from map(make, parts)
+            return
+        parts = iter(parts)
+        with ThreadPoolExecutor(1) as maker:
+            pending = [maker.submit(make, part) for part in islice(parts, 1)]
+            while pending:
+                ready = pending.pop().result()
+                pending += [maker.submit(make, part) for part in islice(parts, 1)]
+                yield ready
+
     def batches(self, items: Sequence[Item], batch_size: int) -> Iterator[Tensor]:
         """Yield the items for evaluation, in order, (item, 3, height, width)."""
-        for start in range(0, len(items), batch_size):
-            yield self.normalised(self._map(self.ready, items[start : start + batch_size]))
+
+        def make(start: int) -> Tensor:
+            return self.normalised(self._map(self.ready, items[start : start + batch_size]))
+
+        yield from self.ahead(make, range(0, len(items), batch_size))
 
 
 def _normalisation(preprocess: Any) -> tuple[Tensor, Tensor]:

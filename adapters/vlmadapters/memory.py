@@ -4,66 +4,119 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vlmadapters.config import MMAConfig
 from vlmadapters.frozen import Backbone
+from vlmadapters.walk import Walk
 from vlmlayers.errors import UserError
-from vlmlayers.models.towers import Tower
 
 # Values kept per token and unit of width in a block with a graph: input and statistics of two
 # norms, three attention inputs and its output, four wide hidden units, two residual sums, adapter.
 KEPT, TRANSIENT = 14, 20
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def estimate_memory(
-    backbone: Backbone, configs: Sequence[MMAConfig], batch_size: int, classes: int
+    backbone: Backbone, configs: Sequence[MMAConfig], batch_size: int, tokens: Tensor
 ) -> int:
     """Return the bytes that activations and gradients of one step take at the peak.
 
     Placements are updated one after the other, so the largest one counts.
+
+    Args:
+        backbone: The backbone.
+        configs: Placements.
+        batch_size: Images per step and process.
+        tokens: (class, token) of the class prompts, full length.
     """
+    images = batch_size * view_tokens(backbone)
+    if backbone.savings.cut_prompts:
+        tokens = backbone.text.tower.cut(tokens)
     return max(
-        _tower_bytes(backbone, config, "vision", batch_size)
-        + _tower_bytes(backbone, config, "text", classes)
+        _tower_bytes(backbone, config, "vision", images)
+        + _tower_bytes(backbone, config, "text", tokens.numel())
         for config in configs
     )
 
 
-def _tower_bytes(backbone: Backbone, config: MMAConfig, name: str, items: int) -> int:
-    tower: Tower = getattr(backbone, name).tower
-    tokens = _tokens(tower)
-    graph = tower.depth + 1 - backbone.start(config, name) if getattr(config, name) else 0
-    return 4 * items * tokens * tower.width * (KEPT * graph + TRANSIENT)
+def _tower_bytes(backbone: Backbone, config: MMAConfig, name: str, tokens: int) -> int:
+    walk: Walk = getattr(backbone, name)
+    depth, blocks = walk.tower.depth, getattr(config, name)
+    graph = depth + 1 - backbone.start(config, name) if blocks else 0
+    return 4 * tokens * walk.tower.width * (KEPT * graph + TRANSIENT)
 
 
-def _tokens(tower: Tower) -> int:
-    example = tower.example(1)
-    if example.ndim == 2:
-        return example.shape[1]
-    patch = 16
-    return (example.shape[-1] // patch) * (example.shape[-2] // patch) + 1
+def view_tokens(backbone: Backbone) -> int:
+    """Return how many tokens the vision tower makes of one image."""
+    with torch.no_grad():
+        x = backbone.vision.enter(backbone.vision.tower.example(1)).x
+    if x is not None:
+        return x.numel() // backbone.vision.tower.width
+    height, width = backbone.vision.tower.example(1).shape[-2:]
+    return (height // 16) * (width // 16) + 1
+
+
+def view_bytes(backbone: Backbone, views: int, starts: int) -> int:
+    """Return the bytes that the frozen activations of some views take at `starts` blocks."""
+    return 4 * views * starts * view_tokens(backbone) * backbone.vision.tower.width
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes free on a device."""
+    """Return the bytes that can still be taken on a device; huge where nothing says."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    if not hasattr(os, "sysconf"):
-        return 1 << 62
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return min(_machine_memory(), _cgroup_memory())
+
+
+def _machine_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line[:13] == "MemAvailable:")
+    except (OSError, StopIteration):  # not Linux: what is free, without what caches could give
+        if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+            return 1 << 62
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _cgroup_memory() -> int:
+    """Return what the container may still take: its limit less what it cannot give back."""
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1 << 62  # no container, or one without a limit, whose file says "max"
+    return limit - used + int(stat.get("inactive_file", 0))
 
 
 def check_memory(
-    backbone: Backbone, configs: Sequence[MMAConfig], batch_size: int, classes: int
+    backbone: Backbone,
+    configs: Sequence[MMAConfig],
+    batch_size: int,
+    tokens: Tensor,
+    kept: int = 0,
 ) -> None:
-    """Raise a UserError where a training step would not fit into memory."""
+    """Raise a UserError where a training step would not fit into memory.
+
+    Args:
+        backbone: The backbone.
+        configs: Placements.
+        batch_size: Images per step and process.
+        tokens: (class, token) of the class prompts, full length.
+        kept: Bytes of frozen activations that will be kept in main memory.
+    """
     device = next(backbone.clip.parameters()).device
-    needed, free = estimate_memory(backbone, configs, batch_size, classes), available_memory(device)
+    step, free = estimate_memory(backbone, configs, batch_size, tokens), available_memory(device)
+    needed = step + (kept if device.type == "cpu" else 0)
     if needed > free:
+        cache = f", {kept / 1e9:.1f} GB of it for cached views" if kept else ""
         raise UserError(
-            f"a training step needs about {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} "
-            f"GB free; lower batch_size ({batch_size}), adapt later blocks, or use fewer classes"
+            f"training needs about {needed / 1e9:.1f} GB{cache}, and {device} has "
+            f"{free / 1e9:.1f} GB free; lower batch_size ({batch_size}), adapt later blocks, use "
+            "fewer classes or fewer cached_views"
         )

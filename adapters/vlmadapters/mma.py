@@ -101,7 +101,7 @@ class Adapter(nn.Module):
             block: Number of the block.
         """
         branch = getattr(self, PREFIX[tower])[str(block)]
-        shared = self.shared_adapter[self._shared_names[tower, block]]
+        shared: Any = self.shared_adapter[self._shared_names[tower, block]]
         linears = (branch.down[0], shared[0], branch.up)
         parameters = [part for linear in linears for part in (linear.weight, linear.bias)]
         return add_branch(out, u, self.config.scale, *parameters)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
@@ -56,6 +59,29 @@ def check_divides(batch_size: int) -> None:
             f"a batch of {batch_size} does not divide over {size} processes; choose a batch size "
             f"that is a multiple of {size}"
         )
+
+
+def share(items: Any) -> Any:
+    """Return this process's share of a list or array: every n-th of n, from its rank on."""
+    rank, size = rank_and_size()
+    return items[rank::size]
+
+
+def gathered(mine: NDArray[np.int64], n: int, device: torch.device) -> NDArray[np.int64]:
+    """Return the numbers of all `n` items from what each process has of its `share`.
+
+    Args:
+        mine: (share,) numbers of this process's items.
+        n: Number of items in all.
+        device: Device that the processes speak through.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return mine
+    whole = torch.zeros(n, dtype=torch.int64, device=device)
+    whole[rank::size] = torch.from_numpy(mine).to(device)
+    dist.all_reduce(whole)
+    return whole.cpu().numpy()
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +24,9 @@ from vlmadapters import parallel
 from vlmadapters.checkpoints import load_training_state, save_training_state
 from vlmadapters.config import MMAConfig
 from vlmadapters.fewshot import class_prompts
-from vlmadapters.frozen import Backbone, ViewCache
+from vlmadapters.frozen import VIEW_BYTES, Backbone, ViewCache
 from vlmadapters.images import Images, epoch_batches
-from vlmadapters.memory import check_memory
+from vlmadapters.memory import check_memory, view_bytes
 from vlmadapters.mma import Adapter, new_adapter
 from vlmadapters.recipes import TrainConfig
 from vlmadapters.walk import State
@@ -64,6 +64,7 @@ class TrainResult:
 class _Run:
     adapter: Adapter
     optimizer: torch.optim.Optimizer
+    scaler: Any
     initial: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
 
@@ -107,12 +108,12 @@ class Trainer:
         self.backbone = backbone or Backbone(model.clip, self.train.savings)
         self.batch_size = min(self.train.batch_size, len(self.items))
         parallel.check_divides(self.batch_size)
-        check_memory(self.backbone, self.configs, self.batch_size, len(self.class_names))
         self.device = model.device
-        self.runs = [self._new_run(config) for config in self.configs]
-        self.autocast, self.scaler = precision_of(self.train.precision, self.device)
+        self.autocast, _ = precision_of(self.train.precision, self.device)
         self.vision_starts = [self.backbone.start(c, "vision") for c in self.configs]
         self.text_starts = [self.backbone.start(c, "text") for c in self.configs]
+        self._check_memory()
+        self.runs = [self._new_run(config) for config in self.configs]
         self.epoch = self.step = 0
         self._views: ViewCache | None = None
 
@@ -126,6 +127,13 @@ class Trainer:
         if not self.items:
             raise UserError("there are no training items; check the few-shot draw")
 
+    def _check_memory(self) -> None:
+        _, processes = parallel.rank_and_size()
+        views = self.train.cached_views * len(self.items) if self.backbone.steps else 0
+        kept = min(VIEW_BYTES, view_bytes(self.backbone, views, len(set(self.vision_starts))))
+        batch = self.batch_size // processes
+        check_memory(self.backbone, self.configs, batch, self._tokens(), kept)
+
     def _new_run(self, config: MMAConfig) -> _Run:
         adapter = new_adapter(self.model.clip, config, self.seed)
         optimizer = torch.optim.SGD(
@@ -134,7 +142,9 @@ class Trainer:
             momentum=self.train.momentum,
             weight_decay=self.train.weight_decay,
         )
-        return _Run(adapter, optimizer, adapter.official_state_dict())
+        # Loss scaling adapts to one placement's gradients, so that no other one changes its steps.
+        _, scaler = precision_of(self.train.precision, self.device)
+        return _Run(adapter, optimizer, scaler, adapter.official_state_dict())
 
     def fit(self) -> list[TrainResult]:
         """Train to the end and return one result per placement.
@@ -167,9 +177,8 @@ class Trainer:
         for run in self.runs:
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
-        batches = self._batches(self.epoch)
-        while self.step < len(batches):
-            losses = self.update(batches[self.step], prompts)
+        for batch, images in self._with_images(self._batches(self.epoch)[self.step :]):
+            losses = self.update(batch, prompts, images)
             self.step += 1
             shown.update()
             shown.set_postfix(loss=f"{np.mean(losses):.3f}", refresh=False)
@@ -179,13 +188,33 @@ class Trainer:
         if not self.train.save_every or self.epoch == self.train.epochs:
             self._save()
 
-    def update(self, batch: NDArray[np.int64], prompts: dict[int, State]) -> list[float]:
-        """Make one update of every placement on one global batch; return the losses."""
-        rank, size = parallel.rank_and_size()
-        mine = batch[rank::size]
+    def _with_images(
+        self, batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor | None]]:
+        """Yield batches with their images, which worker threads prepare one batch ahead."""
+        if self.train.cached_views:  # most views are there already
+            yield from ((batch, None) for batch in batches)
+            return
+        mine = [parallel.share(batch) for batch in batches]
+        yield from zip(batches, self.images.ahead(self._augmented, mine))
+
+    def update(
+        self,
+        batch: NDArray[np.int64],
+        prompts: dict[int, State],
+        images: Tensor | None = None,
+    ) -> list[float]:
+        """Make one update of every placement on one global batch; return the losses.
+
+        Args:
+            batch: Indices of the items, over all processes.
+            prompts: Frozen states of the class prompts.
+            images: This process's share of the images, where they are made already.
+        """
+        mine = parallel.share(batch)
         labels = torch.tensor([self.items[i].label for i in mine], device=self.device)
         with self.autocast():
-            states = self._image_states(mine)
+            states = self._image_states(mine, images)
             if not self.train.savings.text_prefix:
                 prompts = self._prompts()
         return [self._update_one(i, states, prompts, labels) for i in range(len(self.runs))]
@@ -207,10 +236,10 @@ class Trainer:
                 f"{self.epoch + 1}, step {self.step + 1}; lower lr ({self.train.lr}) or the "
                 f"adapter's scale ({self.configs[index].scale})"
             )
-        self.scaler.scale(loss).backward()
+        run.scaler.scale(loss).backward()
         parallel.average(run.adapter.parameters())
-        self.scaler.step(run.optimizer)
-        self.scaler.update()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         run.adapter.touch()
         run.losses.append(value)
         return value
@@ -218,29 +247,38 @@ class Trainer:
     def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
         return epoch_batches(len(self.items), self.batch_size, self.seed, epoch)
 
-    def _prompts(self) -> dict[int, State]:
+    def _tokens(self) -> Tensor:
         texts = class_prompts(self.class_names, self.train.template)
-        tokens = self.model.tokenizer(texts).to(self.device)
+        tokens: Tensor = self.model.tokenizer(texts)
+        return tokens.to(self.device)
+
+    def _prompts(self) -> dict[int, State]:
         with self.autocast():
-            return self.backbone.prompts(tokens, self.text_starts)
+            return self.backbone.prompts(self._tokens(), self.text_starts)
 
-    def _image_states(self, batch: NDArray[np.int64]) -> dict[int, State]:
+    def _view(self) -> int:
+        """Return the number of the view that this epoch sees of every image."""
         views = self.train.cached_views
-        view = self.epoch % views if views else self.epoch
+        return self.epoch % views if views else self.epoch
+
+    def _augmented(self, batch: NDArray[np.int64]) -> Tensor:
+        """Return this epoch's view of some items, (item, 3, height, width)."""
         augmentation = self.train.augmentation
-        draws = augmentation.draws(len(self.items), self.seed, view)
+        draws = augmentation.draws(len(self.items), self.seed, self._view())
+        items = [self.items[i] for i in batch]
+        return self.images.augmented(items, draws[batch], augmentation)
 
-        def load(rows: NDArray[np.int64]) -> Tensor:
-            chosen = batch[rows]
-            return self.images.augmented(
-                [self.items[i] for i in chosen], draws[chosen], augmentation
-            )
-
+    def _image_states(
+        self, batch: NDArray[np.int64], images: Tensor | None = None
+    ) -> dict[int, State]:
+        views = self.train.cached_views
         if not views or not self.backbone.steps:
-            return self.backbone.images(load(np.arange(len(batch))), self.vision_starts)
+            images = self._augmented(batch) if images is None else images
+            return self.backbone.images(images, self.vision_starts)
         if self._views is None:
             self._views = ViewCache(self.backbone, self.vision_starts, views * len(self.items))
-        return self._views.states(view * len(self.items) + batch, load)
+        rows = self._view() * len(self.items) + batch
+        return self._views.states(rows, lambda missing: self._augmented(batch[missing]))
 
     def _steps_done(self) -> int:
         return self.epoch * len(self._batches(0)) + self.step
@@ -284,13 +322,13 @@ class Trainer:
             {
                 "epoch": self.epoch,
                 "step": self.step,
-                "scaler": self.scaler.state_dict(),
                 "runs": [
                     {
                         "adapter": run.adapter.official_state_dict(),
                         "losses": run.losses,
                         "initial": run.initial,
                         "optimizer": run.optimizer.state_dict(),
+                        "scaler": run.scaler.state_dict(),
                     }
                     for run in self.runs
                 ],
@@ -304,10 +342,10 @@ class Trainer:
         if state is None:
             return
         self.epoch, self.step = state["epoch"], state["step"]
-        self.scaler.load_state_dict(state["scaler"])
         for run, saved in zip(self.runs, state["runs"]):
             run.adapter.load_official_state_dict(saved["adapter"])
             run.optimizer.load_state_dict(saved["optimizer"])
+            run.scaler.load_state_dict(saved["scaler"])
             run.losses, run.initial = list(saved["losses"]), saved["initial"]
 
 

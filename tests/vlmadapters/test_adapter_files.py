@@ -58,6 +58,32 @@ def test_the_authors_layout_is_written_and_read(tmp_path: Path) -> None:
     assert same(load_official(tmp_path / "wrapped.pth.tar", model.clip), adapter)
 
 
+def test_what_is_no_part_of_the_adapter_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "vlmlayers")
+    model = shared_backbone()
+    adapter = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4), seed=5)
+    state = {**adapter.official_state_dict(), "token_prefix": torch.zeros(2)}
+    torch.save({"state_dict": state}, tmp_path / "more.pth.tar")
+    assert same(load_official(tmp_path / "more.pth.tar", model.clip), adapter)
+    assert "1 entries are no part of the adapter: ['token_prefix']" in caplog.text
+
+
+@pytest.mark.parametrize("pairs", [None, ((1, 2), (2, 3)), ((1, 3),), ()])
+def test_pairs_are_read_from_the_keys(pairs: Any, tmp_path: Path) -> None:
+    model = shared_backbone()
+    config = replace(CONFIG, scale=0.001, pairs=pairs)
+    adapter = new_adapter(model.clip, config, seed=5)
+    path = save_official(tmp_path / "a.pth.tar", adapter)
+    read = load_official(path, model.clip)
+    assert same(read, adapter)
+    assert read.config.shared_pairs() == config.shared_pairs()
+    other = replace(config, pairs=((2, 2),) if pairs else ((1, 3),))
+    with pytest.raises(UserError, match=r"asked for is v1-2,t2-3 with dim 4"):
+        load_official(path, model.clip, other)
+
+
 class Bomb:
     """Writes a file when unpickled."""
 

@@ -22,7 +22,7 @@ from vlmadapters.evaluate import Case, Evaluator
 from vlmadapters.fewshot import base_or_novel, few_shot
 from vlmadapters.frozen import Backbone
 from vlmadapters.images import Images
-from vlmadapters.memory import estimate_memory
+from vlmadapters.memory import available_memory, estimate_memory
 from vlmadapters.recipes import Savings, TrainConfig
 from vlmadapters.train import Trainer, TrainResult
 from vlmlayers.errors import UserError
@@ -54,9 +54,12 @@ def plain() -> TrainResult:
     return fit(replace(TRAIN, savings=Savings.none()))
 
 
-@pytest.mark.parametrize("on", [*Savings.__dataclass_fields__, "all"])
+ALL = {"all": Savings(), "all but oneDNN": Savings(onednn=False)}
+
+
+@pytest.mark.parametrize("on", [*Savings.__dataclass_fields__, *ALL])
 def test_no_saving_changes_a_loss(on: str, plain: TrainResult) -> None:
-    savings = Savings() if on == "all" else replace(Savings.none(), **{on: True})
+    savings = ALL[on] if on in ALL else replace(Savings.none(), **{on: True})
     result = fit(replace(TRAIN, savings=savings))
     np.testing.assert_allclose(result.losses, plain.losses, atol=2e-5)
     for key, value in result.adapter.official_state_dict().items():
@@ -107,6 +110,12 @@ def test_a_small_view_cache_keeps_the_lowest_block_only(monkeypatch: pytest.Monk
     assert made._views is not None
     assert list(made._views.stored) == [1]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
+
+
+def test_images_prepared_ahead_by_threads_give_the_same_losses(plain: TrainResult) -> None:
+    made = trainer()
+    made.images = Images(made.model, MANIFEST, workers=2)
+    np.testing.assert_allclose(made.fit()[0].losses, plain.losses, atol=2e-5)
 
 
 def test_the_same_seed_gives_the_same_losses_and_global_state_is_left_alone() -> None:
@@ -165,8 +174,25 @@ def test_a_step_that_would_not_fit_is_refused_before_it_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vlmadapters.memory.available_memory", lambda device: 1000)
-    with pytest.raises(UserError, match=r"needs about .* GB and cpu has .* GB free; lower batch"):
+    with pytest.raises(UserError, match=r"needs about .* GB, and cpu has .* GB free; lower batch"):
         trainer()
+    with pytest.raises(UserError, match=r"GB of it for cached views.* fewer cached_views"):
+        trainer(replace(TRAIN, cached_views=2))
+
+
+def test_a_containers_limit_counts_as_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("vlmadapters.memory.CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    free = available_memory(cpu)
+    assert 1 << 20 < free < 1 << 50
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 500\n")
+    assert available_memory(cpu) == 1500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(cpu) > 1 << 20
 
 
 def test_the_memory_estimate_is_near_what_the_graph_keeps() -> None:
@@ -186,7 +212,7 @@ def test_the_memory_estimate_is_near_what_the_graph_keeps() -> None:
         made.backbone.logits(states[2], made._prompts()[2], made.runs[0].adapter)
     measured = sum(size for pointer, size in saved.items() if pointer not in weights)
     backbone = Backbone(model.clip, Savings.none())
-    estimate = estimate_memory(backbone, [CONFIG], 8, len(made.class_names))
+    estimate = estimate_memory(backbone, [CONFIG], 8, made._tokens())
     assert 0.5 * measured < estimate < 4 * measured
 
 
@@ -260,17 +286,26 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 torch.set_num_threads(1)
-from test_train import TRAIN, trainer
+from test_train import TRAIN, predictions, trainer
 from vlmadapters import parallel
 with parallel.process_group() as (rank, size):
-    result = trainer(TRAIN).fit()[0]
+    made = trainer(TRAIN)
+    result, labels = made.fit()[0], predictions(made)
     if rank == 0:
         torch.save({"state": result.adapter.official_state_dict(), "losses": result.losses,
-                    "size": size}, sys.argv[1])
+                    "size": size, "labels": labels.tolist()}, sys.argv[1])
 """
 
 
-def test_two_processes_give_the_parameters_of_one(tmp_path: Path) -> None:
+def predictions(made: Trainer) -> np.ndarray[Any, Any]:
+    """Return labels of 31 test items, a number that two processes do not divide evenly."""
+    evaluator = Evaluator(made.model, made.backbone, batch_size=5, progress=False)
+    case = Case(made.runs[0].adapter, made.train.template)
+    items, names = MANIFEST.items("test")[:31], MANIFEST.class_names()
+    return evaluator.predict(made.images, items, names, [case])[0]
+
+
+def test_two_processes_give_the_parameters_and_predictions_of_one(tmp_path: Path) -> None:
     script, out = tmp_path / "run.py", tmp_path / "out.pt"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -281,7 +316,9 @@ def test_two_processes_give_the_parameters_of_one(tmp_path: Path) -> None:
     )  # fmt: skip
     found = torch.load(out, weights_only=True)
     assert found["size"] == 2
-    one = fit()
+    made = trainer()
+    one = made.fit()[0]
+    assert found["labels"] == predictions(made).tolist()
     np.testing.assert_allclose(found["losses"], one.losses, atol=1e-5)
     for key, value in one.adapter.official_state_dict().items():
         torch.testing.assert_close(found["state"][key], value, atol=1e-6, rtol=1e-4)
