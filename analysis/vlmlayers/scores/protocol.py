@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -293,8 +293,6 @@ def rows_of(features: TowerFeatures, position: str, space: str, rows: Any = None
 
 
 def _capped(member: LayerFeatures, most: int | None) -> LayerFeatures:
-    from dataclasses import replace
-
     vision, text = member.vision, member.text
     if most is None or vision is None or len(vision) <= most:
         return member

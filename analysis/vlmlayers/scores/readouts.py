@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,13 +74,13 @@ def run_datasets(
         names = [member.dataset for member, _ in sources]
         for name, metric in readouts.items():
             follow = {n: m for n, m in derived.items() if m.base == name}
-            for space, position in _grid(sources, name, metric, protocol, out):
+            for space, position in grid(sources, name, metric, protocol, out):
                 place = group.place("*", sources[0][1], position, space)
                 for split in splits:
                     with out.attempt(name, "*", tower, position):
                         protocol.require(len(split.labels), metric)
                         counts = held_out_counts(
-                            metric, _stacked(sources, split, position, space), split, protocol
+                            metric, stacked(sources, split, position, space), split, protocol
                         )
                         if name in metrics:
                             _add_accuracy(name, metric, place, counts, split, protocol, out)
@@ -102,12 +102,12 @@ def run_classes(
                 continue
             sources = [(member, features)]
             for name, metric in metrics.items():
-                for space, position in _grid(sources, name, metric, protocol, out):
+                for space, position in grid(sources, name, metric, protocol, out):
                     place = group.place(member.dataset, features, position, space)
                     for split in splits:
                         with out.attempt(name, member.dataset, tower, position):
                             protocol.require(len(split.labels), metric)
-                            x = _stacked(sources, split, position, space)
+                            x = stacked(sources, split, position, space)
                             counts = held_out_counts(metric, x, split, protocol)
                             _add_accuracy(name, metric, place, counts, split, protocol, out)
 
@@ -298,12 +298,11 @@ def _add_derived(
 
 
 def _at(place: Place, dataset: str) -> Place:
-    from dataclasses import replace
-
     return replace(place, dataset=dataset)
 
 
-def _stacked(sources: list[Source], split: Split, position: str, space: str) -> Array:
+def stacked(sources: list[Source], split: Split, position: str, space: str) -> Array:
+    """Return the rows of a split from all sources, one after the other."""
     return np.concatenate(
         [
             rows_of(features, position, space, rows)
@@ -312,7 +311,7 @@ def _stacked(sources: list[Source], split: Split, position: str, space: str) -> 
     )
 
 
-def _grid(
+def grid(
     sources: list[Source], name: str, metric: Metric, protocol: Protocol, out: Collector
 ) -> Iterable[tuple[str, str]]:
     """Yield the spaces and positions at which a metric is to be scored."""
@@ -340,5 +339,3 @@ def _ceiling(strata: list[int], groups: list[Any]) -> float:
 
 
 Runner = Callable[[Group, Mapping[str, Metric], Protocol, Collector], None]
-grid = _grid
-stacked = _stacked

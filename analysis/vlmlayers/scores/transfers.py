@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import permutations
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from vlmlayers.scores.readouts import (
     accuracy_and_interval,
     grid,
     held_out_counts,
+    stacked,
 )
 
 
@@ -179,28 +181,20 @@ def run_styles(
                     for split in splits:
                         with out.attempt(name, "*", tower, position):
                             protocol.require(len(split.labels), metric)
-                            x = np.concatenate(
-                                [
-                                    rows_of(f, position, space, rows)
-                                    for (_, f), rows in zip(sources, split.rows)
-                                ]
-                            )
+                            x = stacked(sources, split, position, space)
                             counts = held_out_counts(metric, x, split, protocol)
                             value, interval = accuracy_and_interval(counts, protocol, split.seed)
-                            out.add(
-                                name,
-                                place,
-                                value,
-                                interval,
-                                1 / len(sources),
-                                int(counts.sum()),
-                                split.seed,
-                                interval="bootstrap",
-                                family=text,
-                                split_by="class",
-                                shared_classes=len(shared),
+                            noted = {
+                                "family": text,
+                                "split_by": "class",
+                                "shared_classes": len(shared),
                                 **protocol.arguments(metric),
-                            )
+                            }
+                            n, chance = int(counts.sum()), 1 / len(sources)
+                            out.add(
+                                name, place, value, interval, chance, n, split.seed,
+                                interval="bootstrap", **noted,
+                            )  # fmt: skip
 
 
 def run_style_classes(
@@ -211,22 +205,12 @@ def run_style_classes(
         for tower in metric.towers:
             for sources, shared in _families_or_refuse(group, name, tower, out):
                 for space, position in grid(sources, name, metric, protocol, out):
-                    for source in sources:
-                        for target in sources:
-                            if source[0].dataset != target[0].dataset:
-                                with out.attempt(name, target[0].dataset, tower, position):
-                                    _add_cross_style(
-                                        group,
-                                        source,
-                                        target,
-                                        shared,
-                                        name,
-                                        metric,
-                                        position,
-                                        space,
-                                        protocol,
-                                        out,
-                                    )
+                    for source, target in permutations(sources, 2):
+                        with out.attempt(name, target[0].dataset, tower, position):
+                            _add_cross_style(
+                                group, source, target, shared, name, metric, position, space,
+                                protocol, out,
+                            )  # fmt: skip
 
 
 def _add_cross_style(
