@@ -1,11 +1,12 @@
 """A sweep of 12 placements × 3 seeds against 36 runs of their own, by processor time.
 
-    python benchmarks/sweep.py [--separate N] [--data-root DIR] [MODEL [DATASET]]
+    python benchmarks/sweep.py [--separate N] [--data-root DIR] [--small] [MODEL [DATASET]]
 
 Processor seconds of whole processes (user + system, one thread) are compared, since they hardly
 depend on what else the machine does; wall seconds stand beside them. Of the 36 separate runs
 `--separate` are measured, spread over the start blocks, and their mean is multiplied by 36; the
-table says how many were measured. The published schedule runs in both.
+table says how many were measured. The published schedule runs in both. `--small` trains one epoch
+of two shots to see that everything works, and records nothing.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ def main() -> None:
     parser.add_argument("dataset", nargs="?", default="shapes_filled")
     parser.add_argument("--separate", type=int, default=6)
     parser.add_argument("--data-root", default=None)
+    parser.add_argument("--small", action="store_true")
     asked = parser.parse_args()
     script = Path(sys.executable).with_name("vlmlayers")
     root = ["--data-root", asked.data_root] if asked.data_root else []
     common = [asked.model, asked.dataset, "--recipe", "mini", "--device", "cpu", "--quiet", *root]
+    if asked.small:
+        common += ["--set", "epochs=1", "--set", "shots=2", "--limit", "40"]
     step = max(1, PLACEMENTS // asked.separate)
     starts = list(range(1, PLACEMENTS + 1, step))[: asked.separate]
     rows: list[dict[str, Any]] = []
@@ -74,7 +78,8 @@ def main() -> None:
                 **where,
             }
         )
-    write_table("sweep", rows)
+    if not asked.small:
+        write_table("sweep", rows)
     print(f"processor time: {means[0] / swept[0]:.2f} times less than {runs} separate runs")
 
 

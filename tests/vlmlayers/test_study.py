@@ -17,8 +17,9 @@ from run_folders import tiny_clip
 
 from vlmlayers.errors import UserError
 from vlmlayers.run import Run, fingerprint, read_json
-from vlmlayers.study import check_study, read_study, run_study
+from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.demo import demo_study, pick_datasets, position_table
+from vlmlayers.study.runner import pick_stages
 
 BASE: dict[str, Any] = {"models": [{"name": "mini-clip"}], "datasets": ["digits"]}
 STUDIES = Path(__file__).parents[2] / "data_manifests" / "studies"
@@ -337,3 +338,14 @@ def test_another_extraction_is_refused_and_forced(
         run_study(read_study(file), copy, **options)
     run = run_study(read_study(file), copy, force=True, **options)[0]
     assert {one["items"] for one in run.read_provenance()["datasets"].values()} == {30}
+
+
+def test_stages_are_picked_and_skipped() -> None:
+    assert pick_stages((), None) == list(STAGES)
+    assert pick_stages((), None, ["validate"]) == [name for name in STAGES if name != "validate"]
+    assert pick_stages((), "select", ["train", "validate"]) == ["select", "report"]
+    assert pick_stages(["report", "score"], None) == ["score", "report"]
+    with pytest.raises(UserError, match="did you mean 'validate'"):
+        pick_stages((), None, ["validat"])
+    with pytest.raises(UserError, match="either --only or --from"):
+        pick_stages(["score"], "score")

@@ -33,6 +33,7 @@ def run_study(
     data_root: str | Path | None = None,
     only: Sequence[str] = (),
     start: str | None = None,
+    skip: Sequence[str] = (),
     force: bool = False,
     device: str | None = None,
     progress: bool = True,
@@ -52,6 +53,7 @@ def run_study(
         data_root: Data root; None takes `VLMLAYERS_DATA`, then the study's.
         only: Names of stages; those of the study where empty.
         start: First stage to run; earlier ones must be done.
+        skip: Stages to leave out; what they wrote before is used.
         force: Run the stages even where nothing changed.
         device: Device; None takes the study's.
         progress: Whether to show progress bars.
@@ -60,7 +62,7 @@ def run_study(
     Raises:
         UserError: A stage is unknown, needs an earlier one, or its input is wrong.
     """
-    picked = pick_stages(only or (() if start else study.stages), start)
+    picked = pick_stages(only or (() if start else study.stages), start, skip)
     if processes_launched() > 1 and picked != ["extract"]:
         raise UserError(
             "several processes share the stage 'extract' alone; run it by itself (--only extract), "
@@ -92,16 +94,16 @@ def run_study(
     return runs
 
 
-def pick_stages(only: Sequence[str], start: str | None) -> list[str]:
+def pick_stages(only: Sequence[str], start: str | None, skip: Sequence[str] = ()) -> list[str]:
     """Return the names of the stages to run, in order."""
     names = list(STAGES)
-    for name in [*only, *([start] if start else [])]:
+    for name in [*only, *skip, *([start] if start else [])]:
         check_one_of("stage", name, names)
     if only and start:
         raise UserError("give either --only or --from, not both")
-    if only:
-        return [name for name in names if name in only]
-    return names[names.index(start) :] if start else names
+    first = names.index(start) if start else 0
+    wanted = only or names[first:]
+    return [name for name in names if name in wanted and name not in skip]
 
 
 def run_stages(context: StageContext, picked: Sequence[str]) -> None:
