@@ -34,8 +34,8 @@ def curves(
     """Return a metric along both towers: one row per dataset, tower and position.
 
     `value` is the mean over seeds. `low` and `high` join the mean interval of one seed with 1.96
-    standard deviations over seeds, as a root of squares on each side. A metric that relates two
-    positions is read at the partner of equal relative depth.
+    standard deviations over seeds, as a root of squares on each side, within the metric's range.
+    A metric that relates two positions is read at the partner of equal relative depth.
 
     Args:
         scores: Score table of one model.
@@ -64,7 +64,16 @@ def curves(
         known = sorted(set(scores.loc[scores["metric"] == metric, "dataset"]))
         check_one_of("dataset", dataset, known, where=f"the {metric} scores")
     joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    return joined.reindex(columns=CURVE_COLUMNS)
+    joined = joined.reindex(columns=CURVE_COLUMNS)
+    least, most = _bounds(metric)
+    return joined.assign(low=joined["low"].clip(lower=least), high=joined["high"].clip(upper=most))
+
+
+def _bounds(metric: str) -> tuple[float, float]:
+    """Return the range that a metric declares: no band reaches beyond it."""
+    from vlmlayers.metrics.table import METRICS
+
+    return METRICS[metric].bounds if metric in METRICS else (-np.inf, np.inf)
 
 
 def _summary(rows: pd.DataFrame) -> pd.DataFrame:
