@@ -146,17 +146,18 @@ def test_towers_and_size_are_what_the_issue_asks(model: VLM) -> None:
     assert model.tokenizer.eot_token_id == model.tokenizer.vocab_size - 1
 
 
-@pytest.mark.parametrize("name", ["textures", "flags", "scenes"])
-def test_zero_shot_is_far_above_chance_and_not_saturated(model: VLM, name: str) -> None:
+@pytest.mark.parametrize("name", builtin.names())
+def test_zero_shot_is_at_least_five_times_chance(model: VLM, name: str) -> None:
     data = builtin.get(name)
     count = len(data.class_names)
-    images = torch.stack([model.preprocess(data.image("test", i)) for i in range(4 * count)])
+    items = Manifest.load(name).items("test")[: 6 * count]
+    images = torch.stack([model.preprocess(data.image("test", i)) for i in range(len(items))])
     prompts = model.tokenizer([f"a photo of a {word}." for word in data.class_names])
     with torch.no_grad():
         image = model.clip.encode_image(images, normalize=True)
         text = model.clip.encode_text(prompts, normalize=True)
-    right = (image @ text.t()).argmax(1) == torch.arange(4 * count) % count
-    assert 3 / count < float(right.float().mean()) < 0.98
+    right = (image @ text.t()).argmax(1) == torch.tensor([item.label for item in items])
+    assert float(right.float().mean()) >= 5 / count
 
 
 if __name__ == "__main__":
