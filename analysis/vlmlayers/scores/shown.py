@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 import pandas as pd
 
@@ -22,12 +21,12 @@ class ScoreTable(pd.DataFrame):
         made.attrs.update(frame.attrs)
         return made
 
-    def _repr_html_(self) -> Any:
+    def _repr_html_(self) -> str:
         from vlmlayers.summaries import overview
 
-        if self.empty:
-            return super()._repr_html_()  # type: ignore[operator]
         plain = pd.DataFrame(self)
+        if plain.empty:
+            return plain.to_html()
         metrics = plain["metric"].nunique()
         parts = [
             f"<p>{len(plain):,} scores of {metrics} metric{'s' * (metrics > 1)}, as a data frame. "
