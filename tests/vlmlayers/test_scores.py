@@ -14,6 +14,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics import METRICS, Metric, rmg
 from vlmlayers.metrics.intervals import bootstrap_weights, jackknife_groups, mean_interval
+from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores import (
     CONTRACT_COLUMNS,
     SCORE_COLUMNS,
@@ -343,6 +344,8 @@ def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -
     agreement = stated_options(scores, "cka_debiased")
     assert "permutations 20" in agreement and "seeds" not in agreement and " p " not in agreement
     assert stated_options(scores, "none of this name") == ""
+    caption = metric_entry("dataset_accuracy", scores)["caption"]
+    assert caption.endswith(f"Options: {words}.") and "Chance: 1 / number of datasets" in caption
 
 
 def test_captions_of_an_image_stay_in_one_fold() -> None:

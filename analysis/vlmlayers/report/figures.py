@@ -16,7 +16,6 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.plots.saving import slug
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import metric_entry
-from vlmlayers.scores import stated_options
 from vlmlayers.selection.curves import has_curve
 from vlmlayers.summaries import agreement, curves, metrics_by_shape
 
@@ -227,11 +226,9 @@ def frequency_table(answer: Answer) -> pd.DataFrame:
 
 
 def _caption(answer: Answer, metric: str, where: str) -> str:
-    entry = metric_entry(metric)
+    entry = metric_entry(metric, answer.scores)
     random = ", RANDOM WEIGHTS" if answer.random_weights else ""
-    options = stated_options(answer.scores, metric)
     return (
         f"{entry['label']} {where}, {answer.model} ({answer.weights}){random}. "
         f"{entry['caption']}".strip()
-        + (f" Options: {options}." if options else "")
     )

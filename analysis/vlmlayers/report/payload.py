@@ -10,6 +10,7 @@ import pandas as pd
 
 from vlmlayers.positions import sort_key
 from vlmlayers.report.numbers import Answer, Validation
+from vlmlayers.scores import stated_options
 from vlmlayers.selection.curves import POOLED
 from vlmlayers.summaries import curves, dataset_names, metrics_by_shape
 
@@ -34,7 +35,9 @@ def payload(answer: Answer) -> dict[str, Any]:
         "depth": answer.depths,
         "choice": {"vision": list(answer.choice.vision), "text": list(answer.choice.text)},
         "datasets": dataset_names(answer.scores),
-        "metrics": {name: metric_entry(name) for names in shapes.values() for name in names},
+        "metrics": {
+            name: metric_entry(name, answer.scores) for names in shapes.values() for name in names
+        },
         "curves": curve_entries(answer.scores, shapes["curve"]),
         "matrices": [
             entry for name in shapes["matrix"] for entry in matrix_entries(answer.scores, name)
@@ -59,8 +62,13 @@ def payload(answer: Answer) -> dict[str, Any]:
     return content
 
 
-def metric_entry(name: str) -> dict[str, Any]:
-    """Return what the METRICS table says of a metric, for labels and captions."""
+def metric_entry(name: str, scores: pd.DataFrame | None = None) -> dict[str, Any]:
+    """Return what the METRICS table says of a metric, for labels and captions.
+
+    Args:
+        name: Name of the metric.
+        scores: Score table whose options the caption states.
+    """
     from vlmlayers.metrics import METRICS
 
     known = METRICS.get(name)
@@ -75,6 +83,8 @@ def metric_entry(name: str) -> dict[str, Any]:
             " Taken in joint space: final norm and projection are applied at every "
             "position, a definition of this toolkit."
         )
+    options = "" if scores is None else stated_options(scores, name)
+    caption += f" Options: {options}." if options else ""
     label = known.axis_label
     return {"label": label[:1].upper() + label[1:], "level": known.level, "caption": caption}
 

@@ -280,7 +280,7 @@ def made_tables(answer: Answer) -> list[Table]:
             "What the metrics mean",
             ["Metric", "Definition"],
             [
-                [name, metric_entry(name)["caption"]]
+                [name, metric_entry(name, answer.scores)["caption"]]
                 for names in metrics_by_shape(answer.scores).values()
                 for name in names
             ],
