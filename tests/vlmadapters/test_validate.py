@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -176,6 +177,47 @@ def test_two_at_once_train_every_cell_once(
     assert len(seen) == len(set(seen)) == 9
     assert len(tables) == 2
     pd.testing.assert_frame_equal(tables[0], tables[1])
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from test_validate import RECIPE, Experiment
+from backbones import backbone
+from vlmlayers.manifests import Manifest
+import torch
+data, out, log = map(Path, sys.argv[1:])
+plain = Experiment._train_and_test
+def told(self, source, seed, configs):
+    with log.open("a") as file:
+        file.writelines(f"{seed} {one.placement}\\n" for one in configs)
+    return plain(self, source, seed, configs)
+Experiment._train_and_test = told
+model = backbone("clip")
+with torch.no_grad():
+    for n, weights in enumerate(model.clip.parameters()):
+        weights.normal_(0, 0.05, generator=torch.Generator().manual_seed(n))
+sweep = Experiment("base-to-novel", model, RECIPE, out, progress=False)
+configs = [RECIPE.adapter.with_placement(b, b) for b in ((1,), (2,), (3,))]
+table = sweep.run([sweep.add(Manifest.load(data))], configs, (1, 2, 3, 4), together=1)
+print(len(table))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep(manifest: Manifest, tmp_path: Path) -> None:
+    source = next(iter({manifest.location(i).parents[2] for i in manifest.items("test")}))
+    log = tmp_path / "trained"
+    words = [sys.executable, "-c", WORKER, str(source), str(tmp_path / "out"), str(log)]
+    place = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(words, env=place, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [worker.communicate(timeout=900)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    trained = log.read_text().split("\n")[:-1]
+    assert len(trained) == len(set(trained)) == 12
+    assert said[0] == said[1]
 
 
 def test_a_damaged_cell_is_named(manifest: Manifest, tmp_path: Path) -> None:
