@@ -5,6 +5,7 @@ Nothing is unpickled: files load as safetensors or with `weights_only=True`.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vlmadapters.checksums import content_checksum
@@ -76,7 +77,8 @@ def save_adapter(
     }
     state = {key: value.cpu().contiguous() for key, value in adapter.official_state_dict().items()}
     text = json.dumps({**info, "checksum": _checksum(info, state)}, indent=1)
-    atomically(path, lambda part: save_file(state, part, metadata={"description": text}))
+    data = save(state, metadata={"description": text})
+    atomically(path, lambda part: part.write_bytes(data))
     atomically(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
     return path
 
@@ -148,7 +150,7 @@ def save_official(path: str | Path, adapter: Adapter, epoch: int = 0) -> Path:
         "val_result": None,
     }
     path = Path(path)
-    atomically(path, lambda part: torch.save(content, part))
+    _save_whole(path, content)
     return path
 
 
@@ -245,7 +247,7 @@ def save_training_state(folder: Path, identity: Mapping[str, Any], state: Any) -
     """Write the state of an unfinished training, whole or not at all."""
     content = {"identity": json.dumps(identity, sort_keys=True), **state}
     content["checksum"] = content_checksum(content)
-    atomically(folder / STATE_FILE, lambda part: torch.save(content, part))
+    _save_whole(folder / STATE_FILE, content)
 
 
 def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
@@ -272,6 +274,13 @@ def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
             "folder, or remove the file to start again"
         )
     return content
+
+
+def _save_whole(path: Path, content: Any) -> None:
+    """Write a torch file by way of memory: torch hides from its caller that a disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomically(path, lambda part: part.write_bytes(buffer.getvalue()))
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:

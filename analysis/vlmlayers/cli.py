@@ -19,6 +19,13 @@ from vlmlayers.errors import UserError, printable
 from vlmlayers.run import is_first_process
 
 VERBS = "vlmlayers.verbs"
+DISK = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written",
+    errno.EPERM: "choose a folder that can be written",
+}
 RESUME = "Stopped. Start the same command again to continue where it was."
 ORDER = (
     "demo",
@@ -439,7 +446,7 @@ def figures(
         from vlmlayers.figures import draw_all
 
         for outcome in draw_all(runs, paper):
-            typer.echo(f"{outcome.name:28} {outcome.words}")
+            typer.echo(outcome.line)
         return
     from vlmlayers.report import write_figures
 
@@ -459,11 +466,12 @@ def main() -> None:
         typer.echo(f"\n{RESUME}", err=True)
         sys.exit(130)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK:
             raise
+        where = f" {error.filename}" if error.filename else ""
         typer.echo(
-            f"Error: the disk is full ({error.filename or 'writing'}); free space and start "
-            "the same command again",
+            f"Error: cannot write{where}: {error.strerror}; {DISK[error.errno]} and start the same "
+            "command again",
             err=True,
         )
         sys.exit(2)

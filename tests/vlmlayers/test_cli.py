@@ -104,7 +104,7 @@ def test_full_disk_is_one_line(call, monkeypatch) -> None:  # type: ignore[no-un
 
     monkeypatch.setattr("vlmlayers.study.verbs.metrics_text", full)
     code, _, err = call("score", "--list")
-    assert code == 2 and "the disk is full (scores.csv)" in err
+    assert code == 2 and "cannot write scores.csv: No space left on device; free space" in err
 
 
 def test_extract_refuses_another_extraction_until_forced(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

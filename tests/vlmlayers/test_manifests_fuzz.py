@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 from data_fixtures import coop_dataset, write_manifest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -92,39 +90,3 @@ def test_any_table(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     text = 'folder = "."\nlayout = "table"\nsplit_file = "t.jsonl"'
     answers(lambda: use(Manifest.load(write_manifest(tmp_path, text))))
-
-
-def mutated(random: np.random.Generator, text: bytes, pieces: list[bytes]) -> bytes:
-    """Replace, cut, repeat or insert at a few random places."""
-    for _ in range(int(random.integers(1, 4))):
-        start = int(random.integers(len(text) + 1))
-        end = min(len(text), start + int(random.integers(0, 12)))
-        piece = pieces[int(random.integers(len(pieces)))]
-        text = text[:start] + piece + text[end:]
-    return text
-
-
-PIECES = [b"", b'"', b"[", b"]", b"{", b"}", b"..", b"/", b"\\", b"\n", b"\0", b"-1", b"9" * 30,
-          b"NaN", b"1e999", b"true", b"null", b'"\\ud800"', b"\xff", b"= ", b"../", b"{}", b"[[",
-          b"<script>", b"train", b"inf"]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_many_damaged_manifests(repository: Path, tmp_path: Path) -> None:
-    texts = [path.read_bytes() for path in sorted((repository / "data_manifests").glob("*.toml"))]
-    random = np.random.default_rng(1)
-    path = tmp_path / "fuzz.toml"
-    for _ in range(30_000):
-        path.write_bytes(mutated(random, texts[random.integers(len(texts))], PIECES))
-        answers(lambda: Manifest.load(path))
-
-
-@pytest.mark.slow
-def test_many_damaged_split_files(tmp_path: Path) -> None:
-    rows = [[f"a/{i}.jpg", i % 3, "xyz"[i % 3]] for i in range(6)]
-    text = json.dumps({"train": rows, "val": rows[:3], "test": rows[3:]}).encode()
-    manifest = coop_dataset(tmp_path, {"train": rows})
-    random = np.random.default_rng(2)
-    for _ in range(30_000):
-        (tmp_path / "split.json").write_bytes(mutated(random, text, PIECES))
-        answers(lambda: use(manifest))

@@ -1,0 +1,337 @@
+"""A flipped byte is detected and its file named; disks, clocks, workers and data may fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+HERE = Path(__file__).resolve().parent
+for name in ("vlmlayers", "vlmadapters"):
+    sys.path.append(str(HERE.parent / name))
+
+import tiny  # noqa: E402
+from backbones import shared_backbone  # noqa: E402
+from score_tables import full  # noqa: E402
+from starts import content, images  # noqa: E402
+
+from vlmadapters.checkpoints import (  # noqa: E402
+    load_adapter,
+    load_training_state,
+    read_info,
+    save_adapter,
+    save_training_state,
+)
+from vlmadapters.config import MMAConfig  # noqa: E402
+from vlmadapters.mma import new_adapter  # noqa: E402
+from vlmadapters.protocols import base_to_novel  # noqa: E402
+from vlmadapters.recipes import Recipe, TrainConfig  # noqa: E402
+from vlmlayers.errors import UserError  # noqa: E402
+from vlmlayers.manifests import Manifest  # noqa: E402
+from vlmlayers.models import extract, stream  # noqa: E402
+from vlmlayers.models import stream as stream_function  # noqa: E402
+from vlmlayers.scores import read_scores, write_scores  # noqa: E402
+
+CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
+RECIPE = Recipe("test", TrainConfig(lr=0.3, epochs=2, batch_size=4, shots=2, save_every=1), CONFIG)
+QUIET: dict[str, Any] = {"batch_size": 4, "text": "captions", "progress": False}
+
+
+def flips(file: Path, count: int = 40) -> Iterator[int]:
+    """Flip one bit of a file at places spread over it; put it right after each."""
+    whole = file.read_bytes()
+    random = np.random.default_rng(0)
+    places = {0, 5, len(whole) - 1, *random.integers(0, len(whole), count).tolist()}
+    try:
+        for place in sorted(places):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << int(random.integers(8))
+            file.write_bytes(changed)
+            yield place
+    finally:
+        file.write_bytes(whole)
+
+
+def detected(file: Path, read: Callable[[], Any], same: Callable[[Any], bool]) -> int:
+    """Return how many flips were refused; the others must not have changed what is read."""
+    refused = 0
+    for place in flips(file):
+        try:
+            found = read()
+        except UserError as error:
+            assert str(file) in str(error), (place, error)
+            refused += 1
+        else:
+            assert same(found), f"byte {place} of {file.name} changed what is read"
+    return refused
+
+
+def test_a_flipped_byte_in_an_adapter(tmp_path: Path) -> None:
+    model = shared_backbone()
+    adapter = new_adapter(model.clip, CONFIG, seed=3)
+    file = save_adapter(tmp_path / "a.safetensors", adapter, model, ("cat", "dog"))
+    state = adapter.official_state_dict()
+
+    def same(found: Any) -> bool:
+        own = found.official_state_dict()
+        return all(torch.equal(own[key], state[key]) for key in state)
+
+    assert detected(file, lambda: load_adapter(file, model), same) >= 40
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.safetensors is altered: its checksum differs; copy"):
+        read_info(file)
+
+
+def test_a_flipped_byte_in_a_training_state(tmp_path: Path) -> None:
+    identity = {"seed": 1}
+    state = {"epoch": 1, "step": 2, "runs": [{"losses": [0.5], "adapter": {"w": torch.ones(900)}}]}
+    save_training_state(tmp_path, identity, state)
+
+    def same(found: Any) -> bool:
+        found.pop("identity")
+        return repr(found) == repr(state)
+
+    file = tmp_path / "training.pt"
+    # A zip file holds bytes that say nothing, such as times.
+    assert detected(file, lambda: load_training_state(tmp_path, identity), same) >= 10
+    content = torch.load(file, weights_only=True)
+    content["runs"][0]["adapter"]["w"][7] = 2
+    torch.save(content, file)
+    with pytest.raises(UserError, match=r"training\.pt is altered: its checksum differs; remove"):
+        load_training_state(tmp_path, identity)
+
+
+def test_a_flipped_byte_in_a_cell(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"seeds": (1,), "limit": 20, "progress": False}
+    work = lambda: base_to_novel(shared_backbone(), ["shapes_filled"], RECIPE, tmp_path, **options)  # noqa: E731
+    work()
+    (cell,) = (p for p in (tmp_path / "cells").iterdir() if "zero-shot" not in p.name)
+    text = cell.read_text()
+    cell.write_text(text.replace('"accuracy": 0.', '"accuracy": 1.', 1))
+    assert cell.read_text() != text
+    with pytest.raises(UserError, match=f"{cell.name} is altered: its checksum differs; remove it"):
+        work()
+    cell.write_text("[1]")
+    with pytest.raises(UserError, match=f"{cell.name} is damaged"):
+        work()
+    cell.unlink()
+    work()
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])
+def test_a_flipped_byte_in_a_score_table(tmp_path: Path, name: str) -> None:
+    write_scores(full(), tmp_path)
+    file = tmp_path / name
+    for _ in flips(file, 10):
+        with pytest.raises(UserError, match="does not match its checksum") as caught:
+            read_scores(file)
+        assert str(file) in str(caught.value)
+
+
+def test_a_flipped_byte_in_saved_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = tiny.DrawnManifest(count=60)
+    options: dict[str, Any] = {**QUIET, "sample": 20, "out": tmp_path / "sums"}
+    whole = stream(tiny.model(), manifest, "train", **options).scores()
+    file = tmp_path / "sums" / "sums.0.npz"
+
+    def read() -> Any:
+        return stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **options).scores()
+
+    refused = 0
+    for _ in flips(file, 6):
+        try:
+            found = read()
+        except UserError as error:
+            assert str(file) in str(error)
+            refused += 1
+        else:
+            assert found["value"].equals(whole["value"])
+    assert refused >= 6
+    assert read()["value"].equals(whole["value"])
+
+
+def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(tmp_path: Path) -> None:
+    class Stops(tiny.DrawnManifest):
+        def open_image(self, item, root=None, size=None):
+            if len(self.opened) >= 40:
+                raise KeyboardInterrupt
+            return super().open_image(item, root, size)
+
+    options: dict[str, Any] = {**QUIET, "sample": 20, "save_seconds": 0.0, "out": tmp_path / "sums"}
+    module = sys.modules[stream_function.__module__]
+    chunk, module.CHUNK = module.CHUNK, 8
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stream(tiny.model(), Stops(count=60), "train", **options)
+        rest = tiny.DrawnManifest(count=60)
+        resumed = stream(tiny.model(), rest, "train", **options).scores()
+    finally:
+        module.CHUNK = chunk
+    assert 20 <= len(rest.opened) <= 28
+    at_once = stream(
+        tiny.model(), tiny.DrawnManifest(count=60), "train", **(options | {"out": None})
+    )
+    np.testing.assert_allclose(resumed["value"], at_once.scores()["value"], rtol=1e-7)
+    options |= {"out": tmp_path / "sums"}
+    with pytest.raises(UserError, match="belongs to another extraction: batch_size"):
+        stream(tiny.model(), rest, "train", **(options | {"batch_size": 5}))
+    broken = tiny.DrawnManifest(count=60, broken={"train/005.png"})
+    again = options | {"out": tmp_path / "again"}
+    with pytest.raises(UserError, match="1 of 60 images of drawn cannot be read"):
+        stream(tiny.model(), broken, "train", **again)
+    mended = stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **again)
+    assert mended.datasets["drawn"].n == 60
+    left_out = stream(tiny.model(), broken, "train", **QUIET, sample=20, skip_unreadable=True)
+    assert left_out.datasets["drawn"].n == 59
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, to be filled or made read-only."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(mount)]
+    if (
+        sys.platform != "linux"
+        or subprocess.run(command, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=False)
+
+
+def remount(mount: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(mount)], check=True)
+
+
+def test_training_on_a_disk_that_fills_up(small_disk: Path, tmp_path: Path) -> None:
+    def work(out: Path) -> Any:
+        options: dict[str, Any] = {"seeds": (1, 2), "limit": 20, "progress": False}
+        return base_to_novel(
+            shared_backbone(), ["shapes_filled"], RECIPE, out, save_adapters=True, **options
+        ).drop(columns="seconds")
+
+    with pytest.raises(UserError, match="cannot write .*small"):
+        work(small_disk)
+    assert not list(small_disk.rglob("*.part"))
+    remount(small_disk, "size=8m")
+    assert work(small_disk).equals(work(tmp_path / "other"))
+
+
+def test_the_command_line_on_full_and_read_only_disks(small_disk: Path, tmp_path: Path) -> None:
+    arguments = ["select", str(tmp_path / "run"), "--resamples", "0", "--out"]
+    write_scores(full(), tmp_path / "run")
+    (small_disk / "filler").write_bytes(b"x" * 40_000)
+
+    def run(out: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vlmlayers.cli", *arguments, str(out)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    for state, words in (("rw", "No space left on device; free space"),
+                         ("ro", "Read-only file system; choose a folder")):  # fmt: skip
+        remount(small_disk, state)
+        done = run(small_disk / "choice.json")
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("\n") == 1
+    remount(small_disk, "rw,size=4m")
+    assert run(small_disk / "choice.json").returncode == 0
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(tiny.model(), tiny.DrawnManifest(), "train", out=tmp_path / "calm", **QUIET)
+    random, real = np.random.default_rng(0), time.time
+
+    def jumping() -> float:
+        return real() + float(random.uniform(-1e6, 1e6))
+
+    import tqdm.std
+
+    monkeypatch.setattr(time, "time", jumping)
+    monkeypatch.setattr(tqdm.std, "time", jumping)
+
+    class Stops(tiny.DrawnManifest):
+        def open_image(self, item, root=None, size=None):
+            if len(self.opened) >= 9:
+                raise KeyboardInterrupt
+            return super().open_image(item, root, size)
+
+    options = QUIET | {"progress": True, "out": tmp_path / "wild"}
+    with pytest.raises(KeyboardInterrupt):
+        extract(tiny.model(), Stops(), "train", **options)
+    for number, file in enumerate(sorted((tmp_path / "wild.partial").rglob("*"))):
+        os.utime(file, (number * 1e8, 4e9 - number * 1e8))  # from 1970 to 2096
+    rest = tiny.DrawnManifest()
+    extract(tiny.model(), rest, "train", **options)
+    assert len(rest.opened) == 22 - 8
+    assert content(tmp_path / "wild") == content(tmp_path / "calm")
+
+
+class DiesInAWorker(tiny.DrawnManifest):
+    def open_image(self, item, root=None, size=None):
+        if get_worker_info() is not None and item.path.endswith("013.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open_image(item, root, size)
+
+
+def test_a_decoding_worker_that_dies(tmp_path: Path) -> None:
+    options = QUIET | {"out": tmp_path / "s", "workers": 1}
+    with pytest.raises(UserError, match="a decoding process died.*start again with fewer workers"):
+        extract(tiny.model(), DiesInAWorker(), "train", **options)
+    rest = tiny.DrawnManifest()
+    extract(tiny.model(), rest, "train", **(options | {"workers": 0}))
+    assert len(rest.opened) < 22
+    extract(tiny.model(), tiny.DrawnManifest(), "train", out=tmp_path / "t", **QUIET)
+    assert content(tmp_path / "s") == content(tmp_path / "t")
+
+
+def test_a_data_root_that_disappears_during_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = images(tmp_path / "colours", each=8)
+    manifest = Manifest.load(folder)
+    options = QUIET | {"text": "prompts"}
+    extract(tiny.model(), manifest, "train", out=tmp_path / "whole", **options)
+    real, opened = Manifest.open_image, []
+
+    def vanishing(self: Manifest, item: Any, root: Any = None, size: Any = None) -> Any:
+        opened.append(item.path)
+        if len(opened) == 14:
+            folder.rename(tmp_path / "gone")
+        return real(self, item, root, size)
+
+    monkeypatch.setattr(Manifest, "open_image", vanishing)
+    with pytest.raises(UserError, match="19 of 32 images of colours cannot be read"):
+        extract(tiny.model(), manifest, "train", out=tmp_path / "s", **options)
+    (tmp_path / "gone").rename(folder)
+    opened.clear()
+    opened += ["counted"] * 20
+    extract(tiny.model(), manifest, "train", out=tmp_path / "s", **options)
+    assert len(opened) - 20 == 20  # the five batches with a missing image
+    assert content(tmp_path / "s") == content(tmp_path / "whole")
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    from vlmlayers.errors import printable
+
+    name = "\x1b[2J\u202egnp.exe\n\x07"
+    assert printable(f"class {name}") == r"class \x1b[2J\u202egnp.exe \x07"
+    assert len(str(UserError("x" * 10_000))) < 2000
+    assert "\n" not in str(UserError("one\ntwo"))
