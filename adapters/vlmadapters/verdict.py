@@ -131,8 +131,8 @@ def with_zero_shot(table: pd.DataFrame) -> pd.DataFrame:
     plain = table.drop_duplicates(["dataset", "seed"])
     base, novel = plain["zero_shot_base"], plain["zero_shot_novel"]
     hm = (2 * base * novel / (base + novel)).fillna(0.0)
-    named = {"placement": ZERO_SHOT, "kind": ZERO_SHOT, "parameters": 0}
-    return pd.concat([table, plain.assign(**named, base=base, novel=novel, hm=hm)])
+    plain = plain.assign(placement=ZERO_SHOT, kind=ZERO_SHOT, parameters=0)
+    return pd.concat([table, plain.assign(base=base, novel=novel, hm=hm)])
 
 
 def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:

@@ -105,16 +105,20 @@ def comparison_table(validation: Validation | None) -> Table | None:
     """Return the chosen placement beside the paper's, the best and zero-shot CLIP."""
     if validation is None:
         return None
-    frame = validation.placements.set_index("placement", drop=False)
+    frame = validation.placements.drop_duplicates("placement")
     named: dict[str, list[str]] = {}
     for label, placement in (
         ("chosen", validation.chosen),
         ("the paper's", validation.reference),
         ("best of all trained", validation.best),
     ):
-        if placement in frame.index:
+        if placement in set(frame["placement"]):
             named.setdefault(placement, []).append(label)
-    rows = [_outcome_row(frame.loc[name], join(words_)) for name, words_ in named.items()]
+    rows = [
+        _outcome_row(row, join(named[name]))
+        for name in named
+        for _, row in frame[frame["placement"] == name].iterrows()
+    ]
     rows += [_outcome_row(row, "no adapter") for _, row in validation.zero_shot.iterrows()]
     count = validation.cells.groupby("dataset")["seed"].nunique()
     caption = (
