@@ -16,6 +16,6 @@ if __name__ == "__main__":
     start = time.perf_counter()
     outcomes = draw_all(tables, out)
     for outcome in outcomes:
-        print(f"{outcome.name:28} {outcome.words}")
+        print(outcome.line)
     drawn = sum(bool(outcome.paths) for outcome in outcomes)
     print(f"{drawn} of {len(outcomes)} drawn into {out} in {time.perf_counter() - start:.0f} s")

@@ -203,6 +203,7 @@ def test_own_runs_fill_in(published: Path, tmp_path: Path) -> None:
     assert average.seeds == 3
     assert "± 0.10" in table.markdown()
     assert r"$\pm$" in table.latex()
+    assert r"\shortstack[r]{own: mma v5-12,t5-12\\ViT-B-16 (openai)\\16 shots}" in table.latex()
     averages = paper_tables.averages([tmp_path, published])
     assert averages.rows[-1] == (own,)
     assert averages.cell((own,), "HM").value == average.value
@@ -420,6 +421,7 @@ def test_a_script_without_its_table_says_so_in_one_line(repository: Path, tmp_pa
     assert "no validation*.csv" in run.stderr
     skipped = draw_all(tmp_path, tmp_path / "out", ["fig1_dataset_recognition"])
     assert skipped[0].words.startswith("skipped: no scores*.csv")
+    assert max(map(len, skipped[0].line.splitlines())) <= 80
     with pytest.raises(UserError, match="did you mean 'fig2_gap'"):
         draw_all(tmp_path, tmp_path, ["fig2_gaps"])
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.figures.inputs import Folders, MissingTable, as_folders
@@ -39,10 +40,15 @@ class Outcome:
 
     @property
     def words(self) -> str:
-        """One line for the terminal."""
+        """What was written, or why not."""
         if not self.paths:
             return f"skipped: {self.reason}"
         return " ".join(path.suffix.removeprefix(".") for path in self.paths)
+
+    @property
+    def line(self) -> str:
+        """Name and words for a terminal of 80 columns."""
+        return fill(f"{self.name:28} {self.words}", 80, subsequent_indent=" " * 29)
 
 
 def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> list[Outcome]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 DAGGER = "†"
 EMPTY = "–"
+LONGEST_HEADING = 20
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -130,7 +131,8 @@ class Table:
             rf"\label{{tab:{self.name.replace('_', '-')}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{'l' * len(self.stub)}{'r' * len(self.columns)}}}",
-            r"\toprule", _latex_line([*self.stub, *self.columns]), r"\midrule",
+            r"\toprule", " & ".join(map(_heading, [*self.stub, *self.columns])) + r" \\",
+            r"\midrule",
             *body, r"\bottomrule", r"\end{tabular}}", *notes, r"\end{table*}", "",
         ])  # fmt: skip
 
@@ -154,6 +156,14 @@ class Table:
 
 def _markdown_line(texts: Iterable[str]) -> str:
     return "| " + " | ".join(escape_markdown(text) for text in texts) + " |"
+
+
+def _heading(text: str) -> str:
+    """Return a column heading; a long one, such as an own run's, is stacked to stay narrow."""
+    if len(text) <= LONGEST_HEADING:
+        return escape_latex(text)
+    stacked = r"\\".join(map(escape_latex, text.split(", ")))
+    return rf"\shortstack[r]{{{stacked}}}"
 
 
 def _latex_line(texts: Iterable[str]) -> str:
