@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--signal", type=int, default=int(signal.SIGKILL))
     given = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts deaf to it
     colours(given.folder / "colours")
     work, random_ = WORK[given.work], random.Random(given.seed)
 

@@ -260,7 +260,6 @@ def studies(folder: Path) -> Target:
             study.part(part)
 
     examples = sorted((REPOSITORY / "data_manifests" / "studies").glob("*.toml"))
-    examples.append(REPOSITORY / "analysis" / "vlmlayers" / "study" / "demo.toml")
     return Target("studies", [p.read_bytes() for p in examples], read, spliced(ODD_TEXT))
 
 
