@@ -194,6 +194,9 @@ def test_markdown_report_is_inert(validated: Run) -> None:
     text = (validated.folder / "report.md").read_text()
     assert "<script" not in text and "<img" not in text
     assert "**Adapt blocks 5–12" in text and "](figures/curves-dataset-accuracy.svg)" in text
+    answer, _, evidence = text.partition("## Evidence")
+    assert "(best of all trained)" in answer and "zero-shot (no adapter)" in answer
+    assert "none predicted the outcome." in evidence
     for link in re.findall(r"\]\((figures/[^)]+)\)", text):
         assert (validated.folder / link).exists()
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmlayers.report.tables import Table, answer_tables, made_tables, validation_tables
+from vlmlayers.report.tables import (
+    Table,
+    answer_tables,
+    comparison_table,
+    made_tables,
+    validation_tables,
+)
 from vlmlayers.text_tables import escape_markdown as esc
 from vlmlayers.text_tables import markdown_table
 
@@ -25,6 +31,9 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
         ]
     parts += [f"**{esc(answer.headline)}** {esc(answer.choice.statement)}", ""]
     parts += [f"- {esc(label)}: {esc(text)}" for label, text in answer.facts()]
+    if (comparison := comparison_table(answer.validation)) is not None:
+        parts += ["", esc(comparison.caption) + ":", ""]
+        parts += [markdown_table(comparison.headings, comparison.rows)]
     if note:
         parts += ["", esc(note)]
     parts += ["", "## Evidence", ""]
@@ -35,6 +44,8 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
         parts += ["## Proof by training", ""]
         if answer.validation.verdict:
             parts += [f"**{esc(answer.validation.verdict)}**", ""]
+        if answer.validation.predictors:
+            parts += [esc(answer.validation.predictors), ""]
         parts += _tables(validation_tables(answer.validation))
     parts += ["## Tables", "", *_tables(answer_tables(answer))]
     parts += ["## How it was made", "", *_tables(made_tables(answer))]
