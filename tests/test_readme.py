@@ -19,7 +19,11 @@ from vlmlayers.manifests import Manifest
 from vlmlayers.models.load import MINI_FOLDER
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))),
+)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHIPPED = (MINI_FOLDER / "model.safetensors").is_file()
 
@@ -75,6 +79,8 @@ def test_vlmlayers_commands_parse(words: list[str]) -> None:
         assert "/" in name or name in Manifest.names(), name
     for name in values.get("target") or []:
         assert name in Manifest.names()
+    if values.get("pretrained") == "openai":
+        assert values["model"].endswith("-quickgelu"), "anything else is refused for these weights"
     if command.name == "score":
         from vlmlayers.metrics import METRICS
 
@@ -98,8 +104,9 @@ def test_the_parser_behind_these_tests_refuses_nonsense(wrong: str) -> None:
 @pytest.mark.parametrize("words", _commands("torchrun"), ids=_identity)
 def test_torchrun_commands_start_a_module_that_exists(words: list[str]) -> None:
     module = words.index("-m")
-    assert (ROOT / "adapters" / f"{words[module + 1].replace('.', '/')}.py").is_file()
-    assert _parse(words[module + 2 :])[0].name == "train"
+    file = f"{words[module + 1].replace('.', '/')}.py"
+    assert any((ROOT / source / file).is_file() for source in ("adapters", "analysis"))
+    assert _parse(words[module + 2 :])[0].name in ("train", "extract")
 
 
 @pytest.mark.parametrize("words", _commands("make"), ids=_identity)
