@@ -169,6 +169,20 @@ def test_the_sweep_shows_differences_with_whiskers_and_zero_shot(
     assert tab.errors() == []
 
 
+def test_a_comparison_shows_differences_to_the_first_run(tab: Tab, pages: dict[str, Path]) -> None:
+    load(tab, pages["comparison"])
+    drawn = {change(tab, "runs", "form", one) for one in ("difference", "value")}
+    assert len(drawn) == 2
+    change(tab, "runs", "form", "difference")
+    rows = tab.run(
+        "[...document.querySelectorAll('figure[data-chart=runs] tbody tr')]"
+        ".map(r => [r.cells[0].textContent, Number(r.cells[2].textContent)])"
+    )
+    assert {value for name, value in rows if name == "first"} == {0}
+    assert {name for name, _ in rows} == {"first", "second (random)"}
+    assert tab.errors() == []
+
+
 def test_every_table_is_a_download(tab: Tab, pages: dict[str, Path], tmp_path: Path) -> None:
     load(tab, pages["report"])
     tab.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))

@@ -119,7 +119,7 @@
     const narrow = plot.clientWidth < 520;
     const legendRows = Math.ceil(spec.series.length / (narrow ? 2 : 4));
     const area = frame(plot, (narrow ? 300 : 360) + legendRows * 18,
-      { left: 52, right: 14, top: 12 + legendRows * 18, bottom: spec.slanted ? 92 : 46 });
+      { left: spec.left || 52, right: 14, top: 12 + legendRows * 18, bottom: spec.slanted ? 92 : 46 });
     const { svg, left, right, top, bottom } = area;
     const spread = spec.bands !== false || spec.whiskers;
     const all = spec.series.flatMap((s) => s.points.flatMap((p) => spread ? [p.value, p.low, p.high] : [p.value]))
@@ -515,14 +515,20 @@
         const here = entries.filter((e) => c.dataset.value === "" || e.dataset === c.dataset.value);
         return [run, here.length > 1 ? averaged(here) : here[0]?.points || []];
       }).filter(([, points]) => points.length);
-      const plot = figure.querySelector(".plot"), label = DATA.metrics[metric].label;
-      caption(figure, `${DATA.metrics[metric].caption} Depth is relative, so that towers of different depth share the axis.`);
+      const plot = figure.querySelector(".plot"), against = c.form.value === "difference" && found.length > 1;
+      const label = DATA.metrics[metric].label + (against ? `, minus ${found[0][0].name}` : "");
+      caption(figure, `${DATA.metrics[metric].caption} Depth is relative, so that towers of different depth share the axis.${against ? " Differences are shown where both runs have the same depth." : ""}`);
       if (!found.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
       const where = (run) => (p) => isBlock(p) ? Number(p) / run.depth[tower] : p === "embed" ? 0 : p === "final" ? 1.05 : 1.1;
       const axis = { low: -0.03, high: 1.13, label: "Relative depth", marks: [[0, "Embed"], [0.25, "0.25"], [0.5, "0.5"], [0.75, "0.75"], [1, "1"], [1.1, "Proj"]].map(([x, l]) => ({ x, label: l })) };
       const series = found.map(([run, points]) => ({ name: run.name, colour: COLOURS[DATA.runs.indexOf(run) % COLOURS.length], dash: DASHES[Math.floor(DATA.runs.indexOf(run) / 2) % DASHES.length],
         points: points.map((p) => ({ x: where(run)(p[0]), label: isBlock(p[0]) ? `Relative depth ${show(where(run)(p[0]))}` : title(p[0]), value: p[1], low: p[2], high: p[3], position: p[0] })) }));
-      lineChart(plot, { series, axis, yLabel: label, chance: [], alt: `${label} of ${series.length} runs; the values are in the table below.` });
+      if (against) {
+        const first = new Map(series[0].points.map((p) => [p.x.toFixed(6), p.value]));
+        for (const one of series) one.points = one.points.filter((p) => first.has(p.x.toFixed(6)))
+          .map((p) => ({ ...p, value: p.value - first.get(p.x.toFixed(6)), low: null, high: null }));
+      }
+      lineChart(plot, { series, axis, yLabel: label, left: against ? 76 : 52, chance: [], alt: `${label} of ${series.length} runs; the values are in the table below.` });
       table(figure, ["run", "position", label, "low", "high"], series.flatMap((s) => s.points.map((p) => [s.name, p.position, p.value, p.low, p.high])));
     },
   };
