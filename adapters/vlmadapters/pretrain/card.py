@@ -214,10 +214,9 @@ def reached_list(rows: pd.DataFrame, bar: Mapping[str, float] = BAR) -> str:
     above = [name for name in real.index if real.value[name] >= bar[name]]
     below = [name for name in real.index if name not in above]
     level = list(shown.index[shown.low <= shown.null])
-    curve = rows[(rows.metric == "dataset_accuracy") & (rows.tower == "vision")]
-    curve = curve.groupby("position")["value"].mean()
-    gap = rows[(rows.metric == "centroid_gap") & (rows.position == "proj")][["value", "null"]]
-    gap = gap.mean()
+    seen = rows[(rows.metric == "dataset_accuracy") & (rows.tower == "vision")]
+    curve = seen.groupby("position")["value"].mean()
+    gap = rows[(rows.metric == "centroid_gap") & (rows.position == "proj")]
 
     def but(names: Sequence[object]) -> str:
         return f"; not on {', '.join(map(str, names))}" if names else ""
@@ -232,8 +231,8 @@ def reached_list(rows: pd.DataFrame, bar: Mapping[str, float] = BAR) -> str:
             f"{len(shown)}{but(level)}.",
             "- Dataset accuracy rises from `embed` to `proj` in the vision tower: "
             f"{100 * curve['embed']:.1f} % to {100 * curve['proj']:.1f} %.",
-            f"- Modality gap above its null: centroid gap {gap['value']:.3f} against "
-            f"{gap['null']:.3f} at `proj`.",
+            f"- Modality gap above its null: centroid gap {gap['value'].mean():.3f} against "
+            f"{gap['null'].mean():.3f} at `proj`.",
         ]
     )
 

@@ -136,15 +136,15 @@ def sample_batch(
     shares = np.array([source.weight for source in sources])
     drawn_sources = generator.choice(len(sources), size=draws or size, p=shares / shares.sum())
     which = np.resize(drawn_sources, size)
-    template = {int(s): _template(templates, generator) for s in dict.fromkeys(which.tolist())}
+    template = {s: _template(templates, generator) for s in dict.fromkeys(which.tolist())}
     images = np.empty((size, 3, SIDE, SIDE), np.uint8)
     texts, groups, drawn = [], [], []
-    for row, s in enumerate(which):
+    for row, s in enumerate(which.tolist()):
         source = sources[s]
         index = int(generator.integers(len(source.items)))
         item = source.items[index]
         images[row] = source.images[index]
-        text, group = _text(source, item, index, template[int(s)], generator)
+        text, group = _text(source, item, index, template[s], generator)
         texts.append(text)
         groups.append(group)
         drawn.append(source.drawn)

@@ -159,7 +159,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     hidden = {n for n, p in named.items() if "resblocks" in n and p.ndim == 2}
     plain = {n for n, p in named.items() if p.ndim < 2 or "embedding" in n}
     decay = recipe["weight_decay"]
-    rest = [
+    rest: list[dict[str, Any]] = [
         {"params": [p for n, p in named.items() if n not in hidden | plain]},
         {"params": [named[n] for n in sorted(plain)], "weight_decay": 0.0},
     ]
