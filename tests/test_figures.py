@@ -439,6 +439,25 @@ def test_figure_1_shows_mean_and_sd_over_seeds(tables: Path, tmp_path: Path) -> 
             assert row.value - row.low == pytest.approx(0.01)
 
 
+def test_figure_1_takes_the_readout_that_is_there(tables: Path, tmp_path: Path) -> None:
+    rows = pd.read_csv(tables / "scores.csv", dtype={"position": str, "other_position": str})
+    rows = rows.replace({"metric": {"dataset_accuracy": "dataset_accuracy_ncm"}})
+    rows.to_csv(tmp_path / "scores.csv", index=False)
+    paper_figures.fig1_dataset_recognition(tmp_path, tmp_path / "out")
+    drawn = pd.read_csv(tmp_path / "out" / "fig1_dataset_recognition.csv")
+    assert set(drawn.metric) == {"dataset_accuracy_ncm"}
+    svg = (tmp_path / "out" / "fig1_dataset_recognition.svg").read_text()
+    assert "nearest mean" in svg
+
+
+def test_every_saved_table_names_model_and_weights(tables: Path, tmp_path: Path) -> None:
+    for name, draw in paper_figures.FIGURES.items():
+        draw(tables, tmp_path)
+        drawn = pd.read_csv(tmp_path / f"{name}.csv")
+        assert list(drawn.columns[:2]) == ["model", "weights"], name
+        assert set(drawn.weights) == {"w"} and set(drawn.model) == {"tiny"}, name
+
+
 def test_a_choice_marks_its_own_model_only(tables: Path) -> None:
     choice = paper_figures.choice_of(score_rows(), tables)
     assert (choice.vision, choice.text) == ((2, 3, 4), (3, 4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 import pandas as pd
 
@@ -25,6 +27,13 @@ CURVE_COLUMNS = [
     "space",
     "pooling",
 ]
+# Read-outs of the dataset that an item comes from; where one is shown, the first that is there.
+DATASET_ACCURACIES = (
+    "dataset_accuracy",
+    "dataset_accuracy_ncm",
+    "dataset_accuracy_knn",
+    "dataset_accuracy_lda",
+)
 _Z = 1.959963984540054
 
 
@@ -173,6 +182,11 @@ def metrics_by_shape(scores: pd.DataFrame) -> dict[str, list[str]]:
         ].nunique()
         found["matrix" if len(many) and many.max() > 1 else "curve"].append(metric)
     return found
+
+
+def dataset_readout(names: Container[str]) -> str:
+    """Return the first of `DATASET_ACCURACIES` among metrics; empty where there is none."""
+    return next((name for name in DATASET_ACCURACIES if name in names), "")
 
 
 def dataset_names(scores: pd.DataFrame) -> list[str]:

@@ -21,6 +21,7 @@ from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.tables import comparison_table, summary_table
 from vlmlayers.run import Run
+from vlmlayers.scores import write_scores
 from vlmlayers.selection import select
 from vlmlayers.text_tables import escape_markdown, markdown_table, text_table
 
@@ -68,7 +69,8 @@ def test_the_answer_comes_first_and_is_right(validated: Run) -> None:
     assert f"{8 * per_block:,} at bottleneck width 32" in words
     assert "The chosen placement did worse than the default." in words
     assert "the same: vision 5–12, text 5–12" in words
-    assert "vision 5 (always 5) and text 5 (always 5), in 95 % of resamples" in words
+    start = "5 (95 % of resamples start at 5)"
+    assert f"vision {start}; text {start}" in words
     assert "threshold: blocks whose dataset accuracy and cross-tower agreement both pass" in words
 
 
@@ -188,6 +190,81 @@ def test_random_weights_are_announced_everywhere(random_run: Run) -> None:
     svg = (random_run.figures / "curves-dataset-accuracy.svg").read_text()
     assert "random weights" in svg
     assert "Adapt blocks 9–24 of the vision tower" in random_run.report.read_text()
+
+
+def test_a_start_that_resamples_do_not_give_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    content = json.loads(run.choice.read_text())
+    vision, text = (content["evidence"]["towers"][tower] for tower in ("vision", "text"))
+    content["vision"] = [7, 8]
+    vision |= {"start": {"value": 7, "low": 2, "high": 6}, "empty": 0.2}
+    vision["frequency"] = [0.0, 0.6, 0.1, 0.1, 0.0, 0.4, 0.4, 0.2, 0.5, 0.3, 0.4, 0.4]
+    text |= {"start": {"value": 5, "low": None, "high": None}, "empty": 1.0}
+    run.choice.write_text(json.dumps(content))
+    assert dict(read_answer(run.folder).facts())["First block"] == (
+        "vision 7 (not where resamples start: 95 % of resamples that choose any start at 2 to 6, "
+        "20% choose none; block 7 is chosen in 40% of all); "
+        "text 5 (no resample chooses a block)"
+    )
+    text |= {"start": {"value": 5, "low": 4, "high": 6}, "empty": 0.0}
+    run.choice.write_text(json.dumps(content))
+    first = dict(read_answer(run.folder).facts())["First block"]
+    assert first.endswith("text 5 (95 % of resamples start at 4 to 6)")
+
+
+def test_no_markup_of_another_language_is_shown(random_run: Run) -> None:
+    words = " ".join(Page(random_run.report.read_text().split("<script")[0]).words)
+    assert "not yet; the command vlmlayers validate trains here" in words
+    assert "`" not in words and "`" not in (random_run.folder / "report.md").read_text()
+
+
+def test_another_readout_of_the_dataset_is_drawn_and_compared(tmp_path: Path) -> None:
+    folders = []
+    for name in ("one", "two"):
+        run = make_run(tmp_path / name, small=True)
+        scores = read_answer(run.folder).scores
+        other = scores.replace({"metric": {"dataset_accuracy": "dataset_accuracy_ncm"}})
+        write_scores(other, run.folder)
+        select(other, metric="dataset_accuracy_ncm", resamples=2).save(run.choice)
+        folders.append(run.folder)
+    write_report(folders[0])
+    drawn = pd.read_csv(folders[0] / "figures" / "curves-dataset-accuracy-ncm.csv")
+    assert set(drawn["metric"]) == {"dataset_accuracy_ncm"} and drawn["value"].max() == 0.9
+    links = Page((folders[0] / "report.html").read_text()).all("a")
+    assert "curves-dataset-accuracy-ncm.csv" in {one.get("download") for one in links}
+    write_comparison(folders, tmp_path / "both")
+    assert (tmp_path / "both" / "figures" / "runs-dataset-accuracy-ncm.svg").exists()
+    summary = summary_table([(path.name, read_answer(path)) for path in folders])
+    column = summary.headings.index("Vision dataset accuracy (nearest mean), embed")
+    assert [one[column : column + 2] for one in summary.rows] == [("0.4", "0.9")] * 2
+
+
+def test_every_table_beside_a_figure_names_model_and_weights(
+    random_run: Run, validated: Run, tmp_path: Path
+) -> None:
+    for run, weights in ((random_run, "random"), (validated, "toy.safetensors")):
+        files = sorted(run.figures.glob("*.csv"))
+        assert len(files) >= 3
+        links = {str(one.get("download")): one for one in Page(run.report.read_text()).all("a")}
+        for file in files:
+            table = pd.read_csv(file)
+            assert list(table.columns[:2]) == ["model", "weights"], file.name
+            assert set(table["model"]) == {"toy"} and set(table["weights"]) == {weights}
+            uri = str(links[file.name]["href"])
+            assert base64.b64decode(uri.partition(",")[2]) == file.read_bytes()
+    write_comparison([validated.folder, random_run.folder], tmp_path / "both")
+    both = pd.read_csv(tmp_path / "both" / "figures" / "runs-dataset-accuracy.csv")
+    assert dict(zip(both["run"], both["weights"])) == {
+        "validated": "toy.safetensors",
+        "random (random)": "random",
+    }
+
+
+def test_trained_outcomes_of_random_weights_are_marked(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", validated=True, weights="random")
+    write_figures(run.folder, formats=("svg",))
+    for name in ("placement-sweep", "cost", "predicted-trained", "selection-frequency"):
+        assert "random weights" in (run.figures / f"{name}.svg").read_text(), name
 
 
 def test_markdown_report_is_inert(validated: Run) -> None:

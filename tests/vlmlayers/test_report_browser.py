@@ -146,7 +146,8 @@ def test_downloads_are_made_in_the_page(tab: Tab, pages: dict[str, Path], tmp_pa
             tab.run("new Promise(done => setTimeout(done, 25))")
         assert file.stat().st_size > 300, kind
     lines = (tmp_path / "curves.csv").read_text().splitlines()
-    assert lines[0].startswith("tower,position") and len(lines) == 29
+    assert lines[0].startswith("model,weights,tower,position") and len(lines) == 29
+    assert all(line.startswith("toy,toy.safetensors,") for line in lines[1:])
     assert (tmp_path / "curves.svg").read_text().startswith("<svg")
     assert tab.errors() == []
 
@@ -194,7 +195,28 @@ def test_every_table_is_a_download(tab: Tab, pages: dict[str, Path], tmp_path: P
             break
         tab.run("new Promise(done => setTimeout(done, 25))")
     lines = found[0].read_text().splitlines()
-    assert lines[0].startswith("Placement,Base classes,Novel classes") and len(lines) == 4
+    assert lines[0].startswith("model,weights,Placement,Base classes,Novel classes")
+    assert len(lines) == 4
+
+
+def test_downloads_of_random_weights_say_so(
+    tab: Tab, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    tab.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for page, chart, row in (
+        ("random", "frequency", "toy,random,vision,1,"),
+        ("comparison", "runs", "toy,random,second (random),embed,"),
+    ):
+        load(tab, pages[page])
+        tab.run(f"document.querySelector('figure[data-chart={chart}] [data-get=csv]').click()")
+        file = tmp_path / f"{chart}.csv"
+        for _ in range(400):
+            if file.exists() and file.stat().st_size:
+                break
+            tab.run("new Promise(done => setTimeout(done, 25))")
+        lines = file.read_text().splitlines()
+        assert lines[0].startswith("model,weights,")
+        assert any(line.startswith(row) for line in lines), lines
 
 
 def test_printing_unfolds_and_narrows_and_undoes_it(tab: Tab, pages: dict[str, Path]) -> None:

@@ -143,6 +143,24 @@ def test_seeds_that_disagree_widen_the_start() -> None:
     assert "the vision start lies anywhere in 3–10" in choice.statement
 
 
+def test_a_start_outside_its_own_interval_is_a_doubt(tmp_path: Path) -> None:
+    """The rule starts at 7 on the values as measured and at 6 on any that were moved."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def fragile(scores):\n"
+        "    moved = (scores['value'] * 10 % 1).clip(lower=1e-6).round(9).nunique() > 2\n"
+        "    return range(6 if moved else 7, 13), range(5, 13)\n"
+    )
+    choice = select(planted(), f"{file}:fragile", resamples=20)
+    assert choice.evidence["towers"]["vision"]["start"] == {"value": 7, "low": 6, "high": 6}
+    assert not choice.decided
+    assert (
+        "95 % of the resamples that choose any vision block start at 6, not at 7 as here"
+        in choice.statement
+    )
+    assert "The data decide for text 5–12" in choice.statement
+
+
 def test_flat_curve_is_undecided_and_chooses_nothing() -> None:
     choice = select(
         table(curve_rows("dataset_accuracy", "vision", [0.5] * 6)),

@@ -28,11 +28,12 @@ from vlmlayers.figures.outcomes import (
     start_block,
     sweep,
 )
-from vlmlayers.plots.style import category
+from vlmlayers.plots.saving import with_source
+from vlmlayers.plots.style import axis_label, category
 from vlmlayers.positions import FINAL
 from vlmlayers.selection import LayerChoice
 from vlmlayers.selection.curves import check_scores
-from vlmlayers.summaries import agreement, curves
+from vlmlayers.summaries import DATASET_ACCURACIES, agreement, curves, dataset_readout
 
 GAP_METRICS = ("pair_distance", "centroid_gap", "rmg")
 AGREEMENT_METRICS = ("cka_debiased", "mutual_knn")
@@ -46,7 +47,9 @@ COST_PANELS = {
 
 def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
     """Draw how well the dataset is recognised at every position, mean and sd over seeds."""
-    scores = select(read("scores", tables), "dataset_accuracy", metric="dataset_accuracy")
+    scores = read("scores", tables)
+    metric = dataset_readout(set(scores.metric)) or DATASET_ACCURACIES[0]
+    scores = select(scores, metric, metric=metric)
     scores = scores[scores.position != FINAL]  # the paper's axis: Embed, 1..L, Proj
     models = list(by_model(scores))
     figure, axes = panels(len(models), 1, 1.9, "all")
@@ -54,12 +57,12 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
     for (name, part), ax in zip(models, axes):
         spread = seed_spread(check_scores(part))
         choice = choice_of(part, tables)
-        plots.layer_curves(spread, "dataset_accuracy", choice=choice, ax=ax)
-        ax.set_ylabel("Dataset accuracy")
+        plots.layer_curves(spread, metric, choice=choice, ax=ax)
+        ax.set_ylabel("Dataset accuracy" if metric == DATASET_ACCURACIES[0] else axis_label(metric))
         finish(ax, name)
         if choice is not None:
             legend_of_choice(ax)
-        drawn.append(curves(spread, "dataset_accuracy").assign(panel=name))
+        drawn.append(in_panel(curves(spread, metric), part, name))
     shared_legend(figure, axes, 3)
     return save(figure, out, "fig1_dataset_recognition", drawn)
 
@@ -79,7 +82,7 @@ def fig2_gap(tables: Folders, out: Path) -> list[Path]:
         plots.gap_curves(part, metric, ax=ax)
         finish(ax, name if metric == metrics[0] else "", last=metric == metrics[-1],
                first=name == models[0][0])  # fmt: skip
-        drawn.append(curves(part, metric).assign(panel=name))
+        drawn.append(in_panel(curves(part, metric), part, name))
     words = "Joint space: final norm and projection applied at every position"
     shared_legend(figure, axes, 3 * len(models), words)
     return save(figure, out, "fig2_gap", drawn)
@@ -100,7 +103,7 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
         part = check_scores(part)
         plots.agreement_matrix(part, metric, choice=choice_of(part, tables), ax=ax)
         finish(ax, name)
-        drawn.append(agreement(part, metric).assign(metric=metric, panel=name))
+        drawn.append(in_panel(agreement(part, metric).assign(metric=metric), part, name))
     return save(figure, out, "fig3_agreement", drawn)
 
 
@@ -116,7 +119,7 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
         mark_sweep(ax, means)
         finish(ax, name, pad=20)
         ax.set_ylabel("Accuracy (%)")
-        drawn.append(means.assign(panel=name))
+        drawn.append(in_panel(means, part, name))
     shared_legend(figure, axes, 3)
     return save(figure, out, "fig4_placement_sweep", drawn)
 
@@ -139,7 +142,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
         ax.set_ylabel("Trained harmonic mean (%)")
         tau = f"{points.tau.iloc[0]:.2f}".replace("-", "−")
         finish(ax, f"{name}\nKendall's τ = {tau}, {len(points)} placements")
-        drawn.append(points.assign(panel=name))
+        drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 3)
     for ax in axes:
         drop_overlapping_texts(figure, ax)
@@ -152,7 +155,7 @@ def fig6_cost(tables: Folders, out: Path) -> list[Path]:
         models = list(by_model(read("cost", tables, ("model", "placement", "parameters"))))
     except MissingTable:
         models = list(by_model(read("validation", tables, NEEDS)))
-    costs = [(name, cost_points(part)) for name, part in models]
+    costs = [(name, in_panel(cost_points(part), part, name)) for name, part in models]
     shown = [key for key in COST_PANELS if any(key in part.columns for _, part in costs)]
     figure, axes = panels(len(shown), 1, 1.3)
     for key, ax in zip(shown, axes):
@@ -168,7 +171,7 @@ def fig6_cost(tables: Folders, out: Path) -> list[Path]:
         title = costs[0][0] if len(costs) == 1 and key == shown[0] else ""
         finish(ax, title, last=key == shown[-1])
     shared_legend(figure, axes, 2)
-    return save(figure, out, "fig6_cost", [part.assign(panel=name) for name, part in costs])
+    return save(figure, out, "fig6_cost", [part for _, part in costs])
 
 
 FIGURES = {
@@ -185,6 +188,12 @@ def by_model(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for (model, weights), part in table.groupby(["model", "weights"], sort=False):
         known = weights and not str(weights).endswith(".safetensors")
         yield f"{model} ({weights})" if known else str(model), part.reset_index(drop=True)
+
+
+def in_panel(points: pd.DataFrame, part: pd.DataFrame, panel: str) -> pd.DataFrame:
+    """Return the points of a panel with their model, weights and panel, as they are saved."""
+    model, weights = part[["model", "weights"]].iloc[0]
+    return with_source(points, str(model), str(weights)).assign(panel=panel)
 
 
 def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:

@@ -57,6 +57,16 @@ def save_figure(
     return written
 
 
+def with_source(data: pd.DataFrame, model: str, weights: str) -> pd.DataFrame:
+    """Return a table that says in its first two columns which model and weights it is of.
+
+    A file beside a figure travels alone; `random` weights have to be announced in it too.
+    """
+    rest = data.drop(columns=["model", "weights"], errors="ignore")
+    head = pd.DataFrame({"model": model, "weights": weights}, index=rest.index)
+    return pd.concat([head, rest], axis=1)
+
+
 def slug(text: str) -> str:
     """Return text as a file name: letters, digits, dashes."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "figure"

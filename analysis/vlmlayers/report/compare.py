@@ -13,7 +13,7 @@ import pandas as pd
 from vlmlayers.errors import UserError
 from vlmlayers.plots import save_figure, unseen
 from vlmlayers.plots.comparison import run_curves
-from vlmlayers.plots.saving import slug
+from vlmlayers.plots.saving import slug, with_source
 from vlmlayers.report.figures import Drawn
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.page import RANDOM, _safe, render
@@ -21,10 +21,10 @@ from vlmlayers.report.payload import curve_entries, metric_entry
 from vlmlayers.report.ribbon import ribbon
 from vlmlayers.report.tables import differences, summary_table
 from vlmlayers.run import write_text
-from vlmlayers.summaries import curves, metrics_by_shape
+from vlmlayers.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
 from vlmlayers.text_tables import escape_markdown, markdown_table
 
-DRAWN = ("dataset_accuracy", "class_accuracy", "centroid_gap")
+DRAWN = (*DATASET_ACCURACIES, "class_accuracy", "centroid_gap")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _shared(runs: Sequence[Compared]) -> list[str]:
     shared = [name for name in found[0] if all(name in other for other in found[1:])]
     if not shared:
         raise UserError("these runs have no metric with a curve in common; score the same metrics")
-    return sorted(shared, key=lambda n: n != "dataset_accuracy")
+    return sorted(shared, key=lambda name: name != dataset_readout(shared))
 
 
 def _payload(runs: Sequence[Compared], shared: list[str]) -> dict[str, Any]:
@@ -112,6 +112,8 @@ def _payload(runs: Sequence[Compared], shared: list[str]) -> dict[str, Any]:
         "runs": [
             {
                 "name": run.name + (" (random)" if run.answer.random_weights else ""),
+                "model": run.answer.model,
+                "weights": run.answer.weights,
                 "depth": run.answer.depths,
                 "curves": curve_entries(
                     run.answer.scores[run.answer.scores["metric"].isin(shared)], shared
@@ -134,7 +136,8 @@ def _figures(
             frame = curves(run.answer.scores, metric)
             frame = frame[frame["tower"] == "vision"]
             label = run.name + (" (random)" if run.answer.random_weights else "")
-            parts.append(frame.assign(run=label))
+            named = with_source(frame, run.answer.model, run.answer.weights)
+            parts.append(named.assign(run=label))
         table = pd.concat(parts, ignore_index=True)
         if table.empty:
             continue

@@ -13,15 +13,16 @@ import pandas as pd
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.plots.saving import slug
+from vlmlayers.plots.saving import slug, with_source
+from vlmlayers.plots.style import mark_random
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.selection.curves import has_curve
-from vlmlayers.summaries import agreement, curves, metrics_by_shape
+from vlmlayers.summaries import DATASET_ACCURACIES, agreement, curves, metrics_by_shape
 
 MIME = {"svg": "image/svg+xml", "png": "image/png", "pdf": "application/pdf", "csv": "text/csv"}
 CURVES = (
-    "dataset_accuracy",
+    *DATASET_ACCURACIES,
     "class_accuracy",
     "class_accuracy_ncm",
     "zero_shot_accuracy",
@@ -119,7 +120,8 @@ def _drawn(answer: Answer, formats: Sequence[str], metrics: Sequence[str]) -> It
     for plan in plans(answer, metrics):
         stem = answer.run.figures / plan.name
         with plots.unseen():
-            files = plots.save_figure(plan.draw(), stem, plan.data(), formats)
+            data = with_source(plan.data(), answer.model, answer.weights)
+            files = plots.save_figure(plan.draw(), stem, data, formats)
         yield Drawn(plan.name, plan.caption, tuple(files))
 
 
@@ -166,7 +168,7 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
     if any("frequency" in found for found in choice.evidence.get("towers", {}).values()):
         yield Plan(
             "selection-frequency",
-            f"How often each block is chosen, {answer.model}.",
+            f"How often each block is chosen, {_source(answer)}.",
             partial(plots.selection_frequency, choice),
             partial(frequency_table, answer),
         )
@@ -179,15 +181,15 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
     frame, validation = answer.validation.outcomes(), answer.validation
     yield Plan(
         "placement-sweep",
-        "Trained accuracy at each placement.",
-        lambda: plots.placement_sweep(frame),
+        f"Trained accuracy at each placement, {_source(answer)}.",
+        lambda: mark_random(plots.placement_sweep(frame), answer.random_weights),
         lambda: frame,
     )
     if "parameters" in frame.columns:
         yield Plan(
             "cost",
-            "Trained harmonic mean against trainable parameters.",
-            lambda: plots.cost(frame),
+            f"Trained harmonic mean against trainable parameters, {_source(answer)}.",
+            lambda: mark_random(plots.cost(frame), answer.random_weights),
             lambda: frame,
         )
     if len(validation.predicted) and len(validation.correlations):
@@ -199,8 +201,10 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
         if len(merged):
             yield Plan(
                 "predicted-trained",
-                f"Placement score {best} against trained outcome.",
-                lambda: plots.predicted_vs_trained(merged, best),
+                f"Placement score {best} against trained outcome, {_source(answer)}.",
+                lambda: mark_random(
+                    plots.predicted_vs_trained(merged, best), answer.random_weights
+                ),
                 lambda: merged,
             )
 
@@ -227,8 +231,9 @@ def frequency_table(answer: Answer) -> pd.DataFrame:
 
 def _caption(answer: Answer, metric: str, where: str) -> str:
     entry = metric_entry(metric, answer.scores)
+    return f"{entry['label']} {where}, {_source(answer)}. {entry['caption']}".strip()
+
+
+def _source(answer: Answer) -> str:
     random = ", RANDOM WEIGHTS" if answer.random_weights else ""
-    return (
-        f"{entry['label']} {where}, {answer.model} ({answer.weights}){random}. "
-        f"{entry['caption']}".strip()
-    )
+    return f"{answer.model} ({answer.weights}){random}"

@@ -254,19 +254,14 @@ class Answer:
         """Return the first chosen block of each tower with its interval over resamples."""
         parts = []
         for tower in self.depths:
-            start = self.choice.evidence.get("towers", {}).get(tower, {}).get("start") or {}
-            if start.get("value") is None or start.get("low") is None:
-                continue
-            low, high = start["low"], start["high"]
-            span = f"always {low}" if low == high else f"{low} to {high}"
-            parts.append(f"{tower} {start['value']} ({span})")
-        if not parts:
-            return []
-        return [("First block", f"{join(parts)}, in 95 % of resamples")]
+            found = self.choice.evidence.get("towers", {}).get(tower, {})
+            if (found.get("start") or {}).get("value") is not None:
+                parts.append(f"{tower} {found['start']['value']} ({_start_words(found)})")
+        return [("First block", "; ".join(parts))] if parts else []
 
     def _proof(self) -> str:
         if self.validation is None:
-            return "not yet; `vlmlayers validate` trains here and at competing placements"
+            return "not yet; the command vlmlayers validate trains here and at competing placements"
         if self.validation.verdict:
             return self.validation.verdict
         frame = self.validation.placements.set_index("placement")["hm"]
@@ -296,6 +291,22 @@ class Answer:
         null = frame["null"].dropna()
         chance = f" Chance {null.mean():.2f}." if len(null) else ""
         return ". ".join(sentences) + "." + chance
+
+
+def _start_words(found: Mapping[str, Any]) -> str:
+    """Return where resampled choices start, and that they start elsewhere where they do."""
+    start, empty = found["start"], found.get("empty", 0.0)
+    value, low, high = start["value"], start["low"], start["high"]
+    if low is None:
+        return "no resample chooses a block"
+    at = f"{low}" if low == high else f"{low} to {high}"
+    span = f"95 % of resamples start at {at}"
+    if empty:
+        span = f"95 % of resamples that choose any start at {at}, {empty:.0%} choose none"
+    if low <= value <= high:
+        return span
+    share = found["frequency"][value - 1]
+    return f"not where resamples start: {span}; block {value} is chosen in {share:.0%} of all"
 
 
 def _number(value: Any) -> str:

@@ -25,14 +25,14 @@ from vlmlayers.report.tables import (
     validation_tables,
 )
 from vlmlayers.run import write_text
-from vlmlayers.summaries import metrics_by_shape
+from vlmlayers.summaries import DATASET_ACCURACIES, metrics_by_shape
 
 TEMPLATES = Path(__file__).parent / "templates"
 RANDOM = (
     "RANDOM WEIGHTS: this backbone is untrained. The numbers show that the tools work; they "
     "say nothing about a trained model."
 )
-FIRST = ("dataset_accuracy", "class_accuracy", "zero_shot_accuracy")
+FIRST = (*DATASET_ACCURACIES, "class_accuracy", "zero_shot_accuracy")
 
 
 def write_report(

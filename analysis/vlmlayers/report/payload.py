@@ -31,6 +31,8 @@ def payload(answer: Answer) -> dict[str, Any]:
     shapes = metrics_by_shape(answer.scores)
     content = {
         "title": f"{answer.model} ({answer.weights})",
+        "model": answer.model,
+        "weights": answer.weights,
         "random": answer.random_weights,
         "depth": answer.depths,
         "choice": {"vision": list(answer.choice.vision), "text": list(answer.choice.text)},

@@ -13,7 +13,7 @@ from vlmlayers.report.numbers import Answer, Validation, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores import refusals, score_cost
 from vlmlayers.selection import PLACEMENT_SCORES, describe_blocks
-from vlmlayers.summaries import curves, metrics_by_shape
+from vlmlayers.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
 
 
 @dataclass(frozen=True)
@@ -342,6 +342,8 @@ def _refusal_tables(answer: Answer) -> list[Table]:
 
 def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
     """Return one row per run of a comparison."""
+    metric = dataset_readout(_in_all(answers)) or DATASET_ACCURACIES[0]
+    label = metric_entry(metric)["label"]
     rows = []
     for name, answer in answers:
         rows.append(
@@ -353,7 +355,7 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
                 describe_blocks(answer.choice.text),
                 answer.choice.decided,
                 answer.parameters(answer.choice),
-                *_ends(answer, "dataset_accuracy"),
+                *_ends(answer, metric),
                 _last(answer, "centroid_gap"),
                 _best(answer.validation),
             ]
@@ -368,13 +370,18 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
             "Adapt text",
             "Decided",
             "Parameters",
-            "Vision dataset accuracy, embed",
+            f"Vision {label[:1].lower()}{label[1:]}, embed",
             "at the end",
             "Gap at the end",
             "Trained HM",
         ],
         rows,
     )
+
+
+def _in_all(answers: Sequence[tuple[str, Answer]]) -> set[str]:
+    """Return the metrics that every run has, so that a column never mixes two read-outs."""
+    return set.intersection(*(set(answer.scores["metric"]) for _, answer in answers))
 
 
 def _ends(answer: Answer, metric: str) -> tuple[float | None, float | None]:

@@ -113,6 +113,13 @@ def doubts(tower: str, depth: int, found: Mapping[str, Any]) -> list[str]:
     start = found["start"]
     if start["low"] is not None and start["high"] - start["low"] > depth / 3:
         reasons.append(f"the {tower} start lies anywhere in {start['low']}–{start['high']}")
+    value = start["value"]
+    if None not in (value, start["low"]) and not start["low"] <= value <= start["high"]:
+        at = "–".join(map(str, dict.fromkeys((start["low"], start["high"]))))
+        reasons.append(
+            f"95 % of the resamples that choose any {tower} block start at {at}, "
+            f"not at {value} as here"
+        )
     if found["empty"] > 0.05:
         reasons.append(f"{found['empty']:.0%} of the resamples choose no {tower} block")
     return reasons

@@ -331,13 +331,21 @@
     place.replaceChildren(html("table", {}, html("thead", {}, head), html("tbody", {},
       ...rows.map((row) => html("tr", {}, ...row.map((v) => html("td", { textContent: typeof v === "number" ? show(v) : v ?? "–",
         className: typeof v === "number" ? "number" : "" })))))));
-    figure.csv = [headings, ...rows].map((row) => row.map(quote).join(",")).join("\r\n");
+    figure.csv = csv([headings, ...rows]);
   };
   // A cell that a spreadsheet would run as a formula is written as text.
   const quote = (value) => {
     const text = value === null || value === undefined ? "" : String(value);
     const safe = typeof value !== "number" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
     return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  };
+  // A file travels alone: it says in its first columns which model and weights it is of. Tables that
+  // set runs side by side name the weights of each themselves.
+  const csv = (rows) => {
+    const of = (row) => DATA.runs ? DATA.runs.find((run) => run.name === row[0]) : DATA;
+    const apart = DATA.runs && rows[0][0] !== "run";
+    return rows.map((row, number) => apart ? row : number ? [of(row)?.model, of(row)?.weights, ...row] : ["model", "weights", ...row])
+      .map((row) => row.map(quote).join(",")).join("\r\n");
   };
   const save = (name, blob) => {
     const url = URL.createObjectURL(blob), link = html("a", { href: url, download: name });
@@ -544,8 +552,8 @@
     new ResizeObserver(() => { if (Math.abs(figure.clientWidth - width) > 8) { width = figure.clientWidth; draw(); } }).observe(figure);
   }
   for (const button of document.querySelectorAll("button[data-table]")) button.addEventListener("click", () => {
-    const rows = [...button.closest(".table").querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => quote(cell.textContent)).join(","));
-    save(`${button.dataset.table}.csv`, new Blob([rows.join("\r\n")], { type: "text/csv" }));
+    const rows = [...button.closest(".table").querySelectorAll("tr")].map((row) => [...row.cells].map((cell) => cell.textContent));
+    save(`${button.dataset.table}.csv`, new Blob([csv(rows)], { type: "text/csv" }));
   });
   // Paper is narrower than most windows, and nothing can be unfolded on it.
   const folded = () => [...document.querySelectorAll("details:not(.screen):not([open])")];
