@@ -193,9 +193,9 @@ class Answer:
     def headline(self) -> str:
         """The answer in one sentence."""
         parts = [
-            f"blocks {describe_blocks(self.choice.blocks(tower))} of the {tower} tower"
+            f"block{'s' * (len(blocks) > 1)} {describe_blocks(blocks)} of the {tower} tower"
             for tower in self.depths
-            if self.choice.blocks(tower)
+            if (blocks := self.choice.blocks(tower))
         ]
         if not parts:
             return "No block is chosen."
