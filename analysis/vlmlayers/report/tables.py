@@ -361,7 +361,7 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
             ]
         )
     return tabular(
-        "The answers",
+        f"The answers. Accuracy: {label[:1].lower()}{label[1:]}",
         [
             "Run",
             "Weights",
@@ -370,9 +370,9 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
             "Adapt text",
             "Decided",
             "Parameters",
-            f"Vision {label[:1].lower()}{label[1:]}, embed",
-            "at the end",
-            "Gap at the end",
+            "Vision accuracy, embed",
+            "Accuracy, last",
+            "Gap, last",
             "Trained HM",
         ],
         rows,
