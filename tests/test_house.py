@@ -38,7 +38,8 @@ def test_every_dependency_has_a_lower_bound_and_a_pinned_version(repository: Pat
         for line in (repository / "constraints.txt").read_text().splitlines()
         if "==" in line
     }
-    required = [*project["dependencies"], *extras["notebooks"], *extras["hf"], *extras["shards"]]
+    shipped = ("notebooks", "hf", "shards", "datasets")
+    required = [*project["dependencies"], *(r for name in shipped for r in extras[name])]
     for requirement in required:
         assert ">=" in requirement, requirement
         assert _name(requirement) in pinned, f"{requirement} is not in constraints.txt"

@@ -17,6 +17,7 @@ from vlmlayers.data.shards import (
 )
 from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import Item, items_hash
+from vlmlayers.manifests.layouts.huggingface import stored_image
 from vlmlayers.manifests.manifest import Manifest
 from vlmlayers.progress import track
 from vlmlayers.run import fingerprint, read_json, write_json, write_text
@@ -101,7 +102,9 @@ def _encoded(manifest: Manifest, item: Item, root: Root) -> tuple[bytes, str]:
     suffix = item.path.rpartition(".")[2].lower()
     if manifest.layout == "shards":
         return read_member(manifest.location(item, root), item.path.partition(".tar/")[2]), suffix
-    if manifest.layout != "builtin" and suffix in IMAGE_SUFFIXES:
+    if manifest.is_stored(root) and suffix in IMAGE_SUFFIXES:
+        return stored_image(manifest.place(root), item.path), suffix
+    if manifest.layout != "builtin" and not manifest.is_stored(root) and suffix in IMAGE_SUFFIXES:
         path = manifest.location(item, root)
         try:
             return path.read_bytes(), suffix

@@ -19,6 +19,7 @@ from vlmlayers.manifests.items import (
 )
 from vlmlayers.manifests.layouts import layout_of
 from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
+from vlmlayers.manifests.layouts.huggingface import is_saved, stored_image
 from vlmlayers.manifests.place import MissingData, Place, data_root
 from vlmlayers.manifests.schema import Spec
 
@@ -204,7 +205,7 @@ class Manifest:
 
     def missing(self, items: list[Item], root: Root = None) -> list[Item]:
         """Return the items whose image is not on disk."""
-        if self.layout in ("builtin", "shards", "folder"):
+        if self.layout in ("builtin", "shards", "folder") or self.is_stored(root):
             return []  # listed from what is there
         images, listing = self.place(root).images, {}
         absent = []
@@ -249,8 +250,14 @@ class Manifest:
         """Return sixteen hexadecimal digits that change with any item or their order."""
         return items_hash(self.items(split, root))
 
+    def is_stored(self, root: Root = None) -> bool:
+        """Return whether the images lie in the Arrow files of a saved Hugging Face dataset."""
+        return self.layout == "huggingface" and is_saved(self.place(root))
+
     def location(self, item: Item, root: Root = None) -> Path:
         """Return the file that holds an item's image (for shards, the tar file).
+
+        For a saved Hugging Face dataset it is the dataset's folder.
 
         Raises:
             UserError: The path leaves the dataset's folder, or the dataset is drawn by code.
@@ -258,6 +265,8 @@ class Manifest:
         if self.layout == "builtin":
             raise UserError(f"{self.name} is drawn by code; its items have no files")
         place = self.place(root)
+        if self.is_stored(root):
+            return place.images
         path = item.path.partition(".tar/")[0] + ".tar" if self.layout == "shards" else item.path
         return place.inside(path)
 
@@ -279,6 +288,8 @@ class Manifest:
             drawn, (split, index) = dataset(self.name), split_and_index(item)
             return drawn.image(split, index, **({} if size is None else {"size": size}))
         path = self.location(item, root)
+        if self.is_stored(root):
+            return readers.open_image(stored_image(self.place(root), item.path), item.path)
         if self.layout == "shards":
             member = item.path.partition(".tar/")[2]
             return readers.open_image(shards.read_member(path, member), f"{path}/{member}")

@@ -22,7 +22,7 @@ from vlmlayers.errors import UserError, nearest
 from vlmlayers.manifests.items import SPLITS, checked_path
 
 DEFAULT_TEMPLATE = "a photo of a {}."
-LAYOUTS = ("coop", "folder", "table", "lists", "captions", "shards", "builtin")
+LAYOUTS = ("coop", "folder", "table", "lists", "captions", "shards", "huggingface", "builtin")
 LARGEST_TOML = 4_000_000  # bytes; a manifest is some hundred lines, never megabytes
 
 
@@ -95,7 +95,7 @@ class Spec(BaseModel):
         split_sha256: Known hashes of that file; empty where none is known.
         split_files: One file per split, under `folder` (layouts `table` and `lists`).
         split_folders: Folder of each split under `images` (layout `folder`); none: one folder
-            for all, split by `fractions`.
+            for all, split by `fractions`. For `huggingface`: the library's name of each split.
         shards: Tar files of each split under `folder`; `*` matches within a name.
         fractions: Shares of train, val and test where the files do not split.
         tail: Numbers of items at the end of the file that are val and test.
@@ -125,7 +125,9 @@ class Spec(BaseModel):
     kind: str = "images"
     folder: FolderPath = "."
     images: RelativePath | None = None
-    layout: Literal["coop", "folder", "table", "lists", "captions", "shards", "builtin"]
+    layout: Literal[
+        "coop", "folder", "table", "lists", "captions", "shards", "huggingface", "builtin"
+    ]
     split_file: Paths = ()
     split_sha256: Hashes = ()
     split_files: Annotated[dict[str, RelativePath], BySplit] = {}

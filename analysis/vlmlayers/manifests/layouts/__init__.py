@@ -7,6 +7,7 @@ from vlmlayers.manifests.layouts.builtin import BuiltIn
 from vlmlayers.manifests.layouts.captions import Captions
 from vlmlayers.manifests.layouts.coop import CoOp
 from vlmlayers.manifests.layouts.folder import Folder
+from vlmlayers.manifests.layouts.huggingface import HuggingFace
 from vlmlayers.manifests.layouts.lists import Lists
 from vlmlayers.manifests.layouts.shards import Shards
 from vlmlayers.manifests.layouts.table import Table
@@ -19,6 +20,7 @@ _LAYOUTS: dict[str, type[Layout]] = {
     "lists": Lists,
     "captions": Captions,
     "shards": Shards,
+    "huggingface": HuggingFace,
     "builtin": BuiltIn,
 }
 
