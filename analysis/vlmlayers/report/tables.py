@@ -361,7 +361,7 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
             ]
         )
     return tabular(
-        f"The answers. Accuracy: {label[:1].lower()}{label[1:]}",
+        f"The answers, accuracy being {label[:1].lower()}{label[1:]}",
         [
             "Run",
             "Weights",
