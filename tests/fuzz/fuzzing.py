@@ -169,7 +169,7 @@ def limits(name: str) -> Iterator[None]:
     def late(*_: Any) -> None:
         raise Broken(f"{name}: more than {SECONDS} seconds")
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kib(anew=True)
     previous = signal.signal(signal.SIGPROF, late)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process, however busy the machine is
     try:
@@ -183,16 +183,26 @@ def limits(name: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        grown = peak_kib() - before
         if grown > KIB:
             raise Broken(f"{name}: {grown} KiB more memory")
+
+
+def peak_kib(anew: bool = False) -> int:
+    """Return the most memory this process held, since the last call `anew` where Linux can say."""
+    if not Path("/proc/self/clear_refs").exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if anew:  # an earlier test of this process may have needed more than any limit
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def fuzz(target: Target, inputs: int, seed: int = 0, keep: Path | None = None) -> Outcome:
     """Damage and read; collect what broke, with the bytes that did it in `keep`."""
     random = np.random.default_rng([seed, *target.name.encode()])
     outcome = Outcome(target.name)
-    first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first = peak_kib(anew=True)
     for number in range(inputs):
         whole = target.seeds[int(random.integers(len(target.seeds)))]
         case = target.damage(random, whole)
@@ -213,7 +223,7 @@ def fuzz(target: Target, inputs: int, seed: int = 0, keep: Path | None = None) -
                 (keep / f"{target.name}-{seed}-{number}").write_bytes(case)
         outcome.inputs += 1
         outcome.longest = max(outcome.longest, time.process_time() - start)
-    outcome.grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first
+        outcome.grown_kib = max(outcome.grown_kib, peak_kib() - first)
     return outcome
 
 
