@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,22 @@ def decode(
         pin_memory=pin,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
-    try:
+    with told_of_dead_workers():
         yield from loader
+
+
+@contextmanager
+def told_of_dead_workers() -> Iterator[None]:
+    """Turn torch's word of a dead decoding process into ours.
+
+    Torch raises from a signal handler, so the word may come wherever the main thread is, also while
+    a batch is being recorded: the whole loop over batches belongs in here.
+
+    Raises:
+        UserError: A decoding process died, mostly for lack of memory.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -21,7 +21,7 @@ import numpy as np
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
-from vlmlayers.models.decoding import batches_of
+from vlmlayers.models.decoding import batches_of, told_of_dead_workers
 from vlmlayers.models.extract import prepare, refuse_hooks
 from vlmlayers.models.load import VLM
 from vlmlayers.models.processes import Processes
@@ -204,6 +204,7 @@ class _Run:
         parts: list[Features] = []
         numbers: set[int] = set()
         with (
+            told_of_dead_workers(),
             recorder,
             bar(
                 total=sum(len(batches[b]) for b in share),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
-from vlmlayers.models.decoding import Unreadable, batches_of, decode
+from vlmlayers.models.decoding import Unreadable, batches_of, decode, told_of_dead_workers
 from vlmlayers.models.load import VLM
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features, Recorder
@@ -138,6 +138,7 @@ class Work:
         )
         recorder = self.recorders["vision"]
         with (
+            told_of_dead_workers(),
             recorder,
             bar(
                 total=finished + sum(len(batches[b]) for b in left),
