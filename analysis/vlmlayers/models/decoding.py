@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import ProcessError
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from vlmlayers.errors import UserError
 
 _GIVE_UP = 100
+# What the queue of a process says that dies while it hands a batch over; seconds until torch knows.
+_BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
+_DYING = 2.0
 
 
 @dataclass
@@ -105,8 +110,15 @@ def decode(
         pin_memory=pin,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
-    with told_of_dead_workers():
-        yield from loader
+    try:
+        with told_of_dead_workers():
+            yield from loader
+    except _BROKEN_OFF as error:
+        if not workers:
+            raise
+        with told_of_dead_workers():
+            time.sleep(_DYING)  # torch's signal handler raises here, not in the caller's code
+        raise _death(error) from error
 
 
 @contextmanager
@@ -124,7 +136,11 @@ def told_of_dead_workers() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(
-            f"a decoding process died ({' '.join(str(error).split())[:120]}); what is done so far "
-            "is kept in the store, start again with fewer workers"
-        ) from error
+        raise _death(error) from error
+
+
+def _death(error: BaseException) -> UserError:
+    return UserError(
+        f"a decoding process died ({' '.join(str(error).split())[:120]}); what is done so far "
+        "is kept in the store, start again with fewer workers"
+    )
