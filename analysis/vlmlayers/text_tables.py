@@ -52,3 +52,9 @@ def _cell(value: object) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and value != value):
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def percent(*shares: float) -> str:
+    """Return shares of one in words: `40 %`, or `25–60 %` from the smallest to the largest."""
+    ends = (f"{100 * end:.0f}" for end in (min(shares), max(shares)))
+    return "–".join(dict.fromkeys(ends)) + " %"

@@ -203,7 +203,7 @@ def test_a_start_that_resamples_do_not_give_is_said(tmp_path: Path) -> None:
     run.choice.write_text(json.dumps(content))
     assert dict(read_answer(run.folder).facts())["First block"] == (
         "vision 7 (not where resamples start: 95 % of resamples that choose any start at 2 to 6, "
-        "20% choose none; block 7 is chosen in 40% of all); "
+        "20 % choose none; block 7 is chosen in 40 % of all); "
         "text 5 (no resample chooses a block)"
     )
     assert read_answer(run.folder).headline.startswith("Adapt block 7 of the vision tower and")

@@ -23,6 +23,7 @@ from vlmlayers.selection import (
 )
 from vlmlayers.selection.curves import bare, depths
 from vlmlayers.summaries import curves, over_datasets
+from vlmlayers.text_tables import percent
 
 DIM = 32
 ZERO_SHOT = "zero-shot"
@@ -222,7 +223,7 @@ class Answer:
                 (
                     "Parameters of MMA",
                     f"{ours:,} at bottleneck width {DIM}, "
-                    f"{ours / theirs:.0%} of the paper's placement",
+                    f"{percent(ours / theirs)} of the paper's placement",
                 )
             )
         same = (self.choice.vision, self.choice.text) == (self.paper.vision, self.paper.text)
@@ -302,11 +303,11 @@ def _start_words(found: Mapping[str, Any]) -> str:
     at = f"{low}" if low == high else f"{low} to {high}"
     span = f"95 % of resamples start at {at}"
     if empty:
-        span = f"95 % of resamples that choose any start at {at}, {empty:.0%} choose none"
+        span = f"95 % of resamples that choose any start at {at}, {percent(empty)} choose none"
     if low <= value <= high:
         return span
     share = found["frequency"][value - 1]
-    return f"not where resamples start: {span}; block {value} is chosen in {share:.0%} of all"
+    return f"not where resamples start: {span}; block {value} is chosen in {percent(share)} of all"
 
 
 def _number(value: Any) -> str:

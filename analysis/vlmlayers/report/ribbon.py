@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlmlayers.report.numbers import Answer
 from vlmlayers.selection import describe_blocks
+from vlmlayers.text_tables import percent
 
 KEY = "Filled: chosen. Line below: the paper’s placement at this depth."
 
@@ -27,7 +28,7 @@ def _lane(answer: Answer, tower: str) -> str:
     cells = []
     for block in range(1, depth + 1):
         words = f"{tower} block {block}: {'chosen' if block in chosen else 'frozen'}"
-        words += f", chosen in {found[block - 1]:.0%} of resamples" if found else ""
+        words += f", chosen in {percent(found[block - 1])} of resamples" if found else ""
         kind = ("on" if block in chosen else "off") + (
             " paper" if block in answer.paper.blocks(tower) else ""
         )

@@ -14,6 +14,7 @@ from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores import refusals, score_cost
 from vlmlayers.selection import PLACEMENT_SCORES, describe_blocks
 from vlmlayers.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
+from vlmlayers.text_tables import percent
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _tower_table(answer: Answer, tower: str) -> Table:
     for name, column in values.items():
         headings.append(metric_entry(name)["label"])
         if "normalised" in column:
-            headings.append(f"share of range (from {column.get('share', 0):.0%})")
+            headings.append(f"share of range (from {percent(column.get('share', 0))})")
     frequency = found.get("frequency", [])
     headings += ["Chosen", *(["Chosen in resamples"] if frequency else [])]
     rows = []
@@ -74,9 +75,9 @@ def _tower_table(answer: Answer, tower: str) -> Table:
         for column in values.values():
             row.append(float(column["value"][block - 1]))
             if "normalised" in column:
-                row.append(f"{column['normalised'][block - 1]:.0%}")
+                row.append(percent(column["normalised"][block - 1]))
         row.append(block in answer.choice.blocks(tower))
-        rows.append([*row, *([f"{frequency[block - 1]:.0%}"] if frequency else [])])
+        rows.append([*row, *([percent(frequency[block - 1])] if frequency else [])])
     return tabular(f"{tower.capitalize()} tower, block by block", headings, rows)
 
 

@@ -17,6 +17,7 @@ from vlmlayers.selection.choice import LayerChoice, describe_blocks, parse_block
 from vlmlayers.selection.curves import Reading, check_scores, depths
 from vlmlayers.selection.rules import RULES, Pick, Picks
 from vlmlayers.selection.stability import HOW, doubts, stability
+from vlmlayers.text_tables import percent
 
 GROUP = "vlmlayers.rules"
 FIXED = ("paper", "all", "explicit")
@@ -196,7 +197,7 @@ def _evidence(
         }
         reasons[tower] = [*pick.notes]
         if tower in found:
-            reasons[tower] += doubts(tower, depth, found[tower])
+            reasons[tower] += doubts(tower, depth, pick.blocks, found[tower])
     options = chooser.options if isinstance(chooser, OwnRule) else asdict(chooser)
     first = scores.iloc[0]
     return {
@@ -237,7 +238,7 @@ def _firm(tower: str, pick: Pick, found: dict[str, Any]) -> str:
     start = str(low) if low == high else f"{low}–{high}"
     return (
         f"{tower} {describe_blocks(pick.blocks)} (95 % of resamples start at {start}; "
-        f"{found['same']:.0%} choose exactly this)"
+        f"{percent(found['same'])} choose exactly this)"
     )
 
 

@@ -11,12 +11,14 @@ import pandas as pd
 
 from vlmlayers.selection.choice import describe_blocks
 from vlmlayers.selection.rules import Picks
+from vlmlayers.text_tables import percent
 
 HOW = (
     "seeds drawn with replacement; each value moved by a normal draw whose deviation is that of "
     "its interval, independently per row: cautious, since positions share their items"
 )
 _Z = 1.959963984540054
+SELDOM, OFTEN = 0.25, 0.75
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,29 @@ def stability(
     return found
 
 
-def doubts(tower: str, depth: int, found: Mapping[str, Any]) -> list[str]:
-    """Return the reasons, if any, why resampling does not support the choice in a tower."""
+def doubts(tower: str, depth: int, chosen: tuple[int, ...], found: Mapping[str, Any]) -> list[str]:
+    """Return the reasons, if any, why resampling does not support the choice in a tower.
+
+    Args:
+        tower: Its name.
+        depth: Its number of blocks.
+        chosen: The blocks chosen on the scores as measured.
+        found: What `stability` found for it.
+    """
+    share = {block: float(one) for block, one in enumerate(found["frequency"], 1)}
+    unsure = [block for block, one in share.items() if SELDOM < one < OFTEN]
+    seldom = [block for block in chosen if share[block] <= SELDOM]
+    often = [block for block, one in share.items() if one >= OFTEN and block not in chosen]
     reasons = []
-    unsure = [b + 1 for b, share in enumerate(found["frequency"]) if 0.25 < share < 0.75]
-    if unsure:
-        reasons.append(
-            f"{tower} block{'s' if len(unsure) > 1 else ''} {describe_blocks(unsure)} "
-            "could be chosen or not"
-        )
+    for blocks, words in (
+        (unsure, "could be chosen or not (chosen in {} of the resamples)"),
+        (seldom, "chosen here, but in only {} of the resamples"),
+        (often, "left out here, but chosen in {} of the resamples"),
+    ):
+        if blocks:
+            shares = percent(*(share[block] for block in blocks))
+            noun = "blocks" if len(blocks) > 1 else "block"
+            reasons.append(f"{tower} {noun} {describe_blocks(blocks)} {words.format(shares)}")
     start = found["start"]
     if start["low"] is not None and start["high"] - start["low"] > depth / 3:
         reasons.append(f"the {tower} start lies anywhere in {start['low']}–{start['high']}")
@@ -121,5 +137,5 @@ def doubts(tower: str, depth: int, found: Mapping[str, Any]) -> list[str]:
             f"not at {value} as here"
         )
     if found["empty"] > 0.05:
-        reasons.append(f"{found['empty']:.0%} of the resamples choose no {tower} block")
+        reasons.append(f"{percent(found['empty'])} of the resamples choose no {tower} block")
     return reasons
