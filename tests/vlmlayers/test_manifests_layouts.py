@@ -197,13 +197,19 @@ def test_a_splits_folder_may_be_a_link(tmp_path: Path) -> None:
     assert manifest.open_image(manifest.items("train")[0]).size == (12, 8)
 
 
-def test_a_plain_folder_needs_no_manifest(tmp_path: Path) -> None:
+def test_a_plain_folder_needs_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pictures(tmp_path / "pets", ["train/cat/1.png", "valid/cat/2.png", "train/dog/1.png"])
     manifest = Manifest.load(tmp_path / "pets")
     assert manifest.name == "pets" and manifest.splits() == ("train", "val")
     assert manifest.items("val") == [Item("valid/cat/2.png", 0, "cat")]
     (tmp_path / "pets/manifest.toml").write_text('title = "Own"\nlayout = "folder"\nfolder = "."')
     assert Manifest.load(tmp_path / "pets").title == "Own"
+    monkeypatch.chdir(tmp_path)
+    assert Manifest.load("pets").title == "Own"
+    write_pictures(tmp_path / "digits", ["cat/1.png"])
+    assert Manifest.load("digits").layout == "builtin"  # a name that is known stays what it is
+    with pytest.raises(UserError, match="unknown dataset 'pest'.*no folder of that name is here"):
+        Manifest.load("pest")
 
 
 # Tables

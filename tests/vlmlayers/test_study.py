@@ -93,6 +93,33 @@ def test_models_are_looked_up_beside_the_study_then_under_the_data_root(tmp_path
         context.model_arguments()
 
 
+def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
+    """A bare name is a folder where no dataset is called so: the README names `my_images`."""
+    from PIL import Image
+
+    from vlmlayers.study import StageContext
+
+    def draw(folder: Path, count: int) -> None:
+        for name in (f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(count)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / name)
+
+    def count(*names: str) -> list[int]:
+        study = check_study({**BASE, "datasets": list(names), "extract": {"split": "all"}})
+        context = StageContext(
+            Run(tmp_path / "out"), study, study.models[0], tmp_path / "base", tmp_path / "data"
+        )
+        return [len(dataset.items) for dataset in context.datasets]
+
+    draw(tmp_path / "data/mine", 3)
+    draw(tmp_path / "base/digits", 3)
+    assert count("mine", "digits") == [6, 300]
+    draw(tmp_path / "base/mine", 5)
+    assert count("mine") == [10]
+    with pytest.raises(UserError, match="no folder of that name is here"):
+        count("mein")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

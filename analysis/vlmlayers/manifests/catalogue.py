@@ -37,6 +37,11 @@ def names() -> list[str]:
     return [*files, *(name for name in builtin.names() if name not in files)]
 
 
+def is_path(name: str) -> bool:
+    """Return whether a name is written as a path, so that it can be nothing else."""
+    return os.sep in name or "/" in name or name.endswith(".toml") or name in (".", "..")
+
+
 def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
     """Return name, content and source of a manifest.
 
@@ -48,9 +53,12 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
         return text, parse_spec(read_toml(files[text]), str(files[text])), files[text]
     if text in builtin.names():
         return text, _builtin_spec(text), None
-    if not (os.sep in text or "/" in text or text.endswith(".toml") or text in (".", "..")):
-        check_one_of("dataset", text, names())
     path = Path(text).expanduser()
+    if not (is_path(text) or path.is_dir()):
+        try:
+            check_one_of("dataset", text, names())
+        except UserError as error:
+            raise UserError(f"{error} (and no folder of that name is here)") from None
     if path.is_dir() and not (path / "manifest.toml").is_file():
         return path.resolve().name, _folder_spec(path), path
     path = path / "manifest.toml" if path.is_dir() else path

@@ -86,13 +86,7 @@ class StageContext:
 
     def _dataset(self, part: DatasetPart) -> Dataset:
         options = self.study.part(part)
-        local = self.base / part.name
-        name = (
-            str(local)
-            if ("/" in part.name or part.name.endswith(".toml")) and local.exists()
-            else part.name
-        )
-        manifest = Manifest.load(name)
+        manifest = Manifest.load(self._dataset_name(part.name))
         split, present = options["split"], options["present_only"]
         items = (
             manifest.sample(
@@ -107,6 +101,11 @@ class StageContext:
                 f"run `vlmlayers data check {manifest.name}`"
             )
         return Dataset(manifest, items, options)
+
+    def _dataset_name(self, name: str) -> str:
+        """Return a known name as it is; else the place of a manifest or folder of that name."""
+        places = () if name in Manifest.names() else self._places(name)
+        return next((str(place) for place in places if place.exists()), name)
 
     @property
     def rule(self) -> str:
@@ -132,21 +131,25 @@ class StageContext:
         }
 
     def _path(self, text: str, required: bool = True, what: str = "model folder") -> Path:
-        from vlmlayers.manifests.place import data_root
-
-        path = Path(text).expanduser()
-        places = (
-            [path]
-            if path.is_absolute()
-            else [self.base / path, data_root(self.data_root) / path, path]
-        )
+        places = self._places(text)
         for place in places:
             if place.exists():
                 return place.resolve()
         if required:
             tried = ", ".join(str(place) for place in places)
             raise UserError(f"{what} {text} does not exist; tried {tried}")
-        return path
+        return Path(text).expanduser()
+
+    def _places(self, text: str) -> list[Path]:
+        """Return where a path may lie: beside the study, under the data root, or here."""
+        from vlmlayers.manifests.place import data_root
+
+        path = Path(text).expanduser()
+        return (
+            [path]
+            if path.is_absolute()
+            else [self.base / path, data_root(self.data_root) / path, path]
+        )
 
     def model_fingerprint(self) -> dict[str, Any]:
         """Return what identifies the weights without loading them."""

@@ -166,7 +166,8 @@ class Study(Part):
         seed: Seed of item draws and resampling.
         stages: Stages to run where the command line names none; all where empty.
         models: One or more backbones; several give one run folder each and a comparison.
-        datasets: Names, or tables with `name` and what differs from `extract`.
+        datasets: Names, manifests or image folders, or tables with `name` and what differs from
+            `extract`. Paths are looked up beside the study file, under the data root, then here.
         extract: How features are recorded.
         score: Metrics.
         select: Rule.
