@@ -129,12 +129,7 @@ def _manifests(context: Any, names: list[str] | None) -> list[Any]:
     from vlmlayers.manifests import Manifest
 
     known = {data.manifest.name: data.manifest for data in context.datasets}
-    found = []
-    for name in names:
-        local = Path(context.base) / name
-        path = ("/" in name or name.endswith(".toml")) and local.exists()
-        found.append(known.get(name) or Manifest.load(str(local) if path else name))
-    return found
+    return [known.get(name) or Manifest.load(context.dataset_name(name)) for name in names]
 
 
 def _chosen_on(context: Any) -> dict[str, str]:

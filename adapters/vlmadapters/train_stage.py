@@ -79,7 +79,7 @@ def check(context: Any) -> None:
     """Check the tables and the names of their datasets before the study's first stage."""
     for part in parts(context.study.train):
         for name in (*part.datasets, *part.targets):
-            Manifest.load(_beside(context, name))
+            Manifest.load(context.dataset_name(name))
 
 
 def train(context: Any) -> None:
@@ -131,12 +131,6 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
         save_adapters=True,
         progress=context.progress,
     )
-    names = [experiment.add(Manifest.load(_beside(context, name))) for name in sources]
+    names = [experiment.add(Manifest.load(context.dataset_name(name))) for name in sources]
     configs = read_placements(recipe.adapter, named, choice)
     return experiment.run(names, configs, part.seeds, together=part.together)
-
-
-def _beside(context: Any, name: str) -> str:
-    """Return the path of a manifest or image folder named relative to the study, else the name."""
-    local = Path(context.base) / name
-    return str(local) if ("/" in name or name.endswith(".toml")) and local.exists() else name

@@ -86,7 +86,7 @@ class StageContext:
 
     def _dataset(self, part: DatasetPart) -> Dataset:
         options = self.study.part(part)
-        manifest = Manifest.load(self._dataset_name(part.name))
+        manifest = Manifest.load(self.dataset_name(part.name))
         split, present = options["split"], options["present_only"]
         items = (
             manifest.sample(
@@ -102,7 +102,7 @@ class StageContext:
             )
         return Dataset(manifest, items, options)
 
-    def _dataset_name(self, name: str) -> str:
+    def dataset_name(self, name: str) -> str:
         """Return a known name as it is; else the place of a manifest or folder of that name."""
         places = () if name in Manifest.names() else self._places(name)
         return next((str(place) for place in places if place.exists()), name)
