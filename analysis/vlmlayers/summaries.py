@@ -74,6 +74,9 @@ def curves(
         check_one_of("dataset", dataset, known, where=f"the {metric} scores")
     joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     joined = joined.reindex(columns=CURVE_COLUMNS)
+    # Numbered over all curves: one that lacks a position must not shift against the others.
+    place = {key: number for number, key in enumerate(sorted(set(joined["order"])))}
+    joined["order"] = joined["order"].map(place)
     least, most = _bounds(metric)
     return joined.assign(low=joined["low"].clip(lower=least), high=joined["high"].clip(upper=most))
 
@@ -106,8 +109,7 @@ def _summary(rows: pd.DataFrame) -> pd.DataFrame:
                 "seeds": int((group["seed"] >= 0).sum()) or 0,
             }
         )
-    frame = pd.DataFrame(made).sort_values("order", kind="stable")
-    return frame.assign(order=range(len(frame)))
+    return pd.DataFrame(made).sort_values("order", kind="stable")
 
 
 def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +118,9 @@ def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
     if len(pooled) or frame["dataset"].nunique() <= 1:
         return pooled if len(pooled) else frame
     keys = ["metric", "tower", "position", "order", "depth"]
-    return frame.groupby(keys, sort=False)[["value", "low", "high", "null"]].mean().reset_index()
+    means = frame.groupby(keys, sort=False)[["value", "low", "high", "null"]].mean().reset_index()
+    towers = means["tower"].map(TOWERS.index)
+    return means.assign(_tower=towers).sort_values(["_tower", "order"]).drop(columns="_tower")
 
 
 def overview(scores: pd.DataFrame) -> pd.DataFrame:

@@ -10,13 +10,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from score_tables import DATASETS, full, planted
+from score_tables import DATASETS, curve_rows, full, planted, step, table
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError
 from vlmlayers.plots.saving import slug
 from vlmlayers.selection import select
-from vlmlayers.summaries import agreement, curves, dataset_names, metrics_by_shape
+from vlmlayers.summaries import (
+    agreement,
+    curves,
+    dataset_names,
+    metrics_by_shape,
+    over_datasets,
+)
 
 OUTCOMES = pd.DataFrame(
     [
@@ -53,6 +59,42 @@ def test_curves_draw_the_values_of_the_table() -> None:
     first = ax.patches[0].get_xy()[0] if hasattr(ax.patches[0], "get_width") else None
     assert first == 4.5
     assert "ccuracy" in ax.get_ylabel()
+
+
+def test_chance_is_drawn_per_tower_and_position_where_it_differs() -> None:
+    """Rank has another chance for 300 images than for 10 texts; a relative gap one per position."""
+    values = step(12, 5)
+    vision = curve_rows("effective_rank", "vision", values, null=20.0)
+    text = curve_rows("effective_rank", "text", values, null=5.0)
+    ax = plots.layer_curves(table(vision, text), "effective_rank")
+    assert "Chance" not in ax.get_legend_handles_labels()[1]
+    assert set(line(ax, "Chance, vision")[:, 1]) == {20.0}
+    assert set(line(ax, "Chance, text")[:, 1]) == {5.0}
+    for number, one in enumerate(vision):
+        one["null"] = 0.5 + number / 100
+    ax = plots.layer_curves(table(vision), "effective_rank")
+    assert np.allclose(line(ax, "Chance")[:, 1], [one["null"] for one in vision])
+
+
+def test_mean_over_datasets_keeps_the_order_where_one_lacks_a_position() -> None:
+    """A value that does not exist at `embed` of one dataset must not shift its other positions."""
+    whole = curve_rows("effective_rank", "text", step(12, 5), dataset="digits")
+    lacking = curve_rows("effective_rank", "text", step(12, 5), dataset="shapes")
+    scores = table([one for one in lacking if one["position"] != "embed"], whole)
+    frame = over_datasets(curves(scores, "effective_rank"))
+    assert frame["position"].tolist() == [one["position"] for one in whole]
+    xy = line(plots.layer_curves(scores, "effective_rank"), "Text")
+    assert np.all(np.diff(xy[:, 0]) > 0)
+
+
+def test_plots_name_the_nearest_tower_and_refuse_a_matrix_of_partners() -> None:
+    scores = full()
+    for draw in (plots.gap_curves, plots.agreement_matrix, plots.dataset_heatmap):
+        with pytest.raises(UserError, match="unknown tower 'visoin'; did you mean 'vision'"):
+            draw(scores, tower="visoin")
+    partners = scores[(scores["metric"] == "centroid_gap")]
+    with pytest.raises(UserError, match="partner only, which is no matrix"):
+        plots.agreement_matrix(partners, "centroid_gap")
 
 
 def test_unequal_towers_share_relative_depth() -> None:

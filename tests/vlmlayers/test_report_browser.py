@@ -11,6 +11,7 @@ from browser import CHROMIUM, Tab, chromium
 from run_folders import make_run
 
 from vlmlayers.report import write_comparison, write_report
+from vlmlayers.scores import read_scores, write_scores
 
 pytest.importorskip("websocket", reason="needs websocket-client, which jupyterlab brings")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the path")
@@ -104,6 +105,24 @@ def test_curves_follow_metric_dataset_and_towers(tab: Tab, pages: dict[str, Path
     block = next(row for row in rows if row[1] == "7")
     assert float(block[2]) == pytest.approx(expected, abs=5e-4)
     assert tab.run("document.querySelector('figure[data-chart=curves] b') === null")
+
+
+def test_chance_is_one_line_or_one_per_tower(tab: Tab, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    lines = (
+        "[...document.querySelectorAll('figure[data-chart=curves] path.chance')]"
+        ".map(p => [p.nextSibling.textContent, (p.getAttribute('d').match(/L/g) || []).length])"
+    )
+    load(tab, write_report(run.folder))
+    assert tab.run(lines) == [["Chance", 1]]
+    scores = read_scores(run.folder)
+    text = scores["tower"] == "text"
+    scores.loc[text, "null"] = 0.2 + 0.3 * scores.loc[text, "depth"]
+    write_scores(scores, run.folder)
+    load(tab, write_report(run.folder))
+    assert tab.run(lines) == [["Chance, vision", 1], ["Chance, text", 13]]
+    assert "Chance 0.10 for vision and 0.20 to 0.50 for text." in run.report.read_text()
+    assert tab.errors() == []
 
 
 def test_values_show_on_hover_and_by_keyboard(tab: Tab, pages: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.plots.layout import DepthAxis, runs
 from vlmlayers.plots.style import (
     CHANCE_COLOUR,
@@ -18,6 +18,7 @@ from vlmlayers.plots.style import (
     mark_random,
     style,
 )
+from vlmlayers.positions import TOWERS
 from vlmlayers.selection import LayerChoice, describe_blocks
 from vlmlayers.selection.curves import POOLED, depths
 from vlmlayers.summaries import curves, over_datasets
@@ -67,7 +68,7 @@ def layer_curves(
                 color=TOWER_COLOURS[str(tower)],
                 marker=TOWER_MARKERS[str(tower)],
             )
-        _chance(ax, frame)
+        _chance(ax, axis, frame)
         axis.draw(ax)
         if choice is not None:
             shade(ax, axis, choice)
@@ -106,16 +107,13 @@ def dataset_curves(
         UserError: The metric is not in the table, or not on this tower.
     """
     with style():
-        frame = curves(scores, metric)
-        frame = frame[frame["tower"] == tower]
-        if frame.empty:
-            raise UserError(f"metric {metric!r} has no value on the {tower} tower")
+        frame = on_tower(curves(scores, metric), metric, tower)
         ax = axes(ax)
         axis = DepthAxis.of(frame, depths(scores))
         for number, (name, part) in enumerate(frame.groupby("dataset", sort=False)):
             label = "all datasets" if name == POOLED else str(name)
             _line(ax, axis, part, tower, label=_plain(label), **category(number))
-        _chance(ax, frame)
+        _chance(ax, axis, frame)
         axis.draw(ax)
         if choice is not None:
             shade(ax, axis, choice, towers=(tower,))
@@ -124,12 +122,27 @@ def dataset_curves(
         return mark_random(ax, is_random(scores))
 
 
+def on_tower(frame: pd.DataFrame, metric: str, tower: str) -> pd.DataFrame:
+    """Return the rows of one tower.
+
+    Raises:
+        UserError: There is no such tower, or the metric has no value on it.
+    """
+    check_one_of("tower", tower, TOWERS)
+    rows = frame[frame["tower"] == tower]
+    if rows.empty:
+        raise UserError(f"metric {metric!r} has no value on the {tower} tower")
+    return rows
+
+
 def legend(ax: Axes) -> None:
     """Name the lines: inside the axes where there are few, else above them in columns."""
-    few = len(ax.get_legend_handles_labels()[1]) <= 5
+    lines = len(ax.get_legend_handles_labels()[1])
     place: dict[str, Any] = {"loc": "best", "frameon": True, "framealpha": 0.9, "edgecolor": "none"}
-    if not few:
+    if lines > 3:  # a larger one would hide curves
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 6}
+        if lines < 6:
+            place |= {"ncols": 3, "fontsize": 7}
     ax.legend(handlelength=1.6, columnspacing=1.2, **place)
 
 
@@ -140,28 +153,53 @@ def _line(ax: Axes, axis: DepthAxis, part: pd.DataFrame, tower: str, **options: 
     ax.fill_between(x, part["low"], part["high"], color=options["color"], alpha=0.16, linewidth=0)
 
 
-def _chance(ax: Axes, frame: pd.DataFrame) -> None:
-    nulls = frame["null"].dropna()
-    if len(nulls):
-        low, high = float(nulls.min()), float(nulls.max())
-        ax.axhline(
-            (low + high) / 2,
-            color=CHANCE_COLOUR,
-            linestyle=(0, (4, 2)),
-            linewidth=0.9,
-            label="Chance",
-        )
-        if high > low:
-            ax.axhspan(low, high, color=CHANCE_COLOUR, alpha=0.12, linewidth=0)
+def _chance(ax: Axes, axis: DepthAxis, frame: pd.DataFrame) -> None:
+    """Draw what chance gives at each position: one line, or one per tower where they differ.
+
+    Where the curves of a tower have their own, as those of several datasets may, a band spans them.
+    """
+    known = frame.dropna(subset=["null"])
+    levels = [
+        (str(tower), part.groupby("order").agg(position=("position", "first"), low=("null", "min"),
+                                               high=("null", "max"), null=("null", "mean")))
+        for tower, part in known.groupby("tower", sort=False)
+    ]  # fmt: skip
+    if not levels:
+        return
+    seen = pd.concat([known["null"], frame["value"].dropna()])
+    tolerance = 0.01 * float(seen.max() - seen.min())
+    shared = _alike(levels, tolerance)
+    for tower, level in [max(levels, key=lambda one: len(one[1]))] if shared else levels:
+        colour = CHANCE_COLOUR if shared else TOWER_COLOURS[tower]
+        look = {"color": colour, "linestyle": (0, (4, 2)), "linewidth": 0.9, "marker": ""}
+        label = "Chance" if shared else f"Chance, {tower}"
+        if level["null"].max() - level["null"].min() <= tolerance:
+            ax.axhline(float(level["null"].min() + level["null"].max()) / 2, label=label, **look)
+            if (level["high"] - level["low"]).max() > tolerance:
+                band = float(level["low"].min()), float(level["high"].max())
+                ax.axhspan(*band, color=colour, alpha=0.12, linewidth=0)
+        else:
+            x = [axis.x(tower, str(position)) for position in level["position"]]
+            ax.plot(x, level["null"], label=label, **look)
+            ax.fill_between(x, level["low"], level["high"], color=colour, alpha=0.12, linewidth=0)
+
+
+def _alike(levels: list[tuple[str, pd.DataFrame]], tolerance: float) -> bool:
+    """Return whether chance is the same for all towers at the positions that they share."""
+    nulls = pd.concat([level.set_index("position")["null"] for _, level in levels], axis=1)
+    both = nulls.dropna()
+    return bool(((both.max(axis=1) - both.min(axis=1)) <= tolerance).all())
 
 
 def shade(
     ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: tuple[str, ...] = ("vision", "text")
 ) -> None:
-    """Shade the chosen blocks: the lower half of the axes for vision, the upper for text."""
+    """Shade the chosen blocks: the lower half of the axes for vision, the upper for text.
+
+    Where the axes show one tower only, its blocks take the whole height.
+    """
+    towers = tuple(tower for tower in towers if tower in axis.blocks)
     for tower in towers:
-        if tower not in axis.blocks:
-            continue
         low, high = (
             (0.0, 1.0) if len(towers) == 1 else (0.0, 0.5) if tower == "vision" else (0.5, 1.0)
         )

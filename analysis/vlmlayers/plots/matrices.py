@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from vlmlayers.errors import UserError
-from vlmlayers.plots.depth import is_random
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.plots.depth import is_random, on_tower
 from vlmlayers.plots.layout import runs
 from vlmlayers.plots.style import (
     SEQUENTIAL,
@@ -19,7 +20,7 @@ from vlmlayers.plots.style import (
     sparse_labels,
     style,
 )
-from vlmlayers.positions import sort_key
+from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.selection import LayerChoice
 from vlmlayers.summaries import agreement, curves
 
@@ -51,9 +52,16 @@ def agreement_matrix(
     Raises:
         UserError: The metric is absent, or no pair of these towers was measured.
     """
+    for name in (tower, other_tower):
+        check_one_of("tower", name, TOWERS)
     frame = agreement(scores, metric, tower, other_tower, dataset)
     if frame.empty:
         raise UserError(f"metric {metric!r} was not measured between {tower} and {other_tower}")
+    if frame["position"].is_unique and len(frame) > 1:
+        raise UserError(
+            f"metric {metric!r} relates each position to its partner only, which is no matrix; "
+            "draw it with `layer_curves`"
+        )
     rows, columns = _ordered(frame["position"]), _ordered(frame["other_position"])
     grid = frame.pivot(index="position", columns="other_position", values="value").reindex(
         index=rows, columns=columns
@@ -87,17 +95,14 @@ def dataset_heatmap(
     Raises:
         UserError: The metric is not in the table, or not on this tower.
     """
-    frame = curves(scores, metric)
-    frame = frame[frame["tower"] == tower]
-    if frame.empty:
-        raise UserError(f"metric {metric!r} has no value on the {tower} tower")
+    frame = on_tower(curves(scores, metric), metric, tower)
     columns = _ordered(frame["position"])
     grid = frame.pivot(index="dataset", columns="position", values="value").reindex(
         index=list(dict.fromkeys(frame["dataset"])), columns=columns
     )
     with style():
         ax = axes(ax, (3.35, 0.9 + 0.2 * len(grid)))
-        _image(ax, grid.to_numpy(float), axis_label(metric))
+        _image(ax, grid.to_numpy(float), fill(axis_label(metric), 6 + 3 * len(grid)))
         ax.set_xticks(range(len(columns)), sparse_labels(columns, 8), rotation=90)
         ax.set_yticks(
             range(len(grid)),

@@ -289,9 +289,12 @@ class Answer:
             if peak["value"] - max(first["value"], last["value"]) > 0.005:
                 sentence += f", highest {peak['value']:.2f} at {peak['position']}"
             sentences.append(sentence)
-        null = frame["null"].dropna()
-        chance = f" Chance {null.mean():.2f}." if len(null) else ""
-        return ". ".join(sentences) + "." + chance
+        nulls = frame.dropna(subset=["null"]).groupby("tower", sort=False)["null"]
+        chance = {tower: _ends(float(null.min()), float(null.max())) for tower, null in nulls}
+        words = next(iter(chance.values()), "")
+        if len(set(chance.values())) > 1:
+            words = join(f"{ends} for {tower}" for tower, ends in chance.items())
+        return ". ".join(sentences) + "." + (f" Chance {words}." if words else "")
 
 
 def _start_words(found: Mapping[str, Any]) -> str:
@@ -308,6 +311,11 @@ def _start_words(found: Mapping[str, Any]) -> str:
         return span
     share = found["frequency"][value - 1]
     return f"not where resamples start: {span}; block {value} is chosen in {percent(share)} of all"
+
+
+def _ends(low: float, high: float) -> str:
+    """Return `0.10`, or `0.71 to 0.98`."""
+    return " to ".join(dict.fromkeys((f"{low:.2f}", f"{high:.2f}")))
 
 
 def _number(value: Any) -> str:

@@ -123,7 +123,7 @@
     const { svg, left, right, top, bottom } = area;
     const spread = spec.bands !== false || spec.whiskers;
     const all = spec.series.flatMap((s) => s.points.flatMap((p) => spread ? [p.value, p.low, p.high] : [p.value]))
-      .concat(spec.chance || [], (spec.levels || []).map((l) => l.value)).filter((v) => v !== null && v !== undefined);
+      .concat((spec.chance || []).flatMap((l) => l.points.flatMap((p) => [p.low, p.high])), (spec.levels || []).map((l) => l.value)).filter((v) => v !== null && v !== undefined);
     let low = Math.min(...all), high = Math.max(...all);
     const room = (high - low || Math.abs(high) || 1) * 0.06;
     low -= low >= 0 && low < room ? low : room;
@@ -155,11 +155,12 @@
       node("text", { x: (left + right) / 2, y: area.height - 6, "text-anchor": "middle", fill: "#1B1B1F" }, spec.axis.label),
       node("text", { x: 13, y: (top + bottom) / 2, "text-anchor": "middle", fill: "#1B1B1F",
         transform: `rotate(-90 13 ${(top + bottom) / 2})` }, spec.yLabel));
-    if (spec.chance && spec.chance.length) {
-      const [from, to] = [Math.max(...spec.chance), Math.min(...spec.chance)];
-      svg.append(node("rect", { x: left, y: Y(from), width: right - left, height: Math.max(0, Y(to) - Y(from)), fill: "#6B6B6B", opacity: 0.12 }),
-        node("line", { x1: left, x2: right, y1: Y((from + to) / 2), y2: Y((from + to) / 2), stroke: "#6B6B6B", "stroke-dasharray": "5 3" }),
-        node("text", { x: right, y: Y((from + to) / 2) - 5, "text-anchor": "end", fill: "#55555E" }, "Chance"));
+    for (const line of spec.chance || []) {
+      const points = line.flat ? [{ ...line.points[0], at: left }, { ...line.points[0], at: right }] : line.points.map((p) => ({ ...p, at: X(p.x) }));
+      const path = (pick, list = points) => list.map((p) => `${p.at.toFixed(1)} ${Y(pick(p)).toFixed(1)}`).join("L");
+      svg.append(node("path", { d: `M${path((p) => p.high)}L${path((p) => p.low, [...points].reverse())}Z`, fill: line.colour, opacity: 0.12 }),
+        node("path", { d: `M${path((p) => p.value)}`, fill: "none", stroke: line.colour, "stroke-dasharray": "5 3", class: "chance" }),
+        node("text", { x: right, y: Y(points.at(-1).value) - 5, "text-anchor": "end", fill: line.flat ? "#55555E" : line.colour }, line.label));
     }
     for (const level of spec.levels || []) {
       svg.append(node("line", { x1: left, x2: right, y1: Y(level.value), y2: Y(level.value), stroke: level.colour, "stroke-dasharray": "5 3", class: "level" }));
@@ -206,6 +207,24 @@
       placeTip(plot, area, at, top + 6, heading, lines);
       return `${heading}: ${lines.join(", ")}`;
     });
+  };
+
+  // What chance gives: one line, or one per tower where they differ; flat where it is the same at
+  // every position. Where curves of one tower have their own, as those of datasets may, a band.
+  const chanceLines = (groups) => {
+    const lines = groups.map(({ tower, points }) => {
+      const known = points.filter((p) => p.null !== null), xs = unique(known.map((p) => p.x)).sort((a, b) => a - b);
+      const at = xs.map((x) => known.filter((p) => p.x === x).map((p) => p.null));
+      return { label: `Chance, ${tower}`, colour: TOWER[tower],
+        points: xs.map((x, i) => ({ x, value: mean(at[i]), low: Math.min(...at[i]), high: Math.max(...at[i]) })) };
+    }).filter((line) => line.points.length);
+    if (!lines.length) return [];
+    const all = groups.flatMap((g) => g.points.flatMap((p) => [p.value, p.null])).filter((v) => v !== null && v !== undefined);
+    const same = (values) => Math.max(...values) - Math.min(...values) <= 0.01 * (Math.max(...all) - Math.min(...all));
+    const longest = lines.reduce((a, b) => b.points.length > a.points.length ? b : a);
+    const alike = longest.points.every((p) => same(lines.flatMap((l) => l.points.filter((q) => q.x === p.x).map((q) => q.value))));
+    return (alike ? [{ ...longest, label: "Chance", colour: "#6B6B6B" }] : lines).map((line) => !same(line.points.map((p) => p.value)) ? line
+      : { ...line, flat: true, points: [{ value: mean(line.points.map((p) => p.value)), low: Math.min(...line.points.map((p) => p.low)), high: Math.max(...line.points.map((p) => p.high)) }] });
   };
 
   const heatmap = (plot, spec) => {
@@ -422,15 +441,15 @@
       const plot = figure.querySelector(".plot"), label = DATA.metrics[metric].label;
       const tail = new Set(found.flatMap(([, points]) => points.map((p) => p[0])));
       const axis = depthAxis(found.length ? found.map(([t]) => t) : ["vision"].filter((t) => t in DATA.depth), tail);
-      const series = found.map(([tower, points]) => ({ name: title(tower), colour: TOWER[tower], points: points.map(asPoint(axis, tower)) }));
-      const nulls = found.flatMap(([, points]) => points.map((p) => p[4])).filter((v) => v !== null);
+      const series = found.map(([tower, points]) => ({ name: title(tower), colour: TOWER[tower], points: points.map(asPoint(axis, tower)).sort((a, b) => a.x - b.x) }));
+      const chance = chanceLines(found.map(([tower], i) => ({ tower, points: series[i].points })));
       const pooled = c.dataset.value === "*" || c.dataset.value === "";
       const fits = pooled ? towers.filter((t) => DATA.fits?.[t]?.[metric]) : [];
       for (const tower of fits) series.push({ name: `${title(tower)}, fitted`, colour: TOWER[tower], dash: "6 4", bare: true,
         points: DATA.fits[tower][metric].map((value, b) => ({ x: axis.x(tower, String(b + 1)), label: `${title(tower)} block ${b + 1}`, value, low: null, high: null })) });
       caption(figure, `${DATA.metrics[metric].caption} ${title(datasetLabel(c.dataset.value))}. Bands: 95 % interval over items and seeds. Shaded: the chosen blocks, text above, vision below.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
       if (!series.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
-      lineChart(plot, { series, axis, yLabel: label, chance: nulls.length ? [Math.min(...nulls), Math.max(...nulls)] : [],
+      lineChart(plot, { series, axis, yLabel: label, chance,
         shade: shade(axis, found.map(([t]) => t)), bands: c.bands.checked, alt: `${label} along depth, ${datasetLabel(c.dataset.value)}; the values are in the table below.` });
       table(figure, ["tower", "position", label, "low", "high", "chance", "n"], series.flatMap((s) => s.points.map((p) => [s.name, p.position, p.value, p.low, p.high, p.null, p.n])));
     },
@@ -446,8 +465,8 @@
       const rows = entries.flatMap((e) => e.points.map((p) => [e.dataset, p[0], p[1], p[2], p[3], p[4], p[5]]));
       if (c.form.value === "lines") {
         plot.rowLength = undefined;
-        const nulls = entries.flatMap((e) => e.points.map((p) => p[4])).filter((v) => v !== null);
-        lineChart(plot, { axis, yLabel: label, shade: shade(axis, [tower]), chance: nulls.length ? [Math.min(...nulls), Math.max(...nulls)] : [],
+        const points = entries.flatMap((e) => e.points.map(asPoint(axis, tower)));
+        lineChart(plot, { axis, yLabel: label, shade: shade(axis, [tower]), chance: chanceLines([{ tower, points }]),
           series: entries.map((e, i) => ({ name: e.dataset, colour: COLOURS[i % COLOURS.length], dash: DASHES[Math.floor(i / 2) % DASHES.length], points: e.points.map(asPoint(axis, tower)) })),
           alt: `${label} per dataset along the ${tower} tower; the values are in the table below.` });
       } else {
