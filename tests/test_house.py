@@ -80,8 +80,8 @@ def test_public_surface_is_small() -> None:
     import vlmadapters
     import vlmlayers
 
-    assert len(vlmlayers.__all__) <= 20
-    assert len(vlmadapters.__all__) <= 12
+    assert len(vlmlayers.__all__) <= 20 and sorted(vlmlayers.__all__) == dir(vlmlayers)
+    assert len(vlmadapters.__all__) <= 12 and sorted(vlmadapters.__all__) == dir(vlmadapters)
 
 
 def test_no_machine_path_is_committed(repository: Path) -> None:

@@ -176,7 +176,13 @@ def load_model(
         return _load_local(
             Path(config).parent.name, Path(config), checkpoint, random_weights, device, precision
         )
-    check_one_of("model", name, [*list_models(), LOCAL])
+    known = [*list_models(), LOCAL]
+    if name not in known and ("/" in str(name) or folder.exists()):
+        raise UserError(
+            f"{name} is not a folder with {CONFIG_FILE} and model.safetensors; give such a folder, "
+            "or the name of an open_clip architecture (`vlmlayers models` lists them)"
+        )
+    check_one_of("model", name, known)
     return _load_known(name, pretrained, checkpoint, random_weights, device, precision)
 
 

@@ -142,7 +142,7 @@ def legend(ax: Axes) -> None:
     if lines > 3:  # a larger one would hide curves
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 6}
         if lines < 6:
-            place |= {"ncols": 3, "fontsize": 7}
+            place |= {"ncols": 2 if lines == 4 else 3, "fontsize": 7}
     ax.legend(handlelength=1.6, columnspacing=1.2, **place)
 
 

@@ -79,7 +79,7 @@ def make_rule(rule: str, options: Mapping[str, Any]) -> Callable[..., Picks]:
     kind = RULES[rule]
     known = {field.name: field for field in fields(kind)}
     for name in options:
-        check_one_of(f"option of rule {rule!r}", name, known)
+        check_one_of("option", name, known, where=f"rule {rule!r}")
     typed = {
         name: _typed(rule, name, value, known[name].default) for name, value in options.items()
     }
