@@ -504,7 +504,7 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
     assert rising.tau.unique().tolist() == pytest.approx([1.0])
     falling = outcomes.predicted_means(score_rows(), means.assign(hm=-means.hm))
     assert falling.tau.unique().tolist() == pytest.approx([-1.0])
-    assert rising.short.tolist() == ["2-4", "1-4", "3-4", "4"], "the published one leads"
+    assert rising.short.tolist() == ["2–4", "1–4", "3–4", "4"], "the published one leads"
     shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
     validation_rows("another").to_csv(tmp_path / "validation.csv", index=False)
     with pytest.raises(MissingTable, match="no model has both"):

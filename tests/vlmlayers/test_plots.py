@@ -97,6 +97,18 @@ def test_plots_name_the_nearest_tower_and_refuse_a_matrix_of_partners() -> None:
         plots.agreement_matrix(partners, "centroid_gap")
 
 
+def test_only_the_sweep_is_joined() -> None:
+    frame = OUTCOMES.assign(kind=["start"] * 3 + ["random", "start+paper"] + ["lower"] * 7)
+    ax = plots.placement_sweep(frame)
+    joined = next(one for one in ax.lines if one.get_label() == "Harmonic mean")
+    assert joined.get_xdata().tolist() == [0, 1, 2, 4] and joined.get_linestyle() == "-"
+    apart = [one for one in ax.lines if one.get_linestyle() == "None"]
+    assert [one.get_xdata().tolist() for one in apart] == [[3, *range(5, 12)]] * 3
+    ax = plots.placement_sweep(frame.assign(sweep=False, placement="v1-12,t1-12").head(1))
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1–12"]
+    assert len(ax.get_legend_handles_labels()[1]) == 3
+
+
 def test_unequal_towers_share_relative_depth() -> None:
     ax = plots.layer_curves(full(24, 12), "class_accuracy")
     assert ax.get_xlabel() == "Relative depth"
@@ -222,6 +234,7 @@ def test_summaries_know_shapes_and_datasets() -> None:
         (lambda: plots.layer_curves(full(), "class_accuracy", dataset="digit"), "mean 'digits'"),
         (lambda: plots.selection_frequency(select(planted(), resamples=0)), "resamples above 0"),
         (lambda: plots.placement_sweep(OUTCOMES.drop(columns="hm")), "lacks hm"),
+        (lambda: plots.placement_sweep(pd.concat([OUTCOMES] * 2)), "several rows per placement"),
         (lambda: plots.cost(OUTCOMES.iloc[:0]), "lacks rows"),
     ],
 )

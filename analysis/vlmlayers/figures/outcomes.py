@@ -9,6 +9,7 @@ import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import MissingTable
+from vlmlayers.plots.outcomes import short_label
 from vlmlayers.selection import available_scores, parse_blocks, predict
 from vlmlayers.selection.predict import PLACEMENT_SCORES
 
@@ -112,12 +113,6 @@ def predicted_means(
     return joined.assign(
         tau=joined.score.map(tau), short=[short_label(name) for name in joined.placement]
     )
-
-
-def short_label(placement: str) -> str:
-    """Return `5-12` for `v5-12,t5-12`, and any other placement as it is."""
-    vision, _, text = placement.partition(",")
-    return text[1:] if vision[1:] == text[1:] else placement
 
 
 def placement_blocks(placement: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

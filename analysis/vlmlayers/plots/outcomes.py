@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OUTCOMES = {
-    "base": ("Base accuracy", "#2F8FC4", "s"),
-    "novel": ("Novel accuracy", "#B34700", "^"),
+    "base": ("Base classes", "#2F8FC4", "s"),
+    "novel": ("Novel classes", "#B34700", "^"),
     "hm": ("Harmonic mean", "#222222", "o"),
 }
 CHOSEN_COLOUR, PUBLISHED_COLOUR = "#007E5D", "#7A3E9D"
@@ -36,43 +36,72 @@ def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
     return outcomes[name].astype(bool)
 
 
+def short_label(placement: str) -> str:
+    """Return `5–12` for `v5-12,t5-12`, and any other placement as it is."""
+    vision, _, text = placement.partition(",")
+    same = vision[:1] == "v" and text[:1] == "t" and vision[1:] == text[1:]
+    return (text[1:] if same else placement).replace("-", "–")
+
+
 def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw base, novel and HM of each placement, in the order of the table.
 
+    A line joins the placements of the sweep of the start block; others stand apart. Where the
+    table does not say which those are, it joins all.
+
     Args:
         outcomes: One row per placement: `placement`, `base`, `novel`, `hm`, and where known
-            `hm_low`, `hm_high` and `chosen`.
+            `hm_low`, `hm_high`, `chosen`, and `sweep` or `kind`.
         ax: Axes to draw on.
 
     Raises:
-        UserError: A column is missing or there is no row.
+        UserError: A column is missing, there is no row, or a placement has several.
     """
     _need(outcomes, "placement", "base", "novel", "hm")
+    if not outcomes["placement"].is_unique:
+        raise UserError(
+            "the table has several rows per placement; give their means, such as "
+            "validation_placements.csv of the run"
+        )
+    swept = _swept(outcomes)
     with style():
         ax = axes(ax, (3.35, 2.6))
-        x = range(len(outcomes))
+        x = pd.Series(range(len(outcomes)), index=outcomes.index)
         for name, (label, colour, marker) in OUTCOMES.items():
-            ax.plot(x, outcomes[name], marker=marker, color=colour, label=label)
+            dots = {"linestyle": "", "marker": marker, "color": colour}
+            joined = dots | {"linestyle": "-"}
+            if swept.any():
+                ax.plot(x[swept], outcomes.loc[swept, name], label=label, **joined)
+            rest = {} if swept.any() else {"label": label}
+            if not swept.all():
+                ax.plot(x[~swept], outcomes.loc[~swept, name], **dots, **rest)
         if {"hm_low", "hm_high"} <= set(outcomes.columns):
-            ax.fill_between(
-                x, outcomes["hm_low"], outcomes["hm_high"], color="#222222", alpha=0.14, linewidth=0
-            )
+            low, high = outcomes["hm_low"], outcomes["hm_high"]
+            ax.fill_between(x[swept], low[swept], high[swept], color="#222222", alpha=0.14,
+                            linewidth=0)  # fmt: skip
+            ax.vlines(x[~swept], low[~swept], high[~swept], color="#222222", alpha=0.5, linewidth=1)
         if "chosen" in outcomes.columns:
-            for place, chosen in enumerate(outcomes["chosen"]):
-                if chosen:
-                    ax.axvspan(
-                        place - 0.4, place + 0.4, color=CHOSEN_COLOUR, alpha=0.14, linewidth=0
-                    )
+            for place in x[outcomes["chosen"].astype(bool)]:
+                ax.axvspan(place - 0.4, place + 0.4, color=CHOSEN_COLOUR, alpha=0.14, linewidth=0)
         ax.set_xticks(
             x,
-            [str(p) for p in outcomes["placement"]],
+            [short_label(str(p)) for p in outcomes["placement"]],
             rotation=60,
             ha="right",
             rotation_mode="anchor",
         )
-        ax.set_ylabel("Accuracy")
+        ax.set_ylabel("Accuracy (%)")
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
         return ax
+
+
+def _swept(outcomes: pd.DataFrame) -> pd.Series:
+    """Return which placements a line joins."""
+    if "sweep" in outcomes.columns:
+        return outcomes["sweep"].astype(bool)
+    if "kind" in outcomes.columns:
+        return outcomes["kind"].astype(str).str.split("+").map(lambda kinds: "start" in kinds)
+    return pd.Series(True, index=outcomes.index)
 
 
 def predicted_vs_trained(
@@ -104,7 +133,7 @@ def predicted_vs_trained(
                            marker=marker, zorder=3)  # fmt: skip
         for _, row in outcomes.iterrows():
             ax.annotate(
-                str(row["placement"]),
+                short_label(str(row["placement"])),
                 (row[predicted], row["hm"]),
                 fontsize=5.5,
                 xytext=(3, 2),
@@ -112,7 +141,7 @@ def predicted_vs_trained(
                 color="#444444",
             )
         ax.set_xlabel(predicted.replace("_", " ").capitalize())
-        ax.set_ylabel("Trained harmonic mean")
+        ax.set_ylabel("Trained harmonic mean (%)")
         ax.legend(loc="best")
         return ax
 
