@@ -19,6 +19,7 @@ import vlmlayers.figures
 from vlmlayers.errors import UserError
 from vlmlayers.figures import (
     DRAWINGS,
+    captions,
     draw_all,
     inputs,
     outcomes,
@@ -458,6 +459,31 @@ def test_every_saved_table_names_model_and_weights(tables: Path, tmp_path: Path)
         assert set(drawn.weights) == {"w"} and set(drawn.model) == {"tiny"}, name
 
 
+def test_every_figure_has_a_caption_that_says_how_it_was_made(tables: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, draw in paper_figures.FIGURES.items():
+        draw(tables, tmp_path)
+        text = (tmp_path / f"{name}.tex").read_text()
+        assert rf"\includegraphics[width=\linewidth]{{{name}}}" in text
+        found[name] = re.search(r"\\caption\{(.*)\}\n", text)[1]
+        assert "tiny (w)" in found[name], name
+    first = found["fig1_dataset_recognition"]
+    assert r"bands: $\pm$ one standard deviation over seeds" in first and "interval" not in first
+    drawn = score_rows().query("metric == 'dataset_accuracy'")
+    for tower in ("vision", "text"):
+        count = drawn[drawn.tower == tower].n.max()
+        assert f"{count} ({tower})" in first
+    assert (
+        "seeds 1, 2, 3" in first and "native space" in first and "pooling model (vision)" in first
+    )
+    assert set(pd.read_csv(tmp_path / "fig1_dataset_recognition.csv").seeds) == {3}
+    trained = found["fig4_placement_sweep"]
+    assert f"Trained on {validation_rows().dataset.nunique()} datasets" in trained
+    random = score_rows().assign(weights="random")
+    said = captions.scored("Opening", random, ["dataset_accuracy"])
+    assert "tiny (random): RANDOM WEIGHTS" in said
+
+
 def test_a_choice_marks_its_own_model_only(tables: Path) -> None:
     choice = paper_figures.choice_of(score_rows(), tables)
     assert (choice.vision, choice.text) == ((2, 3, 4), (3, 4))
@@ -516,6 +542,8 @@ def test_figure_6_reads_recorded_cost_or_the_validation(tables: Path, tmp_path: 
     drawn = pd.read_csv(tmp_path / "fig6_cost.csv")
     assert drawn.parameters.tolist() == [6000, 5000, 4000, 3000]
     assert "seconds" not in drawn, "placements that trained side by side share one time"
+    groups = validation_rows().assign(seconds=lambda rows: 9.0 + (rows.placement == "v4,t4"))
+    assert "seconds" not in paper_figures.cost_points(groups), "and so do those of two groups"
     apart = validation_rows().assign(seconds=lambda rows: rows.parameters / 100.0)
     assert paper_figures.cost_points(apart).seconds.tolist() == [60, 50, 40, 30]
     cost = pd.DataFrame({"model": "ViT-B-16", "placement": ["v9-12,t9-12", "v5-12,t5-12"],

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from vlmlayers import plots
+from vlmlayers.figures.captions import figure_latex
 from vlmlayers.plots.outcomes import CHOSEN_COLOUR, OUTCOMES, PUBLISHED_COLOUR
 from vlmlayers.plots.style import COLUMN_WIDTH, TOWER_COLOURS
 
@@ -125,6 +126,12 @@ def drop_overlapping_texts(figure: Figure, ax: Axes) -> None:
             kept.append(box)
 
 
-def save(figure: Figure, out: Path, name: str, drawn: Sequence[pd.DataFrame]) -> list[Path]:
-    """Write the figure as PDF, SVG and PNG and the points drawn as CSV."""
-    return plots.save_figure(figure, out / name, pd.concat(drawn, ignore_index=True))
+def save(
+    figure: Figure, out: Path, name: str, drawn: Sequence[pd.DataFrame], caption: str
+) -> list[Path]:
+    """Write the figure as PDF, SVG and PNG, the points drawn as CSV, and a LaTeX float."""
+    paths = plots.save_figure(figure, out / name, pd.concat(drawn, ignore_index=True))
+    wide = figure.get_figwidth() > 1.5 * COLUMN_WIDTH
+    latex = out / f"{name}.tex"
+    latex.write_text(figure_latex(name, caption, wide), encoding="utf-8")
+    return [*paths, latex]

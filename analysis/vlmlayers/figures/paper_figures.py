@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from vlmlayers import plots
+from vlmlayers.figures.captions import JOINT, scored, trained
 from vlmlayers.figures.inputs import Folders, MissingTable, as_folders, read, select
 from vlmlayers.figures.layout import (
     drop_overlapping_texts,
@@ -62,9 +63,16 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
         finish(ax, name)
         if choice is not None:
             legend_of_choice(ax)
-        drawn.append(in_panel(curves(spread, metric), part, name))
+        seeds = part[part["seed"] >= 0].groupby("tower")["seed"].nunique()
+        points = curves(spread, metric)
+        points["seeds"] = points["tower"].map(seeds).fillna(0).astype(int)
+        drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 3)
-    return save(figure, out, "fig1_dataset_recognition", drawn)
+    caption = scored(
+        f"{axis_label(metric)} at every position of both towers: embedding, blocks, projection. "
+        "Mean over seeds; bands: ± one standard deviation over seeds. Dashed: chance. Shaded: "
+        "the chosen blocks, text above, vision below", scores, [metric])  # fmt: skip
+    return save(figure, out, "fig1_dataset_recognition", drawn, caption)
 
 
 def fig2_gap(tables: Folders, out: Path) -> list[Path]:
@@ -85,7 +93,11 @@ def fig2_gap(tables: Folders, out: Path) -> list[Path]:
         drawn.append(in_panel(curves(part, metric), part, name))
     words = "Joint space: final norm and projection applied at every position"
     shared_legend(figure, axes, 3 * len(models), words)
-    return save(figure, out, "fig2_gap", drawn)
+    caption = scored(
+        "Distance between images and texts at every position, one line per dataset. Bands: 95 % "
+        f"interval; dashed and grey: chance, its mean and range over datasets. {JOINT}",
+        scores, metrics, intervals=True)  # fmt: skip
+    return save(figure, out, "fig2_gap", drawn, caption)
 
 
 def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
@@ -104,7 +116,10 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
         plots.agreement_matrix(part, metric, choice=choice_of(part, tables), ax=ax)
         finish(ax, name)
         drawn.append(in_panel(agreement(part, metric).assign(metric=metric), part, name))
-    return save(figure, out, "fig3_agreement", drawn)
+    caption = scored(
+        "Agreement of every vision position with every text position, mean over datasets and "
+        "seeds. Bars beside the axes: the chosen blocks", scores, metrics)  # fmt: skip
+    return save(figure, out, "fig3_agreement", drawn, caption)
 
 
 def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
@@ -120,14 +135,19 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
         finish(ax, name, pad=20)
         drawn.append(in_panel(means, part, name))
     shared_legend(figure, axes, 3)
-    return save(figure, out, "fig4_placement_sweep", drawn)
+    caption = trained(
+        "Test accuracy on base and novel classes and their harmonic mean against the first adapted "
+        "block, up to the last. Mean over datasets and seeds; bands: ± one standard deviation over "
+        "seeds of the mean over datasets",
+        pd.concat([part for _, part in models]))  # fmt: skip
+    return save(figure, out, "fig4_placement_sweep", drawn, caption)
 
 
 def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     """Draw the quality predicted from the scores against the trained harmonic mean."""
     scores = dict(by_model(read("scores", tables)))
-    trained = by_model(read("validation", tables, NEEDS))
-    models = [(name, part) for name, part in trained if name in scores]
+    validations = by_model(read("validation", tables, NEEDS))
+    models = [(name, part) for name, part in validations if name in scores]
     if not models:
         raise MissingTable("no model has both scores and a validation; record both to draw this")
     figure, axes = panels(len(models), 1, 2.6)
@@ -144,7 +164,11 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     shared_legend(figure, axes, 3)
     for ax in axes:
         drop_overlapping_texts(figure, ax)
-    return save(figure, out, "fig5_predicted_vs_trained", drawn)
+    caption = trained(
+        "Quality predicted from the scores against the trained harmonic mean, one point per "
+        "placement; mean over datasets and seeds. Kendall's τ stands above each panel",
+        pd.concat([part for _, part in models]))  # fmt: skip
+    return save(figure, out, "fig5_predicted_vs_trained", drawn, caption)
 
 
 def fig6_cost(tables: Folders, out: Path) -> list[Path]:
@@ -169,7 +193,9 @@ def fig6_cost(tables: Folders, out: Path) -> list[Path]:
         title = costs[0][0] if len(costs) == 1 and key == shown[0] else ""
         finish(ax, title, last=key == shown[-1])
     shared_legend(figure, axes, 2)
-    return save(figure, out, "fig6_cost", [part for _, part in costs])
+    opening = "Cost of adapting every block from the first one named up to the last"
+    caption = scored(opening, pd.concat([part for _, part in costs]), [])
+    return save(figure, out, "fig6_cost", [part for _, part in costs], caption)
 
 
 FIGURES = {
@@ -221,7 +247,7 @@ def cost_points(table: pd.DataFrame) -> pd.DataFrame:
     if "kind" in table.columns:
         table = sweep(placement_means(table)).query("kind.str.contains('start')")
         # Placements that trained side by side share one time, which says nothing about each.
-        if "seconds" in table.columns and len(table) > 1 and table.seconds.nunique() == 1:
+        if "seconds" in table.columns and table.seconds.duplicated().any():
             table = table.drop(columns="seconds")
     kept = [name for name in ("placement", "device", *COST_PANELS) if name in table.columns]
     starts = [start_block(name) for name in table.placement]

@@ -16,6 +16,7 @@ LATEX = {
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$",
     "→": r"$\rightarrow$", "–": "--", "…": r"\ldots{}", "†": r"\textsuperscript{\dag}",
+    "τ": r"$\tau$", "×": r"$\times$",
 }  # fmt: skip
 
 

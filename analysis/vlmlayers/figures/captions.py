@@ -1,0 +1,106 @@
+"""Captions of the paper's figures: metric, pooling, space, n, seeds and what the bands are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from vlmlayers.figures.render import escape_latex
+from vlmlayers.plots.style import axis_label
+from vlmlayers.positions import TOWERS
+from vlmlayers.scores import stated_options
+
+JOINT = (
+    "Joint space: final norm and projection are applied at every position, a definition of "
+    "vlm-layers"
+)
+
+
+def scored(
+    opening: str, scores: pd.DataFrame, metrics: Sequence[str], intervals: bool = False
+) -> str:
+    """Return the caption of a figure of scores.
+
+    Args:
+        opening: Sentences that say what is drawn.
+        scores: Score table of the models drawn.
+        metrics: The metrics drawn; those made alike are described together.
+        intervals: Whether the figure shows the intervals of the table.
+    """
+    alike: dict[str, list[str]] = {}
+    for metric in metrics:
+        facts = _facts(scores, metric, intervals)
+        alike.setdefault(facts, []).append(axis_label(metric))
+    made = [f"{', '.join(labels)}: {facts}" for facts, labels in alike.items()]
+    return _sentences([opening, _models(scores), *made])
+
+
+def _facts(scores: pd.DataFrame, metric: str, intervals: bool) -> str:
+    """Return split, space, pooling, n and options of a metric."""
+    rows = scores[scores["metric"] == metric]
+    pooling, counts = [], []
+    for tower in TOWERS:
+        part = rows[rows["tower"] == tower]
+        if len(part):
+            pooling.append(f"{_list(part['pooling'])} ({tower})")
+            counts.append(f"{_ends(part['n'].min(), part['n'].max())} ({tower})")
+    stated = stated_options(rows, metric).split("; ")
+    options = [one for one in stated if one and (intervals or not one.startswith("interval "))]
+    return "; ".join([
+        f"split {_list(rows['split'])}", f"{_list(rows['space'])} space",
+        f"pooling {' and '.join(pooling)}", f"n = {' and '.join(counts)}", *options,
+    ])  # fmt: skip
+
+
+def trained(opening: str, validation: pd.DataFrame) -> str:
+    """Return the caption of a figure of trained placements.
+
+    Args:
+        opening: Sentences that say what is drawn.
+        validation: Cells of a validation, one row per dataset, seed and placement.
+    """
+    datasets = list(dict.fromkeys(map(str, validation["dataset"])))
+    seeds = ", ".join(str(seed) for seed in sorted(validation["seed"].unique()))
+    runs = f"Trained on {len(datasets)} datasets ({', '.join(datasets)}), seeds {seeds}"
+    return _sentences([opening, _models(validation), runs])
+
+
+def figure_latex(name: str, caption: str, wide: bool) -> str:
+    """Return a LaTeX float that includes a figure; the preamble needs `graphicx`.
+
+    Args:
+        name: Stem of the figure's files.
+        caption: Its caption, as plain text.
+        wide: Whether the figure spans two columns.
+    """
+    place = "figure*" if wide else "figure"
+    return "\n".join([
+        r"% needs \usepackage{graphicx}", rf"\begin{{{place}}}[t]", r"\centering",
+        rf"\includegraphics[width=\linewidth]{{{name}}}",
+        rf"\caption{{{escape_latex(caption)}}}",
+        rf"\label{{fig:{name.replace('_', '-')}}}", rf"\end{{{place}}}", "",
+    ])  # fmt: skip
+
+
+def _models(table: pd.DataFrame) -> str:
+    if "weights" not in table.columns:
+        table = table.assign(weights="")
+    names = [
+        f"{model} ({weights})" if weights else str(model)
+        for model, weights in table[["model", "weights"]].drop_duplicates().to_numpy()
+    ]
+    untrained = ": RANDOM WEIGHTS, which says nothing about a trained model"
+    return " and ".join(names) + untrained * bool((table["weights"].astype(str) == "random").any())
+
+
+def _list(values: Iterable[object]) -> str:
+    return "/".join(dict.fromkeys(map(str, values)))
+
+
+def _ends(low: float, high: float) -> str:
+    return "–".join(dict.fromkeys((f"{int(low):,}", f"{int(high):,}")))
+
+
+def _sentences(parts: Iterable[str]) -> str:
+    return " ".join(f"{part.rstrip('.')}." for part in parts if part)
