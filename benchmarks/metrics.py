@@ -1,6 +1,6 @@
-"""What metrics cost: layer × layer CKA, the whole suite, each metric against n and width, streams.
+"""What metrics cost: layer × layer CKA, the suite, one position or all, n and width, streams.
 
-    python benchmarks/metrics.py [cka] [suite] [growth] [stream]
+    python benchmarks/metrics.py [cka] [suite] [positions] [growth] [stream]
 
 Tables go to benchmarks/results/metrics_*.csv with machine, versions and load. Each case runs in a
 process of its own, so that its peak memory is its own.
@@ -98,31 +98,63 @@ def case_cka(form: str, n: int) -> dict[str, Any]:
     }
 
 
-def case_suite() -> list[dict[str, Any]]:
+def suite_features() -> list[Any]:
+    """Return what the suite is timed on: 8 datasets of 200 items, two towers of 12 blocks."""
     sys.path.insert(0, str(TEST_HELPERS))
     from synthetic import many
 
+    return many(8, items=200, classes=20, blocks=12, widths=(768, 512, 512), strength=0.3)
+
+
+def case_suite(jobs: int) -> list[dict[str, Any]]:
     from vlmlayers.scores import score, score_cost
 
-    features = many(8, items=200, classes=20, blocks=12, widths=(768, 512, 512), strength=0.3)
-    start, cpu = time.perf_counter(), time.process_time()
-    table = score(features)
-    total, cpu = time.perf_counter() - start, time.process_time() - cpu
+    features = suite_features()
+    start = time.perf_counter()
+    table = score(features, jobs=jobs)
+    total = time.perf_counter() - start
     rows = [{"metric": "(all)", "seconds": round(total, 2), "rows": len(table)}]
     rows += score_cost(table).round(3).to_dict("records")
-    return [
-        {
-            **row,
-            "datasets": 8,
-            "items": 200,
-            "native_positions": 30,
-            "joint_positions": 28,
-            "bootstrap": 200,
-            "cpu_seconds_all": round(cpu, 1),
-            "peak_mib": round(peak_mib()),
-        }
-        for row in rows
-    ]
+    shape = {
+        "datasets": 8,
+        "items": 200,
+        "native_positions": 30,
+        "joint_positions": 28,
+        "bootstrap": 200,
+        "peak_mib": round(peak_mib()),
+    }
+    return [{"processes": jobs, **row, **shape} for row in rows]
+
+
+def case_positions() -> list[dict[str, Any]]:
+    """Time each metric at one position and at all, whole and with next to no resampling."""
+    from vlmlayers.scores import score, score_cost
+
+    features = suite_features()
+    bare = {"bootstrap": 2, "jackknife": 2, "shuffles": 1, "permutations": 1}
+    cost = {
+        (where, what): score_cost(score(features, jobs=1, positions=positions, **options))
+        .set_index("metric")["seconds"]
+        for where, positions in (("one", ["6"]), ("all", None))
+        for what, options in (("whole", {}), ("value", bare))
+    }  # fmt: skip
+    rows = []
+    for metric in cost["all", "whole"].index:
+        one, every = cost["one", "whole"][metric], cost["all", "whole"][metric]
+        value_one, value_all = cost["one", "value"][metric], cost["all", "value"][metric]
+        rows.append(
+            {
+                "metric": metric,
+                "one_position": round(one, 3),
+                "all_positions": round(every, 3),
+                "ratio": round(every / one, 2),
+                "value_one": round(value_one, 3),
+                "value_all": round(value_all, 3),
+                "resampling_one": round(one - value_one, 3),
+                "resampling_all": round(every - value_all, 3),
+            }
+        )
+    return rows
 
 
 def case_growth() -> list[dict[str, Any]]:
@@ -271,7 +303,8 @@ def plot(rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
 
 RUNS: dict[str, Callable[[], None]] = {
     "cka": run_cka,
-    "suite": lambda: write("suite", alone("suite")),
+    "suite": lambda: write("suite", [row for n in (1, 2) for row in alone("suite", str(n))]),
+    "positions": lambda: write("positions", alone("positions")),
     "growth": run_growth,
     "stream": lambda: write(
         "stream", [alone("stream", str(n)) for n in (10_000, 100_000, 1_000_000)]
@@ -284,7 +317,8 @@ def main(arguments: list[str]) -> int:
         name, *rest = arguments[1:]
         case = {
             "cka": lambda form, n: case_cka(form, int(n)),
-            "suite": case_suite,
+            "suite": lambda jobs: case_suite(int(jobs)),
+            "positions": case_positions,
             "growth": case_growth,
             "stream": lambda n: case_stream(int(n)),
         }[name]

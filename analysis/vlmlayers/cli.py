@@ -363,6 +363,12 @@ def score(
         bool,
         typer.Option("--streaming", help="Flat in memory: only scores that are sums over items."),
     ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes; one per core, at most 8, where absent and worth it.", show_default=False
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score every position: features in, scores.parquet and scores.csv out."""
@@ -379,6 +385,7 @@ def score(
             metrics,
             verbs.parse_settings(settings or []),
             streaming=streaming,
+            jobs=jobs,
             progress=not quiet,
         )
     )

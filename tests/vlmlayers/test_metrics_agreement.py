@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import orthogonal_procrustes
 from scipy.spatial.distance import pdist
 from scipy.stats import spearmanr
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import calibrated, cka, cka_matrix, mutual_knn, procrustes, rsa
+from vlmlayers.metrics.agreement import procrustes_matrix
 from vlmlayers.metrics.cka_matrix import cheaper_form
 
 
@@ -139,6 +141,31 @@ def test_procrustes_undoes_a_planted_rotation() -> None:
     x = rng.normal(size=(30, 8))
     rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     assert procrustes(x, 3 * x @ rotation + 7) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_procrustes_of_all_positions_is_that_of_each_pair() -> None:
+    rng = np.random.default_rng(0)
+    xs = [rng.normal(size=(12, width)) + 3.0 for width in (4, 12, 60)]
+    ys = [rng.normal(size=(12, width)) for width in (5, 11)]
+    angles = procrustes_matrix(xs, ys)
+    # A second route: the rotation that scipy finds leaves a residual of 2 − 2 cos(angle).
+    for i, x in enumerate(xs):
+        for j, y in enumerate(ys):
+            a, b = (np.pad(z - z.mean(axis=0), ((0, 0), (0, 60 - z.shape[1]))) for z in (x, y))
+            a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+            rotation, _ = orthogonal_procrustes(a, b)
+            residual = np.square(a @ rotation - b).sum()
+            assert residual == pytest.approx(2 - 2 * np.cos(angles[i, j]), abs=1e-9)
+    whole, half = procrustes_matrix(xs, xs), procrustes_matrix(xs, xs, half=True)
+    np.testing.assert_allclose(half, whole, atol=1e-7)
+
+
+def test_equal_distances_share_their_rank() -> None:
+    # Corners of a square and of a rectangle: every distance occurs more than once.
+    square = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [0.5, 0.5]], dtype=float)
+    other = square * [1.0, 3.0]
+    expected = spearmanr(pdist(square), pdist(other)).statistic
+    assert rsa(square, other) == pytest.approx(expected)
 
 
 def test_calibration_puts_chance_at_zero_and_identity_at_one() -> None:

@@ -120,3 +120,29 @@ def test_the_list_shows_what_is_declared_in_80_columns() -> None:
     assert "silhouette" not in one
     with pytest.raises(UserError, match="unknown metric 'rmgg'; did you mean 'rmg'"):
         metrics_text(["rmgg"])
+
+
+@pytest.mark.parametrize("name", [n for n, m in METRICS.items() if m.relabelled])
+def test_many_labellings_at_once_give_what_each_gives_alone(name: str) -> None:
+    entry = METRICS[name]
+    features, rest = metric_inputs(entry, n=30, width=40)
+    rng = np.random.default_rng(3)
+    labels = np.stack([rng.permutation(rest[0]) for _ in range(4)])
+    assert entry.relabelled is not None
+    together = entry.relabelled(features[0], labels)
+    alone = [entry.function(features[0], y) for y in labels]
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+    assert np.ptp(together) > 0
+
+
+@pytest.mark.parametrize("name", [n for n, m in METRICS.items() if m.parts and m.needs != "pairs"])
+def test_the_chain_of_the_parts_is_the_metric(name: str) -> None:
+    entry = METRICS[name]
+    features, rest = metric_inputs(entry, n=30, width=7)
+    if entry.needs in ("novel classes", "other datasets"):
+        geometry, support, x = features
+        first = entry.parts[0](geometry, rest[0]).factor()
+        chained = entry.parts[1](first, support, rest[1], x, classes=3)
+    else:
+        chained = entry.parts[1](entry.parts[0](*features))
+    np.testing.assert_array_equal(chained, metric_value(entry, features, rest))

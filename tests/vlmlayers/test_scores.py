@@ -29,8 +29,9 @@ from vlmlayers.scores import (
     write_scores,
 )
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
+from vlmlayers.scores.protocol import make_groups
 from vlmlayers.scores.readouts import dataset_split
-from vlmlayers.scores.run import chosen_metrics
+from vlmlayers.scores.run import _jobs, chosen_metrics, make_tasks
 from vlmlayers.scores.transfers import families
 
 QUICK = {"bootstrap": 50, "permutations": 20, "shuffles": 2, "seeds": (1, 2)}
@@ -44,6 +45,72 @@ def scores() -> pd.DataFrame:
         make_features("restyled", number=5, names="set0"),
     ]
     return score(features, jackknife=5, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def parallel() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One table by one process and the same by two."""
+    metrics = ["dataset_recall", "fisher_ratio", "rsa_calibrated", "effective_rank", "rmg", "twonn"]
+    features = [*many(2), replace(make_features("few", items=5, classes=2, number=4))]
+    one, two = (score(features, metrics, jobs=jobs, **QUICK) for jobs in (1, 2))
+    return one, two
+
+
+def test_the_table_does_not_depend_on_the_number_of_processes(parallel) -> None:
+    one, two = parallel
+    assert len(set(one["metric"])) == 6
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert len(refusals(one)) > 0
+    pd.testing.assert_frame_equal(refusals(one), refusals(two))
+    assert set(one.attrs["cost"]) == set(two.attrs["cost"])
+    assert one.attrs["protocol"] == two.attrs["protocol"]
+
+
+def test_what_goes_wrong_in_another_process_is_still_one_line() -> None:
+    from vlmlayers.scores.run import Task, _results
+
+    def fails(*_) -> None:
+        raise UserError("the third dataset is not there")
+
+    task = Task(fails, make_groups([make_features()], Protocol())[0], {})
+    with pytest.raises(UserError, match="^the third dataset is not there$"):
+        list(_results([task, task], Protocol(), jobs=2))
+
+
+def test_a_metric_added_at_run_time_is_known_in_every_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = Metric(
+        lambda x: float(np.abs(x).max()), "geometry", "features", "largest", "", (0.0, np.inf)
+    )
+    monkeypatch.setitem(METRICS, "largest_value", entry)
+    features = make_features()
+    table = score(features, ["largest_value"], jobs=2)
+    assert features.vision is not None
+    expected = np.abs(features.vision.arrays["native"]["2"]).max()
+    row = table[(table.tower == "vision") & (table.position == "2")]
+    assert row["value"].item() == pytest.approx(expected)
+
+
+def test_processes_are_started_for_much_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    groups, every = make_groups(many(2), Protocol()), chosen_metrics(None)
+    assert _jobs(None, groups, every) == 1
+    monkeypatch.setattr("vlmlayers.scores.run.WORTH_SHARING", 1000)
+    assert _jobs(None, groups, every) == 8
+    assert _jobs(3, groups, every) == 3
+    with pytest.raises(UserError, match="jobs is 0; at least 1"):
+        score(make_features(), jobs=0)
+
+
+def test_tasks_hold_every_metric_of_every_dataset_once() -> None:
+    groups, every = make_groups(many(3), Protocol()), chosen_metrics(None)
+    tasks = make_tasks(groups, every)
+    for name, metric in every.items():
+        holding = [task for task in tasks if name in task.metrics]
+        members = [m.dataset for task in holding for m in task.group.members]
+        assert sorted(members) == [f"set{i}" for i in range(3)]
+        assert all(metric.base in (*task.metrics, "") for task in holding)
 
 
 def _mean(table: pd.DataFrame, metric: str, tower: str, position: str, dataset: str = "*") -> float:

@@ -7,14 +7,22 @@ position × position matrix is one product, and a permutation of items costs one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.metrics.checks import Array, paired, squared_distances, triangle, unit, varies
+from vlmlayers.metrics.checks import (
+    Array,
+    centred,
+    paired,
+    squared_distances,
+    triangle,
+    unit,
+    varies,
+)
 
 Kernel = Callable[..., Array]
 Signature = Callable[..., Array]
@@ -93,11 +101,22 @@ def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
 def rank_signature(kernel: Array) -> Array:
     """Return the centred ranks of the off-diagonal entries, at norm 1."""
     n = len(kernel)
-    upper = np.triu_indices(n, 1)
-    ranks = rankdata(kernel[upper])
+    upper = np.triu(np.ones((n, n), dtype=bool), 1)
+    ranks = _ranks(kernel[upper])
     result = np.zeros((n, n))
     result[upper] = ranks - ranks.mean()
     return _normalised(result + result.T)
+
+
+def _ranks(values: Array) -> Array:
+    """Return ranks from 1, equal values sharing their mean rank; quick where none are equal."""
+    order = np.argsort(values)
+    ordered = values[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        return np.asarray(rankdata(values))
+    ranks = np.empty(len(values))
+    ranks[order] = np.arange(1.0, len(values) + 1.0)
+    return ranks
 
 
 def neighbours(n: int, k: int) -> int:
@@ -208,16 +227,41 @@ def procrustes(x: Any, y: Any) -> float:
     Reference: Williams et al. 2021, Generalized shape metrics.
     """
     x, y = paired(x, y, 3)
-    x, y = _compact(x), _compact(y)
-    nuclear = np.linalg.svd(x.T @ y, compute_uv=False).sum()
-    cosine = nuclear / (np.linalg.norm(x) * np.linalg.norm(y))
-    return float(np.arccos(np.clip(cosine, 0.0, 1.0)))
+    return float(procrustes_matrix([x], [y])[0, 0])
+
+
+def procrustes_matrix(xs: Sequence[Array], ys: Sequence[Array], *, half: bool = False) -> Array:
+    """Return the angular Procrustes distance of every x with every y, (a, b), in one pass.
+
+    Args:
+        xs: Features of the same items at several positions, (item, width) each.
+        ys: The same of the other side.
+        half: Compute cells with b ≥ a only and mirror them: both sides are one tower.
+
+    Raises:
+        UserError: Constant features.
+    """
+    first, second = _shapes(xs), _shapes(ys)
+    cells = np.triu_indices(len(xs)) if half else np.indices((len(xs), len(ys))).reshape(2, -1)
+    products = first[cells[0]].transpose(0, 2, 1) @ second[cells[1]]
+    nuclear = np.linalg.svd(products, compute_uv=False).sum(axis=1)
+    angles = np.zeros((len(xs), len(ys)))
+    angles[cells[0], cells[1]] = np.arccos(np.clip(nuclear, 0.0, 1.0))
+    return np.maximum(angles, angles.T) if half else angles
+
+
+def _shapes(arrays: Sequence[Array]) -> Array:
+    """Return centred features at norm 1, rotated into at most n columns: (position, n, width)."""
+    compact = [_compact(centred(x)) for x in arrays]
+    width = max(x.shape[1] for x in compact)
+    padded = np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in compact])
+    return padded / np.linalg.norm(padded, axis=(1, 2), keepdims=True)
 
 
 def _compact(x: Array) -> Array:
-    """Return x rotated into its span where items are fewer than columns."""
+    """Return x rotated into its span where items are far fewer than columns."""
     n, width = x.shape
-    if n >= width:
+    if 2 * n >= width:
         return x
     return triangle(x.T).T
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,10 @@ def lda_criterion(x: Any, labels: Any, *, width: int | None = None) -> float:
     """
     x = centred(x, smallest_n=3)
     y = classes(labels, len(x))
-    means = _means(x, y)
-    within = x - means[y]
+    within = x - _means(x, y)[y]
     if np.square(within).sum() <= 1e-12 * np.square(x).sum():
         raise UserError("no scatter within classes: every item equals its class mean")
-    share = np.bincount(y) / len(y)
-    return _trace_ratio(within, means * np.sqrt(share)[:, None], width)
+    return _explained(_shrunk_inverse(within, width), _weighted_means(x, y))
 
 
 def h_score(x: Any, labels: Any, *, width: int | None = None) -> float:
@@ -74,26 +73,39 @@ def h_score(x: Any, labels: Any, *, width: int | None = None) -> float:
 
     Reference: Bao et al. 2019; regularised: Ibrahim et al. 2021.
     """
+    return float(h_score_relabelled(x, np.asarray(labels)[None], width=width)[0])
+
+
+def h_score_relabelled(x: Any, labels: Labels, *, width: int | None = None) -> Array:
+    """Return the H-score under each of several labellings, (draw, item) to (draw,)."""
     x = centred(x, smallest_n=3)
-    y = classes(labels, len(x))
-    share = np.bincount(y) / len(y)
-    return _trace_ratio(x, _means(x, y) * np.sqrt(share)[:, None], width)
+    solve = _shrunk_inverse(x, width)
+    return np.array([_explained(solve, _weighted_means(x, classes(y, len(x)))) for y in labels])
 
 
 def silhouette_values(x: Any, labels: Any) -> Array:
     """Return (b − a)/max(a, b) of each item with Euclidean distance; 0 in classes of one."""
     x = centred(x, smallest_n=3)
-    y = classes(labels, len(x))
+    return _silhouettes(np.sqrt(squared_distances(x)), classes(labels, len(x)))
+
+
+def silhouette_relabelled(x: Any, labels: Labels) -> Array:
+    """Return the mean silhouette under each of several labellings, (draw, item) to (draw,)."""
+    distances = np.sqrt(squared_distances(centred(x, smallest_n=3)))
+    return np.array([_silhouettes(distances, classes(y, len(distances))).mean() for y in labels])
+
+
+def _silhouettes(distances: Array, y: Labels) -> Array:
     member = one_hot(y)
     counts = member.sum(axis=0)
-    sums = np.sqrt(squared_distances(x)) @ member  # (item, class)
-    rows = np.arange(len(x))
+    sums = distances @ member  # (item, class)
+    rows = np.arange(len(y))
     own = sums[rows, y] / np.maximum(counts[y] - 1, 1)
     others = sums / counts
     others[rows, y] = np.inf
     nearest = others.min(axis=1)
     largest = np.maximum(own, nearest)
-    score = np.divide(nearest - own, largest, out=np.zeros(len(x)), where=largest > 0)
+    score = np.divide(nearest - own, largest, out=np.zeros(len(y)), where=largest > 0)
     return np.where(counts[y] > 1, score, 0.0)
 
 
@@ -170,20 +182,34 @@ def _means(x: Array, y: Labels) -> Array:
     return one_hot(y).T @ x / np.bincount(y)[:, None]
 
 
-def _trace_ratio(x: Array, directions: Array, width: int | None) -> float:
-    """Return tr(Σ⁻¹ DᵀD) for the shrunk covariance Σ of centred x and rows D in its span."""
+def _weighted_means(x: Array, y: Labels) -> Array:
+    """Return class means times the root of the class share, (class, width): MᵀM is S_b."""
+    return _means(x, y) * np.sqrt(np.bincount(y) / len(y))[:, None]
+
+
+def _explained(solve: Callable[[Array], Array], means: Array) -> float:
+    """Return tr(Σ⁻¹ MᵀM)."""
+    return float((means.T * solve(means.T)).sum())
+
+
+def _shrunk_inverse(x: Array, width: int | None) -> Callable[[Array], Array]:
+    """Return the product with Σ⁻¹, Σ the shrunk covariance of centred x, for columns in its span.
+
+    Raises:
+        UserError: The covariance is singular and calls for no shrinkage.
+    """
     n = len(x)
     width = max(width or 0, x.shape[1])
     shrinkage, size = shrinkage_of(x, width)
     ridge = shrinkage * size
     if shrinkage >= 1.0:
-        return float(np.square(directions).sum() / size)
+        return lambda columns: columns / size
     if ridge <= 0.0:
         raise UserError("covariance is singular and shrinkage is zero; use more items")
     covariance = (1.0 - shrinkage) * (x.T @ x) / n
     covariance.flat[:: len(covariance) + 1] += ridge
-    solved = cho_solve(cho_factor(covariance, lower=True, overwrite_a=True), directions.T)
-    return float((directions.T * solved).sum())
+    factor = cho_factor(covariance, lower=True, overwrite_a=True)
+    return lambda columns: np.asarray(cho_solve(factor, columns))
 
 
 def shrinkage_of(x: Array, width: int) -> tuple[float, float]:

@@ -53,7 +53,12 @@ class Metric:
         towers: Towers it is computed for.
         per_item: Function of the same arguments whose mean over items is the metric.
         weighted: Function that also takes item weights, (draw, item), and returns (draw,).
-        parts: Building blocks that let a protocol share work between positions.
+        matrix: Function of two lists of features, (item, width) each, that returns every cell,
+            (a, b); `half=True` where both lists are of one tower and cells mirror each other.
+        relabelled: Function of features and several labellings, (draw, item), that returns (draw,);
+            shuffled nulls take it where it exists, because it shares what labels do not change.
+        parts: Two functions whose chain is the metric: what the first makes of the features is
+            shared, between the positions of a matrix or with other metrics of one layer.
         takes: Options of the protocol that the function accepts.
         settings: Fixed arguments.
         base: For derived metrics, the name of the metric they derive from.
@@ -76,6 +81,8 @@ class Metric:
     towers: tuple[str, ...] = BOTH
     per_item: Callable[..., Any] | None = None
     weighted: Callable[..., Any] | None = None
+    matrix: Callable[..., Any] | None = None
+    relabelled: Callable[..., Any] | None = None
     parts: tuple[Callable[..., Any], ...] = ()
     takes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, centred, classes, ratio, squared_distances, unit
+from vlmlayers.metrics.checks import (
+    Array,
+    Labels,
+    centred,
+    classes,
+    one_hot,
+    ratio,
+    squared_distances,
+    unit,
+)
 
 
 def spectrum(x: Any) -> Array:
@@ -132,6 +141,18 @@ def alignment_weighted(x: Any, labels: Any, weights: Array) -> Array:
         apart += 2.0 * (size**2 - np.square(w @ x[y == c]).sum(axis=1))
         pairs += size**2 - own
     return ratio(apart, pairs)
+
+
+def alignment_relabelled(x: Any, labels: Labels) -> Array:
+    """Return alignment under each of several labellings, (draw, item) to (draw,)."""
+    x = unit(x, smallest_n=2)
+    values = []
+    for y in labels:
+        member = one_hot(classes(y, len(x)))
+        size = member.sum(axis=0)
+        apart = 2.0 * (np.square(size).sum() - np.square(member.T @ x).sum())
+        values.append(ratio(apart, np.square(size).sum() - size.sum()))
+    return np.array(values)
 
 
 def twonn(x: Any, *, discard: float = 0.1) -> float:

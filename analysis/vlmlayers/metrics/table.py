@@ -123,16 +123,18 @@ METRICS: dict[str, Metric] = {
     "silhouette": Metric(
         cl.silhouette, "class", "labels", "silhouette (Euclidean)", "Rousseeuw 1987",
         bounds=(-1.0, 1.0), null="shuffle", smallest_n=6, largest_n=2000,
-        per_item=cl.silhouette_values, invariances=SIMILARITY, sensitive="columns",
+        per_item=cl.silhouette_values, relabelled=cl.silhouette_relabelled,
+        invariances=SIMILARITY, sensitive="columns",
     ),
     "h_score": Metric(
         cl.h_score, "class", "labels", "H-score (shrunk)", "Ibrahim et al. 2021", bounds=(0.0, INF),
-        null="shuffle", smallest_n=6, invariances=SIMILARITY, sensitive="columns", takes=("width",),
+        null="shuffle", smallest_n=6, relabelled=cl.h_score_relabelled, invariances=SIMILARITY,
+        sensitive="columns", takes=("width",),
     ),
     "logme": Metric(
         transferability.logme, "class", "labels", "LogME (log evidence per item)",
-        "You et al. 2021", bounds=(-INF, INF), null="shuffle", smallest_n=6, invariances=SIMILARITY,
-        sensitive="columns",
+        "You et al. 2021", bounds=(-INF, INF), null="shuffle", smallest_n=6,
+        relabelled=transferability.logme_relabelled, invariances=SIMILARITY, sensitive="columns",
     ),
     "neighbourhood_overlap": Metric(
         cl.neighbourhood_overlap, "class", "labels",
@@ -173,7 +175,8 @@ METRICS: dict[str, Metric] = {
     "procrustes": Metric(
         ag.procrustes, "agreement", "pairs", "angular Procrustes distance (rad)",
         "Williams et al. 2021", bounds=(0.0, 1.5707963267948966), direction="less alike",
-        null="shuffle", smallest_n=4, largest_n=64, invariances=SIMILARITY, sensitive="columns",
+        null="shuffle", smallest_n=4, largest_n=64, matrix=ag.procrustes_matrix,
+        invariances=SIMILARITY, sensitive="columns",
     ),
     # Modality gap
     "centroid_gap": Metric(
@@ -235,17 +238,20 @@ METRICS: dict[str, Metric] = {
     "effective_rank": Metric(
         geometry.effective_rank, "geometry", "features", "effective rank (RankMe)",
         "Garrido et al. 2023", bounds=(1.0, INF), direction="more directions", null="gaussian",
-        smallest_n=4, invariances=SIMILARITY, sensitive="columns",
+        smallest_n=4, parts=(geometry.spectrum, geometry.rank_of), invariances=SIMILARITY,
+        sensitive="columns",
     ),
     "participation_ratio": Metric(
         geometry.participation_ratio, "geometry", "features", "participation ratio",
         "Gao et al. 2017", bounds=(1.0, INF), direction="more directions", null="gaussian",
-        smallest_n=4, invariances=SIMILARITY, sensitive="columns",
+        smallest_n=4, parts=(geometry.spectrum, geometry.participation_of), invariances=SIMILARITY,
+        sensitive="columns",
     ),
     "spectral_entropy": Metric(
         geometry.spectral_entropy, "geometry", "features", "von Neumann entropy (nats)",
         "Skean et al. 2025", bounds=(0.0, INF), direction="more directions", null="gaussian",
-        smallest_n=4, invariances=SIMILARITY, sensitive="columns",
+        smallest_n=4, parts=(geometry.spectrum, geometry.entropy_of), invariances=SIMILARITY,
+        sensitive="columns",
     ),
     "mean_cosine": Metric(
         geometry.mean_cosine, "geometry", "features", "mean cosine of items (raw)",
@@ -269,6 +275,7 @@ METRICS: dict[str, Metric] = {
         geometry.alignment, "geometry", "labels", "distance² within classes (alignment)",
         "Wang and Isola 2020", bounds=(0.0, 4.0), direction="less aligned", null="shuffle",
         smallest_n=4, weighted=geometry.alignment_weighted,
+        relabelled=geometry.alignment_relabelled,
         invariances=("rotation", "scale", "row order"), sensitive="translation",
     ),
     "twonn": Metric(

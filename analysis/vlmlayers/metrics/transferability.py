@@ -6,28 +6,40 @@ from typing import Any
 
 import numpy as np
 
-from vlmlayers.metrics.checks import Array, centred, classes, one_hot
+from vlmlayers.metrics.checks import Array, Labels, centred, classes, one_hot
+
+DECADES = 0.25  # spacing of the grid of λ; the evidence is a sum of sigmoids of ln λ, each wider
 
 
-def logme(x: Any, labels: Any, *, steps: int = 100) -> float:
+def logme(x: Any, labels: Any) -> float:
     """Return the maximal log evidence per item of a Bayesian linear head, mean over classes.
 
     Each class indicator (centred, as are the features: a head with intercept) is y ~ N(Xw, β⁻¹)
-    with w ~ N(0, α⁻¹); α and β maximise the evidence by MacKay's fixed point. Labels are
-    renumbered without holes first: a missing label id would inflate the mean.
+    with w ~ N(0, α⁻¹). The best β follows from λ = α/β, so the evidence is maximised over λ alone:
+    on a grid, then by Newton's method. Labels are renumbered without holes first: a missing label
+    id would inflate the mean.
 
     Raises:
         UserError: One class, fewer than three items, or constant features.
 
     Reference: You et al. 2021, LogME, ICML.
     """
+    return float(logme_relabelled(x, np.asarray(labels)[None])[0])
+
+
+def logme_relabelled(x: Any, labels: Labels) -> Array:
+    """Return LogME under each of several labellings, (draw, item) to (draw,).
+
+    The spectrum of the features is computed once.
+    """
     x = centred(x, smallest_n=3)
-    y = classes(labels, len(x))
-    target = one_hot(y)
+    targets = [one_hot(classes(y, len(x))) for y in labels]
+    target = np.hstack(targets)
     target -= target.mean(axis=0)
-    squared, projected, outside = _spectrum(x, target)
     # Centring takes one direction away from items and targets alike: n − 1 observations are left.
-    return float(_evidence(squared, projected, outside, len(x) - 1, x.shape[1], steps).mean())
+    evidence = _evidence(*_spectrum(x, target), len(x) - 1)
+    ends = np.cumsum([t.shape[1] for t in targets])[:-1]
+    return np.array([part.mean() for part in np.split(evidence, ends)])
 
 
 def _spectrum(x: Array, target: Array) -> tuple[Array, Array, Array]:
@@ -52,34 +64,34 @@ def _eigen(matrix: Array) -> tuple[Array, Array]:
     return diagonal[order], np.eye(len(matrix))[:, order]
 
 
-def _evidence(
-    squared: Array, projected: Array, outside: Array, n: int, width: int, steps: int
-) -> Array:
-    """Return the maximal evidence of each class divided by n, (C,)."""
-    alpha = np.ones(projected.shape[1])
-    beta = np.ones(projected.shape[1])
-    for _ in range(steps):
-        damped = alpha + beta * squared[:, None]  # (r, C)
-        gamma = (beta * squared[:, None] / damped).sum(axis=0)
-        weight = (beta**2 * squared[:, None] * projected / damped**2).sum(axis=0)
-        residual = (alpha**2 * projected / damped**2).sum(axis=0) + outside
-        new_alpha = np.clip(gamma / np.maximum(weight, 1e-12), 1e-12, 1e12)
-        new_beta = np.clip((n - gamma) / np.maximum(residual, 1e-12), 1e-12, 1e12)
-        moved = np.abs(new_alpha / alpha - 1).max() + np.abs(new_beta / beta - 1).max()
-        alpha, beta = new_alpha, new_beta
-        if moved < 1e-4:  # the evidence is stationary there: its own error is the square
-            break
-    damped = alpha + beta * squared[:, None]
-    weight = (beta**2 * squared[:, None] * projected / damped**2).sum(axis=0)
-    residual = (alpha**2 * projected / damped**2).sum(axis=0) + outside
-    rank = len(squared)
-    log_det = np.log(damped).sum(axis=0) + (width - rank) * np.log(alpha)
-    evidence = 0.5 * (
-        n * np.log(beta)
-        + width * np.log(alpha)
-        - n * np.log(2 * np.pi)
-        - beta * residual
-        - alpha * weight
-        - log_det
-    )
-    return evidence / n
+def _evidence(squared: Array, projected: Array, outside: Array, n: int) -> Array:
+    """Return the maximal evidence of each class divided by n, (C,).
+
+    With the best β = n / Q the log evidence of a class is, up to a constant,
+    −n/2 ln Q + ½ Σ ln d_i, where d_i = λ/(λ + s_i) and Q = Σ p_i d_i + outside.
+    """
+    low, high = np.log10(squared[0]) - 4.0, np.log10(squared[-1]) + 9.0
+    grid = np.log(10.0) * np.arange(low, high + DECADES, DECADES)
+    kept = _kept(grid, squared)  # (r, g)
+    residual = projected.T @ kept + outside[:, None]  # (C, g)
+    best = (np.log(kept).sum(axis=0) - n * np.log(residual)).argmax(axis=1)
+    point, step = grid[best], grid[1] - grid[0]
+    for _ in range(3):
+        d = _kept(point, squared)  # (r, C)
+        falling = d * (1.0 - d)
+        q = (projected * d).sum(axis=0) + outside
+        slope_q = (projected * falling).sum(axis=0) / q
+        bend_q = (projected * falling * (1.0 - 2.0 * d)).sum(axis=0) / q
+        slope = (1.0 - d).sum(axis=0) - n * slope_q
+        bend = -falling.sum(axis=0) - n * (bend_q - slope_q**2)
+        move = np.divide(-slope, bend, out=np.zeros_like(slope), where=bend < 0.0)
+        point = np.clip(point + move, grid[best] - step, grid[best] + step)
+    d = _kept(point, squared)
+    q = (projected * d).sum(axis=0) + outside
+    evidence = np.log(d).sum(axis=0) - n * (np.log(2.0 * np.pi * q / n) + 1.0)
+    return np.asarray(0.5 * evidence / n)
+
+
+def _kept(log_lambda: Array, squared: Array) -> Array:
+    """Return λ/(λ + s) for every s and λ, (r, λ)."""
+    return 1.0 / (1.0 + squared[:, None] * np.exp(-log_lambda))

@@ -14,8 +14,8 @@ from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import (
     bootstrap_weights,
-    jackknife,
     jackknife_groups,
+    jackknife_interval,
     mean_interval,
     percentile,
 )
@@ -133,11 +133,7 @@ def _run_single(
             x, width = shared.array(metric, position, space)
             given = () if labels is None else (labels[rows],)
             value, interval, how = value_and_interval(
-                metric,
-                (x, *given),
-                shared.weights(metric),
-                shared.groups(metric),
-                protocol.arguments(metric, width=width),
+                metric, (x, *given), protocol.arguments(metric, width=width), shared
             )
             null = _null(name, metric, x, given, width, protocol)
             place = group.place(member.dataset, features, position, space)
@@ -146,26 +142,31 @@ def _run_single(
 
 
 def value_and_interval(
-    metric: Metric,
-    arrays: tuple[Any, ...],
-    weights: Array,
-    groups: list[Labels],
-    arguments: Mapping[str, Any],
+    metric: Metric, arrays: tuple[Any, ...], arguments: Mapping[str, Any], shared: _Shared
 ) -> tuple[float, tuple[float, float], str]:
     """Return a metric's value, its 95 % interval, and how that interval was made."""
     if metric.weighted is not None:
+        weights = shared.weights(metric)
         every = np.vstack([np.ones((1, weights.shape[1])), weights])
         draws = metric.weighted(*arrays, every, **arguments)
         return float(draws[0]), percentile(draws[1:]), "bootstrap"
     if metric.per_item is not None:
         values = metric.per_item(*arrays, **arguments)
-        return float(values.mean()), mean_interval(values, weights, metric.is_share), "bootstrap"
+        interval = mean_interval(values, shared.weights(metric), metric.is_share)
+        return float(values.mean()), interval, "bootstrap"
 
-    def statistic(rows: Labels) -> float:
-        return float(metric.function(*(a[rows] for a in arrays), **arguments))
+    def statistic(rows: Labels | None, group: int) -> float:
+        kept = arrays if rows is None else tuple(a[rows] for a in arrays)
+        if metric.parts:
+            first, second = metric.parts
+            key = (first, metric.largest_n, group)
+            return float(second(shared.once_here(key, lambda: first(*kept))))
+        return float(metric.function(*kept, **arguments))
 
-    value = float(metric.function(*arrays, **arguments))
-    return value, jackknife(statistic, value, groups), "jackknife"
+    value = statistic(None, -1)
+    left_out = [statistic(rows, group) for group, rows in enumerate(shared.groups(metric))]
+    low, high = jackknife_interval(value, np.array(left_out))
+    return value, (float(low), float(high)), "jackknife"
 
 
 def _null(
@@ -184,10 +185,10 @@ def _null(
         raise UserError(f"the null {metric.null!r} of {name} needs labels; declare another one")
     rng = protocol.rng(0, 6)
     arguments = protocol.arguments(metric, width=width)
-    values = [
-        metric.function(x, rng.permutation(given[0]), **arguments) for _ in range(protocol.shuffles)
-    ]
-    return float(np.mean(values))
+    labels = np.stack([rng.permutation(given[0]) for _ in range(protocol.shuffles)])
+    if metric.relabelled is not None:
+        return float(metric.relabelled(x, labels, **arguments).mean())
+    return float(np.mean([metric.function(x, y, **arguments) for y in labels]))
 
 
 @lru_cache(maxsize=256)
@@ -203,7 +204,7 @@ class _Shared:
         self.features, self.labels, self.protocol = features, labels, protocol
         self.made: dict[Any, Any] = {}
         self.at = ("", "")
-        self.arrays: dict[Any, Array] = {}
+        self.here: dict[Any, Any] = {}
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.made:
@@ -251,8 +252,11 @@ class _Shared:
             return reduce_rows(x) if exact else x
 
         if self.at != (space, position):
-            self.at, self.arrays = (space, position), {}
-        key = (metric.largest_n, exact)
-        if key not in self.arrays:
-            self.arrays[key] = make()
-        return self.arrays[key], width
+            self.at, self.here = (space, position), {}
+        return self.once_here((metric.largest_n, exact), make), width
+
+    def once_here(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what was made under a key at this position, or make it."""
+        if key not in self.here:
+            self.here[key] = make()
+        return self.here[key]

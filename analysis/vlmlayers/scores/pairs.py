@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.agreement import calibrated
@@ -249,8 +250,9 @@ class _Signatures:
         self.whole = [self._stack(kernels, None) for kernels in self.kernels]
         n = pairing.n
         # The null needs no double precision: float32 halves what a permutation has to move.
-        self.single = [stack.astype(np.float32) for stack in (self.whole[0], self.whole[-1])]
-        self.last = np.ascontiguousarray(self.single[1].T)  # (n · n, b)
+        self.first = _padded(self.whole[0])  # (a, n · n)
+        self.last = np.ascontiguousarray(_padded(self.whole[-1]).T)  # (n · n, b)
+        self.shape = (len(self.whole[0]), len(self.whole[-1]))
         self.options = {"k": min(protocol.k, max(1, (n - 1) // 2))} if metric.takes else {}
 
     def _stack(self, kernels: list[Array], rows: Labels | None) -> Array:
@@ -266,8 +268,17 @@ class _Signatures:
     def permuted(self, order: Labels) -> Array:
         """Return the matrix with the second side's rows permuted, (a, b)."""
         n = len(order)
-        moved = self.last[(order[:, None] * n + order[None, :]).ravel()]
-        return (self.single[0] @ moved).astype(np.float64)
+        moved = self.last.take((order[:, None] * n + order[None, :]).ravel(), axis=0)
+        rows, columns = self.shape
+        return (self.first @ moved)[:rows, :columns].astype(np.float64)
+
+
+def _padded(stack: Array) -> NDArray[np.float32]:
+    """Return a stack in float32 with rows of zeros up to a multiple of 16: products go faster."""
+    rows, columns = stack.shape
+    result = np.zeros((-(-rows // 16) * 16, columns), dtype=np.float32)
+    result[:rows] = stack
+    return result
 
 
 class _Cells:
@@ -276,7 +287,7 @@ class _Cells:
     def __init__(
         self, metric: Metric, pairing: Pairing, labels: list[list[str]], protocol: Protocol
     ) -> None:
-        self.function, self.within = metric.function, pairing.within
+        self.metric, self.within = metric, pairing.within
         exact = {"rotation", "translation"} <= set(metric.invariances)
         self.arrays = [
             [reduce_rows(side.arrays[p]) if exact else side.arrays[p] for p in chosen]
@@ -285,21 +296,27 @@ class _Cells:
         self.permutations = protocol.shuffles
         self.options: dict[str, Any] = {}
 
-    def _matrix(self, first: list[Array], second: list[Array], symmetric: bool) -> Array:
+    def _matrix(self, first: list[Array], second: list[Array]) -> Array:
+        if self.metric.matrix is not None:
+            return np.asarray(self.metric.matrix(first, second, half=self.within))
         result = np.zeros((len(first), len(second)))
         for i, x in enumerate(first):
             for j, y in enumerate(second):
-                result[i, j] = result[j, i] if symmetric and j < i else self.function(x, y)
+                mirrored = self.within and j < i
+                result[i, j] = result[j, i] if mirrored else self.metric.function(x, y)
         return result
 
     def values(self, rows: Labels | None) -> Array:
         """Return the matrix on all rows or on some, (a, b)."""
         sides = self.arrays if rows is None else [[x[rows] for x in side] for side in self.arrays]
-        return self._matrix(sides[0], sides[1], self.within)
+        return self._matrix(sides[0], sides[1])
 
     def permuted(self, order: Labels) -> Array:
-        """Return the matrix with the second side's rows permuted, (a, b)."""
-        return self._matrix(self.arrays[0], [x[order] for x in self.arrays[1]], False)
+        """Return the matrix with the second side's rows permuted, (a, b).
+
+        Within a tower a cell and its mirror image have one distribution, so half of them will do.
+        """
+        return self._matrix(self.arrays[0], [x[order] for x in self.arrays[1]])
 
 
 def _add_cells(

@@ -47,7 +47,7 @@ class Protocol:
     seeds: tuple[int, ...] = (1, 2, 3)
     bootstrap: int = 200
     jackknife: int = 10
-    shuffles: int = 10
+    shuffles: int = 20
     permutations: int = 100
     k: int = 10
     shots: int = 4
@@ -222,6 +222,13 @@ class Collector:
         }
         if note not in self.refused:
             self.refused.append(note)
+
+    def take(self, other: Collector) -> None:
+        """Add all that another one holds."""
+        self.rows += other.rows
+        self.refused += [note for note in other.refused if note not in self.refused]
+        for metric, seconds in other.cost.items():
+            self.cost[metric] = self.cost.get(metric, 0.0) + seconds
 
     @contextmanager
     def timed(self, metric: str) -> Iterator[None]:

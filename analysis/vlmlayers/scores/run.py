@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from joblib import Parallel, delayed
+from threadpoolctl import threadpool_limits
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
@@ -12,7 +17,7 @@ from vlmlayers.progress import bar
 from vlmlayers.scores.gaps import run_modalities, run_queries
 from vlmlayers.scores.items import run_features, run_labels, run_prompts
 from vlmlayers.scores.pairs import run_pairs
-from vlmlayers.scores.protocol import Collector, Protocol, make_groups
+from vlmlayers.scores.protocol import Collector, Group, Protocol, make_groups
 from vlmlayers.scores.readouts import Runner, run_classes, run_datasets
 from vlmlayers.scores.schema import score_frame
 from vlmlayers.scores.transfers import run_left_out, run_novel, run_style_classes, run_styles
@@ -35,6 +40,31 @@ RUNNERS: Mapping[tuple[str, ...], Runner] = {
     ("queries",): run_queries,
     ("features",): run_features,
 }
+# Protocols that look at all datasets of a group together; the others take one at a time.
+TOGETHER = frozenset({run_datasets, run_styles, run_style_classes, run_left_out, run_pairs})
+# One value costs about 50 µs per item: below this many, starting processes takes longer.
+WORTH_SHARING = 400_000
+MOST_JOBS = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part of the scores that needs nothing of the others: one protocol on some features."""
+
+    runner: Runner
+    group: Group
+    metrics: Mapping[str, Metric]
+
+    def run(self, protocol: Protocol) -> Collector:
+        """Return what this part gives.
+
+        Matrices here are small: a second thread of the linear algebra library costs more than it
+        brings, so tasks take one each and run side by side instead.
+        """
+        out = Collector()
+        with threadpool_limits(1, user_api="blas"):
+            self.runner(self.group, self.metrics, protocol, out)
+        return out
 
 
 def score(
@@ -46,7 +76,7 @@ def score(
     seeds: Sequence[int] = (1, 2, 3),
     bootstrap: int = 200,
     jackknife: int = 10,
-    shuffles: int = 10,
+    shuffles: int = 20,
     permutations: int = 100,
     k: int = 10,
     shots: int = 4,
@@ -56,6 +86,7 @@ def score(
     vision_split: str = "item",
     balance: str = "equal",
     normalise: str = "columns",
+    jobs: int | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Score every position of both towers; each value comes with interval, null and n.
@@ -80,6 +111,8 @@ def score(
             of them, each dataset weighing the same.
         normalise: What read-outs do to features first: `columns` (standardise on the fitting
             part), `rows` (length 1) or `none`.
+        jobs: Processes that share the work; the table does not depend on it. None takes one per
+            core, at most eight, where the work is worth starting them.
         progress: Show a progress bar.
 
     Returns:
@@ -110,14 +143,67 @@ def score(
     given = [features] if isinstance(features, LayerFeatures) else list(features)
     groups = make_groups(given, protocol)
     _check_positions(given, protocol)
+    tasks = make_tasks(groups, chosen)
+    parts = _results(tasks, protocol, _jobs(jobs, groups, chosen))
     out = Collector()
-    tasks = [(group, needs) for group in groups for needs in RUNNERS]
-    for group, needs in bar(tasks, "scoring", unit="protocol", show=progress):
-        wanted = {name: metric for name, metric in chosen.items() if metric.needs in needs}
-        if wanted:
-            RUNNERS[needs](group, wanted, protocol, out)
+    for part in bar(parts, "scoring", total=len(tasks), unit="part", show=progress):
+        out.take(part)
     cost = {name: round(seconds, 4) for name, seconds in out.cost.items()}
     return score_frame(out.rows, cost=cost, refused=out.refused, protocol=protocol.record())
+
+
+def make_tasks(groups: Iterable[Group], metrics: Mapping[str, Metric]) -> list[Task]:
+    """Return the parts of the work in the order of their rows.
+
+    Metrics of one dataset stay together, because they share what they make of its items; metrics
+    of several datasets are apart, but what derives from another metric goes with it.
+    """
+    tasks = []
+    for group in groups:
+        for needs, runner in RUNNERS.items():
+            wanted = {name: metric for name, metric in metrics.items() if metric.needs in needs}
+            if runner in TOGETHER:
+                families: dict[str, dict[str, Metric]] = {}
+                for name, metric in wanted.items():
+                    families.setdefault(metric.base or name, {})[name] = metric
+                tasks += [Task(runner, group, family) for family in families.values()]
+            elif wanted:
+                alone = (replace(group, members=(member,)) for member in group.members)
+                tasks += [Task(runner, one, wanted) for one in alone]
+    return tasks
+
+
+def _results(tasks: list[Task], protocol: Protocol, jobs: int) -> Iterator[Collector]:
+    """Yield the result of each task, in order."""
+    if jobs == 1:
+        return (task.run(protocol) for task in tasks)
+    table = dict(METRICS)
+    done: Iterator[Collector] = Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(_run_elsewhere)(task, protocol, table) for task in tasks
+    )
+    return done
+
+
+def _run_elsewhere(task: Task, protocol: Protocol, table: Mapping[str, Metric]) -> Collector:
+    """Run a task in another process, which knows metrics that a notebook added by this table."""
+    METRICS.update(table)
+    return task.run(protocol)
+
+
+def _jobs(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, Metric]) -> int:
+    if jobs is not None:
+        if jobs < 1:
+            raise UserError(f"jobs is {jobs}; at least 1 is needed")
+        return jobs
+    rows = sum(
+        len(tower) * len(positions)
+        for group in groups
+        for member in group.members
+        for tower in member.towers
+        for positions in tower.arrays.values()
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, MOST_JOBS) if rows * len(metrics) >= WORTH_SHARING else 1
 
 
 def chosen_metrics(metrics: Sequence[str] | None) -> dict[str, Metric]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmlayers.errors import check_one_of
-from vlmlayers.metrics import gap, geometry
+from vlmlayers.metrics import gap
 from vlmlayers.metrics.checks import SAME, Array, Labels
 from vlmlayers.metrics.class_level import fisher_ratio
 from vlmlayers.metrics.dataset_level import confusion
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from vlmlayers.streaming import DatasetSums, Key
 
 SPECTRAL: Mapping[str, Callable[[Array], float]] = {
-    "effective_rank": geometry.rank_of,
-    "participation_ratio": geometry.participation_of,
-    "spectral_entropy": geometry.entropy_of,
+    name: METRICS[name].parts[1]
+    for name in ("effective_rank", "participation_ratio", "spectral_entropy")
 }
 GAPS = ("centroid_gap", "frechet_gap")
 AGREEMENTS = {"cka_debiased": True, "cka_biased": False}

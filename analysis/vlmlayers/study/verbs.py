@@ -70,6 +70,7 @@ def score_run(
     options: dict[str, Any],
     *,
     streaming: bool = False,
+    jobs: int | None = None,
     progress: bool = True,
 ) -> str:
     """Score the stored features of a run folder and write the table.
@@ -97,7 +98,8 @@ def score_run(
         for name in options:
             check_one_of("score option", name, Protocol.__dataclass_fields__)
         used = list(metrics or DEFAULT_METRICS)
-        table = score((open_features(path) for path in stores), used, progress=progress, **options)
+        features = [open_features(path) for path in stores]
+        table = score(features, used, jobs=jobs, progress=progress, **options)
     _, text = write_scores(table, run.folder)
     run.record(
         score={"metrics": used, "options": options, "streaming": streaming},
