@@ -366,7 +366,8 @@ def score(
     jobs: Annotated[
         int | None,
         typer.Option(
-            help="Processes; one per core, at most 8, where absent and worth it.", show_default=False
+            help="Processes; one per core, at most 8, where absent and worth it.",
+            show_default=False,
         ),
     ] = None,
     quiet: Quiet = False,

@@ -232,9 +232,8 @@ def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
     with style():
         ax = axes(ax, (3.35, 2.0))
         axis = DepthAxis({tower: found["depth"] for tower, found in towers.items()}, ())
+        width = 0.8 / len(towers)  # of the deeper tower, so that no bar covers another
         for number, (tower, found) in enumerate(towers.items()):
-            step = axis.length / found["depth"]
-            width = 0.8 * step / len(towers)
             shift = (number - (len(towers) - 1) / 2) * width
             x = [axis.x(tower, str(b + 1)) + shift for b in range(found["depth"])]
             chosen = [b + 1 in choice.blocks(tower) for b in range(found["depth"])]

@@ -29,8 +29,10 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
             "about a trained model.",
             "",
         ]
-    parts += [f"**{esc(answer.headline)}** {esc(answer.choice.statement)}", ""]
-    parts += [f"- {esc(label)}: {esc(text)}" for label, text in answer.facts()]
+    parts += [f"**{esc(answer.headline)}** {esc(answer.lead)}", ""]
+    if answer.doubts:
+        parts += [*(f"- {esc(doubt)}" for doubt in answer.doubts), ""]
+    parts += [markdown_table(("What", "Answer"), answer.facts())]
     if (comparison := comparison_table(answer.validation)) is not None:
         parts += ["", esc(comparison.caption) + ":", ""]
         parts += [markdown_table(comparison.headings, comparison.rows)]

@@ -22,6 +22,7 @@ from vlmlayers.selection import (
     paper_blocks,
 )
 from vlmlayers.selection.curves import bare, depths
+from vlmlayers.selection.stability import OFTEN
 from vlmlayers.summaries import curves, over_datasets
 from vlmlayers.text_tables import percent
 
@@ -200,7 +201,27 @@ class Answer:
         ]
         if not parts:
             return "No block is chosen."
-        return f"Adapt {' and '.join(parts)}."
+        doubt = ", though no block is firmly chosen" if self._firm() and not any(self._firm().values()) else ""
+        return f"Adapt {' and '.join(parts)}{doubt}."
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the data do not decide, one reason each; empty where they do."""
+        return [str(one) for one in self.choice.evidence.get("doubts", ())]
+
+    @property
+    def lead(self) -> str:
+        """The statement up to its doubts, for where these follow as a list."""
+        return self.choice.statement.removesuffix("; ".join(self.doubts) + ".").rstrip()
+
+    def _firm(self) -> dict[str, list[int]]:
+        """Return the chosen blocks that most resamples choose, by resampled tower."""
+        towers = self.choice.evidence.get("towers", {})
+        return {
+            tower: [b for b in self.choice.blocks(tower) if towers[tower]["frequency"][b - 1] >= OFTEN]
+            for tower in self.depths
+            if "frequency" in towers.get(tower, {})
+        }
 
     @property
     def widths(self) -> dict[str, int]:
@@ -217,6 +238,10 @@ class Answer:
     def facts(self) -> list[tuple[str, str]]:
         """Return what stands beside the answer: label and text."""
         found = [("Rule", self._rule()), *self._starts()]
+        if firm := self._firm():
+            words = ", ".join(f"{tower} {describe_blocks(blocks)}" for tower, blocks in firm.items())
+            share = percent(OFTEN)
+            found.append(("Firmly chosen", f"{words} (in at least {share} of the resamples)"))
         ours, theirs = self.parameters(self.choice), self.parameters(self.paper)
         if ours is not None and theirs:
             found.append(
