@@ -29,7 +29,7 @@ class Protocol:
         seeds: Seeds of splits; one row each for metrics that split or draw.
         bootstrap: Draws of each bootstrap interval.
         jackknife: Groups of each delete-a-group jackknife.
-        shuffles: Label shuffles behind each shuffled null.
+        shuffles: Shuffles of labels, and of pairs where each is dear, behind each shuffled null.
         permutations: Permutations of pairs behind each agreement's null.
         k: Neighbours.
         shots: Shots per class of the transfer metrics.

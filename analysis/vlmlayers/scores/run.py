@@ -99,7 +99,7 @@ def score(
         seeds: Seeds of splits and shots; one row per seed.
         bootstrap: Draws of each bootstrap interval.
         jackknife: Groups of each jackknife interval (where drawing an item twice would mislead).
-        shuffles: Label shuffles behind each shuffled null.
+        shuffles: Shuffles of labels, and of pairs where each is dear, behind each shuffled null.
         permutations: Permutations behind each agreement's null.
         k: Neighbours.
         shots: Shots per class of the transfer metrics.
