@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import numpy as np
 import pandas as pd
@@ -196,3 +196,37 @@ def dataset_readout(names: Container[str]) -> str:
 def dataset_names(scores: pd.DataFrame) -> list[str]:
     """Return the datasets of the table without the pooled one, in order of appearance."""
     return [name for name in dict.fromkeys(scores["dataset"]) if name != POOLED]
+
+
+def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
+    """Return split, space, pooling, n, options and seeds of a metric, in words for a caption.
+
+    Args:
+        scores: Score table.
+        metric: A metric of it.
+        intervals: Whether to say how the intervals were made.
+    """
+    from vlmlayers.scores import stated_options
+
+    rows = scores[scores["metric"] == metric]
+    pooling, counts = [], []
+    for tower in TOWERS:
+        part = rows[rows["tower"] == tower]
+        if len(part):
+            pooling.append(f"{_names(part['pooling'])} ({tower})")
+            ends = dict.fromkeys((f"{part['n'].min():,.0f}", f"{part['n'].max():,.0f}"))
+            counts.append(f"{'–'.join(ends)} ({tower})")
+    stated = stated_options(rows, metric).split("; ")
+    options = [one for one in stated if one and (intervals or not one.startswith("interval "))]
+    facts = [
+        f"split {_names(rows['split'])}",
+        f"{_names(rows['space'])} space",
+        f"pooling {' and '.join(pooling)}",
+        f"n = {' and '.join(counts)}",
+        *options,
+    ]
+    return "; ".join(facts)
+
+
+def _names(values: Iterable[object]) -> str:
+    return "/".join(dict.fromkeys(map(str, values)))

@@ -19,7 +19,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
-from vlmlayers.report.tables import comparison_table, summary_table
+from vlmlayers.report.tables import comparison_table, summary_table, tabular
 from vlmlayers.run import Run
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import select
@@ -213,6 +213,56 @@ def test_a_start_that_resamples_do_not_give_is_said(tmp_path: Path) -> None:
     assert first.endswith("text 5 (95 % of resamples start at 4 to 6)")
 
 
+def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
+    """Full sentences in `choice.json`; the page lists the reasons one by one."""
+    run = make_run(tmp_path / "run", small=True)
+    assert dict(read_answer(run.folder).facts())["Firmly chosen"] == (
+        "vision 5–12, text 5–12 (in at least 75 % of the resamples)"
+    )
+    content = json.loads(run.choice.read_text())
+    doubts = ["vision block 5 could be <b>chosen</b> or not", "the text start lies anywhere in 2–9"]
+    content["evidence"] |= {
+        "decided": False,
+        "doubts": doubts,
+        "statement": f"The data do not decide: {'; '.join(doubts)}.",
+    }
+    towers = content["evidence"]["towers"]
+    towers["vision"]["frequency"][4] = 0.5
+    run.choice.write_text(json.dumps(content))
+    answer = read_answer(run.folder)
+    assert answer.lead == "The data do not decide:"
+    assert dict(answer.facts())["Firmly chosen"].startswith("vision 6–12, text 5–12 (")
+    assert answer.headline == (
+        "Adapt blocks 5–12 of the vision tower and blocks 5–12 of the text tower."
+    )
+    for tower in ("vision", "text"):
+        towers[tower]["frequency"] = [0.4] * 12
+    run.choice.write_text(json.dumps(content))
+    assert read_answer(run.folder).headline.endswith(", though no block is firmly chosen.")
+    write_report(run.folder)
+    page = Page(run.report.read_text())
+    assert len(page.all("li")) >= 2 and doubts[0] in " ".join(page.words)
+    assert f"- {doubts[1]}" in (run.folder / "report.md").read_text()
+
+
+def test_numbers_of_a_column_have_the_same_decimals() -> None:
+    rows = [["a", 0.55, 1.0, 3], ["b", 0.012345, None, 4], ["c", float("nan"), 250.0, 5]]
+    table = tabular("Mixed", ["Name", "Share", "Width", "Count"], rows)
+    assert [row[1:] for row in table.rows] == [
+        ("0.550", "1", "3"), ("0.012", "–", "4"), ("–", "250", "5"),
+    ]  # fmt: skip
+    assert table.numeric == {1, 2, 3}
+    apart = tabular("Words", ["What", "Value"], [["a", 0.5], ["b", "yes"], ["c", 1e-9]])
+    assert [row[1] for row in apart.rows] == ["0.5", "yes", "1e-09"] and apart.numeric == set()
+    assert tabular("", ["Name", "HM"], [["a", "61.2 [60.1, 62.3]"]]).numeric == {1}
+
+
+def test_captions_say_how_the_values_were_made(random_run: Run) -> None:
+    text = (random_run.folder / "report.md").read_text()
+    made = "How: split train; native space; pooling cls (vision) and eot (text); "
+    assert f"{made}n = 300 (vision) and 300 (text)" in text
+
+
 def test_no_markup_of_another_language_is_shown(random_run: Run) -> None:
     words = " ".join(Page(random_run.report.read_text().split("<script")[0]).words)
     assert "not yet; the command vlmlayers validate trains here" in words
@@ -238,7 +288,7 @@ def test_another_readout_of_the_dataset_is_drawn_and_compared(tmp_path: Path) ->
     summary = summary_table([(path.name, read_answer(path)) for path in folders])
     assert summary.caption.endswith("dataset accuracy (nearest mean)")
     column = summary.headings.index("Vision accuracy, embed")
-    assert [one[column : column + 2] for one in summary.rows] == [("0.4", "0.9")] * 2
+    assert [one[column : column + 2] for one in summary.rows] == [("0.400", "0.900")] * 2
 
 
 def test_every_table_beside_a_figure_names_model_and_weights(

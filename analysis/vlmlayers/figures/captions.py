@@ -8,8 +8,7 @@ import pandas as pd
 
 from vlmlayers.figures.render import escape_latex
 from vlmlayers.plots.style import axis_label
-from vlmlayers.positions import TOWERS
-from vlmlayers.scores import stated_options
+from vlmlayers.summaries import how_made
 
 JOINT = (
     "Joint space: final norm and projection are applied at every position, a definition of "
@@ -30,27 +29,10 @@ def scored(
     """
     alike: dict[str, list[str]] = {}
     for metric in metrics:
-        facts = _facts(scores, metric, intervals)
+        facts = how_made(scores, metric, intervals)
         alike.setdefault(facts, []).append(axis_label(metric))
     made = [f"{', '.join(labels)}: {facts}" for facts, labels in alike.items()]
     return _sentences([opening, _models(scores), *made])
-
-
-def _facts(scores: pd.DataFrame, metric: str, intervals: bool) -> str:
-    """Return split, space, pooling, n and options of a metric."""
-    rows = scores[scores["metric"] == metric]
-    pooling, counts = [], []
-    for tower in TOWERS:
-        part = rows[rows["tower"] == tower]
-        if len(part):
-            pooling.append(f"{_list(part['pooling'])} ({tower})")
-            counts.append(f"{_ends(part['n'].min(), part['n'].max())} ({tower})")
-    stated = stated_options(rows, metric).split("; ")
-    options = [one for one in stated if one and (intervals or not one.startswith("interval "))]
-    return "; ".join([
-        f"split {_list(rows['split'])}", f"{_list(rows['space'])} space",
-        f"pooling {' and '.join(pooling)}", f"n = {' and '.join(counts)}", *options,
-    ])  # fmt: skip
 
 
 def trained(opening: str, validation: pd.DataFrame) -> str:
@@ -92,14 +74,6 @@ def _models(table: pd.DataFrame) -> str:
     ]
     untrained = ": RANDOM WEIGHTS, which says nothing about a trained model"
     return " and ".join(names) + untrained * bool((table["weights"].astype(str) == "random").any())
-
-
-def _list(values: Iterable[object]) -> str:
-    return "/".join(dict.fromkeys(map(str, values)))
-
-
-def _ends(low: float, high: float) -> str:
-    return "–".join(dict.fromkeys((f"{int(low):,}", f"{int(high):,}")))
 
 
 def _sentences(parts: Iterable[str]) -> str:

@@ -201,7 +201,11 @@ class Answer:
         ]
         if not parts:
             return "No block is chosen."
-        doubt = ", though no block is firmly chosen" if self._firm() and not any(self._firm().values()) else ""
+        doubt = (
+            ", though no block is firmly chosen"
+            if self._firm() and not any(self._firm().values())
+            else ""
+        )
         return f"Adapt {' and '.join(parts)}{doubt}."
 
     @property
@@ -218,7 +222,9 @@ class Answer:
         """Return the chosen blocks that most resamples choose, by resampled tower."""
         towers = self.choice.evidence.get("towers", {})
         return {
-            tower: [b for b in self.choice.blocks(tower) if towers[tower]["frequency"][b - 1] >= OFTEN]
+            tower: [
+                b for b in self.choice.blocks(tower) if towers[tower]["frequency"][b - 1] >= OFTEN
+            ]
             for tower in self.depths
             if "frequency" in towers.get(tower, {})
         }
@@ -239,7 +245,9 @@ class Answer:
         """Return what stands beside the answer: label and text."""
         found = [("Rule", self._rule()), *self._starts()]
         if firm := self._firm():
-            words = ", ".join(f"{tower} {describe_blocks(blocks)}" for tower, blocks in firm.items())
+            words = ", ".join(
+                f"{tower} {describe_blocks(blocks)}" for tower, blocks in firm.items()
+            )
             share = percent(OFTEN)
             found.append(("Firmly chosen", f"{words} (in at least {share} of the resamples)"))
         ours, theirs = self.parameters(self.choice), self.parameters(self.paper)

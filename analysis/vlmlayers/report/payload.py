@@ -10,9 +10,8 @@ import pandas as pd
 
 from vlmlayers.positions import sort_key
 from vlmlayers.report.numbers import Answer, Validation
-from vlmlayers.scores import stated_options
 from vlmlayers.selection.curves import POOLED
-from vlmlayers.summaries import curves, dataset_names, metrics_by_shape
+from vlmlayers.summaries import curves, dataset_names, how_made, metrics_by_shape
 
 DIGITS = 5
 OUTCOMES = ("base", "novel", "hm", "difference", "parameters")  # and their intervals
@@ -69,24 +68,27 @@ def metric_entry(name: str, scores: pd.DataFrame | None = None) -> dict[str, Any
 
     Args:
         name: Name of the metric.
-        scores: Score table whose options the caption states.
+        scores: Score table; the caption then says how its values were made.
     """
     from vlmlayers.metrics import METRICS
 
     known = METRICS.get(name)
+    made = ""
+    if scores is not None and (scores["metric"] == name).any():
+        made = f"How: {how_made(scores, name)}."
     if known is None:
-        return {"label": name.replace("_", " "), "level": "other", "caption": ""}
+        return {"label": name.replace("_", " "), "level": "other", "caption": made}
     chance = f" Chance: {known.null_text}." if known.null_text else ""
     meaning = known.summary.removeprefix("Return ")
-    meaning = meaning[:1].upper() + meaning[1:].rstrip(".")
+    name_first = meaning.startswith("tr ")  # a formula, not a word: Tr would be another symbol
+    meaning = (meaning if name_first else meaning[:1].upper() + meaning[1:]).rstrip(".")
     caption = f"{meaning}. Larger means {known.direction}.{chance} {known.reference}."
     if known.level == "gap":
         caption += (
             " Taken in joint space: final norm and projection are applied at every "
             "position, a definition of this toolkit."
         )
-    options = "" if scores is None else stated_options(scores, name)
-    caption += f" Options: {options}." if options else ""
+    caption += f" {made}" if made else ""
     label = known.axis_label
     return {"label": label[:1].upper() + label[1:], "level": known.level, "caption": caption}
 

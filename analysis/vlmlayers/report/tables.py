@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import floor, isfinite, log10
 from typing import Any
 
 import pandas as pd
@@ -16,6 +18,8 @@ from vlmlayers.selection import PLACEMENT_SCORES, describe_blocks
 from vlmlayers.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
 from vlmlayers.text_tables import percent
 
+NUMBER = re.compile(r"–|[+-]?[\d.,]+( %)?( \[[^\]]*\])?")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -26,15 +30,41 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     name: str = "table"
 
+    @property
+    def numeric(self) -> set[int]:
+        """Numbers of the columns after the first that hold numbers, with interval or percent."""
+        return {
+            place
+            for place in range(1, len(self.headings))
+            if any(row[place] != "–" for row in self.rows)
+            and all(NUMBER.fullmatch(row[place]) for row in self.rows)
+        }
+
     def bare(self) -> Table:
         """Return the table without its caption, for where a heading says it."""
         return replace(self, caption="")
 
 
 def tabular(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Return a table with every cell as text."""
-    cells = tuple(tuple(words(cell) for cell in row) for row in rows)
+    """Return a table with every cell as text; numbers of a column have the same decimals."""
+    columns = [_column([row[place] for row in rows]) for place in range(len(headings))]
+    cells = tuple(zip(*columns)) if rows else ()
     return Table(caption, tuple(headings), cells, slug(caption.partition(",")[0]) or "table")
+
+
+def _column(values: Sequence[Any]) -> list[str]:
+    """Return the cells of a column: three significant digits of its largest number."""
+    numbers = [value for value in values if isinstance(value, float) and isfinite(value)]
+    alike = all(value is None or isinstance(value, float) for value in values)
+    largest = max(map(abs, numbers), default=0.0)
+    if not alike or len(numbers) < 2 or not 1e-4 <= largest < 1e5:
+        return [words(value) for value in values]
+    decimals = max(0, 2 - floor(log10(largest)))
+    shown = [None if value is None or not isfinite(value) else value for value in values]
+    return [
+        words(None) if value is None else f"{round(value, decimals) + 0:.{decimals}f}"
+        for value in shown
+    ]
 
 
 def words(value: Any) -> str:

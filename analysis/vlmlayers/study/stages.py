@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from textwrap import fill, indent
 from typing import Any
 
 from vlmlayers.errors import UserError
@@ -174,6 +175,8 @@ def _select(context: StageContext) -> None:
     choice.save(context.run.choice)
     context.run.record(select=part.model_dump(mode="json"))
     context.echo(f"select   {choice}")
+    if not choice.decided:
+        context.echo(indent(fill(choice.statement, 71), " " * 9))
 
 
 def _validate_inputs(context: StageContext) -> Any:

@@ -235,7 +235,7 @@
     const left = Math.max(58, longest + 30);
     const most = document.documentElement.classList.contains("printing") ? 30 : 46;
     const cell = Math.min(most, (width - left - 14) / spec.columns.length);
-    const tall = spec.square ? cell : 28;
+    const tall = spec.square ? Math.min(cell, Math.max(14, 600 / names.length)) : 28;
     const area = frame(plot, Math.round(tall * names.length + 120), { left, right: 14, top: 46, bottom: 74 });
     const { svg, top } = area;
     const known = spec.values.flat().filter((v) => v !== null);
@@ -495,7 +495,8 @@
       axis.low = 0.3;
       axis.high = Math.max(...towers.map((t) => DATA.depth[t])) + 0.7;
       const bars = towers.flatMap((tower, i) => DATA.frequency[tower].map((value, b) => {
-        const middle = axis.x(tower, String(b + 1)), half = axis.half(tower) * 0.86, wide = 2 * half / towers.length;
+        // Bars of both towers are as wide as the deeper one allows, so that none covers another.
+        const middle = axis.x(tower, String(b + 1)), half = 0.43, wide = 2 * half / towers.length;
         return { from: middle - half + i * wide, to: middle - half + (i + 1) * wide - 0.03, value, colour: TOWER[tower],
           chosen: DATA.choice[tower].includes(b + 1), label: `${title(tower)} block ${b + 1}`, block: b + 1, tower };
       })).sort((a, b) => a.from - b.from);
