@@ -171,7 +171,12 @@ def _chance(ax: Axes, axis: DepthAxis, frame: pd.DataFrame) -> None:
     shared = _alike(levels, tolerance)
     for tower, level in [max(levels, key=lambda one: len(one[1]))] if shared else levels:
         colour = CHANCE_COLOUR if shared else TOWER_COLOURS[tower]
-        look = {"color": colour, "linestyle": (0, (4, 2)), "linewidth": 0.9, "marker": ""}
+        look: dict[str, Any] = {
+            "color": colour,
+            "linestyle": (0, (4, 2)),
+            "linewidth": 0.9,
+            "marker": "",
+        }
         label = "Chance" if shared else f"Chance, {tower}"
         if level["null"].max() - level["null"].min() <= tolerance:
             ax.axhline(float(level["null"].min() + level["null"].max()) / 2, label=label, **look)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -68,7 +68,7 @@ def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax = axes(ax, (3.35, 2.6))
         x = pd.Series(range(len(outcomes)), index=outcomes.index)
         for name, (label, colour, marker) in OUTCOMES.items():
-            dots = {"linestyle": "", "marker": marker, "color": colour}
+            dots: dict[str, Any] = {"linestyle": "", "marker": marker, "color": colour}
             joined = dots | {"linestyle": "-"}
             if swept.any():
                 ax.plot(x[swept], outcomes.loc[swept, name], label=label, **joined)

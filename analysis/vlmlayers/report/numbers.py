@@ -323,7 +323,7 @@ class Answer:
                 sentence += f", highest {peak['value']:.2f} at {peak['position']}"
             sentences.append(sentence)
         nulls = frame.dropna(subset=["null"]).groupby("tower", sort=False)["null"]
-        chance = {tower: _ends(float(null.min()), float(null.max())) for tower, null in nulls}
+        chance = {str(name): _ends(float(null.min()), float(null.max())) for name, null in nulls}
         words = next(iter(chance.values()), "")
         if len(set(chance.values())) > 1:
             words = join(f"{ends} for {tower}" for tower, ends in chance.items())
