@@ -69,10 +69,10 @@ def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
         x = pd.Series(range(len(outcomes)), index=outcomes.index)
         for name, (label, colour, marker) in OUTCOMES.items():
             dots: dict[str, Any] = {"linestyle": "", "marker": marker, "color": colour}
-            joined = dots | {"linestyle": "-"}
+            joined: dict[str, Any] = dots | {"linestyle": "-"}
             if swept.any():
                 ax.plot(x[swept], outcomes.loc[swept, name], label=label, **joined)
-            rest = {} if swept.any() else {"label": label}
+            rest: dict[str, Any] = {} if swept.any() else {"label": label}
             if not swept.all():
                 ax.plot(x[~swept], outcomes.loc[~swept, name], **dots, **rest)
         if {"hm_low", "hm_high"} <= set(outcomes.columns):
