@@ -17,6 +17,7 @@ from score_tables import DATASETS
 
 from vlmlayers.errors import UserError
 from vlmlayers.report import write_comparison, write_figures, write_report
+from vlmlayers.report.comparable import ALIKE, comparability
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.tables import comparison_table, summary_table, tabular
@@ -261,6 +262,32 @@ def test_captions_say_how_the_values_were_made(random_run: Run) -> None:
     text = (random_run.folder / "report.md").read_text()
     made = "How: split train; native space; pooling cls (vision) and eot (text); "
     assert f"{made}n = 300 (vision) and 300 (text)" in text
+
+
+def test_a_comparison_says_what_stands_against_it(tmp_path: Path) -> None:
+    one, two = (make_run(tmp_path / name, small=True) for name in ("one", "two"))
+
+    def said(**second: object) -> list[str]:
+        first = {"extract": {"split": "val", "workers": 1}, "score": {"options": {"seeds": [1]}}}
+        for run, changes in ((one, {}), (two, second)):
+            run.record(**{**first, "datasets": {"digits": {"items_hash": "a"}}, **changes})
+        return comparability([(run.folder.name, read_answer(run.folder)) for run in (one, two)])
+
+    assert said() == [ALIKE]
+    assert said(extract={"split": "val", "workers": 4}) == [ALIKE]
+    assert said(datasets={"digits": {"items_hash": "b"}}) == [
+        "The runs saw different items of digits."
+    ]
+    assert said(score={"options": {"seeds": [1, 2]}}, extract={"split": "test"}) == [
+        "Stage extract, split: val in one, test in two.",
+        "Stage score, seeds: [1] in one, [1, 2] in two.",
+    ]
+    scores = read_answer(one.folder).scores
+    write_scores(scores.assign(dataset=scores["dataset"].replace("*", "flags")), two.folder)
+    assert said()[0].startswith("The datasets differ: beside what all share, two has flags.")
+    page = Page(write_comparison([one.folder, two.folder], tmp_path / "both").read_text())
+    assert "The datasets differ" in " ".join(page.words)
+    assert "The datasets differ" in (tmp_path / "both" / "report.md").read_text()
 
 
 def test_no_markup_of_another_language_is_shown(random_run: Run) -> None:

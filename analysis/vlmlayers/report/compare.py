@@ -14,6 +14,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.plots import save_figure, unseen
 from vlmlayers.plots.comparison import run_curves
 from vlmlayers.plots.saving import slug, with_source
+from vlmlayers.report.comparable import comparability
 from vlmlayers.report.figures import Drawn
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.page import RANDOM, _safe, render
@@ -73,6 +74,8 @@ def write_comparison(
         {
             "runs": runs,
             "summary": summary_table(pairs),
+            "comparability": comparability(pairs),
+            "undecided": not all(run.answer.choice.decided for run in runs),
             "differences": differences(pairs),
             "random": banner,
             "figures": figures,
@@ -145,9 +148,13 @@ def _figures(
             files = save_figure(
                 run_curves(table, metric), out / "figures" / f"runs-{slug(metric)}", table, formats
             )
+        label = metric_entry(metric)["label"]
+        legend = [
+            f"{run.name}{', RANDOM WEIGHTS' if run.answer.random_weights else ''}" for run in runs
+        ]
         yield Drawn(
             f"runs-{slug(metric)}",
-            f"{metric_entry(metric)['label']} of the vision tower, {len(runs)} runs.",
+            f"{label} of the vision tower: {'; '.join(legend)}. Bands: 95 % interval.",
             tuple(files),
         )
 
@@ -161,12 +168,14 @@ def _markdown(runs: Sequence[Compared], title: str, banner: str, figures: Sequen
         *([f"> **{escape_markdown(banner)}**", ""] if banner else []),
         markdown_table(summary.headings, summary.rows),
         "",
+        *(f"- {escape_markdown(sentence)}" for sentence in comparability(pairs)),
+        "",
     ]
     for run in runs:
-        parts += [
-            f"- {escape_markdown(run.name)}: {escape_markdown(run.answer.headline)} "
-            f"{escape_markdown(run.answer.choice.statement)}"
-        ]
+        answer = run.answer
+        head = f"{answer.headline} {answer.lead}"
+        parts += [f"- {escape_markdown(run.name)}: {escape_markdown(head)}"]
+        parts += [f"  - {escape_markdown(doubt)}" for doubt in answer.doubts]
     for figure in figures:
         shown = next(path for path in figure.files if path.suffix[1:] == figure.shown)
         parts += ["", f"![{escape_markdown(figure.caption)}](figures/{shown.name})"]

@@ -380,11 +380,11 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
         rows.append(
             [
                 name,
-                answer.weights + (" (UNTRAINED)" if answer.random_weights else ""),
-                join(f"{tower} {depth}" for tower, depth in answer.depths.items()),
                 describe_blocks(answer.choice.vision),
                 describe_blocks(answer.choice.text),
                 answer.choice.decided,
+                join(f"{tower} {depth}" for tower, depth in answer.depths.items()),
+                answer.weights + (" (UNTRAINED)" if answer.random_weights else ""),
                 answer.parameters(answer.choice),
                 *_ends(answer, metric),
                 _last(answer, "centroid_gap"),
@@ -395,11 +395,11 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
         f"The answers, accuracy being {label[:1].lower()}{label[1:]}",
         [
             "Run",
-            "Weights",
-            "Blocks",
             "Adapt vision",
             "Adapt text",
             "Decided",
+            "Blocks",
+            "Weights",
             "Parameters",
             "Vision accuracy, embed",
             "Accuracy, last",

@@ -1,0 +1,75 @@
+"""Whether runs may be compared: what their datasets, items and options have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlmlayers.report.numbers import Answer, join
+from vlmlayers.summaries import dataset_names
+
+ALIKE = "All runs saw the same items of the same datasets, scored and chosen with the same options."
+# Options that change no number, or that have a row of their own among what differs.
+ASIDE = {"batch_size", "workers", "device", "precision", "skip_unreadable", "present_only"}
+
+
+def comparability(runs: Sequence[tuple[str, Answer]]) -> list[str]:
+    """Return what stands against comparing the numbers of runs; one good sentence where nothing.
+
+    Args:
+        runs: Name and answer of each run.
+
+    Returns:
+        Sentences. Empty where the runs do not say enough of how they were made.
+    """
+    found = [*_datasets(runs), *_items(runs), *(f"{one}." for one in option_differences(runs))]
+    known = all(
+        answer.provenance.get("score") and answer.provenance.get("datasets") for _, answer in runs
+    )
+    return found or ([ALIKE] if known else [])
+
+
+def _datasets(runs: Sequence[tuple[str, Answer]]) -> list[str]:
+    sets = {name: set(dataset_names(answer.scores)) for name, answer in runs}
+    common = set.intersection(*sets.values())
+    extra = {name: sorted(found - common) for name, found in sets.items() if found - common}
+    if not extra:
+        return []
+    parts = [f"{name} has {join(some)}" for name, some in extra.items()]
+    return [
+        f"The datasets differ: beside what all share, {'; '.join(parts)}. Dataset accuracy and "
+        "what is pooled over datasets, the choice included, do not compare."
+    ]
+
+
+def _items(runs: Sequence[tuple[str, Answer]]) -> list[str]:
+    hashes: dict[str, set[str]] = {}
+    for _, answer in runs:
+        for dataset, one in answer.provenance.get("datasets", {}).items():
+            if one.get("items_hash"):
+                hashes.setdefault(dataset, set()).add(str(one["items_hash"]))
+    other = sorted(dataset for dataset, seen in hashes.items() if len(seen) > 1)
+    return [f"The runs saw different items of {join(other)}."] if other else []
+
+
+def option_differences(runs: Sequence[tuple[str, Answer]]) -> list[str]:
+    """Return `extract: split val in a, train in b` for each option that differs."""
+    found = []
+    for stage in ("extract", "score", "select"):
+        options = [
+            (name, _flat(answer.provenance.get(stage)))
+            for name, answer in runs
+            if isinstance(answer.provenance.get(stage), dict)
+        ]
+        for key in dict.fromkeys(key for _, one in options for key in one):
+            values = {name: str(one.get(key, "default")) for name, one in options}
+            if key not in ASIDE and len(set(values.values())) > 1:
+                words = ", ".join(f"{value} in {name}" for name, value in values.items())
+                found.append(f"Stage {stage}, {key.replace('_', ' ')}: {words}")
+    return found
+
+
+def _flat(options: Any) -> dict[str, Any]:
+    """Return the options of a stage; metrics only add to a table, and are left out."""
+    own = {key: value for key, value in options.items() if key not in ("options", "metrics")}
+    return {**own, **(options.get("options") or {})}
