@@ -275,6 +275,7 @@ def test_a_comparison_says_what_stands_against_it(tmp_path: Path) -> None:
 
     assert said() == [ALIKE]
     assert said(extract={"split": "val", "workers": 4}) == [ALIKE]
+    assert said(score={"options": {"seeds": [1], "folds": 5}}) == [ALIKE], "five is the default"
     assert said(datasets={"digits": {"items_hash": "b"}}) == [
         "The runs saw different items of digits."
     ]

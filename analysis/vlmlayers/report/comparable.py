@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from vlmlayers.report.numbers import Answer, join
+from vlmlayers.scores import Protocol
 from vlmlayers.summaries import dataset_names
 
 ALIKE = "All runs saw the same items of the same datasets, scored and chosen with the same options."
@@ -56,20 +58,29 @@ def option_differences(runs: Sequence[tuple[str, Answer]]) -> list[str]:
     """Return `extract: split val in a, train in b` for each option that differs."""
     found = []
     for stage in ("extract", "score", "select"):
-        options = [
-            (name, _flat(answer.provenance.get(stage)))
-            for name, answer in runs
-            if isinstance(answer.provenance.get(stage), dict)
-        ]
+        options = [(name, _options(answer, stage)) for name, answer in runs]
+        options = [(name, one) for name, one in options if one]
         for key in dict.fromkeys(key for _, one in options for key in one):
-            values = {name: str(one.get(key, "default")) for name, one in options}
+            values = {name: str(one.get(key, "not given")) for name, one in options}
             if key not in ASIDE and len(set(values.values())) > 1:
                 words = ", ".join(f"{value} in {name}" for name, value in values.items())
                 found.append(f"Stage {stage}, {key.replace('_', ' ')}: {words}")
     return found
 
 
-def _flat(options: Any) -> dict[str, Any]:
-    """Return the options of a stage; metrics only add to a table, and are left out."""
-    own = {key: value for key, value in options.items() if key not in ("options", "metrics")}
-    return {**own, **(options.get("options") or {})}
+def _options(answer: Answer, stage: str) -> dict[str, Any]:
+    """Return the options of a stage with what was left at its default; empty where unknown.
+
+    Metrics are left out: they only add to a table.
+    """
+    recorded = answer.provenance.get(stage)
+    if not isinstance(recorded, dict):
+        return {}
+    own = {key: value for key, value in recorded.items() if key not in ("options", "metrics")}
+    given = recorded.get("options") or {}
+    if stage == "select":
+        given = answer.choice.evidence.get("options") or given
+    if stage == "score":
+        given = {field.name: field.default for field in fields(Protocol)} | given
+    plain = {key: list(one) if isinstance(one, tuple) else one for key, one in given.items()}
+    return {**own, **plain}
