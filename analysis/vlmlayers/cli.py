@@ -6,7 +6,6 @@ never import torch.
 
 from __future__ import annotations
 
-import errno
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -15,17 +14,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vlmlayers.errors import UserError, printable
+from vlmlayers.errors import DISK, UserError, disk_trouble, printable
 from vlmlayers.run import is_first_process
 
 VERBS = "vlmlayers.verbs"
-DISK = {
-    errno.ENOSPC: "free space",
-    errno.EDQUOT: "free space",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "choose a folder that can be written",
-    errno.EPERM: "choose a folder that can be written",
-}
 RESUME = "Stopped. Start the same command again to continue where it was."
 ORDER = (
     "demo",
@@ -476,12 +468,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        typer.echo(
-            f"Error: cannot write{where}: {error.strerror}; {DISK[error.errno]} and start the same "
-            "command again",
-            err=True,
-        )
+        typer.echo(f"Error: {printable(disk_trouble(error))}", err=True)
         sys.exit(2)
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 LONGEST = 1500  # characters of a message: a file may hold a name of any length
+DISK = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written",
+    errno.EPERM: "choose a folder that can be written",
+}
 
 
 class UserError(Exception):
@@ -23,6 +34,38 @@ def printable(text: str) -> str:
     """
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def disk_trouble(error: OSError) -> str:
+    """Return one line for an error of `DISK`: what cannot be read or written, why, what to do.
+
+    The system does not say which of the two was tried; where permission was refused, the file or
+    folder is looked at again.
+    """
+    verb, advice = "write", DISK[error.errno or 0]
+    if isinstance(error, PermissionError) and error.filename is not None:
+        verb, advice = _refused(os.fsdecode(error.filename)) or (verb, advice)
+    where = "" if error.filename is None else f" {os.fsdecode(error.filename)}"
+    return f"cannot {verb}{where}: {error.strerror}; {advice} and start the same command again"
+
+
+def _refused(name: str) -> tuple[str, str] | None:
+    """Return what permission lacks to read a path, or None where it can be read or is not there."""
+    path = Path(name)
+    try:
+        folder = stat.S_ISDIR(path.stat().st_mode)
+    except PermissionError:
+        return "reach", "allow yourself to enter its folder"
+    except OSError:
+        return None
+    try:
+        if folder:
+            os.scandir(name).close()
+        else:
+            path.open("rb").close()
+    except OSError:
+        return "read", "allow yourself to read it"
+    return None
 
 
 class UnreadableImage(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +106,52 @@ def test_full_disk_is_one_line(call, monkeypatch) -> None:  # type: ignore[no-un
     monkeypatch.setattr("vlmlayers.study.verbs.metrics_text", full)
     code, _, err = call("score", "--list")
     assert code == 2 and "cannot write scores.csv: No space left on device; free space" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs owners of files")
+@pytest.mark.parametrize(
+    ("closed", "touched", "words"),
+    [
+        ("file", "read", r"cannot read \S+/file: Permission denied; allow yourself to read it and"),
+        ("folder", "list", r"cannot read \S+/folder: Permission denied; allow yourself to read it"),
+        ("folder", "enter", r"cannot reach \S+/within: .*; allow yourself to enter its folder and"),
+        (
+            "locked",
+            "write",
+            r"cannot write \S+/locked/new: .*; choose a folder that can be written",
+        ),
+        ("readable", "write", r"cannot write \S+/readable: .*; choose a folder that can be writ"),
+    ],
+)
+def test_refused_permission_tells_reading_from_writing(
+    call, monkeypatch, tmp_path: Path, closed: str, touched: str, words: str
+) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / closed
+    if closed in ("folder", "locked"):
+        path.mkdir()
+    else:
+        path.touch()
+    path.chmod({"locked": 0o555, "readable": 0o444}.get(closed, 0))
+    for parent in (tmp_path, *list(tmp_path.parents)[:2]):
+        parent.chmod(0o755)
+
+    def touch(*_: object, **__: object) -> str:
+        if touched == "list":
+            return str(list(path.iterdir()))
+        if touched == "write":
+            return str((path / "new" if closed == "locked" else path).write_text("x"))
+        return (path / "within" if touched == "enter" else path).read_text()
+
+    monkeypatch.setattr("vlmlayers.study.verbs.metrics_text", touch)
+    owner = os.geteuid()
+    if owner == 0:  # whom no file refuses
+        os.seteuid(65534)
+    try:
+        code, _, err = call("score", "--list")
+    finally:
+        os.seteuid(owner)
+        path.chmod(0o755)
+    assert code == 2 and re.search(words, err) and err.count("\n") == 1, err
 
 
 def test_extract_refuses_another_extraction_until_forced(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
