@@ -199,27 +199,26 @@ def _shrunk_inverse(x: Array, width: int | None) -> Callable[[Array], Array]:
         UserError: The covariance is singular and calls for no shrinkage.
     """
     n = len(x)
-    width = max(width or 0, x.shape[1])
-    shrinkage, size = shrinkage_of(x, width)
+    covariance = x.T @ x / n
+    shrinkage, size = shrinkage_of(x, covariance, max(width or 0, x.shape[1]))
     ridge = shrinkage * size
     if shrinkage >= 1.0:
         return lambda columns: columns / size
     if ridge <= 0.0:
         raise UserError("covariance is singular and shrinkage is zero; use more items")
-    covariance = (1.0 - shrinkage) * (x.T @ x) / n
+    covariance *= 1.0 - shrinkage
     covariance.flat[:: len(covariance) + 1] += ridge
     factor = cho_factor(covariance, lower=True, overwrite_a=True)
     return lambda columns: np.asarray(cho_solve(factor, columns))
 
 
-def shrinkage_of(x: Array, width: int) -> tuple[float, float]:
+def shrinkage_of(x: Array, covariance: Array, width: int) -> tuple[float, float]:
     """Return Ledoit–Wolf shrinkage and mean variance of centred rows, from rotation invariants.
 
     Reference: Ledoit and Wolf 2004, section 3.
     """
     n = len(x)
-    gram = x @ x.T if n <= x.shape[1] else x.T @ x
-    frobenius = float(np.square(gram).sum()) / n**2
+    frobenius = float(np.square(covariance).sum())
     norms = np.square(x).sum(axis=1)
     mean_variance = float(norms.sum()) / (n * width)
     delta = frobenius - width * mean_variance**2
