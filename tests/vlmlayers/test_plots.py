@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from score_tables import DATASETS, curve_rows, full, planted, step, table
+from score_tables import DATASETS, curve_rows, full, pair_rows, planted, step, table
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError
@@ -169,9 +169,28 @@ def test_random_weights_are_announced_on_the_figure() -> None:
         plots.agreement_matrix(scores),
         plots.dataset_heatmap(scores),
         plots.selection_frequency(select(scores, resamples=2)),
+        plots.dataset_curves(scores, "class_accuracy"),
     ):
-        assert any(text.get_text() == "random weights" for text in ax.texts)
-    assert not plots.layer_curves(full()).texts
+        assert announced(ax)
+    assert not announced(plots.layer_curves(full()))
+
+
+def announced(ax: Axes) -> bool:
+    """Whether the axes say so, outside the data: above them, or in the legend above them."""
+    legend = ax.get_legend()
+    words = [ax.get_title(loc="right"), legend.get_title().get_text() if legend else ""]
+    return "random weights" in words
+
+
+def test_crowded_ends_of_a_matrix_leave_room_for_the_last() -> None:
+    for depth, expected in ((24, ["", "Proj"]), (6, ["Final", "Proj"])):
+        names = [*map(str, range(1, depth + 1)), "final", "proj"]
+        one = pair_rows("cka_debiased", depth + 2, depth + 2, lambda i, j: i + j)
+        for cell in one:
+            for key in ("position", "other_position"):
+                cell[key] = names[int(str(cell[key])) - 1]
+        ax = plots.agreement_matrix(table(one), "cka_debiased")
+        assert [label.get_text() for label in ax.get_yticklabels()][-2:] == expected
 
 
 def test_saved_files_are_complete_and_reproducible(tmp_path: Path) -> None:

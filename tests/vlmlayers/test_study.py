@@ -60,6 +60,24 @@ def test_study_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_study(file)
 
 
+def test_a_misspelt_key_is_named_before_what_it_leaves_missing() -> None:
+    with pytest.raises(UserError, match="unknown key 'modles'; did you mean 'models'"):
+        check_study({"modles": [{"name": "mini-clip"}], "datasets": ["digits"]})
+
+
+def test_missing_images_are_told_before_any_dataset_is_encoded(tmp_path: Path) -> None:
+    """The second dataset lacks its images; the first must not be encoded only to find that out."""
+    (tmp_path / "list.csv").write_text("path,label,class_name,split\nlost/1.png,0,cat,train\n")
+    (tmp_path / "lost.toml").write_text(
+        'title = "Lost"\nfolder = "."\nlayout = "table"\nsplit_file = "list.csv"\n'
+    )
+    extract = {"split": "train", "items": 8}
+    study = check_study({**BASE, "datasets": ["digits", "lost.toml"], "extract": extract})
+    with pytest.raises(UserError, match="lost: 1 of 1 images are not in"):
+        run_study(study, tmp_path / "out", base=tmp_path)
+    assert not (tmp_path / "out" / "features").exists()
+
+
 @pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda p: p.stem)
 def test_committed_studies_are_valid(file: Path) -> None:
     from vlmlayers.manifests import Manifest

@@ -18,7 +18,6 @@ from vlmlayers.figures.captions import figure_latex
 from vlmlayers.plots.outcomes import CHOSEN_COLOUR, OUTCOMES, PUBLISHED_COLOUR
 from vlmlayers.plots.style import COLUMN_WIDTH, TOWER_COLOURS
 
-MANY_TICKS = 16
 LONGEST_LABEL = 18
 
 
@@ -40,7 +39,7 @@ def panels(
 
 
 def finish(ax: Axes, title: str, *, last: bool = True, first: bool = True, pad: float = 6) -> None:
-    """Write the title and free crowded labels.
+    """Write the title and name the outer axes.
 
     Args:
         ax: Axes with one panel drawn.
@@ -52,11 +51,6 @@ def finish(ax: Axes, title: str, *, last: bool = True, first: bool = True, pad: 
     ax.set_title(title.replace("$", r"\$"), fontsize=8, fontweight="bold", loc="left", pad=pad)
     ax.set_xlabel(ax.get_xlabel() if last else "")
     ax.set_ylabel(fill(ax.get_ylabel(), LONGEST_LABEL) if first else "")
-    for axis in (ax.xaxis, ax.yaxis):
-        names = axis.get_ticklabels()
-        if len(names) > MANY_TICKS and names[-1].get_text() == "Proj" and ax.images:
-            names[-2].set_text("")
-            axis.set_ticklabels([name.get_text() for name in names])
 
 
 def legend_of_choice(ax: Axes) -> None:

@@ -70,8 +70,8 @@ def agreement_matrix(
         ax = axes(ax, (3.35, 2.9))
         _image(ax, grid.to_numpy(float), axis_label(metric))
         ax.invert_yaxis()
-        ax.set_xticks(range(len(columns)), sparse_labels(columns, 8), rotation=90)
-        ax.set_yticks(range(len(rows)), sparse_labels(rows, 13))
+        ax.set_xticks(range(len(columns)), _labels(columns, 8), rotation=90)
+        ax.set_yticks(range(len(rows)), _labels(rows, 13))
         ax.set_xlabel(f"{other_tower.capitalize()} position")
         ax.set_ylabel(f"{tower.capitalize()} position")
         if choice is not None:
@@ -102,8 +102,8 @@ def dataset_heatmap(
     )
     with style():
         ax = axes(ax, (3.35, 0.9 + 0.2 * len(grid)))
-        _image(ax, grid.to_numpy(float), fill(axis_label(metric), 6 + 3 * len(grid)))
-        ax.set_xticks(range(len(columns)), sparse_labels(columns, 8), rotation=90)
+        _image(ax, grid.to_numpy(float), fill(axis_label(metric), max(16, 6 + 3 * len(grid))))
+        ax.set_xticks(range(len(columns)), _labels(columns, 8), rotation=90)
         ax.set_yticks(
             range(len(grid)),
             [str(n).replace("$", r"\$") if n != "*" else "all datasets" for n in grid.index],
@@ -116,6 +116,13 @@ def dataset_heatmap(
 
 def _ordered(positions: Any) -> list[str]:
     return sorted({str(p) for p in positions}, key=sort_key)
+
+
+def _labels(names: list[str], most: int) -> list[str]:
+    """Return tick labels; of the two after many blocks only the last has room."""
+    labels = sparse_labels(names, most)
+    crowded = len(names) > 16 and names[-2:] == ["final", "proj"]
+    return [*labels[:-2], "", labels[-1]] if crowded else labels
 
 
 def _image(ax: Axes, grid: np.ndarray, label: str) -> None:

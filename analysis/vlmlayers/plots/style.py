@@ -166,17 +166,18 @@ def declared(metric: str, field: str, default: Any) -> Any:
 
 
 def mark_random(ax: Axes, random_weights: bool) -> Axes:
-    """Write on the axes that the backbone is untrained, where it is."""
-    if random_weights:
-        ax.text(
-            0.99,
-            0.99,
-            "random weights",
-            transform=ax.transAxes,
-            ha="right",
-            va="top",
-            fontsize=7,
-            color="#9C2F2F",
-            weight="bold",
-        )
+    """Write above the axes that the backbone is untrained, where it is.
+
+    Where a legend stands above the axes, it carries the words.
+    """
+    if not random_weights:
+        return ax
+    words = "random weights"
+    look: dict[str, Any] = {"fontsize": 7, "fontweight": "bold", "color": "#9C2F2F"}
+    legend = ax.get_legend()
+    if legend is not None and legend.get_bbox_to_anchor().width == 0:  # anchored to a point above
+        legend.set_title(words)
+        legend.get_title().update(look)
+    else:
+        ax.set_title(words, loc="right", **look)
     return ax

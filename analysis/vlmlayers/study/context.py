@@ -145,11 +145,9 @@ class StageContext:
         from vlmlayers.manifests.place import data_root
 
         path = Path(text).expanduser()
-        return (
-            [path]
-            if path.is_absolute()
-            else [self.base / path, data_root(self.data_root) / path, path]
-        )
+        if path.is_absolute():
+            return [path]
+        return list(dict.fromkeys([self.base / path, data_root(self.data_root) / path, path]))
 
     def model_fingerprint(self) -> dict[str, Any]:
         """Return what identifies the weights without loading them."""

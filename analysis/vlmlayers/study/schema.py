@@ -269,8 +269,12 @@ def _check_names(study: Study, where: str) -> None:
 
 
 def explain(error: ValidationError) -> str:
-    """Return the first problem of a validation error in one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    """Return one problem of a validation error in one line: an unknown key before all others.
+
+    A misspelt key is also missing under its right name; the first message is the helpful one.
+    """
+    problems = error.errors(include_url=False, include_context=False)
+    first = min(problems, key=lambda one: one["type"] != "extra_forbidden")
     more = error.error_count() - 1
     tail = f" (and {more} more)" if more else ""
     place = ".".join(str(part) for part in first["loc"])

@@ -55,6 +55,7 @@ def _extract_inputs(context: StageContext) -> Any:
 
 
 def _extract(context: StageContext) -> None:
+    _refuse_missing(context)
     model = context.load_model()
     options = context.study.extract
     record = {}
@@ -83,6 +84,18 @@ def _extract(context: StageContext) -> None:
         seed=context.seed,
         environment=environment(),
     )
+
+
+def _refuse_missing(context: StageContext) -> None:
+    """Tell the missing images of every dataset before those of the first are encoded.
+
+    A dataset that has a store is left to its own check: its images may be gone for good.
+    """
+    if context.study.extract.skip_unreadable:
+        return
+    for data in context.datasets:
+        if not (context.run.features / data.folder).exists():
+            data.manifest.refuse_missing(data.items, context.data_root)
 
 
 def _extract_one(context: StageContext, model: Any, data: Dataset) -> Any:
