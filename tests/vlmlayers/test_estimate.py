@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 
 from vlmlayers.errors import UserError
 from vlmlayers.models import extract, stream
-from vlmlayers.models.estimate import Costs, estimate, measure_costs, scale_table
+from vlmlayers.models.estimate import (
+    Costs,
+    bytes_per_image,
+    estimate,
+    measure_costs,
+    mixed,
+    scale_table,
+    stream_bytes,
+)
+from vlmlayers.models.recording import Recorder
 
 COSTS = Costs(
     forward=0.002,
@@ -50,14 +61,15 @@ def test_one_disk_for_all_processes_limits_a_store_and_not_the_sums():
 
 
 def test_accumulators_take_the_bytes_that_are_foretold():
-    manifest = tiny.DrawnManifest(count=60, captioned=False)
+    manifest = tiny.DrawnManifest(count=250, captioned=False)
     model, items = tiny.model(), manifest.items("train")
     costs = measure_costs(model, manifest, items, batch_size=8)
-    sums = stream(model, manifest, "train", batch_size=8, sample=20, progress=False)
+    sums = stream(model, manifest, "train", batch_size=8, progress=False)
     (kept,) = sums.datasets.values()
     parts = [(m.scatter,) for m in kept.moments.values()]
     parts += [(c.cross,) for c in kept.cross.values()]
     parts += [(c.means,) for c in kept.classes.values()]
+    parts += [(rows,) for rows in kept.sample.values()]
     assert sum(array.nbytes for part in parts for array in part) == pytest.approx(
         costs.stream_bytes, rel=0.02
     )
@@ -76,12 +88,27 @@ def test_bytes_per_image_are_those_of_a_real_store(tmp_path):
 
 def test_the_text_names_the_plan(tmp_path):
     manifest = tiny.DrawnManifest()
-    text = estimate(tiny.model(), manifest, manifest.items("train"), out=tmp_path / "a" / "b")
-    assert "tiny clip on drawn: 22 images" in text
+    planned = [(manifest, manifest.items("train"))]
+    text = estimate(tiny.model(), planned, out=tmp_path / "a" / "b")
+    assert "tiny clip in one process on cpu, batches of 22" in text
+    assert re.search(r"^ *drawn +22 ", text, re.MULTILINE)
+    assert not re.search(r"^ *all ", text, re.MULTILINE)
     assert "free on this disk" in text
     assert "1e+09" in text
     with pytest.raises(UserError, match="nothing to estimate"):
-        estimate(tiny.model(), manifest, [])
+        estimate(tiny.model(), [(manifest, [])])
+
+
+def test_several_datasets_are_added_up():
+    slow = replace(COSTS, forward=0.008, stream_bytes=1_000_000)
+    both = mixed([COSTS, slow], [300, 100])
+    assert both.seconds(400) == pytest.approx(COSTS.seconds(300) + slow.seconds(100))
+    assert both.stream_bytes == 6_000_000
+    manifests = [tiny.DrawnManifest(name="one"), tiny.DrawnManifest(name="two")]
+    text = estimate(tiny.model(), [(made, made.items("train")) for made in manifests])
+    assert re.search(r"^ *one +22 .*\n *two +22 .*\n *all +44 ", text, re.MULTILINE)
+    assert text.count("1e+09") == 3  # one table for all
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_command_line_estimates_and_records_nothing(tmp_path):
@@ -107,5 +134,38 @@ def test_the_command_line_estimates_and_records_nothing(tmp_path):
         ],
     )
     assert result.exit_code == 0, result.output
-    assert "model on digits: 20 images" in result.output
+    assert re.search(r"^ *digits +20 ", result.output, re.MULTILINE)
     assert not (tmp_path / "run").exists()
+
+
+def widths(blocks, width, joint):
+    """Return the widths of a tower by space and position, as a recorder has them."""
+    positions = ["embed", *map(str, range(1, blocks + 1))]
+    return {
+        "native": dict.fromkeys([*positions, "final"], width) | {"proj": joint},
+        "joint": dict.fromkeys([*positions, "proj"], joint),
+    }
+
+
+def test_the_table_of_the_documentation_is_what_the_code_foretells():
+    made = tiny.model()
+    for tower in made.towers.values():
+        shape = (tower.depth, 8, 4)
+        assert {s: list(by) for s, by in widths(*shape).items()} == {
+            s: list(by) for s, by in Recorder(tower, ("native", "joint"), None).widths().items()
+        }
+    page = Path(__file__).parents[2] / "docs" / "scale.md"
+    rows = [
+        [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if " × " in line and re.search(r"\d × \d", line)
+    ]
+    assert len(rows) == 5
+    for model, vision, text, joint, size, *sizes, sums in rows:
+        image, words = (
+            widths(*map(int, tower.split(" × ")), int(joint)) for tower in (vision, text)
+        )
+        assert bytes_per_image(image) == int(size), model
+        for shown, count in zip(sizes, (1e5, 1e6, 1e7, 1e9), strict=True):
+            assert float(shown) == pytest.approx(int(size) * count / 1e9, rel=0.011), model
+        assert int(sums) == round(stream_bytes(image, words, 1000) / 1e6), model

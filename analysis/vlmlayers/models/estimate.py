@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vlmlayers.models.work import autocast
 
 IMAGES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 PROCESSES = (1, 8, 64)
+SAMPLE = 200  # items of a dataset that streaming keeps where nothing else is said
 _ENOUGH = 8_000_000  # bytes whose writing is timed
 _SHOW = {
     "store_hours": "{:,.2f}",
@@ -42,8 +43,8 @@ class Costs:
         forward: Seconds per image for the tower with recording, on this device.
         decode: Seconds per image to read and preprocess, in one process.
         bytes_per_image: Bytes that the store takes per image.
-        stream_bytes: Bytes of streaming accumulators (float64), per process; they do not grow
-            with the number of images.
+        stream_bytes: Bytes that streaming keeps (float64), per process: accumulators and the
+            sample held out. They do not grow with the number of images.
         device: Where `forward` was measured.
         batch_size: With which batch size.
         write: Seconds per image to write its features; the disk is one for all processes.
@@ -86,10 +87,16 @@ def bytes_per_image(widths: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def stream_bytes(
-    vision: Mapping[str, Mapping[str, int]], text: Mapping[str, Mapping[str, int]], classes: int
+    vision: Mapping[str, Mapping[str, int]],
+    text: Mapping[str, Mapping[str, int]],
+    classes: int,
+    sample: int = SAMPLE,
 ) -> int:
-    """Return what the accumulators take: moments of both towers, of pairs, and class means."""
-    total = 0
+    """Return what streaming keeps of a dataset, whatever its size.
+
+    Moments of both towers and of their pairs, class means, and the sample of items held out.
+    """
+    total = sample * sum(sum(by.values()) for by in (*vision.values(), *text.values()))
     for space, widths in vision.items():
         other = text.get(space, {})
         partner = [other.get(position, max(other.values(), default=0)) for position in widths]
@@ -149,12 +156,12 @@ def measure_costs(
     rows = np.concatenate([x for by in features.values() for x in by.values()], axis=1)
     classes = len(manifest.class_names(root))
     own = 8 * sum(width * width for by in widths.values() for width in by.values())
-    sums = stream_bytes(widths, texts, classes)
+    sums = stream_bytes(widths, texts, classes, sample=0)
     return Costs(
         forward / len(batch),
         decode / len(batch),
         bytes_per_image(widths),
-        sums,
+        stream_bytes(widths, texts, classes),
         str(model.device),
         len(batch),
         _write_seconds(rows, repeats, disk) / len(batch),
@@ -243,10 +250,17 @@ def scale_table(
     return pd.DataFrame(rows)
 
 
+def mixed(costs: Sequence[Costs], images: Sequence[int]) -> Costs:
+    """Return the costs of an average image of several datasets, and the sums of all of them."""
+    share = np.asarray(images) / sum(images)
+    times = ("forward", "decode", "write", "add")
+    mean = {name: float(share @ [getattr(one, name) for one in costs]) for name in times}
+    return replace(costs[0], stream_bytes=sum(one.stream_bytes for one in costs), **mean)
+
+
 def estimate(
     model: VLM,
-    manifest: Any,
-    items: Sequence[Any],
+    planned: Sequence[tuple[Any, Sequence[Any]]],
     *,
     out: str | Path | None = None,
     workers: int = 0,
@@ -256,27 +270,49 @@ def estimate(
 
     Args:
         model: What `load_model` returns.
-        manifest: The dataset.
-        items: The planned items.
+        planned: (manifest, items) of each dataset.
         out: Folder of the planned store; its disk's free space is compared.
         workers: Decoding processes.
         **options: See `measure_costs`.
     """
     disk = None if out is None else _existing(Path(out))
-    costs = measure_costs(model, manifest, items, disk=disk, **options)
+    costs = [measure_costs(model, made, items, disk=disk, **options) for made, items in planned]
+    counts = [len(items) for _, items in planned]
+    whole = mixed(costs, counts)
     free = None if disk is None else shutil.disk_usage(disk).free
-    own = scale_table(costs, images=[len(items)], processes=[1], workers=workers, free=free)
-    table = scale_table(costs, workers=workers, free=free)
-    minutes = costs.seconds(len(items), 1, workers) / 60
-    head = (
-        f"{model.name} on {manifest.name}: {len(items)} images, {minutes:.1f} minutes by one "
-        f"process on {costs.device}, store {own['store_gb'][0]:.3f} GB\n"
-        f"measured per image (batch {costs.batch_size}): model {1e3 * costs.forward:.2f} ms, "
-        f"decoding {1e3 * costs.decode:.2f} ms,\nwriting {1e3 * costs.write:.3f} ms, summing "
-        f"instead {1e3 * costs.add:.3f} ms, {costs.bytes_per_image} bytes in the store"
-    )
-    room = "" if free is None else f"\nfree on this disk: {free / 1e9:.1f} GB"
-    return f"{head}{room}\n\n{_text(table)}\n"
+    names = [made.name for made, _ in planned]
+    lines = [
+        f"{model.name} in one process on {whole.device}, batches of {whole.batch_size}",
+        f"{whole.bytes_per_image} bytes of an image in a store; milliseconds of it to:\n",
+        _plan_text(names, [*costs, whole], [*counts, sum(counts)], workers),
+        "" if free is None else f"\nfree on this disk: {free / 1e9:.1f} GB\n",
+        "other numbers of such images:\n",
+        _text(scale_table(whole, workers=workers, free=free)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _plan_text(
+    names: Sequence[str], costs: Sequence[Costs], images: Sequence[int], workers: int
+) -> str:
+    """Return time and room of each dataset and, where there are several, of all of them."""
+    rows = []
+    for name, one, count in zip([*names, "all"], costs, images):
+        rows.append(
+            {
+                "dataset": name if len(name) <= 18 else f"{name[:17]}…",
+                "images": count,
+                "encode": f"{1e3 * one.forward:.2f}",
+                "decode": f"{1e3 * one.decode:.2f}",
+                "write": f"{1e3 * one.write:.3f}",
+                "sum": f"{1e3 * one.add:.3f}",
+                "minutes": f"{one.seconds(count, 1, workers) / 60:.1f}",
+                "store_gb": f"{count * one.bytes_per_image / 1e9:.3f}",
+                "stream_mb": f"{one.stream_bytes / 1e6:.1f}",
+            }
+        )
+    table = pd.DataFrame(rows if len(names) > 1 else rows[:1])
+    return str(table.to_string(index=False))
 
 
 def _text(table: pd.DataFrame) -> str:

@@ -31,11 +31,10 @@ def estimate_study(
     for part in study.models:
         context = StageContext(Run(Path(out)), study, part, Path(base), root, device=device)
         model, options = context.load_model(), study.extract
-        parts += [
+        parts.append(
             estimate(
                 model,
-                data.manifest,
-                data.items,
+                [(data.manifest, data.items) for data in context.datasets],
                 out=out,
                 workers=options.workers,
                 root=root,
@@ -44,6 +43,5 @@ def estimate_study(
                 batch_size=options.batch_size,
                 precision=options.precision,
             )
-            for data in context.datasets
-        ]
+        )
     return "\n".join(parts)
