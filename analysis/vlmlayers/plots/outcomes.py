@@ -74,7 +74,7 @@ def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 ax.plot(x[swept], outcomes.loc[swept, name], label=label, **joined)
             rest: dict[str, Any] = {} if swept.any() else {"label": label}
             if not swept.all():
-                ax.plot(x[~swept], outcomes.loc[~swept, name], **dots, **rest)
+                ax.plot(x[~swept], outcomes.loc[~swept, name], markersize=4.5, **dots, **rest)
         if {"hm_low", "hm_high"} <= set(outcomes.columns):
             low, high = outcomes["hm_low"], outcomes["hm_high"]
             ax.fill_between(x[swept], low[swept], high[swept], color="#222222", alpha=0.14,
@@ -83,13 +83,10 @@ def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
         if "chosen" in outcomes.columns:
             for place in x[outcomes["chosen"].astype(bool)]:
                 ax.axvspan(place - 0.4, place + 0.4, color=CHOSEN_COLOUR, alpha=0.14, linewidth=0)
-        ax.set_xticks(
-            x,
-            [short_label(str(p)) for p in outcomes["placement"]],
-            rotation=60,
-            ha="right",
-            rotation_mode="anchor",
-        )
+        labels = [short_label(str(p)) for p in outcomes["placement"]]
+        fits = sum(map(len, labels)) <= 36
+        slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        ax.set_xticks(x, labels, **({} if fits else slanted))
         ax.set_ylabel("Accuracy (%)")
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
         return ax
