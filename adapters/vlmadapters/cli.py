@@ -84,7 +84,7 @@ def train(
     """Train MMA by a protocol of the paper and test it, beside zero-shot CLIP.
 
     A stopped run goes on with the same command. Several GPUs:
-    `torchrun --nproc-per-node N -m vlmadapters.cli train …`.
+    `torchrun --nproc-per-node N -m vlmlayers train …`.
     """
     from dataclasses import replace
 
@@ -189,9 +189,3 @@ def _text(table: Any, published: bool) -> str:
         names = set(summary["dataset"]) & set(Manifest.names())
         summary = with_published(summary, {name: Manifest.load(name).title for name in names})
     return results_text(summary, bool(table["random_weights"].any()))
-
-
-if __name__ == "__main__":  # what torchrun starts, as in `torchrun -m vlmadapters.cli train …`
-    from vlmlayers.cli import main
-
-    main()

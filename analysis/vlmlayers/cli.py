@@ -292,7 +292,7 @@ def extract(
     """Record every position of both towers into RUN/features.
 
     Several processes share the work, one per GPU:
-    `torchrun --nproc-per-node N -m vlmlayers.cli extract …`.
+    `torchrun --nproc-per-node N -m vlmlayers extract …`.
     """
     from vlmlayers.study import check_study, run_study
     from vlmlayers.study.estimating import estimate_study

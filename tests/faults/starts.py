@@ -48,7 +48,7 @@ def images(folder: Path, each: int = 60) -> Path:
 
 def start(*arguments: object, processes: int = 1) -> subprocess.Popen[str]:
     """Start a verb of the command line in a session of its own."""
-    module = "vlmadapters.cli"
+    module = "vlmlayers"
     launch = (
         [sys.executable, "-m", module]
         if processes == 1

@@ -253,9 +253,14 @@ def scale_table(
 def mixed(costs: Sequence[Costs], images: Sequence[int]) -> Costs:
     """Return the costs of an average image of several datasets, and the sums of all of them."""
     share = np.asarray(images) / sum(images)
-    times = ("forward", "decode", "write", "add")
-    mean = {name: float(share @ [getattr(one, name) for one in costs]) for name in times}
-    return replace(costs[0], stream_bytes=sum(one.stream_bytes for one in costs), **mean)
+    return replace(
+        costs[0],
+        stream_bytes=sum(one.stream_bytes for one in costs),
+        forward=float(share @ [one.forward for one in costs]),
+        decode=float(share @ [one.decode for one in costs]),
+        write=float(share @ [one.write for one in costs]),
+        add=float(share @ [one.add for one in costs]),
+    )
 
 
 def estimate(
