@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 import tomllib
 from collections.abc import Callable
@@ -29,12 +30,24 @@ MEASURES = (
 
 def demo_study(random_weights: bool = False) -> Study:
     """Return the demo's study, with the built-in datasets filled in."""
+    return check_study(tomllib.loads(demo_source(random_weights)), "the demo")
+
+
+def demo_source(random_weights: bool = False) -> str:
+    """Return the demo's study file as it is run: `vlmlayers study` runs it as well."""
     from vlmlayers.data import builtin
 
-    content = tomllib.loads(FILE.read_text(encoding="utf-8"))
-    content["models"] = [{"name": "mini-clip", "random_weights": random_weights}]
-    content["datasets"] = pick_datasets(builtin.names())
-    return check_study(content, "the demo")
+    model = json.dumps("mini-clip") + (", random_weights = true" if random_weights else "")
+    filled = {
+        "models": f"[{{ name = {model} }}]",
+        "datasets": json.dumps(pick_datasets(builtin.names())),
+    }
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    keys = [line.partition(" = ")[0] for line in lines]
+    return "".join(
+        f"{key} = {filled[key]}\n" if key in filled else f"{line}\n"
+        for key, line in zip(keys, lines)
+    )
 
 
 def pick_datasets(names: list[str]) -> list[str]:
@@ -62,7 +75,7 @@ def run_demo(
         UserError: The shipped weights are missing and random ones were not asked for.
     """
     study = demo_study(random_weights)
-    source = FILE.read_text(encoding="utf-8")
+    source = demo_source(random_weights)
     run = run_study(
         study, out, base=FILE.parent, source=source, force=force, progress=progress, echo=echo
     )[0]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
-from textwrap import fill, indent
 from typing import Any
 
 from vlmlayers.errors import UserError
@@ -189,7 +188,9 @@ def _select(context: StageContext) -> None:
     context.run.record(select=part.model_dump(mode="json"))
     context.echo(f"select   {choice}")
     if not choice.decided:
-        context.echo(indent(fill(choice.statement, 71), " " * 9))
+        count = len(choice.evidence.get("doubts", ()))
+        reasons = f"{count} doubt{'s' * (count != 1)}"
+        context.echo(f"         the data do not decide: {reasons}, listed in the report")
 
 
 def _validate_inputs(context: StageContext) -> Any:
