@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -62,7 +63,10 @@ class Evaluator:
         self.model, self.backbone = model, backbone or Backbone(model.clip)
         self.batch_size, self.progress = batch_size, progress
         self.autocast, _ = precision_of(precision, model.device)
-        self._texts: dict[tuple[int, tuple[str, ...]], tuple[Any, int, Tensor]] = {}
+        self._plain: dict[tuple[str, ...], tuple[int, Tensor]] = {}
+        # Weak: a sweep's adapters and what they made of its prompts go when their cells are done.
+        self._adapted: WeakKeyDictionary[Adapter, dict[tuple[str, ...], tuple[int, Tensor]]]
+        self._adapted = WeakKeyDictionary()
 
     @torch.no_grad()
     def text_features(self, adapter: Adapter | None, prompts: Sequence[str]) -> Tensor:
@@ -70,11 +74,11 @@ class Evaluator:
 
         They are kept under the adapter's version; an update of the adapter makes them stale.
         """
-        key = (id(adapter), tuple(prompts))
-        version = -1 if adapter is None else adapter.version
-        kept = self._texts.get(key)
-        if kept is not None and kept[0] is adapter and kept[1] == version:
-            return kept[2]
+        texts = self._plain if adapter is None else self._adapted.setdefault(adapter, {})
+        version = 0 if adapter is None else adapter.version
+        kept = texts.get(tuple(prompts))
+        if kept is not None and kept[0] == version:
+            return kept[1]
         tokens = self.model.tokenizer(list(prompts)).to(self.model.device)
         config = None if adapter is None else adapter.config
         start = self.backbone.start(config, "text")
@@ -82,7 +86,7 @@ class Evaluator:
             state = self.backbone.prompts(tokens, [start])[start]
             features = self.backbone.features("text", state, adapter)
         if self.backbone.savings.text_features:
-            self._texts[key] = (adapter, version, features)
+            texts[tuple(prompts)] = (version, features)
         return features
 
     def predict(

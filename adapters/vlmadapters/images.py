@@ -82,6 +82,9 @@ class Images:
         root: The data root.
         keep: Bytes that decoded images may take in all.
         workers: Threads that decode and crop; 0 works in the calling thread.
+
+    Raises:
+        UserError: `workers` is negative.
     """
 
     def __init__(
@@ -93,6 +96,8 @@ class Images:
         keep: int = KEEP_BYTES,
         workers: int = 0,
     ) -> None:
+        if workers < 0:
+            raise UserError(f"workers is {workers}; it must be 0 or more")
         self.manifest, self.root, self.keep, self.used = manifest, root, keep, 0
         self.transform, self.device = model.preprocess, model.device
         size = model.clip.visual.image_size

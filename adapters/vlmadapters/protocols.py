@@ -21,19 +21,13 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters import parallel
-from vlmadapters.cells import claim, digest, read_cell, write_cell
+from vlmadapters.cells import Cell, CellFolder, Rows
 from vlmadapters.checkpoints import atomically, save_adapter
 from vlmadapters.config import MMAConfig
 from vlmadapters.evaluate import Case, Evaluator, Labels
 from vlmadapters.frozen import Backbone
 from vlmadapters.recipes import Recipe
-from vlmadapters.results import (
-    COLUMNS,
-    METHOD,
-    UNMOVED,
-    ZERO_SHOT,
-    ZERO_SHOT_OWN,
-)
+from vlmadapters.results import COLUMNS, METHOD, UNMOVED, ZERO_SHOT, ZERO_SHOT_OWN
 from vlmadapters.targets import Dataset, Target, result_row
 from vlmadapters.train import Trainer, TrainResult
 from vlmlayers.errors import UserError, check_one_of
@@ -87,6 +81,7 @@ class Experiment:
         limit: Use at most so many test items of each dataset.
         workers: Threads that decode images.
         save_adapters: Write trained adapters beside the cells.
+        table: Name of the table of all cells of the folder, written there.
         progress: Show bars.
     """
 
@@ -103,13 +98,15 @@ class Experiment:
         limit: int = 0,
         workers: int = 0,
         save_adapters: bool = False,
+        table: str = "results.csv",
         progress: bool = True,
     ) -> None:
         self.protocol = PROTOCOLS[check_one_of("protocol", protocol, PROTOCOLS)]
         self.model, self.recipe, self.train = model, recipe, recipe.train
         self.out = Path(out) if out is not None else None
         self.root, self.split, self.limit, self.workers = root, split, limit, workers
-        self.save_adapters, self.progress = save_adapters, progress
+        self.save_adapters, self.table, self.progress = save_adapters, table, progress
+        self.cells = CellFolder(self.out)
         if self.protocol.transfer and not targets:
             raise UserError(f"the protocol {protocol} needs target datasets; name them")
         self.target_names = tuple(targets) if self.protocol.transfer else ()
@@ -146,16 +143,25 @@ class Experiment:
         *,
         together: int = 12,
     ) -> pd.DataFrame:
-        """Train and test every cell that has no file yet; return the results table.
+        """Train and test every cell that has no file yet; return their results table.
+
+        The table in the folder also holds what earlier runs with the same settings left there.
 
         Args:
             sources: Datasets trained on.
             configs: Placements; the recipe's own where None.
             seeds: Seeds of draw, initialisation, order and views.
             together: Placements trained side by side.
+
+        Raises:
+            UserError: A seed is negative, or `together` is below 1.
         """
         configs = list(configs) if configs is not None else [self.recipe.adapter]
         sources, seeds = list(sources), list(seeds)
+        if any(seed < 0 for seed in seeds):
+            raise UserError(f"seed {min(seeds)} is below 0; seeds count from 0")
+        if together < 1:
+            raise UserError(f"together is {together}; train at least 1 placement at a time")
         rank, _ = parallel.rank_and_size()
         total = len(sources) * len(seeds) * len(configs)
         with bar(
@@ -171,12 +177,17 @@ class Experiment:
                 if cells is None:
                     cells = self._cells(source, seed, configs, together, shown, wait=True)
                 rows += cells or []
-        table = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(
-            list(COLUMNS[:10]), ignore_index=True
-        )
-        if self.out is not None and not rank:
-            atomically(self.out / "results.csv", lambda part: table.to_csv(part, index=False))
+        table = _table(rows)
+        if self.out is not None and not rank and rows:
+            size = configs[0] if configs else self.recipe.adapter
+            whole = _table(rows + self._earlier([self._cell(one, 0, size) for one in sources]))
+            atomically(self.out / self.table, lambda part: whole.to_csv(part, index=False))
         return table
+
+    def _earlier(self, cells: Sequence[Cell]) -> Rows:
+        """Return the rows of the folder's cells that were made with the settings of some others."""
+        targets = {name: mark for cell in cells for name, mark in cell.identity["targets"].items()}
+        return self.cells.alike({**cells[0].identity, "targets": targets})
 
     def _cells(
         self,
@@ -186,62 +197,37 @@ class Experiment:
         together: int,
         shown: Any,
         wait: bool = False,
-    ) -> list[dict[str, Any]] | None:
+    ) -> Rows | None:
         """Return the rows of one source and seed; None where other processes hold what is missing.
 
         With `wait` their cells are waited for, and trained here where those processes died.
         """
-        done = {config: self._read(source, seed, config) for config in configs}
+        cells = {config: self._cell(source, seed, config) for config in configs}
+        done = {config: self.cells.read(cell) for config, cell in cells.items()}
         if not wait:
             shown.update(sum(rows is not None for rows in done.values()))
         while missing := [config for config, rows in done.items() if rows is None]:
             with ExitStack() as held:
-                group = self._claim(held, source, seed, missing, together, wait)
-                if not group:
+                free = self.cells.claim([cells[one] for one in missing], together, held, wait)
+                if not free:
                     return None
-                done |= {config: self._read(source, seed, config) for config in group}
+                group = [config for config in missing if cells[config] in free]
+                done |= {config: self.cells.read(cells[config]) for config in group}
                 group = [config for config in group if done[config] is None]
                 trained = self._train_and_test(source, seed, group) if group else []
                 for config, rows in zip(group, trained):
-                    self._write(source, seed, config, rows)
+                    self.cells.write(cells[config], rows)
                     done[config] = rows
             shown.update(sum(done[config] is not None for config in missing))
         return [row for config in configs for row in done[config] or []]
 
-    def _claim(
-        self,
-        held: ExitStack,
-        source: str,
-        seed: int,
-        missing: Sequence[MMAConfig],
-        together: int,
-        wait: bool,
-    ) -> list[MMAConfig]:
-        """Return up to `together` cells that no other process holds; with `wait` at least one."""
-        _, size = parallel.rank_and_size()
-        if self.out is None or size > 1:
-            return list(missing[:together])
-        locks = self.out / "locks"
-        keys = {config: locks / f"{self._key(source, seed, config)}.lock" for config in missing}
-        group: list[MMAConfig] = []
-        for config in missing:
-            if len(group) < together and claim(keys[config], held):
-                group.append(config)
-        if not group and wait:
-            LOG.info("waiting for the process that trains %s, seed %d", source, seed)
-            claim(keys[missing[0]], held, wait=True)
-            group = [missing[0]]
-        return group
-
-    def _train_and_test(
-        self, source: str, seed: int, configs: Sequence[MMAConfig]
-    ) -> list[list[dict[str, Any]]]:
+    def _train_and_test(self, source: str, seed: int, configs: Sequence[MMAConfig]) -> list[Rows]:
         data = self.dataset(source)
         kind = self.protocol.train_kind
         items = data.shots(self.train.shots, seed, kind)
         folder = None
         if self.out is not None:
-            key = "-".join(self._key(source, seed, config) for config in configs)
+            key = "-".join(self._cell(source, seed, config).key for config in configs)
             folder = self.out / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:16]
         trainer = Trainer(
             self.model,
@@ -262,17 +248,18 @@ class Experiment:
             rmtree(folder, ignore_errors=True)
         if self.save_adapters and self.out is not None and not rank:
             for result in trained:
+                cell = self._cell(source, seed, result.config)
                 save_adapter(
-                    self.out / "adapters" / self._key(source, seed, result.config),
+                    self.out / "adapters" / cell.key,
                     result.adapter,
                     self.model,
                     tuple(data.names(kind)),
-                    self._identity(source, seed, result.config),
+                    cell.identity,
                 )
         return rows
 
-    def _test(self, source: str, trained: Sequence[TrainResult]) -> list[list[dict[str, Any]]]:
-        rows: list[list[dict[str, Any]]] = [[] for _ in trained]
+    def _test(self, source: str, trained: Sequence[TrainResult]) -> list[Rows]:
+        rows: list[Rows] = [[] for _ in trained]
         differing = [0] * len(trained)
         total = 0
         cases = [Case(result.adapter, self.train.template) for result in trained]
@@ -328,16 +315,15 @@ class Experiment:
             )
         return self._zero[key]
 
-    def _zero_shot_rows(self, source: str) -> list[dict[str, Any]]:
-        identity = self._zero_identity(source)
-        path = self._cell_path(f"{Path(source).stem}-zero-shot", identity)
-        rows = read_cell(path)
+    def _zero_shot_rows(self, source: str) -> Rows:
+        cell = Cell(f"{Path(source).stem}-zero-shot", self._zero_identity(source))
+        rows = self.cells.read(cell)
         if rows is None:
             rows = self._new_zero_shot_rows(source)
-            write_cell(path, identity, rows)
+            self.cells.write(cell, rows)
         return rows
 
-    def _new_zero_shot_rows(self, source: str) -> list[dict[str, Any]]:
+    def _new_zero_shot_rows(self, source: str) -> Rows:
         rows = []
         for target in self.targets(source):
             _, truth = self._items(target)
@@ -366,33 +352,19 @@ class Experiment:
             "targets": targets,
         }
 
-    def _identity(self, source: str, seed: int, config: MMAConfig) -> dict[str, Any]:
-        return {
+    def _cell(self, source: str, seed: int, config: MMAConfig) -> Cell:
+        identity = {
             **self._zero_identity(source),
             "seed": seed,
             "adapter": config.to_dict(),
             "train": self.train.identity(),
         }
+        return Cell(f"{Path(source).stem}-{config.placement}-s{seed}", identity)
 
-    def _key(self, source: str, seed: int, config: MMAConfig) -> str:
-        mark = digest(self._identity(source, seed, config))
-        return f"{Path(source).stem}-{config.placement}-s{seed}-{mark}"
 
-    def _cell_path(self, name: str, identity: dict[str, Any]) -> Path | None:
-        if self.out is None:
-            return None
-        return self.out / "cells" / f"{name}-{digest(identity)}.json"
-
-    def _path(self, source: str, seed: int, config: MMAConfig) -> Path | None:
-        name = f"{Path(source).stem}-{config.placement}-s{seed}"
-        return self._cell_path(name, self._identity(source, seed, config))
-
-    def _read(self, source: str, seed: int, config: MMAConfig) -> list[dict[str, Any]] | None:
-        return read_cell(self._path(source, seed, config))
-
-    def _write(self, source: str, seed: int, config: MMAConfig, rows: list[dict[str, Any]]) -> None:
-        path = self._path(source, seed, config)
-        write_cell(path, self._identity(source, seed, config), rows)
+def _table(rows: Rows) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return table.drop_duplicates(list(COLUMNS[:10]), ignore_index=True)
 
 
 def base_to_novel(

@@ -103,6 +103,7 @@ def validate(
         root=root,
         limit=limit,
         workers=workers,
+        table="results_validation.csv",  # `results.csv` of the folder may be that of a training
         progress=progress,
     )
     names = [one if isinstance(one, str) else experiment.add(one) for one in manifests]

@@ -79,6 +79,31 @@ def test_a_finished_cell_is_not_trained_again(tmp_path: Path) -> None:
     )
 
 
+def test_the_table_holds_the_cells_of_earlier_commands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stored() -> pd.DataFrame:
+        return pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
+
+    low, high = (CONFIG.with_placement(blocks, blocks) for blocks in ((2,), (3,)))
+    first = run(tmp_path, configs=[low], seeds=(1,))
+    second = run(tmp_path, configs=[high], seeds=(2,))
+    assert set(second[second.method == METHOD].placement) == {"v3,t3"}
+    both = stored()
+    assert not both.duplicated(list(COLUMNS[:10])).any()
+    assert len(both) == len(first) + len(second) - (first.method != METHOD).sum()
+    kept = both[both.placement == "v2,t2"]
+    assert kept.accuracy.tolist() == first[first.method == METHOD].accuracy.tolist()
+    assert "leaves out" not in caplog.text
+
+    run(tmp_path, configs=[replace(low, scale=0.2)], seeds=(1,))  # no column tells scales apart
+    assert "leaves out 2 finished cells of another recipe" in caplog.text
+    assert len(stored()) == len(first)
+    next(iter((tmp_path / "cells").glob("*v3,t3*"))).write_text("{", encoding="utf-8")
+    run(tmp_path, configs=[low], seeds=(1,))
+    assert "is damaged" in caplog.text and len(stored()) == len(first)
+
+
 def test_another_recipe_has_cells_of_its_own(tmp_path: Path) -> None:
     run(tmp_path, seeds=(1,))
     changed = RECIPE.changed({"lr": 0.1}, {})
@@ -301,6 +326,9 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
         (["--set", "fused=maybe"], "write fused=true or fused=false"),
         (["--set", "ratio=1"], "not a number of the right kind"),
         (["--pairs", "5-7"], "cannot read --pairs"),
+        (["--placement", "2-3", "--seeds=1,-1"], "seed -1 is below 0"),
+        (["--placement", "2-3", "--together", "0"], "together is 0"),
+        (["--placement", "2-3", "--workers=-1"], "workers is -1"),
         (["--placement", "2-3", "--pairs", "1:2"], "names a block that is not adapted"),
     ],
 )
@@ -321,9 +349,8 @@ def test_training_beats_zero_shot_on_real_base_classes(
     from vlmlayers.models import load_model
 
     model = load_model(str(shared_weights / "real-mini"))
-    recipe = load_recipe("mini").changed({"epochs": 2}, {})
     found = base_to_novel(
-        model, ["scenes15"], recipe, seeds=(1,), root=shared_data, progress=False
+        model, ["scenes15"], load_recipe("mini"), seeds=(1,), root=shared_data, progress=False
     )  # fmt: skip
     base = found[found.split_kind == "base"].set_index("method").accuracy
-    assert base[METHOD] > base[ZERO_SHOT] + 0.03
+    assert base[METHOD] > base[ZERO_SHOT] + 0.015

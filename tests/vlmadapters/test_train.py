@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from vlmadapters.fewshot import base_or_novel, few_shot
 from vlmadapters.frozen import Backbone
 from vlmadapters.images import Images
 from vlmadapters.memory import available_memory, estimate_memory
+from vlmadapters.mma import Adapter
 from vlmadapters.recipes import Savings, TrainConfig
 from vlmadapters.train import Trainer, TrainResult
 from vlmlayers.errors import UserError
@@ -265,6 +268,18 @@ def test_evaluation_after_an_update_is_fresh() -> None:
     fresh = Evaluator(model, progress=False).text_features(adapter, prompts)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, fresh)
+
+
+def test_text_features_go_with_their_adapter() -> None:
+    """A sweep keeps neither the adapters of finished cells nor what they made of prompts."""
+    model = shared_backbone()
+    evaluator = Evaluator(model, progress=False)
+    adapter = Adapter(CONFIG, {name: tower.width for name, tower in model.towers.items()})
+    features, gone = evaluator.text_features(adapter, ["a star."]), weakref.ref(adapter)
+    assert evaluator.text_features(adapter, ["a star."]) is features
+    del adapter
+    gc.collect()
+    assert gone() is None and not evaluator._adapted
 
 
 def test_cases_together_predict_what_each_does_alone() -> None:

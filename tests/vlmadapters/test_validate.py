@@ -282,7 +282,9 @@ def context(folder: Path, manifest: Manifest, said: list[str], **options: Any) -
 
 def test_the_stage_writes_what_the_report_reads(manifest: Manifest, tmp_path: Path) -> None:
     said: list[str] = []
+    (tmp_path / "results.csv").write_text("of the stage train", encoding="utf-8")
     stage.validate(context(tmp_path, manifest, said, kinds=["all", "lower", "text"]))
+    assert (tmp_path / "results.csv").read_text(encoding="utf-8") == "of the stage train"
     found = Validation.read(Run(tmp_path))
     assert found is not None
     assert (found.chosen, found.reference) == ("v2-3,t2-3", "v2-3,t2-3")
