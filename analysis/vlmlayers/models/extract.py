@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
-from vlmlayers.models.load import PRECISIONS, VLM
+from vlmlayers.models.load import VLM
+from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.positions import TOWERS
-
-TEXTS = ("prompts", "captions")
 
 
 def extract(
@@ -67,10 +66,7 @@ def extract(
         UserError: No items, unreadable images, NaN or Inf features, a store of another identity,
             or any argument that names nothing known.
     """
-    work, header, identity = prepare(
-        model,
-        manifest,
-        split,
+    options = ExtractOptions(
         items=items,
         root=root,
         spaces=spaces,
@@ -84,6 +80,7 @@ def extract(
         skip_unreadable=skip_unreadable,
         progress=progress,
     )
+    work, header, identity = prepare(model, manifest, split, options)
     if out is None:
         return work.in_memory(header, identity)
     refuse_hooks(model)
@@ -91,39 +88,20 @@ def extract(
 
 
 def prepare(
-    model: VLM,
-    manifest: Any,
-    split: str,
-    *,
-    items: int | Sequence[Any] | None,
-    root: str | Path | None,
-    spaces: Sequence[str],
-    pooling: str | Mapping[str, str] | None,
-    batch_size: int,
-    workers: int,
-    precision: str,
-    text: str,
-    template: str | None,
-    seed: int,
-    skip_unreadable: bool,
-    progress: bool,
+    model: VLM, manifest: Any, split: str, options: ExtractOptions
 ) -> tuple[Work, dict[str, Any], dict[str, Any]]:
     """Return the work of an extraction, what its features say of themselves, and its identity.
 
-    Arguments and errors are those of `extract`.
+    Errors are those of `extract`.
     """
-    check_one_of("precision", precision, PRECISIONS)
-    check_one_of("text", text, TEXTS)
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it has to be at least 1")
-    place = None if root is None else Path(root)
-    chosen = _items(manifest, split, items, place, seed)
-    names = tuple(manifest.class_names(place))
-    texts = _texts(manifest, chosen, names, text, template)
+    items = _items(manifest, split, options)
+    names = tuple(manifest.class_names(options.place))
+    texts = _texts(manifest, items, names, options)
     recorders = {
-        tower: Recorder(model.towers[tower], spaces, pooling_of(pooling, tower)) for tower in TOWERS
+        tower: Recorder(model.towers[tower], options.spaces, options.pooling_of(tower))
+        for tower in TOWERS
     }
-    identity = identity_of(model, manifest, split, chosen, texts, recorders, batch_size, precision)
+    work = Work(model, manifest, split, items, texts, recorders, options)
     header = {
         "model": model.name,
         "weights": model.weights,
@@ -132,21 +110,7 @@ def prepare(
         "class_names": list(names),
         "random_weights": model.random_weights,
     }
-    work = Work(
-        model,
-        manifest,
-        split,
-        chosen,
-        texts,
-        recorders,
-        place,
-        batch_size,
-        workers,
-        precision,
-        skip_unreadable,
-        progress,
-    )
-    return work, header, identity
+    return work, header, identity_of(work)
 
 
 def refuse_hooks(model: VLM) -> None:
@@ -168,22 +132,12 @@ def refuse_hooks(model: VLM) -> None:
             )
 
 
-def pooling_of(pooling: str | Mapping[str, str] | None, tower: str) -> str | None:
-    """Return the pooling asked for one tower."""
-    if pooling is None or isinstance(pooling, str):
-        return pooling
-    for name in pooling:
-        check_one_of("tower", name, TOWERS, where="pooling")
-    return pooling.get(tower)
-
-
-def _items(
-    manifest: Any, split: str, items: int | Sequence[Any] | None, root: Path | None, seed: int
-) -> list[Any]:
+def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
+    items, root = options.items, options.place
     if items is None:
         found = list(manifest.items(split, root=root))
     elif isinstance(items, int):
-        found = list(manifest.sample(split, items, seed=seed, root=root))
+        found = list(manifest.sample(split, items, seed=options.seed, root=root))
     else:
         found = list(items)
     if not found:
@@ -192,10 +146,10 @@ def _items(
 
 
 def _texts(
-    manifest: Any, items: Sequence[Any], names: Sequence[str], kind: str, template: str | None
+    manifest: Any, items: Sequence[Any], names: Sequence[str], options: ExtractOptions
 ) -> Texts:
-    if kind == "prompts":
-        pattern = manifest.template if template is None else template
+    if options.text == "prompts":
+        pattern = manifest.template if options.template is None else options.template
         if "{}" not in pattern:
             raise UserError(f"template {pattern!r} has no {{}} where the class name goes")
         if not names:
@@ -204,28 +158,20 @@ def _texts(
                 "text='captions' (--text captions)"
             )
         prompts = tuple(manifest.prompt(name, pattern) for name in names)
-        return Texts(kind, prompts, np.arange(len(names), dtype=np.int64), pattern)
+        return Texts(options.text, prompts, np.arange(len(names), dtype=np.int64), pattern)
     rows = [(row, caption) for row, item in enumerate(items) for caption in item.captions]
     if not rows:
         raise UserError(f"{manifest.name} has no captions; use text='prompts'")
     pairs = np.array([row for row, _ in rows], dtype=np.int64)
     labels = np.array([items[row].label for row, _ in rows], dtype=np.int64)
-    return Texts(kind, tuple(caption for _, caption in rows), labels, "", pairs)
+    return Texts(options.text, tuple(caption for _, caption in rows), labels, "", pairs)
 
 
-def identity_of(
-    model: VLM,
-    manifest: Any,
-    split: str,
-    items: Sequence[Any],
-    texts: Texts,
-    recorders: Mapping[str, Recorder],
-    batch_size: int,
-    precision: str,
-) -> dict[str, Any]:
+def identity_of(work: Work) -> dict[str, Any]:
     """Return all that feature values depend on, as JSON values."""
+    model, manifest, recorders, texts = work.model, work.manifest, work.recorders, work.texts
     order = sha256()
-    for item in items:
+    for item in work.items:
         order.update(f"{item.path}\0{item.label}\n".encode())
     words = sha256("\n".join(texts.texts).encode())
     return {
@@ -233,17 +179,17 @@ def identity_of(
         "weights": model.weights,
         "weights_hash": model.weights_hash,
         "preprocessing": dict(model.preprocess_config),
-        "precision": precision,
+        "precision": work.options.precision,
         "weights_precision": model.precision,
         "device": model.device.type,
         "pooling": {name: recorder.pooling for name, recorder in recorders.items()},
         "joint_pooling": {name: recorder.joint_pooling for name, recorder in recorders.items()},
         "spaces": list(next(iter(recorders.values())).spaces),
-        "batch_size": batch_size,
+        "batch_size": work.options.batch_size,
         "dataset": manifest.name,
         "manifest_hash": manifest.hash,
-        "split": split,
-        "items": len(items),
+        "split": work.split,
+        "items": len(work.items),
         "items_hash": order.hexdigest(),
         "text": texts.kind,
         "template": texts.template,

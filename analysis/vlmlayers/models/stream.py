@@ -24,6 +24,7 @@ from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.decoding import batches_of, told_of_dead_workers
 from vlmlayers.models.extract import prepare, refuse_hooks
 from vlmlayers.models.load import VLM
+from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features
 from vlmlayers.models.reduce import merge_over_processes
@@ -49,43 +50,21 @@ def stream(
     manifest: Any,
     split: str,
     *,
-    items: int | Sequence[Any] | None = None,
-    root: str | Path | None = None,
-    spaces: Sequence[str] = ("native", "joint"),
-    pooling: str | Mapping[str, str] | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    precision: str = "fp32",
     out: str | Path | None = None,
-    text: str = "prompts",
-    template: str | None = None,
-    seed: int = 0,
-    skip_unreadable: bool = False,
     sample: int = 200,
     save_seconds: float = 120.0,
-    progress: bool = True,
+    **options: Any,
 ) -> StreamingScores:
     """Run the items of a split through both towers and keep sums and a small sample of them.
 
     Args:
         model: What `load_model` returns.
         manifest: The dataset.
-        split: As in `extract`, like all arguments up to `skip_unreadable` but `out`.
-        items: See `extract`.
-        root: See `extract`.
-        spaces: See `extract`.
-        pooling: See `extract`.
-        batch_size: See `extract`.
-        workers: See `extract`.
-        precision: See `extract`.
+        split: `train`, `val` or `test`.
         out: Folder of the saved sums; a stopped run resumes there. None saves nothing.
-        text: See `extract`; of several captions the first one counts.
-        template: See `extract`.
-        seed: See `extract`.
-        skip_unreadable: See `extract`.
         sample: Items kept as they are; see `StreamingScores`.
         save_seconds: Time between two savings.
-        progress: Show a progress bar.
+        **options: All other keywords of `extract`; of several captions the first one counts.
 
     Returns:
         The sums over all processes, in every process; `.scores()` makes the table.
@@ -93,23 +72,7 @@ def stream(
     Raises:
         UserError: As `extract`.
     """
-    work, header, identity = prepare(
-        model,
-        manifest,
-        split,
-        items=items,
-        root=root,
-        spaces=spaces,
-        pooling=pooling,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        text=text,
-        template=template,
-        seed=seed,
-        skip_unreadable=skip_unreadable,
-        progress=progress,
-    )
+    work, header, identity = prepare(model, manifest, split, ExtractOptions(**options))
     if out is not None:
         refuse_hooks(model)
     run = _Run(work, header, {**identity, "sample": sample}, StreamingScores(sample), save_seconds)
@@ -196,7 +159,7 @@ class _Run:
 
     def _chunks(self) -> Iterator[tuple[list[int], Features, set[int]]]:
         """Yield rows, vision features and the numbers of the batches they came from."""
-        batches = batches_of(len(self.work.items), self.work.batch_size)
+        batches = batches_of(len(self.work.items), self.work.options.batch_size)
         share = self.processes.share(len(batches))
         left = [number for number in share if number not in self.done]
         recorder = self.work.recorders["vision"]
@@ -211,12 +174,12 @@ class _Run:
                 initial=sum(len(batches[b]) for b in share if b in self.done),
                 unit="image",
                 description=f"{self.work.manifest.name} {self.work.split}",
-                show=self.work.progress and self.processes.rank == 0,
+                show=self.work.options.progress and self.processes.rank == 0,
             ) as shown,
         ):
             for batch, good, images, bad in self.work.images(batches, left):
                 self.bad |= bad
-                if bad and not self.work.skip_unreadable:
+                if bad and not self.work.options.skip_unreadable:
                     continue  # it is done again once its images are repaired
                 numbers.add(batch)
                 if images is not None:
@@ -242,7 +205,7 @@ class _Run:
         recorder = self.work.recorders["text"]
         parts = []
         with recorder:
-            for rows in batches_of(len(texts), self.work.batch_size):
+            for rows in batches_of(len(texts), self.work.options.batch_size):
                 ids = self.work.model.tokenizer([texts[row] for row in rows])
                 parts.append(self.work.record(recorder, ids))
                 refuse_not_finite(parts[-1], rows, recorder, texts)

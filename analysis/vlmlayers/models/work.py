@@ -17,6 +17,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.models.decoding import Unreadable, batches_of, decode, told_of_dead_workers
 from vlmlayers.models.load import VLM
+from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features, Recorder
 from vlmlayers.models.sink import MemorySink, Sink
@@ -39,7 +40,7 @@ class Texts:
 
 @dataclass
 class Work:
-    """All that one extraction needs; see `extract` for the fields."""
+    """All that one extraction needs."""
 
     model: VLM
     manifest: Any
@@ -47,12 +48,7 @@ class Work:
     items: Sequence[Any]
     texts: Texts
     recorders: Mapping[str, Recorder]
-    root: Path | None
-    batch_size: int
-    workers: int
-    precision: str
-    skip_unreadable: bool
-    progress: bool
+    options: ExtractOptions
 
     def in_memory(self, header: Mapping[str, Any], identity: Mapping[str, Any]) -> LayerFeatures:
         """Return features held in memory."""
@@ -75,7 +71,7 @@ class Work:
     ) -> LayerFeatures:
         """Return memory-mapped features of a store: a whole one, a resumed one or a new one."""
         processes = Processes.current()
-        found = reuse(folder, identity, self.skip_unreadable)
+        found = reuse(folder, identity, self.options.skip_unreadable)
         if found is not None:
             return found
         self.refuse_missing()
@@ -93,8 +89,8 @@ class Work:
 
     def refuse_missing(self) -> None:
         """Refuse images that are not on disk, unless what cannot be read is to be left out."""
-        if not self.skip_unreadable:
-            self.manifest.refuse_missing(self.items, self.root)
+        if not self.options.skip_unreadable:
+            self.manifest.refuse_missing(self.items, self.options.place)
 
     def plans(self) -> dict[str, TowerPlan]:
         """Return ids, labels, batches and shapes of both towers."""
@@ -127,7 +123,7 @@ class Work:
         }
 
     def _batches(self, rows: int) -> list[list[int]]:
-        return batches_of(rows, self.batch_size)
+        return batches_of(rows, self.options.batch_size)
 
     def _fill(self, sink: Sink, processes: Processes) -> None:
         """Run the batches that are left for this process: images, then texts."""
@@ -145,7 +141,7 @@ class Work:
                 initial=finished,
                 unit="image",
                 description=f"{self.manifest.name} {self.split}",
-                show=self.progress and processes.rank == 0,
+                show=self.options.progress and processes.rank == 0,
             ) as shown,
         ):
             for batch, rows, images, bad in self.images(batches, left):
@@ -173,22 +169,22 @@ class Work:
             self.manifest,
             self.items,
             [batches[b] for b in left],
-            root=self.root,
+            root=self.options.place,
             preprocess=self.model.preprocess,
             size=self.model.image_size,
-            workers=self.workers,
+            workers=self.options.workers,
             pin=self.model.device.type == "cuda",
         )
         for batch, (rows, images, bad) in zip(left, stream):
             unreadable.reasons.update(bad)
             seen += len(rows) + len(bad)
-            if unreadable.hopeless(seen) and not self.skip_unreadable:
+            if unreadable.hopeless(seen) and not self.options.skip_unreadable:
                 unreadable.check(self.manifest.name, seen)
             yield batch, rows, images, bad
 
     def refuse_unreadable(self, bad: Mapping[int, str]) -> None:
         """Stop where images could not be read, unless they may be left out."""
-        if bad and (not self.skip_unreadable or len(bad) == len(self.items)):
+        if bad and (not self.options.skip_unreadable or len(bad) == len(self.items)):
             Unreadable(dict(bad)).check(self.manifest.name, len(self.items))
 
     def record(self, recorder: Recorder, batch: Tensor) -> Features:
@@ -197,7 +193,7 @@ class Work:
         batch = batch.to(device, non_blocking=True)
         if batch.is_floating_point():
             batch = batch.to(next(self.model.clip.parameters()).dtype)
-        with autocast(device, self.precision):
+        with autocast(device, self.options.precision):
             return recorder(batch)
 
 

@@ -102,6 +102,24 @@ class StageContext:
             )
         return Dataset(manifest, items, options)
 
+    def extract_options(self, data: Dataset) -> dict[str, Any]:
+        """Return the keyword arguments of `extract` and `stream` for one dataset, but `out`."""
+        options = self.study.extract
+        return {
+            "items": data.items,
+            "root": self.data_root,
+            "spaces": options.spaces,
+            "pooling": {str(tower): pooling for tower, pooling in options.pooling.items()} or None,
+            "batch_size": options.batch_size,
+            "workers": options.workers,
+            "precision": options.precision,
+            "text": data.options["text"],
+            "template": data.options["template"],
+            "seed": self.seed,
+            "skip_unreadable": options.skip_unreadable,
+            "progress": self.progress,
+        }
+
     def dataset_name(self, name: str) -> str:
         """Return a known name as it is; else the place of a manifest or folder of that name."""
         places = () if name in Manifest.names() else self._places(name)

@@ -100,26 +100,9 @@ def _refuse_missing(context: StageContext) -> None:
 def _extract_one(context: StageContext, model: Any, data: Dataset) -> Any:
     from vlmlayers.models import extract
 
-    options, store = context.study.extract, context.run.features / data.folder
+    store, options = context.run.features / data.folder, context.extract_options(data)
     try:
-        return extract(
-            model,
-            data.manifest,
-            data.options["split"],
-            items=data.items,
-            root=context.data_root,
-            spaces=options.spaces,
-            pooling={str(k): v for k, v in options.pooling.items()} or None,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            precision=options.precision,
-            out=store,
-            text=data.options["text"],
-            template=data.options["template"],
-            seed=context.seed,
-            skip_unreadable=options.skip_unreadable,
-            progress=context.progress,
-        )
+        return extract(model, data.manifest, data.options["split"], out=store, **options)
     except UserError as error:
         if "belongs to another extraction" not in str(error):
             raise

@@ -55,27 +55,16 @@ def stream_study(
     context = StageContext(
         Run(Path(out)), study, study.models[0], Path(base), root, echo, progress, device
     )
-    model, options = context.load_model(), study.extract
-    folder, total = context.run.folder / "streams", StreamingScores()
+    model, total = context.load_model(), StreamingScores()
+    folder = context.run.folder / "streams"
     for data in context.datasets:
         echo(f"stream   {data.manifest.name}: {len(data.items)} items ({data.folder})")
         found = stream(
             model,
             data.manifest,
             data.options["split"],
-            items=data.items,
-            root=root,
-            spaces=options.spaces,
-            pooling={str(k): v for k, v in options.pooling.items()} or None,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            precision=options.precision,
             out=folder / data.folder,
-            text=data.options["text"],
-            template=data.options["template"],
-            seed=context.seed,
-            skip_unreadable=options.skip_unreadable,
-            progress=progress,
+            **context.extract_options(data),
         )
         total = total.merge(found)
     if Processes.current().rank:
@@ -83,7 +72,7 @@ def stream_study(
     table = total.scores(metrics)
     _, text = write_scores(table, context.run.folder)
     context.run.record(
-        extract={**options.model_dump(mode="json"), "streaming": True},
+        extract={**study.extract.model_dump(mode="json"), "streaming": True},
         score={"metrics": sorted(set(table["metric"])), "options": {}},
         seed=context.seed,
         environment=environment(),
