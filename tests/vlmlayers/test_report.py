@@ -232,6 +232,7 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     run.choice.write_text(json.dumps(content))
     answer = read_answer(run.folder)
     assert answer.lead == "The data do not decide:"
+    assert read_answer(make_run(tmp_path / "sure", small=True).folder).lead.endswith("this).")
     assert dict(answer.facts())["Firmly chosen"].startswith("vision 6–12, text 5–12 (")
     assert answer.headline == (
         "Adapt blocks 5–12 of the vision tower and blocks 5–12 of the text tower."

@@ -216,7 +216,8 @@ class Answer:
     @property
     def lead(self) -> str:
         """The statement up to its doubts, for where these follow as a list."""
-        return self.choice.statement.removesuffix("; ".join(self.doubts) + ".").rstrip()
+        tail = f" {'; '.join(self.doubts)}." if self.doubts else ""
+        return self.choice.statement.removesuffix(tail)
 
     def _firm(self) -> dict[str, list[int]]:
         """Return the chosen blocks that most resamples choose, by resampled tower."""

@@ -483,7 +483,7 @@
       const paired = here.filter((e) => `${e.tower} × ${e.other}` === c.pair.value);
       fill(c.dataset, unique(paired.map((e) => e.dataset)).map((n) => [n, datasetLabel(n)]));
       const entry = paired.find((e) => e.dataset === c.dataset.value), label = DATA.metrics[c.metric.value].label;
-      caption(figure, `${DATA.metrics[c.metric.value].caption} n ${entry.n}. The bars at the axes mark the chosen blocks.`);
+      caption(figure, `${DATA.metrics[c.metric.value].caption} Shown here: n = ${entry.n}. The bars at the axes mark the chosen blocks.`);
       heatmap(figure.querySelector(".plot"), { rows: entry.rows, columns: entry.columns, values: entry.values, square: true,
         rowTower: entry.tower, columnTower: entry.other, measure: label, xLabel: `${title(entry.other)} position`, yLabel: `${title(entry.tower)} position`,
         name: (row, column) => `${entry.tower} ${row} × ${entry.other} ${column}`, alt: `${label}, ${c.pair.value}; the values are in the table below.` });
