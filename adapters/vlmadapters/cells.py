@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmadapters import parallel
-from vlmadapters.checkpoints import atomically
 from vlmlayers.errors import UserError
+from vlmlayers.files import atomically
 from vlmlayers.store import record_checksum
 
 try:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from vlmadapters.checksums import content_checksum
 from vlmadapters.config import MMAConfig
 from vlmadapters.mma import Adapter, new_adapter
 from vlmlayers.errors import UserError
+from vlmlayers.files import atomically
 from vlmlayers.models.checkpoints import BROKEN
 
 LOG = logging.getLogger("vlmlayers")
@@ -281,19 +280,6 @@ def _save_whole(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     atomically(path, lambda part: part.write_bytes(buffer.getvalue()))
-
-
-def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name and rename it when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.part")
-    try:
-        write(part)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _line(error: Exception) -> str:

@@ -144,8 +144,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
-    from vlmadapters.checkpoints import atomically
     from vlmadapters.targets import evaluate_adapters
+    from vlmlayers.files import atomically
 
     loaded = load_backbone(model, pretrained, random_weights, device)
     adapters = {path: _adapter(path, loaded, scale) for path in adapter or []}

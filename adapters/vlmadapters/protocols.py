@@ -22,7 +22,7 @@ import pandas as pd
 
 from vlmadapters import parallel
 from vlmadapters.cells import Cell, CellFolder, Rows
-from vlmadapters.checkpoints import atomically, save_adapter
+from vlmadapters.checkpoints import save_adapter
 from vlmadapters.config import MMAConfig
 from vlmadapters.evaluate import Case, Evaluator, Labels
 from vlmadapters.frozen import Backbone
@@ -31,6 +31,7 @@ from vlmadapters.results import COLUMNS, METHOD, UNMOVED, ZERO_SHOT, ZERO_SHOT_O
 from vlmadapters.targets import Dataset, Target, result_row
 from vlmadapters.train import Trainer, TrainResult
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import atomically
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.progress import bar
 

@@ -96,7 +96,7 @@ def train(context: Any) -> None:
     """
     import pandas as pd
 
-    from vlmadapters.checkpoints import atomically
+    from vlmlayers.files import atomically
 
     found = parts(context.study.train)
     model = context.load_model()

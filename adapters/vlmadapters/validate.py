@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 
 from vlmadapters import parallel
-from vlmadapters.checkpoints import atomically
 from vlmadapters.placement import DEFAULT_KINDS, KINDS, Competitor, competitors
 from vlmadapters.protocols import Experiment
 from vlmadapters.ranking import predicted_outcomes, predictors, rank_correlation
@@ -28,6 +27,7 @@ from vlmadapters.verdict import (
     verdict,
 )
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import atomically
 from vlmlayers.manifests import Manifest
 from vlmlayers.run import environment, write_json
 from vlmlayers.selection import parse_blocks, predict

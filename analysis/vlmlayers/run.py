@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import atomically, file_checksum
 
 PACKAGES = (
     "vlm-layers",
@@ -144,17 +145,7 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         UserError: The disk is full or the folder cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or choose another folder"
-        ) from error
-    return path
+    return atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def fingerprint(content: Any) -> str:
@@ -167,8 +158,7 @@ def file_hash(path: Path) -> str:
     """Return sixteen hexadecimal digits of a file's SHA-256; empty where there is no file."""
     if not path.is_file():
         return ""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return file_checksum(path)[:16]
 
 
 def environment() -> dict[str, Any]:

@@ -9,12 +9,9 @@ Work in progress lies beside it in `<store>.partial` and becomes the store by on
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.files import atomically, file_checksum
 
 SIDECAR = "store.json"
 ITEMS = "items.json"
@@ -129,45 +127,8 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON record with its checksum: whole or not at all."""
     body = {"format": FORMAT, **record}
     body["checksum"] = record_checksum(body)
-    write_atomically(file, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new, never a part."""
-    with writing(file):
-        draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            with draft.open("wb") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into one line for the user.
-
-    Raises:
-        UserError: Names the path, the reason, and that the work so far is kept.
-    """
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space" if full else "choose a folder that can be written"
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; {advice} and start again, what is "
-            "done so far is kept"
-        ) from error
-
-
-def file_checksum(file: Path) -> str:
-    """Return SHA-256 of a file's bytes."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    text = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def array_file(folder: Path, tower: str, space: str, position: str) -> Path:

@@ -16,25 +16,18 @@ from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
+from vlmlayers.files import DRAFTS, atomically, file_checksum, take_lock, writing
 from vlmlayers.store import (
     ITEMS,
     SIDECAR,
     FeatureStore,
     array_file,
-    file_checksum,
     partial_folder,
     read_record,
     read_sidecar,
     refuse_other_identity,
-    write_atomically,
     write_record,
-    writing,
 )
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes on one store are not told apart
-    fcntl = None  # type: ignore[assignment]
 
 Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
 _HEADER = 128  # bytes before the rows of a version 1.0 .npy file with a short header
@@ -242,7 +235,7 @@ class StoreWriter:
         with writing(self.partial):
             if bad:
                 source = self._without(bad)
-            for draft in source.rglob("*.tmp"):  # of a process that was killed while it wrote
+            for draft in source.rglob(DRAFTS):  # of a process that was killed while it wrote
                 draft.unlink()
             record = {name: self._part(source, name, bad) for name in self.towers}
             write_record(
@@ -284,7 +277,8 @@ class StoreWriter:
             "labels": [int(plan.labels[r]) for r in rows],
             "pairs": None if pairs is None else _renumber(pairs, rows, bad),
         }
-        write_atomically(folder / name / ITEMS, json.dumps(items).encode())
+        text = json.dumps(items)
+        atomically(folder / name / ITEMS, lambda part: part.write_text(text, encoding="utf-8"))
         arrays: dict[str, dict[str, Any]] = {}
         for space, widths in plan.widths.items():
             for position, width in widths.items():
@@ -309,25 +303,6 @@ class StoreWriter:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def take_lock(file: Path, folder: Path) -> IO[bytes] | None:
-    """Return a lock that holds until it is closed or this process ends.
-
-    Raises:
-        UserError: Another process holds it; names the folder.
-    """
-    if fcntl is None:
-        return None
-    lock = file.open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UserError(
-            f"another process is writing {folder}; wait for it or choose another folder"
-        ) from error
-    return lock
 
 
 def reuse(folder: Path, identity: Mapping[str, Any], skip_unreadable: bool) -> LayerFeatures | None:

@@ -18,6 +18,7 @@ import pytest
 import tiny
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import atomically
 from vlmlayers.models import extract
 from vlmlayers.store import (
     DamagedStore,
@@ -25,7 +26,6 @@ from vlmlayers.store import (
     differing_field,
     open_features,
     partial_folder,
-    write_atomically,
 )
 from vlmlayers.store_writer import StoreWriter
 
@@ -335,7 +335,7 @@ def test_a_failing_disk_gives_one_line_and_keeps_the_work(whole, tmp_path, monke
     with pytest.raises(UserError, match="cannot write .*start again, what is done") as caught:
         run(tmp_path / "s")
     assert os.strerror(number) in str(caught.value)
-    assert ("free some space" in str(caught.value)) == (number == errno.ENOSPC)
+    assert ("free space" in str(caught.value)) == (number == errno.ENOSPC)
     monkeypatch.setattr(store_writer, "_write_rows", real)
     rest = tiny.DrawnManifest()
     run(tmp_path / "s", rest)
@@ -349,7 +349,7 @@ def test_too_little_space_shows_before_the_first_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     manifest = tiny.DrawnManifest()
-    with pytest.raises(UserError, match="No space left on device; free some space"):
+    with pytest.raises(UserError, match="No space left on device; free space"):
         run(tmp_path / "s", manifest)
     assert manifest.opened == []
 
@@ -363,7 +363,7 @@ def test_a_real_small_file_system_that_fills_up(tmp_path):
     if done.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
-        with pytest.raises(UserError, match="free some space and start again"):
+        with pytest.raises(UserError, match="free space and start again"):
             run(mount / "s")
         subprocess.run(["mount", "-o", "remount,size=4m", mount], check=True)
         assert len(run(mount / "s").vision) == 22
@@ -377,14 +377,14 @@ def test_a_real_small_file_system_that_fills_up(tmp_path):
 
 def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     file = tmp_path / "x.json"
-    write_atomically(file, b"old")
+    atomically(file, lambda part: part.write_bytes(b"old"))
 
     def fail(_descriptor):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match="cannot write .*x.json: Input/output error"):
-        write_atomically(file, b"new")
+        atomically(file, lambda part: part.write_bytes(b"new"))
     assert file.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 

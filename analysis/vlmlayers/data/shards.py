@@ -9,7 +9,6 @@ index and a run resumes in the middle: both need access by number.
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vlmlayers.errors import UnreadableImage, UserError
-from vlmlayers.store import writing
+from vlmlayers.files import atomically
 
 IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"])
 LARGEST_TEXT = 1_000_000  # bytes of a .cls or .txt member
@@ -158,18 +157,13 @@ def write_shard(path: Path, samples: Iterable[tuple[int, NewSample]]) -> None:
             "writing shards needs the package webdataset; install it with "
             "`pip install 'vlm-layers[shards]'`"
         ) from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with writing(path):
-            with (
-                temporary.open("wb") as stream,
-                TarWriter(stream, encoder=False, mtime=0) as tar,
-            ):
-                for number, sample in samples:
-                    tar.write({"__key__": f"{number:08d}", **_members(sample)})
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(part: Path) -> None:
+        with part.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
+            for number, sample in samples:
+                tar.write({"__key__": f"{number:08d}", **_members(sample)})
+
+    atomically(path, write)
 
 
 def _members(sample: NewSample) -> dict[str, bytes]:

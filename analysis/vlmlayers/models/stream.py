@@ -20,6 +20,7 @@ import numpy as np
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.files import atomically, take_lock, writing
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.decoding import batches_of, told_of_dead_workers
 from vlmlayers.models.extract import prepare, refuse_hooks
@@ -34,11 +35,8 @@ from vlmlayers.store import (
     DamagedStore,
     read_record,
     refuse_other_identity,
-    write_atomically,
     write_record,
-    writing,
 )
-from vlmlayers.store_writer import take_lock
 from vlmlayers.streaming import DatasetSums, StreamingScores
 
 CHUNK = 1024  # images between two updates of the sums, whose cost does not depend on the images
@@ -267,7 +265,8 @@ class _Run:
         arrays["batches"] = np.array(sorted(self.own), np.int64)
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
-        write_atomically(folder / f"sums.{self.processes.rank}.npz", buffer.getvalue())
+        file = folder / f"sums.{self.processes.rank}.npz"
+        atomically(file, lambda part: part.write_bytes(buffer.getvalue()))
 
 
 def _joined(parts: Sequence[Features]) -> Features:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import atomically
 from vlmlayers.positions import TOWERS
 
 KEYS = ("vision", "text", "rule", "evidence")
@@ -67,15 +68,8 @@ class LayerChoice:
 
     def save(self, path: str | Path) -> Path:
         """Write `choice.json`; a half-written file never appears under the final name."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        part.write_text(
-            json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
-        part.replace(target)
-        return target
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return atomically(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | Path) -> LayerChoice:

@@ -1,0 +1,85 @@
+"""Files that appear whole or not at all, their checksums, and locks on folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import get_ident
+from typing import IO, Any
+
+from vlmlayers.errors import DISK, UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes on one store are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+DRAFTS = "*.part"  # what a process that was killed while it wrote leaves behind
+
+
+def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Write a file so that a crash leaves the old content or the new, never a part.
+
+    Args:
+        path: The file; its folder is made where absent.
+        write: Writes the file that it is handed, which is renamed when complete.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.part")
+        try:
+            write(part)
+            with part.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into one line for the user.
+
+    Raises:
+        UserError: Names the path, the reason, and that the work so far is kept.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = DISK.get(error.errno or 0, "choose a folder that can be written")
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; {advice} and start again, what is "
+            "done so far is kept"
+        ) from error
+
+
+def file_checksum(file: Path) -> str:
+    """Return SHA-256 of a file's bytes."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def take_lock(file: Path, folder: Path) -> IO[bytes] | None:
+    """Return a lock that holds until it is closed or this process ends.
+
+    Raises:
+        UserError: Another process holds it; names the folder.
+    """
+    if fcntl is None:
+        return None
+    lock = file.open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(
+            f"another process is writing {folder}; wait for it or choose another folder"
+        ) from error
+    return lock
