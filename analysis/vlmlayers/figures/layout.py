@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from vlmlayers import plots
 from vlmlayers.figures.captions import figure_latex
@@ -102,22 +101,6 @@ def mark_sweep(ax: Axes, means: pd.DataFrame) -> None:
                         textcoords="offset points")  # fmt: skip
     ax.set_xticks(places, means.label, rotation=0, ha="center", rotation_mode="default")
     ax.set_xlabel("First adapted block, up to the last")
-
-
-def drop_overlapping_texts(figure: Figure, ax: Axes) -> None:
-    """Remove labels of points that would cover a point or an earlier label, or leave the axes."""
-    figure.draw_without_rendering()
-    frame = ax.get_window_extent()
-    kept: list[Bbox] = []
-    dots = [ax.transData.transform(drawn.get_offsets()) for drawn in ax.collections]
-    points = [tuple(point) for offsets in dots for point in offsets]
-    for text in list(ax.texts):
-        box = text.get_window_extent()
-        covers = any(box.padded(3).contains(*point) for point in points)
-        if covers or box.x1 > frame.x1 or any(box.overlaps(other) for other in kept):
-            text.remove()
-        else:
-            kept.append(box)
 
 
 def save(

@@ -14,7 +14,6 @@ from vlmlayers import plots
 from vlmlayers.figures.captions import JOINT, scored, trained
 from vlmlayers.figures.inputs import Folders, MissingTable, as_folders, read, select
 from vlmlayers.figures.layout import (
-    drop_overlapping_texts,
     finish,
     legend_of_choice,
     mark_sweep,
@@ -29,6 +28,7 @@ from vlmlayers.figures.outcomes import (
     start_block,
     sweep,
 )
+from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import with_source
 from vlmlayers.plots.style import axis_label, category
 from vlmlayers.positions import FINAL
@@ -163,7 +163,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
         drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 3)
     for ax in axes:
-        drop_overlapping_texts(figure, ax)
+        drop_overlapping_texts(ax)
     caption = trained(
         "Quality predicted from the scores against the trained harmonic mean, one point per "
         "placement; mean over datasets and seeds. Kendall's τ stands above each panel",

@@ -137,7 +137,8 @@ def predicted_vs_trained(
                 textcoords="offset points",
                 color="#444444",
             )
-        ax.set_xlabel(predicted.replace("_", " ").capitalize())
+        words = predicted.replace("metric:", "mean of ").replace("_", " ")
+        ax.set_xlabel(words[:1].upper() + words[1:])
         ax.set_ylabel("Trained harmonic mean (%)")
         ax.legend(loc="best")
         return ax
@@ -152,5 +153,24 @@ def cost(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
     _need(outcomes, "placement", "hm", "parameters")
     with style():
         ax = predicted_vs_trained(outcomes, "parameters", ax)
-        ax.set_xlabel("Trainable parameters")
+        ax.set_xlabel("Trainable parameters (thousands)")
+        ax.xaxis.set_major_formatter(lambda value, place: f"{value / 1000:g}")
         return ax
+
+
+def drop_overlapping_texts(ax: Axes) -> Axes:
+    """Remove labels of points that would cover a point or an earlier label, or leave the axes."""
+    figure: Any = ax.figure
+    figure.draw_without_rendering()
+    frame = ax.get_window_extent()
+    kept: list[Any] = []
+    dots = [ax.transData.transform(drawn.get_offsets()) for drawn in ax.collections]
+    points = [tuple(point) for offsets in dots for point in offsets]
+    for text in list(ax.texts):
+        box = text.get_window_extent()
+        covers = any(box.padded(3).contains(*point) for point in points)
+        if covers or box.x1 > frame.x1 or any(box.overlaps(other) for other in kept):
+            text.remove()
+        else:
+            kept.append(box)
+    return ax

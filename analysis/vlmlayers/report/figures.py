@@ -13,6 +13,7 @@ import pandas as pd
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import slug, with_source
 from vlmlayers.plots.style import mark_random
 from vlmlayers.report.numbers import Answer, read_answer
@@ -181,15 +182,20 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
     frame, validation = answer.validation.outcomes(), answer.validation
     yield Plan(
         "placement-sweep",
-        f"Trained accuracy at each placement, {_source(answer)}.",
-        lambda: mark_random(plots.placement_sweep(frame), answer.random_weights),
+        f"Trained accuracy at each placement, {_source(answer)}. Means over datasets and seeds. "
+        "Joined: the sweep of the first adapted block. Shaded: the chosen placement. Intervals "
+        "stand in the table; they are wide because datasets differ.",
+        lambda: mark_random(
+            plots.placement_sweep(frame.drop(columns=["hm_low", "hm_high"], errors="ignore")),
+            answer.random_weights,
+        ),
         lambda: frame,
     )
     if "parameters" in frame.columns:
         yield Plan(
             "cost",
             f"Trained harmonic mean against trainable parameters, {_source(answer)}.",
-            lambda: mark_random(plots.cost(frame), answer.random_weights),
+            lambda: mark_random(drop_overlapping_texts(plots.cost(frame)), answer.random_weights),
             lambda: frame,
         )
     if len(validation.predicted) and len(validation.correlations):
@@ -201,9 +207,11 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
         if len(merged):
             yield Plan(
                 "predicted-trained",
-                f"Placement score {best} against trained outcome, {_source(answer)}.",
+                f"Placement score {best} against the trained harmonic mean, {_source(answer)}. "
+                "One point per placement.",
                 lambda: mark_random(
-                    plots.predicted_vs_trained(merged, best), answer.random_weights
+                    drop_overlapping_texts(plots.predicted_vs_trained(merged, best)),
+                    answer.random_weights,
                 ),
                 lambda: merged,
             )
