@@ -8,13 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmadapters.options import (
-    DataRoot,
-    Device,
     Limit,
-    Model,
-    Pretrained,
-    Quiet,
-    RandomWeights,
     Workers,
     load_backbone,
     read_pairs,
@@ -23,6 +17,7 @@ from vlmadapters.options import (
     read_seeds,
 )
 from vlmadapters.validate_verb import validate
+from vlmlayers.cli.options import DataRoot, Device, Model, Pretrained, Quiet, RandomWeights
 
 __all__ = ["evaluate", "train", "validate"]
 
@@ -81,7 +76,7 @@ def train(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train MMA by a protocol of the paper and test it, beside zero-shot CLIP.
+    """Train MMA by a protocol of the paper, beside zero-shot CLIP.
 
     A stopped run goes on with the same command. Several GPUs:
     `torchrun --nproc-per-node N -m vlmlayers train …`.

@@ -1,4 +1,4 @@
-"""Options that the verbs `train`, `evaluate` and `validate` share, and what they mean."""
+"""Options of the verbs `train`, `evaluate` and `validate` alone, and what they mean."""
 
 from __future__ import annotations
 
@@ -9,26 +9,8 @@ import typer
 
 from vlmlayers.errors import UserError
 
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-root", help="Folder that the datasets lie in; else VLMLAYERS_DATA, else ./data."
-    ),
-]
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Architecture, mini-clip, or a folder with open_clip_config.json and weights."
-    ),
-]
-Pretrained = Annotated[str | None, typer.Option(help="Tag or checkpoint file.")]
-RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="An untrained model; every output says so.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
 Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
 def load_backbone(model: str, pretrained: str | None, random_weights: bool, device: str) -> Any:

@@ -9,18 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from vlmadapters.options import (
-    DataRoot,
-    Device,
     Limit,
-    Model,
-    Pretrained,
-    Quiet,
-    RandomWeights,
     Workers,
     load_backbone,
     read_recipe,
     read_seeds,
 )
+from vlmlayers.cli.options import DataRoot, Device, Model, Pretrained, Quiet, RandomWeights
 from vlmlayers.errors import UserError
 
 
@@ -69,7 +64,7 @@ def validate(
     data_root: DataRoot = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train at the chosen layers and at competing placements; say whether the choice was good.
+    """Train at the chosen layers and elsewhere: was the choice good?
 
     A stopped run goes on with the same command. Several processes may share the work: start the
     same command twice.

@@ -15,6 +15,7 @@ import pytest
 from run_folders import make_run, tiny_clip
 
 from vlmlayers import cli
+from vlmlayers.cli import extensions
 from vlmlayers.errors import UserError
 from vlmlayers.run import Run
 from vlmlayers.study.verbs import parse_settings
@@ -217,7 +218,7 @@ def test_a_broken_extension_says_so(call, monkeypatch) -> None:  # type: ignore[
         def load() -> object:
             raise ImportError("no module named lost")
 
-    monkeypatch.setattr(cli, "_extensions", lambda: {"broken": Broken()})
+    monkeypatch.setattr(extensions, "_extensions", lambda: {"broken": Broken()})
     code, _, err = call("broken")
     assert code == 2 and "cannot be loaded: no module named lost" in err
 

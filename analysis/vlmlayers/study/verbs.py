@@ -1,4 +1,4 @@
-"""What the table verbs of the command line do: `score`, `select`, and their options."""
+"""What the verbs `extract`, `score` and `select` do with what was typed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,39 @@ from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.run import Run, environment
-from vlmlayers.study.schema import DEFAULT_METRICS
+from vlmlayers.study.schema import DEFAULT_METRICS, Study, check_study
+
+
+def study_of(
+    model: str,
+    datasets: Sequence[str],
+    *,
+    pretrained: str | None,
+    random_weights: bool,
+    adapter: Path | None,
+    seed: int,
+    **extraction: Any,
+) -> Study:
+    """Return the study that the arguments of `vlmlayers extract` describe.
+
+    Args:
+        model: Architecture, or a folder with a model.
+        datasets: Names, TOML files or image folders.
+        pretrained: Tag or checkpoint file.
+        random_weights: Whether the model is untrained.
+        adapter: Trained adapter to attach.
+        seed: Seed of the draw of items.
+        **extraction: Keys of the table `[extract]`.
+    """
+    local = Path(model).is_dir()
+    part = {
+        "path" if local else "name": str(Path(model).resolve()) if local else model,
+        "pretrained": pretrained,
+        "random_weights": random_weights,
+        "adapter": str(adapter.resolve()) if adapter else "",
+    }
+    content = {"models": [part], "datasets": datasets, "seed": seed, "extract": extraction}
+    return check_study(content, "the command line")
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""The verbs `data list`, `data check` and `data shards`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmlayers.cli.options import DataRoot, Quiet
+
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Datasets: what is known, what is on disk."
+)
+
+
+@data_app.command("list")
+def data_list(data_root: DataRoot = None) -> None:
+    """What is known: every dataset with its classes, items and licence."""
+    from vlmlayers.manifests import list_table
+    from vlmlayers.text_tables import text_table
+
+    table = list_table(data_root).drop(columns=["kind", "layout"])
+    table["here"] = table["here"].map({True: "yes", False: ""})
+    table = table.rename(columns={"classes": "class"})
+    typer.echo(text_table(table, widths={"title": 15, "licence": 8}))
+
+
+@data_app.command("check")
+def data_check(
+    names: Annotated[list[str] | None, typer.Argument(help="Datasets; all where absent.")] = None,
+    data_root: DataRoot = None,
+    full: Annotated[bool, typer.Option("--full", help="Decode every image.")] = False,
+) -> None:
+    """What is on disk, missing or altered, and where to get it."""
+    from vlmlayers.manifests import check_table, exit_code
+
+    table = check_table(names or (), data_root, full)
+    for line in table["line"]:
+        typer.echo(line)
+    raise typer.Exit(exit_code(table, names or ()))
+
+
+@data_app.command("shards")
+def data_shards(
+    name: Annotated[str, typer.Argument(help="Dataset: a name, TOML file or image folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the shards and their manifest.toml.")],
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", help="A split; repeatable; all where absent.")
+    ] = None,
+    per_shard: Annotated[int, typer.Option(help="Items in one tar file.")] = 1000,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a dataset to webdataset shards with a manifest."""
+    from vlmlayers.manifests import Manifest, write_shards
+
+    manifest = Manifest.load(name)
+    chosen = splits or manifest.splits(data_root)
+    written = write_shards(manifest, chosen, out, per_shard, data_root, progress=not quiet)
+    typer.echo(f"{Manifest.load(str(written)).check().line()}\n{written}")

@@ -1,0 +1,80 @@
+"""The verbs that installed packages add, and the order in which help shows all of them."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from vlmlayers.errors import UserError
+
+VERBS = "vlmlayers.verbs"
+RESUME = "Stopped. Start the same command again to continue where it was."
+ORDER = (
+    "demo",
+    "study",
+    "data",
+    "models",
+    "extract",
+    "score",
+    "select",
+    "train",
+    "evaluate",
+    "validate",
+    "report",
+    "figures",
+)
+
+
+class Verbs(TyperGroup):
+    """The verbs of this package and, loaded when asked for, those of installed extensions."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the verbs in the order in which they are used."""
+        names = {*super().list_commands(ctx), *_extensions()}
+        return sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a verb."""
+        own = super().get_command(ctx, cmd_name)
+        return own if own is not None else _extension(cmd_name)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb; Ctrl-C ends it in one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo(f"\n{RESUME}", err=True)
+            raise typer.Exit(130) from None
+
+
+def _extensions() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=VERBS)}
+
+
+def _extension(name: str) -> Any:
+    point = _extensions().get(name)
+    if point is None:
+        return None
+    made = typer.Typer(add_completion=False, rich_markup_mode=None)
+    try:
+        function = point.load()
+    except (ImportError, AttributeError) as error:
+        reason = str(error)
+
+        def function() -> None:
+            raise UserError(
+                f"the verb {name!r} cannot be loaded: {reason}; "
+                "install the package that offers it again"
+            )
+
+        function.__doc__ = "Not available in this installation."
+    if isinstance(function, typer.Typer):
+        command = typer.main.get_command(function)
+    else:
+        made.command(name)(function)
+        command = typer.main.get_command(made)
+    command.name = name
+    return command

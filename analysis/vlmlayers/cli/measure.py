@@ -1,0 +1,183 @@
+"""The verbs from a model to a choice: `models`, `extract`, `score` and `select`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmlayers.cli.options import (
+    DataRoot,
+    Device,
+    Model,
+    Pretrained,
+    Quiet,
+    RandomWeights,
+    Settings,
+)
+from vlmlayers.errors import UserError
+from vlmlayers.run import is_first_process
+
+
+def models(
+    check: Annotated[
+        bool, typer.Option("--check", help="Build every architecture and find its towers.")
+    ] = False,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Architectures; all where absent.")
+    ] = None,
+) -> None:
+    """The open_clip models: blocks, widths and pooling per tower."""
+    from vlmlayers.study.catalogue import models_text
+
+    typer.echo(models_text(names or None, check=check))
+
+
+def extract(
+    model: Model,
+    datasets: Annotated[list[str], typer.Argument(help="Names, TOML files or image folders.")],
+    out: Annotated[Path, typer.Option(help="Run folder.")],
+    pretrained: Pretrained = None,
+    random_weights: RandomWeights = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Trained adapter; the features are those of the adapted model."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "train",
+    items: Annotated[int, typer.Option(help="Items per dataset, 0 for all.")] = 0,
+    text: Annotated[str, typer.Option(help="prompts or captions.")] = "prompts",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,
+    workers: Annotated[int, typer.Option(help="Decoding processes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of items.")] = 0,
+    present_only: Annotated[
+        bool, typer.Option("--present-only", help="Leave out items that are not on disk.")
+    ] = False,
+    skip_unreadable: Annotated[
+        bool,
+        typer.Option("--skip-unreadable", help="Leave unreadable images out instead of stopping."),
+    ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Measure one batch, say what it will cost, and stop."),
+    ] = False,
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming", help="Store no features: sum them as they are made, and score the sums."
+        ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace features of another extraction.")
+    ] = False,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Record every position of both towers into RUN/features.
+
+    Several processes share the work, one per GPU:
+    `torchrun --nproc-per-node N -m vlmlayers extract …`.
+    """
+    from vlmlayers.study import run_study
+    from vlmlayers.study.estimating import estimate_study
+    from vlmlayers.study.streams import stream_study
+    from vlmlayers.study.verbs import study_of
+
+    made = study_of(
+        model,
+        datasets,
+        pretrained=pretrained,
+        random_weights=random_weights,
+        adapter=adapter,
+        seed=seed,
+        split=split,
+        items=items,
+        text=text,
+        precision=precision,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        present_only=present_only,
+        skip_unreadable=skip_unreadable,
+    )
+    if estimate:
+        typer.echo(estimate_study(made, out, data_root=data_root))
+        return
+    first = is_first_process()
+    shown: dict[str, Any] = {
+        "progress": not quiet,
+        "echo": typer.echo if first else lambda line: None,
+    }
+    if streaming:
+        done = stream_study(made, out, data_root=data_root, **shown)
+        if first:
+            typer.echo(done)
+        return
+    run_study(made, out, data_root=data_root, only=["extract"], force=force, **shown)
+
+
+def score(
+    run: Annotated[Path | None, typer.Argument(help="Run folder with features.")] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", "-m", help="A metric; repeatable; the first ones where absent."),
+    ] = None,
+    settings: Settings = None,
+    show: Annotated[
+        bool, typer.Option("--list", help="Say what each metric is, and stop.")
+    ] = False,
+    streaming: Annotated[
+        bool,
+        typer.Option("--streaming", help="Flat in memory: only scores that are sums over items."),
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes; one per core, at most 8, where absent and worth it.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score every position: features in, score table out."""
+    from vlmlayers.study import verbs
+
+    if show:
+        typer.echo(verbs.metrics_text(metrics))
+        return
+    if run is None:
+        raise UserError("vlmlayers score needs a run folder; make one with `vlmlayers extract`")
+    typer.echo(
+        verbs.score_run(
+            run,
+            metrics,
+            verbs.parse_settings(settings or []),
+            streaming=streaming,
+            jobs=jobs,
+            progress=not quiet,
+        )
+    )
+
+
+def select(
+    run: Annotated[Path, typer.Argument(help="Run folder, or a score table.")],
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="threshold, knee, budget, paper, all, explicit, an "
+            "installed rule, or path.py:function."
+        ),
+    ] = "threshold",
+    settings: Settings = None,
+    resamples: Annotated[int, typer.Option(help="Resampled tables behind the stability.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The choice.json to write.")] = None,
+) -> None:
+    """Choose the layers to adapt: scores in, choice.json out."""
+    from vlmlayers.study import verbs
+
+    typer.echo(
+        verbs.select_run(run, rule, verbs.parse_settings(settings or []), resamples, seed, out)
+    )

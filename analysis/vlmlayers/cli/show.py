@@ -1,0 +1,54 @@
+"""The verbs that show a run: `report` and `figures`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several make a comparison.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison; the current one where absent.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Heading.")] = "",
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", hidden=True, help="Accepted for symmetry; a report is always written."
+        ),
+    ] = False,
+) -> None:
+    """Write the report of a run, or a comparison of several."""
+    from vlmlayers.report import write_comparison, write_report
+
+    if len(runs) == 1:
+        typer.echo(f"report {write_report(runs[0], title=title)}")
+        return
+    typer.echo(f"report {write_comparison(runs, out or Path(), title or 'Comparison')}")
+
+
+def figures(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="svg, png, pdf; repeatable.")
+    ] = None,
+    paper: Annotated[
+        Path | None,
+        typer.Option(help="Draw the paper's figures and tables of all runs together, in here."),
+    ] = None,
+) -> None:
+    """Draw the figures of runs again, each with its table."""
+    if paper is not None:
+        from vlmlayers.figures import draw_all
+
+        for outcome in draw_all(runs, paper):
+            typer.echo(outcome.line)
+        return
+    from vlmlayers.report import write_figures
+
+    for run in runs:
+        for path in write_figures(run, formats=tuple(formats or ("svg", "png", "pdf"))):
+            typer.echo(str(path))

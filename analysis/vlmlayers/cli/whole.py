@@ -1,0 +1,70 @@
+"""The verbs that go the whole way: `demo` and `study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmlayers.cli.options import DataRoot, Quiet
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="Run on an untrained model; every output says so."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run every stage again.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole way on the miniature CLIP and built-in datasets."""
+    from vlmlayers.study.demo import run_demo
+
+    for line in run_demo(
+        out, random_weights=random_weights, force=force, progress=not quiet, echo=typer.echo
+    ):
+        typer.echo(line)
+
+
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; runs/<name of the study file> where absent.")
+    ] = None,
+    data_root: DataRoot = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Run this stage only; repeatable.")
+    ] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Run from this stage on.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option("--skip", help="Leave this stage out; repeatable.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run stages again even where nothing changed.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; else the study's.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The whole way on your model and data; resumes stage by stage.
+
+    Stages: extract, score, select, train, validate, report.
+    """
+    from vlmlayers.study import read_study, run_study
+
+    made = read_study(file)
+    run_study(
+        made,
+        out or Path("runs") / file.stem,
+        base=file.parent,
+        source=file.read_text(encoding="utf-8"),
+        data_root=data_root,
+        only=only or (),
+        start=start,
+        skip=skip or (),
+        force=force,
+        device=device,
+        progress=not quiet,
+        echo=typer.echo,
+    )
