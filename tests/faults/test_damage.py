@@ -328,6 +328,34 @@ def test_a_data_root_that_disappears_during_the_run(
     assert content(tmp_path / "s") == content(tmp_path / "whole")
 
 
+def test_a_data_root_that_disappears_during_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = images(tmp_path / "colours", each=4)
+    options: dict[str, Any] = {"seeds": (1,), "progress": False}
+
+    def work(out: Path) -> Any:
+        found = base_to_novel(shared_backbone(), [str(folder)], RECIPE, out, **options)
+        return found.drop(columns="seconds")
+
+    whole = work(tmp_path / "whole")
+    real = Manifest.open_image
+
+    def vanishing(self: Manifest, item: Any, root: Any = None, size: Any = None) -> Any:
+        if item.path.startswith("train/") and folder.exists():  # zero-shot CLIP is tested by then
+            folder.rename(tmp_path / "gone")
+        return real(self, item, root, size)
+
+    with monkeypatch.context() as during:
+        during.setattr(Manifest, "open_image", vanishing)
+        with pytest.raises(UserError, match="the image .*colours.* is missing"):
+            work(tmp_path / "o")
+    assert (tmp_path / "gone").exists()
+    assert list((tmp_path / "o" / "cells").iterdir())
+    (tmp_path / "gone").rename(folder)
+    assert work(tmp_path / "o").equals(whole)
+
+
 def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
     from vlmlayers.errors import printable
 

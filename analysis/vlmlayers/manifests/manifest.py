@@ -103,8 +103,10 @@ class Manifest:
 
     def place(self, root: Root = None) -> Place:
         """Return where the dataset lies under a data root."""
-        source = self.source
-        beside = source if source is None or source.is_dir() else source.parent
+        beside = self.source
+        if beside is not None and not beside.is_dir():
+            # A folder of images that has disappeared since is still that folder.
+            beside = beside.parent if beside.is_file() or beside.suffix == ".toml" else beside
         return Place(self.name, self.spec, data_root(root), beside)
 
     def splits(self, root: Root = None) -> tuple[str, ...]:
