@@ -20,12 +20,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
+from vlmadapters.machine import available_memory
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
 
 T = TypeVar("T")
 TRIES = 10
-KEEP_BYTES = 2 << 30
+KEEP_BYTES, KEEP_SHARE = 2 << 30, 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Images:
         model: The model, for its preprocessing.
         manifest: The dataset.
         root: The data root.
-        keep: Bytes that decoded images may take in all.
+        keep: Bytes that decoded images may take in all. None takes 2 GiB, or a quarter of what
+            the machine has left where that is less: a protocol holds many datasets at once.
         workers: Threads that decode and crop; 0 works in the calling thread.
 
     Raises:
@@ -93,11 +95,13 @@ class Images:
         manifest: Manifest,
         root: Any = None,
         *,
-        keep: int = KEEP_BYTES,
+        keep: int | None = None,
         workers: int = 0,
     ) -> None:
         if workers < 0:
             raise UserError(f"workers is {workers}; it must be 0 or more")
+        if keep is None:
+            keep = min(KEEP_BYTES, available_memory(torch.device("cpu")) // KEEP_SHARE)
         self.manifest, self.root, self.keep, self.used = manifest, root, keep, 0
         self.transform, self.device = model.preprocess, model.device
         size = model.clip.visual.image_size

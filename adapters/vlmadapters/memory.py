@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vlmadapters.config import MMAConfig
 from vlmadapters.frozen import Backbone
+from vlmadapters.machine import available_memory
 from vlmadapters.walk import Walk
 from vlmlayers.errors import UserError
 
 # Values kept per token and unit of width in a block with a graph: input and statistics of two
 # norms, three attention inputs and its output, four wide hidden units, two residual sums, adapter.
 KEPT, TRANSIENT = 14, 20
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def estimate_memory(
@@ -63,35 +61,6 @@ def view_tokens(backbone: Backbone) -> int:
 def view_bytes(backbone: Backbone, views: int, starts: int) -> int:
     """Return the bytes that the frozen activations of some views take at `starts` blocks."""
     return 4 * views * starts * view_tokens(backbone) * backbone.vision.tower.width
-
-
-def available_memory(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device; huge where nothing says."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return min(_machine_memory(), _cgroup_memory())
-
-
-def _machine_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line[:13] == "MemAvailable:")
-    except (OSError, StopIteration):  # not Linux: what is free, without what caches could give
-        if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-            return 1 << 62
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _cgroup_memory() -> int:
-    """Return what the container may still take: its limit less what it cannot give back."""
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 1 << 62  # no container, or one without a limit, whose file says "max"
-    return limit - used + int(stat.get("inactive_file", 0))
 
 
 def check_memory(

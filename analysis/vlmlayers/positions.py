@@ -10,7 +10,6 @@ from vlmlayers.errors import UserError, check_one_of
 EMBED, FINAL, PROJ = "embed", "final", "proj"
 TOWERS = ("vision", "text")
 SPACES = ("native", "normed", "joint")
-POOLINGS = ("cls", "eot", "mean", "model")
 
 
 def tower_positions(blocks: int, space: str = "native") -> tuple[str, ...]:

@@ -61,6 +61,15 @@ def test_evaluation_images_are_what_the_models_transform_gives() -> None:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_decoded_images_leave_the_machine_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven datasets of two gigabytes each would not fit into a laptop."""
+    model = shared_backbone()
+    for free, keep in ((4_000_000, 1_000_000), (1 << 40, 2 << 30)):
+        monkeypatch.setattr("vlmadapters.images.available_memory", lambda device, free=free: free)
+        assert Images(model, MANIFEST).keep == keep
+    assert Images(model, MANIFEST, keep=7).keep == 7
+
+
 def test_threads_and_a_full_memory_change_nothing() -> None:
     model, items = shared_backbone(), MANIFEST.items("train")[:8]
     augmentation = Augmentation()

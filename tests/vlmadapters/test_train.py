@@ -24,7 +24,8 @@ from vlmadapters.evaluate import Case, Evaluator
 from vlmadapters.fewshot import base_or_novel, few_shot
 from vlmadapters.frozen import Backbone
 from vlmadapters.images import Images
-from vlmadapters.memory import available_memory, estimate_memory
+from vlmadapters.machine import available_memory
+from vlmadapters.memory import estimate_memory
 from vlmadapters.mma import Adapter
 from vlmadapters.recipes import Savings, TrainConfig
 from vlmadapters.train import Trainer, TrainResult
@@ -186,7 +187,7 @@ def test_a_step_that_would_not_fit_is_refused_before_it_starts(
 def test_a_containers_limit_counts_as_memory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("vlmadapters.memory.CGROUP", tmp_path)
+    monkeypatch.setattr("vlmadapters.machine.CGROUP", tmp_path)
     cpu = torch.device("cpu")
     free = available_memory(cpu)
     assert 1 << 20 < free < 1 << 50

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import file_checksum
 from vlmlayers.manifests.items import checked_path
 from vlmlayers.manifests.schema import Spec
 
@@ -123,8 +123,7 @@ def file_hash(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _file_hash(stamp: tuple[str, int, int]) -> str:
-    with Path(stamp[0]).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return file_checksum(Path(stamp[0]))
 
 
 def read_text(path: Path) -> str:

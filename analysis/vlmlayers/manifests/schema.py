@@ -22,7 +22,6 @@ from vlmlayers.errors import UserError, nearest
 from vlmlayers.manifests.items import SPLITS, checked_path
 
 DEFAULT_TEMPLATE = "a photo of a {}."
-LAYOUTS = ("coop", "folder", "table", "lists", "captions", "shards", "huggingface", "builtin")
 LARGEST_TOML = 4_000_000  # bytes; a manifest is some hundred lines, never megabytes
 
 
@@ -90,7 +89,7 @@ class Spec(BaseModel):
         folder: The dataset's folder under the data root; one that starts with `.` lies beside
             the TOML file.
         images: Folder under `folder` to which the items' paths are relative.
-        layout: One of `LAYOUTS`.
+        layout: How the dataset lies on the disk.
         split_file: Candidates under the data root for the split, table or captions file.
         split_sha256: Known hashes of that file; empty where none is known.
         split_files: One file per split, under `folder` (layouts `table` and `lists`).

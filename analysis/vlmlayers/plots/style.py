@@ -32,7 +32,7 @@ CATEGORY_COLOURS = (
 )
 CATEGORY_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 CHANCE_COLOUR = "#6B6B6B"
-SEQUENTIAL, DIVERGING = "cividis", "RdBu_r"
+SEQUENTIAL = "cividis"
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
