@@ -32,7 +32,8 @@ def train(
         str, typer.Option(help="base-to-novel, few-shot, cross-dataset or domain-generalization.")
     ] = "base-to-novel",
     target: Annotated[
-        list[str] | None, typer.Option(help="Dataset tested by transfer; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Dataset tested by transfer; repeatable."),
     ] = None,
     recipe: Annotated[
         str,
@@ -43,7 +44,8 @@ def train(
     placement: Annotated[
         list[str] | None,
         typer.Option(
-            help="Blocks, as in 5-12 or v5-12,t7-12; repeatable; the recipe's where absent."
+            metavar="<str>",
+            help="Blocks, as in 5-12 or v5-12,t7-12; repeatable; the recipe's where absent.",
         ),
     ] = None,
     choice: Annotated[Path | None, typer.Option(help="A choice.json to train at.")] = None,
@@ -117,12 +119,14 @@ def evaluate(
     adapter: Annotated[
         list[Path] | None,
         typer.Option(
+            metavar="<path>",
             help="Trained adapter: .safetensors of ours or the authors' .pth.tar; repeatable. None "
-            "evaluates zero-shot CLIP alone."
+            "evaluates zero-shot CLIP alone.",
         ),
     ] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(help="Classes tested: all, base or novel; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Classes tested: all, base or novel; repeatable."),
     ] = None,
     template: Annotated[str, typer.Option(help="Prompt template.")] = "a photo of a {}.",
     scale: Annotated[

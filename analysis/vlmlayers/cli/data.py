@@ -46,7 +46,8 @@ def data_shards(
     name: Annotated[str, typer.Argument(help="Dataset: a name, TOML file or image folder.")],
     out: Annotated[Path, typer.Option(help="Folder of the shards and their manifest.toml.")],
     splits: Annotated[
-        list[str] | None, typer.Option("--split", help="A split; repeatable; all where absent.")
+        list[str] | None,
+        typer.Option("--split", metavar="<str>", help="A split; repeatable; all where absent."),
     ] = None,
     per_shard: Annotated[int, typer.Option(help="Items in one tar file.")] = 1000,
     data_root: DataRoot = None,

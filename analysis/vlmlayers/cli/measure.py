@@ -122,7 +122,12 @@ def score(
     run: Annotated[Path | None, typer.Argument(help="Run folder with features.")] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option("--metric", "-m", help="A metric; repeatable; the first ones where absent."),
+        typer.Option(
+            "--metric",
+            "-m",
+            metavar="<str>",
+            help="A metric; repeatable; the first ones where absent.",
+        ),
     ] = None,
     settings: Settings = None,
     show: Annotated[

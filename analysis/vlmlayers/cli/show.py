@@ -33,7 +33,8 @@ def report(
 def figures(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="svg, png, pdf; repeatable.")
+        list[str] | None,
+        typer.Option("--format", metavar="<str>", help="svg, png, pdf; repeatable."),
     ] = None,
     paper: Annotated[
         Path | None,

@@ -35,11 +35,13 @@ def study(
     ] = None,
     data_root: DataRoot = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Run this stage only; repeatable.")
+        list[str] | None,
+        typer.Option("--only", metavar="<str>", help="Run this stage only; repeatable."),
     ] = None,
     start: Annotated[str | None, typer.Option("--from", help="Run from this stage on.")] = None,
     skip: Annotated[
-        list[str] | None, typer.Option("--skip", help="Leave this stage out; repeatable.")
+        list[str] | None,
+        typer.Option("--skip", metavar="<str>", help="Leave this stage out; repeatable."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Run stages again even where nothing changed.")
