@@ -140,6 +140,18 @@ def test_a_flipped_byte_in_a_score_table(tmp_path: Path, name: str) -> None:
         assert str(file) in str(caught.value)
 
 
+@pytest.mark.parametrize("word", [b"dataset_accuracy", b"vision", b"native", b"metric"])
+def test_text_in_a_score_table_that_is_no_text(tmp_path: Path, word: bytes) -> None:
+    """Without its sidecar, which would tell: Arrow decodes text only when it is looked at."""
+    file = tmp_path / "t.parquet"
+    full().to_parquet(file, index=False)
+    data = bytearray(file.read_bytes())
+    data[data.index(word) + 2] = 0xE1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"t\.parquet cannot be read as a score table"):
+        read_scores(file)
+
+
 def test_a_flipped_byte_in_saved_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = tiny.DrawnManifest(count=60)
     options: dict[str, Any] = {**QUIET, "sample": 20, "out": tmp_path / "sums"}

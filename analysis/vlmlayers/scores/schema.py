@@ -91,6 +91,8 @@ def read_scores(path: str | Path) -> pd.DataFrame:
             frame = pd.read_csv(path, keep_default_na=False, dtype=str)
         else:
             frame = pd.read_parquet(path)
+            for name in frame.columns:  # Arrow decodes text when it is looked at, not before
+                frame[name].tolist()
     except Exception as error:
         raise UserError(
             f"{path} cannot be read as a score table ({type(error).__name__}); "
