@@ -150,16 +150,3 @@ class Evaluator:
                     "with a lower lr or scale"
                 )
             yield logits.argmax(1).cpu().numpy()
-
-
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson interval of a share, 95 % by default.
-
-    Reference: Wilson, "Probable inference", JASA 1927.
-    """
-    if n == 0:
-        return 0.0, 1.0
-    share, denominator = correct / n, 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / denominator
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / denominator
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.evaluate import wilson
 from vlmlayers.errors import UserError
+from vlmlayers.metrics.intervals import wilson
+from vlmlayers.summaries import harmonic_mean
 
 COLUMNS = (
     "protocol",
@@ -38,15 +39,12 @@ UNMOVED = "training changed nothing: raise lr or the adapter's scale for this ba
 GROUP = ["protocol", "method", "model", "weights", "source", "placement", "shots"]
 
 
-def harmonic_mean(base: float, novel: float) -> float:
-    """Return 2·b·n / (b + n), 0 where both are 0."""
-    return 2 * base * novel / (base + novel) if base + novel else 0.0
-
-
 def accuracy_fields(correct: int, n: int) -> dict[str, Any]:
     """Return accuracy as a share with its Wilson interval, as fields of a row."""
-    low, high = wilson(correct, n)
-    return {"accuracy": correct / n if n else float("nan"), "n": n, "low": low, "high": high}
+    if not n:
+        return {"accuracy": float("nan"), "n": 0, "low": 0.0, "high": 1.0}
+    low, high = wilson(correct / n, n)
+    return {"accuracy": correct / n, "n": n, "low": float(low), "high": float(high)}
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:

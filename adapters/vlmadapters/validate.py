@@ -19,7 +19,7 @@ from vlmadapters.placement import DEFAULT_KINDS, KINDS, Competitor, competitors
 from vlmadapters.protocols import Experiment
 from vlmadapters.ranking import predicted_outcomes, predictors, rank_correlation
 from vlmadapters.recipes import Recipe, load_recipe
-from vlmadapters.results import METHOD, ZERO_SHOT, harmonic_mean
+from vlmadapters.results import METHOD, ZERO_SHOT
 from vlmadapters.verdict import (
     VALIDATION_COLUMNS,
     compare,
@@ -31,6 +31,7 @@ from vlmlayers.files import atomically
 from vlmlayers.manifests import Manifest
 from vlmlayers.run import environment, write_json
 from vlmlayers.selection import parse_blocks, predict
+from vlmlayers.summaries import harmonic_mean
 
 REFERENCE = "paper"
 

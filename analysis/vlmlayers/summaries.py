@@ -230,3 +230,8 @@ def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
 
 def _names(values: Iterable[object]) -> str:
     return "/".join(dict.fromkeys(map(str, values)))
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """Return 2·b·n / (b + n) of base and novel accuracy, 0 where both are 0."""
+    return 2 * base * novel / (base + novel) if base + novel else 0.0

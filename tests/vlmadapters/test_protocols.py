@@ -16,7 +16,6 @@ from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from vlmadapters.config import MMAConfig
-from vlmadapters.evaluate import wilson
 from vlmadapters.protocols import (
     Experiment,
     base_to_novel,
@@ -25,7 +24,15 @@ from vlmadapters.protocols import (
     few_shot_all,
 )
 from vlmadapters.recipes import Recipe, TrainConfig, load_recipe
-from vlmadapters.results import COLUMNS, METHOD, UNMOVED, ZERO_SHOT, summarise, with_published
+from vlmadapters.results import (
+    COLUMNS,
+    METHOD,
+    UNMOVED,
+    ZERO_SHOT,
+    accuracy_fields,
+    summarise,
+    with_published,
+)
 from vlmlayers.errors import UserError
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
@@ -194,7 +201,14 @@ def test_published_numbers_stand_beside_ours() -> None:
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (3, 10), (50, 50), (700, 1000)])
 def test_the_interval_is_wilsons(correct: int, n: int) -> None:
     expected = binomtest(correct, n).proportion_ci(method="wilson")
-    assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    fields = accuracy_fields(correct, n)
+    assert (fields["low"], fields["high"]) == pytest.approx((expected.low, expected.high))
+    assert fields["accuracy"] == correct / n
+
+
+def test_no_item_has_no_accuracy() -> None:
+    fields = accuracy_fields(0, 0)
+    assert np.isnan(fields["accuracy"]) and (fields["low"], fields["high"]) == (0, 1)
 
 
 def test_the_published_recipe_is_the_default() -> None:

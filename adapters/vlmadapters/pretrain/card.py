@@ -23,6 +23,7 @@ from vlmlayers.data import builtin
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.metrics.intervals import wilson
 from vlmlayers.models import extract, load_model
 from vlmlayers.models.load import VLM
 from vlmlayers.progress import track
@@ -38,18 +39,6 @@ BAR = {"tiny_imagenet": 0.108, "cifar10": 0.399, "caltech101": 0.302, "scenes15"
 ACCURACIES = ("dataset_accuracy", "class_accuracy_ncm")
 GAPS = ("centroid_gap", "pair_distance", "rmg", "modality_auc")
 PER_DATASET = 100  # images behind the curves; classes alike
-Z95 = 1.959964
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share of `n` trials.
-
-    Reference:
-        Wilson 1927, Probable inference, the law of succession, and statistical inference.
-    """
-    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * np.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
 class Evaluation:
@@ -113,8 +102,8 @@ class Evaluation:
         low, high = wilson(value, len(hit))
         return {
             "dataset": name, "split": "test", "tower": "vision", "position": "proj",
-            "metric": metric, "value": value, "low": low, "high": high, "null": 1 / classes,
-            "n": len(hit),
+            "metric": metric, "value": value, "low": float(low), "high": float(high),
+            "null": 1 / classes, "n": len(hit),
         }  # fmt: skip
 
     def retrieval(self) -> pd.DataFrame:

@@ -91,8 +91,3 @@ def dataset_key(name: str) -> str:
     """Return a dataset's name without case and punctuation, one spelling for all sources."""
     plain = "".join(character for character in name.casefold() if character.isalnum())
     return SPELLINGS.get(plain, plain)
-
-
-def harmonic_mean(base: float, novel: float) -> float:
-    """Return 2bn / (b + n), 0 where both are 0."""
-    return 2 * base * novel / (base + novel) if base + novel else 0.0

@@ -13,11 +13,11 @@ from vlmlayers.figures.inputs import (
     MissingTable,
     as_folders,
     dataset_key,
-    harmonic_mean,
     read,
     read_file,
 )
 from vlmlayers.figures.render import Cell
+from vlmlayers.summaries import harmonic_mean
 
 AVERAGE = "average"
 REPOSITORY_TABLES = Path(__file__).resolve().parents[3] / "figures" / "tables"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from vlmlayers.text_tables import escape_markdown
+
 DAGGER = "†"
 EMPTY = "–"
 LONGEST_HEADING = 20
@@ -23,14 +25,6 @@ LATEX = {
 def escape_latex(text: str) -> str:
     """Return `text` with every character that LaTeX would interpret written out."""
     return "".join(LATEX.get(character, character) for character in text)
-
-
-def escape_markdown(text: str) -> str:
-    """Return `text` safe inside a cell of a Markdown table."""
-    plain = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
-    for character in "\\|*_`[]":
-        plain = plain.replace(character, "\\" + character)
-    return plain
 
 
 @dataclass(frozen=True)
