@@ -237,7 +237,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     ours = compared[chosen]["hm"]
     tail = (
         f"the best placement ({left.best}) is {left.value:.1f} points above it "
-        f"[{left.low:.1f}, {left.high:.1f}]"
+        f"[{left.low:z.1f}, {left.high:z.1f}]"
         if left.best != chosen
         else "no placement did better"
     )
@@ -257,7 +257,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         did = "cannot be told from"
     return (
         f"The chosen placement ({chosen}, harmonic mean {ours:.1f}) {did} the default "
-        f"({reference}) by {gain:+.1f} points [{low:.1f}, {high:.1f}] over "
+        f"({reference}) by {gain:+z.1f} points [{low:z.1f}, {high:z.1f}] over "
         f"{compared[chosen]['n']} runs; {tail}."
     )
 
@@ -269,5 +269,5 @@ def _against_zero_shot(plain: dict[Hashable, Any] | None) -> str:
     side = "above" if plain["difference"] > 0 else "below"
     where = f"{abs(plain['difference']):.1f} points {side}"
     if low > 0 or high < 0:
-        return f"; zero-shot CLIP is {where} it [{low:.1f}, {high:.1f}]"
-    return f"; zero-shot CLIP cannot be told from it ({where}) [{low:.1f}, {high:.1f}]"
+        return f"; zero-shot CLIP is {where} it [{low:z.1f}, {high:z.1f}]"
+    return f"; zero-shot CLIP cannot be told from it ({where}) [{low:z.1f}, {high:z.1f}]"
