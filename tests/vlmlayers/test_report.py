@@ -20,7 +20,8 @@ from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.comparable import ALIKE, comparability
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
-from vlmlayers.report.tables import comparison_table, summary_table, tabular
+from vlmlayers.report.several import summary_table
+from vlmlayers.report.tables import comparison_table, tabular
 from vlmlayers.run import Run
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import select

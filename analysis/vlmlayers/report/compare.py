@@ -20,7 +20,7 @@ from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.page import RANDOM, _safe, render
 from vlmlayers.report.payload import curve_entries, metric_entry
 from vlmlayers.report.ribbon import ribbon
-from vlmlayers.report.tables import differences, summary_table
+from vlmlayers.report.several import differences, summary_table
 from vlmlayers.run import write_text
 from vlmlayers.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
 from vlmlayers.text_tables import escape_markdown, markdown_table

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlmlayers.report.made import made_tables
 from vlmlayers.report.tables import (
     Table,
     answer_tables,
     comparison_table,
-    made_tables,
     validation_tables,
 )
 from vlmlayers.text_tables import escape_markdown as esc

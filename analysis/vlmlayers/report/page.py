@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from vlmlayers.report.figures import data_uri, draw_figures
+from vlmlayers.report.made import made_tables
 from vlmlayers.report.markdown import report_markdown
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import payload, script_json
@@ -21,7 +22,6 @@ from vlmlayers.report.ribbon import ribbon
 from vlmlayers.report.tables import (
     answer_tables,
     comparison_table,
-    made_tables,
     validation_tables,
 )
 from vlmlayers.run import write_text

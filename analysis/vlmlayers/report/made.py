@@ -1,0 +1,126 @@
+"""The tables that say how a run was made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.report.numbers import Answer
+from vlmlayers.report.payload import metric_entry
+from vlmlayers.report.tables import Table, tabular
+from vlmlayers.scores import refusals, score_cost
+from vlmlayers.summaries import metrics_by_shape
+
+# Headings of the datasets' table, and the keys of `provenance.json` below them.
+DATASET_HEADINGS = {
+    "Title": "title",
+    "Split": "split",
+    "Images": "items",
+    "Classes": "classes",
+    "Texts": "texts",
+    "Text": "text",
+    "Template": "template",
+    "Manifest": "manifest_hash",
+}
+
+
+def made_tables(answer: Answer) -> list[Table]:
+    """Return how the run was made: model, datasets, options, cost, refusals, definitions."""
+    return [
+        model_table(answer),
+        *_dataset_tables(answer),
+        *_option_tables(answer),
+        *_cost_tables(answer),
+        *_refusal_tables(answer),
+        _definitions(answer),
+    ]
+
+
+def _dataset_tables(answer: Answer) -> list[Table]:
+    datasets = answer.provenance.get("datasets")
+    if not datasets:
+        return []
+    rows = [
+        [name, *(one.get(key) for key in DATASET_HEADINGS.values())]
+        for name, one in datasets.items()
+    ]
+    return [tabular("Datasets", ["Dataset", *DATASET_HEADINGS], rows)]
+
+
+def _option_tables(answer: Answer) -> list[Table]:
+    options = {stage: answer.provenance.get(stage) for stage in ("extract", "score", "select")}
+    options["protocol"] = answer.attributes.get("protocol")
+    rows = [
+        [stage, key, value]
+        for stage, one in options.items()
+        if isinstance(one, dict)
+        for key, value in one.items()
+    ]
+    return [tabular("Options", ["Stage", "Option", "Value"], rows)] if rows else []
+
+
+def _cost_tables(answer: Answer) -> list[Table]:
+    rows = [
+        [str(row["metric"]), float(row["seconds"]), int(row["rows"])]
+        for _, row in score_cost(_with(answer)).iterrows()
+    ]
+    headings = ["Metric", "Seconds", "Values"]
+    return [tabular("What each metric cost", headings, rows)] if rows else []
+
+
+def _definitions(answer: Answer) -> Table:
+    rows = [
+        [name, metric_entry(name, answer.scores)["caption"]]
+        for names in metrics_by_shape(answer.scores).values()
+        for name in names
+    ]
+    return tabular("What the metrics mean", ["Metric", "Definition"], rows)
+
+
+def model_table(answer: Answer) -> Table:
+    """Return what the run knows of its model and of the machine it was made on."""
+    source = answer.provenance
+    model, place = source.get("model", {}), source.get("environment", {})
+    rows: list[list[Any]] = [
+        ["Model", answer.model],
+        ["Weights", answer.weights + (" (UNTRAINED)" if answer.random_weights else "")],
+        ["Weights hash", model.get("weights_hash")],
+        ["Parameters", model.get("parameters")],
+    ]
+    for name, tower in model.get("towers", {}).items():
+        rows.append(
+            [
+                f"{name.capitalize()} tower",
+                f"{tower.get('blocks')} {tower.get('kind')} of width {tower.get('width')}",
+            ]
+        )
+    rows += [
+        ["Seed", source.get("seed")],
+        ["Device", source.get("extract", {}).get("device")],
+        ["Precision", source.get("extract", {}).get("precision")],
+        ["Machine", place.get("platform")],
+        ["Python", place.get("python")],
+        ["Versions", place.get("versions")],
+        ["Commit", place.get("commit") or None],
+        ["Scored", place.get("written")],
+    ]
+    return tabular("Model and machine", ["What", "Value"], [r for r in rows if r[1] is not None])
+
+
+def _with(answer: Answer) -> pd.DataFrame:
+    table = answer.scores.copy(deep=False)
+    table.attrs.update(answer.attributes)
+    return table
+
+
+def _refusal_tables(answer: Answer) -> list[Table]:
+    refused = refusals(_with(answer))
+    if refused.empty:
+        return []
+    grouped = refused.groupby(["metric", "reason"], sort=False)
+    rows = [
+        [metric, reason, ", ".join(dict.fromkeys(map(str, part["dataset"])))[:200], len(part)]
+        for (metric, reason), part in grouped
+    ]
+    return [tabular("Asked for and not computed", ["Metric", "Reason", "Datasets", "Times"], rows)]

@@ -1,0 +1,92 @@
+"""The tables of a comparison of several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmlayers.report.made import model_table
+from vlmlayers.report.numbers import Answer, Validation, join
+from vlmlayers.report.payload import metric_entry
+from vlmlayers.report.tables import Table, tabular, words
+from vlmlayers.selection import describe_blocks
+from vlmlayers.summaries import DATASET_ACCURACIES, curves, dataset_readout
+
+
+def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
+    """Return one row per run of a comparison."""
+    metric = dataset_readout(_in_all(answers)) or DATASET_ACCURACIES[0]
+    label = metric_entry(metric)["label"]
+    rows = []
+    for name, answer in answers:
+        rows.append(
+            [
+                name,
+                describe_blocks(answer.choice.vision),
+                describe_blocks(answer.choice.text),
+                answer.choice.decided,
+                join(f"{tower} {depth}" for tower, depth in answer.depths.items()),
+                answer.weights + (" (UNTRAINED)" if answer.random_weights else ""),
+                answer.parameters(answer.choice),
+                *_ends(answer, metric),
+                _last(answer, "centroid_gap"),
+                _best(answer.validation),
+            ]
+        )
+    return tabular(
+        f"The answers, accuracy being {label[:1].lower()}{label[1:]}",
+        [
+            "Run",
+            "Adapt vision",
+            "Adapt text",
+            "Decided",
+            "Blocks",
+            "Weights",
+            "Parameters",
+            "Vision accuracy, embed",
+            "Accuracy, last",
+            "Gap, last",
+            "Trained HM",
+        ],
+        rows,
+    )
+
+
+def _in_all(answers: Sequence[tuple[str, Answer]]) -> set[str]:
+    """Return the metrics that every run has, so that a column never mixes two read-outs."""
+    return set.intersection(*(set(answer.scores["metric"]) for _, answer in answers))
+
+
+def _ends(answer: Answer, metric: str) -> tuple[float | None, float | None]:
+    if metric not in set(answer.scores["metric"]):
+        return None, None
+    frame = curves(answer.scores, metric)
+    frame = frame[frame["tower"] == "vision"]
+    if frame.empty:
+        return None, None
+    by_position = frame.groupby("order")["value"].mean()
+    return float(by_position.iloc[0]), float(by_position.iloc[-1])
+
+
+def _last(answer: Answer, metric: str) -> float | None:
+    return _ends(answer, metric)[1]
+
+
+def _best(validation: Validation | None) -> str | None:
+    if validation is None or validation.chosen not in set(validation.placements["placement"]):
+        return None
+    frame = validation.placements.set_index("placement")["hm"]
+    return f"{frame[validation.chosen]:.1f} (best {frame.max():.1f})"
+
+
+def differences(answers: Sequence[tuple[str, Answer]]) -> Table:
+    """Return what the runs were made of, one column per run, rows that differ first."""
+    facts: dict[str, list[str]] = {}
+    for index, (_, answer) in enumerate(answers):
+        for what, value in model_table(answer).rows:
+            facts.setdefault(what, ["–"] * len(answers))[index] = value
+        names = words(sorted(n for n in answer.provenance.get("datasets", {})))
+        facts.setdefault("Datasets", ["–"] * len(answers))[index] = names
+    ordered = sorted(facts.items(), key=lambda item: len(set(item[1])) == 1)
+    return tabular(
+        "", ["What", *(name for name, _ in answers)], [[what, *values] for what, values in ordered]
+    )
