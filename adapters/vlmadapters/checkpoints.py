@@ -10,6 +10,7 @@ import json
 import logging
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -228,7 +229,9 @@ def _described(config: MMAConfig) -> str:
 def read_tensors_only(path: str | Path) -> dict[str, Any]:
     """Load a torch file that holds tensors and plain values; anything else is refused unread."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of a damaged header; what comes of it is said below
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(

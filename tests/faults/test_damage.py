@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,17 @@ def test_a_flipped_byte_in_a_training_state(tmp_path: Path) -> None:
     torch.save(content, file)
     with pytest.raises(UserError, match=r"training\.pt is altered: its checksum differs; remove"):
         load_training_state(tmp_path, identity)
+
+
+def test_a_damaged_training_state_is_not_talked_about_twice(tmp_path: Path) -> None:
+    """Torch warns in several lines of a pickle protocol that no one wrote."""
+    save_training_state(tmp_path, {"seed": 1}, {"epoch": 1})
+    file = tmp_path / "training.pt"
+    file.write_bytes(file.read_bytes().replace(b"\x80\x02}", b"\x80\x0a}"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with contextlib.suppress(UserError):
+            load_training_state(tmp_path, {"seed": 1})
 
 
 def test_a_flipped_byte_in_a_cell(tmp_path: Path) -> None:
