@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.checks import Array, Labels, unit_rows
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.positions import sort_key
 from vlmlayers.scores.gaps import partner_positions
@@ -252,12 +252,6 @@ def _opened(folder: str | Path) -> LayerFeatures:
     from vlmlayers.store import open_features
 
     return open_features(folder)
-
-
-def unit_rows(x: Array) -> Array:
-    """Return rows at length 1; a row of zeros stays."""
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(length > 0.0, length, 1.0)
 
 
 def _rows(chunk: LayerFeatures) -> dict[Key, Array]:

@@ -77,6 +77,12 @@ def unit(x: Any, name: str = "x", smallest_n: int = 1) -> Array:
     return array / length
 
 
+def unit_rows(x: Array) -> Array:
+    """Return the rows of `x` at length 1; a row of zeros, which has no direction, stays."""
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(length > 0.0, length, 1.0)
+
+
 def classes(labels: Any, n: int, smallest_class: int = 1) -> Labels:
     """Return labels renumbered 0..C−1 without holes, (item,).
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from vlmlayers.errors import check_one_of
-from vlmlayers.metrics.checks import SAME, Array, Labels, matrix, squared_distances
+from vlmlayers.metrics.checks import SAME, Array, Labels, matrix, squared_distances, unit_rows
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NORMALISE = ("columns", "rows", "none")
@@ -39,7 +39,7 @@ def normalised(fit: Array, *others: Array, how: str = "columns") -> list[Array]:
     check_one_of("normalise", how, NORMALISE)
     parts = [matrix(part) for part in (fit, *others)]
     if how == "rows":
-        parts = [_directions(part) for part in parts]
+        parts = [unit_rows(part) for part in parts]
     mean, factor = standardiser(parts[0])
     if how != "columns":
         factor = (factor > 0.0).astype(np.float64)
@@ -127,7 +127,7 @@ def k_nearest(
     """
     scaled, x = normalised(fit, x, how=normalise)
     k = min(k, int(np.bincount(fit_labels, minlength=classes).min()))
-    near = np.argsort(-(_directions(x) @ _directions(scaled).T), axis=1, kind="stable")[:, :k]
+    near = np.argsort(-(unit_rows(x) @ unit_rows(scaled).T), axis=1, kind="stable")[:, :k]
     votes = _balanced_weights(fit_labels, classes)[near] + 1e-9 * np.arange(k, 0, -1)
     ballots = np.zeros((len(x), classes))
     np.add.at(ballots, (np.arange(len(x))[:, None], fit_labels[near]), votes)
@@ -139,11 +139,6 @@ def class_means(x: Array, labels: Labels, classes: int) -> Array:
     counts = np.bincount(labels, minlength=classes)
     sums = np.eye(classes)[:, labels] @ x
     return sums / np.maximum(counts, 1)[:, None]
-
-
-def _directions(x: Array) -> Array:
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(length > 0.0, length, 1.0)
 
 
 def _balanced_weights(labels: Labels, classes: int) -> Array:

@@ -41,11 +41,6 @@ class Split:
     classes: int
     options: Mapping[str, Any]
 
-    @property
-    def held_items(self) -> int:
-        """Number of items that are held out in some fold."""
-        return int(np.isin(self.fold, list(self.held)).sum())
-
 
 def run_datasets(
     group: Group,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import atomically, file_checksum
 from vlmlayers.positions import sort_key
 from vlmlayers.scores.shown import ScoreTable
 
@@ -52,23 +51,14 @@ def write_scores(scores: pd.DataFrame, folder: str | Path) -> tuple[Path, Path]:
     paths = folder / "scores.parquet", folder / "scores.csv"
     bare = scores.copy()
     bare.attrs = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(paths[0]) as part:
-            bare.to_parquet(part, index=False)
-        with _replacing(paths[1]) as part:
-            bare.to_csv(part, index=False)
-        sidecar = {
-            "sha256": {path.name: _sha256(path) for path in paths},
-            **{name: scores.attrs[name] for name in ATTRIBUTES if name in scores.attrs},
-        }
-        with _replacing(folder / SIDECAR) as part:
-            part.write_text(json.dumps(sidecar, indent=1, ensure_ascii=False))
-    except OSError as error:
-        raise UserError(
-            f"cannot write scores to {folder}: {error.strerror}; free space or choose "
-            "another folder"
-        ) from error
+    atomically(paths[0], lambda part: bare.to_parquet(part, index=False))
+    atomically(paths[1], lambda part: bare.to_csv(part, index=False))
+    sidecar = {
+        "sha256": {path.name: file_checksum(path) for path in paths},
+        **{name: scores.attrs[name] for name in ATTRIBUTES if name in scores.attrs},
+    }
+    text = json.dumps(sidecar, indent=1, ensure_ascii=False)
+    atomically(folder / SIDECAR, lambda part: part.write_text(text, encoding="utf-8"))
     return paths
 
 
@@ -212,30 +202,9 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{sidecar} is damaged; run `vlmlayers score` again or delete it"
         ) from error
-    if expected and expected != _sha256(path):
+    if expected and expected != file_checksum(path):
         raise UserError(
             f"{path} does not match its checksum in {SIDECAR}: half-written or edited; "
             f"run `vlmlayers score` again, or delete {SIDECAR} to accept it"
         )
     return notes
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class _replacing:
-    """Write to a neighbour of `path` and put it in place only if that went well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.part = path.with_name(f".{path.name}.{os.getpid()}.part")
-
-    def __enter__(self) -> Path:
-        return self.part
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.part.replace(self.path)
-        else:
-            self.part.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmlayers.errors import check_one_of
 from vlmlayers.metrics import gap
-from vlmlayers.metrics.checks import SAME, Array, Labels
+from vlmlayers.metrics.checks import SAME, Array, Labels, unit_rows
 from vlmlayers.metrics.class_level import fisher_ratio
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.intervals import jackknife, jackknife_groups
@@ -267,7 +267,6 @@ class _Scorer:
     def _text_rows(self, key: Key) -> Array | None:
         """Return the class prompts themselves where texts are prompts."""
         from vlmlayers.scores.items import prompt_matrix
-        from vlmlayers.streaming import unit_rows
 
         if self.sums.prompts is None:
             return None
