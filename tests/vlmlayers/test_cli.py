@@ -133,8 +133,9 @@ def test_refused_permission_tells_reading_from_writing(
     else:
         path.touch()
     path.chmod({"locked": 0o555, "readable": 0o444}.get(closed, 0))
-    for parent in (tmp_path, *list(tmp_path.parents)[:2]):
-        parent.chmod(0o755)
+    for parent in (tmp_path, *tmp_path.parents):  # another user has to get as far as here
+        if "pytest-" in str(parent):
+            parent.chmod(0o755)
 
     def touch(*_: object, **__: object) -> str:
         if touched == "list":
