@@ -32,19 +32,19 @@ from vlmlayers.models.load import build_clip, load_model
 MODELS = ("mini-clip", "ViT-B-16-quickgelu")
 
 
-def build(name: str, device: str) -> tuple[Any, Any, int]:
-    """Return the model, its tokenizer and the side of its images."""
+def build(name: str, device: str) -> tuple[Any, Any, int, str]:
+    """Return the model, its tokenizer, the side of its images, and what its weights are."""
     if name == "mini-clip":
         loaded = load_model(name, device=device)
-        return loaded.clip, loaded.tokenizer, loaded.image_size
+        return loaded.clip, loaded.tokenizer, loaded.image_size, loaded.weights
     clip = build_clip(open_clip.get_model_config(name), device=device)
-    return clip, open_clip.tokenize, 224
+    return clip, open_clip.tokenize, 224, "random"
 
 
 def measure(name: str, start: int, steps: int) -> dict[str, Any]:
     """Return the cost of the span from `start` to the last block, median over `steps`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    clip, tokenizer, side = build(name, device)
+    clip, tokenizer, side, weights = build(name, device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, side, side, generator=generator).to(device)
     labels = torch.randint(0, len(CLASSES), (BATCH,), generator=generator).to(device)
@@ -65,7 +65,7 @@ def measure(name: str, start: int, steps: int) -> dict[str, Any]:
         step()
         seconds.append(time.perf_counter() - began)
     return {
-        "model": name, "weights": "", "placement": config.placement,
+        "model": name, "weights": weights, "placement": config.placement,
         "parameters": adapter.parameter_count(),
         "step_ms": round(1000 * statistics.median(seconds), 1),
         "memory_mib": round(peak(step, device)), "batch": BATCH, "classes": len(CLASSES),

@@ -193,7 +193,10 @@ def fig6_cost(tables: Folders, out: Path) -> list[Path]:
         title = costs[0][0] if len(costs) == 1 and key == shown[0] else ""
         finish(ax, title, last=key == shown[-1])
     shared_legend(figure, axes, 2)
-    opening = "Cost of adapting every block from the first one named up to the last"
+    opening = (
+        "Cost of adapting every block from the first one named up to the last; "
+        "the values of the weights do not change it"
+    )
     caption = scored(opening, pd.concat([part for _, part in costs]), [])
     return save(figure, out, "fig6_cost", [part for _, part in costs], caption)
 
