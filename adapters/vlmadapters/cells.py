@@ -19,13 +19,8 @@ from typing import Any
 
 from vlmadapters import parallel
 from vlmlayers.errors import UserError
-from vlmlayers.files import atomically
+from vlmlayers.files import atomically, lock
 from vlmlayers.store import record_checksum
-
-try:
-    import fcntl
-except ImportError:  # Windows: one process at a time, nothing to claim
-    fcntl = None  # type: ignore[assignment]
 
 LOG = logging.getLogger("vlmlayers")
 Rows = list[dict[str, Any]]
@@ -91,16 +86,25 @@ class CellFolder:
         _, size = parallel.rank_and_size()
         if self.out is None or size > 1:
             return list(cells[:most])
-        locks = [self.out / "locks" / f"{cell.key}.lock" for cell in cells]
         group: list[Cell] = []
-        for cell, lock in zip(cells, locks):
-            if len(group) < most and claim(lock, held):
+        for cell in cells:
+            if len(group) < most and self._lock(cell, held):
                 group.append(cell)
         if not group and wait:
             LOG.info("waiting for the process that trains %s", cells[0].name)
-            claim(locks[0], held, wait=True)
+            self._lock(cells[0], held, wait=True)
             group = [cells[0]]
         return group
+
+    def _lock(self, cell: Cell, held: ExitStack, *, wait: bool = False) -> bool:
+        """Lock a cell until `held` closes and return whether that went; always with `wait`."""
+        assert self.out is not None
+        file = self.out / "locks" / f"{cell.key}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock(file, wait=wait)
+        if handle is not None:
+            held.enter_context(handle)
+        return handle is not None
 
     def alike(self, identity: dict[str, Any]) -> Rows:
         """Return the rows of all finished cells whose settings are those of an identity.
@@ -143,29 +147,6 @@ def _same_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
         left, right = ours["adapter"], theirs["adapter"]
         same = same and all(left[key] == right[key] for key in ("dim", "scale", "pairs"))
     return same
-
-
-def claim(path: Path, held: ExitStack, *, wait: bool = False) -> bool:
-    """Take the lock of one cell until `held` closes.
-
-    Args:
-        path: The lock file, made where absent.
-        held: Stack that frees the lock.
-        wait: Whether to wait for the process that holds it; an interrupt ends the wait.
-
-    Returns:
-        Whether the lock was taken; always True with `wait`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as opened:
-        stream = opened.enter_context(path.open("a"))
-        if fcntl is not None:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                return False
-        held.push(opened.pop_all())
-    return True
 
 
 def digest(identity: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import get_ident
 from typing import IO, Any
@@ -14,7 +14,7 @@ from vlmlayers.errors import DISK, UserError
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where two processes on one store are not told apart
+except ImportError:  # not on Windows, where two processes on one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
 DRAFTS = "*.part"  # what a process that was killed while it wrote leaves behind
@@ -66,20 +66,33 @@ def file_checksum(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def take_lock(file: Path, folder: Path) -> IO[bytes] | None:
-    """Return a lock that holds until it is closed or this process ends.
+def lock(file: Path, *, wait: bool = False) -> IO[bytes] | None:
+    """Return a lock that holds until it is closed or this process ends, None where another has it.
+
+    Args:
+        file: The lock file, made where absent.
+        wait: Whether to wait for the process that holds it; an interrupt ends the wait.
+    """
+    with ExitStack() as opened:
+        handle = opened.enter_context(file.open("ab"))
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return None
+        opened.pop_all()
+        return handle
+
+
+def take_lock(file: Path, folder: Path) -> IO[bytes]:
+    """Return the lock of a folder.
 
     Raises:
         UserError: Another process holds it; names the folder.
     """
-    if fcntl is None:
-        return None
-    lock = file.open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
+    handle = lock(file)
+    if handle is None:
         raise UserError(
             f"another process is writing {folder}; wait for it or choose another folder"
-        ) from error
-    return lock
+        )
+    return handle

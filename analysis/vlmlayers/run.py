@@ -154,7 +154,7 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_hash(path: Path) -> str:
+def file_mark(path: Path) -> str:
     """Return sixteen hexadecimal digits of a file's SHA-256; empty where there is no file."""
     if not path.is_file():
         return ""

@@ -116,13 +116,13 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
     return (str(path), status.st_mtime_ns, status.st_size)
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    return _file_hash(file_stamp(path))
+def known_checksum(path: Path) -> str:
+    """Return SHA-256 of a file's bytes; a file that did not change since is not read again."""
+    return _checksum(file_stamp(path))
 
 
 @lru_cache(maxsize=64)
-def _file_hash(stamp: tuple[str, int, int]) -> str:
+def _checksum(stamp: tuple[str, int, int]) -> str:
     return file_checksum(Path(stamp[0]))
 
 

@@ -42,7 +42,8 @@ RUNNERS: Mapping[tuple[str, ...], Runner] = {
 }
 # Protocols that look at all datasets of a group together; the others take one at a time.
 TOGETHER = frozenset({run_datasets, run_styles, run_style_classes, run_left_out, run_pairs})
-# One value costs about 50 µs per item: below this many, starting processes takes longer.
+# Items × positions × metrics; each costs about 25 µs, so this many take ten seconds. Processes that
+# start for less bring little.
 WORTH_SHARING = 400_000
 MOST_JOBS = 8
 
@@ -123,21 +124,21 @@ def score(
         UserError: Unknown metric, space or position, NaN or Inf features, nothing to score.
     """
     protocol = Protocol(
-        None if positions is None else tuple(positions),
-        None if spaces is None else tuple(spaces),
-        tuple(seeds),
-        bootstrap,
-        jackknife,
-        shuffles,
-        permutations,
-        k,
-        shots,
-        folds,
-        held_out,
-        items_per_dataset,
-        vision_split,
-        balance,
-        normalise,
+        positions=None if positions is None else tuple(positions),
+        spaces=None if spaces is None else tuple(spaces),
+        seeds=tuple(seeds),
+        bootstrap=bootstrap,
+        jackknife=jackknife,
+        shuffles=shuffles,
+        permutations=permutations,
+        k=k,
+        shots=shots,
+        folds=folds,
+        held_out=held_out,
+        items_per_dataset=items_per_dataset,
+        vision_split=vision_split,
+        balance=balance,
+        normalise=normalise,
     )
     chosen = chosen_metrics(metrics)
     given = [features] if isinstance(features, LayerFeatures) else list(features)
@@ -191,6 +192,7 @@ def _run_elsewhere(task: Task, protocol: Protocol, table: Mapping[str, Metric]) 
 
 
 def _jobs(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, Metric]) -> int:
+    """Return the number of processes: the one asked for, or what the work is worth."""
     if jobs is not None:
         if jobs < 1:
             raise UserError(f"jobs is {jobs}; at least 1 is needed")

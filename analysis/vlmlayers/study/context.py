@@ -13,7 +13,7 @@ from typing import Any
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Item, Manifest
-from vlmlayers.run import Run, file_hash, read_json, versions
+from vlmlayers.run import Run, file_mark, read_json, versions
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.schema import DatasetPart, ModelPart, Study
 
@@ -186,7 +186,7 @@ class StageContext:
         known = versions()
         return {
             **names,
-            "files": {path.name: file_hash(path) for path in files},
+            "files": {path.name: file_mark(path) for path in files},
             "open_clip": known.get("open_clip_torch"),
             "torch": known.get("torch"),
         }

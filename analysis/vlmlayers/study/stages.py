@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
-from vlmlayers.run import environment, file_hash, fingerprint
+from vlmlayers.run import environment, file_mark, fingerprint
 from vlmlayers.selection import select
 from vlmlayers.study.context import Dataset, StageContext
 
@@ -152,9 +152,9 @@ def _score(context: StageContext) -> None:
 
 def _select_inputs(context: StageContext) -> Any:
     part = context.study.select
-    own = file_hash(Path(context.rule.rpartition(":")[0])) if ".py:" in part.rule else ""
+    own = file_mark(Path(context.rule.rpartition(":")[0])) if ".py:" in part.rule else ""
     return {
-        "scores": file_hash(context.run.scores),
+        "scores": file_mark(context.run.scores),
         "select": part.model_dump(),
         "seed": context.seed,
         "own_rule": own,
@@ -178,9 +178,9 @@ def _select(context: StageContext) -> None:
 
 def _validate_inputs(context: StageContext) -> Any:
     return {
-        "choice": file_hash(context.run.choice),
+        "choice": file_mark(context.run.choice),
         "options": context.options,
-        "scores": file_hash(context.run.scores),
+        "scores": file_mark(context.run.scores),
         "model": context.model_fingerprint(),
     }
 
@@ -189,7 +189,7 @@ def _train_inputs(context: StageContext) -> Any:
     chosen = any("choice" in part.get("placements", ()) for part in context.study.train)
     return {
         "train": context.study.train,
-        "choice": file_hash(context.run.choice) if chosen else "",
+        "choice": file_mark(context.run.choice) if chosen else "",
         "model": context.model_fingerprint(),
     }
 
@@ -229,7 +229,7 @@ def _report_inputs(context: StageContext) -> Any:
         *sorted(run.folder.glob("validation*.csv")),
     ]
     return {
-        "files": {path.name: file_hash(path) for path in files},
+        "files": {path.name: file_mark(path) for path in files},
         "report": context.study.report.model_dump(),
         "title": context.study.title,
         "version": version("vlm-layers"),

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import Item, is_text
-from vlmlayers.manifests.place import AlteredData, Place, file_hash, read_text
+from vlmlayers.manifests.place import AlteredData, Place, known_checksum, read_text
 
 
 class Layout(Protocol):
@@ -34,12 +34,17 @@ def expect_hash(place: Place, path: Path) -> None:
         AlteredData: The file differs from all of them.
     """
     known = place.spec.split_sha256
-    if known and (found := file_hash(path)) not in known:
+    if known and (found := known_checksum(path)) not in known:
         raise AlteredData(
             f"{place.name}: {path} is altered: its sha256 is {found[:12]}…, the manifest expects "
             f"{known[0][:12]}…; {place.hint}; for a split of your own, copy the manifest and "
             "change split_sha256"
         )
+
+
+def is_number(text: str) -> bool:
+    """Return whether text can be a class number: plain digits, below 10⁹."""
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def class_keys(place: Place) -> dict[str, str]:

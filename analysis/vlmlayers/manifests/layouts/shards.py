@@ -7,7 +7,7 @@ from pathlib import Path
 from vlmlayers.data.shards import Sample, index_shard
 from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, Item, checked_path
-from vlmlayers.manifests.layouts.base import checked_name, declared_names
+from vlmlayers.manifests.layouts.base import checked_name, declared_names, is_number
 from vlmlayers.manifests.place import MissingData, Place
 
 
@@ -48,7 +48,7 @@ class Shards:
             for _, sample in self._samples(split)
             if sample.target is not None
         }
-        if all(_is_number(word) for word in words):
+        if all(is_number(word) for word in words):
             size = max((int(word) for word in words), default=-1) + 1
             if size > 10 * len(words):
                 raise UserError(f"{self.place.name}: {len(words)} classes, but labels to {size}")
@@ -80,12 +80,8 @@ def _label(sample: Sample, names: tuple[str, ...], by_name: dict[str, int], wher
     target = sample.target
     if target is None:
         return -1
-    if _is_number(target) and int(target) < len(names):
+    if is_number(target) and int(target) < len(names):
         return int(target)
     if target not in by_name:
         raise UserError(f"{where} has the class {target[:80]!a}, not one of {len(names)} classes")
     return by_name[target]
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 10

@@ -16,6 +16,7 @@ from vlmlayers.manifests.layouts.base import (
     checked_name,
     declared_names,
     expect_hash,
+    is_number,
     names_by_label,
 )
 from vlmlayers.manifests.place import MissingData, Place, file_stamp, read_text
@@ -119,7 +120,7 @@ def _label_reader(
     if column is None:
         return lambda row, place: (-1, "")
     values = {str(row.get(column)) for row in rows if row.get(column) not in (None, "")}
-    numeric = all(_is_number(value.removeprefix("-")) for value in values)
+    numeric = all(is_number(value.removeprefix("-")) for value in values)
     words = names or tuple(sorted(values))
     by_word = {word: label for label, word in enumerate(words)}
 
@@ -140,10 +141,6 @@ def _label_reader(
         return label, names[label] if names else checked_name(str(own or label), place)
 
     return read
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 @lru_cache(maxsize=8)
