@@ -60,10 +60,7 @@ def _column(values: Sequence[Any]) -> list[str]:
         return [words(value) for value in values]
     decimals = max(0, 2 - floor(log10(largest)))
     shown = [None if value is None or not isfinite(value) else value for value in values]
-    return [
-        words(None) if value is None else f"{round(value, decimals) + 0:.{decimals}f}"
-        for value in shown
-    ]
+    return [words(None) if value is None else f"{value:z.{decimals}f}" for value in shown]
 
 
 def words(value: Any) -> str:
@@ -248,8 +245,8 @@ def _interval(row: pd.Series, key: str) -> str:
     if value is None or value != value:
         return "–"
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    tail = f" [{low:.1f}, {high:.1f}]" if low is not None and low == low else ""
-    return f"{value:+.1f}{tail}" if key == "difference" else f"{value:.1f}{tail}"
+    tail = f" [{low:z.1f}, {high:z.1f}]" if low is not None and low == low else ""
+    return f"{value:+z.1f}{tail}" if key == "difference" else f"{value:.1f}{tail}"
 
 
 def _whole(value: Any) -> str:
