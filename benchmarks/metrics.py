@@ -188,7 +188,8 @@ def _timed(metric: Any, n: int, width: int) -> float:
 
 def case_stream(n: int) -> dict[str, Any]:
     from vlmlayers.features import LayerFeatures, TowerFeatures
-    from vlmlayers.streaming import StreamingScores
+    from vlmlayers.scores.streamed import streamed_scores
+    from vlmlayers.scores.sums import StreamingScores
 
     width, chunk = 128, 5_000
     rng = np.random.default_rng(0)
@@ -204,7 +205,7 @@ def case_stream(n: int) -> dict[str, Any]:
         ids = tuple(str(first + i) for i in range(chunk))
         tower = TowerFeatures("vision", 3, "cls", "images", ids, labels, arrays)
         sums.update(LayerFeatures("m", "w", "noise", "train", tuple("abcdefghij"), tower))
-    table = sums.scores()
+    table = streamed_scores(sums)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {
         "n": n,

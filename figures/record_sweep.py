@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.run import Run, read_json
+from vlmlayers.runs import Run, read_json
 from vlmlayers.study import read_study, run_study
-from vlmlayers.text_tables import markdown_table
+from vlmlayers.words import markdown_table
 
 HERE = Path(__file__).resolve().parent
 STUDY = HERE.parent / "data_manifests" / "studies" / "placement_sweep.toml"

@@ -19,8 +19,8 @@ from typing import Any
 
 from vlmadapters import parallel
 from vlmlayers.errors import UserError
+from vlmlayers.features.store import record_checksum
 from vlmlayers.files import atomically, lock
-from vlmlayers.store import record_checksum
 
 LOG = logging.getLogger("vlmlayers")
 Rows = list[dict[str, Any]]

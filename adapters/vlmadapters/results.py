@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.intervals import wilson
-from vlmlayers.summaries import harmonic_mean
+from vlmlayers.scores.summaries import harmonic_mean
 
 COLUMNS = (
     "protocol",

@@ -29,9 +29,9 @@ from vlmadapters.verdict import (
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
 from vlmlayers.manifests import Manifest
-from vlmlayers.run import environment, write_json
+from vlmlayers.runs import environment, write_json
+from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import parse_blocks, predict
-from vlmlayers.summaries import harmonic_mean
 
 REFERENCE = "paper"
 

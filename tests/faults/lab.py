@@ -38,6 +38,7 @@ from vlmadapters.recipes import Recipe, TrainConfig  # noqa: E402
 from vlmadapters.validate import validate  # noqa: E402
 from vlmlayers.manifests import Manifest  # noqa: E402
 from vlmlayers.models import extract, stream  # noqa: E402
+from vlmlayers.scores.streamed import streamed_scores  # noqa: E402
 from vlmlayers.selection import LayerChoice  # noqa: E402
 
 RECIPE = Recipe(
@@ -64,7 +65,7 @@ def run_stream(folder: Path) -> None:
     options = {"batch_size": 4, "sample": 20, "save_seconds": 0.0, "progress": False}
     model = tiny.model()
     found = stream(model, Slow(count=150), "train", out=folder / "sums", **options)
-    table = found.scores()
+    table = streamed_scores(found)
     shutil.rmtree(folder / "sums")
     table.round(9).to_csv(folder / "scores.csv", index=False)
 

@@ -12,13 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tiny
 from PIL import Image
-
-HERE = Path(__file__).resolve().parent
-for name in ("vlmlayers", "vlmadapters"):
-    sys.path.append(str(HERE.parent / name))
-
-import tiny  # noqa: E402
 
 NAMES = ("red", "green", "blue", "gray")
 

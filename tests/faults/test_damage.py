@@ -15,34 +15,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from backbones import shared_backbone
+from score_tables import full
+from starts import content, images
 from torch.utils.data import get_worker_info
 
-HERE = Path(__file__).resolve().parent
-for name in ("vlmlayers", "vlmadapters"):
-    sys.path.append(str(HERE.parent / name))
-
-import tiny  # noqa: E402
-from backbones import shared_backbone  # noqa: E402
-from score_tables import full  # noqa: E402
-from starts import content, images  # noqa: E402
-
-from vlmadapters.checkpoints import (  # noqa: E402
+from vlmadapters.checkpoints import (
     load_adapter,
     load_training_state,
     read_info,
     save_adapter,
     save_training_state,
 )
-from vlmadapters.config import MMAConfig  # noqa: E402
-from vlmadapters.mma import new_adapter  # noqa: E402
-from vlmadapters.protocols import base_to_novel  # noqa: E402
-from vlmadapters.recipes import Recipe, TrainConfig  # noqa: E402
-from vlmlayers.errors import UserError  # noqa: E402
-from vlmlayers.manifests import Manifest  # noqa: E402
-from vlmlayers.models import extract, stream  # noqa: E402
-from vlmlayers.models import stream as stream_function  # noqa: E402
-from vlmlayers.scores import read_scores, write_scores  # noqa: E402
+from vlmadapters.config import MMAConfig
+from vlmadapters.mma import new_adapter
+from vlmadapters.protocols import base_to_novel
+from vlmadapters.recipes import Recipe, TrainConfig
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+from vlmlayers.models import extract, stream
+from vlmlayers.models import stream as stream_function
+from vlmlayers.scores import read_scores, write_scores
+from vlmlayers.scores.streamed import streamed_scores
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
 RECIPE = Recipe("test", TrainConfig(lr=0.3, epochs=2, batch_size=4, shots=2, save_every=1), CONFIG)
@@ -168,11 +164,12 @@ def test_text_in_a_score_table_that_is_no_text(tmp_path: Path, word: bytes) -> N
 def test_a_flipped_byte_in_saved_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = tiny.DrawnManifest(count=60)
     options: dict[str, Any] = {**QUIET, "sample": 20, "out": tmp_path / "sums"}
-    whole = stream(tiny.model(), manifest, "train", **options).scores()
+    whole = streamed_scores(stream(tiny.model(), manifest, "train", **options))
     file = tmp_path / "sums" / "sums.0.npz"
 
     def read() -> Any:
-        return stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **options).scores()
+        found = stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **options)
+        return streamed_scores(found)
 
     refused = 0
     for _ in flips(file, 6):
@@ -201,14 +198,14 @@ def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(tmp_path: 
         with pytest.raises(KeyboardInterrupt):
             stream(tiny.model(), Stops(count=60), "train", **options)
         rest = tiny.DrawnManifest(count=60)
-        resumed = stream(tiny.model(), rest, "train", **options).scores()
+        resumed = streamed_scores(stream(tiny.model(), rest, "train", **options))
     finally:
         module.CHUNK = chunk
     assert 20 <= len(rest.opened) <= 28
     at_once = stream(
         tiny.model(), tiny.DrawnManifest(count=60), "train", **(options | {"out": None})
     )
-    np.testing.assert_allclose(resumed["value"], at_once.scores()["value"], rtol=1e-7)
+    np.testing.assert_allclose(resumed["value"], streamed_scores(at_once)["value"], rtol=1e-7)
     options |= {"out": tmp_path / "sums"}
     with pytest.raises(UserError, match="belongs to another extraction: batch_size"):
         stream(tiny.model(), rest, "train", **(options | {"batch_size": 5}))

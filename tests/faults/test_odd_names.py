@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from browser import CHROMIUM, chromium
+from data_fixtures import picture
 
-HERE = Path(__file__).resolve().parent
-for name in ("vlmlayers", "vlmadapters"):
-    sys.path.append(str(HERE.parent / name))
-
-import tiny  # noqa: E402
-from browser import CHROMIUM, chromium  # noqa: E402
-from data_fixtures import picture  # noqa: E402
-
-from vlmlayers.manifests.items import Item  # noqa: E402
-from vlmlayers.models import extract  # noqa: E402
-from vlmlayers.report import write_report  # noqa: E402
-from vlmlayers.scores import score  # noqa: E402
-from vlmlayers.study import check_study, run_study  # noqa: E402
+from vlmlayers.manifests.items import Item
+from vlmlayers.models import extract
+from vlmlayers.report import write_report
+from vlmlayers.scores import score
+from vlmlayers.study import check_study, run_study
 
 NAMES = (
     "</script><script>alert(1)</script>", "<img src=http://example.invalid/x onerror=alert(2)>",

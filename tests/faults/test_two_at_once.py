@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from starts import done, finish, images, model_folder, start
 
-from vlmlayers.store_writer import take_lock
+from vlmlayers.features.writer import take_lock
 
 pytestmark = pytest.mark.slow
 FAST = 'metrics = ["dataset_accuracy", "cka_debiased"]\noptions = { bootstrap = 20 }\n'

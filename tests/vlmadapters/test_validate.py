@@ -29,7 +29,7 @@ from vlmadapters.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.report.numbers import Validation
-from vlmlayers.run import Run
+from vlmlayers.runs import Run
 from vlmlayers.scores.schema import SCORE_COLUMNS
 from vlmlayers.selection import LayerChoice
 

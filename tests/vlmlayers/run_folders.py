@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from score_tables import DATASETS, full, planted
 
-from vlmlayers.run import Run, write_json
+from vlmlayers.runs import Run, write_json
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import predict, select
 

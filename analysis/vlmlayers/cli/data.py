@@ -18,7 +18,7 @@ data_app = typer.Typer(
 def data_list(data_root: DataRoot = None) -> None:
     """What is known: every dataset with its classes, items and licence."""
     from vlmlayers.manifests import list_table
-    from vlmlayers.text_tables import text_table
+    from vlmlayers.words import text_table
 
     table = list_table(data_root).drop(columns=["kind", "layout"])
     table["here"] = table["here"].map({True: "yes", False: ""})

@@ -17,7 +17,7 @@ from vlmlayers.cli.options import (
     Settings,
 )
 from vlmlayers.errors import UserError
-from vlmlayers.run import is_first_process
+from vlmlayers.runs import is_first_process
 
 
 def models(

@@ -8,7 +8,7 @@ import pandas as pd
 
 from vlmlayers.figures.render import escape_latex
 from vlmlayers.plots.style import axis_label
-from vlmlayers.summaries import how_made
+from vlmlayers.scores.summaries import how_made
 
 JOINT = (
     "Joint space: final norm and projection are applied at every position, a definition of "

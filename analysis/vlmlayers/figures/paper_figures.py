@@ -32,9 +32,9 @@ from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import with_source
 from vlmlayers.plots.style import axis_label, category
 from vlmlayers.positions import FINAL
+from vlmlayers.scores.reading import check_scores
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, agreement, curves, dataset_readout
 from vlmlayers.selection import LayerChoice
-from vlmlayers.selection.curves import check_scores
-from vlmlayers.summaries import DATASET_ACCURACIES, agreement, curves, dataset_readout
 
 GAP_METRICS = ("pair_distance", "centroid_gap", "rmg")
 AGREEMENT_METRICS = ("cka_debiased", "mutual_knn")

@@ -17,7 +17,7 @@ from vlmlayers.figures.inputs import (
     read_file,
 )
 from vlmlayers.figures.render import Cell
-from vlmlayers.summaries import harmonic_mean
+from vlmlayers.scores.summaries import harmonic_mean
 
 AVERAGE = "average"
 REPOSITORY_TABLES = Path(__file__).resolve().parents[3] / "figures" / "tables"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vlmlayers.text_tables import escape_markdown
+from vlmlayers.words import escape_markdown
 
 DAGGER = "†"
 EMPTY = "–"

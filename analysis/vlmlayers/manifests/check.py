@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import Item
 from vlmlayers.manifests.place import AlteredData, MissingData
-from vlmlayers.progress import track
-
-if TYPE_CHECKING:
-    from vlmlayers.manifests.manifest import Manifest
+from vlmlayers.manifests.schema import Spec
 
 SHOWN = 3  # missing or unreadable files that are named
 
@@ -69,54 +64,55 @@ class CheckResult:
         return text
 
 
-def check(
-    manifest: Manifest, root: str | os.PathLike[str] | None = None, full: bool = False
+def built_in(name: str, spec: Spec) -> CheckResult:
+    """Return the state of a dataset that is drawn by code."""
+    counts = dict(spec.counts)
+    return CheckResult(name, "built-in", counts, counts, sum(counts.values()))
+
+
+def not_listed(name: str, spec: Spec, error: UserError) -> CheckResult:
+    """Return the state of a dataset whose items could not be listed."""
+    note = str(error).removeprefix(f"{name}: ").split("; get it:")[0]
+    state = "missing" if isinstance(error, MissingData) else "altered"
+    known = isinstance(error, MissingData | AlteredData)
+    expected = dict(spec.counts)
+    lost = sum(expected.values()) if known else 0
+    return CheckResult(name, state, expected, missing=lost, notes=(note,), get=spec.get)
+
+
+def compare(
+    name: str,
+    spec: Spec,
+    by_split: Mapping[str, Sequence[Item]],
+    classes: int,
+    missing: Sequence[Item],
+    unreadable: Sequence[str] = (),
 ) -> CheckResult:
-    """Compare what is on disk with what the manifest expects.
+    """Compare what is on disk with what a manifest expects.
 
     Args:
-        manifest: The dataset.
-        root: The data root.
-        full: Also decode every image that is there.
+        name: Name of the manifest.
+        spec: Its content.
+        by_split: The items that the files list.
+        classes: Number of classes that the files list.
+        missing: The items whose image is not on disk.
+        unreadable: What is wrong with each image that cannot be decoded.
     """
-    spec = manifest.spec
     expected = dict(spec.counts)
-    if manifest.layout == "builtin":
-        return CheckResult(manifest.name, "built-in", expected, expected, sum(expected.values()))
-    try:
-        by_split = {split: manifest.items(split, root) for split in manifest.splits(root)}
-        classes = len(manifest.class_names(root))
-    except (MissingData, AlteredData) as error:
-        state = "missing" if isinstance(error, MissingData) else "altered"
-        return CheckResult(
-            manifest.name,
-            state,
-            expected,
-            missing=sum(expected.values()),
-            notes=(_first_part(manifest.name, error),),
-            get=spec.get,
-        )
-    except UserError as error:
-        fault = _first_part(manifest.name, error)
-        return CheckResult(manifest.name, "altered", expected, notes=(fault,), get=spec.get)
     listed = {split: len(items) for split, items in by_split.items()}
     items = [item for part in by_split.values() for item in part]
-    missing = manifest.missing(items, root)
-    absent = set(missing)
-    present = [item for item in items if item not in absent]
-    short, notes = _compare(expected, listed, spec.classes, classes, manifest.layout)
+    short, notes = _compare(expected, listed, spec.classes, classes, spec.layout)
     notes += _repeated(items)
-    unreadable = _decode_all(manifest, present, root) if full else ()
-    lost = len(missing) + short
+    present, lost = len(items) - len(missing), len(missing) + short
     return CheckResult(
-        manifest.name,
-        _state(len(present), lost, bool(notes), bool(unreadable)),
+        name,
+        _state(present, lost, bool(notes), bool(unreadable)),
         expected,
         listed,
-        len(present),
+        present,
         lost,
         tuple(item.path for item in missing[:SHOWN]),
-        unreadable,
+        tuple(unreadable),
         notes,
         spec.get,
     )
@@ -153,19 +149,3 @@ def _compare(
 def _repeated(items: list[Item]) -> tuple[str, ...]:
     extra = len(items) - len({item.path for item in items})
     return (f"{extra:,} paths are listed more than once",) if extra else ()
-
-
-def _decode_all(
-    manifest: Manifest, items: list[Item], root: str | os.PathLike[str] | None
-) -> tuple[str, ...]:
-    faults = []
-    for item in track(items, f"checking {manifest.name}", unit="image"):
-        try:
-            manifest.open_image(item, root)
-        except UserError as error:
-            faults.append(str(error))
-    return tuple(faults)
-
-
-def _first_part(name: str, error: UserError) -> str:
-    return str(error).removeprefix(f"{name}: ").split("; get it:")[0]

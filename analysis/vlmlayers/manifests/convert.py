@@ -20,7 +20,7 @@ from vlmlayers.manifests.items import Item, items_hash
 from vlmlayers.manifests.layouts.huggingface import stored_image
 from vlmlayers.manifests.manifest import Manifest
 from vlmlayers.progress import track
-from vlmlayers.run import fingerprint, read_json, write_json, write_text
+from vlmlayers.runs import fingerprint, read_json, write_json, write_text
 
 NOTE = ".conversion.json"
 

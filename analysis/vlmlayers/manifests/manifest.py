@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import catalogue
+from vlmlayers.manifests.check import CheckResult, built_in, compare, not_listed
+from vlmlayers.manifests.html import manifest_html
 from vlmlayers.manifests.items import (
     SPLITS,
     Item,
@@ -22,11 +25,10 @@ from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
 from vlmlayers.manifests.layouts.huggingface import is_saved, stored_image
 from vlmlayers.manifests.place import MissingData, Place, data_root
 from vlmlayers.manifests.schema import Spec
+from vlmlayers.progress import track
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from vlmlayers.manifests.check import CheckResult
 
 Root = str | os.PathLike[str] | None
 LOG = logging.getLogger("vlmlayers")
@@ -299,14 +301,35 @@ class Manifest:
 
     def check(self, root: Root = None, full: bool = False) -> CheckResult:
         """Compare what is on disk with what the manifest expects; `full` decodes every image."""
-        from vlmlayers.manifests.check import check
+        if self.layout == "builtin":
+            return built_in(self.name, self.spec)
+        try:
+            by_split = {split: self.items(split, root) for split in self.splits(root)}
+            classes = len(self.class_names(root))
+        except UserError as error:
+            return not_listed(self.name, self.spec, error)
+        items = [item for part in by_split.values() for item in part]
+        missing = self.missing(items, root)
+        unreadable = self._unreadable(items, set(missing), root) if full else []
+        return compare(self.name, self.spec, by_split, classes, missing, unreadable)
 
-        return check(self, root, full)
+    def _unreadable(self, items: list[Item], missing: set[Item], root: Root) -> list[str]:
+        faults = []
+        present = [item for item in items if item not in missing]
+        for item in track(present, f"checking {self.name}", unit="image"):
+            try:
+                self.open_image(item, root)
+            except UserError as error:
+                faults.append(str(error))
+        return faults
 
     def _repr_html_(self) -> str:
-        from vlmlayers.manifests.tables import manifest_html
-
-        return manifest_html(self)
+        classes, counts = self.spec.classes, dict(self.spec.counts)
+        if not counts and self.layout == "folder":  # nobody declared them: look
+            with suppress(UserError):  # the folder is not here
+                counts = {split: len(self.items(split)) for split in self.splits()}
+                classes = len(self.class_names())
+        return manifest_html(self.name, self.spec, classes, counts)
 
 
 def _names_in(folder: Path) -> frozenset[str]:

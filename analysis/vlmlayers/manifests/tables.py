@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
-from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS
 from vlmlayers.manifests.manifest import Manifest
 
@@ -82,41 +80,3 @@ def exit_code(table: pd.DataFrame, names: Sequence[str] = ()) -> int:
     """Return 2 if a dataset that was asked for by name is not complete, else 0."""
     complete = table["state"].isin(["complete", "built-in"])
     return 2 if names and not bool(complete.all()) else 0
-
-
-def manifest_html(manifest: Manifest) -> str:
-    """Return a small HTML table that describes a manifest; everything in it is escaped."""
-    spec = manifest.spec
-    classes, counts = spec.classes, dict(spec.counts)
-    if not counts and spec.layout == "folder":  # nobody declared them: look
-        classes, counts = _folder_counts(manifest)
-    rows = {
-        "name": manifest.name,
-        "kind": spec.kind,
-        "layout": spec.layout,
-        "classes": "" if classes is None else str(classes),
-        "items": ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if split in counts),
-        "template": spec.template,
-        "zero-shot template": spec.zero_shot_template or "",
-        "licence": spec.licence,
-        "citation": spec.citation,
-        "get it": "; ".join(spec.get),
-        "note": spec.note,
-    }
-    body = "".join(
-        f"<tr><th style='text-align:left'>{escape(key)}</th>"
-        f"<td style='text-align:left'>{escape(value)}</td></tr>"
-        for key, value in rows.items()
-        if value
-    )
-    title = f"<caption style='white-space:nowrap'><b>{escape(spec.title)}</b></caption>"
-    return f"<table>{title}{body}</table>"
-
-
-def _folder_counts(manifest: Manifest) -> tuple[int | None, dict[str, int]]:
-    """Return classes and items per split of a folder as it is on disk; none where it is absent."""
-    try:
-        items = {split: len(manifest.items(split)) for split in manifest.splits()}
-        return len(manifest.class_names()), items
-    except UserError:
-        return None, {}

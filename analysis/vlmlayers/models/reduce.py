@@ -14,7 +14,7 @@ from torch import distributed
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.processes import Processes
-from vlmlayers.streaming import DatasetSums, Key
+from vlmlayers.scores.sums import DatasetSums, Key
 
 Widths = Mapping[Key, int]
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from vlmlayers.features import TowerFeatures
+from vlmlayers.features.writer import TowerPlan
 from vlmlayers.models.recording import Features
-from vlmlayers.store_writer import TowerPlan
 
 
 class Sink(Protocol):

@@ -20,6 +20,12 @@ import numpy as np
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.features.store import (
+    DamagedStore,
+    read_record,
+    refuse_other_identity,
+    write_record,
+)
 from vlmlayers.files import atomically, take_lock, writing
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.decoding import batches_of, told_of_dead_workers
@@ -31,13 +37,7 @@ from vlmlayers.models.recording import Features
 from vlmlayers.models.reduce import merge_over_processes
 from vlmlayers.models.work import Work, refuse_not_finite
 from vlmlayers.progress import bar
-from vlmlayers.store import (
-    DamagedStore,
-    read_record,
-    refuse_other_identity,
-    write_record,
-)
-from vlmlayers.streaming import DatasetSums, StreamingScores
+from vlmlayers.scores.sums import DatasetSums, StreamingScores
 
 CHUNK = 1024  # images between two updates of the sums, whose cost does not depend on the images
 _PARTS: dict[str, Any] = {"moments": Moments, "classes": ClassMoments, "cross": CrossMoments}
@@ -65,7 +65,7 @@ def stream(
         **options: All other keywords of `extract`; of several captions the first one counts.
 
     Returns:
-        The sums over all processes, in every process; `.scores()` makes the table.
+        The sums over all processes, in every process; `streamed_scores` makes the table.
 
     Raises:
         UserError: As `extract`.

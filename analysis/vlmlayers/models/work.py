@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
+from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
 from vlmlayers.models.decoding import Unreadable, batches_of, decode, told_of_dead_workers
 from vlmlayers.models.load import VLM
 from vlmlayers.models.options import ExtractOptions
@@ -22,7 +23,6 @@ from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features, Recorder
 from vlmlayers.models.sink import MemorySink, Sink
 from vlmlayers.progress import bar
-from vlmlayers.store_writer import StoreWriter, TowerPlan, reuse
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,7 +9,7 @@ import pandas as pd
 from vlmlayers.errors import UserError
 from vlmlayers.plots.style import axes, axis_label, category, style
 from vlmlayers.positions import is_block
-from vlmlayers.summaries import over_datasets
+from vlmlayers.scores.summaries import over_datasets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,9 +19,9 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS
+from vlmlayers.scores.reading import POOLED, depths
+from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import LayerChoice, describe_blocks
-from vlmlayers.selection.curves import POOLED, depths
-from vlmlayers.summaries import curves, over_datasets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,8 +21,8 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS, sort_key
+from vlmlayers.scores.summaries import agreement, curves
 from vlmlayers.selection import LayerChoice
-from vlmlayers.summaries import agreement, curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmlayers.report.numbers import Answer, join
 from vlmlayers.scores import Protocol
-from vlmlayers.summaries import dataset_names
+from vlmlayers.scores.summaries import dataset_names
 
 ALIKE = "All runs saw the same items of the same datasets, scored and chosen with the same options."
 # Options that change no number, or that have a row of their own among what differs.

@@ -21,9 +21,9 @@ from vlmlayers.report.page import RANDOM, _safe, render
 from vlmlayers.report.payload import curve_entries, metric_entry
 from vlmlayers.report.ribbon import ribbon
 from vlmlayers.report.several import differences, summary_table
-from vlmlayers.run import write_text
-from vlmlayers.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
-from vlmlayers.text_tables import escape_markdown, markdown_table
+from vlmlayers.runs import write_text
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
+from vlmlayers.words import escape_markdown, markdown_table
 
 DRAWN = (*DATASET_ACCURACIES, "class_accuracy", "centroid_gap")
 

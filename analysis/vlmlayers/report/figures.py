@@ -18,8 +18,8 @@ from vlmlayers.plots.saving import slug, with_source
 from vlmlayers.plots.style import mark_random
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import metric_entry
-from vlmlayers.selection.curves import has_curve
-from vlmlayers.summaries import DATASET_ACCURACIES, agreement, curves, metrics_by_shape
+from vlmlayers.scores.reading import has_curve
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, agreement, curves, metrics_by_shape
 
 MIME = {"svg": "image/svg+xml", "png": "image/png", "pdf": "application/pdf", "csv": "text/csv"}
 CURVES = (

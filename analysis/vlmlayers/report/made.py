@@ -10,7 +10,7 @@ from vlmlayers.report.numbers import Answer
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular
 from vlmlayers.scores import refusals, score_cost
-from vlmlayers.summaries import metrics_by_shape
+from vlmlayers.scores.summaries import metrics_by_shape
 
 # Headings of the datasets' table, and the keys of `provenance.json` below them.
 DATASET_HEADINGS = {

@@ -12,8 +12,8 @@ from vlmlayers.report.tables import (
     comparison_table,
     validation_tables,
 )
-from vlmlayers.text_tables import escape_markdown as esc
-from vlmlayers.text_tables import markdown_table
+from vlmlayers.words import escape_markdown as esc
+from vlmlayers.words import markdown_table
 
 if TYPE_CHECKING:
     from vlmlayers.report.figures import Drawn

@@ -12,8 +12,10 @@ import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.positions import TOWERS
-from vlmlayers.run import Run, read_json
+from vlmlayers.runs import Run, read_json
 from vlmlayers.scores import read_scores
+from vlmlayers.scores.reading import bare, depths
+from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
     RULES,
     LayerChoice,
@@ -21,10 +23,8 @@ from vlmlayers.selection import (
     describe_blocks,
     paper_blocks,
 )
-from vlmlayers.selection.curves import bare, depths
 from vlmlayers.selection.stability import OFTEN
-from vlmlayers.summaries import curves, over_datasets
-from vlmlayers.text_tables import percent
+from vlmlayers.words import percent
 
 DIM = 32
 ZERO_SHOT = "zero-shot"

@@ -24,8 +24,8 @@ from vlmlayers.report.tables import (
     comparison_table,
     validation_tables,
 )
-from vlmlayers.run import write_text
-from vlmlayers.summaries import DATASET_ACCURACIES, metrics_by_shape
+from vlmlayers.runs import write_text
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, metrics_by_shape
 
 TEMPLATES = Path(__file__).parent / "templates"
 RANDOM = (

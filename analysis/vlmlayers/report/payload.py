@@ -10,8 +10,8 @@ import pandas as pd
 
 from vlmlayers.positions import sort_key
 from vlmlayers.report.numbers import Answer, Validation
-from vlmlayers.selection.curves import POOLED
-from vlmlayers.summaries import curves, dataset_names, how_made, metrics_by_shape
+from vlmlayers.scores.reading import POOLED
+from vlmlayers.scores.summaries import curves, dataset_names, how_made, metrics_by_shape
 
 DIGITS = 5
 OUTCOMES = ("base", "novel", "hm", "difference", "parameters")  # and their intervals

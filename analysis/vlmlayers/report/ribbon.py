@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlmlayers.report.numbers import Answer
 from vlmlayers.selection import describe_blocks
-from vlmlayers.text_tables import percent
+from vlmlayers.words import percent
 
 KEY = "Filled: chosen. Line below: the paper’s placement at this depth."
 

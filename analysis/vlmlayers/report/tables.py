@@ -13,9 +13,9 @@ import pandas as pd
 from vlmlayers.plots.saving import slug
 from vlmlayers.report.numbers import Answer, Validation, join
 from vlmlayers.report.payload import metric_entry
+from vlmlayers.scores.summaries import curves, metrics_by_shape
 from vlmlayers.selection import PLACEMENT_SCORES
-from vlmlayers.summaries import curves, metrics_by_shape
-from vlmlayers.text_tables import percent
+from vlmlayers.words import percent
 
 NUMBER = re.compile(r"–|[+-]?[\d.,]+( %)?( \[[^\]]*\])?")
 

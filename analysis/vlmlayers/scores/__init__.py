@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vlmlayers.scores.protocol import Protocol
 from vlmlayers.scores.run import score
 from vlmlayers.scores.schema import (
@@ -15,30 +13,24 @@ from vlmlayers.scores.schema import (
     score_cost,
     score_frame,
     score_matrix,
-    stated_options,
     write_scores,
 )
+from vlmlayers.scores.streamed import score_streaming
+from vlmlayers.scores.summaries import overview, stated_options
 
 __all__ = [
     "CONTRACT_COLUMNS",
     "EXTRA_COLUMNS",
     "SCORE_COLUMNS",
     "Protocol",
+    "overview",
     "read_scores",
     "refusals",
     "score",
     "score_cost",
     "score_frame",
     "score_matrix",
+    "score_streaming",
     "stated_options",
     "write_scores",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Return `score_streaming`: it builds on the modules here, so it cannot come first."""
-    if name == "score_streaming":
-        from vlmlayers.streaming import score_streaming
-
-        return score_streaming
-    raise AttributeError(f"module 'vlmlayers.scores' has no attribute {name!r}")

@@ -12,7 +12,6 @@ import pandas as pd
 from vlmlayers.errors import UserError
 from vlmlayers.files import atomically, file_checksum
 from vlmlayers.positions import sort_key
-from vlmlayers.scores.shown import ScoreTable
 
 CONTRACT_COLUMNS = (
     "model", "weights", "dataset", "split", "tower", "position", "depth", "space", "pooling",
@@ -24,7 +23,6 @@ NUMBERS = ("depth", "value", "low", "high", "null")
 COUNTS = ("n", "seed")
 ATTRIBUTES = ("cost", "refused", "protocol")
 SIDECAR = "scores.json"
-ROW_OPTIONS = ("p", "raw", "predicted", "source", "family", "ceiling")  # differ by row, not by run
 
 
 def score_frame(rows: Sequence[dict[str, Any]], **attributes: Any) -> pd.DataFrame:
@@ -32,7 +30,7 @@ def score_frame(rows: Sequence[dict[str, Any]], **attributes: Any) -> pd.DataFra
     frame = pd.DataFrame(list(rows), columns=list(SCORE_COLUMNS))
     frame = _typed(frame)
     frame.attrs.update(attributes)
-    return ScoreTable.of(frame)
+    return frame
 
 
 def write_scores(scores: pd.DataFrame, folder: str | Path) -> tuple[Path, Path]:
@@ -95,7 +93,7 @@ def read_scores(path: str | Path) -> pd.DataFrame:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} has text where a number belongs ({reason})") from error
     frame.attrs.update({name: notes[name] for name in ATTRIBUTES if name in notes})
-    return ScoreTable.of(frame)
+    return frame
 
 
 def score_cost(scores: pd.DataFrame) -> pd.DataFrame:
@@ -113,27 +111,6 @@ def refusals(scores: pd.DataFrame) -> pd.DataFrame:
     """Return what was not computed and why: metric, dataset, tower, position, reason."""
     columns = ["metric", "dataset", "tower", "position", "reason"]
     return pd.DataFrame(scores.attrs.get("refused", []), columns=columns)
-
-
-def stated_options(scores: pd.DataFrame, metric: str) -> str:
-    """Return the options behind a metric's rows and their seeds, in words for a caption.
-
-    What differs from row to row, such as a p value or the predicted dataset, is left out.
-    """
-    rows = scores[scores["metric"] == metric]
-    found: dict[str, dict[str, None]] = {}
-    for text in dict.fromkeys(rows["options"]):
-        for key, equals, value in (word.partition("=") for word in text.split(";")):
-            if equals and key not in ROW_OPTIONS:
-                found.setdefault(key, {})[value] = None
-    words = [
-        f"{key.replace('_', ' ')} {' or '.join(values).replace('_', ' ')}"
-        for key, values in found.items()
-        if len(values) <= 2
-    ]
-    seeds = sorted({int(seed) for seed in rows["seed"]} - {-1})
-    words += [f"seeds {', '.join(map(str, seeds))}"] if seeds else []
-    return "; ".join(words)
 
 
 def score_matrix(

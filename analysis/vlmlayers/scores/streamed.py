@@ -1,16 +1,19 @@
-"""From streamed sums to a score table: which metrics sums suffice for, and their intervals."""
+"""Scores in one pass: which metrics streamed sums suffice for, their values and intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.features import LayerFeatures, open_features
 from vlmlayers.metrics import gap
+from vlmlayers.metrics.agreement import cka
 from vlmlayers.metrics.checks import SAME, Array, Labels, unit_rows
 from vlmlayers.metrics.class_level import fisher_ratio
 from vlmlayers.metrics.dataset_level import confusion
@@ -26,14 +29,14 @@ from vlmlayers.metrics.moments import (
 )
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
+from vlmlayers.scores.items import prompt_matrix
 from vlmlayers.scores.protocol import Collector, Group, Protocol
 from vlmlayers.scores.readouts import accuracy_and_interval, run_datasets
 from vlmlayers.scores.schema import score_frame
+from vlmlayers.scores.sums import DatasetSums, Key, StreamingScores, ordered
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from vlmlayers.streaming import DatasetSums, Key
 
 SPECTRAL: Mapping[str, Callable[[Array], float]] = {
     name: METRICS[name].parts[1]
@@ -56,18 +59,63 @@ def check_streamed(metrics: Sequence[str] | None) -> list[str]:
     return list(STREAMED if metrics is None else metrics)
 
 
-def streamed_scores(
-    datasets: Mapping[str, DatasetSums], metrics: Sequence[str] | None
+def score_streaming(
+    chunks: LayerFeatures | Iterable[LayerFeatures | str | Path],
+    metrics: Sequence[str] | None = None,
+    *,
+    sample: int = 200,
 ) -> pd.DataFrame:
-    """Return the score table of streamed sums."""
-    names = check_streamed(metrics)
+    """Score features that arrive in chunks, in one pass and with flat memory.
+
+    Args:
+        chunks: Features of some or all items of a dataset each, in any order, or folders of
+            stored features; they are read a few thousand rows at a time.
+        metrics: Names from `vlmlayers.scores.streamed.STREAMED`; None for all of them.
+        sample: Items of each dataset kept for held-out accuracy and intervals.
+
+    Returns:
+        A score table as `score` makes it, `options` saying `estimate=streaming`.
+
+    Raises:
+        UserError: As `StreamingScores.update`, or an unknown metric.
+    """
+    check_streamed(metrics)
+    sums = StreamingScores(sample)
+    for given in [chunks] if isinstance(chunks, LayerFeatures) else chunks:
+        whole = given if isinstance(given, LayerFeatures) else open_features(given)
+        for chunk in in_chunks(whole):
+            sums.update(chunk)
+    return streamed_scores(sums, metrics)
+
+
+def in_chunks(features: LayerFeatures, rows: int = 4096) -> Iterator[LayerFeatures]:
+    """Yield features some images at a time, each with its captions or with all class prompts."""
+    vision, text = features.tower("vision"), features.text
+    for start in range(0, len(vision), rows):
+        chosen = np.arange(start, min(start + rows, len(vision)))
+        part = text
+        if text is not None and text.pairs is not None:
+            rows_of_text = np.flatnonzero(np.isin(text.pairs, chosen))
+            part = replace(text.take(rows_of_text), pairs=text.pairs[rows_of_text] - start)
+        yield replace(features, vision=vision.take(chosen), text=part)
+
+
+def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return the score table of what was streamed so far.
+
+    Raises:
+        UserError: Nothing was streamed, an unknown metric, or one that needs the features.
+    """
+    names, datasets = check_streamed(metrics), sums.datasets
+    if not datasets:
+        raise UserError("no features came; nothing to score")
     protocol, out = Protocol(), Collector()
-    heads = [sums.head for sums in datasets.values()]
+    heads = [one.head for one in datasets.values()]
     group = Group(heads[0].model, heads[0].weights, heads[0].split, tuple(heads))
     if "dataset_accuracy_lda" in names:
         _add_dataset_accuracy(group, datasets, protocol, out)
-    for sums in datasets.values():
-        scorer = _Scorer(group, sums, protocol, out)
+    for of_dataset in datasets.values():
+        scorer = _Scorer(group, of_dataset, protocol, out)
         for name in names:
             if name == "fisher_ratio":
                 scorer.fisher()
@@ -92,8 +140,6 @@ def _add_dataset_accuracy(
     if len(all_sums) < 2:
         out.refuse(name, "*", "", "", f"{len(all_sums)} datasets; at least 2 are needed")
         return
-    from vlmlayers.streaming import ordered
-
     prompts = [sums.prompts is not None for sums in all_sums]
     if all(prompts):
         heads = (replace(sums.head, vision=None, text=sums.prompts) for sums in all_sums)
@@ -197,8 +243,6 @@ class _Scorer:
         )
 
     def _keys(self, space: str, towers: tuple[str, ...]) -> list[Key]:
-        from vlmlayers.streaming import ordered
-
         prompts = self.sums.prompts is not None
         return [
             key
@@ -266,8 +310,6 @@ class _Scorer:
 
     def _text_rows(self, key: Key) -> Array | None:
         """Return the class prompts themselves where texts are prompts."""
-        from vlmlayers.scores.items import prompt_matrix
-
         if self.sums.prompts is None:
             return None
         return unit_rows(prompt_matrix(self.sums.prompts, key[2], key[1])[0])
@@ -289,8 +331,6 @@ class _Scorer:
                 def on_sample(
                     rows: Labels, x: Array = rows_x, y: Array = rows_y, unbiased: bool = debiased
                 ) -> float:
-                    from vlmlayers.metrics.agreement import cka
-
                     return cka(x[rows], y[rows], debiased=unbiased)
 
                 kind = "image_prompts" if self.sums.prompts is not None else "captions"

@@ -13,11 +13,11 @@ import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.positions import TOWERS
+from vlmlayers.scores.reading import Reading, check_scores, depths
 from vlmlayers.selection.choice import LayerChoice, describe_blocks, parse_blocks
-from vlmlayers.selection.curves import Reading, check_scores, depths
 from vlmlayers.selection.rules import RULES, Pick, Picks
 from vlmlayers.selection.stability import HOW, doubts, stability
-from vlmlayers.text_tables import percent
+from vlmlayers.words import percent
 
 GROUP = "vlmlayers.rules"
 FIXED = ("paper", "all", "explicit")

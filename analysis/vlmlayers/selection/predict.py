@@ -15,15 +15,12 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.scores.reading import bare, depths, has_curve, metric_names
 from vlmlayers.selection.curves import (
     Array,
     agreement_curve,
     agreement_matrix,
-    bare,
     block_curve,
-    depths,
-    has_curve,
-    metric_names,
     normalise,
 )
 

@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.scores.reading import has_curve
 from vlmlayers.selection.choice import parse_blocks
 from vlmlayers.selection.curves import (
     Array,
     agreement_curve,
     agreement_matrix,
     block_curve,
-    has_curve,
     normalise,
 )
 from vlmlayers.selection.predict import block_scores

@@ -11,7 +11,7 @@ import pandas as pd
 
 from vlmlayers.selection.choice import describe_blocks
 from vlmlayers.selection.rules import Picks
-from vlmlayers.text_tables import percent
+from vlmlayers.words import percent
 
 HOW = (
     "seeds drawn with replacement; each value moved by a normal draw whose deviation is that of "

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.text_tables import text_table
+from vlmlayers.words import text_table
 
 
 def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> str:

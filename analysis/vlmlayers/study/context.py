@@ -13,7 +13,7 @@ from typing import Any
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Item, Manifest
-from vlmlayers.run import Run, file_mark, read_json, versions
+from vlmlayers.runs import Run, file_mark, read_json, versions
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.schema import DatasetPart, ModelPart, Study
 
@@ -222,7 +222,7 @@ class StageContext:
         Raises:
             UserError: A store is missing or incomplete.
         """
-        from vlmlayers.store import open_features
+        from vlmlayers.features.store import open_features
 
         for dataset in self.datasets:
             yield open_features(self.run.features / dataset.folder)

@@ -12,12 +12,12 @@ import pandas as pd
 
 from vlmlayers.positions import block_number, is_block
 from vlmlayers.report.numbers import Answer, read_answer
-from vlmlayers.run import Run
+from vlmlayers.runs import Run
+from vlmlayers.scores.summaries import curves
 from vlmlayers.study.context import silent
 from vlmlayers.study.runner import run_study
 from vlmlayers.study.schema import Study, check_study
-from vlmlayers.summaries import curves
-from vlmlayers.text_tables import text_table
+from vlmlayers.words import text_table
 
 FILE = Path(__file__).parent / "demo.toml"
 MOST = 9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmlayers.run import Run
+from vlmlayers.runs import Run
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.schema import Study
 

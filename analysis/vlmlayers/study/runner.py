@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests.place import DATA_VARIABLE
-from vlmlayers.run import (
+from vlmlayers.runs import (
     Run,
     fingerprint,
     is_first_process,

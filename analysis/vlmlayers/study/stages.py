@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
-from vlmlayers.run import environment, file_mark, fingerprint
+from vlmlayers.runs import environment, file_mark, fingerprint
 from vlmlayers.selection import select
 from vlmlayers.study.context import Dataset, StageContext
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlmlayers.errors import UserError
-from vlmlayers.run import Run, environment
+from vlmlayers.runs import Run, environment
 from vlmlayers.study.context import StageContext, silent
 from vlmlayers.study.schema import Study
 
@@ -45,8 +45,8 @@ def stream_study(
     from vlmlayers.models import stream
     from vlmlayers.models.processes import Processes
     from vlmlayers.scores import write_scores
-    from vlmlayers.scores.streamed import check_streamed
-    from vlmlayers.streaming import StreamingScores
+    from vlmlayers.scores.streamed import check_streamed, streamed_scores
+    from vlmlayers.scores.sums import StreamingScores
 
     if len(study.models) > 1:
         raise UserError("streaming takes one model at a time; name one")
@@ -69,7 +69,7 @@ def stream_study(
         total = total.merge(found)
     if Processes.current().rank:
         return ""
-    table = total.scores(metrics)
+    table = streamed_scores(total, metrics)
     _, text = write_scores(table, context.run.folder)
     context.run.record(
         extract={**study.extract.model_dump(mode="json"), "streaming": True},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.run import Run, environment
+from vlmlayers.runs import Run, environment
 from vlmlayers.study.schema import DEFAULT_METRICS, Study, check_study
 
 
@@ -110,10 +110,10 @@ def score_run(
     Raises:
         UserError: No features, an unknown metric or option.
     """
+    from vlmlayers.features.store import open_features
     from vlmlayers.metrics import METRICS
     from vlmlayers.scores import Protocol, score, score_streaming, write_scores
     from vlmlayers.scores.streamed import STREAMED
-    from vlmlayers.store import open_features
 
     run = Run(Path(folder))
     stores = sorted(path for path in run.features.glob("*") if path.is_dir())

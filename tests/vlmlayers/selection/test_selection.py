@@ -10,6 +10,8 @@ import pytest
 from score_tables import curve_rows, full, pair_rows, planted, step, table
 
 from vlmlayers.errors import UserError
+from vlmlayers.scores.reading import partner_block
+from vlmlayers.scores.summaries import curves
 from vlmlayers.selection import (
     LayerChoice,
     adapter_parameters,
@@ -23,13 +25,7 @@ from vlmlayers.selection import (
     predict,
     select,
 )
-from vlmlayers.selection.curves import (
-    agreement_curve,
-    agreement_matrix,
-    block_curve,
-    partner_block,
-)
-from vlmlayers.summaries import curves
+from vlmlayers.selection.curves import agreement_curve, agreement_matrix, block_curve
 
 
 def span(first: int, last: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Scores in one pass: sums and a small sample instead of features; memory does not grow with n.
+"""Sums and a small sample instead of features: one pass, and memory does not grow with n.
 
 A row goes to the sample if the hash of its id is among the smallest seen, else into the sums. So
 the result does not depend on how the rows were cut into chunks or shared among processes.
@@ -6,11 +6,10 @@ the result does not depend on how the rows were cut into chunks or shared among 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +22,6 @@ from vlmlayers.positions import sort_key
 from vlmlayers.scores.gaps import partner_positions
 from vlmlayers.scores.items import prompt_matrix
 from vlmlayers.scores.protocol import Protocol, check_finite
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Key = tuple[str, str, str]  # tower, space, position
 
@@ -189,69 +185,12 @@ class StreamingScores:
             merged.datasets[name] = sums if mine is None else mine.merge(sums)
         return merged
 
-    def scores(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return the score table of what was seen so far; see `STREAMED` for the metrics."""
-        from vlmlayers.scores.streamed import streamed_scores
-
-        if not self.datasets:
-            raise UserError("no features came; nothing to score")
-        return streamed_scores(self.datasets, metrics)
-
     def _empty(self, chunk: LayerFeatures) -> DatasetSums:
         head = replace(chunk, vision=_hollow(chunk.vision), text=_hollow(chunk.text))
         prompts = chunk.text if chunk.text is not None and chunk.text.pairs is None else None
         return DatasetSums(
             head, self.sample, np.empty(0, np.uint64), np.empty(0, np.int64), prompts=prompts
         )
-
-
-def score_streaming(
-    chunks: LayerFeatures | Iterable[LayerFeatures | str | Path],
-    metrics: Sequence[str] | None = None,
-    *,
-    sample: int = 200,
-) -> pd.DataFrame:
-    """Score features that arrive in chunks, in one pass and with flat memory.
-
-    Args:
-        chunks: Features of some or all items of a dataset each, in any order, or folders of
-            stored features; they are read a few thousand rows at a time.
-        metrics: Names from `vlmlayers.scores.streamed.STREAMED`; None for all of them.
-        sample: Items of each dataset kept for held-out accuracy and intervals.
-
-    Returns:
-        A score table as `score` makes it, `options` saying `estimate=streaming`.
-
-    Raises:
-        UserError: As `StreamingScores.update`, or an unknown metric.
-    """
-    from vlmlayers.scores.streamed import check_streamed
-
-    check_streamed(metrics)
-    sums = StreamingScores(sample)
-    for given in [chunks] if isinstance(chunks, LayerFeatures) else chunks:
-        whole = given if isinstance(given, LayerFeatures) else _opened(given)
-        for chunk in in_chunks(whole):
-            sums.update(chunk)
-    return sums.scores(metrics)
-
-
-def in_chunks(features: LayerFeatures, rows: int = 4096) -> Iterator[LayerFeatures]:
-    """Yield features some images at a time, each with its captions or with all class prompts."""
-    vision, text = features.tower("vision"), features.text
-    for start in range(0, len(vision), rows):
-        chosen = np.arange(start, min(start + rows, len(vision)))
-        part = text
-        if text is not None and text.pairs is not None:
-            rows_of_text = np.flatnonzero(np.isin(text.pairs, chosen))
-            part = replace(text.take(rows_of_text), pairs=text.pairs[rows_of_text] - start)
-        yield replace(features, vision=vision.take(chosen), text=part)
-
-
-def _opened(folder: str | Path) -> LayerFeatures:
-    from vlmlayers.store import open_features
-
-    return open_features(folder)
 
 
 def _rows(chunk: LayerFeatures) -> dict[Key, Array]:

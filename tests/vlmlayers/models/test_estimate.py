@@ -154,7 +154,7 @@ def test_the_table_of_the_documentation_is_what_the_code_foretells():
         assert {s: list(by) for s, by in widths(*shape).items()} == {
             s: list(by) for s, by in Recorder(tower, ("native", "joint"), None).widths().items()
         }
-    page = Path(__file__).parents[2] / "docs" / "scale.md"
+    page = Path(__file__).parents[3] / "docs" / "scale.md"
     rows = [
         [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
         for line in page.read_text(encoding="utf-8").splitlines()

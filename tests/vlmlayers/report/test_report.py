@@ -22,10 +22,10 @@ from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.several import summary_table
 from vlmlayers.report.tables import comparison_table, tabular
-from vlmlayers.run import Run
+from vlmlayers.runs import Run
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import select
-from vlmlayers.text_tables import escape_markdown, markdown_table, text_table
+from vlmlayers.words import escape_markdown, markdown_table, text_table
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlmlayers.errors import check_one_of
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.selection.curves import POOLED, Reading, bare, depths, metric_names, partnered
+from vlmlayers.scores.reading import POOLED, Reading, bare, depths, metric_names, partnered
 
 CURVE_COLUMNS = [
     "metric",
@@ -34,6 +34,7 @@ DATASET_ACCURACIES = (
     "dataset_accuracy_knn",
     "dataset_accuracy_lda",
 )
+ROW_OPTIONS = ("p", "raw", "predicted", "source", "family", "ceiling")  # differ by row, not by run
 _Z = 1.959963984540054
 
 
@@ -206,8 +207,6 @@ def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
         metric: A metric of it.
         intervals: Whether to say how the intervals were made.
     """
-    from vlmlayers.scores import stated_options
-
     rows = scores[scores["metric"] == metric]
     pooling, counts = [], []
     for tower in TOWERS:
@@ -226,6 +225,27 @@ def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
         *options,
     ]
     return "; ".join(facts)
+
+
+def stated_options(scores: pd.DataFrame, metric: str) -> str:
+    """Return the options behind a metric's rows and their seeds, in words for a caption.
+
+    What differs from row to row, such as a p value or the predicted dataset, is left out.
+    """
+    rows = scores[scores["metric"] == metric]
+    found: dict[str, dict[str, None]] = {}
+    for text in dict.fromkeys(rows["options"]):
+        for key, equals, value in (word.partition("=") for word in text.split(";")):
+            if equals and key not in ROW_OPTIONS:
+                found.setdefault(key, {})[value] = None
+    words = [
+        f"{key.replace('_', ' ')} {' or '.join(values).replace('_', ' ')}"
+        for key, values in found.items()
+        if len(values) <= 2
+    ]
+    seeds = sorted({int(seed) for seed in rows["seed"]} - {-1})
+    words += [f"seeds {', '.join(map(str, seeds))}"] if seeds else []
+    return "; ".join(words)
 
 
 def _names(values: Iterable[object]) -> str:

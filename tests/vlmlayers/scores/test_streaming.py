@@ -35,7 +35,8 @@ from vlmlayers.metrics.moments import (
     white_noise_scatter,
 )
 from vlmlayers.scores import score, score_streaming
-from vlmlayers.streaming import StreamingScores, in_chunks
+from vlmlayers.scores.streamed import in_chunks, streamed_scores
+from vlmlayers.scores.sums import StreamingScores
 
 PARTS = {
     Moments: ("mean", "scatter", "cubic", "fourth"),
@@ -167,7 +168,7 @@ def test_chunks_order_and_merging_change_nothing(features: list[LayerFeatures]) 
     halves = StreamingScores(50), StreamingScores(50)
     for i in order:
         halves[i % 2].update(pieces[i])
-    merged = halves[0].merge(halves[1]).scores()
+    merged = streamed_scores(halves[0].merge(halves[1]))
     a, b = _by_place(whole), _by_place(merged)
     assert (a.index == b.index).all()
     assert a[["value", "n"]].to_numpy() == pytest.approx(b[["value", "n"]].to_numpy(), rel=1e-8)
@@ -220,7 +221,7 @@ def test_memory_is_flat_in_n() -> None:
         tracemalloc.start()
         for start in range(0, n, 2_000):
             sums.update(_wide_chunk(2_000, start))
-        sums.scores(["effective_rank", "fisher_ratio"])
+        streamed_scores(sums, ["effective_rank", "fisher_ratio"])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.15 * peaks[0]

@@ -17,13 +17,13 @@ import pytest
 from run_folders import tiny_clip
 
 from vlmlayers.errors import UserError
-from vlmlayers.run import Run, fingerprint, read_json
+from vlmlayers.runs import Run, fingerprint, read_json
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.demo import demo_source, demo_study, pick_datasets, position_table
 from vlmlayers.study.runner import pick_stages
 
 BASE: dict[str, Any] = {"models": [{"name": "mini-clip"}], "datasets": ["digits"]}
-STUDIES = Path(__file__).parents[2] / "data_manifests" / "studies"
+STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
 
 
 @pytest.mark.parametrize(

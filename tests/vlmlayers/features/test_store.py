@@ -18,16 +18,17 @@ import pytest
 import tiny
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import atomically
-from vlmlayers.models import extract
-from vlmlayers.store import (
+from vlmlayers.features import writer
+from vlmlayers.features.store import (
     DamagedStore,
     FeatureStore,
     differing_field,
     open_features,
     partial_folder,
 )
-from vlmlayers.store_writer import StoreWriter
+from vlmlayers.features.writer import StoreWriter
+from vlmlayers.files import atomically
+from vlmlayers.models import extract
 
 MODEL = tiny.model()
 HERE = Path(__file__).parent
@@ -221,7 +222,7 @@ def test_a_missing_array_a_missing_store_and_another_format(store):
     with pytest.raises(UserError, match="nowhere is not there; run `vlmlayers extract` first"):
         open_features(store.parent / "nowhere")
     assert not FeatureStore.exists(store.parent / "nowhere")
-    from vlmlayers.store import record_checksum
+    from vlmlayers.features.store import record_checksum
 
     record = json.loads((store / "store.json").read_text())
     record.pop("checksum")
@@ -321,9 +322,7 @@ def test_two_processes_on_one_store_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_a_failing_disk_gives_one_line_and_keeps_the_work(whole, tmp_path, monkeypatch, number):
-    from vlmlayers import store_writer
-
-    real, calls = store_writer._write_rows, []
+    real, calls = writer._write_rows, []
 
     def fail(*args):
         calls.append(args)
@@ -331,12 +330,12 @@ def test_a_failing_disk_gives_one_line_and_keeps_the_work(whole, tmp_path, monke
             raise OSError(number, os.strerror(number))
         real(*args)
 
-    monkeypatch.setattr(store_writer, "_write_rows", fail)
+    monkeypatch.setattr(writer, "_write_rows", fail)
     with pytest.raises(UserError, match="cannot write .*start again, what is done") as caught:
         run(tmp_path / "s")
     assert os.strerror(number) in str(caught.value)
     assert ("free space" in str(caught.value)) == (number == errno.ENOSPC)
-    monkeypatch.setattr(store_writer, "_write_rows", real)
+    monkeypatch.setattr(writer, "_write_rows", real)
     rest = tiny.DrawnManifest()
     run(tmp_path / "s", rest)
     assert 0 < len(rest.opened) < 22
@@ -436,7 +435,7 @@ def start(*arguments, processes=1):
             str(processes),
         ]
     return subprocess.Popen(
-        [*command, str(HERE / "extract_process.py"), *map(str, arguments)],
+        [*command, str(HERE.parent / "extract_process.py"), *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -16,7 +16,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.schema import DEFAULT_TEMPLATE
 
-SHIPPED = sorted(path.stem for path in Path(__file__).parents[2].glob("data_manifests/*.toml"))
+SHIPPED = sorted(path.stem for path in Path(__file__).parents[3].glob("data_manifests/*.toml"))
 PAPER = {
     "ImageNet": "imagenet", "Caltech101": "caltech101", "OxfordPets": "oxford_pets",
     "StanfordCars": "stanford_cars", "Flowers102": "oxford_flowers", "Food101": "food101",

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
-from vlmlayers.features import LayerFeatures
-from vlmlayers.files import DRAFTS, atomically, file_checksum, take_lock, writing
-from vlmlayers.store import (
+from vlmlayers.features.arrays import LayerFeatures
+from vlmlayers.features.store import (
     ITEMS,
     SIDECAR,
     FeatureStore,
@@ -28,6 +27,7 @@ from vlmlayers.store import (
     refuse_other_identity,
     write_record,
 )
+from vlmlayers.files import DRAFTS, atomically, file_checksum, take_lock, writing
 
 Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
 _HEADER = 128  # bytes before the rows of a version 1.0 .npy file with a short header

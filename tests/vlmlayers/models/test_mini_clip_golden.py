@@ -1,10 +1,11 @@
 """The shipped miniature CLIP: ten pinned items, plain open_clip, size, and what its card says.
 
-`python tests/vlmlayers/test_mini_clip_golden.py` writes the pinned values again; do so only with
-new weights. The ten images are eight surface textures and two digits: numpy makes them, so that no
-release of Pillow's polygon code can move them. Tolerances: cosine at least 0.99999 at every pinned
-position, and 0.001 per component of unit rows. Another thread count changes a cosine by 2e-7;
-QuickGELU in place of GELU moves components by 0.003, bilinear resizing by 0.03 (controls below).
+`python tests/vlmlayers/models/test_mini_clip_golden.py` writes the pinned values again; do so only
+with new weights. The ten images are eight surface textures and two digits: numpy makes them, so
+that no release of Pillow's polygon code can move them. Tolerances: cosine at least 0.99999 at every
+pinned position, and 0.001 per component of unit rows. Another thread count changes a cosine by
+2e-7; QuickGELU in place of GELU moves components by 0.003, bilinear resizing by 0.03 (controls
+below).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vlmlayers.manifests import Manifest
 from vlmlayers.models import extract, load_model
 from vlmlayers.models.load import VLM
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mini_clip.npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "mini_clip.npz"
 FOLDER = Path(load_model.__globals__["__file__"]).parent / "mini_clip"
 POSITIONS = ("1", "6", "12", "proj")
 NAMES = (

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
-from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.features.arrays import LayerFeatures, TowerFeatures
 from vlmlayers.files import atomically, file_checksum
 
 SIDECAR = "store.json"
