@@ -87,12 +87,12 @@ def test_vlmlayers_commands_parse(words: list[str]) -> None:
         assert set(values["metrics"] or []) <= set(METRICS)
     if command.name == "train":
         from vlmadapters import load_recipe
-        from vlmadapters.config import parse_placement
         from vlmadapters.protocols import PROTOCOLS
+        from vlmlayers.placement import Placement
 
         load_recipe(values["recipe"])
         assert values["protocol"] in PROTOCOLS
-        assert all(map(parse_placement, values["placement"] or []))
+        assert all(map(Placement.parse, values["placement"] or []))
 
 
 @pytest.mark.parametrize("wrong", ["scoer runs/x", "train --nothing", "extract mini-clip --out x"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class MMAConfig:
     pairs: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        for tower in ("vision", "text"):
-            object.__setattr__(self, tower, _blocks(tower, getattr(self, tower)))
-        if not self.vision and not self.text:
+        placed = Placement(self.vision, self.text)
+        object.__setattr__(self, "vision", placed.vision)
+        object.__setattr__(self, "text", placed.text)
+        if not placed:
             raise UserError("the adapter has no block in either tower; name at least one")
         if self.dim < 1:
             raise UserError(f"the adapter's dim is {self.dim}; it must be 1 or more")
@@ -48,10 +50,7 @@ class MMAConfig:
     @classmethod
     def span(cls, first: int, last: int, **options: Any) -> MMAConfig:
         """Adapt blocks `first` to `last` of both towers; (5, 12) is the published placement."""
-        blocks = tuple(range(first, last + 1))
-        if not blocks:
-            raise UserError(f"the span {first} to {last} holds no block; give the lower one first")
-        return cls(vision=blocks, text=blocks, **options)
+        return cls(*Placement.span(first, last), **options)
 
     @classmethod
     def from_choice(cls, choice: Any, **options: Any) -> MMAConfig:
@@ -91,7 +90,7 @@ class MMAConfig:
     @property
     def placement(self) -> str:
         """The placement in short: `v5-12,t5-12`; `v3+5-7,t-` for gaps and an empty tower."""
-        return f"v{_ranges(self.vision)},t{_ranges(self.text)}"
+        return str(Placement(self.vision, self.text))
 
     def with_placement(self, vision: Iterable[int], text: Iterable[int]) -> MMAConfig:
         """Return the same adapter at other blocks, paired by number."""
@@ -114,59 +113,6 @@ class MMAConfig:
         for v, t in self.shared_pairs():
             names["vision", v] = names["text", t] = str(v) if v == t else f"v{v}t{t}"
         return names
-
-
-def parse_placement(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Read a placement such as `v5-12,t5-12`, or `5-12` for both towers.
-
-    Returns:
-        Vision blocks and text blocks.
-    """
-    parts = text.replace(" ", "").split(",")
-    try:
-        if len(parts) == 1 and not parts[0].startswith(("v", "t")):
-            both = _parse_ranges(parts[0])
-            return both, both
-        by_tower = {part[:1]: _parse_ranges(part[1:]) for part in parts}
-        if len(by_tower) != len(parts) or not set(by_tower) <= {"v", "t"}:
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            f"cannot read the placement {text[:80]!r}; write 5-12, or v5-12,t7-12, or v1+3+5-8,t-"
-        ) from None
-    return by_tower.get("v", ()), by_tower.get("t", ())
-
-
-def _parse_ranges(text: str) -> tuple[int, ...]:
-    if text in ("", "-"):
-        return ()
-    blocks: list[int] = []
-    for part in text.split("+"):
-        first, _, last = part.partition("-")
-        if max(len(first), len(last)) > 4:  # no tower is that deep, and the range would fill memory
-            raise ValueError
-        blocks.extend(range(int(first), int(last or first) + 1))
-    return tuple(blocks)
-
-
-def _ranges(blocks: tuple[int, ...]) -> str:
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return "+".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) or "-"
-
-
-def _blocks(tower: str, blocks: Iterable[int]) -> tuple[int, ...]:
-    found = tuple(blocks)
-    for block in found:
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise UserError(f"{tower} block {block!r} is not a block number; blocks count from 1")
-    if len(set(found)) != len(found):
-        raise UserError(f"{tower} blocks {list(found)} name a block twice")
-    return tuple(sorted(found))
 
 
 def _pairs(

@@ -18,6 +18,7 @@ from vlmadapters.branch import add_branch
 from vlmadapters.config import MMAConfig
 from vlmlayers.errors import UserError
 from vlmlayers.models.towers import Tower
+from vlmlayers.placement import Placement
 
 PREFIX = {"vision": "visual_adapter", "text": "text_adapter"}
 
@@ -232,14 +233,10 @@ def new_adapter(clip: nn.Module, config: MMAConfig, seed: int = 0) -> Adapter:
 
 def check_fits(config: MMAConfig, towers: Mapping[str, Any], widths: Mapping[str, int]) -> None:
     """Raise a UserError unless a backbone has the adapter's widths and blocks."""
+    depths = {name: tower.depth for name, tower in towers.items()}
+    Placement(config.vision, config.text).check(depths)
     for name, tower in towers.items():
-        blocks = getattr(config, name)
-        if blocks and blocks[-1] > tower.depth:
-            raise UserError(
-                f"the placement {config.placement} names {name} block {blocks[-1]}, but the "
-                f"{name} tower has {tower.depth} blocks"
-            )
-        if blocks and widths[name] != tower.width:
+        if getattr(config, name) and widths[name] != tower.width:
             raise UserError(
                 f"the adapter was made for a {name} tower of width {widths[name]}, this backbone's "
                 f"has width {tower.width}; load the backbone it was made for"

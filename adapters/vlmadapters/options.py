@@ -82,9 +82,10 @@ def read_pairs(text: str) -> tuple[tuple[int, ...], ...]:
 
 def read_placements(adapter: Any, placements: list[str], choice: Path | None) -> list[Any]:
     """Return the adapters to train: named placements, a choice's, or else the recipe's own."""
-    from vlmadapters.config import MMAConfig, parse_placement
+    from vlmadapters.config import MMAConfig
+    from vlmlayers.placement import Placement
 
-    configs = [adapter.with_placement(*parse_placement(text)) for text in placements]
+    configs = [adapter.with_placement(*Placement.parse(text)) for text in placements]
     if choice is not None:
         configs.append(MMAConfig.from_choice(choice, dim=adapter.dim, scale=adapter.scale))
     return configs or [adapter]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from vlmadapters.config import MMAConfig
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import check_one_of
+from vlmlayers.placement import Placement
 from vlmlayers.selection import paper_blocks
 
 Blocks = tuple[int, ...]
@@ -31,18 +31,11 @@ class Competitor:
 
     Attributes:
         kind: `chosen` or a name of `KINDS`; several joined by `+` where they coincide.
-        vision: Adapted vision blocks.
-        text: Adapted text blocks.
+        placement: The blocks.
     """
 
     kind: str
-    vision: Blocks
-    text: Blocks
-
-    @property
-    def label(self) -> str:
-        """The placement in short, such as `v5-12,t5-12`."""
-        return MMAConfig(vision=self.vision, text=self.text).placement
+    placement: Placement
 
 
 def scaled_block(block: int, blocks: int, other: int) -> int:
@@ -60,62 +53,60 @@ def _span(start: int, last: int) -> Blocks:
 
 
 def _random_blocks(
-    generator: random.Random, chosen: Mapping[str, Sequence[int]], depths: Mapping[str, int]
-) -> tuple[Blocks, Blocks]:
+    generator: random.Random, chosen: Placement, depths: Mapping[str, int]
+) -> Placement:
     """Draw as many blocks per tower as chosen, as many of them in both towers as chosen.
 
     A block that is adapted in both towers shares its middle layer, so equal counts alone would not
     be an equal number of parameters.
     """
     shallow, deep = sorted(depths, key=lambda tower: depths[tower])
-    both = set(chosen["vision"]) & set(chosen["text"])
+    both = set(chosen.vision) & set(chosen.text)
     common = range(1, depths[shallow] + 1)
     shared = set(generator.sample(common, len(both)))
     free = [b for b in common if b not in shared]
-    alone = {shallow: set(generator.sample(free, len(chosen[shallow]) - len(both)))}
+    alone = {shallow: set(generator.sample(free, len(chosen.blocks(shallow)) - len(both)))}
     free = [b for b in range(1, depths[deep] + 1) if b not in shared | alone[shallow]]
-    alone[deep] = set(generator.sample(free, len(chosen[deep]) - len(both)))
+    alone[deep] = set(generator.sample(free, len(chosen.blocks(deep)) - len(both)))
     vision, text = (tuple(sorted(shared | alone[tower])) for tower in ("vision", "text"))
-    return vision, text
+    return Placement(vision, text)
 
 
 def _placements(
-    kind: str,
-    chosen: Mapping[str, Sequence[int]],
-    depths: Mapping[str, int],
-    count: int,
-    seed: int,
-) -> Iterator[tuple[Blocks, Blocks]]:
+    kind: str, chosen: Placement, depths: Mapping[str, int], count: int, seed: int
+) -> Iterator[Placement]:
     v, t = depths["vision"], depths["text"]
     if kind == "paper":
-        yield paper_blocks(v), paper_blocks(t)
+        yield Placement(paper_blocks(v), paper_blocks(t))
     elif kind == "all":
-        yield _span(1, v), _span(1, t)
+        yield Placement(_span(1, v), _span(1, t))
     elif kind == "lower":
-        yield _span(1, v // 2), _span(1, t // 2)
+        yield Placement(_span(1, v // 2), _span(1, t // 2))
     elif kind == "upper":
-        yield _span(v // 2 + 1, v), _span(t // 2 + 1, t)
+        yield Placement(_span(v // 2 + 1, v), _span(t // 2 + 1, t))
     elif kind == "start":
         for start in range(1, max(v, t) + 1):
-            yield (
+            yield Placement(
                 _span(scaled_start(start, max(v, t), v), v),
                 _span(scaled_start(start, max(v, t), t), t),
             )
     elif kind == "single":
         for block in range(1, max(v, t) + 1):
-            yield (scaled_block(block, max(v, t), v),), (scaled_block(block, max(v, t), t),)
+            yield Placement(
+                (scaled_block(block, max(v, t), v),), (scaled_block(block, max(v, t), t),)
+            )
     elif kind == "random":
         generator = random.Random(seed)
         for _ in range(count):
             yield _random_blocks(generator, chosen, depths)
     elif kind == "vision":
-        yield tuple(chosen["vision"]), ()
+        yield Placement(vision=chosen.vision)
     else:
-        yield (), tuple(chosen["text"])
+        yield Placement(text=chosen.text)
 
 
 def competitors(
-    chosen: Mapping[str, Sequence[int]],
+    chosen: Placement,
     depths: Mapping[str, int],
     kinds: Iterable[str] = DEFAULT_KINDS,
     *,
@@ -125,7 +116,7 @@ def competitors(
     """Return the chosen placement and its competitors, each distinct placement once.
 
     Args:
-        chosen: Adapted blocks, `vision` and `text`.
+        chosen: The chosen placement.
         depths: Number of blocks of each tower, `vision` and `text`.
         kinds: Names of `KINDS`.
         random_count: How many random placements the kind `random` adds.
@@ -134,20 +125,11 @@ def competitors(
     Raises:
         UserError: A kind is unknown, or the choice names a block that a tower lacks.
     """
-    for tower in ("vision", "text"):
-        beyond = [b for b in chosen[tower] if not 1 <= b <= depths[tower]]
-        if beyond:
-            raise UserError(
-                f"the choice names {tower} block {beyond[0]}, but the tower has blocks 1 to "
-                f"{depths[tower]}; choose again on this model's scores"
-            )
-    found: dict[tuple[Blocks, Blocks], list[str]] = {
-        (tuple(chosen["vision"]), tuple(chosen["text"])): ["chosen"]
-    }
+    found = {chosen.check(depths, "the choice"): ["chosen"]}
     for kind in kinds:
         check_one_of("kind of placement", kind, KINDS)
         for placed in _placements(kind, chosen, depths, random_count, seed):
-            names = found.setdefault(placed, []) if any(placed) else []
+            names = found.setdefault(placed, []) if placed else []
             if kind not in names:
                 names.append(kind)
-    return [Competitor("+".join(names), *placed) for placed, names in found.items()]
+    return [Competitor("+".join(names), placed) for placed, names in found.items()]

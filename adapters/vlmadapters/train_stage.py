@@ -49,9 +49,9 @@ def parts(tables: Any) -> list[TrainPart]:
     Raises:
         UserError: A key, protocol, recipe, dataset, placement or value is wrong.
     """
-    from vlmadapters.config import parse_placement
     from vlmadapters.protocols import PROTOCOLS
     from vlmadapters.recipes import load_recipe
+    from vlmlayers.placement import Placement
 
     found = []
     for table in tables:
@@ -70,7 +70,7 @@ def parts(tables: Any) -> list[TrainPart]:
             load_recipe(part.recipe)
         for placement in part.placements:
             if placement != CHOICE:
-                parse_placement(placement)
+                Placement.parse(placement)
         found.append(part)
     return found
 

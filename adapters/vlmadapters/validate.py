@@ -29,9 +29,10 @@ from vlmadapters.verdict import (
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
 from vlmlayers.manifests import Manifest
+from vlmlayers.placement import Placement
 from vlmlayers.runs import environment, write_json
 from vlmlayers.scores.summaries import harmonic_mean
-from vlmlayers.selection import parse_blocks, predict
+from vlmlayers.selection import predict
 
 REFERENCE = "paper"
 
@@ -113,7 +114,7 @@ def validate(
     for name in names:
         if not experiment.dataset(name).names("novel"):
             raise UserError(f"{name} has no novel class; validate on two classes or more")
-    configs = [made.adapter.with_placement(one.vision, one.text) for one in placed]
+    configs = [made.adapter.with_placement(*one.placement) for one in placed]
     results = experiment.run(names, configs, seeds, together=together)
     table = validation_table(results, placed)
     if out is not None and not parallel.rank_and_size()[0]:
@@ -138,8 +139,8 @@ def _recipe(model: Any, recipe: str | Path | Recipe | None, shots: int | None) -
 def _competitors(
     model: Any, choice: Any, kinds: Iterable[str], reference: str, count: int, seed: int
 ) -> list[Competitor]:
-    chosen = {"vision": tuple(choice.vision), "text": tuple(choice.text)}
-    if not any(chosen.values()):
+    chosen = Placement(tuple(choice.vision), tuple(choice.text))
+    if not chosen:
         raise UserError("the choice adapts no block in either tower; there is nothing to train")
     check_one_of("reference", reference, KINDS)
     depths = {name: tower.depth for name, tower in model.towers.items()}
@@ -161,7 +162,9 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
     rows = []
     for dataset, seed in dict.fromkeys(key[:2] for key in trained):
         for one in placed:
-            base, novel = (trained[dataset, seed, one.label, kind] for kind in ("base", "novel"))
+            base, novel = (
+                trained[dataset, seed, str(one.placement), kind] for kind in ("base", "novel")
+            )
             rows.append(
                 {
                     "model": base["model"],
@@ -169,10 +172,10 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
                     "dataset": dataset,
                     "shots": int(base["shots"]),
                     "seed": int(seed),
-                    "placement": one.label,
+                    "placement": str(one.placement),
                     "kind": one.kind,
-                    "vision": " ".join(map(str, one.vision)),
-                    "text": " ".join(map(str, one.text)),
+                    "vision": " ".join(map(str, one.placement.vision)),
+                    "text": " ".join(map(str, one.placement.text)),
                     "parameters": int(base["parameters"]),
                     "base": 100 * base["accuracy"],
                     "novel": 100 * novel["accuracy"],
@@ -231,7 +234,8 @@ def write_summary(
     }
     said: dict[str, str] = {}
     if scores is not None:
-        predicted = predict(scores, _placements(table))
+        labels = dict.fromkeys(table["placement"])
+        predicted = predict(scores, {label: Placement.parse(label) for label in labels})
         correlations = rank_correlation(table, predicted, seed=seed)
         tables["validation_correlations"] = correlations
         said["predictors"] = predictors(correlations)
@@ -258,15 +262,3 @@ def write_summary(
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
     atomically(path, lambda part: frame.to_csv(part, index=False))
-
-
-def _placements(table: pd.DataFrame) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    first = table.drop_duplicates("placement")
-    return {
-        str(row["placement"]): (_blocks(row["vision"]), _blocks(row["text"]))
-        for _, row in first.iterrows()
-    }
-
-
-def _blocks(text: Any) -> tuple[int, ...]:
-    return parse_blocks([int(block) for block in str(text).split()])

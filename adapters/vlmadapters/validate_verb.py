@@ -99,14 +99,14 @@ def validate(
 
 
 def _choice(choice: Path | None, placement: str | None) -> Any:
-    from vlmadapters.config import MMAConfig, parse_placement
+    from vlmadapters.config import MMAConfig
+    from vlmlayers.placement import Placement
     from vlmlayers.selection import LayerChoice
 
     if (choice is None) == (placement is None):
         raise UserError("name either --choice or --placement, not both and not neither")
     if placement is not None:
-        vision, text = parse_placement(placement)
-        return MMAConfig(vision, text)
+        return MMAConfig(*Placement.parse(placement))
     assert choice is not None
     return LayerChoice.load(choice / "choice.json" if choice.is_dir() else choice)
 

@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import ZERO_SHOT
 
 Array = NDArray[np.float64]
 VALIDATION_COLUMNS = (
@@ -40,7 +41,6 @@ VALIDATION_COLUMNS = (
     "seconds",
 )
 OUTCOMES = ("hm", "base", "novel")
-ZERO_SHOT = "zero-shot"
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vlmlayers.manifests import Manifest as Manifest
     from vlmlayers.models import extract as extract
     from vlmlayers.models import load_model as load_model
+    from vlmlayers.placement import Placement as Placement
     from vlmlayers.report import write_report as write_report
     from vlmlayers.scores import read_scores as read_scores
     from vlmlayers.scores import score as score
@@ -33,6 +34,7 @@ _HOMES = {
     "LayerChoice": "selection",
     "LayerFeatures": "features",
     "Manifest": "manifests",
+    "Placement": "placement",
     "UserError": "errors",
     "extract": "models",
     "load_model": "models",

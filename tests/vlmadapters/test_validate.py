@@ -324,7 +324,7 @@ def test_wrong_stage_options_are_named(
         ({"kinds": ["alll"]}, "unknown kind of placement 'alll'"),
         ({"reference": "papr"}, "unknown reference 'papr'"),
         ({"choice": LayerChoice((), (), "explicit")}, "adapts no block in either tower"),
-        ({"choice": LayerChoice((9,), (), "explicit")}, "vision block 9, but the tower has blocks"),
+        ({"choice": LayerChoice((9,), (), "explicit")}, "vision block 9, but the vision tower has"),
     ],
 )
 def test_wrong_arguments_are_named(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import MissingTable
-from vlmlayers.plots.outcomes import short_label
-from vlmlayers.selection import available_scores, parse_blocks, predict
+from vlmlayers.placement import Placement
+from vlmlayers.selection import available_scores, predict
 from vlmlayers.selection.predict import PLACEMENT_SCORES
 
 OUTCOMES = ("base", "novel", "hm")
@@ -58,10 +57,10 @@ def start_block(placement: str) -> int:
     Raises:
         UserError: The placement names no block.
     """
-    found = re.search(r"\d+", placement)
-    if found is None:
+    placed = Placement.parse(placement)
+    if not placed:
         raise UserError(f"placement {placement!r} names no block; write it as v5-12,t5-12")
-    return int(found.group())
+    return (placed.vision or placed.text)[0]
 
 
 def sweep(means: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +101,7 @@ def predicted_means(
     if names is None:
         supported = [name for name in available_scores(scores) if name in PLACEMENT_SCORES]
         names = [DEFAULT_SCORE if DEFAULT_SCORE in supported else supported[0]]
-    placements = {name: placement_blocks(name) for name in means.placement}
+    placements = {name: Placement.parse(name) for name in means.placement}
     predicted = predict(scores, placements, names)[["placement", "score", "predicted"]]
     joined = predicted.merge(means, on="placement")
     tau = {
@@ -111,15 +110,5 @@ def predicted_means(
     }
     joined = joined.sort_values(["chosen", "published", "start"], ascending=[False, False, True])
     return joined.assign(
-        tau=joined.score.map(tau), short=[short_label(name) for name in joined.placement]
+        tau=joined.score.map(tau), short=[placements[name].label for name in joined.placement]
     )
-
-
-def placement_blocks(placement: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return vision and text blocks of a placement such as `v3+5-7,t-`."""
-    vision, _, text = placement.partition(",")
-    return _blocks(vision.removeprefix("v")), _blocks(text.removeprefix("t"))
-
-
-def _blocks(text: str) -> tuple[int, ...]:
-    return parse_blocks("none" if text in ("", "-") else text.replace("+", ","))

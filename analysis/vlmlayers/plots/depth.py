@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import describe_blocks
 from vlmlayers.plots.layout import DepthAxis, runs
 from vlmlayers.plots.style import (
     CHANCE_COLOUR,
@@ -21,7 +22,7 @@ from vlmlayers.plots.style import (
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import POOLED, depths
 from vlmlayers.scores.summaries import curves, over_datasets
-from vlmlayers.selection import LayerChoice, describe_blocks
+from vlmlayers.selection import LayerChoice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

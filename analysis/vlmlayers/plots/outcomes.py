@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
+from vlmlayers.placement import Placement
 from vlmlayers.plots.style import CATEGORY_COLOURS, axes, style
 
 if TYPE_CHECKING:
@@ -34,13 +35,6 @@ def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
     if name not in outcomes.columns:
         return pd.Series(False, index=outcomes.index)
     return outcomes[name].astype(bool)
-
-
-def short_label(placement: str) -> str:
-    """Return `5–12` for `v5-12,t5-12`, and any other placement as it is."""
-    vision, _, text = placement.partition(",")
-    same = vision[:1] == "v" and text[:1] == "t" and vision[1:] == text[1:]
-    return (text[1:] if same else placement).replace("-", "–")
 
 
 def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -83,7 +77,7 @@ def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
         if "chosen" in outcomes.columns:
             for place in x[outcomes["chosen"].astype(bool)]:
                 ax.axvspan(place - 0.4, place + 0.4, color=CHOSEN_COLOUR, alpha=0.14, linewidth=0)
-        labels = [short_label(str(p)) for p in outcomes["placement"]]
+        labels = [Placement.parse(p).label for p in outcomes["placement"]]
         fits = sum(map(len, labels)) <= 36
         slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
         ax.set_xticks(x, labels, **({} if fits else slanted))
@@ -130,7 +124,7 @@ def predicted_vs_trained(
                            marker=marker, zorder=3)  # fmt: skip
         for _, row in outcomes.iterrows():
             ax.annotate(
-                short_label(str(row["placement"])),
+                Placement.parse(row["placement"]).label,
                 (row[predicted], row["hm"]),
                 fontsize=5.5,
                 xytext=(3, 2),

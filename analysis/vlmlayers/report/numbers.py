@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
+from vlmlayers.placement import ZERO_SHOT, Placement
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run, read_json
 from vlmlayers.scores import read_scores
@@ -27,7 +28,6 @@ from vlmlayers.selection.stability import OFTEN
 from vlmlayers.words import percent
 
 DIM = 32
-ZERO_SHOT = "zero-shot"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +102,7 @@ class Validation:
 
         Added columns: chosen, and sweep, whether the placement belongs to that sweep.
         """
-        cells = self.cells.drop_duplicates("placement").to_dict("records")
-        names = [str(cell["placement"]) for cell in sorted(cells, key=_place)]
+        names = sorted(dict.fromkeys(self.cells["placement"]), key=_place)
         frame = self.placements.set_index("placement").reindex(names).reset_index()
         swept = ["start" in self.kind(name).split("+") for name in frame["placement"]]
         frame = frame.assign(chosen=frame["placement"] == self.chosen, sweep=swept)
@@ -120,14 +119,10 @@ def _table(path: Path) -> pd.DataFrame:
         ) from None
 
 
-def _place(cell: Mapping[Any, Any]) -> tuple[float, float]:
+def _place(placement: str) -> tuple[float, float]:
     """Return first block and number of blocks; what names no block stands last."""
-    blocks = [
-        int(b)
-        for key in ("vision", "text")
-        for b in str(cell.get(key, "")).split()
-        if b.isdecimal()
-    ]
+    vision, text = Placement.parse(placement)
+    blocks = [*vision, *text]
     return (min(blocks), -len(blocks)) if blocks else (float("inf"), 0.0)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vlmlayers.placement import describe_blocks
 from vlmlayers.report.numbers import Answer
-from vlmlayers.selection import describe_blocks
 from vlmlayers.words import percent
 
 KEY = "Filled: chosen. Line below: the paper’s placement at this depth."

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlmlayers.placement import describe_blocks
 from vlmlayers.report.made import model_table
 from vlmlayers.report.numbers import Answer, Validation, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular, words
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, curves, dataset_readout
-from vlmlayers.selection import describe_blocks
 
 
 def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vlmlayers.selection.choice import LayerChoice, describe_blocks, parse_blocks
+from vlmlayers.placement import describe_blocks, parse_blocks
+from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.chooser import make_rule, select
 from vlmlayers.selection.predict import (
     BLOCK_SCORES,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
+from vlmlayers.placement import DEEPEST, Placement, describe_blocks
 from vlmlayers.positions import TOWERS
 
 KEYS = ("vision", "text", "rule", "evidence")
@@ -33,14 +34,11 @@ class LayerChoice:
     evidence: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        placed = Placement(self.vision, self.text)
+        known = {tower: _depth(self.evidence, tower) for tower in TOWERS}
+        placed.check({t: DEEPEST if depth is None else depth for t, depth in known.items()})
         for tower in TOWERS:
-            blocks = _blocks(getattr(self, tower), tower)
-            depth = _depth(self.evidence, tower)
-            if depth is not None and blocks and blocks[-1] > depth:
-                raise UserError(
-                    f"{tower} block {blocks[-1]} does not exist; the tower has blocks 1..{depth}"
-                )
-            object.__setattr__(self, tower, blocks)
+            object.__setattr__(self, tower, placed.blocks(tower))
 
     @property
     def decided(self) -> bool:
@@ -52,10 +50,14 @@ class LayerChoice:
         """How sure the choice is, in one or two sentences."""
         return str(self.evidence.get("statement", ""))
 
+    @property
+    def placement(self) -> Placement:
+        """The chosen blocks as a placement."""
+        return Placement(self.vision, self.text)
+
     def blocks(self, tower: str) -> tuple[int, ...]:
         """Return the blocks of one tower."""
-        check_one_of("tower", tower, TOWERS)
-        return self.vision if tower == "vision" else self.text
+        return self.placement.blocks(tower)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `choice.json`."""
@@ -135,56 +137,3 @@ def _depth(evidence: Mapping[str, Any], tower: str) -> int | None:
     for key in ("towers", tower, "depth"):
         found = found.get(key) if isinstance(found, Mapping) else None
     return found if isinstance(found, int) else None
-
-
-def describe_blocks(blocks: Iterable[int]) -> str:
-    """Return blocks as text: `5–12`, `3, 5–7`, or `none`."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and block == runs[-1][1] + 1:
-            runs[-1][1] = block
-        else:
-            runs.append([block, block])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs) or "none"
-
-
-def parse_blocks(text: str | int | Iterable[int]) -> tuple[int, ...]:
-    """Return blocks from `5-12`, `3,5-7`, `none`, a number or a sequence of numbers.
-
-    Raises:
-        UserError: The text is none of these.
-    """
-    if isinstance(text, int):
-        return _blocks([text], "given")
-    if not isinstance(text, str):
-        return _blocks(text, "given")
-    found: set[int] = set()
-    cleaned = text.replace("–", "-").replace(" ", "")
-    if cleaned.casefold() in ("", "none"):
-        return ()
-    for part in cleaned.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"blocks {text[:80]!r} cannot be read; write them as 5-12 or 3,5-7")
-        if max(len(first), len(last)) > 4:  # no tower is that deep, and the range would fill memory
-            raise UserError(f"blocks {text[:80]!r} go beyond 9999; towers are not that deep")
-        found.update(range(int(first), int(last or first) + 1))
-    return _blocks(sorted(found), "given")
-
-
-def _blocks(values: Any, tower: str) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise UserError(
-            f"{tower} blocks must be a list of whole numbers from 1, not {_short(values)}"
-        )
-    found = []
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-            raise UserError(f"{tower} block {_short(value)} is not a whole number from 1")
-        found.append(int(value))
-    return tuple(sorted(set(found)))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import Placement, describe_blocks, parse_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import Reading, check_scores, depths
-from vlmlayers.selection.choice import LayerChoice, describe_blocks, parse_blocks
+from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.rules import RULES, Pick, Picks
 from vlmlayers.selection.stability import HOW, doubts, stability
 from vlmlayers.words import percent
@@ -133,18 +134,9 @@ class OwnRule:
                 f"rule {self.name!r} must return a LayerChoice or a (vision, text) "
                 f"pair of blocks, not {made!r}"
             )
-        chosen = {"vision": parse_blocks(pair[0]), "text": parse_blocks(pair[1])}
-        for tower, picked in chosen.items():
-            if picked and picked[-1] > blocks.get(tower, 0):
-                raise UserError(
-                    f"rule {self.name!r} chose {tower} block {picked[-1]}; the table "
-                    f"has {tower} blocks 1..{blocks.get(tower, 0)}"
-                )
-        return {
-            tower: chosen[tower]
-            for tower in {**dict.fromkeys(blocks), **chosen}
-            if tower in blocks or chosen[tower]
-        }
+        chosen = Placement(parse_blocks(pair[0]), parse_blocks(pair[1]))
+        chosen.check(blocks, f"rule {self.name!r}")
+        return {tower: chosen.blocks(tower) for tower in blocks}
 
 
 def _load_function(rule: str) -> Callable[..., Any]:

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import Placement
+from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import bare, depths, has_curve, metric_names
 from vlmlayers.selection.curves import (
     Array,
@@ -267,19 +269,10 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
         )
 
     def of(vision: Iterable[int], text: Iterable[int]) -> float:
-        return compute(values, _checked(vision, text, blocks), blocks)
+        placed = Placement(tuple(vision), tuple(text)).check(blocks)
+        return compute(values, dict(zip(TOWERS, placed)), blocks)
 
     return of
-
-
-def _checked(vision: Iterable[int], text: Iterable[int], blocks: Mapping[str, int]) -> Blocks:
-    placement = {"vision": sorted(vision), "text": sorted(text)}
-    for tower, picked in placement.items():
-        if picked and not 1 <= picked[0] <= picked[-1] <= blocks.get(tower, 0):
-            raise UserError(
-                f"placement names {tower} block {picked[-1]}, outside 1..{blocks.get(tower, 0)}"
-            )
-    return placement
 
 
 def available_scores(scores: pd.DataFrame) -> list[str]:
@@ -308,7 +301,7 @@ def predict(
 
     Args:
         scores: Score table of one model.
-        placements: Name → object with `.vision` and `.text`, or a (vision, text) pair.
+        placements: Name → `Placement`, anything else with `.vision` and `.text`, or such a pair.
         names: Placement scores; all that the table supports where None.
 
     Returns:

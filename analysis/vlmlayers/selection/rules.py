@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.scores.reading import has_curve
-from vlmlayers.selection.choice import parse_blocks
 from vlmlayers.selection.curves import (
     Array,
     agreement_curve,
@@ -289,17 +289,9 @@ class Explicit:
 
     def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
         """Return the pick of each tower."""
-        picks = {}
-        for tower, given in (("vision", self.vision), ("text", self.text)):
-            chosen = parse_blocks(given)
-            depth = blocks.get(tower, 0)
-            if chosen and chosen[-1] > depth:
-                raise UserError(
-                    f"{tower} block {chosen[-1]} does not exist; the table has "
-                    f"{tower} blocks 1..{depth}"
-                )
-            picks[tower] = Pick(chosen)
-        return picks
+        placed = Placement(parse_blocks(self.vision), parse_blocks(self.text))
+        placed.check(blocks, "rule 'explicit'")
+        return {"vision": Pick(placed.vision), "text": Pick(placed.text)}
 
 
 RULES: dict[str, type[Any]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmlayers.selection.choice import describe_blocks
+from vlmlayers.placement import describe_blocks
 from vlmlayers.selection.rules import Picks
 from vlmlayers.words import percent
 

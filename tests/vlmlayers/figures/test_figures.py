@@ -519,7 +519,7 @@ def test_unfinished_runs_do_not_enter_the_sweep() -> None:
     with pytest.raises(MissingTable, match="validate with the kind 'start'"):
         outcomes.sweep(outcomes.placement_means(rows[rows.kind == "random"]))
     with pytest.raises(UserError, match="names no block"):
-        outcomes.start_block("all")
+        outcomes.start_block("zero-shot")
 
 
 def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_path: Path) -> None:

@@ -17,10 +17,8 @@ from vlmlayers.selection import (
     adapter_parameters,
     available_scores,
     block_scores,
-    describe_blocks,
     fit_knee,
     paper_blocks,
-    parse_blocks,
     placement_score,
     predict,
     select,
@@ -321,7 +319,7 @@ def choice_of(content: str, folder: Path) -> LayerChoice:
         (
             '{"vision": [13], "text": [], "rule": "x", '
             '"evidence": {"towers": {"vision": {"depth": 12}}}}',
-            "block 13 does not exist",
+            "vision block 13, but the vision tower has 12 blocks",
         ),
     ],
 )
@@ -340,13 +338,6 @@ def test_choice_round_trip(tmp_path: Path) -> None:
         LayerChoice.load(tmp_path / "absent.json")
 
 
-def test_blocks_as_text() -> None:
-    assert describe_blocks((3, 5, 6, 7)) == "3, 5–7" and describe_blocks(()) == "none"
-    assert parse_blocks("3, 5–7") == (3, 5, 6, 7) and parse_blocks("none") == ()
-    with pytest.raises(UserError, match="write them as"):
-        parse_blocks("5 to 12")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -363,7 +354,10 @@ def test_blocks_as_text() -> None:
         ({"rule": "budget", "score": "acuracy"}, "did you mean 'accuracy'"),
         ({"rule": "budget", "score": "accuracy_x_novel"}, "needs the metric"),
         ({"rule": "explicit"}, "names no block"),
-        ({"rule": "explicit", "vision": "1-13"}, "block 13 does not exist"),
+        (
+            {"rule": "explicit", "vision": "1-13"},
+            "vision block 13, but the vision tower has 12 blocks",
+        ),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
@@ -416,7 +410,7 @@ def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
     high = placement_score(scores, span(17, 24), span(9, 12), "metric:class_accuracy")
     assert low < high
     assert set(block_scores(scores, "agreement")) == {"vision", "text"}
-    with pytest.raises(UserError, match="outside"):
+    with pytest.raises(UserError, match="vision block 25, but the vision tower has 24 blocks"):
         placement_score(scores, (25,), ())
     with pytest.raises(UserError, match="did you mean 'mean_accuracy'"):
         placement_score(scores, (1,), (), "mean_acuracy")

@@ -1,0 +1,198 @@
+"""`Placement`: the blocks of both towers where a method acts, as a value and as text.
+
+The grammar, for command lines, study files, tables and figures alike:
+
+    5-12            blocks 5 to 12 of both towers
+    v5-12,t7-12     blocks of the vision and of the text tower
+    v1,3,5-7        a tower's blocks follow its letter; commas and plus signs mean the same
+    t5-12           no vision block, which is written `v-,t5-12`
+    zero-shot       no block at all
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.positions import TOWERS
+
+ZERO_SHOT = "zero-shot"
+DEEPEST = 9999  # no tower is that deep, and a longer range would fill memory
+_TOKEN = re.compile(r"([vt]?)(?:(\d+)(?:-(\d+))?|-|none)")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Blocks of both towers where a method acts. Iterating gives vision, then text.
+
+    Attributes:
+        vision: Blocks of the vision tower, from 1, rising.
+        text: Blocks of the text tower, from 1, rising.
+
+    Raises:
+        UserError: A block is not a whole number from 1, or stands twice.
+    """
+
+    vision: tuple[int, ...] = ()
+    text: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for tower in TOWERS:
+            object.__setattr__(self, tower, _checked(getattr(self, tower), f"{tower} "))
+
+    @classmethod
+    def parse(cls, text: str) -> Placement:
+        """Read a placement written in the grammar above, as `str` writes it.
+
+        Raises:
+            UserError: The text is no placement, or a range runs backwards.
+        """
+        found: dict[str, list[int]] = {}
+        letter = ""
+        for token in _cleaned(text).split(","):
+            named, blocks = _token(token, text, "the placement", "5-12, v5-12,t7-12 or v1,3,5-7")
+            if named and "" in found:
+                raise UserError(f"the placement {text[:80]!r} names both towers, then one of them")
+            letter = named or letter
+            found.setdefault(letter, []).extend(blocks)
+        both = found.get("", ())
+        return cls(tuple(found.get("v", both)), tuple(found.get("t", both)))
+
+    @classmethod
+    def span(cls, first: int, last: int) -> Placement:
+        """Return blocks `first` to `last` of both towers; (5, 12) is MMA's published placement."""
+        blocks = _span(first, last)
+        return cls(blocks, blocks)
+
+    def __str__(self) -> str:
+        if not self:
+            return ZERO_SHOT
+        return ",".join(
+            letter + ("+".join("-".join(map(str, run)) for run in _runs(blocks)) or "-")
+            for letter, blocks in zip("vt", self)
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.vision or self.text)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter((self.vision, self.text))
+
+    def blocks(self, tower: str) -> tuple[int, ...]:
+        """Return the blocks of one tower."""
+        check_one_of("tower", tower, TOWERS)
+        return self.vision if tower == "vision" else self.text
+
+    @property
+    def label(self) -> str:
+        """The placement for an axis: `5–12` where both towers have the same blocks."""
+        if not self:
+            return ZERO_SHOT
+        words = [describe_blocks(blocks).replace(", ", "+") for blocks in self]
+        if self.vision == self.text:
+            return words[0]
+        return ",".join(letter + word for letter, word in zip("vt", words) if word != "none")
+
+    def check(self, depths: Mapping[str, int], what: str = "") -> Placement:
+        """Return the placement if every block exists.
+
+        Args:
+            depths: Number of blocks of each tower; a tower that is not named has none.
+            what: What holds the placement, for the message.
+
+        Raises:
+            UserError: Names the first block beyond its tower.
+        """
+        for tower in TOWERS:
+            depth = depths.get(tower, 0)
+            for block in self.blocks(tower):
+                if block > depth:
+                    raise UserError(
+                        f"{what or f'the placement {self}'} names {tower} block {block}, but the "
+                        f"{tower} tower has {depth} blocks"
+                    )
+        return self
+
+
+def parse_blocks(blocks: str | int | Iterable[int]) -> tuple[int, ...]:
+    """Return the blocks of one tower from `5-12`, `3,5-7`, `none`, a number or numbers.
+
+    Raises:
+        UserError: They are none of these.
+    """
+    if not isinstance(blocks, str):
+        return _checked([blocks] if isinstance(blocks, int) else blocks)
+    found: list[int] = []
+    for token in _cleaned(blocks).split(",") if blocks.strip() else ():
+        letter, some = _token(token, blocks, "the blocks", "5-12 or 3,5-7")
+        if letter:
+            raise UserError(
+                f"the blocks {blocks[:80]!r} are those of one tower; leave {letter} out"
+            )
+        found.extend(some)
+    return _checked(found)
+
+
+def describe_blocks(blocks: Iterable[int]) -> str:
+    """Return blocks in words, for prose: `5–12`, `3, 5–7`, or `none`."""
+    return ", ".join("–".join(map(str, run)) for run in _runs(blocks)) or "none"
+
+
+def _cleaned(text: str) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"a placement is text such as 5-12 or v5-12,t7-12, not {_short(text)}")
+    cleaned = "".join(text.split()).casefold().replace("–", "-").replace("+", ",")
+    return "none" if cleaned == ZERO_SHOT else cleaned
+
+
+def _token(token: str, text: str, what: str, examples: str) -> tuple[str, tuple[int, ...]]:
+    """Return the letter of a tower, or none, and the blocks of one part of a placement."""
+    found = _TOKEN.fullmatch(token)
+    if found is None or not token.isascii():
+        raise UserError(f"cannot read {what} {text[:80]!r}; write {examples}")
+    letter, first, last = found.groups()
+    if max(len(first or ""), len(last or "")) > len(str(DEEPEST)):
+        raise UserError(f"{what} {text[:80]!r}: no tower has a block beyond {DEEPEST}")
+    return letter, _span(int(first), int(last or first)) if first else ()
+
+
+def _span(first: int, last: int) -> tuple[int, ...]:
+    if first > last:
+        raise UserError(f"the block range {first}-{last} is reversed; write {last}-{first}")
+    return tuple(range(first, last + 1))
+
+
+def _runs(blocks: Iterable[int]) -> list[tuple[int, ...]]:
+    """Return runs of neighbouring blocks: (first, last), or (block,) where it stands alone."""
+    runs: list[tuple[int, ...]] = []
+    for block in sorted(blocks):
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1] = (runs[-1][0], block)
+        else:
+            runs.append((block,))
+    return runs
+
+
+def _checked(blocks: Any, tower: str = "") -> tuple[int, ...]:
+    """Return blocks in rising order, each a whole number from 1 and there once."""
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise UserError(
+            f"{tower}blocks must be a list of whole numbers from 1, not {_short(blocks)}"
+        )
+    found: dict[int, None] = {}
+    for block in blocks:
+        if isinstance(block, bool) or not hasattr(block, "__index__") or index(block) < 1:
+            raise UserError(f"{tower}block {_short(block)} is not a whole number from 1")
+        if index(block) in found:
+            raise UserError(f"{tower}block {block} is named twice")
+        found[index(block)] = None
+    return tuple(sorted(found))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
