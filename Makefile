@@ -37,6 +37,7 @@ test-lowest: ## The tests on the lowest declared versions, in .venv-lowest
 check: setup ## Lint, format, import rules and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 format: setup ## Apply the formatter and the lint fixes
