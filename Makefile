@@ -60,7 +60,7 @@ bench: setup ## All benchmarks; tables go to benchmarks/results/
 	$(RUN) benchmarks/run.py
 
 mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
-	$(RUN) -m vlmadapters.pretrain --out runs/mini-clip
+	PYTHONPATH=tools $(RUN) -m mini_clip --out runs/mini-clip
 
 clean: ## Remove what the targets made, but not runs/
 	rm -rf .venv .venv-lowest site build dist .mypy_cache .ruff_cache .pytest_cache

@@ -23,10 +23,10 @@ import torch
 from common import machine, write_table
 from training import BATCH, CLASSES, TEMPLATE, peak, stepper
 
-from vlmadapters.config import MMAConfig
-from vlmadapters.fewshot import class_prompts
-from vlmadapters.frozen import Backbone
-from vlmadapters.mma import new_adapter
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.prompts import class_prompts
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.methods.mma.module import new_adapter
 from vlmlayers.models.load import build_clip, load_model
 
 MODELS = ("mini-clip", "ViT-B-16-quickgelu")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmadapters.config import MMAConfig
+from vlmadapters.methods.mma.config import MMAConfig
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -28,11 +28,11 @@ from public_recipe import PublicMMA
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmadapters.config import MMAConfig
-from vlmadapters.fewshot import class_prompts
-from vlmadapters.frozen import Backbone
-from vlmadapters.mma import new_adapter
-from vlmadapters.recipes import Savings
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.savings import Savings
+from vlmadapters.data.prompts import class_prompts
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.methods.mma.module import new_adapter
 from vlmlayers.models.load import build_clip
 
 BATCH, ARCHITECTURE, TEMPLATE = 16, "ViT-B-16-quickgelu", "a photo of a {}."

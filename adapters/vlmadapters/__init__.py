@@ -1,36 +1,43 @@
-"""The Multi-Modal Adapter (MMA, CVPR 2024): attach, train and evaluate at any placement."""
+"""Methods that adapt a frozen CLIP: attach, train and evaluate them at any placement."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmadapters.config import MMAConfig
+from vlmadapters.methods import METHODS
+from vlmadapters.methods.mma.config import MMAConfig
 
 if TYPE_CHECKING:
-    from vlmadapters.fewshot import few_shot
-    from vlmadapters.mma import Adapter, attach, class_logits
-    from vlmadapters.protocols import base_to_novel, cross_dataset, few_shot_all
-    from vlmadapters.recipes import load_recipe
-    from vlmadapters.results import summarise
-    from vlmadapters.train import Trainer
+    from vlmadapters.clip.logits import class_logits
+    from vlmadapters.data.fewshot import few_shot
+    from vlmadapters.methods.base import Method
+    from vlmadapters.methods.mma.module import attach
+    from vlmadapters.protocols.experiment import (
+        base_to_novel,
+        cross_dataset,
+        few_shot_all,
+        run_protocol,
+    )
+    from vlmadapters.protocols.results import summarise
+    from vlmadapters.training.recipes import load_recipe
 
 _HOMES = {
-    "Adapter": "mma",
-    "attach": "mma",
-    "class_logits": "mma",
-    "few_shot": "fewshot",
-    "Trainer": "train",
-    "load_recipe": "recipes",
-    "base_to_novel": "protocols",
-    "cross_dataset": "protocols",
-    "few_shot_all": "protocols",
-    "summarise": "results",
+    "Method": "methods.base",
+    "attach": "methods.mma.module",
+    "base_to_novel": "protocols.experiment",
+    "class_logits": "clip.logits",
+    "cross_dataset": "protocols.experiment",
+    "few_shot": "data.fewshot",
+    "few_shot_all": "protocols.experiment",
+    "load_recipe": "training.recipes",
+    "run_protocol": "protocols.experiment",
+    "summarise": "protocols.results",
 }
 
 __all__ = [
-    "Adapter",
+    "METHODS",
     "MMAConfig",
-    "Trainer",
+    "Method",
     "attach",
     "base_to_novel",
     "class_logits",
@@ -38,6 +45,7 @@ __all__ = [
     "few_shot",
     "few_shot_all",
     "load_recipe",
+    "run_protocol",
     "summarise",
 ]
 

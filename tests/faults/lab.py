@@ -32,10 +32,10 @@ import torch  # noqa: E402
 from backbones import shared_backbone  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from vlmadapters.config import MMAConfig  # noqa: E402
-from vlmadapters.protocols import base_to_novel  # noqa: E402
-from vlmadapters.recipes import Recipe, TrainConfig  # noqa: E402
-from vlmadapters.validate import validate  # noqa: E402
+from vlmadapters.methods.mma.config import MMAConfig  # noqa: E402
+from vlmadapters.protocols.experiment import base_to_novel  # noqa: E402
+from vlmadapters.training.recipes import Recipe, TrainConfig  # noqa: E402
+from vlmadapters.validation.validate import validate  # noqa: E402
 from vlmlayers.manifests import Manifest  # noqa: E402
 from vlmlayers.models import extract, stream  # noqa: E402
 from vlmlayers.scores.streamed import streamed_scores  # noqa: E402
@@ -88,7 +88,7 @@ def run_train(folder: Path) -> None:
         [str(folder.parent / "colours")],
         RECIPE,
         folder,
-        configs=[RECIPE.adapter, MMAConfig.span(3, 3, dim=4, scale=0.5)],
+        configs=[RECIPE.method, MMAConfig.span(3, 3, dim=4, scale=0.5)],
         seeds=(1, 2),
         save_adapters=True,
         progress=False,

@@ -22,17 +22,12 @@ from score_tables import full
 from starts import content, images
 from torch.utils.data import get_worker_info
 
-from vlmadapters.checkpoints import (
-    load_adapter,
-    load_training_state,
-    read_info,
-    save_adapter,
-    save_training_state,
-)
-from vlmadapters.config import MMAConfig
-from vlmadapters.mma import new_adapter
-from vlmadapters.protocols import base_to_novel
-from vlmadapters.recipes import Recipe, TrainConfig
+from vlmadapters.files import load_method, read_info, save_method
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.methods.mma.module import new_adapter
+from vlmadapters.protocols.experiment import base_to_novel
+from vlmadapters.training.recipes import Recipe, TrainConfig
+from vlmadapters.training.state import load_training_state, save_training_state
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import extract, stream
@@ -77,14 +72,14 @@ def detected(file: Path, read: Callable[[], Any], same: Callable[[Any], bool]) -
 def test_a_flipped_byte_in_an_adapter(tmp_path: Path) -> None:
     model = shared_backbone()
     adapter = new_adapter(model.clip, CONFIG, seed=3)
-    file = save_adapter(tmp_path / "a.safetensors", adapter, model, ("cat", "dog"))
+    file = save_method(tmp_path / "a.safetensors", adapter, model, ("cat", "dog"))
     state = adapter.official_state_dict()
 
     def same(found: Any) -> bool:
         own = found.official_state_dict()
         return all(torch.equal(own[key], state[key]) for key in state)
 
-    assert detected(file, lambda: load_adapter(file, model), same) >= 40
+    assert detected(file, lambda: load_method(file, model), same) >= 40
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)

@@ -257,7 +257,8 @@ def manifests(folder: Path) -> Target:
 
 
 def studies(folder: Path) -> Target:
-    from vlmadapters.stage import _checked
+    from vlmadapters.cli.stages import _checked
+
     from vlmlayers.study import read_study
 
     path = folder / "study.toml"
@@ -340,12 +341,12 @@ def adapters(folder: Path) -> Target:
     from backbones import shared_backbone
 
     from vlmadapters import MMAConfig
-    from vlmadapters.checkpoints import load_adapter, load_official, save_adapter, save_official
-    from vlmadapters.mma import new_adapter
+    from vlmadapters.files import load_method, load_official, save_method, save_official
+    from vlmadapters.methods.mma.module import new_adapter
 
     model = shared_backbone()
     adapter = new_adapter(model.clip, MMAConfig(vision=(2,), text=(3,), dim=4))
-    ours = save_adapter(folder / "a.safetensors", adapter, model, ("cat", "dog"), {"seed": 1})
+    ours = save_method(folder / "a.safetensors", adapter, model, ("cat", "dog"), {"seed": 1})
     theirs = save_official(folder / "b.pth.tar", adapter)
 
     def read(data: bytes) -> None:
@@ -355,7 +356,7 @@ def adapters(folder: Path) -> Target:
         if zipped:
             load_official(path, model.clip).config.placement.encode()
         else:
-            load_adapter(path, model).config.placement.encode()
+            load_method(path, model).config.placement.encode()
 
     return Target("adapters", [ours.read_bytes(), theirs.read_bytes()], read, flipped)
 
@@ -363,7 +364,7 @@ def adapters(folder: Path) -> Target:
 def states(folder: Path) -> Target:
     import torch
 
-    from vlmadapters.checkpoints import STATE_FILE, load_training_state, save_training_state
+    from vlmadapters.files import STATE_FILE, load_training_state, save_training_state
 
     identity = {"seed": 1, "items": ["a", "b"]}
     state = {"epoch": 1, "step": 2, "runs": [{"losses": [0.5], "adapter": {"w": torch.ones(3)}}]}

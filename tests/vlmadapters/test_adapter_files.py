@@ -13,15 +13,16 @@ import pytest
 import torch
 from backbones import backbone, shared_backbone
 
-from vlmadapters.checkpoints import (
-    load_adapter,
+from vlmadapters.data.task import Task
+from vlmadapters.files import (
+    load_method,
     load_official,
     read_info,
-    save_adapter,
+    save_method,
     save_official,
 )
-from vlmadapters.config import MMAConfig
-from vlmadapters.mma import new_adapter
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.methods.mma.module import new_adapter
 from vlmlayers.errors import UserError
 
 CONFIG = MMAConfig((1, 2), (2, 3), dim=4, scale=0.5)
@@ -35,8 +36,8 @@ def same(a: Any, b: Any) -> bool:
 def test_our_format_holds_the_adapter_and_what_it_belongs_to(tmp_path: Path) -> None:
     model = shared_backbone()
     adapter = new_adapter(model.clip, CONFIG, seed=5)
-    path = save_adapter(tmp_path / "a", adapter, model, ("cat", "dog"), {"seed": 5})
-    assert same(load_adapter(path, model), adapter)
+    path = save_method(tmp_path / "a", adapter, model, Task(("cat", "dog")), {"seed": 5})
+    assert same(load_method(path, model), adapter)
     info = read_info(path)
     assert info.config == CONFIG
     assert (info.class_names, info.provenance) == (("cat", "dog"), {"seed": 5})
@@ -50,12 +51,12 @@ def test_the_authors_layout_is_written_and_read(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     assert content["epoch"] == 5
     assert "text_adapter.2.down.0.weight" in content["state_dict"]
-    read = load_official(path, model.clip)
+    read = load_official(path, model)
     assert same(read, adapter)
     assert read.config == MMAConfig.span(2, 3, dim=4, scale=0.001)
     wrapped = {"state_dict": {f"module.{k}": v for k, v in content["state_dict"].items()}}
     torch.save(wrapped, tmp_path / "wrapped.pth.tar")
-    assert same(load_official(tmp_path / "wrapped.pth.tar", model.clip), adapter)
+    assert same(load_official(tmp_path / "wrapped.pth.tar", model), adapter)
 
 
 def test_what_is_no_part_of_the_adapter_is_left_out(
@@ -66,8 +67,8 @@ def test_what_is_no_part_of_the_adapter_is_left_out(
     adapter = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4), seed=5)
     state = {**adapter.official_state_dict(), "token_prefix": torch.zeros(2)}
     torch.save({"state_dict": state}, tmp_path / "more.pth.tar")
-    assert same(load_official(tmp_path / "more.pth.tar", model.clip), adapter)
-    assert "1 entries are no part of the adapter: ['token_prefix']" in caplog.text
+    assert same(load_official(tmp_path / "more.pth.tar", model), adapter)
+    assert "1 entries are no part of the method: ['token_prefix']" in caplog.text
 
 
 @pytest.mark.parametrize("pairs", [None, ((1, 2), (2, 3)), ((1, 3),), ()])
@@ -76,12 +77,12 @@ def test_pairs_are_read_from_the_keys(pairs: Any, tmp_path: Path) -> None:
     config = replace(CONFIG, scale=0.001, pairs=pairs)
     adapter = new_adapter(model.clip, config, seed=5)
     path = save_official(tmp_path / "a.pth.tar", adapter)
-    read = load_official(path, model.clip)
+    read = load_official(path, model)
     assert same(read, adapter)
     assert read.config.shared_pairs() == config.shared_pairs()
     other = replace(config, pairs=((2, 2),) if pairs else ((1, 3),))
     with pytest.raises(UserError, match=r"asked for is v1-2,t2-3 with dim 4"):
-        load_official(path, model.clip, other)
+        load_official(path, model, other)
 
 
 class Bomb:
@@ -112,20 +113,20 @@ def test_a_pickle_in_disguise_is_refused_and_not_executed(
 def test_another_backbone_or_placement_is_refused_with_both_sides(tmp_path: Path) -> None:
     model = shared_backbone()
     adapter = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4))
-    ours = save_adapter(tmp_path / "a", adapter, model)
+    ours = save_method(tmp_path / "a", adapter, model)
     other = backbone()
     with torch.no_grad():
         next(other.clip.parameters()).add_(1)
     other = replace(other, weights="other")
     with pytest.raises(UserError, match=r"weights random \(.*this is .* weights other \("):
-        load_adapter(ours, other)
+        load_method(ours, other)
     theirs = save_official(tmp_path / "b.pth.tar", adapter)
     asked = MMAConfig.span(1, 3, dim=4)
     with pytest.raises(UserError, match=r"placement v2-3,t2-3 .* asked for is v1-3,t1-3"):
-        load_official(theirs, model.clip, asked)
+        load_official(theirs, model, asked)
     wide = shared_backbone("depths differ")
     with pytest.raises(UserError, match="has shape|blocks"):
-        load_official(theirs, wide.clip)
+        load_official(theirs, wide)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_damaged_files_are_named(content: bytes | None, message: str, tmp_path: 
     with pytest.raises(UserError, match=message):
         load_official(path, shared_backbone().clip)
     with pytest.raises(UserError, match="cannot read the adapter"):
-        load_adapter(path, shared_backbone())
+        load_method(path, shared_backbone())
 
 
 def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The verbs and study stages that train."""

@@ -1,0 +1,44 @@
+"""A backbone with a trained adapter attached for good: what is measured before, measured after."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from vlmadapters.files import load_method, load_official, read_info
+from vlmadapters.methods.config import MethodConfig
+from vlmlayers.errors import UserError
+
+OURS = ".safetensors"
+
+
+def attach_for_good(model: Any, path: str | Path) -> Any:
+    """Attach a trained adapter to a loaded model and return the model.
+
+    The hooks stay as long as the model does. `weights` and `weights_hash` change, so that features
+    and scores of the adapted model are never taken for those of the backbone.
+
+    Args:
+        model: What `vlmlayers.models.load_model` returns.
+        path: `.safetensors` of ours, or the authors' file, which is read with the published scale.
+
+    Raises:
+        UserError: The file cannot be read, belongs to another backbone, or an adapter is attached.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no adapter {path}; `vlmlayers train` writes them to adapters/")
+    adapter = load_method(path, model) if path.suffix == OURS else load_official(path, model)
+    digest = sha256(path.read_bytes()).hexdigest()
+    model.adapt(adapter.attached(model.clip), _words(path, adapter.config), digest)
+    return model
+
+
+def _words(path: Path, config: MethodConfig) -> str:
+    if path.suffix != OURS:
+        return f"{config.title} {config.placement}"
+    made = read_info(path).provenance
+    told = [Path(str(made["source"])).stem] if "source" in made else []
+    told += [f"seed {made['seed']}"] if "seed" in made else []
+    return f"{config.title} {config.placement}" + (f" ({', '.join(told)})" if told else "")

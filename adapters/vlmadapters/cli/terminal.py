@@ -1,0 +1,71 @@
+"""The results table as a terminal of 80 columns shows it."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import pandas as pd
+
+from vlmadapters.protocols.results import ZERO_SHOT_METHODS
+
+WIDTH, LABEL, CELL = 80, 38, 14
+METRICS = {"base": "base", "novel": "novel", "hm": "HM", "all": "all classes"}
+RANDOM = "The backbone has RANDOM weights: these numbers say nothing about a model."
+
+
+def results_text(summary: pd.DataFrame, random_weights: bool = False) -> str:
+    """Return a summary as text: per dataset a line for each method, accuracies in percent.
+
+    Args:
+        summary: From `summarise` or `with_published`.
+        random_weights: Whether the backbone has random weights, which is then said first.
+    """
+    if "origin" not in summary:
+        summary = summary.assign(origin="ours")
+    ours = summary[summary["origin"] == "ours"].iloc[0]
+    metrics = [metric for metric in METRICS if metric in set(summary["metric"])]
+    backbone = " ".join(dict.fromkeys((ours["model"], ours["weights"])))
+    head = f"{ours['protocol']}, {backbone}: accuracy in %, mean ± sd over seeds"
+    lines = [RANDOM] if random_weights else []
+    lines += [*textwrap.wrap(head, WIDTH), ""]
+    columns = "".join(f"{METRICS[metric]:>6}".ljust(CELL) for metric in metrics)
+    for dataset, part in summary.groupby("dataset", sort=False):
+        lines.append(_padded(str(dataset), columns))
+        keys = ["method", "source", "placement", "origin", "model"]
+        for _, rows in part.groupby(keys, sort=False, dropna=False):
+            lines.append(_line(rows, metrics))
+    noted = summary[(summary["origin"] == "ours") & summary["note"].astype(bool)]
+    for dataset, part in noted.groupby("dataset", sort=False):
+        for note in dict.fromkeys(part["note"]):
+            lines += textwrap.wrap(f"{dataset}: {note}", WIDTH, subsequent_indent="  ")
+    if not summary[(summary["origin"] == "published") & (summary["dataset"] == "average")].empty:
+        lines.append("published averages are those of all datasets of the paper")
+    return "\n".join(lines)
+
+
+def _line(rows: pd.DataFrame, metrics: list[str]) -> str:
+    first = rows.iloc[0]
+    label = str(first["method"])
+    if first["placement"]:
+        label += f" {first['placement']}"
+    if first["origin"] == "published":
+        label += " (published)"
+    elif first["method"] not in ZERO_SHOT_METHODS and first["seeds"] > 1:
+        label += f", {first['seeds']} seeds"
+    label = f"  {label}"
+    found = {row["metric"]: row for _, row in rows.iterrows()}
+    return _padded(label, "".join(_cell(found.get(metric)).ljust(CELL) for metric in metrics))
+
+
+def _padded(label: str, cells: str) -> str:
+    """Return label and cells on one line, or on two where the label is long."""
+    gap = "\n" + " " * LABEL if len(label) >= LABEL else " " * (LABEL - len(label))
+    return f"{label}{gap}{cells}".rstrip()
+
+
+def _cell(row: Any) -> str:
+    if row is None:
+        return ""
+    spread = f" ±{100 * row['sd']:5.2f}" if row["sd"] == row["sd"] else ""
+    return f"{100 * row['mean']:6.2f}{spread}"

@@ -1,0 +1,194 @@
+"""The verbs `train`, `evaluate` and `validate`; each is one call of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmadapters.cli.options import (
+    Limit,
+    Workers,
+    load_backbone,
+    read_pairs,
+    read_placements,
+    read_recipe,
+    read_seeds,
+)
+from vlmadapters.cli.validate import validate
+from vlmlayers.cli.options import DataRoot, Device, Model, Pretrained, Quiet, RandomWeights
+
+__all__ = ["evaluate", "train", "validate"]
+
+
+def train(
+    model: Model,
+    datasets: Annotated[
+        list[str], typer.Argument(help="Datasets trained on: names, TOML files or image folders.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of cells, adapters and results.csv.")],
+    protocol: Annotated[
+        str, typer.Option(help="base-to-novel, few-shot, cross-dataset or domain-generalization.")
+    ] = "base-to-novel",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Dataset tested by transfer; repeatable."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Method, or several as in mma,coop; each with its own recipe.")
+    ] = "mma",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe of the method: published, mini, …, or a TOML file.")
+    ] = "published",
+    placement: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<str>",
+            help="Blocks, as in 5-12 or v5-12,t7-12; repeatable; the recipe's where absent.",
+        ),
+    ] = None,
+    choice: Annotated[Path | None, typer.Option(help="A choice.json to train at.")] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help="Vision and text blocks that share a projection, as in 5:7,6:8; equal numbers "
+            "where absent."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, as in 1,2,3.")] = "1,2,3",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+            help="A value of the recipe or the adapter, as in lr=0.03 or scale=0.1; repeatable.",
+        ),
+    ] = None,
+    together: Annotated[int, typer.Option(help="Placements trained side by side.")] = 12,
+    pretrained: Pretrained = None,
+    random_weights: RandomWeights = False,
+    device: Device = "auto",
+    limit: Limit = 0,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show published numbers beside ours.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train methods by a protocol of the paper, beside zero-shot CLIP.
+
+    A stopped run goes on with the same command. Several GPUs:
+    `torchrun --nproc-per-node N -m vlmlayers train …`.
+    """
+    from dataclasses import replace
+
+    from vlmadapters.protocols.experiment import Experiment
+    from vlmadapters.training import processes
+
+    names = method.replace(" ", "").split(",")
+    made = [read_recipe(recipe, settings or [], name) for name in names]
+    configs = [
+        config for one in made for config in read_placements(one.method, placement or [], choice)
+    ]
+    if pairs is not None:
+        configs = [replace(config, pairs=read_pairs(pairs)) for config in configs]
+    with processes.process_group() as (rank, _):
+        loaded = load_backbone(model, pretrained, random_weights, device)
+        experiment = Experiment(
+            protocol,
+            loaded,
+            made,
+            out,
+            root=data_root,
+            targets=target or (),
+            limit=limit,
+            workers=workers,
+            save_adapters=True,
+            progress=not quiet and rank == 0,
+        )
+        table = experiment.run(datasets, configs, read_seeds(seeds), together=together)
+    if rank == 0:
+        typer.echo(_text(table, published))
+        typer.echo(f"results {out / 'results.csv'}")
+
+
+def evaluate(
+    model: Model,
+    datasets: Annotated[list[str], typer.Argument(help="Datasets tested.")],
+    out: Annotated[Path | None, typer.Option(help="results.csv to write.")] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="<path>",
+            help="Trained adapter: .safetensors of ours or the authors' .pth.tar; repeatable. None "
+            "evaluates zero-shot CLIP alone.",
+        ),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Classes tested: all, base or novel; repeatable."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="Method of a file in its authors' layout.")] = "mma",
+    template: Annotated[str, typer.Option(help="Prompt template.")] = "a photo of a {}.",
+    scale: Annotated[
+        float,
+        typer.Option(help="Scale of an adapter in the authors' layout, which does not store it."),
+    ] = 0.001,
+    pretrained: Pretrained = None,
+    random_weights: RandomWeights = False,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    limit: Limit = 0,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Test zero-shot CLIP and trained adapters on datasets."""
+    from vlmadapters.protocols.trained import evaluate_methods
+    from vlmlayers.files import atomically
+
+    loaded = load_backbone(model, pretrained, random_weights, device)
+    adapters = {path: _trained(path, loaded, method, scale) for path in adapter or []}
+    table = evaluate_methods(
+        loaded,
+        datasets,
+        adapters,
+        kinds=kind or ["all"],
+        template=template,
+        root=data_root,
+        precision=precision,
+        limit=limit,
+        workers=workers,
+        progress=not quiet,
+    )
+    typer.echo(_text(table, False))
+    if out is not None:
+        atomically(out, lambda part: table.to_csv(part, index=False))
+        typer.echo(f"results {out}")
+
+
+def _trained(path: Path, model: Any, method: str, scale: float) -> Any:
+    from vlmadapters.files import load_method, load_official
+
+    if path.suffix == ".safetensors":
+        return load_method(path, model)
+    made = load_official(path, model, method=method)
+    if "scale" in made.config.settings():
+        made.config = made.config.from_dict({**made.config.to_dict(), "scale": scale})
+    return made
+
+
+def _text(table: Any, published: bool) -> str:
+    from vlmadapters.cli.terminal import results_text
+    from vlmadapters.protocols.published import with_published
+    from vlmadapters.protocols.results import summarise
+    from vlmlayers.manifests import Manifest
+
+    summary = summarise(table)
+    if published:
+        names = set(summary["dataset"]) & set(Manifest.names())
+        summary = with_published(summary, {name: Manifest.load(name).title for name in names})
+    return results_text(summary, bool(table["random_weights"].any()))

@@ -1,0 +1,145 @@
+"""The stage `train` of a study: protocols of the paper, run as the study file says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.manifests import Manifest
+
+CHOICE = "choice"
+
+
+class TrainPart(BaseModel):
+    """One table `[[train]]`.
+
+    Attributes:
+        protocol: Name of a protocol.
+        datasets: Trained on, each by itself; those of the study where empty.
+        targets: Tested by transfer.
+        method: Name of a method, or several, each trained with its own recipe.
+        recipe: Name of a recipe, or a TOML file beside the study.
+        set: Values of the recipe or the adapter.
+        placements: Such as `5-12`; `choice` is the study's own choice; the recipe's where empty.
+        seeds: Of draw, initialisation, order and views.
+        together: Placements trained side by side.
+        limit: Use at most so many test items of each dataset; 0 uses all.
+        workers: Threads that decode images.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    protocol: str = "base-to-novel"
+    datasets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    method: str | tuple[str, ...] = "mma"
+    recipe: str = "published"
+    set: dict[str, int | float | str | bool] = {}
+    placements: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (1, 2, 3)
+    together: int = 12
+    limit: int = 0
+    workers: int = 0
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods as a tuple."""
+        return (self.method,) if isinstance(self.method, str) else self.method
+
+
+def parts(tables: Any) -> list[TrainPart]:
+    """Return the tables `[[train]]` of a study, checked as far as no data are needed.
+
+    Raises:
+        UserError: A key, protocol, recipe, dataset, placement or value is wrong.
+    """
+    from vlmadapters.protocols.experiment import PROTOCOLS
+    from vlmadapters.training.recipes import load_recipe
+    from vlmlayers.placement import Placement
+
+    found = []
+    for table in tables:
+        for key in table:
+            check_one_of("key", key, TrainPart.model_fields, where="[[train]]")
+        try:
+            part = TrainPart.model_validate(table)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"[[train]] {place}: {first['msg']}") from None
+        protocol = PROTOCOLS[check_one_of("protocol", part.protocol, PROTOCOLS, where="[[train]]")]
+        if protocol.transfer and not part.targets:
+            raise UserError(f"[[train]] {part.protocol} needs targets; name datasets to test on")
+        if not part.recipe.endswith(".toml"):
+            for method in part.methods:
+                load_recipe(part.recipe, method)
+        for placement in part.placements:
+            if placement != CHOICE:
+                Placement.parse(placement)
+        found.append(part)
+    return found
+
+
+def check(context: Any) -> None:
+    """Check the tables and the names of their datasets before the study's first stage."""
+    for part in parts(context.study.train):
+        for name in (*part.datasets, *part.targets):
+            Manifest.load(context.dataset_name(name))
+
+
+def train(context: Any) -> None:
+    """Train and test by each table `[[train]]`; write `results.csv` into the run folder.
+
+    Cells, trained adapters and the table of each protocol lie under `training/`. A stopped run
+    goes on where it was.
+
+    Args:
+        context: `vlmlayers.study.StageContext`.
+
+    Raises:
+        UserError: A table is wrong, or a dataset is not there.
+    """
+    import pandas as pd
+
+    from vlmlayers.files import atomically
+
+    found = parts(context.study.train)
+    model = context.load_model()
+    tables = [_run(context, model, part, number) for number, part in enumerate(found, 1)]
+    table = pd.concat(tables, ignore_index=True)
+    path = context.run.folder / "results.csv"
+    atomically(path, lambda temporary: table.to_csv(temporary, index=False))
+    context.echo(f"train    {len(table)} results: {path}")
+
+
+def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
+    from vlmadapters.cli.options import read_placements, read_recipe
+    from vlmadapters.protocols.experiment import Experiment
+
+    local = Path(context.base) / part.recipe
+    settings = [f"{key}={value}" for key, value in part.set.items()]
+    beside = part.recipe.endswith(".toml") and local.exists()
+    name = str(local) if beside else part.recipe
+    recipes = [read_recipe(name, settings, method) for method in part.methods]
+    named = [text for text in part.placements if text != CHOICE]
+    choice = context.run.choice if CHOICE in part.placements else None
+    sources = part.datasets or tuple(data.name for data in context.study.datasets)
+    context.echo(f"train    {part.protocol} on {', '.join(sources)}")
+    experiment = Experiment(
+        part.protocol,
+        model,
+        recipes,
+        context.run.folder / "training" / f"{number}-{part.protocol}",
+        root=context.data_root,
+        targets=part.targets,
+        limit=part.limit,
+        workers=part.workers,
+        save_adapters=True,
+        progress=context.progress,
+    )
+    names = [experiment.add(Manifest.load(context.dataset_name(name))) for name in sources]
+    configs = [c for recipe in recipes for c in read_placements(recipe.method, named, choice)]
+    return experiment.run(names, configs, part.seeds, together=part.together)

@@ -1,0 +1,130 @@
+"""The verb `validate` of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmadapters.cli.options import (
+    Limit,
+    Method,
+    Workers,
+    load_backbone,
+    read_recipe,
+    read_seeds,
+)
+from vlmlayers.cli.options import DataRoot, Device, Model, Pretrained, Quiet, RandomWeights
+from vlmlayers.errors import UserError
+
+
+def validate(
+    model: Model,
+    datasets: Annotated[
+        list[str], typer.Argument(help="Datasets trained on: names, TOML files or image folders.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of validation.csv and the cells; a run folder will do.")
+    ],
+    choice: Annotated[
+        Path | None,
+        typer.Option(help="A choice.json, or a run folder, whose scores are then read as well."),
+    ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="Blocks in place of a choice, as in 5-12 or v5-12,t7-12.")
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Score table that outcomes are predicted from.")
+    ] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            help="Competitors: paper, all, lower, upper, start, single, random, vision, text; "
+            "all but single where absent."
+        ),
+    ] = None,
+    reference: Annotated[str, typer.Option(help="Kind that the verdict compares with.")] = "paper",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="As in `train`; mini for the mini-clip, else published, where absent."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="As in `train`; repeatable."),
+    ] = None,
+    method: Method = "mma",
+    seeds: Annotated[str, typer.Option(help="Seeds, as in 1,2,3.")] = "1,2,3",
+    random_count: Annotated[int, typer.Option(help="Random placements of equal size.")] = 3,
+    together: Annotated[int, typer.Option(help="Placements trained side by side.")] = 12,
+    pretrained: Pretrained = None,
+    random_weights: RandomWeights = False,
+    device: Device = "auto",
+    limit: Limit = 0,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train at the chosen layers and elsewhere: was the choice good?
+
+    A stopped run goes on with the same command. Several processes may share the work: start the
+    same command twice.
+    """
+    chosen = _choice(choice, placement)
+    table = _scores(choice, scores)
+    from vlmadapters.validation.competitors import DEFAULT_KINDS
+    from vlmadapters.validation.validate import default_recipe
+    from vlmadapters.validation.validate import validate as run
+
+    loaded = load_backbone(model, pretrained, random_weights, device)
+    found = run(
+        loaded,
+        chosen,
+        datasets,
+        scores=table,
+        kinds=kinds.replace(" ", "").split(",") if kinds else DEFAULT_KINDS,
+        seeds=read_seeds(seeds),
+        recipe=read_recipe(recipe or default_recipe(loaded), settings or [], method),
+        out=out,
+        root=data_root,
+        reference=reference,
+        random_count=random_count,
+        together=together,
+        limit=limit,
+        workers=workers,
+        progress=not quiet,
+    )
+    if loaded.random_weights:
+        typer.echo("The backbone has RANDOM weights: these numbers say nothing about a model.")
+    typer.echo(_text(found, out))
+
+
+def _choice(choice: Path | None, placement: str | None) -> Any:
+    from vlmadapters.methods.mma.config import MMAConfig
+    from vlmlayers.placement import Placement
+    from vlmlayers.selection import LayerChoice
+
+    if (choice is None) == (placement is None):
+        raise UserError("name either --choice or --placement, not both and not neither")
+    if placement is not None:
+        return MMAConfig(*Placement.parse(placement))
+    assert choice is not None
+    return LayerChoice.load(choice / "choice.json" if choice.is_dir() else choice)
+
+
+def _scores(choice: Path | None, scores: Path | None) -> Any:
+    from vlmlayers.scores import read_scores
+
+    if scores is None and choice is not None and choice.is_dir():
+        scores = choice
+    return None if scores is None else read_scores(scores)
+
+
+def _text(found: Any, out: Path) -> str:
+    columns = ["placement", "kind", "base", "novel", "hm", "difference", "parameters"]
+    shown = {"index": False, "float_format": lambda value: f"{value:.2f}"}
+    lines = [found.placements[columns].to_string(**shown)]
+    if found.correlations is not None:
+        best = found.correlations.head(5)[["score", "tau", "low", "high", "p"]]
+        lines.append(best.to_string(**shown))
+    return "\n".join([*lines, found.verdict, f"{len(found.table)} cells, {out / 'validation.csv'}"])

@@ -1,0 +1,1 @@
+"""The frozen CLIP taken apart; it knows no method."""

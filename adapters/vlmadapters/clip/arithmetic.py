@@ -1,0 +1,144 @@
+"""The arithmetic of open_clip's standard block, arranged for frozen weights.
+
+Same function, fewer passes over memory: weights need no gradient, the adapter reuses the block's
+first norm, and QuickGELU is SiLU once its factor 1.702 is folded into the norm before and the
+residual sum after. Agreement with the block's own forward is to float32 rounding (tested); blocks
+of any other kind run their own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmadapters.clip.products import frozen_linear, product, suits
+
+QUICK = 1.702
+
+
+def is_standard(block: nn.Module) -> bool:
+    """Return whether the functions below compute the same as the block's own forward."""
+    if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
+        return False
+    attention: Any = block.attn
+    mlp: Any = block.mlp
+    act = mlp.gelu
+    return bool(
+        type(block.ln_1) is LayerNorm
+        and type(block.ln_2) is LayerNorm
+        and attention.batch_first
+        and attention._qkv_same_embed_dim
+        and attention.in_proj_bias is not None
+        and attention.bias_k is None
+        and isinstance(act, (QuickGELU, nn.GELU))
+        and getattr(act, "approximate", "none") == "none"
+    )
+
+
+def attend(block: Any, x: Tensor, u: Tensor, mask: Tensor | None, onednn: bool = True) -> Tensor:
+    """Return x plus the block's attention, (item, token, width).
+
+    Args:
+        block: A standard block.
+        x: Input of the block, (item, token, width).
+        u: `block.ln_1` of it.
+        mask: Additive attention mask, (token, token), or None.
+        onednn: Use oneDNN where it suits.
+    """
+    attention, heads = block.attn, block.attn.num_heads
+    n, tokens, width = u.shape
+    qkv = frozen_linear(u, attention.in_proj_weight, attention.in_proj_bias, onednn)
+    qkv = qkv.view(n, tokens, 3, heads, width // heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (item, head, token, width / head)
+    mask = None if mask is None else mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return _leave(block, x, out.transpose(1, 2).reshape(n, tokens, width), onednn)
+
+
+def attend_one(
+    block: Any, x: Tensor, u: Tensor, rows: Tensor, mask: Tensor | None, onednn: bool = True
+) -> Tensor:
+    """Return x plus the block's attention for one token of each item, (item, 1, width).
+
+    With a single query, keys and values of the other tokens need not be formed: the query goes
+    through the key map's transpose, q · (K u) = (Kᵀ q) · u, and the attention's mean is taken of u
+    before the value map. The key's bias is the same for every token and drops out of the softmax.
+
+    Args:
+        block: A standard block.
+        x: Input of the block at those tokens, (item, 1, width).
+        u: `block.ln_1` of the block's whole input, (item, token, width).
+        rows: (item,) index of the token.
+        mask: Additive attention mask, (token, token), or None.
+        onednn: Use oneDNN where it suits.
+    """
+    attention, heads = block.attn, block.attn.num_heads
+    n, _, width = u.shape
+    size = width // heads
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    to_k, to_v = (weight[i * width : (i + 1) * width].view(heads, size, width) for i in (1, 2))
+    picked = u[torch.arange(n, device=u.device), rows]
+    q = frozen_linear(picked, weight[:width], bias[:width], onednn).view(n, heads, size)
+    asked = torch.einsum("nhd,hdw->nhw", q * size**-0.5, to_k)  # (item, head, width)
+    scores = asked @ u.transpose(1, 2)  # (item, head, token)
+    if mask is not None:
+        scores = scores + mask[rows][:, None].to(scores.dtype)
+    seen = scores.softmax(-1).to(u.dtype) @ u  # (item, head, width)
+    out = torch.einsum("nhw,hdw->nhd", seen, to_v) + bias[2 * width :].view(heads, size)
+    return _leave(block, x, out.reshape(n, 1, width), onednn)
+
+
+def _leave(block: Any, x: Tensor, out: Tensor, onednn: bool) -> Tensor:
+    projection = block.attn.out_proj
+    out = block.ls_1(frozen_linear(out, projection.weight, projection.bias, onednn))
+    in_place = not out.requires_grad and out.dtype == x.dtype
+    return out.add_(x) if in_place else x + out
+
+
+class _FrozenMLP(torch.autograd.Function):
+    """x + c_proj(act(c_fc(norm(x)))) with the gradient of x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Any, mlp: Any, quick: bool, onednn: bool) -> Tensor:
+        factor = QUICK if quick else 1.0
+        n, mean, rstd = torch.native_layer_norm(
+            x, norm.normalized_shape, norm.weight * factor, norm.bias * factor, norm.eps
+        )
+        t = product(n, mlp.c_fc.weight, mlp.c_fc.bias * factor, onednn)
+        if ctx.needs_input_grad[0]:
+            ctx.parts = norm, mlp, quick, onednn
+            ctx.save_for_backward(x, mean, rstd, t)
+            h = F.silu(t) if quick else F.gelu(t)
+        else:
+            h = F.silu(t, inplace=True) if quick else F.gelu(t)
+        y = product(h, mlp.c_proj.weight, mlp.c_proj.bias * factor, onednn)
+        return torch.add(x, y, alpha=1 / factor, out=y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (norm, mlp, quick, onednn), (x, mean, rstd, t) = ctx.parts, ctx.saved_tensors
+        to_h = product(grad, mlp.c_proj.weight.t(), None, onednn)
+        # The two factors 1.702 and 1 / 1.702 cancel.
+        backward = torch.ops.aten.silu_backward if quick else torch.ops.aten.gelu_backward
+        to_n = product(backward(to_h, t), mlp.c_fc.weight.t(), None, onednn)
+        to_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            to_n, x, norm.normalized_shape, mean, rstd, norm.weight, norm.bias, [True, False, False]
+        )
+        return to_x.add_(grad), None, None, None, None
+
+
+def feed_forward(block: Any, x: Tensor, onednn: bool = True) -> Tensor:
+    """Return x plus the block's multilayer perceptron, (item, token, width)."""
+    weight = block.mlp.c_fc.weight
+    plain = isinstance(block.ls_2, nn.Identity) and x.dtype == weight.dtype
+    if plain and not torch.is_autocast_enabled(x.device.type):
+        quick = isinstance(block.mlp.gelu, QuickGELU)
+        use = onednn and suits(x, weight)
+        made: Tensor = _FrozenMLP.apply(x, block.ln_2, block.mlp, quick, use)
+        return made
+    return x + block.ls_2(block.mlp(block.ln_2(x)))

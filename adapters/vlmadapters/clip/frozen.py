@@ -1,0 +1,196 @@
+"""Frozen activations: a model's class prompts and images below the first block that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vlmadapters.clip.logits import scaled_cosines
+from vlmadapters.clip.savings import Savings
+from vlmadapters.clip.towers import backbone_towers
+from vlmadapters.clip.walk import State, Walk
+from vlmlayers.errors import UserError
+
+VIEW_BYTES = 4 << 30
+
+
+class Backbone:
+    """A CLIP taken apart into walks over both towers, for one choice of savings.
+
+    Where either tower cannot be taken apart, both run whole, and only methods that can be attached
+    by hooks act on it.
+
+    Args:
+        clip: The CLIP.
+        savings: What is skipped because it changes nothing; all of it where None.
+        tokenizer: Texts to token ids; needed by `tokens`.
+    """
+
+    def __init__(
+        self, clip: nn.Module, savings: Savings | None = None, tokenizer: Any = None
+    ) -> None:
+        self.clip, self.savings, self.tokenizer = clip, savings or Savings(), tokenizer
+        towers = backbone_towers(clip)
+        options = {name: getattr(self.savings, name) for name in ("last_token", "fused", "onednn")}
+        self.vision = Walk(towers["vision"], **options)
+        self.text = Walk(towers["text"], cut=self.savings.cut_prompts, **options)
+        self.steps = self.vision.steps and self.text.steps
+        self.vision.steps = self.text.steps = self.steps
+
+    @property
+    def walks(self) -> dict[str, Walk]:
+        """The walks by the name of their tower."""
+        return {"vision": self.vision, "text": self.text}
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the CLIP is on."""
+        return next(self.clip.parameters()).device
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids of texts, (text, token), on the backbone's device."""
+        if self.tokenizer is None:
+            raise UserError("this backbone has no tokenizer; give Backbone the model's")
+        made: Tensor = self.tokenizer(list(texts))
+        return made.to(self.device)
+
+    def prompts(self, tokens: Tensor, starts: Iterable[int], margin: int = 0) -> dict[int, State]:
+        """Return the frozen state of texts at each of the blocks asked for.
+
+        Args:
+            tokens: (text, token) ids, full length.
+            starts: Numbers of blocks; depth + 1 stands for the joint embedding.
+            margin: Columns to keep behind the longest end-of-text, for a method that sees them.
+        """
+        enter = partial(self.text.enter, margin=margin)
+        return climb(self.text, enter, tokens, starts, self.savings.text_prefix)
+
+    def images(self, images: Tensor, starts: Iterable[int]) -> dict[int, State]:
+        """Return the frozen state of images at each of the blocks asked for."""
+        return climb(self.vision, self.vision.enter, images, starts, self.savings.image_prefix)
+
+    def features(self, tower: str, state: State, method: Any = None) -> Tensor:
+        """Return joint embeddings from a frozen state on, (item, joint).
+
+        Args:
+            tower: `vision` or `text`.
+            state: Where to start.
+            method: The method that acts on the way; None is the plain backbone.
+        """
+        walk = self.walks[tower]
+        if self.steps or method is None or state.finished:
+            return walk.finish(state, method)
+        with method.attached(self.clip):
+            return walk.finish(state)
+
+    def logits(self, images: State, prompts: State, method: Any = None) -> Tensor:
+        """Return scaled cosines between images and class prompts, (image, class)."""
+        features = (
+            self.features(name, state, method)
+            for name, state in (("vision", images), ("text", prompts))
+        )
+        return scaled_cosines(self.clip, *features)
+
+
+def climb(
+    walk: Walk,
+    enter: Callable[[Tensor], State],
+    inputs: Tensor,
+    starts: Iterable[int],
+    shared: bool = True,
+) -> dict[int, State]:
+    """Walk up once without a graph and return the state at each of the blocks asked for.
+
+    Block depth + 1 stands for the joint embedding. Without `shared` every other block asked for
+    gets the state before block 1: nothing is saved.
+    """
+    wanted = sorted(set(starts))
+    with torch.no_grad():
+        state = enter(inputs)
+        found: dict[int, State] = {}
+        for block in wanted:
+            if block > walk.tower.depth:
+                found[block] = replace(state, x=walk.finish(state), block=block, finished=True)
+                continue
+            if shared:
+                state = walk.advance(state, block)
+            found[block] = state
+    return found
+
+
+class ViewCache:
+    """Frozen image activations of a fixed set of views, filled as they are first seen.
+
+    Args:
+        backbone: The backbone.
+        starts: Blocks whose inputs are needed. All are stored where they fit into `limit` bytes,
+            else only the lowest, from where the others are walked to.
+        rows: Number of views in all.
+        limit: Bytes that the cache may take.
+    """
+
+    def __init__(
+        self, backbone: Backbone, starts: Iterable[int], rows: int, limit: int = VIEW_BYTES
+    ) -> None:
+        self.backbone, self.starts, self.limit = backbone, sorted(set(starts)), limit
+        self.filled = np.zeros(rows, dtype=bool)
+        self.stored: dict[int, Tensor] = {}
+        self.form: State | None = None
+
+    def states(
+        self, rows: NDArray[np.int64], load: Callable[[NDArray[np.int64]], Tensor]
+    ) -> dict[int, State]:
+        """Return the states of some views, computing what is not there yet.
+
+        Args:
+            rows: Numbers of the views.
+            load: Positions within `rows` to preprocessed images.
+        """
+        missing = np.flatnonzero(~self.filled[rows])
+        if len(missing):
+            self._fill(rows[missing], load(missing))
+        assert self.form is not None
+        index, device = torch.from_numpy(rows), self.form.inputs.device
+        inputs = self.form.inputs[:1].expand(len(rows), -1, -1, -1)
+        depth = self.backbone.vision.tower.depth
+        kept = {
+            block: replace(
+                self.form,
+                x=x[index].to(device),
+                block=block,
+                inputs=inputs,
+                finished=block > depth,
+            )
+            for block, x in self.stored.items()
+        }
+        if len(kept) == len(self.starts):
+            return kept
+        lowest = kept[self.starts[0]]
+        return climb(self.backbone.vision, lambda _: lowest, inputs, self.starts)
+
+    def _fill(self, rows: NDArray[np.int64], images: Tensor) -> None:
+        states = self.backbone.images(images, self.starts)
+        made = {block: state.x for block, state in states.items() if state.x is not None}
+        if len(made) < len(states):
+            raise NotImplementedError("a backbone that runs whole has no frozen prefix to keep")
+        if self.form is None:
+            first = states[self.starts[0]]
+            self.form = replace(first, inputs=first.inputs[:1].clone())
+            views = len(self.filled)
+            size = views * sum(x[0].numel() * x.element_size() for x in made.values())
+            keep: Sequence[int] = self.starts if size <= self.limit else self.starts[:1]
+            self.stored = {
+                block: torch.empty((views, *made[block].shape[1:]), dtype=made[block].dtype)
+                for block in keep
+            }
+        index = torch.from_numpy(rows)
+        for block, store in self.stored.items():
+            store[index] = made[block].detach().to(store.device)
+        self.filled[rows] = True

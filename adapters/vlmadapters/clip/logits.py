@@ -1,0 +1,42 @@
+"""Class logits: scaled cosines between joint features of images and classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def scaled_cosines(clip: Any, image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Return exp(logit scale) · cosine, (image, class), with the model's logit bias if any.
+
+    In single precision also under autocast: a hundred cosines in bfloat16 come in steps of half a
+    unit, and predictions change with them.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        images = F.normalize(single(image_features), dim=-1)
+        texts = F.normalize(single(text_features), dim=-1)
+        logits = single(clip.logit_scale).exp() * images @ texts.t()
+        bias = getattr(clip, "logit_bias", None)
+        return logits if bias is None else logits + single(bias)
+
+
+def single(x: Tensor) -> Tensor:
+    """Return a tensor in single precision, or in its own where that is higher."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def class_logits(clip: Any, images: Tensor, tokens: Tensor) -> Tensor:
+    """Return exp(logit scale) · cosine between images and class prompts, differentiable.
+
+    Args:
+        clip: The backbone, with or without an attached method.
+        images: (image, 3, height, width), preprocessed.
+        tokens: (class, token) of the class prompts, full length.
+
+    Returns:
+        (image, class).
+    """
+    return scaled_cosines(clip, clip.encode_image(images), clip.encode_text(tokens))

@@ -1,0 +1,1 @@
+"""The few-shot draw, prompts, images and tasks."""

@@ -1,0 +1,211 @@
+"""Images for training and evaluation: decoded once, augmented as the published recipe does.
+
+Which view of which image a step sees is a pure function of seed, epoch and index. So a resumed
+run, a run over several processes and every placement of a sweep see the same views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as V
+
+from vlmadapters.device import available_memory
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Item, Manifest
+
+T = TypeVar("T")
+TRIES = 10
+KEEP_BYTES, KEEP_SHARE = 2 << 30, 4
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random resized crop and horizontal flip.
+
+    Attributes:
+        scale: Range of the crop's share of the image's area.
+        ratio: Range of the crop's aspect ratio, drawn evenly in its logarithm.
+        flip: Chance of a horizontal flip.
+
+    Reference: torchvision's RandomResizedCrop, whose distribution this is.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def draws(self, n: int, seed: int, view: int) -> NDArray[np.float64]:
+        """Return the random numbers of one view of `n` images, (n, numbers), each in [0, 1)."""
+        return np.random.default_rng([seed, view, 0xC0]).random((n, 4 * TRIES + 1))
+
+    def box(
+        self, draw: NDArray[np.float64], height: int, width: int
+    ) -> tuple[int, int, int, int, bool]:
+        """Return top, left, height and width of the crop, and whether to flip it."""
+        u = draw[:-1].reshape(TRIES, 4)
+        area = height * width * (self.scale[0] + u[:, 0] * (self.scale[1] - self.scale[0]))
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        ratio = np.exp(low + u[:, 1] * (high - low))
+        w = np.round(np.sqrt(area * ratio)).astype(int)
+        h = np.round(np.sqrt(area / ratio)).astype(int)
+        flip = bool(draw[-1] < self.flip)
+        for i in np.flatnonzero((w > 0) & (w <= width) & (h > 0) & (h <= height)):
+            top, left = int(u[i, 2] * (height - h[i] + 1)), int(u[i, 3] * (width - w[i] + 1))
+            return top, left, int(h[i]), int(w[i]), flip
+        h0, w0 = self._largest(height, width)  # ten misses: the central crop nearest in ratio
+        return (height - h0) // 2, (width - w0) // 2, h0, w0, flip
+
+    def _largest(self, height: int, width: int) -> tuple[int, int]:
+        if width / height < self.ratio[0]:
+            return round(width / self.ratio[0]), width
+        if width / height > self.ratio[1]:
+            return height, round(height * self.ratio[1])
+        return height, width
+
+
+class Images:
+    """The images of one dataset for one model; decoded images stay in memory while they fit.
+
+    Args:
+        model: The model, for its preprocessing.
+        manifest: The dataset.
+        root: The data root.
+        keep: Bytes that decoded images may take in all. None takes 2 GiB, or a quarter of what
+            the machine has left where that is less: a protocol holds many datasets at once.
+        workers: Threads that decode and crop; 0 works in the calling thread.
+
+    Raises:
+        UserError: `workers` is negative.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        manifest: Manifest,
+        root: Any = None,
+        *,
+        keep: int | None = None,
+        workers: int = 0,
+    ) -> None:
+        if workers < 0:
+            raise UserError(f"workers is {workers}; it must be 0 or more")
+        if keep is None:
+            keep = min(KEEP_BYTES, available_memory(torch.device("cpu")) // KEEP_SHARE)
+        self.manifest, self.root, self.keep, self.used = manifest, root, keep, 0
+        self.transform, self.device = model.preprocess, model.device
+        size = model.clip.visual.image_size
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.mean, self.std = _normalisation(model.preprocess)
+        self.pool = ThreadPoolExecutor(workers) if workers else None
+        self._raw: dict[str, Tensor] = {}
+        self._ready: dict[str, Tensor] = {}
+
+    def _keep(self, store: dict[str, Tensor], path: str, image: Tensor) -> Tensor:
+        if self.used + image.numel() <= self.keep:
+            store[path] = image
+            self.used += image.numel()
+        return image
+
+    def raw(self, item: Item) -> Tensor:
+        """Return the image as decoded, (3, height, width), uint8."""
+        found = self._raw.get(item.path)
+        if found is not None:
+            return found
+        image = self.manifest.open_image(item, self.root, size=max(self.size))
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        return self._keep(self._raw, item.path, pixels)
+
+    def ready(self, item: Item) -> Tensor:
+        """Return the image resized and cropped for evaluation, (3, height, width), uint8."""
+        found = self._ready.get(item.path)
+        if found is not None:
+            return found
+        image = self.transform(self.manifest.open_image(item, self.root, size=max(self.size)))
+        # Normalisation is undone to keep a byte a value; 8-bit input makes this exact.
+        pixels = (image * self.std + self.mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+        return self._keep(self._ready, item.path, pixels)
+
+    def _map(self, function: Any, *arguments: Iterable[Any]) -> list[Any]:
+        if self.pool is None:
+            return list(map(function, *arguments))
+        return list(self.pool.map(function, *arguments))
+
+    def normalised(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Stack images of one size and normalise them as the model expects, on its device."""
+        batch = torch.stack(list(pixels)).to(self.device).float().div_(255)
+        return batch.sub_(self.mean.to(self.device)).div_(self.std.to(self.device))
+
+    def augmented(
+        self, items: Sequence[Item], draws: NDArray[np.float64], augmentation: Augmentation
+    ) -> Tensor:
+        """Return one augmented view of each item, normalised, (item, 3, height, width)."""
+
+        def view(item: Item, draw: NDArray[np.float64]) -> Tensor:
+            raw = self.raw(item)
+            top, left, h, w, flip = augmentation.box(draw, raw.shape[1], raw.shape[2])
+            crop = V.resized_crop(
+                raw, top, left, h, w, list(self.size), InterpolationMode.BICUBIC, antialias=True
+            )
+            return crop.flip(-1) if flip else crop
+
+        return self.normalised(self._map(view, items, draws))
+
+    def ahead(self, make: Callable[[T], Tensor], parts: Iterable[T]) -> Iterator[Tensor]:
+        """Yield `make(part)` of each part, the next one made while the caller works on this one.
+
+        Without workers each is made when it is asked for.
+        """
+        if self.pool is None:
+            yield from map(make, parts)
+            return
+        parts = iter(parts)
+        with ThreadPoolExecutor(1) as maker:
+            pending = [maker.submit(make, part) for part in islice(parts, 1)]
+            while pending:
+                ready = pending.pop().result()
+                pending += [maker.submit(make, part) for part in islice(parts, 1)]
+                yield ready
+
+    def batches(self, items: Sequence[Item], batch_size: int) -> Iterator[Tensor]:
+        """Yield the items for evaluation, in order, (item, 3, height, width)."""
+
+        def make(start: int) -> Tensor:
+            return self.normalised(self._map(self.ready, items[start : start + batch_size]))
+
+        yield from self.ahead(make, range(0, len(items), batch_size))
+
+
+def _normalisation(preprocess: Any) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation that a transform normalises with, (3, 1, 1) each."""
+    for step in getattr(preprocess, "transforms", ()):
+        if hasattr(step, "mean") and hasattr(step, "std"):
+            mean, std = torch.tensor(step.mean), torch.tensor(step.std)
+            return mean.view(3, 1, 1), std.view(3, 1, 1)
+    raise UserError(
+        "the model's preprocessing has no normalisation step; load the model with load_model"
+    )
+
+
+def epoch_batches(
+    n: int, batch_size: int, seed: int, epoch: int, *, drop_last: bool = True
+) -> list[NDArray[np.int64]]:
+    """Return the item indices of each step of an epoch.
+
+    Fewer items than one batch make one batch of them all. A last batch that is smaller than the
+    others is dropped, or kept without `drop_last`.
+    """
+    order = np.random.default_rng([seed, epoch, 0x0D]).permutation(n)
+    size = min(batch_size, n)
+    end = n - size + 1 if drop_last else n
+    return [order[start : start + size] for start in range(0, end, size)]

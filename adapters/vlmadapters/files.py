@@ -1,0 +1,282 @@
+"""Trained methods on disk: our own format, and the authors' layouts.
+
+Nothing is unpickled: files load as safetensors or with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.task import Task
+from vlmadapters.methods import METHODS
+from vlmadapters.methods.base import Method
+from vlmadapters.methods.config import MethodConfig
+from vlmlayers.errors import UserError
+from vlmlayers.files import atomically
+from vlmlayers.models.checkpoints import BROKEN
+
+LOG = logging.getLogger("vlmlayers")
+FORMAT = "vlmadapters-3"
+MMA_FORMAT = "vlmadapters-2"  # before there were other methods
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What our own checkpoints say about themselves.
+
+    Attributes:
+        config: The method's settings; their class says which method.
+        model: Architecture of the backbone.
+        weights: Its weights' tag or file name.
+        weights_hash: Hash of its weights.
+        task: The classes it was trained on.
+        provenance: Recipe, seed, dataset, versions; anything JSON.
+    """
+
+    config: MethodConfig
+    model: str = ""
+    weights: str = ""
+    weights_hash: str = ""
+    task: Task = field(default_factory=Task)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes it was trained on."""
+        return self.task.class_names
+
+
+def save_method(
+    path: str | Path,
+    method: Method,
+    model: Any,
+    task: Task | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a trained method as safetensors, with a JSON description in its header and beside it.
+
+    Args:
+        path: The file; `.safetensors` is added where it is missing.
+        method: The method.
+        model: The backbone it was trained on.
+        task: The classes it was trained on.
+        provenance: Recipe, seed, dataset, versions; anything JSON.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
+    info = {
+        "format": FORMAT,
+        "method": method.config.name,
+        "settings": method.config.to_dict(),
+        "model": model.name,
+        "weights": model.weights,
+        "weights_hash": model.weights_hash,
+        "task": (task or Task()).to_dict(),
+        "provenance": dict(provenance or {}),
+    }
+    state = {key: value.cpu().contiguous() for key, value in method.state_dict().items()}
+    text = json.dumps({**info, "checksum": _checksum(info, state)}, indent=1)
+    data = save(state, metadata={"description": text})
+    atomically(path, lambda part: part.write_bytes(data))
+    atomically(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
+    return path
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """Return what a checkpoint of ours says about itself.
+
+    Raises:
+        UserError: It cannot be read, is no adapter of ours, or was altered since it was written.
+    """
+    return _read_ours(path)[0]
+
+
+def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = json.loads((file.metadata() or {}).get("description", "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RuntimeError, RecursionError) as error:
+        raise UserError(f"cannot read the adapter {path}: {_line(error)}") from error
+    if not isinstance(info, dict) or info.get("format") not in (FORMAT, MMA_FORMAT):
+        raise UserError(f"{path} is no adapter of this toolkit (its header does not say {FORMAT})")
+    expected = info.pop("checksum", None)
+    if _checksum(info, state) != expected:
+        raise UserError(
+            f"{path} is altered: its checksum differs; copy it again, or train it again"
+        )
+    if info["format"] == MMA_FORMAT:
+        names = info["class_names"]
+        info |= {"method": "mma", "settings": info["adapter"], "task": {"class_names": names}}
+    found = CheckpointInfo(
+        METHODS.config(info["method"]).from_dict(info["settings"]),
+        info["model"],
+        info["weights"],
+        info["weights_hash"],
+        Task.from_dict(info["task"]),
+        info["provenance"],
+    )
+    return found, state
+
+
+def _checksum(info: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    return content_checksum([json.dumps(info, sort_keys=True), state])
+
+
+def load_method(path: str | Path, model: Any) -> Method:
+    """Read a trained method of ours for a backbone, in evaluation mode.
+
+    Raises:
+        UserError: The file is no trained method, is altered, or was made for another backbone.
+    """
+    info, state = _read_ours(path)
+    if info.weights_hash != model.weights_hash:
+        raise UserError(
+            f"{path} was trained on {info.model} with weights {info.weights} "
+            f"({info.weights_hash[:12]}), this is {model.name} with weights {model.weights} "
+            f"({model.weights_hash[:12]}); load the backbone it was trained on"
+        )
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    method = METHODS[info.config.name].build(info.config, backbone, info.task)
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit {info.config.title}: {_line(error)}") from error
+    method.touch()
+    return method.eval()
+
+
+def save_official(path: str | Path, method: Method, epoch: int = 0) -> Path:
+    """Write a method in its authors' layout: a `.pth.tar` dictionary with `state_dict`."""
+    state = {key: value.cpu() for key, value in method.official_state_dict().items()}
+    content = {
+        "state_dict": state,
+        "epoch": epoch,
+        "optimizer": None,
+        "scheduler": None,
+        "val_result": None,
+    }
+    path = Path(path)
+    save_whole(path, content)
+    return path
+
+
+def load_official(
+    path: str | Path,
+    model: Any,
+    config: MethodConfig | None = None,
+    *,
+    method: str = "mma",
+    task: Task | None = None,
+) -> Method:
+    """Read a method in its authors' layout for a backbone, in evaluation mode.
+
+    Args:
+        path: A `.pth.tar` file, or the bare state dictionary.
+        model: The backbone with its tokenizer.
+        config: Its settings. What the file does not hold, such as MMA's scale, has its published
+            value where there is no configuration, and the placement is read from the keys.
+        method: Name of the method, where no configuration says it.
+        task: The classes it was trained on, for methods that keep something of each.
+
+    Raises:
+        UserError: The file holds more than tensors and is refused, is of another method, or does
+            not fit.
+    """
+    content = read_tensors_only(path)
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds no trained method: its state_dict is no dictionary")
+    state = {
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    for key, value in state.items():  # a small file may claim a view larger than memory
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path} holds less data than the shape of {key[:80]!a} asks for")
+    kind = METHODS[config.name if config is not None else method]
+    others = sorted(key for key in state if not kind.is_official_key(key))
+    if others:
+        LOG.info("%s: %d entries are no part of the method: %.80s", path, len(others), others)
+        state = {key: value for key, value in state.items() if key not in others}
+    found = kind.config_of_official(state, str(path), config)
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    made = kind.build(found, backbone, task or Task())
+    made.load_official_state_dict(state)
+    return made.eval()
+
+
+def read_tensors_only(path: str | Path) -> dict[str, Any]:
+    """Load a torch file that holds tensors and plain values; anything else is refused unread."""
+    try:
+        with warnings.catch_warnings():  # of a damaged header; what comes of it is said below
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} holds more than tensors and is not opened, as loading it would run code "
+            f"({reason[:80]}); ask its author for the state dictionary alone"
+        ) from error
+    except BROKEN as error:
+        raise UserError(f"cannot read the checkpoint {path}: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def save_whole(path: Path, content: Any) -> None:
+    """Write a torch file by way of memory: torch hides from its caller that a disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomically(path, lambda part: part.write_bytes(buffer.getvalue()))
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def content_checksum(content: Any) -> str:
+    """Return SHA-256 over nested dictionaries, lists, tensors, numbers and texts.
+
+    Neither torch's zip files nor safetensors keep one that is compared on reading.
+    """
+    digest = hashlib.sha256()
+    _add(digest, content)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, content: Any) -> None:
+    if isinstance(content, Tensor):
+        whole = content.detach().cpu().contiguous()
+        digest.update(f"tensor {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(content, Mapping):
+        digest.update(f"mapping {len(content)}\n".encode())
+        for key in sorted(content, key=repr):
+            _add(digest, key)
+            _add(digest, content[key])
+    elif isinstance(content, (list, tuple)):
+        digest.update(f"list {len(content)}\n".encode())
+        for value in content:
+            _add(digest, value)
+    else:
+        text = repr(content).encode("utf-8", "surrogatepass")
+        digest.update(f"value {len(text)}\n".encode() + text + b"\n")

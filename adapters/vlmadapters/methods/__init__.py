@@ -1,0 +1,81 @@
+"""Methods that adapt a frozen CLIP, by name. Listing them imports no torch; looking one up does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, TypeVar
+
+from vlmadapters.methods.config import MethodConfig
+from vlmlayers.errors import UserError, check_one_of
+
+if TYPE_CHECKING:
+    from vlmadapters.methods.base import Method
+
+GROUP = "vlmadapters.methods"
+M = TypeVar("M", bound="type[Method]")
+# Name to where the method and its settings live; settings import no torch.
+BUILT_IN = {
+    "zero-shot": ("base:Method", "config:MethodConfig"),
+    "mma": ("mma.module:Adapter", "mma.config:MMAConfig"),
+}
+
+
+class Methods(Mapping[str, "type[Method]"]):
+    """The known methods: those that ship, those of installed packages, those registered here.
+
+    A package offers one by an entry point of the group `vlmadapters.methods`. Iteration gives
+    names; `METHODS["coop"]` the class; `METHODS.config("coop")` its settings, without torch.
+    """
+
+    def __init__(self) -> None:
+        self._registered: dict[str, type[Method]] = {}
+
+    def register(self, method: M) -> M:
+        """Make a method known under its config's name; usable as a decorator.
+
+        Raises:
+            UserError: The name is taken by another method.
+        """
+        name = method.Config.name
+        if name in BUILT_IN or self._registered.get(name, method) is not method:
+            raise UserError(f"a method named {name!r} is known already; choose another name")
+        self._registered[name] = method
+        return method
+
+    def _offered(self) -> dict[str, str]:
+        return {point.name: point.value for point in entry_points(group=GROUP)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*BUILT_IN, *self._registered, *self._offered()]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(iter(self))
+
+    def __getitem__(self, name: str) -> type[Method]:
+        check_one_of("method", name, list(self))
+        if name in self._registered:
+            return self._registered[name]
+        if name in BUILT_IN:
+            return _load(f"vlmadapters.methods.{BUILT_IN[name][0]}")
+        return _load(self._offered()[name])
+
+    def config(self, name: str) -> type[MethodConfig]:
+        """Return the settings class of a method; for those that ship, without importing torch."""
+        check_one_of("method", name, list(self))
+        if name in BUILT_IN and name not in self._registered:
+            found: type[MethodConfig] = _load(f"vlmadapters.methods.{BUILT_IN[name][1]}")
+            return found
+        return self[name].Config
+
+
+def _load(where: str):  # type: ignore[no-untyped-def]
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
+
+
+METHODS = Methods()

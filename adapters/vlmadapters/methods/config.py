@@ -1,0 +1,120 @@
+"""What every method's settings have in common: a name, the towers it can be placed in, blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import Placement
+from vlmlayers.positions import TOWERS
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Settings of a method: where it acts and how large it is. Subclasses add their fields.
+
+    Class attributes describe the method and are no settings: `name` is its key in `METHODS`,
+    `title` its name in tables, `towers` those whose blocks a placement may name, and
+    `extensions` says in words what of a placement goes beyond the publication.
+
+    Attributes:
+        vision: Vision blocks at which the method acts, counted from 1, rising.
+        text: Text blocks at which it acts, counted from 1, rising.
+
+    Raises:
+        UserError: A block is not a positive number or stands twice, or lies in a tower that the
+            method cannot be placed in.
+    """
+
+    vision: tuple[int, ...] = ()
+    text: tuple[int, ...] = ()
+
+    name: ClassVar[str] = "zero-shot"
+    title: ClassVar[str] = "zero-shot CLIP"
+    towers: ClassVar[tuple[str, ...]] = ()
+    extensions: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        placed = Placement(self.vision, self.text)
+        for tower in TOWERS:
+            object.__setattr__(self, tower, placed.blocks(tower))
+            if placed.blocks(tower) and tower not in self.towers:
+                raise UserError(self._refused_tower(tower))
+
+    def _refused_tower(self, tower: str) -> str:
+        if not self.towers:
+            return f"{self.name} has no placement: it acts at no block of either tower"
+        return f"{self.name} acts at no {tower} block; name {self.towers[0]} blocks only"
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Return the settings at the published placement, for a backbone of other depths too.
+
+        Args:
+            depths: Number of blocks of each tower.
+            **options: Other fields.
+        """
+        return cls(**options)
+
+    @classmethod
+    def from_choice(cls, choice: Any, **options: Any) -> Self:
+        """Act at the blocks of a layer choice, in the towers that the method can be placed in.
+
+        Args:
+            choice: A `LayerChoice`, its dictionary, or the path of a `choice.json`.
+            **options: Other fields, such as `scale`.
+        """
+        if isinstance(choice, (str, Path)):
+            from vlmlayers.selection import LayerChoice
+
+            choice = LayerChoice.load(choice)
+        found = choice if isinstance(choice, Mapping) else vars(choice)
+        if not {"vision", "text"} <= set(found):
+            raise UserError("a layer choice needs the keys 'vision' and 'text'")
+        return cls(vision=tuple(found["vision"]), text=tuple(found["text"]), **options)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild the settings from `to_dict`.
+
+        Raises:
+            UserError: A key is unknown, with the nearest one, or a value is wrong.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            check_one_of(f"{cls.name} setting", key, known)
+        made = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**made)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields without the blocks: what is equal at every placement of a sweep."""
+        return {k: v for k, v in self.to_dict().items() if k not in ("vision", "text")}
+
+    @property
+    def class_bound(self) -> bool:
+        """Whether it learns something of each class, so that no other class can be tested."""
+        return False
+
+    @property
+    def placement(self) -> str:
+        """The placement in short, such as `v5-12,t5-12`; empty for a method that has none."""
+        return str(Placement(self.vision, self.text)) if self.towers else ""
+
+    def with_placement(self, vision: Iterable[int], text: Iterable[int]) -> Self:
+        """Return the same settings at other blocks."""
+        return replace(self, vision=tuple(vision), text=tuple(text))
+
+    def check_depths(self, depths: Mapping[str, int]) -> None:
+        """Raise a UserError where a block lies beyond a backbone's tower."""
+        Placement(self.vision, self.text).check(depths)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value

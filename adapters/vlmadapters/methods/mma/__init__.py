@@ -1,0 +1,1 @@
+"""The Multi-Modal Adapter (MMA, CVPR 2024)."""

@@ -1,7 +1,0 @@
-"""The recipe of the miniature CLIP: contrastive training from scratch on small images.
-
-`python -m vlmadapters.pretrain --out DIR` trains, resumes and exports; it is the only place where a
-backbone is trained. Test splits are never read here.
-"""
-
-from __future__ import annotations

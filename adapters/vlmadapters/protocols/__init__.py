@@ -1,0 +1,1 @@
+"""What is trained on, what is tested on, in which table."""

@@ -1,0 +1,173 @@
+"""Cells of a sweep: one file each when done, one lock while they are trained.
+
+A cell is what one set of settings gave: the rows of one source, seed and placement, or those of
+zero-shot CLIP. Several processes may work on one folder. A cell is trained by the process that
+holds its lock; a process that was killed holds nothing, so its cells are free again. The empty lock
+files stay: removing one while another process waits for it would let two hold the same cell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmadapters.training import processes
+from vlmlayers.errors import UserError
+from vlmlayers.features.store import record_checksum
+from vlmlayers.files import atomically, lock
+
+LOG = logging.getLogger("vlmlayers")
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        name: What a person reads in the names of its files, such as `faces-v5-12,t5-12-s1`.
+        identity: Everything that its rows depend on, as JSON values.
+    """
+
+    name: str
+    identity: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The name of its files: no two cells of different identities share one."""
+        return f"{self.name}-{digest(self.identity)}"
+
+
+class CellFolder:
+    """The cells of an output folder: read, written and claimed.
+
+    Args:
+        out: The folder; None keeps nothing, and every cell is free.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+
+    def path(self, cell: Cell) -> Path | None:
+        """Return the file of a finished cell."""
+        return None if self.out is None else self.out / "cells" / f"{cell.key}.json"
+
+    def read(self, cell: Cell) -> Rows | None:
+        """Return the rows of a finished cell, None where it is not finished.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        path = self.path(cell)
+        return None if path is None or not path.exists() else _content(path)["rows"]
+
+    def write(self, cell: Cell, rows: Rows) -> None:
+        """Write a finished cell, whole or not at all; the first process of several writes."""
+        rank, _ = processes.rank_and_size()
+        path = self.path(cell)
+        if path is None or rank:
+            return
+        content: dict[str, Any] = {"identity": cell.identity, "rows": rows}
+        content["checksum"] = record_checksum(json.loads(json.dumps(content)))
+        text = json.dumps(content, indent=1)
+        atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def claim(self, cells: Sequence[Cell], most: int, held: ExitStack, wait: bool) -> list[Cell]:
+        """Return up to `most` cells that no other process holds, locked until `held` closes.
+
+        With `wait` at least one: the first one is waited for.
+        """
+        _, size = processes.rank_and_size()
+        if self.out is None or size > 1:
+            return list(cells[:most])
+        group: list[Cell] = []
+        for cell in cells:
+            if len(group) < most and self._lock(cell, held):
+                group.append(cell)
+        if not group and wait:
+            LOG.info("waiting for the process that trains %s", cells[0].name)
+            self._lock(cells[0], held, wait=True)
+            group = [cells[0]]
+        return group
+
+    def _lock(self, cell: Cell, held: ExitStack, *, wait: bool = False) -> bool:
+        """Lock a cell until `held` closes and return whether that went; always with `wait`."""
+        assert self.out is not None
+        file = self.out / "locks" / f"{cell.key}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock(file, wait=wait)
+        if handle is not None:
+            held.enter_context(handle)
+        return handle is not None
+
+    def alike(self, identities: Sequence[dict[str, Any]]) -> Rows:
+        """Return the rows of all finished cells whose settings are those of one of some others.
+
+        Source, seed, blocks and protocol may differ: tables have columns for them. A table that
+        also mixed recipes, settings, splits or backbones could not tell them apart; such cells are
+        left out, and so are damaged ones. The log says how many.
+        """
+        if self.out is None:
+            return []
+        rows: Rows = []
+        other = 0
+        for path in sorted((self.out / "cells").glob("*.json")):
+            try:
+                content = _content(path)
+            except UserError as error:
+                LOG.warning("%s", error)
+                continue
+            if _same_setup(identities, content["identity"]):
+                rows += content["rows"]
+            else:
+                other += 1
+        if other:
+            LOG.warning(
+                "%s: the table leaves out %d finished cells of another recipe, method, setting, "
+                "split, limit, manifest or backbone; give these a folder of their own",
+                self.out,
+                other,
+            )
+        return rows
+
+
+def _same_setup(ours: Sequence[dict[str, Any]], theirs: dict[str, Any]) -> bool:
+    """Whether a cell may stand in one table with others; zero-shot cells have no method."""
+    for key in ("split", "limit", "template", "weights"):
+        if all(one[key] != theirs[key] for one in ours):
+            return False
+    known = {name: mark for one in ours for name, mark in one["targets"].items()}
+    if any(known.get(name, mark) != mark for name, mark in theirs["targets"].items()):
+        return False
+    return "train" not in theirs or any(_setup(one) == _setup(theirs) for one in ours)
+
+
+def _setup(identity: dict[str, Any]) -> Any:
+    """Return recipe, method and settings of a cell, without the blocks, as JSON values."""
+    settings = identity.get("settings", {})
+    left = {key: value for key, value in settings.items() if key not in ("vision", "text")}
+    return json.loads(json.dumps([identity.get("method"), identity["train"], left]))
+
+
+def digest(identity: dict[str, Any]) -> str:
+    """Return twelve hexadecimal digits of everything that a cell depends on."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        expected = content.pop("checksum")
+        _ = content["rows"], content["identity"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to run the cell again") from error
+    if record_checksum(content) != expected:
+        raise UserError(f"{path} is altered: its checksum differs; remove it to run the cell again")
+    return content

@@ -1,0 +1,131 @@
+"""Predictions of trained methods and of the plain backbone on test images, several at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.images import Images
+from vlmadapters.data.task import Task
+from vlmadapters.device import precision_of
+from vlmadapters.methods.base import Method
+from vlmadapters.training import processes
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Item
+from vlmlayers.progress import track
+
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Something to evaluate: a method, and the classes to tell apart; `Method()` is zero-shot."""
+
+    method: Method
+    task: Task
+
+
+class Evaluator:
+    """Predicts classes of images; class features are kept until their method changes.
+
+    Args:
+        model: The model.
+        backbone: Walks to share with a trainer; built here where absent.
+        batch_size: Images at a time.
+        precision: As in `TrainConfig`.
+        progress: Show a bar.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        backbone: Backbone | None = None,
+        *,
+        batch_size: int = 100,
+        precision: str = "auto",
+        progress: bool = True,
+    ) -> None:
+        self.model, self.backbone = (
+            model,
+            backbone or Backbone(model.clip, tokenizer=model.tokenizer),
+        )
+        self.batch_size, self.progress = batch_size, progress
+        self.autocast, _ = precision_of(precision, model.device)
+        # Weak: a sweep's methods and what they made of its classes go when their cells are done.
+        self._kept: WeakKeyDictionary[Method, dict[Task, tuple[int, Any]]] = WeakKeyDictionary()
+
+    @torch.no_grad()
+    def class_features(self, method: Method, task: Task) -> Any:
+        """Return what the method's `logits` needs of the classes, such as (class, joint) features.
+
+        It is kept under the method's version; an update of the method makes it stale.
+        """
+        kept = self._kept.setdefault(method, {})
+        found = kept.get(task)
+        if found is not None and found[0] == method.version:
+            return found[1]
+        with self.autocast():
+            features = method.class_features(self.backbone, method.prepare(self.backbone, task))
+        if self.backbone.savings.text_features:
+            kept[task] = (method.version, features)
+        return features
+
+    def predict(
+        self,
+        images: Images,
+        items: Sequence[Item],
+        cases: Sequence[Case],
+    ) -> list[Labels]:
+        """Return the predicted label of every item, one array (item,) per case.
+
+        What is frozen below the first block that a method changes is computed once for all cases.
+        Under `torchrun` every process predicts its share and gets the labels of all.
+
+        Raises:
+            UserError: A model gives features that are not numbers.
+        """
+        found: list[list[Labels]] = [[] for _ in cases]
+        mine = processes.share(items)
+        total = math.ceil(len(mine) / self.batch_size)
+        batches = track(
+            images.batches(mine, self.batch_size),
+            f"test {images.manifest.name}",
+            total=total,
+            unit="batch",
+            show=self.progress,
+        )
+        for case in cases:
+            case.method.eval()
+        texts = [self.class_features(case.method, case.task) for case in cases]
+        for batch in batches:
+            for index, labels in enumerate(self._batch(batch, cases, texts)):
+                found[index].append(labels)
+        joined = [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in found]
+        return [processes.gathered(labels, len(items), self.model.device) for labels in joined]
+
+    @torch.no_grad()
+    def _batch(
+        self, batch: Tensor, cases: Sequence[Case], texts: Sequence[Any]
+    ) -> Iterator[Labels]:
+        starts = [case.method.first(self.backbone, "vision") for case in cases]
+        with self.autocast():
+            states = self.backbone.images(batch, starts)
+        for case, start, text in zip(cases, starts, texts):
+            with self.autocast():
+                features = case.method.image_features(self.backbone, states[start])
+                logits = case.method.logits(self.backbone, features, text).float()
+            if not bool(torch.isfinite(logits).all()):
+                raise UserError(
+                    "the model gives logits that are not finite; try precision fp32, or train "
+                    "with a lower lr or scale"
+                )
+            yield logits.argmax(1).cpu().numpy()

@@ -1,0 +1,459 @@
+"""The protocols of the paper: what is trained on, what is tested on, in which table.
+
+Every (source dataset, seed, method at a placement) is one cell. A finished cell is one file, so
+that a run that was stopped goes on where it was; those of one seed that are still missing train
+side by side. Processes that work on one folder claim cells, so that none is trained twice. Test
+data decides nothing: the last epoch is evaluated, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.task import TaskData
+from vlmadapters.files import save_method
+from vlmadapters.methods.base import Method
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.protocols.cells import Cell, CellFolder, Rows
+from vlmadapters.protocols.evaluate import Case, Evaluator, Labels
+from vlmadapters.protocols.results import (
+    COLUMNS,
+    UNMOVED,
+    ZERO_SHOT,
+    ZERO_SHOT_OWN,
+    method_fields,
+)
+from vlmadapters.protocols.trained import Target, result_row
+from vlmadapters.training import processes
+from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
+from vlmadapters.training.trainer import Trainer, TrainResult
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import atomically
+from vlmlayers.manifests import Item, Manifest
+from vlmlayers.progress import bar
+
+LOG = logging.getLogger("vlmlayers")
+# Share of predictions that have to differ from zero-shot for training to count as having an effect.
+EFFECT = 0.002
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol trains on and tests.
+
+    Attributes:
+        name: As in the results table.
+        train_kind: Classes that are trained: `base` or `all`.
+        own_kinds: Halves of the source's own test set that are evaluated.
+        transfer: Whether other datasets are tested, all classes of each.
+    """
+
+    name: str
+    train_kind: str
+    own_kinds: tuple[str, ...]
+    transfer: bool = False
+
+
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("base-to-novel", "base", ("base", "novel")),
+        Protocol("few-shot", "all", ("all",)),
+        Protocol("cross-dataset", "all", ("all",), transfer=True),
+        Protocol("domain-generalization", "all", ("all",), transfer=True),
+    )
+}
+
+
+class Experiment:
+    """One protocol with one model and output folder, for one or several methods.
+
+    Args:
+        protocol: Name of a protocol.
+        model: The model.
+        recipe: Training values and method; several for methods that are compared on the same
+            draws, images and zero-shot predictions. `configs` of `run` name the placements.
+        out: Folder of cells, adapters and tables; None keeps everything in memory.
+        root: The data root.
+        targets: Datasets tested by transfer.
+        split: Split that is tested; `val` for tuning, never mixed with `test` in one folder.
+        limit: Use at most so many test items of each dataset.
+        workers: Threads that decode images.
+        save_adapters: Write trained adapters beside the cells.
+        table: Name of the table of all cells of the folder, written there.
+        progress: Show bars.
+    """
+
+    def __init__(
+        self,
+        protocol: str,
+        model: Any,
+        recipe: Recipe | Sequence[Recipe],
+        out: str | Path | None = None,
+        *,
+        root: Any = None,
+        targets: Sequence[str] = (),
+        split: str = "test",
+        limit: int = 0,
+        workers: int = 0,
+        save_adapters: bool = False,
+        table: str = "results.csv",
+        progress: bool = True,
+    ) -> None:
+        self.protocol = PROTOCOLS[check_one_of("protocol", protocol, PROTOCOLS)]
+        recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
+        self.recipes = {one.method.name: one for one in recipes}
+        if not recipes or len(self.recipes) < len(recipes):
+            raise UserError("give one recipe of each method; there are none, or two of one method")
+        # Zero-shot rows, precision and savings of evaluation are those of the first.
+        self.model, self.train = model, recipes[0].train
+        self.out = Path(out) if out is not None else None
+        self.root, self.split, self.limit, self.workers = root, split, limit, workers
+        self.save_adapters, self.table, self.progress = save_adapters, table, progress
+        self.cells = CellFolder(self.out)
+        if self.protocol.transfer and not targets:
+            raise UserError(f"the protocol {protocol} needs target datasets; name them")
+        self.target_names = tuple(targets) if self.protocol.transfer else ()
+        self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
+        self.evaluator = Evaluator(
+            model, self.backbone, precision=self.train.precision, progress=progress
+        )
+        self._datasets: dict[str, TaskData] = {}
+        self._zero: dict[tuple[str, str], list[Labels]] = {}
+        self._plain = Method()
+
+    def add(self, manifest: Manifest) -> str:
+        """Make a dataset known that is loaded already; return the name to run it by."""
+        self._datasets[manifest.name] = TaskData(
+            manifest, self.model, self.root, self.workers, self.limit
+        )
+        return manifest.name
+
+    def dataset(self, name: str) -> TaskData:
+        """Return a dataset, its images shared by all cells."""
+        if name not in self._datasets:
+            self._datasets[name] = TaskData(name, self.model, self.root, self.workers, self.limit)
+        return self._datasets[name]
+
+    def targets(self, source: str) -> list[Target]:
+        """Return what adapters trained on a source are tested on."""
+        own = [Target(self.dataset(source), kind, self.split) for kind in self.protocol.own_kinds]
+        return own + [Target(self.dataset(name), "all", self.split) for name in self.target_names]
+
+    def run(
+        self,
+        sources: Iterable[str],
+        configs: Sequence[MethodConfig] | None = None,
+        seeds: Iterable[int] = (1, 2, 3),
+        *,
+        together: int = 12,
+    ) -> pd.DataFrame:
+        """Train and test every cell that has no file yet; return their results table.
+
+        The table in the folder also holds what earlier runs with the same settings left there.
+
+        Args:
+            sources: Datasets trained on.
+            configs: Placements; the recipe's own where None.
+            seeds: Seeds of draw, initialisation, order and views.
+            together: Placements trained side by side.
+
+        Raises:
+            UserError: A seed is negative, or `together` is below 1.
+        """
+        if configs is None:
+            configs = [recipe.method for recipe in self.recipes.values()]
+        configs = list(configs)
+        self._check_configs(configs)
+        sources, seeds = list(sources), list(seeds)
+        if any(seed < 0 for seed in seeds):
+            raise UserError(f"seed {min(seeds)} is below 0; seeds count from 0")
+        if together < 1:
+            raise UserError(f"together is {together}; train at least 1 placement at a time")
+        rank, _ = processes.rank_and_size()
+        total = len(sources) * len(seeds) * len(configs)
+        with bar(
+            description="cells", total=total, unit="cell", show=self.progress and rank == 0
+        ) as shown:
+            rows = [row for source in sources for row in self._zero_shot_rows(source)]
+            found = {
+                (source, seed): self._cells(source, seed, configs, together, shown)
+                for source in sources
+                for seed in seeds
+            }
+            for (source, seed), cells in found.items():
+                if cells is None:
+                    cells = self._cells(source, seed, configs, together, shown, wait=True)
+                rows += cells or []
+        table = _table(rows)
+        if self.out is not None and not rank and rows:
+            like = [self._cell(one, 0, config).identity for one in sources for config in configs]
+            whole = _table(rows + self.cells.alike(like))
+            atomically(self.out / self.table, lambda part: whole.to_csv(part, index=False))
+        return table
+
+    def _check_configs(self, configs: Sequence[MethodConfig]) -> None:
+        depths = {name: walk.tower.depth for name, walk in self.backbone.walks.items()}
+        other_classes = self.protocol.transfer or "novel" in self.protocol.own_kinds
+        for config in configs:
+            if config.name not in self.recipes:
+                raise UserError(f"there is no recipe for {config.name}; give one")
+            config.check_depths(depths)
+            if config.class_bound and other_classes:
+                raise UserError(
+                    f"{config.name} as set here learns something of each class and cannot be "
+                    f"tested on others; use the protocol few-shot, not {self.protocol.name}"
+                )
+
+    def _cells(
+        self,
+        source: str,
+        seed: int,
+        configs: Sequence[MethodConfig],
+        together: int,
+        shown: Any,
+        wait: bool = False,
+    ) -> Rows | None:
+        """Return the rows of one source and seed; None where other processes hold what is missing.
+
+        With `wait` their cells are waited for, and trained here where those processes died.
+        """
+        cells = {config: self._cell(source, seed, config) for config in configs}
+        done = {config: self.cells.read(cell) for config, cell in cells.items()}
+        if not wait:
+            shown.update(sum(rows is not None for rows in done.values()))
+        while missing := [config for config, rows in done.items() if rows is None]:
+            with ExitStack() as held:
+                free = self.cells.claim([cells[one] for one in missing], together, held, wait)
+                if not free:
+                    return None
+                group = [config for config in missing if cells[config] in free]
+                done |= {config: self.cells.read(cells[config]) for config in group}
+                group = [config for config in group if done[config] is None]
+                group = [config for config in group if config.name == group[0].name]
+                trained = self._train_and_test(source, seed, group) if group else []
+                for config, rows in zip(group, trained):
+                    self.cells.write(cells[config], rows)
+                    done[config] = rows
+            shown.update(sum(done[config] is not None for config in missing))
+        return [row for config in configs for row in done[config] or []]
+
+    def _train_and_test(
+        self, source: str, seed: int, configs: Sequence[MethodConfig]
+    ) -> list[Rows]:
+        data = self.dataset(source)
+        kind = self.protocol.train_kind
+        train = self._train_of(configs[0], source)
+        items = data.shots(train.shots, seed, kind)
+        folder = None
+        if self.out is not None:
+            key = "-".join(self._cell(source, seed, config).key for config in configs)
+            folder = self.out / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        trainer = Trainer(
+            self.model,
+            data.images,
+            items,
+            data.task(kind, train.template),
+            configs,
+            train,
+            seed,
+            validation=data.validation(train.shots, seed, kind),
+            backbone=self.backbone,
+            folder=folder,
+            progress=self.progress,
+        )
+        trained = trainer.fit()
+        rows = self._test(source, trained)
+        rank, _ = processes.rank_and_size()
+        if folder is not None and not rank:
+            rmtree(folder, ignore_errors=True)
+        if self.save_adapters and self.out is not None and not rank:
+            for result in trained:
+                cell = self._cell(source, seed, result.config)
+                save_method(
+                    self.out / "adapters" / cell.key,
+                    result.method,
+                    self.model,
+                    data.task(kind, train.template),
+                    cell.identity,
+                )
+        return rows
+
+    def _test(self, source: str, trained: Sequence[TrainResult]) -> list[Rows]:
+        train = self._train_of(trained[0].config, source)
+        rows: list[Rows] = [[] for _ in trained]
+        differing = [0] * len(trained)
+        total = 0
+        for target in self.targets(source):
+            items, truth = self._items(target)
+            plain = self._zero_shot(target)[0]
+            task = target.dataset.task(target.kind, train.template)
+            cases = [Case(result.method, task) for result in trained]
+            found = self.evaluator.predict(target.dataset.images, items, cases)
+            total += len(items)
+            for index, (result, labels) in enumerate(zip(trained, found)):
+                differing[index] += int((labels != plain).sum())
+                rows[index].append(
+                    result_row(
+                        self.protocol.name,
+                        self.model,
+                        target,
+                        truth,
+                        labels,
+                        result.config.title,
+                        train.template,
+                        source=source,
+                        shots=train.shots,
+                        seed=result.seed,
+                        seconds=result.seconds,
+                    )
+                    | method_fields(result.method)
+                )
+        for index, result in enumerate(trained):
+            share = differing[index] / max(total, 1)
+            note = UNMOVED if share < EFFECT else ""
+            if note:
+                config = result.config
+                LOG.warning("%s %s, seed %d: %s", config.title, config.placement, result.seed, note)
+            for row in rows[index]:
+                row |= {"changed": share, "note": note}
+        return rows
+
+    def _items(self, target: Target) -> tuple[list[Item], Labels]:
+        items = target.dataset.test(target.kind, target.split)
+        return items, np.array([item.label for item in items], dtype=np.int64)
+
+    def _zero_shot(self, target: Target) -> list[Labels]:
+        """Return zero-shot predictions with the common and with the dataset's own template."""
+        key = (target.dataset.manifest.name, target.kind)
+        if key not in self._zero:
+            templates = self.train.template, target.dataset.manifest.zero_shot_template
+            cases = [
+                Case(self._plain, target.dataset.task(target.kind, template))
+                for template in templates
+            ]
+            items = self._items(target)[0]
+            self._zero[key] = self.evaluator.predict(target.dataset.images, items, cases)
+        return self._zero[key]
+
+    def _zero_shot_rows(self, source: str) -> Rows:
+        cell = Cell(f"{Path(source).stem}-zero-shot", self._zero_identity(source))
+        rows = self.cells.read(cell)
+        if rows is None:
+            rows = self._new_zero_shot_rows(source)
+            self.cells.write(cell, rows)
+        return rows
+
+    def _new_zero_shot_rows(self, source: str) -> Rows:
+        rows = []
+        for target in self.targets(source):
+            _, truth = self._items(target)
+            own = target.dataset.manifest.zero_shot_template
+            named = ((ZERO_SHOT, self.train.template), (ZERO_SHOT_OWN, own))
+            for labels, (method, template) in zip(self._zero_shot(target), named):
+                rows.append(
+                    result_row(
+                        self.protocol.name, self.model, target, truth, labels, method, template
+                    )
+                )
+        return rows
+
+    def _zero_identity(self, source: str) -> dict[str, Any]:
+        targets = {
+            f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.hash
+            for t in self.targets(source)
+        }
+        return {
+            "protocol": self.protocol.name,
+            "source": source,
+            "split": self.split,
+            "limit": self.limit,
+            "template": self.train.template,
+            "weights": self.model.weights_hash,
+            "targets": targets,
+        }
+
+    def _train_of(self, config: MethodConfig, source: str) -> TrainConfig:
+        return self.recipes[config.name].train_for(self.dataset(source).manifest.name)
+
+    def _cell(self, source: str, seed: int, config: MethodConfig) -> Cell:
+        identity = {
+            **self._zero_identity(source),
+            "seed": seed,
+            "method": config.name,
+            "settings": config.to_dict(),
+            "train": self._train_of(config, source).identity(),
+        }
+        parts = [Path(source).stem, config.name, config.placement, f"s{seed}"]
+        return Cell("-".join(filter(None, parts)), identity)
+
+
+def _table(rows: Rows) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return table.drop_duplicates(list(COLUMNS[: COLUMNS.index("accuracy")]), ignore_index=True)
+
+
+def run_protocol(
+    protocol: str,
+    model: Any,
+    sources: str | Iterable[str],
+    recipe: Recipe | str | Path = "published",
+    out: str | Path | None = None,
+    *,
+    method: str | Sequence[str] = "mma",
+    configs: Sequence[MethodConfig] | None = None,
+    seeds: Iterable[int] = (1, 2, 3),
+    together: int = 12,
+    **options: Any,
+) -> pd.DataFrame:
+    """Train and test by a protocol; one call of `Experiment`, whose options it takes.
+
+    Args:
+        protocol: Name of a protocol.
+        model: The model.
+        sources: Datasets trained on, each by itself.
+        recipe: Recipe, its name, or a TOML file.
+        out: Folder of cells, adapters and tables; None keeps everything in memory.
+        method: Name of the method or methods, for a recipe given by name.
+        configs: Settings, such as placements; the recipe's own where None.
+        seeds: Seeds of draw, initialisation, order and views.
+        together: How many are trained side by side.
+        **options: As in `Experiment`.
+    """
+    methods = [method] if isinstance(method, str) else list(method)
+    made = recipe if isinstance(recipe, Recipe) else [load_recipe(recipe, one) for one in methods]
+    names = [sources] if isinstance(sources, str) else list(sources)
+    experiment = Experiment(protocol, model, made, out, **options)
+    return experiment.run(names, configs, seeds, together=together)
+
+
+base_to_novel = partial(run_protocol, "base-to-novel")
+few_shot_all = partial(run_protocol, "few-shot")
+
+
+def cross_dataset(
+    model: Any, source: str, targets: Sequence[str], *arguments: Any, **options: Any
+) -> pd.DataFrame:
+    """Train on all classes of the source, test on all classes of each target."""
+    return run_protocol("cross-dataset", model, [source], *arguments, targets=targets, **options)
+
+
+def domain_generalization(
+    model: Any, source: str, targets: Sequence[str], *arguments: Any, **options: Any
+) -> pd.DataFrame:
+    """Train on the source, test on shifted test sets, each among its own classes."""
+    return run_protocol(
+        "domain-generalization", model, [source], *arguments, targets=targets, **options
+    )

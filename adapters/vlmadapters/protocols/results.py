@@ -1,0 +1,143 @@
+"""The results table: its columns and its summary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.intervals import wilson
+from vlmlayers.scores.summaries import harmonic_mean
+
+if TYPE_CHECKING:
+    from vlmadapters.methods.base import Method
+
+COLUMNS = (
+    "protocol",
+    "method",
+    "model",
+    "weights",
+    "dataset",
+    "source",
+    "split_kind",
+    "placement",
+    "settings",
+    "shots",
+    "seed",
+    "accuracy",
+    "n",
+    "low",
+    "high",
+    "template",
+    "parameters",
+    "changed",
+    "seconds",
+    "random_weights",
+    "note",
+)
+ZERO_SHOT, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
+ZERO_SHOT_METHODS = (ZERO_SHOT, ZERO_SHOT_OWN)
+UNMOVED = "training changed nothing: raise lr or the adapter's scale for this backbone"
+GROUP = ["protocol", "method", "model", "weights", "source", "placement", "settings", "shots"]
+
+
+def method_fields(method: Method) -> dict[str, Any]:
+    """Return method, placement, settings and parameters as fields of a row."""
+    config = method.config
+    settings = [f"{key}={value}" for key, value in config.settings().items() if value is not None]
+    return {
+        "method": config.title,
+        "placement": config.placement,
+        "settings": " ".join(settings),
+        "parameters": method.parameter_count(),
+    }
+
+
+def accuracy_fields(correct: int, n: int) -> dict[str, Any]:
+    """Return accuracy as a share with its Wilson interval, as fields of a row."""
+    if not n:
+        return {"accuracy": float("nan"), "n": 0, "low": 0.0, "high": 1.0}
+    low, high = wilson(correct / n, n)
+    return {"accuracy": correct / n, "n": n, "low": float(low), "high": float(high)}
+
+
+def summarise(results: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and sd over seeds per dataset, harmonic means, and averages over datasets.
+
+    The harmonic mean of a dataset is that of its mean base and novel accuracy, its sd that of the
+    seeds' harmonic means; the row `average` holds means over datasets, and its harmonic mean is
+    that of the averages. Datasets trained on are left out of an average over targets.
+
+    Args:
+        results: A results table.
+
+    Returns:
+        Columns protocol, method, model, weights, source, placement, settings, shots, dataset,
+        metric (`base`, `novel`, `hm`, `all`), mean, sd, seeds, note.
+    """
+    if results.empty:
+        raise UserError("the results table is empty; run `vlmlayers evaluate` first")
+    rows: list[dict[str, Any]] = []
+    table = results.assign(source=_comparable_source(results))
+    if "settings" not in table:  # written before there were several methods
+        table["settings"] = ""
+    for key, part in table.groupby(GROUP, sort=False, dropna=False):
+        head = dict(zip(GROUP, key))
+        rows += [head | row for row in _datasets(part)]
+    return pd.DataFrame(rows)
+
+
+def _comparable_source(results: pd.DataFrame) -> pd.Series:
+    """Return the source, blank where each dataset is its own, so that these average together."""
+    own = (results["source"] == results["dataset"]) & results["split_kind"].isin(["base", "novel"])
+    within = results["protocol"].isin(["base-to-novel", "few-shot"])
+    return results["source"].where(~(own | within), "")
+
+
+def _datasets(part: pd.DataFrame) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    seeds = part.pivot_table(
+        index=["dataset", "seed"], columns="split_kind", values="accuracy", sort=False
+    )
+    if {"base", "novel"} <= set(seeds.columns):
+        seeds["hm"] = [harmonic_mean(b, n) for b, n in zip(seeds["base"], seeds["novel"])]
+    for dataset, block in seeds.groupby(level="dataset", sort=False):
+        notes = part.loc[part["dataset"] == dataset, "note"]
+        rows += _metrics(str(dataset), block, "; ".join(dict.fromkeys(filter(None, notes))))
+    source = set(part["source"])
+    targets = [d for d in seeds.index.unique("dataset") if d not in source]
+    if len(targets) > 1:
+        rows += _metrics("average", _average(seeds.loc[targets]), "")
+    return rows
+
+
+def _average(seeds: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over datasets for every seed that all of them have."""
+    plain = seeds.drop(columns="hm", errors="ignore")
+    complete = plain.groupby(level="seed").filter(
+        lambda block: len(block) == plain.index.get_level_values("dataset").nunique()
+    )
+    mean = (complete if len(complete) else plain).groupby(level="seed").mean()
+    if {"base", "novel"} <= set(mean.columns):
+        mean["hm"] = [harmonic_mean(b, n) for b, n in zip(mean["base"], mean["novel"])]
+    return mean
+
+
+def _metrics(dataset: str, block: pd.DataFrame, note: str) -> list[dict[str, Any]]:
+    means = block.mean()
+    if {"base", "novel"} <= set(block.columns):
+        means["hm"] = harmonic_mean(means["base"], means["novel"])
+    order = [m for m in ("base", "novel", "hm", "all") if m in block.columns]
+    return [
+        {
+            "dataset": dataset,
+            "metric": metric,
+            "mean": means[metric],
+            "sd": block[metric].std(ddof=1) if len(block) > 1 else float("nan"),
+            "seeds": len(block),
+            "note": note,
+        }
+        for metric in order
+        if pd.notna(means[metric])
+    ]

@@ -1,0 +1,121 @@
+"""Test items, the rows they give, and the test of methods that are trained already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlmadapters.data.prompts import TEMPLATE
+from vlmadapters.data.task import TaskData
+from vlmadapters.methods.base import Method
+from vlmadapters.protocols.evaluate import Case, Evaluator, Labels
+from vlmadapters.protocols.results import (
+    COLUMNS,
+    ZERO_SHOT,
+    ZERO_SHOT_OWN,
+    accuracy_fields,
+    method_fields,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Test items of one kind of classes of one dataset."""
+
+    dataset: TaskData
+    kind: str
+    split: str = "test"
+
+
+def result_row(
+    protocol: str,
+    model: Any,
+    target: Target,
+    truth: Labels,
+    labels: Labels,
+    method: str,
+    template: str,
+    **values: Any,
+) -> dict[str, Any]:
+    """Return one row of the results table; `values` go over the defaults of an untrained model."""
+    return {
+        "protocol": protocol,
+        "method": method,
+        "model": model.name,
+        "weights": model.weights,
+        "dataset": target.dataset.manifest.name,
+        "split_kind": target.kind,
+        "source": "",
+        "placement": "",
+        "settings": "",
+        "shots": 0,
+        "seed": -1,
+        "parameters": 0,
+        "seconds": 0.0,
+        "template": template,
+        "changed": 0.0,
+        "note": "",
+        "random_weights": model.random_weights,
+        **accuracy_fields(int((labels == truth).sum()), len(truth)),
+        **values,
+    }
+
+
+def evaluate_methods(
+    model: Any,
+    datasets: Iterable[Any],
+    methods: Mapping[Path, Method],
+    *,
+    kinds: Sequence[str] = ("all",),
+    template: str = TEMPLATE,
+    root: Any = None,
+    precision: str = "auto",
+    limit: int = 0,
+    workers: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Test zero-shot CLIP and trained methods on datasets, without training anything.
+
+    Args:
+        model: The model.
+        datasets: Names or paths of manifests.
+        methods: Trained methods by the file they came from.
+        kinds: `all`, `base` or `novel` classes.
+        template: Prompt template of the methods and of the first zero-shot row.
+        root: The data root.
+        precision: As in `TrainConfig`.
+        limit: Use at most so many test items of each dataset; 0 uses all.
+        workers: Threads that decode images.
+        progress: Show bars.
+
+    Returns:
+        A results table; `source` is the method's file.
+    """
+    evaluator = Evaluator(model, precision=precision, progress=progress)
+    plain = Method()
+    rows = []
+    for name in datasets:
+        data = TaskData(name, model, root, workers, limit)
+        named: list[tuple[str, Method, str, str]] = [
+            (ZERO_SHOT, plain, template, ""),
+            (ZERO_SHOT_OWN, plain, data.manifest.zero_shot_template, ""),
+        ]
+        named += [(one.config.title, one, template, str(path)) for path, one in methods.items()]
+        for kind in kinds:
+            target = Target(data, kind)
+            items = data.test(kind)
+            truth = np.array([item.label for item in items], dtype=np.int64)
+            cases = [Case(method, data.task(kind, text)) for _, method, text, _ in named]
+            found = evaluator.predict(data.images, items, cases)
+            for labels, (title, method, text, source) in zip(found, named):
+                row = result_row("evaluate", model, target, truth, labels, title, text)
+                if source:
+                    changed = float((labels != found[0]).mean())
+                    row |= {**method_fields(method), "source": source, "changed": changed}
+                rows.append(row)
+    return pd.DataFrame(rows, columns=list(COLUMNS))

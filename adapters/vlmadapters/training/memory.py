@@ -1,0 +1,106 @@
+"""How much memory a training step takes, measured on a small one before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.task import Task
+from vlmadapters.device import available_memory
+from vlmadapters.methods.base import Method, Step
+from vlmlayers.errors import UserError
+
+# What autograd keeps is measured; what a step needs beside it and gives back at once is not:
+# gradients on their way down, and the hidden layer of the block that is being computed.
+TRANSIENT = 1.5
+
+
+def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, classes: int) -> int:
+    """Return the bytes that autograd keeps of one step's forward pass.
+
+    Args:
+        backbone: The backbone.
+        method: The method.
+        task: Classes to take the step's from.
+        images: How many images the step sees.
+        classes: How many classes.
+    """
+    some = replace(task, class_names=task.class_names[:classes])
+    start = method.first(backbone, "vision")
+    example = backbone.vision.tower.example(images)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.no_grad():
+        prepared = method.prepare(backbone, some)
+    labels = torch.zeros(images, dtype=torch.long, device=backbone.device)
+    state = backbone.images(example, [start])[start]
+    step = Step(backbone, state, labels, prepared, torch.Generator().manual_seed(0))
+    frozen = {p.untyped_storage().data_ptr() for p in backbone.clip.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        method.loss(step)
+    return sum(size for place, size in kept.items() if place not in frozen)
+
+
+def step_bytes(backbone: Backbone, method: Method, task: Task, batch_size: int) -> int:
+    """Return the bytes that one training step takes at the peak, about.
+
+    What is kept grows with images, with classes, and with both where the text depends on the
+    image: four small steps tell the four coefficients.
+    """
+    classes = len(task.class_names)
+    if classes < 3:
+        return round(TRANSIENT * batch_size * kept_bytes(backbone, method, task, 1, classes))
+    sizes = {(i, j): kept_bytes(backbone, method, task, i, j) for i in (1, 2) for j in (1, 2)}
+    both = sizes[2, 2] - sizes[2, 1] - sizes[1, 2] + sizes[1, 1]
+    per_image, per_class = sizes[2, 1] - sizes[1, 1], sizes[1, 2] - sizes[1, 1]
+    more, further = batch_size - 1, classes - 1
+    kept = sizes[1, 1] + per_image * more + per_class * further + both * more * further
+    return round(TRANSIENT * kept)
+
+
+def view_bytes(backbone: Backbone, views: int, starts: Sequence[int]) -> int:
+    """Return the bytes that the frozen activations of some views take at the blocks named."""
+    example = backbone.vision.tower.example(1)
+    states = backbone.images(example, starts)
+    sizes = [s.x.numel() * s.x.element_size() for s in states.values() if s.x is not None]
+    return views * sum(sizes)
+
+
+def check_memory(
+    backbone: Backbone,
+    methods: Sequence[Method],
+    task: Task,
+    batch_size: int,
+    kept: int = 0,
+) -> None:
+    """Raise a UserError where a training step would not fit into memory.
+
+    Methods are updated one after the other, so the one that takes most counts.
+
+    Args:
+        backbone: The backbone.
+        methods: The methods.
+        task: The classes trained on.
+        batch_size: Images per step and process.
+        kept: Bytes of frozen activations that will be kept in main memory.
+    """
+    device = backbone.device
+    step = max(step_bytes(backbone, method, task, batch_size) for method in methods)
+    free = available_memory(device)
+    needed = step + (kept if device.type == "cpu" else 0)
+    if needed > free:
+        cache = f", {kept / 1e9:.1f} GB of it for cached views" if kept else ""
+        raise UserError(
+            f"training needs about {needed / 1e9:.1f} GB{cache}, and {device} has "
+            f"{free / 1e9:.1f} GB free; lower batch_size ({batch_size}), adapt later blocks, use "
+            "fewer classes or fewer cached_views"
+        )

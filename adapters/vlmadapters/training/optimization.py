@@ -1,0 +1,56 @@
+"""Optimizers and learning-rate schedules that the published recipes use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vlmadapters.training.recipes import TrainConfig
+
+
+def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over a method's parameter groups."""
+    made = [dict(group) for group in groups if group["params"]]
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(
+            made,
+            lr=train.lr,
+            betas=(train.momentum, train.beta2),
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+        )
+    return torch.optim.SGD(
+        made, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+    )
+
+
+def learning_rate(train: TrainConfig, epoch: int, epochs: int, step: int, steps: int) -> float:
+    """Return the learning rate of one step.
+
+    Warm-up epochs run at a constant `warmup_lr`. Then the cosine falls from `lr` towards
+    `final_lr`, counted anew from the end of the warm-up over all epochs, so that with a warm-up
+    its end is not reached (Dassl's schedule, which most published recipes use).
+
+    Args:
+        train: The recipe.
+        epoch: Epochs done before this step.
+        epochs: Epochs in all.
+        step: Steps done before this step.
+        steps: Steps in all.
+    """
+    if epoch < train.warmup_epochs:
+        return train.warmup_lr
+    if train.schedule == "constant":
+        return train.lr
+    by_step = train.schedule == "step"
+    share = step / steps if by_step else (epoch - train.warmup_epochs) / epochs
+    return train.final_lr + (train.lr - train.final_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, warming_up: bool) -> None:
+    """Set the rate of all groups: each its share of it, except in the warm-up."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate if warming_up else rate * group.get("rate", 1.0)

@@ -1,0 +1,100 @@
+"""Several processes under `torchrun`: each takes its share of every batch, gradients are averaged.
+
+The parameters after a step are those of one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vlmlayers.errors import UserError
+
+
+def launched() -> bool:
+    """Return whether `torchrun` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """Join the other processes; yields (rank, number of processes), (0, 1) when alone."""
+    if not launched():
+        yield 0, 1
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return rank and number of processes of the group, (0, 1) where there is none."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def check_divides(batch_size: int) -> None:
+    """Raise a UserError unless every process gets an equal share of a batch."""
+    _, size = rank_and_size()
+    if batch_size % size:
+        raise UserError(
+            f"a batch of {batch_size} does not divide over {size} processes; choose a batch size "
+            f"that is a multiple of {size}"
+        )
+
+
+def share(items: Any) -> Any:
+    """Return this process's share of a list or array: every n-th of n, from its rank on."""
+    rank, size = rank_and_size()
+    return items[rank::size]
+
+
+def gathered(mine: NDArray[np.int64], n: int, device: torch.device) -> NDArray[np.int64]:
+    """Return the numbers of all `n` items from what each process has of its `share`.
+
+    Args:
+        mine: (share,) numbers of this process's items.
+        n: Number of items in all.
+        device: Device that the processes speak through.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return mine
+    whole = torch.zeros(n, dtype=torch.int64, device=device)
+    whole[rank::size] = torch.from_numpy(mine).to(device)
+    dist.all_reduce(whole)
+    return whole.cpu().numpy()
+
+
+def average(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over processes, in one message."""
+    _, size = rank_and_size()
+    if size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= size
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def mean_over_processes(value: Tensor) -> float:
+    """Return the mean of a number over processes."""
+    _, size = rank_and_size()
+    if size > 1:
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        value /= size
+    return float(value)

@@ -1,0 +1,275 @@
+"""How an adapter is trained: every value in one frozen record, read from TOML."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vlmadapters.clip.savings import Savings
+from vlmadapters.data.images import Augmentation
+from vlmadapters.methods import METHODS
+from vlmadapters.methods.config import MethodConfig
+from vlmlayers.errors import UserError, check_one_of
+
+# Blocks per tower of ViT-B/16, the backbone of the published recipes.
+PUBLISHED_DEPTHS = {"vision": 12, "text": 12}
+SHIPPED = Path(__file__).with_name("recipe_files")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("epoch", "step", "constant")
+# Whether a number is whole, the least and the largest value.
+RANGES: dict[str, tuple[bool, float, float]] = {
+    "lr": (False, 0, math.inf),
+    "momentum": (False, 0, 1),
+    "beta2": (False, 0, 1),
+    "eps": (False, 0, math.inf),
+    "weight_decay": (False, 0, math.inf),
+    "max_norm": (False, 0, math.inf),
+    "warmup_epochs": (True, 0, math.inf),
+    "warmup_lr": (False, 0, math.inf),
+    "final_lr": (False, 0, math.inf),
+    "epochs": (True, 1, math.inf),
+    "steps_per_shot": (True, 0, math.inf),
+    "updates_per_batch": (True, 1, math.inf),
+    "batch_size": (True, 1, math.inf),
+    "shots": (True, 1, math.inf),
+    "flip": (False, 0, 1),
+    "cached_views": (True, 0, math.inf),
+    "save_every": (True, 0, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training recipe of any method; the defaults are those of MMA.
+
+    Attributes:
+        optimizer: `sgd` or `adamw`.
+        lr: Learning rate after the warm-up.
+        momentum: Momentum of SGD; the first decay rate of AdamW.
+        beta2: Second decay rate of AdamW.
+        eps: Term in AdamW's denominator.
+        weight_decay: Weight decay.
+        max_norm: Norm to which gradients are clipped, over all parameters; 0 clips nothing.
+        schedule: `epoch` and `step` let the rate fall by a cosine, once an epoch or at every step;
+            `constant` keeps it.
+        warmup_epochs: Epochs at `warmup_lr` before that.
+        warmup_lr: Learning rate of the warm-up.
+        final_lr: Where the cosine ends.
+        epochs: Passes over the few-shot items.
+        steps_per_shot: Steps in all, per shot, instead of epochs; 0 counts epochs.
+        updates_per_batch: Updates made on each batch of images.
+        batch_size: Items per update, over all processes.
+        drop_last: Leave out an epoch's last batch where it is smaller than the others.
+        shots: Items per class.
+        template: Prompt around each class name.
+        precision: `fp32`, autocast to `bf16` or `fp16` (with loss scaling), or `auto`: fp32 on
+            CPU and bf16 on a GPU that has it.
+        crop_scale: Range of the random crop's share of the area.
+        crop_ratio: Range of its aspect ratio.
+        flip: Chance of a horizontal flip.
+        cached_views: 0 draws a fresh view at every epoch, as published. A positive number fixes
+            that many views per image, whose frozen activations are then computed once.
+        save_every: Steps between checkpoints; 0 saves after every epoch.
+        savings: What is skipped.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.0015
+    momentum: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 5e-4
+    max_norm: float = 0.0
+    schedule: str = "epoch"
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-5
+    final_lr: float = 0.0
+    epochs: int = 5
+    steps_per_shot: int = 0
+    updates_per_batch: int = 1
+    batch_size: int = 16
+    drop_last: bool = True
+    shots: int = 16
+    template: str = "a photo of a {}."
+    precision: str = "auto"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    cached_views: int = 0
+    save_every: int = 0
+    savings: Savings = field(default_factory=Savings)
+
+    def __post_init__(self) -> None:
+        check_one_of("precision", self.precision, PRECISIONS)
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        check_one_of("schedule", self.schedule, SCHEDULES)
+        if not isinstance(self.drop_last, bool):
+            raise UserError(f"drop_last is {self.drop_last!r}; it must be true or false")
+        for name, (whole, low, high) in RANGES.items():
+            _check_number(name, getattr(self, name), whole, low, high)
+        if not self.lr > 0:
+            raise UserError(f"lr is {self.lr}; it must be above 0")
+        for name, limit in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+            object.__setattr__(self, name, _range(name, getattr(self, name), limit))
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The augmentation these values describe."""
+        return Augmentation(scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        ranges = {name: list(getattr(self, name)) for name in ("crop_scale", "crop_ratio")}
+        return {**asdict(self), **ranges}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that a result depends on."""
+        values = self.to_dict()
+        for key in ("savings", "save_every"):
+            values.pop(key)
+        return values
+
+
+def _check_number(name: str, value: Any, whole: bool, low: float, high: float) -> None:
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise UserError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
+    if not low <= value <= high:
+        limits = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"{name} is {value}; it must be {limits}")
+
+
+def _range(name: str, values: Any, limit: float) -> tuple[float, float]:
+    try:
+        low, high = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {values!r}; it must be two numbers, low and high") from None
+    if not 0 < low <= high <= limit:
+        top = "" if limit == math.inf else f" and {limit:g} at most"
+        raise UserError(f"{name} is {low:g} to {high:g}; it must rise, above 0{top}")
+    return low, high
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named training configuration with the method it is for.
+
+    Attributes:
+        name: Name of the recipe.
+        train: How it trains.
+        method: The method's settings.
+        source: Where the values come from.
+        datasets: Values that differ by dataset: name of a dataset to fields of `train`.
+    """
+
+    name: str
+    train: TrainConfig
+    method: MethodConfig
+    source: str = ""
+    datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def changed(self, train: Mapping[str, Any], method: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with some values replaced, for every dataset; None keeps a value.
+
+        Raises:
+            UserError: The method has no such setting, with the nearest one.
+        """
+        new_train = {key: value for key, value in train.items() if value is not None}
+        new_method = {key: value for key, value in method.items() if value is not None}
+        for key in new_method:
+            known = [f.name for f in fields(self.method)]
+            check_one_of(f"{self.method.name} setting", key, known)
+        kept = {
+            name: {key: value for key, value in values.items() if key not in new_train}
+            for name, values in self.datasets.items()
+        }
+        return replace(
+            self,
+            train=replace(self.train, **new_train),
+            method=replace(self.method, **new_method),
+            datasets=kept,
+        )
+
+    def train_for(self, dataset: str) -> TrainConfig:
+        """Return how it trains on a dataset."""
+        return replace(self.train, **self.datasets.get(dataset, {}))
+
+
+def recipe_names(method: str = "mma") -> list[str]:
+    """Return the names of a method's shipped recipes."""
+    return list(_shipped(method))
+
+
+def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
+    """Return a recipe by name (`published`, `mini`, …) or from a TOML file.
+
+    A file holds the keys of one recipe at its top level; `extends` names a shipped one of the same
+    method, and `method` another method. A method without shipped recipes has `published` alone:
+    its own settings with the default `TrainConfig`.
+
+    Args:
+        name: Name of a shipped recipe, or a TOML file.
+        method: Name of the method, for a recipe given by name.
+
+    Raises:
+        UserError: The name or a key is unknown (with the nearest), or a value is wrong.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        values = _read_toml(path)
+        method = values.pop("method", method)
+        return _recipe(path.stem, method, values, _shipped(method), str(path))
+    shipped = _shipped(method)
+    check_one_of(f"recipe of {method}", str(name), shipped)
+    return _recipe(str(name), method, shipped[str(name)], shipped, f"{method}.toml")
+
+
+def _shipped(method: str) -> dict[str, Any]:
+    check_one_of("method", method, list(METHODS))
+    path = SHIPPED / f"{method}.toml"
+    return _read_toml(path) if path.exists() else {"published": {}}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
+
+
+def _recipe(
+    name: str, method: str, values: Mapping[str, Any], shipped: Mapping[str, Any], where: str
+) -> Recipe:
+    values = dict(values)
+    base = values.pop("extends", None)
+    if base is not None:
+        check_one_of(f"recipe of {method}", base, shipped, where=where)
+        parent = _recipe(base, method, shipped[base], shipped, where)
+    else:
+        parent = Recipe(name, TrainConfig(), METHODS.config(method).published(PUBLISHED_DEPTHS))
+    settings = {**parent.method.to_dict(), **values.pop("settings", {})}
+    savings, datasets = values.pop("savings", {}), values.pop("datasets", parent.datasets)
+    source = values.pop("source", parent.source)
+    known = [f.name for f in fields(TrainConfig) if f.name != "savings"]
+    for key in [*values, *(key for one in datasets.values() for key in one)]:
+        check_one_of("key", key, known, where=where)
+    for key in savings:
+        check_one_of("saving", key, [f.name for f in fields(Savings)], where=where)
+    try:
+        train = replace(parent.train, **values, savings=replace(parent.train.savings, **savings))
+        config = METHODS.config(method).from_dict(settings)
+        made = Recipe(name, train, config, source, datasets)
+        for dataset in datasets:
+            made.train_for(dataset)
+        return made
+    except TypeError as error:
+        raise UserError(f"{where}: a value has the wrong type: {error}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

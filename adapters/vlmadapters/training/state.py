@@ -1,0 +1,46 @@
+"""The state of an unfinished training on disk, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmadapters.files import content_checksum, read_tensors_only, save_whole
+from vlmlayers.errors import UserError
+
+STATE_FILE = "training.pt"
+
+
+def save_training_state(folder: Path, identity: Mapping[str, Any], state: Any) -> None:
+    """Write the state of an unfinished training, whole or not at all."""
+    content = {"identity": json.dumps(identity, sort_keys=True), **state}
+    content["checksum"] = content_checksum(content)
+    save_whole(folder / STATE_FILE, content)
+
+
+def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
+    """Return the state of an unfinished training, or None where there is none.
+
+    Raises:
+        UserError: The state in the folder is damaged, or belongs to another run.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    content = read_tensors_only(path)
+    expected = content.pop("checksum", None)
+    if content_checksum(content) != expected:
+        raise UserError(
+            f"{path} is altered: its checksum differs; remove it to train this group again"
+        )
+    theirs = json.loads(content["identity"])
+    ours = json.loads(json.dumps(identity, sort_keys=True))
+    differing = [key for key in ours if ours[key] != theirs.get(key)]
+    if differing:
+        raise UserError(
+            f"{path} belongs to a run with other {', '.join(differing)}; choose another output "
+            "folder, or remove the file to start again"
+        )
+    return content

@@ -1,0 +1,417 @@
+"""Training methods: one, or several placements and methods side by side on the same views.
+
+Those trained together see the same few-shot items, order and views as each would alone; what is
+frozen below their first blocks is computed once for all. The losses are those of separate runs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vlmadapters.clip.frozen import VIEW_BYTES, Backbone, ViewCache
+from vlmadapters.clip.walk import State
+from vlmadapters.data.images import Images, epoch_batches
+from vlmadapters.data.task import Task
+from vlmadapters.device import precision_of
+from vlmadapters.methods import METHODS
+from vlmadapters.methods.base import FitData, Method, Step
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.training import processes
+from vlmadapters.training.memory import check_memory, view_bytes
+from vlmadapters.training.optimization import learning_rate, new_optimizer, set_rate
+from vlmadapters.training.recipes import TrainConfig
+from vlmadapters.training.state import load_training_state, save_training_state
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Item
+from vlmlayers.progress import bar
+
+DRAWS = 0xD5  # key of the random draws inside training steps
+
+
+@dataclass(eq=False)
+class TrainResult:
+    """A trained method and how it went.
+
+    Attributes:
+        method: The method, in evaluation mode.
+        config: Its settings.
+        losses: Loss of every update.
+        seed: Seed of initialisation, order and views.
+        change: Largest change of any parameter, relative to the largest initial value.
+        seconds: Time of the whole group's training, divided evenly.
+        images_per_second: Images through this method per second of its share.
+        peak_memory: Bytes at the peak on a GPU, 0 on a CPU.
+    """
+
+    method: Method
+    config: MethodConfig
+    seed: int
+    losses: list[float] = field(default_factory=list)
+    change: float = 0.0
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    peak_memory: int = 0
+
+
+@dataclass(eq=False)
+class _Run:
+    method: Method
+    classes: Any
+    optimizer: torch.optim.Optimizer | None
+    scaler: Any
+    initial: dict[str, Tensor]
+    losses: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """Train one or several methods or placements on the same few-shot items.
+
+    Args:
+        model: The backbone with preprocessing and tokenizer (`vlmlayers.models.load_model`).
+        images: Images of the dataset.
+        items: Few-shot items with labels from 0, as `base_or_novel` returns them.
+        task: The classes trained on, by label; class names alone stand for the recipe's template.
+        configs: Settings of each method to train.
+        train: The recipe, one for all.
+        seed: Seed of initialisation, order and views.
+        validation: Few-shot items of the validation split, for methods that fit on them.
+        backbone: Walks to share with an evaluation; built here where absent.
+        folder: Folder for checkpoints. Training resumes from the one it finds there.
+        progress: Show a bar.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        images: Images,
+        items: Sequence[Item],
+        task: Task | Sequence[str],
+        configs: Sequence[MethodConfig],
+        train: TrainConfig | None = None,
+        seed: int = 1,
+        *,
+        validation: Sequence[Item] = (),
+        backbone: Backbone | None = None,
+        folder: Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.model, self.images, self.items = model, images, list(items)
+        self.train, self.seed = train or TrainConfig(), seed
+        if not isinstance(task, Task):
+            task = Task(tuple(task), self.train.template)
+        self.task, self.validation = task, list(validation)
+        self.folder, self.progress = folder, progress
+        self.configs = list(configs)
+        self._check_items()
+        self.backbone = backbone or Backbone(model.clip, self.train.savings, model.tokenizer)
+        self.batch_size = min(self.train.batch_size, len(self.items))
+        processes.check_divides(self.batch_size)
+        self.device = model.device
+        self.autocast, _ = precision_of(self.train.precision, self.device)
+        self.runs = [self._new_run(config) for config in self.configs]
+        self.starts = [run.method.first(self.backbone, "vision") for run in self.runs]
+        self.steps_per_epoch = len(self._batches(0))
+        self.total_steps = self.train.epochs * self.steps_per_epoch
+        if self.train.steps_per_shot:
+            self.total_steps = self.train.steps_per_shot * self.train.shots
+        self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        self._check_memory()
+        self.epoch = self.step = 0
+        self._views: ViewCache | None = None
+
+    def _check_items(self) -> None:
+        labels = {item.label for item in self.items}
+        if not labels <= set(range(len(self.task.class_names))):
+            raise UserError(
+                f"training labels go up to {max(labels)}, but there are "
+                f"{len(self.task.class_names)} class names; relabel the items with base_or_novel"
+            )
+        if not self.items:
+            raise UserError("there are no training items; check the few-shot draw")
+
+    def _check_memory(self) -> None:
+        _, size = processes.rank_and_size()
+        views = self.train.cached_views * len(self.items) if self.backbone.steps else 0
+        kept = min(VIEW_BYTES, view_bytes(self.backbone, views, self.starts)) if views else 0
+        trained = [run.method for run in self.runs if run.optimizer is not None]
+        if trained:
+            check_memory(self.backbone, trained, self.task, self.batch_size // size, kept)
+
+    def _new_run(self, config: MethodConfig) -> _Run:
+        method = METHODS[config.name].build(config, self.backbone, self.task, self.seed)
+        groups = method.parameter_groups()
+        trained = any(group["params"] for group in groups)
+        # Loss scaling adapts to one method's gradients, so that no other one changes its steps.
+        _, scaler = precision_of(self.train.precision, self.device)
+        return _Run(
+            method,
+            self._prepared(method),
+            new_optimizer(groups, self.train) if trained else None,
+            scaler,
+            method.official_state_dict(),
+        )
+
+    def _prepared(self, method: Method) -> Any:
+        with torch.no_grad(), self.autocast():
+            return method.prepare(self.backbone, self.task)
+
+    def fit(self) -> list[TrainResult]:
+        """Train to the end and return one result per method.
+
+        Raises:
+            UserError: A loss is not a number, or the training does not fit into memory.
+        """
+        resumed = self._resume()
+        clip = self.model.clip.eval()
+        clip.requires_grad_(False)
+        started, done = time.perf_counter(), self._steps_done()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for run in self.runs:
+            run.method.train()
+            if not resumed:
+                run.method.fit(self._fit_data(run))
+        rank, _ = processes.rank_and_size()
+        if any(run.optimizer is not None for run in self.runs):
+            with bar(
+                description="train",
+                total=self.total_steps,
+                unit="step",
+                show=self.progress and rank == 0,
+                initial=done,
+            ) as shown:
+                while self._steps_done() < self.total_steps:
+                    self._one_epoch(shown)
+        for run in self.runs:
+            run.method.eval()
+        return self._results(time.perf_counter() - started, self.total_steps - done)
+
+    def _one_epoch(self, shown: Any) -> None:
+        left = self.total_steps - self._steps_done()
+        batches = self._batches(self.epoch)[self.step :][:left]
+        for batch, images in self._with_images(batches):
+            self._set_rates()
+            losses = self.update(batch, images)
+            self.step += 1
+            shown.update()
+            shown.set_postfix(loss=f"{np.mean(losses):.3f}", refresh=False)
+            if self.train.save_every and self.step % self.train.save_every == 0:
+                self._save()
+        for run in self.runs:
+            run.method.end_epoch(self.epoch + 1, self.epochs)
+        if self.step == self.steps_per_epoch:
+            self.epoch, self.step = self.epoch + 1, 0
+        if not self.train.save_every or self._steps_done() == self.total_steps:
+            self._save()
+
+    def _set_rates(self) -> None:
+        done = self._steps_done()
+        rate = learning_rate(self.train, self.epoch, self.epochs, done, self.total_steps)
+        for run in self.runs:
+            if run.optimizer is not None:
+                set_rate(run.optimizer, rate, self.epoch < self.train.warmup_epochs)
+
+    def _with_images(
+        self, batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor | None]]:
+        """Yield batches with their images, which worker threads prepare one batch ahead."""
+        if self.train.cached_views:  # most views are there already
+            yield from ((batch, None) for batch in batches)
+            return
+        mine = [processes.share(batch) for batch in batches]
+        yield from zip(batches, self.images.ahead(self._augmented, mine))
+
+    def update(self, batch: NDArray[np.int64], images: Tensor | None = None) -> list[float]:
+        """Update every method on one global batch; return the losses, each of its last update.
+
+        Args:
+            batch: Indices of the items, over all processes.
+            images: This process's share of the images, where they are made already.
+        """
+        mine = processes.share(batch)
+        labels = torch.tensor([self.items[i].label for i in mine], device=self.device)
+        with self.autocast():
+            states = self._image_states(mine, images)
+        return [
+            self._update_one(run, states[start], labels)
+            for run, start in zip(self.runs, self.starts)
+            if run.optimizer is not None
+        ]
+
+    def _update_one(self, run: _Run, images: State, labels: Tensor) -> float:
+        assert run.optimizer is not None
+        if not self.train.savings.text_prefix:
+            run.classes = self._prepared(run.method)
+        value = 0.0
+        for repeat in range(self.train.updates_per_batch):
+            run.optimizer.zero_grad(set_to_none=True)
+            step = Step(self.backbone, images, labels, run.classes, self._generator(repeat), repeat)
+            with self.autocast():
+                loss = run.method.loss(step)
+            value = processes.mean_over_processes(loss.detach())
+            if not math.isfinite(value):
+                config = run.method.config
+                raise UserError(
+                    f"the loss of {config.title} {config.placement} became {value} in epoch "
+                    f"{self.epoch + 1}, step {self.step + 1}; lower lr ({self.train.lr}) or how "
+                    "strongly the method acts (its scale, where it has one)"
+                )
+            run.scaler.scale(loss).backward()
+            processes.average(run.method.parameters())
+            if self.train.max_norm:
+                run.scaler.unscale_(run.optimizer)
+                nn.utils.clip_grad_norm_(run.method.parameters(), self.train.max_norm)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.method.touch()
+            run.losses.append(value)
+        return value
+
+    def _generator(self, repeat: int) -> torch.Generator:
+        """Return the source of a step's random draws: the same whether resumed or not."""
+        key = np.random.SeedSequence([self.seed, self._steps_done(), repeat, DRAWS])
+        return torch.Generator().manual_seed(int(key.generate_state(1)[0]))
+
+    def _fit_data(self, run: _Run) -> FitData:
+        items = np.arange(len(self.items))
+        labels = torch.tensor([item.label for item in self.items], device=self.device)
+        validation = None
+        if self.validation:
+            pixels = torch.cat(list(self.images.batches(self.validation, self.batch_size)))
+            of_items = [item.label for item in self.validation]
+            validation = self._plain(pixels), torch.tensor(of_items, device=self.device)
+
+        def view(number: int) -> Tensor:
+            return torch.cat(
+                [
+                    self._plain(self._augmented(items[i : i + self.batch_size], number))
+                    for i in range(0, len(items), self.batch_size)
+                ]
+            )
+
+        return FitData(self.backbone, run.classes, labels, view, validation)
+
+    def _plain(self, images: Tensor) -> Tensor:
+        """Return joint features of the plain backbone, (image, joint)."""
+        end = self.backbone.vision.tower.depth + 1
+        with torch.no_grad(), self.autocast():
+            return self.backbone.features("vision", self.backbone.images(images, [end])[end])
+
+    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        size, drop = self.batch_size, self.train.drop_last
+        return epoch_batches(len(self.items), size, self.seed, epoch, drop_last=drop)
+
+    def _view(self) -> int:
+        """Return the number of the view that this epoch sees of every image."""
+        views = self.train.cached_views
+        return self.epoch % views if views else self.epoch
+
+    def _augmented(self, batch: NDArray[np.int64], view: int | None = None) -> Tensor:
+        """Return a view of some items, this epoch's by default, (item, 3, height, width)."""
+        augmentation = self.train.augmentation
+        number = self._view() if view is None else view
+        draws = augmentation.draws(len(self.items), self.seed, number)
+        items = [self.items[i] for i in batch]
+        return self.images.augmented(items, draws[batch], augmentation)
+
+    def _image_states(
+        self, batch: NDArray[np.int64], images: Tensor | None = None
+    ) -> dict[int, State]:
+        views = self.train.cached_views
+        if not views or not self.backbone.steps:
+            images = self._augmented(batch) if images is None else images
+            return self.backbone.images(images, self.starts)
+        if self._views is None:
+            self._views = ViewCache(self.backbone, self.starts, views * len(self.items))
+        rows = self._view() * len(self.items) + batch
+        return self._views.states(rows, lambda missing: self._augmented(batch[missing]))
+
+    def _steps_done(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def _results(self, seconds: float, steps: int) -> list[TrainResult]:
+        share = seconds / len(self.runs)
+        peak = 0
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        return [
+            TrainResult(
+                run.method,
+                run.method.config,
+                self.seed,
+                run.losses,
+                _change(run),
+                share,
+                steps * self.batch_size / share if share else 0.0,
+                peak,
+            )
+            for run in self.runs
+        ]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "methods": [{"method": c.name, **c.to_dict()} for c in self.configs],
+            "train": self.train.identity(),
+            "seed": self.seed,
+            "weights": self.model.weights_hash,
+            "items": [item.path for item in self.items],
+            "task": self.task.to_dict(),
+        }
+
+    def _save(self) -> None:
+        rank, _ = processes.rank_and_size()
+        if self.folder is None or rank:
+            return
+        save_training_state(
+            self.folder,
+            self._identity(),
+            {
+                "epoch": self.epoch,
+                "step": self.step,
+                "runs": [_saved(run) for run in self.runs],
+            },
+        )
+
+    def _resume(self) -> bool:
+        """Take up the training that the folder holds; return whether there is one."""
+        state = None
+        if self.folder is not None:
+            state = load_training_state(self.folder, self._identity())
+        if state is None:
+            return False
+        self.epoch, self.step = state["epoch"], state["step"]
+        for run, saved in zip(self.runs, state["runs"]):
+            run.method.load_state_dict(saved["method"])
+            run.method.touch()
+            if run.optimizer is not None:
+                run.optimizer.load_state_dict(saved["optimizer"])
+            run.scaler.load_state_dict(saved["scaler"])
+            run.losses, run.initial = list(saved["losses"]), saved["initial"]
+        return True
+
+
+def _saved(run: _Run) -> dict[str, Any]:
+    return {
+        "method": run.method.state_dict(),
+        "losses": run.losses,
+        "initial": run.initial,
+        "optimizer": run.optimizer.state_dict() if run.optimizer is not None else {},
+        "scaler": run.scaler.state_dict(),
+    }
+
+
+def _change(run: _Run) -> float:
+    now = run.method.official_state_dict()
+    moved = [float((now[key] - one.to(now[key])).abs().max()) for key, one in run.initial.items()]
+    size = max((float(one.abs().max()) for one in run.initial.values()), default=0.0)
+    return max(moved, default=0.0) / (size or 1.0)

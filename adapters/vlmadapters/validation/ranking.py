@@ -1,0 +1,140 @@
+"""Which scores predicted what training found: rank correlation and a statement.
+
+Placement scores are computed before training (`vlmlayers.selection.predict`). A score that
+predicts no better than `blocks_adapted` or `relative_depth`, which read no measurement, explains
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlmadapters.validation.verdict import Array, interval, outcomes
+from vlmlayers.selection.predict import PLACEMENT_SCORES
+
+LEVEL = 0.05
+
+
+def rank_correlation(
+    table: pd.DataFrame,
+    predicted: pd.DataFrame,
+    *,
+    outcome: str = "hm",
+    draws: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return Kendall's τ-b between predicted placement scores and trained outcomes.
+
+    Args:
+        table: Validation table.
+        predicted: Columns placement, score, predicted (from `selection.predict`).
+        outcome: `hm`, `base` or `novel`.
+        draws: Bootstrap draws (datasets, then seeds) and permutations of the placements.
+        seed: Seed of the private generator.
+
+    Returns:
+        One row per score, best first: score, outcome, tau, low, high, p (two-sided, by
+        permutation; the null is 0), p_holm (the same, corrected for the number of scores by
+        Holm's method), n (placements). A score that is the same for every placement has no ranks
+        and is left out.
+    """
+    found = outcomes(table, outcome)
+    resampled = found.resampled_means(draws, seed)
+    generator = np.random.default_rng(seed)
+    order = np.array([generator.permutation(len(found.placements)) for _ in range(draws)])
+    rows = []
+    for name, group in predicted.groupby("score", sort=False):
+        values = group.drop_duplicates("placement").set_index("placement")["predicted"]
+        guess = values.reindex(list(found.placements)).to_numpy(np.float64)
+        if not np.isfinite(guess).all() or np.ptp(guess) == 0 or np.ptp(found.means) == 0:
+            continue
+        tau = _tau(guess, found.means[None])[0]
+        low, high = interval(_tau(guess, resampled))
+        null = _tau(guess, found.means[order])
+        p = (1 + np.sum(np.abs(null) >= abs(tau) - 1e-12)) / (draws + 1)
+        rows.append(
+            {
+                "score": name,
+                "outcome": outcome,
+                "tau": tau,
+                "low": low,
+                "high": high,
+                "p": float(p),
+                "n": len(guess),
+            }
+        )
+    correlations = pd.DataFrame(rows, columns=["score", "outcome", "tau", "low", "high", "p", "n"])
+    correlations.insert(6, "p_holm", holm(correlations["p"].to_numpy(np.float64)))
+    return correlations.sort_values("tau", ascending=False, ignore_index=True)
+
+
+def holm(p: Array) -> Array:
+    """Return p values corrected for their number by Holm's step-down method.
+
+    Reference: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    order = np.argsort(p, kind="stable")
+    steps = p[order] * np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return corrected
+
+
+def _tau(guess: Array, trained: Array) -> Array:
+    """Return Kendall's τ-b of one ranking with many, (draw,), by the signs of all pairs."""
+    upper = np.triu_indices(len(guess), 1)
+    a = np.sign(guess[upper[0]] - guess[upper[1]])  # (pair,)
+    b = np.sign(trained[:, upper[0]] - trained[:, upper[1]])  # (draw, pair)
+    scale = np.sqrt((a != 0).sum() * (b != 0).sum(1))
+    return np.divide(b @ a, scale, out=np.zeros(len(b)), where=scale > 0)
+
+
+def predictors(correlations: pd.DataFrame) -> str:
+    """Return in words which scores predicted the outcome, in which direction, and which did not.
+
+    Args:
+        correlations: What `rank_correlation` returns.
+    """
+    if correlations.empty:
+        return "No score could be compared with the outcome: each is the same at every placement."
+    rows: list[Mapping[Any, Any]] = list(correlations.to_dict("records"))
+    blind = {name for name, score in PLACEMENT_SCORES.items() if not score.block_score}
+    judged = [row for row in rows if row["score"] not in blind]
+    firm = [row for row in judged if row["p_holm"] < LEVEL]
+    right = [row for row in firm if row["low"] > 0]
+    wrong = [row for row in firm if row["high"] < 0]
+    outcome = {"hm": "harmonic mean"}.get(rows[0]["outcome"], f"{rows[0]['outcome']} accuracy")
+    parts = [
+        f"Of {len(judged)} scores that read a measurement, {len(right) or 'none'} predicted the "
+        f"trained {outcome} (interval of Kendall's τ above 0, p below {LEVEL} after Holm's "
+        f"correction){_named(right)}."
+    ]
+    if wrong:
+        parts.append(f"{len(wrong)} ranked the placements in reverse{_named(wrong)}.")
+    rest = len(judged) - len(right) - len(wrong)
+    if rest:
+        parts.append(f"{rest} cannot be told from chance.")
+    if plain := [row for row in rows if row["score"] in blind]:
+        parts.append(f"Without any measurement{_named(plain)}.")
+    parts.append("Placements overlap, which a permutation does not know of: p is a best case.")
+    return " ".join(parts)
+
+
+def _named(rows: list[Mapping[Any, Any]]) -> str:
+    names = ", ".join(f"{row['score']} (τ {row['tau']:.2f})".replace("-", "−") for row in rows)
+    return f": {names}" if rows else ""
+
+
+def predicted_outcomes(
+    predicted: pd.DataFrame, table: pd.DataFrame, outcome: str = "hm"
+) -> pd.DataFrame:
+    """Return predicted scores with the trained outcome beside them, for the scatter plot."""
+    found = outcomes(table, outcome)
+    trained: Mapping[str, float] = dict(zip(found.placements, found.means.tolist()))
+    merged = predicted[predicted["placement"].isin(list(trained))].copy()
+    merged["trained"] = [trained[name] for name in merged["placement"]]
+    return merged.reset_index(drop=True)

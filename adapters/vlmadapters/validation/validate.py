@@ -1,0 +1,288 @@
+"""Validation: train at the chosen placement and at its competitors, and say what came out.
+
+Base-to-novel protocol. The cells of one dataset and seed share decoded images, few-shot draws,
+views and frozen-prefix activations. Test images report; they select nothing: the recipe is fixed
+before, and the last epoch is evaluated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.protocols.results import ZERO_SHOT, ZERO_SHOT_METHODS
+from vlmadapters.training import processes
+from vlmadapters.training.recipes import Recipe, load_recipe
+from vlmadapters.validation.competitors import DEFAULT_KINDS, KINDS, Competitor, competitors
+from vlmadapters.validation.ranking import predicted_outcomes, predictors, rank_correlation
+from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import atomically
+from vlmlayers.manifests import Manifest
+from vlmlayers.placement import Placement
+from vlmlayers.runs import environment, write_json
+from vlmlayers.scores.summaries import harmonic_mean
+from vlmlayers.selection import predict
+
+REFERENCE = "paper"
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """What training at the chosen placement and at its competitors gave.
+
+    Attributes:
+        table: One row per dataset, seed and placement, with the columns `VALIDATION_COLUMNS`;
+            accuracies in percent. `changed` says whether any test prediction differs from
+            zero-shot.
+        placements: Means, intervals and differences to the chosen placement.
+        summary: Verdict, regret and how it was made; JSON values.
+        correlations: Rank correlation of each score's prediction with the outcome.
+        predicted: Each prediction beside its outcome.
+    """
+
+    table: pd.DataFrame
+    placements: pd.DataFrame
+    summary: Mapping[str, Any]
+    correlations: pd.DataFrame | None = None
+    predicted: pd.DataFrame | None = None
+
+    @property
+    def verdict(self) -> str:
+        """What the comparison says, in one sentence."""
+        return str(self.summary["verdict"])
+
+    def write(self, folder: str | Path) -> None:
+        """Write `validation*.csv` and `validation.json`, which a report reads."""
+        tables = {
+            "validation": self.table,
+            "validation_placements": self.placements,
+            "validation_correlations": self.correlations,
+            "validation_predicted": self.predicted,
+        }
+        for name, table in tables.items():
+            if table is not None:
+                write_csv(Path(folder) / f"{name}.csv", table)
+        write_json(Path(folder) / "validation.json", dict(self.summary))
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table, whole or not at all."""
+    atomically(path, lambda part: table.to_csv(part, index=False))
+
+
+def default_recipe(model: Any) -> str:
+    """Return the recipe for a backbone: `mini` for the shipped miniature, else `published`."""
+    return "mini" if model.name == "mini-clip" else "published"
+
+
+def validate(
+    model: Any,
+    choice: Any,
+    manifests: Iterable[str | Manifest],
+    *,
+    scores: pd.DataFrame | None = None,
+    kinds: Iterable[str] = DEFAULT_KINDS,
+    seeds: Iterable[int] = (1, 2, 3),
+    shots: int | None = None,
+    recipe: str | Path | Recipe | None = None,
+    out: str | Path | None = None,
+    root: Any = None,
+    reference: str = REFERENCE,
+    random_count: int = 3,
+    seed: int = 0,
+    together: int = 12,
+    limit: int = 0,
+    workers: int = 0,
+    progress: bool = True,
+    notes: Mapping[str, Any] | None = None,
+    method: str = "mma",
+) -> Validation:
+    """Train a method at the chosen placement and at its competitors, and test each.
+
+    Args:
+        model: The backbone (`vlmlayers.models.load_model`).
+        choice: A `LayerChoice`, or anything with `vision` and `text` blocks.
+        manifests: Datasets, by name, path or manifest, each with two classes or more.
+        scores: Score table to predict outcomes from; None leaves predictions out.
+        kinds: Competitors, names of `placement.KINDS`. The reference is always among them.
+        seeds: Seeds of draw, initialisation, order and views.
+        shots: Items per class; the recipe's where None.
+        recipe: Recipe or its name; `default_recipe` where None.
+        out: Folder of `validation*` and of the cells under `cells`; None writes nothing. A stopped
+            run goes on there, and several processes may work on it.
+        root: The data root.
+        reference: Kind that the verdict compares with.
+        random_count: How many random placements the kind `random` adds.
+        seed: Seed of those and of the bootstrap.
+        together: Placements trained side by side.
+        limit: Use at most so many test items of each dataset; 0 uses all.
+        workers: Threads that decode images.
+        progress: Show bars.
+        notes: What else `validation.json` should say.
+        method: Name of the method, where the recipe is given by name.
+
+    Raises:
+        UserError: No dataset or seed is given, a name is unknown, a dataset has no novel class, or
+            the choice does not fit the model.
+    """
+    made = _recipe(model, recipe, shots, method)
+    placed = _competitors(model, choice, kinds, reference, random_count, seed)
+    seeds = _distinct(seeds)
+    experiment = Experiment(
+        "base-to-novel",
+        model,
+        made,
+        out,
+        root=root,
+        limit=limit,
+        workers=workers,
+        table="results_validation.csv",  # `results.csv` of the folder may be that of a training
+        progress=progress,
+    )
+    names = [one if isinstance(one, str) else experiment.add(one) for one in manifests]
+    if not names or not seeds:
+        raise UserError(f"there is no {'seed' if names else 'dataset'} to validate on; name one")
+    for name in names:
+        if not experiment.dataset(name).names("novel"):
+            raise UserError(f"{name} has no novel class; validate on two classes or more")
+    configs = [made.method.with_placement(*one.placement) for one in placed]
+    results = experiment.run(names, configs, seeds, together=together)
+    recorded = {
+        "method": made.method.name,
+        "recipe": {"name": made.name, **made.train.identity()},
+        "settings": made.method.settings(),
+        "limit": limit,
+        "device": str(model.device),
+        "weights_hash": model.weights_hash,
+        **(notes or {}),
+    }
+    table = validation_table(results, placed)
+    found = summarise(table, scores, reference=reference, seed=seed, notes=recorded)
+    if out is not None and not processes.rank_and_size()[0]:
+        found.write(out)
+    return found
+
+
+def _recipe(
+    model: Any, recipe: str | Path | Recipe | None, shots: int | None, method: str
+) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe or default_recipe(model), method)
+    return recipe.changed({"shots": shots}, {})
+
+
+def _competitors(
+    model: Any, choice: Any, kinds: Iterable[str], reference: str, count: int, seed: int
+) -> list[Competitor]:
+    chosen = Placement(tuple(choice.vision), tuple(choice.text))
+    if not chosen:
+        raise UserError("the choice adapts no block in either tower; there is nothing to train")
+    check_one_of("reference", reference, KINDS)
+    depths = {name: tower.depth for name, tower in model.towers.items()}
+    wanted = dict.fromkeys([reference, *kinds])
+    return competitors(chosen, depths, wanted, random_count=count, seed=seed)
+
+
+def _distinct(seeds: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(seeds))
+
+
+def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.DataFrame:
+    """Return the validation table of base-to-novel results, in the order of the competitors."""
+    plain = results[results["method"] == ZERO_SHOT].set_index(["dataset", "split_kind"])["accuracy"]
+    trained = {
+        (row["dataset"], row["seed"], row["placement"], row["split_kind"]): row
+        for row in results[~results["method"].isin(ZERO_SHOT_METHODS)].to_dict("records")
+    }
+    rows = []
+    for dataset, seed in dict.fromkeys(key[:2] for key in trained):
+        for one in placed:
+            base, novel = (
+                trained[dataset, seed, str(one.placement), kind] for kind in ("base", "novel")
+            )
+            rows.append(
+                {
+                    "model": base["model"],
+                    "weights": base["weights"],
+                    "dataset": dataset,
+                    "shots": int(base["shots"]),
+                    "seed": int(seed),
+                    "placement": str(one.placement),
+                    "kind": one.kind,
+                    "vision": " ".join(map(str, one.placement.vision)),
+                    "text": " ".join(map(str, one.placement.text)),
+                    "parameters": int(base["parameters"]),
+                    "base": 100 * base["accuracy"],
+                    "novel": 100 * novel["accuracy"],
+                    "hm": 100 * harmonic_mean(base["accuracy"], novel["accuracy"]),
+                    "zero_shot_base": 100 * plain[dataset, "base"],
+                    "zero_shot_novel": 100 * plain[dataset, "novel"],
+                    "n_base": int(base["n"]),
+                    "n_novel": int(novel["n"]),
+                    "changed": base["changed"] > 0,
+                    "seconds": float(base["seconds"]),
+                }
+            )
+    return pd.DataFrame(rows, columns=list(VALIDATION_COLUMNS))
+
+
+def label_of(table: pd.DataFrame, kind: str) -> str:
+    """Return the label of the first placement of a kind, such as `chosen` or `paper`.
+
+    Raises:
+        UserError: No placement of the table is of that kind.
+    """
+    rows = table[[kind in str(one).split("+") for one in table["kind"]]]
+    if rows.empty:
+        raise UserError(f"the validation table has no placement of kind {kind!r}; train one")
+    return str(rows["placement"].iloc[0])
+
+
+def summarise(
+    table: pd.DataFrame,
+    scores: pd.DataFrame | None = None,
+    *,
+    reference: str = REFERENCE,
+    seed: int = 0,
+    notes: Mapping[str, Any] | None = None,
+) -> Validation:
+    """Return what a validation table says.
+
+    Args:
+        table: Validation table.
+        scores: Score table to predict from.
+        reference: Kind of placement that the verdict compares with.
+        seed: Seed of the bootstrap.
+        notes: What else to record.
+    """
+    chosen, other = label_of(table, "chosen"), label_of(table, reference)
+    correlations = outcomes = None
+    said: dict[str, str] = {}
+    if scores is not None:
+        labels = dict.fromkeys(table["placement"])
+        predicted = predict(scores, {label: Placement.parse(label) for label in labels})
+        correlations = rank_correlation(table, predicted, seed=seed)
+        outcomes = predicted_outcomes(predicted, table)
+        said["predictors"] = predictors(correlations)
+    left = regret(table, chosen, seed=seed)
+    summary = {
+        "verdict": verdict(table, chosen, other, seed=seed),
+        "chosen": chosen,
+        "reference": other,
+        **said,
+        "best": left.best,
+        "regret": asdict(left),
+        "datasets": list(dict.fromkeys(table["dataset"])),
+        "seeds": [int(one) for one in dict.fromkeys(table["seed"])],
+        "shots": int(table["shots"].iloc[0]),
+        **(notes or {}),
+        "environment": environment(),
+    }
+    placements = compare(table, chosen, seed=seed)
+    return Validation(table, placements, summary, correlations, outcomes)

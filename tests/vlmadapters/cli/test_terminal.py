@@ -1,0 +1,50 @@
+"""The results table as it is printed: complete, and within 80 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from vlmadapters.cli.terminal import results_text
+from vlmadapters.protocols.published import with_published
+from vlmadapters.protocols.results import UNMOVED, ZERO_SHOT_OWN, summarise
+
+
+def results(**columns: Any) -> pd.DataFrame:
+    """Two seeds of one placement, and a baseline."""
+    trained = {
+        "method": "MMA",
+        "split_kind": ["base", "novel"] * 2,
+        "seed": [1, 1, 2, 2],
+        "accuracy": [0.8, 1.0, 0.9, 1.0],
+        "placement": "v5-12,t5-12",
+        "source": "ucf101",
+        "note": "",
+    } | columns
+    plain = {"method": ZERO_SHOT_OWN, "split_kind": ["base", "novel"], "seed": -1, "accuracy": 0.5}
+    plain |= {"placement": "", "source": "", "note": ""}
+    both = pd.concat([pd.DataFrame(plain), pd.DataFrame(trained)])
+    fixed = {"protocol": "base-to-novel", "model": "m", "weights": "w", "dataset": "ucf101"}
+    return both.assign(shots=16, **fixed)
+
+
+def test_means_spreads_and_seeds_stand_in_one_line() -> None:
+    lines = results_text(summarise(results())).splitlines()
+    assert lines[0] == "base-to-novel, m w: accuracy in %, mean ± sd over seeds"
+    assert lines[2].split() == ["ucf101", "base", "novel", "HM"]
+    assert lines[3].split("template")[1].split() == ["50.00", "50.00", "50.00"]
+    trained = "  MMA v5-12,t5-12, 2 seeds 85.00 ± 7.07 100.00 ± 0.00 91.89"
+    assert " ".join(lines[4].split()).startswith(trained.strip())
+    ends = {line[38:44].strip() for line in lines[2:5]}
+    assert ends == {"base", "50.00", "85.00"}
+
+
+def test_long_placements_notes_and_published_rows_stay_within_80_columns() -> None:
+    summary = summarise(results(placement="v1+3+5-8+10,t2+4+6-9+11", note=UNMOVED))
+    text = results_text(with_published(summary, {"ucf101": "UCF101"}), random_weights=True)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "RANDOM" in text.splitlines()[0]
+    assert "MMA (published)" in text
+    assert "training changed nothing" in text
+    assert "published averages are those of all datasets of the paper" in text

@@ -1,0 +1,117 @@
+"""The stage `train` of a study, and the study files of the paper's three tables."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from vlmadapters import load_recipe
+from vlmadapters.cli.train_stage import parts
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+from vlmlayers.models.load import MINI_FOLDER
+from vlmlayers.study import check_study, read_study, run_study
+
+STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
+TABLES = ("base_to_novel", "cross_dataset", "domain_generalization")
+ELEVEN = {
+    "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101",
+    "fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101",
+}  # fmt: skip
+SHIFTED = {"imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
+needs_mini = pytest.mark.skipif(
+    not (MINI_FOLDER / "model.safetensors").is_file(), reason="the miniature CLIP is not shipped"
+)
+
+
+def study_of(table: str) -> Any:
+    return read_study(STUDIES / f"mma_{table}.toml")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_study_files_of_the_paper_name_its_values(table: str) -> None:
+    study = study_of(table)
+    assert study.stages == ("train",)
+    assert (study.models[0].name, study.models[0].pretrained) == ("ViT-B-16-quickgelu", "openai")
+    for part in parts(study.train):
+        assert part.seeds == (1, 2, 3)
+        assert part.protocol == table.replace("_", "-")
+        assert not part.set and not part.placements, "the recipe as published"
+        assert {*part.datasets, *part.targets} <= set(Manifest.names())
+
+
+def test_each_table_is_covered() -> None:
+    base, imagenet = parts(study_of("base_to_novel").train)
+    assert {*base.datasets, *imagenet.datasets} == ELEVEN
+    assert load_recipe(base.recipe).train.batch_size == 16
+    assert load_recipe(imagenet.recipe).train.batch_size == 128
+    assert load_recipe(base.recipe).train.epochs == load_recipe(imagenet.recipe).train.epochs == 5
+    for table, targets in (
+        ("cross_dataset", ELEVEN - {"imagenet"}), ("domain_generalization", SHIFTED),
+    ):  # fmt: skip
+        (part,) = parts(study_of(table).train)
+        recipe = load_recipe(part.recipe)
+        assert (part.datasets, set(part.targets)) == (("imagenet",), targets)
+        assert (recipe.train.epochs, recipe.method.placement) == (1, "v9-12,t9-12")
+
+
+def small(table: str) -> Any:
+    """Return the study of a table on the miniature CLIP, drawings and one short epoch."""
+    content = tomllib.loads((STUDIES / f"mma_{table}.toml").read_text(encoding="utf-8"))
+    content |= {"models": [{"name": "mini-clip"}], "datasets": ["shapes_filled"]}
+    for part in content["train"]:
+        part |= {"datasets": ["shapes_filled"], "seeds": [1], "limit": 16, "workers": 0}
+        part |= {"recipe": "mini", "set": {"epochs": 1, "shots": 2}, "placements": ["12"]}
+        if "targets" in part:
+            part["targets"] = ["shapes_outline", "digits"]
+    return check_study(content)
+
+
+@needs_mini
+def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path) -> None:
+    study = small("cross_dataset")
+    said: list[str] = []
+    run_study(study, tmp_path, progress=False, echo=said.append)
+    table = pd.read_csv(tmp_path / "results.csv")
+    trained = table[table["method"] == "MMA"]
+    assert set(trained["dataset"]) == {"shapes_filled", "shapes_outline", "digits"}
+    assert set(trained["placement"]) == {"v12,t12"} and set(trained["shots"]) == {2}
+    assert not (tmp_path / "features").exists()
+    run_study(study, tmp_path, progress=False, echo=said.append)
+    assert said[-1] == "train    unchanged"
+
+
+@pytest.mark.slow
+@needs_mini
+@pytest.mark.parametrize("table", ["base_to_novel", "domain_generalization"])
+def test_the_other_studies_run_the_same_way(table: str, tmp_path: Path) -> None:
+    run_study(small(table), tmp_path, progress=False)
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert set(results["protocol"]) == {table.replace("_", "-")}
+    halves = {"base", "novel"} if table == "base_to_novel" else {"all"}
+    assert set(results["split_kind"]) == halves
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"protocl": "few-shot"}, "did you mean 'protocol'"),
+        ({"protocol": "few_shot"}, "did you mean 'few-shot'"),
+        ({"protocol": "cross-dataset"}, "needs targets"),
+        ({"recipe": "publishd"}, "did you mean 'published'"),
+        ({"datasets": ["digts"]}, "did you mean 'digits'"),
+        ({"placements": ["12-5-1"]}, "placement"),
+        ({"seeds": ["one"]}, r"\[\[train\]\] seeds.0"),
+    ],
+)
+def test_a_wrong_table_is_refused_before_anything_runs(
+    wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    content = {"models": [{"name": "mini-clip"}], "datasets": ["digits"], "train": [wrong]}
+    with pytest.raises(UserError, match=message):
+        run_study(check_study(content), tmp_path, only=["train"], progress=False)
+    assert not (tmp_path / "results.csv").exists()

@@ -1,0 +1,92 @@
+"""Walking through a tower gives what its own forward gives, and its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backbones import FAMILIES, shared_backbone, some_images, some_tokens
+
+from vlmadapters.clip.arithmetic import is_standard
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.logits import class_logits
+from vlmadapters.clip.savings import Savings
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.methods.mma.module import attach
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_of_the_walk_are_those_of_the_hooks(family: str) -> None:
+    model = shared_backbone(family)
+    images, tokens = some_images(model), some_tokens(model)
+    depth = min(tower.depth for tower in model.towers.values())
+    config = MMAConfig.span(2, depth, scale=0.5)
+    with attach(model.clip, config) as mma:
+        expected = class_logits(model.clip, images, tokens)
+        expected.square().sum().backward()
+        gradients = {k: p.grad.clone() for k, p in mma.named_parameters() if p.grad is not None}
+    mma.zero_grad()
+    walk = Backbone(model.clip)
+    assert walk.steps
+    start = {t: mma.first(walk, t) for t in ("vision", "text")}
+    logits = walk.logits(
+        walk.images(images, [start["vision"]])[start["vision"]],
+        walk.prompts(tokens, [start["text"]])[start["text"]],
+        mma,
+    )
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+    logits.square().sum().backward()
+    for key, parameter in mma.named_parameters():
+        if key in gradients:
+            error = (parameter.grad - gradients[key]).norm() / gradients[key].norm()
+            assert error < 1e-4, key
+
+
+def test_standard_blocks_are_recognised_and_others_left_to_themselves() -> None:
+    def first(name: str) -> bool:
+        return is_standard(shared_backbone(name).towers["vision"].blocks[0])
+
+    assert first("clip")
+    assert not first("layer scale, custom blocks")
+    assert not first("timm EVA")
+
+
+def test_a_backbone_that_cannot_be_taken_apart_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared_backbone()
+    images, tokens = some_images(model), some_tokens(model)
+    config = MMAConfig.span(2, 3, scale=0.5)
+    monkeypatch.setattr("vlmadapters.clip.walk.Walk._agrees", lambda self: False)
+    walk = Backbone(model.clip, Savings())
+    with attach(model.clip, config) as mma, torch.no_grad():
+        expected = class_logits(model.clip, images, tokens)
+    with torch.no_grad():
+        found = walk.logits(walk.images(images, [2])[2], walk.prompts(tokens, [2])[2], mma)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_are_cut_after_the_longest_end_of_text() -> None:
+    model = shared_backbone()
+    tokens = some_tokens(model)
+    state = Backbone(model.clip).prompts(tokens, [2])[2]
+    assert state.x is not None
+    assert state.x.shape[1] == int(tokens.argmax(-1).max()) + 1 < 77
+    whole = Backbone(model.clip, Savings(cut_prompts=False)).prompts(tokens, [2])[2]
+    assert whole.x is not None
+    assert whole.x.shape[1] == 77
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_an_adapter_the_walk_gives_the_models_own_features(family: str) -> None:
+    model = shared_backbone(family)
+    images, tokens = some_images(model), some_tokens(model)
+    walk = Backbone(model.clip)
+    with torch.no_grad():
+        expected = model.clip.encode_image(images), model.clip.encode_text(tokens)
+        for kind, inputs, feature in zip(("vision", "text"), (images, tokens), expected):
+            depth = getattr(walk, kind).tower.depth
+            states = (walk.images if kind == "vision" else walk.prompts)(
+                inputs, range(1, depth + 2)
+            )
+            assert sorted(states) == list(range(1, depth + 2))
+            for state in states.values():
+                found = walk.features(kind, state, None)
+                torch.testing.assert_close(found, feature, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,90 @@
+"""The few-shot draw against an independent publication of it, and the split into halves."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from vlmadapters.data.fewshot import (
+    base_novel_labels,
+    base_or_novel,
+    few_shot,
+    kind_labels,
+)
+from vlmadapters.data.prompts import class_prompts
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Item, Manifest
+
+
+@pytest.mark.parametrize("dataset", ["caltech101", "dtd", "oxford_pets"])
+@pytest.mark.parametrize("shots", [1, 4, 16])
+def test_the_draw_is_the_published_one(dataset: str, shots: int, shared_data: Path) -> None:
+    path = shared_data / "coop_splits/indices" / dataset / f"shot_{shots}-seed_1.json"
+    published = json.loads(path.read_text())["train"]["data"]
+    drawn = few_shot(Manifest.load(dataset).items("train", root=shared_data), shots, seed=1)
+    assert len(drawn) == len(published)
+    for item, expected in zip(drawn, published):
+        assert expected["impath"].endswith("/" + item.path)
+        assert (item.label, item.class_name) == (expected["label"], expected["classname"])
+
+
+def some_items(classes: int = 5, each: int = 7) -> list[Item]:
+    return [Item(f"{i}.jpg", i % classes, f"class_{i % classes}") for i in range(classes * each)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_the_draw_depends_on_items_shots_and_seed_alone(seed: int) -> None:
+    random.seed(99)
+    state = random.getstate()
+    first = few_shot(some_items(), 3, seed)
+    assert random.getstate() == state
+    random.seed(5)
+    assert few_shot(some_items(), 3, seed) == first
+    assert few_shot(some_items(), 3, seed + 1) != first
+    labels = [item.label for item in first]
+    assert labels == sorted(labels)
+    assert len(set(first)) == 15
+
+
+def test_a_small_class_gives_all_it_has() -> None:
+    items = [*some_items(2, 5), Item("only.jpg", 2, "rare")]
+    drawn = few_shot(items, 4, 1)
+    assert [item.label for item in drawn] == [0] * 4 + [1] * 4 + [2]
+
+
+def test_halves_are_cut_at_the_sorted_labels_and_relabelled() -> None:
+    assert base_novel_labels([3, 1, 0, 2, 4]) == ((0, 1, 2), (3, 4))
+    items = some_items()
+    base, novel = base_or_novel(items, "base", range(5)), base_or_novel(items, "novel", range(5))
+    assert {i.label for i in base} == {0, 1, 2}
+    assert {(i.label, i.class_name) for i in novel} == {(0, "class_3"), (1, "class_4")}
+    assert len(base) + len(novel) == len(items)
+    assert base_or_novel(items, "all", range(5)) == items
+
+
+def test_counts_of_the_published_splits(shared_data: Path) -> None:
+    counts = {"caltech101": (50, 50), "oxford_pets": (19, 18), "dtd": (24, 23), "eurosat": (5, 5)}
+    for name, expected in counts.items():
+        labels = {item.label for item in Manifest.load(name).items("train", root=shared_data)}
+        assert tuple(len(kind_labels(kind, labels)) for kind in ("base", "novel")) == expected
+
+
+def test_prompts_replace_underscores_and_keep_braces_of_names() -> None:
+    assert class_prompts(["a_b", "c{}d"], "a photo of a {}.") == [
+        "a photo of a a b.",
+        "a photo of a c{}d.",
+    ]
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match="shots is 0"):
+        few_shot(some_items(), 0, 1)
+    with pytest.raises(UserError, match="no training items"):
+        few_shot([], 1, 1)
+    with pytest.raises(UserError, match="did you mean 'novel'"):
+        kind_labels("novle", [1])
+    with pytest.raises(UserError, match="exactly one"):
+        class_prompts(["x"], "no place")

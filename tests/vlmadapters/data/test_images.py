@@ -1,0 +1,102 @@
+"""Views against torchvision's own transform, and evaluation images against the model's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from backbones import shared_backbone
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
+
+from vlmadapters.data.images import Augmentation, Images, epoch_batches
+from vlmlayers.manifests import Manifest
+
+MANIFEST = Manifest.load("textures")
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (40, 200), (200, 40)])
+def test_boxes_are_distributed_as_torchvisions(shape: tuple[int, int]) -> None:
+    n, augmentation = 1500, Augmentation()
+    draws = augmentation.draws(n, seed=0, view=0)
+    ours = np.array([augmentation.box(draw, *shape)[:4] for draw in draws])
+    image = torch.zeros(3, *shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        scale, ratio = list(augmentation.scale), list(augmentation.ratio)
+        theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
+    for column in range(4):
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= shape[0]).all()
+    assert (ours[:, 1] + ours[:, 3] <= shape[1]).all()
+
+
+@pytest.mark.parametrize(("shape", "box"), [((10, 200), (10, 13)), ((200, 10), (13, 10))])
+def test_an_image_no_crop_fits_gives_the_central_one(
+    shape: tuple[int, int], box: tuple[int, int]
+) -> None:
+    augmentation = Augmentation(scale=(0.9, 1.0))
+    top, left, h, w, _ = augmentation.box(augmentation.draws(1, 0, 0)[0], *shape)
+    assert (h, w) == box
+    assert (top, left) == ((shape[0] - h) // 2, (shape[1] - w) // 2)
+
+
+def test_flips_have_their_chance_and_views_differ() -> None:
+    augmentation = Augmentation(flip=0.25)
+    draws = augmentation.draws(4000, 1, 0)
+    flips = np.mean([augmentation.box(draw, 50, 50)[4] for draw in draws])
+    assert flips == pytest.approx(0.25, abs=0.03)
+    assert np.array_equal(draws, augmentation.draws(4000, 1, 0))
+    assert not np.array_equal(draws, augmentation.draws(4000, 1, 1))
+    assert not np.array_equal(draws, augmentation.draws(4000, 2, 0))
+
+
+def test_evaluation_images_are_what_the_models_transform_gives() -> None:
+    model = shared_backbone()
+    images, items = Images(model, MANIFEST), MANIFEST.items("test")[:6]
+    expected = torch.stack([model.preprocess(MANIFEST.open_image(i, size=32)) for i in items])
+    for _ in range(2):  # decoded, then kept
+        found = torch.cat(list(images.batches(items, 4)))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_decoded_images_leave_the_machine_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven datasets of two gigabytes each would not fit into a laptop."""
+    model = shared_backbone()
+    for free, keep in ((4_000_000, 1_000_000), (1 << 40, 2 << 30)):
+        monkeypatch.setattr(
+            "vlmadapters.data.images.available_memory", lambda device, free=free: free
+        )
+        assert Images(model, MANIFEST).keep == keep
+    assert Images(model, MANIFEST, keep=7).keep == 7
+
+
+def test_threads_and_a_full_memory_change_nothing() -> None:
+    model, items = shared_backbone(), MANIFEST.items("train")[:8]
+    augmentation = Augmentation()
+    draws = augmentation.draws(8, 0, 0)
+    expected = Images(model, MANIFEST).augmented(items, draws, augmentation)
+    threaded = Images(model, MANIFEST, workers=2).augmented(items, draws, augmentation)
+    tight = Images(model, MANIFEST, keep=0)
+    assert torch.equal(expected, threaded)
+    assert torch.equal(expected, tight.augmented(items, draws, augmentation))
+    assert tight.used == 0
+
+
+def test_a_whole_image_view_is_the_image() -> None:
+    model, items = shared_backbone(), MANIFEST.items("train")[:2]
+    whole = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    images = Images(model, MANIFEST)
+    found = images.augmented(items, whole.draws(2, 0, 0), whole)
+    torch.testing.assert_close(found, images.normalised([images.raw(i) for i in items]))
+
+
+def test_every_step_sees_other_items_and_the_rest_is_dropped() -> None:
+    batches = epoch_batches(22, 4, seed=1, epoch=0)
+    assert [len(b) for b in batches] == [4] * 5
+    assert len(set(np.concatenate(batches).tolist())) == 20
+    again = epoch_batches(22, 4, seed=1, epoch=0)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again))
+    assert not np.array_equal(batches[0], epoch_batches(22, 4, seed=1, epoch=1)[0])
+    assert [len(b) for b in epoch_batches(3, 16, 1, 0)] == [3]

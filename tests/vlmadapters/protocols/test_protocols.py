@@ -1,0 +1,369 @@
+"""Protocols from the draw to the table: what is tested, resumed, summarised and said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from backbones import shared_backbone
+from scipy.stats import binomtest
+from typer.testing import CliRunner
+
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.protocols.experiment import (
+    Experiment,
+    base_to_novel,
+    cross_dataset,
+    domain_generalization,
+    few_shot_all,
+)
+from vlmadapters.protocols.published import with_published
+from vlmadapters.protocols.results import (
+    COLUMNS,
+    UNMOVED,
+    ZERO_SHOT,
+    accuracy_fields,
+    summarise,
+)
+from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
+from vlmlayers.errors import UserError
+
+CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
+RECIPE = Recipe("test", TrainConfig(lr=0.3, epochs=1, batch_size=8, shots=2), CONFIG)
+QUICK: dict[str, Any] = {"limit": 48, "progress": False}
+
+
+def run(out: Path | None = None, **options: Any) -> pd.DataFrame:
+    values = {"seeds": (1, 2), **QUICK, **options}
+    return base_to_novel(shared_backbone(), ["shapes_filled"], RECIPE, out, **values)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    return run(tmp_path_factory.mktemp("out"))
+
+
+def test_the_table_has_both_halves_every_seed_and_both_baselines(table: pd.DataFrame) -> None:
+    assert tuple(table.columns) == COLUMNS
+    trained = table[table.method == "MMA"]
+    assert sorted(zip(trained.split_kind, trained.seed)) == [
+        ("base", 1), ("base", 2), ("novel", 1), ("novel", 2),
+    ]  # fmt: skip
+    assert (table.method == ZERO_SHOT).sum() == 2
+    assert table.method.nunique() == 3
+    assert table.accuracy.between(table.low, table.high).all()
+    assert set(trained.placement) == {"v2-3,t2-3"}
+    assert (trained.shots == 2).all()
+    assert table.random_weights.all()
+
+
+def trained_cells(folder: Path) -> list[Path]:
+    return sorted(p for p in (folder / "cells").iterdir() if "zero-shot" not in p.name)
+
+
+def test_a_finished_cell_is_not_trained_again(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    cells = {p: p.stat().st_mtime_ns for p in trained_cells(tmp_path)}
+    assert len(cells) == 2
+    again = run(tmp_path)
+    assert cells == {p: p.stat().st_mtime_ns for p in trained_cells(tmp_path)}
+    pd.testing.assert_frame_equal(first, again)
+    next(iter(cells)).unlink()
+    pd.testing.assert_frame_equal(
+        first.drop(columns="seconds"), run(tmp_path).drop(columns="seconds")
+    )
+    assert not list((tmp_path / "unfinished").iterdir())
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "results.csv", keep_default_na=False)[["seed", "accuracy"]],
+        first[["seed", "accuracy"]],
+    )
+
+
+def test_the_table_holds_the_cells_of_earlier_commands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stored() -> pd.DataFrame:
+        return pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
+
+    low, high = (CONFIG.with_placement(blocks, blocks) for blocks in ((2,), (3,)))
+    first = run(tmp_path, configs=[low], seeds=(1,))
+    second = run(tmp_path, configs=[high], seeds=(2,))
+    assert set(second[second.method == "MMA"].placement) == {"v3,t3"}
+    both = stored()
+    assert not both.duplicated(list(COLUMNS[:10])).any()
+    assert len(both) == len(first) + len(second) - (first.method != "MMA").sum()
+    kept = both[both.placement == "v2,t2"]
+    assert kept.accuracy.tolist() == first[first.method == "MMA"].accuracy.tolist()
+    assert "leaves out" not in caplog.text
+
+    run(tmp_path, configs=[replace(low, scale=0.2)], seeds=(1,))  # no column tells scales apart
+    assert "leaves out 2 finished cells of another recipe" in caplog.text
+    assert len(stored()) == len(first)
+    next(iter((tmp_path / "cells").glob("*v3,t3*"))).write_text("{", encoding="utf-8")
+    run(tmp_path, configs=[low], seeds=(1,))
+    assert "is damaged" in caplog.text and len(stored()) == len(first)
+
+
+def test_another_recipe_has_cells_of_its_own(tmp_path: Path) -> None:
+    run(tmp_path, seeds=(1,))
+    changed = RECIPE.changed({"lr": 0.1}, {})
+    base_to_novel(
+        shared_backbone(), ["shapes_filled"], changed, tmp_path, seeds=(1,), **QUICK
+    )  # fmt: skip
+    assert len(trained_cells(tmp_path)) == 2
+
+
+def test_placements_in_one_group_are_those_of_single_runs() -> None:
+    configs = [CONFIG, MMAConfig.span(1, 3, dim=4, scale=0.3)]
+    together = run(configs=configs, seeds=(1,))
+    single = pd.concat([run(configs=[c], seeds=(1,)) for c in configs]).drop_duplicates(
+        ["method", "split_kind", "placement"]
+    )
+    columns = ["method", "split_kind", "placement"]
+    left = together.set_index(columns).accuracy.sort_index()
+    assert left.equals(single.set_index(columns).accuracy.sort_index())
+
+
+def test_transfer_tests_every_class_of_every_target() -> None:
+    targets = ["shapes_outline", "textures"]
+    for protocol in (cross_dataset, domain_generalization):
+        found = protocol(
+            shared_backbone(), "shapes_filled", targets, RECIPE, seeds=(1,), **QUICK
+        )  # fmt: skip
+        trained = found[found.method == "MMA"]
+        assert list(trained.dataset) == ["shapes_filled", *targets]
+        assert set(trained.source) == {"shapes_filled"}
+        assert set(trained.split_kind) == {"all"}
+    summary = summarise(found)
+    ours = summary[(summary.method == "MMA")].set_index("dataset")["mean"]
+    assert ours["average"] == pytest.approx(ours[targets].mean())
+
+
+def test_few_shot_trains_all_classes() -> None:
+    found = few_shot_all(shared_backbone(), ["shapes_filled"], RECIPE, seeds=(3,), **QUICK)
+    assert set(found.split_kind) == {"all"}
+    assert set(found.seed) == {-1, 3}
+
+
+def test_a_training_that_changed_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    idle = RECIPE.changed({"lr": 1e-9}, {"scale": 1e-9})
+    found = base_to_novel(shared_backbone(), ["shapes_filled"], idle, seeds=(1,), **QUICK)
+    trained = found[found.method == "MMA"]
+    assert set(trained.note) == {UNMOVED}
+    assert (trained.changed == 0).all()
+    assert UNMOVED in caplog.text
+    assert summarise(found).query("method == 'MMA'").note.eq(UNMOVED).all()
+
+
+def rows(**columns: Any) -> pd.DataFrame:
+    defaults = {
+        "protocol": "base-to-novel", "method": "MMA", "model": "m", "weights": "w",
+        "placement": "p", "shots": 16, "note": "", "source": "",
+    }  # fmt: skip
+    return pd.DataFrame({**defaults, **columns}).fillna("")
+
+
+def test_means_harmonic_means_and_averages_by_hand() -> None:
+    found = summarise(
+        rows(
+            dataset=["a"] * 4 + ["b"] * 4,
+            split_kind=["base", "novel"] * 4,
+            seed=[1, 1, 2, 2] * 2,
+            accuracy=[0.8, 0.6, 0.9, 0.5, 0.4, 0.2, 0.4, 0.2],
+        )
+    ).set_index(["dataset", "metric"])
+    assert found["mean"]["a", "base"] == pytest.approx(0.85)
+    assert found["sd"]["a", "base"] == pytest.approx(np.std([0.8, 0.9], ddof=1))
+    assert found["mean"]["a", "hm"] == pytest.approx(2 * 0.85 * 0.55 / 1.4)
+    base, novel = (0.85 + 0.4) / 2, (0.55 + 0.2) / 2
+    assert found["mean"]["average", "hm"] == pytest.approx(2 * base * novel / (base + novel))
+    assert found["seeds"]["average", "base"] == 2
+
+
+def test_published_numbers_stand_beside_ours() -> None:
+    summary = summarise(
+        rows(dataset=["ucf101"] * 2, split_kind=["base", "novel"], seed=[1, 1], accuracy=[0.9, 0.7])
+    )
+    found = with_published(summary, {"ucf101": "UCF101"})
+    published = found[(found.origin == "published") & (found.method == "MMA")]
+    values = published[published.dataset == "ucf101"].set_index("metric")["mean"]
+    assert values["novel"] == pytest.approx(0.8003)
+    assert published.note.str.contains("inconsistent as printed").any()
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (3, 10), (50, 50), (700, 1000)])
+def test_the_interval_is_wilsons(correct: int, n: int) -> None:
+    expected = binomtest(correct, n).proportion_ci(method="wilson")
+    fields = accuracy_fields(correct, n)
+    assert (fields["low"], fields["high"]) == pytest.approx((expected.low, expected.high))
+    assert fields["accuracy"] == correct / n
+
+
+def test_no_item_has_no_accuracy() -> None:
+    fields = accuracy_fields(0, 0)
+    assert np.isnan(fields["accuracy"]) and (fields["low"], fields["high"]) == (0, 1)
+
+
+def test_the_published_recipe_is_the_default() -> None:
+    recipe = load_recipe("published")
+    t, a = recipe.train, recipe.method
+    assert (t.lr, t.momentum, t.weight_decay, t.epochs) == (0.0015, 0.9, 5e-4, 5)
+    assert (t.batch_size, t.shots, t.template) == (16, 16, "a photo of a {}.")
+    assert (t.crop_scale, t.flip, t.cached_views) == ((0.08, 1.0), 0.5, 0)
+    assert a == MMAConfig.span(5, 12, dim=32, scale=0.001)
+    assert t == TrainConfig()
+    assert load_recipe("published-imagenet").train == replace(t, batch_size=128)
+    transfer = load_recipe("published-transfer")
+    assert (transfer.train.epochs, transfer.method.vision) == (1, (9, 10, 11, 12))
+
+
+def test_a_recipe_file_extends_a_shipped_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'extends = "published"\nlr = 0.1\nsettings = { scale = 0.2 }\nsavings = { fused = false }\n'
+    )
+    recipe = load_recipe(path)
+    assert (recipe.train.lr, recipe.method.scale, recipe.train.savings.fused) == (0.1, 0.2, False)
+    assert recipe.method.vision == load_recipe("published").method.vision
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rate = 1", "unknown key 'learning_rate'"),
+        ("lr = -1", "lr is -1"),
+        ("settings = { skale = 1 }", "did you mean 'scale'"),
+        ("savings = { fuzed = true }", "did you mean 'fused'"),
+        ('extends = "publisched"', "did you mean 'published'"),
+        ("lr = ", "is not TOML"),
+        ('lr = "high"', "recipe.toml: lr is 'high'; it must be a number"),
+        ("epochs = 1.5", "must be a whole number"),
+        ("momentum = 2", "must be from 0 to 1"),
+        ("flip = true", "flip is True"),
+        ("crop_scale = [0.5]", "must be two numbers"),
+        ("crop_scale = [0.5, 2.0]", "must rise, above 0 and 1 at most"),
+        ("crop_ratio = [2.0, 1.0]", "crop_ratio is 2 to 1; it must rise, above 0"),
+        ('savings = { fused = "no" }', "must be true or false"),
+        ("settings = { pairs = [[5]] }", "not a vision block and a text block"),
+        ("settings = { vision = 5 }", "wrong type"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: load_recipe("publisht"), "did you mean 'published'"),
+        (lambda: load_recipe("absent.toml"), "cannot read the recipe"),
+        (lambda: Experiment("base2novel", shared_backbone(), RECIPE), "did you mean"),
+        (lambda: Experiment("cross-dataset", shared_backbone(), RECIPE), "needs target"),
+        (lambda: summarise(pd.DataFrame(columns=list(COLUMNS))), "is empty"),
+    ],
+)
+def test_mistakes_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
+    run(tmp_path, seeds=(1,))
+    cell = trained_cells(tmp_path)[0]
+    assert json.loads(cell.read_text())["identity"]["seed"] == 1
+    cell.write_text(cell.read_text()[:50])
+    with pytest.raises(UserError, match="is damaged"):
+        run(tmp_path, seeds=(1,))
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    from safetensors.torch import save_file
+
+    model = shared_backbone()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    from backbones import config
+
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config()}))
+    state = {k: v.clone().contiguous() for k, v in model.clip.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Path) -> None:
+    from vlmlayers.cli import app
+
+    out = tmp_path / "out"
+    command = ["train", str(model_folder), "shapes_filled", "--out", str(out), "--seeds", "1"]
+    command += ["--placement", "2-3", "--placement", "v3,t2-3", "--limit", "32", "--quiet"]
+    settings = ("epochs=1", "shots=1", "batch_size=8", "lr=0.1", "scale=0.1", "dim=4")
+    settings += ("momentum=0.8", "crop_ratio=0.8,1.25", "crop_scale=0.5,1", "onednn=false")
+    command += [part for setting in settings for part in ("--set", setting)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "MMA v3,t2-3 " in result.output
+    assert max(map(len, result.output.splitlines()[:-1])) <= 80
+    found = pd.read_csv(out / "results.csv", keep_default_na=False)
+    assert set(found[found.method == "MMA"].placement) == {"v2-3,t2-3", "v3,t2-3"}
+    adapter = next(p for p in (out / "adapters").glob("*.safetensors") if "v2-3" in p.name)
+    test = ["evaluate", str(model_folder), "shapes_filled", "--adapter", str(adapter)]
+    test += ["--kind", "base", "--kind", "novel", "--limit", "32", "--out", str(tmp_path / "e.csv")]
+    result = CliRunner().invoke(app, [*test, "--quiet"], catch_exceptions=False)
+    assert result.exit_code == 0
+    again = pd.read_csv(tmp_path / "e.csv", keep_default_na=False)
+    key = ["split_kind"]
+    left = found[found.placement == "v2-3,t2-3"].set_index(key).accuracy
+    right = again[again.method == "MMA"].set_index(key).accuracy
+    assert left.to_dict() == pytest.approx(right.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--set", "lr"], "has no value"),
+        (["--set", "epochs=many"], "not a number of the right kind"),
+        (["--set", "ebochs=1"], "did you mean 'epochs'"),
+        (["--seeds", "one"], "not a list of whole numbers"),
+        (["--placement", "low"], "cannot read the placement"),
+        (["--recipe", "publishd"], "did you mean 'published'"),
+        (["--set", "fused=maybe"], "write fused=true or fused=false"),
+        (["--set", "crop_ratio=1"], "not a number of the right kind"),
+        (["--pairs", "5-7"], "cannot read --pairs"),
+        (["--placement", "2-3", "--seeds=1,-1"], "seed -1 is below 0"),
+        (["--placement", "2-3", "--together", "0"], "together is 0"),
+        (["--placement", "2-3", "--workers=-1"], "workers is -1"),
+        (["--placement", "2-3", "--pairs", "1:2"], "names a block that is not adapted"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(
+    extra: list[str], message: str, model_folder: Path, tmp_path: Path
+) -> None:
+    from vlmlayers.cli import app
+
+    command = ["train", str(model_folder), "shapes_filled", "--out", str(tmp_path / "o"), *extra]
+    with pytest.raises(UserError, match=message):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+@pytest.mark.slow
+def test_training_beats_zero_shot_on_real_base_classes(
+    shared_data: Path, shared_weights: Path
+) -> None:
+    from vlmlayers.models import load_model
+
+    model = load_model(str(shared_weights / "real-mini"))
+    found = base_to_novel(
+        model, ["scenes15"], load_recipe("mini"), seeds=(1,), root=shared_data, progress=False
+    )  # fmt: skip
+    base = found[found.split_kind == "base"].set_index("method").accuracy
+    assert base["MMA"] > base[ZERO_SHOT] + 0.015

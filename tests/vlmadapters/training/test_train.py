@@ -1,0 +1,356 @@
+"""Training: what is saved changes no loss, what is resumed goes on exactly, what fails says why."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbones import shared_backbone
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.savings import Savings
+from vlmadapters.data.fewshot import base_or_novel, few_shot
+from vlmadapters.data.images import Images
+from vlmadapters.data.task import Task
+from vlmadapters.device import available_memory
+from vlmadapters.methods.base import Method, Step
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.methods.mma.module import Adapter
+from vlmadapters.protocols.evaluate import Case, Evaluator
+from vlmadapters.training.memory import step_bytes
+from vlmadapters.training.recipes import TrainConfig
+from vlmadapters.training.state import STATE_FILE
+from vlmadapters.training.trainer import Trainer, TrainResult
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+
+CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.1)
+TRAIN = TrainConfig(lr=0.05, epochs=2, batch_size=4, shots=2)
+MANIFEST = Manifest.load("shapes_filled")
+LABELS = range(len(MANIFEST.class_names()))
+
+
+def trainer(
+    train: TrainConfig = TRAIN, configs: tuple[MMAConfig, ...] = (CONFIG,), **options: Any
+) -> Trainer:
+    model = shared_backbone(options.pop("family", "clip"))
+    items = base_or_novel(few_shot(MANIFEST.items("train"), train.shots, 1), "base", LABELS)
+    names = MANIFEST.class_names()[: max(item.label for item in items) + 1]
+    return Trainer(
+        model, Images(model, MANIFEST), items, names, configs, train, progress=False, **options
+    )
+
+
+def fit(*arguments: Any, **options: Any) -> TrainResult:
+    return trainer(*arguments, **options).fit()[0]
+
+
+@pytest.fixture(scope="module")
+def plain() -> TrainResult:
+    return fit(replace(TRAIN, savings=Savings.none()))
+
+
+ALL = {"all": Savings(), "all but oneDNN": Savings(onednn=False)}
+
+
+@pytest.mark.parametrize("on", [*Savings.__dataclass_fields__, *ALL])
+def test_no_saving_changes_a_loss(on: str, plain: TrainResult) -> None:
+    savings = ALL[on] if on in ALL else replace(Savings.none(), **{on: True})
+    result = fit(replace(TRAIN, savings=savings))
+    np.testing.assert_allclose(result.losses, plain.losses, atol=2e-5)
+    for key, value in result.method.official_state_dict().items():
+        torch.testing.assert_close(
+            value, plain.method.official_state_dict()[key], atol=1e-5, rtol=1e-3
+        )
+
+
+def test_training_lowers_the_loss_and_says_how_much_it_changed(plain: TrainResult) -> None:
+    longer = fit(replace(TRAIN, epochs=8, lr=0.3, crop_scale=(0.9, 1.0)))
+    assert np.mean(longer.losses[-3:]) < np.mean(longer.losses[:3]) - 0.05
+    assert longer.change > plain.change > 0
+
+
+def test_cached_views_repeat_the_first_epochs_views() -> None:
+    """With one epoch there is nothing to repeat, so losses are those of fresh views."""
+    once = replace(TRAIN, epochs=1)
+    fresh = fit(once)
+    cached = fit(replace(once, cached_views=1))
+    np.testing.assert_allclose(cached.losses, fresh.losses, atol=1e-5)
+    made = trainer(replace(TRAIN, epochs=3, cached_views=1))
+    calls: list[int] = []
+    original = made.images.augmented
+    made.images.augmented = lambda items, *a: calls.append(len(items)) or original(items, *a)
+    made.fit()
+    kept = made._batches(0)[0].size * len(made._batches(0))
+    assert sum(calls) <= len(made.items)
+    assert sum(calls) >= kept
+
+
+@pytest.mark.parametrize("views", [0, 1])
+def test_placements_trained_together_are_those_trained_alone(views: int) -> None:
+    configs = (CONFIG, MMAConfig.span(1, 3, dim=4, scale=0.1), MMAConfig((3,), (), 4, 0.1))
+    train = replace(TRAIN, cached_views=views)
+    together = trainer(train, configs).fit()
+    for config, result in zip(configs, together):
+        alone = fit(train, (config,))
+        np.testing.assert_allclose(result.losses, alone.losses, atol=1e-5)
+
+
+def test_a_small_view_cache_keeps_the_lowest_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = (CONFIG, MMAConfig.span(1, 3, dim=4, scale=0.1))
+    train = replace(TRAIN, cached_views=1)
+    expected = [result.losses for result in trainer(train, configs).fit()]
+    monkeypatch.setattr("vlmadapters.clip.frozen.ViewCache.__init__.__defaults__", (0,))
+    made = trainer(train, configs)
+    losses = [result.losses for result in made.fit()]
+    assert made._views is not None
+    assert list(made._views.stored) == [1]
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+
+
+def test_images_prepared_ahead_by_threads_give_the_same_losses(plain: TrainResult) -> None:
+    made = trainer()
+    made.images = Images(made.model, MANIFEST, workers=2)
+    np.testing.assert_allclose(made.fit()[0].losses, plain.losses, atol=2e-5)
+
+
+def test_the_same_seed_gives_the_same_losses_and_global_state_is_left_alone() -> None:
+    torch.manual_seed(7)
+    np.random.seed(7)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    first = fit().losses
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == np.random.get_state()[1].tolist()
+    assert fit().losses == first
+    assert fit(seed=2).losses != first
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize(("at", "save_every"), [(3, 1), (5, 2), (7, 0)])
+def test_a_stopped_training_goes_on_exactly(at: int, save_every: int, tmp_path: Path) -> None:
+    train = replace(TRAIN, epochs=3, save_every=save_every)
+    whole = fit(train)
+    first = trainer(train, folder=tmp_path)
+    update, calls = first.update, []
+
+    def failing(*arguments: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) > at:
+            raise Stop
+        return update(*arguments)
+
+    first.update = failing
+    with pytest.raises(Stop):
+        first.fit()
+    second = trainer(train, folder=tmp_path)
+    resumed = second.fit()[0]
+    assert 0 < len(calls) - 1 <= len(whole.losses)
+    assert resumed.losses == whole.losses
+    for key, value in resumed.method.official_state_dict().items():
+        assert torch.equal(value, whole.method.official_state_dict()[key])
+    assert resumed.change == whole.change
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    fit(folder=tmp_path)
+    assert (tmp_path / STATE_FILE).exists()
+    with pytest.raises(UserError, match=r"belongs to a run with other train"):
+        fit(replace(TRAIN, lr=0.5), folder=tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_with_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"became (nan|inf) in epoch \d+, step \d+; lower lr"):
+        fit(replace(TRAIN, lr=1e30, epochs=8))
+
+
+def test_a_step_that_would_not_fit_is_refused_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vlmadapters.training.memory.available_memory", lambda device: 1000)
+    with pytest.raises(UserError, match=r"needs about .* GB, and cpu has .* GB free; lower batch"):
+        trainer()
+    with pytest.raises(UserError, match=r"GB of it for cached views.* fewer cached_views"):
+        trainer(replace(TRAIN, cached_views=2))
+
+
+def test_a_containers_limit_counts_as_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("vlmadapters.device.CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    free = available_memory(cpu)
+    assert 1 << 20 < free < 1 << 50
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 500\n")
+    assert available_memory(cpu) == 1500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(cpu) > 1 << 20
+
+
+def test_the_memory_estimate_is_near_what_the_graph_keeps() -> None:
+    """Counted by a second route: bytes of the tensors autograd saves."""
+    model = shared_backbone()
+    made = trainer(replace(TRAIN, batch_size=8, shots=8, savings=Savings.none()))
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_leaf or tensor.requires_grad is False:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.clip.parameters()}
+    method, task = made.runs[0].method, made.task
+    backbone = Backbone(model.clip, Savings.none(), model.tokenizer)
+    classes = method.prepare(backbone, task)
+    images = backbone.images(model.towers["vision"].example(8), [2])[2]
+    labels = torch.zeros(8, dtype=torch.long)
+    step = Step(backbone, images, labels, classes, torch.Generator())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        method.loss(step)
+    measured = sum(size for pointer, size in saved.items() if pointer not in weights)
+    assert 0.9 * measured < step_bytes(backbone, method, task, 8) < 3 * measured
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: trainer(replace(TRAIN, precision="fp16")), "fp16 needs a GPU"),
+        (lambda: TrainConfig(precision="fp8"), "did you mean"),
+        (lambda: TrainConfig(epochs=0), "epochs is 0"),
+        (lambda: TrainConfig(lr=0.0), "lr is 0.0"),
+        (lambda: TrainConfig(cached_views=-1), "cached_views is -1"),
+        (
+            lambda: Trainer(
+                shared_backbone(), Images(shared_backbone(), MANIFEST), [], ["a"], [CONFIG]
+            ),
+            "no training items",
+        ),
+        (
+            lambda: Trainer(
+                shared_backbone(),
+                Images(shared_backbone(), MANIFEST),
+                MANIFEST.items("train")[:9],
+                ["a"],
+                [CONFIG],
+            ),
+            "training labels go up to",
+        ),
+    ],
+)
+def test_mistakes_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_bf16_autocast_trains_close_to_fp32() -> None:
+    low = fit(replace(TRAIN, precision="bf16"))
+    np.testing.assert_allclose(low.losses, fit().losses, rtol=0.05)
+
+
+def test_evaluation_after_an_update_is_fresh() -> None:
+    """Evaluate, train, evaluate: text features kept from before are dropped."""
+    made = trainer(replace(TRAIN, lr=0.5, epochs=4))
+    model, adapter = shared_backbone(), made.runs[0].method
+    evaluator = Evaluator(model, made.backbone, progress=False)
+    task = Task(("circle", "star"))
+    before = evaluator.class_features(adapter, task)
+    assert evaluator.class_features(adapter, task) is before
+    made.fit()
+    after = evaluator.class_features(adapter, task)
+    fresh = Evaluator(model, progress=False).class_features(adapter, task)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, fresh)
+
+
+def test_text_features_go_with_their_adapter() -> None:
+    """A sweep keeps neither the adapters of finished cells nor what they made of prompts."""
+    model = shared_backbone()
+    evaluator = Evaluator(model, progress=False)
+    adapter = Adapter(CONFIG, {name: tower.width for name, tower in model.towers.items()})
+    task = Task(("star",))
+    features, gone = evaluator.class_features(adapter, task), weakref.ref(adapter)
+    assert evaluator.class_features(adapter, task) is features
+    del adapter
+    gc.collect()
+    assert gone() is None
+
+
+def test_cases_together_predict_what_each_does_alone() -> None:
+    made = trainer(replace(TRAIN, lr=0.5, epochs=4))
+    adapter = made.fit()[0].method
+    items, task = MANIFEST.items("test")[:30], Task(MANIFEST.class_names())
+    model, plain = shared_backbone(), Method()
+    cases = [Case(plain, task), Case(adapter, task), Case(plain, replace(task, template="a {}"))]
+    images = Images(model, MANIFEST)
+    together = Evaluator(model, progress=False).predict(images, items, cases)
+    backbone = Backbone(model.clip, Savings.none(), model.tokenizer)
+    for case, labels in zip(cases, together):
+        alone = Evaluator(model, backbone, batch_size=7, progress=False)
+        assert np.array_equal(alone.predict(images, items, [case])[0], labels)
+    assert not np.array_equal(together[0], together[1])
+
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = sys.argv[2:]
+torch.set_num_threads(1)
+from test_train import TRAIN, predictions, trainer
+from vlmadapters.training import processes
+with processes.process_group() as (rank, size):
+    made = trainer(TRAIN)
+    result, labels = made.fit()[0], predictions(made)
+    if rank == 0:
+        torch.save({"state": result.method.official_state_dict(), "losses": result.losses,
+                    "size": size, "labels": labels.tolist()}, sys.argv[1])
+"""
+
+
+def predictions(made: Trainer) -> np.ndarray[Any, Any]:
+    """Return labels of 31 test items, a number that two processes do not divide evenly."""
+    evaluator = Evaluator(made.model, made.backbone, batch_size=5, progress=False)
+    case = Case(made.runs[0].method, Task(MANIFEST.class_names(), made.train.template))
+    return evaluator.predict(made.images, MANIFEST.items("test")[:31], [case])[0]
+
+
+def test_two_processes_give_the_parameters_and_predictions_of_one(tmp_path: Path) -> None:
+    script, out = tmp_path / "run.py", tmp_path / "out.pt"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    subprocess.run(
+        [*command, str(script), str(out), *here], check=True, capture_output=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    found = torch.load(out, weights_only=True)
+    assert found["size"] == 2
+    made = trainer()
+    one = made.fit()[0]
+    assert found["labels"] == predictions(made).tolist()
+    np.testing.assert_allclose(found["losses"], one.losses, atol=1e-5)
+    for key, value in one.method.official_state_dict().items():
+        torch.testing.assert_close(found["state"][key], value, atol=1e-6, rtol=1e-4)
+
+
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmadapters.training.processes.rank_and_size", lambda: (0, 3))
+    with pytest.raises(UserError, match="does not divide over 3 processes"):
+        trainer()
+
+
+def test_identity_is_plain_json() -> None:
+    assert json.loads(json.dumps(trainer()._identity()))["seed"] == 1

@@ -1,0 +1,373 @@
+"""Validation: the same numbers as runs of their own, each cell once, nothing trained again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from backbones import FAMILIES, backbone, config, shared_backbone
+from PIL import Image
+from typer.testing import CliRunner
+
+from vlmadapters.cli import validate_stage
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.training.recipes import Recipe, TrainConfig
+from vlmadapters.validation.validate import label_of, summarise, validate
+from vlmadapters.validation.verdict import VALIDATION_COLUMNS
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+from vlmlayers.report.numbers import Validation
+from vlmlayers.runs import Run
+from vlmlayers.scores.schema import SCORE_COLUMNS
+from vlmlayers.selection import LayerChoice
+
+RECIPE = Recipe(
+    "tiny",
+    TrainConfig(lr=0.05, epochs=1, batch_size=4, shots=2),
+    MMAConfig.span(2, 3, dim=4, scale=0.5),
+)
+CHOICE = LayerChoice((2, 3), (2, 3), "explicit")
+NAMES = ("red", "green", "blue", "gray")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    base = tmp_path_factory.mktemp("data") / "colours"
+    generator = np.random.default_rng(3)
+    for split, count in (("train", 3), ("test", 5)):
+        for label, name in enumerate(NAMES):
+            folder = base / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(0, 200, (4, 4, 3)).astype(np.uint8)
+                if label < 3:
+                    noise[..., label] = 255
+                Image.fromarray(noise).resize((32, 32)).save(folder / f"{i}.png")
+    return Manifest.load(base)
+
+
+def run(manifest: Manifest, out: Path | None = None, **options: Any) -> pd.DataFrame:
+    settings = {"kinds": ("all", "vision"), "seeds": (1, 2), "recipe": RECIPE, "progress": False}
+    model = options.pop("model", None) or shared_backbone("clip")
+    choice = options.pop("choice", CHOICE)
+    return validate(model, choice, [manifest], out=out, **(settings | options)).table
+
+
+@pytest.fixture(scope="module")
+def finished(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweep")
+    run(manifest, out)
+    return out
+
+
+def trained_cells(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Return a list that every trained cell is added to, as (seed, placement)."""
+    seen: list[tuple[int, str]] = []
+    plain: Callable[..., Any] = Experiment._train_and_test
+
+    def counted(self: Experiment, source: str, seed: int, configs: Any) -> Any:
+        seen.extend((seed, one.placement) for one in configs)
+        return plain(self, source, seed, configs)
+
+    monkeypatch.setattr(Experiment, "_train_and_test", counted)
+    return seen
+
+
+def test_cells_trained_together_equal_runs_of_their_own(manifest: Manifest) -> None:
+    table = run(manifest)
+    assert tuple(table.columns) == VALIDATION_COLUMNS
+    assert list(table["placement"][:3]) == ["v2-3,t2-3", "v1-3,t1-3", "v2-3,t-"]
+    assert list(table["kind"][:3]) == ["chosen+paper", "all", "vision"]
+    assert len(table) == 6
+    for _, row in table[table["seed"] == 2].iterrows():
+        alone = Experiment("base-to-novel", shared_backbone("clip"), RECIPE, progress=False)
+        blocks = [tuple(map(int, row[tower].split())) for tower in ("vision", "text")]
+        results = alone.run([alone.add(manifest)], [RECIPE.method.with_placement(*blocks)], [2])
+        by_kind = results[results["method"] == "MMA"].set_index("split_kind")["accuracy"]
+        base, novel = row["base"], row["novel"]
+        assert (base, novel) == pytest.approx((100 * by_kind["base"], 100 * by_kind["novel"]))
+        assert row["hm"] == pytest.approx(2 / (1 / base + 1 / novel) if base and novel else 0)
+        assert (row["n_base"], row["n_novel"]) == (10, 10)
+
+
+def test_a_learning_rate_of_nothing_changes_no_prediction(manifest: Manifest) -> None:
+    still = RECIPE.changed({"lr": 1e-12}, {"scale": 0.0})
+    table = run(manifest, recipe=still, seeds=(1,))
+    assert not table["changed"].any()
+    assert table["base"].tolist() == table["zero_shot_base"].tolist()
+    assert table["novel"].tolist() == table["zero_shot_novel"].tolist()
+    moved = run(manifest, recipe=RECIPE.changed({"lr": 1.0, "epochs": 3}, {}), seeds=(1,))
+    assert moved["changed"].any()
+
+
+def test_a_finished_cell_is_not_trained_again(
+    manifest: Manifest, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = pd.read_csv(finished / "validation.csv", keep_default_na=False)
+    seen = trained_cells(monkeypatch)
+    run(manifest, finished)
+    assert seen == []
+    next(finished.glob("cells/*v1-3,t1-3-s2-*.json")).unlink()
+    again = run(manifest, finished)
+    assert seen == [(2, "v1-3,t1-3")]
+    pd.testing.assert_frame_equal(
+        again.drop(columns="seconds"), before.drop(columns="seconds"), check_dtype=False
+    )
+
+
+def test_a_cell_of_another_process_is_waited_for_and_taken_over_when_it_dies(
+    manifest: Manifest, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = next(finished.glob("cells/*v1-3,t1-3-s1-*.json"))
+    cell.unlink()
+    hold = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); time.sleep(120)"
+    )
+    lock = finished / "locks" / f"{cell.stem}.lock"
+    assert lock.exists()
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    seen = trained_cells(monkeypatch)
+    waiting = threading.Thread(target=run, args=(manifest, finished))
+    waiting.start()
+    waiting.join(1.5)
+    assert waiting.is_alive()
+    assert seen == []
+    holder.kill()
+    holder.wait()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert seen == [(1, "v1-3,t1-3")]
+    assert cell.exists()
+
+
+def test_two_at_once_train_every_cell_once(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = trained_cells(monkeypatch)
+    models = [backbone("clip"), backbone("clip")]
+    models[1].clip.load_state_dict(models[0].clip.state_dict())
+    tables: list[pd.DataFrame] = []
+
+    configs = [RECIPE.method.with_placement(*[blocks] * 2) for blocks in ((1,), (2,), (3,))]
+
+    def work(model: Any) -> None:
+        sweep = Experiment("base-to-novel", model, RECIPE, tmp_path, progress=False)
+        tables.append(sweep.run([sweep.add(manifest)], configs, (1, 2, 3), together=1))
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(seen) == len(set(seen)) == 9
+    assert len(tables) == 2
+    pd.testing.assert_frame_equal(tables[0], tables[1])
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from test_validate import RECIPE, Experiment
+from backbones import backbone
+from vlmlayers.manifests import Manifest
+import torch
+data, out, log = map(Path, sys.argv[1:])
+plain = Experiment._train_and_test
+def told(self, source, seed, configs):
+    with log.open("a") as file:
+        file.writelines(f"{seed} {one.placement}\\n" for one in configs)
+    return plain(self, source, seed, configs)
+Experiment._train_and_test = told
+model = backbone("clip")
+with torch.no_grad():
+    for n, weights in enumerate(model.clip.parameters()):
+        weights.normal_(0, 0.05, generator=torch.Generator().manual_seed(n))
+sweep = Experiment("base-to-novel", model, RECIPE, out, progress=False)
+configs = [RECIPE.method.with_placement(b, b) for b in ((1,), (2,), (3,))]
+table = sweep.run([sweep.add(Manifest.load(data))], configs, (1, 2, 3, 4), together=1)
+print(len(table))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep(manifest: Manifest, tmp_path: Path) -> None:
+    source = next(iter({manifest.location(i).parents[2] for i in manifest.items("test")}))
+    log = tmp_path / "trained"
+    words = [sys.executable, "-c", WORKER, str(source), str(tmp_path / "out"), str(log)]
+    place = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(words, env=place, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [worker.communicate(timeout=900)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    trained = log.read_text().split("\n")[:-1]
+    assert len(trained) == len(set(trained)) == 12
+    assert said[0] == said[1]
+
+
+def test_a_damaged_cell_is_named(manifest: Manifest, tmp_path: Path) -> None:
+    run(manifest, tmp_path, seeds=(1,))
+    cell = next(tmp_path.glob("cells/*v1-3*.json"))
+    cell.write_text("{")
+    with pytest.raises(UserError, match=r"v1-3.*is damaged .*remove it"):
+        run(manifest, tmp_path, seeds=(1,))
+
+
+FAMILIES["24 and 12 blocks"] = config({"layers": 24, "width": 32}, {"layers": 12})
+
+
+@pytest.mark.parametrize(
+    ("family", "chosen", "paper", "starts"),
+    [
+        ("depths differ", ((3, 4), (2,)), "v2-4,t1-2", 4),
+        ("24 and 12 blocks", ((9, 24), (5,)), "v9-24,t5-12", 24),
+    ],
+)
+def test_deep_and_unequal_towers(
+    family: str, chosen: Any, paper: str, starts: int, manifest: Manifest
+) -> None:
+    model = shared_backbone(family)
+    choice = LayerChoice(*chosen, "explicit")
+    table = run(manifest, model=model, choice=choice, kinds=["start"], seeds=[1])
+    assert label_of(table, "paper") == paper
+    kinds = table["kind"].str.split("+")
+    assert sum("start" in kind for kind in kinds) == starts
+    assert table["vision"].str.split().map(lambda b: int(b[-1])).max() == len(
+        model.towers["vision"].blocks
+    )
+    assert table["text"].str.split().map(lambda b: int(b[-1])).max() == len(
+        model.towers["text"].blocks
+    )
+    assert np.isfinite(table[["base", "novel", "hm"]].to_numpy()).all()
+
+
+def scores() -> pd.DataFrame:
+    rows = [
+        {"tower": tower, "position": str(b), "depth": b / 3, "value": b / 10}
+        for tower in ("vision", "text")
+        for b in (1, 2, 3)
+    ]
+    fixed = {"metric": "dataset_accuracy", "dataset": "*", "space": "native", "pooling": "model",
+             "model": "m", "weights": "w", "split": "test", "n": 9, "seed": 0,
+             "low": np.nan, "high": np.nan, "null": 0.0}  # fmt: skip
+    extra = {"other_tower": "", "other_position": "", "options": ""}
+    return pd.DataFrame(rows).assign(**fixed, **extra)[list(SCORE_COLUMNS)]
+
+
+def context(folder: Path, manifest: Manifest, said: list[str], **options: Any) -> Any:
+    small = {"lr": 0.05, "epochs": 1, "batch_size": 4, "dim": 4, "scale": 0.5}
+    data = SimpleNamespace(manifest=manifest, options={"split": "train"})
+    return SimpleNamespace(
+        run=Run(folder), options={"shots": 2, "seeds": [1], "set": small} | options,
+        datasets=[data], data_root=None, load_model=lambda: shared_backbone("clip"),
+        scores=scores(), choice=CHOICE, seed=0, echo=said.append, progress=False, base=folder,
+        dataset_name=lambda name: name,
+    )  # fmt: skip
+
+
+def test_the_stage_writes_what_the_report_reads(manifest: Manifest, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "results.csv").write_text("of the stage train", encoding="utf-8")
+    validate_stage.validate(context(tmp_path, manifest, said, kinds=["all", "lower", "text"]))
+    assert (tmp_path / "results.csv").read_text(encoding="utf-8") == "of the stage train"
+    found = Validation.read(Run(tmp_path))
+    assert found is not None
+    assert (found.chosen, found.reference) == ("v2-3,t2-3", "v2-3,t2-3")
+    assert len(found.cells) == 4
+    assert set(found.placements["placement"]) == set(found.cells["placement"])
+    assert {"relative_depth", "metric:dataset_accuracy"} <= set(found.predicted["score"])
+    assert said == [f"validate 4 placements, 4 cells: {found.verdict}"]
+    notes = json.loads((tmp_path / "validation.json").read_text())
+    assert notes["chosen_on"] == {manifest.name: "train"}
+    assert (notes["recipe"]["shots"], notes["recipe"]["lr"], notes["settings"]["dim"]) == (
+        2,
+        0.05,
+        4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": [1]}, r"unknown key 'seed' .*\[validate\].*seeds"),
+        ({"seeds": 1}, "seeds is 1; it must be a list"),
+        ({"seeds": ["a"]}, "seeds holds 'a'"),
+        ({"shots": "16"}, "shots is '16'; it must be a whole number"),
+        ({"set": {"learning": 1}}, "unknown key 'learning'"),
+        ({"kinds": ["uper"]}, "unknown kind of placement 'uper'.*upper"),
+        ({"datasets": ["caltech102"]}, "caltech101"),
+        ({"recipe": "minis"}, "unknown recipe of mma 'minis'"),
+    ],
+)
+def test_wrong_stage_options_are_named(
+    options: dict[str, Any], message: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        validate_stage.validate(context(tmp_path, manifest, [], **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": []}, "there is no seed to validate on"),
+        ({"kinds": ["alll"]}, "unknown kind of placement 'alll'"),
+        ({"reference": "papr"}, "unknown reference 'papr'"),
+        ({"choice": LayerChoice((), (), "explicit")}, "adapts no block in either tower"),
+        ({"choice": LayerChoice((9,), (), "explicit")}, "vision block 9, but the vision tower has"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    options: dict[str, Any], message: str, manifest: Manifest
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(manifest, **options)
+
+
+def test_nothing_to_test_on_is_named(manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no dataset to validate on"):
+        validate(shared_backbone("clip"), CHOICE, [], recipe=RECIPE)
+    for split in ("train", "test"):
+        (tmp_path / "one" / split / "only").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "one" / split / "only" / "0.png")
+    with pytest.raises(UserError, match="has no novel class"):
+        run(Manifest.load(tmp_path / "one"))
+    table = run(manifest, seeds=(1,))
+    with pytest.raises(UserError, match="no placement of kind 'lower'"):
+        summarise(table, reference="lower")
+
+
+def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmadapters.cli import validate as validate_verb
+    from vlmlayers.cli import app
+
+    monkeypatch.setattr(validate_verb, "load_backbone", lambda *_: shared_backbone("clip"))
+    source = str(next(iter({manifest.location(i).parents[2] for i in manifest.items("test")})))
+    small = ["lr=0.05", "epochs=1", "batch_size=4", "shots=2", "dim=4", "scale=0.5"]
+    words = ["validate", "any", source, "--out", str(tmp_path), "--seeds", "1", "--quiet"]
+    words += ["--kinds", "all,lower", *(part for one in small for part in ("-s", one))]
+    done = CliRunner().invoke(app, [*words, "--placement", "2-3"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "RANDOM weights" in done.output
+    assert json.loads((tmp_path / "validation.json").read_text())["verdict"] in done.output
+    CHOICE.save(tmp_path / "choice.json")
+    scores().to_csv(tmp_path / "scores.csv", index=False)
+    done = CliRunner().invoke(app, [*words, "--choice", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "validation_correlations.csv").exists()
+    for wrong in ([], ["--placement", "2-3", "--choice", "x"]):
+        with pytest.raises(UserError, match="either --choice or --placement"):
+            CliRunner().invoke(app, words + wrong, catch_exceptions=False)

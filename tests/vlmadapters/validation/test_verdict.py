@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import kendalltau
+
+from vlmadapters.validation.ranking import holm, predictors, rank_correlation
+from vlmadapters.validation.verdict import compare, outcomes, regret, verdict
+from vlmlayers.errors import UserError
+
+PLACEMENTS = ("v5-12,t5-12", "v1-12,t1-12", "v9-12,t9-12", "v12,t12")
+KINDS = ("chosen", "all", "start", "single")
+
+
+def table(means: tuple[float, ...], noise: float = 0.5, datasets: int = 5) -> pd.DataFrame:
+    """Cells whose true means are known; dataset and seed shift every placement alike."""
+    generator = np.random.default_rng(7)
+    rows = []
+    for d in range(datasets):
+        shift = generator.normal(0, 10)
+        for seed in (1, 2, 3):
+            for name, kind, mean in zip(PLACEMENTS, KINDS, means):
+                value = mean + shift + generator.normal(0, noise)
+                rows.append(
+                    {
+                        "dataset": f"d{d}",
+                        "seed": seed,
+                        "placement": name,
+                        "kind": kind,
+                        "parameters": 10,
+                        "base": value,
+                        "novel": value,
+                        "hm": value,
+                        "changed": True,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def test_paired_differences_recover_planted_effects_under_large_dataset_shifts() -> None:
+    compared = compare(table((60, 58, 61, 50)), PLACEMENTS[0]).set_index("placement")
+    for name, truth in zip(PLACEMENTS, (0, -2, 1, -10)):
+        row = compared.loc[name]
+        assert abs(row.difference - truth) < 0.5
+        assert row.difference_low <= row.difference <= row.difference_high
+        # the shift of a dataset is common to all placements and must not widen the difference
+        assert row.difference_high - row.difference_low < 1.5
+        assert row.hm_high - row.hm_low > 4
+        assert row.base_difference == pytest.approx(row.difference)
+        assert row.novel_difference_low == pytest.approx(row.difference_low)
+    assert compared.index[0] == PLACEMENTS[2]
+    assert compared["n"].eq(15).all()
+
+
+def test_regret_names_the_best_and_its_honest_form_is_not_larger() -> None:
+    found = regret(table((60, 58, 63, 50)), PLACEMENTS[0])
+    assert found.best == PLACEMENTS[2]
+    assert found.value == pytest.approx(3, abs=0.5)
+    assert found.honest <= found.value + 1e-9
+    assert regret(table((60, 58, 59, 50)), PLACEMENTS[0]).value == 0
+
+
+def test_rank_correlation_agrees_with_scipy_and_flags_chance() -> None:
+    cells = table((60, 58, 63, 50))
+    guess = {"right": (3, 2, 4, 1), "wrong": (2, 3, 1, 4), "ties": (1, 1, 2, 0), "flat": (1,) * 4}
+    predicted = pd.DataFrame(
+        [
+            {"placement": p, "score": s, "predicted": float(v)}
+            for s, values in guess.items()
+            for p, v in zip(PLACEMENTS, values)
+        ]
+    )
+    found = rank_correlation(cells, predicted).set_index("score")
+    means = outcomes(cells).means
+    for name in ("right", "wrong", "ties"):
+        assert found.at[name, "tau"] == pytest.approx(kendalltau(guess[name], means).statistic)
+    assert found.at["right", "tau"] == 1
+    assert found.at["wrong", "tau"] == -1
+    # four placements have 24 orders: a perfect ranking cannot be rarer than 2 in 24
+    assert found.at["right", "p"] == pytest.approx(2 / 24, abs=0.03)
+    assert "flat" not in found.index
+
+
+def test_holm_on_a_worked_example() -> None:
+    """0.005 × 4, 0.01 × 3, 0.03 × 2, then not less than before: Holm 1979, by hand."""
+    assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.9, 0.8])).tolist() == [1, 1]
+
+
+def test_the_statement_names_what_predicted_what_reversed_and_what_did_neither() -> None:
+    names = [f"v{i}-12,t{i}-12" for i in range(1, 13)]
+    generator = np.random.default_rng(0)
+    rows = [
+        {"dataset": d, "seed": s, "placement": name, "kind": "start", "parameters": 1,
+         "changed": True, **dict.fromkeys(("base", "novel", "hm"), i + generator.normal(0, 0.2))}
+        for d in "ab" for s in (1, 2) for i, name in enumerate(names)
+    ]  # fmt: skip
+    guess = {
+        "mean_accuracy": np.arange(12.0),
+        "metric:rmg": -np.arange(12.0),
+        "mean_agreement": np.array([5, 1, 9, 2, 8, 3, 7, 4, 6, 0, 11, 10.0]),
+        "relative_depth": np.arange(12.0) % 5,
+    }
+    predicted = pd.DataFrame(
+        [
+            {"placement": name, "score": score, "predicted": value}
+            for score, values in guess.items()
+            for name, value in zip(names, values)
+        ]
+    )
+    found = rank_correlation(pd.DataFrame(rows), predicted)
+    said = predictors(found)
+    assert said.startswith("Of 3 scores that read a measurement, 1 predicted the trained harmonic")
+    assert "correction): mean_accuracy (τ 1.00)." in said
+    assert "1 ranked the placements in reverse: metric:rmg (τ −1.00)." in said
+    assert "1 cannot be told from chance. Without any measurement: relative_depth (τ" in said
+    assert (found["p_holm"] >= found["p"]).all()
+    assert "none predicted" in predictors(found[found["score"] == "mean_agreement"])
+    assert "No score could be compared" in predictors(found.iloc[:0])
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ((60, 57, 55, 50), "did better than the default"),
+        ((60, 63, 55, 50), "did worse than the default"),
+        ((60, 60.0, 55, 50), "cannot be told from the default"),
+    ],
+)
+def test_verdict_follows_from_the_numbers(means: tuple[float, ...], expected: str) -> None:
+    assert expected in verdict(table(means, noise=1.0), PLACEMENTS[0], PLACEMENTS[1])
+
+
+@pytest.mark.parametrize(
+    ("plain", "said"),
+    [
+        (40, "zero-shot CLIP is 20.0 points below it"),
+        (70, "zero-shot CLIP is 10.0 points above it"),
+        (60.01, "zero-shot CLIP cannot be told from it (0.0 points"),
+    ],
+)
+def test_zero_shot_is_compared_in_pairs(plain: float, said: str) -> None:
+    cells = table((60, 57, 55, 50), noise=0.05)
+    noise = np.random.default_rng(1).normal(0, 0.5, len(cells)) if plain == 60.01 else 0.0
+    zero = cells.groupby(["dataset", "seed"])["hm"].transform("first") - 60 + plain + noise
+    cells = cells.assign(zero_shot_base=zero, zero_shot_novel=zero)
+    assert said in verdict(cells, PLACEMENTS[0], PLACEMENTS[1])
+    row = compare(cells, PLACEMENTS[0]).set_index("placement").loc["zero-shot"]
+    assert row.difference == pytest.approx(plain - 60, abs=0.3)
+    assert (row.parameters, row.kind) == (0, "zero-shot")
+    assert regret(cells, PLACEMENTS[0]).best == PLACEMENTS[0]
+
+
+def test_verdict_says_when_the_rule_chose_the_default_and_when_nothing_was_learned() -> None:
+    cells = table((60, 57, 62, 50))
+    assert verdict(cells, PLACEMENTS[0], PLACEMENTS[0]).startswith("The rule chose the default")
+    assert "changed no prediction" in verdict(
+        cells.assign(changed=False), PLACEMENTS[0], PLACEMENTS[1]
+    )
+
+
+def test_incomplete_cells_are_left_out_and_an_empty_table_is_refused() -> None:
+    cells = table((60, 57, 55, 50))
+    part = cells.drop(index=cells.index[0])
+    assert len(outcomes(part).values) == 14
+    with pytest.raises(UserError, match="finish the sweep"):
+        outcomes(cells[cells["placement"] == "none"])
+    with pytest.raises(UserError, match="unknown placement"):
+        compare(cells, "v5-12,t5-13")

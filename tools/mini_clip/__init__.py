@@ -1,0 +1,7 @@
+"""The recipe of the miniature CLIP: contrastive training from scratch on small images.
+
+`python -m mini_clip --out DIR` trains, resumes and exports; it is the only place where a
+backbone is trained. Test splits are never read here.
+"""
+
+from __future__ import annotations
