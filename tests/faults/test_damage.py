@@ -22,6 +22,7 @@ from score_tables import full
 from starts import content, images
 from torch.utils.data import get_worker_info
 
+from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, read_info, save_method
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
@@ -72,7 +73,7 @@ def detected(file: Path, read: Callable[[], Any], same: Callable[[Any], bool]) -
 def test_a_flipped_byte_in_an_adapter(tmp_path: Path) -> None:
     model = shared_backbone()
     adapter = new_adapter(model.clip, CONFIG, seed=3)
-    file = save_method(tmp_path / "a.safetensors", adapter, model, ("cat", "dog"))
+    file = save_method(tmp_path / "a.safetensors", adapter, model, Task(("cat", "dog")))
     state = adapter.official_state_dict()
 
     def same(found: Any) -> bool:

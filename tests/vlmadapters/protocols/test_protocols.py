@@ -251,7 +251,7 @@ def test_a_recipe_file_extends_a_shipped_one(tmp_path: Path) -> None:
         ("crop_ratio = [2.0, 1.0]", "crop_ratio is 2 to 1; it must rise, above 0"),
         ('savings = { fused = "no" }', "must be true or false"),
         ("settings = { pairs = [[5]] }", "not a vision block and a text block"),
-        ("settings = { vision = 5 }", "wrong type"),
+        ("settings = { vision = 5 }", "must be a list of whole numbers"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(content: str, message: str, tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
         (["--placement", "low"], "cannot read the placement"),
         (["--recipe", "publishd"], "did you mean 'published'"),
         (["--set", "fused=maybe"], "write fused=true or fused=false"),
-        (["--set", "crop_ratio=1"], "not a number of the right kind"),
+        (["--set", "crop_ratio=1"], "must be two numbers"),
         (["--pairs", "5-7"], "cannot read --pairs"),
         (["--placement", "2-3", "--seeds=1,-1"], "seed -1 is below 0"),
         (["--placement", "2-3", "--together", "0"], "together is 0"),
