@@ -1,0 +1,134 @@
+"""Replay recorded runs of the public implementations: `python tests/vlmadapters/golden.py FILE.npz …`
+
+Each file is rebuilt on its own backbone, its recorded start is loaded, its steps are replayed, and for
+every variant the largest difference of each quantity is printed beside its tolerance. The exit status
+is 0 where all lie within. Beside FILE.npz lies FILE.json, which says what it holds; how to replay a
+method's files stands in the module of `replays` that `REPLAYS` names.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+for folder in (HERE, *(HERE.parents[1] / name for name in ("analysis", "adapters"))):
+    sys.path.append(str(folder))
+
+from vlmadapters.clip.frozen import Backbone  # noqa: E402
+from vlmadapters.clip.savings import Savings  # noqa: E402
+
+# Method as its file names it, to the module of `replays` that knows the layout of the file.
+REPLAYS: dict[str, str] = {}
+# Tolerances in single precision; gradients relative to the largest entry of each.
+TOLERANCES = {
+    "logits": 1e-5,
+    "loss parts": 1e-5,
+    "gradients": 1e-4,
+    "losses": 1e-5,
+    "final parameters": 1e-4,
+    "final logits": 1e-4,
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The largest difference of one quantity of one variant."""
+
+    variant: str
+    quantity: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is a number within the tolerance."""
+        return self.difference <= self.tolerance
+
+
+class Recording:
+    """A recorded run: arrays by key, and what its JSON says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info: dict[str, Any] = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        self.arrays = np.load(path, allow_pickle=False)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays.files
+
+    def tensor(self, key: str) -> Tensor:
+        """Return one array."""
+        return torch.from_numpy(np.asarray(self.arrays[key]))
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Return the arrays whose key starts with a prefix, by the rest of it."""
+        keys = [key for key in self.arrays.files if key.startswith(prefix)]
+        return {key.removeprefix(prefix): self.tensor(key) for key in keys}
+
+    @cached_property
+    def clip(self) -> CLIP:
+        """The recorded backbone, frozen."""
+        clip = CLIP(**self.info["model_cfg"])
+        clip.load_state_dict(self.group("state/"), strict=False)
+        return clip.eval().requires_grad_(False)
+
+    def backbone(self, savings: Savings | None = None) -> Backbone:
+        """Return the recorded backbone taken apart, with all savings by default."""
+        return Backbone(self.clip, savings, SimpleTokenizer())
+
+
+def largest(found: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference; infinite where shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return (
+        float((found.detach().double() - expected.double()).abs().max()) if found.numel() else 0.0
+    )
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest entry expected."""
+    return largest(found, expected) / max(float(expected.abs().max()), 1e-12)
+
+
+def replay(path: Path) -> Iterator[Check]:
+    """Yield the checks of one file."""
+    recording = Recording(path)
+    name = recording.info["method"].lower().replace("-", "").replace("_", "")
+    module = import_module(f"replays.{REPLAYS[name]}")
+    yield from module.replay(recording)
+
+
+def main(paths: list[str]) -> int:
+    """Replay files, print a line for each check, return the exit status."""
+    torch.set_num_threads(1)
+    failed = 0
+    for path in map(Path, paths):
+        for check in replay(path):
+            mark = "ok  " if check.passed else "FAIL"
+            failed += not check.passed
+            print(
+                f"{mark} {path.stem:18} {check.variant:24.24} {check.quantity:16} "
+                f"{check.difference:9.1e} <= {check.tolerance:.0e}"
+            )
+    print(f"{failed} outside their tolerance" if failed else "all within their tolerances")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("name the recorded files: golden.py FILE.npz …")
+    sys.exit(main(sys.argv[1:]))
