@@ -1,9 +1,9 @@
-"""Replay recorded runs of the public implementations: `python tests/vlmadapters/golden.py FILE.npz …`
+"""Replay recorded runs of public implementations: `python tests/vlmadapters/golden.py FILE.npz …`
 
-Each file is rebuilt on its own backbone, its recorded start is loaded, its steps are replayed, and for
-every variant the largest difference of each quantity is printed beside its tolerance. The exit status
-is 0 where all lie within. Beside FILE.npz lies FILE.json, which says what it holds; how to replay a
-method's files stands in the module of `replays` that `REPLAYS` names.
+Each file is rebuilt on its own backbone, its recorded start is loaded, its steps are replayed, and
+for every variant the largest difference of each quantity is printed beside its tolerance. The exit
+status is 0 where all lie within. Beside FILE.npz lies FILE.json, which says what it holds; how to
+replay a method's files stands in the module of `replays` that `REPLAYS` names.
 """
 
 from __future__ import annotations
