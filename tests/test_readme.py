@@ -81,6 +81,10 @@ def test_vlmlayers_commands_parse(words: list[str]) -> None:
         assert name in Manifest.names()
     if values.get("pretrained") == "openai":
         assert values["model"].endswith("-quickgelu"), "anything else is refused for these weights"
+    if command.name == "study" and not str(values["file"]).endswith(".toml"):
+        from vlmlayers.study import read_study
+
+        assert read_study(values["file"]).datasets
     if command.name == "score":
         from vlmlayers.metrics import METRICS
 

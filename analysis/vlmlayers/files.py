@@ -60,6 +60,12 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def shipped(folder: str) -> Path:
+    """Return a folder that ships with the package: inside it, or beside it in a checkout."""
+    inside = Path(__file__).resolve().parent / folder
+    return inside if inside.is_dir() else inside.parents[2] / folder
+
+
 def file_checksum(file: Path) -> str:
     """Return SHA-256 of a file's bytes."""
     with file.open("rb") as handle:

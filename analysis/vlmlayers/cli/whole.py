@@ -29,7 +29,10 @@ def demo(
 
 
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="STUDY.toml", help="The study file, or the name of a shipped one."),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Run folder; runs/<name of the study file> where absent.")
     ] = None,
@@ -53,8 +56,9 @@ def study(
 
     Stages: extract, score, select, train, validate, report.
     """
-    from vlmlayers.study import read_study, run_study
+    from vlmlayers.study import read_study, run_study, study_file
 
+    file = study_file(file)
     made = read_study(file)
     run_study(
         made,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,10 +16,10 @@ from vlmlayers.figures.inputs import (
     read_file,
 )
 from vlmlayers.figures.render import Cell
+from vlmlayers.files import shipped
 from vlmlayers.scores.summaries import harmonic_mean
 
 AVERAGE = "average"
-REPOSITORY_TABLES = Path(__file__).resolve().parents[3] / "figures" / "tables"
 RESULT_COLUMNS = (
     "protocol", "method", "model", "weights", "dataset", "source", "split_kind", "placement",
     "shots", "seed", "accuracy",
@@ -31,20 +30,11 @@ Numbers = dict[tuple[str, str, str], Cell]
 def published(name: str, folders: Folders) -> pd.DataFrame:
     """Return a table of published numbers, one line per number.
 
-    It is looked for in the folders, then in `figures/tables` of the repository.
-
-    Raises:
-        MissingTable: It is in neither.
+    It is looked for in the folders, then among the tables that ship with the package.
     """
-    places = [*as_folders(folders), REPOSITORY_TABLES]
+    places = [*as_folders(folders), shipped("figures/tables")]
     paths = [place / f"published_{name}.csv" for place in places]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        raise MissingTable(
-            f"published_{name}.csv is neither in {places[0]} nor in {REPOSITORY_TABLES}; "
-            "clone the repository to set your runs beside the published numbers"
-        )
-    return read_file(path)
+    return read_file(next((path for path in paths if path.exists()), paths[-1]))
 
 
 def as_numbers(table: pd.DataFrame) -> Numbers:

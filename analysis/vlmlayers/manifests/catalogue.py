@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import shipped
 from vlmlayers.manifests.items import SPLITS
 from vlmlayers.manifests.layouts import builtin
 from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_toml
@@ -17,10 +18,9 @@ _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "v
 
 
 def folders() -> list[Path]:
-    """Return the folders of manifests: those of `VLMLAYERS_MANIFESTS`, then the repository's."""
+    """Return the folders of manifests: those of `VLMLAYERS_MANIFESTS`, then the shipped one."""
     own = os.environ.get(MANIFESTS_VARIABLE, "").split(os.pathsep)
-    repository = Path(__file__).resolve().parents[3] / "data_manifests"
-    return [Path(folder) for folder in own if folder] + [repository]
+    return [*(Path(folder) for folder in own if folder), shipped("data_manifests")]
 
 
 def _files() -> dict[str, Path]:

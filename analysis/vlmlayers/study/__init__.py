@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from vlmlayers.study.runner import STAGES, StageContext, run_study
-from vlmlayers.study.schema import Study, check_study, read_study
+from vlmlayers.study.schema import Study, check_study, read_study, study_file
 
-__all__ = ["STAGES", "StageContext", "Study", "check_study", "read_study", "run_study"]
+__all__ = [
+    "STAGES",
+    "StageContext",
+    "Study",
+    "check_study",
+    "read_study",
+    "run_study",
+    "study_file",
+]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmlayers.errors import UserError, check_one_of, nearest
+from vlmlayers.files import shipped
 
 Split = Literal["train", "val", "test", "all"]
 DEFAULT_METRICS = (
@@ -222,18 +223,34 @@ class Study(Part):
         return {name: common[name] if value is None else value for name, value in own.items()}
 
 
+def study_file(name: str | Path) -> Path:
+    """Return the study file of a path, or of the name of a study that ships with the package.
+
+    Raises:
+        UserError: There is neither; names the nearest shipped one.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = {file.stem: file for file in sorted(shipped("data_manifests/studies").glob("*.toml"))}
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        raise UserError(
+            f"study file {path} does not exist; these ship with the package and can be named: "
+            f"{', '.join(known)}"
+        )
+    return known[check_one_of("study", str(name), known)]
+
+
 def read_study(path: str | Path) -> Study:
-    """Read and check a study file.
+    """Read and check a study file, or the shipped study of a name.
 
     Raises:
         UserError: The file is absent or not TOML; a key is unknown (with the nearest), missing or
             has a wrong value; a metric, rule or dataset is unknown.
     """
-    source = Path(path)
+    source = study_file(path)
     try:
         content = tomllib.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"study file {source} does not exist; see {_examples()}") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{source} cannot be read as TOML: {' '.join(str(error).split())}"
@@ -301,7 +318,3 @@ def _fields(place: tuple[Any, ...]) -> list[str]:
     }
     model = parts.get(str(place[0]), Study) if place else Study
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _examples() -> str:
-    return "data_manifests/studies/ for examples"

@@ -248,16 +248,6 @@ def test_a_results_table_without_its_columns_is_refused(published: Path, tmp_pat
         paper_tables.base_to_novel([tmp_path, published])
 
 
-def test_missing_published_numbers_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vlmlayers.figures import published as module
-
-    monkeypatch.setattr(module, "REPOSITORY_TABLES", tmp_path / "elsewhere")
-    with pytest.raises(MissingTable, match=r"published_base_to_novel\.csv is neither in"):
-        paper_tables.base_to_novel(tmp_path)
-
-
 def test_markup_in_names_is_escaped() -> None:
     name = r"a_b & 50% {x} <i>|c\d ~ ^ #1 $"
     cells = {((name,), name): render.Cell(1.0, flag="bad_flag", note="n_1")}

@@ -61,6 +61,14 @@ def test_study_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_study(file)
 
 
+def test_shipped_studies_are_known_by_name() -> None:
+    assert read_study("small_demo") == read_study(STUDIES / "small_demo.toml")
+    with pytest.raises(UserError, match="did you mean 'small_demo'"):
+        read_study("smal_demo")
+    with pytest.raises(UserError, match="ship with the package .* small_demo"):
+        read_study("lost.toml")
+
+
 def test_a_misspelt_key_is_named_before_what_it_leaves_missing() -> None:
     with pytest.raises(UserError, match="unknown key 'modles'; did you mean 'models'"):
         check_study({"modles": [{"name": "mini-clip"}], "datasets": ["digits"]})
