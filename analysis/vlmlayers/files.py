@@ -62,8 +62,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def shipped(folder: str) -> Path:
     """Return a folder that ships with the package: inside it, or beside it in a checkout."""
-    inside = Path(__file__).resolve().parent / folder
-    return inside if inside.is_dir() else inside.parents[2] / folder
+    package = Path(__file__).resolve().parent
+    return package / folder if (package / folder).is_dir() else package.parents[1] / folder
 
 
 def file_checksum(file: Path) -> str:
