@@ -57,25 +57,6 @@ def test_import_leaves_torch_alone(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_torch_is_imported_by_models_only(repository: Path) -> None:
-    offenders = [
-        path.relative_to(repository).as_posix()
-        for path in (repository / "analysis/vlmlayers").rglob("*.py")
-        if "models" not in path.parts
-        and re.search(r"^\s*(import|from) (torch|open_clip)\b", path.read_text(), re.M)
-    ]
-    assert offenders == []
-
-
-def test_analysis_never_imports_adapters(repository: Path) -> None:
-    offenders = [
-        path.name
-        for path in (repository / "analysis").rglob("*.py")
-        if re.search(r"^\s*(import|from) vlmadapters\b", path.read_text(), re.M)
-    ]
-    assert offenders == []
-
-
 def test_imports_keep_their_rules(repository: Path) -> None:
     pytest.importorskip("importlinter", reason="import-linter belongs to the extra `dev`")
     code = "import importlinter.cli as c; raise SystemExit(c.lint_imports(no_cache=True))"
