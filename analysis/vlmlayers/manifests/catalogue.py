@@ -8,13 +8,12 @@ from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import shipped
-from vlmlayers.manifests.items import SPLITS
+from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS
 from vlmlayers.manifests.layouts import builtin
+from vlmlayers.manifests.layouts.huggingface import METADATA, holds_tables
 from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_toml
 
 MANIFESTS_VARIABLE = "VLMLAYERS_MANIFESTS"
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def folders() -> list[Path]:
@@ -89,12 +88,14 @@ def _builtin_spec(name: str) -> Spec:
 
 def _folder_spec(path: Path) -> Spec:
     """Describe a folder of images that has no manifest by what is in it."""
-    inside = {entry.name for entry in path.iterdir() if entry.is_dir()}
-    splits: dict[str, str] = {}
-    for word, split in _SPLIT_WORDS.items():
-        if word in inside:
-            splits.setdefault(split, word)
     content: dict[str, Any] = {"title": path.resolve().name or "images", "folder": "."}
+    if holds_tables(path):
+        return Spec(**content, layout="huggingface")
+    inside = {entry.name.casefold(): entry.name for entry in path.iterdir() if entry.is_dir()}
+    splits: dict[str, str] = {}
+    for word, split in SPLIT_WORDS.items():
+        if word in inside:
+            splits.setdefault(split, inside[word])
     tables = {
         split: f"{folder}/{file}"
         for split, folder in splits.items()

@@ -27,6 +27,7 @@ class CheckResult:
         first_missing: The first few of them.
         unreadable: What is wrong with each image that cannot be decoded (full check only).
         notes: What is odd, one line each.
+        remarks: What reading leaves out, or takes otherwise than it is written.
         get: Where to get the dataset.
     """
 
@@ -39,6 +40,7 @@ class CheckResult:
     first_missing: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     get: tuple[str, ...] = ()
 
     @property
@@ -57,8 +59,8 @@ class CheckResult:
             text += f"; missing: {', '.join(self.first_missing)}{more}"
         if self.unreadable:
             text += f"; {len(self.unreadable)} unreadable: {'; '.join(self.unreadable[:SHOWN])}"
-        if self.notes:
-            text += f"; {'; '.join(self.notes)}"
+        if self.notes or self.remarks:
+            text += f"; {'; '.join((*self.notes, *self.remarks))}"
         if not self.ok and self.get:
             text += f"; get it: {'; '.join(self.get)}"
         return text
@@ -87,6 +89,7 @@ def compare(
     classes: int,
     missing: Sequence[Item],
     unreadable: Sequence[str] = (),
+    remarks: tuple[str, ...] = (),
 ) -> CheckResult:
     """Compare what is on disk with what a manifest expects.
 
@@ -97,6 +100,7 @@ def compare(
         classes: Number of classes that the files list.
         missing: The items whose image is not on disk.
         unreadable: What is wrong with each image that cannot be decoded.
+        remarks: What reading leaves out, or takes otherwise than it is written.
     """
     expected = dict(spec.counts)
     listed = {split: len(items) for split, items in by_split.items()}
@@ -114,6 +118,7 @@ def compare(
         tuple(item.path for item in missing[:SHOWN]),
         tuple(unreadable),
         notes,
+        remarks,
         spec.get,
     )
 

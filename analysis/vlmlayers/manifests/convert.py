@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vlmlayers.data.names import IMAGE_SUFFIXES, suffix_of
 from vlmlayers.data.shards import (
-    IMAGE_SUFFIXES,
     NewSample,
     index_shard,
     read_member,
@@ -99,9 +99,10 @@ def _samples(
 
 def _encoded(manifest: Manifest, item: Item, root: Root) -> tuple[bytes, str]:
     """Return an image's bytes as they are stored, or as PNG where there is no file."""
-    suffix = item.path.rpartition(".")[2].lower()
+    suffix = suffix_of(item.path)
     if manifest.layout == "shards":
-        return read_member(manifest.location(item, root), item.path.partition(".tar/")[2]), suffix
+        member = item.path.partition(".tar/")[2]
+        return read_member(manifest.location(item, root), member, manifest.spec.members), suffix
     if manifest.is_stored(root) and suffix in IMAGE_SUFFIXES:
         return stored_image(manifest.place(root), item.path), suffix
     if manifest.layout != "builtin" and not manifest.is_stored(root) and suffix in IMAGE_SUFFIXES:

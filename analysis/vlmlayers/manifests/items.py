@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path, PurePosixPath
 from random import Random
 
 from vlmlayers.errors import UserError
 
 SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}  # what people call a split, in small letters
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -33,7 +44,7 @@ class Item:
     captions: tuple[str, ...] = ()
 
 
-def checked_path(path: str, where: str) -> str:
+def checked_path(path: str, where: str, advice: str = "") -> str:
     """Return a path that stays inside the folder it is relative to.
 
     Raises:
@@ -41,10 +52,59 @@ def checked_path(path: str, where: str) -> str:
     """
     parts = re.split(r"[/\\]", path)
     if not path or path[0] in "/\\" or _DRIVE.match(path) or ".." in parts:
-        raise UserError(f"{where} names {path[:200]!r}, which leaves the dataset's folder; refused")
+        raise UserError(
+            f"{where} names {path[:200]!r}, which leaves the dataset's folder; refused{advice}"
+        )
     if _CONTROL.search(path) or not is_text(path):
         raise UserError(f"{where} names {path[:200]!r}, which is not a usable file name; refused")
     return path
+
+
+def listed_path(text: str, where: str, images: Path, beside: Path) -> str:
+    """Return an item's path, relative and posix, from the way in which a list writes it.
+
+    Backslashes separate, as where the list was made on Windows. An absolute path, and one that
+    starts with `..` and is thus meant from where the list lies, count where they lead into the
+    folder of the images. Blanks around a path belong to it only where such a file exists.
+
+    Args:
+        text: What the list says.
+        where: File and line, for messages.
+        images: Folder to which items' paths are relative.
+        beside: Folder of the list.
+
+    Raises:
+        UserError: The path leaves the folder, by its words: links are followed.
+    """
+    path = text.replace("\\", "/")
+    if path != path.strip() and not is_there(images / path):
+        path = path.strip()
+    if path.startswith(("/", "../")) or _DRIVE.match(path):
+        path = _relative(path, images, beside) or path
+    path = checked_path(path, where, f"; paths are to be relative to {images}")
+    return PurePosixPath(path).as_posix() if "./" in path or "//" in path else path
+
+
+def _relative(path: str, images: Path, beside: Path) -> str | None:
+    """Return a path that is not relative to the images as one that is, None where it leads out."""
+    inner = path
+    while inner.startswith("../"):
+        inner = inner.removeprefix("../")
+    if ".." in inner.split("/"):
+        return None
+    whole = Path(os.path.normpath(beside.absolute() / path))
+    for base in (Path(os.path.normpath(images.absolute())), Path(os.path.realpath(images))):
+        if whole.is_relative_to(base) and whole != base:
+            return whole.relative_to(base).as_posix()
+    return None
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a path exists; one that cannot be a path does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def is_text(value: object) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from vlmlayers.manifests.items import (
 )
 from vlmlayers.manifests.layouts import layout_of
 from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
-from vlmlayers.manifests.layouts.huggingface import is_saved, stored_image
+from vlmlayers.manifests.layouts.huggingface import is_stored, stored_image
 from vlmlayers.manifests.place import MissingData, Place, data_root
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.progress import track
@@ -178,8 +179,19 @@ class Manifest:
             )
         if carve and split in ("train", "val"):
             shares = {"val": carve["val"], "train": 1 - carve["val"]}
-            return stratified_split(self._named(layout.items("train"), root), shares)[split]
-        return self._named(layout.items(split), root)
+            items = stratified_split(self._named(layout.items("train"), root), shares)[split]
+        else:
+            items = self._named(layout.items(split), root)
+        for remark in layout.remarks():
+            _say_once(f"{self.name}: {remark}")
+        return items
+
+    def remarks(self, root: Root = None) -> tuple[str, ...]:
+        """Return what reading the lists leaves out, or takes otherwise than it is written."""
+        layout = layout_of(self.place(root))
+        for split in layout.splits():
+            layout.items(split)
+        return layout.remarks()
 
     def _named(self, items: list[Item], root: Root) -> list[Item]:
         """Apply renames and filters; labels close up where classes are left out."""
@@ -209,15 +221,17 @@ class Manifest:
 
     def missing(self, items: list[Item], root: Root = None) -> list[Item]:
         """Return the items whose image is not on disk."""
-        if self.layout in ("builtin", "shards", "folder") or self.is_stored(root):
-            return []  # listed from what is there
-        images, listing = self.place(root).images, {}
+        if self.layout in ("builtin", "shards") or self.is_stored(root):
+            return []  # listed from what is there; of a folder, a link may lead nowhere
+        place, listing = self.place(root), {}
         absent = []
         for item in items:
             folder, _, name = item.path.rpartition("/")
             if folder not in listing:
-                listing[folder] = _names_in(images / folder)
-            if name not in listing[folder]:
+                listing[folder] = _files_in(place.images / folder)
+            if name not in listing[folder] and not (
+                not item.path.isascii() and place.inside(item.path).is_file()
+            ):
                 absent.append(item)
         return absent
 
@@ -255,13 +269,13 @@ class Manifest:
         return items_hash(self.items(split, root))
 
     def is_stored(self, root: Root = None) -> bool:
-        """Return whether the images lie in the Arrow files of a saved Hugging Face dataset."""
-        return self.layout == "huggingface" and is_saved(self.place(root))
+        """Return whether the images lie in Arrow or Parquet files of a Hugging Face dataset."""
+        return self.layout == "huggingface" and is_stored(self.place(root))
 
     def location(self, item: Item, root: Root = None) -> Path:
         """Return the file that holds an item's image (for shards, the tar file).
 
-        For a saved Hugging Face dataset it is the dataset's folder.
+        Where a Hugging Face dataset holds its images in tables it is the dataset's folder.
 
         Raises:
             UserError: The path leaves the dataset's folder, or the dataset is drawn by code.
@@ -296,7 +310,8 @@ class Manifest:
             return readers.open_image(stored_image(self.place(root), item.path), item.path)
         if self.layout == "shards":
             member = item.path.partition(".tar/")[2]
-            return readers.open_image(shards.read_member(path, member), f"{path}/{member}")
+            content = shards.read_member(path, member, self.spec.members)
+            return readers.open_image(content, f"{path}/{member}")
         return readers.open_image(path)
 
     def check(self, root: Root = None, full: bool = False) -> CheckResult:
@@ -305,13 +320,13 @@ class Manifest:
             return built_in(self.name, self.spec)
         try:
             by_split = {split: self.items(split, root) for split in self.splits(root)}
-            classes = len(self.class_names(root))
+            classes, remarks = len(self.class_names(root)), self.remarks(root)
         except UserError as error:
             return not_listed(self.name, self.spec, error)
         items = [item for part in by_split.values() for item in part]
         missing = self.missing(items, root)
         unreadable = self._unreadable(items, set(missing), root) if full else []
-        return compare(self.name, self.spec, by_split, classes, missing, unreadable)
+        return compare(self.name, self.spec, by_split, classes, missing, unreadable, remarks)
 
     def _unreadable(self, items: list[Item], missing: set[Item], root: Root) -> list[str]:
         faults = []
@@ -332,9 +347,14 @@ class Manifest:
         return manifest_html(self.name, self.spec, classes, counts)
 
 
-def _names_in(folder: Path) -> frozenset[str]:
+@cache
+def _say_once(remark: str) -> None:
+    LOG.warning("%s", remark)
+
+
+def _files_in(folder: Path) -> frozenset[str]:
     try:
         with os.scandir(folder) as entries:
-            return frozenset(entry.name for entry in entries)
+            return frozenset(entry.name for entry in entries if entry.is_file())
     except OSError:
         return frozenset()

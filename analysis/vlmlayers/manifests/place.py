@@ -1,15 +1,17 @@
-"""Where a dataset lies: data root, folder, and the refusal of links that lead out of it."""
+"""Where a dataset lies: data root, folder, and the files of its items."""
 
 from __future__ import annotations
 
+import codecs
 import os
+import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vlmlayers.errors import UserError
 from vlmlayers.files import file_checksum
-from vlmlayers.manifests.items import checked_path
+from vlmlayers.manifests.items import checked_path, is_there
 from vlmlayers.manifests.schema import Spec
 
 DATA_VARIABLE = "VLMLAYERS_DATA"
@@ -78,29 +80,23 @@ class Place:
         raise MissingData(f"{self.name}: {what} not found at {shown}; {self.hint}")
 
     def inside(self, path: str) -> Path:
-        """Return where an item's file lies.
+        """Return where an item's file lies, links followed: whoever laid the folder laid them.
+
+        Accented letters may be written in one piece or in two (Unicode NFC or NFD) in a list and
+        the other way on the disk.
 
         Raises:
-            UserError: The path leaves the dataset's folder, by its words or through a link.
+            UserError: The path leaves the dataset's folder by its words.
         """
-        checked_path(path, f"{self.name}: the list of items")
-        located = self.images / path
-        real = Path(os.path.realpath(located))
-        if not any(real.is_relative_to(base) for base in self._real_bases()):
-            raise UserError(
-                f"{self.name}: {path!r} is a link that leaves the dataset's folder; refused"
-            )
-        return located
-
-    def _real_bases(self) -> tuple[Path, ...]:
-        # A split's folder may itself be a link: that is how large sets are put in place.
-        folders = (".", *self.spec.split_folders.values())
-        return _resolved(str(self.images), folders)
-
-
-@lru_cache(maxsize=256)
-def _resolved(images: str, folders: tuple[str, ...]) -> tuple[Path, ...]:
-    return tuple(Path(os.path.realpath(Path(images) / folder)) for folder in folders)
+        located = self.images / checked_path(path, f"{self.name}: the list of items")
+        if path.isascii() or is_there(located):
+            return located
+        found = self.images
+        for part in PurePosixPath(path).parts:
+            forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+            written = (found / form for form in forms)
+            found = next((file for file in written if is_there(file)), found / part)
+        return found
 
 
 def file_stamp(path: Path) -> tuple[str, int, int]:
@@ -127,16 +123,19 @@ def _checksum(stamp: tuple[str, int, int]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file.
+    """Read a text file of UTF-8, or of UTF-16 that says so, as spreadsheets write it.
 
     Raises:
-        UserError: It cannot be read, is not UTF-8, or is larger than `LARGEST_LIST`.
+        UserError: It cannot be read, is of another encoding, or is larger than `LARGEST_LIST`.
     """
     try:
         if path.stat().st_size > LARGEST_LIST:
             raise UserError(f"{path} is larger than {LARGEST_LIST:,} bytes; no list of items")
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

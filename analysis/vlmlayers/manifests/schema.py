@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from vlmlayers.data.shards import Members
 from vlmlayers.errors import UserError, nearest
 from vlmlayers.manifests.items import SPLITS, checked_path
 
@@ -96,6 +97,7 @@ class Spec(BaseModel):
         split_folders: Folder of each split under `images` (layout `folder`); none: one folder
             for all, split by `fractions`. For `huggingface`: the library's name of each split.
         shards: Tar files of each split under `folder`; `*` matches within a name.
+        members: Endings of a sample's image, class and captions in shards.
         fractions: Shares of train, val and test where the files do not split.
         tail: Numbers of items at the end of the file that are val and test.
         carve: Share of train that becomes val where the dataset has no val.
@@ -132,6 +134,7 @@ class Spec(BaseModel):
     split_files: Annotated[dict[str, RelativePath], BySplit] = {}
     split_folders: Annotated[dict[str, RelativePath], BySplit] = {}
     shards: Annotated[dict[str, Paths], BySplit] = {}
+    members: Members = Members()
     fractions: Annotated[dict[str, Fraction], BySplit] = {"train": 0.5, "val": 0.2, "test": 0.3}
     tail: Annotated[dict[str, Count], BySplit] = {}
     carve: Annotated[dict[str, Fraction], BySplit] = {}
@@ -219,7 +222,9 @@ def parse_spec(content: dict[str, Any], where: str) -> Spec:
 def _explain(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])[:120]
     if error["type"] == "extra_forbidden":
-        fields = Columns.model_fields if "columns" in error["loc"][:-1] else Spec.model_fields
+        parts: dict[Any, type[BaseModel]] = {"columns": Columns, "members": Members}
+        above = (parts[part] for part in error["loc"][:-1] if part in parts)
+        fields = next(above, Spec).model_fields
         key = str(error["loc"][-1])[:80]
         close = nearest(key, fields)
         hint = f"did you mean {close!r}?" if close else "valid: " + ", ".join(fields)

@@ -106,16 +106,17 @@ def test_whole_number_labels_take_declared_names(tmp_path: Path) -> None:
     manifest = _manifest(tmp_path / "set", 'class_names = ["ant", "bee"]')
     assert [item.class_name for item in manifest.items("train")] == ["bee", "ant"]
     short = _manifest(tmp_path / "set", 'class_names = ["ant"]')
-    with pytest.raises(UserError, match=r"1.png has the class '1', not one of 1 classes"):
+    with pytest.raises(UserError, match=r"1.png has label 1; labels are 0 to 0"):
         short.items("train")
 
 
-def test_labels_far_apart_are_refused(tmp_path: Path) -> None:
+def test_labels_far_apart_are_closed_up(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     write_pictures(tmp_path / "set", ["1.png", "2.png"])
-    (tmp_path / "set/metadata.csv").write_text("file_name,label\n1.png,0\n2.png,999999999\n")
-    with pytest.raises(UserError, match="labels from 0 to 999999999"):
-        _manifest(tmp_path / "set").class_names()
+    (tmp_path / "set/metadata.csv").write_text("file_name,label\n1.png,5\n2.png,999999999\n")
+    manifest = _manifest(tmp_path / "set")
+    assert manifest.class_names() == ("5", "999999999")
+    assert manifest.remarks() == ("its labels, 5 to 999999999, are counted from 0",)
 
 
 def test_a_file_with_two_labels_is_refused(tmp_path: Path) -> None:
@@ -244,3 +245,33 @@ def test_saved_dataset_without_images_labels_or_whole_files(tmp_path: Path) -> N
     with pytest.raises(UserError, match="the package datasets cannot read .*broken") as caught:
         _manifest(tmp_path / "broken").items("train")
     assert "\n" not in str(caught.value)
+
+
+# Parquet repositories
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_downloaded_repository_is_read_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Its files may say which column is an image and what the classes are called, or not."""
+    datasets = pytest.importorskip("datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])}
+    (tmp_path / "set/data").mkdir(parents=True)
+    (tmp_path / "set/README.md").write_text("---\nlicense: mit\n---\n")
+    for split, labels in (("train", [1, 0, 1]), ("validation", [0])):
+        columns = {"image": [picture(i) for i in range(len(labels))], "label": labels}
+        table = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).data.table
+        if not told:
+            table = table.replace_schema_metadata({})
+        parquet.write_table(table, tmp_path / f"set/data/{split}-00000-of-00001.parquet")
+    manifest = Manifest.load(tmp_path / "set")
+    assert manifest.splits() == ("train", "val")
+    assert manifest.class_names() == (("ant", "bee") if told else ("0", "1"))
+    items = manifest.items("train")
+    assert [item.label for item in items] == [1, 0, 1]
+    for number, item in enumerate(items):
+        assert np.array_equal(manifest.open_image(item), picture(number).convert("RGB"))
+    assert manifest.check(full=True).ok

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -168,24 +170,91 @@ def test_folder_that_is_missing_or_has_other_classes(tmp_path: Path) -> None:
         absent.items("train", root=tmp_path)
 
 
-def test_links_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
-    write_pictures(tmp_path, ["outside/secret.png"])
+def test_links_that_the_user_laid_are_followed(tmp_path: Path) -> None:
+    """A hub's cache, a subset made of links, and class folders that are links."""
+    write_pictures(tmp_path, ["blobs/0a.png", "store/b/1.png", "store/b/2.png"])
     data = tmp_path / "data"
     manifest = folder_dataset(data, ["a/1.png"], 'split_folders = { test = "." }')
-    (data / "a/2.png").symlink_to(data / "a/1.png")
-    assert [item.path for item in manifest.items("test")] == ["a/1.png", "a/2.png"]
-    (data / "a/3.png").symlink_to(tmp_path / "outside/secret.png")
-    with pytest.raises(UserError, match=r"'a/3.png' is a link that leaves the dataset's folder"):
-        manifest.items("test")
-    (data / "a/3.png").unlink()
-    (data / "b").symlink_to(tmp_path / "outside")
-    with pytest.raises(UserError, match="'b' is a link that leaves the dataset's folder; refused"):
-        manifest.items("test")
-    listed = coop_dataset(data, {"test": [["b/secret.png", 0, "x"]]})
-    with pytest.raises(UserError, match=r"'b/secret.png' is a link that leaves"):
-        listed.open_image(listed.items("test")[0])
+    (data / "a/2.png").symlink_to("../../blobs/0a.png")
+    (data / "b").symlink_to(tmp_path / "store/b")
+    items = manifest.items("test")
+    assert [item.path for item in items] == ["a/1.png", "a/2.png", "b/1.png", "b/2.png"]
+    assert all(manifest.open_image(item).size == (12, 8) for item in items)
+    listed = coop_dataset(data, {"test": [["b/1.png", 0, "x"], ["a/2.png", 0, "x"]]})
+    assert listed.check().ok and listed.open_image(listed.items("test")[0]).size == (12, 8)
     with pytest.raises(UserError, match="leaves the dataset's folder; refused"):
-        listed.location(Item("../outside/secret.png", 0, "x"))
+        listed.location(Item("../store/b/1.png", 0, "x"))
+
+
+def test_links_to_nothing_are_missing(tmp_path: Path) -> None:
+    manifest = folder_dataset(tmp_path, ["a/1.png", "b/1.png"], 'split_folders = { test = "." }')
+    (tmp_path / "b/2.png").symlink_to(tmp_path / "gone.png")
+    result = manifest.check()
+    assert (result.state, result.first_missing) == ("incomplete", ("b/2.png",))
+    assert len(manifest.items("test", present_only=True)) == 2
+    listed = coop_dataset(tmp_path, {"test": [["a/1.png", 0, "x"], ["b/2.png", 0, "x"]]})
+    assert listed.check().first_missing == ("b/2.png",)
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../b"])
+def test_links_that_lead_back_are_refused(tmp_path: Path, target: str) -> None:
+    manifest = folder_dataset(tmp_path, ["a/1.png", "b/1.png"], 'split_folders = { test = "." }')
+    (tmp_path / "b/other").symlink_to(tmp_path / "a")
+    (tmp_path / "a/back").symlink_to(target)
+    with pytest.raises(UserError, match="leads back to where it lies"):
+        manifest.items("test")
+
+
+def test_what_systems_leave_behind_is_no_class_and_no_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = ["cat/1.png", "cat/2.JPG", "dog/in/1.png"]
+    junk = ["__MACOSX/cat/1.png", "cat/.ipynb_checkpoints/1.png", ".x/1.png", "dog/@eaDir/1.png"]
+    manifest = folder_dataset(tmp_path, paths + junk, 'split_folders = { test = "." }')
+    for name in ("dog/._1.png", "dog/Thumbs.db", "dog/.DS_Store", "dog/3.heic", "loose.png"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "empty/inner").mkdir(parents=True)
+    assert manifest.class_names() == ("cat", "dog")
+    assert [item.path for item in manifest.items("test")] == paths
+    result = manifest.check()
+    assert result.ok
+    for words in (
+        "hidden or left by a system (5)", "class folders without an image (1), first 'empty'",
+        "images in a format that is not read (1), first 'dog/3.heic'",
+        "images in no class folder (1), first 'loose.png'",
+    ):  # fmt: skip
+        assert words in result.line() and words in caplog.text
+
+
+def test_a_class_without_images_in_one_split_is_a_class(tmp_path: Path) -> None:
+    paths = ["train/cat/1.png", "train/dog/1.png", "test/cat/1.png"]
+    splits = 'split_folders = { train = "train", test = "test" }\n'
+    manifest = folder_dataset(tmp_path, paths, splits)
+    (tmp_path / "test/dog").mkdir()
+    assert manifest.class_names() == ("cat", "dog")
+    (tmp_path / "train/hen").mkdir()
+    declared = folder_dataset(tmp_path, [], splits + 'class_names = ["a cat", "a dog", "a hen"]')
+    assert declared.class_names() == ("a cat", "a dog", "a hen")
+
+
+def test_a_flat_folder_is_told_how_it_can_be_read(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "set", ["train/a/1.png", "val/1.png", "val/2.png"])
+    manifest = Manifest.load(tmp_path / "set")
+    assert len(manifest.items("train")) == 1
+    with pytest.raises(UserError, match=r"val/? holds 2 images but no class folders; sort them"):
+        manifest.items("val")
+    assert manifest.check().state == "altered"
+    (tmp_path / "set/val/metadata.csv").write_text("file_name,class_name\n1.png,a\n2.png,b\n")
+    assert [i.class_name for i in Manifest.load(tmp_path / "set").items("val")] == ["a", "b"]
+
+
+def test_folder_names_in_two_unicode_forms_are_one_class(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    paths = [f"{split}/{name}/1.png" for split, name in zip(("train", "test"), names)]
+    write_pictures(tmp_path / "set", paths)
+    manifest = Manifest.load(tmp_path / "set")
+    assert manifest.class_names() == ("é",)
+    assert [len(manifest.items(split)) for split in ("train", "test")] == [1, 1]
 
 
 def test_a_splits_folder_may_be_a_link(tmp_path: Path) -> None:
@@ -268,7 +337,8 @@ def test_table_with_numbers_and_names(tmp_path: Path) -> None:
     [
         ([{"pth": "a.jpg"}], "", "has no column 'path' (it has: ['pth']); did you mean 'pth'?"),
         ([{"path": "../a.jpg"}], "", "row 1 of"),
-        ([{"path": ""}], "", "leaves the dataset's folder; refused"),
+        ([{"path": ""}], "", "no row of"),
+        ([{"path": "", "label": "x"}], "", "row 1 of"),
         ([{"path": "a.jpg", "split": "dev"}], "", "has the split 'dev'; splits are train, val"),
         ([{"path": "a", "label": "x"}, {"path": "b", "label": ""}], "", "row 2 of"),
         ([{"path": "a", "label": "x"}, {"path": "a", "label": "y"}], "", "'a' a second label"),
@@ -301,6 +371,111 @@ def test_files_that_are_no_tables(tmp_path: Path, file: str, content: bytes, mes
     with pytest.raises(UserError) as caught:
         table_dataset(tmp_path, file).items("train")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["{0}", "{0}.0", "n0{0}", " {0} "])
+def test_words_beside_labels_are_the_class_names(tmp_path: Path, label: str) -> None:
+    """Whatever the label is: a number, one as pandas writes it, a WordNet id."""
+    names = ["goldfish", "tree frog", "hen"]
+    rows: list[dict[str, object]] = [
+        {"path": f"{i}.jpg", "label": label.format(i % 3), "class_name": names[i % 3]}
+        for i in range(6)
+    ]
+    write_table(tmp_path / "t.csv", rows)
+    manifest = table_dataset(tmp_path, "t.csv")
+    assert manifest.class_names() == tuple(names)
+    found = {item.path: item.class_name for item in manifest.items("all")}
+    assert found == {row["path"]: row["class_name"] for row in rows}
+    write_table(tmp_path / "t.csv", [*rows, {**rows[0], "path": "x.jpg", "class_name": "hen"}])
+    with pytest.raises(UserError, match="has two class names, 'goldfish' and 'hen'"):
+        manifest.items("train")
+
+
+def test_labels_of_a_table_are_closed_up(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", [{"path": f"{n}.jpg", "label": n} for n in (12, 3, 7)])
+    manifest = table_dataset(tmp_path, "t.csv")
+    assert manifest.class_names() == ("3", "7", "12")
+    assert manifest.remarks() == ("its labels, 3 to 12, are counted from 0",)
+
+
+PLAIN = ["path,class_name", "in/\u00e90.png,owl", "in/\u00e91.png,gull"]
+HABITS: dict[str, Callable[[str, Path], str]] = {
+    "absolute": lambda text, folder: text.replace("in/", f"{folder}/in/"),
+    "from the table": lambda text, folder: text.replace("in/", "../in/"),
+    "backslashes": lambda text, folder: text.replace("/", "\\"),
+    "dots": lambda text, folder: text.replace("in/", "./in//"),
+    "blanks around": lambda text, folder: text.replace(",", " , ").replace("owl", "owl\t"),
+    "blank rows": lambda text, folder: text.replace("\n", "\n,\n") + "\n,\n\n",
+    "semicolons": lambda text, folder: text.replace(",", ";"),
+    "tabs": lambda text, folder: text.replace(",", "\t"),
+    "quotes": lambda text, folder: text.replace("owl", '"owl"').replace("path,", '"path", '),
+    "capitals": lambda text, folder: text.replace("path,class_name", "Path,Class_Name"),
+    "two Unicode forms": lambda text, folder: unicodedata.normalize("NFD", text),
+    "a mark of byte order": lambda text, folder: "\ufeff" + text,
+    "lines of Windows": lambda text, folder: text.replace("\n", "\r\n"),
+    "an index": lambda text, folder: ",".join(["", *text.replace("\n", "\n7,").split(",")]),
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_habits_of_tables(tmp_path: Path, habit: str) -> None:
+    write_pictures(tmp_path, ["in/\u00e90.png", "in/\u00e91.png"])
+    text = HABITS[habit]("\n".join(PLAIN), tmp_path)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/t.csv").write_bytes(text.encode())
+    manifest = table_dataset(tmp_path, "lists/t.csv")
+    assert manifest.class_names() == ("gull", "owl")
+    items = sorted(manifest.items("all"), key=lambda item: item.path)
+    assert [(item.label, item.class_name) for item in items] == [(1, "owl"), (0, "gull")]
+    assert [unicodedata.normalize("NFC", item.path) for item in items] == [
+        "in/\u00e90.png", "in/\u00e91.png",
+    ]  # fmt: skip
+    assert manifest.check(full=True).ok and not manifest.missing(items)
+
+
+def test_tables_of_spreadsheets_in_wide_characters(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["in/\u00e90.png", "in/\u00e91.png"])
+    (tmp_path / "t.tsv").write_bytes("\n".join(PLAIN).replace(",", "\t").encode("utf-16"))
+    assert table_dataset(tmp_path, "t.tsv").check(full=True).ok
+
+
+def test_two_ways_to_write_a_class_are_one(tmp_path: Path) -> None:
+    words = ["caf\u00e9", " caf\u00e9", "cafe\u0301 ", "caf\u00e9\u00a0"]
+    write_table(tmp_path / "t.jsonl", [{"path": f"{i}", "label": w} for i, w in enumerate(words)])
+    assert table_dataset(tmp_path, "t.jsonl").class_names() == ("caf\u00e9",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\na.jpg,cat, black\n", "row 1 has 3 cells under 2 columns; put quotes around"),
+        ("path,label, label\na.jpg,1,2\n", "two columns are called 'label'"),
+        ("path,label\n/other/a.jpg,1\n", "row 1 of"),
+        ("path,label\n/other/a.jpg,1\n", "refused; paths are to be relative to"),
+        ("path,split\na.jpg,Training\nb.jpg,holdout\n", "row 2 of"),
+    ],
+)
+def test_tables_that_cannot_be_read_say_why(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        table_dataset(tmp_path, "t.csv").items("train")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_words_for_splits(tmp_path: Path) -> None:
+    words = ["Training", "valid ", "TEST", "validation"]
+    write_table(tmp_path / "t.csv", [{"path": f"{i}", "split": w} for i, w in enumerate(words)])
+    manifest = table_dataset(tmp_path, "t.csv")
+    assert [len(manifest.items(split)) for split in ("train", "val", "test")] == [1, 2, 1]
+
+
+def test_a_table_without_classes_says_which_columns_there_are(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", [{"path": "a.jpg", "class": "x"}])
+    manifest = table_dataset(tmp_path, "t.csv")
+    assert manifest.class_names() == ()
+    line = manifest.check().line()
+    assert "no column 'label' or 'class_name' says a class; there are path, class" in line
+    assert 'write columns = { class_name = "class" }' in line
 
 
 def test_hugging_face_image_folder(tmp_path: Path) -> None:

@@ -26,6 +26,10 @@ class Layout(Protocol):
         """Return the items of a split, in the order of the files."""
         ...
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the lists read so far left out, or took otherwise than it is written."""
+        return ()
+
 
 def expect_hash(place: Place, path: Path) -> None:
     """Compare the split file with the hashes that the manifest knows.
@@ -40,11 +44,6 @@ def expect_hash(place: Place, path: Path) -> None:
             f"{known[0][:12]}…; {place.hint}; for a split of your own, copy the manifest and "
             "change split_sha256"
         )
-
-
-def is_number(text: str) -> bool:
-    """Return whether text can be a class number: plain digits, below 10⁹."""
-    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def class_keys(place: Place) -> dict[str, str]:

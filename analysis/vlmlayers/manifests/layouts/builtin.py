@@ -9,6 +9,7 @@ from pathlib import Path
 from vlmlayers.data import builtin
 from vlmlayers.data.builtin.base import BuiltinDataset
 from vlmlayers.manifests.items import SPLITS, Item
+from vlmlayers.manifests.layouts.base import Layout
 from vlmlayers.manifests.place import Place
 
 
@@ -31,7 +32,7 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-class BuiltIn:
+class BuiltIn(Layout):
     """Items are numbered; their path is `<split>/<index>`."""
 
     def __init__(self, place: Place) -> None:

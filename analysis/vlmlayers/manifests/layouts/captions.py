@@ -6,12 +6,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from vlmlayers.errors import UserError
-from vlmlayers.manifests.items import SPLITS, Item, checked_path
-from vlmlayers.manifests.layouts.base import expect_hash
+from vlmlayers.manifests.items import SPLITS, Item, listed_path
+from vlmlayers.manifests.layouts.base import Layout, expect_hash
 from vlmlayers.manifests.place import Place, file_stamp, read_text
 
 
-class Captions:
+class Captions(Layout):
     """Lines that repeat an image add captions to it; `tail` says which last images are test."""
 
     def __init__(self, place: Place) -> None:
@@ -20,7 +20,7 @@ class Captions:
     def _read(self) -> dict[str, list[Item]]:
         path = self.place.find(self.place.spec.split_file, "the file of captions")
         expect_hash(self.place, path)
-        rest = list(_parse(file_stamp(path)))
+        rest = list(_parse(file_stamp(path), self.place.images))
         splits = {}
         for split in ("test", "val"):
             count = min(self.place.spec.tail.get(split, 0), len(rest))
@@ -43,7 +43,7 @@ class Captions:
 
 
 @lru_cache(maxsize=8)
-def _parse(stamp: tuple[str, int, int]) -> tuple[Item, ...]:
+def _parse(stamp: tuple[str, int, int], images: Path) -> tuple[Item, ...]:
     path = Path(stamp[0])
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -52,6 +52,6 @@ def _parse(stamp: tuple[str, int, int]) -> tuple[Item, ...]:
         name, tab, caption = line.rstrip("\r").partition("\t")
         if not tab or not caption.strip():
             raise UserError(f"line {number} of {path} is not: file name, tab, caption")
-        image = checked_path(name, f"line {number} of {path}")
+        image = listed_path(name, f"line {number} of {path}", images, path.parent)
         captions.setdefault(image, []).append(caption.strip())
     return tuple(Item(image, -1, "", tuple(texts)) for image, texts in captions.items())

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
-from vlmlayers.manifests.items import SPLITS, Item, checked_path
+from vlmlayers.manifests.items import SPLITS, Item, listed_path
 from vlmlayers.manifests.layouts.base import (
+    Layout,
     checked_name,
     expect_hash,
     names_by_label,
@@ -19,7 +20,7 @@ from vlmlayers.manifests.place import Place, file_stamp, read_text
 Lists = dict[str, tuple[Item, ...]]
 
 
-class CoOp:
+class CoOp(Layout):
     """One JSON file lists everything, so no image is needed to know the items."""
 
     def __init__(self, place: Place) -> None:
@@ -28,7 +29,7 @@ class CoOp:
     def _read(self) -> tuple[Lists, tuple[str, ...]]:
         path = self.place.find(self.place.spec.split_file, "the split file")
         expect_hash(self.place, path)
-        return _parse(file_stamp(path))
+        return _parse(file_stamp(path), self.place.images)
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits of the file."""
@@ -44,7 +45,7 @@ class CoOp:
 
 
 @lru_cache(maxsize=16)
-def _parse(stamp: tuple[str, int, int]) -> tuple[Lists, tuple[str, ...]]:
+def _parse(stamp: tuple[str, int, int], images: Path) -> tuple[Lists, tuple[str, ...]]:
     path = Path(stamp[0])
     try:
         content = json.loads(read_text(path))
@@ -54,18 +55,20 @@ def _parse(stamp: tuple[str, int, int]) -> tuple[Lists, tuple[str, ...]]:
         raise UserError(f"{path} is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(content, dict) or not set(content) & set(SPLITS):
         raise UserError(f"{path} is not a split file: no 'train', 'val' or 'test' at its top")
-    lists = {s: _items(content[s], f"{path} [{s}]") for s in SPLITS if content.get(s)}
+    lists = {s: _items(content[s], path, s, images) for s in SPLITS if content.get(s)}
     pairs = ((item.label, item.class_name) for part in lists.values() for item in part)
     return lists, names_by_label(pairs, str(path))
 
 
-def _items(entries: Any, where: str) -> tuple[Item, ...]:
+def _items(entries: Any, path: Path, split: str, images: Path) -> tuple[Item, ...]:
+    where = f"{path} [{split}]"
     if not isinstance(entries, list):
         raise UserError(f"{where} is not a list of [path, label, class name]")
-    return tuple(_item(entry, f"{where} entry {i}") for i, entry in enumerate(entries))
+    places = (f"{where} entry {i}" for i in range(len(entries)))
+    return tuple(_item(entry, where, images, path.parent) for entry, where in zip(entries, places))
 
 
-def _item(entry: Any, where: str) -> Item:
+def _item(entry: Any, where: str, images: Path, beside: Path) -> Item:
     if not isinstance(entry, list) or len(entry) != 3:
         raise UserError(f"{where} is {str(entry)[:80]!a}; expected [path, label, class name]")
     path, label, name = entry
@@ -73,4 +76,5 @@ def _item(entry: Any, where: str) -> Item:
         raise UserError(f"{where} has {str(path)[:80]!a} where a path is expected")
     if type(label) is not int or label < 0:
         raise UserError(f"{where} has label {str(label)[:80]!a}; labels are whole numbers from 0")
-    return Item(checked_path(path, where), label, checked_name(name, where))
+    listed = listed_path(path, where, images, beside)
+    return Item(listed, label, checked_name(name, where))

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
-from vlmlayers.data.shards import IMAGE_SUFFIXES
+from vlmlayers.data.names import IMAGE_SUFFIXES, UNREAD_SUFFIXES, is_foreign, suffix_of
 from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, Item, is_text, stratified_split
-from vlmlayers.manifests.layouts.base import class_keys
+from vlmlayers.manifests.layouts.base import Layout, class_keys
+from vlmlayers.manifests.layouts.classes import class_word
 from vlmlayers.manifests.place import MissingData, Place
 
-SUFFIXES = IMAGE_SUFFIXES | {"pgm", "pbm", "mpo"}
+SUFFIXES = IMAGE_SUFFIXES | {"pgm", "pbm", "pnm", "mpo"}
 
 
-class Folder:
-    """Class folders sorted by name give the labels; files sorted by path give the order."""
+class Folder(Layout):
+    """Class folders sorted by name give the labels; files sorted by path give the order.
+
+    Links are followed. What systems and programs leave behind, and class folders without an image
+    in any split, are left out.
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.split_folders = place.spec.split_folders
+        self._left_out: dict[str, list[str]] = {}  # paths by what they are
 
     def splits(self) -> tuple[str, ...]:
         """Return the declared splits whose folder exists, or those of `fractions`."""
@@ -39,40 +46,70 @@ class Folder:
             place = self.place
             raise MissingData(f"{place.name}: no folder {place.images}; {place.hint}")
 
+    @cached_property
+    def _bases(self) -> list[str]:
+        """Return the folders that hold class folders, with a slash, as seen from the images'."""
+        self._expect_folder()
+        folders = [self.split_folders[s] for s in self.splits()] if self.split_folders else ["."]
+        return ["" if folder == "." else f"{folder}/" for folder in folders]
+
+    @cached_property
     def _class_folders(self) -> list[str]:
         """Return the names of the class folders of all splits, sorted."""
-        self._expect_folder()
-        bases = (
-            [self.place.images / self.split_folders[split] for split in self.splits()]
-            if self.split_folders
-            else [self.place.images]
-        )
-        found = {entry.name for base in bases for entry in _entries(base) if entry.is_dir()}
-        for name in found:
-            if not is_text(name):
-                raise UserError(f"{self.place.name}: a folder name is not UTF-8: {name!a}")
-        return sorted(name for name in found if not name.startswith("."))
+        found: set[str] = set()
+        for base in self._bases:
+            for entry in _entries(self.place.images / base):
+                if not is_text(entry.name):
+                    raise UserError(
+                        f"{self.place.name}: a folder name is not UTF-8: {entry.name!a}"
+                    )
+                if entry.is_dir() and not self._is_left_out(entry.name, base + entry.name):
+                    found.add(entry.name)
+        names = self.place.spec.class_names
+        if len({class_word(folder) for folder in found}) == len(names):
+            return sorted(found)  # the declared names say that a class without images is one
+        empty = {folder for folder in found if not self._has_images(folder)}
+        if self.place.spec.label_order == "folders":
+            self._left_out.setdefault("class folders without an image", []).extend(sorted(empty))
+            found -= empty
+        return sorted(found)
 
+    def _is_left_out(self, name: str, path: str) -> bool:
+        foreign = is_foreign(name)
+        if foreign:
+            self._left_out.setdefault("hidden or left by a system", []).append(path)
+        return foreign
+
+    def _has_images(self, folder: str) -> bool:
+        """Return whether a class folder has an image; the first one settles it."""
+        paths = [base + folder for base in self._bases]
+        paths = [path for path in paths if (self.place.images / path).is_dir()]
+        names = (entry.name for path in paths for entry in _entries(self.place.images / path))
+        return any(map(_is_image, names)) or any(True for path in paths for _ in self._files(path))
+
+    @cached_property
     def _labels(self) -> tuple[dict[str, int], tuple[str, ...]]:
         """Return folder name → label, and the class names by label."""
-        spec, folders = self.place.spec, self._class_folders()
+        spec, folders = self.place.spec, self._class_folders
         keys = class_keys(self.place) if spec.class_name_file else {}
         if spec.label_order == "rows":
             names = tuple(keys.values()) or spec.class_names
             return {folder: self._row(folder, len(names)) for folder in folders}, names
-        if spec.class_names and len(folders) != len(spec.class_names):
+        words = sorted({class_word(folder) for folder in folders})
+        if spec.class_names and len(words) != len(spec.class_names):
             raise UserError(
-                f"{self.place.name}: {len(folders)} class folders under {self.place.images}, but "
+                f"{self.place.name}: {len(words)} class folders under {self.place.images}, but "
                 f"the manifest names {len(spec.class_names)} classes"
             )
-        unknown = [folder for folder in folders if keys and folder not in keys]
+        unknown = [word for word in words if keys and word not in keys]
         if unknown:
             raise UserError(
                 f"{self.place.name}: no class name for the folder {unknown[0][:80]!r} "
                 f"({len(unknown)} such) in the file of class names"
             )
-        names = spec.class_names or tuple(keys.get(folder, folder) for folder in folders)
-        return {folder: label for label, folder in enumerate(folders)}, names
+        names = spec.class_names or tuple(keys.get(word, word) for word in words)
+        label_of = {word: label for label, word in enumerate(words)}
+        return {folder: label_of[class_word(folder)] for folder in folders}, names
 
     def _row(self, folder: str, rows: int) -> int:
         number = folder.isascii() and folder.isdecimal() and len(folder) <= 9
@@ -85,45 +122,81 @@ class Folder:
 
     def class_names(self) -> tuple[str, ...]:
         """Return the class names by label."""
-        return self._labels()[1]
+        return self._labels[1]
 
     def items(self, split: str) -> list[Item]:
-        """Return the items of a split, sorted by class folder and file name."""
-        if self.split_folders:
-            folder = self.split_folders[split]
-            return list(self._scan("" if folder == "." else f"{folder}/"))
-        return stratified_split(list(self._scan("")), self.place.spec.fractions)[split]
+        """Return the items of a split, sorted by class folder and file name.
 
-    def _scan(self, prefix: str) -> Iterator[Item]:
-        labels, names = self._labels()
+        Raises:
+            UserError: Images lie there, but none in a class folder.
+        """
+        folder = self.split_folders.get(split, ".")
+        base = "" if folder == "." else f"{folder}/"
+        items = list(self._scan(base))
+        loose = [
+            entry.name for entry in _entries(self.place.images / base) if _is_image(entry.name)
+        ]
+        if loose and not items:
+            raise UserError(
+                f"{self.place.name}: {self.place.images / base} holds {len(loose):,} images but no "
+                "class folders; sort them into one folder for each class, or put a metadata.csv "
+                "with the columns file_name and class_name beside them"
+            )
+        if loose:
+            self._left_out["images in no class folder"] = sorted(base + name for name in loose)
+        if self.split_folders:
+            return items
+        return stratified_split(items, self.place.spec.fractions)[split]
+
+    def _scan(self, base: str) -> Iterator[Item]:
+        labels, names = self._labels
         for folder, label in labels.items():
-            for path in self._files(prefix + folder):
+            for path in self._files(base + folder):
                 yield Item(path, label, names[label])
 
-    def _files(self, folder: str) -> Iterator[str]:
-        """Yield the images under a class folder, sorted, folders inside it included."""
+    def _files(self, folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
+        """Yield the images under a class folder, sorted, folders inside it included.
+
+        Args:
+            folder: Seen from the folder of the images.
+            above: Where the folders that it lies in really are.
+        """
         base = self.place.images / folder
         if not base.is_dir():
             return
-        if base.is_symlink():
-            self.place.inside(folder)
+        real = Path(os.path.realpath(base))
+        if any(one.is_relative_to(real) for one in above):
+            raise UserError(f"{self.place.name}: the link {base} leads back to where it lies")
         for entry in sorted(_entries(base), key=lambda entry: entry.name):
-            path = f"{folder}/{entry.name}"
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._files(path)
-            elif entry.name.rpartition(".")[2].lower() in SUFFIXES:
+            path, suffix = f"{folder}/{entry.name}", suffix_of(entry.name)
+            if entry.is_dir():
+                if not self._is_left_out(entry.name, path):
+                    yield from self._files(path, (*above, real))
+            elif suffix in UNREAD_SUFFIXES:
+                self._left_out.setdefault("images in a format that is not read", []).append(path)
+            elif suffix in SUFFIXES and not self._is_left_out(entry.name, path):
                 if not is_text(entry.name):
                     raise UserError(
                         f"{self.place.name}: a file name in {folder!r} is not UTF-8: {path!a}"
                     )
-                if entry.is_symlink():
-                    self.place.inside(path)
                 yield path
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return what was left out, by what it is."""
+        return tuple(
+            f"left out: {kind} ({len(set(paths)):,}), first {paths[0]!a}"
+            for kind, paths in self._left_out.items()
+            if paths
+        )
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+
+def _is_image(name: str) -> bool:
+    return suffix_of(name) in SUFFIXES and not is_foreign(name)
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            yield from entries
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None

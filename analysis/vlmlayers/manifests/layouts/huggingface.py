@@ -1,4 +1,4 @@
-"""Local datasets as Hugging Face `datasets` reads them: image folders and saved datasets."""
+"""Local datasets as Hugging Face `datasets` reads them: image folders, and tables of images."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlmlayers.data.shards import IMAGE_SUFFIXES
+from vlmlayers.data.names import IMAGE_SUFFIXES
 from vlmlayers.errors import UserError
-from vlmlayers.manifests.items import SPLITS, Item, checked_path
-from vlmlayers.manifests.layouts.base import checked_name, declared_names
+from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, checked_path
+from vlmlayers.manifests.layouts.base import Layout, checked_name, declared_names
+from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
 from vlmlayers.manifests.place import MissingData, Place, file_stamp
 
-_SPLIT_OF = {"train": "train", "validation": "val", "val": "val", "test": "test"}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # beside images, not of them
 _SAVED = ("dataset_dict.json", "state.json")  # of a DatasetDict, of one Dataset
 _TEXT = "text"  # the library's usual name for captions
 
 
-class HuggingFace:
-    """An item's path is that of its file, or `<split>/<row>` where a saved dataset holds it.
+class HuggingFace(Layout):
+    """An item's path is that of its file, or `<split>/<row>` where a table holds its image.
 
-    Nothing is fetched and no dataset script is run: the builder is the library's own
-    `imagefolder`, and a saved dataset consists of Arrow files.
+    Tables are the Arrow files of a saved dataset, or the Parquet files of a downloaded repository,
+    which the library turns into Arrow files in its own cache. Nothing is fetched and no dataset
+    script is run.
     """
 
     def __init__(self, place: Place) -> None:
@@ -35,8 +37,8 @@ class HuggingFace:
         place, wanted = self.place, self.place.spec.split_folders
         if not place.images.is_dir():
             raise MissingData(f"{place.name}: no folder {place.images}; {place.hint}")
-        found = _saved(place) if is_saved(place) else _image_folder(place)
-        names = {own: split for split, own in wanted.items()} or _SPLIT_OF
+        found = _stored(place) if is_stored(place) else _image_folder(place)
+        names = {own: split for split, own in wanted.items()} or SPLIT_WORDS
         unknown = sorted(set(found) - set(names)) if not wanted else sorted(set(names) - set(found))
         if unknown:
             raise UserError(
@@ -71,7 +73,7 @@ class HuggingFace:
     def _rows(self) -> dict[str, list[tuple[str, Any, str | None]]]:
         """Return (path, label or None, caption or None) of each row of each split."""
         image, label, caption = self._columns
-        read = _stored_rows if is_saved(self.place) else _file_rows
+        read = _stored_rows if is_stored(self.place) else _file_rows
         rows = {
             split: [
                 (path, row.get(label) if label else None, row.get(caption) if caption else None)
@@ -85,55 +87,81 @@ class HuggingFace:
             )
         return rows if label else _labelled_by_folder(rows)
 
-    def class_names(self) -> tuple[str, ...]:
-        """Return the declared names, those of the ClassLabel, or the sorted words of the rows."""
-        declared = declared_names(self.place)
-        if declared:
-            return declared
+    @cached_property
+    def _classes(self) -> Classes:
         label = self._columns[1]
         kind = self._features.get(label) if label else None
-        if kind is not None and getattr(kind, "names", None):
-            return tuple(checked_name(name, self.place.name) for name in kind.names)
-        values = {value for part in self._rows.values() for _, value, _ in part}
-        values -= {None, "", -1}
-        if values and all(type(value) is int for value in values):
-            if min(values) < 0 or max(values) >= 10 * len(values):
-                raise UserError(f"{self.place.name}: labels from {min(values)} to {max(values)}")
-            return tuple(str(number) for number in range(max(values) + 1))
-        return tuple(sorted(checked_name(value, self.place.name) for value in values))
+        declared = declared_names(self.place) or tuple(
+            checked_name(name, self.place.name) for name in getattr(kind, "names", None) or ()
+        )
+        words = (_word(value) for part in self._rows.values() for _, value, _ in part)
+        return read_classes(((word, "") for word in words), declared, self.place.name)
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the declared names, those of the ClassLabel, or the sorted words of the rows."""
+        return self._classes.names
 
     def items(self, split: str) -> list[Item]:
         """Return the items of a split in the library's order; rows of one file share an item."""
-        names = self.class_names()
-        by_name = {name: label for label, name in enumerate(names)}
+        classes = self._classes
         labels: dict[str, int] = {}
         captions: dict[str, list[str]] = {}
         for path, value, text in self._rows[split]:
             where = f"{self.place.name}: {path[:200]}"
-            label = _label(value, by_name, where)
+            word = _word(value)
+            label = classes.label(word, where) if word else -1
             if labels.setdefault(path, label) != label:
                 raise UserError(f"{where} has a second label")
             if text not in (None, ""):
                 captions.setdefault(path, []).append(checked_name(text, where))
+        names = (*classes.names, "")  # that of -1
         return [
-            Item(path, label, names[label] if label >= 0 else "", tuple(captions.get(path, ())))
+            Item(path, label, checked_name(names[label], path), tuple(captions.get(path, ())))
             for path, label in labels.items()
         ]
 
+    def remarks(self) -> tuple[str, ...]:
+        """Return how labels were counted."""
+        return (self._classes.remark,) if self._classes.remark else ()
 
-def is_saved(place: Place) -> bool:
-    """Return whether the folder was written by the library's `save_to_disk`."""
-    return any((place.images / name).is_file() for name in _SAVED)
+
+def is_stored(place: Place) -> bool:
+    """Return whether the images lie in the files of a saved dataset or in Parquet files."""
+    return holds_tables(place.images)
+
+
+def holds_tables(folder: Path) -> bool:
+    """Return whether a folder is a saved dataset or a downloaded repository of Parquet files."""
+    return bool(_table_files(folder))
+
+
+def _table_files(folder: Path) -> tuple[Path, ...]:
+    """Return the record of a saved dataset, else the Parquet files of a downloaded repository."""
+    try:
+        return _found_tables(str(folder), folder.stat().st_mtime_ns)
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=64)
+def _found_tables(folder: str, changed: int) -> tuple[Path, ...]:
+    saved = tuple(path for name in _SAVED if (path := Path(folder) / name).is_file())
+    if saved:
+        return saved[:1]
+    # Splits lie beside README.md, in data/, or in a folder of their own below a configuration's.
+    patterns = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
+    found = (path for pattern in patterns for path in sorted(Path(folder).glob(pattern)))
+    return tuple(path for path in found if path.name not in METADATA)
 
 
 def stored_image(place: Place, path: str) -> bytes:
-    """Return the bytes of an item's image in a saved dataset.
+    """Return the bytes of an item's image in a table.
 
     Raises:
         UserError: There is no such row, or it holds no bytes.
     """
     own, _, name = path.partition("/")
-    data, row = _saved(place).get(own), PurePosixPath(name).stem
+    data, row = _stored(place).get(own), PurePosixPath(name).stem
     if data is None or not row.isdecimal() or int(row) >= len(data):
         raise UserError(f"{place.name}: {place.images} has no item {path[:200]!r}")
     column = _image_column(_features(data)) or ""
@@ -143,16 +171,10 @@ def stored_image(place: Place, path: str) -> bytes:
     return bytes(content)
 
 
-def _label(value: Any, by_name: Mapping[str, int], where: str) -> int:
-    if value in (None, "", -1):  # the library's mark of a hidden label is -1
-        return -1
-    if type(value) is int and 0 <= value < len(by_name):
-        return value
-    if value not in by_name:
-        raise UserError(
-            f"{where} has the class {str(value)[:80]!a}, not one of {len(by_name)} classes"
-        )
-    return by_name[value]
+def _word(value: Any) -> str:
+    """Return what stands for a class; the library's mark of a hidden label is -1."""
+    word = class_word(value)
+    return "" if word == "-1" else word
 
 
 def _library(place: Place) -> Any:
@@ -178,10 +200,15 @@ def _image_column(features: Mapping[str, Any]) -> str | None:
 
 
 def _undecoded(data: Any) -> Any:
-    """Return a dataset whose images stay paths and bytes."""
+    """Return a dataset whose images stay paths and bytes.
+
+    Parquet files that another program wrote hold images without saying so.
+    """
     import datasets
 
-    column = _image_column(_features(data))
+    features = _features(data)
+    plain = (key for key, kind in features.items() if isinstance(kind, dict) and "bytes" in kind)
+    column = _image_column(features) or next(plain, None)
     return data if column is None else data.cast_column(column, datasets.Image(decode=False))
 
 
@@ -202,21 +229,21 @@ def _image_folder(place: Place) -> dict[str, Any]:
     return {str(name): _undecoded(data) for name, data in found.items()}
 
 
-def _saved(place: Place) -> dict[str, Any]:
+def _stored(place: Place) -> dict[str, Any]:
     _library(place)
-    files = (place.images / name for name in _SAVED)
-    stamp = next(file_stamp(file) for file in files if file.is_file())
+    stamps = tuple(file_stamp(file) for file in _table_files(place.images))
     try:
-        return _open_saved(stamp)
+        return _open_stored(str(place.images), stamps)
     except Exception as error:  # noqa: BLE001  the library raises what its readers raise
         raise _refusal(place, error) from None
 
 
 @lru_cache(maxsize=8)
-def _open_saved(stamp: tuple[str, int, int]) -> dict[str, Any]:
+def _open_stored(folder: str, stamps: tuple[tuple[str, int, int], ...]) -> dict[str, Any]:
     import datasets
 
-    found = datasets.load_from_disk(str(Path(stamp[0]).parent))
+    saved = Path(stamps[0][0]).name in _SAVED
+    found = datasets.load_from_disk(folder) if saved else datasets.load_dataset(folder)
     parts = found if isinstance(found, dict) else {found.split or "train": found}
     return {str(name): _undecoded(data.with_format(None)) for name, data in parts.items()}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from vlmlayers.errors import UserError
-from vlmlayers.manifests.items import SPLITS, Item, checked_path
-from vlmlayers.manifests.layouts.base import declared_names
+from vlmlayers.manifests.items import SPLITS, Item, listed_path
+from vlmlayers.manifests.layouts.base import Layout, declared_names
+from vlmlayers.manifests.layouts.classes import class_word
 from vlmlayers.manifests.place import MissingData, Place, read_text
 
 
-class Lists:
+class Lists(Layout):
     """FGVC Aircraft's own layout: `1025794 707-320` stands for `1025794.jpg`."""
 
     def __init__(self, place: Place) -> None:
@@ -27,15 +28,18 @@ class Lists:
         path = self.place.folder / self.place.spec.split_files[split]
         if not path.is_file():
             raise MissingData(f"{self.place.name}: no list {path}; {self.place.hint}")
-        labels = {name: label for label, name in enumerate(self.class_names())}
+        names = self.class_names()
+        labels = {class_word(name): label for label, name in enumerate(names)}
         items = []
         for number, line in enumerate(read_text(path).split("\n"), start=1):
-            stem, _, name = line.strip().partition(" ")
+            stem, _, written = line.strip().partition(" ")
+            name = class_word(written)
             where = f"line {number} of {path}"
             if not stem:
                 continue
             if name not in labels:
                 raise UserError(f"{where} names the class {name[:80]!r}, which is not declared")
             file = stem if "." in stem else f"{stem}.jpg"
-            items.append(Item(checked_path(file, where), labels[name], name))
+            listed = listed_path(file, where, self.place.images, path.parent)
+            items.append(Item(listed, labels[name], names[labels[name]]))
         return items

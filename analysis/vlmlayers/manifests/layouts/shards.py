@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
-from vlmlayers.data.shards import Sample, index_shard
-from vlmlayers.errors import UserError
+from vlmlayers.data.shards import Sample, index_shard, other_members
 from vlmlayers.manifests.items import SPLITS, Item, checked_path
-from vlmlayers.manifests.layouts.base import checked_name, declared_names, is_number
+from vlmlayers.manifests.layouts.base import Layout, checked_name, declared_names
+from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
 from vlmlayers.manifests.place import MissingData, Place
 
 
-class Shards:
+class Shards(Layout):
     """An item's path is the tar file, a slash, and the image's name in it."""
 
     def __init__(self, place: Place) -> None:
@@ -37,51 +38,42 @@ class Shards:
             found += matches
         return found
 
+    @cached_property
+    def _classes(self) -> Classes:
+        declared = declared_names(self.place)
+        targets = (class_word(s.target) for split in self.splits() for _, s in self._samples(split))
+        return read_classes(((word, "") for word in targets), declared, self.place.name)
+
     def class_names(self) -> tuple[str, ...]:
         """Return the declared names, else the sorted classes of all samples."""
-        declared = declared_names(self.place)
-        if declared:
-            return declared
-        words = {
-            sample.target
-            for split in self.splits()
-            for _, sample in self._samples(split)
-            if sample.target is not None
-        }
-        if all(is_number(word) for word in words):
-            size = max((int(word) for word in words), default=-1) + 1
-            if size > 10 * len(words):
-                raise UserError(f"{self.place.name}: {len(words)} classes, but labels to {size}")
-            return tuple(str(label) for label in range(size))
-        return tuple(sorted(words))
+        return self._classes.names
 
     def _samples(self, split: str) -> list[tuple[str, Sample]]:
-        folder = self.place.folder
+        folder, members = self.place.folder, self.place.spec.members
         return [
             (f"{file.relative_to(folder).as_posix()}/{sample.image}", sample)
             for file in self.files(split)
-            for sample in index_shard(file)
+            for sample in index_shard(file, members)
         ]
 
     def items(self, split: str) -> list[Item]:
         """Return the samples of a split in the order of the shards."""
-        names = self.class_names()
-        by_name = {name: label for label, name in enumerate(names)}
+        name, classes = self.place.name, self._classes
         items = []
         for path, sample in self._samples(split):
-            label = _label(sample, names, by_name, f"{self.place.name}: {path}")
-            name = names[label] if label >= 0 else ""
+            word = class_word(sample.target)
+            label = classes.label(word, f"{name}: {path}") if word else -1
             captions = tuple(checked_name(text, path) for text in sample.captions)
-            items.append(Item(checked_path(path, self.place.name), label, name, captions))
+            class_name = classes.names[label] if word else ""
+            items.append(Item(checked_path(path, name), label, class_name, captions))
         return items
 
-
-def _label(sample: Sample, names: tuple[str, ...], by_name: dict[str, int], where: str) -> int:
-    target = sample.target
-    if target is None:
-        return -1
-    if is_number(target) and int(target) < len(names):
-        return int(target)
-    if target not in by_name:
-        raise UserError(f"{where} has the class {target[:80]!a}, not one of {len(names)} classes")
-    return by_name[target]
+    def remarks(self) -> tuple[str, ...]:
+        """Return how labels were counted, and which members belong to no sample."""
+        files = [file for split in self.splits() for file in self.files(split)]
+        members = self.place.spec.members
+        others = [f"{f.name}/{name}" for f in files for name in other_members(f, members)]
+        found = [self._classes.remark] if self._classes.remark else []
+        if others:
+            found.append(f"left out: members of no sample ({len(others):,}), first {others[0]!a}")
+        return tuple(found)

@@ -5,142 +5,177 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlmlayers.errors import UserError, nearest
-from vlmlayers.manifests.items import SPLITS, Item, checked_path, stratified_split
+from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, listed_path, stratified_split
 from vlmlayers.manifests.layouts.base import (
+    Layout,
     checked_name,
     declared_names,
     expect_hash,
-    is_number,
-    names_by_label,
 )
+from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
 from vlmlayers.manifests.place import MissingData, Place, file_stamp, read_text
 from vlmlayers.manifests.schema import Columns
 
 Row = Mapping[str, Any]
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first one that finds the column of paths
 
 
-class Table:
+@dataclass(frozen=True)
+class _Listed:
+    """One row of a table that is not empty."""
+
+    row: Row
+    where: str
+    split: str
+    path: str
+
+
+class Table(Layout):
     """Rows of one file, or of one file per split as Hugging Face image folders have them.
 
-    Labels are whole numbers, or words whose sorted order numbers them. Rows that repeat a path
-    add captions to one item. Where there is no split column, the items are divided by
-    `fractions`, class by class. With one file per split, paths are relative to that file.
+    `label` says which class an item has, `class_name` what it is called; one of the two is enough.
+    Rows that repeat a path add captions to one item. Where there is no split column, the items are
+    divided by `fractions`, class by class. With one file per split, paths are relative to that
+    file.
     """
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.columns = place.spec.columns
 
-    def _read(self) -> dict[str, list[Item]]:
-        place, columns = self.place, self.place.spec.columns
-        names = declared_names(place)
-        rows: list[tuple[str, Row, str]] = []
+    @cached_property
+    def _rows(self) -> list[_Listed]:
+        place, columns = self.place, self.columns
+        listed: list[_Listed] = []
         if place.spec.split_files:
             for split, file in place.spec.split_files.items():
                 path = place.folder / file
                 if not path.is_file():
                     raise MissingData(f"{place.name}: no table {path}; {place.hint}")
-                parent = str(PurePosixPath(file).parent)
-                prefix = "" if parent == "." else parent + "/"
-                rows += [(split, row, prefix) for row in _rows(file_stamp(path), columns)]
-            where = str(place.folder)
+                inner = PurePosixPath(file).parent.as_posix()
+                listed += _listed(path, columns, place.images / inner, inner, split)
         else:
             path = place.find(place.spec.split_file, "the table")
             expect_hash(place, path)
-            table = _rows(file_stamp(path), columns)
-            rows = [(str(row.get(columns.split, "")), row, "") for row in table]
-            where = str(path)
-        return self._divide(_items(rows, columns, names, where), where)
+            listed += _listed(path, columns, place.images, ".")
+        if not listed:
+            raise UserError(f"{place.name}: no row of {path} lists an image")
+        return listed
 
-    def _divide(self, listed: dict[tuple[str, str], Item], where: str) -> dict[str, list[Item]]:
+    @cached_property
+    def _class_column(self) -> str | None:
+        """Return the column that says which class an item has, None where there is none."""
+        for column in (self.columns.label, self.columns.class_name):
+            if any(class_word(listed.row.get(column)) for listed in self._rows):
+                return column
+        return None
+
+    @cached_property
+    def _classes(self) -> Classes:
+        column, names = self._class_column, self.columns.class_name
+        written = (
+            (class_word(listed.row.get(column)), class_word(listed.row.get(names)))
+            for listed in self._rows
+            if column is not None
+        )
+        return read_classes(written, declared_names(self.place), self.place.name)
+
+    @cached_property
+    def _splits(self) -> dict[str, list[Item]]:
         splits: dict[str, list[Item]] = {}
-        for (split, _), item in listed.items():
+        for (split, _), item in self._items().items():
             splits.setdefault(split, []).append(item)
         if list(splits) == [""]:
             return stratified_split(splits[""], self.place.spec.fractions)
-        for split in splits:
-            if split not in SPLITS:
-                raise UserError(
-                    f"{where} has the split {split[:80]!r}; splits are train, val, test"
-                )
         return splits
+
+    def _items(self) -> dict[tuple[str, str], Item]:
+        """Return (split, path) → item; rows that repeat a path add their captions to it."""
+        labels: dict[tuple[str, str], tuple[int, str]] = {}
+        captions: dict[tuple[str, str], list[str]] = {}
+        for listed in self._rows:
+            key, label = (listed.split, listed.path), self._label(listed)
+            if labels.setdefault(key, label) != label:
+                raise UserError(f"{listed.where} gives {listed.path[:200]!r} a second label")
+            text = listed.row.get(self.columns.caption)
+            if text not in (None, ""):
+                captions.setdefault(key, []).append(checked_name(text, listed.where))
+        return {
+            key: Item(key[1], label, name, tuple(captions.get(key, ())))
+            for key, (label, name) in labels.items()
+        }
+
+    def _label(self, listed: _Listed) -> tuple[int, str]:
+        column = self._class_column
+        if column is None:
+            return -1, ""
+        word = class_word(listed.row.get(column))
+        if not word:
+            raise UserError(f"{listed.where} has no {column}")
+        label = self._classes.label(word, listed.where)
+        return label, checked_name(self._classes.names[label], listed.where)
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits that have items."""
-        content = self._read()
-        return tuple(split for split in SPLITS if content.get(split))
+        return tuple(split for split in SPLITS if self._splits.get(split))
 
     def class_names(self) -> tuple[str, ...]:
         """Return the declared names, or those of the rows."""
-        declared = declared_names(self.place)
-        if declared:
-            return declared
-        items = [item for part in self._read().values() for item in part]
-        pairs = ((item.label, item.class_name) for item in items if item.label >= 0)
-        return names_by_label(pairs, self.place.name)
+        return self._classes.names
 
     def items(self, split: str) -> list[Item]:
         """Return the items of a split in the order of the rows."""
-        return self._read()[split]
+        return self._splits[split]
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return how labels were counted, and the columns of a table that has no classes."""
+        found = [self._classes.remark] if self._classes.remark else []
+        if self._rows and self._class_column is None and not self.class_names():
+            columns, wanted = self.columns, [str(key) for key in self._rows[0].row]
+            close = nearest(columns.class_name, set(wanted) - {columns.path})
+            named = f'; if one says the class, write columns = {{ class_name = "{close}" }}'
+            found.append(
+                f"no column {columns.label!r} or {columns.class_name!r} says a class; there are "
+                f"{', '.join(wanted)[:200]}{named if close else ''}"
+            )
+        return tuple(found)
 
 
-def _items(
-    rows: Sequence[tuple[str, Row, str]], columns: Columns, names: tuple[str, ...], where: str
-) -> dict[tuple[str, str], Item]:
-    """Return (split, path) → item; rows that repeat a path add their captions to it."""
-    label_of = _label_reader([row for _, row, _ in rows], columns, names, where)
-    labels: dict[tuple[str, str], tuple[int, str]] = {}
-    captions: dict[tuple[str, str], list[str]] = {}
-    for number, (split, row, prefix) in enumerate(rows, start=1):
-        place = f"row {number} of {where}"
-        path = prefix + checked_path(checked_name(row.get(columns.path), place), place)
-        label = label_of(row, place)
-        if labels.setdefault((split, path), label) != label:
-            raise UserError(f"{place} gives {path[:200]!r} a second label")
-        text = row.get(columns.caption)
-        if text not in (None, ""):
-            captions.setdefault((split, path), []).append(checked_name(text, place))
-    return {
-        key: Item(key[1], label, name, tuple(captions.get(key, ())))
-        for key, (label, name) in labels.items()
-    }
+def _listed(
+    path: Path, columns: Columns, images: Path, inner: str, split: str | None = None
+) -> Iterator[_Listed]:
+    """Yield the rows of a file that are not empty.
+
+    Args:
+        path: The file.
+        columns: Names of its columns.
+        images: Folder to which its paths are relative.
+        inner: That folder as seen from the folder of the dataset's images.
+        split: Split of all rows; that of their column where None.
+    """
+    for number, row in enumerate(_rows(file_stamp(path), columns), start=1):
+        if all(value is None or str(value).strip() == "" for value in row.values()):
+            continue
+        where = f"row {number} of {path}"
+        if row.get(columns.path) in (None, ""):
+            raise UserError(f"{where} has no {columns.path}")
+        text = checked_name(row[columns.path], where)
+        own = (PurePosixPath(inner) / listed_path(text, where, images, path.parent)).as_posix()
+        yield _Listed(row, where, _split(row, columns, where) if split is None else split, own)
 
 
-def _label_reader(
-    rows: Sequence[Row], columns: Columns, names: tuple[str, ...], where: str
-) -> Callable[[Row, str], tuple[int, str]]:
-    """Return a function that gives (label, class name) of a row."""
-    first = rows[0] if rows else {}
-    column = next((c for c in (columns.label, columns.class_name) if c in first), None)
-    if column is None:
-        return lambda row, place: (-1, "")
-    values = {str(row.get(column)) for row in rows if row.get(column) not in (None, "")}
-    numeric = all(is_number(value.removeprefix("-")) for value in values)
-    words = names or tuple(sorted(values))
-    by_word = {word: label for label, word in enumerate(words)}
-
-    def read(row: Row, place: str) -> tuple[int, str]:
-        value = row.get(column)
-        word = checked_name(str(value), place)
-        if value in (None, ""):
-            raise UserError(f"{place} has no {column}")
-        if not numeric:
-            if word not in by_word:
-                raise UserError(f"{place} has the class {word[:80]!r}, which is not declared")
-            return by_word[word], word
-        label = int(word)
-        if label < 0 or (names and label >= len(names)):
-            last = f"0 to {len(names) - 1}" if names else "0, 1, 2, …"
-            raise UserError(f"{place} has label {label}; labels are {last}")
-        own = row.get(columns.class_name)
-        return label, names[label] if names else checked_name(str(own or label), place)
-
-    return read
+def _split(row: Row, columns: Columns, where: str) -> str:
+    word = class_word(row.get(columns.split))
+    if word and word.casefold() not in SPLIT_WORDS:
+        raise UserError(f"{where} has the split {word[:80]!r}; splits are train, val, test")
+    return SPLIT_WORDS.get(word.casefold(), "")
 
 
 @lru_cache(maxsize=8)
@@ -151,7 +186,7 @@ def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
     if suffix not in readers:
         raise UserError(f"{path} is no table; its suffix must be one of {', '.join(readers)}")
     try:
-        rows = tuple(readers[suffix](path))
+        rows = tuple(_renamed(list(readers[suffix](path, columns)), columns))
     except (
         ValueError,
         OSError,
@@ -161,27 +196,64 @@ def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
         RecursionError,
     ) as error:
         raise UserError(f"{path} cannot be read as a table: {str(error)[:200]}") from None
-    if rows and columns.path not in rows[0]:
-        found = [str(key) for key in rows[0]]
+    found = list(dict.fromkeys(key for row in rows for key in row))
+    if rows and columns.path not in found:
         close = nearest(columns.path, found)
         hint = f"; did you mean {close!r}?" if close else ""
         raise UserError(f"{path} has no column {columns.path!r} (it has: {found}){hint}"[:500])
     return rows
 
 
-def _csv(path: Path) -> Iterable[Row]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    return list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter))
+def _renamed(rows: Sequence[Row], columns: Columns) -> Iterator[Row]:
+    """Yield rows whose columns have the manifest's names, blanks and case aside.
+
+    Raises:
+        ValueError: Two columns have one name.
+    """
+    keys = {key: str(key).strip() for row in rows for key in row}
+    wanted = set(columns.model_dump().values())
+    small = {name.casefold(): name for name in wanted - set(keys.values())}
+    names = {key: small.get(plain.casefold(), plain) for key, plain in keys.items()}
+    _refuse_twice(list(names.values()), columns)
+    for row in rows:
+        yield {names[key]: value for key, value in row.items()}
 
 
-def _json_lines(path: Path) -> Iterable[Row]:
+def _refuse_twice(names: Sequence[str], columns: Columns) -> None:
+    for name in columns.model_dump().values():
+        if names.count(name) > 1:
+            raise ValueError(f"two columns are called {name!r}")
+
+
+def _csv(path: Path, columns: Columns) -> Iterator[Row]:
+    text = read_text(path).lstrip("\n")
+    head, marks = text.partition("\n")[0], DELIMITERS[path.suffix.lower()]
+    mark = next((m for m in marks if columns.path.casefold() in _cells(head, m)), marks[0])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
+    header = next(reader, [])
+    _refuse_twice([name.strip() for name in header], columns)
+    for number, cells in enumerate(reader, start=1):
+        if any(cell.strip() for cell in cells[len(header) :]):
+            raise ValueError(
+                f"row {number} has {len(cells)} cells under {len(header)} columns; put quotes "
+                f"around a value that holds {mark!r}"
+            )
+        yield dict(zip(header, cells))
+
+
+def _cells(line: str, delimiter: str) -> set[str]:
+    cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    return {cell.strip().casefold() for cell in cells}
+
+
+def _json_lines(path: Path, columns: Columns) -> Iterable[Row]:
     rows = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is not a JSON object")
     return rows
 
 
-def _parquet(path: Path) -> Iterable[Row]:
+def _parquet(path: Path, columns: Columns) -> Iterable[Row]:
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(path).to_pylist()
