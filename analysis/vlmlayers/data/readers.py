@@ -12,15 +12,20 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 
 from vlmlayers.errors import UnreadableImage, UserError
 
 # Only formats whose decoders are in wide use: EPS, for one, would start another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO opens as JPEG
+_ALWAYS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO opens as JPEG
+FORMATS = (*_ALWAYS, "AVIF") if features.check("avif") else _ALWAYS
 LARGEST = 89_478_485  # pixels; Pillow's own bound for a warning, about 0.25 GiB as RGB
 # A long strip would explode when its short side is resized to a model's input.
 LONGEST = 256  # times the short side
+WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # of cameras and scanners
+DIMMEST = 16  # a picture in floating point whose brightest pixel is between 1 and this is none
+OVERSHOOT = 0.1  # of the range, by which resizing leaves it in floating point
+DARKEST = 64  # of 255: 14 bits of 16 stay below it
 _FAULTS = (
     OSError,
     SyntaxError,
@@ -43,8 +48,10 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
     """Decode an image file, or bytes, as upright RGB.
 
     The content decides the format, not the suffix. EXIF orientation is applied; of an animation
-    the first frame is taken; transparency is laid over white; 16-bit values are scaled to 8 bit
-    rather than clipped; CMYK is converted without a colour profile.
+    the first frame is taken; transparency is laid over white; CMYK is converted without a colour
+    profile. Grey values of more than 8 bits are scaled: white is the largest value of the smallest
+    of 8, 10, 12, 14 and 16 bits that holds the brightest pixel; floating-point values may also go
+    from 0 or -1 to 1.
 
     Args:
         source: Path of a file, or its bytes.
@@ -52,7 +59,8 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
 
     Raises:
         UserError: The file does not exist.
-        UnreadableImage: It is no image, truncated, empty, too large or too long.
+        UnreadableImage: It is no image, truncated, empty, too large or too long, or its values fit
+            no usual range.
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), name or "image", len(source))
@@ -76,9 +84,12 @@ def _decode(handle: BinaryIO, name: str, size: int) -> Image.Image:
     try:
         with Image.open(handle, formats=FORMATS) as image:
             _expect_size(image, name)
+            wide = _is_wide(image)
             image.load()
+            if wide:
+                _expect_high_bits(image, name)
             _turn_upright(image)
-            return _to_rgb(image)
+            return _to_rgb(image, name)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:
@@ -109,11 +120,26 @@ def _turn_upright(image: Image.Image) -> None:
         return
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _is_wide(image: ImageFile.ImageFile) -> bool:
+    """Return whether Pillow will cut colours of 16 bits down to their upper 8."""
+    modes = [tile[3] for tile in image.tile]
+    raw = [mode if isinstance(mode, str) else str((mode or ())[:1]) for mode in modes]
+    return not image.mode.startswith("I") and any(";16" in mode for mode in raw)
+
+
+def _expect_high_bits(image: Image.Image, name: str) -> None:
+    bands = [image.getchannel(band) for band in image.getbands() if band != "A"]
+    if max(int(np.asarray(band).max(initial=0)) for band in bands) < DARKEST:
+        raise UnreadableImage(
+            f"{name} has colours of 16 bits of which the upper ones are not used; convert it to 8"
+        )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB":
         return image.copy()
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bit(image)).convert("RGB")
+        return Image.fromarray(_eight_bit(image, name)).convert("RGB")
     if image.has_transparency_data:
         layer = image if image.mode == "RGBA" else image.convert("RGBA")
         ground = Image.new("RGB", layer.size, (255, 255, 255))
@@ -122,12 +148,33 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bit(image: Image.Image) -> NDArray[np.uint8]:
-    """Scale a grey image of 16 or 32 bit to 0..255; floats are taken as 0..1 or 0..255."""
+def _eight_bit(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    """Scale a grey image of more than 8 bits to 0..255; what is not a number becomes black.
+
+    Raises:
+        UnreadableImage: Its values fit no usual range.
+    """
     values = np.asarray(image).astype(np.float32)
-    if image.mode == "F":
-        np.nan_to_num(values, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
-        values *= 255 if values.max(initial=0.0) <= 1 else 1
-    else:
-        values /= 257  # 65535 is white
+    known = values[np.isfinite(values)]
+    low, high = float(known.min(initial=0)), float(known.max(initial=0))
+    found = _range(low, high, floating=image.mode == "F")
+    if found is None:
+        raise UnreadableImage(
+            f"{name} has values from {low:g} to {high:g}, no usual range; convert it to 8 bits"
+        )
+    black, white = found
+    np.nan_to_num(values, copy=False, nan=black, posinf=white, neginf=black)
+    values = (values - black) * (255 / (white - black))
     return np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)
+
+
+def _range(low: float, high: float, *, floating: bool) -> tuple[float, float] | None:
+    """Return what is black and what is white, None where values fit no usual range."""
+    if not floating:
+        return next(((0.0, white) for white in WHITES if low >= 0 and high <= white), None)
+    if high <= 1 + OVERSHOOT and -1 - OVERSHOOT <= low < -OVERSHOOT:
+        return -1.0, 1.0
+    white = next((white for white in (1, *WHITES) if high <= white * (1 + OVERSHOOT)), None)
+    if white is None or low < -white * OVERSHOOT or (white > 1 and high < DIMMEST):
+        return None
+    return 0.0, float(white)

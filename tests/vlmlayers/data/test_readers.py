@@ -14,12 +14,13 @@ import pytest
 from data_fixtures import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from vlmlayers.data.readers import LARGEST, LONGEST, open_image
 from vlmlayers.errors import UnreadableImage, UserError
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
+FORMATS += ["AVIF"] if features.check("avif") else []
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -69,6 +70,60 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     assert np.asarray(whole)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_wide_values_that_use_a_part_of_their_range_are_not_black(bits: int, format: str) -> None:
+    """As cameras, scanners and NumPy write them; white is white whatever the file could hold."""
+    white = 2**bits - 1
+    shares = np.array([[0, 0.25, 0.5, 1]])
+    values = np.rint(shares * white)
+    images = [Image.fromarray(values.astype(np.uint16))]
+    if format == "TIFF":
+        images += [Image.fromarray(values.astype(kind)) for kind in (np.int32, np.float32)]
+    for image in images:
+        pixels = np.asarray(open_image(encoded(image, format)))[0, :, 0]
+        np.testing.assert_allclose(pixels, shares[0] * 255, atol=0.5)
+
+
+def test_floats_around_zero_and_a_little_out_of_range() -> None:
+    signed = np.array([[-1, 0, 1]], dtype=np.float32)
+    pixels = np.asarray(open_image(encoded(Image.fromarray(signed), "TIFF")))
+    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+    resized = np.array([[-0.02, 0.5, 1.03]], dtype=np.float32)
+    pixels = np.asarray(open_image(encoded(Image.fromarray(resized), "TIFF")))
+    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[0, 100_000]], np.int32),
+        np.array([[-400, 900]], np.int32),
+        np.array([[0, 5]], np.float32),
+        np.array([[-40, 60]], np.float32),
+        np.array([[0, 1e9]], np.float32),
+    ],
+)
+def test_values_of_no_usual_range_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(UnreadableImage, match="no usual range; convert it to 8 bits"):
+        open_image(encoded(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_sixteen_bits(channels: int) -> None:
+    """Pillow keeps the upper eight; where nothing is in them the image would be black."""
+    eight = np.random.default_rng(0).integers(0, 256, (8, 8, channels))
+    if channels != 3:
+        eight[..., -1] = 255  # opaque
+    pixels = np.asarray(open_image(wide_png(eight * 257)))
+    np.testing.assert_array_equal(pixels[..., 0], eight[..., 0])
+    for bits in (8, 12, 14):
+        content = eight * 2 ** (bits - 8)
+        content[..., -1] = 65535 if channels != 3 else content[..., -1]
+        with pytest.raises(UnreadableImage, match="of which the upper ones are not used; convert"):
+            open_image(wide_png(content))
+
+
 def test_floats_are_shares_or_bytes_and_never_nan() -> None:
     shares = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
     image = open_image(encoded(Image.fromarray(shares), "TIFF"))
@@ -114,14 +169,25 @@ def test_first_frame_of_an_animation(format: str) -> None:
 # What is refused
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Return a part of a PNG file."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def wide_png(values: np.ndarray) -> bytes:
+    """Return a PNG of 16 bits for each of 2, 3 or 4 channels, which Pillow does not write."""
+    height, width, channels = values.shape
+    colours = {2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, colours, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
 def png_header(width: int, height: int) -> bytes:
     """Return a PNG that claims any size and holds almost nothing."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = zlib.compress(b"\0" * 1000)
     return (
