@@ -36,6 +36,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line, shortened."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def disk_trouble(error: OSError) -> str:
     """Return one line for an error of `DISK`: what cannot be read or written, why, what to do.
 

@@ -384,7 +384,7 @@ def weights(folder: Path) -> Target:
     import torch
     from safetensors.torch import save_file
 
-    from vlmlayers.models.checkpoints import load_checkpoint
+    from vlmlayers.models.checkpoints import load_checkpoint, read_checkpoint
 
     clip = tiny.build("clip")
     state = {key: value.clone() for key, value in clip.state_dict().items()}
@@ -394,7 +394,7 @@ def weights(folder: Path) -> Target:
     def read(data: bytes) -> None:
         path = folder / ("fuzz.pt" if data[:2] == b"PK" else "fuzz.safetensors")
         path.write_bytes(data)
-        load_checkpoint(clip, path)
+        load_checkpoint(clip, read_checkpoint(path))
 
     def damage(random: np.random.Generator, data: bytes) -> bytes:
         # The bulk is weights, whose values are anyone's; the damage goes where the structure is.

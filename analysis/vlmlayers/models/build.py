@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,14 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.factory import _set_model_device_and_precision
 from open_clip.model import CLIP, CustomTextCLIP, get_cast_dtype
+from timm.layers import to_2tuple
 from torch import nn
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, one_line
+from vlmlayers.models.devices import resolve_device, told_of_memory
 from vlmlayers.models.hf_offline import text_config_offline
 
+ImageSize = int | tuple[int, int]
 SEED = 0
 _BUILD_ERRORS = (
     TypeError,
@@ -60,18 +62,29 @@ def build_clip(
     *,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
+    image_size: ImageSize | None = None,
     seed: int = SEED,
 ) -> nn.Module:
     """Build an untrained model from an open_clip configuration.
 
     Values depend on `seed` only; the global random state is restored.
 
+    Args:
+        config: The configuration.
+        precision: Data type of the weights.
+        device: Where the model goes; see `resolve_device`.
+        image_size: Side, or height and width, of its images; the configuration's where None.
+        seed: Seed of the values.
+
     Raises:
-        UserError: The configuration has keys or values that open_clip does not take.
+        UserError: The configuration has keys or values that open_clip does not take, or the
+            device is none or has not enough memory.
     """
     settings: dict[str, Any] = copy.deepcopy(dict(config))
     custom = settings.pop("custom_text", False)
-    place = _device(device)
+    place = resolve_device(device)
+    if image_size is not None:
+        settings["vision_cfg"]["image_size"] = image_size
     with text_config_offline(settings) as hugging_face, _quiet():
         settings["vision_cfg"]["timm_model_pretrained"] = False
         kind: Any = CustomTextCLIP if custom or hugging_face else CLIP
@@ -82,27 +95,34 @@ def build_clip(
                 torch.manual_seed(seed)
                 clip = kind(**settings, cast_dtype=get_cast_dtype(precision))
                 _fill_decoder(clip)
+                _size_trunk(clip.visual)
         except _BUILD_ERRORS as error:
             raise UserError(
                 f"open_clip cannot build this configuration: {one_line(error)}"
             ) from error
     if place.type != "meta":
         timm = "timm_model_name" in settings["vision_cfg"]
-        try:
-            _set_model_device_and_precision(clip, place, precision, timm)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"cannot use device {str(device)!r}: {one_line(error)}") from error
+        with told_of_memory(place, "the weights do not fit; use another device or a smaller model"):
+            try:
+                _set_model_device_and_precision(clip, place, precision, timm)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(f"cannot use device {str(device)!r}: {one_line(error)}") from error
+            except AttributeError as error:  # a projection with a bias, which open_clip forgets
+                raise UserError(
+                    f"open_clip cannot keep this model in {precision}; load it in fp32: extraction "
+                    "and training have a precision of their own"
+                ) from error
     return clip.eval()
 
 
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
-            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one process per GPU
-        return found
-    except RuntimeError as error:
-        raise UserError(f"cannot use device {str(device)!r}; use 'cpu' or 'cuda'") from error
+def _size_trunk(visual: Any) -> None:
+    """Give a timm trunk the image size of its configuration, which open_clip leaves at timm's."""
+    embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    own = getattr(embed, "img_size", None)
+    if own is not None and tuple(own) != to_2tuple(visual.image_size):
+        visual.set_input_size(visual.image_size)
 
 
 def _fill_decoder(clip: nn.Module) -> None:
@@ -110,12 +130,6 @@ def _fill_decoder(clip: nn.Module) -> None:
     head = getattr(getattr(clip, "text_decoder", None), "text_projection", None)
     if head is not None:
         nn.init.normal_(head, std=head.shape[0] ** -0.5)
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line, shortened."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 @contextmanager

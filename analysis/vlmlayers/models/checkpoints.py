@@ -1,21 +1,50 @@
-"""Read checkpoints without running code from them, and say what does not fit."""
+"""Read checkpoints without running code from them, fit them to a model, and say what does not."""
 
 from __future__ import annotations
 
+import logging
 import pickle
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.factory import load_checkpoint as _open_clip_load
+from open_clip.convert import convert_state_dict
+from open_clip.model import (
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vlmlayers.errors import UserError
-from vlmlayers.models.build import one_line
+from vlmlayers.errors import UserError, one_line
+from vlmlayers.models.archives import is_archive, read_archive
 
+LOG = logging.getLogger("vlmlayers")
+# Names that open_clip, timm and Hugging Face save weights under, in the order they are looked for.
+NAMES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
+_POSITIONS = (
+    "visual.positional_embedding",
+    "positional_embedding",
+    "text.positional_embedding",
+    "visual.trunk.pos_embed",
+)
 _SHOWN = 3
 # What torch's reader raises on damaged files, as found by damaging some.
 BROKEN = (
@@ -32,8 +61,45 @@ BROKEN = (
 )
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read tensors from safetensors, or from a torch file that holds nothing but tensors.
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The tensors of a file by name.
+
+    Attributes:
+        path: The file.
+        state: What it holds, without what wraps it.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+
+    @property
+    def openai(self) -> bool:
+        """Whether these are OpenAI's own weights, which alone carry their sizes as tensors."""
+        return set(OPENAI_SIZES) <= set(self.state)
+
+
+def find_weights(folder: Path) -> Path:
+    """Return the file of a model folder that holds its weights.
+
+    Raises:
+        UserError: There is none, or several of which no name is known.
+    """
+    for name in NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
+    if len(found) == 1:
+        return found[0]
+    several = f" ({', '.join(file.name for file in found[:_SHOWN])}, …)" if found else ""
+    raise UserError(
+        f"{folder} holds {'several weights' if found else 'no weights'}{several}, none named "
+        f"{NAMES[0]} or {NAMES[2]}; name the file with --pretrained FILE (pretrained=)"
+    )
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read safetensors, a torch file of tensors alone, or a TorchScript archive.
 
     Raises:
         UserError: The file is missing, broken, or would have to run code to be read.
@@ -42,8 +108,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            found = load_file(path)
+        elif is_archive(path):
+            found = read_archive(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
     except pickle.UnpicklingError as error:
@@ -51,31 +120,76 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"checkpoint {path} holds more than tensors and is not unpickled; save its state dict "
             "as safetensors"
         ) from error
-    except BROKEN as error:
+    except (*BROKEN, zipfile.BadZipFile) as error:
         raise UserError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"checkpoint {path} holds no state dict of tensors")
     if not state:
         raise UserError(f"checkpoint {path} holds no tensors")
-    return state
+    return Checkpoint(path, {str(key).removeprefix("module."): v for key, v in state.items()})
 
 
-def load_checkpoint(clip: nn.Module, path: Path) -> None:
-    """Load weights into a model; every key and shape has to fit.
+def load_checkpoint(clip: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load weights into a model, the same way for every model.
+
+    Other layouts (older, Apple, without a text tower of its own) are converted and position
+    embeddings resized as open_clip does; then every key and shape has to fit.
 
     Raises:
         UserError: Names the first keys that are missing, unexpected or of another shape.
     """
-    state = read_state(path)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = dict(checkpoint.state)
     try:
-        if set(state) == set(clip.state_dict()):
-            clip.load_state_dict(state, strict=True)
-        else:  # other layouts (older, timm, Apple, big_vision) are converted by open_clip
-            _open_clip_load(clip, str(path), strict=True, weights_only=True)
-    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise UserError(f"checkpoint {path} does not fit: {_misfit(clip, state, error)}") from error
+        state = _converted(clip, state)
+        resized = _resize_positions(clip, state)
+        clip.load_state_dict(state, strict=True)
+    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError, AssertionError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint.path} does not fit: {_misfit(clip, state, error)}"
+        ) from error
+    for key, (old, new) in resized.items():
+        LOG.warning("%s: %s resized from %d to %d positions", checkpoint.path, key, old, new)
+
+
+def _converted(clip: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state under the names of open_clip's current layout.
+
+    Reference: `open_clip.factory.load_checkpoint`, whose steps these are.
+    """
+    state = convert_state_dict(clip, state)
+    if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for key in ("logit_scale", "logit_bias"):  # a number, or one number in a list
+        if key in state and getattr(clip, key, None) is not None:
+            state[key] = state[key].reshape(getattr(clip, key).shape)
+    if getattr(clip, "logit_bias", None) is not None and "logit_bias" not in state:
+        state["logit_bias"] = torch.zeros_like(clip.logit_bias)
+    own = set(clip.state_dict())
+    # Masks, tables of positions and sizes that some files hold and models make by themselves.
+    made = {*OPENAI_SIZES, "text.transformer.embeddings.position_ids"}
+    made |= {name for name, _ in clip.named_buffers()}
+    return {
+        key: value
+        for key, value in state.items()
+        if key in own or not (key in made or key.endswith("attn_mask"))
+    }
+
+
+def _resize_positions(clip: Any, state: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Resize position embeddings in place; return old and new length of those that changed."""
+    before = {key: state[key].shape[-2] for key in _POSITIONS if key in state}
+    state |= {key: state[key].float() for key in before}  # half cannot be interpolated on a CPU
+    resize_pos_embed(state, clip)
+    resize_text_pos_embed(state, clip)
+    timm = "visual.trunk.pos_embed"
+    trunk: Any = getattr(clip.visual, "trunk", None)
+    if timm in state and state[timm].shape != trunk.pos_embed.shape:
+        grid = trunk.patch_embed.grid_size
+        special = trunk.pos_embed.shape[1] - grid[0] * grid[1]
+        state[timm] = resample_abs_pos_embed(state[timm], grid, num_prefix_tokens=special)
+    after = {key: state[key].shape[-2] for key in before}
+    return {key: (old, after[key]) for key, old in before.items() if old != after[key]}
 
 
 def _misfit(clip: nn.Module, state: Mapping[str, Tensor], error: Exception) -> str:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import Moments
-from vlmlayers.models.load import VLM
+from vlmlayers.models.devices import resolve_precision, told_of_memory
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
+from vlmlayers.models.vlm import VLM
 from vlmlayers.models.work import autocast
 
 IMAGES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
@@ -149,8 +150,10 @@ def measure_costs(
             ]
         )
     )
-    batch = batch.to(model.device, next(model.clip.parameters()).dtype)
-    with recorder, autocast(model.device, precision):
+    batch = batch.to(model.device, model.input_dtype)
+    advice = f"lower batch_size ({batch_size}; --batch-size), or take another device"
+    precision = resolve_precision(precision, model.device)
+    with told_of_memory(model.device, advice), recorder, autocast(model.device, precision):
         features = recorder(batch)
         forward = min(_timed(lambda: recorder(batch))[1] for _ in range(repeats))
     rows = np.concatenate([x for by in features.values() for x in by.values()], axis=1)

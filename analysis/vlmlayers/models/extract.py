@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
-from vlmlayers.models.load import VLM
+from vlmlayers.models.devices import resolve_precision
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.recording import Recorder
+from vlmlayers.models.vlm import VLM
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.positions import TOWERS
 
@@ -51,7 +53,8 @@ def extract(
         pooling: One pooling for both towers, one per tower, or None for each tower's own.
         batch_size: Items per forward pass; part of the store's identity, as it fixes rounding.
         workers: Decoding processes.
-        precision: `fp32`, or autocast to `bf16` or `fp16`. Features are float32 in each case.
+        precision: `fp32`, or autocast to `bf16` or `fp16`; `auto` takes what suits the device.
+            Features are float32 in each case.
         out: Folder of the feature store; extraction resumes there. None keeps all in memory.
         text: `prompts` (one per class) or `captions` (all of each image, with pairs).
         template: Prompt with `{}` for the class name; the manifest's common one where None.
@@ -94,6 +97,8 @@ def prepare(
 
     Errors are those of `extract`.
     """
+    precision = resolve_precision(options.precision, model.device)
+    options = replace(options, precision=precision)
     items = _items(manifest, split, options)
     names = tuple(manifest.class_names(options.place))
     texts = _texts(manifest, items, names, options)

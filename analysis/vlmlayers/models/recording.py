@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.models.modes import eval_mode
 from vlmlayers.models.towers import Tower, refuse_compiled
 from vlmlayers.positions import EMBED, FINAL, PROJ, SPACES, sort_key
 
@@ -28,8 +29,8 @@ class HookDidNotFire(UserError):
 def block_outputs(tower: Tower, look: Any) -> Iterator[None]:
     """Call `look(position, tensor)` for the input of block 1 and each block's output.
 
-    The hooks return nothing, so the forward pass is unchanged, and they are removed on every way
-    out, also on Ctrl-C.
+    The hooks return nothing, so the forward pass is that of the model in eval mode. They are
+    removed, and modes restored, on every way out, also on Ctrl-C.
     """
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -47,7 +48,8 @@ def block_outputs(tower: Tower, look: Any) -> Iterator[None]:
         handles.append(first.register_forward_pre_hook(before, with_kwargs=True))
         for number, block in enumerate(tower.blocks, start=1):
             handles.append(block.register_forward_hook(after(str(number))))
-        yield
+        with eval_mode(tower.model):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -30,11 +30,11 @@ from vlmlayers.files import atomically, take_lock, writing
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.decoding import batches_of, told_of_dead_workers
 from vlmlayers.models.extract import prepare, refuse_hooks
-from vlmlayers.models.load import VLM
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features
 from vlmlayers.models.reduce import merge_over_processes
+from vlmlayers.models.vlm import VLM
 from vlmlayers.models.work import Work, refuse_not_finite
 from vlmlayers.progress import bar
 from vlmlayers.scores.sums import DatasetSums, StreamingScores

@@ -11,8 +11,7 @@ from typing import Any
 import open_clip
 from torch import Tensor
 
-from vlmlayers.errors import UserError
-from vlmlayers.models.build import one_line
+from vlmlayers.errors import UserError, one_line
 
 
 def make_tokenizer(text: Mapping[str, Any], folder: Path | None = None) -> Any:

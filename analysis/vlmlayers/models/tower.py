@@ -47,6 +47,7 @@ class Tower:
         valid: Text only: token ids to the mask of tokens that `mean` covers, (item, token).
         cut: Text only: drops columns that no pooled token can see.
         example: Batch size to a model input of that size.
+        model: The model that the tower is part of.
         batch_axis: Axis of a block's output that counts items; found by probing.
         widths: Position to width, found by probing.
     """
@@ -75,6 +76,7 @@ class Tower:
     cut: Apply = same
     batch_axis: int | None = None
     widths: dict[str, int] = field(default_factory=dict)
+    model: nn.Module = field(init=False, repr=False)
 
     @property
     def depth(self) -> int:

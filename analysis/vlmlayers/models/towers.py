@@ -38,6 +38,12 @@ def find_towers(clip: nn.Module) -> dict[str, Tower]:
 def find_vision(clip: nn.Module) -> Tower:
     """Find the vision tower of an open_clip model."""
     refuse_compiled(clip)
+    tower = _vision(clip)
+    tower.model = clip
+    return tower
+
+
+def _vision(clip: nn.Module) -> Tower:
     visual = getattr(clip, "visual", None)
     run = _encoder(clip, "encode_image")
     if isinstance(visual, VisionTransformer):
@@ -55,6 +61,12 @@ def find_vision(clip: nn.Module) -> Tower:
 def find_text(clip: nn.Module) -> Tower:
     """Find the text tower of an open_clip model."""
     refuse_compiled(clip)
+    tower = _text(clip)
+    tower.model = clip
+    return tower
+
+
+def _text(clip: nn.Module) -> Tower:
     text = getattr(clip, "text", None)
     if isinstance(text, HFTextEncoder):
         return _hugging_face(text, _encoder(clip, "encode_text"))
@@ -95,12 +107,14 @@ def _encoder(clip: nn.Module, method: str) -> Apply:
     return run
 
 
-def _images(visual: nn.Module, parameter: nn.Parameter) -> Callable[[int], Tensor]:
+def _images(visual: nn.Module) -> Callable[[int], Tensor]:
     size: Any = visual.image_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
+    # In half precision norms and embeddings stay float32; images meet a product first.
+    first = next(m.weight for m in visual.modules() if isinstance(m, nn.Conv2d | nn.Linear))
 
     def example(batch: int) -> Tensor:
-        return torch.zeros(batch, 3, height, width, dtype=parameter.dtype, device=parameter.device)
+        return torch.zeros(batch, 3, height, width, dtype=first.dtype, device=first.device)
 
     return example
 
@@ -122,7 +136,7 @@ def _open_clip_vit(visual: VisionTransformer, run: Apply) -> Tower:
         blocks=list(visual.transformer.resblocks),
         width=visual.transformer.width,
         pooling={"tok": "cls", "avg": "mean"}.get(visual.pool_type, "model"),
-        example=_images(visual, visual.class_embedding),
+        example=_images(visual),
         project=_matrix(visual.proj),
     )
     if visual.attn_pool is None:
@@ -173,7 +187,7 @@ def _modified_resnet(visual: ModifiedResNet, run: Apply) -> Tower:
         attend=visual.attnpool,
         attend_raw=True,
         pool_note="attention pool",
-        example=_images(visual, visual.conv1.weight),
+        example=_images(visual),
     )
 
 
@@ -199,7 +213,7 @@ def _timm_blocks(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
         norm=trunk.norm,
         norm_after=trunk.fc_norm,
         project=lambda x: visual.head(trunk.head(x)),
-        example=_images(visual, next(trunk.parameters())),
+        example=_images(visual),
     )
     if tower.pooling == "model":
         tower.attend = trunk.pool
@@ -237,7 +251,7 @@ def _timm_stages(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
         pool_note="the trunk's own head",
         project=lambda x: visual.head(trunk.get_classifier()(x)),
         layout="nhwc" if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else "nchw",
-        example=_images(visual, next(trunk.parameters())),
+        example=_images(visual),
     )
 
 

@@ -17,11 +17,12 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
 from vlmlayers.models.decoding import Unreadable, batches_of, decode, told_of_dead_workers
-from vlmlayers.models.load import VLM
+from vlmlayers.models.devices import told_of_memory
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features, Recorder
 from vlmlayers.models.sink import MemorySink, Sink
+from vlmlayers.models.vlm import VLM
 from vlmlayers.progress import bar
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -189,12 +190,11 @@ class Work:
 
     def record(self, recorder: Recorder, batch: Tensor) -> Features:
         """Return the features of one batch of images or token ids."""
-        device = self.model.device
-        batch = batch.to(device, non_blocking=True)
-        if batch.is_floating_point():
-            batch = batch.to(next(self.model.clip.parameters()).dtype)
-        with autocast(device, self.options.precision):
-            return recorder(batch)
+        device, size = self.model.device, self.options.batch_size
+        kind = self.model.input_dtype if batch.is_floating_point() else None
+        advice = f"lower batch_size ({size}; --batch-size), or take another device"
+        with told_of_memory(device, advice), autocast(device, self.options.precision):
+            return recorder(batch.to(device, kind, non_blocking=True))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

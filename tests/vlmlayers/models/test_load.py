@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from vlmlayers.errors import UserError
-from vlmlayers.models import list_models, load, load_model
+from vlmlayers.models import list_models, load, load_model, vlm
 from vlmlayers.models.build import build_clip
-from vlmlayers.models.load import hash_weights
+from vlmlayers.models.preprocessing import refuse_quickgelu_mismatch
 from vlmlayers.models.tokenizers import HubTokenizer
+from vlmlayers.models.vlm import hash_weights
 
 CONFIG = tiny.config(text={"vocab_size": 49408})  # as many as open_clip's tokenizer has
 tiny.FAMILIES["loaded"] = CONFIG
@@ -111,9 +112,9 @@ def test_every_random_weight_is_finite():
 
 
 def test_random_weights_have_to_be_asked_for(folder):
-    with pytest.raises(UserError, match="exactly one of a pretrained tag, a checkpoint"):
+    with pytest.raises(UserError, match="needs a pretrained tag, a file of weights, or random"):
         load_model("ViT-B-32")
-    with pytest.raises(UserError, match="either checkpoint=, a safetensors file, or random"):
+    with pytest.raises(UserError, match="needs a file of weights or random_weights=True"):
         load_model("local", config=folder / "open_clip_config.json")
     model = load_model(str(folder), random_weights=True)
     assert (model.random_weights, model.weights) == (True, "random")
@@ -136,8 +137,8 @@ def test_hash_sees_names_types_shapes_and_single_bits():
 
 def test_the_hash_of_a_model_is_kept_until_its_weights_change(monkeypatch):
     model, calls = tiny.model(), []
-    real = load.hash_weights
-    monkeypatch.setattr(load, "hash_weights", lambda state: calls.append(1) or real(state))
+    real = vlm.hash_weights
+    monkeypatch.setattr(vlm, "hash_weights", lambda state: calls.append(1) or real(state))
     first = model.weights_hash
     assert (model.weights_hash, len(calls)) == (first, 1)
     with torch.no_grad():
@@ -173,7 +174,7 @@ def test_quickgelu_mismatch_is_an_error(name, tag, right):
     base = name.removesuffix("-quickgelu")
     tag_config = open_clip.get_pretrained_cfg(name, tag) or open_clip.get_pretrained_cfg(base, tag)
     with pytest.raises(UserError, match=f"QuickGELU mismatch.*use '{right}'"):
-        load.refuse_quickgelu_mismatch(name, tag, config, tag_config)
+        refuse_quickgelu_mismatch(name, tag, config, tag_config)
     if tag in open_clip.list_pretrained_tags_by_model(name):
         with pytest.raises(UserError, match="QuickGELU mismatch"):
             load_model(name, tag)
@@ -185,7 +186,7 @@ def test_no_tag_that_fits_its_architecture_is_refused():
         config, weights = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, tag)
         differs = config.get("quick_gelu", False) != weights.get("quick_gelu", False)
         try:
-            load.refuse_quickgelu_mismatch(name, tag, config, weights)
+            refuse_quickgelu_mismatch(name, tag, config, weights)
             refused = False
         except UserError:
             refused = True
@@ -197,7 +198,7 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(load.open_clip, "download_pretrained", offline)
-    with pytest.raises(UserError, match="cannot be downloaded .no route to host.; give checkpoint"):
+    with pytest.raises(UserError, match="be downloaded .no route to host.; give a local file"):
         load_model("ViT-B-32", "laion2b_s34b_b79k")
 
 
@@ -290,7 +291,7 @@ def test_a_folder_without_weights_and_a_missing_mini_clip(folder, monkeypatch):
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     assert load_model(str(folder)).weights == "one.safetensors"
     (folder / "one.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no model.safetensors"):
+    with pytest.raises(UserError, match="holds no weights, none named open_clip_model.safetensors"):
         load_model(str(folder))
     monkeypatch.setattr(load, "MINI_FOLDER", folder / "nowhere")
     with pytest.raises(UserError, match="mini-clip is not part of this installation"):

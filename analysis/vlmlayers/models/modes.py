@@ -1,0 +1,37 @@
+"""A model at rest for the length of a pass, and afterwards as its owner left it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode, then give every module the mode back that it had."""
+    before = {module: module.training for module in model.modules()}
+    if any(before.values()):
+        model.eval()
+    try:
+        yield
+    finally:
+        if any(before.values()):
+            model.train(before[model])  # as a whole, for modules that do more than keep the flag
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode and without gradients, then give both back as they were."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with eval_mode(model):
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)

@@ -1,0 +1,116 @@
+"""A loaded model: the open_clip module, its preprocessing, tokenizer, towers and hash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmlayers.models.towers import Tower, find_towers, unwrap_compiled
+
+
+@dataclass(eq=False)
+class VLM:
+    """A loaded model and what is needed to feed it.
+
+    Attributes:
+        clip: The open_clip model. That of `load_model` is in eval mode and without gradients;
+            one that was wrapped is as its owner left it, and every pass restores that.
+        preprocess: Evaluation transform, PIL image → (3, height, width).
+        preprocess_train: Training transform.
+        tokenizer: Texts → (text, context) token ids.
+        name: Architecture, as asked for.
+        weights: Pretrained tag, checkpoint file name, or `random`.
+        random_weights: Whether nothing was loaded.
+        precision: Data type of the weights.
+        preprocess_config: What the evaluation transform does; part of the cache's identity.
+        towers: `{"vision": Tower, "text": Tower}`.
+        adapter_hash: Hash of an adapter that is attached for good; part of `weights_hash`.
+    """
+
+    clip: nn.Module
+    preprocess: Callable[[Any], Tensor]
+    preprocess_train: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    name: str
+    weights: str
+    random_weights: bool = False
+    precision: str = "fp32"
+    preprocess_config: Mapping[str, Any] = field(default_factory=dict)
+    towers: dict[str, Tower] = field(init=False)
+    adapter_hash: str = field(default="", init=False)
+    _hash: tuple[Any, str] | None = field(default=None, init=False, repr=False)
+    _held: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.clip = unwrap_compiled(self.clip)
+        self.towers = find_towers(self.clip)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the weights are on."""
+        return next(self.clip.parameters()).device
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Data type of the images that the model takes."""
+        return self.towers["vision"].example(0).dtype
+
+    @property
+    def image_size(self) -> int:
+        """Longer side of the input image in pixels."""
+        size: Any = self.clip.visual.image_size  # type: ignore[union-attr]
+        return int(size if isinstance(size, int) else max(size))
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 over names, types, shapes and bytes of all weights.
+
+        Computed once, and again after weights were changed in place or replaced.
+        """
+        state = self.clip.state_dict()
+        stamp = tuple(
+            (key, value.data_ptr(), 0 if value.is_inference() else value._version)
+            for key, value in state.items()
+        )
+        if self._hash is None or self._hash[0] != stamp:
+            self._hash = (stamp, hash_weights(state))
+        if self.adapter_hash:
+            return sha256(f"{self._hash[1]} {self.adapter_hash}".encode()).hexdigest()
+        return self._hash[1]
+
+    def adapt(self, attached: AbstractContextManager[Any], words: str, digest: str) -> None:
+        """Attach an adapter for as long as this object lives, and say so in weights and hash.
+
+        Args:
+            attached: Context in which the adapter is attached.
+            words: What it is, for the name of the weights; untrained weights keep theirs.
+            digest: Hash of its parameters.
+        """
+        held = ExitStack()
+        held.enter_context(attached)  # fails where an adapter is attached already
+        self._held = held
+        self.adapter_hash = digest
+        self.weights = self.weights if self.random_weights else f"{self.weights} + {words}"
+
+    def __repr__(self) -> str:
+        vision, text = self.towers["vision"], self.towers["text"]
+        return (
+            f"VLM({self.name}, weights={self.weights}, vision: {vision.depth} {vision.kind} of "
+            f"width {vision.width}, text: {text.depth} of width {text.width}, {self.device})"
+        )
+
+
+def hash_weights(state: Mapping[str, Tensor]) -> str:
+    """Return SHA-256 over names, types, shapes and bytes of a state dict."""
+    digest = sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

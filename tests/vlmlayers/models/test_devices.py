@@ -1,0 +1,207 @@
+"""Precision, device, memory, and the mode of a model that belongs to somebody else."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from vlmlayers.errors import UserError
+from vlmlayers.models import Recorder, estimate, extract, load_model, stream, wrap_model
+from vlmlayers.models.devices import (
+    free_memory,
+    resolve_device,
+    resolve_precision,
+    told_of_memory,
+)
+from vlmlayers.models.modes import at_rest
+
+DATA = tiny.DrawnManifest(count=6)
+WORDS = {"vocab_size": 49408}
+
+
+def wrapped(clip, name="mine"):
+    return wrap_model(clip, tiny.preprocess, tiny.tokenizer, name=name, weights="step 100")
+
+
+def proj(features):
+    return [tower.arrays["joint"]["proj"] for tower in (features.vision, features.text)]
+
+
+# A model that is wrapped stays its owner's
+
+
+def in_training(family):
+    clip = tiny.build(family).train()
+    clip.visual.eval()
+    next(clip.visual.children()).train()
+    for number, parameter in enumerate(clip.parameters()):
+        parameter.requires_grad_(number % 3 > 0)
+    return clip
+
+
+def looks(clip):
+    modes = [module.training for module in clip.modules()]
+    grads = [parameter.requires_grad for parameter in clip.parameters()]
+    return modes, grads, [buffer.clone().tolist() for buffer in clip.buffers()]
+
+
+@pytest.mark.parametrize("family", ["clip", "resnet", "timm convnext"])
+def test_a_wrapped_model_stays_as_it_was(family):
+    clip = in_training(family)
+    before = looks(clip)
+    model = wrapped(clip)
+    assert looks(clip) == before
+    if family == "resnet":  # 64 pixels
+        model.preprocess = lambda image: tiny.preprocess(image.resize((64, 64)))
+    if family == "timm convnext":
+        model.preprocess = lambda image: tiny.preprocess(image.resize((160, 160)))
+    features = extract(model, DATA, "train", progress=False)
+    assert looks(clip) == before
+    stream(model, DATA, "train", progress=False)
+    assert looks(clip) == before
+    estimate(model, [(DATA, DATA.items("train"))])
+    assert looks(clip) == before
+    expected = tiny.model(family)
+    expected.preprocess = model.preprocess
+    for found, right in zip(proj(features), proj(extract(expected, DATA, "train", progress=False))):
+        np.testing.assert_allclose(found, right, atol=1e-5)
+
+
+def test_dropout_does_not_reach_the_features():
+    clip = tiny.build("clip").train()
+    clip.visual.patch_dropout = torch.nn.Dropout(0.5)
+    model = wrapped(clip)
+    first, second = (extract(model, DATA, "train", progress=False) for _ in "ab")
+    np.testing.assert_array_equal(proj(first)[0], proj(second)[0])
+    assert clip.visual.patch_dropout.training
+
+
+def test_modes_come_back_after_an_error():
+    clip = tiny.build("clip").train()
+    with pytest.raises(KeyboardInterrupt), Recorder(wrapped(clip).towers["vision"]):
+        assert not clip.training
+        raise KeyboardInterrupt
+    assert all(module.training for module in clip.modules())
+    with pytest.raises(ValueError), at_rest(clip):
+        assert not any(parameter.requires_grad for parameter in clip.parameters())
+        raise ValueError
+    assert clip.training and all(parameter.requires_grad for parameter in clip.parameters())
+
+
+def test_a_loaded_model_is_frozen_and_in_eval_mode():
+    model = load_model("mini-clip", random_weights=True)
+    assert not any(module.training for module in model.clip.modules())
+    assert not any(parameter.requires_grad for parameter in model.clip.parameters())
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["clip", "eos", "resnet", "timm vit map", "timm eva"])
+def test_half_precision_weights_are_extracted_on_a_cpu(tmp_path, family, precision):
+    config = tiny.FAMILIES[family]
+    config = {**config, "text_cfg": {**config["text_cfg"], **WORDS}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    asked = {"config": tmp_path / "c.json", "random_weights": True}
+    full = load_model("local", **asked)
+    half = load_model("local", **asked, precision=precision)
+    assert half.precision == precision
+    assert half.input_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert wrapped(half.clip).precision == precision
+    pairs = zip(*(proj(extract(m, DATA, "train", progress=False)) for m in (half, full)))
+    for found, right in pairs:
+        assert found.dtype == np.float32
+        assert np.abs(found - right).max() < {"bf16": 0.05, "fp16": 0.005}[precision] * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("custom text", "open_clip cannot keep this model in bf16; load it in fp32"),
+        ("coca", "cannot compute in bf16 on cpu .*; load it in fp32"),
+    ],
+)
+def test_models_that_cannot_be_halved_are_refused(tmp_path, family, expected):
+    config = tiny.FAMILIES[family]
+    config = {**config, "text_cfg": {**config["text_cfg"], **WORDS}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=expected):
+        load_model("local", config=tmp_path / "c.json", random_weights=True, precision="bf16")
+
+
+# Devices
+
+
+def test_auto_is_resolved_once_and_recorded(monkeypatch):
+    features = extract(tiny.model(), DATA, "train", precision="auto", progress=False)
+    assert features.identity["precision"] == "fp32"
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 3)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert chosen[-1] == torch.device("cuda", 1)
+    hardware = []
+
+    def supported(including_emulation=True):
+        return including_emulation or bool(hardware)
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert resolve_precision("auto", torch.device("cuda", 0)) == "fp16"
+    hardware.append("a recent one")
+    assert resolve_precision("auto", torch.device("cuda", 0)) == "bf16"
+    assert resolve_precision("fp16", torch.device("cpu")) == "fp16"
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    def missing(device):
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", missing)
+    with pytest.raises(UserError, match="cannot use device 'cuda:9' .invalid device ordinal"):
+        resolve_device("cuda:9")
+
+
+def test_what_torch_keeps_for_later_counts_as_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 30)
+    assert free_memory(torch.device("cuda", 0)) == 6 << 30
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12 bytes"),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("run", [extract, stream])
+def test_out_of_memory_is_one_line_that_names_the_batch_size(error, run):
+    model = tiny.model()
+    handle = []
+
+    def full(*_):
+        raise error
+
+    def grow(recorder_batch):
+        handle.append(model.clip.visual.transformer.register_forward_pre_hook(full))
+        return tiny.preprocess(recorder_batch)
+
+    model.preprocess = grow  # the first batch is decoded after the model was probed
+    with pytest.raises(UserError, match=r"cpu is out of memory: lower batch_size \(5; --batch"):
+        run(model, DATA, "train", batch_size=5, progress=False)
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="something else"), told_of_memory("cpu", "…"):
+        raise RuntimeError("something else")
