@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,9 @@ class Backbone:
     Where either tower cannot be taken apart, both run whole, and only methods that can be attached
     by hooks act on it.
 
+    A CLIP whose weights are in half precision is copied into single precision, in which residual
+    stream and trainable parameters are kept; how fast it multiplies is autocast's concern.
+
     Args:
         clip: The CLIP.
         savings: What is skipped because it changes nothing; all of it where None.
@@ -36,8 +40,8 @@ class Backbone:
     def __init__(
         self, clip: nn.Module, savings: Savings | None = None, tokenizer: Any = None
     ) -> None:
-        self.clip, self.savings, self.tokenizer = clip, savings or Savings(), tokenizer
-        towers = backbone_towers(clip)
+        self.clip, self.savings, self.tokenizer = _single(clip), savings or Savings(), tokenizer
+        towers = backbone_towers(self.clip)
         options = {name: getattr(self.savings, name) for name in ("last_token", "fused", "onednn")}
         self.vision = Walk(towers["vision"], **options)
         self.text = Walk(towers["text"], cut=self.savings.cut_prompts, **options)
@@ -97,6 +101,11 @@ class Backbone:
             for name, state in (("vision", images), ("text", prompts))
         )
         return scaled_cosines(self.clip, *features)
+
+
+def _single(clip: nn.Module) -> nn.Module:
+    half = (torch.float16, torch.bfloat16)
+    return deepcopy(clip).float() if any(p.dtype in half for p in clip.parameters()) else clip
 
 
 def climb(

@@ -111,6 +111,8 @@ class Walk:
         try:
             walked = self.finish(self.advance(self.enter(inputs), 2))
             expected = self.tower.run(inputs)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the tower
         except (RuntimeError, TypeError, IndexError, AttributeError):
             return False  # a forward that cannot be taken apart runs whole
         error = (walked - expected).norm() / expected.norm().clamp_min(1e-12)
@@ -174,8 +176,8 @@ class Walk:
             return self.head(x, rows)
         state = self.advance(state, tower.depth, method)
         assert state.x is not None
-        x = self._block(tower.depth, state.x, state, method, rows)[:, 0]
-        return tower.project(tower.norm_after(tower.norm(x)))
+        x = self._block(tower.depth, state.x, state, method, rows)
+        return self.head(x, torch.zeros_like(rows))
 
     def _rows(self, inputs: Tensor, length: int) -> Tensor | None:
         """Return the index of the pooled token of each item, or None where all tokens count."""
@@ -241,19 +243,21 @@ class Walk:
     def head(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Return the joint embedding of the last block's output, (item, joint).
 
+        In single precision also under autocast: it is one product of one token, and its rounding
+        would hide what a small step changed.
+
         Args:
             x: (item, token, width).
             rows: Index of the pooled token of each item; None pools as the tower does.
         """
         tower = self.tower
-        x = tower.norm(tower.tokens(x))  # (item, token, width)
-        if rows is not None:
-            pooled = x[torch.arange(len(x), device=x.device), rows]
-        elif tower.attend is not None:
-            pooled = tower.attend(x)
-        else:
-            pooled = x[:, tower.prefix :].mean(1)
-        return tower.project(tower.norm_after(pooled))
+        with torch.autocast(x.device.type, enabled=False):
+            x = tower.tokens(x)  # (item, token, width)
+            if rows is not None:
+                return tower.project(tower.norm_after(tower.norm(at(x, rows)[:, 0])))
+            x = tower.norm(x)
+            pooled = tower.attend(x) if tower.attend is not None else x[:, tower.prefix :].mean(1)
+            return tower.project(tower.norm_after(pooled))
 
 
 def at(x: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
-from vlmadapters.device import precision_of
+from vlmadapters.device import memory_errors, precision_of
 from vlmadapters.methods.base import Method
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
@@ -91,9 +91,8 @@ class Evaluator:
         Under `torchrun` every process predicts its share and gets the labels of all.
 
         Raises:
-            UserError: A model gives features that are not numbers.
+            UserError: Features are not numbers, or the device runs out of memory.
         """
-        found: list[list[Labels]] = [[] for _ in cases]
         mine = processes.share(items)
         total = math.ceil(len(mine) / self.batch_size)
         batches = track(
@@ -105,12 +104,20 @@ class Evaluator:
         )
         for case in cases:
             case.method.eval()
+        advice = f"lower the batch size of the test ({self.batch_size}) or use fewer classes"
+        with memory_errors(self.model.device, advice):
+            return self._predict(batches, len(items), cases)
+
+    def _predict(
+        self, batches: Iterable[Tensor], items: int, cases: Sequence[Case]
+    ) -> list[Labels]:
+        found: list[list[Labels]] = [[] for _ in cases]
         texts = [self.class_features(case.method, case.task) for case in cases]
         for batch in batches:
             for index, labels in enumerate(self._batch(batch, cases, texts)):
                 found[index].append(labels)
         joined = [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in found]
-        return [processes.gathered(labels, len(items), self.model.device) for labels in joined]
+        return [processes.gathered(labels, items, self.model.device) for labels in joined]
 
     @torch.no_grad()
     def _batch(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vlmadapters.device import local_device
 from vlmlayers.errors import UserError
 
 
@@ -30,7 +31,11 @@ def process_group() -> Iterator[tuple[int, int]]:
     if not launched():
         yield 0, 1
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"  # the model may be on either
+        torch.cuda.set_device(torch.device(local_device()))
+    dist.init_process_group(backend)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

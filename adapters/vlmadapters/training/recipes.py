@@ -11,6 +11,7 @@ from typing import Any
 
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.images import Augmentation
+from vlmadapters.device import PRECISIONS
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError, check_one_of
@@ -18,7 +19,6 @@ from vlmlayers.errors import UserError, check_one_of
 # Blocks per tower of ViT-B/16, the backbone of the published recipes.
 PUBLISHED_DEPTHS = {"vision": 12, "text": 12}
 SHIPPED = Path(__file__).with_name("recipe_files")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step", "constant")
 # Whether a number is whole, the least and the largest value.
@@ -67,8 +67,8 @@ class TrainConfig:
         drop_last: Leave out an epoch's last batch where it is smaller than the others.
         shots: Items per class.
         template: Prompt around each class name.
-        precision: `fp32`, autocast to `bf16` or `fp16` (with loss scaling), or `auto`: fp32 on
-            CPU and bf16 on a GPU that has it.
+        precision: `fp32`, autocast to `bf16` or `fp16` (with loss scaling), or `auto`: fp32 on a
+            CPU and fp16 on a GPU. Residual stream, logits and loss stay in single precision.
         crop_scale: Range of the random crop's share of the area.
         crop_ratio: Range of its aspect ratio.
         flip: Chance of a horizontal flip.

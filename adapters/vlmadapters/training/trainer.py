@@ -22,7 +22,7 @@ from vlmadapters.clip.frozen import VIEW_BYTES, Backbone, ViewCache
 from vlmadapters.clip.walk import State
 from vlmadapters.data.images import Images, epoch_batches
 from vlmadapters.data.task import Task
-from vlmadapters.device import precision_of
+from vlmadapters.device import memory_errors, precision_of
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import FitData, Method, Step
 from vlmadapters.methods.config import MethodConfig
@@ -169,8 +169,16 @@ class Trainer:
         """Train to the end and return one result per method.
 
         Raises:
-            UserError: A loss is not a number, or the training does not fit into memory.
+            UserError: A loss is not a number, or the device runs out of memory.
         """
+        advice = (
+            f"lower batch_size ({self.train.batch_size}), adapt later blocks, use fewer classes or "
+            f"train fewer together ({len(self.runs)})"
+        )
+        with memory_errors(self.device, advice):
+            return self._fit()
+
+    def _fit(self) -> list[TrainResult]:
         resumed = self._resume()
         clip = self.model.clip.eval()
         clip.requires_grad_(False)
