@@ -177,6 +177,7 @@ class Walk:
         state = self.advance(state, tower.depth, method)
         assert state.x is not None
         x = self._block(tower.depth, state.x, state, method, rows)
+        assert rows is not None
         return self.head(x, torch.zeros_like(rows))
 
     def _rows(self, inputs: Tensor, length: int) -> Tensor | None:
