@@ -43,6 +43,8 @@ class Tower:
         attend_raw: `attend` takes the raw block output (a map), not tokens.
         attend_norms: `attend` includes the final norm; `normed` space then goes through it.
         layout: Order of axes of a block's output: `tokens`, `nchw` or `nhwc`.
+        embed: Text only: token ids to their embeddings, (item, token, width), where the input of
+            block 1 is these plus positions.
         ends: Text only: token ids to the index of the pooled end-of-text token, (item,).
         valid: Text only: token ids to the mask of tokens that `mean` covers, (item, token).
         cut: Text only: drops columns that no pooled token can see.
@@ -71,6 +73,7 @@ class Tower:
     attend_raw: bool = False
     attend_norms: bool = False
     layout: str = "tokens"
+    embed: Apply | None = None
     ends: Apply | None = None
     valid: Apply | None = None
     cut: Apply = same

@@ -266,6 +266,7 @@ def _open_clip_text(text: nn.Module) -> Tower:
         kind="blocks",
         family="open_clip text",
         run=same,
+        embed=module.token_embedding,
         ends=ends,
         blocks=list(module.transformer.resblocks),
         width=module.ln_final.normalized_shape[0],
