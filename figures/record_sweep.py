@@ -64,14 +64,15 @@ def _page(run: Run, command: str) -> str:
     placements = pd.read_csv(run.folder / "validation_placements.csv")
     correlations = pd.read_csv(run.folder / "validation_correlations.csv")
     model, place = made["model"], notes["environment"]
-    seconds = {
-        stage: done["seconds"] for stage, done in read_json(run.folder / "stages.json").items()
-    }
+    ledger = read_json(run.folder / "stages.json")
+    seconds = {stage: done["seconds"] for stage, done in ledger.items() if "seconds" in done}
+    # What cells took, in this run and in those that were stopped before.
+    seconds["training"] = notes["training_seconds"]
     facts = [
         ("command", command),
         ("model", f"{model['name']}, weights {model['weights']}, {model['weights_hash'][:16]}"),
         ("recipe", ", ".join(f"{key} {value}" for key, value in notes["recipe"].items())),
-        ("adapter", f"bottleneck width {notes['dim']}"),
+        ("settings", ", ".join(f"{key} {value}" for key, value in notes["settings"].items())),
         ("datasets", ", ".join(notes["datasets"])),
         ("seeds, shots", f"{', '.join(map(str, notes['seeds']))}; {notes['shots']} shots"),
         ("test images", f"{notes['limit']} of each dataset, balanced" if notes["limit"] else "all"),

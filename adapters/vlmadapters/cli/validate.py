@@ -96,6 +96,9 @@ def validate(
     )
     if loaded.random_weights:
         typer.echo("The backbone has RANDOM weights: these numbers say nothing about a model.")
+    if found.void:
+        typer.echo(found.verdict)
+        raise typer.Exit(2)
     typer.echo(_text(found, out))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -93,6 +94,8 @@ class Experiment:
         workers: Threads that decode images.
         save_adapters: Write trained adapters beside the cells.
         table: Name of the table of all cells of the folder, written there.
+        stop_unmoved: Train nothing more once the first cells trained show that training changes
+            nothing; `stopped` then says so.
         progress: Show bars.
     """
 
@@ -110,8 +113,10 @@ class Experiment:
         workers: int = 0,
         save_adapters: bool = False,
         table: str = "results.csv",
+        stop_unmoved: bool = False,
         progress: bool = True,
     ) -> None:
+        self.stop_unmoved, self.stopped = stop_unmoved, False
         self.protocol = PROTOCOLS[check_one_of("protocol", protocol, PROTOCOLS)]
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
         self.recipes = {one.method.name: one for one in recipes}
@@ -188,13 +193,13 @@ class Experiment:
             description="cells", total=total, unit="cell", show=self.progress and rank == 0
         ) as shown:
             rows = [row for source in sources for row in self._zero_shot_rows(source)]
-            found = {
-                (source, seed): self._cells(source, seed, configs, together, shown)
-                for source in sources
-                for seed in seeds
-            }
+            found: dict[tuple[str, int], Rows | None] = {}
+            for source, seed in product(sources, seeds):
+                found[source, seed] = self._cells(source, seed, configs, together, shown)
+                if self.stopped:
+                    break
             for (source, seed), cells in found.items():
-                if cells is None:
+                if cells is None and not self.stopped:
                     cells = self._cells(source, seed, configs, together, shown, wait=True)
                 rows += cells or []
         table = _table(rows)
@@ -247,8 +252,15 @@ class Experiment:
                 for config, rows in zip(group, trained):
                     self.cells.write(cells[config], rows)
                     done[config] = rows
+            self._notice_unmoved(done.values())
+            if self.stopped:
+                break
             shown.update(sum(done[config] is not None for config in missing))
         return [row for config in configs for row in done[config] or []]
+
+    def _notice_unmoved(self, cells: Iterable[Rows | None]) -> None:
+        notes = [row["note"] for rows in cells for row in rows or []]
+        self.stopped = self.stop_unmoved and bool(notes) and all(note == UNMOVED for note in notes)
 
     def _train_and_test(
         self, source: str, seed: int, configs: Sequence[MethodConfig]

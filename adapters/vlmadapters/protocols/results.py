@@ -38,7 +38,7 @@ COLUMNS = (
 )
 ZERO_SHOT, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
 ZERO_SHOT_METHODS = (ZERO_SHOT, ZERO_SHOT_OWN)
-UNMOVED = "training changed nothing: raise lr or the adapter's scale for this backbone"
+UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"
 GROUP = ["protocol", "method", "model", "weights", "source", "placement", "settings", "shots"]
 
 

@@ -48,7 +48,7 @@ class TrainResult:
         losses: Loss of every update.
         seed: Seed of initialisation, order and views.
         change: Largest change of any parameter, relative to the largest initial value.
-        seconds: Time of the whole group's training, divided evenly.
+        seconds: Time of the whole group's training, over all its runs, divided evenly.
         images_per_second: Images through this method per second of its share.
         peak_memory: Bytes at the peak on a GPU, 0 on a CPU.
     """
@@ -127,6 +127,7 @@ class Trainer:
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self._check_memory()
         self.epoch = self.step = 0
+        self.spent = 0.0  # seconds of earlier runs of this training
         self._views: ViewCache | None = None
 
     def _check_items(self) -> None:
@@ -182,7 +183,7 @@ class Trainer:
         resumed = self._resume()
         clip = self.model.clip.eval()
         clip.requires_grad_(False)
-        started, done = time.perf_counter(), self._steps_done()
+        self._started, done = time.perf_counter() - self.spent, self._steps_done()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         for run in self.runs:
@@ -202,7 +203,7 @@ class Trainer:
                     self._one_epoch(shown)
         for run in self.runs:
             run.method.eval()
-        return self._results(time.perf_counter() - started, self.total_steps - done)
+        return self._results(time.perf_counter() - self._started)
 
     def _one_epoch(self, shown: Any) -> None:
         left = self.total_steps - self._steps_done()
@@ -347,7 +348,7 @@ class Trainer:
     def _steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
 
-    def _results(self, seconds: float, steps: int) -> list[TrainResult]:
+    def _results(self, seconds: float) -> list[TrainResult]:
         share = seconds / len(self.runs)
         peak = 0
         if self.device.type == "cuda":
@@ -360,7 +361,7 @@ class Trainer:
                 run.losses,
                 _change(run),
                 share,
-                steps * self.batch_size / share if share else 0.0,
+                self.total_steps * self.batch_size / share if share else 0.0,
                 peak,
             )
             for run in self.runs
@@ -386,6 +387,7 @@ class Trainer:
             {
                 "epoch": self.epoch,
                 "step": self.step,
+                "seconds": time.perf_counter() - self._started,
                 "runs": [_saved(run) for run in self.runs],
             },
         )
@@ -397,7 +399,7 @@ class Trainer:
             state = load_training_state(self.folder, self._identity())
         if state is None:
             return False
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self.spent = state["epoch"], state["step"], state["seconds"]
         for run, saved in zip(self.runs, state["runs"]):
             run.method.load_state_dict(saved["method"])
             run.method.touch()

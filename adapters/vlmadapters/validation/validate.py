@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.protocols.experiment import EFFECT, Experiment
 from vlmadapters.protocols.results import ZERO_SHOT, ZERO_SHOT_METHODS
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, load_recipe
@@ -38,8 +38,8 @@ class Validation:
 
     Attributes:
         table: One row per dataset, seed and placement, with the columns `VALIDATION_COLUMNS`;
-            accuracies in percent. `changed` says whether any test prediction differs from
-            zero-shot.
+            accuracies in percent. `changed` says whether training changed at least one in 500
+            test predictions.
         placements: Means, intervals and differences to the chosen placement.
         summary: Verdict, regret and how it was made; JSON values.
         correlations: Rank correlation of each score's prediction with the outcome.
@@ -51,6 +51,11 @@ class Validation:
     summary: Mapping[str, Any]
     correlations: pd.DataFrame | None = None
     predicted: pd.DataFrame | None = None
+
+    @property
+    def void(self) -> bool:
+        """Whether training changed nothing, so that nothing is shown."""
+        return bool(self.summary.get("void"))
 
     @property
     def verdict(self) -> str:
@@ -66,8 +71,11 @@ class Validation:
             "validation_predicted": self.predicted,
         }
         for name, table in tables.items():
-            if table is not None:
-                write_csv(Path(folder) / f"{name}.csv", table)
+            path = Path(folder) / f"{name}.csv"
+            if table is not None and len(table.columns):
+                write_csv(path, table)
+            else:  # that of an earlier run says something else
+                path.unlink(missing_ok=True)
         write_json(Path(folder) / "validation.json", dict(self.summary))
 
 
@@ -143,6 +151,7 @@ def validate(
         limit=limit,
         workers=workers,
         table="results_validation.csv",  # `results.csv` of the folder may be that of a training
+        stop_unmoved=True,
         progress=progress,
     )
     names = [one if isinstance(one, str) else experiment.add(one) for one in manifests]
@@ -163,10 +172,30 @@ def validate(
         **(notes or {}),
     }
     table = validation_table(results, placed)
+    if not table["changed"].any():
+        recorded["void"] = True
+        advice = _void(made, model)
+        found = Validation(table, pd.DataFrame(), {"verdict": advice, **recorded})
+        if out is not None and not processes.rank_and_size()[0]:
+            found.write(out)
+        return found
     found = summarise(table, scores, reference=reference, seed=seed, notes=recorded)
     if out is not None and not processes.rank_and_size()[0]:
         found.write(out)
     return found
+
+
+def _void(recipe: Recipe, model: Any) -> str:
+    """Return what a run says in which training changed nothing, and what to try."""
+    train, scale = recipe.train, getattr(recipe.method, "scale", None)
+    values = f"lr {train.lr:g}" + (f", scale {scale:g}" if scale is not None else "")
+    tried = f"the recipe {recipe.name} ({values})"
+    more = [f"--set lr={10 * train.lr:g}"] + ([f"--set scale={100 * scale:g}"] if scale else [])
+    other = "--recipe mini, which is made for small backbones, or " if recipe.name != "mini" else ""
+    return (
+        f"VOID: {tried} changed no prediction of {model.name} at any placement, so nothing is "
+        f"shown about the choice; try {other}{' '.join(more)}"
+    )
 
 
 def _recipe(
@@ -203,6 +232,8 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
     rows = []
     for dataset, seed in dict.fromkeys(key[:2] for key in trained):
         for one in placed:
+            if (dataset, seed, str(one.placement), "base") not in trained:
+                continue  # a run that stopped early
             base, novel = (
                 trained[dataset, seed, str(one.placement), kind] for kind in ("base", "novel")
             )
@@ -225,7 +256,7 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
                     "zero_shot_novel": 100 * plain[dataset, "novel"],
                     "n_base": int(base["n"]),
                     "n_novel": int(novel["n"]),
-                    "changed": base["changed"] > 0,
+                    "changed": base["changed"] >= EFFECT,
                     "seconds": float(base["seconds"]),
                 }
             )
@@ -281,6 +312,7 @@ def summarise(
         "datasets": list(dict.fromkeys(table["dataset"])),
         "seeds": [int(one) for one in dict.fromkeys(table["seed"])],
         "shots": int(table["shots"].iloc[0]),
+        "training_seconds": round(float(table["seconds"].sum()), 1),
         **(notes or {}),
         "environment": environment(),
     }

@@ -228,19 +228,20 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         seed: Seed of the bootstrap.
     """
     if not table["changed"].any():
-        return (
-            "Training changed no prediction at any placement, so this run says nothing about the "
-            "choice: raise the learning rate or α."
-        )
+        return "VOID: training changed no prediction, so nothing is shown about the choice"
     compared = _by_placement(compare(table, chosen, seed=seed))
     left = regret(table, chosen, seed=seed)
     ours = compared[chosen]["hm"]
-    tail = (
-        f"the best placement ({left.best}) is {left.value:.1f} points above it "
-        f"[{left.low:z.1f}, {left.high:z.1f}]"
-        if left.best != chosen
-        else "no placement did better"
-    )
+    equal = len(_tied(compared, ours)) - 1
+    if left.value > 0:
+        tail = (
+            f"the best placement ({left.best}) is {left.value:.1f} points above it "
+            f"[{left.low:z.1f}, {left.high:z.1f}]"
+        )
+    elif equal:
+        tail = f"no placement did better, and {equal} came out equal"
+    else:
+        tail = "no placement did better"
     tail += _against_zero_shot(compared.get(ZERO_SHOT))
     if reference == chosen:
         return f"The rule chose the default ({chosen}, harmonic mean {ours:.1f}); {tail}."
@@ -260,6 +261,12 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         f"({reference}) by {gain:+z.1f} points [{low:z.1f}, {high:z.1f}] over "
         f"{compared[chosen]['n']} runs; {tail}."
     )
+
+
+def _tied(compared: dict[str, dict[Hashable, Any]], value: float) -> list[str]:
+    """Return the trained placements whose mean is equal to a value."""
+    trained = (label for label in compared if label != ZERO_SHOT)
+    return [label for label in trained if abs(compared[label]["hm"] - value) < 1e-9]
 
 
 def _against_zero_shot(plain: dict[Hashable, Any] | None) -> str:

@@ -56,11 +56,12 @@ def study(
 
     Stages: extract, score, select, train, validate, report.
     """
+    from vlmlayers.report.numbers import void_verdict
     from vlmlayers.study import read_study, run_study, study_file
 
     file = study_file(file)
     made = read_study(file)
-    run_study(
+    runs = run_study(
         made,
         out or Path("runs") / file.stem,
         base=file.parent,
@@ -74,3 +75,5 @@ def study(
         progress=not quiet,
         echo=typer.echo,
     )
+    if any(void_verdict(run) for run in runs):
+        raise typer.Exit(2)  # the verdict stands in the terminal and in the report

@@ -60,8 +60,8 @@ class Validation:
 
     @classmethod
     def read(cls, run: Run) -> Validation | None:
-        """Read the validation of a run; None where there is none."""
-        if not run.validation.exists():
+        """Read the validation of a run; None where there is none, or it shows nothing."""
+        if not run.validation.exists() or void_verdict(run):
             return None
         cells = _table(run.validation)
         needed = {"placement", "dataset", "seed", "base", "novel", "hm"}
@@ -92,6 +92,13 @@ class Validation:
             str(notes.get("predictors", "")),
         )
 
+    @property
+    def best_words(self) -> str:
+        """What the placement with the highest mean is called; a tie is called one."""
+        means = self.placements["hm"]
+        tied = int((means > means.max() - 1e-9).sum())
+        return f"best of all trained, with {tied - 1} equal" if tied > 1 else "best of all trained"
+
     def kind(self, placement: str) -> str:
         """Return why a placement was trained, such as `start+paper`; empty where unknown."""
         rows = self.cells[self.cells["placement"] == placement]
@@ -107,6 +114,13 @@ class Validation:
         swept = ["start" in self.kind(name).split("+") for name in frame["placement"]]
         frame = frame.assign(chosen=frame["placement"] == self.chosen, sweep=swept)
         return frame.sort_values("sweep", ascending=False, kind="stable", ignore_index=True)
+
+
+def void_verdict(run: Run) -> str:
+    """Return the verdict of a validation in which training changed nothing, else nothing."""
+    notes_file = run.folder / "validation.json"
+    notes = read_json(notes_file) if notes_file.exists() else {}
+    return str(notes.get("verdict", "")) if notes.get("void") else ""
 
 
 def _table(path: Path) -> pd.DataFrame:
@@ -206,12 +220,14 @@ class Answer:
     @property
     def doubts(self) -> list[str]:
         """Why the data do not decide, one reason each; empty where they do."""
-        return [str(one) for one in self.choice.evidence.get("doubts", ())]
+        found = [str(one) for one in self.choice.evidence.get("doubts", ())]
+        return [*found, *filter(None, [void_verdict(self.run)])]
 
     @property
     def lead(self) -> str:
         """The statement up to its doubts, for where these follow as a list."""
-        tail = f" {'; '.join(self.doubts)}." if self.doubts else ""
+        doubts = self.choice.evidence.get("doubts", ())
+        tail = f" {'; '.join(map(str, doubts))}." if doubts else ""
         return self.choice.statement.removesuffix(tail)
 
     def _firm(self) -> dict[str, list[int]]:
@@ -290,6 +306,8 @@ class Answer:
         return [("First block", "; ".join(parts))] if parts else []
 
     def _proof(self) -> str:
+        if void := void_verdict(self.run):
+            return void
         if self.validation is None:
             return "not yet; the command vlmlayers validate trains here and at competing placements"
         if self.validation.verdict:

@@ -137,7 +137,7 @@ def comparison_table(validation: Validation | None) -> Table | None:
     for label, placement in (
         ("chosen", validation.chosen),
         ("the paper's", validation.reference),
-        ("best of all trained", validation.best),
+        (validation.best_words, validation.best),
     ):
         if placement in set(frame["placement"]):
             named.setdefault(placement, []).append(label)

@@ -118,7 +118,11 @@ def run_stages(context: StageContext, picked: Sequence[str]) -> None:
             continue
         _forget(context, name)
         began = time.monotonic()
-        stage.run(context)
+        try:
+            stage.run(context)
+        except BaseException:
+            _keep_time(context, name, time.monotonic() - began)
+            raise
         # Inputs are taken again: a stage may refine what it depends on, such as provenance.
         _remember(context, name, fingerprint(stage.inputs(context)), time.monotonic() - began)
 
@@ -144,13 +148,23 @@ def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> No
             )
 
 
+def _keep_time(context: StageContext, name: str, seconds: float) -> None:
+    """Keep the time of a stage that did not finish: its next run adds to it."""
+    if is_first_process():
+        ledger = context.ledger()
+        unfinished = ledger.setdefault("unfinished", {})
+        unfinished[name] = round(unfinished.get(name, 0.0) + seconds, 2)
+        write_json(context.run.folder / "stages.json", ledger)
+
+
 def _remember(context: StageContext, name: str, inputs: str, seconds: float) -> None:
     if not is_first_process():
         return
     ledger = context.ledger()
+    earlier = ledger.get("unfinished", {}).pop(name, 0.0)
     ledger[name] = {
         "inputs": inputs,
-        "seconds": round(seconds, 2),
+        "seconds": round(earlier + seconds, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json(context.run.folder / "stages.json", ledger)

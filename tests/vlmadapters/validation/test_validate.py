@@ -27,7 +27,8 @@ from vlmadapters.validation.validate import label_of, summarise, validate
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
-from vlmlayers.report.numbers import Validation
+from vlmlayers.report.numbers import Validation as reported
+from vlmlayers.report.numbers import void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores.schema import SCORE_COLUMNS
 from vlmlayers.selection import LayerChoice
@@ -101,12 +102,25 @@ def test_cells_trained_together_equal_runs_of_their_own(manifest: Manifest) -> N
         assert (row["n_base"], row["n_novel"]) == (10, 10)
 
 
-def test_a_learning_rate_of_nothing_changes_no_prediction(manifest: Manifest) -> None:
-    still = RECIPE.changed({"lr": 1e-12}, {"scale": 0.0})
-    table = run(manifest, recipe=still, seeds=(1,))
-    assert not table["changed"].any()
-    assert table["base"].tolist() == table["zero_shot_base"].tolist()
-    assert table["novel"].tolist() == table["zero_shot_novel"].tolist()
+def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_cells(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = RECIPE.changed({"lr": 1e-12}, {"scale": 1e-9})
+    seen = trained_cells(monkeypatch)
+    choice, model = CHOICE, shared_backbone("clip")
+    (tmp_path / "validation_placements.csv").write_text("of an earlier run", encoding="utf-8")
+    found = validate(
+        model, choice, [manifest], recipe=still, seeds=(1, 2), together=1, out=tmp_path,
+        kinds=("all", "vision"), progress=False,
+    )  # fmt: skip
+    assert len(seen) == 1, "nothing more is trained once the first cell shows it"
+    assert found.void and found.verdict.startswith("VOID: the recipe tiny (lr 1e-12, scale 1e-09)")
+    assert "--recipe mini" in found.verdict and "--set lr=1e-11 --set scale=1e-07" in found.verdict
+    assert found.table["base"].tolist() == found.table["zero_shot_base"].tolist()
+    assert json.loads((tmp_path / "validation.json").read_text())["void"] is True
+    assert not (tmp_path / "validation_placements.csv").exists()
+    assert reported.read(Run(tmp_path)) is None, "a report has nothing to show for it"
+    assert void_verdict(Run(tmp_path)) == found.verdict
     moved = run(manifest, recipe=RECIPE.changed({"lr": 1.0, "epochs": 3}, {}), seeds=(1,))
     assert moved["changed"].any()
 
@@ -284,7 +298,7 @@ def test_the_stage_writes_what_the_report_reads(manifest: Manifest, tmp_path: Pa
     (tmp_path / "results.csv").write_text("of the stage train", encoding="utf-8")
     validate_stage.validate(context(tmp_path, manifest, said, kinds=["all", "lower", "text"]))
     assert (tmp_path / "results.csv").read_text(encoding="utf-8") == "of the stage train"
-    found = Validation.read(Run(tmp_path))
+    found = reported.read(Run(tmp_path))
     assert found is not None
     assert (found.chosen, found.reference) == ("v2-3,t2-3", "v2-3,t2-3")
     assert len(found.cells) == 4

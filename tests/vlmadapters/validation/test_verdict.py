@@ -155,7 +155,7 @@ def test_zero_shot_is_compared_in_pairs(plain: float, said: str) -> None:
 def test_verdict_says_when_the_rule_chose_the_default_and_when_nothing_was_learned() -> None:
     cells = table((60, 57, 62, 50))
     assert verdict(cells, PLACEMENTS[0], PLACEMENTS[0]).startswith("The rule chose the default")
-    assert "changed no prediction" in verdict(
+    assert "VOID: training changed no prediction" in verdict(
         cells.assign(changed=False), PLACEMENTS[0], PLACEMENTS[1]
     )
 
@@ -168,3 +168,9 @@ def test_incomplete_cells_are_left_out_and_an_empty_table_is_refused() -> None:
         outcomes(cells[cells["placement"] == "none"])
     with pytest.raises(UserError, match="unknown placement"):
         compare(cells, "v5-12,t5-13")
+
+
+def test_a_tie_is_called_one() -> None:
+    cells = table((60, 60, 57, 50), noise=0)
+    said = verdict(cells, PLACEMENTS[0], PLACEMENTS[2])
+    assert "no placement did better, and 1 came out equal" in said
