@@ -180,7 +180,9 @@ def test_a_flipped_byte_in_saved_sums(tmp_path: Path, monkeypatch: pytest.Monkey
     assert read()["value"].equals(whole["value"])
 
 
-def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(tmp_path: Path) -> None:
+def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Stops(tiny.DrawnManifest):
         def open_image(self, item, root=None, size=None):
             if len(self.opened) >= 40:
@@ -211,8 +213,16 @@ def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(tmp_path: 
         stream(tiny.model(), broken, "train", **again)
     mended = stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **again)
     assert mended.datasets["drawn"].n == 60
-    left_out = stream(tiny.model(), broken, "train", **QUIET, sample=20, skip_unreadable=True)
-    assert left_out.datasets["drawn"].n == 59
+    skipping = options | {"out": tmp_path / "skipping", "skip_unreadable": True}
+    for _ in range(2):  # also where the sums are taken up again
+        caplog.clear()
+        left_out = stream(tiny.model(), broken, "train", **skipping)
+        assert left_out.datasets["drawn"].n == 59
+        assert "1 of 60 images of drawn cannot be read and are left out, first train/005" in (
+            caplog.text
+        )
+    with pytest.raises(UserError, match="leaves out 1 unreadable images; allow it with skip_unr"):
+        stream(tiny.model(), broken, "train", **skipping | {"skip_unreadable": False})
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,12 @@ def _tower(folder: Path, name: str, part: Mapping[str, Any], verify: bool) -> To
     items_file = folder / name / ITEMS
     _check_file(items_file, part["items"], verify, folder)
     items = json.loads(items_file.read_bytes())
-    arrays: dict[str, dict[str, NDArray[np.floating]]] = {}
+    arrays: dict[str, _StoredArrays] = {}
     for space, positions in part["order"]:
-        for position in positions:
-            file = array_file(folder, name, space, position)
+        files = {position: array_file(folder, name, space, position) for position in positions}
+        for position, file in files.items():
             _check_file(file, part["arrays"][space][position], verify, folder)
-            arrays.setdefault(space, {})[position] = np.load(file, mmap_mode="r")
+        arrays[space] = _StoredArrays(files)
     pairs = items["pairs"]
     return TowerFeatures(
         name,
@@ -181,6 +182,38 @@ def _tower(folder: Path, name: str, part: Mapping[str, Any], verify: bool) -> To
         None if pairs is None else np.asarray(pairs, dtype=np.int64),
         part["joint_pooling"],
     )
+
+
+class _StoredArrays(Mapping[str, NDArray[np.floating]]):
+    """The arrays of one space by position, each mapped into memory when it is asked for.
+
+    Were they all kept open, some dozens of datasets would take every file that a process may open.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, position: str) -> NDArray[np.floating]:
+        file = self._files[position]
+        try:
+            status = file.stat()
+            return _mapped(str(file), status.st_mtime_ns, status.st_size, status.st_ino)
+        except (OSError, ValueError) as error:
+            raise DamagedStore(
+                f"{file} cannot be read any more: {error}; was the store replaced?"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@lru_cache(maxsize=64)
+def _mapped(file: str, changed: int, size: int, inode: int) -> NDArray[np.floating]:
+    found: NDArray[np.floating] = np.load(file, mmap_mode="r")
+    return found
 
 
 def _check_file(file: Path, entry: Mapping[str, Any], verify: bool, folder: Path) -> None:

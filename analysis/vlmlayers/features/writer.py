@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmlayers.data.unreadable import by_row
 from vlmlayers.errors import UserError
 from vlmlayers.features.arrays import LayerFeatures
 from vlmlayers.features.store import (
@@ -322,7 +323,10 @@ def reuse(folder: Path, identity: Mapping[str, Any], skip_unreadable: bool) -> L
             "it with skip_unreadable=True (--skip-unreadable), or repair them and delete the store"
         )
     shutil.rmtree(partial_folder(folder), ignore_errors=True)
-    return FeatureStore.open(folder)
+    found = FeatureStore.open(folder)
+    total = len(found.vision or ()) + len(record["skipped"])
+    by_row(record["skipped"]).settle(record["dataset"], total, skip=True)
+    return found
 
 
 def _kept(plan: TowerPlan, bad: Mapping[int, str]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,7 @@ from vlmlayers.manifests.layouts.huggingface import is_stored, stored_image
 from vlmlayers.manifests.place import MissingData, Place, data_root
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.progress import track
+from vlmlayers.runs import is_first_process
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -153,7 +155,7 @@ class Manifest:
         Args:
             split: `train`, `val`, `test` or `all`.
             root: The data root.
-            present_only: Leave out the items whose image is not on disk; how many is logged.
+            present_only: Leave out the items whose image is not on disk; see `present`.
 
         Raises:
             UserError: The dataset has no such split, or the files that list it are missing,
@@ -165,7 +167,7 @@ class Manifest:
             items = [item for part in parts for item in part]
         else:
             items = self._split_items(split, root)
-        return self._present(items, split, root) if present_only else items
+        return self.present(items, root) if present_only else items
 
     def _split_items(self, split: str, root: Root) -> list[Item]:
         layout = layout_of(self.place(root))
@@ -207,19 +209,21 @@ class Manifest:
             if item.label in labels
         ]
 
-    def _present(self, items: list[Item], split: str, root: Root) -> list[Item]:
-        missing = set(self.missing(items, root))
-        if missing:
+    def present(self, items: Sequence[Item], root: Root = None) -> list[Item]:
+        """Return the items whose image is on disk; the log says how many are not, and the first."""
+        missing = self.missing(items, root)
+        if missing and is_first_process():
             LOG.warning(
-                "%s %s: %d of %d items are not on disk and are left out",
+                "%s: %d of %d items are not on disk and are left out, first %s",
                 self.name,
-                split,
                 len(missing),
                 len(items),
+                missing[0].path,
             )
-        return [item for item in items if item not in missing]
+        absent = set(missing)
+        return [item for item in items if item not in absent]
 
-    def missing(self, items: list[Item], root: Root = None) -> list[Item]:
+    def missing(self, items: Sequence[Item], root: Root = None) -> list[Item]:
         """Return the items whose image is not on disk."""
         if self.layout in ("builtin", "shards") or self.is_stored(root):
             return []  # listed from what is there; of a folder, a link may lead nowhere
@@ -235,7 +239,7 @@ class Manifest:
                 absent.append(item)
         return absent
 
-    def refuse_missing(self, items: list[Item], root: Root = None) -> None:
+    def refuse_missing(self, items: Sequence[Item], root: Root = None) -> None:
         """Refuse items whose image is not on disk, before any of them is opened.
 
         Raises:
@@ -349,7 +353,8 @@ class Manifest:
 
 @cache
 def _say_once(remark: str) -> None:
-    LOG.warning("%s", remark)
+    if is_first_process():
+        LOG.warning("%s", remark)
 
 
 def _files_in(folder: Path) -> frozenset[str]:

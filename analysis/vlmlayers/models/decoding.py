@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from multiprocessing import ProcessError
 from pathlib import Path
 from typing import Any
@@ -14,38 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlmlayers.data.unreadable import reason
 from vlmlayers.errors import UserError
 
-_GIVE_UP = 100
 # What the queue of a process says that dies while it hands a batch over; seconds until torch knows.
 _BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
 _DYING = 2.0
-
-
-@dataclass
-class Unreadable:
-    """Images that could not be decoded: row → path and reason."""
-
-    reasons: dict[int, str] = field(default_factory=dict)
-
-    def check(self, dataset: str, total: int) -> None:
-        """Stop the run.
-
-        Raises:
-            UserError: At least one image is unreadable; counts and lists the first five.
-        """
-        if not self.reasons:
-            return
-        shown = "; ".join(self.reasons[row] for row in sorted(self.reasons)[:5])
-        more = "; …" if len(self.reasons) > 5 else ""
-        raise UserError(
-            f"{len(self.reasons)} of {total} images of {dataset} cannot be read: {shown}{more}; "
-            "repair them, or leave them out with skip_unreadable=True (--skip-unreadable)"
-        )
-
-    def hopeless(self, seen: int) -> bool:
-        """Whether so many images fail that going on only delays the message."""
-        return len(self.reasons) >= _GIVE_UP and 2 * len(self.reasons) > seen
 
 
 class _Images(Dataset[tuple[int, Any]]):
@@ -61,7 +34,7 @@ class _Images(Dataset[tuple[int, Any]]):
             image = self.manifest.open_image(item, root=self.root, size=self.size)
             return row, self.preprocess(image)
         except (UserError, OSError) as error:
-            return row, f"{item.path} ({' '.join(str(error).split())})"
+            return row, reason(item.path, error)
 
 
 def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Tensor | None, dict[int, str]]:

@@ -38,6 +38,7 @@ def extract(
     text: str = "prompts",
     template: str | None = None,
     seed: int = 0,
+    present_only: bool = False,
     skip_unreadable: bool = False,
     progress: bool = True,
 ) -> LayerFeatures:
@@ -59,7 +60,9 @@ def extract(
         text: `prompts` (one per class) or `captions` (all of each image, with pairs).
         template: Prompt with `{}` for the class name; the manifest's common one where None.
         seed: Seed of the draw where `items` is a number.
-        skip_unreadable: Leave unreadable images out instead of stopping.
+        present_only: Leave out items whose image is not on disk; the log says how many.
+        skip_unreadable: Leave out images that are missing or cannot be read instead of stopping;
+            the log says how many and which first.
         progress: Show a progress bar.
 
     Returns:
@@ -80,6 +83,7 @@ def extract(
         text=text,
         template=template,
         seed=seed,
+        present_only=present_only,
         skip_unreadable=skip_unreadable,
         progress=progress,
     )
@@ -139,12 +143,13 @@ def refuse_hooks(model: VLM) -> None:
 
 def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
     items, root = options.items, options.place
+    present = {"present_only": True} if options.present_only else {}
     if items is None:
-        found = list(manifest.items(split, root=root))
+        found = list(manifest.items(split, root=root, **present))
     elif isinstance(items, int):
-        found = list(manifest.sample(split, items, seed=options.seed, root=root))
+        found = list(manifest.sample(split, items, seed=options.seed, root=root, **present))
     else:
-        found = list(items)
+        found = manifest.present(items, root) if present else list(items)
     if not found:
         raise UserError(f"{manifest.name} has no items in split {split!r}")
     return found

@@ -32,6 +32,7 @@ class ExtractOptions:
     text: str = "prompts"
     template: str | None = None
     seed: int = 0
+    present_only: bool = False
     skip_unreadable: bool = False
     progress: bool = True
 

@@ -49,12 +49,12 @@ def merge_over_processes(sums: DatasetSums, widths: Widths, processes: Processes
     merged.prompts = own.prompts
     labels = np.zeros(len(kept), np.int64)
     labels[place] = sums.labels[mine]
-    merged.labels = _summed(labels, processes)
+    merged.labels = summed(labels, processes)
     for key, width in widths.items():
         rows = np.zeros((len(kept), width))
         if len(place):
             rows[place] = sums.sample[key][mine]
-        merged.sample[key] = _summed(rows, processes)
+        merged.sample[key] = summed(rows, processes)
     _merge_sums(own, merged, widths, len(every) > len(kept), processes)
     return merged
 
@@ -63,7 +63,7 @@ def _merge_sums(
     own: DatasetSums, merged: DatasetSums, widths: Widths, more: bool, processes: Processes
 ) -> None:
     seen = next((m.n for m in own.moments.values()), 0)
-    if not more and not int(_summed(np.array([seen], np.int64), processes)[0]):
+    if not more and not int(summed(np.array([seen], np.int64), processes)[0]):
         return  # every item is in the sample
     classes = len(own.head.class_names)
     for key, width in widths.items():
@@ -79,15 +79,15 @@ def _merge_sums(
 
 def _moments(part: Moments | None, width: int, processes: Processes) -> Moments:
     own = part or Moments(0, np.zeros(width), np.zeros((width, width)), np.zeros(width), 0.0)
-    n = int(_summed(np.array([own.n], np.int64), processes)[0])
-    mean = _summed(own.n * own.mean, processes) / n
+    n = int(summed(np.array([own.n], np.int64), processes)[0])
+    mean = summed(own.n * own.mean, processes) / n
     scatter, cubic, fourth = own.about(mean)
     return Moments(
         n,
         mean,
-        _summed(scatter, processes),
-        _summed(cubic, processes),
-        float(_summed(np.array([fourth]), processes)[0]),
+        summed(scatter, processes),
+        summed(cubic, processes),
+        float(summed(np.array([fourth]), processes)[0]),
     )
 
 
@@ -96,12 +96,12 @@ def _cross_moments(
 ) -> CrossMoments:
     x, y = (np.zeros(width) for width in shape)
     own = part or CrossMoments(0, x, y, np.zeros(shape), np.zeros(2), y, x, 0.0)
-    n = int(_summed(np.array([own.n], np.int64), processes)[0])
-    mean_x = _summed(own.n * own.mean_x, processes) / n
-    mean_y = _summed(own.n * own.mean_y, processes) / n
+    n = int(summed(np.array([own.n], np.int64), processes)[0])
+    mean_x = summed(own.n * own.mean_x, processes) / n
+    mean_y = summed(own.n * own.mean_y, processes) / n
     cross, sizes, x2y, y2x, x2y2 = own.about(mean_x, mean_y)
-    parts = [_summed(np.asarray(p), processes) for p in (cross, sizes, x2y, y2x)]
-    last = float(_summed(np.array([x2y2]), processes)[0])
+    parts = [summed(np.asarray(p), processes) for p in (cross, sizes, x2y, y2x)]
+    last = float(summed(np.array([x2y2]), processes)[0])
     return CrossMoments(n, mean_x, mean_y, parts[0], parts[1], parts[2], parts[3], last)
 
 
@@ -109,12 +109,13 @@ def _class_moments(
     part: ClassMoments | None, shape: tuple[int, int], processes: Processes
 ) -> ClassMoments:
     own = part or ClassMoments(np.zeros(shape[0]), np.zeros(shape))
-    counts = _summed(own.counts, processes)
-    sums = _summed(own.counts[:, None] * own.means, processes)
+    counts = summed(own.counts, processes)
+    sums = summed(own.counts[:, None] * own.means, processes)
     return ClassMoments(counts, sums / np.maximum(counts, 1.0)[:, None])
 
 
-def _summed(values: NDArray[Any], processes: Processes) -> NDArray[Any]:
+def summed(values: NDArray[Any], processes: Processes) -> NDArray[Any]:
+    """Return the sum of an array over all processes, in every process."""
     if processes.world == 1:
         return np.array(values)
     tensor = torch.from_numpy(np.array(values, order="C"))
@@ -127,8 +128,8 @@ def _gathered(hashes: NDArray[np.uint64], processes: Processes) -> NDArray[np.ui
     """Return the hashes of all processes, ascending."""
     counts = np.zeros(processes.world, np.int64)
     counts[processes.rank] = len(hashes)
-    counts = _summed(counts, processes)
+    counts = summed(counts, processes)
     start = int(counts[: processes.rank].sum())
     every = np.zeros(int(counts.sum()), np.int64)  # collectives know no unsigned numbers
     every[start : start + len(hashes)] = hashes.view(np.int64)
-    return np.sort(_summed(every, processes).view(np.uint64))
+    return np.sort(summed(every, processes).view(np.uint64))

@@ -33,7 +33,7 @@ from vlmlayers.models.extract import prepare, refuse_hooks
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features
-from vlmlayers.models.reduce import merge_over_processes
+from vlmlayers.models.reduce import merge_over_processes, summed
 from vlmlayers.models.vlm import VLM
 from vlmlayers.models.work import Work, refuse_not_finite
 from vlmlayers.progress import bar
@@ -89,7 +89,8 @@ class _Run:
     processes: Processes = field(default_factory=Processes.current)
     done: set[int] = field(default_factory=set)  # batches in the sums of any process
     own: set[int] = field(default_factory=set)  # batches in the sums of this one
-    bad: dict[int, str] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)  # why, of the images of this start
+    left_out: set[int] = field(default_factory=set)  # rows without an image in the batches in own
     prompts: TowerFeatures | None = None  # those of the classes; None where there are captions
 
     def whole(self, folder: Path | None) -> StreamingScores:
@@ -109,7 +110,7 @@ class _Run:
                     saved = time.monotonic()
             if folder is not None:
                 self._save(folder)
-            self.work.refuse_unreadable(self.bad)
+            self.work.settle(self._unread())
             name = str(self.header["dataset"])
             merged = merge_over_processes(self.sums.datasets[name], self._widths(), self.processes)
         finally:
@@ -118,6 +119,13 @@ class _Run:
         found = StreamingScores(self.sums.sample)
         found.datasets[name] = merged
         return found
+
+    def _unread(self) -> dict[int, str]:
+        """Return what every process could not read: all rows, and why where this one tried."""
+        counts = np.zeros(len(self.work.items), np.int64)
+        counts[sorted({*self.bad, *self.left_out})] = 1
+        rows: list[int] = np.flatnonzero(summed(counts, self.processes)).tolist()
+        return {row: self.bad.get(row, str(self.work.items[row].path)) for row in rows}
 
     def _start(self, folder: Path | None) -> Any:
         """Take up what earlier processes saved: the first one gets their sums, all the batches."""
@@ -150,6 +158,12 @@ class _Run:
             mine = self.sums.datasets[name]
             self.sums.datasets[name] = mine.merge(_load(file, mine))
             self.own |= batches
+            self.left_out |= {int(row) for row in _read(file)["left_out"]}
+        if self.left_out and not self.work.options.skip_unreadable:
+            raise UserError(
+                f"{folder} leaves out {len(self.left_out)} unreadable images; allow it with "
+                "skip_unreadable=True (--skip-unreadable), or repair them and delete the folder"
+            )
         self._save(folder)
         for file in files:
             if file.name != "sums.0.npz":
@@ -180,6 +194,7 @@ class _Run:
                 if bad and not self.work.options.skip_unreadable:
                     continue  # it is done again once its images are repaired
                 numbers.add(batch)
+                self.left_out |= set(bad)
                 if images is not None:
                     features = self.work.record(recorder, images)
                     refuse_not_finite(features, good, recorder, self.work.items)
@@ -263,6 +278,7 @@ class _Run:
         sums = self.sums.datasets.get(name)
         arrays = {} if sums is None else _arrays(sums)
         arrays["batches"] = np.array(sorted(self.own), np.int64)
+        arrays["left_out"] = np.array(sorted(self.left_out), np.int64)
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         file = folder / f"sums.{self.processes.rank}.npz"

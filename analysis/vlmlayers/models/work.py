@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
-from vlmlayers.models.decoding import Unreadable, batches_of, decode, told_of_dead_workers
+from vlmlayers.models.decoding import batches_of, decode, told_of_dead_workers
 from vlmlayers.models.devices import told_of_memory
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
@@ -58,7 +59,7 @@ class Work:
         self.refuse_missing()
         sink = MemorySink(self.plans())
         self._fill(sink, Processes(0, 1))
-        self.refuse_unreadable(sink.bad)
+        self.settle(sink.bad)
         vision, text = sink.towers()
         return LayerFeatures(
             **{**header, "class_names": tuple(header["class_names"])},
@@ -83,7 +84,7 @@ class Work:
             writer.start()
             self._fill(writer, processes)
             processes.barrier()
-            self.refuse_unreadable(writer.unreadable())
+            self.settle(writer.unreadable())
             return writer.finish()
         finally:
             writer.close()
@@ -180,13 +181,13 @@ class Work:
             unreadable.reasons.update(bad)
             seen += len(rows) + len(bad)
             if unreadable.hopeless(seen) and not self.options.skip_unreadable:
-                unreadable.check(self.manifest.name, seen)
+                unreadable.settle(self.manifest.name, seen, skip=False)
             yield batch, rows, images, bad
 
-    def refuse_unreadable(self, bad: Mapping[int, str]) -> None:
-        """Stop where images could not be read, unless they may be left out."""
-        if bad and (not self.options.skip_unreadable or len(bad) == len(self.items)):
-            Unreadable(dict(bad)).check(self.manifest.name, len(self.items))
+    def settle(self, bad: Mapping[int, str]) -> None:
+        """Stop where images could not be read, or say that they are left out where they may be."""
+        total, skip = len(self.items), self.options.skip_unreadable
+        Unreadable(dict(bad)).settle(self.manifest.name, total, skip=skip)
 
     def record(self, recorder: Recorder, batch: Tensor) -> Features:
         """Return the features of one batch of images or token ids."""

@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from vlmlayers.features.store import (
 from vlmlayers.features.writer import StoreWriter
 from vlmlayers.files import atomically
 from vlmlayers.models import extract
+from vlmlayers.scores import score
 
 MODEL = tiny.model()
 HERE = Path(__file__).parent
@@ -283,7 +286,35 @@ def test_unreadable_images_keep_the_work_and_are_tried_again(whole, tmp_path):
     assert content(tmp_path / "s") == content(whole)
 
 
-def test_a_store_without_unreadable_images_says_so(tmp_path):
+def test_many_stores_hold_few_files_open(whole, tmp_path):
+    """A store of 12 + 12 blocks has 58 arrays; a system often allows 256 open files, or 1024."""
+    stores = [Path(shutil.copytree(whole, tmp_path / f"{number}")) for number in range(20)]
+    arrays = sum(1 for store in stores for _ in store.rglob("*.npy"))
+    most = len(list(Path("/proc/self/fd").iterdir())) + 80
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert arrays > 2 * most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, allowed[1]))
+    try:
+        features = [replace(open_features(store), dataset=store.name) for store in stores]
+        total = 0.0
+        for member in features:
+            for tower in member.towers:
+                for space in tower.spaces:
+                    total += sum(tower.array(p, space).sum() for p in tower.positions(space))
+        scored = score(features, ["class_accuracy_ncm"], jobs=1, bootstrap=5, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    assert np.isfinite(total) and len(scored)
+
+
+def test_a_store_that_is_deleted_under_its_features_is_named(store):
+    features = open_features(store)
+    shutil.rmtree(store)
+    with pytest.raises(DamagedStore, match=r"1\.npy cannot be read any more"):
+        features.vision.array("1")
+
+
+def test_a_store_without_unreadable_images_says_so(tmp_path, caplog):
     broken = {"train/001.png", "train/010.png"}
     manifest = tiny.DrawnManifest(broken=broken)
     stored = run(tmp_path / "s", manifest, skip_unreadable=True)
@@ -292,7 +323,9 @@ def test_a_store_without_unreadable_images_says_so(tmp_path):
     assert stored.text.pairs.tolist() == memory.text.pairs.tolist()
     assert (stored.vision.array("3") == memory.vision.array("3")).all()
     assert (stored.text.array("3", "joint") == memory.text.array("3", "joint")).all()
+    caplog.clear()
     assert len(run(tmp_path / "s", manifest, skip_unreadable=True).vision) == 20
+    assert "2 of 22 images of drawn cannot be read and are left out, first train/001" in caplog.text
     with pytest.raises(UserError, match="leaves out 2 unreadable images; allow it with skip"):
         run(tmp_path / "s", manifest)
 

@@ -117,9 +117,12 @@ def test_unreadable_images_are_counted_listed_and_stop_the_run():
     assert "--skip-unreadable" in message
 
 
-def test_unreadable_images_can_be_left_out():
+def test_unreadable_images_can_be_left_out(caplog):
     broken = {"train/001.png", "train/010.png"}
     found = run(tiny.DrawnManifest(broken=broken), skip_unreadable=True, text="captions")
+    assert "2 of 22 images of drawn cannot be read and are left out, first train/001.png" in (
+        caplog.text
+    )
     clean = run(text="captions", batch_size=8)
     kept = [i for i in range(22) if i not in (1, 10)]
     assert found.vision.ids == tuple(f"train/{i:03d}.png" for i in kept)
@@ -128,7 +131,7 @@ def test_unreadable_images_can_be_left_out():
     assert found.text.pairs.tolist() == [row for row in range(20) for _ in (0, 1)]
 
 
-def test_missing_images_are_told_before_the_first_is_opened(tmp_path):
+def test_missing_images_are_told_before_the_first_is_opened(tmp_path, caplog):
     rows = [[f"a/{i}.png", 0, "a"] for i in range(6)]
     manifest = coop_dataset(tmp_path / "d", {"train": rows}, 'get = "https://example.org"')
     store, (first, second) = tmp_path / "store", (tmp_path / "d/a/0.png", tmp_path / "d/a/1.png")
@@ -145,8 +148,12 @@ def test_missing_images_are_told_before_the_first_is_opened(tmp_path):
             assert f"a/{here + 2}.png, …; get it: https://example.org" in message
             assert ("--present-only" in message) == without
     assert not store.exists() and not store.with_name("store.partial").exists()
-    found = run(manifest, items=manifest.items("train", present_only=True), out=store)
+    found = run(manifest, present_only=True, out=store)
     assert found.vision.ids == ("a/0.png", "a/1.png")
+    assert "4 of 6 items are not on disk and are left out, first a/2.png" in caplog.text
+    assert run(manifest, items=manifest.items("train"), present_only=True).vision.ids == (
+        found.vision.ids
+    )
     assert run(manifest, skip_unreadable=True).vision.ids == found.vision.ids
 
 
