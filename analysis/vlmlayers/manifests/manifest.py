@@ -167,7 +167,7 @@ class Manifest:
             items = [item for part in parts for item in part]
         else:
             items = self._split_items(split, root)
-        return self.present(items, root) if present_only else items
+        return self.present(items, root, split) if present_only else items
 
     def _split_items(self, split: str, root: Root) -> list[Item]:
         layout = layout_of(self.place(root))
@@ -209,13 +209,13 @@ class Manifest:
             if item.label in labels
         ]
 
-    def present(self, items: Sequence[Item], root: Root = None) -> list[Item]:
+    def present(self, items: Sequence[Item], root: Root = None, split: str = "") -> list[Item]:
         """Return the items whose image is on disk; the log says how many are not, and the first."""
         missing = self.missing(items, root)
         if missing and is_first_process():
             LOG.warning(
                 "%s: %d of %d items are not on disk and are left out, first %s",
-                self.name,
+                f"{self.name} {split}".strip(),
                 len(missing),
                 len(items),
                 missing[0].path,

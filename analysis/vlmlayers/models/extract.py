@@ -149,7 +149,7 @@ def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
     elif isinstance(items, int):
         found = list(manifest.sample(split, items, seed=options.seed, root=root, **present))
     else:
-        found = manifest.present(items, root) if present else list(items)
+        found = manifest.present(items, root, split) if present else list(items)
     if not found:
         raise UserError(f"{manifest.name} has no items in split {split!r}")
     return found

@@ -50,11 +50,8 @@ class Shards(Layout):
 
     def _samples(self, split: str) -> list[tuple[str, Sample]]:
         folder, members = self.place.folder, self.place.spec.members
-        return [
-            (f"{file.relative_to(folder).as_posix()}/{sample.image}", sample)
-            for file in self.files(split)
-            for sample in index_shard(file, members)
-        ]
+        named = [(file.relative_to(folder).as_posix(), file) for file in self.files(split)]
+        return [(f"{n}/{s.image}", s) for n, file in named for s in index_shard(file, members)]
 
     def items(self, split: str) -> list[Item]:
         """Return the samples of a split in the order of the shards."""
