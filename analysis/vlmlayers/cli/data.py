@@ -30,7 +30,9 @@ def data_list(data_root: DataRoot = None) -> None:
 def data_check(
     names: Annotated[list[str] | None, typer.Argument(help="Datasets; all where absent.")] = None,
     data_root: DataRoot = None,
-    full: Annotated[bool, typer.Option("--full", help="Decode every image.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Decode every image, and tell the content of all.")
+    ] = False,
 ) -> None:
     """What is on disk, missing or altered, and where to get it."""
     from vlmlayers.manifests import check_table, exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlmlayers.manifests.check import CheckResult
 from vlmlayers.manifests.convert import write_shards
 from vlmlayers.manifests.items import SPLITS, Item
-from vlmlayers.manifests.manifest import Manifest
+from vlmlayers.manifests.manifest import Manifest, distinct
 from vlmlayers.manifests.tables import check_table, exit_code, list_table
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Item",
     "Manifest",
     "check_table",
+    "distinct",
     "exit_code",
     "list_table",
     "write_shards",

@@ -29,6 +29,7 @@ class CheckResult:
         notes: What is odd, one line each.
         remarks: What reading leaves out, or takes otherwise than it is written.
         get: Where to get the dataset.
+        content: Hash of all lists and files, the same for every copy (full check only).
     """
 
     name: str
@@ -42,6 +43,7 @@ class CheckResult:
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     get: tuple[str, ...] = ()
+    content: str = ""
 
     @property
     def ok(self) -> bool:
@@ -61,6 +63,8 @@ class CheckResult:
             text += f"; {len(self.unreadable)} unreadable: {'; '.join(self.unreadable[:SHOWN])}"
         if self.notes or self.remarks:
             text += f"; {'; '.join((*self.notes, *self.remarks))}"
+        if self.content:
+            text += f"; content {self.content}"
         if not self.ok and self.get:
             text += f"; get it: {'; '.join(self.get)}"
         return text
@@ -90,6 +94,7 @@ def compare(
     missing: Sequence[Item],
     unreadable: Sequence[str] = (),
     remarks: tuple[str, ...] = (),
+    content: str = "",
 ) -> CheckResult:
     """Compare what is on disk with what a manifest expects.
 
@@ -101,6 +106,7 @@ def compare(
         missing: The items whose image is not on disk.
         unreadable: What is wrong with each image that cannot be decoded.
         remarks: What reading leaves out, or takes otherwise than it is written.
+        content: Hash of lists and files, where they were read.
     """
     expected = dict(spec.counts)
     listed = {split: len(items) for split, items in by_split.items()}
@@ -120,6 +126,7 @@ def compare(
         notes,
         remarks,
         spec.get,
+        content,
     )
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlmlayers.data.names import IMAGE_SUFFIXES, suffix_of
@@ -16,7 +17,7 @@ from vlmlayers.data.shards import (
     write_shard,
 )
 from vlmlayers.errors import UserError
-from vlmlayers.manifests.items import Item, items_hash
+from vlmlayers.manifests.items import Item
 from vlmlayers.manifests.layouts.huggingface import stored_image
 from vlmlayers.manifests.manifest import Manifest
 from vlmlayers.progress import track
@@ -40,7 +41,7 @@ def write_shards(
 
     Files are copied byte for byte, so features do not change; drawn images become PNG. Each
     shard appears when it is complete, the manifest last. A conversion that was stopped goes on
-    with the shards that are missing.
+    with the shards that are missing, and with those whose images were altered since.
 
     Args:
         manifest: The dataset to convert.
@@ -59,8 +60,9 @@ def write_shards(
     target = Path(folder)
     splits = [split] if isinstance(split, str) else list(split)
     listed = {part: manifest.items(part, root) for part in splits}
-    plan = fingerprint([manifest.hash, per_shard, {k: items_hash(v) for k, v in listed.items()}])
-    _start(target, plan)
+    data = {part: manifest.identity(items, root) for part, items in listed.items()}
+    plan = fingerprint([manifest.hash, per_shard, {k: one.listed for k, one in data.items()}])
+    done = _start(target, plan)
     shards: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for part, items in listed.items():
@@ -69,20 +71,28 @@ def write_shards(
         for number, start in enumerate(track(starts, part, unit="shard", show=progress)):
             name = f"{part}-{number:05d}.tar"
             batch = items[start : start + per_shard]
-            if not _whole(target / name, len(batch)):
+            state = replace(data[part], items=data[part].items[start : start + per_shard]).hash
+            if done.get(name) != state or not _whole(target / name, len(batch)):
                 write_shard(target / name, _samples(manifest, batch, start, root))
+                done[name] = state
+                write_json(target / NOTE, {"plan": plan, "shards": done})
             shards[part].append(name)
     return write_text(target / "manifest.toml", _toml(manifest, shards, counts, root))
 
 
-def _start(target: Path, plan: str) -> None:
-    """Note what is converted into a folder, so that nothing but the same is added to it."""
+def _start(target: Path, plan: str) -> dict[str, str]:
+    """Return the identity of what each finished shard of a conversion was made of.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
     note = target / NOTE
-    if note.exists() and read_json(note).get("plan") != plan:
+    found = read_json(note) if note.exists() else {"plan": plan}
+    if found["plan"] != plan:
         raise UserError(f"{target} holds another conversion; choose another folder, or delete it")
     if not note.exists() and next(target.glob("*.tar"), None) is not None:
         raise UserError(f"{target} holds shards of another origin; choose another folder")
-    write_json(note, {"plan": plan})
+    return dict(found.get("shards", {}))
 
 
 def _whole(shard: Path, count: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -164,12 +164,3 @@ def balanced_sample(items: Sequence[Item], n: int, seed: int) -> list[Item]:
         turns.extend((rank, turn, index) for rank, index in enumerate(drawn))
     chosen = sorted(index for _, _, index in sorted(turns)[:n])
     return [items[index] for index in chosen]
-
-
-def items_hash(items: Iterable[Item]) -> str:
-    """Return sixteen hexadecimal digits that change with any path, label, text or the order."""
-    digest = hashlib.sha256()
-    for item in items:
-        fields = (item.path, str(item.label), item.class_name, *item.captions)
-        digest.update(repr(fields).encode())
-    return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import catalogue
 from vlmlayers.manifests.check import CheckResult, built_in, compare, not_listed
 from vlmlayers.manifests.html import manifest_html
+from vlmlayers.manifests.identify import identify
 from vlmlayers.manifests.items import (
     SPLITS,
     Item,
     balanced_sample,
-    items_hash,
     stratified_split,
 )
 from vlmlayers.manifests.layouts import layout_of
@@ -268,9 +269,17 @@ class Manifest:
         """
         return balanced_sample(self.items(split, root, present_only=present_only), n, seed)
 
-    def split_hash(self, split: str, root: Root = None) -> str:
-        """Return sixteen hexadecimal digits that change with any item or their order."""
-        return items_hash(self.items(split, root))
+    def identity(
+        self, items: Sequence[Item], root: Root = None, *, content: bool = False
+    ) -> DataIdentity:
+        """Return what some items are at this moment, for every cache of what is made of them.
+
+        Args:
+            items: Some of `items`.
+            root: The data root.
+            content: Read the files, instead of looking at their sizes and times of change.
+        """
+        return identify(self.place(root), self.class_names(root), items, content=content)
 
     def is_stored(self, root: Root = None) -> bool:
         """Return whether the images lie in Arrow or Parquet files of a Hugging Face dataset."""
@@ -319,7 +328,12 @@ class Manifest:
         return readers.open_image(path)
 
     def check(self, root: Root = None, full: bool = False) -> CheckResult:
-        """Compare what is on disk with what the manifest expects; `full` decodes every image."""
+        """Compare what is on disk with what the manifest expects.
+
+        Args:
+            root: The data root.
+            full: Decode every image, and tell the content of all, which any copy shares.
+        """
         if self.layout == "builtin":
             return built_in(self.name, self.spec)
         try:
@@ -329,8 +343,13 @@ class Manifest:
             return not_listed(self.name, self.spec, error)
         items = [item for part in by_split.values() for item in part]
         missing = self.missing(items, root)
-        unreadable = self._unreadable(items, set(missing), root) if full else []
-        return compare(self.name, self.spec, by_split, classes, missing, unreadable, remarks)
+        if not full:
+            return compare(self.name, self.spec, by_split, classes, missing, remarks=remarks)
+        unreadable = self._unreadable(items, set(missing), root)
+        content = self.identity(items, root, content=True).hash
+        return compare(
+            self.name, self.spec, by_split, classes, missing, unreadable, remarks, content
+        )
 
     def _unreadable(self, items: list[Item], missing: set[Item], root: Root) -> list[str]:
         faults = []
@@ -349,6 +368,24 @@ class Manifest:
                 counts = {split: len(self.items(split)) for split in self.splits()}
                 classes = len(self.class_names())
         return manifest_html(self.name, self.spec, classes, counts)
+
+
+def distinct(manifests: Iterable[Manifest], root: Root = None) -> list[Manifest]:
+    """Return the datasets of one run, each once; tables and caches tell them apart by name.
+
+    Raises:
+        UserError: Two different ones have one name.
+    """
+    found: dict[str, Manifest] = {}
+    for manifest in manifests:
+        other = found.setdefault(manifest.name, manifest)
+        mine, theirs = (os.path.realpath(one.place(root).images) for one in (manifest, other))
+        if (manifest.spec, mine) != (other.spec, theirs):
+            raise UserError(
+                f"two datasets are called {manifest.name!r}: {other.source or theirs} and "
+                f"{manifest.source or mine}; rename a folder, or write a manifest of another name"
+            )
+    return list(found.values())
 
 
 @cache

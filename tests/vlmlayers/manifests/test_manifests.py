@@ -295,14 +295,6 @@ def test_samples_are_balanced_nested_and_in_order(tmp_path: Path) -> None:
         manifest.sample("train", 0)
 
 
-def test_split_hash_follows_items_and_their_order(tmp_path: Path) -> None:
-    rows = [["a.jpg", 0, "x"], ["b.jpg", 0, "x"]]
-    first = coop_dataset(tmp_path / "1", {"train": rows})
-    same = coop_dataset(tmp_path / "2", {"train": rows, "test": rows})
-    turned = coop_dataset(tmp_path / "3", {"train": rows[::-1]})
-    assert first.split_hash("train") == same.split_hash("train") != turned.split_hash("train")
-
-
 def test_renames_and_filters_close_the_labels_up(tmp_path: Path) -> None:
     rows = [[f"{i}.jpg", i % 4, "abcd"[i % 4]] for i in range(8)]
     extra = 'drop_classes = ["b"]\nrenames = { d = "delta" }'

@@ -130,6 +130,13 @@ def is_stored(place: Place) -> bool:
     return holds_tables(place.images)
 
 
+def stored_files(place: Place) -> list[Path]:
+    """Return the files that hold the rows and images of a stored dataset."""
+    files = _table_files(place.images)
+    saved = any(file.name in _SAVED for file in files)
+    return sorted(place.images.rglob("*.arrow")) if saved else list(files)
+
+
 def holds_tables(folder: Path) -> bool:
     """Return whether a folder is a saved dataset or a downloaded repository of Parquet files."""
     return bool(_table_files(folder))
