@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vlmlayers.data.names import IMAGE_SUFFIXES, suffix_of
 from vlmlayers.data.shards import (
@@ -87,8 +88,8 @@ def _start(target: Path, plan: str) -> dict[str, str]:
         UserError: The folder holds something else.
     """
     note = target / NOTE
-    found = read_json(note) if note.exists() else {"plan": plan}
-    if found["plan"] != plan:
+    found: dict[str, Any] = read_json(note) if note.exists() else {"plan": plan}
+    if found.get("plan") != plan:
         raise UserError(f"{target} holds another conversion; choose another folder, or delete it")
     if not note.exists() and next(target.glob("*.tar"), None) is not None:
         raise UserError(f"{target} holds shards of another origin; choose another folder")
