@@ -16,10 +16,11 @@ if TYPE_CHECKING:
         base_to_novel,
         cross_dataset,
         few_shot_all,
-        run_protocol,
+        train,
     )
     from vlmadapters.protocols.results import summarise
     from vlmadapters.training.recipes import load_recipe
+    from vlmadapters.validation.validate import validate
 
 _HOMES = {
     "Method": "methods.base",
@@ -30,8 +31,9 @@ _HOMES = {
     "few_shot": "data.fewshot",
     "few_shot_all": "protocols.experiment",
     "load_recipe": "training.recipes",
-    "run_protocol": "protocols.experiment",
     "summarise": "protocols.results",
+    "train": "protocols.experiment",
+    "validate": "validation.validate",
 }
 
 __all__ = [
@@ -45,8 +47,9 @@ __all__ = [
     "few_shot",
     "few_shot_all",
     "load_recipe",
-    "run_protocol",
     "summarise",
+    "train",
+    "validate",
 ]
 
 

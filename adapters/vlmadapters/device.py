@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from vlmlayers.arguments import PRECISIONS
 from vlmlayers.errors import UserError, check_one_of
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -108,6 +108,8 @@ Position = Annotated[
     str, Takes("a position such as 'embed', 6 or 'proj'", "positions", convert=plain_number)
 ]
 Count = Annotated[int, Takes(least=1)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def _taken(

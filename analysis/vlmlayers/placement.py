@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.positions import TOWERS
 
@@ -63,6 +64,7 @@ class Placement:
         return cls(tuple(found.get("v", both)), tuple(found.get("t", both)))
 
     @classmethod
+    @checked
     def span(cls, first: int, last: int) -> Placement:
         """Return blocks `first` to `last` of both towers; (5, 12) is MMA's published placement."""
         blocks = _span(first, last)

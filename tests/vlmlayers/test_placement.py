@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vlmlayers as vl
@@ -45,6 +45,7 @@ def test_placements_are_written_as_they_are_read(text: str) -> None:
     assert str(Placement.parse(text)) == text
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # beside other work
 @given(BLOCKS, BLOCKS)
 def test_every_placement_survives_its_text(vision: tuple[int, ...], text: tuple[int, ...]) -> None:
     placed = Placement(vision, text)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, check_one_of
 
 Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
 Method = Annotated[
@@ -29,40 +30,61 @@ def load_backbone(model: str, pretrained: str | None, random_weights: bool, devi
     )
 
 
-def read_recipe(name: str, settings: list[str], method: str = "mma") -> Any:
-    """Return a method's recipe with the settings KEY=VALUE of the command line applied.
+def read_recipes(name: str, settings: list[str], methods: Sequence[str]) -> list[Any]:
+    """Return one recipe per method with the settings KEY=VALUE of the command line applied.
 
-    A key is a field of the recipe, a saving, or a setting of the method.
+    A key is a field of the recipe, a saving, or a setting of a method; one that only some of the
+    methods have is set for those.
     """
-    from dataclasses import fields, replace
+    from vlmadapters.training.recipes import load_recipe
 
-    from vlmadapters.clip.savings import Savings
-    from vlmadapters.training.recipes import TrainConfig, load_recipe
-    from vlmlayers.errors import check_one_of
-
-    recipe = load_recipe(name, method)
-    savings = [f.name for f in fields(Savings)]
-    train = [f.name for f in fields(TrainConfig) if f.name != "savings"]
-    own = list(recipe.method.settings())
-    values: dict[str, Any] = {}
+    recipes = [load_recipe(name, method) for method in methods]
+    pairs = []
     for setting in settings:
         key, mark, text = setting.partition("=")
-        check_one_of("key", key, [*train, *savings, *own], where="--set")
+        known = list(dict.fromkeys(key for one in recipes for key in _holders(one)))
+        check_one_of("key", key, known, where="--set")
         if not mark:
             raise UserError(f"--set {setting!r} has no value; write KEY=VALUE")
-        holder = recipe.train if key in train else recipe.train.savings
-        now = getattr(recipe.method if key in own else holder, key)
-        values[key] = _value(key, text, now)
-    switched = {key: values.pop(key) for key in savings if key in values}
-    changed = {key: values.pop(key) for key in own if key in values}
-    values["savings"] = replace(recipe.train.savings, **switched)
-    return recipe.changed(values, changed)
+        pairs.append((key, text))
+    return [_with_settings(one, pairs) for one in recipes]
+
+
+def read_recipe(name: str, settings: list[str], method: str = "mma") -> Any:
+    """Return a method's recipe with the settings KEY=VALUE of the command line applied."""
+    return read_recipes(name, settings, [method])[0]
+
+
+def _holders(recipe: Any) -> dict[str, Any]:
+    """Return each key that can be set, to the record that holds its value."""
+    from dataclasses import fields
+
+    train, savings = recipe.train, recipe.train.savings
+    found = {f.name: train for f in fields(train) if f.name != "savings"}
+    found |= {f.name: savings for f in fields(savings)}
+    return found | {key: recipe.method for key in recipe.method.settings()}
+
+
+def _with_settings(recipe: Any, pairs: Sequence[tuple[str, str]]) -> Any:
+    from dataclasses import replace
+
+    holders = _holders(recipe)
+    values: dict[int, dict[str, Any]] = {}
+    for key, text in pairs:
+        if key in holders:
+            of_holder = values.setdefault(id(holders[key]), {})
+            of_holder[key] = _value(key, text, getattr(holders[key], key))
+    savings = replace(recipe.train.savings, **values.get(id(recipe.train.savings), {}))
+    train = {**values.get(id(recipe.train), {}), "savings": savings}
+    return recipe.changed(train, values.get(id(recipe.method), {}))
 
 
 def _value(key: str, text: str, now: Any) -> Any:
     """Read a value of the type that a key has now."""
     if isinstance(now, str):
         return text
+    if now is None:
+        raise UserError(f"--set {key} cannot be set on the command line; write a recipe file")
     try:
         if isinstance(now, bool):
             return {"true": True, "false": False}[text.lower()]
@@ -73,6 +95,19 @@ def _value(key: str, text: str, now: Any) -> Any:
         raise UserError(f"--set {key}={text}: write {key}=true or {key}=false") from None
     except ValueError:
         raise UserError(f"--set {key}={text}: {text!r} is not a number of the right kind") from None
+
+
+def find_datasets(names: Sequence[str], root: Path | None) -> None:
+    """Raise a UserError where a dataset is not known or its items cannot be listed.
+
+    Before torch is imported: a wrong name or path is said at once.
+    """
+    from vlmlayers.manifests import Manifest
+
+    for name in names:
+        manifest = Manifest.load(name)
+        for split in manifest.splits(root):
+            manifest.items(split, root=root)
 
 
 def read_pairs(text: str) -> tuple[tuple[int, ...], ...]:

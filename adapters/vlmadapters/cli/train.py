@@ -10,14 +10,16 @@ import typer
 from vlmadapters.cli.options import (
     Limit,
     Workers,
+    find_datasets,
     load_backbone,
     read_pairs,
     read_placements,
-    read_recipe,
+    read_recipes,
     read_seeds,
 )
 from vlmadapters.cli.validate import validate
 from vlmlayers.cli.options import DataRoot, Device, Model, Pretrained, Quiet, RandomWeights
+from vlmlayers.errors import UserError
 
 __all__ = ["evaluate", "train", "validate"]
 
@@ -39,8 +41,12 @@ def train(
         str, typer.Option(help="Method, or several as in mma,coop; each with its own recipe.")
     ] = "mma",
     recipe: Annotated[
-        str, typer.Option(help="A recipe of the method: published, mini, …, or a TOML file.")
-    ] = "published",
+        str | None,
+        typer.Option(
+            help="A recipe of the method: published, mini, …, or a TOML file; mini for the "
+            "mini-clip, else published, where absent."
+        ),
+    ] = None,
     placement: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,18 +89,20 @@ def train(
     A stopped run goes on with the same command. Several GPUs:
     `torchrun --nproc-per-node N -m vlmlayers train …`.
     """
-    from dataclasses import replace
-
-    from vlmadapters.protocols.experiment import Experiment
-    from vlmadapters.training import processes
+    from vlmadapters.training.recipes import default_recipe
 
     names = method.replace(" ", "").split(",")
-    made = [read_recipe(recipe, settings or [], name) for name in names]
+    made = read_recipes(recipe or default_recipe(model), settings or [], names)
     configs = [
         config for one in made for config in read_placements(one.method, placement or [], choice)
     ]
     if pairs is not None:
-        configs = [replace(config, pairs=read_pairs(pairs)) for config in configs]
+        configs = [_paired(config, read_pairs(pairs)) for config in configs]
+    numbers = read_seeds(seeds)
+    find_datasets([*datasets, *(target or ())], data_root)
+    from vlmadapters.protocols.experiment import Experiment
+    from vlmadapters.training import processes
+
     with processes.process_group() as (rank, _):
         loaded = load_backbone(model, pretrained, random_weights, device)
         experiment = Experiment(
@@ -109,7 +117,7 @@ def train(
             save_adapters=True,
             progress=not quiet and rank == 0,
         )
-        table = experiment.run(datasets, configs, read_seeds(seeds), together=together)
+        table = experiment.run(datasets, configs, numbers, together=together)
     if rank == 0:
         typer.echo(_text(table, published))
         typer.echo(f"results {out / 'results.csv'}")
@@ -147,6 +155,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
+    find_datasets(datasets, data_root)
     from vlmadapters.protocols.trained import evaluate_methods
     from vlmlayers.files import atomically
 
@@ -168,6 +177,14 @@ def evaluate(
     if out is not None:
         atomically(out, lambda part: table.to_csv(part, index=False))
         typer.echo(f"results {out}")
+
+
+def _paired(config: Any, pairs: Any) -> Any:
+    from dataclasses import replace
+
+    if "pairs" not in config.settings():
+        raise UserError(f"--pairs is for mma; {config.name} shares nothing between its towers")
+    return replace(config, pairs=pairs)
 
 
 def _trained(path: Path, model: Any, method: str, scale: float) -> Any:

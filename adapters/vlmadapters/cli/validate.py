@@ -11,6 +11,7 @@ from vlmadapters.cli.options import (
     Limit,
     Method,
     Workers,
+    find_datasets,
     load_backbone,
     read_recipe,
     read_seeds,
@@ -72,8 +73,12 @@ def validate(
     """
     chosen = _choice(choice, placement)
     table = _scores(choice, scores)
+    from vlmadapters.training.recipes import default_recipe
     from vlmadapters.validation.competitors import DEFAULT_KINDS
-    from vlmadapters.validation.validate import default_recipe
+
+    made = read_recipe(recipe or default_recipe(model), settings or [], method)
+    numbers = read_seeds(seeds)
+    find_datasets(datasets, data_root)
     from vlmadapters.validation.validate import validate as run
 
     loaded = load_backbone(model, pretrained, random_weights, device)
@@ -83,8 +88,8 @@ def validate(
         datasets,
         scores=table,
         kinds=kinds.replace(" ", "").split(",") if kinds else DEFAULT_KINDS,
-        seeds=read_seeds(seeds),
-        recipe=read_recipe(recipe or default_recipe(loaded), settings or [], method),
+        seeds=numbers,
+        recipe=made,
         out=out,
         root=data_root,
         reference=reference,

@@ -54,13 +54,14 @@ def validate(context: Any) -> None:
     Raises:
         UserError: A key or name is unknown, or a value has the wrong type.
     """
+    from vlmadapters.training.recipes import default_recipe
     from vlmadapters.validation import validate as library
 
     options = _checked(context.options)
     model = context.load_model()
     settings = _settings(options)
     options.pop("set", None)
-    recipe = _recipe(context, options.pop("recipe", None) or library.default_recipe(model))
+    recipe = _recipe(context, options.pop("recipe", None) or default_recipe(model.name))
     manifests = _manifests(context, options.pop("datasets", None))
     from vlmadapters.cli.options import read_recipe
 

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Item
 
 SPLIT_KINDS = ("all", "base", "novel")
 
 
+@checked
 def few_shot(items: Iterable[Item], shots: int, seed: int) -> list[Item]:
     """Draw `shots` items per class, in the published order.
 

@@ -6,10 +6,8 @@ run, a run over several processes and every placement of a sweep see the same vi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -20,58 +18,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
+from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.device import available_memory
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
 
 T = TypeVar("T")
-TRIES = 10
 KEEP_BYTES, KEEP_SHARE = 2 << 30, 4
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random resized crop and horizontal flip.
-
-    Attributes:
-        scale: Range of the crop's share of the image's area.
-        ratio: Range of the crop's aspect ratio, drawn evenly in its logarithm.
-        flip: Chance of a horizontal flip.
-
-    Reference: torchvision's RandomResizedCrop, whose distribution this is.
-    """
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-
-    def draws(self, n: int, seed: int, view: int) -> NDArray[np.float64]:
-        """Return the random numbers of one view of `n` images, (n, numbers), each in [0, 1)."""
-        return np.random.default_rng([seed, view, 0xC0]).random((n, 4 * TRIES + 1))
-
-    def box(
-        self, draw: NDArray[np.float64], height: int, width: int
-    ) -> tuple[int, int, int, int, bool]:
-        """Return top, left, height and width of the crop, and whether to flip it."""
-        u = draw[:-1].reshape(TRIES, 4)
-        area = height * width * (self.scale[0] + u[:, 0] * (self.scale[1] - self.scale[0]))
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        ratio = np.exp(low + u[:, 1] * (high - low))
-        w = np.round(np.sqrt(area * ratio)).astype(int)
-        h = np.round(np.sqrt(area / ratio)).astype(int)
-        flip = bool(draw[-1] < self.flip)
-        for i in np.flatnonzero((w > 0) & (w <= width) & (h > 0) & (h <= height)):
-            top, left = int(u[i, 2] * (height - h[i] + 1)), int(u[i, 3] * (width - w[i] + 1))
-            return top, left, int(h[i]), int(w[i]), flip
-        h0, w0 = self._largest(height, width)  # ten misses: the central crop nearest in ratio
-        return (height - h0) // 2, (width - w0) // 2, h0, w0, flip
-
-    def _largest(self, height: int, width: int) -> tuple[int, int]:
-        if width / height < self.ratio[0]:
-            return round(width / self.ratio[0]), width
-        if width / height > self.ratio[1]:
-            return height, round(height * self.ratio[1])
-        return height, width
 
 
 class Images:

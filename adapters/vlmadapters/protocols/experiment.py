@@ -17,7 +17,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -38,11 +38,14 @@ from vlmadapters.protocols.results import (
 )
 from vlmadapters.protocols.trained import Target, result_row
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
+from vlmadapters.training.recipes import Recipe, TrainConfig, default_recipe, load_recipe
 from vlmadapters.training.trainer import Trainer, TrainResult
+from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.models.load import VLM
+from vlmlayers.placement import Placement
 from vlmlayers.progress import bar
 
 LOG = logging.getLogger("vlmlayers")
@@ -417,55 +420,113 @@ def _table(rows: Rows) -> pd.DataFrame:
     return table.drop_duplicates(list(COLUMNS[: COLUMNS.index("accuracy")]), ignore_index=True)
 
 
-def run_protocol(
-    protocol: str,
-    model: Any,
-    sources: str | Iterable[str],
-    recipe: Recipe | str | Path = "published",
+Model = Annotated[VLM, Takes("a model, as `load_model` returns it")]
+Placements = Annotated[
+    Sequence[Any] | None,
+    Takes("a placement such as '5-12' or 'v5-12,t7-12', or a choice", "placements"),
+]
+Datasets = Annotated[
+    Sequence[str | Path | Manifest],
+    Takes("a dataset's name, path or manifest", "datasets by name, path or manifest"),
+]
+
+
+@checked
+def train(
+    model: Model,
+    datasets: Datasets,
+    recipe: Recipe | str | Path | None = None,
     out: str | Path | None = None,
     *,
-    method: str | Sequence[str] = "mma",
+    protocol: str = "base-to-novel",
+    method: Sequence[str] = ("mma",),
+    placement: Placements = None,
     configs: Sequence[MethodConfig] | None = None,
-    seeds: Iterable[int] = (1, 2, 3),
-    together: int = 12,
-    **options: Any,
+    seeds: Sequence[int] = (1, 2, 3),
+    together: Count = 12,
+    targets: Datasets = (),
+    root: str | Path | None = None,
+    split: str = "test",
+    limit: Annotated[int, Takes(least=0)] = 0,
+    workers: Annotated[int, Takes(least=0)] = 0,
+    save_adapters: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
-    """Train and test by a protocol; one call of `Experiment`, whose options it takes.
+    """Train methods by a protocol and test them, beside zero-shot CLIP.
 
     Args:
-        protocol: Name of a protocol.
-        model: The model.
-        sources: Datasets trained on, each by itself.
-        recipe: Recipe, its name, or a TOML file.
-        out: Folder of cells, adapters and tables; None keeps everything in memory.
-        method: Name of the method or methods, for a recipe given by name.
-        configs: Settings, such as placements; the recipe's own where None.
+        model: The model, as `load_model` returns it.
+        datasets: Datasets trained on, each by itself.
+        recipe: Recipe, its name, or a TOML file; `default_recipe` where None.
+        out: Folder of cells, adapters and tables; None keeps everything in memory. A stopped run
+            goes on there.
+        protocol: `base-to-novel`, `few-shot`, `cross-dataset` or `domain-generalization`.
+        method: Name of the method, or several; `METHODS` lists them.
+        placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, or a layer choice; several
+            train side by side. The recipe's own where None.
+        configs: Settings of each method to train, in place of `method` and `placement`.
         seeds: Seeds of draw, initialisation, order and views.
         together: How many are trained side by side.
-        **options: As in `Experiment`.
+        targets: Datasets tested by transfer.
+        root: The data root.
+        split: Split that is tested.
+        limit: Use at most so many test items of each dataset; 0 uses all.
+        workers: Threads that decode images.
+        save_adapters: Write what was trained beside the cells.
+        progress: Show bars.
+
+    Returns:
+        The results table: one row per method, placement, dataset, half and seed.
+
+    Raises:
+        UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
-    methods = [method] if isinstance(method, str) else list(method)
-    made = recipe if isinstance(recipe, Recipe) else [load_recipe(recipe, one) for one in methods]
-    names = [sources] if isinstance(sources, str) else list(sources)
-    experiment = Experiment(protocol, model, made, out, **options)
+    if isinstance(recipe, Recipe):
+        recipes = [recipe]
+    else:
+        recipes = [load_recipe(recipe or default_recipe(model.name), one) for one in method]
+    if configs is None and placement is not None:
+        configs = [_placed(one.method, place) for one in recipes for place in placement]
+    elif placement is not None:
+        raise UserError("train takes either configs or placement, not both")
+    experiment = Experiment(
+        protocol,
+        model,
+        recipes,
+        out,
+        root=root,
+        targets=[str(one) for one in targets],
+        split=split,
+        limit=limit,
+        workers=workers,
+        save_adapters=save_adapters,
+        progress=progress,
+    )
+    names = [experiment.add(o) if isinstance(o, Manifest) else str(o) for o in datasets]
     return experiment.run(names, configs, seeds, together=together)
 
 
-base_to_novel = partial(run_protocol, "base-to-novel")
-few_shot_all = partial(run_protocol, "few-shot")
+def _placed(config: MethodConfig, place: Any) -> MethodConfig:
+    """Return settings at a placement, which is text, a value, or a choice."""
+    found = Placement.parse(place) if isinstance(place, str) else place
+    return config.with_placement(found.vision, found.text)
+
+
+base_to_novel = partial(train, protocol="base-to-novel")
+few_shot_all = partial(train, protocol="few-shot")
 
 
 def cross_dataset(
-    model: Any, source: str, targets: Sequence[str], *arguments: Any, **options: Any
+    model: Any, source: Any, targets: Any, *arguments: Any, **options: Any
 ) -> pd.DataFrame:
     """Train on all classes of the source, test on all classes of each target."""
-    return run_protocol("cross-dataset", model, [source], *arguments, targets=targets, **options)
+    options |= {"protocol": "cross-dataset", "targets": targets}
+    return train(model, source, *arguments, **options)
 
 
 def domain_generalization(
-    model: Any, source: str, targets: Sequence[str], *arguments: Any, **options: Any
+    model: Any, source: Any, targets: Any, *arguments: Any, **options: Any
 ) -> pd.DataFrame:
     """Train on the source, test on shifted test sets, each among its own classes."""
-    return run_protocol(
-        "domain-generalization", model, [source], *arguments, targets=targets, **options
-    )
+    options |= {"protocol": "domain-generalization", "targets": targets}
+    return train(model, source, *arguments, **options)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmadapters.clip.savings import Savings
-from vlmadapters.data.images import Augmentation
-from vlmadapters.device import PRECISIONS
+from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.config import MethodConfig
+from vlmlayers.arguments import PRECISIONS, checked
 from vlmlayers.errors import UserError, check_one_of
 
 # Blocks per tower of ViT-B/16, the backbone of the published recipes.
@@ -200,11 +200,17 @@ class Recipe:
         return replace(self.train, **self.datasets.get(dataset, {}))
 
 
+def default_recipe(model: str) -> str:
+    """Return the recipe for a backbone: `mini` for the shipped miniature, else `published`."""
+    return "mini" if model == "mini-clip" else "published"
+
+
 def recipe_names(method: str = "mma") -> list[str]:
     """Return the names of a method's shipped recipes."""
     return list(_shipped(method))
 
 
+@checked
 def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
     """Return a recipe by name (`published`, `mini`, …) or from a TOML file.
 

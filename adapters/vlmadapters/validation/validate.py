@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
-from vlmadapters.protocols.experiment import EFFECT, Experiment
+from vlmadapters.protocols.experiment import EFFECT, Datasets, Experiment, Model
 from vlmadapters.protocols.results import ZERO_SHOT, ZERO_SHOT_METHODS
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import Recipe, load_recipe
+from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
 from vlmadapters.validation.competitors import DEFAULT_KINDS, KINDS, Competitor, competitors
 from vlmadapters.validation.ranking import predicted_outcomes, predictors, rank_correlation
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
+from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
 from vlmlayers.manifests import Manifest
@@ -84,29 +85,25 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
     atomically(path, lambda part: table.to_csv(part, index=False))
 
 
-def default_recipe(model: Any) -> str:
-    """Return the recipe for a backbone: `mini` for the shipped miniature, else `published`."""
-    return "mini" if model.name == "mini-clip" else "published"
-
-
+@checked
 def validate(
-    model: Any,
+    model: Model,
     choice: Any,
-    manifests: Iterable[str | Manifest],
+    manifests: Datasets,
     *,
     scores: pd.DataFrame | None = None,
-    kinds: Iterable[str] = DEFAULT_KINDS,
-    seeds: Iterable[int] = (1, 2, 3),
-    shots: int | None = None,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    seeds: Sequence[int] = (1, 2, 3),
+    shots: Count | None = None,
     recipe: str | Path | Recipe | None = None,
     out: str | Path | None = None,
     root: Any = None,
     reference: str = REFERENCE,
-    random_count: int = 3,
+    random_count: Annotated[int, Takes(least=0)] = 3,
     seed: int = 0,
-    together: int = 12,
-    limit: int = 0,
-    workers: int = 0,
+    together: Count = 12,
+    limit: Annotated[int, Takes(least=0)] = 0,
+    workers: Annotated[int, Takes(least=0)] = 0,
     progress: bool = True,
     notes: Mapping[str, Any] | None = None,
     method: str = "mma",
@@ -115,7 +112,8 @@ def validate(
 
     Args:
         model: The backbone (`vlmlayers.models.load_model`).
-        choice: A `LayerChoice`, or anything with `vision` and `text` blocks.
+        choice: A `LayerChoice`, a placement such as `5-12`, or anything with `vision` and `text`
+            blocks.
         manifests: Datasets, by name, path or manifest, each with two classes or more.
         scores: Score table to predict outcomes from; None leaves predictions out.
         kinds: Competitors, names of `placement.KINDS`. The reference is always among them.
@@ -154,7 +152,7 @@ def validate(
         stop_unmoved=True,
         progress=progress,
     )
-    names = [one if isinstance(one, str) else experiment.add(one) for one in manifests]
+    names = [experiment.add(o) if isinstance(o, Manifest) else str(o) for o in manifests]
     if not names or not seeds:
         raise UserError(f"there is no {'seed' if names else 'dataset'} to validate on; name one")
     for name in names:
@@ -202,13 +200,20 @@ def _recipe(
     model: Any, recipe: str | Path | Recipe | None, shots: int | None, method: str
 ) -> Recipe:
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe or default_recipe(model), method)
+        recipe = load_recipe(recipe or default_recipe(model.name), method)
     return recipe.changed({"shots": shots}, {})
 
 
 def _competitors(
     model: Any, choice: Any, kinds: Iterable[str], reference: str, count: int, seed: int
 ) -> list[Competitor]:
+    if isinstance(choice, str):
+        choice = Placement.parse(choice)
+    if not hasattr(choice, "vision") or not hasattr(choice, "text"):
+        raise UserError(
+            "validate: choice takes a layer choice or a placement such as '5-12', not "
+            f"{type(choice).__name__}"
+        )
     chosen = Placement(tuple(choice.vision), tuple(choice.text))
     if not chosen:
         raise UserError("the choice adapts no block in either tower; there is nothing to train")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from vlmadapters.methods.config import MethodConfig
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import Placement
 
 
+@checked
 @dataclass(frozen=True)
 class MMAConfig(MethodConfig):
     """Placement and size of a Multi-Modal Adapter.
@@ -30,7 +32,7 @@ class MMAConfig(MethodConfig):
 
     dim: int = 32
     scale: float = 0.001
-    pairs: tuple[tuple[int, int], ...] | None = None
+    pairs: Sequence[Sequence[int]] | None = None
 
     name: ClassVar[str] = "mma"
     title: ClassVar[str] = "MMA"
@@ -67,7 +69,7 @@ class MMAConfig(MethodConfig):
     def shared_pairs(self) -> tuple[tuple[int, int], ...]:
         """Return the (vision, text) blocks that share a projection."""
         if self.pairs is not None:
-            return self.pairs
+            return tuple((vision, text) for vision, text in self.pairs)
         return tuple((block, block) for block in self.vision if block in self.text)
 
     def shared_names(self) -> dict[tuple[str, int], str]:

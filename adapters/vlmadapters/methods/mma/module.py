@@ -19,7 +19,8 @@ from vlmadapters.methods.base import Method
 from vlmadapters.methods.hooks import attached
 from vlmadapters.methods.mma.branch import add_branch
 from vlmadapters.methods.mma.config import MMAConfig
-from vlmadapters.methods.mma.official import PARTS, checked, placement_of
+from vlmadapters.methods.mma.official import PARTS, agreed, placement_of
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 
 PREFIX = {"vision": "visual_adapter", "text": "text_adapter"}
@@ -143,10 +144,11 @@ class Adapter(Method):
         cls, state: Mapping[str, Tensor], where: str, config: Any = None
     ) -> MMAConfig:
         """Read placement, pairs and inner width from the keys; the scale is not in them."""
-        return checked(config, placement_of(state, where), where)
+        return agreed(config, placement_of(state, where), where)
 
 
 @contextmanager
+@checked
 def attach(clip: nn.Module, config: MMAConfig, seed: int = 0) -> Iterator[Adapter]:
     """Attach a freshly initialised adapter to a CLIP for the length of the context.
 

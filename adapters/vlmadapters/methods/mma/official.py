@@ -14,7 +14,7 @@ from vlmlayers.errors import UserError
 PARTS = ("visual_adapter", "text_adapter", "shared_adapter")
 
 
-def checked(config: MMAConfig | None, found: MMAConfig, where: str) -> MMAConfig:
+def agreed(config: MMAConfig | None, found: MMAConfig, where: str) -> MMAConfig:
     """Return the configuration asked for, or the one found where none is.
 
     Raises:

@@ -1,0 +1,98 @@
+"""Natural Python calls: taken as meant, or refused in one line before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from backbones import shared_backbone
+
+import vlmadapters as va
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+
+FACES = Manifest.load("faces")
+QUICK: dict[str, Any] = {"limit": 10, "progress": False}
+
+
+def train(datasets: Any = "faces", **options: Any) -> Any:
+    return va.train(shared_backbone(), datasets, **QUICK | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train("/data/pics", placement="2"), "/data/pics does not exist"),
+        (
+            lambda: va.base_to_novel(shared_backbone(), "/data/pics", placement="2"),
+            "/data/pics does not exist",
+        ),
+        (lambda: train(recipe="minni"), "did you mean 'mini'"),
+        (lambda: train(recipe=3), "recipe takes Recipe or a string or a path or None, not 3"),
+        (lambda: train(placement="3-2"), "the block range 3-2 is reversed; write 2-3"),
+        (lambda: train(placement="2-13"), "names vision block 4, but the vision tower has 3"),
+        (lambda: train(placement="2", configs=va.MMAConfig.span(2, 3)), "configs or placement"),
+        (lambda: train(method="mmma"), "did you mean 'mma'"),
+        (lambda: train(protocol="fewshot"), "did you mean 'few-shot'"),
+        (lambda: train(protocol="cross-dataset"), "needs target datasets"),
+        (lambda: train(seedz=1), "did you mean 'seeds'"),
+        (lambda: train(seeds=-1, placement="2"), "seed -1 is below 0"),
+        (lambda: train(seeds="one"), "seeds takes whole numbers"),
+        (lambda: train(together=0), "together takes a whole number from 1"),
+        (lambda: va.train("mini-clip", "faces"), "model takes a model, as `load_model` returns it"),
+        (lambda: va.validate(shared_backbone(), "2-13", "faces"), "block 4"),
+        (lambda: va.validate(shared_backbone(), None, "faces"), "choice takes a layer choice"),
+        (lambda: va.validate(shared_backbone(), "2", "faces", kinds="al"), "did you mean 'all'"),
+        (lambda: va.MMAConfig.span("5", 12), "first takes a whole number, not '5'"),
+        (lambda: va.MMAConfig("5-12", (5,)), "vision takes whole numbers, not '5-12'"),
+        (lambda: va.MMAConfig.span(5, 12, dim="x"), "dim takes a whole number"),
+        (lambda: va.few_shot(FACES.items("train"), 1.5, 1), "shots takes a whole number, not 1.5"),
+        (lambda: va.attach(shared_backbone(), va.MMAConfig.span(2, 3)).__enter__(), "clip takes"),
+        (lambda: va.attach(shared_backbone().clip, "2-3").__enter__(), "config takes MMAConfig"),
+        (lambda: va.METHODS["mmma"], "did you mean 'mma'"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_bare_value_and_numpy_numbers_are_taken_as_meant() -> None:
+    recipe = va.load_recipe("mini").changed({"epochs": 1, "shots": 2}, {})
+    found = train(recipe=recipe, seeds=np.int64(1), placement="2-3", together=np.int32(2))
+    trained = found[found["method"] == "MMA"]
+    assert (set(trained["seed"]), set(trained["placement"])) == ({1}, {"v2-3,t2-3"})
+    assert len(va.few_shot(FACES.items("train"), np.int32(2), np.int64(1))) == 2 * len(
+        FACES.class_names()
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "mini-clip", "nosuch/folder", "--out", "x"],
+        ["train", "mini-clip", "faces", "--out", "x", "--placement", "12-5"],
+        ["train", "mini-clip", "faces", "--out", "x", "--recipe", "minni"],
+        ["train", "mini-clip", "faces", "--out", "x", "--set", "ebochs=1"],
+        ["evaluate", "mini-clip", "nosuch/folder"],
+        ["validate", "mini-clip", "nosuch/folder", "--placement", "5-12", "--out", "x"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_word_is_refused_before_torch_is_imported(words: list[str]) -> None:
+    code = (
+        "import sys; sys.argv = ['vlmlayers', *sys.argv[1:]]\n"
+        "from vlmlayers.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
