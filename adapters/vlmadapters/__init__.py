@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from vlmadapters.methods.mma.module import attach
     from vlmadapters.protocols.experiment import (
         base_to_novel,
-        cross_dataset,
-        few_shot_all,
         train,
     )
     from vlmadapters.protocols.results import summarise
@@ -43,9 +41,7 @@ __all__ = [
     "attach",
     "base_to_novel",
     "class_logits",
-    "cross_dataset",
     "few_shot",
-    "few_shot_all",
     "load_recipe",
     "summarise",
     "train",
