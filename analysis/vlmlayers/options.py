@@ -49,7 +49,7 @@ Several = Annotated[tuple[Item, ...], BeforeValidator(_several)]
 Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
-def checked(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
+def validated(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
     """Return values as a model.
 
     Raises:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
-from vlmlayers.options import Options, Several, Word, checked, takes
+from vlmlayers.options import Options, Several, Word, takes, validated
 
 
 class Inner(Options):
@@ -27,7 +27,7 @@ class Outer(Options):
 
 @pytest.mark.parametrize("given", ["2", 2, ["2"], ("2",), np.array([2]), np.int64(2)])
 def test_a_bare_value_is_taken_where_several_are_meant(given: object) -> None:
-    assert checked(Outer, {"names": given}).names == ("2",)
+    assert validated(Outer, {"names": given}).names == ("2",)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_bare_value_is_taken_where_several_are_meant(given: object) -> None:
 )
 def test_what_is_wrong_is_said_in_one_line(given: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        checked(Outer, given, "file")
+        validated(Outer, given, "file")
     assert "\n" not in str(caught.value)
 
 

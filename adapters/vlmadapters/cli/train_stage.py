@@ -9,7 +9,7 @@ from pydantic import Field
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest
-from vlmlayers.options import Options, checked
+from vlmlayers.options import Options, validated
 
 CHOICE = "choice"
 
@@ -61,7 +61,7 @@ def parts(tables: Any) -> list[TrainPart]:
 
     found = []
     for table in tables:
-        part = checked(TrainPart, table, "[[train]]")
+        part = validated(TrainPart, table, "[[train]]")
         protocol = PROTOCOLS[check_one_of("protocol", part.protocol, PROTOCOLS, where="[[train]]")]
         if protocol.transfer and not part.targets:
             raise UserError(f"[[train]] {part.protocol} needs targets; name datasets to test on")

@@ -17,7 +17,7 @@ from pydantic import (
 from vlmlayers.data.shards import Members
 from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, checked_path
-from vlmlayers.options import Options, Several, checked
+from vlmlayers.options import Options, Several, validated
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 LARGEST_TOML = 4_000_000  # bytes; a manifest is some hundred lines, never megabytes
@@ -195,7 +195,7 @@ def parse_spec(content: dict[str, Any], where: str) -> Spec:
     Raises:
         UserError: A key is unknown (with the nearest valid one), missing or has a wrong value.
     """
-    return checked(Spec, content, where)
+    return validated(Spec, content, where)
 
 
 def _one_line(error: object) -> str:

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.metrics.table import METRICS, Metric
-from vlmlayers.options import checked, takes
+from vlmlayers.options import takes, validated
 from vlmlayers.progress import bar
 from vlmlayers.scores.gaps import run_modalities, run_queries
 from vlmlayers.scores.items import run_features, run_labels, run_prompts
@@ -95,7 +95,7 @@ def score(
     Raises:
         UserError: Unknown metric, option, space or position, NaN or Inf features, nothing to score.
     """
-    settled = checked(ScoreOptions, options)
+    settled = validated(ScoreOptions, options)
     chosen = chosen_metrics(metrics)
     given = [features] if isinstance(features, LayerFeatures) else list(features)
     groups = make_groups(given, settled)

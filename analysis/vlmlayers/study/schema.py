@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import shipped
-from vlmlayers.options import Options, checked
+from vlmlayers.options import Options, validated
 
 Split = Literal["train", "val", "test", "all"]
 DEFAULT_METRICS = (
@@ -255,7 +255,7 @@ def read_study(path: str | Path) -> Study:
 
 def check_study(content: dict[str, Any], where: str = "the study") -> Study:
     """Return the study that a dictionary describes, with its names checked."""
-    study = checked(Study, content, where)
+    study = validated(Study, content, where)
     _check_names(study, where)
     return study
 
@@ -267,7 +267,7 @@ def _check_names(study: Study, where: str) -> None:
 
     for metric in study.score.metrics:
         check_one_of("metric", metric, METRICS, where=where)
-    checked(ScoreOptions, study.score.options, f"{where}, options of score")
+    validated(ScoreOptions, study.score.options, f"{where}, options of score")
     rule = study.select.rule
     if ".py:" not in rule:
         try:
