@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest
-from vlmlayers.options import Options, validated
 
 CHOICE = "choice"
 
 
-class TrainPart(Options):
+class TrainPart(BaseModel):
     """One table `[[train]]`.
 
     Attributes:
@@ -31,12 +30,14 @@ class TrainPart(Options):
         workers: Threads that decode images.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     protocol: str = "base-to-novel"
     datasets: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     method: str | tuple[str, ...] = "mma"
     recipe: str = "published"
-    set: dict[str, int | float | str | bool] = Field(default_factory=dict)
+    set: dict[str, int | float | str | bool] = {}
     placements: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3)
     together: int = 12
@@ -61,7 +62,14 @@ def parts(tables: Any) -> list[TrainPart]:
 
     found = []
     for table in tables:
-        part = validated(TrainPart, table, "[[train]]")
+        for key in table:
+            check_one_of("key", key, TrainPart.model_fields, where="[[train]]")
+        try:
+            part = TrainPart.model_validate(table)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"[[train]] {place}: {first['msg']}") from None
         protocol = PROTOCOLS[check_one_of("protocol", part.protocol, PROTOCOLS, where="[[train]]")]
         if protocol.transfer and not part.targets:
             raise UserError(f"[[train]] {part.protocol} needs targets; name datasets to test on")

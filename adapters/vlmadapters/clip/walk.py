@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from vlmadapters.clip.arithmetic import attend, attend_one, feed_forward, is_standard
 from vlmadapters.clip.towers import first_norm
 from vlmlayers.errors import UserError
-from vlmlayers.models.towers import Tower
+from vlmlayers.models.tower import Apply, Tower, same
 
 TOLERANCE = 1e-4
 # (block, its input, attention mask, rows) to its output: of all tokens, (item, token, width), or of
@@ -40,6 +41,7 @@ class State:
         kwargs: Further keyword arguments, such as `attn_mask`.
         length: Tokens of an item where it entered block 1, of which the embedding is pooled: what a
             method appends later is not. 0 where the blocks' layout has no axis of tokens.
+        norm_in: What normed the tokens that entered block 1: what is appended there takes it too.
         finished: The walk is done, and `x` is the joint embedding, (item, joint).
         note: What a method's `prepare` has noted of these inputs, such as the slots of its context.
     """
@@ -50,6 +52,7 @@ class State:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     length: int = 0
+    norm_in: Apply = same
     finished: bool = False
     note: Any = None
 
@@ -119,6 +122,16 @@ class Walk:
         low = expected.dtype in (torch.float16, torch.bfloat16)
         return bool(error < (0.05 if low else TOLERANCE))
 
+    @cached_property
+    def takes_more(self) -> bool:
+        """Whether tokens can be appended: blocks are given nothing else that counts tokens."""
+        if not self.steps:
+            return False
+        with torch.no_grad():
+            state = self.enter(self.tower.example(1))
+        given = (*state.args, *state.kwargs.values())
+        return state.length > 0 and all(value is None for value in given)
+
     def enter(self, inputs: Tensor, margin: int = 0) -> State:
         """Return the state before block 1.
 
@@ -139,7 +152,7 @@ class Walk:
                 x = x.float()
             items_first = self.tower.layout == "tokens" and self.tower.batch_axis in (None, 0)
             length = x.shape[1] if items_first else 0
-            seen.append(State(inputs, x, 1, args[1:], kwargs, length))
+            seen.append(State(inputs, x, 1, args[1:], kwargs, length, self.tower.norm_in))
             raise _Reached
 
         handle = self.tower.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)

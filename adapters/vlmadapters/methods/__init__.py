@@ -19,6 +19,7 @@ M = TypeVar("M", bound="type[Method]")
 BUILT_IN = {
     "zero-shot": ("base:Method", "config:MethodConfig"),
     "mma": ("mma.module:Adapter", "mma.config:MMAConfig"),
+    "ivlp": ("ivlp:IVLP", "configs:IVLPConfig"),
 }
 
 

@@ -36,6 +36,7 @@ class Tower:
         prefix: Special tokens before the others (class token, registers).
         suffix: Special tokens after the others (CoCa's text class token).
         causal: Whether attention is masked to what came before.
+        norm_in: Norm on the tokens that enter block 1, where the model has one.
         norm: Final norm on tokens, before pooling.
         norm_after: Norm on the pooled vector, where the model has it there.
         project: Pooled, normed vector to joint embedding.
@@ -66,6 +67,7 @@ class Tower:
     prefix: int = 0
     suffix: int = 0
     causal: bool = False
+    norm_in: Apply = same
     norm: Apply = same
     norm_after: Apply = same
     project: Apply = same

@@ -137,6 +137,7 @@ def _open_clip_vit(visual: VisionTransformer, run: Apply) -> Tower:
         width=visual.transformer.width,
         pooling={"tok": "cls", "avg": "mean"}.get(visual.pool_type, "model"),
         example=_images(visual),
+        norm_in=visual.ln_pre,
         project=_matrix(visual.proj),
     )
     if visual.attn_pool is None:
@@ -210,6 +211,7 @@ def _timm_blocks(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
         width=trunk.num_features,
         pooling={"token": "cls", "avg": "mean"}.get(trunk.global_pool, "model"),
         prefix=getattr(trunk, "num_prefix_tokens", 0),
+        norm_in=getattr(trunk, "norm_pre", same),
         norm=trunk.norm,
         norm_after=trunk.fc_norm,
         project=lambda x: visual.head(trunk.head(x)),

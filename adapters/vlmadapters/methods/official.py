@@ -1,0 +1,41 @@
+"""What checkpoints in the authors' layouts say, checked against what is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vlmadapters.methods.config import MethodConfig
+from vlmlayers.errors import UserError
+
+
+def check_keys(keys: Iterable[str], known: re.Pattern[str], where: str, title: str) -> None:
+    """Raise a UserError where a checkpoint is not of a method.
+
+    Args:
+        keys: Names of its parameters, without the backbone's.
+        known: Pattern of the method's own.
+        where: The file, for messages.
+        title: The method's name, for messages.
+    """
+    keys = list(keys)
+    strange = [key for key in keys if not known.fullmatch(key)]
+    if strange:
+        raise UserError(f"{where} is of another method than {title}: it holds {strange[0]}")
+    if not keys:
+        raise UserError(f"{where} holds no parameter of {title}; name the method that wrote it")
+
+
+def check_settings(config: MethodConfig, found: Mapping[str, Any], where: str) -> None:
+    """Raise a UserError where a checkpoint has other settings than those asked for.
+
+    Args:
+        config: The settings asked for.
+        found: Setting to its value in the checkpoint.
+        where: The file, for messages.
+    """
+    for name, value in found.items():
+        asked = getattr(config, name)
+        if asked != value:
+            raise UserError(f"{where} has {name} {value}, asked for is {asked}; change one of them")

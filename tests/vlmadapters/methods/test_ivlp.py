@@ -1,0 +1,196 @@
+"""IVLP against a plain forward pass, its records, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+import torch
+from backbones import shared_backbone, some_images
+from stepping import assert_same_step, first_step
+from torch import Tensor
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.savings import Savings
+from vlmadapters.data.task import Task
+from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.methods.configs import IVLPConfig
+from vlmadapters.methods.ivlp import IVLP
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.training.recipes import load_recipe
+from vlmlayers.errors import UserError
+
+TASK = Task(("cat", "golden_retriever", "bus"))
+CONFIGS = [
+    IVLPConfig((1, 2, 3), (1, 2, 3)),
+    IVLPConfig((1,), (1,), vision_length=3, text_length=1),
+    IVLPConfig((2,), (2, 3), words="a blurry photo of a"),
+    IVLPConfig((1, 3), (1, 3), text_length=6, words=""),
+    IVLPConfig((3,), ()),
+    IVLPConfig((), (2,)),
+]
+
+
+def built(config: IVLPConfig, savings: Savings | None = None, family: str = "clip") -> Any:
+    model = shared_backbone(family)
+    backbone = Backbone(model.clip, savings, model.tokenizer)
+    return IVLP.build(config, backbone, TASK, seed=3), backbone
+
+
+@torch.no_grad()
+def plain_features(
+    method: IVLP, clip: Any, images: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both towers' features by the sheet's rules, in a loop over open_clip's own blocks."""
+    visual, config = clip.visual, method.config
+    x = visual.conv1(images).flatten(2).transpose(1, 2)
+    x = (
+        torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
+        + visual.positional_embedding
+    )
+    own = x.shape[1]
+    if 1 in config.vision:
+        x = torch.cat([x, method.vision["1"].expand(len(x), -1, -1)], 1)
+    x = visual.ln_pre(x)
+    for number, block in enumerate(visual.transformer.resblocks, 1):
+        if number > 1 and number in config.vision:
+            x = torch.cat([x[:, :own], method.vision[str(number)].expand(len(x), -1, -1)], 1)
+        x = block(x)
+    images_out = visual.ln_post(x[:, 0]) @ visual.proj
+    y, slots = clip.token_embedding(tokens), slice(1, 1 + config.text_length)
+    if 1 in config.text:
+        y[:, slots] = method.text["1"]
+    y = y + clip.positional_embedding
+    for number, block in enumerate(clip.transformer.resblocks, 1):
+        if number > 1 and number in config.text:
+            y[:, slots] = method.text[str(number)]
+        y = block(y, attn_mask=clip.attn_mask)
+    ends = clip.ln_final(y)[torch.arange(len(y)), tokens.argmax(1)]
+    return [images_out, ends @ clip.text_projection]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
+def test_features_are_those_of_a_plain_forward_pass(config: IVLPConfig) -> None:
+    method, backbone = built(config)
+    images, clip = some_images(shared_backbone()), backbone.clip
+    words = config.words or " ".join(["X"] * config.text_length)
+    names = ("cat", "golden retriever", "bus")
+    tokens = backbone.tokens([f"{words} {name}." for name in names])
+    start = method.first(backbone, "vision")
+    with torch.no_grad():
+        found = method.image_features(backbone, backbone.images(images, [start])[start])
+        texts = method.class_features(backbone, method.prepare(backbone, TASK))
+    expected = plain_features(method, clip, images, tokens)
+    torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(texts, expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
+def test_savings_change_neither_loss_nor_gradients(config: IVLPConfig) -> None:
+    saved, plain = (first_step(*built(config, savings)) for savings in (None, Savings.none()))
+    assert_same_step(saved, plain)
+
+
+@pytest.mark.parametrize(
+    "family", ["gelu, average pool", "no causal mask, last token", "timm ViT, average pool"]
+)
+def test_other_families_learn_in_both_towers(family: str) -> None:
+    method, backbone = built(IVLPConfig((1, 2), (1, 2)), family=family)
+    step = first_step(method, backbone)
+    assert all(bool(gradient.any()) for name, gradient in step.items() if name != "loss")
+
+
+def test_a_tower_with_rotary_positions_takes_no_further_tokens() -> None:
+    with pytest.raises(UserError, match=r"IVLP appends tokens .*timm Eva.* choose an open_clip"):
+        built(IVLPConfig((1,), ()), family="timm EVA")
+    built(IVLPConfig((), (1,)), family="timm EVA")
+
+
+def test_block_1_starts_from_words_and_the_rest_near_zero_whatever_was_drawn_before() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    method, backbone = built(IVLPConfig((1, 2), (1, 2)))
+    again, _ = built(IVLPConfig((1, 2), (1, 2)))
+    assert torch.equal(before, torch.get_rng_state())
+    ids = backbone.tokens(["a photo"])[0, 1:3]
+    assert torch.equal(method.text["1"], backbone.clip.token_embedding.weight[ids])
+    for name, value in method.named_parameters():
+        assert torch.equal(value, again.get_parameter(name))
+    drawn = torch.cat([method.vision["1"].flatten(), method.vision["2"].flatten()])
+    assert 0.015 < float(drawn.detach().std()) < 0.025
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [("published", 30_720), ("published-text", 24_576), ("published-vision", 73_728)],
+)
+def test_recipes_have_the_published_number_of_parameters(recipe: str, parameters: int) -> None:
+    config = load_recipe(recipe, "ivlp").method
+    assert isinstance(config, IVLPConfig)
+    vision = len(config.vision) * config.vision_length * 768
+    assert vision + len(config.text) * config.text_length * 512 == parameters
+
+
+def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
+    model, (method, _) = shared_backbone(), built(CONFIGS[0])
+    path = save_method(tmp_path / "ours", method, model, TASK)
+    theirs = save_official(tmp_path / "theirs.pth.tar", method)
+    for found in (load_method(path, model), load_official(theirs, model, method="ivlp")):
+        assert found.config == method.config
+        for name, value in method.named_parameters():
+            assert torch.equal(found.get_parameter(name), value)
+    content = torch.load(theirs, weights_only=True)
+    content["state_dict"] |= {
+        "prompt_learner.token_prefix": torch.zeros(3, 1, 32),
+        "image_encoder.conv1.weight": torch.zeros(1),
+    }
+    torch.save(content, theirs)
+    load_official(theirs, model, method.config)
+
+
+def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
+    model, (method, _) = shared_backbone(), built(CONFIGS[0])
+    path = save_official(tmp_path / "a.pth.tar", method)
+    with pytest.raises(UserError, match=r"has vision \(1, 2, 3\), asked for is \(1, 2\)"):
+        load_official(path, model, IVLPConfig((1, 2), (1, 2)))
+    with pytest.raises(UserError, match="vision_length 2, asked for is 4"):
+        load_official(path, model, IVLPConfig((1, 2, 3), (1, 2, 3), vision_length=4))
+    with pytest.raises(UserError, match="holds no adapter|not known"):
+        load_official(path, model, MMAConfig((1,), (1,)))
+    other = tmp_path / "b.pth.tar"
+    torch.save({"prompt_learner.text_prompt": torch.zeros(2, 32)}, other)
+    with pytest.raises(UserError, match=r"another method than IVLP: .*prompt_learner.text_prompt"):
+        load_official(other, model, method="ivlp")
+    torch.save({"image_encoder.conv1.weight": torch.zeros(2, 32)}, other)
+    with pytest.raises(UserError, match="holds no parameter of IVLP"):
+        load_official(other, model, method="ivlp")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, "ivlp has no block in either tower"),
+        ({"vision": (1,), "vision_length": 0}, "vision_length takes a whole number from 1, not 0"),
+        ({"text": (1,), "text_length": 2.5}, "text_length takes a whole number"),
+        ({"text": (1, 1)}, "twice"),
+    ],
+)
+def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        IVLPConfig(**settings)
+
+
+def test_bad_fits_are_one_line() -> None:
+    with pytest.raises(UserError, match="block 4"):
+        built(IVLPConfig((4,), ()))
+    with pytest.raises(UserError, match="too few for a context of 6"):
+        method, backbone = built(IVLPConfig((), (2,), text_length=6))
+        method.prepare(backbone, TASK)
+
+
+def test_the_recorded_runs_are_followed(shared_golden: Path) -> None:
+    checks = list(golden.replay(shared_golden / "methods" / "ivlp_tiny.npz"))
+    assert len({check.variant for check in checks}) == 4
+    assert not [check for check in checks if not check.passed]

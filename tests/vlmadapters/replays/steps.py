@@ -1,0 +1,164 @@
+"""Replay a variant of a recorded run step by step: the quantities that most files share.
+
+The run is replayed without savings, whose rounding differs from the public code's and grows from
+step to step; the first step is replayed with all of them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from golden import TOLERANCES, Check, Recording, largest, relative
+from torch import Tensor, nn
+
+from vlmadapters.clip.savings import Savings
+from vlmadapters.clip.walk import State
+from vlmadapters.data.task import Task
+from vlmadapters.methods import METHODS
+from vlmadapters.methods.base import Step
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.training.optimization import new_optimizer, set_rate
+from vlmadapters.training.recipes import TrainConfig
+
+SAVED = 1e-4
+
+
+def tasks(variant: Mapping[str, Any], **known: Any) -> tuple[Task, Task]:
+    """Return the task of a variant's base and of its novel classes."""
+    base, novel = tuple(variant["classes"]), tuple(variant["novel_classes"])
+    return Task(base, other_names=novel, **known), Task(novel, other_names=base, **known)
+
+
+@dataclass(eq=False)
+class Variant:
+    """One variant of a recorded run.
+
+    Attributes:
+        recording: The file.
+        name: The variant.
+        config: Its settings.
+        base: The task trained on.
+        novel: The task of the other classes.
+        parts: Our names of loss parts to the recorded ones.
+        draws: Step, from 0, to the recorded draws.
+        max_norm: Norm to which gradients are clipped; 0 clips nothing.
+    """
+
+    recording: Recording
+    name: str
+    config: MethodConfig
+    base: Task
+    novel: Task
+    parts: Mapping[str, str] | None = None
+    draws: Callable[[int], Mapping[str, Tensor]] | None = None
+    max_norm: float = 0.0
+
+    def checks(self) -> Iterator[Check]:
+        """Yield the checks of the variant."""
+        saved = _Run(self, Savings())
+        logits = largest(saved.logits(self.base), self.recorded("eval_logits"))
+        yield Check(self.name, "logits, savings", logits, SAVED)
+        saved.loss(0).backward()
+        yield Check(self.name, "gradients, savings", self._gradients(saved), SAVED)
+        run = _Run(self, Savings.none())
+        yield self._logits("logits", run, "eval_logits", self.base)
+        yield self._check("loss parts", self._parts(run))
+        losses = []
+        for number in range(len(self.recording.tensor("images"))):
+            losses.append(run.update(number))
+            if not number:
+                yield self._check("gradients", self._gradients(run))
+        yield self._check("losses", largest(torch.stack(losses), self.recorded("losses")))
+        final, own = self.recording.group(f"{self.name}/final/"), run.method.official_state_dict()
+        yield self._check("final parameters", max(largest(own[k], v) for k, v in final.items()))
+        yield self._logits("final logits", run, "final_eval_logits", self.base)
+        yield self._logits("final logits", run, "final_novel_logits", self.novel)
+
+    def recorded(self, key: str) -> Tensor:
+        """Return a recorded array of the variant."""
+        return self.recording.tensor(f"{self.name}/{key}")
+
+    def _check(self, quantity: str, difference: float) -> Check:
+        return Check(self.name, quantity, difference, TOLERANCES[quantity])
+
+    def _logits(self, quantity: str, run: _Run, key: str, task: Task) -> Check:
+        return self._check(quantity, largest(run.logits(task), self.recorded(key)))
+
+    def _parts(self, run: _Run) -> float:
+        names = self.parts or {"cross_entropy": "ce"}
+        found = {names[key]: value for key, value in run.method.loss_parts(run.step(0)).items()}
+        recorded = self.recording.group(f"{self.name}/loss_parts/")
+        assert found.keys() == recorded.keys()
+        return max(largest(found[key], value) for key, value in recorded.items())
+
+    def _gradients(self, run: _Run) -> float:
+        recorded = self.recording.group(f"{self.name}/grad/")
+        own = {key: value.grad for key, value in run.method.named_official_parameters()}
+        assert own.keys() == recorded.keys()
+        return max(relative(own[key], value) for key, value in recorded.items())
+
+
+class _Run:
+    """The method of a variant on the recorded backbone, from the recorded start on."""
+
+    def __init__(self, variant: Variant, savings: Savings) -> None:
+        self.variant, self.backbone = variant, variant.recording.backbone(savings)
+        info = variant.recording.info["variants"][variant.name]
+        kind = METHODS[variant.config.name]
+        self.method = kind.build(variant.config, self.backbone, variant.base, info["seed"])
+        self.method.load_official_state_dict(variant.recording.group(f"{variant.name}/init/"))
+        self.classes = self.method.prepare(self.backbone, variant.base)
+        self.optimizer = self._optimizer(info["optimizer"])
+
+    def _optimizer(self, values: Mapping[str, Any]) -> torch.optim.Optimizer:
+        assert values["name"] == "sgd"
+        named = {key: values[key] for key in ("lr", "momentum", "weight_decay")}
+        optimizer = new_optimizer(self.method.parameter_groups(), TrainConfig(**named))
+        for group in optimizer.param_groups:
+            group |= {key: values[key] for key in ("dampening", "nesterov")}
+        set_rate(optimizer, values["lr"], False)
+        return optimizer
+
+    @torch.no_grad()
+    def logits(self, task: Task) -> Tensor:
+        """Return logits of the test images, (image, class)."""
+        method, backbone = self.method.eval(), self.backbone
+        texts = method.class_features(backbone, method.prepare(backbone, task))
+        features = method.image_features(
+            backbone, self._state(self.variant.recording.tensor("eval_images"))
+        )
+        return method.logits(backbone, features, texts)
+
+    def step(self, number: int) -> Step:
+        """Return what a step sees, from 0."""
+        draws = self.variant.draws
+        return Step(
+            self.backbone,
+            self._state(self.variant.recording.tensor("images")[number]),
+            self.variant.recording.tensor("labels")[number],
+            self.classes,
+            torch.Generator().manual_seed(number),
+            draws=draws(number) if draws else None,
+        )
+
+    def loss(self, number: int) -> Tensor:
+        """Return the loss of a step."""
+        return self.method.train().loss(self.step(number))
+
+    def update(self, number: int) -> Tensor:
+        """Make a step and return its loss."""
+        self.optimizer.zero_grad()
+        loss = self.loss(number)
+        loss.backward()
+        if self.variant.max_norm:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.variant.max_norm)
+        self.optimizer.step()
+        self.method.touch()
+        return loss.detach().double()
+
+    def _state(self, images: Tensor) -> State:
+        start = self.method.first(self.backbone, "vision")
+        return self.backbone.images(images, [start])[start]

@@ -1,0 +1,57 @@
+"""One training step of a method on a small backbone, as the trainer makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.task import Task
+from vlmadapters.methods.base import Method, Step
+
+TASK = Task(("cat", "golden_retriever", "bus"), other_names=("sea_lion", "Boeing 747"))
+
+
+def step_of(
+    method: Method,
+    backbone: Backbone,
+    task: Task = TASK,
+    draws: Mapping[str, Tensor] | None = None,
+    images: int = 4,
+) -> Step:
+    """Return what a step sees of a few random images."""
+    generator = torch.Generator().manual_seed(0)
+    shape = backbone.vision.tower.example(images).shape
+    start = method.first(backbone, "vision")
+    with torch.no_grad():
+        state = backbone.images(torch.rand(shape, generator=generator), [start])[start]
+        classes = method.prepare(backbone, task)
+    labels = torch.arange(images) % len(task.class_names)
+    return Step(backbone, state, labels, classes, generator, draws=draws)
+
+
+def first_step(
+    method: Method,
+    backbone: Backbone,
+    task: Task = TASK,
+    draws: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return loss and gradients, by parameter, of a step."""
+    backbone.clip.requires_grad_(False)
+    loss = method.train().loss(step_of(method, backbone, task, draws))
+    loss.backward()
+    return {"loss": loss.detach()} | {
+        name: parameter.grad.clone()
+        for name, parameter in method.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def assert_same_step(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Assert that loss and gradients agree, each relative to its largest entry."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        error = (found[key] - value).abs().max() / value.abs().max().clamp_min(1e-12)
+        assert error < 1e-4, key
