@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest
+from vlmlayers.options import Options, validated
 
 CHOICE = "choice"
 
 
-class TrainPart(BaseModel):
+class TrainPart(Options):
     """One table `[[train]]`.
 
     Attributes:
@@ -30,14 +31,12 @@ class TrainPart(BaseModel):
         workers: Threads that decode images.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     protocol: str = "base-to-novel"
     datasets: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     method: str | tuple[str, ...] = "mma"
     recipe: str = "published"
-    set: dict[str, int | float | str | bool] = {}
+    set: dict[str, int | float | str | bool] = Field(default_factory=dict)
     placements: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3)
     together: int = 12
@@ -62,14 +61,7 @@ def parts(tables: Any) -> list[TrainPart]:
 
     found = []
     for table in tables:
-        for key in table:
-            check_one_of("key", key, TrainPart.model_fields, where="[[train]]")
-        try:
-            part = TrainPart.model_validate(table)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UserError(f"[[train]] {place}: {first['msg']}") from None
+        part = validated(TrainPart, table, "[[train]]")
         protocol = PROTOCOLS[check_one_of("protocol", part.protocol, PROTOCOLS, where="[[train]]")]
         if protocol.transfer and not part.targets:
             raise UserError(f"[[train]] {part.protocol} needs targets; name datasets to test on")

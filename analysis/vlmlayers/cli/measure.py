@@ -147,6 +147,7 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Score every position: features in, score table out."""
+    from vlmlayers.options import parse_settings
     from vlmlayers.study import verbs
 
     if show:
@@ -158,7 +159,7 @@ def score(
         verbs.score_run(
             run,
             metrics,
-            verbs.parse_settings(settings or []),
+            parse_settings(settings or []),
             streaming=streaming,
             jobs=jobs,
             progress=not quiet,
@@ -181,8 +182,7 @@ def select(
     out: Annotated[Path | None, typer.Option(help="The choice.json to write.")] = None,
 ) -> None:
     """Choose the layers to adapt: scores in, choice.json out."""
+    from vlmlayers.options import parse_settings
     from vlmlayers.study import verbs
 
-    typer.echo(
-        verbs.select_run(run, rule, verbs.parse_settings(settings or []), resamples, seed, out)
-    )
+    typer.echo(verbs.select_run(run, rule, parse_settings(settings or []), resamples, seed, out))

@@ -14,25 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from typing import BinaryIO
 
 from vlmlayers.data.names import IMAGE_SUFFIXES, is_foreign, suffix_of
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.files import atomically
+from vlmlayers.options import Options, Several
 
 LARGEST_TEXT = 1_000_000  # bytes of a .cls or .txt member
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Endings = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-
-
-class Members(BaseModel):
+class Members(Options):
     """Endings of the members of a sample; of several the first that is there counts.
 
     Attributes:
@@ -41,11 +33,9 @@ class Members(BaseModel):
         caption: Of the member that holds captions.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    image: Endings = ()
-    label: Endings = ("cls",)
-    caption: Endings = ("txt",)
+    image: Several[str] = ()
+    label: Several[str] = ("cls",)
+    caption: Several[str] = ("txt",)
 
 
 USUAL = Members()

@@ -10,17 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
 from vlmlayers.data.shards import Members
-from vlmlayers.errors import UserError, nearest
+from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, checked_path
+from vlmlayers.options import Options, Several, validated
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 LARGEST_TOML = 4_000_000  # bytes; a manifest is some hundred lines, never megabytes
@@ -53,26 +50,18 @@ def _folder(path: str) -> str:
     return path
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 Template = Annotated[str, AfterValidator(_template)]
 RelativePath = Annotated[str, AfterValidator(_inside)]
 FolderPath = Annotated[str, AfterValidator(_folder)]
-Paths = Annotated[tuple[RelativePath, ...], BeforeValidator(_listed)]
-Hashes = Annotated[
-    tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...], BeforeValidator(_listed)
-]
+Paths = Several[RelativePath]
+Hashes = Several[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
 Count = Annotated[int, Field(ge=0, le=10**12, strict=True)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 BySplit = AfterValidator(_split_names)
 
 
-class Columns(BaseModel):
+class Columns(Options):
     """Names of a table's columns."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = "path"
     label: str = "label"
@@ -81,7 +70,7 @@ class Columns(BaseModel):
     caption: str = "caption"
 
 
-class Spec(BaseModel):
+class Spec(Options):
     """The content of a manifest. Paths are relative; candidates are tried in order.
 
     Attributes:
@@ -120,8 +109,6 @@ class Spec(BaseModel):
         note: What a user should know.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     title: str = Field(min_length=1)
     kind: str = "images"
     folder: FolderPath = "."
@@ -152,7 +139,7 @@ class Spec(BaseModel):
     zero_shot_template: Template | None = None
     licence: str = ""
     citation: str = ""
-    get: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    get: Several[str] = ()
     note: str = ""
 
     @model_validator(mode="after")
@@ -208,31 +195,7 @@ def parse_spec(content: dict[str, Any], where: str) -> Spec:
     Raises:
         UserError: A key is unknown (with the nearest valid one), missing or has a wrong value.
     """
-    try:
-        return Spec.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        more = error.error_count() - 1
-        tail = f" (and {more} more)" if more else ""
-        raise UserError(f"{where}: {_explain(first)}{tail}") from None
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply") from None
-
-
-def _explain(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])[:120]
-    if error["type"] == "extra_forbidden":
-        parts: dict[Any, type[BaseModel]] = {"columns": Columns, "members": Members}
-        above = (parts[part] for part in error["loc"][:-1] if part in parts)
-        fields = next(above, Spec).model_fields
-        key = str(error["loc"][-1])[:80]
-        close = nearest(key, fields)
-        hint = f"did you mean {close!r}?" if close else "valid: " + ", ".join(fields)
-        return f"unknown key {key!r}; {hint}"
-    if error["type"] == "missing":
-        return f"the key {place!r} is missing"
-    message = _one_line(error["msg"].removeprefix("Value error, "))
-    return f"{place!r}: {message}" if place else message
+    return validated(Spec, content, where)
 
 
 def _one_line(error: object) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from vlmlayers.report.numbers import Answer, join
-from vlmlayers.scores import Protocol
+from vlmlayers.scores import ScoreOptions
 from vlmlayers.scores.summaries import dataset_names
 
 ALIKE = "All runs saw the same items of the same datasets, scored and chosen with the same options."
@@ -81,6 +80,6 @@ def _options(answer: Answer, stage: str) -> dict[str, Any]:
     if stage == "select":
         given = answer.choice.evidence.get("options") or given
     if stage == "score":
-        given = {field.name: field.default for field in fields(Protocol)} | given
+        given = ScoreOptions().model_dump() | given
     plain = {key: list(one) if isinstance(one, tuple) else one for key, one in given.items()}
     return {**own, **plain}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmlayers.scores.protocol import Protocol
+from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.run import score
 from vlmlayers.scores.schema import (
     CONTRACT_COLUMNS,
@@ -22,7 +22,7 @@ __all__ = [
     "CONTRACT_COLUMNS",
     "EXTRA_COLUMNS",
     "SCORE_COLUMNS",
-    "Protocol",
+    "ScoreOptions",
     "overview",
     "read_scores",
     "refusals",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -19,8 +20,9 @@ from vlmlayers.metrics.intervals import (
 )
 from vlmlayers.metrics.table import Metric
 from vlmlayers.positions import relative_depth
+from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows
-from vlmlayers.scores.protocol import Collector, Group, Protocol, chosen_positions, rows_of
+from vlmlayers.scores.scoring import Point, Scoring, chosen_positions, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +34,16 @@ class Matching:
         images: (image,) rows of the vision features.
         texts: (text,) rows of the text features.
         pairs: (pair, 2) positions in `images` and in `texts`.
-        strata: (image,) what the bootstrap keeps balanced.
+        weights: (draw, image) bootstrap weights, balanced over classes where texts are prompts.
+        kept: Positions in `images` that each jackknife group leaves.
     """
 
     kind: str
     images: Labels
     texts: Labels
     pairs: Labels
-    strata: Labels
+    weights: Array
+    kept: list[Labels]
 
     def text_weights(self, image_weights: Array) -> Array:
         """Return weights of the texts: captions go with their image, class prompts stay."""
@@ -62,14 +66,14 @@ class Matching:
         )
 
 
-def match(member: LayerFeatures, most: int, rng: np.random.Generator) -> Matching:
+def match(member: LayerFeatures, most: int, options: ScoreOptions) -> Matching:
     """Pair images with their captions, or with the prompt of their class.
 
     Raises:
         UserError: A tower is missing, or no image has a text.
     """
     vision, text = member.tower("vision"), member.tower("text")
-    chosen = balanced_rows(vision.labels, most or len(vision), rng)
+    chosen = balanced_rows(vision.labels, most or len(vision), generator(Draw.MATCHING))
     if text.pairs is not None:
         back = np.full(len(vision), -1)
         back[chosen] = np.arange(len(chosen))
@@ -88,16 +92,18 @@ def match(member: LayerFeatures, most: int, rng: np.random.Generator) -> Matchin
         kind = "class_prompts"
     if not len(pairs):
         raise UserError(f"{member.dataset}: no image has a text of its own class")
-    return Matching(kind, chosen, texts, pairs, strata)
+    weights = bootstrap_weights(strata, options.bootstrap, generator(Draw.PAIR_WEIGHTS))
+    kept = jackknife_groups(strata, options.jackknife, generator(Draw.PAIR_GROUPS))
+    return Matching(kind, chosen, texts, pairs, weights, kept)
 
 
 def partner_positions(
-    vision: TowerFeatures, text: TowerFeatures, space: str, protocol: Protocol
+    vision: TowerFeatures, text: TowerFeatures, space: str, options: ScoreOptions
 ) -> list[tuple[str, str]]:
     """Return position pairs at equal relative depth; where depths differ, the nearest one."""
     others = [p for p in text.arrays.get(space, {}) if p not in ("proj", "embed", "final")]
     pairs = []
-    for position in chosen_positions([vision], space, protocol):
+    for position in chosen_positions([vision], space, options):
         if position in text.arrays.get(space, {}) and (
             vision.blocks == text.blocks or not position.isdecimal()
         ):
@@ -109,75 +115,66 @@ def partner_positions(
     return pairs
 
 
-def run_modalities(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_modalities(scoring: Scoring) -> None:
     """Score distances between the modalities at each position of both towers."""
-    for member in group.members:
-        for name, metric in metrics.items():
-            with out.attempt(name, member.dataset, "", ""):
-                matching = match(member, metric.largest_n, protocol.rng(0, 10))
-                weights = bootstrap_weights(
-                    matching.strata, protocol.bootstrap, protocol.rng(0, 11)
-                )
-                kept = jackknife_groups(matching.strata, protocol.jackknife, protocol.rng(0, 12))
-                for space in protocol.spaces_of(metric):
-                    _run_gap(
-                        group, member, name, metric, space, matching, weights, kept, protocol, out
-                    )
+    for member, (name, metric) in product(scoring.group.members, scoring.metrics.items()):
+        with scoring.out.attempt(name, member.dataset, "", ""):
+            matching = match(member, metric.largest_n, scoring.options)
+            for point in _points(scoring, name, metric, member):
+                point.require(min(len(matching.images), len(matching.pairs)), "pairs")
+                try:
+                    _add_gap(point, member.tower("text"), matching)
+                except UserError as error:
+                    point.refuse(str(error))
 
 
-def _run_gap(
-    group: Group,
-    member: LayerFeatures,
-    name: str,
-    metric: Metric,
-    space: str,
-    matching: Matching,
-    weights: Array,
-    kept: list[Labels],
-    protocol: Protocol,
-    out: Collector,
-) -> None:
+def run_queries(scoring: Scoring) -> None:
+    """Score retrieval both ways: the row's tower asks, the other one answers."""
+    for member, (name, metric) in product(scoring.group.members, scoring.metrics.items()):
+        with scoring.out.attempt(name, member.dataset, "", ""):
+            matching = match(member, metric.largest_n, scoring.options)
+            for point in _points(scoring, name, metric, member):
+                _add_retrieval(point, member.tower("text"), matching)
+
+
+def _points(scoring: Scoring, name: str, metric: Metric, member: LayerFeatures) -> Iterator[Point]:
+    """Yield the places of the vision tower, each with its partner on the text tower.
+
+    Raises:
+        UserError: The towers have no features in a space of the metric.
+    """
     vision, text = member.tower("vision"), member.tower("text")
-    places = partner_positions(vision, text, space, protocol)
-    if not places:
-        raise UserError(f"no {space} features were extracted for both towers")
-    protocol.require(min(len(matching.images), len(matching.pairs)), metric, "pairs")
-    for position, other in places:
-        try:
-            x = rows_of(vision, position, space, matching.images)
-            y = rows_of(text, other, space, matching.texts)
-            value, interval, how = _gap_value(metric, x, y, matching, weights, kept, protocol)
-            null = _gap_null(metric, x, y, matching.pairs, protocol)
-            place = group.place(member.dataset, vision, position, space, "text", other)
-            out.add(
-                name,
-                place,
-                value,
-                interval,
-                null,
-                len(matching.pairs),
-                interval=how,
-                pairs=matching.kind,
-                texts=len(matching.texts),
-                **metric.settings,
+    for space in scoring.options.spaces_of(metric):
+        places = partner_positions(vision, text, space, scoring.options)
+        if not places:
+            raise UserError(f"no {space} features were extracted for both towers")
+        for position, other in places:
+            yield Point(
+                name, metric, member.dataset, vision, space, position, scoring, ("text", other)
             )
-        except UserError as error:
-            out.refuse(name, member.dataset, "vision", position, str(error))
+
+
+def _add_gap(point: Point, text: TowerFeatures, matching: Matching) -> None:
+    x = point.rows(matching.images)
+    y = rows_of(text, point.other[1], point.space, matching.texts)
+    value, interval, how = _gap_value(point, x, y, matching)
+    point.add(
+        value,
+        interval,
+        _gap_null(point, x, y, matching.pairs),
+        len(matching.pairs),
+        interval=how,
+        pairs=matching.kind,
+        texts=len(matching.texts),
+        **point.metric.settings,
+    )
 
 
 def _gap_value(
-    metric: Metric,
-    x: Array,
-    y: Array,
-    matching: Matching,
-    weights: Array,
-    kept: list[Labels],
-    protocol: Protocol,
+    point: Point, x: Array, y: Array, matching: Matching
 ) -> tuple[float, tuple[float, float], str]:
-    arguments = protocol.arguments(metric)
-    pairs = matching.pairs
+    metric, arguments = point.metric, point.arguments()
+    pairs, weights = matching.pairs, matching.weights
     if metric.weighted is not None:
         every = np.vstack([np.ones((1, len(x))), weights])
         draws = metric.weighted(x, y, pairs, every, matching.text_weights(every), **arguments)
@@ -192,98 +189,56 @@ def _gap_value(
         images, texts, left = matching.without(rows)
         return float(metric.function(x[images], y[texts], left, **arguments))
 
-    return value, jackknife(statistic, value, kept), "jackknife"
+    return value, jackknife(statistic, value, matching.kept), "jackknife"
 
 
-def _gap_null(metric: Metric, x: Array, y: Array, pairs: Labels, protocol: Protocol) -> float:
+def _gap_null(point: Point, x: Array, y: Array, pairs: Labels) -> float:
+    metric = point.metric
     if isinstance(metric.null, (int, float)):
         return float(metric.null)
     if callable(metric.null):
         return float(metric.null(x, y, pairs))
     if metric.null == "none":
         return float("nan")
-    rng = protocol.rng(0, 13)
+    rng = generator(Draw.SHUFFLED_PAIRS)
     values = []
-    for _ in range(protocol.shuffles):
+    for _ in range(point.options.shuffles):
         shuffled = np.stack([pairs[:, 0], rng.permutation(pairs[:, 1])], axis=1)
-        values.append(metric.function(x, y, shuffled, **protocol.arguments(metric)))
+        values.append(metric.function(x, y, shuffled, **point.arguments()))
     return float(np.mean(values))
 
 
-def run_queries(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
-    """Score retrieval both ways: the row's tower asks, the other one answers."""
-    for member in group.members:
-        for name, metric in metrics.items():
-            with out.attempt(name, member.dataset, "", ""):
-                matching = match(member, metric.largest_n, protocol.rng(0, 10))
-                weights = bootstrap_weights(
-                    matching.strata, protocol.bootstrap, protocol.rng(0, 11)
-                )
-                for space in protocol.spaces_of(metric):
-                    _run_retrieval(
-                        group, member, name, metric, space, matching, weights, protocol, out
-                    )
-
-
-def _run_retrieval(
-    group: Group,
-    member: LayerFeatures,
-    name: str,
-    metric: Metric,
-    space: str,
-    matching: Matching,
-    weights: Array,
-    protocol: Protocol,
-    out: Collector,
-) -> None:
-    vision, text = member.tower("vision"), member.tower("text")
-    places = partner_positions(vision, text, space, protocol)
-    if not places:
-        raise UserError(f"no {space} features were extracted for both towers")
+def _add_retrieval(point: Point, text: TowerFeatures, matching: Matching) -> None:
+    """Add retrieval of texts by images, and of images by texts, at one pair of positions."""
+    metric, weights = point.metric, matching.weights
+    images = point.rows(matching.images)
+    texts = rows_of(text, point.other[1], point.space, matching.texts)
+    asked_by_text = replace(
+        point, features=text, position=point.other[1], other=("vision", point.position)
+    )
+    ways = (
+        (point, images, texts, matching.pairs, weights),
+        (asked_by_text, texts, images, matching.pairs[:, ::-1], matching.text_weights(weights)),
+    )
     assert metric.per_item is not None and callable(metric.null)
-    for position, other in places:
-        images = rows_of(vision, position, space, matching.images)
-        texts = rows_of(text, other, space, matching.texts)
-        ways = (
-            (vision, position, "text", other, images, texts, matching.pairs, weights),
-            (
-                text,
-                other,
-                "vision",
-                position,
-                texts,
-                images,
-                matching.pairs[:, ::-1],
-                matching.text_weights(weights),
-            ),
+    for asking, x, y, pairs, w in ways:
+        if len(y) < metric.smallest_n:
+            reason = f"{len(y)} candidates; at least {metric.smallest_n} are needed"
+            replace(asking, position="").refuse(reason)
+            continue
+        arguments = asking.arguments()
+        values = metric.per_item(x, y, pairs, **arguments)
+        asked, matches = np.unique(pairs[:, 0], return_counts=True)
+        if matching.kind == "class_prompts" and asking is asked_by_text:
+            # The prompts are the whole set of classes; only queries can be resampled.
+            alike = np.zeros(len(x), np.int64)
+            w = bootstrap_weights(alike, len(w), generator(Draw.PROMPT_QUERIES))
+        asking.add(
+            values.mean(),
+            mean_interval(values, w[:, asked], metric.is_share),
+            metric.null(len(y), matches, arguments["k"]),
+            len(values),
+            interval="bootstrap",
+            pairs=matching.kind,
+            candidates=len(y),
         )
-        for asking, at, answering, there, x, y, pairs, w in ways:
-            if len(y) < metric.smallest_n:
-                out.refuse(
-                    name,
-                    member.dataset,
-                    asking.tower,
-                    "",
-                    f"{len(y)} candidates; at least {metric.smallest_n} are needed",
-                )
-                continue
-            arguments = protocol.arguments(metric)
-            values = metric.per_item(x, y, pairs, **arguments)
-            asked, matches = np.unique(pairs[:, 0], return_counts=True)
-            if matching.kind == "class_prompts" and asking is text:
-                # The prompts are the whole set of classes; only queries can be resampled.
-                w = bootstrap_weights(np.zeros(len(x), np.int64), len(w), protocol.rng(0, 14))
-            place = group.place(member.dataset, asking, at, space, answering, there)
-            out.add(
-                name,
-                place,
-                values.mean(),
-                mean_interval(values, w[:, asked], metric.is_share),
-                metric.null(len(y), matches, arguments["k"]),
-                len(values),
-                interval="bootstrap",
-                pairs=matching.kind,
-                candidates=len(y),
-            )

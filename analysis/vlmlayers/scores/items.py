@@ -20,47 +20,55 @@ from vlmlayers.metrics.intervals import (
     percentile,
 )
 from vlmlayers.metrics.table import METRICS, Metric
-from vlmlayers.positions import sort_key
+from vlmlayers.positions import TOWERS, sort_key
+from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows
-from vlmlayers.scores.protocol import Collector, Group, Protocol, chosen_positions, rows_of
-from vlmlayers.scores.readouts import grid
+from vlmlayers.scores.scoring import Point, Scoring, Source, chosen_positions, rows_of
 
 
-def run_labels(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_labels(scoring: Scoring) -> None:
     """Score metrics of features and labels inside each dataset."""
-    for tower in ("vision", "text"):
-        for member, features in group.sources(tower):
+    for tower in TOWERS:
+        for member, features in scoring.group.sources(tower):
             if len(np.unique(features.labels)) == len(features):
-                for name in metrics:
-                    out.refuse(name, member.dataset, tower, "", "one item per class")
-                continue
-            _run_single(group, member, features, metrics, protocol, out, features.labels)
+                scoring.refuse(member.dataset, tower, "one item per class")
+            else:
+                _run_single(scoring, (member, features), features.labels)
 
 
-def run_features(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_features(scoring: Scoring) -> None:
     """Score metrics of features alone inside each dataset."""
-    for tower in ("vision", "text"):
-        for member, features in group.sources(tower):
-            _run_single(group, member, features, metrics, protocol, out, None)
+    for tower in TOWERS:
+        for source in scoring.group.sources(tower):
+            _run_single(scoring, source, None)
 
 
-def run_prompts(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_prompts(scoring: Scoring) -> None:
     """Score images against class prompts: each position of a tower against `proj` of the other."""
-    for member in group.members:
+    for member in scoring.group.members:
         if member.vision is None or member.text is None or member.text.kind != "prompts":
-            for name in metrics:
-                out.refuse(name, member.dataset, "", "", "needs images and class prompts")
+            scoring.refuse(member.dataset, "", "needs images and class prompts")
             continue
         known = np.flatnonzero(np.isin(member.vision.labels, member.text.labels))
-        for name, metric in metrics.items():
-            for space in protocol.spaces_of(metric):
-                _run_zero_shot(group, member, known, name, metric, space, protocol, out)
+        weights = bootstrap_weights(
+            member.vision.labels[known], scoring.options.bootstrap, generator(Draw.ZERO_SHOT)
+        )
+        for name, metric in scoring.metrics.items():
+            for space in scoring.options.spaces_of(metric):
+                arrays = [tower.arrays.get(space, {}) for tower in (member.vision, member.text)]
+                if not all("proj" in by_position for by_position in arrays):
+                    reason = f"no {space} features were extracted"
+                    scoring.out.refuse(name, member.dataset, "", "", reason)
+                    continue
+                for moving, fixed in (("vision", "text"), ("text", "vision")):
+                    features = member.tower(moving)
+                    for position in chosen_positions([features], space, scoring.options):
+                        other = fixed, "proj"
+                        point = Point(
+                            name, metric, member.dataset, features, space, position, scoring, other
+                        )
+                        with point.attempt():
+                            _add_zero_shot(point, member, known, weights)
 
 
 def prompt_matrix(text: TowerFeatures, position: str, space: str) -> tuple[Array, Labels]:
@@ -70,75 +78,44 @@ def prompt_matrix(text: TowerFeatures, position: str, space: str) -> tuple[Array
     return sums / np.bincount(member)[:, None], ids
 
 
-def _run_zero_shot(
-    group: Group,
-    member: LayerFeatures,
-    known: Labels,
-    name: str,
-    metric: Metric,
-    space: str,
-    protocol: Protocol,
-    out: Collector,
-) -> None:
-    vision, text = member.vision, member.text
-    assert vision is not None and text is not None and metric.per_item is not None
-    both = (set(vision.arrays.get(space, ())), set(text.arrays.get(space, ())))
-    if not all("proj" in positions for positions in both):
-        out.refuse(name, member.dataset, "", "", f"no {space} features were extracted")
-        return
-    labels = vision.labels[known]
-    weights = bootstrap_weights(labels, protocol.bootstrap, protocol.rng(0, 5))
-    for moving, fixed in ((vision, text), (text, vision)):
-        for position in chosen_positions([moving], space, protocol):
-            here = (position, "proj") if moving is vision else ("proj", position)
-            with out.attempt(name, member.dataset, moving.tower, position):
-                protocol.require(len(known), metric)
-                x = rows_of(vision, here[0], space, known)
-                prompts, ids = prompt_matrix(text, here[1], space)
-                values = metric.per_item(x, prompts, np.searchsorted(ids, labels))
-                place = group.place(member.dataset, moving, position, space, fixed.tower, "proj")
-                out.add(
-                    name,
-                    place,
-                    values.mean(),
-                    mean_interval(values, weights, metric.is_share),
-                    1.0 / len(ids),
-                    len(values),
-                    interval="bootstrap",
-                    classes=len(ids),
-                )
+def _add_zero_shot(point: Point, member: LayerFeatures, known: Labels, weights: Array) -> None:
+    vision, text, metric = member.tower("vision"), member.tower("text"), point.metric
+    assert metric.per_item is not None
+    point.require(len(known))
+    here = {point.features.tower: point.position, point.other[0]: point.other[1]}
+    prompts, ids = prompt_matrix(text, here["text"], point.space)
+    x = rows_of(vision, here["vision"], point.space, known)
+    values = metric.per_item(x, prompts, np.searchsorted(ids, vision.labels[known]))
+    point.add(
+        values.mean(),
+        mean_interval(values, weights, metric.is_share),
+        1.0 / len(ids),
+        len(values),
+        interval="bootstrap",
+        classes=len(ids),
+    )
 
 
-def _run_single(
-    group: Group,
-    member: LayerFeatures,
-    features: TowerFeatures,
-    metrics: Mapping[str, Metric],
-    protocol: Protocol,
-    out: Collector,
-    labels: Labels | None,
-) -> None:
+def _run_single(scoring: Scoring, source: Source, labels: Labels | None) -> None:
     """Score metrics of one tower and dataset at every position; work on the items is shared."""
-    shared = _Shared(features, labels, protocol)
-    tasks = [
-        (space, sort_key(position), position, name)
-        for name, metric in metrics.items()
-        for space, position in grid([(member, features)], name, metric, protocol, out)
+    shared = _Shared(source[1], labels, scoring.options)
+    points = [
+        point
+        for name, metric in scoring.metrics.items()
+        for point in scoring.points(name, metric, [source])
     ]
-    for space, _, position, name in sorted(tasks, key=lambda task: task[:2]):
-        metric = metrics[name]
-        with out.attempt(name, member.dataset, features.tower, position):
+    for point in sorted(points, key=lambda point: (point.space, sort_key(point.position))):
+        metric = point.metric
+        with point.attempt():
             rows = shared.rows(metric)
-            protocol.require(len(rows), metric)
-            x, width = shared.array(metric, position, space)
+            point.require(len(rows))
+            x, width = shared.array(point)
             given = () if labels is None else (labels[rows],)
-            value, interval, how = value_and_interval(
-                metric, (x, *given), protocol.arguments(metric, width=width), shared
-            )
-            null = _null(name, metric, x, given, width, protocol)
-            place = group.place(member.dataset, features, position, space)
-            noted = {k: v for k, v in protocol.arguments(metric).items() if k != "width"}
-            out.add(name, place, value, interval, null, len(x), interval=how, **noted)
+            arguments = point.arguments(width=width)
+            value, interval, how = value_and_interval(metric, (x, *given), arguments, shared)
+            null = _null(point, x, given, width)
+            noted = {k: v for k, v in point.arguments().items() if k != "width"}
+            point.add(value, interval, null, len(x), interval=how, **noted)
 
 
 def value_and_interval(
@@ -169,10 +146,9 @@ def value_and_interval(
     return value, (float(low), float(high)), "jackknife"
 
 
-def _null(
-    name: str, metric: Metric, x: Array, given: tuple[Labels, ...], width: int, protocol: Protocol
-) -> float:
+def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int) -> float:
     """Return what chance gives for a metric of features, with or without labels."""
+    metric = point.metric
     if isinstance(metric.null, (int, float)):
         return float(metric.null)
     if callable(metric.null):
@@ -180,12 +156,13 @@ def _null(
     if metric.null == "none":
         return float("nan")
     if metric.null == "gaussian":
-        return _gaussian_null(name, len(x), width)
+        return _gaussian_null(point.name, len(x), width)
     if not given:
-        raise UserError(f"the null {metric.null!r} of {name} needs labels; declare another one")
-    rng = protocol.rng(0, 6)
-    arguments = protocol.arguments(metric, width=width)
-    labels = np.stack([rng.permutation(given[0]) for _ in range(protocol.shuffles)])
+        raise UserError(
+            f"the null {metric.null!r} of {point.name} needs labels; declare another one"
+        )
+    rng, arguments = generator(Draw.SHUFFLED_LABELS), point.arguments(width=width)
+    labels = np.stack([rng.permutation(given[0]) for _ in range(point.options.shuffles)])
     if metric.relabelled is not None:
         return float(metric.relabelled(x, labels, **arguments).mean())
     return float(np.mean([metric.function(x, y, **arguments) for y in labels]))
@@ -200,8 +177,10 @@ def _gaussian_null(name: str, n: int, width: int) -> float:
 class _Shared:
     """Rows, weights, groups and reduced features of one tower, made once for all metrics."""
 
-    def __init__(self, features: TowerFeatures, labels: Labels | None, protocol: Protocol) -> None:
-        self.features, self.labels, self.protocol = features, labels, protocol
+    def __init__(
+        self, features: TowerFeatures, labels: Labels | None, options: ScoreOptions
+    ) -> None:
+        self.features, self.labels, self.options = features, labels, options
         self.made: dict[Any, Any] = {}
         self.at = ("", "")
         self.here: dict[Any, Any] = {}
@@ -221,7 +200,7 @@ class _Shared:
         most = metric.largest_n or n
         return self._once(
             ("rows", most),
-            lambda: balanced_rows(self.features.labels, most, self.protocol.rng(0, 7)),
+            lambda: balanced_rows(self.features.labels, most, generator(Draw.ITEMS)),
         )
 
     def weights(self, metric: Metric) -> Array:
@@ -229,7 +208,7 @@ class _Shared:
         return self._once(
             ("weights", metric.largest_n),
             lambda: bootstrap_weights(
-                self._strata(metric), self.protocol.bootstrap, self.protocol.rng(0, 8)
+                self._strata(metric), self.options.bootstrap, generator(Draw.ITEM_WEIGHTS)
             ),
         )
 
@@ -238,17 +217,18 @@ class _Shared:
         return self._once(
             ("groups", metric.largest_n),
             lambda: jackknife_groups(
-                self._strata(metric), self.protocol.jackknife, self.protocol.rng(0, 9)
+                self._strata(metric), self.options.jackknife, generator(Draw.ITEM_GROUPS)
             ),
         )
 
-    def array(self, metric: Metric, position: str, space: str) -> tuple[Array, int]:
+    def array(self, point: Point) -> tuple[Array, int]:
         """Return features and width; rotated into their span where the metric does not see it."""
+        metric, position, space = point.metric, point.position, point.space
         width = self.features.arrays[space][position].shape[1]
         exact = {"rotation", "translation"} <= set(metric.invariances)
 
         def make() -> Array:
-            x = rows_of(self.features, position, space, self.rows(metric))
+            x = point.rows(self.rows(metric))
             return reduce_rows(x) if exact else x
 
         if self.at != (space, position):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.agreement import calibrated
 from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
 from vlmlayers.metrics.table import METRICS, Metric
+from vlmlayers.positions import TOWERS
+from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows
-from vlmlayers.scores.protocol import Collector, Group, Protocol, chosen_positions, rows_of
+from vlmlayers.scores.reading import POOLED
+from vlmlayers.scores.scoring import Point, Scoring, chosen_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +39,13 @@ class Pairing:
     Attributes:
         dataset: Name, or `*` where several are pooled.
         kind: `items`, `class_means` or `captions`.
+        space: Space of the features.
         sides: Two sides; the same object twice for agreement within a tower.
     """
 
     dataset: str
     kind: str
+    space: str
     sides: tuple[Side, Side]
 
     @property
@@ -52,63 +59,69 @@ class Pairing:
         return len(next(iter(self.sides[0].arrays.values()), ()))
 
 
-def run_pairs(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_pairs(scoring: Scoring) -> None:
     """Score agreement of every position with every other, within and across towers."""
     wanted: dict[str, set[str]] = {}
-    for name, metric in metrics.items():
+    for name, metric in scoring.metrics.items():
         wanted.setdefault(metric.base or name, set()).add(name)
     for base, names in wanted.items():
-        metric = METRICS[base]
-        for space in protocol.spaces_of(metric):
-            with out.timed(base):
-                for pairing in pairings(group, metric.largest_n, space, protocol, base, out):
-                    _run_matrix(group, pairing, base, metric, names, space, protocol, out)
+        for space in scoring.options.spaces_of(METRICS[base]):
+            with scoring.out.timed(base):
+                for pairing in pairings(scoring, base, space):
+                    _run_matrix(scoring, pairing, base, names)
 
 
-def pairings(
-    group: Group, most: int, space: str, protocol: Protocol, name: str, out: Collector
-) -> list[Pairing]:
+def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
     """Return the pairings of a group: within each tower and across, per dataset and pooled.
 
     Within a tower rows are items. Across towers rows are classes (mean of the images, mean of the
     prompts) or images with their first caption. Pooled pairings take equally many of each dataset.
     """
     found: list[Pairing] = []
-    for dataset, members in _scopes(group):
-        share = max(most // len(members), 1)
+    single = [[member] for member in scoring.group.members]
+    for members in [*single, list(scoring.group.members)] if len(single) > 1 else single:
+        dataset = members[0].dataset if len(members) == 1 else POOLED
+        share = max(METRICS[name].largest_n // len(members), 1)
         sides: dict[str, Side] = {}
-        for tower in ("vision", "text"):
-            having = [(m, f) for m, f in group.sources(tower) if m in members]
-            if len(having) != len(members):
+        for tower in TOWERS:
+            towers = [f for m, f in scoring.group.sources(tower) if m in members]
+            if len(towers) != len(members):
                 continue
-            rows = [balanced_rows(f.labels, share, protocol.rng(0, 17)) for _, f in having]
-            sides[tower] = _side([f for _, f in having], rows, space, protocol)
+            chosen = [balanced_rows(f.labels, share, generator(Draw.ALIGNED_ITEMS)) for f in towers]
+            makers = [partial(_some, rows=rows) for rows in chosen]
+            sides[tower] = _side(towers, makers, space, scoring.options)
             if not sides[tower].arrays:
-                out.refuse(name, dataset, tower, "", f"no {space} features were extracted")
+                reason = f"no {space} features were extracted"
+                scoring.out.refuse(name, dataset, tower, "", reason)
                 continue
-            found.append(Pairing(dataset, "items", (sides[tower], sides[tower])))
+            found.append(Pairing(dataset, "items", space, (sides[tower], sides[tower])))
         if len(sides) == 2:
-            found += _across(dataset, members, share, space, protocol)
+            found += _across(dataset, members, share, space, scoring.options)
     return found
 
 
-def _scopes(group: Group) -> list[tuple[str, list[LayerFeatures]]]:
-    single = [(member.dataset, [member]) for member in group.members]
-    return [*single, ("*", list(group.members))] if len(single) > 1 else single
+def _some(x: Array, rows: Labels) -> Array:
+    return np.asarray(x[rows], dtype=np.float64)
 
 
-def _side(towers: list[TowerFeatures], rows: list[Labels], space: str, protocol: Protocol) -> Side:
+def _side(
+    towers: list[TowerFeatures],
+    makers: Sequence[Callable[[Any], Array]],
+    space: str,
+    options: ScoreOptions,
+) -> Side:
+    """Return one side: what each dataset's maker makes of its features, one after the other."""
     arrays = {
-        position: np.concatenate([rows_of(f, position, space, r) for f, r in zip(towers, rows)])
-        for position in chosen_positions(towers, space, protocol)
+        position: np.concatenate(
+            [make(tower.arrays[space][position]) for make, tower in zip(makers, towers)]
+        )
+        for position in chosen_positions(towers, space, options)
     }
     return Side(towers[0], arrays)
 
 
 def _across(
-    dataset: str, members: list[LayerFeatures], share: int, space: str, protocol: Protocol
+    dataset: str, members: list[LayerFeatures], share: int, space: str, options: ScoreOptions
 ) -> list[Pairing]:
     """Return the pairing of vision with text: by captions where all have them, else by class."""
     captions = all(m.text is not None and m.text.pairs is not None for m in members)
@@ -117,96 +130,109 @@ def _across(
     visions, texts = [m.tower("vision") for m in members], [m.tower("text") for m in members]
     both = []
     for towers, others in ((visions, texts), (texts, visions)):
-        arrays = {
-            position: np.concatenate(
-                [
-                    _paired_rows(f, o, position, space, captions, share, protocol)
-                    for f, o in zip(towers, others)
-                ]
-            )
-            for position in chosen_positions(towers, space, protocol)
-        }
-        both.append(Side(towers[0], arrays))
+        makers = [_aligned(f, o, share) for f, o in zip(towers, others)]
+        both.append(_side(towers, makers, space, options))
     if not (both[0].arrays and both[1].arrays):
         return []
-    return [Pairing(dataset, "captions" if captions else "class_means", (both[0], both[1]))]
+    kind = "captions" if captions else "class_means"
+    return [Pairing(dataset, kind, space, (both[0], both[1]))]
 
 
-def _paired_rows(
-    features: TowerFeatures,
-    other: TowerFeatures,
-    position: str,
-    space: str,
-    captions: bool,
-    share: int,
-    protocol: Protocol,
-) -> Array:
-    """Return one row per class that both towers have, or one per captioned image."""
-    if captions:
-        text = features if features.pairs is not None else other
-        assert text.pairs is not None
+def _aligned(features: TowerFeatures, other: TowerFeatures, share: int) -> Callable[[Array], Array]:
+    """Return what makes one row per captioned image, or one per class that both towers have."""
+
+    def some(n: int) -> Labels:
+        return balanced_rows(np.zeros(n, np.int64), share, generator(Draw.ALIGNED_ACROSS))
+
+    text = features if features.tower == "text" else other
+    if text.pairs is not None:
         images, first = np.unique(text.pairs, return_index=True)
-        chosen = balanced_rows(np.zeros(len(images), np.int64), share, protocol.rng(0, 18))
-        rows = first[chosen] if features is text else images[chosen]
-        return rows_of(features, position, space, rows)
+        chosen = some(len(images))
+        return partial(_some, rows=(first if features is text else images)[chosen])
     common = np.intersect1d(features.labels, other.labels)
-    common = common[balanced_rows(np.zeros(len(common), np.int64), share, protocol.rng(0, 18))]
+    common = common[some(len(common))]
     kept = np.flatnonzero(np.isin(features.labels, common))
     member = np.searchsorted(common, features.labels[kept])
-    sums = np.eye(len(common))[member].T @ rows_of(features, position, space, kept)
-    return sums / np.bincount(member)[:, None]
+    means = np.eye(len(common))[member].T
+
+    def mean_of_classes(x: Array) -> Array:
+        sums: Array = means @ _some(x, kept)
+        return sums / np.bincount(member)[:, None]
+
+    return mean_of_classes
 
 
-def _run_matrix(
-    group: Group,
-    pairing: Pairing,
-    base: str,
-    metric: Metric,
-    names: set[str],
-    space: str,
-    protocol: Protocol,
-    out: Collector,
-) -> None:
-    dataset, tower = pairing.dataset, pairing.sides[0].features.tower
-    if pairing.n < metric.smallest_n:
-        out.refuse(
-            base,
-            dataset,
-            tower,
-            "",
-            f"{pairing.n} {pairing.kind}; at least {metric.smallest_n} are needed",
-        )
+def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) -> None:
+    metric, options = METRICS[base], scoring.options
+    point = Point(
+        base, metric, pairing.dataset, pairing.sides[0].features, pairing.space, "", scoring
+    )
+    try:
+        point.require(pairing.n, pairing.kind)
+    except UserError as error:
+        point.refuse(str(error))
         return
-    labels = [_usable(side, base, metric, dataset, protocol, out) for side in pairing.sides]
+    labels = [_usable(side, point) for side in pairing.sides]
     if not all(labels):
         return
-    engine = (_Signatures if metric.parts else _Cells)(metric, pairing, labels, protocol)
-    rng = protocol.rng(0, 19)
+    engine = (_Signatures if metric.parts else _Cells)(metric, pairing, labels, options)
+    rng = generator(Draw.PERMUTATIONS)
     value = engine.values(None)
     shuffled = np.stack(
         [engine.permuted(rng.permutation(pairing.n)) for _ in range(engine.permutations)]
     )
-    kept = jackknife_groups(np.zeros(pairing.n, np.int64), protocol.jackknife, protocol.rng(0, 20))
+    alike = np.zeros(pairing.n, np.int64)
+    kept = jackknife_groups(alike, options.jackknife, generator(Draw.ALIGNED_GROUPS))
     kept = [rows for rows in kept if len(rows) >= metric.smallest_n]
     left_out = np.stack([engine.values(rows) for rows in kept]) if kept else value[None]
-    matrix = _Matrix(value, left_out, shuffled, 0.0 if not metric.parts else 1.0)
-    options = {"pairs": pairing.kind, "interval": "jackknife", **engine.options}
+    noted = {"pairs": pairing.kind, "interval": "jackknife", **engine.options}
+    noted["permutations"] = len(shuffled)
+    best = 1.0 if metric.parts else 0.0
+    matrix = _Matrix(point, pairing, labels, value, left_out, shuffled, best, noted)
     for name in sorted(names):
-        if name.endswith("_max"):
-            if not pairing.within:
-                _add_largest(group, pairing, labels, name, space, matrix, options, out)
-        else:
-            _add_cells(group, pairing, labels, name, name != base, space, matrix, options, out)
+        if not name.endswith("_max"):
+            matrix.add_cells(name, calibrate=name != base)
+        elif not pairing.within:
+            matrix.add_largest(name)
+
+
+def _usable(side: Side, point: Point) -> list[str]:
+    """Return the positions whose features have a kernel; the others are refused by name."""
+    good, metric = [], point.metric
+    for position, x in side.arrays.items():
+        with replace(point, features=side.features, position=position).attempt():
+            if metric.parts:
+                kernel, signature = metric.parts
+                signature(kernel(x), **point.arguments() if metric.takes else {})
+            else:
+                metric.function(x, x)
+            good.append(position)
+    return good
 
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """All cells: value (a, b), jackknife (g, a, b), shuffled (p, a, b), and the best there is."""
+    """All cells of a pairing, and how they are noted.
 
+    Attributes:
+        point: The metric on the first side; its position is that of a cell.
+        pairing: Which rows belong together.
+        labels: Positions of the rows and of the columns.
+        value: (a, b).
+        left_out: (group, a, b), without the rows of each jackknife group.
+        shuffled: (permutation, a, b).
+        best: The best value there is.
+        noted: What is noted beside each value.
+    """
+
+    point: Point
+    pairing: Pairing
+    labels: list[list[str]]
     value: Array
     left_out: Array
     shuffled: Array
     best: float
+    noted: dict[str, Any]
 
     def beaten_by(self, shuffled: Array, value: Array) -> Array:
         """Return the share of permutations at least as good (with the identity itself)."""
@@ -214,35 +240,60 @@ class _Matrix:
         better = (sign * shuffled >= sign * value - 1e-12).sum(axis=0)
         return (1.0 + better) / (1.0 + len(shuffled))
 
+    def cell(self, name: str, i: int, j: int) -> Point:
+        """Return the place of a cell."""
+        other = self.pairing.sides[1].features.tower, self.labels[1][j]
+        return replace(self.point, name=name, position=self.labels[0][i], other=other)
 
-def _usable(
-    side: Side, base: str, metric: Metric, dataset: str, protocol: Protocol, out: Collector
-) -> list[str]:
-    """Return the positions whose features have a kernel; the others are refused by name."""
-    good = []
-    for position, x in side.arrays.items():
-        with out.attempt(base, dataset, side.features.tower, position):
-            if metric.parts:
-                _signature(metric, x, protocol)
-            else:
-                metric.function(x, x)
-            good.append(position)
-    return good
+    def add_cells(self, name: str, calibrate: bool) -> None:
+        """Add a row per cell; within a tower each pair of positions once."""
+        chance = self.shuffled.mean(axis=0)
+        p = self.beaten_by(self.shuffled, self.value)
+        value, left_out = self.value, self.left_out
+        if calibrate:
+            value = calibrated(value, self.shuffled, self.best)
+            left_out = calibrated(left_out, self.shuffled, self.best)
+            chance = np.zeros_like(chance)
+        low, high = jackknife_interval(value, left_out)
+        for i, j in np.ndindex(value.shape):
+            if not (self.pairing.within and j < i):
+                self.cell(name, i, j).add(
+                    float(value[i, j]),
+                    (float(low[i, j]), float(high[i, j])),
+                    float(chance[i, j]),
+                    self.pairing.n,
+                    **self.noted,
+                    p=round(float(p[i, j]), 4),
+                )
 
-
-def _signature(metric: Metric, x: Array, protocol: Protocol) -> Array:
-    kernel, signature = metric.parts
-    return signature(kernel(x), **protocol.arguments(metric) if metric.takes else {})
+    def add_largest(self, name: str) -> None:
+        """Add the closest pair of positions, calibrated by the closest pair of each permutation."""
+        extreme = np.max if self.best > 0 else np.min
+        value = np.asarray(extreme(self.value))
+        shuffled = extreme(self.shuffled, axis=(1, 2))
+        left_out = calibrated(extreme(self.left_out, axis=(1, 2)), shuffled, self.best)
+        moved = calibrated(value, shuffled, self.best)
+        low, high = jackknife_interval(moved, left_out)
+        i, j = np.argwhere(self.value == value)[0]
+        self.cell(name, i, j).add(
+            float(moved),
+            (float(low), float(high)),
+            0.0,
+            self.pairing.n,
+            **self.noted,
+            p=round(float(self.beaten_by(shuffled, value)), 4),
+            raw=round(float(value), 6),
+        )
 
 
 class _Signatures:
     """Agreement as inner products of n × n signatures: one product for a whole matrix."""
 
     def __init__(
-        self, metric: Metric, pairing: Pairing, labels: list[list[str]], protocol: Protocol
+        self, metric: Metric, pairing: Pairing, labels: list[list[str]], options: ScoreOptions
     ) -> None:
-        self.metric, self.protocol = metric, protocol
-        self.permutations = protocol.permutations
+        self.metric, self.given = metric, options
+        self.permutations = options.permutations
         self.kernels = [
             [metric.parts[0](side.arrays[p]) for p in chosen]
             for side, chosen in zip(pairing.sides[: 1 if pairing.within else 2], labels)
@@ -253,10 +304,10 @@ class _Signatures:
         self.first = _padded(self.whole[0])  # (a, n · n)
         self.last = np.ascontiguousarray(_padded(self.whole[-1]).T)  # (n · n, b)
         self.shape = (len(self.whole[0]), len(self.whole[-1]))
-        self.options = {"k": min(protocol.k, max(1, (n - 1) // 2))} if metric.takes else {}
+        self.options = {"k": min(options.k, max(1, (n - 1) // 2))} if metric.takes else {}
 
     def _stack(self, kernels: list[Array], rows: Labels | None) -> Array:
-        arguments = self.protocol.arguments(self.metric) if self.metric.takes else {}
+        arguments = self.given.arguments(self.metric) if self.metric.takes else {}
         parts = kernels if rows is None else [k[np.ix_(rows, rows)] for k in kernels]
         return np.stack([self.metric.parts[1](k, **arguments).ravel() for k in parts])
 
@@ -285,7 +336,7 @@ class _Cells:
     """Agreement cell by cell, for metrics that are no inner product of signatures."""
 
     def __init__(
-        self, metric: Metric, pairing: Pairing, labels: list[list[str]], protocol: Protocol
+        self, metric: Metric, pairing: Pairing, labels: list[list[str]], options: ScoreOptions
     ) -> None:
         self.metric, self.within = metric, pairing.within
         exact = {"rotation", "translation"} <= set(metric.invariances)
@@ -293,7 +344,7 @@ class _Cells:
             [reduce_rows(side.arrays[p]) if exact else side.arrays[p] for p in chosen]
             for side, chosen in zip(pairing.sides, labels)
         ]
-        self.permutations = protocol.shuffles
+        self.permutations = options.shuffles
         self.options: dict[str, Any] = {}
 
     def _matrix(self, first: list[Array], second: list[Array]) -> Array:
@@ -317,82 +368,3 @@ class _Cells:
         Within a tower a cell and its mirror image have one distribution, so half of them will do.
         """
         return self._matrix(self.arrays[0], [x[order] for x in self.arrays[1]])
-
-
-def _add_cells(
-    group: Group,
-    pairing: Pairing,
-    labels: list[list[str]],
-    name: str,
-    calibrate: bool,
-    space: str,
-    matrix: _Matrix,
-    options: dict[str, Any],
-    out: Collector,
-) -> None:
-    """Add a row per cell; within a tower each pair of positions once."""
-    chance = matrix.shuffled.mean(axis=0)
-    p = matrix.beaten_by(matrix.shuffled, matrix.value)
-    value, left_out = matrix.value, matrix.left_out
-    if calibrate:
-        value = calibrated(value, matrix.shuffled, matrix.best)
-        left_out = calibrated(left_out, matrix.shuffled, matrix.best)
-        chance = np.zeros_like(chance)
-    low, high = jackknife_interval(value, left_out)
-    first, second = pairing.sides
-    for i, position in enumerate(labels[0]):
-        for j, other in enumerate(labels[1]):
-            if pairing.within and j < i:
-                continue
-            place = group.place(
-                pairing.dataset, first.features, position, space, second.features.tower, other
-            )
-            out.add(
-                name,
-                place,
-                value[i, j],
-                (low[i, j], high[i, j]),
-                chance[i, j],
-                pairing.n,
-                **options,
-                permutations=len(matrix.shuffled),
-                p=round(float(p[i, j]), 4),
-            )
-
-
-def _add_largest(
-    group: Group,
-    pairing: Pairing,
-    labels: list[list[str]],
-    name: str,
-    space: str,
-    matrix: _Matrix,
-    options: dict[str, Any],
-    out: Collector,
-) -> None:
-    """Add the closest pair of positions, calibrated by the closest pair of each permutation."""
-    extreme = np.max if matrix.best > 0 else np.min
-    value = np.asarray(extreme(matrix.value))
-    shuffled = extreme(matrix.shuffled, axis=(1, 2))
-    left_out = extreme(matrix.left_out, axis=(1, 2))
-    i, j = np.argwhere(matrix.value == value)[0]
-    low, high = jackknife_interval(
-        calibrated(value, shuffled, matrix.best), calibrated(left_out, shuffled, matrix.best)
-    )
-    p = float(matrix.beaten_by(shuffled, value))
-    first, second = pairing.sides
-    place = group.place(
-        pairing.dataset, first.features, labels[0][i], space, second.features.tower, labels[1][j]
-    )
-    out.add(
-        name,
-        place,
-        float(calibrated(value, shuffled, matrix.best)),
-        (float(low), float(high)),
-        0.0,
-        pairing.n,
-        **options,
-        permutations=len(matrix.shuffled),
-        p=round(p, 4),
-        raw=round(float(value), 6),
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
@@ -13,13 +13,14 @@ from threadpoolctl import threadpool_limits
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.metrics.table import METRICS, Metric
+from vlmlayers.options import takes, validated
 from vlmlayers.progress import bar
 from vlmlayers.scores.gaps import run_modalities, run_queries
 from vlmlayers.scores.items import run_features, run_labels, run_prompts
+from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.pairs import run_pairs
-from vlmlayers.scores.protocol import Collector, Group, Protocol, make_groups
-from vlmlayers.scores.readouts import Runner, run_classes, run_datasets
-from vlmlayers.scores.schema import score_frame
+from vlmlayers.scores.readouts import run_classes, run_datasets
+from vlmlayers.scores.scoring import Collector, Group, Runner, Scoring, make_groups
 from vlmlayers.scores.transfers import run_left_out, run_novel, run_style_classes, run_styles
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Task:
     group: Group
     metrics: Mapping[str, Metric]
 
-    def run(self, protocol: Protocol) -> Collector:
+    def run(self, options: ScoreOptions) -> Collector:
         """Return what this part gives.
 
         Matrices here are small: a second thread of the linear algebra library costs more than it
@@ -64,93 +65,47 @@ class Task:
         """
         out = Collector()
         with threadpool_limits(1, user_api="blas"):
-            self.runner(self.group, self.metrics, protocol, out)
+            self.runner(Scoring(self.group, self.metrics, options, out))
         return out
 
 
+@takes(ScoreOptions)
 def score(
     features: LayerFeatures | Iterable[LayerFeatures],
     metrics: Sequence[str] | None = None,
     *,
-    positions: Sequence[str] | None = None,
-    spaces: Sequence[str] | None = None,
-    seeds: Sequence[int] = (1, 2, 3),
-    bootstrap: int = 200,
-    jackknife: int = 10,
-    shuffles: int = 20,
-    permutations: int = 100,
-    k: int = 10,
-    shots: int = 4,
-    folds: int = 5,
-    held_out: int = 100,
-    items_per_dataset: int | None = None,
-    vision_split: str = "item",
-    balance: str = "equal",
-    normalise: str = "columns",
     jobs: int | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> pd.DataFrame:
     """Score every position of both towers; each value comes with interval, null and n.
 
     Args:
         features: Features of one dataset or of several.
         metrics: Names from `vlmlayers.metrics.METRICS`; None for all of them.
-        positions: Positions to score; None for all that were recorded.
-        spaces: Spaces to score in; None for each metric's default.
-        seeds: Seeds of splits and shots; one row per seed.
-        bootstrap: Draws of each bootstrap interval.
-        jackknife: Groups of each jackknife interval (where drawing an item twice would mislead).
-        shuffles: Shuffles of labels, and of pairs where each is dear, behind each shuffled null.
-        permutations: Permutations behind each agreement's null.
-        k: Neighbours.
-        shots: Shots per class of the transfer metrics.
-        folds: Parts: one held out, one for validation, the rest fits.
-        held_out: Folds are held out in turn until this many items were.
-        items_per_dataset: At most this many images per dataset, balanced by class.
-        vision_split: Deal images to parts by `item` or by `class` for dataset accuracy.
-        balance: Images for dataset accuracy: `equal` numbers of each dataset, or `weights`: all
-            of them, each dataset weighing the same.
-        normalise: What read-outs do to features first: `columns` (standardise on the fitting
-            part), `rows` (length 1) or `none`.
         jobs: Processes that share the work; the table does not depend on it. None takes one per
             core, at most eight, where the work is worth starting them.
         progress: Show a progress bar.
+        **options: Those of `ScoreOptions`.
 
     Returns:
         A table with `SCORE_COLUMNS`. `attrs` holds `cost` (seconds by metric), `refused` (what
-        was not computed, and why) and `protocol`.
+        was not computed, and why) and `protocol` (the options).
 
     Raises:
-        UserError: Unknown metric, space or position, NaN or Inf features, nothing to score.
+        UserError: Unknown metric, option, space or position, NaN or Inf features, nothing to score.
     """
-    protocol = Protocol(
-        positions=None if positions is None else tuple(positions),
-        spaces=None if spaces is None else tuple(spaces),
-        seeds=tuple(seeds),
-        bootstrap=bootstrap,
-        jackknife=jackknife,
-        shuffles=shuffles,
-        permutations=permutations,
-        k=k,
-        shots=shots,
-        folds=folds,
-        held_out=held_out,
-        items_per_dataset=items_per_dataset,
-        vision_split=vision_split,
-        balance=balance,
-        normalise=normalise,
-    )
+    settled = validated(ScoreOptions, options)
     chosen = chosen_metrics(metrics)
     given = [features] if isinstance(features, LayerFeatures) else list(features)
-    groups = make_groups(given, protocol)
-    _check_positions(given, protocol)
+    groups = make_groups(given, settled)
+    _check_positions(given, settled)
     tasks = make_tasks(groups, chosen)
-    parts = _results(tasks, protocol, _jobs(jobs, groups, chosen))
+    parts = _results(tasks, settled, _jobs(jobs, groups, chosen))
     out = Collector()
     for part in bar(parts, "scoring", total=len(tasks), unit="part", show=progress):
         out.take(part)
-    cost = {name: round(seconds, 4) for name, seconds in out.cost.items()}
-    return score_frame(out.rows, cost=cost, refused=out.refused, protocol=protocol.record())
+    return out.table(settled)
 
 
 def make_tasks(groups: Iterable[Group], metrics: Mapping[str, Metric]) -> list[Task]:
@@ -174,21 +129,21 @@ def make_tasks(groups: Iterable[Group], metrics: Mapping[str, Metric]) -> list[T
     return tasks
 
 
-def _results(tasks: list[Task], protocol: Protocol, jobs: int) -> Iterator[Collector]:
+def _results(tasks: list[Task], options: ScoreOptions, jobs: int) -> Iterator[Collector]:
     """Yield the result of each task, in order."""
     if jobs == 1:
-        return (task.run(protocol) for task in tasks)
+        return (task.run(options) for task in tasks)
     table = dict(METRICS)
     done: Iterator[Collector] = Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(_run_elsewhere)(task, protocol, table) for task in tasks
+        delayed(_run_elsewhere)(task, options, table) for task in tasks
     )
     return done
 
 
-def _run_elsewhere(task: Task, protocol: Protocol, table: Mapping[str, Metric]) -> Collector:
+def _run_elsewhere(task: Task, options: ScoreOptions, table: Mapping[str, Metric]) -> Collector:
     """Run a task in another process, which knows metrics that a notebook added by this table."""
     METRICS.update(table)
-    return task.run(protocol)
+    return task.run(options)
 
 
 def _jobs(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, Metric]) -> int:
@@ -220,7 +175,7 @@ def chosen_metrics(metrics: Sequence[str] | None) -> dict[str, Metric]:
     return {check_one_of("metric", name, METRICS): METRICS[name] for name in names}
 
 
-def _check_positions(features: list[LayerFeatures], protocol: Protocol) -> None:
+def _check_positions(features: list[LayerFeatures], options: ScoreOptions) -> None:
     recorded = {
         position
         for member in features
@@ -228,7 +183,7 @@ def _check_positions(features: list[LayerFeatures], protocol: Protocol) -> None:
         for by_position in tower.arrays.values()
         for position in by_position
     }
-    for position in protocol.positions or ():
+    for position in options.positions or ():
         check_one_of("position", position, recorded, where="the features")
     if not recorded:
         raise UserError("the features hold no position; extract again")

@@ -30,9 +30,10 @@ from vlmlayers.metrics.moments import (
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
 from vlmlayers.scores.items import prompt_matrix
-from vlmlayers.scores.protocol import Collector, Group, Protocol
-from vlmlayers.scores.readouts import accuracy_and_interval, run_datasets
-from vlmlayers.scores.schema import score_frame
+from vlmlayers.scores.options import Draw, ScoreOptions, generator
+from vlmlayers.scores.reading import POOLED
+from vlmlayers.scores.readouts import add_accuracy, run_datasets
+from vlmlayers.scores.scoring import Collector, Group, Point, Scoring
 from vlmlayers.scores.sums import DatasetSums, Key, StreamingScores, ordered
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ SPECTRAL: Mapping[str, Callable[[Array], float]] = {
     name: METRICS[name].parts[1]
     for name in ("effective_rank", "participation_ratio", "spectral_entropy")
 }
+LDA = "dataset_accuracy_lda"
 GAPS = ("centroid_gap", "frechet_gap")
 AGREEMENTS = {"cka_debiased": True, "cka_biased": False}
-STREAMED = ("dataset_accuracy_lda", "fisher_ratio", *AGREEMENTS, *GAPS, *SPECTRAL)
+STREAMED = (LDA, "fisher_ratio", *AGREEMENTS, *GAPS, *SPECTRAL)
 
 
 def check_streamed(metrics: Sequence[str] | None) -> list[str]:
@@ -109,13 +111,14 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
     names, datasets = check_streamed(metrics), sums.datasets
     if not datasets:
         raise UserError("no features came; nothing to score")
-    protocol, out = Protocol(), Collector()
-    heads = [one.head for one in datasets.values()]
-    group = Group(heads[0].model, heads[0].weights, heads[0].split, tuple(heads))
-    if "dataset_accuracy_lda" in names:
-        _add_dataset_accuracy(group, datasets, protocol, out)
+    heads = tuple(one.head for one in datasets.values())
+    group = Group(heads[0].model, heads[0].weights, heads[0].split, heads)
+    options = ScoreOptions()
+    scoring = Scoring(group, {name: METRICS[name] for name in names}, options, Collector())
+    if LDA in names:
+        _add_dataset_accuracy(scoring, list(datasets.values()))
     for of_dataset in datasets.values():
-        scorer = _Scorer(group, of_dataset, protocol, out)
+        scorer = _Scorer(scoring, of_dataset)
         for name in names:
             if name == "fisher_ratio":
                 scorer.fisher()
@@ -125,63 +128,43 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
                 scorer.gaps(name)
             elif name in AGREEMENTS:
                 scorer.agreement(name)
-    cost = {name: round(seconds, 4) for name, seconds in out.cost.items()}
-    return score_frame(out.rows, cost=cost, refused=out.refused, protocol=protocol.record())
+    return scoring.out.table(options)
 
 
-def _add_dataset_accuracy(
-    group: Group, datasets: Mapping[str, DatasetSums], protocol: Protocol, out: Collector
-) -> None:
+def _add_dataset_accuracy(scoring: Scoring, all_sums: list[DatasetSums]) -> None:
     """Add dataset accuracy by LDA: fitted on the sums, held out on the samples.
 
     Class prompts are few and kept: they are scored as without streaming, split by class.
     """
-    name, all_sums = "dataset_accuracy_lda", list(datasets.values())
+    only = replace(scoring, metrics={LDA: METRICS[LDA]})
     if len(all_sums) < 2:
-        out.refuse(name, "*", "", "", f"{len(all_sums)} datasets; at least 2 are needed")
+        only.refuse(POOLED, "", f"{len(all_sums)} datasets; at least 2 are needed")
         return
     prompts = [sums.prompts is not None for sums in all_sums]
     if all(prompts):
         heads = (replace(sums.head, vision=None, text=sums.prompts) for sums in all_sums)
-        texts = replace(group, members=tuple(heads))
-        run_datasets(texts, {name: METRICS[name]}, protocol, out, towers=("text",))
+        texts = replace(scoring.group, members=tuple(heads))
+        run_datasets(replace(only, group=texts), towers=("text",))
     elif any(prompts):
-        out.refuse(name, "*", "text", "", "some datasets have prompts and some have captions")
+        only.refuse(POOLED, "text", "some datasets have prompts and some have captions")
     for key in ordered(set.intersection(*(set(s.sample) for s in all_sums))):
         tower, space, position = key
         if space != "native" or (tower == "text" and any(prompts)):
             continue
-        with out.attempt(name, "*", tower, position):
-            _add_streamed_accuracy(name, group, all_sums, key, protocol, out)
+        features = all_sums[0].head.tower(tower)
+        point = Point(LDA, METRICS[LDA], POOLED, features, space, position, scoring)
+        with point.attempt():
+            _add_streamed_accuracy(point, [sums.held_out(key) for sums in all_sums])
 
 
-def _add_streamed_accuracy(
-    name: str,
-    group: Group,
-    all_sums: list[DatasetSums],
-    key: Key,
-    protocol: Protocol,
-    out: Collector,
-) -> None:
-    tower, space, position = key
-    parts = [sums.held_out(key) for sums in all_sums]
+def _add_streamed_accuracy(point: Point, parts: list[tuple[Moments, Array]]) -> None:
     moments, held = [fit for fit, _ in parts], [rows for _, rows in parts]
-    protocol.require(sum(m.n for m in moments) + sum(map(len, held)), METRICS[name])
+    fitted = sum(m.n for m in moments)
+    point.require(fitted + sum(map(len, held)))
     truth = np.repeat(np.arange(len(held)), [len(x) for x in held])
     predicted = _discriminant(moments, np.concatenate(held))
     counts = confusion(truth, predicted, len(held))
-    value, interval = accuracy_and_interval(counts, protocol, 0)
-    out.add(
-        name,
-        group.place("*", all_sums[0].head.tower(tower), position, space),
-        value,
-        interval,
-        1.0 / len(held),
-        len(truth),
-        estimate="streaming",
-        interval="bootstrap",
-        fitted_on=sum(m.n for m in moments),
-    )
+    add_accuracy(point, counts, estimate="streaming", fitted_on=fitted)
 
 
 def _discriminant(moments: list[Moments], x: Array) -> Labels:
@@ -205,35 +188,33 @@ def _on_rows(function: Callable[..., float], *arrays: Any) -> float:
 class _Scorer:
     """Scores of one dataset from its sums; intervals from its sample, narrowed to the full n."""
 
-    def __init__(self, group: Group, sums: DatasetSums, protocol: Protocol, out: Collector) -> None:
-        self.group, self.sums, self.out, self.protocol = group, sums, out, protocol
-        self.full = sums.whole()
-        strata = np.zeros(len(sums.labels), np.int64)
-        self.kept = jackknife_groups(strata, protocol.jackknife, protocol.rng(0, 21))
+    def __init__(self, scoring: Scoring, sums: DatasetSums) -> None:
+        self.scoring, self.sums, self.full = scoring, sums, sums.whole()
+        alike, groups = np.zeros(len(sums.labels), np.int64), scoring.options.jackknife
+        self.kept = jackknife_groups(alike, groups, generator(Draw.STREAMED_GROUPS))
         self.narrower = float(np.sqrt(len(sums.labels) / sums.n))
+
+    def _point(self, name: str, key: Key, other: str = "") -> Point:
+        tower, space, position = key
+        head = self.sums.head
+        related = ("text", other) if other else ("", "")
+        return Point(
+            name, METRICS[name], head.dataset, head.tower(tower), space, position, self.scoring,
+            related,
+        )  # fmt: skip
 
     def _add(
         self,
-        name: str,
-        key: Key,
+        point: Point,
         value: float,
         null: float,
         on_sample: Callable[[Labels], float],
-        other: str = "",
         **noted: Any,
     ) -> None:
-        tower, space, position = key
         low, high = jackknife(on_sample, 0.0, self.kept)
-        head = self.sums.head.tower(tower)
-        place = self.group.place(
-            self.sums.head.dataset, head, position, space, "text" if other else "", other
-        )
-        interval = (value + low * self.narrower, value + high * self.narrower)
-        self.out.add(
-            name,
-            place,
+        point.add(
             value,
-            interval,
+            (value + low * self.narrower, value + high * self.narrower),
             null,
             self.sums.n,
             estimate="streaming",
@@ -253,13 +234,13 @@ class _Scorer:
     def fisher(self) -> None:
         """Add the Fisher ratio of images."""
         for key in self._keys("native", ("vision",)):
-            with self.out.attempt("fisher_ratio", self.sums.head.dataset, key[0], key[2]):
+            point = self._point("fisher_ratio", key)
+            with point.attempt():
                 classes = self.full.classes[key]
                 value = fisher_from(self.full.moments[key], classes)
                 count = np.count_nonzero(classes.counts)
                 self._add(
-                    "fisher_ratio",
-                    key,
+                    point,
                     value,
                     (count - 1) / (self.sums.n - count),
                     partial(_on_rows, fisher_ratio, self.sums.sample[key], self.sums.labels),
@@ -269,21 +250,25 @@ class _Scorer:
         """Add a function of the spectrum of images, and of captions."""
         function, plain = SPECTRAL[name], METRICS[name].function
         for key in self._keys("native", ("vision", "text")):
-            with self.out.attempt(name, self.sums.head.dataset, key[0], key[2]):
+            point = self._point(name, key)
+            with point.attempt():
                 moments = self.full.moments[key]
                 value = function(eigenvalues_from(moments))
-                noise = white_noise_scatter(moments.n, len(moments.mean), self.protocol.rng(0, 22))
+                noise = white_noise_scatter(
+                    moments.n, len(moments.mean), generator(Draw.STREAMED_NOISE)
+                )
                 null = function(np.linalg.eigvalsh(noise)[::-1].clip(min=0.0))
                 on_sample = partial(_on_rows, plain, self.sums.sample[key])
-                self._add(name, key, value, null, on_sample)
+                self._add(point, value, null, on_sample)
 
     def gaps(self, name: str) -> None:
         """Add a distance between the clouds of images and texts, unit rows in `joint` space."""
         for space, position, other in self.sums.pairs():
             if space != "joint":
                 continue
-            with self.out.attempt(name, self.sums.head.dataset, "vision", position):
-                keys = ("vision", space, position), ("text", space, other)
+            keys = ("vision", space, position), ("text", space, other)
+            point = self._point(name, keys[0], other)
+            with point.attempt():
                 x = self.full.moments[keys[0]]
                 texts = self._text_rows(keys[1])
                 y = self.full.moments[keys[1]] if texts is None else Moments.of(texts)
@@ -306,7 +291,7 @@ class _Scorer:
                 else:
                     value, null = frechet_from(x, y), gap.frechet_null(image_rows, text_rows)
                 kind = "captions" if texts is None else "class_prompts"
-                self._add(name, keys[0], value, null, on_sample, other, pairs=kind, texts=y.n)
+                self._add(point, value, null, on_sample, pairs=kind, texts=y.n)
 
     def _text_rows(self, key: Key) -> Array | None:
         """Return the class prompts themselves where texts are prompts."""
@@ -320,8 +305,9 @@ class _Scorer:
         for space, position, other in self.sums.pairs():
             if space != "native":
                 continue
-            with self.out.attempt(name, self.sums.head.dataset, "vision", position):
-                keys = ("vision", space, position), ("text", space, other)
+            keys = ("vision", space, position), ("text", space, other)
+            point = self._point(name, keys[0], other)
+            with point.attempt():
                 x, y = (self.full.moments[key] for key in keys)
                 cross = self.full.cross[space, position, other]
                 value = cka_from(x, y, cross, debiased=debiased)
@@ -334,4 +320,4 @@ class _Scorer:
                     return cka(x[rows], y[rows], debiased=unbiased)
 
                 kind = "image_prompts" if self.sums.prompts is not None else "captions"
-                self._add(name, keys[0], value, null, on_sample, other, pairs=kind)
+                self._add(point, value, null, on_sample, pairs=kind)

@@ -21,7 +21,8 @@ from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.positions import sort_key
 from vlmlayers.scores.gaps import partner_positions
 from vlmlayers.scores.items import prompt_matrix
-from vlmlayers.scores.protocol import Protocol, check_finite
+from vlmlayers.scores.options import ScoreOptions
+from vlmlayers.scores.scoring import check_finite
 
 Key = tuple[str, str, str]  # tower, space, position
 
@@ -89,7 +90,9 @@ class DatasetSums:
             return []
         found = []
         for space in sorted({key[1] for key in self.sample}):
-            found += [(space, *pair) for pair in partner_positions(vision, text, space, Protocol())]
+            found += [
+                (space, *pair) for pair in partner_positions(vision, text, space, ScoreOptions())
+            ]
         return found
 
     def merge(self, other: DatasetSums) -> DatasetSums:

@@ -2,98 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 
 from vlmlayers.errors import UserError
-from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.dataset_level import confusion
-from vlmlayers.metrics.table import Metric
 from vlmlayers.metrics.transfer import WithinScatter
+from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds, shots_and_queries
-from vlmlayers.scores.protocol import Collector, Group, Protocol, rows_of
-from vlmlayers.scores.readouts import (
-    Source,
-    Split,
-    accuracy_and_interval,
-    grid,
-    held_out_counts,
-    stacked,
-)
+from vlmlayers.scores.reading import POOLED
+from vlmlayers.scores.readouts import Split, add_accuracy, held_out_counts
+from vlmlayers.scores.scoring import Point, Scoring, Source
 
 
-def run_novel(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_novel(scoring: Scoring) -> None:
     """Score novel classes from a few shots in the geometry of the base classes (first half)."""
-    for name, metric in metrics.items():
+    for name, metric in scoring.metrics.items():
         for tower in metric.towers:
-            for member, features in group.sources(tower):
-                base, novel = base_and_novel(features.labels)
-                for space, position in grid([(member, features)], name, metric, protocol, out):
-                    with out.attempt(name, member.dataset, tower, position):
-                        x = rows_of(features, position, space)
-                        geometry = metric.parts[0](x[base], features.labels[base])
-                        _add_few_shot(
-                            group,
-                            member,
-                            features,
-                            name,
-                            metric,
-                            position,
-                            space,
-                            geometry,
-                            x[novel],
-                            features.labels[novel],
-                            protocol,
-                            out,
-                            geometry_from="base_classes",
-                        )
+            for source in scoring.group.sources(tower):
+                labels = source[1].labels
+                base, novel = base_and_novel(labels)
+                for point in scoring.points(name, metric, [source]):
+                    with point.attempt():
+                        x = point.rows()
+                        geometry = metric.parts[0](x[base], labels[base])
+                        _add_few_shot(point, geometry, x[novel], labels[novel], "base_classes")
 
 
-def run_left_out(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_left_out(scoring: Scoring) -> None:
     """Score each dataset's classes from a few shots in the geometry of all other datasets."""
-    for name, metric in metrics.items():
+    for name, metric in scoring.metrics.items():
         for tower in metric.towers:
-            sources = group.sources(tower)
+            sources = scoring.group.sources(tower)
             if len(sources) < 2:
-                out.refuse(name, "*", tower, "", f"{len(sources)} datasets; at least 2 are needed")
+                reason = f"{len(sources)} datasets; at least 2 are needed"
+                scoring.out.refuse(name, POOLED, tower, "", reason)
                 continue
-            for space, position in grid(sources, name, metric, protocol, out):
+            for pooled in scoring.points(name, metric, sources):
+                points = [pooled.at(source) for source in sources]
                 parts: dict[str, WithinScatter] = {}
-                for member, features in sources:
-                    with out.attempt(name, member.dataset, tower, position):
-                        x = rows_of(features, position, space)
-                        parts[member.dataset] = metric.parts[0](x, features.labels)
-                for member, features in sources:
-                    with out.attempt(name, member.dataset, tower, position):
-                        others = [s for other, s in parts.items() if other != member.dataset]
+                for point in points:
+                    with point.attempt():
+                        geometry = metric.parts[0](point.rows(), point.features.labels)
+                        parts[point.dataset] = geometry
+                for point in points:
+                    with point.attempt():
+                        others = [s for other, s in parts.items() if other != point.dataset]
                         if not others:
                             raise UserError("no other dataset has a geometry at this position")
-                        geometry = others[0]
-                        for other in others[1:]:
-                            geometry = geometry + other
-                        x = rows_of(features, position, space)
-                        _add_few_shot(
-                            group,
-                            member,
-                            features,
-                            name,
-                            metric,
-                            position,
-                            space,
-                            geometry,
-                            x,
-                            features.labels,
-                            protocol,
-                            out,
-                            geometry_from="other_datasets",
-                        )
+                        geometry, labels = sum(others[1:], others[0]), point.features.labels
+                        _add_few_shot(point, geometry, point.rows(), labels, "other_datasets")
 
 
 def base_and_novel(labels: Labels) -> tuple[Labels, Labels]:
@@ -104,48 +64,23 @@ def base_and_novel(labels: Labels) -> tuple[Labels, Labels]:
 
 
 def _add_few_shot(
-    group: Group,
-    member: LayerFeatures,
-    features: TowerFeatures,
-    name: str,
-    metric: Metric,
-    position: str,
-    space: str,
-    geometry: WithinScatter,
-    x: Array,
-    labels: Labels,
-    protocol: Protocol,
-    out: Collector,
-    **noted: str,
+    point: Point, geometry: WithinScatter, x: Array, labels: Labels, where: str
 ) -> None:
     """Add one row per seed: shots drawn, other items of the same classes recognised."""
     ids, y, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    protocol.require(len(labels), metric)
+    point.require(len(labels))
     if len(ids) < 2:
         raise UserError(f"{len(ids)} class to recognise; at least 2 are needed")
-    shots = min(protocol.shots, int(sizes.min()) - 1)
+    shots = min(point.options.shots, int(sizes.min()) - 1)
     if shots < 1:
         raise UserError("a class has one item; shots and queries need 2")
-    factor = geometry.factor()
-    place = group.place(member.dataset, features, position, space)
-    for seed in protocol.seeds:
-        support, query = shots_and_queries(y, shots, protocol.rng(seed, 15))
-        predicted = metric.parts[1](factor, x[support], y[support], x[query], classes=len(ids))
+    factor, recognise = geometry.factor(), point.metric.parts[1]
+    for seed in point.options.seeds:
+        support, query = shots_and_queries(y, shots, generator(Draw.SHOTS, seed))
+        predicted = recognise(factor, x[support], y[support], x[query], classes=len(ids))
         counts = confusion(y[query], predicted, len(ids))
-        value, interval = accuracy_and_interval(counts, protocol, seed)
-        out.add(
-            name,
-            place,
-            value,
-            interval,
-            1.0 / len(ids),
-            len(query),
-            seed,
-            interval="bootstrap",
-            shots=shots,
-            classes=len(ids),
-            **noted,
-        )
+        noted = {"shots": shots, "classes": len(ids), "geometry_from": where}
+        add_accuracy(point, counts, seed, **noted)
 
 
 def families(sources: list[Source]) -> list[tuple[list[Source], list[str]]]:
@@ -167,96 +102,51 @@ def families(sources: list[Source]) -> list[tuple[list[Source], list[str]]]:
     return [(members, sorted(shared)) for members, shared in found if len(members) > 1]
 
 
-def run_styles(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_styles(scoring: Scoring) -> None:
     """Score which style (dataset of a family) an item has; split by class, so content is unseen."""
-    for name, metric in metrics.items():
+    options = scoring.options
+    for name, metric in scoring.metrics.items():
         for tower in metric.towers:
-            for sources, shared in _families_or_refuse(group, name, tower, out):
+            for sources, shared in _families_or_refuse(scoring, name, tower):
                 text = "+".join(member.dataset for member, _ in sources)
-                splits = [_style_split(sources, shared, protocol, seed) for seed in protocol.seeds]
-                for space, position in grid(sources, name, metric, protocol, out):
-                    place = group.place("*", sources[0][1], position, space)
-                    for split in splits:
-                        with out.attempt(name, "*", tower, position):
-                            protocol.require(len(split.labels), metric)
-                            x = stacked(sources, split, position, space)
-                            counts = held_out_counts(metric, x, split, protocol)
-                            value, interval = accuracy_and_interval(counts, protocol, split.seed)
-                            noted = {
-                                "family": text,
-                                "split_by": "class",
-                                "shared_classes": len(shared),
-                                **protocol.arguments(metric),
-                            }
-                            n, chance = int(counts.sum()), 1 / len(sources)
-                            out.add(
-                                name, place, value, interval, chance, n, split.seed,
-                                interval="bootstrap", **noted,
-                            )  # fmt: skip
+                splits = [_style_split(sources, shared, options, seed) for seed in options.seeds]
+                noted = {"family": text, "split_by": "class", "shared_classes": len(shared)}
+                for point, split in product(scoring.points(name, metric, sources), splits):
+                    with point.attempt():
+                        counts = held_out_counts(point, sources, split)
+                        add_accuracy(point, counts, split.seed, **noted, **point.arguments())
 
 
-def run_style_classes(
-    group: Group, metrics: Mapping[str, Metric], protocol: Protocol, out: Collector
-) -> None:
+def run_style_classes(scoring: Scoring) -> None:
     """Score classes of one style by a read-out fitted on another style of the family."""
-    for name, metric in metrics.items():
+    for name, metric in scoring.metrics.items():
         for tower in metric.towers:
-            for sources, shared in _families_or_refuse(group, name, tower, out):
-                for space, position in grid(sources, name, metric, protocol, out):
-                    for source, target in permutations(sources, 2):
-                        with out.attempt(name, target[0].dataset, tower, position):
-                            _add_cross_style(
-                                group, source, target, shared, name, metric, position, space,
-                                protocol, out,
-                            )  # fmt: skip
+            for sources, shared in _families_or_refuse(scoring, name, tower):
+                points = scoring.points(name, metric, sources)
+                for point, (source, target) in product(points, permutations(sources, 2)):
+                    with point.at(target).attempt():
+                        _add_cross_style(point, source, target, shared)
 
 
-def _add_cross_style(
-    group: Group,
-    source: Source,
-    target: Source,
-    shared: list[str],
-    name: str,
-    metric: Metric,
-    position: str,
-    space: str,
-    protocol: Protocol,
-    out: Collector,
-) -> None:
-    (fit_rows, fit_labels), (rows, labels) = (
-        _shared_rows(source, shared),
-        _shared_rows(target, shared),
-    )
-    protocol.require(min(len(fit_rows), len(rows)), metric)
-    fit = rows_of(source[1], position, space, fit_rows)
-    x = rows_of(target[1], position, space, rows)
+def _add_cross_style(point: Point, source: Source, target: Source, shared: list[str]) -> None:
+    fit_rows, fit_labels = _shared_rows(source, shared)
+    rows, labels = _shared_rows(target, shared)
+    point.require(min(len(fit_rows), len(rows)))
     if len(np.unique(fit_labels)) < len(shared) or len(np.unique(labels)) < len(shared):
         raise UserError("a shared class has no item in one of the styles")
-    arguments = protocol.arguments(metric)
-    predicted = metric.function(
-        fit, fit_labels, fit, fit_labels, x, classes=len(shared), **arguments
+    fit, x = point.at(source).rows(fit_rows), point.at(target).rows(rows)
+    predicted = point.metric.function(
+        fit, fit_labels, fit, fit_labels, x, classes=len(shared), **point.arguments()
     )
     counts = confusion(labels, predicted, len(shared))
-    value, interval = accuracy_and_interval(counts, protocol, 0)
-    place = group.place(target[0].dataset, target[1], position, space)
-    out.add(
-        name,
-        place,
-        value,
-        interval,
-        1 / len(shared),
-        len(rows),
-        interval="bootstrap",
-        source=source[0].dataset,
-        classes=len(shared),
-        **arguments,
-    )
+    noted = {"source": source[0].dataset, "classes": len(shared), **point.arguments()}
+    add_accuracy(point.at(target), counts, **noted)
 
 
-def _style_split(sources: list[Source], shared: list[str], protocol: Protocol, seed: int) -> Split:
-    rng = protocol.rng(seed, 16)
+def _style_split(
+    sources: list[Source], shared: list[str], options: ScoreOptions, seed: int
+) -> Split:
+    rng = generator(Draw.STYLE_SPLIT, seed)
     usable = [_shared_rows(source, shared) for source in sources]
     most = min(len(rows) for rows, _ in usable)
     rows, strata, groups = [], [], []
@@ -265,9 +155,9 @@ def _style_split(sources: list[Source], shared: list[str], protocol: Protocol, s
         rows.append(candidates[chosen])
         strata += [number] * len(chosen)
         groups += labels[chosen].tolist()
-    folds = min(protocol.folds, len(shared))
+    folds = min(options.folds, len(shared))
     fold = deal(strata, groups, groups, folds, rng)
-    held = evaluated_folds(fold, folds, protocol.held_out)
+    held = evaluated_folds(fold, folds, options.held_out)
     return Split(seed, tuple(rows), np.asarray(strata), fold, folds, held, len(sources), {})
 
 
@@ -281,11 +171,12 @@ def _shared_rows(source: Source, shared: list[str]) -> tuple[Labels, Labels]:
 
 
 def _families_or_refuse(
-    group: Group, name: str, tower: str, out: Collector
+    scoring: Scoring, name: str, tower: str
 ) -> list[tuple[list[Source], list[str]]]:
-    found = families(group.sources(tower))
+    found = families(scoring.group.sources(tower))
     if not found:
-        out.refuse(name, "*", tower, "", "no two datasets share four or more class names")
+        reason = "no two datasets share four or more class names"
+        scoring.out.refuse(name, POOLED, tower, "", reason)
     return found
 
 

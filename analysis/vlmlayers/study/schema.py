@@ -7,10 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from vlmlayers.errors import UserError, check_one_of, nearest
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import shipped
+from vlmlayers.options import Options, validated
 
 Split = Literal["train", "val", "test", "all"]
 DEFAULT_METRICS = (
@@ -26,13 +27,7 @@ DEFAULT_METRICS = (
 )
 
 
-class Part(BaseModel):
-    """A table of a study file; a key it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelPart(Part):
+class ModelPart(Options):
     """One backbone.
 
     Attributes:
@@ -71,7 +66,7 @@ class ModelPart(Part):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "model"
 
 
-class DatasetPart(Part):
+class DatasetPart(Options):
     """One dataset; what is absent comes from `extract`."""
 
     name: str
@@ -82,7 +77,7 @@ class DatasetPart(Part):
     text: Literal["prompts", "captions"] | None = None
 
 
-class ExtractPart(Part):
+class ExtractPart(Options):
     """How features are recorded.
 
     Attributes:
@@ -105,7 +100,7 @@ class ExtractPart(Part):
     present_only: bool = False
     template: str = "a photo of a {}."
     spaces: tuple[Literal["native", "normed", "joint"], ...] = ("native", "joint")
-    pooling: dict[Literal["vision", "text"], str] = {}
+    pooling: dict[Literal["vision", "text"], str] = Field(default_factory=dict)
     text: Literal["prompts", "captions"] = "prompts"
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=0, ge=0)
@@ -121,27 +116,27 @@ class ExtractPart(Part):
         return text
 
 
-class ScorePart(Part):
+class ScorePart(Options):
     """Which metrics, and the options of `vlmlayers.score`.
 
     Attributes:
         metrics: Names of the METRICS table.
-        options: Fields of `vlmlayers.scores.Protocol`, such as `seeds` and `bootstrap`.
+        options: Fields of `vlmlayers.scores.ScoreOptions`, such as `seeds` and `bootstrap`.
     """
 
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
-class SelectPart(Part):
+class SelectPart(Options):
     """Which rule, and its options."""
 
     rule: str = "threshold"
     resamples: int = Field(default=200, ge=0)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
-class ReportPart(Part):
+class ReportPart(Options):
     """What the report says beyond the numbers.
 
     Attributes:
@@ -157,7 +152,7 @@ class ReportPart(Part):
     metrics: tuple[str, ...] = ()
 
 
-class Study(Part):
+class Study(Options):
     """A study file.
 
     Attributes:
@@ -260,61 +255,22 @@ def read_study(path: str | Path) -> Study:
 
 def check_study(content: dict[str, Any], where: str = "the study") -> Study:
     """Return the study that a dictionary describes, with its names checked."""
-    try:
-        study = Study.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{where}: {explain(error)}") from None
+    study = validated(Study, content, where)
     _check_names(study, where)
     return study
 
 
 def _check_names(study: Study, where: str) -> None:
     from vlmlayers.metrics import METRICS
-    from vlmlayers.scores import Protocol
+    from vlmlayers.scores import ScoreOptions
     from vlmlayers.selection import make_rule
 
     for metric in study.score.metrics:
         check_one_of("metric", metric, METRICS, where=where)
-    for name in study.score.options:
-        check_one_of("score option", name, Protocol.__dataclass_fields__, where=where)
+    validated(ScoreOptions, study.score.options, f"{where}, options of score")
     rule = study.select.rule
     if ".py:" not in rule:
         try:
             make_rule(rule, study.select.options)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-
-
-def explain(error: ValidationError) -> str:
-    """Return one problem of a validation error in one line: an unknown key before all others.
-
-    A misspelt key is also missing under its right name; the first message is the helpful one.
-    """
-    problems = error.errors(include_url=False, include_context=False)
-    first = min(problems, key=lambda one: one["type"] != "extra_forbidden")
-    more = error.error_count() - 1
-    tail = f" (and {more} more)" if more else ""
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        fields = _fields(first["loc"][:-1])
-        close = nearest(key, fields)
-        hint = f"did you mean {close!r}?" if close else "valid: " + ", ".join(fields)
-        return f"unknown key {place!r}; {hint}{tail}"
-    if first["type"] == "missing":
-        return f"the key {place!r} is missing{tail}"
-    message = first["msg"].removeprefix("Value error, ")
-    return (f"{place!r}: {message}" if place else message) + tail
-
-
-def _fields(place: tuple[Any, ...]) -> list[str]:
-    parts: dict[str, type[BaseModel]] = {
-        "models": ModelPart,
-        "datasets": DatasetPart,
-        "extract": ExtractPart,
-        "score": ScorePart,
-        "select": SelectPart,
-        "report": ReportPart,
-    }
-    model = parts.get(str(place[0]), Study) if place else Study
-    return [field.alias or name for name, field in model.model_fields.items()]

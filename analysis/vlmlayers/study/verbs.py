@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,24 +42,6 @@ def study_of(
     }
     content = {"models": [part], "datasets": datasets, "seed": seed, "extract": extraction}
     return check_study(content, "the command line")
-
-
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Return `KEY=VALUE` words as options; values that read as JSON are taken as such.
-
-    Raises:
-        UserError: A word has no `=`.
-    """
-    found: dict[str, Any] = {}
-    for word in settings:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {word!r} is not KEY=VALUE")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return found
 
 
 def metrics_text(names: Sequence[str] | None = None) -> str:
@@ -112,7 +93,7 @@ def score_run(
     """
     from vlmlayers.features.store import open_features
     from vlmlayers.metrics import METRICS
-    from vlmlayers.scores import Protocol, score, score_streaming, write_scores
+    from vlmlayers.scores import score, score_streaming, write_scores
     from vlmlayers.scores.streamed import STREAMED
 
     run = Run(Path(folder))
@@ -127,8 +108,6 @@ def score_run(
         table = score_streaming(stores, metrics, **options)
         used = list(metrics or STREAMED)
     else:
-        for name in options:
-            check_one_of("score option", name, Protocol.__dataclass_fields__)
         used = list(metrics or DEFAULT_METRICS)
         features = [open_features(path) for path in stores]
         table = score(features, used, jobs=jobs, progress=progress, **options)

@@ -105,7 +105,7 @@ def test_the_other_studies_run_the_same_way(table: str, tmp_path: Path) -> None:
         ({"recipe": "publishd"}, "did you mean 'published'"),
         ({"datasets": ["digts"]}, "did you mean 'digits'"),
         ({"placements": ["12-5-1"]}, "placement"),
-        ({"seeds": ["one"]}, r"\[\[train\]\] seeds.0"),
+        ({"seeds": ["one"]}, r"\[\[train\]\]: seeds.0 is 'one'; a whole number"),
     ],
 )
 def test_a_wrong_table_is_refused_before_anything_runs(

@@ -17,8 +17,8 @@ from run_folders import make_run, tiny_clip
 from vlmlayers import cli
 from vlmlayers.cli import extensions
 from vlmlayers.errors import UserError
+from vlmlayers.options import parse_settings
 from vlmlayers.runs import Run
-from vlmlayers.study.verbs import parse_settings
 
 VERBS = (
     "demo",

@@ -257,7 +257,7 @@ def test_which_image_of_a_sample_counts(tmp_path: Path) -> None:
     named = 'members = { image = ["rgb.png", "JPG"] }'
     assert paths(["0.png", "0.jpg"], named) == ["0.jpg"]
     assert paths(["0.png", "0.jpg", "0.rgb.png"], named) == ["0.rgb.png"]
-    with pytest.raises(UserError, match="unknown key 'img'; did you mean 'image'"):
+    with pytest.raises(UserError, match="unknown key 'members.img'; did you mean 'image'"):
         paths(["0.png"], 'members = { img = "png" }')
 
 

@@ -18,7 +18,7 @@ from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores import (
     CONTRACT_COLUMNS,
     SCORE_COLUMNS,
-    Protocol,
+    ScoreOptions,
     read_scores,
     refusals,
     score,
@@ -29,9 +29,9 @@ from vlmlayers.scores import (
     write_scores,
 )
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
-from vlmlayers.scores.protocol import make_groups
 from vlmlayers.scores.readouts import dataset_split
 from vlmlayers.scores.run import _jobs, chosen_metrics, make_tasks
+from vlmlayers.scores.scoring import make_groups
 from vlmlayers.scores.transfers import families
 
 QUICK = {"bootstrap": 50, "permutations": 20, "shuffles": 2, "seeds": (1, 2)}
@@ -72,9 +72,9 @@ def test_what_goes_wrong_in_another_process_is_still_one_line() -> None:
     def fails(*_) -> None:
         raise UserError("the third dataset is not there")
 
-    task = Task(fails, make_groups([make_features()], Protocol())[0], {})
+    task = Task(fails, make_groups([make_features()], ScoreOptions())[0], {})
     with pytest.raises(UserError, match="^the third dataset is not there$"):
-        list(_results([task, task], Protocol(), jobs=2))
+        list(_results([task, task], ScoreOptions(), jobs=2))
 
 
 def test_a_metric_added_at_run_time_is_known_in_every_process(
@@ -94,7 +94,7 @@ def test_a_metric_added_at_run_time_is_known_in_every_process(
 
 def test_processes_are_started_for_much_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    groups, every = make_groups(many(2), Protocol()), chosen_metrics(None)
+    groups, every = make_groups(many(2), ScoreOptions()), chosen_metrics(None)
     assert _jobs(None, groups, every) == 1
     monkeypatch.setattr("vlmlayers.scores.run.WORTH_SHARING", 1000)
     assert _jobs(None, groups, every) == 8
@@ -104,7 +104,7 @@ def test_processes_are_started_for_much_work_only(monkeypatch: pytest.MonkeyPatc
 
 
 def test_tasks_hold_every_metric_of_every_dataset_once() -> None:
-    groups, every = make_groups(many(3), Protocol()), chosen_metrics(None)
+    groups, every = make_groups(many(3), ScoreOptions()), chosen_metrics(None)
     tasks = make_tasks(groups, every)
     for name, metric in every.items():
         holding = [task for task in tasks if name in task.metrics]
@@ -336,7 +336,7 @@ def test_families_need_shared_class_names() -> None:
 def test_prompts_are_split_by_class_and_shared_names_stay_together() -> None:
     members = [*many(2, classes=10), make_features("twin", number=2, names="set1", classes=10)]
     sources = [(m, m.text) for m in members]
-    split = dataset_split(sources, Protocol(), seed=1)
+    split = dataset_split(sources, ScoreOptions(), seed=1)
     by_name: dict[str, set[int]] = {}
     names = [name for m in members for name in m.class_names]
     for name, fold in zip(names, split.fold):
@@ -348,12 +348,12 @@ def test_prompts_are_split_by_class_and_shared_names_stay_together() -> None:
 
 def test_images_are_equally_many_and_spread_over_classes() -> None:
     members = [make_features("small", items=30), make_features("large", items=90, number=1)]
-    split = dataset_split([(m, m.vision) for m in members], Protocol(), seed=1)
+    split = dataset_split([(m, m.vision) for m in members], ScoreOptions(), seed=1)
     assert [len(rows) for rows in split.rows] == [30, 30]
     sizes = pd.crosstab(split.labels, split.fold)
     assert (sizes == 6).all().all()
     by_class = dataset_split(
-        [(m, m.vision) for m in members], Protocol(vision_split="class"), seed=1
+        [(m, m.vision) for m in members], ScoreOptions(vision_split="class"), seed=1
     )
     assert by_class.options["split_by"] == "class"
     classes = np.concatenate(
@@ -417,7 +417,7 @@ def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -
 
 def test_captions_of_an_image_stay_in_one_fold() -> None:
     members = [make_features(f"c{i}", number=i, captions=3) for i in range(2)]
-    split = dataset_split([(m, m.text) for m in members], Protocol(), seed=2)
+    split = dataset_split([(m, m.text) for m in members], ScoreOptions(), seed=2)
     images = np.concatenate([m.text.pairs + 1000 * i for i, m in enumerate(members)])
     assert (pd.crosstab(images, split.fold) > 0).sum(axis=1).max() == 1
 
@@ -563,7 +563,7 @@ def test_nan_and_inf_name_dataset_tower_and_position(value: float) -> None:
         ({"positions": ["prj"]}, "unknown position 'prj'; did you mean 'proj'"),
         ({"bootstrap": 1}, "bootstrap is 1; at least 2 is needed"),
         ({"folds": 2}, "folds is 2; at least 3 is needed"),
-        ({"seeds": ()}, "seeds is empty"),
+        ({"seeds": ()}, r"seeds is \(\); at least 1 is needed"),
         ({"balance": "equl"}, "unknown balance 'equl'; did you mean 'equal'"),
         ({"normalise": "row"}, "unknown normalise 'row'; did you mean 'rows'"),
         ({"vision_split": "clas"}, "unknown vision_split 'clas'; did you mean 'class'"),

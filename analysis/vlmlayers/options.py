@@ -1,0 +1,163 @@
+"""Options: each named, described and checked once; command line, study file and Python read it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from vlmlayers.errors import UserError, nearest
+
+Item = TypeVar("Item")
+
+# What pydantic's errors say in our words; `{…}` comes from the error.
+NEEDED = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_type": "text",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "too_short": "at least {min_length}",
+}
+
+
+class Options(BaseModel):
+    """A set of options. A name that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Model = TypeVar("Model", bound=BaseModel)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _several(value: Any) -> Any:
+    """Take a bare value where several are meant, and any sequence, such as an array."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return (value,) if isinstance(value, str | bytes | int | float) else value
+
+
+Several = Annotated[tuple[Item, ...], BeforeValidator(_several)]
+Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
+def validated(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
+    """Return values as a model.
+
+    Raises:
+        UserError: A name is unknown (with the nearest one) or missing, or a value is wrong.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = explain(error, model)
+    except RecursionError:
+        problem = "nested too deeply"
+    raise UserError(f"{where}: {problem}" if where else problem)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return one problem of a validation error in one line: an unknown name before all others.
+
+    A misspelt name is also missing under its right spelling; the first message is the helpful one.
+    """
+    problems = error.errors(include_url=False)
+    first = min(problems, key=lambda one: one["type"] != "extra_forbidden")
+    tail = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    place = ".".join(map(str, first["loc"]))[:120]
+    if first["type"] == "extra_forbidden":
+        fields = _names(model, first["loc"][:-1])
+        close = nearest(str(first["loc"][-1]), fields)
+        hint = f"did you mean {close!r}?" if close else f"valid: {', '.join(fields)}"
+        return f"unknown key {place!r}; {hint}{tail}"
+    if first["type"] == "missing":
+        return f"the key {place!r} is missing{tail}"
+    if first["type"] == "literal_error":
+        expected = first["ctx"]["expected"]
+        close = nearest(str(first["input"]), re.findall("'(.*?)'", expected))
+        hint = f"did you mean {close!r}?" if close else f"valid: {expected}"
+        return f"unknown {place} {_short(first['input'])}; {hint}{tail}"
+    for kind, needed in NEEDED.items():
+        if first["type"].startswith(kind):
+            needed = needed.format(**first.get("ctx", {}))
+            return f"{place} is {_short(first['input'])}; {needed} is needed{tail}"
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
+    return (f"{place!r}: {message}" if place else message) + tail
+
+
+def _names(model: type[BaseModel], place: Sequence[Any]) -> list[str]:
+    """Return the names that are valid at a place inside a model."""
+    for key in place:
+        named = {field.alias or name: field for name, field in model.model_fields.items()}
+        if key in named:
+            model = _inner(named[key].annotation) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _inner(part))), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def takes(options: type[Options]) -> Callable[[Function], Function]:
+    """Give a function that takes `**options` the signature and the documentation of a model.
+
+    The line `**options:` of its docstring is replaced by a line for each field.
+    """
+
+    def described(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.annotation,
+            )
+            for name, field in options.model_fields.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+        lines = [
+            textwrap.fill(f"{name}: {field.description}", 100, initial_indent=" " * 8,
+                          subsequent_indent=" " * 12)
+            for name, field in options.model_fields.items()
+        ]  # fmt: skip
+        kept = (function.__doc__ or "").split("\n")
+        at = next(i for i, line in enumerate(kept) if line.lstrip().startswith("**options:"))
+        function.__doc__ = "\n".join([*kept[:at], *lines, *kept[at + 1 :]])
+        return function
+
+    return described
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return `KEY=VALUE` words as options; values that read as JSON are taken as such.
+
+    Raises:
+        UserError: A word has no `=`.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {word!r} is not KEY=VALUE")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found

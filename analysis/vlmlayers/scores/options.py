@@ -1,0 +1,128 @@
+"""The options of `score`: every choice that the definitions of the metrics leave open."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from vlmlayers.errors import check_one_of
+from vlmlayers.options import Options, Several, Word
+from vlmlayers.positions import EMBED, FINAL, PROJ, SPACES
+
+if TYPE_CHECKING:
+    from vlmlayers.metrics.table import Metric
+
+
+class Draw(IntEnum):
+    """What a random generator is for: each purpose draws from a stream of its own."""
+
+    DATASET_SPLIT = 1
+    CLASS_SPLIT = 2
+    ACCURACY = 3
+    CONFUSION = 4
+    ZERO_SHOT = 5
+    SHUFFLED_LABELS = 6
+    ITEMS = 7
+    ITEM_WEIGHTS = 8
+    ITEM_GROUPS = 9
+    MATCHING = 10
+    PAIR_WEIGHTS = 11
+    PAIR_GROUPS = 12
+    SHUFFLED_PAIRS = 13
+    PROMPT_QUERIES = 14
+    SHOTS = 15
+    STYLE_SPLIT = 16
+    ALIGNED_ITEMS = 17
+    ALIGNED_ACROSS = 18
+    PERMUTATIONS = 19
+    ALIGNED_GROUPS = 20
+    STREAMED_GROUPS = 21
+    STREAMED_NOISE = 22
+
+
+def generator(purpose: Draw, seed: int = 0) -> np.random.Generator:
+    """Return a private generator for one purpose."""
+    return np.random.default_rng([int(seed), int(purpose)])
+
+
+def _position(name: str) -> str:
+    return name if name.isdecimal() else check_one_of("position", name, (EMBED, FINAL, PROJ))
+
+
+def _space(name: str) -> str:
+    return check_one_of("space", name, SPACES)
+
+
+class ScoreOptions(Options):
+    """Options of `score`; recorded in the table's attributes and per row where they matter."""
+
+    positions: Several[Annotated[Word, AfterValidator(_position)]] | None = Field(
+        default=None, description="Positions to score; None for all that were recorded."
+    )
+    spaces: Several[Annotated[str, AfterValidator(_space)]] | None = Field(
+        default=None, description="Spaces to score in; None for the default of each metric."
+    )
+    seeds: Several[int] = Field(
+        default=(1, 2, 3), min_length=1, description="Seeds of splits and shots; one row per seed."
+    )
+    bootstrap: int = Field(default=200, ge=2, description="Draws of each bootstrap interval.")
+    jackknife: int = Field(
+        default=10,
+        ge=2,
+        description="Groups of each jackknife interval, where drawing an item twice would mislead.",
+    )
+    shuffles: int = Field(
+        default=20,
+        ge=1,
+        description="Shuffles of labels, and of pairs where each is expensive, behind each "
+        "shuffled null.",
+    )
+    permutations: int = Field(
+        default=100, ge=1, description="Permutations of pairs behind each agreement's null."
+    )
+    k: int = Field(default=10, ge=1, description="Neighbours.")
+    shots: int = Field(default=4, ge=1, description="Shots per class of the transfer metrics.")
+    folds: int = Field(
+        default=5,
+        ge=3,
+        description="Parts the items are split into: one held out, one for validation, the rest "
+        "fits.",
+    )
+    held_out: int = Field(
+        default=100,
+        ge=1,
+        description="Folds are held out in turn until this many items were, at most all of them.",
+    )
+    items_per_dataset: int | None = Field(
+        default=None,
+        ge=1,
+        description="At most this many images of each dataset, balanced by class.",
+    )
+    vision_split: Literal["item", "class"] = Field(
+        default="item",
+        description="Deal images to parts by `item` or by `class` for dataset accuracy.",
+    )
+    balance: Literal["equal", "weights"] = Field(
+        default="equal",
+        description="Images for dataset accuracy: `equal` numbers of each dataset, or `weights`: "
+        "all of them, each dataset weighing the same in the fit and in the accuracy.",
+    )
+    normalise: Literal["columns", "rows", "none"] = Field(
+        default="columns",
+        description="What read-outs do to features first: `columns` (standardise on the fitting "
+        "part), `rows` (length 1) or `none`.",
+    )
+
+    def spaces_of(self, metric: Metric) -> tuple[str, ...]:
+        """Return the spaces in which a metric is asked for."""
+        if self.spaces is None:
+            return metric.spaces[:1]
+        return tuple(space for space in self.spaces if space in metric.spaces)
+
+    def arguments(self, metric: Metric, **given: Any) -> dict[str, Any]:
+        """Return the keyword arguments of a metric's function: its settings and our options."""
+        known = {"k": self.k, "shots": self.shots, "normalise": self.normalise, **given}
+        return {**metric.settings, **{name: known[name] for name in metric.takes if name in known}}

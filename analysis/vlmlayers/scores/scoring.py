@@ -1,0 +1,291 @@
+"""Scoring: what a protocol is handed, and where its values and refusals go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.metrics.checks import Array
+from vlmlayers.metrics.table import METRICS, Metric
+from vlmlayers.positions import relative_depth, sort_key
+from vlmlayers.scores.options import ScoreOptions
+from vlmlayers.scores.parts import balanced_rows
+from vlmlayers.scores.reading import POOLED
+from vlmlayers.scores.schema import score_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Source = tuple[LayerFeatures, TowerFeatures]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Features of several datasets by one model, split and pooling: what may be pooled."""
+
+    model: str
+    weights: str
+    split: str
+    members: tuple[LayerFeatures, ...]
+
+    def sources(self, tower: str) -> list[Source]:
+        """Return the datasets that have features of a tower."""
+        found = [(m, m.vision if tower == "vision" else m.text) for m in self.members]
+        return [(member, features) for member, features in found if features is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A metric at one place: what it is computed from, and where its values go.
+
+    Attributes:
+        name: Name of the metric.
+        metric: Its entry in the METRICS table.
+        dataset: Name of the dataset, or `*` where several are pooled.
+        features: The tower; its first dataset where several are pooled.
+        space: Space of the features.
+        position: Position on the tower.
+        scoring: What it is part of.
+        other: Tower and position that it is related to, where it relates two.
+    """
+
+    name: str
+    metric: Metric
+    dataset: str
+    features: TowerFeatures
+    space: str
+    position: str
+    scoring: Scoring
+    other: tuple[str, str] = ("", "")
+
+    @property
+    def options(self) -> ScoreOptions:
+        """The options of the scoring."""
+        return self.scoring.options
+
+    def at(self, source: Source) -> Point:
+        """Return the same place in one of several datasets."""
+        return replace(self, dataset=source[0].dataset, features=source[1])
+
+    def rows(self, rows: Any = None) -> Array:
+        """Return the features of some rows in float64."""
+        return rows_of(self.features, self.position, self.space, rows)
+
+    def arguments(self, **given: Any) -> dict[str, Any]:
+        """Return the keyword arguments of the metric's function."""
+        return self.options.arguments(self.metric, **given)
+
+    def require(self, n: int, what: str = "items") -> None:
+        """Refuse what is too little for the metric to mean anything.
+
+        Raises:
+            UserError: Fewer than the metric's smallest n.
+        """
+        if n < self.metric.smallest_n:
+            raise UserError(f"{n} {what}; at least {self.metric.smallest_n} are needed")
+
+    def attempt(self) -> Any:
+        """Count seconds, and turn the metric's complaint about its input into a refusal."""
+        return self.scoring.out.attempt(self.name, self.dataset, self.features.tower, self.position)
+
+    def refuse(self, reason: str) -> None:
+        """Note that there is no value here, and why."""
+        self.scoring.out.refuse(self.name, self.dataset, self.features.tower, self.position, reason)
+
+    def add(
+        self,
+        value: float,
+        interval: tuple[float, float],
+        null: float,
+        n: int,
+        seed: int = -1,
+        /,
+        **options: Any,
+    ) -> None:
+        """Add one value; the options are noted beside it.
+
+        Raises:
+            UserError: The value is not a number; nothing silent enters the table.
+        """
+        if not np.isfinite(value):
+            raise UserError(f"{self.name} is {value}")
+        low, high = np.clip(interval, *METRICS[self.name].bounds)
+        group, features = self.scoring.group, self.features
+        self.scoring.out.rows.append(
+            {
+                "model": group.model,
+                "weights": group.weights,
+                "dataset": self.dataset,
+                "split": group.split,
+                "tower": features.tower,
+                "position": self.position,
+                "depth": relative_depth(self.position, features.blocks),
+                "space": self.space,
+                "pooling": features.pooling,
+                "metric": self.name,
+                "value": float(value),
+                "low": float(low),
+                "high": float(high),
+                "null": float(null),
+                "n": int(n),
+                "seed": int(seed),
+                "other_tower": self.other[0],
+                "other_position": self.other[1],
+                "options": ";".join(f"{key}={value}" for key, value in options.items()),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What a protocol is handed: features, the metrics to compute, and where values go."""
+
+    group: Group
+    metrics: Mapping[str, Metric]
+    options: ScoreOptions
+    out: Collector
+
+    def points(self, name: str, metric: Metric, sources: Sequence[Source]) -> Iterator[Point]:
+        """Yield the places at which a metric is to be scored on one dataset or on several."""
+        member, features = sources[0]
+        if features.tower not in metric.towers:
+            return
+        dataset = member.dataset if len(sources) == 1 else POOLED
+        for space in self.options.spaces_of(metric):
+            positions = chosen_positions([f for _, f in sources], space, self.options)
+            for position in positions:
+                yield Point(name, metric, dataset, features, space, position, self)
+            if not positions:
+                reason = f"no {space} features were extracted"
+                self.out.refuse(name, dataset, features.tower, "", reason)
+
+    def refuse(self, dataset: str, tower: str, reason: str) -> None:
+        """Note that no metric has a value on a dataset, and why."""
+        for name in self.metrics:
+            self.out.refuse(name, dataset, tower, "", reason)
+
+
+Runner = Callable[[Scoring], None]
+
+
+@dataclass
+class Collector:
+    """Rows, refusals and seconds, as they come."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
+
+    def refuse(self, metric: str, dataset: str, tower: str, position: str, reason: str) -> None:
+        """Note that a value was not computed, and why; each reason once."""
+        note = {
+            "metric": metric,
+            "dataset": dataset,
+            "tower": tower,
+            "position": position,
+            "reason": reason,
+        }
+        if note not in self.refused:
+            self.refused.append(note)
+
+    def take(self, other: Collector) -> None:
+        """Add all that another one holds."""
+        self.rows += other.rows
+        self.refused += [note for note in other.refused if note not in self.refused]
+        for metric, seconds in other.cost.items():
+            self.cost[metric] = self.cost.get(metric, 0.0) + seconds
+
+    def table(self, options: ScoreOptions) -> pd.DataFrame:
+        """Return the score table of all that was added."""
+        cost = {name: round(seconds, 4) for name, seconds in self.cost.items()}
+        protocol = options.model_dump(mode="json")
+        return score_frame(self.rows, cost=cost, refused=self.refused, protocol=protocol)
+
+    @contextmanager
+    def timed(self, metric: str) -> Iterator[None]:
+        """Count the seconds inside under a metric's name."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.cost[metric] = self.cost.get(metric, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def attempt(self, metric: str, dataset: str, tower: str, position: str) -> Iterator[None]:
+        """Count seconds, and turn a metric's complaint about its input into a refusal."""
+        with self.timed(metric):
+            try:
+                yield
+            except UserError as error:
+                self.refuse(metric, dataset, tower, position, str(error))
+
+
+def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> list[Group]:
+    """Sort features by model, weights, split and pooling, and check every value once.
+
+    Raises:
+        UserError: No features, a dataset twice in one group, or NaN and Inf, named by place.
+    """
+    groups: dict[tuple[str, ...], list[LayerFeatures]] = {}
+    for member in features:
+        pooling = tuple(t.pooling if t else "" for t in (member.vision, member.text))
+        key = (member.model, member.weights, member.split, *pooling)
+        group = groups.setdefault(key, [])
+        if any(other.dataset == member.dataset for other in group):
+            raise UserError(f"dataset {member.dataset!r} appears twice among the features")
+        group.append(_capped(member, options.items_per_dataset))
+        check_finite(group[-1])
+    if not groups:
+        raise UserError("no features to score; extract some first")
+    return [Group(key[0], key[1], key[2], tuple(members)) for key, members in groups.items()]
+
+
+def check_finite(features: LayerFeatures) -> None:
+    """Raise a UserError that names dataset, tower and position of the first NaN or Inf."""
+    for tower in features.towers:
+        if not len(tower):
+            raise UserError(f"{features.dataset}: {tower.tower} features have no items")
+        for space, by_position in tower.arrays.items():
+            for position, array in by_position.items():
+                if not np.isfinite(array).all():
+                    row = int(np.argwhere(~np.isfinite(array))[0, 0])
+                    raise UserError(
+                        f"{features.dataset}, {tower.tower} at {position} ({space}) has NaN or Inf "
+                        f"in item {row} ({tower.ids[row]}); extract again, in fp32"
+                    )
+
+
+def chosen_positions(
+    towers: Sequence[TowerFeatures], space: str, options: ScoreOptions
+) -> tuple[str, ...]:
+    """Return the positions that all towers have in a space and that were asked for."""
+    common = set.intersection(*(set(t.arrays.get(space, {})) for t in towers))
+    wanted = common if options.positions is None else common & set(options.positions)
+    return tuple(sorted(wanted, key=sort_key))
+
+
+def rows_of(features: TowerFeatures, position: str, space: str, rows: Any = None) -> Array:
+    """Return features of some rows in float64."""
+    array = features.arrays[space][position]
+    return np.asarray(array if rows is None else array[rows], dtype=np.float64)
+
+
+def _capped(member: LayerFeatures, most: int | None) -> LayerFeatures:
+    vision, text = member.vision, member.text
+    if most is None or vision is None or len(vision) <= most:
+        return member
+    rows = balanced_rows(vision.labels, most, np.random.default_rng(0))
+    if text is not None and text.pairs is not None:
+        back = np.full(len(vision), -1)
+        back[rows] = np.arange(len(rows))
+        kept = np.flatnonzero(back[text.pairs] >= 0)
+        text = text.take(kept)
+        text = replace(text, pairs=back[text.pairs])
+    return replace(member, vision=vision.take(rows), text=text)
