@@ -1,0 +1,107 @@
+"""On a GPU: train, evaluate and resume, in three precisions, against the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbones import backbone
+
+import vlmadapters as va
+from vlmadapters.data.fewshot import base_or_novel, few_shot
+from vlmadapters.data.images import Images
+from vlmadapters.data.task import Task
+from vlmadapters.protocols.evaluate import Case, Evaluator
+from vlmadapters.training.recipes import TrainConfig
+from vlmadapters.training.trainer import Trainer, TrainResult
+from vlmlayers.manifests import Manifest
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CONFIG = va.MMAConfig.span(2, 3, dim=4, scale=0.1)
+TRAIN = TrainConfig(lr=0.05, epochs=2, batch_size=4, shots=2, precision="fp32")
+MANIFEST = Manifest.load("shapes_filled")
+LABELS = range(len(MANIFEST.class_names()))
+
+
+def model_on(device: str) -> Any:
+    torch.manual_seed(0)
+    model = backbone()
+    model.clip.to(device)
+    return model
+
+
+def trainer(model: Any, train: TrainConfig, **options: Any) -> Trainer:
+    items = base_or_novel(few_shot(MANIFEST.items("train"), train.shots, 1), "base", LABELS)
+    names = MANIFEST.class_names()[: max(item.label for item in items) + 1]
+    images = Images(model, MANIFEST)
+    return Trainer(model, images, items, names, [CONFIG], train, progress=False, **options)
+
+
+def state(result: TrainResult) -> dict[str, torch.Tensor]:
+    return {key: value.cpu() for key, value in result.method.official_state_dict().items()}
+
+
+def test_single_precision_trains_and_predicts_as_on_the_cpu() -> None:
+    losses, states, labels = [], [], []
+    for device in ("cpu", "cuda"):
+        model = model_on(device)
+        found = trainer(model, TRAIN).fit()[0]
+        losses.append(found.losses)
+        states.append(state(found))
+        case = Case(found.method, Task(MANIFEST.class_names()))
+        evaluator = Evaluator(model, precision="fp32", progress=False)
+        items = MANIFEST.items("test")[:60]
+        labels.append(evaluator.predict(Images(model, MANIFEST), items, [case])[0])
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-3)
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, atol=1e-3, rtol=1e-3)
+    assert (labels[0] == labels[1]).mean() > 0.98
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_trains_close_to_single(precision: str) -> None:
+    model = model_on("cuda")
+    single = trainer(model, TRAIN).fit()[0].losses
+    half = trainer(model, replace(TRAIN, precision=precision)).fit()[0].losses
+    np.testing.assert_allclose(half, single, rtol=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_stopped_training_goes_on_where_it_was(precision: str, tmp_path: Path) -> None:
+    model = model_on("cuda")
+    train = replace(TRAIN, precision=precision, save_every=1)
+    whole = trainer(model, train).fit()[0]
+    stopped = trainer(model, train, folder=tmp_path)
+    update, calls = stopped.update, []
+
+    def stop(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    stopped.update = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    resumed = trainer(model, train, folder=tmp_path).fit()[0]
+    np.testing.assert_allclose(resumed.losses, whole.losses, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(set(va.METHODS) - {"zero-shot"}))
+def test_every_method_trains_and_predicts_on_the_gpu(method: str) -> None:
+    recipe = va.load_recipe("published", method)
+    recipe = recipe.changed({"epochs": 1, "shots": 2, "batch_size": 4, "steps_per_shot": 0}, {})
+    depths = {"vision": 3, "text": 3}
+    config = type(recipe.method).published(depths, **recipe.method.settings())
+    found = va.train(
+        model_on("cuda"), "shapes_filled", replace(recipe, method=config), protocol="few-shot",
+        seeds=1, limit=40, progress=False,
+    )  # fmt: skip
+    assert found["accuracy"].between(0, 1).all() and len(found) == 3
