@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.user_code import is_user_code, load_user_code
 
 if TYPE_CHECKING:
     from vlmadapters.methods.base import Method
@@ -28,6 +29,7 @@ class Methods(Mapping[str, "type[Method]"]):
 
     A package offers one by an entry point of the group `vlmadapters.methods`. Iteration gives
     names; `METHODS["coop"]` the class; `METHODS.config("coop")` its settings, without torch.
+    `METHODS["my_method.py:Mine"]` takes one from a file.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,8 @@ class Methods(Mapping[str, "type[Method]"]):
         return name in list(iter(self))
 
     def __getitem__(self, name: str) -> type[Method]:
+        if is_user_code(name):
+            return self._from_file(name)
         check_one_of("method", name, list(self))
         if name in self._registered:
             return self._registered[name]
@@ -65,9 +69,18 @@ class Methods(Mapping[str, "type[Method]"]):
             return _load(f"vlmadapters.methods.{BUILT_IN[name][0]}")
         return _load(self._offered()[name])
 
+    def _from_file(self, where: str) -> type[Method]:
+        """Return a method of a user's file, registered under its own name from then on."""
+        from vlmadapters.methods.base import Method
+
+        found = load_user_code(where, "method")
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise UserError(f"{where} is no method; it has to be a subclass of vlmadapters.Method")
+        self._registered[found.Config.name] = found
+        return found
+
     def config(self, name: str) -> type[MethodConfig]:
         """Return the settings class of a method; for those that ship, without importing torch."""
-        check_one_of("method", name, list(self))
         if name in BUILT_IN and name not in self._registered:
             found: type[MethodConfig] = _load(f"vlmadapters.methods.{BUILT_IN[name][1]}")
             return found

@@ -236,7 +236,7 @@ def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
 
 
 def _shipped(method: str) -> dict[str, Any]:
-    check_one_of("method", method, list(METHODS))
+    method = METHODS.config(method).name
     path = SHIPPED / f"{method}.toml"
     return _read_toml(path) if path.exists() else {"published": {}}
 

@@ -20,14 +20,11 @@ from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
     RULES,
     LayerChoice,
-    adapter_parameters,
     describe_blocks,
     paper_blocks,
 )
 from vlmlayers.selection.stability import OFTEN
 from vlmlayers.words import percent
-
-DIM = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,16 +239,12 @@ class Answer:
         }
 
     @property
-    def widths(self) -> dict[str, int]:
-        """Width of each tower; empty where it was not recorded."""
-        towers = self.provenance.get("model", {}).get("towers", {})
-        return {name: int(tower["width"]) for name, tower in towers.items() if "width" in tower}
-
-    def parameters(self, choice: LayerChoice) -> int | None:
-        """Return the trainable parameters of MMA at a placement; None where widths are unknown."""
-        if set(self.widths) != {"vision", "text"}:
+    def parameters(self) -> int | None:
+        """Parameters that were trained at the chosen placement; None where nothing was trained."""
+        if self.validation is None or "parameters" not in self.validation.placements.columns:
             return None
-        return adapter_parameters(choice.vision, choice.text, self.widths, DIM)
+        placed = self.validation.placements.set_index("placement")["parameters"]
+        return int(placed[self.validation.chosen]) if self.validation.chosen in placed else None
 
     def facts(self) -> list[tuple[str, str]]:
         """Return what stands beside the answer: label and text."""
@@ -262,15 +255,8 @@ class Answer:
             )
             share = percent(OFTEN)
             found.append(("Firmly chosen", f"{words} (in at least {share} of the resamples)"))
-        ours, theirs = self.parameters(self.choice), self.parameters(self.paper)
-        if ours is not None and theirs:
-            found.append(
-                (
-                    "Parameters of MMA",
-                    f"{ours:,} at bottleneck width {DIM}, "
-                    f"{percent(ours / theirs)} of the paper's placement",
-                )
-            )
+        if (count := self.parameters) is not None:
+            found.append(("Trained parameters", f"{count:,} at the chosen placement"))
         same = (self.choice.vision, self.choice.text) == (self.paper.vision, self.paper.text)
         scaled = (
             f"vision {describe_blocks(self.paper.vision)}, text {describe_blocks(self.paper.text)}"

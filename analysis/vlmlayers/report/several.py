@@ -26,7 +26,7 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
                 answer.choice.decided,
                 join(f"{tower} {depth}" for tower, depth in answer.depths.items()),
                 answer.weights + (" (UNTRAINED)" if answer.random_weights else ""),
-                answer.parameters(answer.choice),
+                answer.parameters,
                 *_ends(answer, metric),
                 _last(answer, "centroid_gap"),
                 _best(answer.validation),

@@ -8,7 +8,6 @@ from vlmlayers.selection.chooser import make_rule, select
 from vlmlayers.selection.predict import (
     BLOCK_SCORES,
     PLACEMENT_SCORES,
-    adapter_parameters,
     available_scores,
     block_scores,
     placement_score,
@@ -22,7 +21,6 @@ __all__ = [
     "RULES",
     "LayerChoice",
     "Pick",
-    "adapter_parameters",
     "available_scores",
     "block_scores",
     "describe_blocks",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,6 +16,7 @@ from vlmlayers.scores.reading import Reading, check_scores, depths
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.rules import RULES, Pick, Picks
 from vlmlayers.selection.stability import HOW, doubts, stability
+from vlmlayers.user_code import is_user_code, load_user_code
 from vlmlayers.words import percent
 
 GROUP = "vlmlayers.rules"
@@ -72,8 +71,8 @@ def make_rule(rule: str, options: Mapping[str, Any]) -> Callable[..., Picks]:
         UserError: The rule or an option of it is unknown, or a value has the wrong type.
     """
     plugins = {found.name: found for found in entry_points(group=GROUP)}
-    if ".py:" in rule:
-        return OwnRule(rule, _load_function(rule), dict(options))
+    if is_user_code(rule):
+        return OwnRule(rule, load_user_code(rule, "rule"), dict(options))
     if rule in plugins and rule not in RULES:
         return OwnRule(rule, plugins[rule].load(), dict(options))
     check_one_of("rule", rule, [*RULES, *plugins])
@@ -137,25 +136,6 @@ class OwnRule:
         chosen = Placement(parse_blocks(pair[0]), parse_blocks(pair[1]))
         chosen.check(blocks, f"rule {self.name!r}")
         return {tower: chosen.blocks(tower) for tower in blocks}
-
-
-def _load_function(rule: str) -> Callable[..., Any]:
-    file, _, name = rule.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"rule file {file} does not exist; give path.py:function")
-    spec = importlib.util.spec_from_file_location(f"vlmlayers_rule_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"rule file {file} cannot be loaded as Python")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"rule file {file} fails on import: {error}") from error
-    functions = [key for key, value in vars(module).items() if callable(value)]
-    check_one_of("function", name, functions, where=file)
-    found: Callable[..., Any] = getattr(module, name)
-    return found
 
 
 def _used(scores: pd.DataFrame, chooser: Any) -> pd.DataFrame:

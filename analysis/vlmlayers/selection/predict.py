@@ -322,21 +322,3 @@ def predict(
                 }
             )
     return pd.DataFrame(rows, columns=["placement", "vision", "text", "score", "predicted"])
-
-
-def adapter_parameters(
-    vision: Iterable[int], text: Iterable[int], widths: Mapping[str, int], dim: int = 32
-) -> int:
-    """Return the trainable parameters of MMA at a placement: 84,320 a block on ViT-B/16.
-
-    Args:
-        vision: Adapted vision blocks.
-        text: Adapted text blocks.
-        widths: Width of each tower, `vision` and `text`.
-        dim: Bottleneck width.
-
-    Reference: Yang et al., MMA, CVPR 2024.
-    """
-    placed = {"vision": set(vision), "text": set(text)}
-    own = sum(len(placed[t]) * (2 * widths[t] * dim + dim + widths[t]) for t in placed)
-    return own + len(placed["vision"] | placed["text"]) * (dim * dim + dim)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.validation.competitors import KINDS, competitors, scaled_block, scaled_start
 from vlmlayers.errors import UserError
 from vlmlayers.placement import Placement
-from vlmlayers.selection import adapter_parameters, paper_blocks
+from vlmlayers.selection import paper_blocks
 
 TWELVE = {"vision": 12, "text": 12}
 CHOSEN = Placement.span(6, 12)
@@ -65,8 +66,8 @@ def test_random_placements_cost_what_the_choice_costs(
     widths = {"vision": 128, "text": 96}
     both = dict(zip(("vision", "text"), depths))
     found = competitors(chosen, both, ["random"], random_count=20, seed=1)
-    costs = {adapter_parameters(*c.placement, widths) for c in found}
-    assert costs == {adapter_parameters(vision, text, widths)}
+    costs = {MMAConfig(*c.placement).parameters(widths) for c in found}
+    assert costs == {MMAConfig(vision, text).parameters(widths)}
     assert all(c.placement.check(both) for c in found)
 
 

@@ -67,8 +67,9 @@ def test_the_answer_comes_first_and_is_right(validated: Run) -> None:
     words = " ".join(Page(validated.report.read_text()).words)
     answer = words.index("Adapt blocks 5–12 of the vision tower and blocks 5–12 of the text tower.")
     assert answer < words.index("Evidence") < words.index("How it was made")
-    per_block = 2 * 128 * 32 + 32 + 128 + 2 * 96 * 32 + 32 + 96 + 32 * 32 + 32
-    assert f"{8 * per_block:,} at bottleneck width 32" in words
+    placed = pd.read_csv(validated.folder / "validation_placements.csv").set_index("placement")
+    count = int(placed.loc["v5-12,t5-12", "parameters"])
+    assert f"{count:,} at the chosen placement" in words
     assert "The chosen placement did worse than the default." in words
     assert "the same: vision 5–12, text 5–12" in words
     start = "5 (95 % of resamples start at 5)"

@@ -14,7 +14,6 @@ from vlmlayers.scores.reading import partner_block
 from vlmlayers.scores.summaries import curves
 from vlmlayers.selection import (
     LayerChoice,
-    adapter_parameters,
     available_scores,
     block_scores,
     fit_knee,
@@ -414,10 +413,3 @@ def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
         placement_score(scores, (25,), ())
     with pytest.raises(UserError, match="did you mean 'mean_accuracy'"):
         placement_score(scores, (1,), (), "mean_acuracy")
-
-
-def test_adapter_parameters_are_those_of_the_paper() -> None:
-    widths = {"vision": 768, "text": 512}
-    assert adapter_parameters((5,), (5,), widths) == 84_320
-    assert adapter_parameters(span(5, 12), span(5, 12), widths) == 674_560
-    assert adapter_parameters((5,), (), widths) == 2 * 768 * 32 + 32 + 768 + 32 * 32 + 32

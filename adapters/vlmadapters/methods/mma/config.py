@@ -66,6 +66,18 @@ class MMAConfig(MethodConfig):
         """Return the same adapter at other blocks, paired by number."""
         return replace(self, vision=tuple(vision), text=tuple(text), pairs=None)
 
+    def parameters(self, widths: Mapping[str, int]) -> int:
+        """Return the trainable values at this placement: 84,320 a block of ViT-B/16.
+
+        Args:
+            widths: Width of the `vision` and the `text` tower.
+        """
+        own = sum(
+            len(getattr(self, tower)) * (2 * width * self.dim + self.dim + width)
+            for tower, width in widths.items()
+        )
+        return own + len(set(self.shared_names().values())) * (self.dim**2 + self.dim)
+
     def shared_pairs(self) -> tuple[tuple[int, int], ...]:
         """Return the (vision, text) blocks that share a projection."""
         if self.pairs is not None:
