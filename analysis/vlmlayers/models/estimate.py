@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,13 @@ from vlmlayers.models.stream import CHUNK
 from vlmlayers.models.vlm import VLM
 from vlmlayers.models.work import autocast
 
-IMAGES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
-PROCESSES = (1, 8, 64)
 SAMPLE = 200  # items of a dataset that streaming keeps where nothing else is said
+ADDED = ["images", "hours", "store_gb", "stream_mb"]
+DIGITS = {
+    "images": 0, "encode": 2, "decode": 2, "write": 3, "sum": 3, "hours": 3, "store_gb": 3,
+    "stream_mb": 1,
+}  # fmt: skip
 _ENOUGH = 8_000_000  # bytes whose writing is timed
-_SHOW = {
-    "store_hours": "{:,.2f}",
-    "stream_hours": "{:,.2f}",
-    "store_gb": "{:,.2f}",
-    "stream_mb": "{:,.1f}",
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Costs:
             sample held out. They do not grow with the number of images.
         device: Where `forward` was measured.
         batch_size: With which batch size.
-        write: Seconds per image to write its features; the disk is one for all processes.
+        write: Seconds per image to write its features.
         add: Seconds per image to add its features to the accumulators, on the host.
     """
 
@@ -61,25 +58,15 @@ class Costs:
     write: float = 0.0
     add: float = 0.0
 
-    def seconds(
-        self, images: float, processes: int = 1, workers: int = 0, *, streaming: bool = False
-    ) -> float:
-        """Return the time for some images.
+    def seconds(self, images: float, workers: int = 0, *, streaming: bool = False) -> float:
+        """Return the time of one process for some images.
 
         Decoding runs beside the model when there are workers, and before it when there are none.
         A store takes at least as long as its disk; streaming adds its sums to the model's time.
         """
-        share = images / processes
         model = self.forward + self.add if streaming else self.forward
         busy = self.decode + model if workers == 0 else max(self.decode / workers, model)
-        return share * busy if streaming else max(share * busy, images * self.write)
-
-    def limit(self, workers: int, images: float = 1.0, processes: int = 1) -> str:
-        """Return what takes longest for a store: `model`, `decoding` or `disk`."""
-        slow = self.decode / max(workers, 1)
-        if images * self.write >= self.seconds(images, processes, workers):
-            return "disk"
-        return "decoding" if slow > self.forward else "model"
+        return images * (busy if streaming else max(busy, self.write))
 
 
 def bytes_per_image(widths: Mapping[str, Mapping[str, int]]) -> int:
@@ -211,61 +198,6 @@ def _add_seconds(features: Mapping[str, Mapping[str, Any]], repeats: int) -> flo
     return min(_timed(add)[1] for _ in range(repeats)) / times
 
 
-def scale_table(
-    costs: Costs,
-    *,
-    images: Sequence[int] = IMAGES,
-    processes: Sequence[int] = PROCESSES,
-    workers: int = 0,
-    free: float | None = None,
-) -> pd.DataFrame:
-    """Return time, disk and memory for numbers of images and processes.
-
-    Args:
-        costs: Measured constants.
-        images: Numbers of images.
-        processes: Numbers of processes, one device each.
-        workers: Decoding processes of each.
-        free: Bytes of free disk; decides between a store and streaming.
-
-    Returns:
-        One row per pair: hours with a store and with streaming, what limits the store, gigabytes
-        of it, megabytes of accumulators per process, and `keep`: `store` where it fits the disk,
-        else `stream`. A store is read again for every new metric; streaming is told all metrics
-        beforehand.
-    """
-    rows = []
-    for count in images:
-        size = count * costs.bytes_per_image
-        for number in processes:
-            rows.append(
-                {
-                    "images": count,
-                    "processes": number,
-                    "store_hours": costs.seconds(count, number, workers) / 3600,
-                    "stream_hours": costs.seconds(count, number, workers, streaming=True) / 3600,
-                    "limited_by": costs.limit(workers, count, number),
-                    "store_gb": size / 1e9,
-                    "stream_mb": costs.stream_bytes / 1e6,
-                    "keep": "store" if free is None or size <= free else "stream",
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def mixed(costs: Sequence[Costs], images: Sequence[int]) -> Costs:
-    """Return the costs of an average image of several datasets, and the sums of all of them."""
-    share = np.asarray(images) / sum(images)
-    return replace(
-        costs[0],
-        stream_bytes=sum(one.stream_bytes for one in costs),
-        forward=float(share @ [one.forward for one in costs]),
-        decode=float(share @ [one.decode for one in costs]),
-        write=float(share @ [one.write for one in costs]),
-        add=float(share @ [one.add for one in costs]),
-    )
-
-
 def estimate(
     model: VLM,
     planned: Sequence[tuple[Any, Sequence[Any]]],
@@ -274,7 +206,7 @@ def estimate(
     workers: int = 0,
     **options: Any,
 ) -> str:
-    """Return the cost of an extraction, and a table of the same for other sizes, as text.
+    """Return what an extraction will cost: time, disk and memory of each dataset, as text.
 
     Args:
         model: What `load_model` returns.
@@ -285,50 +217,32 @@ def estimate(
     """
     disk = None if out is None else _existing(Path(out))
     costs = [measure_costs(model, made, items, disk=disk, **options) for made, items in planned]
-    counts = [len(items) for _, items in planned]
-    whole = mixed(costs, counts)
-    free = None if disk is None else shutil.disk_usage(disk).free
-    names = [made.name for made, _ in planned]
-    lines = [
-        f"{model.name} in one process on {whole.device}, batches of {whole.batch_size}",
-        f"{whole.bytes_per_image} bytes of an image in a store; milliseconds of it to:\n",
-        _plan_text(names, [*costs, whole], [*counts, sum(counts)], workers),
-        "" if free is None else f"\nfree on this disk: {free / 1e9:.1f} GB\n",
-        "other numbers of such images:\n",
-        _text(scale_table(whole, workers=workers, free=free)),
+    rows = [
+        {
+            "dataset": made.name if len(made.name) <= 18 else f"{made.name[:17]}…",
+            "images": len(items),
+            "encode": 1e3 * one.forward,
+            "decode": 1e3 * one.decode,
+            "write": 1e3 * one.write,
+            "sum": 1e3 * one.add,
+            "hours": one.seconds(len(items), workers) / 3600,
+            "store_gb": len(items) * one.bytes_per_image / 1e9,
+            "stream_mb": one.stream_bytes / 1e6,
+        }
+        for one, (made, items) in zip(costs, planned)
     ]
+    table = pd.DataFrame(rows)
+    if len(rows) > 1:
+        table.loc[len(rows)] = {"dataset": "all", **table[ADDED].sum()}
+    formats = {name: f"{{:.{digits}f}}".format for name, digits in DIGITS.items()}
+    lines = [
+        f"{model.name} in one process on {costs[0].device}, batches of {costs[0].batch_size}",
+        f"{costs[0].bytes_per_image} bytes of an image in a store; milliseconds of it to:\n",
+        table.to_string(index=False, formatters=formats, na_rep=""),
+    ]
+    if disk is not None:
+        lines.append(f"\nfree on this disk: {shutil.disk_usage(disk).free / 1e9:.1f} GB")
     return "\n".join(lines) + "\n"
-
-
-def _plan_text(
-    names: Sequence[str], costs: Sequence[Costs], images: Sequence[int], workers: int
-) -> str:
-    """Return time and room of each dataset and, where there are several, of all of them."""
-    rows = []
-    for name, one, count in zip([*names, "all"], costs, images):
-        rows.append(
-            {
-                "dataset": name if len(name) <= 18 else f"{name[:17]}…",
-                "images": count,
-                "encode": f"{1e3 * one.forward:.2f}",
-                "decode": f"{1e3 * one.decode:.2f}",
-                "write": f"{1e3 * one.write:.3f}",
-                "sum": f"{1e3 * one.add:.3f}",
-                "minutes": f"{one.seconds(count, 1, workers) / 60:.1f}",
-                "store_gb": f"{count * one.bytes_per_image / 1e9:.3f}",
-                "stream_mb": f"{one.stream_bytes / 1e6:.1f}",
-            }
-        )
-    table = pd.DataFrame(rows if len(names) > 1 else rows[:1])
-    return str(table.to_string(index=False))
-
-
-def _text(table: pd.DataFrame) -> str:
-    formatters: Mapping[str, Callable[[Any], str]] = {
-        **{name: pattern.format for name, pattern in _SHOW.items()},
-        "images": "{:.0e}".format,
-    }
-    return str(table.to_string(index=False, formatters=dict(formatters)))
 
 
 def _existing(path: Path) -> Path:

@@ -17,8 +17,6 @@ from vlmlayers.models.estimate import (
     bytes_per_image,
     estimate,
     measure_costs,
-    mixed,
-    scale_table,
     stream_bytes,
 )
 from vlmlayers.models.recording import Recorder
@@ -35,29 +33,11 @@ COSTS = Costs(
 
 def test_time_adds_up_without_workers_and_overlaps_with_them():
     assert COSTS.seconds(1000) == pytest.approx(10)
-    assert COSTS.seconds(1000, processes=4) == pytest.approx(2.5)
     assert COSTS.seconds(1000, workers=2) == pytest.approx(4)
     assert COSTS.seconds(1000, workers=8) == pytest.approx(2)
-    assert (COSTS.limit(0), COSTS.limit(2), COSTS.limit(8)) == ("decoding", "decoding", "model")
-
-
-def test_the_store_grows_with_the_images_and_streaming_does_not():
-    table = scale_table(COSTS, images=(10**4, 10**9), processes=(1, 64), free=1e9)
-    assert table["store_gb"].tolist() == [0.01, 0.01, 1000, 1000]
-    assert table["stream_mb"].unique().tolist() == [5.0]
-    assert table["keep"].tolist() == ["store", "store", "stream", "stream"]
-    assert table["store_hours"][2] / table["store_hours"][3] == pytest.approx(64)
-    assert set(scale_table(COSTS)["keep"]) == {"store"}
-
-
-def test_one_disk_for_all_processes_limits_a_store_and_not_the_sums():
-    costs = replace(COSTS, write=0.001, add=0.002)
-    assert costs.seconds(1000, processes=64, workers=8) == pytest.approx(1)
-    assert costs.seconds(1000, processes=64, workers=8, streaming=True) == pytest.approx(4 / 64)
-    assert costs.limit(8, 1000, 64) == "disk"
-    assert costs.limit(8, 1000, 1) == "model"
-    table = scale_table(costs, images=(1000,), processes=(1, 64), workers=8)
-    assert (table["store_hours"] < table["stream_hours"]).tolist() == [True, False]
+    slow = replace(COSTS, write=0.003, add=0.002)
+    assert slow.seconds(1000, workers=8) == pytest.approx(3), "the disk"
+    assert slow.seconds(1000, workers=8, streaming=True) == pytest.approx(4)
 
 
 def test_accumulators_take_the_bytes_that_are_foretold():
@@ -94,20 +74,18 @@ def test_the_text_names_the_plan(tmp_path):
     assert re.search(r"^ *drawn +22 ", text, re.MULTILINE)
     assert not re.search(r"^ *all ", text, re.MULTILINE)
     assert "free on this disk" in text
-    assert "1e+09" in text
     with pytest.raises(UserError, match="nothing to estimate"):
         estimate(tiny.model(), [(manifest, [])])
 
 
 def test_several_datasets_are_added_up():
-    slow = replace(COSTS, forward=0.008, stream_bytes=1_000_000)
-    both = mixed([COSTS, slow], [300, 100])
-    assert both.seconds(400) == pytest.approx(COSTS.seconds(300) + slow.seconds(100))
-    assert both.stream_bytes == 6_000_000
     manifests = [tiny.DrawnManifest(name="one"), tiny.DrawnManifest(name="two")]
     text = estimate(tiny.model(), [(made, made.items("train")) for made in manifests])
     assert re.search(r"^ *one +22 .*\n *two +22 .*\n *all +44 ", text, re.MULTILINE)
-    assert text.count("1e+09") == 3  # one table for all
+    *_, one, two, both = text.splitlines()
+    assert float(both.split()[-1]) == pytest.approx(
+        float(one.split()[-1]) + float(two.split()[-1]), abs=0.11
+    )
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -166,6 +144,6 @@ def test_the_table_of_the_documentation_is_what_the_code_foretells():
             widths(*map(int, tower.split(" × ")), int(joint)) for tower in (vision, text)
         )
         assert bytes_per_image(image) == int(size), model
-        for shown, count in zip(sizes, (1e5, 1e6, 1e7, 1e9), strict=True):
+        for shown, count in zip(sizes, (1e5, 1e6, 1e7), strict=True):
             assert float(shown) == pytest.approx(int(size) * count / 1e9, rel=0.011), model
         assert int(sums) == round(stream_bytes(image, words, 1000) / 1e6), model
