@@ -47,8 +47,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
     """Make tensors on a device that is not there, and let torch believe in it."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(walk.Walk, "_agrees", lambda self: True)  # compares values
-    monkeypatch.setattr(mma, "_linear", nn.Linear)  # skip_init swaps tensors, fake ones cannot
+    monkeypatch.setattr(walk.Walk, "agrees", lambda self: True)  # compares values
+    monkeypatch.setattr(mma, "new_linear", nn.Linear)  # skip_init swaps tensors, fake ones cannot
     monkeypatch.setattr(Adapter, "reset_parameters", lambda self, seed: self.touch())
     found = frozen.backbone_towers
 

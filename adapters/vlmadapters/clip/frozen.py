@@ -142,13 +142,14 @@ class ViewCache:
         starts: Blocks whose inputs are needed. All are stored where they fit into `limit` bytes,
             else only the lowest, from where the others are walked to.
         rows: Number of views in all.
-        limit: Bytes that the cache may take.
+        limit: Bytes that the cache may take; `VIEW_BYTES` where None.
     """
 
     def __init__(
-        self, backbone: Backbone, starts: Iterable[int], rows: int, limit: int = VIEW_BYTES
+        self, backbone: Backbone, starts: Iterable[int], rows: int, limit: int | None = None
     ) -> None:
-        self.backbone, self.starts, self.limit = backbone, sorted(set(starts)), limit
+        self.backbone, self.starts = backbone, sorted(set(starts))
+        self.limit = VIEW_BYTES if limit is None else limit
         self.filled = np.zeros(rows, dtype=bool)
         self.stored: dict[int, Tensor] = {}
         self.form: State | None = None

@@ -101,9 +101,9 @@ class Walk:
         self.fused = [fused and is_standard(block) for block in tower.blocks]
         self.steps = True
         with torch.no_grad():
-            self.steps = self._agrees()
+            self.steps = self.agrees()
 
-    def _agrees(self) -> bool:
+    def agrees(self) -> bool:
         """Whether walking gives what the tower's own forward gives, on two random inputs."""
         example = self.tower.example(2)
         generator = torch.Generator().manual_seed(0)

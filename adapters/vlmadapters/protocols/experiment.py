@@ -251,7 +251,7 @@ class Experiment:
                 done |= {config: self.cells.read(cells[config]) for config in group}
                 group = [config for config in group if done[config] is None]
                 group = [config for config in group if config.name == group[0].name]
-                trained = self._train_and_test(source, seed, group) if group else []
+                trained = self.train_and_test(source, seed, group) if group else []
                 for config, rows in zip(group, trained):
                     self.cells.write(cells[config], rows)
                     done[config] = rows
@@ -265,9 +265,8 @@ class Experiment:
         notes = [row["note"] for rows in cells for row in rows or []]
         self.stopped = self.stop_unmoved and bool(notes) and all(note == UNMOVED for note in notes)
 
-    def _train_and_test(
-        self, source: str, seed: int, configs: Sequence[MethodConfig]
-    ) -> list[Rows]:
+    def train_and_test(self, source: str, seed: int, configs: Sequence[MethodConfig]) -> list[Rows]:
+        """Train settings of one method side by side and test them; return the rows of each."""
         data = self.dataset(source)
         kind = self.protocol.train_kind
         train = self._train_of(configs[0], source)

@@ -120,7 +120,7 @@ class Trainer:
         self.autocast, _ = precision_of(self.train.precision, self.device)
         self.runs = [self._new_run(config) for config in self.configs]
         self.starts = [run.method.first(self.backbone, "vision") for run in self.runs]
-        self.steps_per_epoch = len(self._batches(0))
+        self.steps_per_epoch = len(self.batches(0))
         self.total_steps = self.train.epochs * self.steps_per_epoch
         if self.train.steps_per_shot:
             self.total_steps = self.train.steps_per_shot * self.train.shots
@@ -128,7 +128,7 @@ class Trainer:
         self._check_memory()
         self.epoch = self.step = 0
         self.spent = 0.0  # seconds of earlier runs of this training
-        self._views: ViewCache | None = None
+        self.views: ViewCache | None = None
 
     def _check_items(self) -> None:
         labels = {item.label for item in self.items}
@@ -207,7 +207,7 @@ class Trainer:
 
     def _one_epoch(self, shown: Any) -> None:
         left = self.total_steps - self._steps_done()
-        batches = self._batches(self.epoch)[self.step :][:left]
+        batches = self.batches(self.epoch)[self.step :][:left]
         for batch, images in self._with_images(batches):
             self._set_rates()
             losses = self.update(batch, images)
@@ -316,7 +316,8 @@ class Trainer:
         with torch.no_grad(), self.autocast():
             return self.backbone.features("vision", self.backbone.images(images, [end])[end])
 
-    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the items of each step of an epoch, by their index."""
         size, drop = self.batch_size, self.train.drop_last
         return epoch_batches(len(self.items), size, self.seed, epoch, drop_last=drop)
 
@@ -340,10 +341,10 @@ class Trainer:
         if not views or not self.backbone.steps:
             images = self._augmented(batch) if images is None else images
             return self.backbone.images(images, self.starts)
-        if self._views is None:
-            self._views = ViewCache(self.backbone, self.starts, views * len(self.items))
+        if self.views is None:
+            self.views = ViewCache(self.backbone, self.starts, views * len(self.items))
         rows = self._view() * len(self.items) + batch
-        return self._views.states(rows, lambda missing: self._augmented(batch[missing]))
+        return self.views.states(rows, lambda missing: self._augmented(batch[missing]))
 
     def _steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlmadapters.clip import products
-from vlmadapters.clip.products import frozen_linear, has_onednn, suits
+from vlmadapters.clip import arithmetic
+from vlmadapters.clip.arithmetic import frozen_linear, has_onednn, suits
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -45,7 +45,7 @@ def test_only_float32_on_a_cpu_goes_there(monkeypatch: pytest.MonkeyPatch) -> No
     def absent(*arguments: object) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(products, "_onednn", absent)
+    monkeypatch.setattr(arithmetic, "onednn_linear", absent)
     has_onednn.cache_clear()
     assert not has_onednn()
     assert torch.equal(frozen_linear(x, weight, None), F.linear(x, weight))

@@ -54,7 +54,7 @@ def test_a_backbone_that_cannot_be_taken_apart_runs_whole(monkeypatch: pytest.Mo
     model = shared_backbone()
     images, tokens = some_images(model), some_tokens(model)
     config = MMAConfig.span(2, 3, scale=0.5)
-    monkeypatch.setattr("vlmadapters.clip.walk.Walk._agrees", lambda self: False)
+    monkeypatch.setattr("vlmadapters.clip.walk.Walk.agrees", lambda self: False)
     walk = Backbone(model.clip, Savings())
     with attach(model.clip, config) as mma, torch.no_grad():
         expected = class_logits(model.clip, images, tokens)

@@ -92,7 +92,7 @@ def test_cached_views_repeat_the_first_epochs_views() -> None:
     original = made.images.augmented
     made.images.augmented = lambda items, *a: calls.append(len(items)) or original(items, *a)
     made.fit()
-    kept = made._batches(0)[0].size * len(made._batches(0))
+    kept = made.batches(0)[0].size * len(made.batches(0))
     assert sum(calls) <= len(made.items)
     assert sum(calls) >= kept
 
@@ -111,11 +111,11 @@ def test_a_small_view_cache_keeps_the_lowest_block_only(monkeypatch: pytest.Monk
     configs = (CONFIG, MMAConfig.span(1, 3, dim=4, scale=0.1))
     train = replace(TRAIN, cached_views=1)
     expected = [result.losses for result in trainer(train, configs).fit()]
-    monkeypatch.setattr("vlmadapters.clip.frozen.ViewCache.__init__.__defaults__", (0,))
+    monkeypatch.setattr("vlmadapters.clip.frozen.VIEW_BYTES", 0)
     made = trainer(train, configs)
     losses = [result.losses for result in made.fit()]
-    assert made._views is not None
-    assert list(made._views.stored) == [1]
+    assert made.views is not None
+    assert list(made.views.stored) == [1]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 

@@ -75,13 +75,13 @@ def finished(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def trained_cells(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     """Return a list that every trained cell is added to, as (seed, placement)."""
     seen: list[tuple[int, str]] = []
-    plain: Callable[..., Any] = Experiment._train_and_test
+    plain: Callable[..., Any] = Experiment.train_and_test
 
     def counted(self: Experiment, source: str, seed: int, configs: Any) -> Any:
         seen.extend((seed, one.placement) for one in configs)
         return plain(self, source, seed, configs)
 
-    monkeypatch.setattr(Experiment, "_train_and_test", counted)
+    monkeypatch.setattr(Experiment, "train_and_test", counted)
     return seen
 
 
@@ -200,12 +200,12 @@ from backbones import backbone
 from vlmlayers.manifests import Manifest
 import torch
 data, out, log = map(Path, sys.argv[1:])
-plain = Experiment._train_and_test
+plain = Experiment.train_and_test
 def told(self, source, seed, configs):
     with log.open("a") as file:
         file.writelines(f"{seed} {one.placement}\\n" for one in configs)
     return plain(self, source, seed, configs)
-Experiment._train_and_test = told
+Experiment.train_and_test = told
 model = backbone("clip")
 with torch.no_grad():
     for n, weights in enumerate(model.clip.parameters()):

@@ -26,7 +26,8 @@ from vlmlayers.errors import UserError
 PREFIX = {"vision": "visual_adapter", "text": "text_adapter"}
 
 
-def _linear(width_in: int, width_out: int) -> nn.Linear:
+def new_linear(width_in: int, width_out: int) -> nn.Linear:
+    """Return a linear map whose weights are still to be drawn."""
     # skip_init leaves torch's global random state alone; the adapter draws its own weights.
     return torch.nn.utils.skip_init(nn.Linear, width_in, width_out)
 
@@ -36,8 +37,8 @@ class _Projections(nn.Module):
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
-        self.down = nn.Sequential(_linear(width, dim), nn.ReLU())
-        self.up = _linear(dim, width)
+        self.down = nn.Sequential(new_linear(width, dim), nn.ReLU())
+        self.up = new_linear(dim, width)
 
 
 class Adapter(Method):
@@ -73,7 +74,7 @@ class Adapter(Method):
         self._shared_names = config.shared_names()
         self.shared_adapter = nn.ModuleDict(
             {
-                name: nn.Sequential(_linear(config.dim, config.dim), nn.ReLU())
+                name: nn.Sequential(new_linear(config.dim, config.dim), nn.ReLU())
                 for name in dict.fromkeys(self._shared_names.values())
             }
         )
