@@ -5,13 +5,12 @@ Nothing is unpickled: files load as safetensors or with `weights_only=True`.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError
-from vlmlayers.files import atomically
+from vlmlayers.files import atomically, checksum
 from vlmlayers.models.checkpoints import BROKEN
 
 LOG = logging.getLogger("vlmlayers")
@@ -258,25 +257,22 @@ def content_checksum(content: Any) -> str:
 
     Neither torch's zip files nor safetensors keep one that is compared on reading.
     """
-    digest = hashlib.sha256()
-    _add(digest, content)
-    return digest.hexdigest()
+    return checksum(_parts(content))
 
 
-def _add(digest: Any, content: Any) -> None:
+def _parts(content: Any) -> Iterator[str | memoryview]:
     if isinstance(content, Tensor):
         whole = content.detach().cpu().contiguous()
-        digest.update(f"tensor {whole.dtype} {tuple(whole.shape)}\n".encode())
-        digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
+        yield f"tensor {whole.dtype} {tuple(whole.shape)}\n"
+        yield whole.reshape(-1).view(torch.uint8).numpy().data
     elif isinstance(content, Mapping):
-        digest.update(f"mapping {len(content)}\n".encode())
+        yield f"mapping {len(content)}\n"
         for key in sorted(content, key=repr):
-            _add(digest, key)
-            _add(digest, content[key])
+            yield from (*_parts(key), *_parts(content[key]))
     elif isinstance(content, (list, tuple)):
-        digest.update(f"list {len(content)}\n".encode())
+        yield f"list {len(content)}\n"
         for value in content:
-            _add(digest, value)
+            yield from _parts(value)
     else:
-        text = repr(content).encode("utf-8", "surrogatepass")
-        digest.update(f"value {len(text)}\n".encode() + text + b"\n")
+        text = repr(content)
+        yield f"value {len(text.encode('utf-8', 'surrogatepass'))}\n{text}\n"

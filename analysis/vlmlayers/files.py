@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import get_ident
@@ -64,6 +64,14 @@ def shipped(folder: str) -> Path:
     """Return a folder that ships with the package: inside it, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     return package / folder if (package / folder).is_dir() else package.parents[1] / folder
+
+
+def checksum(content: str | bytes | Iterable[str | bytes | memoryview]) -> str:
+    """Return SHA-256 of a text, of bytes, or of several of them one after the other."""
+    digest = hashlib.sha256()
+    for part in (content,) if isinstance(content, str | bytes) else content:
+        digest.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+    return digest.hexdigest()
 
 
 def file_checksum(file: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import zlib
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.files import atomically
+from vlmlayers.files import atomically, checksum
 
 DATA = "data.gz"  # name of the file that holds an identity, beside what was made of the items
 
@@ -116,4 +115,4 @@ class DataIdentity:
 
 def short_digest(text: str) -> str:
     """Return sixteen hexadecimal digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return checksum(text)[:16]

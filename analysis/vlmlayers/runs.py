@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import atomically, file_checksum
+from vlmlayers.files import atomically, checksum, file_checksum
 
 PACKAGES = (
     "vlm-layers",
@@ -151,7 +150,7 @@ def write_text(path: Path, text: str) -> Path:
 def fingerprint(content: Any) -> str:
     """Return sixteen hexadecimal digits that change with any part of JSON-like content."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return checksum(text)[:16]
 
 
 def file_mark(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError
+from vlmlayers.files import checksum
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.progress import track
 
@@ -90,9 +90,7 @@ def load_source(
     items = manifest.items("train", root, present_only=not drawn)[:limit]
     if not items:
         raise UserError(f"{name}: no training image under the data root; give --data-root")
-    key = hashlib.sha256(
-        json.dumps([name, SIDE, manifest.hash, [i.path for i in items]]).encode()
-    ).hexdigest()[:16]
+    key = checksum(json.dumps([name, SIDE, manifest.hash, [i.path for i in items]]))[:16]
     path = folder / f"{name}-{key}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from vlmadapters.files import load_method, load_official, read_info
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError
+from vlmlayers.files import file_checksum
 
 OURS = ".safetensors"
 
@@ -30,8 +30,8 @@ def attach_for_good(model: Any, path: str | Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no adapter {path}; `vlmlayers train` writes them to adapters/")
     adapter = load_method(path, model) if path.suffix == OURS else load_official(path, model)
-    digest = sha256(path.read_bytes()).hexdigest()
-    model.adapt(adapter.attached(model.clip), _words(path, adapter.config), digest)
+    words = _words(path, adapter.config)
+    model.adapt(adapter.attached(model.clip), words, file_checksum(path))
     return model
 
 

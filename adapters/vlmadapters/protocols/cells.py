@@ -8,7 +8,6 @@ files stay: removing one while another process waits for it would let two hold t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import record_checksum
-from vlmlayers.files import atomically, lock
+from vlmlayers.files import atomically, checksum, lock
 
 LOG = logging.getLogger("vlmlayers")
 Rows = list[dict[str, Any]]
@@ -157,8 +156,7 @@ def _setup(identity: dict[str, Any]) -> Any:
 
 def digest(identity: dict[str, Any]) -> str:
     """Return twelve hexadecimal digits of everything that a cell depends on."""
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return checksum(json.dumps(identity, sort_keys=True))[:12]
 
 
 def _content(path: Path) -> dict[str, Any]:

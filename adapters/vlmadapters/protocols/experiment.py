@@ -8,7 +8,6 @@ data decides nothing: the last epoch is evaluated, once.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -42,7 +41,7 @@ from vlmadapters.training.recipes import Recipe, TrainConfig, default_recipe, lo
 from vlmadapters.training.trainer import Trainer, TrainResult
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import atomically
+from vlmlayers.files import atomically, checksum
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.load import VLM
 from vlmlayers.placement import Placement
@@ -274,7 +273,7 @@ class Experiment:
         folder = None
         if self.out is not None:
             key = "-".join(self._cell(source, seed, config).key for config in configs)
-            folder = self.out / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:16]
+            folder = self.out / "unfinished" / checksum(key)[:16]
         trainer = Trainer(
             self.model,
             data.images,

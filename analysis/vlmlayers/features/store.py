@@ -9,7 +9,6 @@ Work in progress lies beside it in `<store>.partial` and becomes the store by on
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
 from vlmlayers.features.arrays import LayerFeatures, TowerFeatures
-from vlmlayers.files import atomically, file_checksum
+from vlmlayers.files import atomically, checksum, file_checksum
 
 SIDECAR = "store.json"
 ITEMS = "items.json"
@@ -121,7 +120,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 def record_checksum(record: Mapping[str, Any]) -> str:
     """Return SHA-256 of a record's canonical JSON."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return checksum(json.dumps(record, sort_keys=True))
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from random import Random
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import checksum
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
@@ -134,7 +134,7 @@ def stratified_split(
     names = list(fractions)
     edges = [*list(accumulate(fractions.values()))[:-1], 1.0]
     for members in ranked.values():
-        members.sort(key=lambda i: hashlib.sha256(items[i].path.encode()).digest())
+        members.sort(key=lambda i: checksum(items[i].path))
         ends = [round(edge * len(members)) for edge in edges]
         for name, start, end in zip(names, [0, *ends], ends):
             for index in members[start:end]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import (
 
 from vlmlayers.data.shards import Members
 from vlmlayers.errors import UserError
+from vlmlayers.files import checksum
 from vlmlayers.manifests.items import SPLITS, checked_path
 from vlmlayers.options import Options, Several, validated
 
@@ -163,8 +163,7 @@ class Spec(Options):
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that change with anything the manifest says."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return checksum(json.dumps(self.model_dump(mode="json"), sort_keys=True))[:16]
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
+from vlmlayers.files import checksum
 from vlmlayers.models.devices import resolve_precision
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.recording import Recorder
@@ -180,10 +180,8 @@ def _texts(
 def identity_of(work: Work) -> dict[str, Any]:
     """Return all that feature values depend on, as JSON values."""
     model, manifest, recorders, texts = work.model, work.manifest, work.recorders, work.texts
-    order = sha256()
-    for item in work.items:
-        order.update(f"{item.path}\0{item.label}\n".encode())
-    words = sha256("\n".join(texts.texts).encode())
+    order = checksum(f"{item.path}\0{item.label}\n" for item in work.items)
+    words = checksum("\n".join(texts.texts))
     return {
         "model": model.name,
         "weights": model.weights,
@@ -200,10 +198,10 @@ def identity_of(work: Work) -> dict[str, Any]:
         "manifest_hash": manifest.hash,
         "split": work.split,
         "items": len(work.items),
-        "items_hash": order.hexdigest(),
+        "items_hash": order,
         "text": texts.kind,
         "template": texts.template,
-        "texts_hash": words.hexdigest(),
+        "texts_hash": words,
         "versions": {
             "torch": torch.__version__,
             "open_clip": version("open_clip_torch"),

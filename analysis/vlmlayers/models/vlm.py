@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlmlayers.files import checksum
 from vlmlayers.models.towers import Tower, find_towers, unwrap_compiled
 
 
@@ -81,7 +81,7 @@ class VLM:
         if self._hash is None or self._hash[0] != stamp:
             self._hash = (stamp, hash_weights(state))
         if self.adapter_hash:
-            return sha256(f"{self._hash[1]} {self.adapter_hash}".encode()).hexdigest()
+            return checksum(f"{self._hash[1]} {self.adapter_hash}")
         return self._hash[1]
 
     def adapt(self, attached: AbstractContextManager[Any], words: str, digest: str) -> None:
@@ -108,9 +108,11 @@ class VLM:
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
     """Return SHA-256 over names, types, shapes and bytes of a state dict."""
-    digest = sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+
+    def parts() -> Iterator[str | memoryview]:
+        for key in sorted(state):
+            value = state[key].detach().cpu().contiguous()
+            yield f"{key} {value.dtype} {tuple(value.shape)}"
+            yield value.reshape(-1).view(torch.uint8).numpy().data
+
+    return checksum(parts())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from pathlib import Path
 
 from vlmlayers.data import builtin
 from vlmlayers.data.builtin.base import BuiltinDataset
+from vlmlayers.files import checksum
 from vlmlayers.manifests.items import SPLITS, Item
 from vlmlayers.manifests.layouts.base import Layout
 from vlmlayers.manifests.place import Place
@@ -26,10 +26,8 @@ def names() -> list[str]:
 @cache
 def code_hash() -> str:
     """Return sixteen hexadecimal digits that change with the code that draws."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(builtin.__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    files = sorted(Path(builtin.__file__).parent.glob("*.py"))
+    return checksum(path.read_bytes() for path in files)[:16]
 
 
 class BuiltIn(Layout):
