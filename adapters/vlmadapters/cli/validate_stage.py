@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import UserError, check_one_of
+from pydantic import Field
 
-# Keys of the table [validate] of a study file beside those of `validate.validate`.
-OWN = ("datasets", "set")
-PASSED = (
-    "kinds",
-    "seeds",
-    "shots",
-    "recipe",
-    "method",
-    "reference",
-    "random_count",
-    "together",
-    "limit",
-    "workers",
-)
+from vlmlayers.options import Options, Several, validated
+
+
+class ValidatePart(Options):
+    """The table `[validate]`; what is not named is as in `vlmadapters.validate`.
+
+    Attributes:
+        datasets: Trained on; those of the study where absent.
+        method: Name of the method.
+        recipe: Name of a recipe, or a TOML file beside the study; the backbone's where absent.
+        set: Values of the recipe or the method.
+        kinds: Competitors.
+        seeds: Of draw, initialisation, order and views.
+        shots: Items per class; the recipe's where absent.
+        reference: Kind that the verdict compares with.
+        random_count: Random placements of equal size.
+        together: Placements trained side by side.
+        limit: Use at most so many test items of each dataset; 0 uses all.
+        workers: Threads that decode images.
+    """
+
+    datasets: Several[str] | None = None
+    method: str = "mma"
+    recipe: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+    kinds: Several[str] | None = None
+    seeds: Several[int] | None = None
+    shots: int | None = Field(None, ge=1)
+    reference: str | None = None
+    random_count: int | None = Field(None, ge=0)
+    together: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0)
+
+    def passed(self) -> dict[str, Any]:
+        """Return what is handed on to `vlmadapters.validate` as it is."""
+        own = {"datasets", "method", "recipe", "set"}
+        return self.model_dump(exclude=own, exclude_none=True)
 
 
 def check(context: Any) -> None:
@@ -34,19 +59,14 @@ def check(context: Any) -> None:
     """
     from vlmadapters.cli.options import read_recipe
 
-    options = _checked(context.options)
-    recipe = _recipe(context, options.get("recipe") or "published")
-    read_recipe(recipe, _settings(options), options.get("method", "mma"))
-    if "datasets" in options:
-        _manifests(context, options["datasets"])
+    part = validated(ValidatePart, context.options, "[validate]")
+    read_recipe(_recipe(context, part.recipe or "published"), _settings(part), part.method)
+    if part.datasets is not None:
+        _manifests(context, part.datasets)
 
 
 def validate(context: Any) -> None:
     """Train at the choice of a run and at its competitors; write `validation*` into its folder.
-
-    The table `[validate]` may name `datasets` (the study's own where absent), `kinds`, `seeds`,
-    `shots`, `method`, `recipe`, `set` (values of the recipe or the method), `reference`,
-    `random_count`, `together`, `limit` and `workers`.
 
     Args:
         context: `vlmlayers.study.StageContext`.
@@ -54,63 +74,32 @@ def validate(context: Any) -> None:
     Raises:
         UserError: A key or name is unknown, or a value has the wrong type.
     """
+    from vlmadapters.cli.options import read_recipe
     from vlmadapters.training.recipes import default_recipe
     from vlmadapters.validation import validate as library
 
-    options = _checked(context.options)
+    part = validated(ValidatePart, context.options, "[validate]")
     model = context.load_model()
-    settings = _settings(options)
-    options.pop("set", None)
-    recipe = _recipe(context, options.pop("recipe", None) or default_recipe(model.name))
-    manifests = _manifests(context, options.pop("datasets", None))
-    from vlmadapters.cli.options import read_recipe
-
+    recipe = _recipe(context, part.recipe or default_recipe(model.name))
     found = library.validate(
         model,
         context.choice,
-        manifests,
+        _manifests(context, part.datasets),
         scores=context.scores,
-        recipe=read_recipe(recipe, settings, options.pop("method", "mma")),
+        recipe=read_recipe(recipe, _settings(part), part.method),
         out=context.run.folder,
         root=context.data_root,
         seed=context.seed,
         progress=context.progress,
         notes={"chosen_on": _chosen_on(context)},
-        **options,
+        **part.passed(),
     )
     cells = f"{found.table['placement'].nunique()} placements, {len(found.table)} cells"
     context.echo(f"validate {cells}: {found.verdict}")
 
 
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    options = dict(given)
-    for key, value in options.items():
-        check_one_of("key", key, (*OWN, *PASSED), where="[validate]")
-        kind = _kind(key)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise UserError(
-                f"[validate] {key} is {value!r}; it must be {_WORDS[kind]}, as in {_EXAMPLES[kind]}"
-            )
-    for number in options.get("seeds", ()):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise UserError(f"[validate] seeds holds {number!r}; seeds are whole numbers")
-    return options
-
-
-_WORDS = {int: "a whole number", str: "a name", list: "a list", dict: "a table"}
-_EXAMPLES = {int: "16", str: '"paper"', list: "[1, 2, 3]", dict: "{ lr = 0.03 }"}
-
-
-def _kind(key: str) -> type:
-    if key in ("datasets", "kinds", "seeds"):
-        return list
-    if key == "set":
-        return dict
-    return str if key in ("recipe", "method", "reference") else int
-
-
-def _settings(options: dict[str, Any]) -> list[str]:
-    return [f"{key}={_text(value)}" for key, value in options.get("set", {}).items()]
+def _settings(part: ValidatePart) -> list[str]:
+    return [f"{key}={_text(value)}" for key, value in part.set.items()]
 
 
 def _text(value: Any) -> str:
@@ -122,7 +111,7 @@ def _recipe(context: Any, name: str) -> str:
     return str(local) if name.endswith(".toml") and local.exists() else name
 
 
-def _manifests(context: Any, names: list[str] | None) -> list[Any]:
+def _manifests(context: Any, names: Sequence[str] | None) -> list[Any]:
     """Return the datasets to train on; the study's own where none are named."""
     if names is None:
         return [data.manifest for data in context.datasets]
