@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -43,6 +44,37 @@ def test_every_dependency_has_a_lower_bound_and_a_pinned_version(repository: Pat
     for requirement in required:
         assert ">=" in requirement, requirement
         assert _name(requirement) in pinned, f"{requirement} is not in constraints.txt"
+
+
+def _imported(repository: Path, *folders: str) -> set[str]:
+    """Return the top names that the files of some folders import."""
+    found = set()
+    for folder in folders:
+        for path in (repository / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_every_declared_dependency_is_imported_by_what_users_run(repository: Path) -> None:
+    project = _pyproject(repository)["project"]
+    extras = project["optional-dependencies"]
+    shipped = [
+        *project["dependencies"],
+        *(r for e in ("hf", "shards", "datasets") for r in extras[e]),
+    ]
+    imported = _imported(repository, "analysis", "adapters")
+    modules = {"scikit-learn": "sklearn", "pillow": "PIL", "open-clip-torch": "open_clip"}
+    elsewhere = {
+        "pyarrow",  # pandas reads and writes Parquet with it
+        "torchvision",  # open_clip's transforms
+        "seaborn",  # TODO
+    }
+    names = {_name(requirement) for requirement in shipped}
+    assert names - {n for n in names if modules.get(n, n) in imported} <= elsewhere
 
 
 def test_constraints_name_no_address(repository: Path) -> None:

@@ -235,7 +235,7 @@ def test_twonn_recovers_a_planted_dimension(dimension: int) -> None:
 
 
 def test_twonn_is_that_of_scikit_dimension() -> None:
-    skdim = pytest.importorskip("skdim", reason="needs the extra vlm-layers[geometry]")
+    skdim = pytest.importorskip("skdim", reason="belongs to the extra `dev`")
     x = np.random.default_rng(11).normal(size=(300, 4))
     assert twonn(x) == pytest.approx(skdim.id.TwoNN().fit(x).dimension_, rel=0.02)
 
