@@ -62,19 +62,11 @@ def _imported(repository: Path, *folders: str) -> set[str]:
 def test_every_declared_dependency_is_imported_by_what_users_run(repository: Path) -> None:
     project = _pyproject(repository)["project"]
     extras = project["optional-dependencies"]
-    shipped = [
-        *project["dependencies"],
-        *(r for e in ("hf", "shards", "datasets") for r in extras[e]),
-    ]
-    imported = _imported(repository, "analysis", "adapters")
+    shipped = (*project["dependencies"], *extras["hf"], *extras["shards"], *extras["datasets"])
     modules = {"scikit-learn": "sklearn", "pillow": "PIL", "open-clip-torch": "open_clip"}
-    elsewhere = {
-        "pyarrow",  # pandas reads and writes Parquet with it
-        "torchvision",  # open_clip's transforms
-        "seaborn",  # TODO
-    }
-    names = {_name(requirement) for requirement in shipped}
-    assert names - {n for n in names if modules.get(n, n) in imported} <= elsewhere
+    names = {modules.get(name, name) for name in map(_name, shipped)}
+    unused = names - _imported(repository, "analysis", "adapters")
+    assert unused == {"seaborn"}, "seaborn is for plots that are to come; nothing else may idle"
 
 
 def test_constraints_name_no_address(repository: Path) -> None:
