@@ -31,7 +31,13 @@ from vlmadapters.clip.frozen import Backbone  # noqa: E402
 from vlmadapters.clip.savings import Savings  # noqa: E402
 
 # Method as its file names it, to the module of `replays` that knows the layout of the file.
-REPLAYS: dict[str, str] = {"ivlp": "ivlp"}
+REPLAYS: dict[str, str] = {
+    "cocoop": "contexts",
+    "coop": "contexts",
+    "ivlp": "ivlp",
+    "kgcoop": "contexts",
+    "proda": "contexts",
+}
 # Tolerances in single precision; gradients relative to the largest entry of each.
 TOLERANCES = {
     "logits": 1e-5,

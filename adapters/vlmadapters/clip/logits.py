@@ -10,15 +10,24 @@ from torch.nn import functional as F
 
 
 def scaled_cosines(clip: Any, image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Return exp(logit scale) · cosine, (image, class), with the model's logit bias if any.
+    """Return exp(logit scale) · cosine, (image, class), with the model's logit bias if any."""
+    return scaled_products(clip, image_features, F.normalize(single(text_features), dim=-1))
+
+
+def scaled_products(clip: Any, image_features: Tensor, texts: Tensor) -> Tensor:
+    """Return the same of class vectors that are not normalised, such as a mean of unit vectors.
 
     In single precision also under autocast: a hundred cosines in bfloat16 come in steps of half a
     unit, and predictions change with them.
+
+    Args:
+        clip: The backbone.
+        image_features: (…, image, joint).
+        texts: (…, class, joint).
     """
     with torch.autocast(image_features.device.type, enabled=False):
         images = F.normalize(single(image_features), dim=-1)
-        texts = F.normalize(single(text_features), dim=-1)
-        logits = single(clip.logit_scale).exp() * images @ texts.t()
+        logits = single(clip.logit_scale).exp() * images @ single(texts).mT
         bias = getattr(clip, "logit_bias", None)
         return logits if bias is None else logits + single(bias)
 

@@ -21,6 +21,10 @@ BUILT_IN = {
     "zero-shot": ("base:Method", "config:MethodConfig"),
     "mma": ("mma.module:Adapter", "mma.config:MMAConfig"),
     "ivlp": ("ivlp:IVLP", "configs:IVLPConfig"),
+    "coop": ("coop:CoOp", "configs:CoOpConfig"),
+    "cocoop": ("cocoop:CoCoOp", "configs:CoCoOpConfig"),
+    "kgcoop": ("kgcoop:KgCoOp", "configs:KgCoOpConfig"),
+    "proda": ("proda:ProDA", "configs:ProDAConfig"),
 }
 
 

@@ -48,6 +48,7 @@ class Step:
         classes: What the method's `prepare` returned for the classes trained on.
         generator: Source of the step's random draws: a function of seed and step, on the CPU.
         repeat: Updates made on this batch of images before this one.
+        number: Updates made before this one in all.
         draws: Recorded draws that stand in for random ones, by the method's own names.
     """
 
@@ -57,6 +58,7 @@ class Step:
     classes: Any
     generator: torch.Generator
     repeat: int = 0
+    number: int = 0
     draws: Mapping[str, Tensor] | None = None
 
 

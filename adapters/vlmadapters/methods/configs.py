@@ -6,11 +6,198 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from vlmadapters.methods.config import MethodConfig
-from vlmlayers.arguments import Count, checked
+from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError
+
+PLACEHOLDER = "X"
+ClassAt = Literal["end", "middle", "front"]
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words that a context starts from, underscores as spaces."""
+    return text.replace("_", " ").split()
+
+
+@dataclass(frozen=True)
+class TextConfig(MethodConfig):
+    """What methods that learn context for class prompts have in common: where they put it.
+
+    Attributes:
+        vision: No block.
+        text: Text blocks at whose input the context is put, counted from 1, rising.
+
+    Raises:
+        UserError: A vision block is named, or no text block.
+    """
+
+    text: tuple[int, ...] = (1,)
+
+    towers: ClassVar[tuple[str, ...]] = ("text",)
+    extensions: ClassVar[str] = "every set of text blocks but the first block alone"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.text:
+            raise UserError(f"{self.name} has no text block to put context at; name at least one")
+
+    @property
+    def size(self) -> str:
+        """How much is learned at a block, in words."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ContextConfig(TextConfig):
+    """Settings of context that may start from words.
+
+    Attributes:
+        words: Words that the context starts from, underscores as spaces; empty for a random start.
+        length: Number of context words; 0 takes one for each of `words`, and 16 without words.
+
+    Raises:
+        UserError: `length` is another than the number of words.
+    """
+
+    words: str = "a photo of a"
+    length: Annotated[int, Takes(least=0)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = len(split_words(self.words))
+        if count and self.length not in (0, count):
+            raise UserError(
+                f"the context starts from {count} words ({self.words!r}), and length is "
+                f"{self.length}; leave length out, or set words to nothing for a random start"
+            )
+
+    @property
+    def start_words(self) -> list[str]:
+        """The words that stand in the token ids where the context will be."""
+        return split_words(self.words) or [PLACEHOLDER] * (self.length or 16)
+
+    @property
+    def class_at(self) -> str:
+        """Where the class name stands in the prompt."""
+        return "end"
+
+    @property
+    def size(self) -> str:
+        """How much is learned at a block, in words."""
+        each = " for each class" if self.class_bound else ""
+        return f"{len(self.start_words)} context words{each}"
+
+
+@checked
+@dataclass(frozen=True)
+class CoOpConfig(ContextConfig):
+    """Settings of CoOp, beside those of `ContextConfig`.
+
+    Attributes:
+        class_specific: Learn a context for each class instead of one for all.
+        class_at: Where the class name stands in the prompt: `end`, `middle` or `front`.
+        as_published: Do as the public code does, which ignores `class_specific` beside words.
+    """
+
+    class_specific: bool = False
+    class_at: ClassAt = "end"
+    as_published: bool = False
+
+    name: ClassVar[str] = "coop"
+    title: ClassVar[str] = "CoOp"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.as_published and split_words(self.words):
+            object.__setattr__(self, "class_specific", False)
+
+    @property
+    def class_bound(self) -> bool:
+        """Whether a context is learned for each class."""
+        return self.class_specific
+
+
+@checked
+@dataclass(frozen=True)
+class CoCoOpConfig(ContextConfig):
+    """Settings of CoCoOp: those of `ContextConfig`."""
+
+    name: ClassVar[str] = "cocoop"
+    title: ClassVar[str] = "CoCoOp"
+
+
+@checked
+@dataclass(frozen=True)
+class KgCoOpConfig(CoOpConfig):
+    """Settings of KgCoOp, beside those of `CoOpConfig`.
+
+    Attributes:
+        weight: Weight of the distance to the hand-made prompts.
+        as_published: Do as the public code does, which reads every choice of words as "a photo of
+            a", ignores `class_specific` beside words, and `class_at`.
+    """
+
+    weight: Annotated[float, Takes(least=0)] = 8.0
+
+    name: ClassVar[str] = "kgcoop"
+    title: ClassVar[str] = "KgCoOp"
+
+    def __post_init__(self) -> None:
+        if self.as_published:
+            object.__setattr__(self, "class_at", "end")
+            if split_words(self.words):
+                object.__setattr__(self, "words", ContextConfig.words)
+        super().__post_init__()
+
+
+@checked
+@dataclass(frozen=True)
+class ProDAConfig(TextConfig):
+    """Settings of ProDA.
+
+    Attributes:
+        vision: No block.
+        text: Text blocks at whose input the contexts are put, counted from 1, rising.
+        prompts: Contexts that are learned: a quarter of them behind the class name, a quarter
+            around it, half before it. A multiple of 4, or 1.
+        group: Contexts that a step uses for the classes; it divides `prompts`.
+        length: Words of a context.
+        weight: Weight of the overlap of the prompts without a class.
+        as_published: Do as the public code does, which leaves underscores in class names and
+            places context as if they were spaces.
+
+    Raises:
+        UserError: The contexts do not fall into quarters, or not into groups.
+    """
+
+    prompts: Annotated[int, Takes(least=1)] = 32
+    group: Annotated[int, Takes(least=1)] = 4
+    length: Annotated[int, Takes(least=1)] = 16
+    weight: Annotated[float, Takes(least=0)] = 0.1
+    as_published: bool = False
+
+    name: ClassVar[str] = "proda"
+    title: ClassVar[str] = "ProDA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts > 1 and self.prompts % 4:
+            raise UserError(
+                f"prompts is {self.prompts}; a quarter of them stands behind the class name, so "
+                "that it must be a multiple of 4, or 1"
+            )
+        if self.prompts % self.group:
+            raise UserError(
+                f"group is {self.group}, which does not divide prompts ({self.prompts}); a pass "
+                "over all prompts takes whole groups"
+            )
+
+    @property
+    def size(self) -> str:
+        """How much is learned at a block, in words."""
+        return f"{self.prompts} contexts of {self.length} words"
 
 
 def blocks_to(depth: int) -> tuple[int, ...]:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.frozen import Backbone, climb
 from vlmadapters.clip.walk import State
+from vlmadapters.methods.configs import PLACEHOLDER, ContextConfig, split_words
 from vlmlayers.errors import UserError, check_one_of
 
-PLACEHOLDER = "X"
 CLASS_AT = ("end", "middle", "front")
 
 
@@ -28,23 +27,27 @@ class Slots:
     Attributes:
         index: Index of the tokens, (prompt, word).
         positional: Positional embeddings there, (prompt, word, width).
+        which: Number of the context that each prompt takes where there are several, (prompt,).
+        shift: What is added to every context word of a prompt, (prompt, width), or None.
     """
 
     index: Tensor
     positional: Tensor
-
-    def of(self, rows: Tensor) -> Self:
-        """Return the slots of some of the prompts, (row,)."""
-        return replace(self, index=self.index[rows], positional=self.positional[rows])
+    which: Tensor | None = None
+    shift: Tensor | None = None
 
     def write(self, x: Tensor, context: Tensor, block: int) -> Tensor:
         """Return the input of a block with the context in the slots.
 
         Args:
             x: (prompt, token, width).
-            context: (word, width), or (prompt, word, width) where it differs between prompts.
+            context: (word, width), or (context, word, width) where there are several.
             block: Number of the block; 1 adds the positional embeddings to the context.
         """
+        if self.which is not None:
+            context = context[self.which]
+        if self.shift is not None:
+            context = context + self.shift[:, None]
         if block == 1:
             context = context + self.positional
         context = context.to(x.dtype).expand_as(self.positional)
@@ -59,11 +62,6 @@ def take(x: Tensor, index: Tensor) -> Tensor:
         index: (prompt, word).
     """
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def split_words(text: str) -> list[str]:
-    """Return the words that a context starts from, underscores as spaces."""
-    return text.replace("_", " ").split()
 
 
 def context_prompts(
@@ -158,6 +156,66 @@ def context_state(backbone: Backbone, tokens: Tensor, slots: Tensor, block: int)
         raise UserError(_no_place(backbone))
     positional = x[:, : ids.shape[1]] - word_embedding(backbone, ids)
     return replace(states[block], note=Slots(slots, take(positional, slots)))
+
+
+def some_prompts(state: State, rows: Tensor) -> State:
+    """Return the state of some of the prompts, in an order and as often as asked for.
+
+    Args:
+        state: The state of prompts, their `Slots` as its note.
+        rows: Numbers of prompts, (row,).
+    """
+    assert state.x is not None
+    note = replace(
+        state.note,
+        index=state.note.index[rows],
+        positional=state.note.positional[rows],
+    )
+    return replace(state, inputs=state.inputs[rows], x=state.x[rows], note=note)
+
+
+def starting_context(
+    config: ContextConfig,
+    backbone: Backbone,
+    names: Sequence[str],
+    count: int | None = None,
+    seed: int = 0,
+) -> dict[int, Tensor]:
+    """Return the context that training starts from at each of the method's text blocks.
+
+    Random context is drawn. Context from words is what the frozen words are there: their embeddings
+    at block 1, the mean over classes of their activations at a later block (they differ between
+    classes where the name does not stand at the end).
+
+    Args:
+        config: Blocks, words and length.
+        backbone: The frozen CLIP with its tokenizer.
+        names: Class names.
+        count: Number of contexts, one for each class; None has one for all of them.
+        seed: Seed of what is drawn.
+
+    Returns:
+        Block to (word, width), or (class, word, width) where there is one for each.
+    """
+    words, width = config.start_words, backbone.text.tower.width
+    if not split_words(config.words):
+        shape = (len(words), width) if count is None else (count, len(words), width)
+        return drawn_context(config.text, *shape, seed=seed)
+    tokens, slots = context_prompts(backbone, names or [""], words, class_at=config.class_at)
+    states = climb(backbone.text, backbone.text.enter, tokens, config.text)
+    found = {}
+    for block in config.text:
+        x = word_embedding(backbone, tokens) if block == 1 else states[block].x
+        assert x is not None
+        at_slots = take(x, slots)  # (class, word, width)
+        found[block] = at_slots if count is not None else at_slots.double().mean(0).to(x.dtype)
+    return found
+
+
+def drawn_context(blocks: Sequence[int], *shape: int, seed: int) -> dict[int, Tensor]:
+    """Return random context of a shape for each of some blocks."""
+    drawn = random_vectors(len(blocks), *shape, seed=seed)
+    return {block: one.clone() for block, one in zip(blocks, drawn)}
 
 
 def word_vectors(backbone: Backbone, words: Sequence[str], length: int | None = None) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.walk import State
-from vlmadapters.methods.context import PLACEHOLDER, context_prompts, context_state, split_words
+from vlmadapters.methods.configs import PLACEHOLDER, split_words
+from vlmadapters.methods.context import context_prompts, context_state
 from vlmlayers.errors import UserError
 
 

@@ -18,8 +18,8 @@ from vlmadapters.clip.walk import State
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import IVLPConfig
-from vlmadapters.methods.context import split_words, word_vectors
+from vlmadapters.methods.configs import IVLPConfig, split_words
+from vlmadapters.methods.context import word_vectors
 from vlmadapters.methods.deep import append, check_appends, prompt_state
 from vlmadapters.methods.official import check_keys, check_settings
 

@@ -264,7 +264,11 @@ class Trainer:
         value = 0.0
         for repeat in range(self.train.updates_per_batch):
             run.optimizer.zero_grad(set_to_none=True)
-            step = Step(self.backbone, images, labels, run.classes, self._generator(repeat), repeat)
+            number = self._steps_done() * self.train.updates_per_batch + repeat
+            generator = self._generator(repeat)
+            step = Step(
+                self.backbone, images, labels, run.classes, generator, repeat=repeat, number=number
+            )
             with self.autocast():
                 loss = run.method.loss(step)
             value = processes.mean_over_processes(loss.detach())
