@@ -18,7 +18,16 @@ from vlmadapters.cli.options import (
     read_seeds,
 )
 from vlmadapters.cli.validate import validate
-from vlmlayers.cli.options import DataRoot, Device, Model, Pretrained, Quiet, RandomWeights
+from vlmlayers.cli.options import (
+    DataRoot,
+    Device,
+    Model,
+    PresentOnly,
+    Pretrained,
+    Quiet,
+    RandomWeights,
+    SkipUnreadable,
+)
 from vlmlayers.errors import UserError
 
 __all__ = ["evaluate", "train", "validate"]
@@ -78,6 +87,8 @@ def train(
     device: Device = "auto",
     limit: Limit = 0,
     workers: Workers = 0,
+    present_only: PresentOnly = False,
+    skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
     published: Annotated[
         bool, typer.Option("--published", help="Show published numbers beside ours.")
@@ -114,6 +125,8 @@ def train(
             targets=target or (),
             limit=limit,
             workers=workers,
+            present_only=present_only,
+            skip_unreadable=skip_unreadable,
             save_adapters=True,
             progress=not quiet and rank == 0,
         )
@@ -151,6 +164,8 @@ def evaluate(
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     limit: Limit = 0,
     workers: Workers = 0,
+    present_only: PresentOnly = False,
+    skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
     quiet: Quiet = False,
 ) -> None:
@@ -171,6 +186,8 @@ def evaluate(
         precision=precision,
         limit=limit,
         workers=workers,
+        present_only=present_only,
+        skip_unreadable=skip_unreadable,
         progress=not quiet,
     )
     typer.echo(_text(table, False))

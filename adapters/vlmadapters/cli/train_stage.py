@@ -29,6 +29,8 @@ class TrainPart(Options):
         together: Placements trained side by side.
         limit: Use at most so many test items of each dataset; 0 uses all.
         workers: Threads that decode images.
+        present_only: Leave out items whose image is not on disk; as in the extraction where None.
+        skip_unreadable: Leave out images that cannot be read; as in the extraction where None.
     """
 
     protocol: str = "base-to-novel"
@@ -42,6 +44,8 @@ class TrainPart(Options):
     together: int = 12
     limit: int = 0
     workers: int = 0
+    present_only: bool | None = None
+    skip_unreadable: bool | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -120,6 +124,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     choice = context.run.choice if CHOICE in part.placements else None
     sources = part.datasets or tuple(data.name for data in context.study.datasets)
     context.echo(f"train    {part.protocol} on {', '.join(sources)}")
+    left_out = part.model_dump(include={"present_only", "skip_unreadable"})
     experiment = Experiment(
         part.protocol,
         model,
@@ -129,6 +134,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
         targets=part.targets,
         limit=part.limit,
         workers=part.workers,
+        **{key: context.leaving_out[key] if own is None else own for key, own in left_out.items()},
         save_adapters=True,
         progress=context.progress,
     )

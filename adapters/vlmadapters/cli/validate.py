@@ -16,7 +16,16 @@ from vlmadapters.cli.options import (
     read_recipe,
     read_seeds,
 )
-from vlmlayers.cli.options import DataRoot, Device, Model, Pretrained, Quiet, RandomWeights
+from vlmlayers.cli.options import (
+    DataRoot,
+    Device,
+    Model,
+    PresentOnly,
+    Pretrained,
+    Quiet,
+    RandomWeights,
+    SkipUnreadable,
+)
 from vlmlayers.errors import UserError
 
 
@@ -63,6 +72,8 @@ def validate(
     device: Device = "auto",
     limit: Limit = 0,
     workers: Workers = 0,
+    present_only: PresentOnly = False,
+    skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
     quiet: Quiet = False,
 ) -> None:
@@ -97,6 +108,8 @@ def validate(
         together=together,
         limit=limit,
         workers=workers,
+        present_only=present_only,
+        skip_unreadable=skip_unreadable,
         progress=not quiet,
     )
     if loaded.random_weights:

@@ -27,6 +27,8 @@ class ValidatePart(Options):
         together: Placements trained side by side.
         limit: Use at most so many test items of each dataset; 0 uses all.
         workers: Threads that decode images.
+        present_only: Leave out items whose image is not on disk; as in the extraction where absent.
+        skip_unreadable: Leave out images that cannot be read; as in the extraction where absent.
     """
 
     datasets: Several[str] | None = None
@@ -41,6 +43,8 @@ class ValidatePart(Options):
     together: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=0)
     workers: int | None = Field(None, ge=0)
+    present_only: bool | None = None
+    skip_unreadable: bool | None = None
 
     def passed(self) -> dict[str, Any]:
         """Return what is handed on to `vlmadapters.validate` as it is."""
@@ -92,7 +96,7 @@ def validate(context: Any) -> None:
         seed=context.seed,
         progress=context.progress,
         notes={"chosen_on": _chosen_on(context)},
-        **part.passed(),
+        **{**context.leaving_out, **part.passed()},
     )
     cells = f"{found.table['placement'].nunique()} placements, {len(found.table)} cells"
     context.echo(f"validate {cells}: {found.verdict}")

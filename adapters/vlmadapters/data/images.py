@@ -20,7 +20,8 @@ from torchvision.transforms.v2 import functional as V
 
 from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.device import available_memory
-from vlmlayers.errors import UserError
+from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
+from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.manifests import Item, Manifest
 
 T = TypeVar("T")
@@ -90,9 +91,29 @@ class Images:
         return self._keep(self._ready, item.path, pixels)
 
     def _map(self, function: Any, *arguments: Iterable[Any]) -> list[Any]:
-        if self.pool is None:
-            return list(map(function, *arguments))
-        return list(self.pool.map(function, *arguments))
+        try:
+            mapped = map if self.pool is None else self.pool.map
+            return list(mapped(function, *arguments))
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{error}; {WAY_OUT}") from None
+
+    def unreadable(self, items: Sequence[Item], decoded: Callable[[Item], Tensor]) -> Unreadable:
+        """Return which items cannot be read; the others are kept while they fit.
+
+        Args:
+            items: The items to try.
+            decoded: `ready` for evaluation, `raw` for training.
+        """
+
+        def fault(item: Item) -> str:
+            try:
+                decoded(item)
+            except (UserError, OSError) as error:
+                return reason(item.path, error)
+            return ""
+
+        faults = enumerate(self._map(fault, items))
+        return Unreadable({row: found for row, found in faults if found})
 
     def normalised(self, pixels: Sequence[Tensor]) -> Tensor:
         """Stack images of one size and normalise them as the model expects, on its device."""

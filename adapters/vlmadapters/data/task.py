@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -10,7 +11,12 @@ from typing import Any, Self
 from vlmadapters.data.fewshot import base_or_novel, few_shot, kind_labels
 from vlmadapters.data.images import Images
 from vlmadapters.data.prompts import TEMPLATE, class_prompts
+from vlmlayers.data.unreadable import Unreadable
+from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.manifests.items import balanced_sample
+
+LOG = logging.getLogger("vlmlayers")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ class TaskData:
         root: The data root.
         workers: Threads that decode images.
         limit: Use at most so many test items, balanced over classes; 0 uses all.
+        present_only: Leave out items whose image is not on disk; the log says how many.
+        skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
+            and which first. Others are drawn in the place of training images.
         descriptions: Class name to descriptions, for methods that use them.
     """
 
@@ -70,8 +79,11 @@ class TaskData:
     root: Any = None
     workers: int = 0
     limit: int = 0
+    present_only: bool = False
+    skip_unreadable: bool = False
     descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
+    _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = self.name
@@ -107,9 +119,48 @@ class TaskData:
     def _labels(self, kind: str) -> tuple[int, ...]:
         return kind_labels(kind, range(len(self.class_names)))
 
+    def check(self, kind: str, split: str) -> None:
+        """Refuse what cannot be trained or tested, before any of it is.
+
+        Args:
+            kind: `all`, `base` or `novel` classes.
+            split: Where their images are to come from.
+
+        Raises:
+            UserError: There are no classes or one, or the split has no image of these classes.
+        """
+        name, names = self.manifest.name, self.class_names
+        if not names:
+            why = "; ".join(("", *self.manifest.remarks(self.root)))
+            raise UserError(f"{name} has no classes to tell apart{why}")
+        if len(names) == 1:
+            raise UserError(f"{name} has one class, {names[0]!r}; name data of two or more")
+        labels = set(self._labels(kind))
+        if not any(item.label in labels for item in self._items(split)):
+            half = "" if kind == "all" else f" of its {kind} classes"
+            raise UserError(f"{name} has no image{half} in split {split!r}")
+        if len(labels) == 1:
+            LOG.warning("%s has one %s class: every answer is right there", name, kind)
+
+    def _items(self, split: str) -> list[Item]:
+        return self.manifest.items(split, self.root, present_only=self.present_only)
+
     def shots(self, shots: int, seed: int, kind: str, split: str = "train") -> list[Item]:
         """Return few-shot items of one half, relabelled from 0."""
-        drawn = few_shot(self.manifest.items(split, root=self.root), shots, seed)
+        items = self._items(split)
+        drawn = few_shot(items, shots, seed)
+        if self.skip_unreadable:
+            faults: dict[Item, str] = {}
+            while found := self.images.unreadable(drawn, self.images.raw).reasons:
+                faults |= {drawn[row]: why for row, why in found.items()}
+                items = [item for item in items if item not in faults]
+                if not items:
+                    break
+                drawn = few_shot(items, shots, seed)
+            unreadable = Unreadable(dict(enumerate(faults.values())))
+            unreadable.settle(self.manifest.name, len({*drawn, *faults}), skip=True)
+        else:
+            self.manifest.refuse_missing(drawn, self.root)
         return base_or_novel(drawn, kind, range(len(self.class_names)))
 
     def validation(self, shots: int, seed: int, kind: str) -> list[Item]:
@@ -120,8 +171,17 @@ class TaskData:
 
     def test(self, kind: str, split: str = "test") -> list[Item]:
         """Return the test items of one half, relabelled from 0."""
-        if self.limit:
-            items = self.manifest.sample(split, self.limit, 0, self.root)
-        else:
-            items = self.manifest.items(split, root=self.root)
-        return base_or_novel(items, kind, range(len(self.class_names)))
+        if split not in self._tested:
+            items = self._items(split)
+            self._tested[split] = self._readable(
+                balanced_sample(items, self.limit, 0) if self.limit else items
+            )
+        return base_or_novel(self._tested[split], kind, range(len(self.class_names)))
+
+    def _readable(self, items: list[Item]) -> list[Item]:
+        if not self.skip_unreadable:
+            self.manifest.refuse_missing(items, self.root)
+            return items
+        found = self.images.unreadable(items, self.images.ready)
+        found.settle(self.manifest.name, len(items), skip=True)
+        return [item for row, item in enumerate(items) if row not in found.reasons]

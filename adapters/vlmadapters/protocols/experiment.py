@@ -94,6 +94,8 @@ class Experiment:
         split: Split that is tested; `val` for tuning, never mixed with `test` in one folder.
         limit: Use at most so many test items of each dataset.
         workers: Threads that decode images.
+        present_only: As in `TaskData`.
+        skip_unreadable: As in `TaskData`.
         save_adapters: Write trained adapters beside the cells.
         table: Name of the table of all cells of the folder, written there.
         stop_unmoved: Train nothing more once the first cells trained show that training changes
@@ -113,6 +115,8 @@ class Experiment:
         split: str = "test",
         limit: int = 0,
         workers: int = 0,
+        present_only: bool = False,
+        skip_unreadable: bool = False,
         save_adapters: bool = False,
         table: str = "results.csv",
         stop_unmoved: bool = False,
@@ -128,6 +132,7 @@ class Experiment:
         self.model, self.train = model, recipes[0].train
         self.out = Path(out) if out is not None else None
         self.root, self.split, self.limit, self.workers = root, split, limit, workers
+        self.present_only, self.skip_unreadable = present_only, skip_unreadable
         self.save_adapters, self.table, self.progress = save_adapters, table, progress
         self.cells = CellFolder(self.out)
         if self.protocol.transfer and not targets:
@@ -143,15 +148,24 @@ class Experiment:
 
     def add(self, manifest: Manifest) -> str:
         """Make a dataset known that is loaded already; return the name to run it by."""
-        self._datasets[manifest.name] = TaskData(
-            manifest, self.model, self.root, self.workers, self.limit
-        )
+        self._datasets[manifest.name] = self._data(manifest)
         return manifest.name
+
+    def _data(self, dataset: str | Manifest) -> TaskData:
+        return TaskData(
+            dataset,
+            self.model,
+            self.root,
+            self.workers,
+            self.limit,
+            self.present_only,
+            self.skip_unreadable,
+        )
 
     def dataset(self, name: str) -> TaskData:
         """Return a dataset, its images shared by all cells."""
         if name not in self._datasets:
-            self._datasets[name] = TaskData(name, self.model, self.root, self.workers, self.limit)
+            self._datasets[name] = self._data(name)
         return self._datasets[name]
 
     def targets(self, source: str) -> list[Target]:
@@ -178,7 +192,8 @@ class Experiment:
             together: Placements trained side by side.
 
         Raises:
-            UserError: A seed is negative, or `together` is below 1.
+            UserError: A seed is negative, `together` is below 1, or a dataset cannot be trained or
+                tested on.
         """
         if configs is None:
             configs = [recipe.method for recipe in self.recipes.values()]
@@ -189,6 +204,10 @@ class Experiment:
             raise UserError(f"seed {min(seeds)} is below 0; seeds count from 0")
         if together < 1:
             raise UserError(f"together is {together}; train at least 1 placement at a time")
+        for source in sources:
+            self.dataset(source).check(self.protocol.train_kind, "train")
+            for target in self.targets(source):
+                target.dataset.check(target.kind, target.split)
         rank, _ = processes.rank_and_size()
         total = len(sources) * len(seeds) * len(configs)
         with bar(
@@ -393,6 +412,7 @@ class Experiment:
             "source": source,
             "split": self.split,
             "limit": self.limit,
+            "left_out": [self.present_only, self.skip_unreadable],
             "template": self.train.template,
             "weights": self.model.weights_hash,
             "targets": targets,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def evaluate_methods(
     precision: str = "auto",
     limit: int = 0,
     workers: int = 0,
+    present_only: bool = False,
+    skip_unreadable: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Test zero-shot CLIP and trained methods on datasets, without training anything.
@@ -91,16 +94,27 @@ def evaluate_methods(
         precision: As in `TrainConfig`.
         limit: Use at most so many test items of each dataset; 0 uses all.
         workers: Threads that decode images.
+        present_only: As in `TaskData`.
+        skip_unreadable: As in `TaskData`.
         progress: Show bars.
 
     Returns:
         A results table; `source` is the method's file.
+
+    Raises:
+        UserError: A dataset has no classes, one, or no test images of a kind; or an image cannot
+            be read.
     """
     evaluator = Evaluator(model, precision=precision, progress=progress)
     plain = Method()
     rows = []
-    for name in datasets:
-        data = TaskData(name, model, root, workers, limit)
+    known = [
+        TaskData(name, model, root, workers, limit, present_only, skip_unreadable)
+        for name in datasets
+    ]
+    for data, kind in product(known, kinds):
+        data.check(kind, "test")
+    for data in known:
         named: list[tuple[str, Method, str, str]] = [
             (ZERO_SHOT, plain, template, ""),
             (ZERO_SHOT_OWN, plain, data.manifest.zero_shot_template, ""),

@@ -104,6 +104,8 @@ def validate(
     together: Count = 12,
     limit: Annotated[int, Takes(least=0)] = 0,
     workers: Annotated[int, Takes(least=0)] = 0,
+    present_only: bool = False,
+    skip_unreadable: bool = False,
     progress: bool = True,
     notes: Mapping[str, Any] | None = None,
     method: str = "mma",
@@ -129,12 +131,15 @@ def validate(
         together: Placements trained side by side.
         limit: Use at most so many test items of each dataset; 0 uses all.
         workers: Threads that decode images.
+        present_only: Leave out items whose image is not on disk; the log says how many.
+        skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
+            and which first.
         progress: Show bars.
         notes: What else `validation.json` should say.
         method: Name of the method, where the recipe is given by name.
 
     Raises:
-        UserError: No dataset or seed is given, a name is unknown, a dataset has no novel class, or
+        UserError: No dataset or seed is given, a name is unknown, a dataset has one class, or
             the choice does not fit the model.
     """
     made = _recipe(model, recipe, shots, method)
@@ -148,6 +153,8 @@ def validate(
         root=root,
         limit=limit,
         workers=workers,
+        present_only=present_only,
+        skip_unreadable=skip_unreadable,
         table="results_validation.csv",  # `results.csv` of the folder may be that of a training
         stop_unmoved=True,
         progress=progress,
@@ -155,9 +162,6 @@ def validate(
     names = [experiment.add(o) if isinstance(o, Manifest) else str(o) for o in manifests]
     if not names or not seeds:
         raise UserError(f"there is no {'seed' if names else 'dataset'} to validate on; name one")
-    for name in names:
-        if not experiment.dataset(name).names("novel"):
-            raise UserError(f"{name} has no novel class; validate on two classes or more")
     configs = [made.method.with_placement(*one.placement) for one in placed]
     results = experiment.run(names, configs, seeds, together=together)
     recorded = {

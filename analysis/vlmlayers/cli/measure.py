@@ -11,10 +11,12 @@ from vlmlayers.cli.options import (
     DataRoot,
     Device,
     Model,
+    PresentOnly,
     Pretrained,
     Quiet,
     RandomWeights,
     Settings,
+    SkipUnreadable,
 )
 from vlmlayers.errors import UserError
 from vlmlayers.runs import is_first_process
@@ -52,13 +54,8 @@ def extract(
     batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,
     workers: Annotated[int, typer.Option(help="Decoding processes.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the draw of items.")] = 0,
-    present_only: Annotated[
-        bool, typer.Option("--present-only", help="Leave out items that are not on disk.")
-    ] = False,
-    skip_unreadable: Annotated[
-        bool,
-        typer.Option("--skip-unreadable", help="Leave unreadable images out instead of stopping."),
-    ] = False,
+    present_only: PresentOnly = False,
+    skip_unreadable: SkipUnreadable = False,
     estimate: Annotated[
         bool,
         typer.Option("--estimate", help="Measure one batch, say what it will cost, and stop."),

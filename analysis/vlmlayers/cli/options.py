@@ -24,6 +24,15 @@ DataRoot = Annotated[
         "--data-root", help="Folder that the datasets lie in; else VLMLAYERS_DATA, else ./data."
     ),
 ]
+PresentOnly = Annotated[
+    bool, typer.Option("--present-only", help="Leave out items that are not on disk.")
+]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Leave unreadable images out instead of stopping, and say so."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Settings = Annotated[
     list[str] | None,

@@ -11,6 +11,7 @@ from vlmlayers.runs import is_first_process
 
 LOG = logging.getLogger("vlmlayers")
 SHOWN = 5  # images that a refusal names
+WAY_OUT = "repair it, or leave such images out with skip_unreadable=True (--skip-unreadable)"
 GIVE_UP = 100  # that fail, and more than half of all
 
 
@@ -41,9 +42,7 @@ class Unreadable:
         count = f"{len(listed):,} of {total:,} images of {dataset} cannot be read"
         if not skip or len(listed) == total:
             more = "; …" if len(listed) > SHOWN else ""
-            advice = "repair them"
-            if len(listed) < total:
-                advice += ", or leave them out with skip_unreadable=True (--skip-unreadable)"
+            advice = "repair them" if len(listed) == total else WAY_OUT.replace(" it,", " them,")
             raise UserError(f"{count}: {'; '.join(listed[:SHOWN])}{more}; {advice}")
         if is_first_process():
             LOG.warning("%s and are left out, first %s", count, listed[0])

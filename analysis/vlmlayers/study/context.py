@@ -120,6 +120,14 @@ class StageContext:
             "progress": self.progress,
         }
 
+    @property
+    def leaving_out(self) -> dict[str, bool]:
+        """Which images training leaves out where its own table does not say: as extraction does."""
+        return {
+            "present_only": any(self.study.part(d)["present_only"] for d in self.study.datasets),
+            "skip_unreadable": self.study.extract.skip_unreadable,
+        }
+
     def dataset_name(self, name: str) -> str:
         """Return a known name as it is; else the place of a manifest or folder of that name."""
         places = () if name in Manifest.names() else self._places(name)

@@ -179,7 +179,7 @@ def _select(context: StageContext) -> None:
 def _validate_inputs(context: StageContext) -> Any:
     return {
         "choice": file_mark(context.run.choice),
-        "options": context.options,
+        "options": {**context.leaving_out, **context.options},
         "scores": file_mark(context.run.scores),
         "model": context.model_fingerprint(),
     }
@@ -189,6 +189,7 @@ def _train_inputs(context: StageContext) -> Any:
     chosen = any("choice" in part.get("placements", ()) for part in context.study.train)
     return {
         "train": context.study.train,
+        "left_out": context.leaving_out,
         "choice": file_mark(context.run.choice) if chosen else "",
         "model": context.model_fingerprint(),
     }

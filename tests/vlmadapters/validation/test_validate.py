@@ -357,7 +357,7 @@ def test_nothing_to_test_on_is_named(manifest: Manifest, tmp_path: Path) -> None
     for split in ("train", "test"):
         (tmp_path / "one" / split / "only").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "one" / split / "only" / "0.png")
-    with pytest.raises(UserError, match="has no novel class"):
+    with pytest.raises(UserError, match="has one class"):
         run(Manifest.load(tmp_path / "one"))
     table = run(manifest, seeds=(1,))
     with pytest.raises(UserError, match="no placement of kind 'lower'"):
