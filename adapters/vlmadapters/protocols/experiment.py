@@ -467,6 +467,8 @@ def train(
     split: str = "test",
     limit: Annotated[int, Takes(least=0)] = 0,
     workers: Annotated[int, Takes(least=0)] = 0,
+    present_only: bool = False,
+    skip_unreadable: bool = False,
     save_adapters: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -490,6 +492,9 @@ def train(
         split: Split that is tested.
         limit: Use at most so many test items of each dataset; 0 uses all.
         workers: Threads that decode images.
+        present_only: Leave out items whose image is not on disk; the log says how many.
+        skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
+            and which first.
         save_adapters: Write what was trained beside the cells.
         progress: Show bars.
 
@@ -517,6 +522,8 @@ def train(
         split=split,
         limit=limit,
         workers=workers,
+        present_only=present_only,
+        skip_unreadable=skip_unreadable,
         save_adapters=save_adapters,
         progress=progress,
     )

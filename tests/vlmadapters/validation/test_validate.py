@@ -289,7 +289,7 @@ def context(folder: Path, manifest: Manifest, said: list[str], **options: Any) -
         run=Run(folder), options={"shots": 2, "seeds": [1], "set": small} | options,
         datasets=[data], data_root=None, load_model=lambda: shared_backbone("clip"),
         scores=scores(), choice=CHOICE, seed=0, echo=said.append, progress=False, base=folder,
-        dataset_name=lambda name: name,
+        dataset_name=lambda name: name, leaving_out={},
     )  # fmt: skip
 
 
