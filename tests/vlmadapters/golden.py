@@ -36,6 +36,7 @@ REPLAYS: dict[str, str] = {
     "coop": "contexts",
     "ivlp": "ivlp",
     "kgcoop": "contexts",
+    "maple": "maple",
     "proda": "contexts",
 }
 # Tolerances in single precision; gradients relative to the largest entry of each.

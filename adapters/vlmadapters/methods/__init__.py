@@ -21,6 +21,7 @@ BUILT_IN = {
     "zero-shot": ("base:Method", "config:MethodConfig"),
     "mma": ("mma.module:Adapter", "mma.config:MMAConfig"),
     "ivlp": ("ivlp:IVLP", "configs:IVLPConfig"),
+    "maple": ("maple:MaPLe", "configs:MaPLeConfig"),
     "coop": ("coop:CoOp", "configs:CoOpConfig"),
     "cocoop": ("cocoop:CoCoOp", "configs:CoCoOpConfig"),
     "kgcoop": ("kgcoop:KgCoOp", "configs:KgCoOpConfig"),

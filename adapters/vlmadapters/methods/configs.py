@@ -242,3 +242,43 @@ class IVLPConfig(MethodConfig):
     def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
         """Put prompts into every block of both towers, as published."""
         return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)
+
+
+@checked
+@dataclass(frozen=True)
+class MaPLeConfig(MethodConfig):
+    """Settings of MaPLe: text prompts at blocks, from which vision prompts are projected.
+
+    Attributes:
+        vision: Vision blocks that get new prompts, counted from 1, rising. Each is projected from
+            the text prompts of the same number.
+        text: Text blocks that get new prompts, counted from 1, rising.
+        length: Prompts per block.
+        words: Words before the class name, whose first `length` tokens the prompts replace and
+            those of block 1 start from; empty for random ones.
+    """
+
+    length: Count = 2
+    words: str = "a photo of a"
+
+    name: ClassVar[str] = "maple"
+    title: ClassVar[str] = "MaPLe"
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
+    extensions: ClassVar[str] = (
+        "sets that leave out block 1, have gaps or differ between the towers; published are blocks "
+        "1 to one depth of both"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.vision:
+            raise UserError(
+                "maple projects text prompts into the vision tower; name vision blocks, or take "
+                "ivlp for prompts in the text tower alone"
+            )
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Put prompts into the first three quarters of the shallower tower: 9 blocks of 12."""
+        blocks = blocks_to(max(1, round(0.75 * min(depths.values()))))
+        return cls(blocks, blocks, **options)

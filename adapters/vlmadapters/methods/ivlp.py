@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.clip.walk import State
 from vlmadapters.data.task import Task
-from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import IVLPConfig, split_words
-from vlmadapters.methods.context import word_vectors
-from vlmadapters.methods.deep import append, check_appends, prompt_state
+from vlmadapters.methods.configs import IVLPConfig
+from vlmadapters.methods.deep import DeepPrompts, drawn_prompts, with_fitting_words
 from vlmadapters.methods.official import check_keys, check_settings
 
-STD = 0.02
 FIRST = {"vision": "image_encoder.VPT", "text": "prompt_learner.ctx"}
 ENCODERS = {"vision": "image_encoder", "text": "text_encoder"}
 OFFICIAL = re.compile(
@@ -32,13 +27,8 @@ OFFICIAL = re.compile(
 )
 
 
-class IVLP(Method):
+class IVLP(DeepPrompts):
     """Free prompt vectors at chosen blocks; nothing couples towers or blocks.
-
-    At a chosen text block, tokens 1..n of every class prompt are overwritten by the block's
-    vectors; at block 1 they receive positional embeddings like words. At the first chosen vision
-    block, its vectors are appended to the tokens, at block 1 through the tower's input norm; at
-    later ones they overwrite those appended. Other blocks carry the tokens on.
 
     Args:
         config: Blocks, numbers of prompts, words.
@@ -51,38 +41,19 @@ class IVLP(Method):
     config: IVLPConfig
 
     def __init__(self, config: IVLPConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:
-        super().__init__(config)
-        if config.vision:
-            check_appends(backbone, config.title)
+        super().__init__(config, backbone)
         generator = torch.Generator().manual_seed(seed)
+        widths = {name: walk.tower.width for name, walk in backbone.walks.items()}
+        self.vision = drawn_prompts(
+            config.vision, config.vision_length, widths["vision"], generator
+        )
+        self.text = drawn_prompts(config.text, config.text_length, widths["text"], generator)
+        self.start_from_words(self.text, backbone)
 
-        def drawn(tower: str) -> nn.ParameterDict:
-            size = getattr(config, f"{tower}_length"), backbone.walks[tower].tower.width
-            blocks = getattr(config, tower)
-            draws = [torch.empty(size).normal_(0, STD, generator=generator) for _ in blocks]
-            return nn.ParameterDict(dict(zip(map(str, blocks), map(nn.Parameter, draws))))
-
-        self.vision, self.text = drawn("vision"), drawn("text")
-        if 1 in config.text and config.words:
-            words = word_vectors(backbone, split_words(config.words), config.text_length)
-            self.text["1"] = nn.Parameter(words)
-
-    def prepare(self, backbone: Backbone, task: Task) -> Any:
-        """Return the state of the class prompts at the first chosen text block."""
-        if not self.config.text:
-            return super().prepare(backbone, task)
-        start, length = self.first(backbone, "text"), self.config.text_length
-        return prompt_state(backbone, task.class_names, self.config.words, length, start)
-
-    def before(self, x: Tensor, tower: str, block: int, state: State) -> Tensor:
-        """Return the tokens that enter a block, with the block's prompts among them."""
-        if block not in getattr(self.config, tower):
-            return x
-        prompts = getattr(self, tower)[str(block)]
-        if tower == "vision":
-            return append(x, prompts, block, state)
-        written: Tensor = state.note.write(x, prompts, block)
-        return written
+    def vectors(self, tower: str, block: int) -> Tensor:
+        """Return the prompts of a chosen block, (prompt, width)."""
+        found: Tensor = getattr(self, tower)[str(block)]
+        return found
 
     def official_names(self) -> dict[str, str]:
         """Return our parameter names to those of the authors' checkpoints."""
@@ -93,12 +64,6 @@ class IVLP(Method):
             for tower in ENCODERS
             for block in getattr(self.config, tower)
         }
-
-    @classmethod
-    def is_official_key(cls, key: str) -> bool:
-        """Whether a key of the authors' checkpoints is a prompt; the others are the backbone's."""
-        learner = key.startswith("prompt_learner.") and "token_" not in key
-        return learner or OFFICIAL.fullmatch(key) is not None
 
     @classmethod
     def config_of_official(
@@ -118,5 +83,4 @@ class IVLP(Method):
             check_settings(config, found, where)
             return config
         made = cls.Config(**found)
-        fits = made.text_length <= len(split_words(made.words))
-        return made if fits else replace(made, words="")
+        return with_fitting_words(made, made.text_length)

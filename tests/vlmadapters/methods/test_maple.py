@@ -1,0 +1,145 @@
+"""MaPLe against IVLP with the same vectors, its records, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+import torch
+from backbones import shared_backbone, some_images
+from stepping import TASK, assert_same_step, first_step
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.savings import Savings
+from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.methods.configs import IVLPConfig, MaPLeConfig
+from vlmadapters.methods.ivlp import IVLP
+from vlmadapters.methods.maple import MaPLe
+from vlmadapters.training.recipes import load_recipe
+from vlmlayers.errors import UserError
+
+CONFIGS = [
+    MaPLeConfig((1, 2, 3), (1, 2, 3)),
+    MaPLeConfig((1,), (1,), length=3),
+    MaPLeConfig((2, 3), (1, 3), length=5, words=""),
+    MaPLeConfig((3,), ()),
+]
+
+
+def built(config: Any, savings: Savings | None = None, seed: int = 3) -> Any:
+    model = shared_backbone()
+    backbone = Backbone(model.clip, savings, model.tokenizer)
+    kind = MaPLe if isinstance(config, MaPLeConfig) else IVLP
+    return kind.build(config, backbone, TASK, seed), backbone
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
+def test_features_are_those_of_free_prompts_with_the_projected_vectors(config: MaPLeConfig) -> None:
+    method, backbone = built(config)
+    lengths = {"vision_length": config.length, "text_length": config.length}
+    free, _ = built(IVLPConfig(config.vision, config.text, words=config.words, **lengths))
+    with torch.no_grad():
+        for block in config.text:
+            free.text[str(block)].copy_(method.prompts[str(block)])
+        for block in config.vision:
+            linear = method.projections[str(block)]
+            vectors = method.prompts[str(block)] @ linear.weight.t() + linear.bias
+            free.vision[str(block)].copy_(vectors)
+        start = method.first(backbone, "vision")
+        images = backbone.images(some_images(shared_backbone()), [start])[start]
+        for one, other in (
+            (method.image_features(backbone, images), free.image_features(backbone, images)),
+            *[[m.class_features(backbone, m.prepare(backbone, TASK)) for m in (method, free)]],
+        ):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
+def test_savings_change_neither_loss_nor_gradients(config: MaPLeConfig) -> None:
+    saved, plain = (first_step(*built(config, savings)) for savings in (None, Savings.none()))
+    assert_same_step(saved, plain)
+    assert saved.keys() == {"loss", *dict(built(config)[0].named_parameters())}
+
+
+def test_vectors_that_only_a_projection_reads_are_no_prompts_of_the_text() -> None:
+    method, backbone = built(MaPLeConfig((1, 2), (1,)))
+    classes = method.prepare(backbone, TASK)
+    with torch.no_grad():
+        before = method.class_features(backbone, classes)
+        method.prompts["2"].add_(1)
+        assert torch.equal(method.class_features(backbone, classes), before)
+
+
+def test_later_projections_start_from_one_draw_and_block_1_from_words() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    method, backbone = built(CONFIGS[0])
+    assert torch.equal(before, torch.get_rng_state())
+    first, second, third = (method.projections[block].weight for block in "123")
+    assert torch.equal(second, third)
+    assert not torch.equal(first, second)
+    assert float(first.abs().max()) <= 32**-0.5
+    ids = backbone.tokens(["a photo"])[0, 1:3]
+    assert torch.equal(method.prompts["1"], backbone.clip.token_embedding.weight[ids])
+
+
+def test_the_published_placement_has_the_published_number_of_parameters() -> None:
+    config = load_recipe("published", "maple").method
+    assert isinstance(config, MaPLeConfig)
+    assert config == MaPLeConfig.published({"vision": 12, "text": 12})
+    blocks = len(config.vision)
+    assert blocks * (config.length * 512 + 512 * 768 + 768) == 3_555_072
+    assert MaPLeConfig.published({"vision": 24, "text": 4}).placement == "v1-3,t1-3"
+
+
+def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
+    model = shared_backbone()
+    for config in CONFIGS[:2]:
+        method, _ = built(config)
+        path = save_method(tmp_path / "ours", method, model, TASK)
+        theirs = save_official(tmp_path / "theirs.pth.tar", method)
+        for found in (load_method(path, model), load_official(theirs, model, method="maple")):
+            assert found.config == config
+            for name, value in method.named_parameters():
+                assert torch.equal(found.get_parameter(name), value)
+    uncoupled, _ = built(CONFIGS[2])
+    theirs = save_official(tmp_path / "theirs.pth.tar", uncoupled)
+    assert load_official(theirs, model, CONFIGS[2]).config == CONFIGS[2]
+
+
+def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
+    model, (method, _) = shared_backbone(), built(CONFIGS[0])
+    path = save_official(tmp_path / "a.pth.tar", method)
+    with pytest.raises(UserError, match=r"has vision \(1, 2, 3\), asked for is \(1, 2\)"):
+        load_official(path, model, MaPLeConfig((1, 2), (1, 2)))
+    with pytest.raises(UserError, match="length 2, asked for is 4"):
+        load_official(path, model, MaPLeConfig((1, 2, 3), (1, 2, 3), length=4))
+    with pytest.raises(UserError, match=r"another method than IVLP: .* prompt_learner\."):
+        load_official(path, model, method="ivlp")
+    free, _ = built(IVLPConfig((1,), (1,)))
+    path = save_official(tmp_path / "b.pth.tar", free)
+    with pytest.raises(UserError, match=r"another method than MaPLe: it holds image_encoder.VPT"):
+        load_official(path, model, method="maple")
+    torch.save({"prompt_learner.ctx": torch.zeros(2, 32)}, path)
+    with pytest.raises(UserError, match="another method than MaPLe: it holds no projection"):
+        load_official(path, model, method="maple")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"text": (1,)}, "name vision blocks, or take ivlp"),
+        ({"vision": (1,), "length": 0}, "length takes a whole number from 1, not 0"),
+    ],
+)
+def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        MaPLeConfig(**settings)
+
+
+def test_the_recorded_runs_are_followed(shared_golden: Path) -> None:
+    checks = list(golden.replay(shared_golden / "methods" / "maple_tiny.npz"))
+    assert len({check.variant for check in checks}) == 4
+    assert not [check for check in checks if not check.passed]
