@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their checksums, and locks on folders."""
+"""Files that appear whole or not at all, checksums, locks, and a model folder's weights."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ try:
 except ImportError:  # not on Windows, where two processes on one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
+# Names that open_clip, timm and Hugging Face save weights under, in the order they are looked for.
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 DRAFTS = "*.part"  # what a process that was killed while it wrote leaves behind
 
 
@@ -72,6 +84,25 @@ def checksum(content: str | bytes | Iterable[str | bytes | memoryview]) -> str:
     for part in (content,) if isinstance(content, str | bytes) else content:
         digest.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
     return digest.hexdigest()
+
+
+def find_weights(folder: Path) -> Path:
+    """Return the file of a model folder that holds its weights.
+
+    Raises:
+        UserError: There is none, or several of which no name is known.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+    if len(found) == 1:
+        return found[0]
+    several = f" ({', '.join(file.name for file in found[:3])}, …)" if found else ""
+    raise UserError(
+        f"{folder} holds {'several weights' if found else 'no weights'}{several}, none named "
+        f"{WEIGHTS[0]} or {WEIGHTS[2]}; name the file with --pretrained FILE (pretrained=)"
+    )
 
 
 def file_checksum(file: Path) -> str:

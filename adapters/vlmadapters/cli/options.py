@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmlayers.cli.options import Weights
 from vlmlayers.errors import UserError, check_one_of
 
 Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
@@ -17,17 +18,11 @@ Method = Annotated[
 Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
 
 
-def load_backbone(model: str, pretrained: str | None, random_weights: bool, device: str) -> Any:
+def load_backbone(model: str, weights: Weights, device: str) -> Any:
     """Load the model that the arguments name; `auto` takes a GPU where there is one."""
-    from vlmadapters.device import local_device
     from vlmlayers.models import load_model
 
-    return load_model(
-        model,
-        pretrained,
-        random_weights=random_weights,
-        device=local_device() if device == "auto" else device,
-    )
+    return load_model(model, **weights.arguments(), device=device)
 
 
 def read_recipes(name: str, settings: list[str], methods: Sequence[str]) -> list[Any]:

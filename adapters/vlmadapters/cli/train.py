@@ -23,22 +23,24 @@ from vlmlayers.cli.options import (
     Device,
     Model,
     PresentOnly,
-    Pretrained,
     Quiet,
-    RandomWeights,
     SkipUnreadable,
+    Weights,
+    with_weights,
 )
 from vlmlayers.errors import UserError
 
 __all__ = ["evaluate", "train", "validate"]
 
 
+@with_weights
 def train(
     model: Model,
     datasets: Annotated[
         list[str], typer.Argument(help="Datasets trained on: names, TOML files or image folders.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of cells, adapters and results.csv.")],
+    weights: Weights,
     protocol: Annotated[
         str, typer.Option(help="base-to-novel, few-shot, cross-dataset or domain-generalization.")
     ] = "base-to-novel",
@@ -82,8 +84,6 @@ def train(
         ),
     ] = None,
     together: Annotated[int, typer.Option(help="Placements trained side by side.")] = 12,
-    pretrained: Pretrained = None,
-    random_weights: RandomWeights = False,
     device: Device = "auto",
     limit: Limit = 0,
     workers: Workers = 0,
@@ -115,7 +115,7 @@ def train(
     from vlmadapters.training import processes
 
     with processes.process_group() as (rank, _):
-        loaded = load_backbone(model, pretrained, random_weights, device)
+        loaded = load_backbone(model, weights, device)
         experiment = Experiment(
             protocol,
             loaded,
@@ -136,9 +136,11 @@ def train(
         typer.echo(f"results {out / 'results.csv'}")
 
 
+@with_weights
 def evaluate(
     model: Model,
     datasets: Annotated[list[str], typer.Argument(help="Datasets tested.")],
+    weights: Weights,
     out: Annotated[Path | None, typer.Option(help="results.csv to write.")] = None,
     adapter: Annotated[
         list[Path] | None,
@@ -158,8 +160,6 @@ def evaluate(
         float,
         typer.Option(help="Scale of an adapter in the authors' layout, which does not store it."),
     ] = 0.001,
-    pretrained: Pretrained = None,
-    random_weights: RandomWeights = False,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     limit: Limit = 0,
@@ -174,7 +174,7 @@ def evaluate(
     from vlmadapters.protocols.trained import evaluate_methods
     from vlmlayers.files import atomically
 
-    loaded = load_backbone(model, pretrained, random_weights, device)
+    loaded = load_backbone(model, weights, device)
     adapters = {path: _trained(path, loaded, method, scale) for path in adapter or []}
     table = evaluate_methods(
         loaded,

@@ -21,14 +21,15 @@ from vlmlayers.cli.options import (
     Device,
     Model,
     PresentOnly,
-    Pretrained,
     Quiet,
-    RandomWeights,
     SkipUnreadable,
+    Weights,
+    with_weights,
 )
 from vlmlayers.errors import UserError
 
 
+@with_weights
 def validate(
     model: Model,
     datasets: Annotated[
@@ -37,6 +38,7 @@ def validate(
     out: Annotated[
         Path, typer.Option(help="Folder of validation.csv and the cells; a run folder will do.")
     ],
+    weights: Weights,
     choice: Annotated[
         Path | None,
         typer.Option(help="A choice.json, or a run folder, whose scores are then read as well."),
@@ -67,8 +69,6 @@ def validate(
     seeds: Annotated[str, typer.Option(help="Seeds, as in 1,2,3.")] = "1,2,3",
     random_count: Annotated[int, typer.Option(help="Random placements of equal size.")] = 3,
     together: Annotated[int, typer.Option(help="Placements trained side by side.")] = 12,
-    pretrained: Pretrained = None,
-    random_weights: RandomWeights = False,
     device: Device = "auto",
     limit: Limit = 0,
     workers: Workers = 0,
@@ -92,7 +92,7 @@ def validate(
     find_datasets(datasets, data_root)
     from vlmadapters.validation.validate import validate as run
 
-    loaded = load_backbone(model, pretrained, random_weights, device)
+    loaded = load_backbone(model, weights, device)
     found = run(
         loaded,
         chosen,

@@ -12,11 +12,11 @@ from vlmlayers.cli.options import (
     Device,
     Model,
     PresentOnly,
-    Pretrained,
     Quiet,
-    RandomWeights,
     Settings,
     SkipUnreadable,
+    Weights,
+    with_weights,
 )
 from vlmlayers.errors import UserError
 from vlmlayers.runs import is_first_process
@@ -36,12 +36,12 @@ def models(
     typer.echo(models_text(names or None, check=check))
 
 
+@with_weights
 def extract(
     model: Model,
     datasets: Annotated[list[str], typer.Argument(help="Names, TOML files or image folders.")],
     out: Annotated[Path, typer.Option(help="Run folder.")],
-    pretrained: Pretrained = None,
-    random_weights: RandomWeights = False,
+    weights: Weights,
     adapter: Annotated[
         Path | None,
         typer.Option(help="Trained adapter; the features are those of the adapted model."),
@@ -49,7 +49,7 @@ def extract(
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "train",
     items: Annotated[int, typer.Option(help="Items per dataset, 0 for all.")] = 0,
     text: Annotated[str, typer.Option(help="prompts or captions.")] = "prompts",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "fp32",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,
     workers: Annotated[int, typer.Option(help="Decoding processes.")] = 0,
@@ -85,8 +85,7 @@ def extract(
     made = study_of(
         model,
         datasets,
-        pretrained=pretrained,
-        random_weights=random_weights,
+        weights.arguments(),
         adapter=adapter,
         seed=seed,
         split=split,

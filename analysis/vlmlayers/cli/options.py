@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from vlmlayers.errors import UserError
 
 Model = Annotated[
     str,
     typer.Argument(
         help="Architecture, mini-clip, or a folder with open_clip_config.json and weights."
     ),
-]
-Pretrained = Annotated[str | None, typer.Option(help="Tag or checkpoint file.")]
-RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="An untrained model; every output says so.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 DataRoot = Annotated[
@@ -40,3 +42,65 @@ Settings = Annotated[
         "--set", "-s", metavar="KEY=VALUE", help="An option of the rule or of scoring; repeatable."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights a model gets, how images are prepared for them, and at what size."""
+
+    pretrained: Annotated[str | None, typer.Option(help="Tag, or a file of weights.")] = None
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="An untrained model; every output says so.")
+    ] = False
+    like: Annotated[
+        str | None, typer.Option(metavar="TAG", help="Tag that a file was trained like.")
+    ] = None
+    mean: Annotated[
+        str | None, typer.Option(help="Mean of the channels, as in 0.5,0.5,0.5, for a file.")
+    ] = None
+    std: Annotated[str | None, typer.Option(help="Their standard deviation, likewise.")] = None
+    interpolation: Annotated[str | None, typer.Option(help="bicubic or bilinear.")] = None
+    resize_mode: Annotated[str | None, typer.Option(help="shortest, longest or squash.")] = None
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the images, where it is not the model's own.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `load_model` that were given.
+
+        Raises:
+            UserError: Mean or standard deviation are no numbers.
+        """
+        found = {key: value for key, value in asdict(self).items() if value not in (None, False)}
+        for key in {"mean", "std"} & set(found):
+            try:
+                found[key] = [float(number) for number in found[key].split(",")]
+            except ValueError:
+                raise UserError(
+                    f"--{key} {found[key]!r} is not three numbers such as 0.5,0.5,0.5"
+                ) from None
+        return found
+
+
+def with_weights(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options of `Weights` in place of its parameter `weights`."""
+
+    @wraps(verb)
+    def run(**given: Any) -> None:
+        own = {part.name: given.pop(part.name) for part in fields(Weights)}
+        verb(**given, weights=Weights(**own))
+
+    hints = get_type_hints(Weights, include_extras=True)
+    signature = inspect.signature(verb, eval_str=True)
+    parameters = []
+    for parameter in signature.parameters.values():
+        if parameter.name != "weights":
+            parameters.append(parameter)
+            continue
+        parameters += [
+            parameter.replace(name=part.name, annotation=hints[part.name], default=part.default)
+            for part in fields(Weights)
+        ]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

@@ -26,18 +26,6 @@ from vlmlayers.errors import UserError, one_line
 from vlmlayers.models.archives import is_archive, read_archive
 
 LOG = logging.getLogger("vlmlayers")
-# Names that open_clip, timm and Hugging Face save weights under, in the order they are looked for.
-NAMES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.pth",
-    "model.pth",
-)
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _POSITIONS = (
     "visual.positional_embedding",
@@ -77,25 +65,6 @@ class Checkpoint:
     def openai(self) -> bool:
         """Whether these are OpenAI's own weights, which alone carry their sizes as tensors."""
         return set(OPENAI_SIZES) <= set(self.state)
-
-
-def find_weights(folder: Path) -> Path:
-    """Return the file of a model folder that holds its weights.
-
-    Raises:
-        UserError: There is none, or several of which no name is known.
-    """
-    for name in NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
-    if len(found) == 1:
-        return found[0]
-    several = f" ({', '.join(file.name for file in found[:_SHOWN])}, …)" if found else ""
-    raise UserError(
-        f"{folder} holds {'several weights' if found else 'no weights'}{several}, none named "
-        f"{NAMES[0]} or {NAMES[2]}; name the file with --pretrained FILE (pretrained=)"
-    )
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -15,14 +15,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from torch import nn
 
 from vlmlayers.errors import UserError, check_one_of, one_line
+from vlmlayers.files import WEIGHT_SUFFIXES, find_weights
 from vlmlayers.models.build import ImageSize, build_clip, read_config
-from vlmlayers.models.checkpoints import (
-    SUFFIXES,
-    Checkpoint,
-    find_weights,
-    load_checkpoint,
-    read_checkpoint,
-)
+from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
 from vlmlayers.models.devices import PRECISIONS
 from vlmlayers.models.preprocessing import (
     check_settings,
@@ -244,7 +239,7 @@ def _weights(
     file = Path(asked).expanduser()
     if file.is_file():
         return None, file
-    if checkpoint is None and tags and file.suffix not in SUFFIXES and len(file.parts) == 1:
+    if checkpoint is None and tags and file.suffix not in WEIGHT_SUFFIXES and len(file.parts) == 1:
         check_one_of("pretrained tag", str(asked), tags, where=f"model {source.name}")
     hint = "" if tags else f"; {source.name} has no tags, its weights are named by a file"
     raise UserError(f"checkpoint {asked} does not exist{hint}")

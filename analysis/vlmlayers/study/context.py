@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
+from vlmlayers.files import find_weights
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.runs import Run, file_mark, read_json, versions
 from vlmlayers.selection import LayerChoice
@@ -145,16 +145,20 @@ class StageContext:
         """Return the arguments of `load_model`, with paths resolved."""
         part = self.part
         name = str(self._path(part.path)) if part.path else part.name
-        files = {
-            key: None if value is None else str(self._path(value, required=False))
-            for key, value in (("config", part.config), ("checkpoint", part.checkpoint))
-        }
-        return {
-            "name": name,
-            "pretrained": part.pretrained,
-            **files,
-            "random_weights": part.random_weights,
-        }
+        found = part.model_dump(exclude={"name", "path", "adapter", "label"}, exclude_none=True)
+        files = {key: str(path) for key, path in self._model_files().items()}
+        return {"name": name, **found, **files}
+
+    def _model_files(self) -> dict[str, Path]:
+        """Return the files that the model's table names, by key; they need not exist.
+
+        `pretrained` is a file where there is one of that name, else a tag.
+        """
+        named = {key: getattr(self.part, key) for key in ("config", "checkpoint", "pretrained")}
+        found = {key: self._path(text, required=False) for key, text in named.items() if text}
+        if "pretrained" in found and not found["pretrained"].is_file():
+            del found["pretrained"]
+        return found
 
     def _path(self, text: str, required: bool = True, what: str = "model folder") -> Path:
         places = self._places(text)
@@ -177,24 +181,23 @@ class StageContext:
 
     def model_fingerprint(self) -> dict[str, Any]:
         """Return what identifies the weights without loading them."""
-        arguments = self.model_arguments()
-        files = [Path(str(arguments[key])) for key in ("checkpoint", "config") if arguments[key]]
+        arguments, files = self.model_arguments(), self._model_files()
         folder = Path(arguments["name"])
-        if self.part.path and folder.is_dir():
-            files += sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors"))
-        if arguments["name"] == "mini-clip":
-            shipped = Path(__file__).parents[1] / "models" / "mini_clip"
-            files += sorted(shipped.glob("*.json")) + sorted(shipped.glob("*.safetensors"))
+        inside = folder if self.part.path else None
+        if folder.name == "mini-clip":
+            inside = Path(__file__).parents[1] / "models" / "mini_clip"
+        if inside is not None and inside.is_dir():
+            files |= {path.name: path for path in sorted(inside.glob("*.json"))}
+            if not {"pretrained", "checkpoint"} & set(arguments) and not self.part.random_weights:
+                files["weights"] = find_weights(inside)
         if self.part.adapter:
-            files.append(self._path(self.part.adapter, what="adapter"))
-        names = {
-            key: value for key, value in arguments.items() if key not in ("config", "checkpoint")
-        }
+            files["adapter"] = self._path(self.part.adapter, what="adapter")
+        names = {key: value for key, value in arguments.items() if key not in files}
         names["name"] = folder.name
         known = versions()
         return {
             **names,
-            "files": {path.name: file_mark(path) for path in files},
+            "files": {key: file_mark(path) for key, path in files.items()},
             "open_clip": known.get("open_clip_torch"),
             "torch": known.get("torch"),
         }
@@ -205,24 +208,12 @@ class StageContext:
             from vlmlayers.models import load_model
 
             self.echo(f"loading {self.part.title}")
-            self._model = load_model(**self.model_arguments(), device=self.resolved_device())
+            device = self.device or self.study.extract.device
+            self._model = load_model(**self.model_arguments(), device=device)
             if self.part.adapter:
                 attach = _attacher(self.part.adapter)
                 self._model = attach(self._model, self._path(self.part.adapter, what="adapter"))
         return self._model
-
-    def resolved_device(self) -> str:
-        """Return the device to run on; `auto` takes a GPU where there is one.
-
-        Under `torchrun` each process of a machine takes a GPU of its own.
-        """
-        device = self.device or self.study.extract.device
-        if device == "auto":
-            from vlmlayers.models import load
-
-            device = "cuda" if load.torch.cuda.is_available() else "cpu"
-        own = os.environ.get("LOCAL_RANK")
-        return f"cuda:{own}" if device == "cuda" and own else device
 
     def features(self) -> Iterator[LayerFeatures]:
         """Yield the stored features, dataset by dataset; needs no torch.

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import WEIGHT_SUFFIXES
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.stages import offered
 
@@ -41,8 +42,11 @@ def _check_model(context: StageContext) -> None:
     if name and not Path(name).is_dir():
         check_one_of("model", name, _known())
     for key in ("config", "checkpoint"):
-        if arguments[key] is not None and not Path(arguments[key]).is_file():
+        if key in arguments and not Path(arguments[key]).is_file():
             raise UserError(f"{key} {arguments[key]} of model {context.part.title} does not exist")
+    weights = Path(arguments.get("pretrained", "."))
+    if (weights.suffix in WEIGHT_SUFFIXES or len(weights.parts) > 1) and not weights.is_file():
+        raise UserError(f"pretrained {weights} of model {context.part.title} does not exist")
 
 
 def _known() -> list[str]:

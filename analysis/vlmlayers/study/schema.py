@@ -32,12 +32,18 @@ class ModelPart(Options):
 
     Attributes:
         name: open_clip architecture, `mini-clip`, or `local` with `config` and `checkpoint`.
-        path: Folder with `open_clip_config.json` and `model.safetensors`, instead of a name;
-            relative to the study file, else to the data root.
-        pretrained: Tag of the hub, or path of a checkpoint.
+        path: Folder with `open_clip_config.json` and weights, instead of a name; relative to the
+            study file, else to the data root.
+        pretrained: Tag of the hub, or a file of weights.
         config: Configuration file for `local`.
-        checkpoint: Weights for `local`.
+        checkpoint: A file of weights.
         random_weights: Use an untrained model; every output says so.
+        like: Tag that a file of weights was trained like.
+        mean: Mean of the images' channels, one number or three; goes before what is known.
+        std: Their standard deviations, likewise.
+        interpolation: `bicubic` or `bilinear`, likewise.
+        resize_mode: `shortest`, `longest` or `squash`, likewise.
+        image_size: Side, or height and width, of the images in place of the model's own.
         adapter: Trained adapter to attach: features are those of the adapted model.
         label: Name of the run folder where a study has several models.
     """
@@ -48,6 +54,12 @@ class ModelPart(Options):
     config: str | None = None
     checkpoint: str | None = None
     random_weights: bool = False
+    like: str | None = None
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
+    interpolation: str | None = None
+    resize_mode: str | None = None
+    image_size: int | tuple[int, int] | None = None
     adapter: str = ""
     label: str = ""
 
@@ -90,7 +102,7 @@ class ExtractPart(Options):
         text: `prompts` or `captions`.
         batch_size: Items per forward pass.
         workers: Decoding processes.
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: `fp32`, `bf16` or `fp16`; `auto` takes what suits the device.
         device: `cpu`, `cuda`, …; `auto` takes a GPU where there is one.
         skip_unreadable: Leave unreadable images out instead of stopping.
     """
@@ -104,7 +116,7 @@ class ExtractPart(Options):
     text: Literal["prompts", "captions"] = "prompts"
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=0, ge=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     skip_unreadable: bool = False
 

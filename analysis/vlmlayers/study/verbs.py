@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from vlmlayers.study.schema import DEFAULT_METRICS, Study, check_study
 def study_of(
     model: str,
     datasets: Sequence[str],
+    weights: Mapping[str, Any],
     *,
-    pretrained: str | None,
-    random_weights: bool,
     adapter: Path | None,
     seed: int,
     **extraction: Any,
@@ -27,8 +26,7 @@ def study_of(
     Args:
         model: Architecture, or a folder with a model.
         datasets: Names, TOML files or image folders.
-        pretrained: Tag or checkpoint file.
-        random_weights: Whether the model is untrained.
+        weights: Which weights it gets; keyword arguments of `load_model`.
         adapter: Trained adapter to attach.
         seed: Seed of the draw of items.
         **extraction: Keys of the table `[extract]`.
@@ -36,8 +34,7 @@ def study_of(
     local = Path(model).is_dir()
     part = {
         "path" if local else "name": str(Path(model).resolve()) if local else model,
-        "pretrained": pretrained,
-        "random_weights": random_weights,
+        **weights,
         "adapter": str(adapter.resolve()) if adapter else "",
     }
     content = {"models": [part], "datasets": datasets, "seed": seed, "extract": extraction}
