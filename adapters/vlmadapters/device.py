@@ -1,107 +1,30 @@
-"""The device of a process, the precision it computes in, and the memory that is left."""
+"""The precision that training and testing compute in; devices and memory are known below."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from vlmlayers.arguments import PRECISIONS
-from vlmlayers.errors import UserError, check_one_of
-
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def local_device() -> str:
-    """Return the device of this process: its own GPU, the only GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return "cpu"
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return the precision that a run computes in: `fp32`, `fp16` or `bf16`.
-
-    `auto` is fp32 on a CPU and fp16 on a GPU, in which the recipes were published: bfloat16 keeps
-    eight bits, and what an adapter of scale 0.001 adds to a block is mostly lost in them.
-
-    Raises:
-        UserError: The device does not compute in that precision, or only emulates it.
-    """
-    check_one_of("precision", precision, PRECISIONS)
-    on_gpu = device.type == "cuda"
-    if precision == "auto":
-        return "fp16" if on_gpu else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
-    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
-        raise UserError(
-            f"{torch.cuda.get_device_name(device)} only emulates bf16, slowly; use fp16 or fp32"
-        )
-    return precision
+from vlmlayers.errors import UserError
+from vlmlayers.models.devices import resolve_precision
 
 
 def precision_of(
     precision: str, device: torch.device
 ) -> tuple[Callable[[], AbstractContextManager[Any]], Any]:
-    """Return a function that opens the autocast context, and the gradient scaler."""
+    """Return a function that opens the autocast context, and the gradient scaler.
+
+    Raises:
+        UserError: The device does not compute in that precision; losses are scaled on GPUs only.
+    """
     found = resolve_precision(precision, device)
+    if found == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
     scaler = torch.amp.GradScaler(device.type, enabled=found == "fp16")
     if found == "fp32":
         return nullcontext, scaler
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[found]
     return lambda: torch.autocast(device.type, dtype=dtype), scaler
-
-
-@contextmanager
-def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
-    """Turn a device's running out of memory into a UserError that says what to do.
-
-    Args:
-        device: The device.
-        advice: What takes less, such as `lower batch_size (16)`.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        free = available_memory(device) / 1e9
-        raise UserError(
-            f"{device} ran out of memory ({free:.1f} GB of it are free now); {advice}"
-        ) from error
-
-
-def available_memory(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device; huge where nothing says.
-
-    On a GPU that includes what torch has reserved and not given to a tensor.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + cached)
-    return min(_machine_memory(), _cgroup_memory())
-
-
-def _machine_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line[:13] == "MemAvailable:")
-    except (OSError, StopIteration):  # not Linux: what is free, without what caches could give
-        if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-            return 1 << 62
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _cgroup_memory() -> int:
-    """Return what the container may still take: its limit less what it cannot give back."""
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 1 << 62  # no container, or one without a limit, whose file says "max"
-    return limit - used + int(stat.get("inactive_file", 0))

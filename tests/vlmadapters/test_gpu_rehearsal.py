@@ -26,7 +26,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import class_logits
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
-from vlmadapters.device import available_memory, memory_errors, precision_of, resolve_precision
+from vlmadapters.device import precision_of
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.mma import module as mma
@@ -34,6 +34,7 @@ from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import Adapter
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
+from vlmlayers.models.devices import available_memory, memory_errors, resolve_precision
 from vlmlayers.models.towers import find_towers
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.1)

@@ -19,10 +19,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from vlmadapters.data.augmentation import Augmentation
-from vlmadapters.device import available_memory
 from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.models.devices import available_memory
 
 T = TypeVar("T")
 KEEP_BYTES, KEEP_SHARE = 2 << 30, 4

@@ -16,11 +16,12 @@ from torch import Tensor
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
-from vlmadapters.device import memory_errors, precision_of
+from vlmadapters.device import precision_of
 from vlmadapters.methods.base import Method
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
+from vlmlayers.models.devices import memory_errors
 from vlmlayers.progress import track
 
 Labels = NDArray[np.int64]

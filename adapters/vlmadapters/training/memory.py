@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
-from vlmadapters.device import available_memory
 from vlmadapters.methods.base import Method, Step
 from vlmlayers.errors import UserError
+from vlmlayers.models.devices import available_memory
 
 # What autograd keeps is measured; what a step needs beside it and gives back at once is not:
 # gradients on their way down, and the hidden layer of the block that is being computed.

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vlmadapters.device import local_device
 from vlmlayers.errors import UserError
+from vlmlayers.models.devices import resolve_device
 
 
 def launched() -> bool:
@@ -34,7 +34,7 @@ def process_group() -> Iterator[tuple[int, int]]:
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"  # the model may be on either
-        torch.cuda.set_device(torch.device(local_device()))
+        resolve_device("cuda")
     dist.init_process_group(backend)
     try:
         yield dist.get_rank(), dist.get_world_size()

@@ -22,7 +22,7 @@ from vlmadapters.clip.frozen import VIEW_BYTES, Backbone, ViewCache
 from vlmadapters.clip.walk import State
 from vlmadapters.data.images import Images, epoch_batches
 from vlmadapters.data.task import Task
-from vlmadapters.device import memory_errors, precision_of
+from vlmadapters.device import precision_of
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import FitData, Method, Step
 from vlmadapters.methods.config import MethodConfig
@@ -33,6 +33,7 @@ from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.state import load_training_state, save_training_state
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
+from vlmlayers.models.devices import memory_errors
 from vlmlayers.progress import bar
 
 DRAWS = 0xD5  # key of the random draws inside training steps

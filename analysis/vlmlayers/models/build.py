@@ -18,7 +18,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from vlmlayers.errors import UserError, one_line
-from vlmlayers.models.devices import resolve_device, told_of_memory
+from vlmlayers.models.devices import memory_errors, resolve_device
 from vlmlayers.models.hf_offline import text_config_offline
 
 ImageSize = int | tuple[int, int]
@@ -102,7 +102,7 @@ def build_clip(
             ) from error
     if place.type != "meta":
         timm = "timm_model_name" in settings["vision_cfg"]
-        with told_of_memory(place, "the weights do not fit; use another device or a smaller model"):
+        with memory_errors(place, "the weights do not fit; use another device or a smaller model"):
             try:
                 _set_model_device_and_precision(clip, place, precision, timm)
             except torch.OutOfMemoryError:

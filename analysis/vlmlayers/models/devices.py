@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from vlmlayers.arguments import PRECISIONS
 from vlmlayers.errors import UserError, check_one_of, one_line
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+CGROUP = Path("/sys/fs/cgroup")
 _CPU_IS_FULL = ("can't allocate memory", "not enough memory")  # torch has no type of error for it
 
 
@@ -40,34 +42,32 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return the precision that a name stands for on a device.
+    """Return the precision that a run computes in: `fp32`, `fp16` or `bf16`.
 
-    `auto` is fp32 on a CPU, bf16 on a GPU that has it in hardware, and fp16 on an older one.
+    `auto` is fp32 on a CPU and fp16 on a GPU, in which the recipes were published: bfloat16 keeps
+    eight bits, and what an adapter of scale 0.001 adds to a block is mostly lost in them.
 
     Raises:
-        UserError: There is no such precision.
+        UserError: There is no such precision, or the device only emulates it.
     """
-    check_one_of("precision", precision, ("auto", *PRECISIONS))
-    if precision != "auto":
-        return precision
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a GPU, with what torch holds for later use."""
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + cached)
+    check_one_of("precision", precision, PRECISIONS)
+    on_gpu = device.type == "cuda"
+    if precision == "auto":
+        return "fp16" if on_gpu else "fp32"
+    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} only emulates bf16, slowly; use fp16 or fp32"
+        )
+    return precision
 
 
 @contextmanager
-def told_of_memory(device: torch.device, advice: str) -> Iterator[None]:
-    """Turn running out of memory into one line that ends with what to do.
+def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
+    """Turn a device's running out of memory into a UserError that says what to do.
 
-    Raises:
-        UserError: Memory ran out within the context.
+    Args:
+        device: The device.
+        advice: What takes less, such as `lower batch_size (16)`.
     """
     try:
         yield
@@ -75,4 +75,40 @@ def told_of_memory(device: torch.device, advice: str) -> Iterator[None]:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not any(words in str(error) for words in _CPU_IS_FULL):
             raise
-        raise UserError(f"{device} is out of memory: {advice}") from error
+        free = available_memory(device) / 1e9
+        raise UserError(
+            f"{device} ran out of memory ({free:.1f} GB of it are free now); {advice}"
+        ) from error
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that can still be taken on a device; huge where nothing says.
+
+    On a GPU that includes what torch has reserved and not given to a tensor.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    return min(_machine_memory(), _cgroup_memory())
+
+
+def _machine_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line[:13] == "MemAvailable:")
+    except (OSError, StopIteration):  # not Linux: what is free, without what caches could give
+        if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+            return 1 << 62
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _cgroup_memory() -> int:
+    """Return what the container may still take: its limit less what it cannot give back."""
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1 << 62  # no container, or one without a limit, whose file says "max"
+    return limit - used + int(stat.get("inactive_file", 0))

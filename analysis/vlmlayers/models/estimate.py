@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import Moments
-from vlmlayers.models.devices import resolve_precision, told_of_memory
+from vlmlayers.models.devices import memory_errors, resolve_precision
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
 from vlmlayers.models.vlm import VLM
@@ -140,7 +140,7 @@ def measure_costs(
     batch = batch.to(model.device, model.input_dtype)
     advice = f"lower batch_size ({batch_size}; --batch-size), or take another device"
     precision = resolve_precision(precision, model.device)
-    with told_of_memory(model.device, advice), recorder, autocast(model.device, precision):
+    with memory_errors(model.device, advice), recorder, autocast(model.device, precision):
         features = recorder(batch)
         forward = min(_timed(lambda: recorder(batch))[1] for _ in range(repeats))
     rows = np.concatenate([x for by in features.values() for x in by.values()], axis=1)

@@ -14,11 +14,11 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
+from vlmlayers.arguments import PRECISIONS
 from vlmlayers.errors import UserError, check_one_of, one_line
 from vlmlayers.files import WEIGHT_SUFFIXES, find_weights
 from vlmlayers.models.build import ImageSize, build_clip, read_config
 from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
-from vlmlayers.models.devices import PRECISIONS
 from vlmlayers.models.preprocessing import (
     check_settings,
     of_file,
@@ -85,7 +85,7 @@ def load_model(
         UserError: Unknown name or tag (with the nearest), QuickGELU mismatch, no weights, weights
             that do not fit or would have to run code, an option that does not apply, or no network.
     """
-    check_one_of("precision", precision, PRECISIONS)
+    check_one_of("precision", precision, PRECISIONS[1:])
     source = _source(str(name), config)
     given = check_settings(
         {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode},

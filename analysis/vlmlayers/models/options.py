@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmlayers.arguments import PRECISIONS
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.models.devices import PRECISIONS
 from vlmlayers.positions import TOWERS
 
 TEXTS = ("prompts", "captions")
@@ -37,7 +37,7 @@ class ExtractOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_one_of("precision", self.precision, ("auto", *PRECISIONS))
+        check_one_of("precision", self.precision, PRECISIONS)
         check_one_of("text", self.text, TEXTS)
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; it has to be at least 1")

@@ -18,7 +18,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
 from vlmlayers.models.decoding import batches_of, decode, told_of_dead_workers
-from vlmlayers.models.devices import told_of_memory
+from vlmlayers.models.devices import memory_errors
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features, Recorder
@@ -194,7 +194,7 @@ class Work:
         device, size = self.model.device, self.options.batch_size
         kind = self.model.input_dtype if batch.is_floating_point() else None
         advice = f"lower batch_size ({size}; --batch-size), or take another device"
-        with told_of_memory(device, advice), autocast(device, self.options.precision):
+        with memory_errors(device, advice), autocast(device, self.options.precision):
             return recorder(batch.to(device, kind, non_blocking=True))
 
 

@@ -23,7 +23,6 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.data.fewshot import base_or_novel, few_shot
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
-from vlmadapters.device import available_memory
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import Adapter
@@ -34,6 +33,7 @@ from vlmadapters.training.state import STATE_FILE
 from vlmadapters.training.trainer import Trainer, TrainResult
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
+from vlmlayers.models.devices import available_memory
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.1)
 TRAIN = TrainConfig(lr=0.05, epochs=2, batch_size=4, shots=2)
@@ -190,7 +190,7 @@ def test_a_step_that_would_not_fit_is_refused_before_it_starts(
 def test_a_containers_limit_counts_as_memory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("vlmadapters.device.CGROUP", tmp_path)
+    monkeypatch.setattr("vlmlayers.models.devices.CGROUP", tmp_path)
     cpu = torch.device("cpu")
     free = available_memory(cpu)
     assert 1 << 20 < free < 1 << 50
