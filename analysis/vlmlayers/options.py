@@ -7,9 +7,10 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from vlmlayers.errors import UserError, nearest
 
@@ -26,6 +27,7 @@ NEEDED = {
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",
     "too_short": "at least {min_length}",
+    "tuple_type": "a list",
 }
 
 
@@ -58,13 +60,25 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str = "") ->
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problem = explain(error, model)
+        problem = _explain(error, model)
     except RecursionError:
         problem = "nested too deeply"
     raise UserError(f"{where}: {problem}" if where else problem)
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
+def typed(name: str, annotation: Any, value: Any) -> Any:
+    """Return a value as an annotation has it.
+
+    Raises:
+        UserError: It is of another type; says the name and what it takes.
+    """
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        raise UserError(_explain(error, name=name)) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel] | None = None, name: str = "") -> str:
     """Return one problem of a validation error in one line: an unknown name before all others.
 
     A misspelt name is also missing under its right spelling; the first message is the helpful one.
@@ -72,8 +86,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     problems = error.errors(include_url=False)
     first = min(problems, key=lambda one: one["type"] != "extra_forbidden")
     tail = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    place = ".".join(map(str, first["loc"]))[:120]
-    if first["type"] == "extra_forbidden":
+    place = name or ".".join(map(str, first["loc"]))[:120]
+    if first["type"] == "extra_forbidden" and model is not None:
         fields = _names(model, first["loc"][:-1])
         close = nearest(str(first["loc"][-1]), fields)
         hint = f"did you mean {close!r}?" if close else f"valid: {', '.join(fields)}"
@@ -146,7 +160,9 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Return `KEY=VALUE` words as options; values that read as JSON are taken as such.
+    """Return `KEY=VALUE` words as options.
+
+    A value that reads as JSON is taken as such, so is a list without its brackets: `1,2,3`.
 
     Raises:
         UserError: A word has no `=`.
@@ -156,8 +172,9 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UserError(f"--set {word!r} is not KEY=VALUE")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
+        found[key] = value
+        for text in (value, f"[{value}]") if "," in value else (value,):
+            with suppress(ValueError):
+                found[key] = json.loads(text)
+                break
     return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from vlmlayers.cli.options import Weights
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.options import typed
 
 Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
 Method = Annotated[
@@ -25,8 +27,8 @@ def load_backbone(model: str, weights: Weights, device: str) -> Any:
     return load_model(model, **weights.arguments(), device=device)
 
 
-def read_recipes(name: str, settings: list[str], methods: Sequence[str]) -> list[Any]:
-    """Return one recipe per method with the settings KEY=VALUE of the command line applied.
+def read_recipes(name: str, settings: Mapping[str, Any], methods: Sequence[str]) -> list[Any]:
+    """Return one recipe per method with some values set.
 
     A key is a field of the recipe, a saving, or a setting of a method; one that only some of the
     methods have is set for those.
@@ -34,62 +36,38 @@ def read_recipes(name: str, settings: list[str], methods: Sequence[str]) -> list
     from vlmadapters.training.recipes import load_recipe
 
     recipes = [load_recipe(name, method) for method in methods]
-    pairs = []
-    for setting in settings:
-        key, mark, text = setting.partition("=")
-        known = list(dict.fromkeys(key for one in recipes for key in _holders(one)))
+    known = list(dict.fromkeys(key for one in recipes for key in _holders(one)))
+    for key in settings:
         check_one_of("key", key, known, where="--set")
-        if not mark:
-            raise UserError(f"--set {setting!r} has no value; write KEY=VALUE")
-        pairs.append((key, text))
-    return [_with_settings(one, pairs) for one in recipes]
+    return [_with_settings(one, settings) for one in recipes]
 
 
-def read_recipe(name: str, settings: list[str], method: str = "mma") -> Any:
-    """Return a method's recipe with the settings KEY=VALUE of the command line applied."""
+def read_recipe(name: str, settings: Mapping[str, Any], method: str = "mma") -> Any:
+    """Return a method's recipe with some values set."""
     return read_recipes(name, settings, [method])[0]
 
 
 def _holders(recipe: Any) -> dict[str, Any]:
     """Return each key that can be set, to the record that holds its value."""
-    from dataclasses import fields
-
     train, savings = recipe.train, recipe.train.savings
     found = {f.name: train for f in fields(train) if f.name != "savings"}
     found |= {f.name: savings for f in fields(savings)}
     return found | {key: recipe.method for key in recipe.method.settings()}
 
 
-def _with_settings(recipe: Any, pairs: Sequence[tuple[str, str]]) -> Any:
-    from dataclasses import replace
-
-    holders = _holders(recipe)
-    values: dict[int, dict[str, Any]] = {}
-    for key, text in pairs:
+def _with_settings(recipe: Any, settings: Mapping[str, Any]) -> Any:
+    holders, savings = _holders(recipe), recipe.train.savings
+    values: dict[int, dict[str, Any]] = {
+        id(recipe.train): {},
+        id(savings): {},
+        id(recipe.method): {},
+    }
+    for key, value in settings.items():
         if key in holders:
-            of_holder = values.setdefault(id(holders[key]), {})
-            of_holder[key] = _value(key, text, getattr(holders[key], key))
-    savings = replace(recipe.train.savings, **values.get(id(recipe.train.savings), {}))
-    train = {**values.get(id(recipe.train), {}), "savings": savings}
-    return recipe.changed(train, values.get(id(recipe.method), {}))
-
-
-def _value(key: str, text: str, now: Any) -> Any:
-    """Read a value of the type that a key has now."""
-    if isinstance(now, str):
-        return text
-    if now is None:
-        raise UserError(f"--set {key} cannot be set on the command line; write a recipe file")
-    try:
-        if isinstance(now, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(now, tuple):
-            return tuple(type(now[0])(part) for part in text.split(","))
-        return int(text) if isinstance(now, int) else float(text)
-    except KeyError:
-        raise UserError(f"--set {key}={text}: write {key}=true or {key}=false") from None
-    except ValueError:
-        raise UserError(f"--set {key}={text}: {text!r} is not a number of the right kind") from None
+            kind = get_type_hints(type(holders[key]))[key]
+            values[id(holders[key])][key] = typed(f"--set {key}", kind, value)
+    train = {**values[id(recipe.train)], "savings": replace(savings, **values[id(savings)])}
+    return recipe.changed(train, values[id(recipe.method)])
 
 
 def find_datasets(names: Sequence[str], root: Path | None) -> None:

@@ -101,9 +101,10 @@ def train(
     `torchrun --nproc-per-node N -m vlmlayers train …`.
     """
     from vlmadapters.training.recipes import default_recipe
+    from vlmlayers.options import parse_settings
 
     names = method.replace(" ", "").split(",")
-    made = read_recipes(recipe or default_recipe(model), settings or [], names)
+    made = read_recipes(recipe or default_recipe(model), parse_settings(settings or []), names)
     configs = [
         config for one in made for config in read_placements(one.method, placement or [], choice)
     ]

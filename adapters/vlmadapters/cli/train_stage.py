@@ -38,7 +38,7 @@ class TrainPart(Options):
     targets: tuple[str, ...] = ()
     method: str | tuple[str, ...] = "mma"
     recipe: str = "published"
-    set: dict[str, int | float | str | bool] = Field(default_factory=dict)
+    set: dict[str, Any] = Field(default_factory=dict)
     placements: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3)
     together: int = 12
@@ -116,10 +116,9 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     from vlmadapters.protocols.experiment import Experiment
 
     local = Path(context.base) / part.recipe
-    settings = [f"{key}={value}" for key, value in part.set.items()]
     beside = part.recipe.endswith(".toml") and local.exists()
     name = str(local) if beside else part.recipe
-    recipes = [read_recipe(name, settings, method) for method in part.methods]
+    recipes = [read_recipe(name, part.set, method) for method in part.methods]
     named = [text for text in part.placements if text != CHOICE]
     choice = context.run.choice if CHOICE in part.placements else None
     sources = part.datasets or tuple(data.name for data in context.study.datasets)

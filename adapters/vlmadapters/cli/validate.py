@@ -86,8 +86,9 @@ def validate(
     table = _scores(choice, scores)
     from vlmadapters.training.recipes import default_recipe
     from vlmadapters.validation.competitors import DEFAULT_KINDS
+    from vlmlayers.options import parse_settings
 
-    made = read_recipe(recipe or default_recipe(model), settings or [], method)
+    made = read_recipe(recipe or default_recipe(model), parse_settings(settings or []), method)
     numbers = read_seeds(seeds)
     find_datasets(datasets, data_root)
     from vlmadapters.validation.validate import validate as run

@@ -64,7 +64,7 @@ def check(context: Any) -> None:
     from vlmadapters.cli.options import read_recipe
 
     part = validated(ValidatePart, context.options, "[validate]")
-    read_recipe(_recipe(context, part.recipe or "published"), _settings(part), part.method)
+    read_recipe(_recipe(context, part.recipe or "published"), part.set, part.method)
     if part.datasets is not None:
         _manifests(context, part.datasets)
 
@@ -90,7 +90,7 @@ def validate(context: Any) -> None:
         context.choice,
         _manifests(context, part.datasets),
         scores=context.scores,
-        recipe=read_recipe(recipe, _settings(part), part.method),
+        recipe=read_recipe(recipe, part.set, part.method),
         out=context.run.folder,
         root=context.data_root,
         seed=context.seed,
@@ -100,14 +100,6 @@ def validate(context: Any) -> None:
     )
     cells = f"{found.table['placement'].nunique()} placements, {len(found.table)} cells"
     context.echo(f"validate {cells}: {found.verdict}")
-
-
-def _settings(part: ValidatePart) -> list[str]:
-    return [f"{key}={_text(value)}" for key, value in part.set.items()]
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _recipe(context: Any, name: str) -> str:

@@ -329,14 +329,14 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--set", "lr"], "has no value"),
-        (["--set", "epochs=many"], "not a number of the right kind"),
+        (["--set", "lr"], "is not KEY=VALUE"),
+        (["--set", "epochs=many"], "--set epochs is 'many'; a whole number is needed"),
         (["--set", "ebochs=1"], "did you mean 'epochs'"),
         (["--seeds", "one"], "not a list of whole numbers"),
         (["--placement", "low"], "cannot read the placement"),
         (["--recipe", "publishd"], "did you mean 'published'"),
-        (["--set", "fused=maybe"], "write fused=true or fused=false"),
-        (["--set", "crop_ratio=1"], "must be two numbers"),
+        (["--set", "fused=maybe"], "--set fused is 'maybe'; true or false is needed"),
+        (["--set", "crop_ratio=1"], "--set crop_ratio is 1; a list is needed"),
         (["--pairs", "5-7"], "cannot read --pairs"),
         (["--placement", "2-3", "--seeds=1,-1"], "seed -1 is below 0"),
         (["--placement", "2-3", "--together", "0"], "together is 0"),

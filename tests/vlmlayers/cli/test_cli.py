@@ -200,12 +200,17 @@ def test_data_check_exits_2_for_what_was_asked_for_and_is_missing(call, tmp_path
 
 
 def test_settings() -> None:
-    assert parse_settings(["a=1", "b=[1, 2]", "c=x", "d=true", "e=a=b"]) == {
+    assert parse_settings(
+        ["a=1", "b=[1, 2]", "c=x", "d=true", "e=a=b", "f=1,2.5", "g=a,b", "h="]
+    ) == {
         "a": 1,
         "b": [1, 2],
         "c": "x",
         "d": True,
         "e": "a=b",
+        "f": [1, 2.5],
+        "g": "a,b",
+        "h": "",
     }
     with pytest.raises(UserError, match="KEY=VALUE"):
         parse_settings(["=1"])
