@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -181,6 +182,26 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def device_kind(device: str) -> str:
+    """Return the kind of device that a name stands for here: `auto` is `cuda` or `cpu`.
+
+    The driver is asked, so that a study in which nothing changed says so without importing torch.
+    """
+    return ("cuda" if _gpus() else "cpu") if device == "auto" else device.partition(":")[0]
+
+
+@lru_cache(maxsize=1)
+def _gpus() -> int:
+    """Return how many GPUs the driver lets this process see."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except (OSError, AttributeError):  # no driver, no GPU
+        return 0
+    return 0 if failed else count.value
 
 
 @lru_cache(maxsize=1)

@@ -213,6 +213,9 @@ def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(
         stream(tiny.model(), broken, "train", **again)
     mended = stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **again)
     assert mended.datasets["drawn"].n == 60
+    other = tiny.DrawnManifest(count=60, hash="9")
+    with pytest.raises(UserError, match="of other data: 60 images then, 60 now: 60 altered"):
+        stream(tiny.model(), other, "train", **again)
     skipping = options | {"out": tmp_path / "skipping", "skip_unreadable": True}
     for _ in range(2):  # also where the sums are taken up again
         caplog.clear()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vlmlayers.errors import UnreadableImage
+from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests.items import Item
 from vlmlayers.models import VLM, wrap_model
 from vlmlayers.models.load import build_clip
@@ -159,6 +160,11 @@ class DrawnManifest:
 
     def sample(self, split: str, n: int, seed: int = 0, root: Any = None) -> list[Item]:
         return self.items(split)[:n]
+
+    def identity(self, items: Any, root: Any = None) -> DataIdentity:
+        marks = (f"{self.hash} {item.path in self.broken} {item.captions}" for item in items)
+        rows = ((item.path, item.label, mark) for item, mark in zip(items, marks))
+        return DataIdentity(self.names, tuple(rows))
 
     def refuse_missing(self, items: Any, root: Any = None) -> None:
         """Nothing is missing where all is drawn."""

@@ -71,14 +71,13 @@ def _with_settings(recipe: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def find_datasets(names: Sequence[str], root: Path | None) -> None:
-    """Raise a UserError where a dataset is not known or its items cannot be listed.
+    """Raise a UserError where a dataset is unknown or not listed, or two have one name.
 
     Before torch is imported: a wrong name or path is said at once.
     """
-    from vlmlayers.manifests import Manifest
+    from vlmlayers.manifests import Manifest, distinct
 
-    for name in names:
-        manifest = Manifest.load(name)
+    for manifest in distinct(map(Manifest.load, names), root):
         for split in manifest.splits(root):
             manifest.items(split, root=root)
 

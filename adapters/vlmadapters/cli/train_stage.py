@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.manifests import Manifest
+from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, validated
 
 CHOICE = "choice"
@@ -81,9 +82,36 @@ def parts(tables: Any) -> list[TrainPart]:
 
 def check(context: Any) -> None:
     """Check the tables and the names of their datasets before the study's first stage."""
-    for part in parts(context.study.train):
-        for name in (*part.datasets, *part.targets):
-            Manifest.load(context.dataset_name(name))
+    parts(context.study.train)
+    datasets(context)
+
+
+def datasets(context: Any) -> list[Manifest]:
+    """Return what the tables train and test on; the stage is run again where one has changed."""
+    names = [
+        name
+        for table in context.study.train
+        for name in (*table.get("datasets", ()), *table.get("targets", ()))
+    ]
+    without = any(not table.get("datasets") for table in context.study.train)
+    own = context.manifests if without else []
+    return distinct([*own, *_loaded(context, names)], context.data_root)
+
+
+def files(context: Any) -> list[Path]:
+    """Return the files of recipes; the stage is run again where one has changed."""
+    found = (recipe_name(context, table.get("recipe", "")) for table in context.study.train)
+    return [Path(name) for name in found if name.endswith(".toml")]
+
+
+def recipe_name(context: Any, name: str) -> str:
+    """Return the name of a recipe, or its TOML file, which may lie beside the study."""
+    local = Path(context.base) / name
+    return str(local) if name.endswith(".toml") and local.exists() else name
+
+
+def _loaded(context: Any, names: Sequence[str]) -> list[Manifest]:
+    return [Manifest.load(context.dataset_name(name)) for name in names]
 
 
 def train(context: Any) -> None:
@@ -115,14 +143,12 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     from vlmadapters.cli.options import read_placements, read_recipe
     from vlmadapters.protocols.experiment import Experiment
 
-    local = Path(context.base) / part.recipe
-    beside = part.recipe.endswith(".toml") and local.exists()
-    name = str(local) if beside else part.recipe
+    name = recipe_name(context, part.recipe)
     recipes = [read_recipe(name, part.set, method) for method in part.methods]
     named = [text for text in part.placements if text != CHOICE]
     choice = context.run.choice if CHOICE in part.placements else None
-    sources = part.datasets or tuple(data.name for data in context.study.datasets)
-    context.echo(f"train    {part.protocol} on {', '.join(sources)}")
+    sources = _loaded(context, part.datasets) if part.datasets else context.manifests
+    context.echo(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")
     left_out = part.model_dump(include={"present_only", "skip_unreadable"})
     experiment = Experiment(
         part.protocol,
@@ -130,13 +156,12 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
         recipes,
         context.run.folder / "training" / f"{number}-{part.protocol}",
         root=context.data_root,
-        targets=part.targets,
+        targets=_loaded(context, part.targets),
         limit=part.limit,
         workers=part.workers,
         **{key: context.leaving_out[key] if own is None else own for key, own in left_out.items()},
         save_adapters=True,
         progress=context.progress,
     )
-    names = [experiment.add(Manifest.load(context.dataset_name(name))) for name in sources]
     configs = [c for recipe in recipes for c in read_placements(recipe.method, named, choice)]
-    return experiment.run(names, configs, part.seeds, together=part.together)
+    return experiment.run(sources, configs, part.seeds, together=part.together)

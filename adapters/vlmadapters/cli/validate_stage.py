@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from vlmadapters.cli.train_stage import recipe_name
+from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, Several, validated
 
 
@@ -63,10 +64,29 @@ def check(context: Any) -> None:
     """
     from vlmadapters.cli.options import read_recipe
 
-    part = validated(ValidatePart, context.options, "[validate]")
-    read_recipe(_recipe(context, part.recipe or "published"), part.set, part.method)
-    if part.datasets is not None:
-        _manifests(context, part.datasets)
+    part = _part(context)
+    name = recipe_name(context, part.recipe or "published")
+    read_recipe(name, part.set, part.method)
+    datasets(context)
+
+
+def datasets(context: Any) -> list[Manifest]:
+    """Return the datasets to train on; the study's own where none are named.
+
+    The stage is run again where one of them has changed.
+    """
+    known = {manifest.name: manifest for manifest in context.manifests}
+    names = _part(context).datasets
+    if names is None:
+        return list(known.values())
+    found = [known.get(name) or Manifest.load(context.dataset_name(name)) for name in names]
+    return distinct(found, context.data_root)
+
+
+def files(context: Any) -> list[Path]:
+    """Return the file of the recipe; the stage is run again where it has changed."""
+    name = recipe_name(context, _part(context).recipe or "")
+    return [Path(name)] if name.endswith(".toml") else []
 
 
 def validate(context: Any) -> None:
@@ -82,13 +102,13 @@ def validate(context: Any) -> None:
     from vlmadapters.training.recipes import default_recipe
     from vlmadapters.validation import validate as library
 
-    part = validated(ValidatePart, context.options, "[validate]")
+    part = _part(context)
     model = context.load_model()
-    recipe = _recipe(context, part.recipe or default_recipe(model.name))
+    recipe = recipe_name(context, part.recipe or default_recipe(model.name))
     found = library.validate(
         model,
         context.choice,
-        _manifests(context, part.datasets),
+        datasets(context),
         scores=context.scores,
         recipe=read_recipe(recipe, part.set, part.method),
         out=context.run.folder,
@@ -102,19 +122,8 @@ def validate(context: Any) -> None:
     context.echo(f"validate {cells}: {found.verdict}")
 
 
-def _recipe(context: Any, name: str) -> str:
-    local = Path(context.base) / name
-    return str(local) if name.endswith(".toml") and local.exists() else name
-
-
-def _manifests(context: Any, names: Sequence[str] | None) -> list[Any]:
-    """Return the datasets to train on; the study's own where none are named."""
-    if names is None:
-        return [data.manifest for data in context.datasets]
-    from vlmlayers.manifests import Manifest
-
-    known = {data.manifest.name: data.manifest for data in context.datasets}
-    return [known.get(name) or Manifest.load(context.dataset_name(name)) for name in names]
+def _part(context: Any) -> ValidatePart:
+    return validated(ValidatePart, context.options, "[validate]")
 
 
 def _chosen_on(context: Any) -> dict[str, str]:

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as V
 from vlmadapters.data.augmentation import Augmentation
 from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
+from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.devices import available_memory
 
@@ -64,6 +65,10 @@ class Images:
         self.pool = ThreadPoolExecutor(workers) if workers else None
         self._raw: dict[str, Tensor] = {}
         self._ready: dict[str, Tensor] = {}
+
+    def identity(self, items: Sequence[Item]) -> DataIdentity:
+        """Return what some items are at this moment."""
+        return self.manifest.identity(items, self.root)
 
     def _keep(self, store: dict[str, Tensor], path: str, image: Tensor) -> Tensor:
         if self.used + image.numel() <= self.keep:

@@ -13,6 +13,7 @@ from vlmadapters.data.images import Images
 from vlmadapters.data.prompts import TEMPLATE, class_prompts
 from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
+from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample
 
@@ -84,10 +85,17 @@ class TaskData:
     descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
     _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
+    _identities: dict[str, DataIdentity] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = self.name
         self.manifest = given if isinstance(given, Manifest) else Manifest.load(given)
+
+    def identity(self, split: str) -> DataIdentity:
+        """Return what a split is when it is first asked for; results belong to that."""
+        if split not in self._identities:
+            self._identities[split] = self.manifest.identity(self._items(split), self.root)
+        return self._identities[split]
 
     @cached_property
     def images(self) -> Images:

@@ -20,6 +20,7 @@ from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import record_checksum
 from vlmlayers.files import atomically, checksum, lock
+from vlmlayers.identity import DataIdentity
 
 LOG = logging.getLogger("vlmlayers")
 Rows = list[dict[str, Any]]
@@ -105,44 +106,93 @@ class CellFolder:
             held.enter_context(handle)
         return handle is not None
 
+    def see(self, name: str, split: str, data: DataIdentity) -> None:
+        """Keep what a split of a dataset is, and say what changed since an earlier command."""
+        rank, _ = processes.rank_and_size()
+        if self.out is None or rank:
+            return
+        file = self._data_file(name, split)
+        then = DataIdentity.read(file)
+        if then is not None and then != data:
+            LOG.warning(
+                "%s %s has changed since %s was written: %s; finished cells of what it was are "
+                "neither used nor shown",
+                name,
+                split,
+                self.out,
+                data.changes(then),
+            )
+        if then != data:
+            data.save(file)
+
+    def _data_file(self, name: str, split: str) -> Path:
+        assert self.out is not None
+        return self.out / "data" / f"{name}-{split}.gz"
+
     def alike(self, identities: Sequence[dict[str, Any]]) -> Rows:
         """Return the rows of all finished cells whose settings are those of one of some others.
 
         Source, seed, blocks and protocol may differ: tables have columns for them. A table that
-        also mixed recipes, settings, splits or backbones could not tell them apart; such cells are
-        left out, and so are damaged ones. The log says how many.
+        also mixed recipes, settings, splits, backbones or precisions could not tell them apart;
+        such cells are left out, and so are damaged ones and those of data that have changed. The
+        log says how many.
         """
         if self.out is None:
             return []
         rows: Rows = []
-        other = 0
+        other = changed = 0
+        identities = json.loads(json.dumps(list(identities)))  # as they are read back
+        now = {name: hashes for one in identities for name, hashes in one["data"].items()}
+        known = {(name, split): mark for name, of in now.items() for split, mark in of.items()}
         for path in sorted((self.out / "cells").glob("*.json")):
             try:
                 content = _content(path)
             except UserError as error:
                 LOG.warning("%s", error)
                 continue
-            if _same_setup(identities, content["identity"]):
-                rows += content["rows"]
-            else:
+            if not _same_setup(identities, content["identity"]):
                 other += 1
+            elif self._has_changed(content["identity"]["data"], known):
+                changed += 1
+            else:
+                rows += content["rows"]
         if other:
             LOG.warning(
                 "%s: the table leaves out %d finished cells of another recipe, method, setting, "
-                "split, limit, manifest or backbone; give these a folder of their own",
+                "split, limit, template, precision, device, backbone or version; give these a "
+                "folder of their own",
                 self.out,
                 other,
             )
+        if changed:
+            LOG.warning(
+                "%s: the table leaves out %d finished cells of data that have changed since",
+                self.out,
+                changed,
+            )
         return rows
+
+    def _has_changed(
+        self, data: dict[str, dict[str, str]], known: dict[tuple[str, str], str | None]
+    ) -> bool:
+        """Whether a cell is of data that are no longer what they were when last seen here."""
+        for name, hashes in data.items():
+            for split, mark in hashes.items():
+                if (name, split) not in known:
+                    last = DataIdentity.read(self._data_file(name, split))
+                    known[name, split] = None if last is None else last.hash
+                if known[name, split] != mark:
+                    return True
+        return False
 
 
 def _same_setup(ours: Sequence[dict[str, Any]], theirs: dict[str, Any]) -> bool:
     """Whether a cell may stand in one table with others; zero-shot cells have no method."""
-    for key in ("split", "limit", "template", "weights"):
-        if all(one[key] != theirs[key] for one in ours):
-            return False
-    known = {name: mark for one in ours for name, mark in one["targets"].items()}
-    if any(known.get(name, mark) != mark for name, mark in theirs["targets"].items()):
+    for key in ("split", "limit", "left_out", "template", "model", "precision"):
+        if all(one[key] != theirs.get(key) for one in ours):
+            return False  # a cell of an earlier version lacks some of these
+    known = {name: template for one in ours for name, template in one["targets"].items()}
+    if any(known.get(name, template) != template for name, template in theirs["targets"].items()):
         return False
     return "train" not in theirs or any(_setup(one) == _setup(theirs) for one in ours)
 

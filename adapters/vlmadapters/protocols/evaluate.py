@@ -21,7 +21,8 @@ from vlmadapters.methods.base import Method
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
-from vlmlayers.models.devices import memory_errors
+from vlmlayers.models.devices import memory_errors, resolve_precision
+from vlmlayers.models.modes import eval_mode
 from vlmlayers.progress import track
 
 Labels = NDArray[np.int64]
@@ -60,7 +61,8 @@ class Evaluator:
             backbone or Backbone(model.clip, tokenizer=model.tokenizer),
         )
         self.batch_size, self.progress = batch_size, progress
-        self.autocast, _ = precision_of(precision, model.device)
+        self.precision = resolve_precision(precision, model.device)
+        self.autocast, _ = precision_of(self.precision, model.device)
         # Weak: a sweep's methods and what they made of its classes go when their cells are done.
         self._kept: WeakKeyDictionary[Method, dict[Task, tuple[int, Any]]] = WeakKeyDictionary()
 
@@ -106,7 +108,7 @@ class Evaluator:
         for case in cases:
             case.method.eval()
         advice = f"lower the batch size of the test ({self.batch_size}) or use fewer classes"
-        with memory_errors(self.model.device, advice):
+        with memory_errors(self.model.device, advice), eval_mode(self.backbone.clip):
             return self._predict(batches, len(items), cases)
 
     def _predict(

@@ -38,11 +38,11 @@ from vlmadapters.protocols.results import (
 from vlmadapters.protocols.trained import Target, result_row
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig, default_recipe, load_recipe
-from vlmadapters.training.trainer import Trainer, TrainResult
+from vlmadapters.training.trainer import Trainer, TrainResult, resolved
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically, checksum
-from vlmlayers.manifests import Item, Manifest
+from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.models.load import VLM
 from vlmlayers.placement import Placement
 from vlmlayers.progress import bar
@@ -111,7 +111,7 @@ class Experiment:
         out: str | Path | None = None,
         *,
         root: Any = None,
-        targets: Sequence[str] = (),
+        targets: Iterable[str | Path | Manifest] = (),
         split: str = "test",
         limit: int = 0,
         workers: int = 0,
@@ -129,7 +129,7 @@ class Experiment:
         if not recipes or len(self.recipes) < len(recipes):
             raise UserError("give one recipe of each method; there are none, or two of one method")
         # Zero-shot rows, precision and savings of evaluation are those of the first.
-        self.model, self.train = model, recipes[0].train
+        self.model, self.train = model, resolved(recipes[0].train, model.device)
         self.out = Path(out) if out is not None else None
         self.root, self.split, self.limit, self.workers = root, split, limit, workers
         self.present_only, self.skip_unreadable = present_only, skip_unreadable
@@ -137,23 +137,26 @@ class Experiment:
         self.cells = CellFolder(self.out)
         if self.protocol.transfer and not targets:
             raise UserError(f"the protocol {protocol} needs target datasets; name them")
-        self.target_names = tuple(targets) if self.protocol.transfer else ()
         self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
         self.evaluator = Evaluator(
             model, self.backbone, precision=self.train.precision, progress=progress
         )
         self._datasets: dict[str, TaskData] = {}
+        tested = targets if self.protocol.transfer else ()
+        self.target_names = tuple(self.add(one).manifest.name for one in tested)
         self._zero: dict[tuple[str, str], list[Labels]] = {}
         self._plain = Method()
 
-    def add(self, manifest: Manifest) -> str:
-        """Make a dataset known that is loaded already; return the name to run it by."""
-        self._datasets[manifest.name] = self._data(manifest)
-        return manifest.name
+    def add(self, dataset: str | Path | Manifest) -> TaskData:
+        """Return a dataset, its images shared by all cells.
 
-    def _data(self, dataset: str | Manifest) -> TaskData:
-        return TaskData(
-            dataset,
+        Raises:
+            UserError: It is unknown, or another one has its name.
+        """
+        manifest = dataset if isinstance(dataset, Manifest) else Manifest.load(dataset)
+        distinct([*(one.manifest for one in self._datasets.values()), manifest], self.root)
+        made = TaskData(
+            manifest,
             self.model,
             self.root,
             self.workers,
@@ -161,21 +164,16 @@ class Experiment:
             self.present_only,
             self.skip_unreadable,
         )
-
-    def dataset(self, name: str) -> TaskData:
-        """Return a dataset, its images shared by all cells."""
-        if name not in self._datasets:
-            self._datasets[name] = self._data(name)
-        return self._datasets[name]
+        return self._datasets.setdefault(manifest.name, made)
 
     def targets(self, source: str) -> list[Target]:
         """Return what adapters trained on a source are tested on."""
-        own = [Target(self.dataset(source), kind, self.split) for kind in self.protocol.own_kinds]
-        return own + [Target(self.dataset(name), "all", self.split) for name in self.target_names]
+        own = [Target(self._datasets[source], kind, self.split) for kind in self.protocol.own_kinds]
+        return own + [Target(self._datasets[name], "all", self.split) for name in self.target_names]
 
     def run(
         self,
-        sources: Iterable[str],
+        datasets: Iterable[str | Path | Manifest],
         configs: Sequence[MethodConfig] | None = None,
         seeds: Iterable[int] = (1, 2, 3),
         *,
@@ -186,28 +184,31 @@ class Experiment:
         The table in the folder also holds what earlier runs with the same settings left there.
 
         Args:
-            sources: Datasets trained on.
+            datasets: Datasets trained on, by name, path or manifest.
             configs: Placements; the recipe's own where None.
             seeds: Seeds of draw, initialisation, order and views.
             together: Placements trained side by side.
 
         Raises:
-            UserError: A seed is negative, `together` is below 1, or a dataset cannot be trained or
-                tested on.
+            UserError: A seed is negative, `together` is below 1, two datasets have one name, or one
+                cannot be trained or tested on.
         """
         if configs is None:
             configs = [recipe.method for recipe in self.recipes.values()]
         configs = list(configs)
         self._check_configs(configs)
-        sources, seeds = list(sources), list(seeds)
+        sources = list(dict.fromkeys(self.add(one).manifest.name for one in datasets))
+        seeds = list(seeds)
         if any(seed < 0 for seed in seeds):
             raise UserError(f"seed {min(seeds)} is below 0; seeds count from 0")
         if together < 1:
             raise UserError(f"together is {together}; train at least 1 placement at a time")
         for source in sources:
-            self.dataset(source).check(self.protocol.train_kind, "train")
+            self._datasets[source].check(self.protocol.train_kind, "train")
             for target in self.targets(source):
                 target.dataset.check(target.kind, target.split)
+        for name, split in {pair: None for one in sources for pair in self._read(one)}:
+            self.cells.see(name, split, self._datasets[name].identity(split))
         rank, _ = processes.rank_and_size()
         total = len(sources) * len(seeds) * len(configs)
         with bar(
@@ -285,7 +286,7 @@ class Experiment:
 
     def train_and_test(self, source: str, seed: int, configs: Sequence[MethodConfig]) -> list[Rows]:
         """Train settings of one method side by side and test them; return the rows of each."""
-        data = self.dataset(source)
+        data = self._datasets[source]
         kind = self.protocol.train_kind
         train = self._train_of(configs[0], source)
         items = data.shots(train.shots, seed, kind)
@@ -340,7 +341,7 @@ class Experiment:
                 rows[index].append(
                     result_row(
                         self.protocol.name,
-                        self.model,
+                        self.evaluator,
                         target,
                         truth,
                         labels,
@@ -381,7 +382,7 @@ class Experiment:
         return self._zero[key]
 
     def _zero_shot_rows(self, source: str) -> Rows:
-        cell = Cell(f"{Path(source).stem}-zero-shot", self._zero_identity(source))
+        cell = Cell(f"{source}-zero-shot", self._untrained_identity(source))
         rows = self.cells.read(cell)
         if rows is None:
             rows = self._new_zero_shot_rows(source)
@@ -397,14 +398,15 @@ class Experiment:
             for labels, (method, template) in zip(self._zero_shot(target), named):
                 rows.append(
                     result_row(
-                        self.protocol.name, self.model, target, truth, labels, method, template
+                        self.protocol.name, self.evaluator, target, truth, labels, method, template
                     )
                 )
         return rows
 
-    def _zero_identity(self, source: str) -> dict[str, Any]:
-        targets = {
-            f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.hash
+    def _untrained_identity(self, source: str) -> dict[str, Any]:
+        """Return all that zero-shot rows depend on, as JSON values."""
+        templates = {
+            f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.zero_shot_template
             for t in self.targets(source)
         }
         return {
@@ -414,22 +416,38 @@ class Experiment:
             "limit": self.limit,
             "left_out": [self.present_only, self.skip_unreadable],
             "template": self.train.template,
-            "weights": self.model.weights_hash,
-            "targets": targets,
+            "model": self.model.identity(),
+            "precision": self.evaluator.precision,
+            "targets": templates,
+            "data": self._hashes((name, self.split) for name in (source, *self.target_names)),
         }
 
+    def _hashes(self, parts: Iterable[tuple[str, str]]) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for name, split in parts:
+            found.setdefault(name, {})[split] = self._datasets[name].identity(split).hash
+        return found
+
+    def _read(self, source: str) -> list[tuple[str, str]]:
+        """Return dataset and split of all that cells of a source train and test on."""
+        data = self._datasets[source]
+        drawn = {"train", "val"} & {"train", *data.manifest.splits(self.root)}
+        own = [(source, split) for split in sorted({*drawn, self.split})]
+        return own + [(name, self.split) for name in self.target_names if name != source]
+
     def _train_of(self, config: MethodConfig, source: str) -> TrainConfig:
-        return self.recipes[config.name].train_for(self.dataset(source).manifest.name)
+        return resolved(self.recipes[config.name].train_for(source), self.model.device)
 
     def _cell(self, source: str, seed: int, config: MethodConfig) -> Cell:
         identity = {
-            **self._zero_identity(source),
+            **self._untrained_identity(source),
+            "data": self._hashes(self._read(source)),
             "seed": seed,
             "method": config.name,
             "settings": config.to_dict(),
             "train": self._train_of(config, source).identity(),
         }
-        parts = [Path(source).stem, config.name, config.placement, f"s{seed}"]
+        parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)
 
 
@@ -518,7 +536,7 @@ def train(
         recipes,
         out,
         root=root,
-        targets=[str(one) for one in targets],
+        targets=targets,
         split=split,
         limit=limit,
         workers=workers,
@@ -527,8 +545,7 @@ def train(
         save_adapters=save_adapters,
         progress=progress,
     )
-    names = [experiment.add(o) if isinstance(o, Manifest) else str(o) for o in datasets]
-    return experiment.run(names, configs, seeds, together=together)
+    return experiment.run(datasets, configs, seeds, together=together)
 
 
 def _placed(config: MethodConfig, place: Any) -> MethodConfig:

@@ -33,6 +33,8 @@ COLUMNS = (
     "parameters",
     "changed",
     "seconds",
+    "device",
+    "precision",
     "random_weights",
     "note",
 )

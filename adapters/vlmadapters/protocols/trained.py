@@ -22,6 +22,7 @@ from vlmadapters.protocols.results import (
     accuracy_fields,
     method_fields,
 )
+from vlmlayers.manifests import Manifest, distinct
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Target:
 
 def result_row(
     protocol: str,
-    model: Any,
+    evaluator: Evaluator,
     target: Target,
     truth: Labels,
     labels: Labels,
@@ -44,6 +45,7 @@ def result_row(
     **values: Any,
 ) -> dict[str, Any]:
     """Return one row of the results table; `values` go over the defaults of an untrained model."""
+    model = evaluator.model
     return {
         "protocol": protocol,
         "method": method,
@@ -61,6 +63,8 @@ def result_row(
         "template": template,
         "changed": 0.0,
         "note": "",
+        "device": model.device.type,
+        "precision": evaluator.precision,
         "random_weights": model.random_weights,
         **accuracy_fields(int((labels == truth).sum()), len(truth)),
         **values,
@@ -102,15 +106,16 @@ def evaluate_methods(
         A results table; `source` is the method's file.
 
     Raises:
-        UserError: A dataset has no classes, one, or no test images of a kind; or an image cannot
-            be read.
+        UserError: Two datasets have one name; or one has no classes, one, or no test images of a
+            kind; or an image cannot be read.
     """
     evaluator = Evaluator(model, precision=precision, progress=progress)
     plain = Method()
     rows = []
+    manifests = (one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets)
     known = [
-        TaskData(name, model, root, workers, limit, present_only, skip_unreadable)
-        for name in datasets
+        TaskData(one, model, root, workers, limit, present_only, skip_unreadable)
+        for one in distinct(manifests, root)
     ]
     for data, kind in product(known, kinds):
         data.check(kind, "test")
@@ -127,7 +132,7 @@ def evaluate_methods(
             cases = [Case(method, data.task(kind, text)) for _, method, text, _ in named]
             found = evaluator.predict(data.images, items, cases)
             for labels, (title, method, text, source) in zip(found, named):
-                row = result_row("evaluate", model, target, truth, labels, title, text)
+                row = result_row("evaluate", evaluator, target, truth, labels, title, text)
                 if source:
                     changed = float((labels != found[0]).mean())
                     row |= {**method_fields(method), "source": source, "changed": changed}

@@ -9,6 +9,8 @@ from typing import Any
 
 from vlmadapters.files import content_checksum, read_tensors_only, save_whole
 from vlmlayers.errors import UserError
+from vlmlayers.features.store import differing_field
+from vlmlayers.identity import DataIdentity
 
 STATE_FILE = "training.pt"
 
@@ -35,12 +37,20 @@ def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
         raise UserError(
             f"{path} is altered: its checksum differs; remove it to train this group again"
         )
-    theirs = json.loads(content["identity"])
-    ours = json.loads(json.dumps(identity, sort_keys=True))
-    differing = [key for key in ours if ours[key] != theirs.get(key)]
-    if differing:
+    theirs, ours = json.loads(content["identity"]), json.loads(json.dumps(identity))
+    difference = _difference(theirs, ours)
+    if difference is not None:
         raise UserError(
-            f"{path} belongs to a run with other {', '.join(differing)}; choose another output "
-            "folder, or remove the file to start again"
+            f"{path} belongs to another run: {difference}; choose another output folder, or "
+            "remove the file to start again"
         )
     return content
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    if "data" not in theirs:
+        return "an earlier version made it, which kept no sizes and times of the images"
+    then, now = (DataIdentity.from_text(one["data"]) for one in (theirs, ours))
+    if then != now:
+        return f"of other images: {now.changes(then)}"
+    return differing_field(theirs, ours)

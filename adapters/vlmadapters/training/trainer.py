@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.state import load_training_state, save_training_state
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
-from vlmlayers.models.devices import memory_errors
+from vlmlayers.models.devices import memory_errors, resolve_precision
+from vlmlayers.models.modes import at_rest, eval_mode
 from vlmlayers.progress import bar
 
 DRAWS = 0xD5  # key of the random draws inside training steps
@@ -107,7 +109,8 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         self.model, self.images, self.items = model, images, list(items)
-        self.train, self.seed = train or TrainConfig(), seed
+        self.device, self.seed = model.device, seed
+        self.train = resolved(train or TrainConfig(), self.device)
         if not isinstance(task, Task):
             task = Task(tuple(task), self.train.template)
         self.task, self.validation = task, list(validation)
@@ -117,7 +120,6 @@ class Trainer:
         self.backbone = backbone or Backbone(model.clip, self.train.savings, model.tokenizer)
         self.batch_size = min(self.train.batch_size, len(self.items))
         processes.check_divides(self.batch_size)
-        self.device = model.device
         self.autocast, _ = precision_of(self.train.precision, self.device)
         self.runs = [self._new_run(config) for config in self.configs]
         self.starts = [run.method.first(self.backbone, "vision") for run in self.runs]
@@ -164,7 +166,7 @@ class Trainer:
         )
 
     def _prepared(self, method: Method) -> Any:
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), eval_mode(self.backbone.clip):
             return method.prepare(self.backbone, self.task)
 
     def fit(self) -> list[TrainResult]:
@@ -177,13 +179,11 @@ class Trainer:
             f"lower batch_size ({self.train.batch_size}), adapt later blocks, use fewer classes or "
             f"train fewer together ({len(self.runs)})"
         )
-        with memory_errors(self.device, advice):
+        with memory_errors(self.device, advice), at_rest(self.backbone.clip):
             return self._fit()
 
     def _fit(self) -> list[TrainResult]:
         resumed = self._resume()
-        clip = self.model.clip.eval()
-        clip.requires_grad_(False)
         self._started, done = time.perf_counter() - self.spent, self._steps_done()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -373,13 +373,14 @@ class Trainer:
             for run in self.runs
         ]
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         return {
             "methods": [{"method": c.name, **c.to_dict()} for c in self.configs],
             "train": self.train.identity(),
             "seed": self.seed,
-            "weights": self.model.weights_hash,
-            "items": [item.path for item in self.items],
+            "model": self.model.identity(),
+            "data": self.images.identity([*self.items, *self.validation]).text(),
             "task": self.task.to_dict(),
         }
 
@@ -389,7 +390,7 @@ class Trainer:
             return
         save_training_state(
             self.folder,
-            self._identity(),
+            self._identity,
             {
                 "epoch": self.epoch,
                 "step": self.step,
@@ -402,7 +403,7 @@ class Trainer:
         """Take up the training that the folder holds; return whether there is one."""
         state = None
         if self.folder is not None:
-            state = load_training_state(self.folder, self._identity())
+            state = load_training_state(self.folder, self._identity)
         if state is None:
             return False
         self.epoch, self.step, self.spent = state["epoch"], state["step"], state["seconds"]
@@ -414,6 +415,11 @@ class Trainer:
             run.scaler.load_state_dict(saved["scaler"])
             run.losses, run.initial = list(saved["losses"]), saved["initial"]
         return True
+
+
+def resolved(train: TrainConfig, device: torch.device) -> TrainConfig:
+    """Return a recipe with the precision that it stands for on a device."""
+    return replace(train, precision=resolve_precision(train.precision, device))
 
 
 def _saved(run: _Run) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, 
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
-from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Placement
 from vlmlayers.runs import environment, write_json
 from vlmlayers.scores.summaries import harmonic_mean
@@ -159,18 +158,20 @@ def validate(
         stop_unmoved=True,
         progress=progress,
     )
-    names = [experiment.add(o) if isinstance(o, Manifest) else str(o) for o in manifests]
-    if not names or not seeds:
-        raise UserError(f"there is no {'seed' if names else 'dataset'} to validate on; name one")
+    data = [experiment.add(one) for one in manifests]
+    if not data or not seeds:
+        raise UserError(f"there is no {'seed' if data else 'dataset'} to validate on; name one")
     configs = [made.method.with_placement(*one.placement) for one in placed]
-    results = experiment.run(names, configs, seeds, together=together)
+    results = experiment.run([one.manifest for one in data], configs, seeds, together=together)
     recorded = {
         "method": made.method.name,
         "recipe": {"name": made.name, **made.train.identity()},
         "settings": made.method.settings(),
         "limit": limit,
         "device": str(model.device),
+        "precision": experiment.evaluator.precision,
         "weights_hash": model.weights_hash,
+        "data": {one.manifest.name: one.identity("test").summary() for one in data},
         **(notes or {}),
     }
     table = validation_table(results, placed)

@@ -1,6 +1,7 @@
 """The feature store on disk: one memory-mapped array per tower, space and position.
 
     <store>/store.json                      identity, shapes, checksums; its presence means "whole"
+    <store>/data.gz                         the items it was made of, to say what changed since
     <store>/<tower>/items.json              ids, labels, pairs
     <store>/<tower>/<space>/<position>.npy  (item, width) float32
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from vlmlayers.errors import UserError
 from vlmlayers.features.arrays import LayerFeatures, TowerFeatures
 from vlmlayers.files import atomically, checksum, file_checksum
+from vlmlayers.identity import DATA, DataIdentity
 
 SIDECAR = "store.json"
 ITEMS = "items.json"
@@ -145,18 +147,40 @@ def differing_field(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | 
     return None
 
 
-def refuse_other_identity(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse a store that belongs to something else.
+def refuse_other_identity(
+    folder: Path, there: Mapping[str, Any], here: Mapping[str, Any], data: DataIdentity
+) -> None:
+    """Refuse a folder that belongs to something else.
+
+    Args:
+        folder: What was made, finished or not.
+        there: Its identity.
+        here: The identity that is wanted.
+        data: The items of that one.
 
     Raises:
-        UserError: Names the first field that differs, with both values.
+        UserError: Says what changed in the items, or names the first field that differs, with both
+            values.
     """
-    difference = differing_field(there, json.loads(json.dumps(here)))
+    if there.get("data") == here["data"]:
+        difference = differing_field(there, json.loads(json.dumps(here)))
+    else:
+        difference = f"of other data: {changed_data(folder, there, data)}"
     if difference is not None:
         raise UserError(
             f"feature store {folder} belongs to another extraction: {difference}; choose another "
             "folder, or delete this one"
         )
+
+
+def changed_data(folder: Path, there: Mapping[str, Any], data: DataIdentity) -> str:
+    """Return in words what changed in the items since a folder was made of them."""
+    then, counts = DataIdentity.read(folder / DATA), there.get("data")
+    if then is not None:
+        return data.changes(then)
+    if counts is None:
+        return "an earlier version made it, which kept no sizes and times of the images"
+    return f"{counts['images']:,} images then, {len(data.items):,} now"
 
 
 def _tower(folder: Path, name: str, part: Mapping[str, Any], verify: bool) -> TowerFeatures:

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,7 @@ from vlmlayers.features.store import (
     write_record,
 )
 from vlmlayers.files import DRAFTS, atomically, file_checksum, take_lock, writing
+from vlmlayers.identity import DATA, DataIdentity
 
 Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
 _HEADER = 128  # bytes before the rows of a version 1.0 .npy file with a short header
@@ -73,6 +76,7 @@ class StoreWriter:
         header: Model, weights, dataset, split, class names, … for the sidecar.
         identity: All that the values depend on.
         towers: Plan of each tower.
+        data: The items.
         rank: Number of this process; process 0 prepares and finishes.
         barrier: Waits for the other processes.
     """
@@ -81,6 +85,7 @@ class StoreWriter:
     header: Mapping[str, Any]
     identity: Mapping[str, Any]
     towers: Mapping[str, TowerPlan]
+    data: DataIdentity
     rank: int = 0
     barrier: Callable[[], None] = lambda: None
     done: dict[str, set[int]] = field(default_factory=dict, init=False)
@@ -120,16 +125,41 @@ class StoreWriter:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(self.partial / "lock", self.folder)
         if identity_file.exists():
-            refuse_other_identity(
-                self.partial, read_record(identity_file)["identity"], self.identity
-            )
+            self._take_up(read_record(identity_file)["identity"])
         for name, plan in self.towers.items():
             for space, widths in plan.widths.items():
                 for position, width in widths.items():
                     file = array_file(self.rows, name, space, position)
                     _allocate(file, len(plan.ids), width)
-        if not identity_file.exists():
-            write_record(identity_file, {"identity": dict(self.identity)})
+        self.data.save(self.partial / DATA)
+        write_record(identity_file, {"identity": dict(self.identity)})
+
+    def _take_up(self, there: Mapping[str, Any]) -> None:
+        """Go on with unfinished work; batches with images that were altered since are done again.
+
+        Raises:
+            UserError: It belongs to another identity, or to another list of items.
+        """
+        then = DataIdentity.read(self.partial / DATA)
+        altered = None if then is None else self.data.altered(then)
+        if altered is not None:
+            there = {**there, "data": self.identity["data"]}
+        refuse_other_identity(self.partial, there, self.identity, self.data)
+        for name, plan in self.towers.items():
+            if altered and plan.kind == "images":
+                self._forget(name, altered)
+
+    def _forget(self, tower: str, rows: Sequence[int]) -> None:
+        """Take the batches of some rows out of the journals."""
+        wanted = set(rows)
+        gone = {n for n, rows in enumerate(self.towers[tower].batches) if wanted & set(rows)}
+        for file in sorted(self.partial.glob("journal.*.jsonl")):
+            kept = [
+                json.dumps(line)
+                for line in _lines(file)
+                if line.get("tower") != tower or line.get("batch") not in gone
+            ]
+            atomically(file, partial(Path.write_text, data="\n".join((*kept, ""))))
 
     def put(
         self,
@@ -173,15 +203,9 @@ class StoreWriter:
 
     def _journal(self) -> tuple[dict[str, set[int]], dict[int, str]]:
         """Return finished batches whose rows are intact, and the images that were unreadable."""
-        lines: list[dict[str, Any]] = []
-        for file in sorted(self.partial.glob("journal.*.jsonl")):
-            for text in file.read_bytes().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue  # a line that was cut by a crash: its batch is done again
-                if isinstance(line, dict):
-                    lines.append(line)
+        lines = [
+            line for file in sorted(self.partial.glob("journal.*.jsonl")) for line in _lines(file)
+        ]
         done: dict[str, set[int]] = {name: set() for name in self.towers}
         bad: dict[int, str] = {}
         for line in reversed(lines):
@@ -248,6 +272,7 @@ class StoreWriter:
                     "skipped": {str(row): bad[row] for row in sorted(bad)},
                 },
             )
+            self.data.save(source / DATA)
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             _sync_folders(source)
             source.rename(self.folder)
@@ -306,7 +331,18 @@ class StoreWriter:
             self._lock = None
 
 
-def reuse(folder: Path, identity: Mapping[str, Any], skip_unreadable: bool) -> LayerFeatures | None:
+def _lines(journal: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a journal; the batch of one that was cut by a crash is done again."""
+    for text in journal.read_bytes().splitlines():
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict):
+                yield line
+
+
+def reuse(
+    folder: Path, identity: Mapping[str, Any], data: DataIdentity, skip_unreadable: bool
+) -> LayerFeatures | None:
     """Return the features of a whole store of the same identity, or None where there is none.
 
     Raises:
@@ -316,7 +352,7 @@ def reuse(folder: Path, identity: Mapping[str, Any], skip_unreadable: bool) -> L
     if not FeatureStore.exists(folder):
         return None
     record = read_sidecar(folder)
-    refuse_other_identity(folder, record["identity"], identity)
+    refuse_other_identity(folder, record["identity"], identity, data)
     if record["skipped"] and not skip_unreadable:
         raise UserError(
             f"feature store {folder} leaves out {len(record['skipped'])} unreadable images; allow "

@@ -179,29 +179,21 @@ def _texts(
 
 def identity_of(work: Work) -> dict[str, Any]:
     """Return all that feature values depend on, as JSON values."""
-    model, manifest, recorders, texts = work.model, work.manifest, work.recorders, work.texts
-    order = checksum(f"{item.path}\0{item.label}\n" for item in work.items)
-    words = checksum("\n".join(texts.texts))
+    recorders, texts = work.recorders, work.texts
     return {
-        "model": model.name,
-        "weights": model.weights,
-        "weights_hash": model.weights_hash,
-        "preprocessing": dict(model.preprocess_config),
+        **work.model.identity(),
         "precision": work.options.precision,
-        "weights_precision": model.precision,
-        "device": model.device.type,
         "pooling": {name: recorder.pooling for name, recorder in recorders.items()},
         "joint_pooling": {name: recorder.joint_pooling for name, recorder in recorders.items()},
         "spaces": list(next(iter(recorders.values())).spaces),
         "batch_size": work.options.batch_size,
-        "dataset": manifest.name,
-        "manifest_hash": manifest.hash,
+        "dataset": work.manifest.name,
         "split": work.split,
-        "items": len(work.items),
-        "items_hash": order,
+        "data": work.data.summary(),
+        "items_hash": work.data.listed,
         "text": texts.kind,
         "template": texts.template,
-        "texts_hash": words,
+        "texts_hash": checksum("\n".join(texts.texts)),
         "versions": {
             "torch": torch.__version__,
             "open_clip": version("open_clip_torch"),

@@ -27,6 +27,7 @@ from vlmlayers.features.store import (
     write_record,
 )
 from vlmlayers.files import atomically, take_lock, writing
+from vlmlayers.identity import DATA, DataIdentity
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.decoding import batches_of, told_of_dead_workers
 from vlmlayers.models.extract import prepare, refuse_hooks
@@ -136,16 +137,35 @@ class _Run:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = take_lock(folder / "lock", folder)
-            identity = folder / "identity.json"
-            if identity.exists():
-                refuse_other_identity(folder, read_record(identity)["identity"], self.identity)
-            else:
-                write_record(identity, {"identity": dict(self.identity)})
+            self._compare(folder)
             self._adopt(folder)
         self.processes.barrier()
         self.done = _batches_in(folder / "sums.0.npz")
         self.processes.barrier()  # nobody saves while another still reads
         return lock
+
+    def _compare(self, folder: Path) -> None:
+        """Refuse sums of anything else; images may have been repaired that are in none of them.
+
+        Raises:
+            UserError: Says what changed.
+        """
+        file, data = folder / "identity.json", self.work.data
+        if file.exists():
+            there = read_record(file)["identity"]
+            then = DataIdentity.read(folder / DATA)
+            altered = None if then is None else data.altered(then)
+            if altered is not None and not self._summed(folder, altered):
+                there = {**there, "data": self.identity["data"]}
+            refuse_other_identity(folder, there, self.identity, data)
+        data.save(folder / DATA)
+        write_record(file, {"identity": dict(self.identity)})
+
+    def _summed(self, folder: Path, rows: Sequence[int]) -> bool:
+        """Return whether any of some rows is in the saved sums."""
+        size = self.work.options.batch_size
+        files = folder.glob("sums.*.npz") if rows else ()
+        return any({row // size for row in rows} & _batches_in(file) for file in files)
 
     def _adopt(self, folder: Path) -> None:
         files = {file: _batches_in(file) for file in folder.glob("sums.*.npz")}

@@ -84,6 +84,22 @@ class VLM:
             return checksum(f"{self._hash[1]} {self.adapter_hash}")
         return self._hash[1]
 
+    def identity(self) -> dict[str, Any]:
+        """Return all of the model that values depend on, for keys and provenance, as JSON values.
+
+        What a pass computes in, its precision, is added by whoever makes the pass. Every pass is
+        made in eval mode, however the model was left.
+        """
+        return {
+            "model": self.name,
+            "weights": self.weights,
+            "weights_hash": self.weights_hash,
+            "weights_precision": self.precision,
+            "preprocessing": dict(self.preprocess_config),
+            "device": self.device.type,
+            "mode": "eval",
+        }
+
     def adapt(self, attached: AbstractContextManager[Any], words: str, digest: str) -> None:
         """Attach an adapter for as long as this object lives, and say so in weights and hash.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
+from vlmlayers.identity import DataIdentity
 from vlmlayers.models.decoding import batches_of, decode, told_of_dead_workers
 from vlmlayers.models.devices import memory_errors
 from vlmlayers.models.options import ExtractOptions
@@ -52,6 +54,12 @@ class Work:
     recorders: Mapping[str, Recorder]
     options: ExtractOptions
 
+    @cached_property
+    def data(self) -> DataIdentity:
+        """The items as they lie on the disk when the work begins."""
+        found: DataIdentity = self.manifest.identity(self.items, self.options.place)
+        return found
+
     def in_memory(self, header: Mapping[str, Any], identity: Mapping[str, Any]) -> LayerFeatures:
         """Return features held in memory."""
         if Processes.current().world > 1:
@@ -73,12 +81,12 @@ class Work:
     ) -> LayerFeatures:
         """Return memory-mapped features of a store: a whole one, a resumed one or a new one."""
         processes = Processes.current()
-        found = reuse(folder, identity, self.options.skip_unreadable)
+        found = reuse(folder, identity, self.data, self.options.skip_unreadable)
         if found is not None:
             return found
         self.refuse_missing()
         writer = StoreWriter(
-            folder, header, identity, self.plans(), processes.rank, processes.barrier
+            folder, header, identity, self.plans(), self.data, processes.rank, processes.barrier
         )
         try:
             writer.start()

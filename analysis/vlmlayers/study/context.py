@@ -12,8 +12,9 @@ from typing import Any
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.files import find_weights
-from vlmlayers.manifests import Item, Manifest
-from vlmlayers.runs import Run, file_mark, read_json, versions
+from vlmlayers.identity import DataIdentity
+from vlmlayers.manifests import Item, Manifest, distinct
+from vlmlayers.runs import Run, device_kind, file_mark, read_json, versions
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.schema import DatasetPart, ModelPart, Study
 
@@ -26,11 +27,12 @@ def silent(message: str) -> None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset of a study, ready to extract."""
+    """One dataset of a study, ready to extract, as it was when it was listed."""
 
     manifest: Manifest
     items: list[Item]
     options: dict[str, Any]
+    identity: DataIdentity
 
     @property
     def folder(self) -> str:
@@ -82,11 +84,26 @@ class StageContext:
         Raises:
             UserError: A dataset is unknown, lacks the split, or has no image on disk.
         """
-        return [self._dataset(part) for part in self.study.datasets]
+        return [self._dataset(*pair) for pair in zip(self.manifests, self.study.datasets)]
 
-    def _dataset(self, part: DatasetPart) -> Dataset:
+    @cached_property
+    def manifests(self) -> list[Manifest]:
+        """The manifest of each dataset, in the order of the study.
+
+        Raises:
+            UserError: A dataset is unknown, or two of them would be one in tables and stores.
+        """
+        found = [Manifest.load(self.dataset_name(part.name)) for part in self.study.datasets]
+        distinct(found, self.data_root)
+        splits = (self.study.part(part)["split"] for part in self.study.datasets)
+        named = [f"{manifest.name} ({split})" for manifest, split in zip(found, splits)]
+        twice = next((name for name in named if named.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"dataset {twice} is named twice; name it once")
+        return found
+
+    def _dataset(self, manifest: Manifest, part: DatasetPart) -> Dataset:
         options = self.study.part(part)
-        manifest = Manifest.load(self.dataset_name(part.name))
         split, present = options["split"], options["present_only"]
         items = (
             manifest.sample(
@@ -100,7 +117,11 @@ class StageContext:
                 f"{manifest.name} has no item on disk in split {split!r}; "
                 f"run `vlmlayers data check {manifest.name}`"
             )
-        return Dataset(manifest, items, options)
+        return Dataset(manifest, items, options, manifest.identity(items, self.data_root))
+
+    def whole_identity(self, manifest: Manifest) -> DataIdentity:
+        """Return the identity of all splits of a dataset, which training draws and tests on."""
+        return manifest.identity(manifest.items("all", root=self.data_root), self.data_root)
 
     def extract_options(self, data: Dataset) -> dict[str, Any]:
         """Return the keyword arguments of `extract` and `stream` for one dataset, but `out`."""
@@ -214,6 +235,11 @@ class StageContext:
                 attach = _attacher(self.part.adapter)
                 self._model = attach(self._model, self._path(self.part.adapter, what="adapter"))
         return self._model
+
+    @property
+    def device_kind(self) -> str:
+        """Kind of device that values are computed on: `cpu` or `cuda`."""
+        return device_kind(self.device or self.study.extract.device)
 
     def features(self) -> Iterator[LayerFeatures]:
         """Yield the stored features, dataset by dataset; needs no torch.

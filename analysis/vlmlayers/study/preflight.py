@@ -14,7 +14,7 @@ from vlmlayers.study.stages import offered
 
 
 def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> None:
-    """Check every model, the rule and the tables `train` and `validate`, without a model.
+    """Check datasets, models, the rule and the tables `train` and `validate`, without a model.
 
     A package that offers one of these stages may have a function `check` beside it, which gets
     the context.
@@ -24,8 +24,9 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
         picked: Stages that will run.
 
     Raises:
-        UserError: A model, a file of it, the rule's file or a key of `validate` is wrong.
+        UserError: A dataset, a model or its file, the rule's file or a key of `validate` is wrong.
     """
+    _ = contexts[0].manifests  # unknown ones and two of one name are refused
     for context in contexts:
         if "extract" in picked:
             _check_model(context)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
-from vlmlayers.runs import environment, file_mark, fingerprint
+from vlmlayers.runs import environment, file_mark
 from vlmlayers.selection import select
 from vlmlayers.study.context import Dataset, StageContext
 
@@ -41,13 +42,9 @@ def _extract_inputs(context: StageContext) -> Any:
     return {
         "model": context.model_fingerprint(),
         "options": common,
-        "device": context.device or context.study.extract.device,
+        "device": context.device_kind,
         "datasets": {
-            data.folder: {
-                "manifest": data.manifest.hash,
-                "options": data.options,
-                "items": fingerprint([(i.path, i.label) for i in data.items]),
-            }
+            data.folder: {"options": data.options, "data": data.identity.hash}
             for data in context.datasets
         },
     }
@@ -75,6 +72,7 @@ def _extract(context: StageContext) -> None:
             "present_only": data.options["present_only"],
             "manifest_hash": data.manifest.hash,
             "items_hash": features.identity.get("items_hash", ""),
+            "data_hash": features.identity.get("data", {}).get("hash", ""),
         }
     context.run.record(
         model=_model_record(model),
@@ -111,14 +109,13 @@ def _extract_one(context: StageContext, model: Any, data: Dataset) -> Any:
 
 def _model_record(model: Any) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.clip.parameters())
+    known = model.identity()
     return {
-        "name": model.name,
-        "weights": model.weights,
-        "weights_hash": model.weights_hash,
+        "name": known.pop("model"),
+        **known,
         "random_weights": bool(model.random_weights),
         **({"adapter_hash": model.adapter_hash} if model.adapter_hash else {}),
         "parameters": int(parameters),
-        "preprocessing": dict(model.preprocess_config),
         "towers": {
             name: {
                 "blocks": tower.depth,
@@ -181,7 +178,7 @@ def _validate_inputs(context: StageContext) -> Any:
         "choice": file_mark(context.run.choice),
         "options": {**context.leaving_out, **context.options},
         "scores": file_mark(context.run.scores),
-        "model": context.model_fingerprint(),
+        **_trained_on(context, "validate"),
     }
 
 
@@ -191,7 +188,23 @@ def _train_inputs(context: StageContext) -> Any:
         "train": context.study.train,
         "left_out": context.leaving_out,
         "choice": file_mark(context.run.choice) if chosen else "",
+        **_trained_on(context, "train"),
+    }
+
+
+def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
+    """Return what a stage that trains depends on beside its table.
+
+    The package that offers the stage has functions beside it that name its datasets and files.
+    """
+    module = import_module(offered(stage).module)
+    data, files = module.datasets(context), module.files(context)
+    return {
         "model": context.model_fingerprint(),
+        "device": context.device_kind,
+        "data": {one.name: context.whole_identity(one).hash for one in data},
+        "files": {path.name: file_mark(path) for path in files},
+        "version": version("vlm-layers"),
     }
 
 

@@ -69,7 +69,7 @@ def adapter(colours: Path, model_folder: Path, tmp_path_factory: pytest.TempPath
         "base-to-novel", load_model(str(model_folder)), RECIPE, out, save_adapters=True,
         progress=False,
     )  # fmt: skip
-    sweep.run([sweep.add(Manifest.load(colours))], seeds=[1])
+    sweep.run([Manifest.load(colours)], seeds=[1])
     return next((out / "adapters").glob("*.safetensors"))
 
 

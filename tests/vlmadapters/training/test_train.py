@@ -168,7 +168,7 @@ def test_a_stopped_training_goes_on_exactly(at: int, save_every: int, tmp_path: 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     fit(folder=tmp_path)
     assert (tmp_path / STATE_FILE).exists()
-    with pytest.raises(UserError, match=r"belongs to a run with other train"):
+    with pytest.raises(UserError, match=r"belongs to another run: train\."):
         fit(replace(TRAIN, lr=0.5), folder=tmp_path)
 
 

@@ -94,7 +94,7 @@ def test_cells_trained_together_equal_runs_of_their_own(manifest: Manifest) -> N
     for _, row in table[table["seed"] == 2].iterrows():
         alone = Experiment("base-to-novel", shared_backbone("clip"), RECIPE, progress=False)
         blocks = [tuple(map(int, row[tower].split())) for tower in ("vision", "text")]
-        results = alone.run([alone.add(manifest)], [RECIPE.method.with_placement(*blocks)], [2])
+        results = alone.run([manifest], [RECIPE.method.with_placement(*blocks)], [2])
         by_kind = results[results["method"] == "MMA"].set_index("split_kind")["accuracy"]
         base, novel = row["base"], row["novel"]
         assert (base, novel) == pytest.approx((100 * by_kind["base"], 100 * by_kind["novel"]))
@@ -180,7 +180,7 @@ def test_two_at_once_train_every_cell_once(
 
     def work(model: Any) -> None:
         sweep = Experiment("base-to-novel", model, RECIPE, tmp_path, progress=False)
-        tables.append(sweep.run([sweep.add(manifest)], configs, (1, 2, 3), together=1))
+        tables.append(sweep.run([manifest], configs, (1, 2, 3), together=1))
 
     threads = [threading.Thread(target=work, args=(model,)) for model in models]
     for thread in threads:
@@ -212,7 +212,7 @@ with torch.no_grad():
         weights.normal_(0, 0.05, generator=torch.Generator().manual_seed(n))
 sweep = Experiment("base-to-novel", model, RECIPE, out, progress=False)
 configs = [RECIPE.method.with_placement(b, b) for b in ((1,), (2,), (3,))]
-table = sweep.run([sweep.add(Manifest.load(data))], configs, (1, 2, 3, 4), together=1)
+table = sweep.run([data], configs, (1, 2, 3, 4), together=1)
 print(len(table))
 """
 

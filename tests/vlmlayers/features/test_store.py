@@ -27,6 +27,8 @@ from vlmlayers.features.store import (
     differing_field,
     open_features,
     partial_folder,
+    read_sidecar,
+    write_record,
 )
 from vlmlayers.features.writer import StoreWriter
 from vlmlayers.files import atomically
@@ -71,6 +73,19 @@ class Interrupted(tiny.DrawnManifest):
         if len(self.opened) >= self.stop_after:
             raise self.error
         return super().open_image(item, root, size)
+
+
+class Redrawn(tiny.DrawnManifest):
+    """Image 2 is another one, with another mark."""
+
+    def identity(self, items, root=None):
+        then = super().identity(items)
+        rows = [(path, n, f"{mark} new" if "002" in path else mark) for path, n, mark in then.items]
+        return replace(then, items=tuple(rows))
+
+    def open_image(self, item, root=None, size=None):
+        image = super().open_image(item, root, size)
+        return image.rotate(90) if "002" in item.path else image
 
 
 def test_the_store_holds_what_memory_holds(whole):
@@ -137,9 +152,12 @@ def test_a_whole_store_is_reused_without_opening_an_image(store):
         ({"model": tiny.model(seed=2)}, "weights is 'seed 0' there, 'seed 2' here"),
         ({"precision": "bf16"}, "precision is 'fp32' there, 'bf16' here"),
         ({"batch_size": 5}, "batch_size is 4 there, 5 here"),
-        ({"manifest": tiny.DrawnManifest(hash="9")}, "manifest_hash is '0123' there, '9' here"),
+        (
+            {"manifest": tiny.DrawnManifest(hash="9")},
+            "of other data: 22 images then, 22 now: 22 altered, first 'train/000.png'",
+        ),
         ({"pooling": "mean"}, "pooling.vision is 'cls' there, 'mean' here"),
-        ({"items": 7}, "items is 22 there, 7 here"),
+        ({"items": 7}, "22 images then, 7 now: 15 removed, first 'train/007.png'"),
         ({"text": "prompts"}, "text is 'captions' there, 'prompts' here"),
         ({"spaces": ("native",)}, "spaces is"),
     ],
@@ -150,6 +168,32 @@ def test_a_store_of_another_identity_is_refused_and_left_alone(store, change, fi
         run(store, **change)
     assert field in str(caught.value)
     assert content(store) == before
+
+
+def test_a_store_that_does_not_say_its_data_is_refused(store):
+    record = read_sidecar(store)
+    del record["identity"]["data"]
+    write_record(store / "store.json", record)
+    (store / "data.gz").unlink()
+    with pytest.raises(UserError, match="an earlier version made it, which kept no sizes"):
+        run(store)
+
+
+def test_without_its_list_a_store_still_says_how_many(store):
+    (store / "data.gz").write_bytes(b"damaged")
+    assert len(run(store).vision) == 22
+    with pytest.raises(UserError, match="of other data: 22 images then, 7 now; choose"):
+        run(store, items=7)
+
+
+def test_unfinished_work_does_images_again_that_were_altered_since(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s", Interrupted())
+    altered = Redrawn()
+    run(tmp_path / "s", altered)
+    assert altered.opened == [f"train/{i:03d}.png" for i in (0, 1, 2, 3, *range(8, 22))]
+    run(tmp_path / "calm", Redrawn())
+    assert content(tmp_path / "s") == content(tmp_path / "calm")
 
 
 def test_other_weights_of_the_same_name_are_told_apart(store):
