@@ -22,7 +22,8 @@ What an annotation takes, and what the function is given:
   are.
 - `int`: whole numbers, NumPy's too; an `int`. `float`: any number but NaN. `bool`: also 0 and 1.
 - `str`: text. `Path` or `os.PathLike`: text or a path; a `Path`.
-- `Literal`, `Mapping[X, Y]`, `Callable`, unions and None: as they say. Other classes: an instance.
+- `tuple[X, X]`, `Literal`, `Mapping[X, Y]`, `Callable`, unions and None: as they say. Other
+  classes: an instance.
 - `Annotated[X, Takes(…)]`: X in other words, within a range, or converted first.
 
 Annotations are evaluated at the first call, in the function's module: what they name has to be
@@ -63,13 +64,16 @@ class Takes:
         many: The same of several: "score tables".
         least: Smallest number that is right.
         most: Largest number that is right.
-        convert: Run on what is given before its type is looked at.
+        above: Number that every right one is above.
+        convert: Run on what is given before its type is looked at; with a TypeError or ValueError
+            it refuses that.
     """
 
     words: str = ""
     many: str = ""
     least: float | None = None
     most: float | None = None
+    above: float | None = None
     convert: Callable[[Any], Any] | None = None
 
 
@@ -110,6 +114,7 @@ Position = Annotated[
 Count = Annotated[int, Takes(least=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+Natural = Annotated[int, Takes(least=0)]
 
 
 def _taken(
@@ -214,7 +219,7 @@ def _kind_of(annotation: Any) -> _Kind:
         words = " or ".join(filter(None, (", ".join(map(repr, parts[:-1])), repr(parts[-1]))))
         return _Kind(words, words, lambda value: _among(value, parts))
     if origin is tuple and parts[1:] != (...,):
-        return _instance(tuple)
+        return _as_many(list(map(_kind_of, parts)))
     if origin in _COLLECTIONS:
         return _several(_kind_of(parts[0]), lazy=origin is Iterable)
     if origin in (dict, collections.abc.Mapping):
@@ -230,11 +235,16 @@ def _marked(kind: _Kind, mark: Takes) -> _Kind:
     words, many = mark.words or kind.one, mark.many or kind.many
     span = "" if mark.least is None else f" from {mark.least:g}"
     span += "" if mark.most is None else f" to {mark.most:g}"
+    span += "" if mark.above is None else f" above {mark.above:g}"
 
     def take(value: Any) -> Any:
-        taken = kind.take(value if mark.convert is None else mark.convert(value))
+        try:
+            taken = kind.take(value if mark.convert is None else mark.convert(value))
+        except (TypeError, ValueError):
+            raise _Wrong(value) from None
         low = mark.least is not None and taken < mark.least
-        if low or (mark.most is not None and taken > mark.most):
+        high = mark.most is not None and taken > mark.most
+        if low or high or (mark.above is not None and taken <= mark.above):
             raise _Wrong(value)
         return taken
 
@@ -276,6 +286,19 @@ def _several(item: _Kind, lazy: bool) -> _Kind:
         return tuple(item.take(one) for one in several)
 
     return _Kind(item.many, f"sequences of {item.many}", take)
+
+
+def _as_many(items: list[_Kind]) -> _Kind:
+    """Return what takes a collection of as many items."""
+
+    def take(value: Any) -> tuple[Any, ...]:
+        taken = () if isinstance(value, str | Mapping) else _several(_ANY, lazy=False).take(value)
+        if len(taken) != len(items):
+            raise _Wrong(value)
+        return tuple(item.take(one) for item, one in zip(items, taken))
+
+    words = f"{len(items)} {items[0].many}"
+    return _Kind(words, f"sequences of {words}", take)
 
 
 def _mapping(key: _Kind, content: _Kind) -> _Kind:

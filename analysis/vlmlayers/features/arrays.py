@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmlayers.arguments import Position, checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics.checks import numbers
 from vlmlayers.positions import SPACES, is_block, relative_depth, sort_key, tower_positions
 
 if TYPE_CHECKING:
     import pandas as pd
+
+MOST_CLASSES = 1_000_000  # labels beyond are ids of something else; a name each would fill memory
+FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +50,10 @@ class TowerFeatures:
 
     def __post_init__(self) -> None:
         n = len(self.ids)
-        if len(self.labels) != n:
-            raise UserError(f"{self.tower} features have {n} ids but {len(self.labels)} labels")
+        for what, given in (("pairs", self.pairs), ("labels", self.labels)):
+            if given is not None and len(given) != n:
+                raise UserError(f"{self.tower} features have {n} ids but {len(given)} {what}")
+        _check_range(f"{self.tower} labels", self.labels, MOST_CLASSES, "classes counted from 0")
         for space, by_position in self.arrays.items():
             for position, array in by_position.items():
                 if array.ndim != 2 or len(array) != n:
@@ -63,12 +70,14 @@ class TowerFeatures:
         """Spaces that are recorded."""
         return tuple(self.arrays)
 
+    @checked
     def positions(self, space: str = "native") -> tuple[str, ...]:
         """Return the recorded positions of a space, in order along the tower."""
         check_one_of("space", space, self.arrays, where=f"{self.tower} features")
         return tuple(sorted(self.arrays[space], key=sort_key))
 
-    def array(self, position: str, space: str = "native") -> NDArray[np.floating]:
+    @checked
+    def array(self, position: Position, space: str = "native") -> NDArray[np.floating]:
         """Return the features at one position, (item, width)."""
         check_one_of("space", space, self.arrays, where=f"{self.tower} features")
         check_one_of("position", position, self.positions(space), where=f"{self.tower} {space}")
@@ -121,6 +130,14 @@ class LayerFeatures:
     random_weights: bool = False
     identity: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for tower in self.towers if self.class_names else ():
+            count = len(self.class_names)
+            _check_range(f"{tower.tower} labels", tower.labels, count, "the class names")
+        if self.vision is not None and self.text is not None and self.text.pairs is not None:
+            _check_range("pairs", self.text.pairs, len(self.vision), "the rows of the images")
+
+    @checked
     def tower(self, name: str) -> TowerFeatures:
         """Return one tower's features.
 
@@ -139,16 +156,17 @@ class LayerFeatures:
         return tuple(tower for tower in (self.vision, self.text) if tower is not None)
 
     @classmethod
+    @checked
     def from_arrays(
         cls,
-        vision: Mapping[str, NDArray[Any]] | None = None,
-        text: Mapping[str, NDArray[Any]] | None = None,
+        vision: Mapping[Position, Any] | None = None,
+        text: Mapping[Position, Any] | None = None,
         *,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[Any] | None = None,
         class_names: Sequence[str] = (),
         space: str = "native",
-        pairs: Sequence[int] | None = None,
-        text_labels: Sequence[int] | None = None,
+        pairs: Sequence[Any] | None = None,
+        text_labels: Sequence[Any] | None = None,
         model: str = "own features",
         weights: str = "own",
         dataset: str = "own data",
@@ -158,9 +176,10 @@ class LayerFeatures:
         """Make features of arrays that were recorded elsewhere.
 
         Args:
-            vision: Position (`embed`, `1`, `2`, …, `final`, `proj`) → (image, width).
+            vision: Position (`embed`, `1`, `2`, …, `final`, `proj`) → (image, width): an array,
+                a tensor or lists.
             text: The same for texts.
-            labels: (image,) class of each image; all 0 where None.
+            labels: (image,) class of each image, a whole number from 0; all 0 where None.
             class_names: Names by label; "class 0", … where empty.
             space: Space that all arrays are in.
             pairs: (text,) row of the image that each text describes. Texts are class prompts, one
@@ -173,29 +192,39 @@ class LayerFeatures:
             pooling: Name of the pooling in tables.
 
         Raises:
-            UserError: No arrays, unknown positions or space, gaps between blocks, NaN or Inf, or
-                numbers of rows that do not agree.
+            UserError: No arrays, unknown positions or space, gaps between blocks, no numbers, NaN
+                or Inf, numbers of rows that do not agree, labels or pairs that are no rows or have
+                no name, or labels and pairs of a tower that is not given.
         """
         check_one_of("space", space, SPACES)
-        rows = len(next(iter(vision.values()))) if vision else 0
-        own = np.zeros(rows, np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+        if not (vision or text):
+            raise UserError("from_arrays needs arrays of at least one tower")
+        for name, given, needed, of in (
+            ("labels", labels, vision, "vision"),
+            ("pairs", pairs, vision, "vision"),
+            ("pairs", pairs, text, "text"),
+            ("text_labels", text_labels, text, "text"),
+        ):
+            if given is not None and not needed:
+                raise UserError(f"from_arrays: {name} needs {of} arrays, and there are none")
         images = words = None
         if vision:
-            images = _own_tower("vision", vision, own, space, pooling, "images", None)
+            own = None if labels is None else _whole("labels", labels)
+            images = _own_tower("vision", vision, own, space, pooling, "images")
         if text:
-            count = len(next(iter(text.values())))
-            links = None if pairs is None else np.asarray(pairs, dtype=np.int64)
-            if text_labels is not None:
-                of_texts = np.asarray(text_labels, dtype=np.int64)
-            else:
-                of_texts = np.arange(count) if links is None else own[links]
+            links = None if pairs is None else _whole("pairs", pairs)
+            of_texts = None if text_labels is None else _whole("text_labels", text_labels)
+            if links is not None and images is not None:
+                _check_range("pairs", links, len(images), "the rows of the images")
+                described = images.labels[links]
+                if of_texts is not None and not np.array_equal(of_texts, described):
+                    raise UserError("from_arrays: text_labels differ from the labels by pairs")
+                of_texts = described
             kind = "prompts" if links is None else "captions"
             words = _own_tower("text", text, of_texts, space, pooling, kind, links)
-        if images is None and words is None:
-            raise UserError("from_arrays needs arrays of at least one tower")
-        known = np.concatenate([part.labels for part in (images, words) if part is not None])
-        names = tuple(class_names) or tuple(f"class {i}" for i in range(int(known.max()) + 1))
-        return cls(model, weights, dataset, split, names, images, words)
+        known = [int(part.labels.max()) for part in (images, words) if part is not None]
+        names = class_names or tuple(f"class {i}" for i in range(max(known) + 1))
+        return cls(model, weights, dataset, split, tuple(names), images, words)
 
     def summary(self) -> pd.DataFrame:
         """Return one row per tower and space: items, positions, widths, pooling, megabytes."""
@@ -238,25 +267,76 @@ class LayerFeatures:
 
 def _own_tower(
     name: str,
-    arrays: Mapping[str, NDArray[Any]],
-    labels: NDArray[np.int64],
+    arrays: Mapping[str, Any],
+    labels: NDArray[np.int64] | None,
     space: str,
     pooling: str,
     kind: str,
-    pairs: NDArray[np.int64] | None,
+    pairs: NDArray[np.int64] | None = None,
 ) -> TowerFeatures:
-    """Return one tower of arrays that were recorded elsewhere, checked."""
-    numbers = sorted(int(p) for p in arrays if is_block(p))
-    blocks = numbers[-1] if numbers else 0
-    if numbers != list(range(1, blocks + 1)):
-        raise UserError(f"{name} arrays have blocks {numbers}; they have to be 1 to L without gaps")
+    """Return one tower of arrays that were recorded elsewhere, checked.
+
+    Without labels images are of one class and prompts of one each.
+    """
+    given = sorted(int(p) for p in arrays if is_block(p))
+    blocks = given[-1] if given else 0
+    if given != list(range(1, blocks + 1)):
+        raise UserError(f"{name} arrays have blocks {given}; they have to be 1 to L without gaps")
     valid = tower_positions(blocks, "native")
     checked = {}
     for position, values in arrays.items():
         check_one_of("position", position, valid, where=f"{name} arrays")
-        array = np.asarray(values, dtype=np.float32)
-        if not np.isfinite(array).all():
-            raise UserError(f"NaN or Inf in {name} array at {position}")
-        checked[position] = array
-    ids = tuple(f"{name} {row}" for row in range(len(next(iter(checked.values())))))
+        checked[position] = _numbers(values, f"{name} array at {position}")
+    n = len(next(iter(checked.values())))
+    if labels is None:
+        labels = np.arange(n) if kind == "prompts" else np.zeros(n, np.int64)
+    ids = tuple(f"{name} {row}" for row in range(n))
     return TowerFeatures(name, blocks, pooling, kind, ids, labels, {space: checked}, pairs)
+
+
+def _numbers(values: Any, where: str) -> NDArray[np.float32]:
+    """Return an array, a tensor or lists as finite float32, (item, width).
+
+    Raises:
+        UserError: It holds no numbers, has another shape, or a value that float32 cannot hold.
+    """
+    array = numbers(values, where)
+    if array.ndim != 2 or not array.size:
+        raise UserError(f"{where} has shape {array.shape}; expected (item, width)")
+    if not np.isfinite(array).all():
+        row, column = np.argwhere(~np.isfinite(array))[0]
+        raise UserError(f"NaN or Inf in {where}, first at item {row}, column {column}")
+    if abs(array).max() > FLOAT32:
+        raise UserError(f"{where} has values beyond {FLOAT32:.0e}, the largest of float32")
+    return array.astype(np.float32)
+
+
+def _whole(name: str, values: Sequence[Any]) -> NDArray[np.int64]:
+    """Return numbers that are whole as int64, (item,).
+
+    Raises:
+        UserError: One is not; the first is named.
+    """
+    if any(isinstance(value, str) for value in values):
+        raise UserError(
+            f"{name} are words; number them: class_names, labels = np.unique(words, "
+            "return_inverse=True)"
+        )
+    given = numbers(values, name)
+    if given.ndim != 1:
+        raise UserError(f"{name} have shape {given.shape}; expected one whole number per item")
+    cut = np.flatnonzero(~(given % 1 == 0))
+    if len(cut):
+        raise UserError(f"{name} has {given[cut[0]]:g} at item {cut[0]}; expected whole numbers")
+    return given.astype(np.int64)
+
+
+def _check_range(name: str, values: NDArray[np.int64], below: int, what: str) -> None:
+    """Refuse numbers that are not from 0 to below, and name the first."""
+    outside = np.flatnonzero((values < 0) | (values >= below))
+    if len(outside):
+        first = outside[0]
+        raise UserError(
+            f"{name} has {values[first]} at item {first}; valid: 0 to {below - 1}, {what}; leave "
+            "out items that have none"
+        )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.features.arrays import LayerFeatures, TowerFeatures
 from vlmlayers.files import atomically, checksum, file_checksum
@@ -37,6 +38,7 @@ class FeatureStore:
     """Reads stores; `vlmlayers.models.extract(…, out=folder)` writes them."""
 
     @staticmethod
+    @checked
     def open(path: str | Path, verify: bool = True) -> LayerFeatures:
         """Return the features of a store, memory-mapped.
 
@@ -69,6 +71,7 @@ class FeatureStore:
         return (Path(path) / SIDECAR).is_file()
 
 
+@checked
 def open_features(path: str | Path, verify: bool = True) -> LayerFeatures:
     """Return the features of a store; see `FeatureStore.open`."""
     return FeatureStore.open(path, verify)

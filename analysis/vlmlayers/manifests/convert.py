@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlmlayers.arguments import Count, checked
 from vlmlayers.data.names import IMAGE_SUFFIXES, suffix_of
 from vlmlayers.data.shards import (
     NewSample,
@@ -29,11 +30,12 @@ NOTE = ".conversion.json"
 Root = str | os.PathLike[str] | None
 
 
+@checked
 def write_shards(
     manifest: Manifest,
-    split: str | Sequence[str],
+    split: Sequence[str],
     folder: str | os.PathLike[str],
-    per_shard: int = 1000,
+    per_shard: Count = 1000,
     root: Root = None,
     *,
     progress: bool = True,
@@ -53,14 +55,10 @@ def write_shards(
         progress: Whether to show progress.
 
     Raises:
-        UserError: `per_shard` is not positive, an image cannot be read, or the folder holds
-            something else.
+        UserError: An image cannot be read, or the folder holds something else.
     """
-    if per_shard < 1:
-        raise UserError(f"per_shard is {per_shard}; a shard holds 1 item or more")
     target = Path(folder)
-    splits = [split] if isinstance(split, str) else list(split)
-    listed = {part: manifest.items(part, root) for part in splits}
+    listed = {part: manifest.items(part, root) for part in split}
     data = {part: manifest.identity(items, root) for part, items in listed.items()}
     plan = fingerprint([manifest.hash, per_shard, {k: one.listed for k, one in data.items()}])
     done = _start(target, plan)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmlayers.arguments import Count, Natural, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import catalogue
@@ -61,6 +62,7 @@ class Manifest:
         return hash((self.name, self.spec.hash, self.source))
 
     @classmethod
+    @checked
     def load(cls, name: str | os.PathLike[str]) -> Manifest:
         """Return the manifest of a name, a TOML file, or a folder of images.
 
@@ -115,12 +117,14 @@ class Manifest:
             beside = beside.parent if beside.is_file() or beside.suffix == ".toml" else beside
         return Place(self.name, self.spec, data_root(root), beside)
 
+    @checked
     def splits(self, root: Root = None) -> tuple[str, ...]:
         """Return the splits the dataset has, a declared carve-out included."""
         found = layout_of(self.place(root)).splits()
         carved = tuple(split for split in self.spec.carve if split not in found)
         return tuple(split for split in SPLITS if split in (*found, *carved))
 
+    @checked
     def class_names(self, root: Root = None) -> tuple[str, ...]:
         """Return the class names by label, after renames and filters; () without classes."""
         return tuple(name for name in self._names(root) if name is not None)
@@ -140,6 +144,7 @@ class Manifest:
             check_one_of("class", name, sorted(known), where=f"only_classes of {self.name}")
         return final
 
+    @checked
     def prompts(self, root: Root = None, template: str | None = None) -> tuple[str, ...]:
         """Return one prompt per class: the template around the name, underscores as spaces."""
         return tuple(self.prompt(name, template) for name in self.class_names(root))
@@ -148,6 +153,7 @@ class Manifest:
         """Return the prompt of one class. Braces in the name stay as they are."""
         return (template or self.template).replace("{}", class_name.replace("_", " "))
 
+    @checked
     def items(self, split: str, root: Root = None, *, present_only: bool = False) -> list[Item]:
         """Return the items of a split, in the order of its file (or sorted, for folders).
 
@@ -260,8 +266,15 @@ class Manifest:
                 f"{self.place(root).images}: {shown}{more}; {self.place(root).hint}{without}"
             )
 
+    @checked
     def sample(
-        self, split: str, n: int, seed: int = 0, root: Root = None, *, present_only: bool = False
+        self,
+        split: str,
+        n: Count,
+        seed: Natural = 0,
+        root: Root = None,
+        *,
+        present_only: bool = False,
     ) -> list[Item]:
         """Return up to `n` items of a split, balanced over classes, in the split's order.
 
@@ -327,6 +340,7 @@ class Manifest:
             return readers.open_image(content, f"{path}/{member}")
         return readers.open_image(path)
 
+    @checked
     def check(self, root: Root = None, full: bool = False) -> CheckResult:
         """Compare what is on disk with what the manifest expects.
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlmlayers.arguments import checked
 from vlmlayers.manifests.items import SPLITS
 from vlmlayers.manifests.manifest import Manifest
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Root = str | os.PathLike[str] | None
 
 
+@checked
 def list_table(root: Root = None) -> pd.DataFrame:
     """Return what is known: one row per dataset, whether or not it is on this machine.
 
@@ -45,6 +47,7 @@ def list_table(root: Root = None) -> pd.DataFrame:
     return table.astype({column: "Int64" for column in counts})
 
 
+@checked
 def check_table(names: Sequence[str] = (), root: Root = None, full: bool = False) -> pd.DataFrame:
     """Return what is on disk: one row per dataset of `names`, or of all that are known.
 

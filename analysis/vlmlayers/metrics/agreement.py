@@ -8,14 +8,16 @@ position × position matrix is one product, and a permutation of items costs one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from scipy.stats import rankdata
 
+from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import (
     Array,
+    Given,
     centred,
     paired,
     squared_distances,
@@ -35,7 +37,10 @@ def linear_kernel(x: Array) -> Array:
 
 
 def rbf_kernel(x: Array, *, sigma: float = 0.5) -> Array:
-    """Return exp(−‖x_i − x_j‖² / 2s²) with s = sigma × the root of the median squared distance."""
+    """Return exp(−‖x_i − x_j‖² / 2s²) with s = sigma × the root of the median squared distance.
+
+    The median is over all n² pairs, as published: an item with itself counts.
+    """
     squares = squared_distances(_spread_out(x))
     median = float(np.median(squares))
     if median <= 0.0:
@@ -124,13 +129,14 @@ def neighbours(n: int, k: int) -> int:
     return max(1, min(k, (n - 1) // 2))
 
 
+@checked
 def cka(
-    x: Any,
-    y: Any,
+    x: Given,
+    y: Given,
     *,
     debiased: bool = True,
     kernel: str = "linear",
-    sigma: float = 0.5,
+    sigma: Annotated[float, Takes(above=0)] = 0.5,
     form: str = "auto",
 ) -> float:
     """Return centred kernel alignment of paired rows.
@@ -190,7 +196,8 @@ def _feature_cka(x: Array, y: Array, debiased: bool) -> float:
     return cross / float(np.sqrt(own))
 
 
-def mutual_knn(x: Any, y: Any, *, k: int = 10) -> float:
+@checked
+def mutual_knn(x: Given, y: Given, *, k: Count = 10) -> float:
     """Return the mean share of common k nearest neighbours (cosine, self excluded).
 
     Raises:
@@ -203,7 +210,8 @@ def mutual_knn(x: Any, y: Any, *, k: int = 10) -> float:
     return float((neighbour_signature(first, k=k) * neighbour_signature(second, k=k)).sum())
 
 
-def rsa(x: Any, y: Any) -> float:
+@checked
+def rsa(x: Given, y: Given) -> float:
     """Return Spearman's correlation of the two Euclidean distance matrices' upper triangles.
 
     Raises:
@@ -216,7 +224,8 @@ def rsa(x: Any, y: Any) -> float:
     return float((rank_signature(first) * rank_signature(second)).sum())
 
 
-def procrustes(x: Any, y: Any) -> float:
+@checked
+def procrustes(x: Given, y: Given) -> float:
     """Return the angular Procrustes distance arccos(‖X_cᵀY_c‖_* / (‖X_c‖‖Y_c‖)), in radians.
 
     A true metric on shapes: 0 where a rotation and a scale map one onto the other.
@@ -273,7 +282,8 @@ def _normalised(signature: Array) -> Array:
     return signature / norm
 
 
-def calibrated(value: Array, shuffled: Array, best: float) -> Array:
+@checked
+def calibrated(value: Given, shuffled: Given, best: float) -> Array:
     """Return (value − mean of shuffled)/(best − mean of shuffled): chance 0, identity 1.
 
     Args:

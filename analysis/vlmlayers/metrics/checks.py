@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError
 
 Array = NDArray[np.float64]
@@ -16,13 +18,43 @@ Labels = NDArray[np.int64]
 SAME = 1e-6
 
 
+def as_array(x: Any) -> NDArray[Any]:
+    """Return an array, a tensor or lists as an array of numbers.
+
+    Raises:
+        TypeError, ValueError: It holds something else, such as complex numbers or text.
+    """
+    if hasattr(x, "detach"):  # a tensor, in whatever precision and wherever it lies
+        x = x.detach().cpu()
+        x = x.double() if x.is_floating_point() else x
+    array = np.asarray(x)
+    if array.dtype.kind == "O":
+        array = array.astype(np.float64)
+    if array.dtype.kind not in "fiub" or not array.ndim:
+        raise TypeError(f"{array.dtype} are no real numbers, or it is one number")
+    return array
+
+
+def numbers(x: Any, name: str) -> NDArray[Any]:
+    """Return `x` as an array of numbers.
+
+    Raises:
+        UserError: It holds something else, or rows of different lengths.
+    """
+    try:
+        return as_array(x)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} holds no numbers, or rows of different lengths") from None
+
+
 def matrix(x: Any, name: str = "x", smallest_n: int = 1) -> Array:
     """Return `x` as a finite float64 matrix, (item, width).
 
     Raises:
-        UserError: Wrong number of axes, too few rows, or a value that is NaN or infinite.
+        UserError: No numbers, wrong number of axes, too few rows, or a value that is NaN or
+            infinite.
     """
-    array = np.asarray(x, dtype=np.float64)
+    array = numbers(x, name).astype(np.float64, copy=False)
     if array.ndim != 2:
         raise UserError(f"{name} has shape {array.shape}; expected (item, width)")
     if len(array) < smallest_n:
@@ -87,11 +119,14 @@ def classes(labels: Any, n: int, smallest_class: int = 1) -> Labels:
     """Return labels renumbered 0..C−1 without holes, (item,).
 
     Raises:
-        UserError: Wrong length, fewer than two classes, or a class with too few items.
+        UserError: Wrong length, fewer than two classes, a class with too few items, or numbers
+            that are no classes: negative, NaN or fractions.
     """
-    given = np.asarray(labels)
+    given = np.asarray(labels, dtype=str) if _are_names(labels) else numbers(labels, "labels")
     if given.shape != (n,):
         raise UserError(f"labels have shape {given.shape}; expected ({n},)")
+    if given.dtype.kind in "if":
+        refuse_no_class(given)
     _, numbered, counts = np.unique(given, return_inverse=True, return_counts=True)
     if len(counts) < 2:
         raise UserError(f"labels name {len(counts)} class; at least 2 are needed")
@@ -100,6 +135,67 @@ def classes(labels: Any, n: int, smallest_class: int = 1) -> Labels:
             f"a class has {counts.min()} items; at least {smallest_class} per class are needed"
         )
     return numbered.astype(np.int64)
+
+
+def _are_names(labels: Any) -> bool:
+    """Return whether all labels are text."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind != "O":
+        return labels.dtype.kind == "U"
+    return isinstance(labels, Iterable) and all(isinstance(label, str) for label in labels)
+
+
+def refuse_no_class(labels: NDArray[Any], name: str = "labels") -> None:
+    """Refuse numbers that name no class, and name the first: negative, NaN or a fraction.
+
+    Raises:
+        UserError: Says where, and that an item without a class has to be left out.
+    """
+    wrong = ~(labels >= 0) if labels.dtype.kind != "f" else ~((labels >= 0) & (labels % 1 == 0))
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{name} has {labels[first]:g} at item {first}; classes are whole numbers from 0, and "
+            "items without one are left out"
+        )
+
+
+def row_pairs(pairs: Any, n_x: int, n_y: int) -> Labels:
+    """Return matching rows of x and y as whole numbers, (pair, 2); row i with row i where None.
+
+    Raises:
+        UserError: Rows that do not exist, no pair, or None for x and y of different lengths.
+    """
+    if pairs is None:
+        if n_x != n_y:
+            raise UserError(f"x has {n_x} items and y has {n_y}; pass `pairs`")
+        return np.stack([np.arange(n_x)] * 2, axis=1)
+    given = numbers(pairs, "pairs")
+    if given.ndim != 2 or given.shape[1] != 2 or not len(given):
+        raise UserError(f"pairs have shape {given.shape}; expected (pair, 2)")
+    outside = ~((given >= 0) & (given < (n_x, n_y)) & (given % 1 == 0)).all(axis=1)
+    if outside.any():
+        first = int(np.flatnonzero(outside)[0])
+        row, other = given[first]
+        raise UserError(
+            f"pair {first} is ({row:g}, {other:g}); rows of x are 0 to {n_x - 1}, of y 0 to "
+            f"{n_y - 1}"
+        )
+    return given.astype(np.int64, copy=False)
+
+
+def class_ids(labels: Any, n: int, count: int, name: str = "labels") -> Labels:
+    """Return the class of each of n items as a whole number below `count`, (item,).
+
+    Raises:
+        UserError: Wrong length, no numbers, or as `refuse_no_class`; a class beyond `count`.
+    """
+    given = numbers(labels, name)
+    if given.shape != (n,):
+        raise UserError(f"{name} have shape {given.shape}; expected ({n},)")
+    refuse_no_class(given, name)
+    if n and given.max() >= count:
+        raise UserError(f"{name} name class {given.max():g}; {count} classes are 0 to {count - 1}")
+    return given.astype(np.int64, copy=False)
 
 
 def ratio(top: Array, bottom: Array) -> Array:
@@ -127,3 +223,7 @@ def squared_distances(x: Array, y: Array | None = None) -> Array:
 def triangle(x: Array) -> Array:
     """Return the triangular factor of QR: the same inner products of columns in fewer rows."""
     return np.asarray(np.linalg.qr(x, mode="r"))
+
+
+# What public functions take as features: lists and tensors as well.
+Given = Annotated[NDArray[Any], Takes("an array of numbers", "arrays of numbers", convert=as_array)]

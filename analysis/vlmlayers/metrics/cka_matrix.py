@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.agreement import biased_signature, debiased_signature, linear_kernel
 from vlmlayers.metrics.checks import Array, matrix, varies
@@ -14,6 +15,7 @@ from vlmlayers.metrics.checks import Array, matrix, varies
 GRAM_BYTES = 2**29  # kept Gram matrices may take half a gigabyte, else features are summed
 
 
+@checked
 def cka_matrix(
     xs: Sequence[Any],
     ys: Sequence[Any],

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
+from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import (
     Array,
+    Given,
     Labels,
     centred,
+    class_ids,
     classes,
     one_hot,
     squared_distances,
@@ -20,7 +23,8 @@ from vlmlayers.metrics.checks import (
 )
 
 
-def fisher_ratio(x: Any, labels: Any) -> float:
+@checked
+def fisher_ratio(x: Given, labels: Any) -> float:
     """Return tr S_b / tr S_w, scatter between over scatter within classes.
 
     Under shuffled labels about (C − 1)/(n − C).
@@ -39,7 +43,8 @@ def fisher_ratio(x: Any, labels: Any) -> float:
     return float(between / (total - between))
 
 
-def lda_criterion(x: Any, labels: Any, *, width: int | None = None) -> float:
+@checked
+def lda_criterion(x: Given, labels: Any, *, width: int | None = None) -> float:
     """Return tr(S_w⁻¹ S_b) with S_w shrunk after Ledoit and Wolf, so n ≤ d is allowed.
 
     S_b is Σ n_c (μ_c − μ)(μ_c − μ)ᵀ / n and S_w the covariance of items about their class means.
@@ -62,7 +67,8 @@ def lda_criterion(x: Any, labels: Any, *, width: int | None = None) -> float:
     return _explained(_shrunk_inverse(within, width), _weighted_means(x, y))
 
 
-def h_score(x: Any, labels: Any, *, width: int | None = None) -> float:
+@checked
+def h_score(x: Given, labels: Any, *, width: int | None = None) -> float:
     """Return tr(Σ⁻¹ cov(E[f|y])) with the covariance Σ shrunk after Ledoit and Wolf.
 
     Without shrinkage it equals C − 1 for true and shuffled labels alike where n ≤ d, so only the
@@ -109,7 +115,8 @@ def _silhouettes(distances: Array, y: Labels) -> Array:
     return np.where(counts[y] > 1, score, 0.0)
 
 
-def silhouette(x: Any, labels: Any) -> float:
+@checked
+def silhouette(x: Given, labels: Any) -> float:
     """Return the mean silhouette with Euclidean distance.
 
     Raises:
@@ -131,7 +138,8 @@ def overlap_values(x: Any, labels: Any, *, k: int = 10) -> Array:
     return (y[near] == y[:, None]).mean(axis=1)
 
 
-def neighbourhood_overlap(x: Any, labels: Any, *, k: int = 10) -> float:
+@checked
+def neighbourhood_overlap(x: Given, labels: Any, *, k: Count = 10) -> float:
     """Return the share of the k nearest other items (cosine) that have the same label.
 
     Raises:
@@ -149,11 +157,12 @@ def zero_shot_values(x: Any, prompts: Any, labels: Any) -> Array:
     """
     similarity = unit(x) @ unit(prompts, "prompts").T  # (item, class)
     best = similarity >= similarity.max(axis=1, keepdims=True) - 1e-12
-    own = best[np.arange(len(similarity)), np.asarray(labels)]
+    own = best[np.arange(len(similarity)), class_ids(labels, *similarity.shape)]
     return own / best.sum(axis=1)
 
 
-def zero_shot_accuracy(x: Any, prompts: Any, labels: Any) -> float:
+@checked
+def zero_shot_accuracy(x: Given, prompts: Given, labels: Any) -> float:
     """Return the share of items whose class prompt is the nearest one (cosine).
 
     Args:

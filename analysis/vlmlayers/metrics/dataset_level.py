@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.checks import Array, Given, class_ids
 
 
-def confusion(truth: Labels, predicted: Labels, classes: int) -> Array:
-    """Return counts by true (row) and predicted (column) class, (class, class)."""
+@checked
+def confusion(truth: Given, predicted: Given, classes: Count) -> Array:
+    """Return counts by true (row) and predicted (column) class, (class, class).
+
+    Raises:
+        UserError: Numbers that are no classes, or not as many of one as of the other.
+    """
+    truth = class_ids(truth, len(truth), classes, "truth")
+    predicted = class_ids(predicted, len(truth), classes, "predicted")
     counts = np.zeros((classes, classes))
     np.add.at(counts, (truth, predicted), 1.0)
     return counts
@@ -32,12 +40,14 @@ def recall(counts: Array) -> Array:
     return np.diagonal(confusion_shares(counts), axis1=-2, axis2=-1)
 
 
-def balanced_accuracy(counts: Array) -> Array:
+@checked
+def balanced_accuracy(counts: Given) -> Array:
     """Return the mean recall over classes: accuracy where every class weighs the same, (…)."""
     return recall(counts).mean(axis=-1)
 
 
-def normalised_accuracy(counts: Array) -> Array:
+@checked
+def normalised_accuracy(counts: Given) -> Array:
     """Return balanced accuracy rescaled so that chance is 0 and perfect is 1, (…)."""
     chance = 1.0 / counts.shape[-1]
     return (balanced_accuracy(counts) - chance) / (1.0 - chance)

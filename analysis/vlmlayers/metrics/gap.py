@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Labels, ratio, triangle, unit
+from vlmlayers.metrics.checks import Array, Given, Labels, ratio, row_pairs, triangle, unit
 
 
-def centroid_gap(x: Any, y: Any, pairs: Any = None) -> float:
+@checked
+def centroid_gap(x: Given, y: Given, pairs: Any = None) -> float:
     """Return ‖mean x − mean y‖ of unit rows. Samples of one cloud give about √(1/n_x + 1/n_y).
 
     Reference: Liang et al. 2022, Mind the Gap.
@@ -24,7 +26,7 @@ def centroid_gap(x: Any, y: Any, pairs: Any = None) -> float:
 
 def centroid_gap_weighted(x: Any, y: Any, pairs: Any, wx: Array, wy: Array) -> Array:
     """Return the centroid gap under each row of item weights, (draw,)."""
-    x, y = unit(x), unit(y, "y")
+    x, y = _clouds(x, y)
     means = [w @ rows / w.sum(axis=1, keepdims=True) for w, rows in ((wx, x), (wy, y))]
     return np.linalg.norm(means[0] - means[1], axis=1)
 
@@ -35,7 +37,8 @@ def pair_distances(x: Any, y: Any, pairs: Any = None) -> Array:
     return np.linalg.norm(x[pairs[:, 0]] - y[pairs[:, 1]], axis=1)
 
 
-def pair_distance(x: Any, y: Any, pairs: Any = None) -> float:
+@checked
+def pair_distance(x: Given, y: Given, pairs: Any = None) -> float:
     """Return the mean distance ‖x_i − y_i‖ of matching unit rows.
 
     Reference: Liang et al. 2022; Schrodi et al. 2025 (L2I).
@@ -49,7 +52,8 @@ def pair_cosines(x: Any, y: Any, pairs: Any = None) -> Array:
     return (x[pairs[:, 0]] * y[pairs[:, 1]]).sum(axis=1)
 
 
-def matched_cosine(x: Any, y: Any, pairs: Any = None) -> float:
+@checked
+def matched_cosine(x: Given, y: Given, pairs: Any = None) -> float:
     """Return the mean cosine of matching rows.
 
     Reference: Hessel et al. 2021 (CLIPScore, unscaled).
@@ -57,7 +61,8 @@ def matched_cosine(x: Any, y: Any, pairs: Any = None) -> float:
     return float(pair_cosines(x, y, pairs).mean())
 
 
-def rmg(x: Any, y: Any, pairs: Any = None) -> float:
+@checked
+def rmg(x: Given, y: Given, pairs: Any = None) -> float:
     """Return the relative modality gap d_match / (d_match + ½(d_img + d_txt)), d = (1 − cos)/2.
 
     0 where pairs coincide, ½ where pairs are as far apart as strangers of one modality.
@@ -82,7 +87,8 @@ def rmg_weighted(x: Any, y: Any, pairs: Any, wx: Array, wy: Array) -> Array:
     return match / (match + own)
 
 
-def frechet_gap(x: Any, y: Any, pairs: Any = None) -> float:
+@checked
+def frechet_gap(x: Given, y: Given, pairs: Any = None) -> float:
     """Return the Fréchet distance of the two clouds once their centroids are aligned.
 
     √(tr Σ_x + tr Σ_y − 2 tr (Σ_x^½ Σ_y Σ_x^½)^½) of unit rows; the last term is the nuclear norm
@@ -93,8 +99,7 @@ def frechet_gap(x: Any, y: Any, pairs: Any = None) -> float:
 
     Reference: Dowson and Landau 1982.
     """
-    x, y = unit(x, smallest_n=2), unit(y, "y", smallest_n=2)
-    return _cloud_distance(x, y)
+    return _cloud_distance(*_clouds(x, y, smallest_n=2))
 
 
 def nuclear_norm(x: Array, y: Array) -> float:
@@ -133,7 +138,8 @@ def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
     return np.clip((k - above) / (tied + 1.0), 0.0, 1.0)
 
 
-def retrieval(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> float:
+@checked
+def retrieval(x: Given, y: Given, pairs: Any = None, *, k: Count = 1) -> float:
     """Return recall at k: the share of queries x with a match among their k nearest of y.
 
     Reference: Karpathy and Fei-Fei 2015.
@@ -157,18 +163,20 @@ def _mean_distance(x: Array, weights: Array) -> Array:
     return (1.0 - cosine) / 2.0
 
 
-def _inputs(x: Any, y: Any, pairs: Any, smallest_n: int = 1) -> tuple[Array, Array, Labels]:
+def _clouds(x: Any, y: Any, smallest_n: int = 1) -> tuple[Array, Array]:
+    """Return the unit rows of both, which have to be in one space."""
     x, y = unit(x, smallest_n=smallest_n), unit(y, "y", smallest_n=smallest_n)
     if x.shape[1] != y.shape[1]:
         raise UserError(
             f"images have width {x.shape[1]} and texts {y.shape[1]}; "
             "a gap exists in `joint` space only"
         )
-    if pairs is None:
-        if len(x) != len(y):
-            raise UserError(f"x has {len(x)} items and y has {len(y)}; pass `pairs`")
-        return x, y, np.stack([np.arange(len(x))] * 2, axis=1)
-    return x, y, np.asarray(pairs, dtype=np.int64)
+    return x, y
+
+
+def _inputs(x: Any, y: Any, pairs: Any, smallest_n: int = 1) -> tuple[Array, Array, Labels]:
+    x, y = _clouds(x, y, smallest_n)
+    return x, y, row_pairs(pairs, len(x), len(y))
 
 
 def _ones(x: Any, y: Any) -> tuple[Array, Array]:
@@ -182,7 +190,7 @@ def centroid_gap_null(x: Any, y: Any, pairs: Any = None) -> float:
 
 def frechet_null(x: Any, y: Any, pairs: Any = None, *, draws: int = 5) -> float:
     """Return the same distance after the centred rows of both modalities are mixed at random."""
-    x, y = unit(x, smallest_n=2), unit(y, "y", smallest_n=2)
+    x, y = _clouds(x, y, smallest_n=2)
     rows = np.vstack([x - x.mean(axis=0), y - y.mean(axis=0)])
     rng = np.random.default_rng(0)
     values = []

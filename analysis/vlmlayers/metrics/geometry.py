@@ -5,13 +5,15 @@ What depends on n: rank-like measures grow with n, so compare them at one n only
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import (
     Array,
+    Given,
     Labels,
     centred,
     classes,
@@ -20,6 +22,8 @@ from vlmlayers.metrics.checks import (
     squared_distances,
     unit,
 )
+
+NEAR = 1e-5  # of the items' spread; float32 and another batch size leave less between equal items
 
 
 def spectrum(x: Any) -> Array:
@@ -30,7 +34,8 @@ def spectrum(x: Any) -> Array:
     return values[values > 1e-12 * values[0]]
 
 
-def effective_rank(x: Any) -> float:
+@checked
+def effective_rank(x: Given) -> float:
     """Return exp(entropy of the normalised singular values) of centred features.
 
     Reference: Roy and Vetterli 2007; RankMe, Garrido et al. 2023 (there without centring).
@@ -43,7 +48,8 @@ def rank_of(eigenvalues: Array) -> float:
     return float(np.exp(_entropy(np.sqrt(eigenvalues))))
 
 
-def spectral_entropy(x: Any) -> float:
+@checked
+def spectral_entropy(x: Given) -> float:
     """Return the von Neumann entropy of the centred scatter at trace 1, in nats.
 
     Reference: von Neumann 1932; for layers of networks, Skean et al. 2025.
@@ -56,7 +62,8 @@ def entropy_of(eigenvalues: Array) -> float:
     return _entropy(eigenvalues)
 
 
-def participation_ratio(x: Any) -> float:
+@checked
+def participation_ratio(x: Given) -> float:
     """Return (Σλ)² / Σλ² of the eigenvalues of the centred scatter.
 
     Reference: Gao et al. 2017.
@@ -69,7 +76,8 @@ def participation_of(eigenvalues: Array) -> float:
     return float(eigenvalues.sum() ** 2 / np.square(eigenvalues).sum())
 
 
-def mean_cosine(x: Any) -> float:
+@checked
+def mean_cosine(x: Given) -> float:
     """Return the mean cosine between different items, not centred: anisotropy.
 
     Reference: Ethayarajh 2019.
@@ -85,7 +93,8 @@ def mean_cosine_weighted(x: Any, weights: Array) -> Array:
     return ratio(np.square(weights @ x).sum(axis=1) - own, total)
 
 
-def mean_cosine_centred(x: Any) -> float:
+@checked
+def mean_cosine_centred(x: Given) -> float:
     """Return the mean cosine between different items after centring; about −1/(n − 1) at best.
 
     Reference: Ethayarajh 2019; centred: Cai et al. 2021.
@@ -98,7 +107,8 @@ def mean_cosine_centred_weighted(x: Any, weights: Array) -> Array:
     return mean_cosine_weighted(centred(x), weights)
 
 
-def uniformity(x: Any) -> float:
+@checked
+def uniformity(x: Given) -> float:
     """Return log mean exp(−2‖x_i − x_j‖²) of unit rows over i ≠ j; lower is more uniform.
 
     Reference: Wang and Isola 2020.
@@ -115,7 +125,8 @@ def uniformity_weighted(x: Any, weights: Array) -> Array:
     return np.log(ratio(sums, total))
 
 
-def alignment(x: Any, labels: Any) -> float:
+@checked
+def alignment(x: Given, labels: Any) -> float:
     """Return the mean ‖x_i − x_j‖² of unit rows over pairs of the same class; lower is closer.
 
     Raises:
@@ -155,28 +166,30 @@ def alignment_relabelled(x: Any, labels: Labels) -> Array:
     return np.array(values)
 
 
-def twonn(x: Any, *, discard: float = 0.1) -> float:
+@checked
+def twonn(x: Given, *, discard: Annotated[float, Takes(least=0, most=0.9)] = 0.1) -> float:
     """Return the TwoNN intrinsic dimension: slope of −log(1 − F(μ)) against log μ.
 
-    μ is the ratio of the distances to the second and first neighbour; the largest `discard` share
-    is left out. Items that coincide with another count once.
+    μ is the ratio of the distances to the second and first neighbour, F its empirical distribution
+    i/n, i = 1…n; the largest `discard` share is left out. Items that coincide with another up to
+    rounding count once.
 
     Raises:
         UserError: Fewer than ten distinct items.
 
     Reference: Facco et al. 2017.
     """
-    x = np.unique(centred(x), axis=0)
-    if len(x) < 10:
-        raise UserError(f"{len(x)} distinct items; TwoNN needs at least 10")
+    x = centred(x)
     squares = squared_distances(x)
+    same = np.triu(squares <= NEAR**2 * np.square(x).sum() / len(x), 1).any(axis=0)
+    if (n := int((~same).sum())) < 10:
+        raise UserError(f"{n} distinct items; TwoNN needs at least 10")
+    squares = squares[np.ix_(~same, ~same)]
     np.fill_diagonal(squares, np.inf)
     first, second = np.sqrt(np.partition(squares, 1, axis=1)[:, :2]).T
-    if not first.all():
-        raise UserError("items coincide up to rounding; TwoNN is undefined")
     log_ratio = np.sort(np.log(second / first))
-    keep = int(len(x) * (1.0 - discard))
-    height = -np.log1p(-np.arange(keep) / len(x))
+    keep = min(int(n * (1.0 - discard)), n - 1)  # at F = 1 the logarithm is infinite
+    height = -np.log1p(-np.arange(1, keep + 1) / n)
     return float((log_ratio[:keep] @ height) / np.square(log_ratio[:keep]).sum())
 
 

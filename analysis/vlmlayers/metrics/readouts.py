@@ -8,10 +8,22 @@ length 1, or `none` (the mean of the fitting part is removed, nothing else).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from vlmlayers.errors import check_one_of
-from vlmlayers.metrics.checks import SAME, Array, Labels, matrix, squared_distances, unit_rows
+from vlmlayers.arguments import Count, checked
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics.checks import (
+    SAME,
+    Array,
+    Given,
+    Labels,
+    class_ids,
+    matrix,
+    squared_distances,
+    unit_rows,
+)
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NORMALISE = ("columns", "rows", "none")
@@ -34,10 +46,16 @@ def normalised(fit: Array, *others: Array, how: str = "columns") -> list[Array]:
     """Return all arrays normalised, float64; see the module for what `how` may be.
 
     Raises:
-        UserError: Unknown normalisation, or NaN.
+        UserError: Unknown normalisation, NaN, or another width than the fitting part.
     """
     check_one_of("normalise", how, NORMALISE)
     parts = [matrix(part) for part in (fit, *others)]
+    for part in parts[1:]:
+        if part.shape[1] != parts[0].shape[1]:
+            raise UserError(
+                f"features to classify have width {part.shape[1]}, those that are fitted "
+                f"{parts[0].shape[1]}"
+            )
     if how == "rows":
         parts = [unit_rows(part) for part in parts]
     mean, factor = standardiser(parts[0])
@@ -46,14 +64,15 @@ def normalised(fit: Array, *others: Array, how: str = "columns") -> list[Array]:
     return [(part - mean) * factor for part in parts]
 
 
+@checked
 def logistic(
-    fit: Array,
-    fit_labels: Labels,
-    val: Array,
-    val_labels: Labels,
-    x: Array,
+    fit: Given,
+    fit_labels: Any,
+    val: Given,
+    val_labels: Any,
+    x: Given,
     *,
-    classes: int,
+    classes: Count,
     c_grid: tuple[float, ...] = C_GRID,
     normalise: str = "columns",
 ) -> Labels:
@@ -64,6 +83,8 @@ def logistic(
 
     Reference: Radford et al. 2021, section A.3 (linear probes of CLIP).
     """
+    fit_labels = class_ids(fit_labels, len(fit), classes, "fit_labels")
+    val_labels = class_ids(val_labels, len(val), classes, "val_labels")
     logits = logistic_logits(
         fit, fit_labels, [val, x], classes=classes, c_grid=c_grid, normalise=normalise
     )
@@ -88,34 +109,37 @@ def logistic_logits(
     return [np.einsum("nd,gdk->gnk", _with_ones(part), solution, optimize=True) for part in others]
 
 
+@checked
 def nearest_mean(
-    fit: Array,
-    fit_labels: Labels,
-    val: Array,
-    val_labels: Labels,
-    x: Array,
+    fit: Given,
+    fit_labels: Any,
+    val: Given,
+    val_labels: Any,
+    x: Given,
     *,
-    classes: int,
+    classes: Count,
     normalise: str = "columns",
 ) -> Labels:
     """Predict the class whose mean is nearest (Euclidean, normalised features).
 
     Reference: Mensink et al. 2013 (nearest class mean).
     """
+    fit_labels = class_ids(fit_labels, len(fit), classes, "fit_labels")
     scaled, x = normalised(fit, x, how=normalise)
     means = class_means(scaled, fit_labels, classes)
     return squared_distances(x, means).argmin(axis=1)
 
 
+@checked
 def k_nearest(
-    fit: Array,
-    fit_labels: Labels,
-    val: Array,
-    val_labels: Labels,
-    x: Array,
+    fit: Given,
+    fit_labels: Any,
+    val: Given,
+    val_labels: Any,
+    x: Given,
     *,
-    classes: int,
-    k: int = 10,
+    classes: Count,
+    k: Count = 10,
     normalise: str = "columns",
 ) -> Labels:
     """Predict by the votes of the k nearest fitting items (cosine, normalised features).
@@ -125,6 +149,7 @@ def k_nearest(
 
     Reference: Cover and Hart 1967; as used for frozen features by Caron et al. 2021.
     """
+    fit_labels = class_ids(fit_labels, len(fit), classes, "fit_labels")
     scaled, x = normalised(fit, x, how=normalise)
     k = min(k, int(np.bincount(fit_labels, minlength=classes).min()))
     near = np.argsort(-(unit_rows(x) @ unit_rows(scaled).T), axis=1, kind="stable")[:, :k]

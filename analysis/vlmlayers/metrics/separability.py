@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from vlmlayers.arguments import Natural, Takes, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Labels, unit
+from vlmlayers.metrics.checks import Array, Given, Labels, row_pairs, unit
 from vlmlayers.metrics.gap import auc_weighted
 from vlmlayers.metrics.readouts import logistic_logits
 
 
-def modality_auc(x: Any, y: Any, pairs: Any = None, *, dims: int = 0, folds: int = 5) -> float:
+@checked
+def modality_auc(
+    x: Given,
+    y: Given,
+    pairs: Any = None,
+    *,
+    dims: Natural = 0,
+    folds: Annotated[int, Takes(least=2)] = 5,
+) -> float:
     """Return the held-out AUC of a linear classifier of images against texts.
 
     Logistic regression (C = 1, both modalities weigh the same) on unit rows, `folds` folds; what
@@ -61,9 +70,7 @@ def modality_auc_weighted(
 
 def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
     """Return the fold of each image and of each text; matching rows share a fold."""
-    if pairs is None:
-        pairs = np.stack([np.arange(n_x)] * 2, axis=1)
-    pairs = np.asarray(pairs)
+    pairs = row_pairs(pairs, n_x, n_y)
     by_text = len(np.unique(pairs[:, 0])) >= len(np.unique(pairs[:, 1]))
     groups = n_y if by_text else n_x
     if groups < 2:

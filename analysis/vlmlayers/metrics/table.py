@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import check_one_of
 from vlmlayers.metrics import agreement as ag
 from vlmlayers.metrics import class_level as cl
@@ -313,6 +314,7 @@ for _name, _metric in [(n, m) for n, m in METRICS.items() if m.needs == "pairs"]
     METRICS |= _variants(_name, _metric)
 
 
+@checked
 def metric(name: str) -> Metric:
     """Return the entry of a metric.
 
@@ -322,6 +324,7 @@ def metric(name: str) -> Metric:
     return METRICS[check_one_of("metric", name, METRICS)]
 
 
+@checked
 def table() -> pd.DataFrame:
     """Return the table for people: one row per metric, no functions."""
     import pandas as pd

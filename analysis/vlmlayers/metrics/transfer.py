@@ -12,8 +12,18 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
+from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Labels, classes, matrix, one_hot, varies
+from vlmlayers.metrics.checks import (
+    Array,
+    Given,
+    Labels,
+    class_ids,
+    classes,
+    matrix,
+    one_hot,
+    varies,
+)
 from vlmlayers.metrics.readouts import class_means
 
 
@@ -81,8 +91,15 @@ def discriminant_predict(factor: Any, means: Array, x: Array) -> Labels:
     return (x @ solved - 0.5 * (means.T * solved).sum(axis=0)).argmax(axis=1)
 
 
+@checked
 def transfer_predict(
-    geometry: Any, geometry_labels: Any, support: Any, support_labels: Any, x: Any, *, classes: int
+    geometry: Given,
+    geometry_labels: Any,
+    support: Given,
+    support_labels: Any,
+    x: Given,
+    *,
+    classes: Count,
 ) -> Labels:
     """Predict classes from a few shots, in a geometry learned on other classes.
 
@@ -98,7 +115,8 @@ def transfer_predict(
     """
     factor = within_scatter(geometry, geometry_labels).factor()
     support, x = matrix(support, "support"), matrix(x)
-    return few_shot_predict(factor, support, np.asarray(support_labels), x, classes=classes)
+    labels = class_ids(support_labels, len(support), classes, "support_labels")
+    return few_shot_predict(factor, support, labels, x, classes=classes)
 
 
 def discriminant(

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from vlmlayers.metrics.checks import Array, Labels, centred, classes, one_hot
+from vlmlayers.arguments import checked
+from vlmlayers.metrics.checks import Array, Given, Labels, centred, classes, one_hot
 
 DECADES = 0.25  # spacing of the grid of λ; the evidence is a sum of sigmoids of ln λ, each wider
 
 
-def logme(x: Any, labels: Any) -> float:
+@checked
+def logme(x: Given, labels: Any) -> float:
     """Return the maximal log evidence per item of a Bayesian linear head, mean over classes.
 
     Each class indicator (centred, as are the features: a head with intercept) is y ~ N(Xw, β⁻¹)

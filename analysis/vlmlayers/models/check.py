@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.load import build_clip
 from vlmlayers.models.recording import probe
@@ -37,7 +38,8 @@ class Check:
     reason: str = ""
 
 
-def models_check(names: Iterable[str] | None = None, *, progress: bool = False) -> pd.DataFrame:
+@checked
+def models_check(names: Sequence[str] | None = None, *, progress: bool = False) -> pd.DataFrame:
     """Build architectures on the meta device, find both towers and run them on shapes alone.
 
     Each tower passes a batch of two and of three through its hooks, so a block that is never

@@ -11,33 +11,36 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlmlayers.arguments import Count, Natural, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.files import checksum
+from vlmlayers.manifests import Item
 from vlmlayers.models.devices import resolve_precision
-from vlmlayers.models.options import ExtractOptions
+from vlmlayers.models.options import Dataset, ExtractOptions
 from vlmlayers.models.recording import Recorder
-from vlmlayers.models.vlm import VLM
+from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.positions import TOWERS
 
 
+@checked
 def extract(
-    model: VLM,
-    manifest: Any,
+    model: LoadedModel,
+    manifest: Dataset,
     split: str,
     *,
-    items: int | Sequence[Any] | None = None,
+    items: Count | Sequence[Item] | None = None,
     root: str | Path | None = None,
     spaces: Sequence[str] = ("native", "joint"),
     pooling: str | Mapping[str, str] | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: Count = 64,
+    workers: Natural = 0,
     precision: str = "fp32",
     out: str | Path | None = None,
     text: str = "prompts",
     template: str | None = None,
-    seed: int = 0,
+    seed: Natural = 0,
     present_only: bool = False,
     skip_unreadable: bool = False,
     progress: bool = True,
@@ -46,7 +49,7 @@ def extract(
 
     Args:
         model: What `load_model` returns.
-        manifest: The dataset.
+        manifest: The dataset: a `Manifest`, its name, or a path of one or of a folder of images.
         split: `train`, `val` or `test`.
         items: A number of items to draw with balanced classes, a list of items, or None for all.
         root: Data root; see `Manifest`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
-from vlmlayers.arguments import PRECISIONS
+from vlmlayers.arguments import PRECISIONS, checked
 from vlmlayers.errors import UserError, check_one_of, one_line
 from vlmlayers.files import WEIGHT_SUFFIXES, find_weights
 from vlmlayers.models.build import ImageSize, build_clip, read_config
@@ -41,6 +41,7 @@ def list_models() -> list[str]:
     return [*open_clip.list_models(), MINI]
 
 
+@checked
 def load_model(
     name: str | Path,
     pretrained: str | Path | None = None,
@@ -117,14 +118,15 @@ def load_model(
     return model
 
 
+@checked
 def wrap_model(
     clip: nn.Module,
-    preprocess: Any,
-    tokenizer: Any,
+    preprocess: Callable[..., Any],
+    tokenizer: Callable[..., Any],
     *,
     name: str,
     weights: str,
-    preprocess_train: Any = None,
+    preprocess_train: Callable[..., Any] | None = None,
     random_weights: bool = False,
 ) -> VLM:
     """Make a `VLM` of a model that is already in memory; the model stays as it is.

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from vlmlayers.arguments import PRECISIONS
+from vlmlayers.arguments import PRECISIONS, Count, Natural, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.manifests import Item, Manifest
 from vlmlayers.positions import TOWERS
 
 TEXTS = ("prompts", "captions")
 
 
+def dataset_of(given: Any) -> Any:
+    """Return the manifest of a name or path; a manifest, or what does as much, as it is."""
+    if isinstance(given, str | os.PathLike):
+        return Manifest.load(given)
+    if not hasattr(given, "class_names"):
+        raise TypeError
+    return given
+
+
+Dataset = Annotated[Any, Takes("a dataset's name, path or Manifest", convert=dataset_of)]
+
+
+@checked
 @dataclass(frozen=True)
 class ExtractOptions:
     """The keyword arguments that `extract` and `stream` share; `extract` says what each means.
 
     Raises:
-        UserError: A precision, kind of text, batch size or tower is none.
+        UserError: A precision, kind of text, batch size or tower is none, or an option does not
+            apply to the others.
     """
 
-    items: int | Sequence[Any] | None = None
+    items: Count | Sequence[Item] | None = None
     root: str | Path | None = None
     spaces: Sequence[str] = ("native", "joint")
     pooling: str | Mapping[str, str] | None = None
-    batch_size: int = 64
-    workers: int = 0
+    batch_size: Count = 64
+    workers: Natural = 0
     precision: str = "fp32"
     text: str = "prompts"
     template: str | None = None
-    seed: int = 0
+    seed: Natural = 0
     present_only: bool = False
     skip_unreadable: bool = False
     progress: bool = True
@@ -39,8 +55,10 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         check_one_of("precision", self.precision, PRECISIONS)
         check_one_of("text", self.text, TEXTS)
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}; it has to be at least 1")
+        if self.template is not None and self.text == "captions":
+            raise UserError("template makes prompts of class names; text='captions' has none")
+        if self.seed and not isinstance(self.items, int):
+            raise UserError("seed draws items; it needs items as a number (--items)")
         if isinstance(self.pooling, Mapping):
             for name in self.pooling:
                 check_one_of("tower", name, TOWERS, where="pooling")

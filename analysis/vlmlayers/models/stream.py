@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.features.store import (
@@ -31,11 +32,11 @@ from vlmlayers.identity import DATA, DataIdentity
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.decoding import batches_of, told_of_dead_workers
 from vlmlayers.models.extract import prepare, refuse_hooks
-from vlmlayers.models.options import ExtractOptions
+from vlmlayers.models.options import Dataset, ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features
 from vlmlayers.models.reduce import merge_over_processes, summed
-from vlmlayers.models.vlm import VLM
+from vlmlayers.models.vlm import LoadedModel
 from vlmlayers.models.work import Work, refuse_not_finite
 from vlmlayers.progress import bar
 from vlmlayers.scores.sums import DatasetSums, StreamingScores
@@ -44,13 +45,14 @@ CHUNK = 1024  # images between two updates of the sums, whose cost does not depe
 _PARTS: dict[str, Any] = {"moments": Moments, "classes": ClassMoments, "cross": CrossMoments}
 
 
+@checked
 def stream(
-    model: VLM,
-    manifest: Any,
+    model: LoadedModel,
+    manifest: Dataset,
     split: str,
     *,
     out: str | Path | None = None,
-    sample: int = 200,
+    sample: Count = 200,
     save_seconds: float = 120.0,
     **options: Any,
 ) -> StreamingScores:
@@ -58,7 +60,7 @@ def stream(
 
     Args:
         model: What `load_model` returns.
-        manifest: The dataset.
+        manifest: The dataset, as `extract` takes it.
         split: `train`, `val` or `test`.
         out: Folder of the saved sums; a stopped run resumes there. None saves nothing.
         sample: Items kept as they are; see `StreamingScores`.

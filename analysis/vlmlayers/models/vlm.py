@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmlayers.files import checksum
+from vlmlayers.arguments import Takes
 from vlmlayers.models.towers import Tower, find_towers, unwrap_compiled
 
 
@@ -120,6 +121,9 @@ class VLM:
             f"VLM({self.name}, weights={self.weights}, vision: {vision.depth} {vision.kind} of "
             f"width {vision.width}, text: {text.depth} of width {text.width}, {self.device})"
         )
+
+
+LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:

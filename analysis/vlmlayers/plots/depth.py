@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import describe_blocks
 from vlmlayers.plots.layout import DepthAxis, runs
@@ -20,12 +22,9 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import POOLED, depths
+from vlmlayers.scores.reading import POOLED, Reading, Scores, depths
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import LayerChoice
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def is_random(scores: pd.DataFrame) -> bool:
@@ -33,8 +32,9 @@ def is_random(scores: pd.DataFrame) -> bool:
     return bool((scores["weights"].astype(str) == "random").any())
 
 
+@checked
 def layer_curves(
-    scores: pd.DataFrame,
+    scores: Scores,
     metric: str = "dataset_accuracy",
     *,
     choice: LayerChoice | None = None,
@@ -43,6 +43,9 @@ def layer_curves(
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a metric along both towers with bands, the chance line and the chosen blocks.
+
+    A point is the mean over seeds, and over datasets where neither one is asked for nor pooled
+    rows are there. Of several poolings, splits or spaces one is drawn, which a warning names.
 
     Args:
         scores: Score table of one model.
@@ -53,10 +56,11 @@ def layer_curves(
         ax: Axes to draw on; a new figure where None.
 
     Raises:
-        UserError: The metric is not in the table.
+        UserError: The metric is not in the table, or the table holds several models or scorings.
     """
     with style():
         frame = over_datasets(curves(scores, metric, dataset, space))
+        Reading(space=space).say_choice(scores, metric)
         ax = axes(ax)
         axis = DepthAxis.of(frame, depths(scores))
         for tower, part in frame.groupby("tower", sort=False):
@@ -78,8 +82,9 @@ def layer_curves(
         return mark_random(ax, is_random(scores))
 
 
+@checked
 def gap_curves(
-    scores: pd.DataFrame,
+    scores: Scores,
     metric: str = "centroid_gap",
     *,
     tower: str = "vision",
@@ -94,8 +99,9 @@ def gap_curves(
     return dataset_curves(scores, metric, tower=tower, choice=choice, ax=ax)
 
 
+@checked
 def dataset_curves(
-    scores: pd.DataFrame,
+    scores: Scores,
     metric: str,
     *,
     tower: str = "vision",
@@ -109,6 +115,7 @@ def dataset_curves(
     """
     with style():
         frame = on_tower(curves(scores, metric), metric, tower)
+        Reading().say_choice(scores, metric)
         ax = axes(ax)
         axis = DepthAxis.of(frame, depths(scores))
         for number, (name, part) in enumerate(frame.groupby("dataset", sort=False)):
@@ -222,6 +229,7 @@ def shade(
             )
 
 
+@checked
 def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
     """Draw how often each block was chosen over resampled score tables.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pandas as pd
+from matplotlib.axes import Axes
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.plots.depth import is_random, on_tower
 from vlmlayers.plots.layout import runs
@@ -21,15 +22,14 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS, sort_key
+from vlmlayers.scores.reading import Reading, Scores
 from vlmlayers.scores.summaries import agreement, curves
 from vlmlayers.selection import LayerChoice
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-
+@checked
 def agreement_matrix(
-    scores: pd.DataFrame,
+    scores: Scores,
     metric: str = "cka_debiased",
     *,
     tower: str = "vision",
@@ -55,6 +55,7 @@ def agreement_matrix(
     for name in (tower, other_tower):
         check_one_of("tower", name, TOWERS)
     frame = agreement(scores, metric, tower, other_tower, dataset)
+    Reading(dataset=dataset).say_choice(scores, metric)
     if frame.empty:
         raise UserError(f"metric {metric!r} was not measured between {tower} and {other_tower}")
     if frame["position"].is_unique and len(frame) > 1:
@@ -82,8 +83,9 @@ def agreement_matrix(
         return mark_random(ax, is_random(scores))
 
 
+@checked
 def dataset_heatmap(
-    scores: pd.DataFrame,
+    scores: Scores,
     metric: str = "class_accuracy",
     *,
     tower: str = "vision",
@@ -96,6 +98,7 @@ def dataset_heatmap(
         UserError: The metric is not in the table, or not on this tower.
     """
     frame = on_tower(curves(scores, metric), metric, tower)
+    Reading().say_choice(scores, metric)
     columns = _ordered(frame["position"])
     grid = frame.pivot(index="dataset", columns="position", values="value").reindex(
         index=list(dict.fromkeys(frame["dataset"])), columns=columns

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 
+from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import Placement
 from vlmlayers.plots.style import CATEGORY_COLOURS, axes, style
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+Outcomes = Annotated[pd.DataFrame, Takes("a table of trained placements", "such tables")]
 OUTCOMES = {
     "base": ("Base classes", "#2F8FC4", "s"),
     "novel": ("Novel classes", "#B34700", "^"),
@@ -22,11 +22,16 @@ CHOSEN_COLOUR, PUBLISHED_COLOUR = "#007E5D", "#7A3E9D"
 
 
 def _need(frame: pd.DataFrame, *columns: str) -> None:
-    missing = [name for name in columns if name not in frame.columns]
+    missing = [name for name in ("placement", *columns) if name not in frame.columns]
     if missing or frame.empty:
         raise UserError(
             f"the validation table lacks {', '.join(missing) or 'rows'}; "
             "write it with `vlmlayers validate`"
+        )
+    if not frame["placement"].is_unique:
+        raise UserError(
+            "the table has several rows per placement; give their means, such as "
+            "validation_placements.csv of the run"
         )
 
 
@@ -37,7 +42,8 @@ def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
     return outcomes[name].astype(bool)
 
 
-def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
+@checked
+def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
     """Draw base, novel and HM of each placement, in the order of the table.
 
     A line joins the placements of the sweep of the start block; others stand apart. Where the
@@ -51,12 +57,7 @@ def placement_sweep(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Raises:
         UserError: A column is missing, there is no row, or a placement has several.
     """
-    _need(outcomes, "placement", "base", "novel", "hm")
-    if not outcomes["placement"].is_unique:
-        raise UserError(
-            "the table has several rows per placement; give their means, such as "
-            "validation_placements.csv of the run"
-        )
+    _need(outcomes, "base", "novel", "hm")
     swept = _swept(outcomes)
     with style():
         ax = axes(ax, (3.35, 2.6))
@@ -95,8 +96,9 @@ def _swept(outcomes: pd.DataFrame) -> pd.Series:
     return pd.Series(True, index=outcomes.index)
 
 
+@checked
 def predicted_vs_trained(
-    outcomes: pd.DataFrame, predicted: str = "predicted", ax: Axes | None = None
+    outcomes: Outcomes, predicted: str = "predicted", ax: Axes | None = None
 ) -> Axes:
     """Draw a predicted placement score against the trained HM, one point per placement.
 
@@ -107,9 +109,9 @@ def predicted_vs_trained(
         ax: Axes to draw on.
 
     Raises:
-        UserError: A column is missing or there is no row.
+        UserError: A column is missing, there is no row, or a placement has several.
     """
-    _need(outcomes, "placement", "hm", predicted)
+    _need(outcomes, "hm", predicted)
     with style():
         ax = axes(ax)
         published, chosen = _flag(outcomes, "published"), _flag(outcomes, "chosen")
@@ -138,13 +140,14 @@ def predicted_vs_trained(
         return ax
 
 
-def cost(outcomes: pd.DataFrame, ax: Axes | None = None) -> Axes:
+@checked
+def cost(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
     """Draw the trained HM against the trainable parameters, one point per placement.
 
     Raises:
-        UserError: A column is missing or there is no row.
+        UserError: A column is missing, there is no row, or a placement has several.
     """
-    _need(outcomes, "placement", "hm", "parameters")
+    _need(outcomes, "hm", "parameters")
     with style():
         ax = predicted_vs_trained(outcomes, "parameters", ax)
         ax.set_xlabel("Trainable parameters (thousands)")

@@ -11,12 +11,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import check_one_of
 from vlmlayers.plots.style import style
 
 FORMATS = ("svg", "png", "pdf")
 
 
+@checked
 def save_figure(
     figure: Figure | Axes,
     stem: str | Path,

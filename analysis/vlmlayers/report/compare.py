@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.plots import save_figure, unseen
 from vlmlayers.plots.comparison import run_curves
@@ -38,6 +39,7 @@ class Compared:
     ribbon: Any
 
 
+@checked
 def write_comparison(
     folders: Sequence[str | Path],
     out: str | Path,

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers import plots
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import slug, with_source
@@ -83,6 +84,7 @@ def data_uri(content: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
+@checked
 def write_figures(
     run: str | Path | Answer, formats: Sequence[str] = ("svg", "png"), metrics: Sequence[str] = ()
 ) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from vlmlayers.arguments import checked
 from vlmlayers.report.figures import data_uri, draw_figures
 from vlmlayers.report.made import made_tables
 from vlmlayers.report.markdown import report_markdown
@@ -35,6 +36,7 @@ RANDOM = (
 FIRST = (*DATASET_ACCURACIES, "class_accuracy", "zero_shot_accuracy")
 
 
+@checked
 def write_report(
     folder: str | Path,
     *,

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 
+from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.positions import SPACES, TOWERS
 
+LOG = logging.getLogger("vlmlayers")
+Scores = Annotated[
+    pd.DataFrame,
+    Takes("a score table, as `score` makes and `read_scores` reads it", "score tables"),
+]
 POOLED = "*"
-POOLING_ORDER = ("model", "cls", "eot", "mean")
+POOLINGS = ("model", "cls", "eot", "mean")
+SPLITS = ("train", "val", "test")
+# Where a value stands; of a metric one run gives one value there, per seed and what ROW_KEYS name.
+PLACE = (
+    "metric", "dataset", "tower", "position", "other_tower", "other_position", "space", "pooling",
+    "split", "seed",
+)  # fmt: skip
+ROW_KEYS = ("predicted", "source", "family")  # options that tell rows of one place apart
 REQUIRED = (
     "model",
     "weights",
@@ -33,7 +48,8 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the table with the optional columns filled in.
 
     Raises:
-        UserError: Columns are missing, the table is empty, or it holds more than one model.
+        UserError: Columns are missing, the table is empty, or it holds more than one model, or
+            more than one scoring of the same features.
     """
     scores = bare(scores)
     missing = [name for name in REQUIRED if name not in scores.columns]
@@ -43,17 +59,43 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
             "write it with `vlmlayers score`"
         )
     if scores.empty:
-        raise UserError("the score table is empty; nothing can be chosen from it")
-    models = sorted({f"{m} ({w})" for m, w in zip(scores["model"], scores["weights"])})
-    if len(models) > 1:
-        raise UserError(
-            f"the score table holds {len(models)} models ({', '.join(models[:4])}); "
-            "keep the rows of one before choosing layers"
-        )
+        raise UserError("the score table is empty; there is nothing to read from it")
     for name in ("other_tower", "other_position", "options"):
         if name not in scores.columns:
             scores = scores.assign(**{name: ""})
+    _refuse_models(scores)
+    _refuse_repeats(scores)
     return scores
+
+
+def _refuse_models(scores: pd.DataFrame) -> None:
+    """Refuse the scores of several models: no mean of them says anything."""
+    models = scores[["model", "weights"]].drop_duplicates().sort_values(["model", "weights"])
+    if len(models) > 1:
+        column = "model" if models["model"].nunique() > 1 else "weights"
+        named = ", ".join(f"{m} ({w})" for m, w in models.head(4).itertuples(index=False))
+        raise UserError(
+            f"the score table holds {len(models)} models ({named}); keep the rows of one, such as "
+            f"scores[scores[{column!r}] == {models[column].iloc[0]!r}]"
+        )
+
+
+def _refuse_repeats(scores: pd.DataFrame) -> None:
+    """Refuse several values of a metric at one place and seed: two scorings, joined."""
+    place = [name for name in PLACE if name in scores.columns]
+    twice = scores[scores.duplicated(place, keep=False)]
+    if twice.empty:
+        return
+    keys = [";".join(w for w in str(o).split(";") if w.split("=")[0] in ROW_KEYS)
+            for o in twice["options"]]  # fmt: skip
+    again = twice[twice.assign(_key=keys).duplicated([*place, "_key"], keep=False)]
+    if len(again):
+        first = again.iloc[0]
+        raise UserError(
+            f"the score table has several values of {first['metric']} at {first['tower']} "
+            f"{first['position']} of {first['dataset']}, seed {first['seed']}: scorings with "
+            "other options, joined; keep the rows of one, or draw each in axes of its own"
+        )
 
 
 def bare(scores: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +133,7 @@ class Reading:
     Attributes:
         space: `native`, `normed` or `joint`; None takes the first that is present.
         pooling: `model`, `cls`, `eot` or `mean`; None takes the first that is present.
-        split: `train`, `val` or `test`; None takes the first that is present.
+        split: `train`, `val` or `test`; None takes the first that a dataset has.
         dataset: Name of a dataset; None takes the pooled rows, or else the mean over datasets.
     """
 
@@ -102,35 +144,64 @@ class Reading:
 
     def rows(self, scores: pd.DataFrame, metric: str, tower: str) -> pd.DataFrame:
         """Return the rows of one metric on one tower that this reading selects."""
-        rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
-        if rows.empty:
-            return rows
-        rows = _keep(rows, "space", self.space, SPACES)
-        rows = _keep(rows, "pooling", self.pooling, POOLING_ORDER)
-        if "split" in rows.columns:
-            rows = _keep(rows, "split", self.split, ("train", "val", "test"))
-        if self.dataset is not None:
-            check_one_of("dataset", self.dataset, sorted(set(rows["dataset"])), f"{metric} scores")
-            return rows[rows["dataset"] == self.dataset]
+        rows = self.of_all_datasets(scores, metric, tower)
         pooled = rows["dataset"] == POOLED
-        return rows[pooled] if pooled.any() else rows
+        return rows[pooled] if self.dataset is None and pooled.any() else rows
 
-
-def _keep(
-    rows: pd.DataFrame,
-    column: str,
-    wanted: str | None,
-    order: Sequence[str],
-) -> pd.DataFrame:
-    present = rows[column].astype(str)
-    names = set(present)
-    if wanted is not None:
-        check_one_of(column, wanted, sorted(names), where="the score table")
-        return rows[present == wanted]
-    if len(names) == 1:
+    def of_all_datasets(self, scores: pd.DataFrame, metric: str, tower: str) -> pd.DataFrame:
+        """Return the same rows of every dataset, and the pooled ones."""
+        rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
+        if len(rows) and self.dataset is not None:
+            check_one_of("dataset", self.dataset, sorted(set(rows["dataset"])), f"{metric} scores")
+            rows = rows[rows["dataset"] == self.dataset]
+        for choice in self._choices(rows):
+            rows = choice.kept(rows)
         return rows
-    first = next((name for name in order if name in names), min(names))
-    return rows[present == first]
+
+    def say_choice(self, scores: pd.DataFrame, metric: str) -> None:
+        """Say in a line each where this reading takes one space, pooling or split of several."""
+        lines: dict[str, None] = {}
+        for tower in TOWERS:
+            rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
+            for choice in self._choices(rows):
+                kept = choice.kept(rows)
+                left_out = rows.loc[~rows.index.isin(kept.index), choice.column]
+                if choice.wanted is None and len(left_out):
+                    lines[
+                        f"{metric}: {choice.column} {kept[choice.column].iloc[0]} is read, not "
+                        f"{' or '.join(sorted(set(left_out)))}; for another keep its rows: "
+                        f"scores[scores[{choice.column!r}] == {left_out.iloc[0]!r}]"
+                    ] = None
+                rows = kept
+        for line in lines:
+            LOG.warning("%s", line)
+
+    def _choices(self, rows: pd.DataFrame) -> list[_Choice]:
+        found = [_Choice("space", self.space, SPACES), _Choice("pooling", self.pooling, POOLINGS)]
+        return [*found, *[_Choice("split", self.split, SPLITS)] * ("split" in rows.columns)]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is read of a column with several values: the one wanted, or the first in order."""
+
+    column: str
+    wanted: str | None
+    order: Sequence[str]
+
+    def kept(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows that are read; of splits each dataset's own first one."""
+        present = rows[self.column].astype(str)
+        names = set(present)
+        if self.wanted is not None and len(rows):
+            check_one_of(self.column, self.wanted, sorted(names), where="the score table")
+            return rows[present == self.wanted]
+        if len(names) <= 1:
+            return rows
+        rank = present.map([*self.order, *sorted(names - set(self.order))].index)
+        if self.column == "split":
+            return rows[rank == rank.groupby(rows["dataset"]).transform("min")]
+        return rows[rank == rank.min()]
 
 
 def metric_names(scores: pd.DataFrame) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.metrics.table import METRICS, Metric
@@ -17,6 +18,7 @@ from vlmlayers.options import takes, validated
 from vlmlayers.progress import bar
 from vlmlayers.scores.gaps import run_modalities, run_queries
 from vlmlayers.scores.items import run_features, run_labels, run_prompts
+from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.pairs import run_pairs
 from vlmlayers.scores.readouts import run_classes, run_datasets
@@ -70,8 +72,9 @@ class Task:
 
 
 @takes(ScoreOptions)
+@checked
 def score(
-    features: LayerFeatures | Iterable[LayerFeatures],
+    features: LayerFeatures | Sequence[LayerFeatures],
     metrics: Sequence[str] | None = None,
     *,
     jobs: int | None = None,
@@ -93,7 +96,9 @@ def score(
         was not computed, and why) and `protocol` (the options).
 
     Raises:
-        UserError: Unknown metric, option, space or position, NaN or Inf features, nothing to score.
+        UserError: Unknown metric, space or position, NaN or Inf features, or nothing that could be
+            scored, with the reasons. Of metrics, positions and spaces that are named, those that
+            were not computed are named in a warning.
     """
     settled = validated(ScoreOptions, options)
     chosen = chosen_metrics(metrics)
@@ -105,6 +110,7 @@ def score(
     out = Collector()
     for part in bar(parts, "scoring", total=len(tasks), unit="part", show=progress):
         out.take(part)
+    say_missing(out, chosen, settled, asked=metrics is not None)
     return out.table(settled)
 
 
@@ -163,14 +169,13 @@ def _jobs(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, Metri
     return min(cores or 1, MOST_JOBS) if rows * len(metrics) >= WORTH_SHARING else 1
 
 
+@checked
 def chosen_metrics(metrics: Sequence[str] | None) -> dict[str, Metric]:
     """Return the entries of the named metrics, or of all.
 
     Raises:
         UserError: A name is unknown; the nearest one is named.
     """
-    if isinstance(metrics, str):
-        metrics = [metrics]
     names = list(METRICS) if metrics is None else list(metrics)
     return {check_one_of("metric", name, METRICS): METRICS[name] for name in names}
 

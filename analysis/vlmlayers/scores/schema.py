@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.files import atomically, file_checksum
 from vlmlayers.positions import sort_key
+from vlmlayers.scores.reading import Scores, check_scores
 
 CONTRACT_COLUMNS = (
     "model", "weights", "dataset", "split", "tower", "position", "depth", "space", "pooling",
@@ -33,7 +35,8 @@ def score_frame(rows: Sequence[dict[str, Any]], **attributes: Any) -> pd.DataFra
     return frame
 
 
-def write_scores(scores: pd.DataFrame, folder: str | Path) -> tuple[Path, Path]:
+@checked
+def write_scores(scores: Scores, folder: Path) -> tuple[Path, Path]:
     """Write `scores.parquet`, `scores.csv` and a sidecar with checksums, cost and refusals.
 
     Each file appears whole or not at all.
@@ -60,7 +63,8 @@ def write_scores(scores: pd.DataFrame, folder: str | Path) -> tuple[Path, Path]:
     return paths
 
 
-def read_scores(path: str | Path) -> pd.DataFrame:
+@checked
+def read_scores(path: Path) -> pd.DataFrame:
     """Read a score table from a run folder, a Parquet or a CSV file.
 
     Raises:
@@ -96,7 +100,8 @@ def read_scores(path: str | Path) -> pd.DataFrame:
     return frame
 
 
-def score_cost(scores: pd.DataFrame) -> pd.DataFrame:
+@checked
+def score_cost(scores: Scores) -> pd.DataFrame:
     """Return what each metric cost, the dearest first: metric, seconds, rows."""
     cost = scores.attrs.get("cost", {})
     rows = scores["metric"].value_counts()
@@ -107,14 +112,16 @@ def score_cost(scores: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values("seconds", ascending=False, ignore_index=True)
 
 
-def refusals(scores: pd.DataFrame) -> pd.DataFrame:
+@checked
+def refusals(scores: Scores) -> pd.DataFrame:
     """Return what was not computed and why: metric, dataset, tower, position, reason."""
     columns = ["metric", "dataset", "tower", "position", "reason"]
     return pd.DataFrame(scores.attrs.get("refused", []), columns=columns)
 
 
+@checked
 def score_matrix(
-    scores: pd.DataFrame,
+    scores: Scores,
     metric: str,
     *,
     dataset: str = "*",
@@ -127,7 +134,7 @@ def score_matrix(
     Within a tower the table keeps each pair once; the matrix is filled symmetrically.
 
     Raises:
-        UserError: The table has no such rows.
+        UserError: The table has no such rows, or those of several models.
     """
     chosen = scores[
         (scores["metric"] == metric)
@@ -138,7 +145,9 @@ def score_matrix(
     ]
     if chosen.empty:
         raise UserError(f"no {metric} between {tower} and {other_tower} for dataset {dataset!r}")
-    grid = chosen.pivot_table(index="position", columns="other_position", values="value")
+    grid = check_scores(chosen).pivot_table(
+        index="position", columns="other_position", values="value"
+    )
     if tower == other_tower:
         grid = grid.combine_first(grid.T)
     return grid.loc[sorted(grid.index, key=sort_key), sorted(grid.columns, key=sort_key)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures, open_features
 from vlmlayers.metrics import gap
@@ -30,6 +31,7 @@ from vlmlayers.metrics.moments import (
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
 from vlmlayers.scores.items import prompt_matrix
+from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.readouts import add_accuracy, run_datasets
@@ -61,8 +63,9 @@ def check_streamed(metrics: Sequence[str] | None) -> list[str]:
     return list(STREAMED if metrics is None else metrics)
 
 
+@checked
 def score_streaming(
-    chunks: LayerFeatures | Iterable[LayerFeatures | str | Path],
+    chunks: Iterable[LayerFeatures | str | Path],
     metrics: Sequence[str] | None = None,
     *,
     sample: int = 200,
@@ -83,7 +86,7 @@ def score_streaming(
     """
     check_streamed(metrics)
     sums = StreamingScores(sample)
-    for given in [chunks] if isinstance(chunks, LayerFeatures) else chunks:
+    for given in chunks:
         whole = given if isinstance(given, LayerFeatures) else open_features(given)
         for chunk in in_chunks(whole):
             sums.update(chunk)
@@ -102,6 +105,7 @@ def in_chunks(features: LayerFeatures, rows: int = 4096) -> Iterator[LayerFeatur
         yield replace(features, vision=vision.take(chosen), text=part)
 
 
+@checked
 def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Return the score table of what was streamed so far.
 
@@ -128,6 +132,8 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
                 scorer.gaps(name)
             elif name in AGREEMENTS:
                 scorer.agreement(name)
+    chosen = {name: METRICS[name] for name in names}
+    say_missing(scoring.out, chosen, options, asked=metrics is not None)
     return scoring.out.table(options)
 
 

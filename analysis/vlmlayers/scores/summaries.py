@@ -9,7 +9,15 @@ import pandas as pd
 
 from vlmlayers.errors import check_one_of
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.scores.reading import POOLED, Reading, bare, depths, metric_names, partnered
+from vlmlayers.scores.reading import (
+    POOLED,
+    Reading,
+    bare,
+    check_scores,
+    depths,
+    metric_names,
+    partnered,
+)
 
 CURVE_COLUMNS = [
     "metric",
@@ -54,25 +62,21 @@ def curves(
         space: Space to read; None takes the first present.
 
     Raises:
-        UserError: The metric or dataset is not in the table.
+        UserError: The metric or dataset is not in the table, or the table holds several models or
+            scorings.
     """
-    scores = bare(scores)
-    check_one_of("metric", metric, metric_names(scores), where="the score table")
-    blocks = depths(scores)
+    blocks = depths(bare(scores))
+    scores = of_metric(scores, metric)
+    if dataset is not None:
+        check_one_of("dataset", dataset, sorted(set(scores["dataset"])), f"the {metric} scores")
+        scores = scores[scores["dataset"] == dataset]
     frames = []
     for tower in TOWERS:
-        rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
-        if dataset is not None:
-            rows = rows[rows["dataset"] == dataset]
-        names = rows["dataset"].unique()
-        for name in names:
-            part = Reading(space=space, dataset=str(name)).rows(rows, metric, tower)
+        rows = Reading(space=space).of_all_datasets(scores, metric, tower)
+        for _, part in rows.groupby("dataset", sort=False):
             part = partnered(part, tower, blocks.get(tower, 0))
             if len(part):  # agreement within one tower has no partner to be read at
                 frames.append(_summary(part))
-    if dataset is not None and not frames:
-        known = sorted(set(scores.loc[scores["metric"] == metric, "dataset"]))
-        check_one_of("dataset", dataset, known, where=f"the {metric} scores")
     joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     joined = joined.reindex(columns=CURVE_COLUMNS)
     # Numbered over all curves: one that lacks a position must not shift against the others.
@@ -80,6 +84,18 @@ def curves(
     joined["order"] = joined["order"].map(place)
     least, most = _bounds(metric)
     return joined.assign(low=joined["low"].clip(lower=least), high=joined["high"].clip(upper=most))
+
+
+def of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the rows of a metric, of one model and one scoring.
+
+    Raises:
+        UserError: The table lacks the metric or columns, or holds several models or scorings.
+    """
+    if "metric" in scores.columns:
+        check_one_of("metric", metric, metric_names(scores), where="the score table")
+        scores = bare(scores)[scores["metric"] == metric]
+    return check_scores(scores)
 
 
 def _bounds(metric: str) -> tuple[float, float]:
@@ -156,9 +172,8 @@ def agreement(
     Raises:
         UserError: The metric is not in the table.
     """
-    scores = bare(scores)
-    check_one_of("metric", metric, metric_names(scores), where="the score table")
-    pairs = scores[(scores["metric"] == metric) & (scores["other_position"].astype(str) != "")]
+    scores = of_metric(scores, metric)
+    pairs = scores[scores["other_position"].astype(str) != ""]
     rows = Reading(dataset=dataset).rows(pairs, metric, tower)
     rows = rows[rows["other_tower"] == other_tower]
     grouped = rows.groupby(["position", "other_position"], sort=False)[["value", "null"]].mean()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Array, Labels, unit_rows
@@ -148,12 +149,14 @@ class StreamingScores:
             intervals come from them.
     """
 
+    @checked
     def __init__(self, sample: int = 200) -> None:
         if sample < 20:
             raise UserError(f"sample is {sample}; at least 20 items per dataset are needed")
         self.sample = sample
         self.datasets: dict[str, DatasetSums] = {}
 
+    @checked
     def update(self, chunk: LayerFeatures) -> None:
         """Take in some items of a dataset.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
 from vlmlayers.placement import DEEPEST, Placement, describe_blocks
@@ -55,6 +56,7 @@ class LayerChoice:
         """The chosen blocks as a placement."""
         return Placement(self.vision, self.text)
 
+    @checked
     def blocks(self, tower: str) -> tuple[int, ...]:
         """Return the blocks of one tower."""
         return self.placement.blocks(tower)
@@ -68,12 +70,14 @@ class LayerChoice:
             "evidence": self.evidence,
         }
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write `choice.json`; a half-written file never appears under the final name."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         return atomically(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> LayerChoice:
         """Read a choice.
 

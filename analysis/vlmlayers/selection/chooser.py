@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
@@ -9,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, describe_blocks, parse_blocks
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import Reading, check_scores, depths
+from vlmlayers.scores.reading import Reading, Scores, check_scores, depths
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.rules import RULES, Pick, Picks
 from vlmlayers.selection.stability import HOW, doubts, stability
@@ -23,12 +25,13 @@ GROUP = "vlmlayers.rules"
 FIXED = ("paper", "all", "explicit")
 
 
+@checked
 def select(
-    scores: pd.DataFrame,
+    scores: Scores,
     rule: str = "threshold",
     *,
-    resamples: int = 200,
-    seed: int = 0,
+    resamples: Natural = 200,
+    seed: Natural = 0,
     **options: Any,
 ) -> LayerChoice:
     """Choose the layers to adapt from a score table.
@@ -49,8 +52,6 @@ def select(
         UserError: Rule or option is unknown, or the table lacks what the rule needs.
     """
     table = check_scores(scores)
-    if resamples < 0:
-        raise UserError(f"resamples must be 0 or more, not {resamples}")
     chooser = make_rule(rule, options)
     blocks = depths(table)
     seen = _used(table, chooser)
@@ -64,6 +65,7 @@ def select(
     return LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), rule, evidence)
 
 
+@checked
 def make_rule(rule: str, options: Mapping[str, Any]) -> Callable[..., Picks]:
     """Return the rule object of a name with its options set.
 
@@ -97,11 +99,13 @@ def _typed(rule: str, name: str, value: Any, default: Any) -> Any:
         raise UserError(f"option {name} of rule {rule!r} must be true or false, not {value!r}")
     if isinstance(default, int | float):
         try:
-            return type(default)(value)
+            number = float(value)
         except (TypeError, ValueError):
-            raise UserError(
-                f"option {name} of rule {rule!r} must be a number, not {value!r}"
-            ) from None
+            number = math.nan
+        kind = "whole number" if isinstance(default, int) else "number"
+        if isinstance(value, bool) or not math.isfinite(number) or type(default)(number) != number:
+            raise UserError(f"option {name} of rule {rule!r} must be a {kind}, not {value!r}")
+        return type(default)(number)
     return value
 
 
@@ -146,6 +150,7 @@ def _used(scores: pd.DataFrame, chooser: Any) -> pd.DataFrame:
         return scores
     for name in wanted:
         check_one_of("metric", name, list(dict.fromkeys(scores["metric"])), "the score table")
+        Reading().say_choice(scores, name)
     rows = scores[scores["metric"].isin(wanted) & (scores["other_tower"] != scores["tower"])]
     return pd.concat([Reading().rows(rows, name, tower) for name in wanted for tower in TOWERS])
 

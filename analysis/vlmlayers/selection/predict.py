@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 
+from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.placement import Placement
+from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import bare, depths, has_curve, metric_names
+from vlmlayers.scores.reading import Scores, check_scores, depths, has_curve, metric_names
 from vlmlayers.selection.curves import (
     Array,
     agreement_curve,
@@ -27,6 +28,7 @@ from vlmlayers.selection.curves import (
 )
 
 Blocks = Mapping[str, Sequence[int]]
+Adapted = Annotated[Sequence[int], Takes("blocks such as '5-12' or [5, 6]", convert=parse_blocks)]
 _ACCURACY, _AGREEMENT, _NOVEL = "dataset_accuracy", "cka_debiased", "novel_class_accuracy"
 
 
@@ -227,10 +229,11 @@ PLACEMENT_SCORES: dict[str, PlacementScore] = {
 }
 
 
+@checked
 def placement_score(
-    scores: pd.DataFrame,
-    vision: Iterable[int],
-    text: Iterable[int],
+    scores: Scores,
+    vision: Adapted,
+    text: Adapted,
     name: str = "contrast_accuracy_x_agreement",
 ) -> float:
     """Return the predicted quality of one placement.
@@ -253,7 +256,7 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
 
     The table is read once; see `placement_score` for names and errors.
     """
-    scores = bare(scores)
+    scores = check_scores(scores)
     blocks = depths(scores)
     if name.startswith("metric:"):
         compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], float] = _mean
@@ -294,14 +297,16 @@ def _complete(scores: pd.DataFrame, name: str) -> bool:
     return True
 
 
+@checked
 def predict(
-    scores: pd.DataFrame, placements: Mapping[str, Any], names: Iterable[str] | None = None
+    scores: Scores, placements: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> pd.DataFrame:
     """Return every placement score of every placement.
 
     Args:
         scores: Score table of one model.
-        placements: Name → `Placement`, anything else with `.vision` and `.text`, or such a pair.
+        placements: Name → `Placement` or its text, anything else with `.vision` and `.text`, or
+            such a pair.
         names: Placement scores; all that the table supports where None.
 
     Returns:
@@ -310,7 +315,8 @@ def predict(
     rows = []
     for name in names if names is not None else available_scores(scores):
         score = scorer(scores, name)
-        for label, placed in placements.items():
+        for label, given in placements.items():
+            placed = Placement.parse(given) if isinstance(given, str) else given
             vision, text = (placed.vision, placed.text) if hasattr(placed, "vision") else placed
             rows.append(
                 {

@@ -135,8 +135,7 @@ class StageContext:
             "workers": options.workers,
             "precision": options.precision,
             "text": data.options["text"],
-            "template": data.options["template"],
-            "seed": self.seed,
+            "template": data.options["template"] if data.options["text"] == "prompts" else None,
             "skip_unreadable": options.skip_unreadable,
             "progress": self.progress,
         }

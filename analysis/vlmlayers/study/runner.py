@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests.place import DATA_VARIABLE
 from vlmlayers.runs import (
@@ -24,8 +25,9 @@ from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
 
 
+@checked
 def run_study(
-    study: Study,
+    study: Annotated[Study, Takes("a study, as `read_study` reads it")],
     out: str | Path,
     *,
     base: str | Path = ".",

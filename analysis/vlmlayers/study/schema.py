@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import shipped
 from vlmlayers.options import Options, validated
@@ -248,6 +249,7 @@ def study_file(name: str | Path) -> Path:
     return known[check_one_of("study", str(name), known)]
 
 
+@checked
 def read_study(path: str | Path) -> Study:
     """Read and check a study file, or the shipped study of a name.
 
@@ -265,6 +267,7 @@ def read_study(path: str | Path) -> Study:
     return check_study(content, str(source))
 
 
+@checked
 def check_study(content: dict[str, Any], where: str = "the study") -> Study:
     """Return the study that a dictionary describes, with its names checked."""
     study = validated(Study, content, where)

@@ -74,7 +74,7 @@ def test_conversion_is_deterministic_and_goes_on(tmp_path: Path) -> None:
     twice = write_shards(Manifest.load(again), "train", tmp_path / "c", 100, progress=False)
     first, last = Manifest.load(again), Manifest.load(twice)
     assert [i.label for i in first.items("train")] == [i.label for i in last.items("train")]
-    with pytest.raises(UserError, match="per_shard is 0; a shard holds 1 item or more"):
+    with pytest.raises(UserError, match="per_shard takes a whole number from 1, not 0"):
         write_shards(manifest, "train", tmp_path / "d", 0)
 
 

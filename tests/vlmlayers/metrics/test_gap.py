@@ -234,10 +234,29 @@ def test_twonn_recovers_a_planted_dimension(dimension: int) -> None:
     assert twonn(plane) == pytest.approx(dimension, rel=0.15)
 
 
-def test_twonn_is_that_of_scikit_dimension() -> None:
-    skdim = pytest.importorskip("skdim", reason="belongs to the extra `dev`")
-    x = np.random.default_rng(11).normal(size=(300, 4))
-    assert twonn(x) == pytest.approx(skdim.id.TwoNN().fit(x).dimension_, rel=0.02)
+def test_twonn_counts_from_one() -> None:
+    x = np.random.default_rng(11).normal(size=(20, 4))
+    nearest = np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), axis=1)
+    ratio = np.sort(np.log(nearest[:, 2] / nearest[:, 1]))[:18]
+    height = -np.log(1 - np.arange(1, 19) / 20)
+    assert twonn(x) == pytest.approx(ratio @ height / (ratio @ ratio))
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-12, 1e-9, 1e-7, 1e-6])
+def test_twonn_counts_items_that_coincide_up_to_rounding_once(jitter: float) -> None:
+    rng = np.random.default_rng(12)
+    x = rng.normal(size=(40, 4))
+    near = x[:25] + jitter * rng.normal(size=(25, 4))
+    assert twonn(np.vstack([x, near, near[:10]])) == pytest.approx(twonn(x))
+    with pytest.raises(UserError, match="9 distinct items; TwoNN needs at least 10"):
+        twonn(np.vstack([x[:9], near[:9]]))
+
+
+def test_twonn_may_use_every_item_with_a_finite_height() -> None:
+    x = np.random.default_rng(13).normal(size=(40, 4))
+    assert np.isfinite(twonn(x, discard=0.0))
+    with pytest.raises(UserError, match="twonn: discard takes a number from 0 to 0.9, not 1.0"):
+        twonn(x, discard=1.0)
 
 
 def test_degenerate_geometry_is_refused() -> None:

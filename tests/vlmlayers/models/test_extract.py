@@ -188,7 +188,7 @@ def test_features_that_are_not_finite_stop_the_run(value):
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"text": "prompt"}, "unknown text 'prompt'; did you mean 'prompts'"),
         ({"spaces": ("joined",)}, "unknown space 'joined'; did you mean 'joint'"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 0}, "batch_size takes a whole number from 1, not 0"),
         ({"template": "a photo"}, "has no {} where the class name goes"),
         ({"items": []}, "drawn has no items in split 'train'"),
         (

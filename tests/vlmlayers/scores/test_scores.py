@@ -395,9 +395,10 @@ def test_each_smallest_n_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, entry in METRICS.items():
         if not entry.base:
             monkeypatch.setitem(METRICS, name, replace(entry, smallest_n=10_000))
-    names = [name for name, entry in METRICS.items() if not entry.base]
-    table = score(members, names, positions=["3", "proj"], **QUICK)
-    assert table.empty
+    names = [name for name, entry in METRICS.items() if not entry.base and name != "mean_cosine"]
+    monkeypatch.setitem(METRICS, "mean_cosine", replace(METRICS["mean_cosine"], smallest_n=2))
+    table = score(members, [*names, "mean_cosine"], positions=["3", "proj"], **QUICK)
+    assert set(table["metric"]) == {"mean_cosine"}
     words = refusals(table).groupby("metric")["reason"].agg(" ".join)
     assert set(words.index) == set(names)
     assert words.str.contains("at least 10000 are needed").all()
@@ -516,15 +517,51 @@ def test_towers_of_different_depth_meet_at_equal_relative_depth() -> None:
 def test_other_spaces_on_request() -> None:
     table = score(make_features(), ["fisher_ratio", "rmg"], spaces=["joint"], **QUICK)
     assert set(table["space"]) == {"joint"} and set(table["metric"]) == {"fisher_ratio", "rmg"}
-    missing = score(make_features(), ["fisher_ratio"], spaces=["normed"], **QUICK)
-    assert missing.empty and "no normed features" in refusals(missing)["reason"].to_string()
 
 
-def test_one_dataset_alone_has_no_dataset_accuracy() -> None:
-    table = score(make_features(), ["dataset_accuracy", "left_out_accuracy", "style_accuracy"])
-    assert table.empty
-    reasons = refusals(table)["reason"].tolist()
-    assert "1 datasets; at least 2 are needed" in reasons
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"metrics": ["dataset_accuracy", "left_out_accuracy", "style_accuracy"]},
+            r"dataset_accuracy \(1 datasets; at least 2 are needed\); left_out_accuracy \(1 data.*"
+            r"style_accuracy \(no two datasets share four or more class names\)",
+        ),
+        (
+            {"metrics": "fisher_ratio", "spaces": "normed"},
+            r"fisher_ratio \(no normed features were extracted\)",
+        ),
+        (
+            {"metrics": "centroid_gap", "spaces": "native"},
+            r"centroid_gap \(it is defined in joint space only\)",
+        ),
+        ({"metrics": "centroid_gap", "positions": "final"}, "centroid_gap .it has no value on"),
+    ],
+)
+def test_no_score_at_all_is_refused_with_the_reasons(options: dict, reason: str) -> None:
+    with pytest.raises(UserError, match=f"nothing was scored: {reason}"):
+        score(make_features(), **options, **QUICK)
+
+
+def test_what_was_asked_for_and_not_computed_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    few = make_features("few", number=3, items=6, classes=6)
+    members, names = [*many(2), few], ["fisher_ratio", "cka_debiased", "centroid_gap"]
+    score(members, names, positions=["embed", 3, "final"], **QUICK)
+    (line,) = caplog.messages
+    assert line == (
+        "not computed: fisher_ratio of few (one item per class); "
+        "centroid_gap at final (it has no value there)"
+    )
+    caplog.clear()
+    score(many(2), ["fisher_ratio", "style_accuracy"], spaces=["native", "normed"], **QUICK)
+    assert caplog.messages == [
+        "not computed: fisher_ratio in normed space (no normed features were extracted); "
+        "style_accuracy (no two datasets share four or more class names)"
+    ]
+    caplog.clear()
+    score(many(2), positions=3, **QUICK)  # of all metrics some always do not apply
+    score(many(2), ["cka_debiased", "cka_debiased_max"], positions=3, **QUICK)
+    assert caplog.messages == []
 
 
 def test_too_few_items_are_refused_not_guessed() -> None:
@@ -599,8 +636,8 @@ def test_one_function_and_one_entry_add_a_metric(monkeypatch: pytest.MonkeyPatch
     assert row["value"] == pytest.approx(mean_norm(member.vision.array("2")), rel=1e-6)
     assert row["low"] < row["value"] < row["high"] and np.isnan(row["null"])
     monkeypatch.setitem(METRICS, "mean_norm", entry("shuffle"))
-    refused = refusals(score(member, ["mean_norm"]))
-    assert refused["reason"].str.contains("null 'shuffle' of mean_norm needs labels").all()
+    with pytest.raises(UserError, match="null 'shuffle' of mean_norm needs labels"):
+        score(member, ["mean_norm"])
 
 
 def test_one_name_is_enough() -> None:

@@ -347,7 +347,7 @@ def test_choice_round_trip(tmp_path: Path) -> None:
         ({"fill": "perhaps"}, "must be true or false"),
         ({"partner": "dept"}, "did you mean 'depth'"),
         ({"metric": "dataset_acuracy"}, "did you mean 'dataset_accuracy'"),
-        ({"resamples": -1}, "resamples must be 0"),
+        ({"resamples": -1}, "resamples takes a whole number from 0, not -1"),
         ({"rule": "budget", "n": 13}, "exceeds the 12 vision blocks"),
         ({"rule": "budget", "n": -1}, "n must be 0"),
         ({"rule": "budget", "score": "acuracy"}, "did you mean 'accuracy'"),

@@ -1,0 +1,68 @@
+"""What was asked for and not computed: said in one line, or refused where nothing came out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.table import Metric
+from vlmlayers.scores.options import ScoreOptions
+from vlmlayers.scores.scoring import Collector
+
+LOG = logging.getLogger("vlmlayers")
+_SHOWN = 4  # gaps that are named
+
+
+def say_missing(
+    out: Collector, metrics: Mapping[str, Metric], options: ScoreOptions, *, asked: bool
+) -> None:
+    """Warn of what was asked for and has no score: metrics, their datasets, positions, spaces.
+
+    Args:
+        out: What was computed and what was refused.
+        metrics: The metrics that were tried.
+        options: The options; positions and spaces count as asked for where they are named.
+        asked: Whether the metrics were named; of all metrics some always do not apply.
+
+    Raises:
+        UserError: There is no score at all.
+    """
+    gaps = [f"{what} ({why})" for what, why in _gaps(out, metrics, options)]
+    more = f"; and {len(gaps) - _SHOWN} more" if len(gaps) > _SHOWN else ""
+    line = "; ".join(gaps[:_SHOWN]) + more
+    if not out.rows:
+        raise UserError(f"nothing was scored: {line}")
+    if gaps and asked:
+        LOG.warning("not computed: %s%s", line, "; `refusals` lists all" if more else "")
+
+
+def _gaps(
+    out: Collector, metrics: Mapping[str, Metric], options: ScoreOptions
+) -> Iterator[tuple[str, str]]:
+    """Yield what has no score, and why."""
+    for name, metric in metrics.items():
+        rows = [row for row in out.rows if row["metric"] == name]
+        refused = [note for note in out.refused if note["metric"] in (name, metric.base)]
+        if not rows:
+            yield name, refused[0]["reason"] if refused else _undefined(metric, options)
+            continue
+        scored = {row["dataset"] for row in rows}
+        missed = {note["dataset"]: note["reason"] for note in reversed(refused)}
+        for dataset in sorted(set(missed) - scored):
+            yield f"{name} of {dataset.replace('*', 'all datasets')}", missed[dataset]
+        where = {row["position"] for row in rows} | {row["other_position"] for row in rows}
+        reasons = {note["position"]: note["reason"] for note in reversed(refused)}
+        if not name.endswith("_max"):  # which is scored at the closest pair of positions alone
+            for position in options.positions or ():
+                if position not in where:
+                    yield f"{name} at {position}", reasons.get(position, "it has no value there")
+        for space in options.spaces_of(metric) if options.spaces else ():
+            if space not in {row["space"] for row in rows}:
+                yield f"{name} in {space} space", reasons.get("", "it has no value there")
+
+
+def _undefined(metric: Metric, options: ScoreOptions) -> str:
+    if not options.spaces_of(metric):
+        return f"it is defined in {', '.join(metric.spaces)} space only"
+    return "it has no value on these towers and positions"
