@@ -8,11 +8,13 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, TypeVar, get_args
+from functools import wraps
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from vlmlayers.errors import UserError, nearest
+from vlmlayers.arguments import plain_number
+from vlmlayers.errors import UserError, check_one_of, nearest
 
 Item = TypeVar("Item")
 
@@ -48,7 +50,7 @@ def _several(value: Any) -> Any:
 
 
 Several = Annotated[tuple[Item, ...], BeforeValidator(_several)]
-Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Word = Annotated[str, BeforeValidator(plain_number)]
 
 
 def validated(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
@@ -130,10 +132,17 @@ def _short(value: Any) -> str:
 def takes(options: type[Options]) -> Callable[[Function], Function]:
     """Give a function that takes `**options` the signature and the documentation of a model.
 
-    The line `**options:` of its docstring is replaced by a line for each field.
+    The line `**options:` of its docstring is replaced by a line for each field. A name that is
+    neither an argument nor a field is refused with the nearest of both.
     """
 
     def described(function: Function) -> Function:
+        @wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            for name in given:
+                check_one_of("argument", name, shape.parameters, where=function.__name__)
+            return function(*args, **given)
+
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         named = [
@@ -145,7 +154,7 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
             )
             for name, field in options.model_fields.items()
         ]
-        function.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+        shape = signature.replace(parameters=[*own, *named])
         lines = [
             textwrap.fill(f"{name}: {field.description}", 100, initial_indent=" " * 8,
                           subsequent_indent=" " * 12)
@@ -153,8 +162,9 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
         ]  # fmt: skip
         kept = (function.__doc__ or "").split("\n")
         at = next(i for i, line in enumerate(kept) if line.lstrip().startswith("**options:"))
-        function.__doc__ = "\n".join([*kept[:at], *lines, *kept[at + 1 :]])
-        return function
+        call.__signature__ = shape  # type: ignore[attr-defined]
+        call.__doc__ = "\n".join([*kept[:at], *lines, *kept[at + 1 :]])
+        return cast(Function, call)
 
     return described
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
+import vlmadapters
+import vlmlayers
+from vlmlayers import arguments
 from vlmlayers.arguments import Count, Position, Takes, checked
 from vlmlayers.errors import UserError
 
@@ -150,3 +156,46 @@ def test_methods_and_dataclasses_are_checked_as_functions_are() -> None:
         Settings.span("a", 2)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"Settings.span needs last: a whole number"):
         Settings.span(1)  # type: ignore[call-arg]
+
+
+CALL = (arguments.__file__, "call")  # where a call of a checked function goes first
+
+
+def _checked_functions() -> list[tuple[str, Callable[..., Any]]]:
+    """Every function, method and class of both packages whose arguments are checked."""
+    found: dict[str, Callable[..., Any]] = {}
+    for package in (vlmadapters, vlmlayers):
+        for entry in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if entry.name.endswith("__main__"):
+                continue
+            module = importlib.import_module(entry.name)
+            owners = [o for o in vars(module).values() if inspect.isclass(o)]
+            for owner in [module, *(o for o in owners if o.__module__ == entry.name)]:
+                for member in vars(owner).values():
+                    function = getattr(member, "__func__", member)
+                    code = getattr(function, "__code__", None)
+                    if (getattr(code, "co_filename", ""), getattr(code, "co_name", "")) == CALL:
+                        found[f"{function.__module__}.{function.__qualname__}"] = function
+    return sorted(found.items())
+
+
+def test_the_annotations_of_every_checked_function_can_be_evaluated() -> None:
+    functions = _checked_functions()
+    assert len(functions) > 100
+    for name, function in functions:
+        with pytest.raises(UserError, match="by place|takes|unknown argument"):
+            function(*[object()] * 60)
+            pytest.fail(f"{name} took 60 arguments")
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["", "features", "figures", "metrics", "models", "plots", "report", "study"],
+)
+def test_every_public_function_is_checked(module: str) -> None:
+    home = importlib.import_module(f"vlmlayers.{module}".rstrip("."))
+    for name in home.__all__:
+        function = getattr(home, name)
+        if inspect.isfunction(function) and inspect.signature(function).parameters:
+            with pytest.raises(UserError, match="unknown argument 'nonsense'|by place"):
+                function(*[object()] * 60, nonsense=1)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import fill
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.figures.inputs import Folders, MissingTable, as_folders
 from vlmlayers.figures.paper_figures import FIGURES
@@ -51,6 +52,7 @@ class Outcome:
         return fill(f"{self.name:28} {self.words}", 80, subsequent_indent=" " * 29)
 
 
+@checked
 def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> list[Outcome]:
     """Draw every figure and table that the folders hold the tables for.
 

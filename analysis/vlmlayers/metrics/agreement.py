@@ -8,7 +8,7 @@ position × position matrix is one product, and a permutation of items costs one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -283,7 +283,7 @@ def _normalised(signature: Array) -> Array:
 
 
 @checked
-def calibrated(value: Given, shuffled: Given, best: float) -> Array:
+def calibrated(value: Any, shuffled: Given, best: float) -> Array:
     """Return (value − mean of shuffled)/(best − mean of shuffled): chance 0, identity 1.
 
     Args:

@@ -64,6 +64,7 @@ def models_check(names: Sequence[str] | None = None, *, progress: bool = False) 
     return pd.DataFrame(rows, columns=list(Check.__dataclass_fields__))
 
 
+@checked
 def summary(table: pd.DataFrame) -> str:
     """Return "N of M architectures: both towers found"."""
     found = int((table["status"] == "found").sum())

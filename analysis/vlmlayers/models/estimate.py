@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import Moments
 from vlmlayers.models.devices import memory_errors, resolve_precision
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
-from vlmlayers.models.vlm import VLM
+from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import autocast
 
 SAMPLE = 200  # items of a dataset that streaming keeps where nothing else is said
@@ -198,12 +199,13 @@ def _add_seconds(features: Mapping[str, Mapping[str, Any]], repeats: int) -> flo
     return min(_timed(add)[1] for _ in range(repeats)) / times
 
 
+@checked
 def estimate(
-    model: VLM,
+    model: LoadedModel,
     planned: Sequence[tuple[Any, Sequence[Any]]],
     *,
     out: str | Path | None = None,
-    workers: int = 0,
+    workers: Natural = 0,
     **options: Any,
 ) -> str:
     """Return what an extraction will cost: time, disk and memory of each dataset, as text.

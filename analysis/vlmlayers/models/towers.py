@@ -16,10 +16,12 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.models.tower import Apply, Tower, same
 
 
+@checked
 def find_towers(clip: nn.Module) -> dict[str, Tower]:
     """Find both towers of an open_clip model.
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from vlmlayers.arguments import checked
 from vlmlayers.positions import is_block
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def category(index: int) -> dict[str, Any]:
     }
 
 
+@checked
 def axis_label(metric: str) -> str:
     """Return the axis label that the METRICS table declares, or the name in words."""
     label = str(declared(metric, "axis_label", metric.replace("_", " ")))

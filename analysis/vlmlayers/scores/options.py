@@ -65,7 +65,7 @@ class ScoreOptions(Options):
     spaces: Several[Annotated[str, AfterValidator(_space)]] | None = Field(
         default=None, description="Spaces to score in; None for the default of each metric."
     )
-    seeds: Several[int] = Field(
+    seeds: Several[Annotated[int, Field(ge=0)]] = Field(
         default=(1, 2, 3), min_length=1, description="Seeds of splits and shots; one row per seed."
     )
     bootstrap: int = Field(default=200, ge=2, description="Draws of each bootstrap interval.")

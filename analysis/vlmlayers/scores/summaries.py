@@ -7,11 +7,13 @@ from collections.abc import Container, Iterable
 import numpy as np
 import pandas as pd
 
+from vlmlayers.arguments import checked
 from vlmlayers.errors import check_one_of
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.reading import (
     POOLED,
     Reading,
+    Scores,
     bare,
     check_scores,
     depths,
@@ -140,7 +142,8 @@ def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
     return means.assign(_tower=towers).sort_values(["_tower", "order"]).drop(columns="_tower")
 
 
-def overview(scores: pd.DataFrame) -> pd.DataFrame:
+@checked
+def overview(scores: Scores) -> pd.DataFrame:
     """Return the means over datasets and seeds: a row per position, columns metric and tower.
 
     Args:
@@ -242,7 +245,8 @@ def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
     return "; ".join(facts)
 
 
-def stated_options(scores: pd.DataFrame, metric: str) -> str:
+@checked
+def stated_options(scores: Scores, metric: str) -> str:
     """Return the options behind a metric's rows and their seeds, in words for a caption.
 
     What differs from row to row, such as a p value or the predicted dataset, is left out.

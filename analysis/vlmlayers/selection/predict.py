@@ -96,8 +96,9 @@ BLOCK_SCORES: dict[str, BlockScore] = {
 }
 
 
+@checked
 def block_scores(
-    scores: pd.DataFrame,
+    scores: Scores,
     name: str,
     blocks: Mapping[str, int] | None = None,
     *,
@@ -278,7 +279,8 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
     return of
 
 
-def available_scores(scores: pd.DataFrame) -> list[str]:
+@checked
+def available_scores(scores: Scores) -> list[str]:
     """Return the placement scores that this table supports, then `metric:NAME` for each metric."""
     present = set(scores["metric"])
     named = [

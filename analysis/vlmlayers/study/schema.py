@@ -231,6 +231,7 @@ class Study(Options):
         return {name: common[name] if value is None else value for name, value in own.items()}
 
 
+@checked
 def study_file(name: str | Path) -> Path:
     """Return the study file of a path, or of the name of a study that ships with the package.
 

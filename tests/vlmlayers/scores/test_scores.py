@@ -535,7 +535,7 @@ def test_other_spaces_on_request() -> None:
             {"metrics": "centroid_gap", "spaces": "native"},
             r"centroid_gap \(it is defined in joint space only\)",
         ),
-        ({"metrics": "centroid_gap", "positions": "final"}, "centroid_gap .it has no value on"),
+        ({"metrics": "centroid_gap", "positions": "final"}, "centroid_gap .no joint features"),
     ],
 )
 def test_no_score_at_all_is_refused_with_the_reasons(options: dict, reason: str) -> None:
