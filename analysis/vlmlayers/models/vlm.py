@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from vlmlayers.files import checksum
 from vlmlayers.arguments import Takes
+from vlmlayers.files import checksum
 from vlmlayers.models.towers import Tower, find_towers, unwrap_compiled
 
 
