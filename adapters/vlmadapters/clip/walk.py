@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vlmadapters.clip.arithmetic import attend, attend_one, feed_forward, is_standard
 from vlmadapters.clip.towers import first_norm
 from vlmlayers.errors import UserError
+from vlmlayers.models.modes import eval_mode
 from vlmlayers.models.tower import Apply, Tower, same
 
 TOLERANCE = 1e-4
@@ -100,7 +101,7 @@ class Walk:
         self.tower, self.cut, self.last_token, self.onednn = tower, cut, last_token, onednn
         self.fused = [fused and is_standard(block) for block in tower.blocks]
         self.steps = True
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(tower.model):
             self.steps = self.agrees()
 
     def agrees(self) -> bool:

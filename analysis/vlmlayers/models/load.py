@@ -14,7 +14,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
-from vlmlayers.arguments import PRECISIONS, checked
+from vlmlayers.arguments import PRECISIONS, Count, checked
 from vlmlayers.errors import UserError, check_one_of, one_line
 from vlmlayers.files import WEIGHT_SUFFIXES, find_weights
 from vlmlayers.models.build import ImageSize, build_clip, read_config
@@ -54,7 +54,7 @@ def load_model(
     std: float | Sequence[float] | None = None,
     interpolation: str | None = None,
     resize_mode: str | None = None,
-    image_size: ImageSize | None = None,
+    image_size: Count | Sequence[Count] | None = None,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
 ) -> VLM:
@@ -102,7 +102,8 @@ def load_model(
     known = _known(source, tag, weights, like, set(given))
     if tag is not None:
         weights = read_checkpoint(Path(_download(source.name, tag)))
-    clip = build_clip(source.config, precision=precision, device=device, image_size=image_size)
+    size = _sides(image_size)
+    clip = build_clip(source.config, precision=precision, device=device, image_size=size)
     if weights is not None:
         load_checkpoint(clip, weights)
     model = _assemble(
@@ -113,8 +114,8 @@ def load_model(
         random_weights,
         precision,
     )
-    if precision != "fp32" or image_size is not None:
-        _refuse_impossible(model, image_size)
+    if precision != "fp32" or size is not None:
+        _refuse_impossible(model, size)
     return model
 
 
@@ -245,6 +246,14 @@ def _weights(
         check_one_of("pretrained tag", str(asked), tags, where=f"model {source.name}")
     hint = "" if tags else f"; {source.name} has no tags, its weights are named by a file"
     raise UserError(f"checkpoint {asked} does not exist{hint}")
+
+
+def _sides(image_size: int | Sequence[int] | None) -> ImageSize | None:
+    if not isinstance(image_size, Sequence):
+        return image_size
+    if len(image_size) != 2:
+        raise UserError(f"image_size {image_size} is not one side, or height and width")
+    return image_size[0], image_size[1]
 
 
 def _known(

@@ -145,11 +145,13 @@ def test_every_architecture_takes_what_its_tags_agree_on_or_asks(name):
     ("settings", "expected"),
     [
         ({"mean": (0.5, 0.5)}, "mean .* of the model is not three numbers"),
-        ({"mean": "grey"}, "mean 'grey' of the model is not three numbers"),
-        ({"mean": [0.5, 0.5, float("nan")]}, "mean .* is not three numbers"),
+        ({"mean": "grey"}, "mean takes .*, not 'grey'"),
+        ({"mean": [0.5, 0.5, float("inf")]}, "mean .* is not three numbers"),
         ({"std": 0}, r"std 0 of the model is not three numbers .* above 0"),
         ({"interpolation": "bicubik"}, "unknown interpolation 'bicubik'.*did you mean 'bicubic'"),
         ({"resize_mode": "stretch"}, "unknown resize_mode 'stretch'"),
+        ({"image_size": 0}, "image_size takes .*, not 0"),
+        ({"image_size": (64, 64, 3)}, "image_size .* is not one side, or height and width"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, expected):
