@@ -74,7 +74,7 @@ class MethodConfig:
         found = choice if isinstance(choice, Mapping) else vars(choice)
         if not {"vision", "text"} <= set(found):
             raise UserError("a layer choice needs the keys 'vision' and 'text'")
-        return cls(vision=tuple(found["vision"]), text=tuple(found["text"]), **options)
+        return cls(**{tower: tuple(found[tower]) for tower in cls.towers}, **options)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -257,12 +257,12 @@ def test_wrong_streams_are_refused(features: list[LayerFeatures]) -> None:
 
 
 def test_one_dataset_or_too_few_items_are_refused_out_loud() -> None:
-    alone = score_streaming(make_features(items=60), ["dataset_accuracy_lda"])
-    assert alone.empty and "at least 2 are needed" in alone.attrs["refused"][0]["reason"]
+    with pytest.raises(UserError, match="nothing was scored.*at least 2 are needed"):
+        score_streaming(make_features(items=60), ["dataset_accuracy_lda"])
     single = make_features(items=60)
     lone = replace(single, vision=single.vision.take([0]), text=None)
-    few = score_streaming([lone, make_features("other", number=1)], ["dataset_accuracy_lda"])
-    assert few.empty and "1 items; at least 2" in few.attrs["refused"][-1]["reason"]
+    with pytest.raises(UserError, match="nothing was scored.*1 items; at least 2"):
+        score_streaming([lone, make_features("other", number=1)], ["dataset_accuracy_lda"])
 
 
 def test_small_datasets_hold_out_half_and_large_ones_the_sample() -> None:
