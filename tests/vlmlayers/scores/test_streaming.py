@@ -261,7 +261,7 @@ def test_one_dataset_or_too_few_items_are_refused_out_loud() -> None:
         score_streaming(make_features(items=60), ["dataset_accuracy_lda"])
     single = make_features(items=60)
     lone = replace(single, vision=single.vision.take([0]), text=None)
-    with pytest.raises(UserError, match="nothing was scored.*1 items; at least 2"):
+    with pytest.raises(UserError, match="nothing was scored: dataset_accuracy_lda"):
         score_streaming([lone, make_features("other", number=1)], ["dataset_accuracy_lda"])
 
 
