@@ -257,8 +257,8 @@ def manifests(folder: Path) -> Target:
 
 
 def studies(folder: Path) -> Target:
-    from vlmadapters.cli.stages import _checked
-
+    from vlmadapters.cli.validate_stage import ValidatePart
+    from vlmlayers.options import validated
     from vlmlayers.study import read_study
 
     path = folder / "study.toml"
@@ -266,7 +266,7 @@ def studies(folder: Path) -> Target:
     def read(data: bytes) -> None:
         path.write_bytes(data)
         study = read_study(path)
-        _checked(dict(study.validate_ or {}))
+        validated(ValidatePart, study.validate_ or {}, "[validate]")
         for part in study.datasets:
             study.part(part)
 
@@ -341,12 +341,13 @@ def adapters(folder: Path) -> Target:
     from backbones import shared_backbone
 
     from vlmadapters import MMAConfig
+    from vlmadapters.data.task import Task
     from vlmadapters.files import load_method, load_official, save_method, save_official
     from vlmadapters.methods.mma.module import new_adapter
 
     model = shared_backbone()
     adapter = new_adapter(model.clip, MMAConfig(vision=(2,), text=(3,), dim=4))
-    ours = save_method(folder / "a.safetensors", adapter, model, ("cat", "dog"), {"seed": 1})
+    ours = save_method(folder / "a.safetensors", adapter, model, Task(("cat", "dog")))
     theirs = save_official(folder / "b.pth.tar", adapter)
 
     def read(data: bytes) -> None:
@@ -354,7 +355,7 @@ def adapters(folder: Path) -> Target:
         path = folder / ("fuzz.pth.tar" if zipped else "fuzz.safetensors")
         path.write_bytes(data)
         if zipped:
-            load_official(path, model.clip).config.placement.encode()
+            load_official(path, model).config.placement.encode()
         else:
             load_method(path, model).config.placement.encode()
 
@@ -364,7 +365,11 @@ def adapters(folder: Path) -> Target:
 def states(folder: Path) -> Target:
     import torch
 
-    from vlmadapters.files import STATE_FILE, load_training_state, save_training_state
+    from vlmadapters.training.state import (
+        STATE_FILE,
+        load_training_state,
+        save_training_state,
+    )
 
     identity = {"seed": 1, "items": ["a", "b"]}
     state = {"epoch": 1, "step": 2, "runs": [{"losses": [0.5], "adapter": {"w": torch.ones(3)}}]}

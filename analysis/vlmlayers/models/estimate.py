@@ -202,7 +202,7 @@ def _add_seconds(features: Mapping[str, Mapping[str, Any]], repeats: int) -> flo
 @checked
 def estimate(
     model: LoadedModel,
-    planned: Sequence[tuple[Any, Sequence[Any]]],
+    planned: Sequence[Any],
     *,
     out: str | Path | None = None,
     workers: Natural = 0,

@@ -353,4 +353,4 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_identity_is_plain_json() -> None:
-    assert json.loads(json.dumps(trainer()._identity()))["seed"] == 1
+    assert json.loads(json.dumps(trainer()._identity))["seed"] == 1

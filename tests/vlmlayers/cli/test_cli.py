@@ -161,7 +161,7 @@ def test_extract_refuses_another_extraction_until_forced(call, tmp_path: Path) -
     words = ("extract", model, "digits", "--random-weights", "--out", out, "--quiet", "--items")
     assert call(*words, 10)[0] == 0
     code, _, err = call(*words, 12)
-    assert code == 2 and "items is 10 there, 12 here" in err and "--force" in err
+    assert code == 2 and "12 now: 2 added" in err and "--force" in err
     assert call(*words, 12, "--force")[0] == 0
     record = json.loads((out / "provenance.json").read_text())
     assert record["datasets"]["digits"]["items"] == 12

@@ -294,7 +294,7 @@ def test_samples_are_balanced_nested_and_in_order(tmp_path: Path) -> None:
     state = random.getstate()
     manifest.sample("train", 5)
     assert random.getstate() == state
-    with pytest.raises(UserError, match="cannot sample 0 items; ask for 1 or more"):
+    with pytest.raises(UserError, match="n takes a whole number from 1, not 0"):
         manifest.sample("train", 0)
 
 

@@ -23,10 +23,10 @@ from PIL import Image
 from vlmlayers.data import builtin
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import extract, load_model
-from vlmlayers.models.load import VLM
+from vlmlayers.models.load import MINI_FOLDER, VLM
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "mini_clip.npz"
-FOLDER = Path(load_model.__globals__["__file__"]).parent / "mini_clip"
+FOLDER = MINI_FOLDER
 POSITIONS = ("1", "6", "12", "proj")
 NAMES = (
     "shapes_filled", "shapes_outline", "textures", "letters", "charts", "flags", "signs", "aerial",

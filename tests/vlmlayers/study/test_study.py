@@ -166,7 +166,7 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
             "config no.json of model local does not exist",
         ),
         ({"select": {"rule": "lost.py:rule"}}, "lost.py"),
-        ({"validate": {"sedes": [1]}}, r"'sedes' in \[validate\]; did you mean 'seeds'"),
+        ({"validate": {"sedes": [1]}}, r"\[validate\]: unknown key 'sedes'; did you mean 'seeds'"),
         ({"validate": {"recipe": "publishd"}}, "publishd"),
         ({"validate": {"set": {"lrr": 1}}}, "did you mean 'lr'"),
         ({"validate": {"datasets": ["digitz"]}}, "did you mean 'digits'"),

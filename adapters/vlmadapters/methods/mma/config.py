@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ class MMAConfig(MethodConfig):
 
     dim: int = 32
     scale: float = 0.001
-    pairs: Sequence[Sequence[int]] | None = None
+    pairs: Any = None
 
     name: ClassVar[str] = "mma"
     title: ClassVar[str] = "MMA"
