@@ -365,13 +365,11 @@ def adapters(folder: Path) -> Target:
 def states(folder: Path) -> Target:
     import torch
 
-    from vlmadapters.training.state import (
-        STATE_FILE,
-        load_training_state,
-        save_training_state,
-    )
+    from vlmadapters.training.state import STATE_FILE, load_training_state, save_training_state
+    from vlmlayers.manifests import Manifest
 
-    identity = {"seed": 1, "items": ["a", "b"]}
+    data = Manifest.load("digits")
+    identity = {"seed": 1, "data": data.identity(data.items("train")[:2]).text()}
     state = {"epoch": 1, "step": 2, "runs": [{"losses": [0.5], "adapter": {"w": torch.ones(3)}}]}
     save_training_state(folder, identity, state)
 
