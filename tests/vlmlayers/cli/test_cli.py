@@ -242,6 +242,8 @@ def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
         "train",
         "--items",
         "2000",
+        "--batch-size",
+        "1",  # slow enough to be met while it works
         "--out",
         str(tmp_path / "run"),
         "--quiet",
@@ -257,7 +259,7 @@ def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
     for line in process.stdout:
         if line.startswith("extract"):
             break
-    time.sleep(0.5)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -102,4 +102,4 @@ def test_the_options_of_weights_reach_the_features(tmp_path: Path) -> None:
     assert "positional_embedding resized" in errors
     store = json.loads((tmp_path / "run" / "features" / "digits-val" / "store.json").read_text())
     made = json.dumps(store)
-    assert '"mean": [0.5, 0.5, 0.5]' in made and '"size": 96' in made and "bilinear" in made
+    assert '"mean": [0.5, 0.5, 0.5]' in made and '"size": [96, 96]' in made and "bilinear" in made
