@@ -101,7 +101,11 @@ def refuse_compiled(clip: nn.Module) -> None:
 
 
 def _encoder(clip: nn.Module, method: str) -> Apply:
-    encode = getattr(clip, method)
+    encode = getattr(clip, method, None)
+    if encode is None:
+        raise UserError(
+            f"a {type(clip).__name__} has no {method}: pass an open_clip CLIP, CustomTextCLIP or CoCa"
+        )
 
     def run(batch: Tensor) -> Tensor:
         return encode(batch, normalize=False)  # CoCa normalises unless told not to

@@ -382,3 +382,8 @@ def test_open_clip_known_text_towers_build_offline():
     assert names <= set(KNOWN)
     with pytest.raises(UserError, match="'someone/else' are not known offline"):
         build_clip(tiny.config(text={"hf_model_name": "someone/else"}))
+
+
+def test_what_is_no_clip_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match="a Linear has no encode_image: pass an open_clip CLIP"):
+        find_towers(torch.nn.Linear(2, 2))
