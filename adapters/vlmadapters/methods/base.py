@@ -262,7 +262,7 @@ class Method(nn.Module):
 
     def _described(self) -> str:
         placement = self.config.placement
-        return f"the placement {placement}" if placement else f"{self.config.name}'s settings"
+        return f"{self.config.title} at {placement}" if placement else self.config.title
 
     @classmethod
     def is_official_key(cls, key: str) -> bool:
