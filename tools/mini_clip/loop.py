@@ -174,7 +174,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return [adam, muon]
 
 
-class Run:
+class Training:
     """One training run in a folder: model, average, optimizer, step.
 
     Args:
@@ -310,7 +310,9 @@ def load_sources(
     return real + [load_source(n, share, folder, root, recipe["drawn_items"], show) for n in names]
 
 
-def train(run: Run, sources: Sequence[Source], *, save_every: int = 50, show: bool = True) -> None:
+def train(
+    run: Training, sources: Sequence[Source], *, save_every: int = 50, show: bool = True
+) -> None:
     """Train to the last step of the recipe; writes `log.csv`, checkpoints and the export.
 
     Ctrl-C saves and stops; the next start continues at the same step.

@@ -39,6 +39,6 @@ def _words(path: Path, config: MethodConfig) -> str:
     if path.suffix != OURS:
         return f"{config.title} {config.placement}"
     made = read_info(path).provenance
-    told = [Path(str(made["source"])).stem] if "source" in made else []
-    told += [f"seed {made['seed']}"] if "seed" in made else []
-    return f"{config.title} {config.placement}" + (f" ({', '.join(told)})" if told else "")
+    notes = [Path(str(made["source"])).stem] if "source" in made else []
+    notes += [f"seed {made['seed']}"] if "seed" in made else []
+    return f"{config.title} {config.placement}" + (f" ({', '.join(notes)})" if notes else "")

@@ -15,7 +15,7 @@ from vlmlayers.figures.published import (
     own_results,
     published,
 )
-from vlmlayers.figures.render import Table
+from vlmlayers.figures.render import PaperTable
 
 METRIC_NAMES = {"base": "Base", "novel": "Novel", "hm": "HM"}
 OWN_NOTE = (
@@ -24,7 +24,7 @@ OWN_NOTE = (
 )
 
 
-def base_to_novel(folders: Folders) -> Table:
+def base_to_novel(folders: Folders) -> PaperTable:
     """Return table 1: base, novel and HM on the eleven datasets and their average."""
     numbers = as_numbers(published("base_to_novel", folders))
     datasets = _unique(dataset for _, dataset, _ in numbers if dataset != AVERAGE)
@@ -32,7 +32,7 @@ def base_to_novel(folders: Folders) -> Table:
     own = own_base_to_novel(own_results("base_to_novel", folders), datasets)
     extra = _unique(name for _, name, _ in own if name not in (*datasets, AVERAGE))
     shown = [*datasets, AVERAGE, *extra]
-    return Table(
+    return PaperTable(
         name="table1_base_to_novel",
         title="Base-to-novel generalization: top-1 accuracy on base and novel classes and their "
         "harmonic mean (HM), in percent; at the average, HM is that of the averages.",
@@ -48,7 +48,7 @@ def base_to_novel(folders: Folders) -> Table:
     )
 
 
-def cross_dataset(folders: Folders) -> Table:
+def cross_dataset(folders: Folders) -> PaperTable:
     """Return table 2: ImageNet to ten other datasets."""
     return _transfer(
         folders, "cross_dataset", "table2_cross_dataset",
@@ -57,7 +57,7 @@ def cross_dataset(folders: Folders) -> Table:
     )  # fmt: skip
 
 
-def domain_generalization(folders: Folders) -> Table:
+def domain_generalization(folders: Folders) -> PaperTable:
     """Return table 3: ImageNet to its four shifted test sets."""
     return _transfer(
         folders, "domain_generalization", "table3_domain_generalization",
@@ -66,7 +66,7 @@ def domain_generalization(folders: Folders) -> Table:
     )  # fmt: skip
 
 
-def averages(folders: Folders) -> Table:
+def averages(folders: Folders) -> PaperTable:
     """Return table 4: averages over the eleven datasets of the methods the paper compares."""
     numbers = as_numbers(published("base_to_novel_average", folders))
     datasets = _unique(published("base_to_novel", folders).dataset)
@@ -75,7 +75,7 @@ def averages(folders: Folders) -> Table:
     own = {key: cell for key, cell in own.items() if key[1] == AVERAGE}
     methods = _unique(method for method, _, _ in numbers)
     settings = _unique(setting for setting, _, _ in own)
-    return Table(
+    return PaperTable(
         name="table4_averages",
         title="Averages over the eleven datasets of base-to-novel generalization, in percent; HM "
         "is that of the averages.",
@@ -104,7 +104,7 @@ def draw_table(name: str, tables: Folders, out: Path) -> list[Path]:
     return TABLES[name](tables).write(out)
 
 
-def _transfer(folders: Folders, protocol: str, name: str, title: str) -> Table:
+def _transfer(folders: Folders, protocol: str, name: str, title: str) -> PaperTable:
     table = published(protocol, folders)
     source = "ImageNet"
     targets = [name for name in _unique(table.dataset) if name not in (source, AVERAGE)]
@@ -114,7 +114,7 @@ def _transfer(folders: Folders, protocol: str, name: str, title: str) -> Table:
     extra = [dataset for dataset in extra if dataset not in (source, *targets, AVERAGE)]
     methods = _unique(method for method, _, _ in numbers)
     settings = _unique(setting for setting, _, _ in own)
-    return Table(
+    return PaperTable(
         name=name,
         title=title,
         stub=("Method",),

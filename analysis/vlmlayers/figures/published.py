@@ -15,7 +15,7 @@ from vlmlayers.figures.inputs import (
     read,
     read_file,
 )
-from vlmlayers.figures.render import Cell
+from vlmlayers.figures.render import TableCell
 from vlmlayers.files import shipped
 from vlmlayers.scores.summaries import harmonic_mean
 
@@ -24,7 +24,7 @@ RESULT_COLUMNS = (
     "protocol", "method", "model", "weights", "dataset", "source", "split_kind", "placement",
     "shots", "seed", "accuracy",
 )  # fmt: skip
-Numbers = dict[tuple[str, str, str], Cell]
+Numbers = dict[tuple[str, str, str], TableCell]
 
 
 def published(name: str, folders: Folders) -> pd.DataFrame:
@@ -40,7 +40,7 @@ def published(name: str, folders: Folders) -> pd.DataFrame:
 def as_numbers(table: pd.DataFrame) -> Numbers:
     """Return published numbers as (method, dataset, metric) → cell."""
     return {
-        (row["method"], row["dataset"], row["metric"]): Cell(
+        (row["method"], row["dataset"], row["metric"]): TableCell(
             float(row["value"]), flag=row["flag"], note=row["note"], source=row["source"]
         )
         for row in table.to_dict("records")
@@ -92,7 +92,7 @@ def own_base_to_novel(results: pd.DataFrame, datasets: Iterable[str]) -> Numbers
         for dataset, seeds in halves.groupby(level="dataset", sort=False):
             cells = {metric: _cell(seeds[metric]) for metric in ("base", "novel", "hm")}
             means = harmonic_mean(seeds.base.mean(), seeds.novel.mean())
-            cells["hm"] = Cell(means, cells["hm"].sd, len(seeds), source="own runs")
+            cells["hm"] = TableCell(means, cells["hm"].sd, len(seeds), source="own runs")
             numbers |= {(str(setting), str(dataset), key): cell for key, cell in cells.items()}
     return numbers
 
@@ -132,6 +132,6 @@ def _by_seed(
     return pd.concat([values, pd.concat({AVERAGE: complete}, names=["dataset"])])
 
 
-def _cell(seeds: pd.Series) -> Cell:
+def _cell(seeds: pd.Series) -> TableCell:
     spread = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
-    return Cell(float(seeds.mean()), spread, len(seeds), source="own runs")
+    return TableCell(float(seeds.mean()), spread, len(seeds), source="own runs")

@@ -28,7 +28,7 @@ def escape_latex(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One number, in percent.
 
     Attributes:
@@ -55,7 +55,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """Cells by row and column.
 
     Attributes:
@@ -74,13 +74,13 @@ class Table:
     stub: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     columns: Sequence[str]
-    cells: dict[tuple[tuple[str, ...], str], Cell]
+    cells: dict[tuple[tuple[str, ...], str], TableCell]
     rules: frozenset[int] = field(default_factory=frozenset)
     notes: tuple[str, ...] = ()
 
-    def cell(self, row: tuple[str, ...], column: str) -> Cell:
+    def cell(self, row: tuple[str, ...], column: str) -> TableCell:
         """Return the cell, an empty one where there is none."""
-        return self.cells.get((row, column), Cell())
+        return self.cells.get((row, column), TableCell())
 
     def footnotes(self) -> list[str]:
         """Return the words under the table; those of flagged cells name their place."""
@@ -92,7 +92,7 @@ class Table:
         return flagged + list(self.notes)
 
     def tidy(self) -> pd.DataFrame:
-        """Return one line per filled cell: row headings, column, then the fields of `Cell`."""
+        """Return one line per filled cell: row headings, column, then the fields of `TableCell`."""
         names = [name.lower() for name in self.stub]
         lines = [
             {**dict(zip(names, row)), "column": column, **vars(self.cell(row, column))}

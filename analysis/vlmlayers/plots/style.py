@@ -85,12 +85,12 @@ def style() -> Iterator[None]:
 def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     """Return `ax`, or the axes of a new figure in the shared style.
 
-    A new figure is known to pyplot only where somebody looks, in a notebook or an interactive
-    session: elsewhere pyplot would keep every figure alive.
+    A new figure is known to pyplot only in a notebook or an interactive session: elsewhere pyplot
+    would keep every figure alive.
     """
     if ax is not None:
         return ax
-    if _somebody_looks():
+    if _is_interactive():
         import matplotlib.pyplot as plt
 
         return plt.subplots(figsize=size)[1]
@@ -112,7 +112,7 @@ def unseen() -> Iterator[None]:
         _UNSEEN.reset(token)
 
 
-def _somebody_looks() -> bool:
+def _is_interactive() -> bool:
     """Tell a notebook or an interactive session from a script or a command.
 
     A notebook is not asked for `isinteractive()` alone: it is False there until pyplot has made

@@ -28,7 +28,7 @@ from vlmlayers.words import percent
 
 
 @dataclass(frozen=True, eq=False)
-class Validation:
+class RecordedValidation:
     """What training found, as the stage `validate` wrote it.
 
     Attributes:
@@ -56,7 +56,7 @@ class Validation:
     predictors: str = ""
 
     @classmethod
-    def read(cls, run: Run) -> Validation | None:
+    def read(cls, run: Run) -> RecordedValidation | None:
         """Read the validation of a run; None where there is none, or it shows nothing."""
         if not run.validation.exists() or void_verdict(run):
             return None
@@ -167,7 +167,7 @@ class Answer:
     scores: pd.DataFrame
     choice: LayerChoice
     provenance: dict[str, Any] = field(default_factory=dict)
-    validation: Validation | None = None
+    validation: RecordedValidation | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -372,7 +372,7 @@ def read_answer(run: Run | str | Path) -> Answer:
         bare(scores),
         LayerChoice.load(found.choice),
         found.read_provenance(),
-        Validation.read(found),
+        RecordedValidation.read(found),
         {str(name): value for name, value in scores.attrs.items()},
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.positions import sort_key
-from vlmlayers.report.numbers import Answer, Validation
+from vlmlayers.report.numbers import Answer, RecordedValidation
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.summaries import curves, dataset_names, how_made, metrics_by_shape
 
@@ -154,7 +154,7 @@ def matrix_entries(scores: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda e: (order.get(e["dataset"], 1), e["tower"] == e["other"]))
 
 
-def validation_entry(validation: Validation) -> dict[str, Any]:
+def validation_entry(validation: RecordedValidation) -> dict[str, Any]:
     """Return the sweep and the predicted values of a validation."""
     frame = validation.outcomes()
     points = [

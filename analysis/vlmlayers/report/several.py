@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vlmlayers.placement import describe_blocks
 from vlmlayers.report.made import model_table
-from vlmlayers.report.numbers import Answer, Validation, join
+from vlmlayers.report.numbers import Answer, RecordedValidation, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular, words
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, curves, dataset_readout
@@ -71,7 +71,7 @@ def _last(answer: Answer, metric: str) -> float | None:
     return _ends(answer, metric)[1]
 
 
-def _best(validation: Validation | None) -> str | None:
+def _best(validation: RecordedValidation | None) -> str | None:
     if validation is None or validation.chosen not in set(validation.placements["placement"]):
         return None
     frame = validation.placements.set_index("placement")["hm"]

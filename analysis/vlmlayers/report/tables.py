@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.plots.saving import slug
-from vlmlayers.report.numbers import Answer, Validation, join
+from vlmlayers.report.numbers import Answer, RecordedValidation, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores.summaries import curves, metrics_by_shape
 from vlmlayers.selection import PLACEMENT_SCORES
@@ -128,7 +128,7 @@ def position_table(answer: Answer) -> Table:
     )
 
 
-def comparison_table(validation: Validation | None) -> Table | None:
+def comparison_table(validation: RecordedValidation | None) -> Table | None:
     """Return the chosen placement beside the paper's, the best and zero-shot CLIP."""
     if validation is None:
         return None
@@ -170,7 +170,7 @@ def _outcome_row(row: pd.Series, words_: str) -> list[Any]:
     return [name, *cells, _whole(row.get("parameters"))]
 
 
-def validation_tables(validation: Validation | None) -> list[Table]:
+def validation_tables(validation: RecordedValidation | None) -> list[Table]:
     """Return the placements by outcome, and how well each score predicted them."""
     if validation is None:
         return []
@@ -214,7 +214,7 @@ CORRELATION_HEADINGS = {
 }
 
 
-def _why(validation: Validation, placement: str) -> str:
+def _why(validation: RecordedValidation, placement: str) -> str:
     """Return in words why a placement was trained."""
     kinds = [one for one in validation.kind(placement).split("+") if one not in ("start", "chosen")]
     chosen = ["chosen"] if placement == validation.chosen else []

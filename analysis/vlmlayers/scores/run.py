@@ -52,7 +52,7 @@ MOST_JOBS = 8
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoreTask:
     """A part of the scores that needs nothing of the others: one protocol on some features."""
 
     runner: Runner
@@ -106,7 +106,7 @@ def score(
     groups = make_groups(given, settled)
     _check_positions(given, settled)
     tasks = make_tasks(groups, chosen)
-    parts = _results(tasks, settled, _jobs(jobs, groups, chosen))
+    parts = results_of(tasks, settled, job_count(jobs, groups, chosen))
     out = Collector()
     for part in bar(parts, "scoring", total=len(tasks), unit="part", show=progress):
         out.take(part)
@@ -114,7 +114,7 @@ def score(
     return out.table(settled)
 
 
-def make_tasks(groups: Iterable[Group], metrics: Mapping[str, Metric]) -> list[Task]:
+def make_tasks(groups: Iterable[Group], metrics: Mapping[str, Metric]) -> list[ScoreTask]:
     """Return the parts of the work in the order of their rows.
 
     Metrics of one dataset stay together, because they share what they make of its items; metrics
@@ -128,14 +128,14 @@ def make_tasks(groups: Iterable[Group], metrics: Mapping[str, Metric]) -> list[T
                 families: dict[str, dict[str, Metric]] = {}
                 for name, metric in wanted.items():
                     families.setdefault(metric.base or name, {})[name] = metric
-                tasks += [Task(runner, group, family) for family in families.values()]
+                tasks += [ScoreTask(runner, group, family) for family in families.values()]
             elif wanted:
                 alone = (replace(group, members=(member,)) for member in group.members)
-                tasks += [Task(runner, one, wanted) for one in alone]
+                tasks += [ScoreTask(runner, one, wanted) for one in alone]
     return tasks
 
 
-def _results(tasks: list[Task], options: ScoreOptions, jobs: int) -> Iterator[Collector]:
+def results_of(tasks: list[ScoreTask], options: ScoreOptions, jobs: int) -> Iterator[Collector]:
     """Yield the result of each task, in order."""
     if jobs == 1:
         return (task.run(options) for task in tasks)
@@ -146,13 +146,15 @@ def _results(tasks: list[Task], options: ScoreOptions, jobs: int) -> Iterator[Co
     return done
 
 
-def _run_elsewhere(task: Task, options: ScoreOptions, table: Mapping[str, Metric]) -> Collector:
+def _run_elsewhere(
+    task: ScoreTask, options: ScoreOptions, table: Mapping[str, Metric]
+) -> Collector:
     """Run a task in another process, which knows metrics that a notebook added by this table."""
     METRICS.update(table)
     return task.run(options)
 
 
-def _jobs(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, Metric]) -> int:
+def job_count(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, Metric]) -> int:
     """Return the number of processes: the one asked for, or what the work is worth."""
     if jobs is not None:
         if jobs < 1:

@@ -102,7 +102,7 @@ def read_scores(path: Path) -> pd.DataFrame:
 
 @checked
 def score_cost(scores: Scores) -> pd.DataFrame:
-    """Return what each metric cost, the dearest first: metric, seconds, rows."""
+    """Return what each metric cost, the most expensive first: metric, seconds, rows."""
     cost = scores.attrs.get("cost", {})
     rows = scores["metric"].value_counts()
     frame = pd.DataFrame(

@@ -10,7 +10,7 @@ from pathlib import Path
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import WEIGHT_SUFFIXES
 from vlmlayers.study.context import StageContext
-from vlmlayers.study.stages import offered
+from vlmlayers.study.stages import stage_entry
 
 
 def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> None:
@@ -33,9 +33,9 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
     if "select" in picked:
         _check_own_rule(contexts[0])
     if "train" in picked and contexts[0].study.train:
-        _check_offered(contexts[0], "train")
+        _check_stage(contexts[0], "train")
     if "validate" in picked and contexts[0].study.validate_ is not None:
-        _check_offered(contexts[0], "validate")
+        _check_stage(contexts[0], "validate")
 
 
 def _check_model(context: StageContext) -> None:
@@ -68,7 +68,7 @@ def _check_own_rule(context: StageContext) -> None:
         make_rule(context.rule, part.options)
 
 
-def _check_offered(context: StageContext, stage: str) -> None:
-    check = getattr(import_module(offered(stage).module), "check", None)
+def _check_stage(context: StageContext, stage: str) -> None:
+    check = getattr(import_module(stage_entry(stage).module), "check", None)
     if check is not None:
         check(context)

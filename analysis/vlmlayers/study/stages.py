@@ -209,16 +209,16 @@ def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
 
 
 def _train(context: StageContext) -> None:
-    offered("train").load()(context)
+    stage_entry("train").load()(context)
 
 
 def _validate(context: StageContext) -> None:
-    point = offered("validate")
+    point = stage_entry("validate")
     context.echo("validate training at the chosen placement and its competitors")
     point.load()(context)
 
 
-def offered(stage: str) -> EntryPoint:
+def stage_entry(stage: str) -> EntryPoint:
     """Return the stage `train` or `validate` that an installed package offers.
 
     Raises:

@@ -27,7 +27,7 @@ from vlmadapters.validation.validate import label_of, summarise, validate
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
-from vlmlayers.report.numbers import Validation as reported
+from vlmlayers.report.numbers import RecordedValidation as reported
 from vlmlayers.report.numbers import void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores.schema import SCORE_COLUMNS

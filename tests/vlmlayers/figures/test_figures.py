@@ -250,8 +250,8 @@ def test_a_results_table_without_its_columns_is_refused(published: Path, tmp_pat
 
 def test_markup_in_names_is_escaped() -> None:
     name = r"a_b & 50% {x} <i>|c\d ~ ^ #1 $"
-    cells = {((name,), name): render.Cell(1.0, flag="bad_flag", note="n_1")}
-    table = render.Table("t_1", name, ("Method",), [(name,)], [name], cells)
+    cells = {((name,), name): render.TableCell(1.0, flag="bad_flag", note="n_1")}
+    table = render.PaperTable("t_1", name, ("Method",), [(name,)], [name], cells)
     latex = table.latex()
     prose = "".join(line for line in latex.splitlines() if "50" in line or "flag" in line)
     assert len(prose) > 200

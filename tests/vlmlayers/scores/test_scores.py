@@ -30,7 +30,7 @@ from vlmlayers.scores import (
 )
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
 from vlmlayers.scores.readouts import dataset_split
-from vlmlayers.scores.run import _jobs, chosen_metrics, make_tasks
+from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
 from vlmlayers.scores.scoring import make_groups
 from vlmlayers.scores.transfers import families
 
@@ -67,14 +67,14 @@ def test_the_table_does_not_depend_on_the_number_of_processes(parallel) -> None:
 
 
 def test_what_goes_wrong_in_another_process_is_still_one_line() -> None:
-    from vlmlayers.scores.run import Task, _results
+    from vlmlayers.scores.run import ScoreTask, results_of
 
     def fails(*_) -> None:
         raise UserError("the third dataset is not there")
 
-    task = Task(fails, make_groups([make_features()], ScoreOptions())[0], {})
+    task = ScoreTask(fails, make_groups([make_features()], ScoreOptions())[0], {})
     with pytest.raises(UserError, match="^the third dataset is not there$"):
-        list(_results([task, task], ScoreOptions(), jobs=2))
+        list(results_of([task, task], ScoreOptions(), jobs=2))
 
 
 def test_a_metric_added_at_run_time_is_known_in_every_process(
@@ -95,10 +95,10 @@ def test_a_metric_added_at_run_time_is_known_in_every_process(
 def test_processes_are_started_for_much_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
     groups, every = make_groups(many(2), ScoreOptions()), chosen_metrics(None)
-    assert _jobs(None, groups, every) == 1
+    assert job_count(None, groups, every) == 1
     monkeypatch.setattr("vlmlayers.scores.run.WORTH_SHARING", 1000)
-    assert _jobs(None, groups, every) == 8
-    assert _jobs(3, groups, every) == 3
+    assert job_count(None, groups, every) == 8
+    assert job_count(3, groups, every) == 3
     with pytest.raises(UserError, match="jobs is 0; at least 1"):
         score(make_features(), jobs=0)
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from vlmlayers.manifests.layouts.base import Layout
-from vlmlayers.manifests.layouts.builtin import BuiltIn
-from vlmlayers.manifests.layouts.captions import Captions
-from vlmlayers.manifests.layouts.coop import CoOp
-from vlmlayers.manifests.layouts.folder import Folder
-from vlmlayers.manifests.layouts.huggingface import HuggingFace
-from vlmlayers.manifests.layouts.lists import Lists
-from vlmlayers.manifests.layouts.shards import Shards
-from vlmlayers.manifests.layouts.table import Table
+from vlmlayers.manifests.layouts.builtin import BuiltInLayout
+from vlmlayers.manifests.layouts.captions import CaptionsLayout
+from vlmlayers.manifests.layouts.coop import CoOpLayout
+from vlmlayers.manifests.layouts.folder import FolderLayout
+from vlmlayers.manifests.layouts.huggingface import HuggingFaceLayout
+from vlmlayers.manifests.layouts.lists import ListsLayout
+from vlmlayers.manifests.layouts.shards import ShardsLayout
+from vlmlayers.manifests.layouts.table import TableLayout
 from vlmlayers.manifests.place import Place
 
 _LAYOUTS: dict[str, type[Layout]] = {
-    "coop": CoOp,
-    "folder": Folder,
-    "table": Table,
-    "lists": Lists,
-    "captions": Captions,
-    "shards": Shards,
-    "huggingface": HuggingFace,
-    "builtin": BuiltIn,
+    "coop": CoOpLayout,
+    "folder": FolderLayout,
+    "table": TableLayout,
+    "lists": ListsLayout,
+    "captions": CaptionsLayout,
+    "shards": ShardsLayout,
+    "huggingface": HuggingFaceLayout,
+    "builtin": BuiltInLayout,
 }
 
 

@@ -30,7 +30,7 @@ def code_hash() -> str:
     return checksum(path.read_bytes() for path in files)[:16]
 
 
-class BuiltIn(Layout):
+class BuiltInLayout(Layout):
     """Items are numbered; their path is `<split>/<index>`."""
 
     def __init__(self, place: Place) -> None:

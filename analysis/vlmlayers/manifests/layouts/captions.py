@@ -11,7 +11,7 @@ from vlmlayers.manifests.layouts.base import Layout, expect_hash
 from vlmlayers.manifests.place import Place, file_stamp, read_text
 
 
-class Captions(Layout):
+class CaptionsLayout(Layout):
     """Lines that repeat an image add captions to it; `tail` says which last images are test."""
 
     def __init__(self, place: Place) -> None:

@@ -20,7 +20,7 @@ from vlmlayers.manifests.place import Place, file_stamp, read_text
 Lists = dict[str, tuple[Item, ...]]
 
 
-class CoOp(Layout):
+class CoOpLayout(Layout):
     """One JSON file lists everything, so no image is needed to know the items."""
 
     def __init__(self, place: Place) -> None:

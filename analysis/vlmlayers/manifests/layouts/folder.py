@@ -17,7 +17,7 @@ from vlmlayers.manifests.place import MissingData, Place
 SUFFIXES = IMAGE_SUFFIXES | {"pgm", "pbm", "pnm", "mpo"}
 
 
-class Folder(Layout):
+class FolderLayout(Layout):
     """Class folders sorted by name give the labels; files sorted by path give the order.
 
     Links are followed. What systems and programs leave behind, and class folders without an image

@@ -20,7 +20,7 @@ _SAVED = ("dataset_dict.json", "state.json")  # of a DatasetDict, of one Dataset
 _TEXT = "text"  # the library's usual name for captions
 
 
-class HuggingFace(Layout):
+class HuggingFaceLayout(Layout):
     """An item's path is that of its file, or `<split>/<row>` where a table holds its image.
 
     Tables are the Arrow files of a saved dataset, or the Parquet files of a downloaded repository,

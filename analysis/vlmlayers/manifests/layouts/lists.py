@@ -9,7 +9,7 @@ from vlmlayers.manifests.layouts.classes import class_word
 from vlmlayers.manifests.place import MissingData, Place, read_text
 
 
-class Lists(Layout):
+class ListsLayout(Layout):
     """FGVC Aircraft's own layout: `1025794 707-320` stands for `1025794.jpg`."""
 
     def __init__(self, place: Place) -> None:

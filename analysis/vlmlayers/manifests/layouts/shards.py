@@ -12,7 +12,7 @@ from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classe
 from vlmlayers.manifests.place import MissingData, Place
 
 
-class Shards(Layout):
+class ShardsLayout(Layout):
     """An item's path is the tar file, a slash, and the image's name in it."""
 
     def __init__(self, place: Place) -> None:

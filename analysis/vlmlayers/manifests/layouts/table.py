@@ -37,7 +37,7 @@ class _Listed:
     path: str
 
 
-class Table(Layout):
+class TableLayout(Layout):
     """Rows of one file, or of one file per split as Hugging Face image folders have them.
 
     `label` says which class an item has, `class_name` what it is called; one of the two is enough.
