@@ -104,7 +104,8 @@ def _encoder(clip: nn.Module, method: str) -> Apply:
     encode = getattr(clip, method, None)
     if encode is None:
         raise UserError(
-            f"a {type(clip).__name__} has no {method}: pass an open_clip CLIP, CustomTextCLIP or CoCa"
+            f"a {type(clip).__name__} has no {method}: pass an "
+            "open_clip CLIP, CustomTextCLIP or CoCa"
         )
 
     def run(batch: Tensor) -> Tensor:

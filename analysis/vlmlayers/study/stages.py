@@ -195,9 +195,9 @@ def _train_inputs(context: StageContext) -> Any:
 def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
     """Return what a stage that trains depends on beside its table.
 
-    The package that offers the stage has functions beside it that name its datasets and files.
+    The package of the stage has functions beside it that name its datasets and files.
     """
-    module = import_module(offered(stage).module)
+    module = import_module(stage_entry(stage).module)
     data, files = module.datasets(context), module.files(context)
     return {
         "model": context.model_fingerprint(),
