@@ -11,7 +11,16 @@ from contextlib import suppress
 from functools import wraps
 from typing import Annotated, Any, TypeVar, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from vlmlayers.arguments import plain_number
 from vlmlayers.errors import UserError, check_one_of, nearest
@@ -37,6 +46,15 @@ class Options(BaseModel):
     """A set of options. A name that it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse True where a number is meant: pydantic and Python take it for 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation in (int, float):
+            raise PydanticKnownError("int_type" if annotation is int else "float_type")
+        return value
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -1,0 +1,136 @@
+"""Calls as people type them: taken as they are meant, or refused in one line that says what is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tests.vlmlayers import score_tables, tiny
+from tests.vlmlayers.synthetic import many
+
+import vlmlayers as vl
+from vlmlayers.errors import UserError
+from vlmlayers.features import open_features
+from vlmlayers.models import load_model, wrap_model
+
+FEW: dict[str, Any] = {"metrics": "dataset_accuracy_ncm", "bootstrap": 5, "progress": False}
+FACES = vl.Manifest.load("faces")
+
+
+def extract(data: Any = FACES, split: Any = "val", **options: Any) -> vl.LayerFeatures:
+    return vl.extract(tiny.model(), data, split, progress=False, **{"items": 6} | options)
+
+
+def arrays(labels: Any = None, **options: Any) -> vl.LayerFeatures:
+    return vl.LayerFeatures.from_arrays({"1": np.ones((4, 3))}, labels=labels, **options)
+
+
+def wrapped(**changed: Any) -> Any:
+    given = {
+        "clip": tiny.build("clip"),
+        "preprocess": tiny.preprocess,
+        "tokenizer": tiny.tokenizer,
+        "name": "own",
+        "weights": "own",
+    }
+    return wrap_model(**given | changed)
+
+
+def score(features: Any = None, **options: Any) -> pd.DataFrame:
+    return vl.score(many(2) if features is None else features, **FEW | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "taken"),
+    [
+        (lambda: len(extract("faces").vision.ids), 6),
+        (lambda: len(extract(items=np.int64(7)).vision.ids), 7),
+        (lambda: len(extract(items=iter(FACES.items("val")[:5])).vision.ids), 5),
+        (lambda: len(extract(items=10**9).vision.ids), len(FACES.items("val"))),
+        (lambda: set(score(positions="2")["position"]), {"2"}),
+        (lambda: set(score(positions=[1, np.int32(2)])["position"]), {"1", "2"}),
+        (
+            lambda: set(score(iter(many(2)), metrics=iter(["effective_rank"]))["metric"]),
+            {"effective_rank"},
+        ),
+        (lambda: len(score(seeds=range(2))), 2 * len(score(seeds=np.int64(3)))),
+        (lambda: arrays(pd.Series([0, 1, 0, 1], index=[9, 8, 7, 6])).vision.labels.tolist(), None),
+        (lambda: arrays(torch.tensor([0, 1, 0, 1])).vision.labels.tolist(), None),
+        (lambda: arrays([0.0, 1.0, 0.0, 1.0]).vision.labels.tolist(), None),
+    ],
+)
+def test_natural_calls_are_taken_as_meant(call: Callable[[], Any], taken: Any) -> None:
+    assert call() == ([0, 1, 0, 1] if taken is None else taken)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[1, 2], [3, 4.0]],
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True),
+        torch.tensor([[1, 2], [3, 4]], dtype=torch.bfloat16),
+        pd.DataFrame({"b": [1, 3], "a": [2, 4]}, index=[1, 0]),
+        np.array([[1, 2], [3, 4]], dtype=np.int16, order="F"),
+    ],
+)
+def test_features_of_every_usual_type_are_read_in_their_order(values: Any) -> None:
+    features = vl.LayerFeatures.from_arrays({1: values})
+    assert features.vision.array("1").tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: extract(split="validation"), "unknown split 'validation'; valid: train, val"),
+        (lambda: extract(items=0), "items takes a whole number from 1"),
+        (lambda: extract(items=6.0), "items takes a whole number from 1"),
+        (lambda: extract(batch_size=0), "batch_size takes a whole number from 1"),
+        (lambda: extract(workers=-1), "workers takes a whole number from 0"),
+        (lambda: extract("no/such/folder"), "no/such/folder"),
+        (lambda: extract(pooling="cls,mean"), "pooling"),
+        (lambda: score(positions="12"), "unknown position '12'"),
+        (lambda: vl.extract(tiny.build("clip"), FACES, "val"), "as `load_model` or `wrap_model`"),  # type: ignore[arg-type]
+        (lambda: score("runs/x"), "features takes LayerFeatures, not 'runs/x'"),
+        (lambda: score(np.zeros((5, 5))), "features takes LayerFeatures"),
+        (lambda: score(many(1) * 2), "appears twice among the features"),
+        (lambda: score(bootstrap=0), "bootstrap is 0; at least 2"),
+        (lambda: score(k=0), "k is 0; at least 1"),
+        (lambda: score(k=True), "k is True; a whole number is needed"),
+        (lambda: score(metrics="dataset_accuracy_nmc"), "did you mean 'dataset_accuracy_ncm'"),
+        (lambda: score(positions="99"), "99"),
+        (lambda: score(seeds="one"), "seeds"),
+        (lambda: vl.select(score_tables.full(), rule="treshold"), "did you mean 'threshold'"),
+        (lambda: vl.select([score_tables.full()]), "a score table, as `score` makes"),  # type: ignore[arg-type]
+        (lambda: vl.select("scores.csv"), "a score table, as `score` makes"),  # type: ignore[arg-type]
+        (lambda: vl.select(score_tables.full(), metric="acc"), "unknown metric 'acc'"),
+        (lambda: vl.Placement("12-5"), "list of whole numbers"),  # type: ignore[arg-type]
+        (lambda: vl.Placement.parse("12-5"), "reversed"),
+        (lambda: load_model(None), "name takes a string or a path, not None"),  # type: ignore[arg-type]
+        (lambda: load_model("ViT-B-61"), "did you mean"),
+        (lambda: load_model("mini-clip", precision="fp61"), "fp16"),  # type: ignore[arg-type]
+        (lambda: wrapped(preprocess=None), "preprocess takes a function"),
+        (lambda: wrapped(tokenizer=None), "tokenizer takes a function"),
+        (lambda: wrapped(clip=torch.nn.Linear(2, 2)), "a Linear has no encode_image"),
+        (lambda: open_features("no/such/store"), "no/such/store"),
+        (lambda: arrays([-1, 0, 1, 1]), "-1 at item 0"),
+        (lambda: arrays([0.5, 1, 0, 1]), "0.5 at item 0"),
+        (lambda: arrays([0, np.nan, 1, 1]), "nan at item 1"),
+        (lambda: arrays(["a", "b", "a", "b"]), "return_inverse"),
+        (lambda: arrays([0, 1]), "4 ids but 2 labels"),
+        (lambda: arrays([0, 1, 2, 3], class_names=["a", "b"]), "2 at item 2"),
+        (lambda: vl.LayerFeatures.from_arrays({"1": np.ones((4, 7, 3))}), "shape"),
+        (lambda: vl.LayerFeatures.from_arrays({"1": np.full((4, 3), 1e39)}), "largest of float32"),
+        (lambda: vl.LayerFeatures.from_arrays({"1": np.ones((0, 3))}), "shape"),
+        (lambda: vl.LayerFeatures.from_arrays({"0": np.ones((4, 3))}), "blocks"),
+        (lambda: vl.Manifest.load("facse"), "did you mean 'faces'"),
+        (lambda: FACES.items("tset"), "unknown split 'tset'"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(call: Callable[[], Any], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        call()
+    assert line in str(refused.value) and "\n" not in str(refused.value)
