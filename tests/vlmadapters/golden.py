@@ -38,6 +38,7 @@ REPLAYS: dict[str, str] = {
     "kgcoop": "contexts",
     "maple": "maple",
     "proda": "contexts",
+    "clipadapter": "clipadapter",
 }
 # Tolerances in single precision; gradients relative to the largest entry of each.
 TOLERANCES = {

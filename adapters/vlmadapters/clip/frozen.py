@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,13 @@ class Backbone:
     def device(self) -> torch.device:
         """The device that the CLIP is on."""
         return next(self.clip.parameters()).device
+
+    @cached_property
+    def joint(self) -> int:
+        """Width of the joint embedding."""
+        tower = self.text.tower
+        with torch.no_grad():
+            return int(tower.run(tower.example(1)).shape[-1])
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Return token ids of texts, (text, token), on the backbone's device."""

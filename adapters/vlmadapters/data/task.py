@@ -40,6 +40,11 @@ class Task:
     other_names: tuple[str, ...] = ()
     descriptions: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
+    @property
+    def hand_made(self) -> str:
+        """The template of hand-made prompts: the dataset's own, or one that the recipe names."""
+        return self.own_template if self.template == TEMPLATE else self.template
+
     def prompts(self, template: str | None = None) -> list[str]:
         """Return one prompt per class, underscores of names as spaces."""
         return class_prompts(self.class_names, template or self.template)

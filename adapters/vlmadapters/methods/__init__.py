@@ -26,6 +26,7 @@ BUILT_IN = {
     "cocoop": ("cocoop:CoCoOp", "configs:CoCoOpConfig"),
     "kgcoop": ("kgcoop:KgCoOp", "configs:KgCoOpConfig"),
     "proda": ("proda:ProDA", "configs:ProDAConfig"),
+    "clipadapter": ("clipadapter:CLIPAdapter", "configs:CLIPAdapterConfig"),
 }
 
 

@@ -200,6 +200,9 @@ class ProDAConfig(TextConfig):
         return f"{self.prompts} contexts of {self.length} words"
 
 
+Share = Annotated[float, Takes(least=0, most=1)]
+
+
 def blocks_to(depth: int) -> tuple[int, ...]:
     """Return the blocks from 1 on."""
     return tuple(range(1, depth + 1))
@@ -282,3 +285,30 @@ class MaPLeConfig(MethodConfig):
         """Put prompts into the first three quarters of the shallower tower: 9 blocks of 12."""
         blocks = blocks_to(max(1, round(0.75 * min(depths.values()))))
         return cls(blocks, blocks, **options)
+
+
+@checked
+@dataclass(frozen=True)
+class CLIPAdapterConfig(MethodConfig):
+    """Settings of CLIP-Adapter.
+
+    Attributes:
+        ratio: Share of the adapter in the image feature; 0 leaves image features as they are.
+        text_ratio: The same for the class features.
+        reduction: The adapter's inner width is the joint width divided by this.
+
+    Raises:
+        UserError: Both ratios are 0.
+    """
+
+    ratio: Share = 0.2
+    text_ratio: Share = 0.0
+    reduction: Count = 4
+
+    name: ClassVar[str] = "clipadapter"
+    title: ClassVar[str] = "CLIP-Adapter"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ratio and not self.text_ratio:
+            raise UserError("ratio and text_ratio are both 0: nothing is adapted; raise one")

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import single
 from vlmadapters.clip.walk import State
-from vlmadapters.data.prompts import TEMPLATE
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Step
 from vlmadapters.methods.configs import KgCoOpConfig
@@ -55,9 +54,8 @@ class KgCoOp(CoOp):
 
     def prepare(self, backbone: Backbone, task: Task) -> Guided:
         """Return the frozen state of the class prompts, and hand-made features."""
-        template = task.own_template if task.template == TEMPLATE else task.template
         end = backbone.text.tower.depth + 1
-        hand_made = backbone.prompts(backbone.tokens(task.prompts(template)), [end])[end]
+        hand_made = backbone.prompts(backbone.tokens(task.prompts(task.hand_made)), [end])[end]
         return Guided(super().prepare(backbone, task), backbone.features("text", hand_made))
 
     def class_features(self, backbone: Backbone, classes: Any) -> Tensor:

@@ -1,0 +1,136 @@
+"""CLIP-Adapter against its formula, its records, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+import torch
+from backbones import shared_backbone, some_images
+from stepping import TASK, assert_same_step, first_step
+from torch.nn import functional as F
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.savings import Savings
+from vlmadapters.data.task import Task
+from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.methods.clipadapter import CLIPAdapter
+from vlmadapters.methods.configs import CLIPAdapterConfig
+from vlmlayers.errors import UserError
+
+CONFIGS = [
+    CLIPAdapterConfig(),
+    CLIPAdapterConfig(ratio=0.6, text_ratio=0.3, reduction=2),
+    CLIPAdapterConfig(ratio=0.0, text_ratio=1.0),
+]
+
+
+def built(
+    config: CLIPAdapterConfig, savings: Savings | None = None, family: str = "clip"
+) -> tuple[Any, Backbone]:
+    model = shared_backbone(family)
+    backbone = Backbone(model.clip, savings, model.tokenizer)
+    return CLIPAdapter.build(config, backbone, TASK, seed=3), backbone
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("family", ["clip", "timm ViT, average pool"])
+@torch.no_grad()
+def test_logits_follow_the_formula_in_the_datasets_own_template(
+    config: CLIPAdapterConfig, family: str
+) -> None:
+    method, backbone = built(config, family=family)
+    clip, images = backbone.clip, some_images(shared_backbone(family))
+    task = Task(("oak", "sea_lion"), own_template="{} texture.")
+    sides: list[Any] = []
+    for side, ratio, v in (
+        ("fc", config.ratio, clip.encode_image(images)),
+        (
+            "text_fc",
+            config.text_ratio,
+            clip.encode_text(backbone.tokens(["oak texture.", "sea lion texture."])),
+        ),
+    ):
+        if ratio:
+            first, second = (getattr(method, side)[i].weight for i in (0, 2))
+            v = ratio * (second @ (first @ v.T).relu()).relu().T + (1 - ratio) * v
+        sides.append(F.normalize(v, dim=-1))
+    expected = clip.logit_scale.exp() * sides[0] @ sides[1].T
+    end = method.first(backbone, "vision")
+    features = method.image_features(backbone, backbone.images(images, [end])[end])
+    texts = method.class_features(backbone, method.prepare(backbone, task))
+    found = method.logits(backbone, features, texts)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_savings_change_neither_loss_nor_gradients(config: CLIPAdapterConfig) -> None:
+    saved, plain = (first_step(*built(config, savings)) for savings in (None, Savings.none()))
+    assert_same_step(saved, plain)
+
+
+def test_images_and_texts_are_frozen_to_the_end() -> None:
+    method, backbone = built(CONFIGS[1])
+    assert [method.first(backbone, tower) for tower in ("vision", "text")] == [4, 4]
+
+
+def test_initial_weights_are_drawn_as_torch_draws_them_and_leave_its_state_alone() -> None:
+    before = torch.get_rng_state()
+    (method, _), (again, _) = built(CONFIGS[0]), built(CONFIGS[0])
+    assert torch.equal(before, torch.get_rng_state())
+    for (name, value), other in zip(method.named_parameters(), again.parameters()):
+        bound = value.shape[1] ** -0.5
+        assert torch.equal(value, other), name
+        assert 0.8 * bound < float(value.detach().abs().max()) <= bound
+
+
+def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
+    model = shared_backbone()
+    for config in CONFIGS[:2]:
+        method, _ = built(config)
+        path = save_method(tmp_path / "ours", method, model, TASK)
+        theirs = save_official(tmp_path / "theirs.pth.tar", method)
+        found = [load_method(path, model), load_official(theirs, model, config)]
+        found.append(load_official(theirs, model, method="clipadapter"))
+        assert found[0].config == config
+        for one in found:
+            for name, value in method.named_parameters():
+                assert torch.equal(one.get_parameter(name), value)
+
+
+def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
+    model, (method, _) = shared_backbone(), built(CONFIGS[0])
+    path = save_official(tmp_path / "a.pth.tar", method)
+    with pytest.raises(UserError, match="inner width of 8, asked for is 16; change reduction"):
+        load_official(path, model, CLIPAdapterConfig(reduction=2))
+    with pytest.raises(UserError, match="holds fc, asked for is fc and text_fc"):
+        load_official(path, model, CLIPAdapterConfig(text_ratio=0.1))
+    with pytest.raises(UserError, match=r"fc.0.weight has shape \(8, 32\).* and \(192, 768\)"):
+        load_official(path, shared_backbone("timm SigLIP, attention pool"), method="clipadapter")
+    torch.save({"prompt_learner.ctx": torch.zeros(4, 32)}, path)
+    with pytest.raises(UserError, match=r"another method than CLIP-Adapter: .*prompt_learner.ctx"):
+        load_official(path, model, method="clipadapter")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"ratio": 0, "text_ratio": 0}, "nothing is adapted"),
+        ({"ratio": 1.5}, "ratio takes a number from 0 to 1, not 1.5"),
+        ({"reduction": 0}, "reduction takes a whole number from 1"),
+        ({"vision": (1,)}, "clipadapter has no placement"),
+    ],
+)
+def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        CLIPAdapterConfig(**settings)
+    with pytest.raises(UserError, match="joint width 32 by a reduction of 64"):
+        built(CLIPAdapterConfig(reduction=64))
+
+
+def test_the_recorded_run_is_followed(shared_golden: Path) -> None:
+    checks = list(golden.replay(shared_golden / "methods" / "clipadapter_tiny.npz"))
+    assert {"gradients", "final logits"} <= {check.quantity for check in checks}
+    assert not [check for check in checks if not check.passed]
