@@ -39,6 +39,7 @@ REPLAYS: dict[str, str] = {
     "maple": "maple",
     "proda": "contexts",
     "clipadapter": "clipadapter",
+    "rpo": "rpo",
 }
 # Tolerances in single precision; gradients relative to the largest entry of each.
 TOLERANCES = {

@@ -168,6 +168,43 @@ def attend_one(
     return _leave(block, x, out.reshape(n, 1, width), onednn)
 
 
+def keys_values(block: Any, x: Tensor, onednn: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of a block's attention, (item, head, token, width / head).
+
+    Args:
+        block: A standard block.
+        x: Input of the block, (item, token, width).
+        onednn: Use oneDNN where it suits.
+    """
+    attention, heads, (n, tokens, width) = block.attn, block.attn.num_heads, x.shape
+    weight, bias = attention.in_proj_weight[width:], attention.in_proj_bias[width:]
+    made = frozen_linear(block.ln_1(x), weight, bias, onednn)
+    k, v = made.view(n, tokens, 2, heads, width // heads).permute(2, 0, 3, 1, 4)
+    return k, v
+
+
+def attend_others(
+    block: Any, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, onednn: bool = True
+) -> Tensor:
+    """Return x plus the block's attention of x to other tokens alone, (item, token, width).
+
+    Args:
+        block: A standard block.
+        x: The tokens that look, (item, token, width).
+        keys: Of the tokens looked at, as `keys_values` gives them.
+        values: Likewise.
+        seen: Which of these an item's tokens see, (item, token); None is all.
+        onednn: Use oneDNN where it suits.
+    """
+    attention, heads, (n, tokens, width) = block.attn, block.attn.num_heads, x.shape
+    weight, bias = attention.in_proj_weight[:width], attention.in_proj_bias[:width]
+    q = frozen_linear(block.ln_1(x), weight, bias, onednn)
+    q = q.view(n, tokens, heads, width // heads).transpose(1, 2)
+    mask = None if seen is None else seen[:, None, None]
+    out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask)
+    return _leave(block, x, out.transpose(1, 2).reshape(n, tokens, width), onednn)
+
+
 def _leave(block: Any, x: Tensor, out: Tensor, onednn: bool) -> Tensor:
     projection = block.attn.out_proj
     out = block.ls_1(frozen_linear(out, projection.weight, projection.bias, onednn))

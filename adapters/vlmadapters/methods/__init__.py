@@ -22,6 +22,7 @@ BUILT_IN = {
     "mma": ("mma.module:Adapter", "mma.config:MMAConfig"),
     "ivlp": ("ivlp:IVLP", "configs:IVLPConfig"),
     "maple": ("maple:MaPLe", "configs:MaPLeConfig"),
+    "rpo": ("rpo:RPO", "configs:RPOConfig"),
     "coop": ("coop:CoOp", "configs:CoOpConfig"),
     "cocoop": ("cocoop:CoCoOp", "configs:CoCoOpConfig"),
     "kgcoop": ("kgcoop:KgCoOp", "configs:KgCoOpConfig"),

@@ -11,6 +11,9 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement
 from vlmlayers.positions import TOWERS
 
+# Blocks per tower of the backbone that public recipes and checkpoints are for.
+VIT_B_16 = {"vision": 12, "text": 12}
+
 
 @dataclass(frozen=True)
 class MethodConfig:

@@ -312,3 +312,39 @@ class CLIPAdapterConfig(MethodConfig):
         super().__post_init__()
         if not self.ratio and not self.text_ratio:
             raise UserError("ratio and text_ratio are both 0: nothing is adapted; raise one")
+
+
+@checked
+@dataclass(frozen=True)
+class RPOConfig(MethodConfig):
+    """Settings of RPO: prompts that read the frozen tokens of both towers and change none.
+
+    Attributes:
+        vision: Vision blocks at which the prompts read, counted from 1, rising.
+        text: Text blocks at which they read, counted from 1, rising.
+        pairs: Pairs of an image and a text prompt.
+        as_published: Keep underscores of class names, as the public code does.
+    """
+
+    pairs: Count = 24
+    as_published: bool = False
+
+    name: ClassVar[str] = "rpo"
+    title: ClassVar[str] = "RPO"
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
+    extensions: ClassVar[str] = (
+        "every set but all blocks: prompts pass blocks at which they do not read unchanged"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for tower in self.towers:
+            if not getattr(self, tower):
+                raise UserError(
+                    f"rpo has no {tower} block; its prompts read in both towers: name one in each"
+                )
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Read at every block of both towers, as published."""
+        return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)

@@ -16,6 +16,7 @@ from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.configs import PLACEHOLDER, split_words
 from vlmadapters.methods.context import context_prompts, context_state, word_vectors
+from vlmadapters.methods.official import is_prompt
 from vlmlayers.errors import UserError
 
 STD = 0.02
@@ -126,8 +127,5 @@ class DeepPrompts(Method):
 
     @classmethod
     def is_official_key(cls, key: str) -> bool:
-        """Whether a key of the authors' checkpoints is no part of the backbone or of the words.
-
-        Prompts of other methods count, so that their checkpoints are refused.
-        """
-        return (key.startswith("prompt_learner.") and "token_" not in key) or "VPT" in key
+        """Whether a key of the authors' checkpoints is a prompt."""
+        return is_prompt(key)

@@ -10,6 +10,14 @@ from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError
 
 
+def is_prompt(key: str) -> bool:
+    """Whether a parameter of a checkpoint is a learned prompt, not the backbone or its words.
+
+    Those of any method count, so that another's checkpoint is refused.
+    """
+    return (key.startswith("prompt_learner.") and "token_" not in key) or "VPT" in key
+
+
 def check_keys(keys: Iterable[str], known: re.Pattern[str], where: str, title: str) -> None:
     """Raise a UserError where a checkpoint is not of a method.
 

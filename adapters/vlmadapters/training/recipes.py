@@ -12,12 +12,10 @@ from typing import Any
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.methods import METHODS
-from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.config import VIT_B_16, MethodConfig
 from vlmlayers.arguments import PRECISIONS, checked
 from vlmlayers.errors import UserError, check_one_of
 
-# Blocks per tower of ViT-B/16, the backbone of the published recipes.
-PUBLISHED_DEPTHS = {"vision": 12, "text": 12}
 SHIPPED = Path(__file__).with_name("recipe_files")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step", "constant")
@@ -259,7 +257,7 @@ def _recipe(
         check_one_of(f"recipe of {method}", base, shipped, where=where)
         parent = _recipe(base, method, shipped[base], shipped, where)
     else:
-        parent = Recipe(name, TrainConfig(), METHODS.config(method).published(PUBLISHED_DEPTHS))
+        parent = Recipe(name, TrainConfig(), METHODS.config(method).published(VIT_B_16))
     settings = {**parent.method.to_dict(), **values.pop("settings", {})}
     savings, datasets = values.pop("savings", {}), values.pop("datasets", parent.datasets)
     source = values.pop("source", parent.source)

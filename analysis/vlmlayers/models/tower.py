@@ -36,6 +36,7 @@ class Tower:
         prefix: Special tokens before the others (class token, registers).
         suffix: Special tokens after the others (CoCa's text class token).
         causal: Whether attention is masked to what came before.
+        class_embedding: Vision only: the class token before positions, (width,), if there is one.
         norm_in: Norm on the tokens that enter block 1, where the model has one.
         norm: Final norm on tokens, before pooling.
         norm_after: Norm on the pooled vector, where the model has it there.
@@ -67,6 +68,7 @@ class Tower:
     prefix: int = 0
     suffix: int = 0
     causal: bool = False
+    class_embedding: Tensor | None = None
     norm_in: Apply = same
     norm: Apply = same
     norm_after: Apply = same

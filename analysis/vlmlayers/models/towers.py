@@ -144,6 +144,7 @@ def _open_clip_vit(visual: VisionTransformer, run: Apply) -> Tower:
         width=visual.transformer.width,
         pooling={"tok": "cls", "avg": "mean"}.get(visual.pool_type, "model"),
         example=_images(visual),
+        class_embedding=visual.class_embedding,
         norm_in=visual.ln_pre,
         project=_matrix(visual.proj),
     )
