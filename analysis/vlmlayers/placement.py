@@ -144,6 +144,28 @@ def describe_blocks(blocks: Iterable[int]) -> str:
     return ", ".join("–".join(map(str, run)) for run in _runs(blocks)) or "none"
 
 
+def module_pattern(blocks: Iterable[str], layers: Iterable[str]) -> str:
+    r"""Return the regular expression of all layers in some blocks, as peft's `target_modules`.
+
+    Args:
+        blocks: Names of the blocks in a model, such as `visual.transformer.resblocks.4`.
+        layers: Names of the layers inside a block, such as `mlp.c_fc`.
+
+    Returns:
+        One such as `visual\.transformer\.resblocks\.(?:4|5)\.(?:attn|mlp\.c_fc)`.
+    """
+    by_parent: dict[str, list[str]] = {}
+    for name in blocks:
+        parent, _, last = name.rpartition(".")
+        by_parent.setdefault(parent, []).append(last)
+    inside = "|".join(map(re.escape, layers))
+    return "|".join(
+        re.escape(f"{parent}." if parent else "") + f"(?:{'|'.join(map(re.escape, own))})"
+        rf"\.(?:{inside})"
+        for parent, own in by_parent.items()
+    )
+
+
 def _cleaned(text: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"a placement is text such as 5-12 or v5-12,t7-12, not {_short(text)}")

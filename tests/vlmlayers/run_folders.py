@@ -59,7 +59,8 @@ def make_run(
         model={
             "weights_hash": "abc", "parameters": 8_500_000,
             "random_weights": options.get("weights") == "random",
-            "towers": {t: {"blocks": b, "width": w, "kind": "blocks"}
+            "towers": {t: {"blocks": b, "width": w, "kind": "blocks", "layers": ["attn", "mlp.fc"],
+                           "modules": [f"{t}.blocks.{i}" for i in range(b)]}
                        for t, (b, w) in towers.items()},
         },
         datasets={DATASETS[2]: {"title": "<img src=x onerror=alert(1)>", "items": 300}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
@@ -16,6 +17,23 @@ Apply = Callable[[Tensor], Tensor]
 def same(x: Tensor) -> Tensor:
     """Return what was given: the norm or projection of a tower that has none."""
     return x
+
+
+def until(ends: Apply) -> Apply:
+    """Return the rule that finds the tokens up to the end of a text."""
+
+    def valid(ids: Tensor) -> Tensor:
+        return torch.arange(ids.shape[1], device=ids.device) <= ends(ids)[:, None]
+
+    return valid
+
+
+def before_trailing_run(ids: Tensor) -> Tensor:
+    """Return the mask of tokens before the run of equal ids that pads a text on the right."""
+    differs = ids != ids[:, -1:]
+    last = ids.shape[1] - 1 - differs.flip(1).int().argmax(1)
+    last = torch.where(differs.any(1), last, ids.shape[1] - 1)
+    return torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
 
 
 @dataclass(eq=False)
@@ -48,9 +66,12 @@ class Tower:
         embed: Text only: token ids to their embeddings, (item, token, width), where the input of
             block 1 is these plus positions.
         ends: Text only: token ids to the index of the pooled end-of-text token, (item,).
-        valid: Text only: token ids to the mask of tokens that `mean` covers, (item, token).
+        valid: Model input to the mask of tokens that `mean` covers, (item, token); all of them
+            but prefix and suffix where None.
         cut: Text only: drops columns that no pooled token can see.
         example: Batch size to a model input of that size.
+        image_size: Vision only: longer side of an image in pixels, where the input is not pixels
+            by row and column.
         model: The model that the tower is part of.
         batch_axis: Axis of a block's output that counts items; found by probing.
         widths: Position to width, found by probing.
@@ -81,6 +102,7 @@ class Tower:
     ends: Apply | None = None
     valid: Apply | None = None
     cut: Apply = same
+    image_size: int = 0
     batch_axis: int | None = None
     widths: dict[str, int] = field(default_factory=dict)
     model: nn.Module = field(init=False, repr=False)

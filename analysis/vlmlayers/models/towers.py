@@ -1,7 +1,8 @@
 """Where the blocks, norms, pools and projections of open_clip models are.
 
-The only file that knows foreign module trees. It turns them into `Tower` objects with one
-vocabulary: blocks 1..L, tokens of shape (item, token, width), final norm, pooling, projection.
+With `transformers_towers` the only file that knows foreign module trees. It turns them into
+`Tower` objects with one vocabulary: blocks 1..L, tokens of shape (item, token, width), final norm,
+pooling, projection.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from torch import Tensor, nn
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
-from vlmlayers.models.tower import Apply, Tower, same
+from vlmlayers.models import transformers_towers
+from vlmlayers.models.tower import Apply, Tower, before_trailing_run, same, until
 
 
 @checked
 def find_towers(clip: nn.Module) -> dict[str, Tower]:
-    """Find both towers of an open_clip model.
+    """Find both towers of a model of open_clip or transformers.
 
     Args:
-        clip: `open_clip.CLIP`, `CustomTextCLIP` or `CoCa`, not compiled.
+        clip: open_clip's `CLIP`, `CustomTextCLIP` or `CoCa`, or a `CLIPModel`, `SiglipModel`,
+            `Siglip2Model` or what has their parts; not compiled.
 
     Returns:
         `{"vision": Tower, "text": Tower}`.
@@ -38,9 +41,10 @@ def find_towers(clip: nn.Module) -> dict[str, Tower]:
 
 
 def find_vision(clip: nn.Module) -> Tower:
-    """Find the vision tower of an open_clip model."""
+    """Find the vision tower of a model."""
     refuse_compiled(clip)
-    tower = _vision(clip)
+    found = transformers_towers.is_two_towers(clip)
+    tower = transformers_towers.find_vision(clip) if found else _vision(clip)
     tower.model = clip
     return tower
 
@@ -61,9 +65,10 @@ def _vision(clip: nn.Module) -> Tower:
 
 
 def find_text(clip: nn.Module) -> Tower:
-    """Find the text tower of an open_clip model."""
+    """Find the text tower of a model."""
     refuse_compiled(clip)
-    tower = _text(clip)
+    found = transformers_towers.is_two_towers(clip)
+    tower = transformers_towers.find_text(clip) if found else _text(clip)
     tower.model = clip
     return tower
 
@@ -79,11 +84,6 @@ def _text(clip: nn.Module) -> Tower:
         f"no text tower is known in {type(clip).__name__}: `text` is {type(text).__name__}; "
         "expected an open_clip text transformer or a Hugging Face encoder"
     )
-
-
-def unwrap_compiled(clip: nn.Module) -> nn.Module:
-    """Return the module behind `torch.compile(model)`; hooks do not fire on the wrapper."""
-    return getattr(clip, "_orig_mod", clip)
 
 
 def refuse_compiled(clip: nn.Module) -> None:
@@ -104,8 +104,8 @@ def _encoder(clip: nn.Module, method: str) -> Apply:
     encode = getattr(clip, method, None)
     if encode is None:
         raise UserError(
-            f"a {type(clip).__name__} has no {method}: pass an "
-            "open_clip CLIP, CustomTextCLIP or CoCa"
+            f"a {type(clip).__name__} has no {method}: pass an open_clip CLIP, CustomTextCLIP or "
+            "CoCa, or a CLIPModel, SiglipModel or Siglip2Model of transformers"
         )
 
     def run(batch: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ def _open_clip_text(text: nn.Module) -> Tower:
         norm=module.ln_final,
         project=_matrix(module.text_projection),
         example=_texts(module),
-        valid=_until(ends) if ends else _before_trailing_run,
+        valid=until(ends) if ends else before_trailing_run,
     )
     if pool == "none" and not class_token:
         raise UserError("the text tower has pool_type 'none': it has no joint embedding")
@@ -330,21 +330,6 @@ def _end_of_text(module: Any, pool: str) -> Apply | None:
         end = module.text_eos_id if hasattr(module, "text_eos_id") else module.eos_id
         return lambda ids: (ids == end).int().argmax(-1)
     return None
-
-
-def _until(ends: Apply) -> Apply:
-    def valid(ids: Tensor) -> Tensor:
-        return torch.arange(ids.shape[1], device=ids.device) <= ends(ids)[:, None]
-
-    return valid
-
-
-def _before_trailing_run(ids: Tensor) -> Tensor:
-    """Return the mask of tokens before the run of equal ids that pads a text on the right."""
-    differs = ids != ids[:, -1:]
-    last = ids.shape[1] - 1 - differs.flip(1).int().argmax(1)
-    last = torch.where(differs.any(1), last, ids.shape[1] - 1)
-    return torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
 
 
 def _texts(module: Any) -> Callable[[int], Tensor]:

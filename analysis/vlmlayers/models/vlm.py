@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vlmlayers.arguments import Takes
 from vlmlayers.files import checksum
-from vlmlayers.models.towers import Tower, find_towers, unwrap_compiled
+from vlmlayers.models.towers import Tower, find_towers
+from vlmlayers.models.wrappers import unwrapped
 
 
 @dataclass(eq=False)
@@ -49,7 +50,7 @@ class VLM:
     _held: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.clip = unwrap_compiled(self.clip)
+        self.clip = unwrapped(self.clip)
         self.towers = find_towers(self.clip)
 
     @property
@@ -65,8 +66,8 @@ class VLM:
     @property
     def image_size(self) -> int:
         """Longer side of the input image in pixels."""
-        size: Any = self.clip.visual.image_size  # type: ignore[union-attr]
-        return int(size if isinstance(size, int) else max(size))
+        tower = self.towers["vision"]
+        return tower.image_size or max(tower.example(0).shape[2:])
 
     @property
     def weights_hash(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlmlayers.report.handover import handover_text
 from vlmlayers.report.made import made_tables
 from vlmlayers.report.tables import (
     Table,
@@ -36,6 +37,7 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
     if (comparison := comparison_table(answer.validation)) is not None:
         parts += ["", esc(comparison.caption) + ":", ""]
         parts += [markdown_table(comparison.headings, comparison.rows)]
+    parts += ["", "To fine-tune these layers:", "", "```python", handover_text(answer), "```"]
     if note:
         parts += ["", esc(note)]
     parts += ["", "## Evidence", ""]

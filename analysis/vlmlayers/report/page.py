@@ -15,6 +15,7 @@ import jinja2
 
 from vlmlayers.arguments import checked
 from vlmlayers.report.figures import data_uri, draw_figures
+from vlmlayers.report.handover import handover_text
 from vlmlayers.report.made import made_tables
 from vlmlayers.report.markdown import report_markdown
 from vlmlayers.report.numbers import Answer, read_answer
@@ -82,6 +83,7 @@ def write_report(
             "made_tables": made_tables(answer),
             "downloads": _downloads(answer),
             "study": _study(answer),
+            "handover": handover_text(answer),
             "written": answer.provenance.get("environment", {}).get("written", ""),
         },
     )

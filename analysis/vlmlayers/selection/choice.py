@@ -61,6 +61,76 @@ class LayerChoice:
         """Return the blocks of one tower."""
         return self.placement.blocks(tower)
 
+    @property
+    def zero_based(self) -> dict[str, tuple[int, ...]]:
+        """The chosen blocks by tower, counted from 0 as modules and peft count them."""
+        return {tower: tuple(block - 1 for block in self.blocks(tower)) for tower in TOWERS}
+
+    def module_names(self, model: Any) -> dict[str, tuple[str, ...]]:
+        """Return the names of the chosen blocks in `model.named_modules()`, by tower.
+
+        Args:
+            model: What `load_model` gives, a model of open_clip or transformers, also inside
+                `DataParallel`, `torch.compile` or peft, or what open_clip's factory returns.
+
+        Raises:
+            UserError: It is no such model, or has no such block.
+        """
+        from vlmlayers.models import handover
+
+        return handover.module_names(model, self.placement)
+
+    def to_peft(self, model: Any, **options: Any) -> Any:
+        """Return the `LoraConfig` that puts LoRA into the chosen blocks of each tower alone.
+
+            peft_model = peft.get_peft_model(clip, choice.to_peft(clip, r=8, lora_alpha=16))
+
+        Args:
+            model: As for `module_names`.
+            **options: Those of peft's `LoraConfig`. `target_modules` are names of layers inside a
+                block, such as `q_proj`; every linear layer and fused attention where absent.
+
+        Raises:
+            UserError: peft is not installed or refuses an option, no chosen block has such a layer,
+                or what `module_names` raises.
+        """
+        from vlmlayers.models import handover
+
+        return handover.lora_config(model, self.placement, options)
+
+    def freeze(self, model: Any) -> dict[str, int]:
+        """Leave the chosen blocks of a model alone trainable, and return how many numbers they are.
+
+        Args:
+            model: As for `module_names`; its `requires_grad` flags are set.
+
+        Returns:
+            Trainable numbers by tower.
+        """
+        from vlmlayers.models import handover
+
+        return handover.freeze(model, self.placement)
+
+    def parameter_groups(self, model: Any, **options: Any) -> list[dict[str, Any]]:
+        """Return the trainable parameters of the chosen blocks as groups for an optimiser.
+
+            optimiser = torch.optim.AdamW(choice.parameter_groups(clip, lr=1e-5))
+
+        Args:
+            model: As for `module_names`, after `freeze` or `get_peft_model`.
+            **options: Of each group, such as `lr`; biases and norms never decay.
+
+        Returns:
+            A group for each tower's matrices, `vision` and `text`, and one for what has one
+            dimension, `vision 1d` and `text 1d`; those that would be empty are left out.
+
+        Raises:
+            UserError: Nothing in the chosen blocks is trainable.
+        """
+        from vlmlayers.models import handover
+
+        return handover.parameter_groups(model, self.placement, options)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `choice.json`."""
         return {

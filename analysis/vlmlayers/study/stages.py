@@ -108,6 +108,9 @@ def _extract_one(context: StageContext, model: Any, data: Dataset) -> Any:
 
 
 def _model_record(model: Any) -> dict[str, Any]:
+    from vlmlayers.models.handover import block_names, layers_of
+
+    names = block_names(model)
     parameters = sum(p.numel() for p in model.clip.parameters())
     known = model.identity()
     return {
@@ -120,7 +123,9 @@ def _model_record(model: Any) -> dict[str, Any]:
             name: {
                 "blocks": tower.depth,
                 "width": tower.width,
-                "kind": str(getattr(tower, "kind", "blocks")),
+                "kind": tower.kind,
+                "modules": list(names[name]),
+                "layers": layers_of(tower.blocks),
             }
             for name, tower in model.towers.items()
         },

@@ -24,7 +24,7 @@ from vlmlayers.report.several import summary_table
 from vlmlayers.report.tables import comparison_table, tabular
 from vlmlayers.runs import Run
 from vlmlayers.scores import write_scores
-from vlmlayers.selection import select
+from vlmlayers.selection import LayerChoice, select
 from vlmlayers.words import escape_markdown, markdown_table, text_table
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -103,6 +103,20 @@ def test_the_answer_compares_with_the_papers_placement_the_best_and_zero_shot(
     assert best is not None and best.best == means.idxmax()
     row = summary_table([("a", read_answer(validated.folder))]).rows[0]
     assert row[-1] == f"{ours:.1f} (best {means.max():.1f})"
+
+
+def test_the_choice_stands_there_as_text_to_copy(validated: Run) -> None:
+    choice = LayerChoice.load(validated.choice)
+    text = validated.report.with_suffix(".md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert code.strip() in "".join(Page(validated.report.read_text()).words)
+    assert "choice.to_peft(clip, r=8)" in code
+    copied: dict[str, str] = {}
+    exec(code[code.index("target_modules") :], copied)
+    parts = [(t, i, part) for t in ("vision", "text") for i in range(12) for part in ("attn", "ln")]
+    names = {f"{tower}.blocks.{i}.{part}": (tower, i, part) for tower, i, part in parts}
+    hit = {names[name] for name in names if re.fullmatch(copied["target_modules"], name)}
+    assert hit == {(t, i, "attn") for t, blocks in choice.zero_based.items() for i in blocks}
 
 
 def test_the_sweep_is_told_apart_from_other_placements(validated: Run) -> None:
@@ -297,7 +311,8 @@ def test_a_comparison_says_what_stands_against_it(tmp_path: Path) -> None:
 def test_no_markup_of_another_language_is_shown(random_run: Run) -> None:
     words = " ".join(Page(random_run.report.read_text().split("<script")[0]).words)
     assert "not yet; the command vlmlayers validate trains here" in words
-    assert "`" not in words and "`" not in (random_run.folder / "report.md").read_text()
+    report = (random_run.folder / "report.md").read_text().replace("```", "")  # fences of code
+    assert "`" not in words and "`" not in report
 
 
 def test_another_readout_of_the_dataset_is_drawn_and_compared(tmp_path: Path) -> None:

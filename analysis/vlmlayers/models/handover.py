@@ -1,0 +1,156 @@
+"""From a choice to fine-tuning: the chosen blocks as modules, for peft, freezing and optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.models.towers import find_towers
+from vlmlayers.models.vlm import VLM
+from vlmlayers.models.wrappers import unwrapped
+from vlmlayers.placement import Placement, module_pattern
+
+_STATED = ("layers_to_transform", "layers_pattern")  # what the choice says by itself
+
+
+def module_names(model: Any, placement: Placement) -> dict[str, tuple[str, ...]]:
+    """Return the names of the chosen blocks in `model.named_modules()`, by tower.
+
+    Errors are those of `LayerChoice.module_names`.
+    """
+    names = block_names(model)
+    placement.check({tower: len(own) for tower, own in names.items()}, "the choice")
+    return {t: tuple(own[b - 1] for b in placement.blocks(t)) for t, own in names.items()}
+
+
+def block_names(model: Any) -> dict[str, tuple[str, ...]]:
+    """Return the names of all blocks in `model.named_modules()`, by tower."""
+    module = _module(model)
+    names = {id(part): name for name, part in module.named_modules(remove_duplicate=False)}
+    towers = find_towers(unwrapped(module))
+    return {name: tuple(names[id(b)] for b in tower.blocks) for name, tower in towers.items()}
+
+
+def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) -> Any:
+    """Return peft's `LoraConfig` that reaches the chosen blocks; see `LayerChoice.to_peft`."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("to_peft needs peft: pip install 'vlm-layers[peft]'") from error
+    known = [name for name in signature(LoraConfig).parameters if name not in _STATED]
+    for name in options:
+        check_one_of("option", name, known, where="LoraConfig with the layers of a choice")
+    module = _module(model)
+    chosen = {tower: blocks for tower, blocks in _chosen(module, placement).items() if blocks}
+    if not chosen:
+        raise UserError("the choice names no block; there is nothing to adapt")
+    linear = bool(options.get("use_dora"))  # peft has no DoRA of fused attention
+    layers = {tower: layers_of(blocks, linear) for tower, blocks in chosen.items()}
+    if options.get("target_modules") is not None:
+        layers = _wanted(layers, options["target_modules"])
+    names = module_names(model, placement)
+    pattern = "|".join(module_pattern(names[tower], layers[tower]) for tower in chosen)
+    try:
+        return LoraConfig(**{**options, "target_modules": pattern})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"peft refuses these options of LoraConfig: {error}") from error
+
+
+def freeze(model: Any, placement: Placement) -> dict[str, int]:
+    """Leave the chosen blocks alone trainable; see `LayerChoice.freeze`."""
+    module = _module(model)
+    chosen = _chosen(module, placement)
+    module.requires_grad_(False)
+    count = dict.fromkeys(chosen, 0)
+    for tower, blocks in chosen.items():
+        for block in blocks:
+            block.requires_grad_(True)
+            count[tower] += sum(weight.numel() for weight in block.parameters())
+    return count
+
+
+def parameter_groups(
+    model: Any, placement: Placement, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters of the chosen blocks; see `LayerChoice.parameter_groups`."""
+    groups = []
+    for tower, blocks in _chosen(_module(model), placement).items():
+        weights = [w for block in blocks for w in block.parameters() if w.requires_grad]
+        matrices = [weight for weight in weights if weight.ndim > 1]
+        rest = [weight for weight in weights if weight.ndim <= 1]
+        plain = {**options, "weight_decay": 0.0}
+        for name, params, given in ((tower, matrices, options), (f"{tower} 1d", rest, plain)):
+            if params:
+                groups.append({"name": name, "params": params, **given})
+    if not groups:
+        raise UserError(
+            "no parameter of the chosen blocks is trainable; call choice.freeze(model) first, "
+            "which leaves them alone trainable"
+        )
+    return groups
+
+
+def layers_of(blocks: Any, linear_alone: bool = False) -> list[str]:
+    """Return the names, inside a block, of the layers that LoRA acts on.
+
+    Attention that keeps its projections as one parameter is such a layer itself; LoRA on the linear
+    layer inside it would not be called.
+    """
+    found: dict[str, None] = {}
+    for block in blocks:
+        fused: list[str] = []
+        for name, part in block.named_modules():
+            if isinstance(part, nn.MultiheadAttention):
+                fused.append(f"{name}.")
+                if not linear_alone:
+                    found[name] = None
+            elif isinstance(part, nn.Linear) and not name.startswith(tuple(fused)):
+                found[name] = None
+    return list(found)
+
+
+def _module(model: Any) -> nn.Module:
+    """Return the module of a `VLM`, of what open_clip's factory returns, or the one given."""
+    module = model[0] if isinstance(model, tuple) and model else model
+    module = module.clip if isinstance(module, VLM) else module
+    if not isinstance(module, nn.Module):
+        raise UserError(
+            "model takes what load_model gives, or a module of open_clip or transformers, not a "
+            f"value of type {type(module).__name__}"
+        )
+    return module
+
+
+def _chosen(module: nn.Module, placement: Placement) -> dict[str, list[nn.Module]]:
+    towers = find_towers(unwrapped(module))
+    placement.check({name: tower.depth for name, tower in towers.items()}, "the choice")
+    return {
+        name: [tower.blocks[block - 1] for block in placement.blocks(name)]
+        for name, tower in towers.items()
+    }
+
+
+def _wanted(layers: Mapping[str, list[str]], wanted: Any) -> dict[str, list[str]]:
+    """Return those of each tower's layers whose last names are wanted.
+
+    Raises:
+        UserError: One is in no block, or a tower's blocks have none of them.
+    """
+    several = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    last = {name.rpartition(".")[2]: None for names in layers.values() for name in names}
+    for name in several:
+        if "." not in name:
+            check_one_of("layer", name, list(last), where="the chosen blocks")
+    ends = tuple(f".{name}" for name in several)
+    found = {t: [n for n in names if f".{n}".endswith(ends)] for t, names in layers.items()}
+    for tower, names in found.items():
+        if not names:
+            raise UserError(
+                f"target_modules {', '.join(several)} name no layer of the chosen {tower} blocks; "
+                f"they have {', '.join(layers[tower])}"
+            )
+    return found

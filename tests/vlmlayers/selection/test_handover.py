@@ -1,0 +1,131 @@
+"""From a choice to fine-tuning: exactly the chosen blocks are adapted, in any family's names."""
+
+from __future__ import annotations
+
+import re
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers_models
+from torch import nn
+
+import vlmlayers as vl
+from vlmlayers.models import load_model
+
+CHOICE = vl.LayerChoice((2, 3), (1,), "explicit")
+
+
+def adapted(module):
+    """Return the names of the modules directly under a list of blocks that have LoRA inside."""
+    found = {n.partition(".lora_")[0] for n, w in module.named_parameters() if w.requires_grad}
+    return {re.sub(r"(blocks|layers)\.(\d+)\..*", r"\1.\2", name) for name in found}
+
+
+MODELS = {
+    "open_clip": (
+        lambda: tiny.build("clip"),
+        ("visual.transformer.resblocks.{}", "transformer.resblocks.{}"),
+    ),
+    "timm": (
+        lambda: tiny.build("timm vit token"),
+        ("visual.trunk.blocks.{}", "transformer.resblocks.{}"),
+    ),
+    "transformers": (
+        lambda: transformers_models.build("Siglip"),
+        ("vision_model.encoder.layers.{}", "text_model.encoder.layers.{}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_peft_adapts_the_chosen_blocks_and_nothing_else(family):
+    build, (vision, text) = MODELS[family]
+    clip = build()
+    names = CHOICE.module_names(clip)
+    assert names == {"vision": (vision.format(1), vision.format(2)), "text": (text.format(0),)}
+    with_lora = peft.get_peft_model(clip, CHOICE.to_peft(clip, r=2))
+    assert adapted(with_lora.get_base_model()) == {*names["vision"], *names["text"]}
+
+
+def test_lora_in_fused_attention_and_linear_layers_moves_the_embedding_and_gets_gradients():
+    clip, x = tiny.build("clip"), None
+    x = tiny.images(clip)
+    before = clip.encode_image(x)
+    with_lora = peft.get_peft_model(clip, CHOICE.to_peft(clip, r=2)).get_base_model()
+    torch.testing.assert_close(with_lora.encode_image(x), before)  # LoRA starts at zero
+    (with_lora.encode_image(x).sum() + with_lora.encode_text(tiny.token_ids()).sum()).backward()
+    last = {n: w.grad for n, w in with_lora.named_parameters() if "lora_B" in n}
+    assert last and all(grad is not None and grad.abs().sum() > 0 for grad in last.values())
+
+
+def test_layers_of_a_block_can_be_named_as_in_lora_config():
+    model = transformers_models.build("CLIP")
+    config = CHOICE.to_peft(model, r=2, target_modules=["q_proj", "v_proj"])
+    inside = peft.get_peft_model(model, config).get_base_model()
+    hit = {n.partition(".lora_")[0] for n, w in inside.named_parameters() if w.requires_grad}
+    blocks = [name for names in CHOICE.module_names(inside).values() for name in names]
+    assert hit == {
+        f"{block}.self_attn.{layer}" for block in blocks for layer in ("q_proj", "v_proj")
+    }
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: m, lambda m: (m, None)])
+def test_names_are_those_of_what_was_given(wrap):
+    given = wrap(tiny.build("clip"))
+    module = given[0] if isinstance(given, tuple) else given
+    blocks = dict(module.named_modules())
+    found = [blocks[name] for names in CHOICE.module_names(given).values() for name in names]
+    assert len(found) == 3
+    assert all(type(block).__name__ == "ResidualAttentionBlock" for block in found)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_freezing_leaves_the_chosen_blocks_and_groups_hold_each_weight_once(family):
+    clip = MODELS[family][0]()
+    count = CHOICE.freeze(clip)
+    names = [name for several in CHOICE.module_names(clip).values() for name in several]
+    expected = {
+        n: w for n, w in clip.named_parameters() if n.startswith(tuple(f"{b}." for b in names))
+    }
+    assert {n for n, w in clip.named_parameters() if w.requires_grad} == set(expected)
+    assert sum(count.values()) == sum(weight.numel() for weight in expected.values())
+    groups = CHOICE.parameter_groups(clip, lr=1e-3, weight_decay=0.1)
+    held = [id(weight) for group in groups for weight in group["params"]]
+    assert sorted(held) == sorted(map(id, expected.values()))
+    assert [g["name"] for g in groups] == ["vision", "vision 1d", "text", "text 1d"]
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0, 0.1, 0.0]
+    optimiser = torch.optim.AdamW(groups)
+    assert {group["lr"] for group in optimiser.param_groups} == {1e-3}
+
+
+def test_a_loaded_model_is_handed_over_as_its_module():
+    model = load_model("mini-clip")
+    choice = vl.LayerChoice((12,), (), "explicit")
+    assert choice.module_names(model) == choice.module_names(model.clip)
+    assert choice.zero_based == {"vision": (11,), "text": ()}
+    choice.freeze(model)
+    assert [group["name"] for group in choice.parameter_groups(model)] == ["vision", "vision 1d"]
+    model.clip.requires_grad_(False)
+    with pytest.raises(vl.UserError, match=r"call choice\.freeze\(model\) first"):
+        choice.parameter_groups(model)
+
+
+@pytest.mark.parametrize(
+    ("choice", "options", "message"),
+    [
+        (vl.LayerChoice((9,), (), "own"), {}, "vision block 9, but the vision tower has 4 blocks"),
+        (vl.LayerChoice((), (), "own"), {}, "names no block; there is nothing to adapt"),
+        (CHOICE, {"target_modules": ["q_projj"]}, "unknown layer 'q_projj'.*did you mean 'q_proj'"),
+        (CHOICE, {"layers_to_transform": [1]}, "unknown option 'layers_to_transform'"),
+        (CHOICE, {"init_lora_weights": "loftq"}, "peft refuses these options of LoraConfig"),
+    ],
+)
+def test_what_cannot_be_handed_over_is_said_in_a_line(choice, options, message):
+    with pytest.raises(vl.UserError, match=message):
+        peft.get_peft_model(
+            tiny.build("clip"), choice.to_peft(transformers_models.build("CLIP"), **options)
+        )
+    with pytest.raises(vl.UserError, match="a module of open_clip or transformers, not a value of"):
+        choice.module_names("clip")
