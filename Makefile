@@ -60,6 +60,7 @@ bench: setup ## All benchmarks; tables go to benchmarks/results/
 	$(RUN) benchmarks/run.py
 
 mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
+	$(BIN)/uv pip install --quiet --python $(RUN) -r tools/mini_clip/requirements.txt
 	PYTHONPATH=tools $(RUN) -m mini_clip --out runs/mini-clip
 
 clean: ## Remove what the targets made, but not runs/

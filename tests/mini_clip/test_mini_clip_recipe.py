@@ -11,6 +11,7 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
+from mini_recipe import needs_muon, tiny_recipe
 from open_clip.tokenizer import default_bpe
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -19,8 +20,7 @@ from mini_clip import __main__ as command
 from mini_clip import card
 from mini_clip.data import Batch, Source, augment, load_source, sample_batch
 from mini_clip.loop import (
-    Recipe,
-    Run,
+    Training,
     contrastive_loss,
     dropped,
     encode_texts,
@@ -32,21 +32,6 @@ from mini_clip.loop import (
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError
 from vlmlayers.models import load_model
-
-needs_muon = pytest.mark.skipif(
-    not hasattr(torch.optim, "Muon"), reason="this torch has no Muon, which pretraining needs"
-)
-
-
-def tiny_recipe(**changes: object) -> Recipe:
-    recipe = load_recipe(steps=4) | {"batch_size": 12, "warmup": 2, "merges": 300}
-    model = recipe["model"]
-    recipe["model"] = model | {
-        "embed_dim": 32,
-        "vision_cfg": model["vision_cfg"] | {"layers": 2, "width": 32, "head_width": 16},
-        "text_cfg": model["text_cfg"] | {"layers": 2, "width": 32},
-    }
-    return recipe | changes
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +45,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def weights(run: Run) -> torch.Tensor:
+def weights(run: Training) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
@@ -68,7 +53,10 @@ def weights(run: Run) -> torch.Tensor:
 def test_two_runs_and_a_resumed_one_are_the_same_bit_for_bit(
     tmp_path: Path, sources: list[Source]
 ) -> None:
-    straight, again = Run(tiny_recipe(), tmp_path / "a"), Run(tiny_recipe(), tmp_path / "b")
+    straight, again = (
+        Training(tiny_recipe(), tmp_path / "a"),
+        Training(tiny_recipe(), tmp_path / "b"),
+    )
     start = weights(straight).clone()
     templates = straight.recipe["templates"]
     losses = [straight.train_step(sources, templates) for _ in range(4)]
@@ -76,7 +64,7 @@ def test_two_runs_and_a_resumed_one_are_the_same_bit_for_bit(
         again.train_step(sources, templates)
     again.save()
     torch.manual_seed(99)  # the global state is no part of the run
-    resumed = Run(tiny_recipe(), tmp_path / "b")
+    resumed = Training(tiny_recipe(), tmp_path / "b")
     assert resumed.resume()
     assert resumed.step == 2
     assert [resumed.train_step(sources, templates) for _ in range(2)] == losses[2:]
@@ -86,7 +74,7 @@ def test_two_runs_and_a_resumed_one_are_the_same_bit_for_bit(
 
 @needs_muon
 def test_training_leaves_global_random_state_alone(tmp_path: Path, sources: list[Source]) -> None:
-    run = Run(tiny_recipe(), tmp_path)
+    run = Training(tiny_recipe(), tmp_path)
     before = torch.get_rng_state()
     run.train_step(sources, run.recipe["templates"])
     assert torch.equal(before, torch.get_rng_state())
@@ -94,7 +82,7 @@ def test_training_leaves_global_random_state_alone(tmp_path: Path, sources: list
 
 @needs_muon
 def test_train_logs_exports_and_the_export_loads(tmp_path: Path, sources: list[Source]) -> None:
-    run = Run(tiny_recipe(steps=25, batch_size=6), tmp_path)
+    run = Training(tiny_recipe(steps=25, batch_size=6), tmp_path)
     train(run, sources, show=False)
     log = (tmp_path / "log.csv").read_text().splitlines()
     assert log[0].startswith("step,loss,rate")
@@ -114,17 +102,17 @@ def test_train_logs_exports_and_the_export_loads(tmp_path: Path, sources: list[S
 
 @needs_muon
 def test_a_changed_recipe_is_refused_but_a_longer_one_goes_on(tmp_path: Path) -> None:
-    Run(tiny_recipe(), tmp_path).save()
-    assert Run(tiny_recipe(steps=9), tmp_path).resume()
+    Training(tiny_recipe(), tmp_path).save()
+    assert Training(tiny_recipe(steps=9), tmp_path).resume()
     with pytest.raises(UserError, match=r"learning_rate = 0\.001, the recipe says 0\.5"):
-        Run(tiny_recipe(learning_rate=0.5), tmp_path).resume()
+        Training(tiny_recipe(learning_rate=0.5), tmp_path).resume()
     with pytest.raises(UserError, match="did you mean 'batch_size'"):
         load_recipe(batch_sizes=3)
 
 
 @needs_muon
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path, sources: list[Source]) -> None:
-    run = Run(tiny_recipe(), tmp_path)
+    run = Training(tiny_recipe(), tmp_path)
     with torch.no_grad():
         run.model.visual.proj.fill_(float("nan"))
     with pytest.raises(UserError, match="lower the rate"):
@@ -159,7 +147,7 @@ def test_members_of_a_group_do_not_repel() -> None:
 
 @needs_muon
 def test_texts_in_buckets_are_what_open_clip_encodes(tmp_path: Path) -> None:
-    run = Run(tiny_recipe(), tmp_path)
+    run = Training(tiny_recipe(), tmp_path)
     texts = ["a cat", "{}", "a photo of a red flag with a diagonal band in the wind.", "a cat", "x"]
     texts += [f"a long caption number {i} of a man beside the sea" for i in range(6)]
     with torch.no_grad():
@@ -229,7 +217,7 @@ def test_a_source_is_drawn_as_often_as_its_weight_says(sources: list[Source]) ->
 def test_every_parameter_has_one_optimizer_and_muon_takes_the_matrices_of_blocks(
     tmp_path: Path,
 ) -> None:
-    run = Run(tiny_recipe(), tmp_path)
+    run = Training(tiny_recipe(), tmp_path)
     adam, muon = optimizers(run.model, run.recipe)
     held = [p for o in (adam, muon) for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, held)) == sorted(id(p) for p in run.model.parameters())
@@ -281,7 +269,7 @@ def test_cache_is_drawn_once_and_holds_the_train_split(tmp_path: Path) -> None:
 
 @needs_muon
 def test_tokenizer_keeps_the_first_merges_of_open_clip(tmp_path: Path) -> None:
-    run = Run(tiny_recipe(), tmp_path)
+    run = Training(tiny_recipe(), tmp_path)
     ours = gzip.decompress((tmp_path / "merges.txt.gz").read_bytes()).decode().split("\n")
     theirs = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")
     assert ours == theirs[:301]
@@ -294,7 +282,7 @@ def test_command_trains_resumes_and_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(steps=2, batch_size=4, shares={}, drawn_items=2)
-    monkeypatch.setattr(command, "load_recipe", lambda **_: recipe)
+    monkeypatch.setattr(command, "load_recipe", lambda *_, **__: recipe)
     import typer
 
     app = typer.Typer()
@@ -316,7 +304,7 @@ def test_wilson_interval_matches_published_values() -> None:
 
 @needs_muon
 def test_card_measures_test_items_only_and_writes_its_tables(tmp_path: Path) -> None:
-    run = Run(tiny_recipe(), tmp_path)
+    run = Training(tiny_recipe(), tmp_path)
     run.export(tmp_path / "export")
     model = load_model(str(tmp_path / "export"))
     measure = card.Evaluation(model, None, limit=40, fit=40, show=False)

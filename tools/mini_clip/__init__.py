@@ -1,4 +1,4 @@
-"""The recipe of the miniature CLIP: contrastive training from scratch on small images.
+"""The recipe of the miniature CLIP: contrastive training on small images, with a teacher.
 
 `python -m mini_clip --out DIR` trains, resumes and exports; it is the only place where a
 backbone is trained. Test splits are never read here.

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from mini_clip.loop import Run, load_recipe, load_sources, train
+from mini_clip.loop import RECIPE, Training, load_recipe, load_sources, train
 from vlmlayers.errors import UserError
 
 
@@ -18,19 +18,24 @@ def main(
     out: Annotated[Path, typer.Option(help="Checkpoint, log, image cache and export go here.")],
     data_root: Annotated[Path | None, typer.Option(help="Folder of the real images.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    recipe: Annotated[Path, typer.Option(help="Settings of the run.")] = RECIPE,
+    start: Annotated[
+        Path | None, typer.Option(help="open_clip folder whose weights a new run starts from.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them.")] = 0,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
-    """Train the miniature CLIP from scratch; start again to continue."""
+    """Train the miniature CLIP; start again to continue."""
     for stop in (signal.SIGTERM, signal.SIGINT):  # also where a shell starts us in the background
         signal.signal(stop, signal.default_int_handler)
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = Run(load_recipe(device=device, steps=steps), out, device)
-    run.resume()
+    run = Training(load_recipe(recipe, device, steps=steps), out, device)
+    if not run.resume() and start:
+        run.start_from(start)
     sources = load_sources(run.recipe, out / "cache", data_root, not quiet)
     train(run, sources, show=not quiet)
     typer.echo(f"{run.step} steps, {run.seconds / 60:.0f} minutes; exported to {out / 'export'}")

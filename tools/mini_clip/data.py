@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mini_clip.teacher import Lesson, teach
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError
 from vlmlayers.files import checksum
@@ -35,6 +36,7 @@ class Source:
         drawn: Whether the images are built-in drawings: never mirrored, nor cropped hard.
         images: (item, 3, SIDE, SIDE) uint8, memory-mapped.
         items: The manifest's items, in the same order.
+        lesson: What the teacher says about them; None for a source that it is not asked about.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Source:
     drawn: bool
     images: NDArray[np.uint8]
     items: Sequence[Item]
+    lesson: Lesson | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +56,16 @@ class Batch:
         drawn: (item,) bool.
         texts: (item,) one text per image.
         groups: (item,) images of one group share their texts: they are positives of each other.
+        taught: Rows that the teacher was asked about.
+        lesson: What it said, of these rows; None where there are none.
     """
 
     images: Tensor
     drawn: Tensor
     texts: list[str]
     groups: list[str]
+    taught: Sequence[int] = ()
+    lesson: Lesson | None = None
 
 
 def _square(image: Image.Image) -> NDArray[np.uint8]:
@@ -70,7 +77,13 @@ def _square(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def load_source(
-    name: str, weight: float, folder: Path, root: Path | None, limit: int | None, show: bool = True
+    name: str,
+    weight: float,
+    folder: Path,
+    root: Path | None,
+    limit: int | None,
+    show: bool = True,
+    taught: bool = False,
 ) -> Source:
     """Decode a manifest's training split once into a cached array.
 
@@ -81,6 +94,7 @@ def load_source(
         root: Data root.
         limit: Use the first so many items only (built-in sets are as long as asked for).
         show: Whether to show progress.
+        taught: Whether to ask the teacher about its images; it is never asked about drawings.
 
     Raises:
         UserError: The manifest has no training image under the data root.
@@ -104,7 +118,11 @@ def load_source(
                 cache[row] = square
         cache.flush()
         partial.replace(path)
-    return Source(name, weight, drawn, np.load(path, mmap_mode="r"), items)
+    images = np.load(path, mmap_mode="r")
+    lesson = None
+    if taught and not drawn:
+        lesson = teach(name, images, [item.class_name for item in items], folder, key, show)
+    return Source(name, weight, drawn, images, items, lesson)
 
 
 def sample_batch(
@@ -134,9 +152,9 @@ def sample_batch(
     shares = np.array([source.weight for source in sources])
     drawn_sources = generator.choice(len(sources), size=draws or size, p=shares / shares.sum())
     which = np.resize(drawn_sources, size)
-    template = {s: _template(templates, generator) for s in dict.fromkeys(which.tolist())}
+    template = {s: draw_template(templates, generator) for s in dict.fromkeys(which.tolist())}
     images = np.empty((size, 3, SIDE, SIDE), np.uint8)
-    texts, groups, drawn = [], [], []
+    texts, groups, drawn, taught, lessons = [], [], [], [], []
     for row, s in enumerate(which.tolist()):
         source = sources[s]
         index = int(generator.integers(len(source.items)))
@@ -146,7 +164,11 @@ def sample_batch(
         texts.append(text)
         groups.append(group)
         drawn.append(source.drawn)
-    return Batch(torch.from_numpy(images), torch.tensor(drawn), texts, groups)
+        if source.lesson is not None:
+            taught.append(row)
+            lessons.append(source.lesson.take([index]))
+    lesson = Lesson.joined(lessons) if lessons else None
+    return Batch(torch.from_numpy(images), torch.tensor(drawn), texts, groups, taught, lesson)
 
 
 def _text(
@@ -165,13 +187,20 @@ def _text(
     return template.replace("{}", name), name
 
 
-def _template(templates: Mapping[str, Sequence[str]], generator: np.random.Generator) -> str:
+def draw_template(templates: Mapping[str, Sequence[str]], generator: np.random.Generator) -> str:
+    """Draw a template: the first one in half of the cases."""
     pool = templates["first"] if generator.random() < 0.5 else templates["others"]
     return str(generator.choice(list(pool)))
 
 
-def augment(batch: Batch, size: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Return normalised random crops, (item, 3, size, size): scale, place, mirror, colour.
+def augment(
+    batch: Batch,
+    size: int,
+    generator: torch.Generator,
+    strength: float = 1.0,
+    mixed: float = 0.0,
+) -> Tensor:
+    """Return normalised random crops, (item, 3, size, size): scale, place, mirror, colour, texture.
 
     Drawings are cropped little and never mirrored: left and right are part of what they show.
 
@@ -180,6 +209,7 @@ def augment(batch: Batch, size: int, generator: torch.Generator, strength: float
         size: Pixels of the crop.
         generator: Private generator.
         strength: 0 gives centre crops of the whole image without colour change.
+        mixed: Share of photographs whose texture is mixed with that of another one.
     """
     n = len(batch.images)
 
@@ -200,6 +230,9 @@ def augment(batch: Batch, size: int, generator: torch.Generator, strength: float
         batch.images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
     images = images / 255
+    photographs = (~batch.drawn).nonzero().flatten()
+    if mixed and len(photographs):
+        images[photographs] = _mix_textures(images[photographs], mixed, generator)
     brightness = 1 + soft * uniform(-0.3, 0.3)
     contrast = 1 + soft * uniform(-0.3, 0.3)
     mean = images.mean((1, 2, 3), keepdim=True)
@@ -209,6 +242,22 @@ def augment(batch: Batch, size: int, generator: torch.Generator, strength: float
     grey = (uniform(0, 1) < 0.1 * soft)[:, None, None, None]
     images = torch.where(grey, images.mean(1, keepdim=True), images).clamp(0, 1)
     return (images - _MEAN) / _STD
+
+
+def _mix_textures(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Give some images a part of the amplitudes of others; the phases, and so the outlines, stay.
+
+    Reference:
+        Xu et al. 2021, A Fourier-based framework for domain generalization (amplitude mix).
+    """
+    chosen = torch.rand(len(images), generator=generator) < share
+    weight = torch.rand(len(images), generator=generator)[:, None, None, None]
+    other = torch.randperm(len(images), generator=generator)
+    spectrum = torch.fft.rfft2(images)
+    size = spectrum.abs()
+    mixture = torch.polar(size.lerp(size[other], weight), spectrum.angle())
+    mixed = torch.fft.irfft2(mixture, s=images.shape[-2:]).clamp(0, 1)
+    return torch.where(chosen[:, None, None, None], mixed, images)
 
 
 _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]

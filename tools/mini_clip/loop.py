@@ -14,15 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mini_clip.data import Source, augment, load_source, sample_batch
+from mini_clip.data import Batch, Source, augment, draw_template, load_source, sample_batch
+from mini_clip.teacher import WIDTH, caption_loss, choose_concepts, draw_text
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.progress import bar
@@ -188,7 +191,10 @@ class Training:
         self.model, self.tokenizer = build(recipe, folder)
         self.model.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizers = optimizers(self.model, recipe)
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe["seed"])
+            self.matcher = nn.Linear(recipe["model"]["embed_dim"], WIDTH).to(self.device)
+        self.optimizers = optimizers(nn.ModuleList([self.model, self.matcher]), recipe)
         self.step, self.seconds = 0, 0.0
 
     @property
@@ -196,11 +202,25 @@ class Training:
         """Where the state lies."""
         return self.folder / "checkpoint.pt"
 
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of an open_clip folder of this architecture, such as an export.
+
+        Raises:
+            UserError: The folder has no weights, or they do not fit.
+        """
+        path = folder / "model.safetensors"
+        try:
+            state = {name: tensor.float() for name, tensor in load_file(path).items()}
+            for model in (self.model, self.average):
+                model.load_state_dict(state)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be started from: {error}") from error
+
     def save(self) -> None:
         """Write the whole state; an interruption leaves the one before."""
         partial = self.checkpoint.with_suffix(".partial")
         state: dict[str, Any] = {
-            name: getattr(self, name).state_dict() for name in ("model", "average")
+            name: getattr(self, name).state_dict() for name in ("model", "average", "matcher")
         }
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         state["step"] = self.step
@@ -225,7 +245,7 @@ class Training:
                     f"{self.checkpoint} was trained with {key} = {value!r}, the recipe says "
                     f"{self.recipe.get(key)!r}; name another --out or restore the setting"
                 )
-        for name in ("model", "average"):
+        for name in ("model", "average", "matcher"):
             getattr(self, name).load_state_dict(state[name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -245,21 +265,21 @@ class Training:
         )
         generator = torch.Generator().manual_seed(recipe["seed"] * 1_000_003 + self.step)
         size = recipe["model"]["vision_cfg"]["image_size"]
-        images = augment(batch, size, generator).to(self.device)
+        mixed = recipe["mixed_textures"]
+        images = augment(batch, size, generator, mixed=mixed).to(self.device)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * rate(self.step, recipe)
         self.model.train()
         self.model.visual.patch_dropout.prob = dropped(self.step, recipe)
-        mixed = bool(recipe["mixed_precision"])
+        half = bool(recipe["mixed_precision"])
         cuda = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.device] if cuda else []):
             torch.manual_seed(recipe["seed"] * 1_000_003 + self.step)  # patch dropout draws here
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-                image = self._encode_image(images)
-                text = encode_texts(self.model, self.tokenizer, batch.texts)
-                loss = contrastive_loss(image, text, batch.groups, self.model.logit_scale.exp())
-            self.model.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                loss = self._loss(images, batch)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -272,10 +292,31 @@ class Training:
         self.step += 1
         return float(loss.detach())
 
-    def _encode_image(self, images: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+        """Return the contrastive loss and, with a teacher, how far the student is from it."""
+        recipe, lesson = self.recipe["teacher"], batch.lesson
         if dropped(self.step, self.recipe) == 0:
             self.model.visual.patch_dropout.eval()  # a share of 0 would still reorder patches
-        return self.model.encode_image(images, normalize=True)
+        embedding = self.model.encode_image(images)
+        image = F.normalize(embedding, dim=-1)
+        scale = self.model.logit_scale.exp()
+        captions, chosen = [], []
+        if lesson is not None:
+            generator = np.random.default_rng((self.recipe["seed"], self.step, 1))
+            chosen = choose_concepts(lesson, recipe["concepts"], generator)
+            template = draw_template(self.recipe["templates"], generator)
+            captions = [draw_text(concept, template, generator) for concept in chosen]
+        text = encode_texts(self.model, self.tokenizer, [*batch.texts, *captions])
+        own, concepts = text.split([len(batch.texts), len(captions)])
+        loss = contrastive_loss(image, own, batch.groups, scale)
+        if lesson is None:
+            return loss
+        shares = torch.from_numpy(lesson.shares[:, chosen]).float().to(self.device)
+        features = torch.from_numpy(lesson.features).float().to(self.device)
+        rows = torch.tensor(batch.taught, device=self.device)
+        matched = F.mse_loss(self.matcher(embedding[rows]).float(), features)
+        said = caption_loss(image[rows], concepts, shares, scale)
+        return loss + recipe["captions"] * said + recipe["features"] * matched
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as an open_clip folder: config, weights, tokenizer."""
@@ -304,7 +345,10 @@ def load_sources(
     recipe: Recipe, folder: Path, root: Path | None, show: bool = True
 ) -> list[Source]:
     """Decode the training splits of every share and of every built-in set."""
-    real = [load_source(n, w, folder, root, None, show) for n, w in recipe["shares"].items()]
+    taught = recipe["teacher"]["taught"]
+    real = [
+        load_source(n, w, folder, root, None, show, taught) for n, w in recipe["shares"].items()
+    ]
     names = builtin.names()
     share = recipe["drawn_share"] / max(1, len(names))
     return real + [load_source(n, share, folder, root, recipe["drawn_items"], show) for n in names]
