@@ -16,6 +16,7 @@ from vlmlayers.placement import Placement, describe_blocks, parse_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import Reading, Scores, check_scores, depths
 from vlmlayers.selection.choice import LayerChoice
+from vlmlayers.selection.curves import BlockTable
 from vlmlayers.selection.rules import RULES, Pick, Picks
 from vlmlayers.selection.stability import HOW, doubts, stability
 from vlmlayers.user_code import is_user_code, load_user_code
@@ -54,12 +55,12 @@ def select(
     table = check_scores(scores)
     chooser = make_rule(rule, options)
     blocks = depths(table)
-    seen = _used(table, chooser)
-    picks = chooser(seen, blocks)
+    seen = BlockTable.of(_used(table, chooser), blocks)
+    picks = chooser(seen)
     if not any(pick.blocks for pick in picks.values()) and rule == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
     moves = resamples if rule not in FIXED else 0
-    found = stability(chooser, seen, blocks, moves, seed) if moves else {}
+    found = stability(chooser, seen, moves, seed) if moves else {}
     evidence = _evidence(table, chooser, blocks, picks, found)
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
     return LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), rule, evidence)
@@ -117,17 +118,17 @@ class OwnRule:
     function: Callable[..., Any]
     options: dict[str, Any]
 
-    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+    def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
         try:
-            made = self.function(scores, **self.options)
+            made = self.function(table.frame(), **self.options)
         except TypeError as error:
             raise UserError(
                 f"rule {self.name!r} cannot be called with these options: {error}"
             ) from None
-        return {tower: Pick(picked) for tower, picked in self._read(made, blocks).items()}
+        return {tower: Pick(picked) for tower, picked in self._read(made, table.blocks).items()}
 
-    def _read(self, made: Any, blocks: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    def _read(self, made: Any, blocks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         if isinstance(made, LayerChoice):
             made = (made.vision, made.text)
         if isinstance(made, Mapping):

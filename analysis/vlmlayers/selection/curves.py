@@ -2,99 +2,170 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import Reading, metric_names, other_tower, partner_block, partnered
+from vlmlayers.scores.reading import (
+    Reading,
+    bare,
+    has_curve,
+    metric_names,
+    other_tower,
+    partner_block,
+    partnered,
+)
 
 Array = NDArray[np.float64]
+Places = NDArray[np.int64]
+T = TypeVar("T")
 
 
-def block_curve(
-    scores: pd.DataFrame,
-    metric: str,
-    tower: str,
-    blocks: int,
-    reading: Reading | None = None,
-    column: str = "value",
-) -> Array:
-    """Return a metric at every block of a tower, (block,), averaged over seeds and datasets.
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """A score table, or a resample of it, as curves and matrices over blocks.
 
-    Raises:
-        UserError: The metric is unknown, absent from this tower, or has no value at some block.
+    Which rows make which block is looked up once, on the table as measured, and shared by all
+    resamples: what is left for each of them is a mean.
+
+    Attributes:
+        scores: Score table of one model, rows numbered from 0.
+        blocks: Depth by tower.
+        rows: (drawn,) row numbers; one that was drawn twice stands here twice.
+        values: (drawn,) value of each.
+        found: What was looked up.
     """
-    check_one_of("metric", metric, metric_names(scores), where="the score table")
-    rows = (reading or Reading()).rows(scores, metric, tower)
-    rows = partnered(rows, tower, blocks)
-    return _fill(
-        rows["position"].astype(str).to_numpy(),
-        rows[column].to_numpy(float),
-        blocks,
-        f"{metric} of the {tower} tower",
-    )
+
+    scores: pd.DataFrame
+    blocks: Mapping[str, int]
+    rows: NDArray[np.int64]
+    values: Array
+    found: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, scores: pd.DataFrame, blocks: Mapping[str, int]) -> BlockTable:
+        """Return a table as it was measured."""
+        table = bare(scores).reset_index(drop=True)
+        return cls(table, blocks, np.arange(len(table)), table["value"].to_numpy(float))
+
+    def frame(self) -> pd.DataFrame:
+        """Return the rows as a score table."""
+        return self.scores.iloc[self.rows].assign(value=self.values)
+
+    def metric_names(self) -> list[str]:
+        """Return the metrics of the table."""
+        return self._once(("metrics",), lambda: metric_names(self.scores))
+
+    def has_curve(self, metric: str, tower: str) -> bool:
+        """Return whether a metric has values of its own at the blocks of a tower."""
+        look = partial(has_curve, self.scores, metric, tower)
+        return self._once(("has curve", metric, tower), look)
+
+    def curve(self, metric: str, tower: str) -> Array:
+        """Return a metric at every block of a tower, (block,), averaged over seeds and datasets.
+
+        Raises:
+            UserError: The metric is unknown, absent from this tower, or has no value at some block.
+        """
+        place = self._once(("curve", metric, tower), partial(self._block_of, metric, tower))
+        curve, count = self._means(place, self.values, self.blocks[tower])
+        what = f"{metric} of the {tower} tower"
+        missing = [str(block + 1) for block in np.flatnonzero(count == 0)]
+        if missing:
+            raise UserError(
+                f"{what} has no value at block {', '.join(missing[:6])}"
+                f"{', …' if len(missing) > 6 else ''}; score every block first"
+            )
+        if not np.isfinite(curve).all():
+            raise UserError(
+                f"{what} is not finite at block "
+                f"{int(np.flatnonzero(~np.isfinite(curve))[0]) + 1}; drop or repair it"
+            )
+        return curve
+
+    def interval_widths(self, metric: str, tower: str) -> Array:
+        """Return how wide the interval of a curve is, (block,); NaN where there is none."""
+        width = (self.scores["high"] - self.scores["low"]).to_numpy(float)
+        place = self._once(("curve", metric, tower), partial(self._block_of, metric, tower))
+        place = np.where(np.isnan(width), -1, place)
+        return self._means(place, width[self.rows], self.blocks[tower])[0]
+
+    def agreement(self, metric: str) -> Array:
+        """Return agreement between every vision and every text block, (vision block, text block).
+
+        Cells that were not measured are NaN.
+
+        Raises:
+            UserError: The table holds no value of this metric between the towers.
+        """
+        shape = self.blocks.get("vision", 0), self.blocks.get("text", 0)
+        place = self._once(("agreement", metric), partial(self._pair_of, metric, shape))
+        matrix, count = self._means(place, self.values, shape[0] * shape[1])
+        if not count.any():
+            raise UserError(
+                f"the score table has no {metric} between vision and text blocks; score it "
+                "with both towers, or choose with agreement=none"
+            )
+        return matrix.reshape(shape)
+
+    def _once(self, key: tuple[str, ...], look: Callable[[], T]) -> T:
+        if key not in self.found:
+            self.found[key] = look()
+        found: T = self.found[key]
+        return found
+
+    def _means(self, place: Places, values: Array, cells: int) -> tuple[Array, Places]:
+        """Return the mean and number of the values in each cell; NaN where there are none."""
+        cell = place[self.rows]
+        used = cell >= 0
+        count = np.bincount(cell[used], minlength=cells)
+        total = np.bincount(cell[used], values[used], minlength=cells)
+        with np.errstate(invalid="ignore"):
+            return total / count, count
+
+    def _block_of(self, metric: str, tower: str) -> Places:
+        """Return for each row of the table the block whose value it helps to make, or −1."""
+        check_one_of("metric", metric, self.metric_names(), where="the score table")
+        depth = self.blocks[tower]
+        rows = partnered(Reading().rows(self.scores, metric, tower), tower, depth)
+        place = np.full(len(self.scores), -1)
+        place[rows.index] = [_block(name, depth) for name in rows["position"]]
+        return place
+
+    def _pair_of(self, metric: str, shape: tuple[int, int]) -> Places:
+        """Return for each row of the table the pair of blocks that it relates, or −1."""
+        check_one_of("metric", metric, self.metric_names(), where="the score table")
+        place = np.full(len(self.scores), -1)
+        for tower in TOWERS:
+            rows = Reading().rows(self.scores, metric, tower)
+            rows = rows[rows["other_tower"].astype(str) == other_tower(tower)]
+            columns = ("position", "other_position")
+            for row, *names in zip(rows.index, *(rows[name] for name in columns)):
+                vision, text = names if tower == "vision" else names[::-1]
+                pair = _block(vision, shape[0]), _block(text, shape[1])
+                if min(pair) >= 0:
+                    place[row] = pair[0] * shape[1] + pair[1]
+        return place
 
 
-def _fill(positions: NDArray[np.object_], values: Array, blocks: int, what: str) -> Array:
-    total, count = np.zeros(blocks), np.zeros(blocks)
-    for position, value in zip(positions, values):
-        if position.isdecimal() and int(position) <= blocks:
-            total[int(position) - 1] += value
-            count[int(position) - 1] += 1
-    missing = [str(block + 1) for block in np.flatnonzero(count == 0)]
-    if missing:
-        raise UserError(
-            f"{what} has no value at block {', '.join(missing[:6])}"
-            f"{', …' if len(missing) > 6 else ''}; score every block first"
-        )
-    curve: Array = total / count
-    if not np.isfinite(curve).all():
-        raise UserError(
-            f"{what} is not finite at block "
-            f"{int(np.flatnonzero(~np.isfinite(curve))[0]) + 1}; drop or repair it"
-        )
-    return curve
-
-
-def agreement_matrix(
-    scores: pd.DataFrame, metric: str, blocks: dict[str, int], reading: Reading | None = None
-) -> Array:
-    """Return agreement between every vision and every text block, (vision block, text block).
-
-    Cells that were not measured are NaN.
-
-    Raises:
-        UserError: The table holds no value of this metric between the towers.
-    """
-    check_one_of("metric", metric, metric_names(scores), where="the score table")
-    shape = (blocks.get("vision", 0), blocks.get("text", 0))
-    total, count = np.zeros(shape), np.zeros(shape)
-    for tower in TOWERS:
-        rows = (reading or Reading()).rows(scores, metric, tower)
-        rows = rows[rows["other_tower"].astype(str) == other_tower(tower)]
-        pairs = zip(rows["position"].astype(str), rows["other_position"].astype(str), rows["value"])
-        for here, there, value in pairs:
-            if here.isdecimal() and there.isdecimal():
-                cell = (int(here) - 1, int(there) - 1)
-                cell = cell if tower == "vision" else cell[::-1]
-                total[cell] += value
-                count[cell] += 1
-    if not count.any():
-        raise UserError(
-            f"the score table has no {metric} between vision and text blocks; score it "
-            "with both towers, or choose with agreement=none"
-        )
-    with np.errstate(invalid="ignore"):
-        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+def _block(position: object, depth: int) -> int:
+    """Return the number of a block counted from 0, or −1 for what is no block."""
+    name = str(position)
+    return int(name) - 1 if name.isdecimal() and 0 < int(name) <= depth else -1
 
 
 def agreement_curve(matrix: Array, tower: str, partner: str = "depth") -> Array:
     """Return the agreement of each block of a tower with the other tower, (block,).
 
     Args:
-        matrix: (vision block, text block), as from `agreement_matrix`.
+        matrix: (vision block, text block), as from `BlockTable.agreement`.
         tower: The tower whose blocks are asked about.
         partner: `depth` reads the block of equal relative depth, where MMA couples the towers;
             `max` takes the best block of the other tower, which is biased upwards.

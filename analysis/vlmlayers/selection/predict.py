@@ -18,39 +18,30 @@ from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import Scores, check_scores, depths, has_curve, metric_names
-from vlmlayers.selection.curves import (
-    Array,
-    agreement_curve,
-    agreement_matrix,
-    block_curve,
-    normalise,
-)
+from vlmlayers.scores.reading import Scores, check_scores, depths
+from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
 
 Blocks = Mapping[str, Sequence[int]]
 Adapted = Annotated[Sequence[int], Takes("blocks such as '5-12' or [5, 6]", convert=parse_blocks)]
 _ACCURACY, _AGREEMENT, _NOVEL = "dataset_accuracy", "cka_debiased", "novel_class_accuracy"
 
 
-def _metric(scores: pd.DataFrame, name: str, blocks: Mapping[str, int]) -> dict[str, Array]:
+def _metric(table: BlockTable, name: str) -> dict[str, Array]:
     """Return a metric scaled to its range in each tower; a flat curve scales to zero."""
-    check_one_of("metric", name, metric_names(scores), where="the score table")
-    if not any(has_curve(scores, name, tower) for tower in blocks):
-        matrix = agreement_matrix(scores, name, dict(blocks))
-        return {tower: normalise(agreement_curve(matrix, tower)) for tower in blocks}
-    return {
-        tower: normalise(block_curve(scores, name, tower, depth))
-        for tower, depth in blocks.items()
-        if has_curve(scores, name, tower)
-    }
+    check_one_of("metric", name, table.metric_names(), where="the score table")
+    towers = [tower for tower in table.blocks if table.has_curve(name, tower)]
+    if not towers:
+        matrix = table.agreement(name)
+        return {tower: normalise(agreement_curve(matrix, tower)) for tower in table.blocks}
+    return {tower: normalise(table.curve(name, tower)) for tower in towers}
 
 
-def _product(*names: str) -> Callable[[pd.DataFrame, Mapping[str, int]], dict[str, Array]]:
-    def scaled(scores: pd.DataFrame, blocks: Mapping[str, int]) -> dict[str, Array]:
-        parts = [_metric(scores, name, blocks) for name in names]
+def _product(*names: str) -> Callable[[BlockTable], dict[str, Array]]:
+    def scaled(table: BlockTable) -> dict[str, Array]:
+        parts = [_metric(table, name) for name in names]
         return {
             tower: np.prod([part[tower] for part in parts], axis=0)
-            for tower in blocks
+            for tower in table.blocks
             if all(tower in part for part in parts)
         }
 
@@ -64,12 +55,12 @@ class BlockScore:
     Attributes:
         meaning: What it says, in one line.
         metrics: Metrics that the table must hold.
-        compute: (scores, depth by tower) → tower → (block,), each in [0, 1].
+        compute: Table → tower → (block,), each in [0, 1].
     """
 
     meaning: str
     metrics: tuple[str, ...]
-    compute: Callable[[pd.DataFrame, Mapping[str, int]], dict[str, Array]]
+    compute: Callable[[BlockTable], dict[str, Array]]
 
 
 BLOCK_SCORES: dict[str, BlockScore] = {
@@ -115,20 +106,25 @@ def block_scores(
     Raises:
         UserError: The name is unknown or the table lacks a metric that it needs.
     """
-    found = dict(blocks) if blocks is not None else depths(scores)
+    blocks = dict(blocks) if blocks is not None else depths(scores)
+    return score_blocks(BlockTable.of(scores, blocks), name, partial=partial)
+
+
+def score_blocks(table: BlockTable, name: str, *, partial: bool = False) -> dict[str, Array]:
+    """Return what `block_scores` does, of a table that has been prepared."""
     if name.startswith("metric:"):
-        by_tower = _metric(scores, name.removeprefix("metric:"), found)
+        by_tower = _metric(table, name.removeprefix("metric:"))
     else:
         check_one_of("block score", name, [*BLOCK_SCORES, "metric:NAME"])
         score = BLOCK_SCORES[name]
         for metric in score.metrics:
-            if metric not in set(scores["metric"]):
+            if metric not in table.metric_names():
                 raise UserError(
                     f"block score {name!r} needs the metric {metric!r}, which the "
                     "score table lacks; score it or name another block score"
                 )
-        by_tower = score.compute(scores, found)
-    lacking = [tower for tower in found if tower not in by_tower]
+        by_tower = score.compute(table)
+    lacking = [tower for tower in table.blocks if tower not in by_tower]
     if lacking and not (partial and by_tower):
         raise UserError(f"block score {name!r} has no value on the {lacking[0]} tower")
     return by_tower
@@ -259,18 +255,15 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
     """
     scores = check_scores(scores)
     blocks = depths(scores)
+    table = BlockTable.of(scores, blocks)
     if name.startswith("metric:"):
         compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], float] = _mean
-        values: Mapping[str, Array] = _metric(scores, name.removeprefix("metric:"), blocks)
+        values: Mapping[str, Array] = _metric(table, name.removeprefix("metric:"))
     else:
         check_one_of("placement score", name, [*PLACEMENT_SCORES, "metric:NAME"])
         score = PLACEMENT_SCORES[name]
         compute = score.compute
-        values = (
-            block_scores(scores, score.block_score, blocks, partial=True)
-            if score.block_score
-            else {}
-        )
+        values = score_blocks(table, score.block_score, partial=True) if score.block_score else {}
 
     def of(vision: Iterable[int], text: Iterable[int]) -> float:
         placed = Placement(tuple(vision), tuple(text)).check(blocks)
@@ -282,18 +275,19 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
 @checked
 def available_scores(scores: Scores) -> list[str]:
     """Return the placement scores that this table supports, then `metric:NAME` for each metric."""
-    present = set(scores["metric"])
+    table = BlockTable.of(scores, depths(scores))
+    present = set(table.metric_names())
     named = [
         name
         for name, score in PLACEMENT_SCORES.items()
         if not score.block_score or set(BLOCK_SCORES[score.block_score].metrics) <= present
     ]
-    return named + [f"metric:{name}" for name in metric_names(scores) if _complete(scores, name)]
+    return named + [f"metric:{name}" for name in table.metric_names() if _complete(table, name)]
 
 
-def _complete(scores: pd.DataFrame, name: str) -> bool:
+def _complete(table: BlockTable, name: str) -> bool:
     try:
-        _metric(scores, name, depths(scores))
+        _metric(table, name)
     except UserError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Rules that choose layers: each a small dataclass whose call takes a score table.
+"""Rules that choose layers: each a small dataclass whose call takes a table of blocks.
 
 A rule returns a `Pick` per tower: the blocks, and the numbers that led to them. `select` adds how
 stable the pick is. High dataset accuracy marks blocks whose features are specific to a dataset;
@@ -13,19 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
-from vlmlayers.scores.reading import has_curve
-from vlmlayers.selection.curves import (
-    Array,
-    agreement_curve,
-    agreement_matrix,
-    block_curve,
-    normalise,
-)
-from vlmlayers.selection.predict import block_scores
+from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
+from vlmlayers.selection.predict import score_blocks
 
 
 @dataclass(frozen=True)
@@ -48,14 +40,12 @@ class Pick:
 Picks = dict[str, Pick]
 
 
-def _within_noise(scores: pd.DataFrame, metric: str, tower: str, depth: int) -> list[str]:
+def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     """Return a note where a curve varies less over the blocks than its interval is wide."""
-    rows = scores[(scores["metric"] == metric) & scores["low"].notna() & scores["high"].notna()]
-    if rows.empty or not has_curve(rows, metric, tower):
-        return []
-    curve = block_curve(scores, metric, tower, depth)
-    low, high = (block_curve(rows, metric, tower, depth, column=c) for c in ("low", "high"))
-    span, width = float(np.ptp(curve)), float(np.median(high - low))
+    widths = table.interval_widths(metric, tower)
+    widths = widths[~np.isnan(widths)]
+    span = float(np.ptp(table.curve(metric, tower)))
+    width = float(np.median(widths)) if len(widths) else 0.0
     if not 0 < span < width:
         return []
     return [
@@ -102,20 +92,20 @@ class Threshold:
         _unit_interval("agreement", self.agreement)
         check_one_of("partner", self.partner, ("depth", "max"))
 
-    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+    def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
         matrix = None
-        if self.agreement_metric != "none" and len(blocks) == 2:
-            matrix = agreement_matrix(scores, self.agreement_metric, blocks)
-        return {tower: self._pick(scores, tower, depth, matrix) for tower, depth in blocks.items()}
+        if self.agreement_metric != "none" and len(table.blocks) == 2:
+            matrix = table.agreement(self.agreement_metric)
+        return {tower: self._pick(table, tower, matrix) for tower in table.blocks}
 
-    def _pick(self, scores: pd.DataFrame, tower: str, depth: int, matrix: Array | None) -> Pick:
-        curves = {self.metric: (block_curve(scores, self.metric, tower, depth), self.accuracy)}
+    def _pick(self, table: BlockTable, tower: str, matrix: Array | None) -> Pick:
+        curves = {self.metric: (table.curve(self.metric, tower), self.accuracy)}
         if matrix is not None:
             curve = agreement_curve(matrix, tower, self.partner)
             curves[self.agreement_metric] = (curve, self.agreement)
         values, notes = {}, []
-        passes = np.ones(depth, dtype=bool)
+        passes = np.ones(table.blocks[tower], dtype=bool)
         for name, (curve, share) in curves.items():
             scaled = normalise(curve)
             passes &= scaled >= share
@@ -128,7 +118,7 @@ class Threshold:
             }
             if curve.max() == curve.min():
                 notes.append(f"{name} is the same at every {tower} block")
-        notes += _within_noise(scores, self.metric, tower, depth)
+        notes += _within_noise(table, self.metric, tower)
         chosen = _passing(passes)
         if self.fill and chosen:
             chosen = tuple(range(chosen[0], chosen[-1] + 1))
@@ -148,11 +138,11 @@ class Knee:
     metrics: ClassVar[tuple[str, ...]] = ("metric",)
     metric: str = "dataset_accuracy"
 
-    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+    def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
         picks = {}
-        for tower, depth in blocks.items():
-            curve = block_curve(scores, self.metric, tower, depth)
+        for tower, depth in table.blocks.items():
+            curve = table.curve(self.metric, tower)
             fit = fit_knee(curve)
             notes = (
                 ()
@@ -226,11 +216,11 @@ class Budget:
         if self.n < 0:
             raise UserError(f"n must be 0 or a number of blocks, not {self.n}")
 
-    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+    def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
-        by_tower = block_scores(scores, self.score, blocks)
+        by_tower = score_blocks(table, self.score)
         picks = {}
-        for tower, depth in blocks.items():
+        for tower, depth in table.blocks.items():
             n = self.n or max(1, depth // 2)
             if n > depth:
                 raise UserError(f"a budget of {n} blocks exceeds the {depth} {tower} blocks")
@@ -253,9 +243,9 @@ class Paper:
 
     metrics: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+    def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
-        return {tower: Pick(paper_blocks(depth)) for tower, depth in blocks.items()}
+        return {tower: Pick(paper_blocks(depth)) for tower, depth in table.blocks.items()}
 
 
 def paper_blocks(depth: int) -> tuple[int, ...]:
@@ -269,9 +259,9 @@ class All:
 
     metrics: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+    def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
-        return {tower: Pick(tuple(range(1, depth + 1))) for tower, depth in blocks.items()}
+        return {tower: Pick(tuple(range(1, depth + 1))) for tower, depth in table.blocks.items()}
 
 
 @dataclass(frozen=True)
@@ -287,10 +277,10 @@ class Explicit:
     vision: Any = "none"
     text: Any = "none"
 
-    def __call__(self, scores: pd.DataFrame, blocks: dict[str, int]) -> Picks:
+    def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
         placed = Placement(parse_blocks(self.vision), parse_blocks(self.text))
-        placed.check(blocks, "rule 'explicit'")
+        placed.check(table.blocks, "rule 'explicit'")
         return {"vision": Pick(placed.vision), "text": Pick(placed.text)}
 
 

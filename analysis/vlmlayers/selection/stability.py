@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from vlmlayers.placement import describe_blocks
+from vlmlayers.selection.curves import BlockTable
 from vlmlayers.selection.rules import Picks
 from vlmlayers.words import percent
 
@@ -26,21 +26,21 @@ class Resampler:
     """Draws score tables that could have come out instead of this one.
 
     Attributes:
+        table: The table as measured.
         rows_by_seed: Row numbers of each seed; seed −1 is always kept.
         deviation: (row,) standard deviation read off the interval; 0 where there is none.
     """
 
-    scores: pd.DataFrame
+    table: BlockTable
     rows_by_seed: Mapping[int, np.ndarray]
     deviation: np.ndarray
 
     @classmethod
-    def of(cls, scores: pd.DataFrame) -> Resampler:
+    def of(cls, table: BlockTable) -> Resampler:
         """Prepare a table for resampling."""
-        table = scores.reset_index(drop=True)
-        table.attrs = {}
-        width = (table["high"].to_numpy(float) - table["low"].to_numpy(float)) / (2 * _Z)
-        seeds = table["seed"].to_numpy(int)
+        low, high = (table.scores[name].to_numpy(float) for name in ("low", "high"))
+        width = (high - low) / (2 * _Z)
+        seeds = table.scores["seed"].to_numpy(int)
         rows = {int(seed): np.flatnonzero(seeds == seed) for seed in np.unique(seeds)}
         return cls(table, rows, np.where(np.isfinite(width), width, 0.0))
 
@@ -49,7 +49,7 @@ class Resampler:
         """Seeds that the scores were computed with."""
         return [seed for seed in self.rows_by_seed if seed >= 0]
 
-    def draw(self, generator: np.random.Generator) -> pd.DataFrame:
+    def draw(self, generator: np.random.Generator) -> BlockTable:
         """Return one resampled table."""
         picked = [self.rows_by_seed[-1]] if -1 in self.rows_by_seed else []
         if self.seeds:
@@ -58,32 +58,28 @@ class Resampler:
                 for seed in generator.choice(self.seeds, size=len(self.seeds))
             ]
         rows = np.concatenate(picked)
-        table = self.scores.iloc[rows].copy()
         noise = generator.standard_normal(len(rows)) * self.deviation[rows]
-        table["value"] = table["value"].to_numpy(float) + noise
-        return table
+        return replace(self.table, rows=rows, values=self.table.values[rows] + noise)
 
 
 def stability(
-    rule: Callable[[pd.DataFrame, dict[str, int]], Picks],
-    scores: pd.DataFrame,
-    blocks: dict[str, int],
-    resamples: int,
-    seed: int,
+    rule: Callable[[BlockTable], Picks], table: BlockTable, resamples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Return, per tower, how often each block is chosen and where the choice starts.
+
+    Which rows a shipped rule reads is settled on the table as measured.
 
     Returns:
         tower → `frequency` (block,), `start` with `low` and `high` (95 % interval over the
         resamples that chose anything; None where none did), `same` (share of resamples with
         exactly this choice) and `empty` (share that chose nothing).
     """
-    resampler = Resampler.of(scores)
+    resampler = Resampler.of(table)
     generator = np.random.default_rng(seed)
-    base = rule(scores, blocks)
-    draws = [rule(resampler.draw(generator), blocks) for _ in range(resamples)]
+    base = rule(table)
+    draws = [rule(resampler.draw(generator)) for _ in range(resamples)]
     found = {}
-    for tower, depth in blocks.items():
+    for tower, depth in table.blocks.items():
         chosen = [draw[tower].blocks for draw in draws]
         starts = [picked[0] for picked in chosen if picked]
         counts = np.zeros(depth)

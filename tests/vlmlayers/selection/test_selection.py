@@ -22,7 +22,7 @@ from vlmlayers.selection import (
     predict,
     select,
 )
-from vlmlayers.selection.curves import agreement_curve, agreement_matrix, block_curve
+from vlmlayers.selection.curves import BlockTable, agreement_curve
 
 
 def span(first: int, last: int) -> tuple[int, ...]:
@@ -71,6 +71,63 @@ def test_every_rule_on_every_depth(
             assert len(found["frequency"]) == depth
 
 
+PLAIN_RULES = """
+def passing(scores, share):
+    def scaled(rows, key):
+        means = rows.groupby(rows[key].astype(int))["value"].mean()
+        return (means - means.min()) / (means.max() - means.min())
+
+    blocks = scores[scores["position"].str.isdecimal()]
+    pairs = blocks[blocks["position"] == blocks["other_position"]]
+    chosen = []
+    for tower in ("vision", "text"):
+        own = blocks[(blocks["metric"] == "dataset_accuracy") & (blocks["tower"] == tower)]
+        passes = (scaled(own, "position") >= share) & (scaled(pairs, "position") >= share)
+        chosen.append([int(block) for block in passes.index[passes]])
+    return chosen
+
+def best(scores, n):
+    blocks = scores[(scores["metric"] == "dataset_accuracy") & scores["position"].str.isdecimal()]
+    mean = blocks.groupby(["tower", blocks["position"].astype(int)])["value"].mean()
+    return [sorted(mean[tower].nlargest(n).index) for tower in ("vision", "text")]
+"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "plain", "plain_options"),
+    [
+        ("threshold", {"accuracy": 0.5, "agreement": 0.5}, "passing", {"share": 0.5}),
+        ("budget", {"n": 4, "span": False, "score": "metric:dataset_accuracy"}, "best", {"n": 4}),
+    ],
+)
+def test_resamples_are_those_of_tables_read_by_hand(
+    tmp_path: Path,
+    rule: str,
+    options: dict[str, object],
+    plain: str,
+    plain_options: dict[str, object],
+) -> None:
+    """The same rule written in pandas, run on each resampled table, is as stable."""
+    curves_of = [
+        curve_rows("dataset_accuracy", tower, list(np.linspace(0.4, 0.9, 12)), half=0.15,
+                   seeds=(0, 1, 2), jitter=0.03)
+        for tower in ("vision", "text")
+    ]  # fmt: skip
+    pairs = pair_rows("cka_debiased", 12, 12, lambda i, j: 0.05 * min(i, j), half=0.1)
+    (tmp_path / "plain.py").write_text(PLAIN_RULES, encoding="utf-8")
+    scores = table(*curves_of, pairs)
+    ours = select(scores, rule, resamples=40, seed=3, **options)
+    theirs = select(scores, f"{tmp_path / 'plain.py'}:{plain}", resamples=40, seed=3,
+                    **plain_options)  # fmt: skip
+    assert (ours.vision, ours.text) == (theirs.vision, theirs.text)
+    for tower in ("vision", "text"):
+        found, expected = (one.evidence["towers"][tower] for one in (ours, theirs))
+        assert {key: found[key] for key in ("frequency", "start", "same", "empty")} == {
+            key: expected[key] for key in ("frequency", "start", "same", "empty")
+        }
+        assert any(0 < share < 1 for share in found["frequency"])
+
+
 @pytest.mark.parametrize(("depths", "knees"), [((12, 12), (4, 7)), ((24, 12), (15, 5))])
 def test_the_knee_of_each_tower_is_its_own(depths: tuple[int, int], knees: tuple[int, int]) -> None:
     parts = [
@@ -89,10 +146,12 @@ def test_zero_shot_accuracy_is_a_curve_although_it_names_a_partner() -> None:
     rows = scores[scores["metric"] == "zero_shot_accuracy"]
     assert set(rows["other_position"]) == {"proj"}
     expected = [0.1 + 0.04 * b for b in range(12)]
-    assert block_curve(scores, "zero_shot_accuracy", "vision", 12) == pytest.approx(expected)
+    found = BlockTable.of(scores, {"vision": 12, "text": 12}).curve("zero_shot_accuracy", "vision")
+    assert found == pytest.approx(expected)
     assert len(curves(scores, "zero_shot_accuracy", "digits")) == 14
     assert "metric:zero_shot_accuracy" in available_scores(scores)
-    gap = block_curve(full(24, 12), "centroid_gap", "vision", 24)
+    deep = BlockTable.of(full(24, 12), {"vision": 24, "text": 12})
+    gap = deep.curve("centroid_gap", "vision")
     assert gap == pytest.approx([1.2 - 0.4 * b / 24 + 0.05 for b in range(1, 25)])
 
 
@@ -291,7 +350,7 @@ def test_own_rule_from_an_installed_package(
 
 def test_agreement_reads_equal_relative_depth() -> None:
     scores = table(pair_rows("cka_debiased", 4, 8, lambda i, j: 100 * i + j))
-    matrix = agreement_matrix(scores, "cka_debiased", {"vision": 4, "text": 8})
+    matrix = BlockTable.of(scores, {"vision": 4, "text": 8}).agreement("cka_debiased")
     assert agreement_curve(matrix, "vision").tolist() == [102, 204, 306, 408]
     assert agreement_curve(matrix, "vision", "max").tolist() == [108, 208, 308, 408]
     assert agreement_curve(matrix, "text")[-1] == 408
