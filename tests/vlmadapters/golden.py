@@ -40,6 +40,7 @@ REPLAYS: dict[str, str] = {
     "proda": "contexts",
     "clipadapter": "clipadapter",
     "rpo": "rpo",
+    "promptsrc": "promptsrc",
 }
 # Tolerances in single precision; gradients relative to the largest entry of each.
 TOLERANCES = {

@@ -27,6 +27,7 @@ BUILT_IN = {
     "cocoop": ("cocoop:CoCoOp", "configs:CoCoOpConfig"),
     "kgcoop": ("kgcoop:KgCoOp", "configs:KgCoOpConfig"),
     "proda": ("proda:ProDA", "configs:ProDAConfig"),
+    "promptsrc": ("promptsrc:PromptSRC", "configs:PromptSRCConfig"),
     "clipadapter": ("clipadapter:CLIPAdapter", "configs:CLIPAdapterConfig"),
 }
 

@@ -249,6 +249,42 @@ class IVLPConfig(MethodConfig):
 
 @checked
 @dataclass(frozen=True)
+class PromptSRCConfig(IVLPConfig):
+    """Settings of PromptSRC, beside those of `IVLPConfig`.
+
+    Attributes:
+        vision_length: Prompts per vision block.
+        text_length: Prompts per text block.
+        text_weight: Weight of the distance of class features to the frozen ones.
+        image_weight: Weight of the distance of image features to the frozen ones.
+        templates: Templates over which frozen class features are averaged; empty takes the 60
+            published ones.
+        centre: Epoch that weighs most in the mean of the prompts, counted from 1.
+        spread: Standard deviation of the weights, in epochs.
+    """
+
+    vision_length: Count = 4
+    text_length: Count = 4
+    text_weight: Annotated[float, Takes(least=0)] = 25.0
+    image_weight: Annotated[float, Takes(least=0)] = 10.0
+    templates: tuple[str, ...] = ()
+    centre: float = 15.0
+    spread: Annotated[float, Takes(above=0)] = 1.0
+
+    name: ClassVar[str] = "promptsrc"
+    title: ClassVar[str] = "PromptSRC"
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Put prompts into the first three quarters of each tower: 9 blocks of 12."""
+        vision, text = (
+            blocks_to(max(1, round(0.75 * depths[tower]))) for tower in ("vision", "text")
+        )
+        return cls(vision, text, **options)
+
+
+@checked
+@dataclass(frozen=True)
 class MaPLeConfig(MethodConfig):
     """Settings of MaPLe: text prompts at blocks, from which vision prompts are projected.
 

@@ -226,7 +226,11 @@ class Experiment:
                 rows += cells or []
         table = _table(rows)
         if self.out is not None and not rank and rows:
-            like = [self._cell(one, 0, config).identity for one in sources for config in configs]
+            like = [
+                self._cell(one, 0, config).identity
+                for one in sources
+                for config in self._configs_of(one, configs)
+            ]
             whole = _table(rows + self.cells.alike(like))
             atomically(self.out / self.table, lambda part: whole.to_csv(part, index=False))
         return table
@@ -257,6 +261,7 @@ class Experiment:
 
         With `wait` their cells are waited for, and trained here where those processes died.
         """
+        configs = self._configs_of(source, configs)
         cells = {config: self._cell(source, seed, config) for config in configs}
         done = {config: self.cells.read(cell) for config, cell in cells.items()}
         if not wait:
@@ -434,6 +439,10 @@ class Experiment:
         drawn = {"train", "val"} & {"train", *data.manifest.splits(self.root)}
         own = [(source, split) for split in sorted({*drawn, self.split})]
         return own + [(name, self.split) for name in self.target_names if name != source]
+
+    def _configs_of(self, source: str, configs: Sequence[MethodConfig]) -> list[MethodConfig]:
+        """Return settings as the recipes have them for a dataset."""
+        return [self.recipes[one.name].method_for(source, one) for one in configs]
 
     def _train_of(self, config: MethodConfig, source: str) -> TrainConfig:
         return resolved(self.recipes[config.name].train_for(source), self.model.device)

@@ -162,7 +162,8 @@ class Recipe:
         train: How it trains.
         method: The method's settings.
         source: Where the values come from.
-        datasets: Values that differ by dataset: name of a dataset to fields of `train`.
+        datasets: Values that differ by dataset: name of a dataset to fields of `train`, and under
+            `settings` to those of the method.
     """
 
     name: str
@@ -182,10 +183,11 @@ class Recipe:
         for key in new_method:
             known = [f.name for f in fields(self.method)]
             check_one_of(f"{self.method.name} setting", key, known)
-        kept = {
-            name: {key: value for key, value in values.items() if key not in new_train}
-            for name, values in self.datasets.items()
-        }
+        kept = {}
+        for name, values in self.datasets.items():
+            kept[name] = {key: value for key, value in values.items() if key not in new_train}
+            settings = values.get("settings", {})
+            kept[name]["settings"] = {k: v for k, v in settings.items() if k not in new_method}
         return replace(
             self,
             train=replace(self.train, **new_train),
@@ -195,7 +197,19 @@ class Recipe:
 
     def train_for(self, dataset: str) -> TrainConfig:
         """Return how it trains on a dataset."""
-        return replace(self.train, **self.datasets.get(dataset, {}))
+        values = self.datasets.get(dataset, {})
+        return replace(self.train, **{k: v for k, v in values.items() if k != "settings"})
+
+    def method_for(self, dataset: str, config: MethodConfig | None = None) -> MethodConfig:
+        """Return the method's settings on a dataset.
+
+        Args:
+            dataset: Name of the dataset.
+            config: Settings of the recipe's method, at a placement; None takes the recipe's own.
+        """
+        config = config or self.method
+        settings = self.datasets.get(dataset, {}).get("settings", {})
+        return config.from_dict({**config.to_dict(), **settings}) if settings else config
 
 
 def default_recipe(model: str) -> str:
@@ -262,8 +276,10 @@ def _recipe(
     savings, datasets = values.pop("savings", {}), values.pop("datasets", parent.datasets)
     source = values.pop("source", parent.source)
     known = [f.name for f in fields(TrainConfig) if f.name != "savings"]
-    for key in [*values, *(key for one in datasets.values() for key in one)]:
+    for key in values:
         check_one_of("key", key, known, where=where)
+    for key in (key for one in datasets.values() for key in one):
+        check_one_of("key", key, [*known, "settings"], where=where)
     for key in savings:
         check_one_of("saving", key, [f.name for f in fields(Savings)], where=where)
     try:
@@ -272,6 +288,7 @@ def _recipe(
         made = Recipe(name, train, config, source, datasets)
         for dataset in datasets:
             made.train_for(dataset)
+            made.method_for(dataset)
         return made
     except TypeError as error:
         raise UserError(f"{where}: a value has the wrong type: {error}") from error

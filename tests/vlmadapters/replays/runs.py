@@ -28,6 +28,15 @@ SAVED = 1e-4
 RATES = 1e-9  # relative
 
 
+def runs_of(recording: Recording) -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
+    """Yield the name, the settings and the start of the main run and of each variant."""
+    info = recording.info
+    yield MAIN, info["hyper"], recording.group("init/")
+    for name, told in info["variants"].items():
+        own = f"variant_init/{name}/" if told.get("own_init") else "init/"
+        yield name, info["hyper"] | told["hyper"], recording.group(own)
+
+
 @dataclass(eq=False)
 class Run:
     """One recorded run, the main one or a variant.
@@ -37,8 +46,9 @@ class Run:
         name: `MAIN`, or the name of the variant.
         config: Its settings.
         task: The classes.
-        train: Optimizer and schedule; a step is an epoch of it.
-        start: Parameters before the first step, by the authors' names.
+        train: Optimizer and schedule.
+        start: Parameters before the first step, by the authors' names; the run may use some only.
+        steps_per_epoch: Steps after which an epoch of it ends.
         parts: Our names of the columns of `loss_parts`, where they are recorded.
         draws: Step, from 0, to the recorded draws.
         tolerances: Those that differ from `TOLERANCES`.
@@ -50,6 +60,7 @@ class Run:
     task: Task
     train: TrainConfig
     start: Mapping[str, Tensor]
+    steps_per_epoch: int = 1
     parts: Sequence[str] = ()
     draws: Callable[[int], Mapping[str, Tensor]] | None = None
     tolerances: Mapping[str, float] = field(default_factory=dict)
@@ -65,11 +76,8 @@ class Run:
         if self.has("eval_logits"):
             yield self.check("logits", largest(steps.logits(), self.recorded("eval_logits")))
         yield from self._steps(steps)
-        final = self.recorded_group("final/")
-        if final:
-            own = steps.method.official_state_dict()
-            assert own.keys() == final.keys()
-            yield self.check("final parameters", max(largest(own[k], v) for k, v in final.items()))
+        if self.recorded_group("final/"):
+            yield self._parameters(steps, "final")
         if self.has("final_eval_logits"):
             found = largest(steps.logits(), self.recorded("final_eval_logits"))
             yield self.check("final logits", found)
@@ -85,7 +93,11 @@ class Run:
                 found = largest(steps.seen, self.recorded("train_logits"))
                 yield self.check("training logits", found)
                 yield self.check("gradients", self._gradients(steps))
-            steps.method.end_epoch(number + 1, self.train.epochs)
+            epoch, left = divmod(number + 1, self.steps_per_epoch)
+            if epoch == self.train.epochs and self.recorded_group("last/"):
+                yield self._parameters(steps, "last")
+            if not left:
+                steps.method.end_epoch(epoch, self.train.epochs)
         if self.parts:
             weighed = [
                 [p[key] * steps.method.loss_weights[key] for key in self.parts] for p in parts
@@ -119,6 +131,12 @@ class Run:
         tolerance = self.tolerances.get(known, TOLERANCES[known])
         return Check(self.name, quantity, difference, tolerance)
 
+    def _parameters(self, steps: Steps, key: str) -> Check:
+        recorded, own = self.recorded_group(f"{key}/"), steps.method.official_state_dict()
+        assert own.keys() == recorded.keys()
+        found = max(largest(own[name], value) for name, value in recorded.items())
+        return Check(self.name, f"{key} parameters", found, TOLERANCES["final parameters"])
+
     def _saved(self, quantity: str, difference: float) -> Check:
         tolerance = max(SAVED, self.tolerances.get(quantity, 0.0))
         return Check(self.name, f"{quantity}, savings", difference, tolerance)
@@ -136,7 +154,7 @@ class Steps:
     def __init__(self, run: Run, savings: Savings) -> None:
         self.run, self.backbone = run, run.recording.backbone(savings)
         self.method = METHODS[run.config.name].build(run.config, self.backbone, run.task)
-        self.method.load_official_state_dict(run.start)
+        self.method.load_official_state_dict({k: run.start[k] for k in run.recorded_group("grad/")})
         self.classes = self.method.prepare(self.backbone, run.task)
         self.optimizer = new_optimizer(self.method.parameter_groups(), run.train)
         self.seen: Tensor | None = None
@@ -174,10 +192,11 @@ class Steps:
         return self.method.train().loss(self.step(number))
 
     def set_rate(self, number: int) -> float:
-        """Set and return the learning rate of a step; a step is an epoch."""
-        train = self.run.train
-        rate = learning_rate(train, number, train.epochs, number, train.epochs)
-        set_rate(self.optimizer, rate, number < train.warmup_epochs)
+        """Set and return the learning rate of a step."""
+        train, per_epoch = self.run.train, self.run.steps_per_epoch
+        epoch = number // per_epoch
+        rate = learning_rate(train, epoch, train.epochs, number, train.epochs * per_epoch)
+        set_rate(self.optimizer, rate, epoch < train.warmup_epochs)
         return rate
 
     def update(self, number: int) -> Tensor:
