@@ -36,6 +36,7 @@ REPLAYS: dict[str, str] = {
     "coop": "contexts",
     "ivlp": "ivlp",
     "kgcoop": "contexts",
+    "lasp": "lasp",
     "maple": "maple",
     "proda": "contexts",
     "clipadapter": "clipadapter",

@@ -254,4 +254,18 @@ def feed_forward(block: Any, x: Tensor, onednn: bool = True) -> Tensor:
         use = onednn and suits(x, weight)
         made: Tensor = _FrozenMLP.apply(x, block.ln_2, block.mlp, quick, use)
         return made
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return feed_normed(block, x, block.ln_2(x), onednn)
+
+
+def feed_normed(block: Any, x: Tensor, u: Tensor, onednn: bool = True) -> Tensor:
+    """Return x plus the block's multilayer perceptron of u, with gradients for both.
+
+    Args:
+        block: A standard block.
+        x: What the perceptron is added to, (item, token, width).
+        u: What it sees, such as x after a norm that is not the block's own, same shape.
+        onednn: Use oneDNN where it suits.
+    """
+    first, last = block.mlp.c_fc, block.mlp.c_proj
+    hidden = block.mlp.gelu(frozen_linear(u, first.weight, first.bias, onednn))
+    return x + block.ls_2(frozen_linear(hidden, last.weight, last.bias, onednn))

@@ -26,6 +26,7 @@ BUILT_IN = {
     "coop": ("coop:CoOp", "configs:CoOpConfig"),
     "cocoop": ("cocoop:CoCoOp", "configs:CoCoOpConfig"),
     "kgcoop": ("kgcoop:KgCoOp", "configs:KgCoOpConfig"),
+    "lasp": ("lasp:LASP", "configs:LASPConfig"),
     "proda": ("proda:ProDA", "configs:ProDAConfig"),
     "promptsrc": ("promptsrc:PromptSRC", "configs:PromptSRCConfig"),
     "clipadapter": ("clipadapter:CLIPAdapter", "configs:CLIPAdapterConfig"),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+from vlmadapters.data.prompts import class_prompts
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError
@@ -19,6 +20,11 @@ ClassAt = Literal["end", "middle", "front"]
 def split_words(text: str) -> list[str]:
     """Return the words that a context starts from, underscores as spaces."""
     return text.replace("_", " ").split()
+
+
+def blocks_to(depth: int) -> tuple[int, ...]:
+    """Return the blocks from 1 on."""
+    return tuple(range(1, depth + 1))
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class TextConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
-class ContextConfig(TextConfig):
+class WordsConfig(MethodConfig):
     """Settings of context that may start from words.
 
     Attributes:
@@ -77,6 +83,11 @@ class ContextConfig(TextConfig):
     def start_words(self) -> list[str]:
         """The words that stand in the token ids where the context will be."""
         return split_words(self.words) or [PLACEHOLDER] * (self.length or 16)
+
+
+@dataclass(frozen=True)
+class ContextConfig(TextConfig, WordsConfig):
+    """Settings of context at text blocks that may start from words: both of their fields."""
 
     @property
     def class_at(self) -> str:
@@ -152,6 +163,51 @@ class KgCoOpConfig(CoOpConfig):
         super().__post_init__()
 
 
+OtherNames = Literal["none", "text", "virtual"]
+
+
+@checked
+@dataclass(frozen=True)
+class LASPConfig(WordsConfig):
+    """Settings of LASP, beside those of `WordsConfig`.
+
+    Attributes:
+        vision: Vision blocks whose two norms are tuned, counted from 1, rising.
+        text: No block: the context stands before the first.
+        correction: Learn a vector that is added to the features of all classes.
+        weight: Weight of the text-to-text loss; 0 leaves it out.
+        templates: Hand-made prompts of that loss, a `{}` in each; empty takes the 35 published.
+        other_names: Where names of the dataset's other classes are used: nowhere, in the
+            text-to-text loss, or as virtual classes in the cross-entropy too (LASP-V).
+        as_published: With virtual classes, let them compete at tests as well, as the public code
+            does; no other method is tested so.
+
+    Raises:
+        UserError: A template has no `{}`.
+    """
+
+    correction: bool = True
+    weight: Annotated[float, Takes(least=0)] = 5.0
+    templates: tuple[str, ...] = ()
+    other_names: OtherNames = "text"
+    as_published: bool = False
+
+    name: ClassVar[str] = "lasp"
+    title: ClassVar[str] = "LASP"
+    towers: ClassVar[tuple[str, ...]] = ("vision",)
+    extensions: ClassVar[str] = "every set of vision blocks but all and none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for template in self.templates:
+            class_prompts([], template)
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Tune the norms of every vision block, as published."""
+        return cls(blocks_to(depths["vision"]), **options)
+
+
 @checked
 @dataclass(frozen=True)
 class ProDAConfig(TextConfig):
@@ -201,11 +257,6 @@ class ProDAConfig(TextConfig):
 
 
 Share = Annotated[float, Takes(least=0, most=1)]
-
-
-def blocks_to(depth: int) -> tuple[int, ...]:
-    """Return the blocks from 1 on."""
-    return tuple(range(1, depth + 1))
 
 
 @checked

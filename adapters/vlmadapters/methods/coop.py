@@ -17,7 +17,8 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.walk import State
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method
-from vlmadapters.methods.configs import ContextConfig, CoOpConfig, TextConfig
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.configs import ContextConfig, CoOpConfig
 from vlmadapters.methods.context import context_prompts, context_state, starting_context
 from vlmadapters.methods.official import check_keys, check_settings
 from vlmlayers.errors import UserError
@@ -36,26 +37,26 @@ class LearnedContext(Method):
         start: Block to initial values, (word, width) or (context, word, width).
     """
 
-    config: TextConfig
+    config: Any
     axes: ClassVar[tuple[int, ...]] = (2,)  # how many axes a context may have
     # Keys of the authors' checkpoints that are no parameters.
     left_out: ClassVar[tuple[str, ...]] = ("token_prefix", "token_suffix")
     official: ClassVar[re.Pattern[str]] = CONTEXT  # the others
 
-    def __init__(self, config: TextConfig, start: Mapping[int, Tensor]) -> None:
+    def __init__(self, config: MethodConfig, start: Mapping[int, Tensor]) -> None:
         super().__init__(config)
         self.context = nn.ParameterDict({str(b): nn.Parameter(x) for b, x in start.items()})
 
     def before(self, x: Tensor, tower: str, block: int, state: State) -> Tensor:
         """Return the tokens that enter a block, the context in its slots."""
-        if tower != "text" or block not in self.config.text:
+        if tower != "text" or str(block) not in self.context:
             return x
         made: Tensor = state.note.write(x, self.context[str(block)], block)
         return made
 
     def official_names(self) -> dict[str, str]:
         """Return our parameter names to the authors': `ctx`, and `ctx.b` at a later block b."""
-        ours = {f"context.{b}": "ctx" if b == 1 else f"ctx.{b}" for b in self.config.text}
+        ours = {f"context.{b}": "ctx" if b == "1" else f"ctx.{b}" for b in self.context}
         return super().official_names() | ours
 
     @classmethod
@@ -71,7 +72,7 @@ class LearnedContext(Method):
     @classmethod
     def config_of_official(
         cls, state: Mapping[str, Tensor], where: str, config: Any = None
-    ) -> TextConfig:
+    ) -> MethodConfig:
         """Read blocks and sizes from the contexts; what they started from is not in them."""
         kind: Any = cls.Config
         check_keys(state, cls.official, where, kind.title)

@@ -226,11 +226,7 @@ class Experiment:
                 rows += cells or []
         table = _table(rows)
         if self.out is not None and not rank and rows:
-            like = [
-                self._cell(one, 0, config).identity
-                for one in sources
-                for config in self._configs_of(one, configs)
-            ]
+            like = [self._cell(one, 0, config).identity for one in sources for config in configs]
             whole = _table(rows + self.cells.alike(like))
             atomically(self.out / self.table, lambda part: whole.to_csv(part, index=False))
         return table
@@ -261,7 +257,6 @@ class Experiment:
 
         With `wait` their cells are waited for, and trained here where those processes died.
         """
-        configs = self._configs_of(source, configs)
         cells = {config: self._cell(source, seed, config) for config in configs}
         done = {config: self.cells.read(cell) for config, cell in cells.items()}
         if not wait:
@@ -304,7 +299,7 @@ class Experiment:
             data.images,
             items,
             data.task(kind, train.template),
-            configs,
+            [self._own(config, source) for config in configs],
             train,
             seed,
             validation=data.validation(train.shots, seed, kind),
@@ -313,13 +308,13 @@ class Experiment:
             progress=self.progress,
         )
         trained = trainer.fit()
-        rows = self._test(source, trained)
+        rows = self._test(source, configs, trained)
         rank, _ = processes.rank_and_size()
         if folder is not None and not rank:
             rmtree(folder, ignore_errors=True)
         if self.save_adapters and self.out is not None and not rank:
-            for result in trained:
-                cell = self._cell(source, seed, result.config)
+            for config, result in zip(configs, trained):
+                cell = self._cell(source, seed, config)
                 save_method(
                     self.out / "adapters" / cell.key,
                     result.method,
@@ -329,8 +324,10 @@ class Experiment:
                 )
         return rows
 
-    def _test(self, source: str, trained: Sequence[TrainResult]) -> list[Rows]:
-        train = self._train_of(trained[0].config, source)
+    def _test(
+        self, source: str, configs: Sequence[MethodConfig], trained: Sequence[TrainResult]
+    ) -> list[Rows]:
+        train, recipe = self._train_of(configs[0], source), self.recipes[configs[0].name]
         rows: list[Rows] = [[] for _ in trained]
         differing = [0] * len(trained)
         total = 0
@@ -357,7 +354,7 @@ class Experiment:
                         seed=result.seed,
                         seconds=result.seconds,
                     )
-                    | method_fields(result.method)
+                    | method_fields(result.method, recipe.varied(configs[index]))
                 )
         for index, result in enumerate(trained):
             share = differing[index] / max(total, 1)
@@ -440,12 +437,11 @@ class Experiment:
         own = [(source, split) for split in sorted({*drawn, self.split})]
         return own + [(name, self.split) for name in self.target_names if name != source]
 
-    def _configs_of(self, source: str, configs: Sequence[MethodConfig]) -> list[MethodConfig]:
-        """Return settings as the recipes have them for a dataset."""
-        return [self.recipes[one.name].method_for(source, one) for one in configs]
-
     def _train_of(self, config: MethodConfig, source: str) -> TrainConfig:
         return resolved(self.recipes[config.name].train_for(source), self.model.device)
+
+    def _own(self, config: MethodConfig, source: str) -> MethodConfig:
+        return self.recipes[config.name].method_for(source, config)
 
     def _cell(self, source: str, seed: int, config: MethodConfig) -> Cell:
         identity = {
@@ -453,7 +449,7 @@ class Experiment:
             "data": self._hashes(self._read(source)),
             "seed": seed,
             "method": config.name,
-            "settings": config.to_dict(),
+            "settings": self._own(config, source).to_dict(),
             "train": self._train_of(config, source).identity(),
         }
         parts = [source, config.name, config.placement, f"s{seed}"]

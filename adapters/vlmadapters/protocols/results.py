@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -44,10 +45,17 @@ UNMOVED = "training changed nothing: raise lr, or the method's scale, for this b
 GROUP = ["protocol", "method", "model", "weights", "source", "placement", "settings", "shots"]
 
 
-def method_fields(method: Method) -> dict[str, Any]:
-    """Return method, placement, settings and parameters as fields of a row."""
+def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]:
+    """Return method, placement, settings and parameters as fields of a row.
+
+    Args:
+        method: The method.
+        varied: Settings to leave out, as the recipe has a value of its own for each dataset: what
+            is averaged over datasets is of equal settings.
+    """
     config = method.config
-    settings = [f"{key}={value}" for key, value in config.settings().items() if value is not None]
+    told = {k: v for k, v in config.settings().items() if v is not None and k not in varied}
+    settings = [f"{key}={value}" for key, value in told.items()]
     return {
         "method": config.title,
         "placement": config.placement,

@@ -163,7 +163,7 @@ class Recipe:
         method: The method's settings.
         source: Where the values come from.
         datasets: Values that differ by dataset: name of a dataset to fields of `train`, and under
-            `settings` to those of the method.
+            `settings` to those of `method`.
     """
 
     name: str
@@ -183,11 +183,9 @@ class Recipe:
         for key in new_method:
             known = [f.name for f in fields(self.method)]
             check_one_of(f"{self.method.name} setting", key, known)
-        kept = {}
-        for name, values in self.datasets.items():
-            kept[name] = {key: value for key, value in values.items() if key not in new_train}
-            settings = values.get("settings", {})
-            kept[name]["settings"] = {k: v for k, v in settings.items() if k not in new_method}
+        kept = {
+            name: _without(values, new_train, new_method) for name, values in self.datasets.items()
+        }
         return replace(
             self,
             train=replace(self.train, **new_train),
@@ -197,19 +195,37 @@ class Recipe:
 
     def train_for(self, dataset: str) -> TrainConfig:
         """Return how it trains on a dataset."""
-        values = self.datasets.get(dataset, {})
-        return replace(self.train, **{k: v for k, v in values.items() if k != "settings"})
+        values = dict(self.datasets.get(dataset, {}))
+        values.pop("settings", None)
+        return replace(self.train, **values)
 
     def method_for(self, dataset: str, config: MethodConfig | None = None) -> MethodConfig:
         """Return the method's settings on a dataset.
 
         Args:
             dataset: Name of the dataset.
-            config: Settings of the recipe's method, at a placement; None takes the recipe's own.
+            config: Settings asked for in place of the recipe's, such as other blocks. What differs
+                in them from the recipe's stays as it is on every dataset.
         """
         config = config or self.method
         settings = self.datasets.get(dataset, {}).get("settings", {})
-        return config.from_dict({**config.to_dict(), **settings}) if settings else config
+        own = {key: value for key, value in settings.items() if key in self.varied(config)}
+        return config.from_dict({**config.to_dict(), **own}) if own else config
+
+    def varied(self, config: MethodConfig) -> set[str]:
+        """Return which settings asked for follow the dataset."""
+        keys = {key for values in self.datasets.values() for key in values.get("settings", {})}
+        return {key for key in keys if getattr(config, key) == getattr(self.method, key)}
+
+
+def _without(
+    values: Mapping[str, Any], train: Mapping[str, Any], method: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a dataset's values without those of some names."""
+    left = {key: value for key, value in values.items() if key not in train}
+    if "settings" in left:
+        left["settings"] = {k: v for k, v in left["settings"].items() if k not in method}
+    return left
 
 
 def default_recipe(model: str) -> str:
@@ -286,9 +302,9 @@ def _recipe(
         train = replace(parent.train, **values, savings=replace(parent.train.savings, **savings))
         config = METHODS.config(method).from_dict(settings)
         made = Recipe(name, train, config, source, datasets)
-        for dataset in datasets:
+        for dataset, own in datasets.items():
             made.train_for(dataset)
-            made.method_for(dataset)
+            config.from_dict({**config.to_dict(), **own.get("settings", {})})
         return made
     except TypeError as error:
         raise UserError(f"{where}: a value has the wrong type: {error}") from error

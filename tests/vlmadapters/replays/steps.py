@@ -71,9 +71,10 @@ class Variant:
         yield self._check("loss parts", self._parts(run))
         losses = []
         for number in range(len(self.recording.tensor("images"))):
-            losses.append(run.update(number))
+            losses.append(run.backward(number))
             if not number:
                 yield self._check("gradients", self._gradients(run))
+            run.update()
         yield self._check("losses", largest(torch.stack(losses), self.recorded("losses")))
         final, own = self.recording.group(f"{self.name}/final/"), run.method.official_state_dict()
         yield self._check("final parameters", max(largest(own[k], v) for k, v in final.items()))
@@ -154,16 +155,19 @@ class _Run:
         """Return the loss of a step."""
         return self.method.train().loss(self.step(number))
 
-    def update(self, number: int) -> Tensor:
-        """Make a step and return its loss."""
+    def backward(self, number: int) -> Tensor:
+        """Compute the gradients of a step and return its loss."""
         self.optimizer.zero_grad()
         loss = self.loss(number)
         loss.backward()
+        return loss.detach().double()
+
+    def update(self) -> None:
+        """Make the step."""
         if self.variant.max_norm:
             nn.utils.clip_grad_norm_(self.method.parameters(), self.variant.max_norm)
         self.optimizer.step()
         self.method.touch()
-        return loss.detach().double()
 
     def _state(self, images: Tensor) -> State:
         start = self.method.first(self.backbone, "vision")

@@ -1,0 +1,62 @@
+"""Recipes whose values differ by dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmadapters.methods.configs import KgCoOpConfig
+from vlmadapters.training.recipes import Recipe, load_recipe
+from vlmlayers.errors import UserError
+
+TEXT = """
+method = "kgcoop"
+epochs = 3
+settings = { weight = 2.0 }
+
+[datasets.faces]
+epochs = 7
+settings = { weight = 5.0, words = "", length = 4 }
+"""
+
+
+@pytest.fixture()
+def recipe(tmp_path: Path) -> Recipe:
+    path = tmp_path / "own.toml"
+    path.write_text(TEXT)
+    return load_recipe(path)
+
+
+def test_training_and_settings_follow_the_dataset(recipe: Recipe) -> None:
+    assert recipe.train_for("faces").epochs == 7 and recipe.train_for("pets").epochs == 3
+    assert recipe.method_for("faces") == KgCoOpConfig(weight=5.0, words="", length=4)
+    assert recipe.method_for("pets") == KgCoOpConfig(weight=2.0)
+
+
+def test_what_is_asked_for_holds_on_every_dataset(recipe: Recipe) -> None:
+    placed = KgCoOpConfig(text=(2,), weight=3.0)
+    assert recipe.method_for("faces", placed).settings() | {"weight": 3.0} == (
+        recipe.method_for("faces").settings() | {"weight": 3.0}
+    )
+    assert recipe.method_for("faces", placed).text == (2,)
+    changed = recipe.changed({"epochs": 1}, {"weight": 3.0})
+    assert changed.train_for("faces").epochs == 1
+    assert changed.method_for("faces") == KgCoOpConfig(weight=3.0, words="", length=4)
+    assert changed.varied(changed.method) == {"words", "length"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("settings = { weigth = 5.0 }", "weight"),
+        ("settings = { weight = -1.0 }", "weight takes a number from 0"),
+        ("epoch = 7", "epochs"),
+    ],
+)
+def test_a_wrong_value_of_a_dataset_is_one_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f'method = "kgcoop"\n[datasets.faces]\n{line}\n')
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert "own.toml" in str(caught.value) and "\n" not in str(caught.value)
