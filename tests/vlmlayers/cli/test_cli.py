@@ -224,7 +224,7 @@ def test_a_broken_extension_says_so(call, monkeypatch) -> None:  # type: ignore[
         def load() -> object:
             raise ImportError("no module named lost")
 
-    monkeypatch.setattr(extensions, "_extensions", lambda: {"broken": Broken()})
+    monkeypatch.setattr(extensions, "entry_points", lambda group: [Broken()])
     code, _, err = call("broken")
     assert code == 2 and "cannot be loaded: no module named lost" in err
 

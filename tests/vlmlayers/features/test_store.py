@@ -20,7 +20,6 @@ import pytest
 import tiny
 
 from vlmlayers.errors import UserError
-from vlmlayers.features import writer
 from vlmlayers.features.store import (
     DamagedStore,
     FeatureStore,
@@ -399,20 +398,21 @@ def test_two_processes_on_one_store_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_a_failing_disk_gives_one_line_and_keeps_the_work(whole, tmp_path, monkeypatch, number):
-    real, calls = writer._write_rows, []
+    real, calls = Path.open, []
 
-    def fail(*args):
-        calls.append(args)
-        if len(calls) > 40:
-            raise OSError(number, os.strerror(number))
-        real(*args)
+    def fail(path, mode="r", *args, **options):
+        if mode == "r+b":
+            calls.append(path)
+            if len(calls) > 40:
+                raise OSError(number, os.strerror(number))
+        return real(path, mode, *args, **options)
 
-    monkeypatch.setattr(writer, "_write_rows", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(UserError, match="cannot write .*start again, what is done") as caught:
         run(tmp_path / "s")
     assert os.strerror(number) in str(caught.value)
     assert ("free space" in str(caught.value)) == (number == errno.ENOSPC)
-    monkeypatch.setattr(writer, "_write_rows", real)
+    monkeypatch.setattr(Path, "open", real)
     rest = tiny.DrawnManifest()
     run(tmp_path / "s", rest)
     assert 0 < len(rest.opened) < 22
