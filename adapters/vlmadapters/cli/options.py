@@ -14,9 +14,8 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import typed
 
 Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
-Method = Annotated[
-    str, typer.Option(help="Method to train, as `vlmlayers train --list` names them.")
-]
+Method = Annotated[str, typer.Option(help="Method to train, as in mma, maple or coop.")]
+CHOICE = "choice"  # stands for the choice of a study, or of --choice, among placements
 Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
 
 
@@ -27,24 +26,34 @@ def load_backbone(model: str, weights: Weights, device: str) -> Any:
     return load_model(model, **weights.arguments(), device=device)
 
 
-def read_recipes(name: str, settings: Mapping[str, Any], methods: Sequence[str]) -> list[Any]:
+def read_recipes(
+    name: str | None, settings: Mapping[str, Any], methods: Sequence[str], model: str = ""
+) -> list[Any]:
     """Return one recipe per method with some values set.
 
     A key is a field of the recipe, a saving, or a setting of a method; one that only some of the
     methods have is set for those.
-    """
-    from vlmadapters.training.recipes import load_recipe
 
-    recipes = [load_recipe(name, method) for method in methods]
+    Args:
+        name: Name or TOML file of the recipe; that of each method for the model where None.
+        settings: Values to set, by key.
+        methods: Names of methods.
+        model: Name of the model.
+
+    Raises:
+        UserError: A name or key is unknown, a value is wrong, or a method is named twice.
+    """
+    from vlmadapters.training.recipes import default_recipe, load_recipe
+
+    recipes = [load_recipe(name or default_recipe(model, one), one) for one in methods]
+    names = [one.method.name for one in recipes]
+    for one in names:
+        if names.count(one) > 1:
+            raise UserError(f"the method {one} is named {names.count(one)} times; name it once")
     known = list(dict.fromkeys(key for one in recipes for key in _holders(one)))
     for key in settings:
         check_one_of("key", key, known, where="--set")
     return [_with_settings(one, settings) for one in recipes]
-
-
-def read_recipe(name: str, settings: Mapping[str, Any], method: str = "mma") -> Any:
-    """Return a method's recipe with some values set."""
-    return read_recipes(name, settings, [method])[0]
 
 
 def _holders(recipe: Any) -> dict[str, Any]:
@@ -93,14 +102,40 @@ def read_pairs(text: str) -> tuple[tuple[int, ...], ...]:
     return pairs
 
 
-def read_placements(method: Any, placements: list[str], choice: Path | None) -> list[Any]:
-    """Return the settings to train: at named placements, a choice's, or else the recipe's own."""
+def read_placements(
+    recipes: Sequence[Any], placements: Sequence[str], choice: Any = None
+) -> list[Any]:
+    """Return the settings to train: each method at what is named for it, or else its recipe's own.
+
+    Args:
+        recipes: One recipe per method.
+        placements: Such as `5-12`, `maple:1-9` for one of several methods, or `choice`.
+        choice: The layer choice that `choice` stands for, or its path.
+
+    Raises:
+        UserError: A placement cannot be read, or a method cannot act there.
+    """
+    from vlmadapters.methods.config import placements_of
+
+    methods = [recipe.method for recipe in recipes]
+    named = placements_of([method.name for method in methods], placements)
+    try:
+        return [
+            placed
+            for method in methods
+            for placed in [_placed(method, text, choice) for text in named[method.name]] or [method]
+        ]
+    except UserError as error:
+        more = "; name a placement for each, as in mma:5-12" if len(methods) > 1 else ""
+        raise UserError(f"{error}{more}") from None
+
+
+def _placed(method: Any, text: str, choice: Any) -> Any:
     from vlmlayers.placement import Placement
 
-    configs = [method.with_placement(*Placement.parse(text)) for text in placements]
-    if choice is not None:
-        configs.append(type(method).from_choice(choice, **method.settings()))
-    return configs or [method]
+    if text == CHOICE:
+        return type(method).from_choice(choice, **method.settings())
+    return method.with_placement(*Placement.parse(text))
 
 
 def read_seeds(text: str) -> list[int]:

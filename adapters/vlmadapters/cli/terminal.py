@@ -35,6 +35,7 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False) -> str:
         keys = ["method", "source", "placement", "origin", "model"]
         for _, rows in part.groupby(keys, sort=False, dropna=False):
             lines.append(_line(rows, metrics))
+    lines += _costs(summary[(summary["origin"] == "ours") & (summary["parameters"] > 0)])
     noted = summary[(summary["origin"] == "ours") & summary["note"].astype(bool)]
     for dataset, part in noted.groupby("dataset", sort=False):
         for note in dict.fromkeys(part["note"]):
@@ -42,6 +43,18 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False) -> str:
     if not summary[(summary["origin"] == "published") & (summary["dataset"] == "average")].empty:
         lines.append("published averages are those of all datasets of the paper")
     return "\n".join(lines)
+
+
+def _costs(trained: pd.DataFrame) -> list[str]:
+    """Return parameters and seconds of a training, a line for each method that was trained."""
+    if trained.empty:
+        return []
+    lines = ["", _padded("one training", f"{'parameters':>12}{'seconds':>12}")]
+    for (method, placement), rows in trained.groupby(["method", "placement"], sort=False):
+        cost = rows.iloc[0]
+        label = "  " + " ".join(filter(None, (method, placement)))
+        lines.append(_padded(label, f"{cost['parameters']:12,}{rows['seconds'].mean():12.1f}"))
+    return lines
 
 
 def _line(rows: pd.DataFrame, metrics: list[str]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vlmadapters.cli.options import (
+    CHOICE,
     Limit,
     Workers,
     find_datasets,
@@ -62,7 +64,8 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="<str>",
-            help="Blocks, as in 5-12 or v5-12,t7-12; repeatable; the recipe's where absent.",
+            help="Blocks, as in 5-12 or v5-12,t7-12, or maple:1-9 for one of several methods; "
+            "repeatable; the recipe's where absent.",
         ),
     ] = None,
     choice: Annotated[Path | None, typer.Option(help="A choice.json to train at.")] = None,
@@ -100,20 +103,19 @@ def train(
     A stopped run goes on with the same command. Several GPUs:
     `torchrun --nproc-per-node N -m vlmlayers train …`.
     """
-    from vlmadapters.training.recipes import default_recipe
     from vlmlayers.options import parse_settings
 
     names = method.replace(" ", "").split(",")
-    made = read_recipes(recipe or default_recipe(model), parse_settings(settings or []), names)
-    configs = [
-        config for one in made for config in read_placements(one.method, placement or [], choice)
-    ]
+    made = read_recipes(recipe, parse_settings(settings or []), names, model)
+    places = [*(placement or []), *([CHOICE] if choice is not None else [])]
+    configs = read_placements(made, places, choice)
     if pairs is not None:
         configs = [_paired(config, read_pairs(pairs)) for config in configs]
     numbers = read_seeds(seeds)
     find_datasets([*datasets, *(target or ())], data_root)
     from vlmadapters.protocols.experiment import Experiment
     from vlmadapters.training import processes
+    from vlmadapters.validation.methods import methods_verdict
 
     with processes.process_group() as (rank, _):
         loaded = load_backbone(model, weights, device)
@@ -134,6 +136,8 @@ def train(
         table = experiment.run(datasets, configs, numbers, together=together)
     if rank == 0:
         typer.echo(_text(table, published))
+        if verdict := methods_verdict(table):
+            typer.echo(textwrap.fill(verdict, 80))
         typer.echo(f"results {out / 'results.csv'}")
 
 

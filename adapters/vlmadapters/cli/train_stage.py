@@ -8,11 +8,10 @@ from typing import Any
 
 from pydantic import Field
 
+from vlmadapters.cli.options import CHOICE, read_placements, read_recipes
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, validated
-
-CHOICE = "choice"
 
 
 class TrainPart(Options):
@@ -25,7 +24,8 @@ class TrainPart(Options):
         method: Name of a method, or several, each trained with its own recipe.
         recipe: Name of a recipe, or a TOML file beside the study.
         set: Values of the recipe or the adapter.
-        placements: Such as `5-12`; `choice` is the study's own choice; the recipe's where empty.
+        placements: Such as `5-12`, or `maple:1-9` for one of several methods; `choice` is the
+            study's own choice; the recipe's where empty.
         seeds: Of draw, initialisation, order and views.
         together: Placements trained side by side.
         limit: Use at most so many test items of each dataset; 0 uses all.
@@ -61,8 +61,6 @@ def parts(tables: Any) -> list[TrainPart]:
         UserError: A key, protocol, recipe, dataset, placement or value is wrong.
     """
     from vlmadapters.protocols.experiment import PROTOCOLS
-    from vlmadapters.training.recipes import load_recipe
-    from vlmlayers.placement import Placement
 
     found = []
     for table in tables:
@@ -71,13 +69,14 @@ def parts(tables: Any) -> list[TrainPart]:
         if protocol.transfer and not part.targets:
             raise UserError(f"[[train]] {part.protocol} needs targets; name datasets to test on")
         if not part.recipe.endswith(".toml"):
-            for method in part.methods:
-                load_recipe(part.recipe, method)
-        for placement in part.placements:
-            if placement != CHOICE:
-                Placement.parse(placement)
+            recipes = read_recipes(part.recipe, part.set, part.methods)
+            read_placements(recipes, [one for one in part.placements if not _is_choice(one)])
         found.append(part)
     return found
+
+
+def _is_choice(placement: str) -> bool:
+    return placement.rpartition(":")[2] == CHOICE
 
 
 def check(context: Any) -> None:
@@ -140,13 +139,12 @@ def train(context: Any) -> None:
 
 
 def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
-    from vlmadapters.cli.options import read_placements, read_recipe
     from vlmadapters.protocols.experiment import Experiment
+    from vlmadapters.validation.methods import methods_verdict
 
-    name = recipe_name(context, part.recipe)
-    recipes = [read_recipe(name, part.set, method) for method in part.methods]
-    named = [text for text in part.placements if text != CHOICE]
-    choice = context.run.choice if CHOICE in part.placements else None
+    recipes = read_recipes(recipe_name(context, part.recipe), part.set, part.methods)
+    choice = context.run.choice if any(map(_is_choice, part.placements)) else None
+    configs = read_placements(recipes, part.placements, choice)
     sources = _loaded(context, part.datasets) if part.datasets else context.manifests
     context.echo(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")
     left_out = part.model_dump(include={"present_only", "skip_unreadable"})
@@ -163,5 +161,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
         save_adapters=True,
         progress=context.progress,
     )
-    configs = [c for recipe in recipes for c in read_placements(recipe.method, named, choice)]
-    return experiment.run(sources, configs, part.seeds, together=part.together)
+    table = experiment.run(sources, configs, part.seeds, together=part.together)
+    if verdict := methods_verdict(table):
+        context.echo(f"train    {verdict}")
+    return table

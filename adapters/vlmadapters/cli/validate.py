@@ -13,7 +13,7 @@ from vlmadapters.cli.options import (
     Workers,
     find_datasets,
     load_backbone,
-    read_recipe,
+    read_recipes,
     read_seeds,
 )
 from vlmlayers.cli.options import (
@@ -84,11 +84,11 @@ def validate(
     """
     chosen = _choice(choice, placement)
     table = _scores(choice, scores)
-    from vlmadapters.training.recipes import default_recipe
-    from vlmadapters.validation.competitors import DEFAULT_KINDS
+    from vlmadapters.validation.competitors import DEFAULT_KINDS, chosen_placement
     from vlmlayers.options import parse_settings
 
-    made = read_recipe(recipe or default_recipe(model), parse_settings(settings or []), method)
+    (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
+    chosen_placement(made.method, chosen)  # refused before torch is imported
     numbers = read_seeds(seeds)
     find_datasets(datasets, data_root)
     from vlmadapters.validation.validate import validate as run
@@ -122,14 +122,13 @@ def validate(
 
 
 def _choice(choice: Path | None, placement: str | None) -> Any:
-    from vlmadapters.methods.mma.config import MMAConfig
     from vlmlayers.placement import Placement
     from vlmlayers.selection import LayerChoice
 
     if (choice is None) == (placement is None):
         raise UserError("name either --choice or --placement, not both and not neither")
     if placement is not None:
-        return MMAConfig(*Placement.parse(placement))
+        return Placement.parse(placement)
     assert choice is not None
     return LayerChoice.load(choice / "choice.json" if choice.is_dir() else choice)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from vlmadapters.cli.options import read_recipes
 from vlmadapters.cli.train_stage import recipe_name
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, Several, validated
@@ -62,11 +63,9 @@ def check(context: Any) -> None:
     Raises:
         UserError: A key or name is unknown, or a value has the wrong type.
     """
-    from vlmadapters.cli.options import read_recipe
-
     part = _part(context)
     name = recipe_name(context, part.recipe or "published")
-    read_recipe(name, part.set, part.method)
+    read_recipes(name, part.set, [part.method])
     datasets(context)
 
 
@@ -98,19 +97,18 @@ def validate(context: Any) -> None:
     Raises:
         UserError: A key or name is unknown, or a value has the wrong type.
     """
-    from vlmadapters.cli.options import read_recipe
-    from vlmadapters.training.recipes import default_recipe
     from vlmadapters.validation import validate as library
 
     part = _part(context)
     model = context.load_model()
-    recipe = recipe_name(context, part.recipe or default_recipe(model.name))
+    name = recipe_name(context, part.recipe) if part.recipe else None
+    (recipe,) = read_recipes(name, part.set, [part.method], model.name)
     found = library.validate(
         model,
         context.choice,
         datasets(context),
         scores=context.scores,
-        recipe=read_recipe(recipe, part.set, part.method),
+        recipe=recipe,
         out=context.run.folder,
         root=context.data_root,
         seed=context.seed,

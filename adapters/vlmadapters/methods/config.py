@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -49,8 +49,12 @@ class MethodConfig:
 
     def _refused_tower(self, tower: str) -> str:
         if not self.towers:
-            return f"{self.name} has no placement: it acts at no block of either tower"
+            return self._no_placement()
         return f"{self.name} acts at no {tower} block; name {self.towers[0]} blocks only"
+
+    @classmethod
+    def _no_placement(cls) -> str:
+        return f"{cls.name} has no placement: it acts at no block of either tower"
 
     @classmethod
     def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
@@ -74,6 +78,8 @@ class MethodConfig:
             from vlmlayers.selection import LayerChoice
 
             choice = LayerChoice.load(choice)
+        if not cls.towers:
+            raise UserError(cls._no_placement())
         found = choice if isinstance(choice, Mapping) else vars(choice)
         if not {"vision", "text"} <= set(found):
             raise UserError("a layer choice needs the keys 'vision' and 'text'")
@@ -117,6 +123,31 @@ class MethodConfig:
     def check_depths(self, depths: Mapping[str, int]) -> None:
         """Raise a UserError where a block lies beyond a backbone's tower."""
         Placement(self.vision, self.text).check(depths)
+
+
+def placements_of(methods: Sequence[str], placements: Iterable[Any]) -> dict[str, list[Any]]:
+    """Return the placements meant for each of some methods, without the names of methods.
+
+    `maple:1-9` is meant for MaPLe. One without a name is meant for every method that none names. A
+    method whose list is empty keeps its own placement.
+
+    Args:
+        methods: Names of the methods.
+        placements: Placements as text, or as anything else, which names no method.
+
+    Raises:
+        UserError: A placement names another method.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in methods}
+    for_all = []
+    for one in placements:
+        name, _, blocks = one.rpartition(":") if isinstance(one, str) else ("", "", one)
+        if name:
+            check_one_of("method", name, methods, where=f"the placement {one!r}")
+            found[name].append(blocks)
+        else:
+            for_all.append(blocks)
+    return {name: named or for_all for name, named in found.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -25,7 +25,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import TaskData
 from vlmadapters.files import save_method
 from vlmadapters.methods.base import Method
-from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.config import MethodConfig, placements_of
 from vlmadapters.protocols.cells import Cell, CellFolder, Rows
 from vlmadapters.protocols.evaluate import Case, Evaluator, Labels
 from vlmadapters.protocols.results import (
@@ -505,8 +505,9 @@ def train(
             goes on there.
         protocol: `base-to-novel`, `few-shot`, `cross-dataset` or `domain-generalization`.
         method: Name of the method, or several; `METHODS` lists them.
-        placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, or a layer choice; several
-            train side by side. The recipe's own where None.
+        placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, or `maple:1-9` for one of
+            several methods, or a layer choice; several train side by side. The recipe's own where
+            None.
         configs: Settings of each method to train, in place of `method` and `placement`.
         seeds: Seeds of draw, initialisation, order and views.
         together: How many are trained side by side.
@@ -530,9 +531,10 @@ def train(
     if isinstance(recipe, Recipe):
         recipes = [recipe]
     else:
-        recipes = [load_recipe(recipe or default_recipe(model.name), one) for one in method]
+        names = [(recipe or default_recipe(model.name, one), one) for one in method]
+        recipes = [load_recipe(*one) for one in names]
     if configs is None and placement is not None:
-        configs = [_placed(one.method, place) for one in recipes for place in placement]
+        configs = _placed([one.method for one in recipes], placement)
     elif placement is not None:
         raise UserError("train takes either configs or placement, not both")
     experiment = Experiment(
@@ -553,10 +555,15 @@ def train(
     return experiment.run(datasets, configs, seeds, together=together)
 
 
-def _placed(config: MethodConfig, place: Any) -> MethodConfig:
-    """Return settings at a placement, which is text, a value, or a choice."""
-    found = Placement.parse(place) if isinstance(place, str) else place
-    return config.with_placement(found.vision, found.text)
+def _placed(methods: Sequence[MethodConfig], placements: Sequence[Any]) -> list[MethodConfig]:
+    """Return each method at what is named for it, as text, value or choice, or else as it is."""
+    named = placements_of([method.name for method in methods], placements)
+    made: list[MethodConfig] = []
+    for method in methods:
+        places = named[method.name]
+        read = [Placement.parse(one) if isinstance(one, str) else one for one in places]
+        made += [method.with_placement(one.vision, one.text) for one in read] or [method]
+    return made
 
 
 base_to_novel = partial(train, protocol="base-to-novel")

@@ -43,6 +43,7 @@ ZERO_SHOT, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
 ZERO_SHOT_METHODS = (ZERO_SHOT, ZERO_SHOT_OWN)
 UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"
 GROUP = ["protocol", "method", "model", "weights", "source", "placement", "settings", "shots"]
+ADDED: dict[str, Any] = {"settings": "", "parameters": 0, "seconds": 0.0}
 
 
 def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]:
@@ -84,17 +85,19 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns protocol, method, model, weights, source, placement, settings, shots, dataset,
-        metric (`base`, `novel`, `hm`, `all`), mean, sd, seeds, note.
+        metric (`base`, `novel`, `hm`, `all`), mean, sd, seeds, note, parameters, and seconds of one
+        training on average.
     """
     if results.empty:
         raise UserError("the results table is empty; run `vlmlayers evaluate` first")
     rows: list[dict[str, Any]] = []
     table = results.assign(source=_comparable_source(results))
-    if "settings" not in table:  # written before there were several methods
-        table["settings"] = ""
+    # What tables lack that were written before there were several methods.
+    table = table.assign(**{key: value for key, value in ADDED.items() if key not in table})
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
-        rows += [head | row for row in _datasets(part)]
+        cost = {"parameters": int(part["parameters"].max()), "seconds": part["seconds"].mean()}
+        rows += [head | row | cost for row in _datasets(part)]
     return pd.DataFrame(rows)
 
 

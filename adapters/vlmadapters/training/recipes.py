@@ -228,9 +228,9 @@ def _without(
     return left
 
 
-def default_recipe(model: str) -> str:
+def default_recipe(model: str, method: str = "mma") -> str:
     """Return the recipe for a backbone: `mini` for the shipped miniature, else `published`."""
-    return "mini" if model == "mini-clip" else "published"
+    return "mini" if model == "mini-clip" and "mini" in _shipped(method) else "published"
 
 
 def recipe_names(method: str = "mma") -> list[str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from vlmlayers.errors import check_one_of
+from vlmadapters.methods.config import MethodConfig
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement
+from vlmlayers.positions import TOWERS
 from vlmlayers.selection import paper_blocks
 
+LOG = logging.getLogger("vlmlayers")
 Blocks = tuple[int, ...]
 KINDS: dict[str, str] = {
-    "paper": "upper two thirds of both towers (5–12 of 12, as published)",
+    "paper": "the method's published placement (of MMA blocks 5–12 of 12 of both towers)",
     "all": "every block of both towers",
     "lower": "lower half of both towers",
     "upper": "upper half of both towers",
@@ -57,8 +62,8 @@ def _random_blocks(
 ) -> Placement:
     """Draw as many blocks per tower as chosen, as many of them in both towers as chosen.
 
-    A block that is adapted in both towers shares its middle layer, so equal counts alone would not
-    be an equal number of parameters.
+    A block that is adapted in both towers shares parameters in MMA and in MaPLe, so equal counts
+    alone would not be an equal number of parameters.
     """
     shallow, deep = sorted(depths, key=lambda tower: depths[tower])
     both = set(chosen.vision) & set(chosen.text)
@@ -73,10 +78,18 @@ def _random_blocks(
 
 
 def _placements(
-    kind: str, chosen: Placement, depths: Mapping[str, int], count: int, seed: int
+    kind: str,
+    chosen: Placement,
+    depths: Mapping[str, int],
+    method: MethodConfig | None,
+    count: int,
+    seed: int,
 ) -> Iterator[Placement]:
     v, t = depths["vision"], depths["text"]
-    if kind == "paper":
+    if kind == "paper" and method is not None:
+        published = method.published(depths)
+        yield Placement(published.vision, published.text)
+    elif kind == "paper":
         yield Placement(paper_blocks(v), paper_blocks(t))
     elif kind == "all":
         yield Placement(_span(1, v), _span(1, t))
@@ -105,11 +118,40 @@ def _placements(
         yield Placement(text=chosen.text)
 
 
+def chosen_placement(method: MethodConfig, choice: Any) -> Placement:
+    """Return where a method acts by a choice: in the towers that it can be placed in.
+
+    Args:
+        method: Settings of the method.
+        choice: A `LayerChoice` or other value with `vision` and `text` blocks. A placement, as text
+            or value, is meant for this method and has to fit it.
+
+    Raises:
+        UserError: It is none of these or names no block, or the method cannot act there.
+    """
+    if isinstance(choice, str):
+        choice = Placement.parse(choice)
+    if not hasattr(choice, "vision") or not hasattr(choice, "text"):
+        raise UserError(
+            "validate: choice takes a layer choice or a placement such as '5-12', not "
+            f"{type(choice).__name__}"
+        )
+    blocks = {"vision": tuple(choice.vision), "text": tuple(choice.text)}
+    if not any(blocks.values()):
+        raise UserError("the choice adapts no block in either tower; there is nothing to train")
+    if isinstance(choice, Placement):
+        placed = method.with_placement(**blocks)
+    else:
+        placed = method.from_choice(blocks, **method.settings())
+    return Placement(placed.vision, placed.text)
+
+
 def competitors(
     chosen: Placement,
     depths: Mapping[str, int],
     kinds: Iterable[str] = DEFAULT_KINDS,
     *,
+    method: MethodConfig | None = None,
     random_count: int = 3,
     seed: int = 0,
 ) -> list[Competitor]:
@@ -119,6 +161,8 @@ def competitors(
         chosen: The chosen placement.
         depths: Number of blocks of each tower, `vision` and `text`.
         kinds: Names of `KINDS`.
+        method: Settings of the method that is placed: its published placement is the kind `paper`,
+            and placements are those of its towers that it can take. Any of both towers where None.
         random_count: How many random placements the kind `random` adds.
         seed: Seed of those.
 
@@ -128,8 +172,22 @@ def competitors(
     found = {chosen.check(depths, "the choice"): ["chosen"]}
     for kind in kinds:
         check_one_of("kind of placement", kind, KINDS)
-        for placed in _placements(kind, chosen, depths, random_count, seed):
+        for any_tower in _placements(kind, chosen, depths, method, random_count, seed):
+            placed = any_tower if method is None else _within(method, any_tower, kind)
             names = found.setdefault(placed, []) if placed else []
             if kind not in names:
                 names.append(kind)
     return [Competitor("+".join(names), placed) for placed, names in found.items()]
+
+
+def _within(method: MethodConfig, placed: Placement, kind: str) -> Placement:
+    """Return the part of a placement that lies in a method's towers; none where it refuses it."""
+    blocks = {tower: placed.blocks(tower) if tower in method.towers else () for tower in TOWERS}
+    if not any(blocks.values()):
+        return Placement()
+    try:
+        method.with_placement(**blocks)
+    except UserError as error:
+        LOG.info("no competitor %s: %s", kind, error)
+        return Placement()
+    return Placement(**blocks)

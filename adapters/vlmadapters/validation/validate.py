@@ -14,11 +14,18 @@ from typing import Annotated, Any
 
 import pandas as pd
 
+from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import EFFECT, Datasets, Experiment, Model
 from vlmadapters.protocols.results import ZERO_SHOT, ZERO_SHOT_METHODS
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
-from vlmadapters.validation.competitors import DEFAULT_KINDS, KINDS, Competitor, competitors
+from vlmadapters.validation.competitors import (
+    DEFAULT_KINDS,
+    KINDS,
+    Competitor,
+    chosen_placement,
+    competitors,
+)
 from vlmadapters.validation.ranking import predicted_outcomes, predictors, rank_correlation
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
 from vlmlayers.arguments import Count, Takes, checked
@@ -113,11 +120,12 @@ def validate(
 
     Args:
         model: The backbone (`vlmlayers.models.load_model`).
-        choice: A `LayerChoice`, a placement such as `5-12`, or anything with `vision` and `text`
-            blocks.
+        choice: A `LayerChoice` or anything with `vision` and `text` blocks, of which those in the
+            method's towers count; or a placement such as `5-12`, which has to fit the method.
         manifests: Datasets, by name, path or manifest, each with two classes or more.
         scores: Score table to predict outcomes from; None leaves predictions out.
-        kinds: Competitors, names of `placement.KINDS`. The reference is always among them.
+        kinds: Competitors, names of `competitors.KINDS`; those that the method cannot take are left
+            out. The reference is always among them.
         seeds: Seeds of draw, initialisation, order and views.
         shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
@@ -142,7 +150,7 @@ def validate(
             the choice does not fit the model.
     """
     made = _recipe(model, recipe, shots, method)
-    placed = _competitors(model, choice, kinds, reference, random_count, seed)
+    placed = _competitors(model, made.method, choice, kinds, reference, random_count, seed)
     seeds = _distinct(seeds)
     experiment = Experiment(
         "base-to-novel",
@@ -205,27 +213,24 @@ def _recipe(
     model: Any, recipe: str | Path | Recipe | None, shots: int | None, method: str
 ) -> Recipe:
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe or default_recipe(model.name), method)
+        recipe = load_recipe(recipe or default_recipe(model.name, method), method)
     return recipe.changed({"shots": shots}, {})
 
 
 def _competitors(
-    model: Any, choice: Any, kinds: Iterable[str], reference: str, count: int, seed: int
+    model: Any,
+    method: MethodConfig,
+    choice: Any,
+    kinds: Iterable[str],
+    reference: str,
+    count: int,
+    seed: int,
 ) -> list[Competitor]:
-    if isinstance(choice, str):
-        choice = Placement.parse(choice)
-    if not hasattr(choice, "vision") or not hasattr(choice, "text"):
-        raise UserError(
-            "validate: choice takes a layer choice or a placement such as '5-12', not "
-            f"{type(choice).__name__}"
-        )
-    chosen = Placement(tuple(choice.vision), tuple(choice.text))
-    if not chosen:
-        raise UserError("the choice adapts no block in either tower; there is nothing to train")
+    chosen = chosen_placement(method, choice)
     check_one_of("reference", reference, KINDS)
     depths = {name: tower.depth for name, tower in model.towers.items()}
     wanted = dict.fromkeys([reference, *kinds])
-    return competitors(chosen, depths, wanted, random_count=count, seed=seed)
+    return competitors(chosen, depths, wanted, method=method, random_count=count, seed=seed)
 
 
 def _distinct(seeds: Iterable[int]) -> list[int]:

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import pytest
+from backbones import shared_backbone
 
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.task import Task
+from vlmadapters.methods import METHODS
 from vlmadapters.methods.mma.config import MMAConfig
-from vlmadapters.validation.competitors import KINDS, competitors, scaled_block, scaled_start
+from vlmadapters.training.recipes import load_recipe
+from vlmadapters.validation.competitors import (
+    KINDS,
+    chosen_placement,
+    competitors,
+    scaled_block,
+    scaled_start,
+)
 from vlmlayers.errors import UserError
 from vlmlayers.placement import Placement
-from vlmlayers.selection import paper_blocks
+from vlmlayers.selection import LayerChoice, paper_blocks
 
 TWELVE = {"vision": 12, "text": 12}
 CHOSEN = Placement.span(6, 12)
@@ -89,3 +100,53 @@ def test_unknown_kind_and_foreign_block_are_refused() -> None:
         competitors(CHOSEN, TWELVE, ["uper"])
     with pytest.raises(UserError, match="text block 7, but the text tower has 6 blocks"):
         competitors(CHOSEN, {"vision": 12, "text": 6})
+
+
+PLACED = [name for name in METHODS if METHODS.config(name).towers]
+FREE = [name for name in METHODS if not METHODS.config(name).towers]
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_competitors_of_a_method_are_placements_it_takes(name: str) -> None:
+    method = load_recipe("published", name).method
+    chosen = chosen_placement(method, LayerChoice((2, 5, 9), (2, 3), "explicit"))
+    assert all(bool(chosen.blocks(tower)) == (tower in method.towers) for tower in TWELVE)
+    found = competitors(chosen, TWELVE, KINDS, method=method)
+    for one in found:
+        assert method.with_placement(*one.placement).check_depths(TWELVE) is None
+    paper = next(one for one in found if "paper" in one.kind)
+    assert str(paper.placement) == method.published(TWELVE).placement
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_random_competitors_have_as_many_parameters_as_the_choice(name: str) -> None:
+    """Counted on the built method."""
+    model = shared_backbone("clip")
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    depths = {tower: walk.tower.depth for tower, walk in backbone.walks.items()}
+    method = load_recipe("published", name).method.with_placement(
+        *chosen_placement(load_recipe("published", name).method, LayerChoice((1, 2), (2,), "rule"))
+    )
+    chosen = Placement(method.vision, method.text)
+    found = competitors(chosen, depths, ["random"], method=method, random_count=9)
+    placed = [method.with_placement(*one.placement) for one in found if one.kind != "paper"]
+    task = Task(("red", "green"))
+    counts = {METHODS[name].build(one, backbone, task, seed=0).parameter_count() for one in placed}
+    assert len(placed) > 1 and len(counts) == 1
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_method_without_a_placement_has_nothing_to_validate(name: str) -> None:
+    method = load_recipe("published", name).method
+    for choice in ("5-12", LayerChoice((5,), (5,), "rule")):
+        with pytest.raises(UserError, match=f"{name} has no placement: it acts at no block"):
+            chosen_placement(method, choice)
+
+
+def test_an_explicit_placement_has_to_fit_and_a_choice_gives_what_fits() -> None:
+    coop, maple = (load_recipe("published", name).method for name in ("coop", "maple"))
+    with pytest.raises(UserError, match="coop acts at no vision block"):
+        chosen_placement(coop, "v5-12,t5-12")
+    assert str(chosen_placement(coop, LayerChoice((5,), (1, 3), "rule"))) == "v-,t1+3"
+    found = competitors(Placement((1, 2), (1, 2)), TWELVE, ["text", "vision"], method=maple)
+    assert [one.kind for one in found] == ["chosen", "vision"]

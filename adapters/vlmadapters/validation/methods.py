@@ -1,0 +1,85 @@
+"""Methods compared with each other, by the results table of a base-to-novel training."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import pandas as pd
+
+from vlmadapters.protocols.results import ZERO_SHOT, ZERO_SHOT_METHODS
+from vlmadapters.validation.verdict import compare
+from vlmlayers.arguments import checked
+from vlmlayers.errors import UserError
+from vlmlayers.placement import ZERO_SHOT as UNTRAINED
+from vlmlayers.scores.summaries import harmonic_mean
+
+KEYS = ["placement", "dataset", "seed"]
+
+
+@checked
+def compare_methods(results: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Return each method's outcomes and its paired difference to the best one.
+
+    Every method at a placement counts as one; without placements named these are the published
+    ones. Pairs are of one dataset and seed, so of one draw.
+
+    Args:
+        results: A results table with base and novel accuracies of one model.
+        draws: Bootstrap draws over datasets and seeds.
+        seed: Seed of the private generator.
+
+    Returns:
+        As `vlmadapters.validation.verdict.compare`, one row per method such as `MaPLe v1-9,t1-9`
+        and one for zero-shot CLIP; differences are those to the first row, the best.
+
+    Raises:
+        UserError: The table has no training with base and novel accuracies.
+    """
+    cells = _cells(results)
+    if cells.empty:
+        raise UserError(
+            "the results hold no training tested on base and novel classes; train one with the "
+            "protocol base-to-novel"
+        )
+    order = compare(cells, str(cells["placement"].iloc[0]), draws=1)["placement"]
+    found = compare(cells, str(order.iloc[0]), draws=draws, seed=seed)
+    names = found["placement"].replace({UNTRAINED: ZERO_SHOT})
+    found.insert(0, "method", names)
+    return found.drop(columns=["placement", "kind"])
+
+
+def methods_verdict(results: pd.DataFrame, *, seed: int = 0) -> str:
+    """Return in one sentence how methods compare; empty where there are not two to compare.
+
+    Args:
+        results: A results table.
+        seed: Seed of the bootstrap.
+    """
+    if _cells(results)["placement"].nunique() < 2:
+        return ""
+    first, *others = compare_methods(results, seed=seed).to_dict("records")
+    said = [f"{first['method']} did best (harmonic mean {first['hm']:.1f} over {first['n']} runs)"]
+    return "; ".join([*said, *map(_against_the_best, others)]) + "."
+
+
+def _against_the_best(row: dict[Hashable, Any]) -> str:
+    low, high = row["difference_low"], row["difference_high"]
+    did = "did worse" if high < 0 else "cannot be told from it"
+    return f"{row['method']} {did} ({row['difference']:+z.1f} [{low:z.1f}, {high:z.1f}])"
+
+
+def _cells(results: pd.DataFrame) -> pd.DataFrame:
+    """Return base, novel and harmonic mean in percent, a row per method, dataset and seed."""
+    halves = results[results["split_kind"].isin(["base", "novel"])]
+    trained = halves[~halves["method"].isin(ZERO_SHOT_METHODS)]
+    names = [" ".join(filter(None, pair)) for pair in zip(trained["method"], trained["placement"])]
+    found = _wide(trained.assign(placement=names), [*KEYS, "parameters"]).reset_index()
+    plain = _wide(halves[halves["method"] == ZERO_SHOT], ["dataset"]).add_prefix("zero_shot_")
+    found["hm"] = [harmonic_mean(base, novel) for base, novel in zip(found.base, found.novel)]
+    return found.assign(kind="").join(plain, on="dataset")
+
+
+def _wide(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    found = rows.groupby([*keys, "split_kind"], sort=False)["accuracy"].mean().unstack()
+    return 100 * found.reindex(columns=["base", "novel"]).dropna()

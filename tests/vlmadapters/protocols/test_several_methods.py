@@ -1,0 +1,109 @@
+"""Several methods by one command: who gets which placement, and what they share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from backbones import shared_backbone
+from typer.testing import CliRunner
+
+import vlmadapters as va
+from vlmadapters.cli.options import read_placements, read_recipes
+from vlmadapters.cli.train_stage import parts
+from vlmadapters.protocols.results import ZERO_SHOT, summarise
+from vlmlayers.errors import UserError
+from vlmlayers.selection import LayerChoice
+
+NAMES = ["mma", "coop", "maple"]
+CHOICE = LayerChoice((2, 3), (3,), "explicit")
+
+
+def placed(*placements: str) -> list[str]:
+    configs = read_placements(read_recipes("published", {}, NAMES), placements, CHOICE)
+    return [f"{config.name} {config.placement}" for config in configs]
+
+
+def test_a_placement_is_for_every_method_or_for_the_one_it_names() -> None:
+    assert placed() == ["mma v5-12,t5-12", "coop v-,t1", "maple v1-9,t1-9"]
+    assert placed("mma:9-12", "mma:5-12", "coop:t2") == [
+        "mma v9-12,t9-12", "mma v5-12,t5-12", "coop v-,t2", "maple v1-9,t1-9",
+    ]  # fmt: skip
+    assert placed("2-3", "coop:t1") == ["mma v2-3,t2-3", "coop v-,t1", "maple v2-3,t2-3"]
+    assert placed("choice") == ["mma v2-3,t3", "coop v-,t3", "maple v2-3,t3"]
+    assert placed("maple:choice")[-1] == "maple v2-3,t3"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "mma,cop"], "unknown method 'cop'; did you mean 'coop'?"),
+        (["--method", "mma,mma"], "the method mma is named 2 times"),
+        (["--method", "zero-shot", "--placement", "5"], "zero-shot has no placement"),
+        (["--method", "mma,coop", "--placement", "v5,t5"], "coop acts at no vision block; .*mma:5"),
+        (["--method", "mma", "--placement", "coop:t1"], "unknown method 'coop' in the placement"),
+        (["--method", "mma,coop", "--set", "leng=4"], "unknown key 'leng' in --set"),
+    ],
+)
+def test_mistakes_are_one_line_before_torch(words: list[str], message: str, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom vlmlayers.cli import app\nfrom vlmlayers.errors import UserError\n"
+        "from typer.testing import CliRunner\n"
+        "done = CliRunner().invoke(app, sys.argv[1:])\n"
+        "assert isinstance(done.exception, UserError), done.exception\n"
+        "assert 'torch' not in sys.modules\nprint(done.exception)"
+    )
+    command = ["train", "mini-clip", "faces", "--out", str(tmp_path / "o"), *words]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert pd.Series([done.stdout]).str.contains(message).all(), done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_tables_of_a_study_are_held_to_the_same() -> None:
+    part = {"method": NAMES, "placements": ["mma:9-12", "maple:choice"], "set": {"scale": 0.1}}
+    assert parts([part])[0].methods == tuple(NAMES)
+    with pytest.raises(UserError, match="zero-shot has no placement"):
+        parts([{"method": ["mma", "zero-shot"], "placements": ["9-12"]}])
+    with pytest.raises(UserError, match="unknown key 'scal'.*did you mean 'scale'"):
+        parts([{"method": NAMES, "set": {"scal": 0.1}}])
+
+
+def test_a_sweep_gives_each_method_what_it_has_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlmadapters.cli import train as verbs
+    from vlmlayers.cli import app
+
+    monkeypatch.setattr(verbs, "load_backbone", lambda *_: shared_backbone())
+    words = ["train", "any", "shapes_filled", "--seeds", "1", "--limit", "32", "--quiet"]
+    words += ["--out", str(tmp_path), "--method", ",".join(NAMES)]
+    words += ["--placement", "mma:2-3", "--placement", "maple:1-2"]
+    small = {"epochs": 2, "shots": 2, "lr": 0.05, "warmup_epochs": 0}
+    words += [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "one training" in done.output and " did best (harmonic mean" in done.output
+    assert max(map(len, done.output.splitlines()[:-1])) <= 80
+    table = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
+    assert (table.method == ZERO_SHOT).sum() == 2, "zero-shot once, for all methods"
+    trained = table[table.seed == 1]
+    assert dict(zip(trained.method, trained.placement)) == {
+        "MMA": "v2-3,t2-3", "CoOp": "v-,t1", "MaPLe": "v1-2,t1-2",
+    }  # fmt: skip
+    assert (trained.parameters > 0).all() and (trained.seconds > 0).all()
+    assert trained[trained.method == "MMA"].settings.str.startswith("dim=32").all()
+    summary = summarise(table).set_index(["method", "metric"])
+    coop = trained[trained.method == "CoOp"]
+    assert summary.parameters["CoOp", "hm"] == coop.parameters.iloc[0]
+    assert summary.seconds["CoOp", "hm"] == pytest.approx(coop.seconds.mean())
+
+    recipe = va.load_recipe("published", "coop").changed(small, {})
+    alone = va.train(shared_backbone(), "shapes_filled", recipe, seeds=1, limit=32, progress=False)
+    ours = alone[alone.method == "CoOp"].accuracy.tolist()
+    assert ours == pytest.approx(coop.accuracy.tolist())

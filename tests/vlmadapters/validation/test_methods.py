@@ -1,0 +1,62 @@
+"""Methods beside each other: paired differences and one sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vlmadapters.protocols.results import ZERO_SHOT
+from vlmadapters.validation.methods import compare_methods, methods_verdict
+from vlmlayers.errors import UserError
+
+GAINS = {"MMA": 6.0, "MaPLe": 6.0, "CoOp": 2.0, ZERO_SHOT: 0.0}
+PLACES = {"MMA": "v5-12,t5-12", "MaPLe": "v1-9,t1-9", "CoOp": "v-,t1", ZERO_SHOT: ""}
+
+
+def results(noise: float = 0.5) -> pd.DataFrame:
+    """Six datasets and two seeds, with known gains over zero-shot CLIP on both halves."""
+    generator = np.random.default_rng(5)
+    rows = []
+    for dataset in range(6):
+        plain = generator.uniform(40, 80)
+        for method, gain in GAINS.items():
+            for seed in (-1,) if method == ZERO_SHOT else (1, 2):
+                value = plain + gain + (noise * generator.normal() if gain else 0)
+                rows += [
+                    {
+                        "method": method, "placement": PLACES[method], "dataset": f"d{dataset}",
+                        "seed": seed, "split_kind": kind, "accuracy": value / 100,
+                        "parameters": int(100 * gain),
+                    }
+                    for kind in ("base", "novel")
+                ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_planted_gains_are_found_in_pairs() -> None:
+    found = compare_methods(results()).set_index("method")
+    assert {"MMA v5-12,t5-12", "MaPLe v1-9,t1-9"} == set(found.index[:2])
+    assert list(found.index[2:]) == ["CoOp v-,t1", ZERO_SHOT]
+    gaps = [found.difference[name] for name in found.index[2:]]
+    assert gaps == pytest.approx([-4, -6], abs=0.8)
+    assert (found.n == 12).all() and found.parameters["CoOp v-,t1"] == 200
+    truth = results(0).groupby("method").accuracy.mean() * 100
+    exact = compare_methods(results(0)).set_index("method")
+    assert exact.hm["CoOp v-,t1"] == pytest.approx(truth["CoOp"])
+
+
+def test_the_verdict_says_who_did_best_and_who_cannot_be_told_from_it() -> None:
+    said = methods_verdict(results())
+    first, second, third, last = said.split("; ")
+    assert " did best (harmonic mean " in first and first.endswith("over 12 runs)")
+    assert " cannot be told from it (" in second and "CoOp v-,t1 did worse (-" in third
+    assert last.startswith("zero-shot CLIP did worse (-")
+
+
+def test_one_method_has_nothing_to_be_compared_with() -> None:
+    table = results()
+    assert methods_verdict(table[table.method.isin(["MMA", ZERO_SHOT])]) == ""
+    assert methods_verdict(table.assign(split_kind="all")) == ""
+    with pytest.raises(UserError, match="no training tested on base and novel"):
+        compare_methods(table[table.method == ZERO_SHOT])
