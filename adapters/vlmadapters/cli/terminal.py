@@ -52,7 +52,7 @@ def _costs(trained: pd.DataFrame) -> list[str]:
     lines = ["", _padded("one training", f"{'parameters':>12}{'seconds':>12}")]
     for (method, placement), rows in trained.groupby(["method", "placement"], sort=False):
         cost = rows.iloc[0]
-        label = "  " + " ".join(filter(None, (method, placement)))
+        label = "  " + " ".join(filter(None, map(str, (method, placement))))
         lines.append(_padded(label, f"{cost['parameters']:12,}{rows['seconds'].mean():12.1f}"))
     return lines
 
