@@ -1,4 +1,4 @@
-"""Table 4: averages of all methods the paper compares, your runs beneath them."""
+"""Table 4: averages of the methods the paper compares and of others, your runs beneath them."""
 
 from __future__ import annotations
 

@@ -57,9 +57,12 @@ def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
     except MissingTable:
         return pd.DataFrame(columns=[*RESULT_COLUMNS, "setting"])
     kept = table[table.protocol.str.replace("-", "_") == protocol].copy()
-    kept = kept.drop_duplicates([*RESULT_COLUMNS[:-1]], keep="last")
+    kept["settings"] = kept["settings"].fillna("") if "settings" in kept else ""
+    kept = kept.drop_duplicates([*RESULT_COLUMNS[:-1], "settings"], keep="last")
     kept["accuracy"] = 100 * kept.accuracy.astype(float)
     kept["setting"] = [_setting(row) for row in kept.to_dict("records")]
+    alike = kept.groupby("setting")["settings"].transform("nunique") > 1
+    kept.loc[alike, "setting"] += ", " + kept.loc[alike, "settings"]
     return kept
 
 
@@ -98,12 +101,12 @@ def own_base_to_novel(results: pd.DataFrame, datasets: Iterable[str]) -> Numbers
 
 
 def own_accuracies(results: pd.DataFrame, targets: Iterable[str], source: str) -> Numbers:
-    """Return accuracies of own transfer runs, mean and sd over seeds, by setting and dataset.
+    """Return accuracies of own runs on all classes, mean and sd over seeds, by setting and dataset.
 
     Args:
         results: From `own_results`.
         targets: The published targets, over which the average goes; `source` is not among them.
-        source: The dataset trained on.
+        source: The dataset trained on; empty where each is trained on itself.
     """
     targets = list(targets)
     spelling = {dataset_key(name): name for name in targets}
