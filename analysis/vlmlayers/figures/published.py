@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,12 +58,12 @@ def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
     except MissingTable:
         return pd.DataFrame(columns=[*RESULT_COLUMNS, "setting"])
     kept = table[table.protocol.str.replace("-", "_") == protocol].copy()
-    kept["settings"] = kept["settings"].fillna("") if "settings" in kept else ""
+    kept = kept if "settings" in kept else kept.assign(settings="")
     kept = kept.drop_duplicates([*RESULT_COLUMNS[:-1], "settings"], keep="last")
     kept["accuracy"] = 100 * kept.accuracy.astype(float)
-    kept["setting"] = [_setting(row) for row in kept.to_dict("records")]
-    alike = kept.groupby("setting")["settings"].transform("nunique") > 1
-    kept.loc[alike, "setting"] += ", " + kept.loc[alike, "settings"]
+    pairs = [(_setting(row), row["settings"]) for row in kept.to_dict("records")]
+    found = Counter(name for name, _ in set(pairs))
+    kept["setting"] = [f"{name}, {more}" if found[name] > 1 else name for name, more in pairs]
     return kept
 
 
