@@ -556,14 +556,22 @@ def train(
 
 
 def _placed(methods: Sequence[MethodConfig], placements: Sequence[Any]) -> list[MethodConfig]:
-    """Return each method at what is named for it, as text, value or choice, or else as it is."""
+    """Return each method at what is named for it, or else as it is."""
     named = placements_of([method.name for method in methods], placements)
-    made: list[MethodConfig] = []
-    for method in methods:
-        places = named[method.name]
-        read = [Placement.parse(one) if isinstance(one, str) else one for one in places]
-        made += [method.with_placement(one.vision, one.text) for one in read] or [method]
-    return made
+    return [
+        placed
+        for method in methods
+        for placed in [_at(method, place) for place in named[method.name]] or [method]
+    ]
+
+
+def _at(method: MethodConfig, place: Any) -> MethodConfig:
+    """Return a method at a placement, as text or value, or at what it can take of a choice."""
+    if isinstance(place, str):
+        place = Placement.parse(place)
+    if isinstance(place, Placement):
+        return method.with_placement(place.vision, place.text)
+    return method.from_choice(place, **method.settings())
 
 
 base_to_novel = partial(train, protocol="base-to-novel")

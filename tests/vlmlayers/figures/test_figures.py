@@ -301,7 +301,7 @@ def test_own_few_shot_runs_and_two_settings_of_one_method(published: Path, tmp_p
     (narrow,), (wide,) = table.rows[-2:]
     assert narrow.endswith("16 shots, rank=2") and wide.endswith("16 shots, rank=4")
     assert table.cell((narrow,), "Average").value == pytest.approx(60.2 + 5)
-    assert table.cell((wide,), "DTD").value == pytest.approx(88.2)
+    assert table.cell((wide,), "DTD").value == pytest.approx(78.2)
     assert not any("source" in column for column in table.columns)
 
 
