@@ -27,7 +27,10 @@ def load_backbone(model: str, weights: Weights, device: str) -> Any:
 
 
 def read_recipes(
-    name: str | None, settings: Mapping[str, Any], methods: Sequence[str], model: str = ""
+    name: str | Mapping[str, str] | None,
+    settings: Mapping[str, Any],
+    methods: Sequence[str],
+    model: str = "",
 ) -> list[Any]:
     """Return one recipe per method with some values set.
 
@@ -35,7 +38,8 @@ def read_recipes(
     methods have is set for those.
 
     Args:
-        name: Name or TOML file of the recipe; that of each method for the model where None.
+        name: Name or TOML file of the recipe, or one for each method; where None that of the method
+            for the model.
         settings: Values to set, by key.
         methods: Names of methods.
         model: Name of the model.
@@ -45,7 +49,8 @@ def read_recipes(
     """
     from vlmadapters.training.recipes import default_recipe, load_recipe
 
-    recipes = [load_recipe(name or default_recipe(model, one), one) for one in methods]
+    named = dict.fromkeys(methods, name) if name is None or isinstance(name, str) else name
+    recipes = [load_recipe(named[one] or default_recipe(model, one), one) for one in methods]
     names = [one.method.name for one in recipes]
     for one in names:
         if names.count(one) > 1:

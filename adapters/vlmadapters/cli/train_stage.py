@@ -22,8 +22,9 @@ class TrainPart(Options):
         datasets: Trained on, each by itself; those of the study where empty.
         targets: Tested by transfer.
         method: Name of a method, or several, each trained with its own recipe.
-        recipe: Name of a recipe, or a TOML file beside the study.
-        set: Values of the recipe or the adapter.
+        recipe: Name of a recipe, or a TOML file beside the study; or one for each method that does
+            not take `published`, as in `{ maple = "transfer" }`.
+        set: Values of the recipes or methods.
         placements: Such as `5-12`, or `maple:1-9` for one of several methods; `choice` is the
             study's own choice; the recipe's where empty.
         seeds: Of draw, initialisation, order and views.
@@ -38,7 +39,7 @@ class TrainPart(Options):
     datasets: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     method: str | tuple[str, ...] = "mma"
-    recipe: str = "published"
+    recipe: str | dict[str, str] = "published"
     set: dict[str, Any] = Field(default_factory=dict)
     placements: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -52,6 +53,13 @@ class TrainPart(Options):
     def methods(self) -> tuple[str, ...]:
         """The methods as a tuple."""
         return (self.method,) if isinstance(self.method, str) else self.method
+
+    @property
+    def recipes(self) -> dict[str, str]:
+        """The recipe of each method."""
+        if isinstance(self.recipe, str):
+            return dict.fromkeys(self.methods, self.recipe)
+        return {method: self.recipe.get(method, "published") for method in self.methods}
 
 
 def parts(tables: Any) -> list[TrainPart]:
@@ -68,8 +76,11 @@ def parts(tables: Any) -> list[TrainPart]:
         protocol = PROTOCOLS[check_one_of("protocol", part.protocol, PROTOCOLS, where="[[train]]")]
         if protocol.transfer and not part.targets:
             raise UserError(f"[[train]] {part.protocol} needs targets; name datasets to test on")
-        if not part.recipe.endswith(".toml"):
-            recipes = read_recipes(part.recipe, part.set, part.methods)
+        if not isinstance(part.recipe, str):
+            for method in part.recipe:
+                check_one_of("method", method, part.methods, where="recipe of [[train]]")
+        if not any(name.endswith(".toml") for name in part.recipes.values()):
+            recipes = read_recipes(part.recipes, part.set, part.methods)
             read_placements(recipes, [one for one in part.placements if not _is_choice(one)])
         found.append(part)
     return found
@@ -99,7 +110,8 @@ def datasets(context: Any) -> list[Manifest]:
 
 def files(context: Any) -> list[Path]:
     """Return the files of recipes; the stage is run again where one has changed."""
-    found = (recipe_name(context, table.get("recipe", "")) for table in context.study.train)
+    named = (name for part in parts(context.study.train) for name in part.recipes.values())
+    found = dict.fromkeys(recipe_name(context, name) for name in named)
     return [Path(name) for name in found if name.endswith(".toml")]
 
 
@@ -127,22 +139,27 @@ def train(context: Any) -> None:
     """
     import pandas as pd
 
+    from vlmadapters.protocols.results import KEY
+    from vlmadapters.validation.methods import methods_verdict
     from vlmlayers.files import atomically
 
     found = parts(context.study.train)
     model = context.load_model()
     tables = [_run(context, model, part, number) for number, part in enumerate(found, 1)]
     table = pd.concat(tables, ignore_index=True)
+    table = table.drop_duplicates(KEY, ignore_index=True)  # zero-shot CLIP stands in several
     path = context.run.folder / "results.csv"
     atomically(path, lambda temporary: table.to_csv(temporary, index=False))
+    if verdict := methods_verdict(table):
+        context.echo(f"train    {verdict}")
     context.echo(f"train    {len(table)} results: {path}")
 
 
 def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     from vlmadapters.protocols.experiment import Experiment
-    from vlmadapters.validation.methods import methods_verdict
 
-    recipes = read_recipes(recipe_name(context, part.recipe), part.set, part.methods)
+    names = {method: recipe_name(context, name) for method, name in part.recipes.items()}
+    recipes = read_recipes(names, part.set, part.methods)
     choice = context.run.choice if any(map(_is_choice, part.placements)) else None
     configs = read_placements(recipes, part.placements, choice)
     sources = _loaded(context, part.datasets) if part.datasets else context.manifests
@@ -161,7 +178,4 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
         save_adapters=True,
         progress=context.progress,
     )
-    table = experiment.run(sources, configs, part.seeds, together=part.together)
-    if verdict := methods_verdict(table):
-        context.echo(f"train    {verdict}")
-    return table
+    return experiment.run(sources, configs, part.seeds, together=part.together)

@@ -30,6 +30,7 @@ from vlmadapters.protocols.cells import Cell, CellFolder, Rows
 from vlmadapters.protocols.evaluate import Case, Evaluator, Labels
 from vlmadapters.protocols.results import (
     COLUMNS,
+    KEY,
     UNMOVED,
     ZERO_SHOT,
     ZERO_SHOT_OWN,
@@ -458,7 +459,7 @@ class Experiment:
 
 def _table(rows: Rows) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return table.drop_duplicates(list(COLUMNS[: COLUMNS.index("accuracy")]), ignore_index=True)
+    return table.drop_duplicates(KEY, ignore_index=True)
 
 
 Model = Annotated[VLM, Takes("a model, as `load_model` returns it")]

@@ -39,6 +39,7 @@ COLUMNS = (
     "random_weights",
     "note",
 )
+KEY = COLUMNS[: COLUMNS.index("accuracy")]  # what a row is of; the rest is what came out
 ZERO_SHOT, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
 ZERO_SHOT_METHODS = (ZERO_SHOT, ZERO_SHOT_OWN)
 UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"

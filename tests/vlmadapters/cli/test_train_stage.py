@@ -59,6 +59,33 @@ def test_each_table_is_covered() -> None:
         assert (recipe.train.epochs, recipe.method.placement) == (1, "v9-12,t9-12")
 
 
+@pytest.mark.parametrize("table", [*TABLES, "few_shot"])
+def test_a_study_of_every_method_names_published_recipes_first(table: str) -> None:
+    study = read_study(STUDIES / f"methods_{table}.toml")
+    tables = parts(study.train)
+    assert study.stages == ("train",) and study.models[0].pretrained == "openai"
+    methods = [method for part in tables for method in part.methods]
+    assert len(methods) == len(set(methods))
+    assert {"mma", "coop", "cocoop", "kgcoop", "proda", "maple", "ivlp", "lasp"} <= set(methods)
+    for part in tables:
+        assert part.protocol == table.replace("_", "-") and part.seeds == (1, 2, 3)
+        assert not part.set and not part.placements
+        for method, recipe in part.recipes.items():
+            assert load_recipe(recipe, method).source or method == "mma"
+        named = {"few_shot": (), "base_to_novel": (), "domain_generalization": SHIFTED}
+        assert set(part.targets) == set(named.get(table, ELEVEN - {"imagenet"}))
+    assert set(study.datasets) == (
+        ELEVEN if table in ("few_shot", "base_to_novel") else {"imagenet"}
+    )
+
+
+def test_each_method_of_a_table_may_have_a_recipe_of_its_own() -> None:
+    part = {"method": ["maple", "coop"], "recipe": {"maple": "transfer"}}
+    assert parts([part])[0].recipes == {"maple": "transfer", "coop": "published"}
+    assert parts([{"method": ["mma", "coop"], "recipe": "mini"}])[0].recipes["coop"] == "mini"
+    assert load_recipe("published").train_for("imagenet").batch_size == 128
+
+
 def small(table: str) -> Any:
     """Return the study of a table on the miniature CLIP, drawings and one short epoch."""
     content = tomllib.loads((STUDIES / f"mma_{table}.toml").read_text(encoding="utf-8"))
@@ -105,6 +132,8 @@ def test_the_other_studies_run_the_same_way(table: str, tmp_path: Path) -> None:
         ({"recipe": "publishd"}, "did you mean 'published'"),
         ({"datasets": ["digts"]}, "did you mean 'digits'"),
         ({"placements": ["12-5-1"]}, "placement"),
+        ({"recipe": {"mma": "publishd"}}, "did you mean 'published'"),
+        ({"recipe": {"mmma": "mini"}}, "unknown method 'mmma' in recipe of .*'mma'"),
         ({"seeds": ["one"]}, r"\[\[train\]\]: seeds.0 is 'one'; a whole number"),
     ],
 )
