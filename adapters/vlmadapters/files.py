@@ -162,17 +162,9 @@ def load_method(path: str | Path, model: Any) -> Method:
 
 
 def save_official(path: str | Path, method: Method, epoch: int = 0) -> Path:
-    """Write a method in its authors' layout: a `.pth.tar` dictionary with `state_dict`."""
-    state = {key: value.cpu() for key, value in method.official_state_dict().items()}
-    content = {
-        "state_dict": state,
-        "epoch": epoch,
-        "optimizer": None,
-        "scheduler": None,
-        "val_result": None,
-    }
+    """Write a method in its authors' layout, for most a `.pth.tar` dictionary with `state_dict`."""
     path = Path(path)
-    save_whole(path, content)
+    save_whole(path, method.official_content(epoch))
     return path
 
 
@@ -187,7 +179,7 @@ def load_official(
     """Read a method in its authors' layout for a backbone, in evaluation mode.
 
     Args:
-        path: A `.pth.tar` file, or the bare state dictionary.
+        path: A file in their layout, or the bare state dictionary.
         model: The backbone with its tokenizer.
         config: Its settings. What the file does not hold, such as MMA's scale, has its published
             value where there is no configuration, and the placement is read from the keys.
@@ -199,7 +191,8 @@ def load_official(
             not fit.
     """
     content = read_tensors_only(path)
-    state = content.get("state_dict", content)
+    kind = METHODS[config.name if config is not None else method]
+    state = kind.official_state(content, str(path))
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds no trained method: its state_dict is no dictionary")
     state = {
@@ -210,7 +203,6 @@ def load_official(
     for key, value in state.items():  # a small file may claim a view larger than memory
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path} holds less data than the shape of {key[:80]!a} asks for")
-    kind = METHODS[config.name if config is not None else method]
     others = sorted(key for key in state if not kind.is_official_key(key))
     if others:
         LOG.info("%s: %d entries are no part of the method: %.80s", path, len(others), others)

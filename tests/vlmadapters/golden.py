@@ -40,6 +40,7 @@ REPLAYS: dict[str, str] = {
     "maple": "maple",
     "proda": "contexts",
     "clipadapter": "clipadapter",
+    "cliplora": "cliplora",
     "rpo": "rpo",
     "promptsrc": "promptsrc",
 }

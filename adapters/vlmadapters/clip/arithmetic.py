@@ -125,14 +125,26 @@ def attend(block: Any, x: Tensor, u: Tensor, mask: Tensor | None, onednn: bool =
         mask: Additive attention mask, (token, token), or None.
         onednn: Use oneDNN where it suits.
     """
-    attention, heads = block.attn, block.attn.num_heads
-    n, tokens, width = u.shape
+    attention = block.attn
     qkv = frozen_linear(u, attention.in_proj_weight, attention.in_proj_bias, onednn)
-    qkv = qkv.view(n, tokens, 3, heads, width // heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (item, head, token, width / head)
+    q, k, v = qkv.chunk(3, -1)
+    return _leave(block, x, mix(q, k, v, attention.num_heads, mask), onednn)
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """Return the heads' means of values side by side, (item, query, width).
+
+    Args:
+        q: Queries, (item, query, width).
+        k: Keys, (item, token, width).
+        v: Values, (item, token, width).
+        heads: Number of heads.
+        mask: Additive attention mask, (query, token) or with items and heads before it, or None.
+    """
+    q, k, v = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in (q, k, v))
     mask = None if mask is None else mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return _leave(block, x, out.transpose(1, 2).reshape(n, tokens, width), onednn)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (item, head, query, …)
+    return out.transpose(1, 2).flatten(2)
 
 
 def attend_one(

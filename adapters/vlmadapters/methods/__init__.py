@@ -29,6 +29,7 @@ BUILT_IN = {
     "lasp": ("lasp:LASP", "configs:LASPConfig"),
     "proda": ("proda:ProDA", "configs:ProDAConfig"),
     "promptsrc": ("promptsrc:PromptSRC", "configs:PromptSRCConfig"),
+    "cliplora": ("cliplora:CLIPLoRA", "configs:CLIPLoRAConfig"),
     "clipadapter": ("clipadapter:CLIPAdapter", "configs:CLIPAdapterConfig"),
 }
 

@@ -264,6 +264,25 @@ class Method(nn.Module):
         placement = self.config.placement
         return f"{self.config.title} at {placement}" if placement else self.config.title
 
+    def official_content(self, epoch: int = 0) -> dict[str, Any]:
+        """Return what a file in the authors' layout holds: a dictionary with `state_dict`."""
+        state = {key: value.cpu() for key, value in self.official_state_dict().items()}
+        rest = dict.fromkeys(("optimizer", "scheduler", "val_result"))
+        return {"state_dict": state, "epoch": epoch, **rest}
+
+    @classmethod
+    def official_state(cls, content: Mapping[str, Any], where: str) -> Any:
+        """Return parameters under the authors' names of what a file in their layout holds.
+
+        Args:
+            content: What the file holds; it may be the bare state dictionary.
+            where: The file, for messages.
+
+        Raises:
+            UserError: The content has the layout in part only.
+        """
+        return content.get("state_dict", content)
+
     @classmethod
     def is_official_key(cls, key: str) -> bool:
         """Whether a key of the authors' checkpoints is a parameter; others are left out."""

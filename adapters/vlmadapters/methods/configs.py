@@ -4,9 +4,9 @@ check them at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from vlmadapters.data.prompts import class_prompts
 from vlmadapters.methods.config import MethodConfig
@@ -15,6 +15,7 @@ from vlmlayers.errors import UserError
 
 PLACEHOLDER = "X"
 ClassAt = Literal["end", "middle", "front"]
+Matrix = Literal["q", "k", "v", "o"]
 
 
 def split_words(text: str) -> list[str]:
@@ -372,6 +373,64 @@ class MaPLeConfig(MethodConfig):
         """Put prompts into the first three quarters of the shallower tower: 9 blocks of 12."""
         blocks = blocks_to(max(1, round(0.75 * min(depths.values()))))
         return cls(blocks, blocks, **options)
+
+
+@checked
+@dataclass(frozen=True)
+class CLIPLoRAConfig(MethodConfig):
+    """Settings of CLIP-LoRA.
+
+    Attributes:
+        vision: Vision blocks whose attention is changed, counted from 1, rising.
+        text: Text blocks whose attention is changed, counted from 1, rising.
+        rank: Rank of a change.
+        alpha: A change is scaled by alpha / √rank.
+        dropout: Chance that an input of a change is dropped in training.
+        matrices: What is changed: maps to queries `q`, keys `k` and values `v`, and that of what
+            they give, `o`.
+        as_published: Do as the public code does at a dropout of 0: it hands no gradient down
+            through the changes, so that those of lower blocks are wrong.
+
+    Raises:
+        UserError: There is no block or no matrix, a matrix stands twice, or all is dropped.
+    """
+
+    rank: Count = 2
+    alpha: Annotated[float, Takes(above=0)] = 1.0
+    dropout: Share = 0.25
+    matrices: tuple[Matrix, ...] = ("q", "k", "v")
+    as_published: bool = False
+
+    name: ClassVar[str] = "cliplora"
+    title: ClassVar[str] = "CLIP-LoRA"
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
+    extensions: ClassVar[str] = (
+        "sets other than the named ones (a third, half or the top 3 of the blocks), and other ones "
+        "in either tower"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.vision and not self.text:
+            raise UserError(f"{self.name} has no block in either tower; name at least one")
+        if not self.matrices or len(set(self.matrices)) < len(self.matrices):
+            raise UserError(
+                f"matrices is {', '.join(self.matrices) or 'empty'}; name some of "
+                f"{', '.join(get_args(Matrix))}, each once"
+            )
+        object.__setattr__(self, "matrices", self.ordered(self.matrices))
+        if self.dropout == 1:
+            raise UserError("dropout is 1, which drops all that is learned; lower it")
+
+    @staticmethod
+    def ordered(matrices: Collection[str]) -> tuple[str, ...]:
+        """Return matrices in the order q, k, v, o."""
+        return tuple(one for one in get_args(Matrix) if one in matrices)
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Change every block of both towers, as published."""
+        return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)
 
 
 @checked
