@@ -6,11 +6,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from threading import get_ident
 from typing import IO, Any
 
-from vlmlayers.errors import DISK, UserError
+from vlmlayers.errors import DISK, UserError, one_line
 
 try:
     import fcntl
@@ -28,6 +29,7 @@ WEIGHTS = (
     "pytorch_model.pth",
     "model.pth",
 )
+HUB = "hf-hub:"  # before the name of a repository of the Hugging Face hub
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 DRAFTS = "*.part"  # what a process that was killed while it wrote leaves behind
 
@@ -103,6 +105,37 @@ def find_weights(folder: Path) -> Path:
         f"{folder} holds {'several weights' if found else 'no weights'}{several}, none named "
         f"{WEIGHTS[0]} or {WEIGHTS[2]}; name the file with --pretrained FILE (pretrained=)"
     )
+
+
+@cache
+def hub_folder(repo: str) -> Path:
+    """Return the folder of a Hugging Face repository: of the local cache, else fetched once.
+
+    Args:
+        repo: `org/name`.
+
+    Raises:
+        UserError: It is not in the cache and cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.txt", "*.model", *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES[:2])]
+    try:
+        try:
+            found = Path(snapshot_download(repo, local_files_only=True))
+            if any(file.suffix in WEIGHT_SUFFIXES for file in found.iterdir()):
+                return found  # a tokenizer alone may have been fetched
+        except LocalEntryNotFoundError:
+            pass
+        return Path(snapshot_download(repo, allow_patterns=wanted))
+    except HFValidationError:
+        raise UserError(f"hf-hub:{repo} is no repository; write hf-hub:organisation/name") from None
+    except Exception as error:  # noqa: BLE001 of the network, in any of its forms
+        raise UserError(
+            f"hf-hub:{repo} is not in the local cache and cannot be fetched "
+            f"({one_line(error)[:120]}); give the folder of a copy instead"
+        ) from None
 
 
 def file_checksum(file: Path) -> str:

@@ -9,7 +9,8 @@ from vlmlayers.errors import UserError, check_one_of
 
 EMBED, FINAL, PROJ = "embed", "final", "proj"
 TOWERS = ("vision", "text")
-SPACES = ("native", "normed", "joint")
+JOINT = "joint"
+SPACES = ("native", "normed", JOINT)
 
 
 def tower_positions(blocks: int, space: str = "native") -> tuple[str, ...]:

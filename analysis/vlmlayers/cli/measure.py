@@ -49,6 +49,9 @@ def extract(
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "train",
     items: Annotated[int, typer.Option(help="Items per dataset, 0 for all.")] = 0,
     text: Annotated[str, typer.Option(help="prompts or captions.")] = "prompts",
+    tower: Annotated[
+        str | None, typer.Option(help="vision or text; both where absent.", show_default=False)
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "fp32",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,
@@ -91,6 +94,7 @@ def extract(
         split=split,
         items=items,
         text=text,
+        tower=tower,
         precision=precision,
         device=device,
         batch_size=batch_size,

@@ -16,7 +16,8 @@ from vlmlayers.errors import UserError
 Model = Annotated[
     str,
     typer.Argument(
-        help="Architecture, mini-clip, or a folder with open_clip_config.json and weights."
+        help="Architecture, mini-clip, hf-hub:organisation/name, or a folder of open_clip, "
+        "transformers or timm with configuration and weights."
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]

@@ -128,7 +128,8 @@ def measure_costs(
     if not items:
         raise UserError("there is nothing to estimate: no items")
     recorder = Recorder(model.towers["vision"], spaces, pooling)
-    widths, texts = recorder.widths(), Recorder(model.towers["text"], spaces, None).widths()
+    widths, text = recorder.widths(), model.towers.get("text")
+    texts = {} if text is None else Recorder(text, spaces, None).widths()
     size = model.image_size
     batch, decode = _timed(
         lambda: torch.stack(

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from vlmlayers.arguments import Count, Natural, checked
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
-from vlmlayers.files import checksum
 from vlmlayers.manifests import Item
 from vlmlayers.models.devices import resolve_precision
 from vlmlayers.models.options import Dataset, ExtractOptions
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
-from vlmlayers.positions import TOWERS
+
+_MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
 
 
 @checked
@@ -41,6 +41,7 @@ def extract(
     text: str = "prompts",
     template: str | None = None,
     seed: Natural = 0,
+    tower: str | None = None,
     present_only: bool = False,
     skip_unreadable: bool = False,
     progress: bool = True,
@@ -63,6 +64,7 @@ def extract(
         text: `prompts` (one per class) or `captions` (all of each image, with pairs).
         template: Prompt with `{}` for the class name; the manifest's common one where None.
         seed: Seed of the draw where `items` is a number.
+        tower: `vision` or `text` to record that one alone; None for all that the model has.
         present_only: Leave out items whose image is not on disk; the log says how many.
         skip_unreadable: Leave out images that are missing or cannot be read instead of stopping;
             the log says how many and which first.
@@ -86,6 +88,7 @@ def extract(
         text=text,
         template=template,
         seed=seed,
+        tower=tower,
         present_only=present_only,
         skip_unreadable=skip_unreadable,
         progress=progress,
@@ -108,11 +111,11 @@ def prepare(
     options = replace(options, precision=precision)
     items = _items(manifest, split, options)
     names = tuple(manifest.class_names(options.place))
-    texts = _texts(manifest, items, names, options)
     recorders = {
         tower: Recorder(model.towers[tower], options.spaces, options.pooling_of(tower))
-        for tower in TOWERS
+        for tower in _towers(model, options)
     }
+    texts = _texts(manifest, items, names, options) if "text" in recorders else None
     work = Work(model, manifest, split, items, texts, recorders, options)
     header = {
         "model": model.name,
@@ -123,6 +126,18 @@ def prepare(
         "random_weights": model.random_weights,
     }
     return work, header, identity_of(work)
+
+
+def _towers(model: VLM, options: ExtractOptions) -> tuple[str, ...]:
+    """Return the towers to record.
+
+    Raises:
+        UserError: The model has none of that name.
+    """
+    if options.tower is None:
+        return tuple(model.towers)
+    check_one_of("tower", options.tower, tuple(model.towers), where=f"model {model.name}")
+    return (options.tower,)
 
 
 def refuse_hooks(model: VLM) -> None:
@@ -183,23 +198,21 @@ def _texts(
 def identity_of(work: Work) -> dict[str, Any]:
     """Return all that feature values depend on, as JSON values."""
     recorders, texts = work.recorders, work.texts
+    families = ["open_clip", "timm", *(r.tower.family.split()[0] for r in recorders.values())]
     return {
         **work.model.identity(),
         "precision": work.options.precision,
         "pooling": {name: recorder.pooling for name, recorder in recorders.items()},
         "joint_pooling": {name: recorder.joint_pooling for name, recorder in recorders.items()},
-        "spaces": list(next(iter(recorders.values())).spaces),
+        "spaces": list(dict.fromkeys(s for r in recorders.values() for s in r.spaces)),
         "batch_size": work.options.batch_size,
         "dataset": work.manifest.name,
         "split": work.split,
         "data": work.data.summary(),
         "items_hash": work.data.listed,
-        "text": texts.kind,
-        "template": texts.template,
-        "texts_hash": checksum("\n".join(texts.texts)),
+        **({} if texts is None else texts.identity()),
         "versions": {
             "torch": torch.__version__,
-            "open_clip": version("open_clip_torch"),
-            "timm": version("timm"),
+            **{name: version(package) for name, package in _MADE_BY.items() if name in families},
         },
     }

@@ -1,24 +1,26 @@
-"""Load an open_clip model with its preprocessing, tokenizer, towers and a hash of its weights."""
+"""Load a model with its preprocessing, tokenizer, towers and a hash of its weights."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
-from vlmlayers.arguments import PRECISIONS, Count, checked
+from vlmlayers.arguments import PRECISIONS, Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of, one_line
-from vlmlayers.files import WEIGHT_SUFFIXES, find_weights
+from vlmlayers.files import HUB, WEIGHT_SUFFIXES, find_weights, hub_folder
 from vlmlayers.models.build import ImageSize, build_clip, read_config
 from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
+from vlmlayers.models.companions import companions_of
+from vlmlayers.models.devices import memory_errors, resolve_device
+from vlmlayers.models.folders import is_model_folder, load_folder
 from vlmlayers.models.preprocessing import (
     check_settings,
     of_file,
@@ -29,6 +31,7 @@ from vlmlayers.models.preprocessing import (
 from vlmlayers.models.recording import probe
 from vlmlayers.models.tokenizers import make_tokenizer
 from vlmlayers.models.vlm import VLM
+from vlmlayers.models.wrappers import unwrapped
 
 MINI = "mini-clip"
 LOCAL = "local"
@@ -41,9 +44,15 @@ def list_models() -> list[str]:
     return [*open_clip.list_models(), MINI]
 
 
+Given = Annotated[
+    str | Path | nn.Module | tuple[Any, ...],
+    Takes("a model's name, folder, or a model itself", "models"),
+]
+
+
 @checked
 def load_model(
-    name: str | Path,
+    name: Given,
     pretrained: str | Path | None = None,
     *,
     config: str | Path | None = None,
@@ -58,14 +67,16 @@ def load_model(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
 ) -> VLM:
-    """Load a model by architecture and tag, from a local checkpoint, or with random weights.
+    """Load a model by architecture and tag, from files or the hub's cache, or with random weights.
 
     Where weights are given as a file, preprocessing and activation are those that all tags of the
     architecture agree on; where they differ, `like` or explicit values have to say.
 
     Args:
         name: open_clip architecture; "mini-clip" (ships with the package); "local" with `config`
-            and a file of weights; or a folder that holds `open_clip_config.json` and weights.
+            and a file of weights; a folder that holds weights and `open_clip_config.json`, or the
+            `config.json` of transformers or timm; "hf-hub:organisation/name" for such a folder of
+            the hub, read from its cache; or what `wrap_model` takes, by itself.
         pretrained: Tag of the hub, or a file of weights: safetensors, a torch file of tensors
             alone, or a TorchScript archive as OpenAI ships it.
         config: open_clip configuration file for `name="local"`.
@@ -87,7 +98,22 @@ def load_model(
             that do not fit or would have to run code, an option that does not apply, or no network.
     """
     check_one_of("precision", precision, PRECISIONS[1:])
-    source = _source(str(name), config)
+    how = {
+        "pretrained": pretrained, "config": config, "checkpoint": checkpoint, "like": like,
+        "mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode,
+        "image_size": image_size,
+    }  # fmt: skip
+    if not isinstance(name, str | Path):
+        placed = {"random_weights": random_weights or None,
+                  "device": None if device == "cpu" else device,
+                  "precision": None if precision == "fp32" else precision}  # fmt: skip
+        _refuse_options({**how, **placed}, "a model in memory is taken as it is")
+        return wrap_model(name)
+    folder, title = _folder(str(name))
+    if folder is not None and not (folder / CONFIG_FILE).is_file() and is_model_folder(folder):
+        _refuse_options(how, f"{title} says itself how it is built and its images are prepared")
+        return _load_folder(folder, title, random_weights, device, precision)
+    source = _source(str(name), config, folder, title)
     given = check_settings(
         {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode},
         "the model",
@@ -121,38 +147,93 @@ def load_model(
 
 @checked
 def wrap_model(
-    clip: nn.Module,
-    preprocess: Callable[..., Any],
-    tokenizer: Callable[..., Any],
+    clip: nn.Module | tuple[Any, ...],
+    preprocess: Callable[..., Any] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
     *,
-    name: str,
-    weights: str,
+    name: str | None = None,
+    weights: str = "in memory",
     preprocess_train: Callable[..., Any] | None = None,
     random_weights: bool = False,
 ) -> VLM:
     """Make a `VLM` of a model that is already in memory; the model stays as it is.
 
     Args:
-        clip: An open_clip model; one wrapped by `torch.compile` is unwrapped.
-        preprocess: Its evaluation transform.
-        tokenizer: Texts → token ids.
-        name: Architecture, for tables.
+        clip: A model of open_clip, a `CLIPModel`, `SiglipModel`, `Siglip2Model` or their like of
+            transformers, an image model of timm, transformers or DINO; or what
+            `open_clip.create_model_and_transforms` returns, the model and its transforms. One
+            inside `DataParallel`, `DistributedDataParallel`, `torch.compile` or a peft wrapper is
+            taken out, which the log says.
+        preprocess: Its evaluation transform; that of its files or its family where None.
+        tokenizer: Texts → token ids; likewise.
+        name: Architecture, for tables; what the model says of itself where None.
         weights: Where the weights came from, for tables.
         preprocess_train: Its training transform; `preprocess` where absent.
         random_weights: Whether the model is untrained.
+
+    Raises:
+        UserError: The module tree is unknown, or how its images are prepared.
     """
+    if isinstance(clip, tuple):
+        clip, preprocess, preprocess_train = _triple(clip, preprocess, preprocess_train)
+    module = unwrapped(clip)
+    found = companions_of(module, preprocess, tokenizer)
     model = VLM(
-        clip,
-        preprocess,
-        preprocess_train or preprocess,
-        tokenizer,
-        name,
-        weights,
+        module,
+        found.preprocess,
+        preprocess_train or found.preprocess_train or found.preprocess,
+        found.tokenizer,
+        name or found.name,
+        "random" if random_weights and weights == "in memory" else weights,
         random_weights,
-        preprocess_config={"transform": re.sub(" at 0x[0-9a-f]+", "", str(preprocess))},
+        preprocess_config=found.settings,
     )
     kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     model.precision = kinds.get(model.input_dtype, "fp32")
+    return model
+
+
+def _triple(
+    given: tuple[Any, ...], preprocess: Any, preprocess_train: Any
+) -> tuple[nn.Module, Any, Any]:
+    """Return model, evaluation and training transform of what open_clip's factories return."""
+    if len(given) not in (2, 3) or not isinstance(given[0], nn.Module):
+        raise UserError(
+            "wrap_model takes a model, or what open_clip.create_model_and_transforms returns: "
+            f"(model, training transform, evaluation transform); this has {len(given)} parts"
+        )
+    train = given[1] if len(given) == 3 else None
+    return given[0], preprocess or given[-1], preprocess_train or train
+
+
+def _refuse_options(given: Mapping[str, Any], reason: str) -> None:
+    for key, value in given.items():
+        if value is not None:
+            raise UserError(f"load_model: {key} does not apply, {reason}")
+
+
+def _load_folder(
+    folder: Path, title: str, random_weights: bool, device: str | torch.device, precision: str
+) -> VLM:
+    """Return the model of a folder of transformers or timm."""
+    module, weights = load_folder(folder, random_weights)
+    place = resolve_device(device)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    with memory_errors(place, "the weights do not fit; use another device or a smaller model"):
+        module = module.to(place, kind).requires_grad_(False)
+    found = companions_of(module, folder=folder)
+    model = VLM(
+        module,
+        found.preprocess,
+        found.preprocess_train or found.preprocess,
+        found.tokenizer,
+        title,
+        weights,
+        random_weights,
+        precision,
+        preprocess_config=found.settings,
+    )
+    _refuse_impossible(model, None)
     return model
 
 
@@ -180,13 +261,25 @@ class _Source:
         return [] if self.folder is not None else tags_of(self.name)
 
 
-def _source(name: str, config: str | Path | None) -> _Source:
+def _folder(name: str) -> tuple[Path | None, str]:
+    """Return the folder that a name stands for, and its title; None where it stands for another."""
+    if name.startswith(HUB):
+        return hub_folder(name.removeprefix(HUB)), name.removeprefix(HUB)
+    folder = Path(name).expanduser()
+    there = (folder / CONFIG_FILE).is_file() or is_model_folder(folder)
+    return (folder, folder.absolute().name) if there else (None, name)
+
+
+def _source(name: str, config: str | Path | None, folder: Path | None, title: str) -> _Source:
     if config is not None and name != LOCAL:
         raise UserError(
             f"config={str(config)!r} goes with model 'local' only; {name} has a configuration of "
             "its own"
         )
-    folder = Path(name).expanduser()
+    if folder is not None:
+        if not (folder / CONFIG_FILE).is_file():
+            raise UserError(f"{title} holds neither {CONFIG_FILE} nor config.json: it is no model")
+        return _Source(title, *_read(folder / CONFIG_FILE), folder, shipped=True)
     if name == LOCAL:
         if config is None:
             raise UserError("model 'local' needs config=, the path of an open_clip_config.json")
@@ -196,13 +289,12 @@ def _source(name: str, config: str | Path | None) -> _Source:
         if not (MINI_FOLDER / CONFIG_FILE).is_file():
             raise UserError(f"{MINI} is not part of this installation: {MINI_FOLDER} is missing")
         return _Source(MINI, *_read(MINI_FOLDER / CONFIG_FILE), MINI_FOLDER, shipped=True)
-    if (folder / CONFIG_FILE).is_file():
-        return _Source(folder.name, *_read(folder / CONFIG_FILE), folder, shipped=True)
     known = [*list_models(), LOCAL]
-    if name not in known and ("/" in name or folder.exists()):
+    if name not in known and ("/" in name or Path(name).expanduser().exists()):
         raise UserError(
-            f"{name} is not a folder with {CONFIG_FILE} and model.safetensors; give such a folder, "
-            "or the name of an open_clip architecture (`vlmlayers models` lists them)"
+            f"{name} is not a folder with {CONFIG_FILE} (or config.json) and model.safetensors; "
+            f"give such a folder, {HUB}organisation/name, or the name of an open_clip architecture "
+            "(`vlmlayers models` lists them)"
         )
     check_one_of("model", name, known)
     return _Source(name, open_clip.get_model_config(name), {})

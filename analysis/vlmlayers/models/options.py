@@ -48,6 +48,7 @@ class ExtractOptions:
     text: str = "prompts"
     template: str | None = None
     seed: Natural = 0
+    tower: str | None = None
     present_only: bool = False
     skip_unreadable: bool = False
     progress: bool = True
@@ -55,6 +56,8 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         check_one_of("precision", self.precision, PRECISIONS)
         check_one_of("text", self.text, TEXTS)
+        if self.tower is not None:
+            check_one_of("tower", self.tower, TOWERS)
         if self.template is not None and self.text == "captions":
             raise UserError("template makes prompts of class names; text='captions' has none")
         if self.seed and not isinstance(self.items, int):

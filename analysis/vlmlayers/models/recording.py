@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.modes import eval_mode
 from vlmlayers.models.towers import Tower, refuse_compiled
-from vlmlayers.positions import EMBED, FINAL, PROJ, SPACES, sort_key
+from vlmlayers.positions import EMBED, FINAL, JOINT, PROJ, SPACES, sort_key
 
 _AGREE = 0.02  # of the largest value; half precision stays below, a wrong head does not
 Features = dict[str, dict[str, NDArray[np.float32]]]
@@ -109,12 +109,13 @@ class Recorder:
 
     Args:
         tower: Tower to record.
-        spaces: Among `native`, `normed`, `joint`.
+        spaces: Among `native`, `normed`, `joint`, which is left out where a tower has none.
         pooling: Pooling of tokens. None or `model` for the tower's own: where that is an attention
             pool, `joint` goes through it, and `native`, which it was not trained on, is averaged.
 
     Raises:
-        UserError: Unknown space, or a pooling that the tower does not have.
+        UserError: Unknown space, a pooling that the tower does not have, or `joint` alone where
+            there is no joint embedding.
     """
 
     def __init__(
@@ -128,7 +129,9 @@ class Recorder:
         for block in tower.blocks:
             refuse_compiled(block)
         self.tower = tower
-        self.spaces = tuple(dict.fromkeys(spaces))
+        self.spaces = tuple(s for s in dict.fromkeys(spaces) if s != JOINT or tower.joint)
+        if not self.spaces:
+            raise UserError(f"{tower.refusal(JOINT)}; ask for native or normed")
         self.pooling = tower.resolve_pooling(pooling)
         probe(tower)
         own = tower.attend is not None and pooling in (None, "model")
@@ -137,6 +140,7 @@ class Recorder:
         self._normed_at = self._where_normed()
         self._seen: dict[str, dict[str, Tensor]] = {}
         self._ids: Tensor | None = None
+        self._output: Tensor | None = None
         self._hooks: Any = None
 
     def widths(self) -> dict[str, dict[str, int]]:
@@ -147,23 +151,29 @@ class Recorder:
         """
         with self:
             found = self(self.tower.example(2))
-        self._require_agreement(found)
+            self._require_agreement(found)
         return {
             space: {p: by_position[p].shape[1] for p in sorted(by_position, key=sort_key)}
             for space, by_position in found.items()
         }
 
     def _require_agreement(self, found: Features) -> None:
-        """Compare the last block through the head with the embedding, where they have to agree."""
+        """Compare the last block through the head with what the model gives out."""
         tower = self.tower
-        if "joint" not in found or not (self._attends or self.pooling == tower.pooling):
+        if not (self._attends or self.pooling == tower.pooling):
             return
-        last, own = found["joint"][str(tower.depth)], found["joint"][PROJ]
+        if tower.joint and JOINT in found:
+            last, own, what = found[JOINT][str(tower.depth)], found[JOINT][PROJ], "embedding"
+        elif not tower.joint and "native" in found and self._output is not None:
+            last, own = found["native"][FINAL], self._output.float().cpu().numpy()
+            what = "pooled feature"
+        else:
+            return
         if np.abs(last - own).max() > _AGREE * max(float(np.abs(own).max()), 1e-6):
             raise UserError(
-                f"the last block of the {tower.name} tower ({tower.family}), taken through final "
-                "norm, pool and projection, is not the model's own embedding; this variant of the "
-                "family is not known"
+                f"the last block of the {tower.name} tower ({tower.family}), taken through its "
+                f"final norm and head, is not the model's own {what}; this variant of the family "
+                "is not known"
             )
 
     def __enter__(self) -> Recorder:
@@ -178,7 +188,7 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         hooks, self._hooks = self._hooks, None
-        self._seen = {}
+        self._seen, self._output = {}, None
         hooks.__exit__(kind, error, trace)
 
     def __call__(self, batch: Tensor) -> Features:
@@ -195,9 +205,9 @@ class Recorder:
             if self.tower.valid is not None:
                 batch = self.tower.cut(batch)
                 self._ids = batch
-            output = self.tower.run(batch)
+            self._output = self.tower.run(batch)
             _require_all(self.tower, self._seen)
-            return _to_host(self._assemble(output))
+            return _to_host(self._assemble(self._output))
 
     def _where_normed(self) -> frozenset[str]:
         """Return where tokens are normed inside the hook; elsewhere norm follows pooling."""
@@ -267,10 +277,12 @@ class Recorder:
             stack = tower.norm_after(tower.norm(torch.stack([native[p] for p in keep])))
             normed = dict(zip(keep, stack))
         if "native" in self.spaces:
-            result["native"] = {**native, FINAL: normed.get(last, native[last]), PROJ: output}
+            result["native"] = {**native, FINAL: normed.get(last, native[last])}
+            if tower.joint:
+                result["native"][PROJ] = output
         if "normed" in self.spaces:
             result["normed"] = {**normed, FINAL: normed[last]}
-        if "joint" in self.spaces:
+        if JOINT in self.spaces:
             source = {p: self._seen[p]["joint"] for p in inside} if self._attends else normed
             stack = tower.project(torch.stack([source[p] for p in inside]))
             result["joint"] = {**dict(zip(inside, stack)), PROJ: output}

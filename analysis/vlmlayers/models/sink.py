@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -58,12 +59,10 @@ class MemorySink:
         self.bad.update(bad)
         self.done[tower].add(batch)
 
-    def towers(self) -> tuple[TowerFeatures, TowerFeatures]:
-        """Return both towers without the rows of unreadable images."""
-        plan = self.plans["vision"]
-        kept = [row for row in range(len(plan.ids)) if row not in self.bad]
-        vision, text = (
-            TowerFeatures(
+    def towers(self) -> dict[str, TowerFeatures]:
+        """Return the towers by name, without the rows of unreadable images."""
+        found = {
+            name: TowerFeatures(
                 name,
                 plan.blocks,
                 plan.pooling,
@@ -75,22 +74,16 @@ class MemorySink:
                 plan.joint_pooling,
             )
             for name, plan in self.plans.items()
-        )
+        }
         if not self.bad:
-            return vision, text
-        if text.pairs is not None:
-            new = np.full(len(plan.ids), -1, dtype=np.int64)
+            return found
+        total = len(found["vision"])
+        kept = [row for row in range(total) if row not in self.bad]
+        found["vision"] = found["vision"].take(kept)
+        text = found.get("text")
+        if text is not None and text.pairs is not None:
+            new = np.full(total, -1, dtype=np.int64)
             new[kept] = np.arange(len(kept))
             text = text.take(np.flatnonzero(new[text.pairs] >= 0))
-            text = TowerFeatures(
-                text.tower,
-                text.blocks,
-                text.pooling,
-                text.kind,
-                text.ids,
-                text.labels,
-                text.arrays,
-                new[text.pairs],
-                text.joint_pooling,
-            )
-        return vision.take(kept), text
+            found["text"] = replace(text, pairs=new[text.pairs])
+        return found

@@ -37,7 +37,7 @@ from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features
 from vlmlayers.models.reduce import merge_over_processes, summed
 from vlmlayers.models.vlm import LoadedModel
-from vlmlayers.models.work import Work, refuse_not_finite
+from vlmlayers.models.work import Texts, Work, refuse_not_finite
 from vlmlayers.progress import bar
 from vlmlayers.scores.sums import DatasetSums, StreamingScores
 
@@ -73,7 +73,10 @@ def stream(
     Raises:
         UserError: As `extract`.
     """
-    work, header, identity = prepare(model, manifest, split, ExtractOptions(**options))
+    given = ExtractOptions(**options)
+    if given.tower is not None or len(model.towers) < 2:
+        raise UserError("streaming sums both towers; extract the features of one, and score them")
+    work, header, identity = prepare(model, manifest, split, given)
     if out is not None:
         refuse_hooks(model)
     run = _Run(work, header, {**identity, "sample": sample}, StreamingScores(sample), save_seconds)
@@ -229,9 +232,14 @@ class _Run:
         if numbers:
             yield rows, _joined(parts), numbers
 
+    @property
+    def _spoken(self) -> Texts:
+        assert self.work.texts is not None  # both towers are summed
+        return self.work.texts
+
     def _class_prompts(self) -> TowerFeatures | None:
         """Return the class prompts, which every process computes; None for captions."""
-        texts = self.work.texts
+        texts = self._spoken
         if texts.pairs is not None:
             return None
         return self._texts(list(texts.texts), texts.labels)
@@ -241,7 +249,7 @@ class _Run:
         parts = []
         with recorder:
             for rows in batches_of(len(texts), self.work.options.batch_size):
-                ids = self.work.model.tokenizer([texts[row] for row in rows])
+                ids = self.work.model.tokenize([texts[row] for row in rows])
                 parts.append(self.work.record(recorder, ids))
                 refuse_not_finite(parts[-1], rows, recorder, texts)
         return self._tower("text", tuple(texts), labels, _joined(parts), pairs)
@@ -274,7 +282,7 @@ class _Run:
             space: {position: np.empty((0, width), np.float32) for position, width in by.items()}
             for space, by in recorder.widths().items()
         }
-        kind = "images" if name == "vision" else self.work.texts.kind
+        kind = "images" if name == "vision" else self._spoken.kind
         return TowerFeatures(
             name,
             recorder.tower.depth,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
-from vlmlayers.positions import EMBED, tower_positions
+from vlmlayers.positions import EMBED, JOINT, PROJ, tower_positions
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -70,6 +70,8 @@ class Tower:
             but prefix and suffix where None.
         cut: Text only: drops columns that no pooled token can see.
         example: Batch size to a model input of that size.
+        joint: Whether the tower ends in an embedding that another tower shares; one that does not
+            has no position `proj`, and its `run` gives the model's own pooled feature.
         image_size: Vision only: longer side of an image in pixels, where the input is not pixels
             by row and column.
         model: The model that the tower is part of.
@@ -102,6 +104,7 @@ class Tower:
     ends: Apply | None = None
     valid: Apply | None = None
     cut: Apply = same
+    joint: bool = True
     image_size: int = 0
     batch_axis: int | None = None
     widths: dict[str, int] = field(default_factory=dict)
@@ -165,6 +168,8 @@ class Tower:
         Where widths change along the tower, final norm and projection fit the last stage only.
         """
         found = tower_positions(self.depth, space)
+        if not self.joint:
+            found = () if space == JOINT else tuple(p for p in found if p != PROJ)
         if space == "native" or not self.widths:
             return found
         inside = (EMBED, *map(str, range(1, self.depth + 1)))
@@ -175,6 +180,8 @@ class Tower:
 
     def refusal(self, space: str) -> str:
         """Return why a space lacks positions, or an empty string."""
+        if space == JOINT and not self.joint:
+            return f"the {self.name} tower ({self.family}) has no joint embedding"
         missing = [p for p in tower_positions(self.depth, space) if p not in self.positions(space)]
         if not missing:
             return ""

@@ -1,8 +1,8 @@
 """Where the blocks, norms, pools and projections of open_clip models are.
 
-With `transformers_towers` the only file that knows foreign module trees. It turns them into
-`Tower` objects with one vocabulary: blocks 1..L, tokens of shape (item, token, width), final norm,
-pooling, projection.
+With `transformers_towers` and `trunks` the only file that knows foreign module trees. It turns them
+into `Tower` objects with one vocabulary: blocks 1..L, tokens of shape (item, token, width), final
+norm, pooling, projection.
 """
 
 from __future__ import annotations
@@ -21,30 +21,38 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.models import transformers_towers
 from vlmlayers.models.tower import Apply, Tower, before_trailing_run, same, until
+from vlmlayers.models.trunks import find_trunk, is_trunk, timm_trunk
 
 
 @checked
 def find_towers(clip: nn.Module) -> dict[str, Tower]:
-    """Find both towers of a model of open_clip or transformers.
+    """Find the towers of a model of open_clip or transformers, or of an image model alone.
 
     Args:
-        clip: open_clip's `CLIP`, `CustomTextCLIP` or `CoCa`, or a `CLIPModel`, `SiglipModel`,
-            `Siglip2Model` or what has their parts; not compiled.
+        clip: open_clip's `CLIP`, `CustomTextCLIP` or `CoCa`; a `CLIPModel`, `SiglipModel`,
+            `Siglip2Model` or what has their parts; or an image model of timm, transformers or DINO.
+            Not compiled.
 
     Returns:
-        `{"vision": Tower, "text": Tower}`.
+        `{"vision": Tower, "text": Tower}`; an image model alone has no text tower.
 
     Raises:
         UserError: The model is compiled or its module tree is unknown; says which part.
     """
+    if is_trunk(clip):
+        return {"vision": find_vision(clip)}
     return {"vision": find_vision(clip), "text": find_text(clip)}
 
 
 def find_vision(clip: nn.Module) -> Tower:
     """Find the vision tower of a model."""
     refuse_compiled(clip)
-    found = transformers_towers.is_two_towers(clip)
-    tower = transformers_towers.find_vision(clip) if found else _vision(clip)
+    if is_trunk(clip):
+        tower = find_trunk(clip)
+    elif transformers_towers.is_two_towers(clip):
+        tower = transformers_towers.find_vision(clip)
+    else:
+        tower = _vision(clip)
     tower.model = clip
     return tower
 
@@ -57,7 +65,7 @@ def _vision(clip: nn.Module) -> Tower:
     if isinstance(visual, ModifiedResNet):
         return _modified_resnet(visual, run)
     if isinstance(visual, TimmModel):
-        return _timm(visual, run)
+        return timm_trunk(visual.trunk, run, _images(visual), visual.head)
     raise UserError(
         f"no vision tower is known in {type(clip).__name__}: `visual` is "
         f"{type(visual).__name__}; expected an open_clip or timm image model"
@@ -105,7 +113,8 @@ def _encoder(clip: nn.Module, method: str) -> Apply:
     if encode is None:
         raise UserError(
             f"a {type(clip).__name__} has no {method}: pass an open_clip CLIP, CustomTextCLIP or "
-            "CoCa, or a CLIPModel, SiglipModel or Siglip2Model of transformers"
+            "CoCa, a CLIPModel, SiglipModel or Siglip2Model of transformers, or an image model of "
+            "timm, transformers or DINO"
         )
 
     def run(batch: Tensor) -> Tensor:
@@ -196,71 +205,6 @@ def _modified_resnet(visual: ModifiedResNet, run: Apply) -> Tower:
         attend=visual.attnpool,
         attend_raw=True,
         pool_note="attention pool",
-        example=_images(visual),
-    )
-
-
-def _timm(visual: TimmModel, run: Apply) -> Tower:
-    trunk: Any = visual.trunk
-    if isinstance(getattr(trunk, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(
-        trunk, "norm"
-    ):
-        return _timm_blocks(visual, trunk, run)
-    return _timm_stages(visual, trunk, run)
-
-
-def _timm_blocks(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
-    tower = Tower(
-        name="vision",
-        kind="blocks",
-        family=f"timm {type(trunk).__name__}",
-        run=run,
-        blocks=list(trunk.blocks),
-        width=trunk.num_features,
-        pooling={"token": "cls", "avg": "mean"}.get(trunk.global_pool, "model"),
-        prefix=getattr(trunk, "num_prefix_tokens", 0),
-        norm_in=getattr(trunk, "norm_pre", same),
-        norm=trunk.norm,
-        norm_after=trunk.fc_norm,
-        project=lambda x: visual.head(trunk.head(x)),
-        example=_images(visual),
-    )
-    if tower.pooling == "model":
-        tower.attend = trunk.pool
-        attention = trunk.global_pool == "map"
-        tower.pool_note = "attention pool" if attention else f"{trunk.global_pool} pool"
-    return tower
-
-
-def _timm_stages(visual: TimmModel, trunk: Any, run: Apply) -> Tower:
-    stages = getattr(trunk, "stages", None) or getattr(trunk, "layers", None)
-    if stages is None and hasattr(trunk, "layer4"):
-        stages = [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
-    if stages is None:
-        raise UserError(
-            f"timm model {type(trunk).__name__} has neither blocks nor stages that are known"
-        )
-    after = [getattr(trunk, part, None) for part in ("norm_pre", "final_conv", "norm")]
-
-    def attend(x: Tensor) -> Tensor:
-        for part in after:
-            x = x if part is None else part(x)
-        return trunk.forward_head(x, pre_logits=True)
-
-    return Tower(
-        name="vision",
-        kind="stages",
-        family=f"timm {type(trunk).__name__}",
-        blocks=list(stages),
-        width=trunk.num_features,
-        pooling="mean",
-        run=run,
-        attend=attend,
-        attend_raw=True,
-        attend_norms=True,
-        pool_note="the trunk's own head",
-        project=lambda x: visual.head(trunk.get_classifier()(x)),
-        layout="nhwc" if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else "nchw",
         example=_images(visual),
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmlayers.arguments import Takes
+from vlmlayers.errors import UserError
 from vlmlayers.files import checksum
 from vlmlayers.models.towers import Tower, find_towers
 from vlmlayers.models.wrappers import unwrapped
@@ -21,24 +22,25 @@ class VLM:
     """A loaded model and what is needed to feed it.
 
     Attributes:
-        clip: The open_clip model. That of `load_model` is in eval mode and without gradients;
+        clip: The model, of open_clip, transformers or an image model alone. That of `load_model` is
+            in eval mode and without gradients;
             one that was wrapped is as its owner left it, and every pass restores that.
-        preprocess: Evaluation transform, PIL image → (3, height, width).
+        preprocess: Evaluation transform, PIL image → (3, height, width), or what the model takes.
         preprocess_train: Training transform.
-        tokenizer: Texts → (text, context) token ids.
+        tokenizer: Texts → (text, context) token ids; None for an image model alone.
         name: Architecture, as asked for.
         weights: Pretrained tag, checkpoint file name, or `random`.
         random_weights: Whether nothing was loaded.
         precision: Data type of the weights.
         preprocess_config: What the evaluation transform does; part of the cache's identity.
-        towers: `{"vision": Tower, "text": Tower}`.
+        towers: `{"vision": Tower, "text": Tower}`; an image model alone has no text tower.
         adapter_hash: Hash of an adapter that is attached for good; part of `weights_hash`.
     """
 
     clip: nn.Module
     preprocess: Callable[[Any], Tensor]
     preprocess_train: Callable[[Any], Tensor]
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Callable[[list[str]], Tensor] | None
     name: str
     weights: str
     random_weights: bool = False
@@ -102,6 +104,16 @@ class VLM:
             "mode": "eval",
         }
 
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Return the token ids of texts, (text, context).
+
+        Raises:
+            UserError: The model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer; give wrap_model(…, tokenizer=…)")
+        return self.tokenizer(texts)
+
     def adapt(self, attached: AbstractContextManager[Any], words: str, digest: str) -> None:
         """Attach an adapter for as long as this object lives, and say so in weights and hash.
 
@@ -117,11 +129,11 @@ class VLM:
         self.weights = self.weights if self.random_weights else f"{self.weights} + {words}"
 
     def __repr__(self) -> str:
-        vision, text = self.towers["vision"], self.towers["text"]
-        return (
-            f"VLM({self.name}, weights={self.weights}, vision: {vision.depth} {vision.kind} of "
-            f"width {vision.width}, text: {text.depth} of width {text.width}, {self.device})"
+        parts = "; ".join(
+            f"{name}: {tower.depth} {tower.kind} of width {tower.width}"
+            for name, tower in self.towers.items()
         )
+        return f"VLM({self.name}, weights={self.weights}, {parts}, {self.device})"
 
 
 LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]

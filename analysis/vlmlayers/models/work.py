@@ -18,6 +18,7 @@ from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
+from vlmlayers.files import checksum
 from vlmlayers.identity import DataIdentity
 from vlmlayers.models.decoding import batches_of, decode, told_of_dead_workers
 from vlmlayers.models.devices import memory_errors
@@ -41,6 +42,11 @@ class Texts:
     template: str
     pairs: NDArray[np.int64] | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """Return all of the texts that values depend on, as JSON values."""
+        content = checksum("\n".join(self.texts))
+        return {"text": self.kind, "template": self.template, "texts_hash": content}
+
 
 @dataclass
 class Work:
@@ -50,7 +56,7 @@ class Work:
     manifest: Any
     split: str
     items: Sequence[Any]
-    texts: Texts
+    texts: Texts | None
     recorders: Mapping[str, Recorder]
     options: ExtractOptions
 
@@ -68,11 +74,11 @@ class Work:
         sink = MemorySink(self.plans())
         self._fill(sink, Processes(0, 1))
         self.settle(sink.bad)
-        vision, text = sink.towers()
+        towers = sink.towers()
         return LayerFeatures(
             **{**header, "class_names": tuple(header["class_names"])},
-            vision=vision,
-            text=text,
+            vision=towers.get("vision"),
+            text=towers.get("text"),
             identity=identity,
         )
 
@@ -99,24 +105,20 @@ class Work:
 
     def refuse_missing(self) -> None:
         """Refuse images that are not on disk, unless what cannot be read is to be left out."""
-        if not self.options.skip_unreadable:
+        if "vision" in self.recorders and not self.options.skip_unreadable:
             self.manifest.refuse_missing(self.items, self.options.place)
 
     def plans(self) -> dict[str, TowerPlan]:
         """Return ids, labels, batches and shapes of both towers."""
         labels = [int(item.label) for item in self.items]
         paths = tuple(str(item.path) for item in self.items)
-        texts, pairs = self.texts, self.texts.pairs
-        parts: list[tuple[str, str, tuple[str, ...], Sequence[int], Any]] = [
-            ("vision", "images", paths, labels, None),
-            (
-                "text",
-                texts.kind,
-                texts.texts,
-                [int(label) for label in texts.labels],
-                None if pairs is None else [int(row) for row in pairs],
-            ),
-        ]
+        parts: list[tuple[str, str, tuple[str, ...], Sequence[int], Any]] = []
+        if "vision" in self.recorders:
+            parts.append(("vision", "images", paths, labels, None))
+        if (texts := self.texts) is not None:
+            pairs = None if texts.pairs is None else [int(row) for row in texts.pairs]
+            of = [int(label) for label in texts.labels]
+            parts.append(("text", texts.kind, texts.texts, of, pairs))
         return {
             name: TowerPlan(
                 self.recorders[name].tower.depth,
@@ -137,6 +139,12 @@ class Work:
 
     def _fill(self, sink: Sink, processes: Processes) -> None:
         """Run the batches that are left for this process: images, then texts."""
+        if "vision" in self.recorders:
+            self._fill_images(sink, processes)
+        if self.texts is not None:
+            self._fill_texts(sink, processes, self.texts.texts)
+
+    def _fill_images(self, sink: Sink, processes: Processes) -> None:
         batches = self._batches(len(self.items))
         left = [b for b in processes.share(len(batches)) if b not in sink.done["vision"]]
         finished = sum(len(batches[b]) for b in processes.share(len(batches))) - sum(
@@ -159,15 +167,15 @@ class Work:
                 refuse_not_finite(features, rows, recorder, self.items)
                 sink.put("vision", batch, rows, features, bad)
                 shown.update(len(batches[batch]))
-        recorder = self.recorders["text"]
-        batches = self._batches(len(self.texts.texts))
+
+    def _fill_texts(self, sink: Sink, processes: Processes, texts: Sequence[str]) -> None:
+        recorder, batches = self.recorders["text"], self._batches(len(texts))
         with recorder:
             for batch in processes.share(len(batches)):
                 if batch not in sink.done["text"]:
                     rows = batches[batch]
-                    ids = self.model.tokenizer([self.texts.texts[row] for row in rows])
-                    features = self.record(recorder, ids)
-                    refuse_not_finite(features, rows, recorder, self.texts.texts)
+                    features = self.record(recorder, self.model.tokenize([texts[r] for r in rows]))
+                    refuse_not_finite(features, rows, recorder, texts)
                     sink.put("text", batch, rows, features, {})
 
     def images(

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
-from vlmlayers.files import find_weights
+from vlmlayers.files import HUB, find_weights, hub_folder
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.runs import Run, device_kind, file_mark, read_json, versions
@@ -135,6 +135,7 @@ class StageContext:
             "workers": options.workers,
             "precision": options.precision,
             "text": data.options["text"],
+            "tower": options.tower,
             "template": data.options["template"] if data.options["text"] == "prompts" else None,
             "skip_unreadable": options.skip_unreadable,
             "progress": self.progress,
@@ -202,8 +203,10 @@ class StageContext:
     def model_fingerprint(self) -> dict[str, Any]:
         """Return what identifies the weights without loading them."""
         arguments, files = self.model_arguments(), self._model_files()
-        folder = Path(arguments["name"])
-        inside = folder if self.part.path else None
+        name = arguments["name"]
+        hub = hub_folder(name.removeprefix(HUB)) if name.startswith(HUB) else None
+        folder = hub or Path(name)
+        inside = folder if self.part.path or hub else None
         if folder.name == "mini-clip":
             inside = Path(__file__).parents[1] / "models" / "mini_clip"
         if inside is not None and inside.is_dir():
@@ -213,7 +216,7 @@ class StageContext:
         if self.part.adapter:
             files["adapter"] = self._path(self.part.adapter, what="adapter")
         names = {key: value for key, value in arguments.items() if key not in files}
-        names["name"] = folder.name
+        names["name"] = name if hub else folder.name
         known = versions()
         return {
             **names,

@@ -32,9 +32,10 @@ class ModelPart(Options):
     """One backbone.
 
     Attributes:
-        name: open_clip architecture, `mini-clip`, or `local` with `config` and `checkpoint`.
-        path: Folder with `open_clip_config.json` and weights, instead of a name; relative to the
-            study file, else to the data root.
+        name: open_clip architecture, `mini-clip`, `hf-hub:organisation/name`, or `local` with
+            `config` and `checkpoint`.
+        path: Folder with `open_clip_config.json` or `config.json` and weights, instead of a name;
+            relative to the study file, else to the data root.
         pretrained: Tag of the hub, or a file of weights.
         config: Configuration file for `local`.
         checkpoint: A file of weights.
@@ -101,6 +102,7 @@ class ExtractPart(Options):
         spaces: Among `native`, `normed`, `joint`.
         pooling: One per tower; empty takes each tower's own.
         text: `prompts` or `captions`.
+        tower: `vision` or `text` to record that one alone; all that the model has where absent.
         batch_size: Items per forward pass.
         workers: Decoding processes.
         precision: `fp32`, `bf16` or `fp16`; `auto` takes what suits the device.
@@ -115,6 +117,7 @@ class ExtractPart(Options):
     spaces: tuple[Literal["native", "normed", "joint"], ...] = ("native", "joint")
     pooling: dict[Literal["vision", "text"], str] = Field(default_factory=dict)
     text: Literal["prompts", "captions"] = "prompts"
+    tower: Literal["vision", "text"] | None = None
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=0, ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"

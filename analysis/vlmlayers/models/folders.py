@@ -1,0 +1,85 @@
+"""Load folders of the Hugging Face hub that hold models of transformers or timm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from vlmlayers.errors import UserError, one_line
+from vlmlayers.files import find_weights
+
+CONFIG = "config.json"
+_SHOWN = 3
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds the configuration of a model of transformers or timm."""
+    return (folder / CONFIG).is_file()
+
+
+def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.Module, str]:
+    """Return the model of a folder, in eval mode, and the name of its file of weights.
+
+    Args:
+        folder: `config.json` and weights.
+        random_weights: Build it untrained; values depend on `seed` only.
+        seed: Seed of the values.
+
+    Raises:
+        UserError: The configuration is none, its model or weights cannot be loaded, weights are
+            missing, or it would have to run code of its own.
+    """
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = "architecture" if "architecture" in settings else "model_type"
+        settings[kind]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / CONFIG} is no configuration of transformers or timm: {one_line(error)}"
+        ) from error
+    weights = "random" if random_weights else find_weights(folder).name
+    make = _timm if kind == "architecture" else _transformers
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = make(folder, random_weights)
+    except UserError:
+        raise
+    except Exception as error:  # these libraries raise what they like on files that do not fit
+        raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
+    return model.eval(), weights
+
+
+def _timm(folder: Path, random_weights: bool) -> nn.Module:
+    made: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=not random_weights)
+    return made
+
+
+def _transformers(folder: Path, random_weights: bool) -> Any:
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise UserError(
+            f"{folder} holds a model of transformers: pip install 'vlm-layers[hf]'"
+        ) from error
+    if random_weights:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoModel.from_config(config)
+    model, found = AutoModel.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True
+    )
+    # The pooler of a classification that the weights were made for is no part of the features.
+    lacks = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
+    lacks += [str(entry[0]) for entry in found.get("mismatched_keys", ())]
+    if lacks:
+        more = ", …" if len(lacks) > _SHOWN else ""
+        raise UserError(
+            f"the weights of {folder} do not fit its configuration: {len(lacks)} missing or of "
+            f"another shape ({', '.join(sorted(lacks)[:_SHOWN])}{more})"
+        )
+    return model

@@ -1,0 +1,211 @@
+"""Models from the hub's cache, from folders and in memory: loaded offline, measured as they are."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import open_clip
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+import transformers_models
+from safetensors.torch import save_model
+from torch import nn
+
+import vlmlayers as vl
+from vlmlayers.models import load_model, wrap_model
+
+DRAWN = tiny.DrawnManifest(count=6, captioned=False)
+TINY_TOKENS = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406,
+               "pad_token_id": 49407, "max_position_embeddings": 77}  # fmt: skip
+
+
+def clip_folder(folder: Path) -> Path:
+    """Write a folder as `save_pretrained` does: model, image processor and CLIP's tokenizer."""
+    sizes = {**transformers_models.WIDTHS, "num_hidden_layers": 2}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, **TINY_TOKENS},
+        vision_config={**sizes, "patch_size": 8, "image_size": 32},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPImageProcessor(**size).save_pretrained(folder)
+    words = open_clip.SimpleTokenizer()
+    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {named.get(word, word): number for word, number in words.encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = sorted(words.bpe_ranks, key=words.bpe_ranks.get)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
+    marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    described = {"tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>", **marks}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clip_folder(tmp_path_factory.mktemp("clip") / "tiny-clip")
+
+
+def test_a_folder_of_transformers_loads_whole_and_is_what_transformers_makes_of_it(folder):
+    model = load_model(folder)
+    assert (model.name, model.weights) == ("tiny-clip", "model.safetensors")
+    assert not any(weight.requires_grad for weight in model.clip.parameters())
+    texts = ["a photo of a cat", "an owl, at night"]
+    ids = open_clip.SimpleTokenizer()(texts)
+    ours = model.tokenizer(texts)
+    ends = ids.argmax(1)  # padded by 0 there, by the end itself here
+    for row, end in enumerate(ends):
+        assert torch.equal(ours[row, : end + 1], ids[row, : end + 1])
+    features = vl.extract(model, DRAWN, "train", progress=False)
+    oracle = transformers.CLIPModel.from_pretrained(folder).eval()
+    processor = transformers.CLIPImageProcessor.from_pretrained(folder)
+    images = [DRAWN.open_image(item) for item in DRAWN.items("train")]
+    with torch.inference_mode():
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        expected = oracle.get_image_features(pixel_values=pixels).pooler_output.numpy()
+    np.testing.assert_allclose(features.vision.array("proj", "joint"), expected, atol=1e-5)
+    assert "transformers" in features.identity["versions"]
+
+
+def test_the_hubs_cache_is_read_offline(folder, tmp_path, monkeypatch):
+    cached = tmp_path / "models--someone--tiny-clip"
+    commit = "0" * 40
+    (cached / "snapshots").mkdir(parents=True)
+    (cached / "snapshots" / commit).symlink_to(folder, target_is_directory=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for module in (huggingface_hub._snapshot_download, huggingface_hub.file_download):
+        monkeypatch.setattr(module.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = load_model("hf-hub:someone/tiny-clip")
+    assert model.name == "someone/tiny-clip"
+    assert model.weights_hash == load_model(folder).weights_hash
+    with pytest.raises(vl.UserError, match="hf-hub:someone/else is not in the local cache"):
+        load_model("hf-hub:someone/else")
+    with pytest.raises(vl.UserError, match="is no repository; write hf-hub:organisation/name"):
+        load_model("hf-hub:a/b/c")
+
+
+def test_weights_that_lack_something_are_refused(folder, tmp_path):
+    part = tmp_path / "part"
+    part.mkdir()
+    for file in folder.iterdir():
+        (part / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((part / "config.json").read_text())
+    settings["vision_config"]["num_hidden_layers"] = 3
+    (part / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(vl.UserError, match=r"part do not fit its configuration: \d+ missing or of"):
+        load_model(part)
+    (part / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(vl.UserError, match="part cannot be loaded"):
+        load_model(part)
+    (part / "config.json").write_text("{}")
+    with pytest.raises(vl.UserError, match="is no configuration of transformers or timm"):
+        load_model(part)
+
+
+def test_options_that_a_folder_or_a_model_does_not_take_are_refused(folder):
+    with pytest.raises(vl.UserError, match="mean does not apply, tiny-clip says itself how"):
+        load_model(folder, mean=0.5)
+    with pytest.raises(vl.UserError, match="pretrained does not apply, a model in memory is taken"):
+        load_model(transformers_models.build("CLIP"), pretrained="openai")
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(folder):
+    model = transformers_models.build("CLIP")
+    model.name_or_path = str(folder)
+    with pytest.raises(vl.UserError, match="has 49408 words, the model 60"):
+        wrap_model(model)
+
+
+def test_random_weights_of_a_folder_are_the_same_every_time(folder):
+    state = torch.random.get_rng_state()
+    first, second = (load_model(folder, random_weights=True) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first.weights == "random" and first.weights_hash == second.weights_hash
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Siglip2"])
+def test_a_model_in_memory_needs_no_more_than_itself_for_its_images(kind, caplog):
+    model = load_model(transformers_models.build(kind))
+    assert "came without an image processor" in caplog.text
+    features = vl.extract(model, DRAWN, "train", tower="vision", progress=False)
+    assert features.text is None and len(features.vision) == 6
+    with pytest.raises(vl.UserError, match="no tokenizer is known for"):
+        vl.extract(model, DRAWN, "train", progress=False)
+
+
+def test_what_open_clips_factory_returns_is_a_model():
+    made = open_clip.create_model_and_transforms("ViT-S-32-alt", pretrained=None)
+    model = wrap_model(made, name="ViT-S-32-alt")
+    assert model.clip is made[0] and model.preprocess is made[2]
+    assert model.preprocess_train is made[1]
+    texts = ["a cat"]
+    assert torch.equal(model.tokenizer(texts), open_clip.get_tokenizer("ViT-S-32-alt")(texts))
+    with pytest.raises(vl.UserError, match="this has 1 parts"):
+        wrap_model((made[0],))
+
+
+def _compiled(module):
+    return torch.compile(module)
+
+
+def _adapted(module):
+    return peft.get_peft_model(module, vl.LayerChoice((2,), (), "own").to_peft(module, r=2))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [(nn.DataParallel, "DataParallel"), (_compiled, "torch.compile"), (_adapted, "PeftModel"),
+     (lambda m: nn.DataParallel(_compiled(m)), "DataParallel, torch.compile")],
+)  # fmt: skip
+def test_wrappers_are_taken_off_and_said(wrap, said, caplog):
+    caplog.set_level(logging.WARNING)
+    plain = wrap_model(tiny.build("clip"), tiny.preprocess, tiny.tokenizer)
+    model = wrap_model(wrap(tiny.build("clip")), tiny.preprocess, tiny.tokenizer)
+    assert f"took CLIP out of {said}" in caplog.text
+    found, expected = (vl.extract(m, DRAWN, "train", progress=False) for m in (model, plain))
+    np.testing.assert_allclose(  # LoRA starts at zero
+        found.vision.array("3"), expected.vision.array("3"), atol=1e-5
+    )
+
+
+def test_a_folder_of_timm_is_an_image_model_with_its_own_preprocessing(tmp_path):
+    import timm
+
+    made = timm.create_model("test_vit")
+    prepared = {"input_size": [3, 160, 160], "mean": [0.1, 0.2, 0.3]}
+    settings = {"architecture": "test_vit", "num_classes": 1000, "pretrained_cfg": prepared}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    save_model(made, str(tmp_path / "model.safetensors"))
+    model = load_model(tmp_path)
+    assert list(model.towers) == ["vision"] and "text" not in repr(model)
+    assert "0.1, 0.2, 0.3" in model.preprocess_config["mean"]
+    features = vl.extract(model, DRAWN, "train", progress=False)
+    assert features.text is None
+    assert features.vision.positions() == ("embed", *map(str, range(1, 7)), "final")
+
+
+def test_an_image_model_alone_goes_from_features_to_a_choice(tmp_path):
+    model = wrap_model(tiny.build("clip"), tiny.preprocess, tiny.tokenizer)
+    features = [
+        vl.extract(model, tiny.DrawnManifest(name=name, count=40), "train", tower="vision",
+                   out=tmp_path / name, progress=False)
+        for name in ("one", "two")
+    ]  # fmt: skip
+    again = vl.extract(model, tiny.DrawnManifest(name="one", count=40), "train", tower="vision",
+                       out=tmp_path / "one", progress=False)  # fmt: skip
+    np.testing.assert_array_equal(again.vision.array("1"), features[0].vision.array("1"))
+    scores = vl.score(features, ["dataset_accuracy", "fisher_ratio"], bootstrap=10, shuffles=2)
+    assert set(scores["tower"]) == {"vision"} and set(scores["metric"]) >= {"fisher_ratio"}
+    choice = vl.select(scores, "threshold", agreement_metric="none", resamples=5)
+    assert choice.vision and choice.text == ()

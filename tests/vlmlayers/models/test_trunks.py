@@ -1,0 +1,117 @@
+"""Image models alone: timm, transformers and DINO, each against the states that it tells itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+from vlmlayers.errors import UserError
+from vlmlayers.models import Recorder, find_towers
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 8}
+
+
+class Dino(nn.Module):
+    """What DINO's authors publish, in its parts: class token, registers, blocks, norm."""
+
+    def __init__(self, registers):
+        super().__init__()
+        self.embed_dim, self.num_register_tokens = 16, registers
+        self.patch_embed = nn.Conv2d(3, 16, 8, 8)
+        self.patch_embed.img_size = (32, 32)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 16))
+        self.register_tokens = nn.Parameter(torch.randn(1, registers, 16))
+        layer = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "batch_first": True}
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(**layer) for _ in range(3))
+        self.norm = nn.LayerNorm(16)
+
+    def states(self, x):
+        patches = self.patch_embed(x).flatten(2).mT
+        special = torch.cat([self.cls_token, self.register_tokens], 1).expand(len(x), -1, -1)
+        found = [torch.cat([special, patches], 1)]
+        for block in self.blocks:
+            found.append(block(found[-1]))
+        return found
+
+    def forward(self, x):
+        return self.norm(self.states(x)[-1])[:, 0]
+
+
+def moved(model):
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    return model.eval()
+
+
+def hugging_face(name, **more):
+    config = getattr(transformers, f"{name}Config")(image_size=32, **SIZES, **more)
+    return moved(getattr(transformers, f"{name}Model")(config))
+
+
+def hidden(model, x):
+    return model(pixel_values=x, output_hidden_states=True).hidden_states
+
+
+def intermediates(model, x):
+    options = {"output_fmt": "NLC", "return_prefix_tokens": True}
+    found = model.forward_intermediates(x, intermediates_only=True, **options)
+    return [None, *(torch.cat([special, patches], 1) for patches, special in found)]
+
+
+MODELS = {
+    "timm": (lambda: moved(timm.create_model("test_vit", num_classes=0)), 1, intermediates),
+    "timm, with classes": (lambda: moved(timm.create_model("test_vit2")), None, None),
+    "timm stages": (lambda: moved(timm.create_model("test_convnext")), None, None),
+    "DINOv2": (lambda: hugging_face("Dinov2"), 1, hidden),
+    "registers": (lambda: hugging_face("Dinov2WithRegisters", num_register_tokens=2), 3, hidden),
+    "ViT": (lambda: hugging_face("ViT"), 1, hidden),
+    "CLIP": (lambda: hugging_face("CLIPVision", intermediate_size=64), 1, hidden),
+    "Siglip": (lambda: hugging_face("SiglipVision", intermediate_size=64), 0, hidden),
+    "DINO": (lambda: moved(Dino(2)), 3, lambda m, x: m.states(x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_image_model_alone_has_a_vision_tower_and_its_own_states(name):
+    build, prefix, states = MODELS[name]
+    model = build()
+    towers = find_towers(model)
+    assert list(towers) == ["vision"]
+    tower = towers["vision"]
+    side = tower.example(1).shape[-1]
+    x = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(2))
+    recorder = Recorder(tower, ("native", "normed", "joint"))
+    assert list(recorder.widths()) == ["native", "normed"]  # there is nothing to be joint with
+    with recorder:
+        found = recorder(x)
+    assert list(found["native"]) == ["embed", *map(str, range(1, tower.depth + 1)), "final"]
+    if states is None:
+        return
+    assert tower.prefix == prefix
+    with torch.inference_mode():
+        known = states(model, x)
+    for position, state in zip(("embed", "1", "2"), known):
+        if state is not None:
+            picked = state[:, 0] if tower.pooling == "cls" else state.mean(1)
+            np.testing.assert_allclose(found["native"][position], picked.numpy(), atol=2e-5)
+    with Recorder(tower, ("native",), "mean") as mean:
+        patches = mean(x)["native"]["2"]
+    np.testing.assert_allclose(patches, known[2][:, prefix:].mean(1).numpy(), atol=2e-5)
+
+
+def test_final_is_what_the_model_gives_out():
+    model = hugging_face("Dinov2")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode(), Recorder(find_towers(model)["vision"]) as recorder:
+        final = recorder(x)["native"]["final"]
+        np.testing.assert_allclose(final, model(x).pooler_output.numpy(), atol=2e-5)
+
+
+def test_joint_alone_is_refused_where_there_is_none():
+    with pytest.raises(UserError, match=r"no joint embedding; ask for native or normed"):
+        Recorder(find_towers(Dino(0))["vision"], ("joint",))
