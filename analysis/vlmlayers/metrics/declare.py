@@ -57,6 +57,8 @@ class Metric:
             (a, b); `half=True` where both lists are of one tower and cells mirror each other.
         relabelled: Function of features and several labellings, (draw, item), that returns (draw,);
             shuffled nulls take it where it exists, because it shares what labels do not change.
+        of_parts: Function of several (fitting features, their classes, validation features, their
+            classes, features) that returns the predictions for each: many fits cost less at once.
         parts: Two functions whose chain is the metric: what the first makes of the features is
             shared, between the positions of a matrix or with other metrics of one layer.
         takes: Options of the protocol that the function accepts.
@@ -83,6 +85,7 @@ class Metric:
     weighted: Callable[..., Any] | None = None
     matrix: Callable[..., Any] | None = None
     relabelled: Callable[..., Any] | None = None
+    of_parts: Callable[..., Any] | None = None
     parts: tuple[Callable[..., Any], ...] = ()
     takes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

@@ -45,7 +45,7 @@ def modality_auc_weighted(
     fold_x, fold_y = _folds(len(x), len(y), pairs, folds)
     scores_x, scores_y = np.zeros(len(x)), np.zeros(len(y))
     count = int(fold_x.max()) + 1
-    total, sums = 0.0, np.zeros(len(wx))
+    fits = []
     for fold in range(count):
         inside_x, inside_y = fold_x == fold, fold_y == fold
         fit = np.vstack([x[~inside_x], y[~inside_y]])
@@ -53,7 +53,11 @@ def modality_auc_weighted(
         held = np.vstack([x[inside_x], y[inside_y]])
         if dims:
             fit, held = _principal(fit, held, dims)
-        logits = logistic_logits(fit, labels, [held], classes=2, c_grid=(1.0,))[0][0]
+        fits.append((fit, labels, [held]))
+    found = logistic_logits(fits, classes=2, c_grid=(1.0,))
+    total, sums = 0.0, np.zeros(len(wx))
+    for fold, [[logits]] in enumerate(found):
+        inside_x, inside_y = fold_x == fold, fold_y == fold
         score = logits[:, 0] - logits[:, 1]
         scores_x[inside_x], scores_y[inside_y] = np.split(score, [int(inside_x.sum())])
         # Scores of different fits have different scales: AUC within the fold, then the mean.

@@ -32,7 +32,7 @@ METRICS: dict[str, Metric] = {
         readouts.logistic, "dataset", "datasets", "dataset accuracy (linear probe)",
         "MMA, Yang et al. 2024, Fig. 1", null="classes", direction="more dataset-specific",
         smallest_n=15, invariances=("scale", "translation"), takes=("normalise",),
-        sensitive="rotation",
+        of_parts=readouts.logistic_of_parts, sensitive="rotation",
     ),
     "dataset_accuracy_ncm": Metric(
         readouts.nearest_mean, "dataset", "datasets", "dataset accuracy (nearest mean)",
@@ -68,7 +68,7 @@ METRICS: dict[str, Metric] = {
         readouts.logistic, "dataset", "styles", "style accuracy (same classes)",
         "Geirhos et al. 2019", null="classes", direction="more style-specific", smallest_n=15,
         towers=("vision",), invariances=("scale", "translation"), takes=("normalise",),
-        sensitive="rotation",
+        of_parts=readouts.logistic_of_parts, sensitive="rotation",
     ),
     "cross_style_accuracy": Metric(
         readouts.nearest_mean, "dataset", "style classes", "class accuracy on another style",
@@ -94,7 +94,7 @@ METRICS: dict[str, Metric] = {
     "class_accuracy": Metric(
         readouts.logistic, "class", "class parts", "class accuracy (linear probe)",
         "Radford et al. 2021", null="classes", smallest_n=6, invariances=("scale", "translation"),
-        takes=("normalise",), sensitive="rotation",
+        takes=("normalise",), of_parts=readouts.logistic_of_parts, sensitive="rotation",
     ),
     "class_accuracy_ncm": Metric(
         readouts.nearest_mean, "class", "class parts", "class accuracy (nearest mean)",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -55,15 +54,16 @@ def run_datasets(scoring: Scoring, towers: tuple[str, ...] = TOWERS) -> None:
         names = [member.dataset for member, _ in sources]
         for name, metric in readouts.items():
             follow = {n: m for n, m in derived.items() if m.base == name}
-            for point, split in product(scoring.points(name, metric, sources), splits):
+            for point in scoring.points(name, metric, sources):
                 with point.attempt():
-                    counts = held_out_counts(point, sources, split)
-                    if name in metrics:
-                        add_accuracy(
-                            point, counts, split.seed, **split.options, **point.arguments()
-                        )
-                    for other, entry in follow.items():
-                        _add_derived(replace(point, name=other, metric=entry), names, counts, split)
+                    for split, counts in zip(splits, held_out_counts(point, sources, splits)):
+                        if name in metrics:
+                            add_accuracy(
+                                point, counts, split.seed, **split.options, **point.arguments()
+                            )
+                        for other, entry in follow.items():
+                            derived_point = replace(point, name=other, metric=entry)
+                            _add_derived(derived_point, names, counts, split)
 
 
 def run_classes(scoring: Scoring) -> None:
@@ -77,12 +77,12 @@ def run_classes(scoring: Scoring) -> None:
                 scoring.refuse(source[0].dataset, tower, str(error))
                 continue
             for name, metric in scoring.metrics.items():
-                for point, split in product(scoring.points(name, metric, [source]), splits):
+                for point in scoring.points(name, metric, [source]):
                     with point.attempt():
-                        counts = held_out_counts(point, [source], split)
-                        add_accuracy(
-                            point, counts, split.seed, **split.options, **point.arguments()
-                        )
+                        for split, counts in zip(splits, held_out_counts(point, [source], splits)):
+                            add_accuracy(
+                                point, counts, split.seed, **split.options, **point.arguments()
+                            )
 
 
 def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Split:
@@ -156,30 +156,41 @@ def class_split(features: TowerFeatures, options: ScoreOptions, seed: int) -> Sp
     return Split(seed, (rows,), labels, fold, folds, held, len(usable), noted)
 
 
-def held_out_counts(point: Point, sources: list[Source], split: Split) -> Array:
-    """Return the confusion counts of a read-out over the held-out folds, (class, class).
+def held_out_counts(point: Point, sources: list[Source], splits: Sequence[Split]) -> list[Array]:
+    """Return, for each split, a read-out's confusion counts over its held-out folds.
+
+    All fits of a place are handed over together where the metric can take them so.
+
+    Returns:
+        (class, class) for each split.
 
     Raises:
         UserError: Fewer items than the metric needs.
     """
-    point.require(len(split.labels))
-    counts = np.zeros((split.classes, split.classes))
-    x = np.concatenate([point.at(one).rows(rows) for one, rows in zip(sources, split.rows)])
-    for held in split.held:
-        out = split.fold == held
-        val = split.fold == (held + 1) % split.folds
-        fit = ~out & ~val
-        predicted = point.metric.function(
-            x[fit],
-            split.labels[fit],
-            x[val],
-            split.labels[val],
-            x[out],
-            classes=split.classes,
-            **point.arguments(),
-        )
-        counts += confusion(split.labels[out], predicted, split.classes)
+    parts: list[tuple[Array, ...]] = []
+    for split in splits:
+        point.require(len(split.labels))
+        x = np.concatenate([point.at(one).rows(rows) for one, rows in zip(sources, split.rows)])
+        for held in split.held:
+            out = split.fold == held
+            val = split.fold == (held + 1) % split.folds
+            fit = ~out & ~val
+            labels = split.labels
+            parts.append((x[fit], labels[fit], x[val], labels[val], x[out]))
+    predicted = iter(_predictions(point, parts, splits[0].classes))
+    counts = [np.zeros((split.classes, split.classes)) for split in splits]
+    for split, count in zip(splits, counts):
+        for held in split.held:
+            count += confusion(split.labels[split.fold == held], next(predicted), split.classes)
     return counts
+
+
+def _predictions(point: Point, parts: list[tuple[Array, ...]], classes: int) -> list[Labels]:
+    metric, arguments = point.metric, point.arguments()
+    if metric.of_parts is not None:
+        predicted: list[Labels] = metric.of_parts(parts, classes=classes, **arguments)
+        return predicted
+    return [metric.function(*part, classes=classes, **arguments) for part in parts]
 
 
 def resampled_counts(counts: Array, draws: int, rng: np.random.Generator) -> Array:

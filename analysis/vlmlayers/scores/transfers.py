@@ -111,10 +111,10 @@ def run_styles(scoring: Scoring) -> None:
                 text = "+".join(member.dataset for member, _ in sources)
                 splits = [_style_split(sources, shared, options, seed) for seed in options.seeds]
                 noted = {"family": text, "split_by": "class", "shared_classes": len(shared)}
-                for point, split in product(scoring.points(name, metric, sources), splits):
+                for point in scoring.points(name, metric, sources):
                     with point.attempt():
-                        counts = held_out_counts(point, sources, split)
-                        add_accuracy(point, counts, split.seed, **noted, **point.arguments())
+                        for split, counts in zip(splits, held_out_counts(point, sources, splits)):
+                            add_accuracy(point, counts, split.seed, **noted, **point.arguments())
 
 
 def run_style_classes(scoring: Scoring) -> None:

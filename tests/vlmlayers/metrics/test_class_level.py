@@ -26,7 +26,12 @@ from vlmlayers.metrics import (
     zero_shot_accuracy,
 )
 from vlmlayers.metrics.class_level import reduce_rows, shrinkage_of
-from vlmlayers.metrics.readouts import C_GRID, logistic_logits, standardised
+from vlmlayers.metrics.readouts import (
+    C_GRID,
+    logistic_logits,
+    logistic_of_parts,
+    standardised,
+)
 from vlmlayers.metrics.transfer import discriminant, within_scatter
 
 LABELLED = [fisher_ratio, lda_criterion, silhouette, h_score, logme, neighbourhood_overlap]
@@ -42,7 +47,7 @@ def planted(n: int = 90, width: int = 12, classes: int = 5, gap: float = 1.5, se
 def test_logistic_regression_finds_the_optimum_of_scikit_learn(n: int, width: int) -> None:
     x, y = planted(n, width)
     other = planted(n, width, seed=0)[0] + 0.1
-    ours = logistic_logits(x, y, [other], classes=5)[0]
+    ours = logistic_logits([(x, y, [other])], classes=5)[0][0]
     scaled, other = standardised(x, other)
     for i, c in enumerate(C_GRID):
         model = LogisticRegression(C=c, max_iter=2000, tol=1e-8).fit(scaled, y)
@@ -55,7 +60,7 @@ def test_unequal_classes_weigh_the_same() -> None:
     x, y = planted(120, 6, 2, gap=0.5)
     kept = (y == 0) | (np.arange(120) < 30)
     x, y = x[kept], y[kept]
-    ours = logistic_logits(x, y, [x], classes=2, c_grid=(0.1,))[0][0]
+    ours = logistic_logits([(x, y, [x])], classes=2, c_grid=(0.1,))[0][0][0]
     scaled = standardised(x)[0]
     # Two opposite weight vectors of half the length cost half: C of the binary form is doubled.
     model = LogisticRegression(C=0.2, class_weight="balanced", tol=1e-8).fit(scaled, y)
@@ -97,11 +102,29 @@ def test_c_is_chosen_on_the_validation_part() -> None:
     x, y = planted(60, 40, 2, gap=0.2)
     val, val_y = planted(60, 40, 2, gap=0.2, seed=0)
     val = val + np.random.default_rng(9).normal(size=val.shape)
-    logits = logistic_logits(x, y, [val, x], classes=2)
+    logits = logistic_logits([(x, y, [val, x])], classes=2)[0]
     accuracy = [(part.argmax(axis=1) == val_y).mean() for part in logits[0]]
     chosen = logistic(x, y, val, val_y, x, classes=2)
     best = [i for i, value in enumerate(accuracy) if value == max(accuracy)]
     assert any((logits[1][i].argmax(axis=1) == chosen).all() for i in best)
+
+
+def test_regressions_fitted_side_by_side_are_those_fitted_alone() -> None:
+    """Of different sizes and ranks, some with fewer items than columns, some that end early."""
+    rng = np.random.default_rng(4)
+    parts = []
+    for n, spread in ((12, 0.1), (30, 1.0), (45, 3.0), (31, 0.0)):
+        y = np.arange(n) % 3
+        x = rng.normal(size=(n, 20)) + spread * rng.normal(size=(3, 20))[y]
+        parts.append((x, y, x[:9] + 0.5, y[:9], rng.normal(size=(15, 20))))
+    together = logistic_of_parts(parts, classes=3)
+    for part, found in zip(parts, together):
+        assert np.array_equal(found, logistic(*part, classes=3))
+    fits = [(x, y, [x, other]) for x, y, _, _, other in parts]
+    for fit, (own, other) in zip(fits, logistic_logits(fits, classes=3)):
+        alone = logistic_logits([fit], classes=3)[0]
+        assert own == pytest.approx(alone[0], abs=1e-9)
+        assert other == pytest.approx(alone[1], abs=1e-9)
 
 
 @pytest.mark.parametrize("readout", [logistic, nearest_mean, k_nearest, discriminant])
