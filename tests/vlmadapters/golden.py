@@ -38,6 +38,7 @@ REPLAYS: dict[str, str] = {
     "kgcoop": "contexts",
     "lasp": "lasp",
     "maple": "maple",
+    "tipadapter, tipadapterf": "tip",
     "proda": "contexts",
     "clipadapter": "clipadapter",
     "cliplora": "cliplora",

@@ -1,17 +1,26 @@
-"""One training step of a method on a small backbone, as the trainer makes it."""
+"""Training steps of a method on a small backbone: one alone, or all that a trainer makes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from backbones import shared_backbone
 from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.fewshot import base_or_novel, few_shot
+from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.training.recipes import TrainConfig
+from vlmadapters.training.trainer import Trainer
+from vlmlayers.manifests import Manifest
 
 TASK = Task(("cat", "golden_retriever", "bus"), other_names=("sea_lion", "Boeing 747"))
+MANIFEST = Manifest.load("shapes_filled")
 
 
 def step_of(
@@ -55,3 +64,17 @@ def assert_same_step(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     for key, value in expected.items():
         error = (found[key] - value).abs().max() / value.abs().max().clamp_min(1e-12)
         assert error < 1e-4, key
+
+
+def trainer_of(config: MethodConfig, train: TrainConfig, seed: int = 1, **options: Any) -> Trainer:
+    """Return the trainer of a method on base classes of drawn shapes, with validation items."""
+    model = shared_backbone()
+    count = range(len(MANIFEST.class_names()))
+    drawn = {
+        split: base_or_novel(few_shot(MANIFEST.items(split), train.shots, seed), "base", count)
+        for split in ("train", "val")
+    }
+    names = MANIFEST.class_names()[: 1 + max(item.label for item in drawn["train"])]
+    options = {"validation": drawn["val"], "progress": False} | options
+    images = Images(model, MANIFEST)
+    return Trainer(model, images, drawn["train"], Task(names), [config], train, seed, **options)

@@ -83,6 +83,11 @@ class Backbone:
         enter = partial(self.text.enter, margin=margin)
         return climb(self.text, enter, tokens, starts, self.savings.text_prefix)
 
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Return frozen joint features of texts, (text, joint), not normalised."""
+        end = self.text.tower.depth + 1
+        return self.features("text", self.prompts(self.tokens(texts), [end])[end])
+
     def images(self, images: Tensor, starts: Iterable[int]) -> dict[int, State]:
         """Return the frozen state of images at each of the blocks asked for."""
         return climb(self.vision, self.vision.enter, images, starts, self.savings.image_prefix)

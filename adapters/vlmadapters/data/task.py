@@ -20,6 +20,19 @@ from vlmlayers.manifests.items import balanced_sample
 LOG = logging.getLogger("vlmlayers")
 
 
+def places(names: Sequence[str], among: Sequence[str]) -> list[int]:
+    """Return the number of each name among others, -1 where it is not there.
+
+    Two classes may have the same name; they are told apart by their order.
+    """
+    own = {name: number for number, name in enumerate(_numbered(among))}
+    return [own.get(name, -1) for name in _numbered(names)]
+
+
+def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    return [(name, names[:index].count(name)) for index, name in enumerate(names)]
+
+
 @dataclass(frozen=True)
 class Task:
     """The classes to tell apart, and what is known of them in words.

@@ -27,6 +27,8 @@ BUILT_IN = {
     "cocoop": ("cocoop:CoCoOp", "configs:CoCoOpConfig"),
     "kgcoop": ("kgcoop:KgCoOp", "configs:KgCoOpConfig"),
     "lasp": ("lasp:LASP", "configs:LASPConfig"),
+    "tip": ("tip:Tip", "configs:TipConfig"),
+    "tip-f": ("tip:TipF", "configs:TipFConfig"),
     "proda": ("proda:ProDA", "configs:ProDAConfig"),
     "promptsrc": ("promptsrc:PromptSRC", "configs:PromptSRCConfig"),
     "cliplora": ("cliplora:CLIPLoRA", "configs:CLIPLoRAConfig"),

@@ -11,7 +11,7 @@ nothing: `Method` itself is zero-shot CLIP. A method overrides only where it act
     final features      `image_features`, `class_features`
     logits              `logits`              caches, several read-outs, image-conditioned text
     the loss            `loss_parts`, `loss_weights`
-    around the steps    `fit`, `end_epoch`
+    around the steps    `fit`, `end_epoch`, `finish`
     files               `official_names`, `config_of_official`
 
 Only `inside` is bound to open_clip's standard block; everything else runs on any tower that can be
@@ -71,15 +71,16 @@ class FitData:
         classes: What the method's `prepare` returned.
         labels: (item,) classes of the few-shot items.
         view: Number of a view to joint features of all items in it, (item, joint), not normalised.
-        validation: Features and labels of few-shot items of the validation split; None where the
-            dataset has none. Test data are never here.
+        validation: Makes joint features, (item, joint), not normalised, and labels, (item,), of
+            few-shot items of the validation split; None where the dataset has none. Test data are
+            never here.
     """
 
     backbone: Backbone
     classes: Any
     labels: Tensor
     view: Callable[[int], Tensor]
-    validation: tuple[Tensor, Tensor] | None = None
+    validation: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 class Method(nn.Module):
@@ -198,13 +199,16 @@ class Method(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups; `rate` is a group's share of the learning rate."""
-        return [{"params": list(self.parameters()), "rate": 1.0}]
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "rate": 1.0}]
 
     def fit(self, data: FitData) -> None:
-        """Fit in closed form before the first step."""
+        """Fit in closed form before the first step; parameters may be replaced by others."""
 
     def end_epoch(self, epoch: int, epochs: int) -> None:
         """Act at the end of an epoch, counted from 1."""
+
+    def finish(self, data: FitData) -> None:
+        """Act after the last step, on what `fit` saw; after `fit` where there is no step."""
 
     # Attached to the backbone by hooks
 

@@ -14,6 +14,7 @@ from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError
 
 PLACEHOLDER = "X"
+Weight = Annotated[float, Takes(least=0)]
 ClassAt = Literal["end", "middle", "front"]
 Matrix = Literal["q", "k", "v", "o"]
 
@@ -26,6 +27,12 @@ def split_words(text: str) -> list[str]:
 def blocks_to(depth: int) -> tuple[int, ...]:
     """Return the blocks from 1 on."""
     return tuple(range(1, depth + 1))
+
+
+def check_templates(templates: tuple[str, ...]) -> None:
+    """Raise a UserError where a template has no `{}`."""
+    for template in templates:
+        class_prompts([], template)
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ class KgCoOpConfig(CoOpConfig):
             a", ignores `class_specific` beside words, and `class_at`.
     """
 
-    weight: Annotated[float, Takes(least=0)] = 8.0
+    weight: Weight = 8.0
 
     name: ClassVar[str] = "kgcoop"
     title: ClassVar[str] = "KgCoOp"
@@ -188,7 +195,7 @@ class LASPConfig(WordsConfig):
     """
 
     correction: bool = True
-    weight: Annotated[float, Takes(least=0)] = 5.0
+    weight: Weight = 5.0
     templates: tuple[str, ...] = ()
     other_names: OtherNames = "text"
     as_published: bool = False
@@ -200,8 +207,7 @@ class LASPConfig(WordsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for template in self.templates:
-            class_prompts([], template)
+        check_templates(self.templates)
 
     @classmethod
     def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
@@ -232,7 +238,7 @@ class ProDAConfig(TextConfig):
     prompts: Annotated[int, Takes(least=1)] = 32
     group: Annotated[int, Takes(least=1)] = 4
     length: Annotated[int, Takes(least=1)] = 16
-    weight: Annotated[float, Takes(least=0)] = 0.1
+    weight: Weight = 0.1
     as_published: bool = False
 
     name: ClassVar[str] = "proda"
@@ -258,6 +264,54 @@ class ProDAConfig(TextConfig):
 
 
 Share = Annotated[float, Takes(least=0, most=1)]
+
+
+@checked
+@dataclass(frozen=True)
+class TipConfig(MethodConfig):
+    """Settings of Tip-Adapter.
+
+    Attributes:
+        alpha: Weight of the cache before the search.
+        beta: Sharpness of the cache before the search.
+        views: Augmented views of every item, of whose features the cache holds the mean.
+        templates: Hand-made prompts, a `{}` in each, of whose features a class has the mean; empty
+            takes the dataset's own one.
+        search: Choose alpha and beta on few-shot items of the validation split, where there is one.
+        alpha_end: End of the values tried for alpha, which is not reached.
+        beta_end: The same for beta.
+        alpha_steps: Number of values tried for alpha, from 0.1 on.
+        beta_steps: The same for beta.
+
+    Raises:
+        UserError: A template has no `{}`.
+    """
+
+    alpha: Weight = 1.17
+    beta: Weight = 1.0
+    views: Count = 10
+    templates: tuple[str, ...] = ()
+    search: bool = True
+    alpha_end: Weight = 3.0
+    beta_end: Weight = 7.0
+    alpha_steps: Count = 20
+    beta_steps: Count = 200
+
+    name: ClassVar[str] = "tip"
+    title: ClassVar[str] = "Tip-Adapter"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_templates(self.templates)
+
+
+@checked
+@dataclass(frozen=True)
+class TipFConfig(TipConfig):
+    """Settings of Tip-Adapter-F, whose keys are trained: those of `TipConfig`."""
+
+    name: ClassVar[str] = "tip-f"
+    title: ClassVar[str] = "Tip-Adapter-F"
 
 
 @checked
@@ -317,8 +371,8 @@ class PromptSRCConfig(IVLPConfig):
 
     vision_length: Count = 4
     text_length: Count = 4
-    text_weight: Annotated[float, Takes(least=0)] = 25.0
-    image_weight: Annotated[float, Takes(least=0)] = 10.0
+    text_weight: Weight = 25.0
+    image_weight: Weight = 10.0
     templates: tuple[str, ...] = ()
     centre: float = 15.0
     spread: Annotated[float, Takes(above=0)] = 1.0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.walk import State
-from vlmadapters.data.task import Task
+from vlmadapters.data.task import Task, places
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.configs import ContextConfig, CoOpConfig
@@ -129,15 +129,14 @@ class CoOp(LearnedContext):
 
     def _own(self, names: Sequence[str]) -> list[int]:
         """Return the number of each class among those trained on."""
-        own = {name: number for number, name in enumerate(_numbered(self.class_names))}
-        for name in _numbered(names):
-            if name not in own:
-                raise UserError(
-                    f"the context was learned for each of {len(self.class_names)} classes "
-                    f"({', '.join(self.class_names[:3])}, …), and {name[0]!r} is none of them; "
-                    "test the classes that were trained, or train with class_specific=false"
-                )
-        return [own[name] for name in _numbered(names)]
+        own = places(names, self.class_names)
+        if -1 in own:
+            raise UserError(
+                f"the context was learned for each of {len(self.class_names)} classes "
+                f"({', '.join(self.class_names[:3])}, …), and {names[own.index(-1)]!r} is none of "
+                "them; test the classes that were trained, or train with class_specific=false"
+            )
+        return own
 
     @classmethod
     def settings_of(cls, shape: Sequence[int]) -> dict[str, Any]:
@@ -158,8 +157,3 @@ class CoOp(LearnedContext):
                     f"{len(self.class_names)}; name the classes that it was trained on"
                 )
         super().load_official_state_dict(state)
-
-
-def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Return names with how often each stood before: two classes may have the same one."""
-    return [(name, names[:index].count(name)) for index, name in enumerate(names)]

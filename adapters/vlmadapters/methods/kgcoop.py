@@ -54,9 +54,8 @@ class KgCoOp(CoOp):
 
     def prepare(self, backbone: Backbone, task: Task) -> Guided:
         """Return the frozen state of the class prompts, and hand-made features."""
-        end = backbone.text.tower.depth + 1
-        hand_made = backbone.prompts(backbone.tokens(task.prompts(task.hand_made)), [end])[end]
-        return Guided(super().prepare(backbone, task), backbone.features("text", hand_made))
+        hand_made = backbone.text_features(task.prompts(task.hand_made))
+        return Guided(super().prepare(backbone, task), hand_made)
 
     def class_features(self, backbone: Backbone, classes: Any) -> Tensor:
         """Return joint features of the prompts with context, (class, joint)."""

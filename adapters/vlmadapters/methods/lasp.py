@@ -169,10 +169,10 @@ class LASP(LearnedContext):
         state = context_state(backbone, tokens, slots, 1)
 
         def references() -> Tensor:
-            end, asked = backbone.text.tower.depth + 1, replace(task, class_names=names)
-            texts = [asked.prompts(one) for one in self.config.templates or TEMPLATES]
-            made = [backbone.prompts(backbone.tokens(each), [end])[end].x for each in texts]
-            return F.normalize(single(torch.stack([x for x in made if x is not None])), dim=-1)
+            asked = replace(task, class_names=names)
+            texts = (asked.prompts(one) for one in self.config.templates or TEMPLATES)
+            made = torch.stack([backbone.text_features(each) for each in texts])
+            return F.normalize(single(made), dim=-1)
 
         return Texts(state, len(task.class_names), references)
 

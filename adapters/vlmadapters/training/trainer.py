@@ -153,17 +153,20 @@ class Trainer:
 
     def _new_run(self, config: MethodConfig) -> _Run:
         method = METHODS[config.name].build(config, self.backbone, self.task, self.seed)
-        groups = method.parameter_groups()
-        trained = any(group["params"] for group in groups)
         # Loss scaling adapts to one method's gradients, so that no other one changes its steps.
         _, scaler = precision_of(self.train.precision, self.device)
         return _Run(
             method,
             self._prepared(method),
-            new_optimizer(groups, self.train) if trained else None,
+            self._optimizer(method),
             scaler,
             method.official_state_dict(),
         )
+
+    def _optimizer(self, method: Method) -> torch.optim.Optimizer | None:
+        """Return an optimizer of what a method trains; None where that is nothing."""
+        groups = method.parameter_groups()
+        return new_optimizer(groups, self.train) if any(g["params"] for g in groups) else None
 
     def _prepared(self, method: Method) -> Any:
         with torch.no_grad(), self.autocast(), eval_mode(self.backbone.clip):
@@ -191,6 +194,8 @@ class Trainer:
             run.method.train()
             if not resumed:
                 run.method.fit(self._fit_data(run))
+                run.optimizer = self._optimizer(run.method)
+                run.initial = run.method.official_state_dict()
         rank, _ = processes.rank_and_size()
         if any(run.optimizer is not None for run in self.runs):
             with bar(
@@ -203,6 +208,7 @@ class Trainer:
                 while self._steps_done() < self.total_steps:
                     self._one_epoch(shown)
         for run in self.runs:
+            run.method.finish(self._fit_data(run))
             run.method.eval()
         return self._results(time.perf_counter() - self._started)
 
@@ -299,11 +305,11 @@ class Trainer:
     def _fit_data(self, run: _Run) -> FitData:
         items = np.arange(len(self.items))
         labels = torch.tensor([item.label for item in self.items], device=self.device)
-        validation = None
-        if self.validation:
-            pixels = torch.cat(list(self.images.batches(self.validation, self.batch_size)))
-            of_items = [item.label for item in self.validation]
-            validation = self._plain(pixels), torch.tensor(of_items, device=self.device)
+
+        def validation() -> tuple[Tensor, Tensor]:
+            batches = self.images.batches(self.validation, self.batch_size)
+            of_items = torch.tensor([item.label for item in self.validation], device=self.device)
+            return torch.cat([self._plain(pixels) for pixels in batches]), of_items
 
         def view(number: int) -> Tensor:
             return torch.cat(
@@ -313,7 +319,8 @@ class Trainer:
                 ]
             )
 
-        return FitData(self.backbone, run.classes, labels, view, validation)
+        given = validation if self.validation else None
+        return FitData(self.backbone, run.classes, labels, view, given)
 
     def _plain(self, images: Tensor) -> Tensor:
         """Return joint features of the plain backbone, (image, joint)."""
@@ -410,6 +417,7 @@ class Trainer:
         for run, saved in zip(self.runs, state["runs"]):
             run.method.load_state_dict(saved["method"])
             run.method.touch()
+            run.optimizer = self._optimizer(run.method)
             if run.optimizer is not None:
                 run.optimizer.load_state_dict(saved["optimizer"])
             run.scaler.load_state_dict(saved["scaler"])
