@@ -42,6 +42,7 @@ REPLAYS: dict[str, str] = {
     "proda": "contexts",
     "clipadapter": "clipadapter",
     "cliplora": "cliplora",
+    "lweib": "lweib",
     "rpo": "rpo",
     "promptsrc": "promptsrc",
 }

@@ -32,6 +32,7 @@ BUILT_IN = {
     "proda": ("proda:ProDA", "configs:ProDAConfig"),
     "promptsrc": ("promptsrc:PromptSRC", "configs:PromptSRCConfig"),
     "cliplora": ("cliplora:CLIPLoRA", "configs:CLIPLoRAConfig"),
+    "lweib": ("lweib:LwEIB", "configs:LwEIBConfig"),
     "clipadapter": ("clipadapter:CLIPAdapter", "configs:CLIPAdapterConfig"),
 }
 

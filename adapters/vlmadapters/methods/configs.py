@@ -4,14 +4,17 @@ check them at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from vlmadapters.data.prompts import class_prompts
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError
+from vlmlayers.files import checksum
 
 PLACEHOLDER = "X"
 Weight = Annotated[float, Takes(least=0)]
@@ -485,6 +488,90 @@ class CLIPLoRAConfig(MethodConfig):
     def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
         """Change every block of both towers, as published."""
         return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)
+
+
+@checked
+@dataclass(frozen=True)
+class LwEIBConfig(MethodConfig):
+    """Settings of LwEIB.
+
+    Attributes:
+        vision: Vision blocks with convolutions, counted from 1, rising.
+        text: Text blocks with convolutions, counted from 1, rising.
+        alpha: Share of a convolution in what it acts on.
+        factor: What multiplies alpha in a fast block.
+        slow: Chance that a block is slow in a step.
+        negatives: Other classes in a step, for each class of its images; -1 takes all.
+        descriptions: JSON file, class name to descriptions, both as people write them; empty has
+            some general sentences for every class. What the file held is kept as `FILE#hash`.
+
+    Raises:
+        UserError: There is no block, or the file cannot be read, is no such JSON, or has changed.
+    """
+
+    alpha: Annotated[float, Takes(above=0)] = 0.025
+    factor: Annotated[float, Takes(above=0)] = 2.5
+    slow: Share = 0.8
+    negatives: Annotated[int, Takes(least=-1)] = 7
+    descriptions: str = ""
+
+    name: ClassVar[str] = "lweib"
+    title: ClassVar[str] = "LwEIB"
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
+    extensions: ClassVar[str] = "sets with gaps, and other ones in either tower"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.vision and not self.text:
+            raise UserError(f"{self.name} has no block in either tower; name at least one")
+        if self.descriptions:
+            object.__setattr__(self, "descriptions", _with_hash(self.descriptions))
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Act in every block of both towers, as published."""
+        return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)
+
+
+def _with_hash(where: str) -> str:
+    """Return the name of a file of descriptions with the hash of what it holds."""
+    path, _, then = where.partition("#")
+    now = checksum(repr(sorted(read_descriptions(path).items())))[:12]
+    if then not in ("", now):
+        raise UserError(
+            f"{path} has changed since it was used ({then} then, {now} now); restore it"
+        )
+    return f"{path}#{now}"
+
+
+def spelled(name: str) -> str:
+    """Return a class name as descriptions are looked up by: lower case, underscores as spaces."""
+    return name.replace("_", " ").lower()
+
+
+def read_descriptions(where: str) -> dict[str, tuple[str, ...]]:
+    """Return descriptions by class name, as `spelled`.
+
+    Args:
+        where: A JSON file, class name to a list of texts; `#` and a hash may follow.
+
+    Raises:
+        UserError: The file cannot be read, or is no such JSON.
+    """
+    path = Path(where.partition("#")[0])
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the descriptions {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    right = isinstance(found, dict) and all(
+        isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)
+        for texts in found.values()
+    )
+    if not right or not found:
+        raise UserError(f"{path} must hold an object, each class name with a list of texts")
+    return {spelled(name): tuple(texts) for name, texts in found.items()}
 
 
 @checked
