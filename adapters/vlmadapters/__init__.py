@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from vlmadapters.protocols.results import summarise
     from vlmadapters.training.recipes import load_recipe
+    from vlmadapters.validation.methods import compare_methods
     from vlmadapters.validation.validate import validate
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "attach": "methods.mma.module",
     "base_to_novel": "protocols.experiment",
     "class_logits": "clip.logits",
+    "compare_methods": "validation.methods",
     "cross_dataset": "protocols.experiment",
     "few_shot": "data.fewshot",
     "few_shot_all": "protocols.experiment",
@@ -41,6 +43,7 @@ __all__ = [
     "attach",
     "base_to_novel",
     "class_logits",
+    "compare_methods",
     "few_shot",
     "load_recipe",
     "summarise",

@@ -477,7 +477,7 @@ Datasets = Annotated[
 def train(
     model: Model,
     datasets: Datasets,
-    recipe: Recipe | str | Path | None = None,
+    recipe: Sequence[Recipe | str | Path] | None = None,
     out: str | Path | None = None,
     *,
     protocol: str = "base-to-novel",
@@ -501,7 +501,8 @@ def train(
     Args:
         model: The model, as `load_model` returns it.
         datasets: Datasets trained on, each by itself.
-        recipe: Recipe, its name, or a TOML file; `default_recipe` where None.
+        recipe: Recipe, or one of each method; or its name or TOML file, the same for every method;
+            `default_recipe` where None.
         out: Folder of cells, adapters and tables; None keeps everything in memory. A stopped run
             goes on there.
         protocol: `base-to-novel`, `few-shot`, `cross-dataset` or `domain-generalization`.
@@ -529,11 +530,7 @@ def train(
     Raises:
         UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
-    if isinstance(recipe, Recipe):
-        recipes = [recipe]
-    else:
-        names = [(recipe or default_recipe(model.name, one), one) for one in method]
-        recipes = [load_recipe(*one) for one in names]
+    recipes = _recipes(recipe or (), method, model.name)
     if configs is None and placement is not None:
         configs = _placed([one.method for one in recipes], placement)
     elif placement is not None:
@@ -554,6 +551,21 @@ def train(
         progress=progress,
     )
     return experiment.run(datasets, configs, seeds, together=together)
+
+
+def _recipes(
+    given: Sequence[Recipe | str | Path], methods: Sequence[str], model: str
+) -> list[Recipe]:
+    """Return one recipe per method: those given, or what a name stands for."""
+    recipes = [one for one in given if isinstance(one, Recipe)]
+    if given and len(recipes) == len(given):
+        return recipes
+    if len(given) > 1:
+        raise UserError(
+            "train takes one name of a recipe, or recipes as `load_recipe` returns them"
+        )
+    names = [one for one in given if not isinstance(one, Recipe)]
+    return [load_recipe(*names or [default_recipe(model, one)], one) for one in methods]
 
 
 def _placed(methods: Sequence[MethodConfig], placements: Sequence[Any]) -> list[MethodConfig]:

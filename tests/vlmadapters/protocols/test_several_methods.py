@@ -104,6 +104,16 @@ def test_a_sweep_gives_each_method_what_it_has_alone(
     assert summary.seconds["CoOp", "hm"] == pytest.approx(coop.seconds.mean())
 
     recipe = va.load_recipe("published", "coop").changed(small, {})
-    alone = va.train(shared_backbone(), "shapes_filled", recipe, seeds=1, limit=32, progress=False)
+    alone = va.train(
+        shared_backbone(), "shapes_filled", [recipe], seeds=1, limit=32, progress=False
+    )
     ours = alone[alone.method == "CoOp"].accuracy.tolist()
     assert ours == pytest.approx(coop.accuracy.tolist())
+
+
+def test_recipes_from_python_are_values_or_one_name() -> None:
+    with pytest.raises(UserError, match="one name of a recipe, or recipes as `load_recipe`"):
+        va.train(shared_backbone(), "shapes_filled", ["mini", "published"])
+    twice = [va.load_recipe("published", "coop")] * 2
+    with pytest.raises(UserError, match="two of one method"):
+        va.train(shared_backbone(), "shapes_filled", twice)
