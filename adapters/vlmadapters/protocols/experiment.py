@@ -564,8 +564,8 @@ def _recipes(
         raise UserError(
             "train takes one name of a recipe, or recipes as `load_recipe` returns them"
         )
-    names = [one for one in given if not isinstance(one, Recipe)]
-    return [load_recipe(*names or [default_recipe(model, one)], one) for one in methods]
+    name = next((one for one in given if not isinstance(one, Recipe)), None)
+    return [load_recipe(name or default_recipe(model, one), one) for one in methods]
 
 
 def _placed(methods: Sequence[MethodConfig], placements: Sequence[Any]) -> list[MethodConfig]:
