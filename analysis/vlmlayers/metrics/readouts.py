@@ -135,7 +135,8 @@ def logistic_logits(
         scaled.append(own)
         rest.append(others)
     found = []
-    most = max(1, SIDE_BY_SIDE // (max(x.size for x in scaled) * len(c_grid) * classes))
+    largest = max(1, *(x.size for x in scaled))  # a constant position has no columns left
+    most = max(1, SIDE_BY_SIDE // (largest * len(c_grid) * classes))
     for first in range(0, len(fits), most):
         batch = slice(first, first + most)
         labels = [labels for _, labels, _ in fits[batch]]

@@ -217,12 +217,15 @@ print(len(table))
 """
 
 
+PATHS = [str(Path(__file__).parent), *sys.path]  # a worker imports this module and its helpers
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_sweep(manifest: Manifest, tmp_path: Path) -> None:
     source = next(iter({manifest.location(i).parents[2] for i in manifest.items("test")}))
     log = tmp_path / "trained"
     words = [sys.executable, "-c", WORKER, str(source), str(tmp_path / "out"), str(log)]
-    place = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(words, env=place, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]

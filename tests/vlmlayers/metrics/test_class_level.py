@@ -261,3 +261,11 @@ def test_items_equal_to_their_class_mean_are_refused(function) -> None:
 def test_a_row_of_zeros_has_no_neighbours() -> None:
     with pytest.raises(UserError, match="row of zeros"):
         neighbourhood_overlap(np.vstack([np.zeros(3), np.eye(3)]), [0, 0, 1, 1])
+
+
+def test_a_position_that_is_constant_predicts_as_chance_does() -> None:
+    """Fewer items than columns: rotating into the span of the items leaves no column."""
+    fit, rest = np.ones((6, 9)), np.ones((4, 9))
+    labels = np.arange(6) % 2
+    predicted = logistic(fit, labels, rest, np.arange(4) % 2, rest, classes=2)
+    assert len(set(predicted.tolist())) == 1
