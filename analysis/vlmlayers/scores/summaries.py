@@ -72,18 +72,14 @@ def curves(
     if dataset is not None:
         check_one_of("dataset", dataset, sorted(set(scores["dataset"])), f"the {metric} scores")
         scores = scores[scores["dataset"] == dataset]
-    frames = []
+    parts = []
     for tower in TOWERS:
         rows = Reading(space=space).of_all_datasets(scores, metric, tower)
         for _, part in rows.groupby("dataset", sort=False):
-            part = partnered(part, tower, blocks.get(tower, 0))
-            if len(part):  # agreement within one tower has no partner to be read at
-                frames.append(_summary(part))
-    joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+            parts.append(partnered(part, tower, blocks.get(tower, 0)))
+    # Agreement within one tower has no partner to be read at.
+    joined = _summary(pd.concat(parts)) if any(map(len, parts)) else pd.DataFrame()
     joined = joined.reindex(columns=CURVE_COLUMNS)
-    # Numbered over all curves: one that lacks a position must not shift against the others.
-    place = {key: number for number, key in enumerate(sorted(set(joined["order"])))}
-    joined["order"] = joined["order"].map(place)
     least, most = _bounds(metric)
     return joined.assign(low=joined["low"].clip(lower=least), high=joined["high"].clip(upper=most))
 
@@ -108,27 +104,24 @@ def _bounds(metric: str) -> tuple[float, float]:
 
 
 def _summary(rows: pd.DataFrame) -> pd.DataFrame:
-    made = []
-    for position, group in rows.groupby("position", sort=False):
-        value = float(group["value"].mean())
-        spread = _Z * float(group["value"].std(ddof=1)) if len(group) > 1 else 0.0
-        first = group.iloc[0]
-        made.append(
-            {
-                **{
-                    name: first[name]
-                    for name in ("metric", "dataset", "tower", "depth", "n", "space", "pooling")
-                },
-                "position": position,
-                "order": sort_key(str(position)),
-                "value": value,
-                "low": value - float(np.hypot(value - group["low"].mean(), spread)),
-                "high": value + float(np.hypot(group["high"].mean() - value, spread)),
-                "null": float(group["null"].mean()),
-                "seeds": int((group["seed"] >= 0).sum()) or 0,
-            }
-        )
-    return pd.DataFrame(made).sort_values("order", kind="stable")
+    """Return one row per dataset, tower and position, seeds joined, in order along each tower."""
+    rows = rows.assign(seeds=rows["seed"] >= 0)
+    groups = rows.groupby(["tower", "dataset", "position"], sort=False)
+    made = groups[["metric", "depth", "n", "space", "pooling"]].first()
+    mean = groups[["value", "low", "high", "null"]].mean()
+    spread = (_Z * groups["value"].std(ddof=1)).where(groups.size() > 1, 0.0)
+    made = made.join(mean).assign(
+        low=mean["value"] - np.hypot(mean["value"] - mean["low"], spread),
+        high=mean["value"] + np.hypot(mean["high"] - mean["value"], spread),
+        seeds=groups["seeds"].sum().astype(int),
+    )
+    made = made.reset_index()
+    keys = [sort_key(str(position)) for position in made["position"]]
+    # Numbered over all curves: one that lacks a position must not shift against the others.
+    place = {key: number for number, key in enumerate(sorted(set(keys)))}
+    curve = made.groupby(["tower", "dataset"], sort=False).ngroup()
+    made = made.assign(order=[place[key] for key in keys], _curve=curve)
+    return made.sort_values(["_curve", "order"], ignore_index=True)
 
 
 def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
