@@ -27,6 +27,10 @@ class UserError(Exception):
         super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}…")
 
 
+class OtherExtraction(UserError):
+    """A folder holds features of other items or options; only its owner may delete it."""
+
+
 def printable(text: str) -> str:
     """Return text in one line, with control characters and marks of direction spelled out.
 

@@ -77,7 +77,7 @@ def datasets(context: Any) -> list[Manifest]:
     known = {manifest.name: manifest for manifest in context.manifests}
     names = _part(context).datasets
     if names is None:
-        return list(known.values())
+        return list(context.extracted_manifests)
     found = [known.get(name) or Manifest.load(context.dataset_name(name)) for name in names]
     return distinct(found, context.data_root)
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import UserError
+from vlmlayers.errors import OtherExtraction, UserError
 from vlmlayers.features.arrays import LayerFeatures, TowerFeatures
 from vlmlayers.files import atomically, checksum, file_checksum
 from vlmlayers.identity import DATA, DataIdentity
@@ -170,7 +170,7 @@ def refuse_other_identity(
     else:
         difference = f"of other data: {changed_data(folder, there, data)}"
     if difference is not None:
-        raise UserError(
+        raise OtherExtraction(
             f"feature store {folder} belongs to another extraction: {difference}; choose another "
             "folder, or delete this one"
         )

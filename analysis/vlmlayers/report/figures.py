@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,13 +72,21 @@ class Drawn:
         return {
             path.suffix[1:]: data_uri(path.read_bytes(), MIME[path.suffix[1:]])
             for path in self.files
-            if path.suffix != ".pdf"
         }
 
     @property
     def shown(self) -> str:
         """The kind that a page shows."""
         return "svg" if any(path.suffix == ".svg" for path in self.files) else "png"
+
+
+def zipped(figures: Sequence[Drawn]) -> bytes:
+    """Return the files of figures as a zip archive; the same files give the same bytes."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in (path for figure in figures for path in figure.files):
+            archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return content.getvalue()
 
 
 def data_uri(content: bytes, mime: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmlayers.report.handover import handover_text
 from vlmlayers.report.made import made_tables
+from vlmlayers.report.next_steps import next_steps
+from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.tables import (
     Table,
     answer_tables,
@@ -30,17 +31,24 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
             "about a trained model.",
             "",
         ]
-    parts += [f"**{esc(answer.headline)}** {esc(answer.lead)}", ""]
+    answered = "".join(f"**{words}**" if firm else words for words, firm in answer.headline_parts)
+    parts += [f"{answered} {esc(answer.lead)}", ""]
     if answer.doubts:
         parts += [*(f"- {esc(doubt)}" for doubt in answer.doubts), ""]
     parts += [markdown_table(("What", "Answer"), answer.facts())]
     if (comparison := comparison_table(answer.validation)) is not None:
         parts += ["", esc(comparison.caption) + ":", ""]
         parts += [markdown_table(comparison.headings, comparison.rows)]
-    parts += ["", "To fine-tune these layers:", "", "```python", handover_text(answer), "```"]
     if note:
         parts += ["", esc(note)]
-    parts += ["", "## Evidence", ""]
+    for name, reason in answer.provenance.get("left_out", {}).items():
+        parts += ["", f"Left out: {esc(name)}. {esc(reason)}"]
+    parts += ["", "## What to do next", ""]
+    for step in next_steps(answer):
+        parts += [f"### {step.title}", "", esc(step.text), "", "```", step.code, "```", ""]
+    parts += ["## Evidence", ""]
+    if (sensitivity := sensitivity_table(answer)) is not None:
+        parts += _tables([sensitivity])
     for figure in figures:
         shown = next(path for path in figure.files if path.suffix[1:] == figure.shown)
         parts += [f"![{esc(figure.caption)}](figures/{shown.name})", "", esc(figure.caption), ""]

@@ -12,10 +12,11 @@ import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.placement import ZERO_SHOT, Placement
+from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run, read_json
 from vlmlayers.scores import read_scores
-from vlmlayers.scores.reading import bare, depths
+from vlmlayers.scores.reading import POOLED, bare, depths
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
     RULES,
@@ -23,8 +24,11 @@ from vlmlayers.selection import (
     describe_blocks,
     paper_blocks,
 )
-from vlmlayers.selection.stability import OFTEN
+from vlmlayers.selection.choice import OFTEN
 from vlmlayers.words import percent
+
+TIE = 1e-9  # means of the same cells differ by rounding where they are equal
+FIRM = f"in at least {percent(OFTEN)} of the resamples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +97,7 @@ class RecordedValidation:
     def best_words(self) -> str:
         """What the placement with the highest mean is called; a tie is called one."""
         means = self.placements["hm"]
-        tied = int((means > means.max() - 1e-9).sum())
+        tied = int((means > means.max() - TIE).sum())
         return f"best of all trained, with {tied - 1} equal" if tied > 1 else "best of all trained"
 
     def kind(self, placement: str) -> str:
@@ -199,20 +203,48 @@ class Answer:
 
     @property
     def headline(self) -> str:
-        """The answer in one sentence."""
-        parts = [
-            f"block{'s' * (len(blocks) > 1)} {describe_blocks(blocks)} of the {tower} tower"
-            for tower in self.depths
-            if (blocks := self.choice.blocks(tower))
-        ]
-        if not parts:
-            return "No block is chosen."
-        doubt = (
-            ", though no block is firmly chosen"
-            if self._firm() and not any(self._firm().values())
-            else ""
-        )
-        return f"Adapt {' and '.join(parts)}{doubt}."
+        """The answer in one or two sentences."""
+        return "".join(words for words, _ in self.headline_parts)
+
+    @property
+    def headline_parts(self) -> list[tuple[str, bool]]:
+        """The answer in pieces: words, and whether the data make them firm.
+
+        A tower of which no block is firm keeps the default, the paper's placement at its depth.
+        """
+        adapt: list[tuple[str, bool]] = []
+        default: dict[str, str] = {}
+        for tower in self.depths:
+            fixed = "fixed" in self.standing(tower)
+            if not fixed and not self.choice.firm(tower):
+                if self._resampled(tower):
+                    default[tower] = _blocks(self.paper.blocks(tower))
+                continue
+            blocks = self.choice.blocks(tower) if fixed else self.choice.firm(tower)
+            adapt.append((" and " if adapt else "Adapt ", False))
+            adapt.append((f"{_blocks(blocks)} of the {tower} tower", not fixed))
+            if others := self.choice.open(tower):
+                adapt.append((f" ({_blocks(others)} open)", False))
+        if adapt:
+            adapt.append((".", False))
+        if default:
+            adapt.append((self._undecided(default, bool(adapt)), False))
+        return adapt or [("No block is chosen.", False)]
+
+    def _undecided(self, default: dict[str, str], follows: bool) -> str:
+        """Return that the data do not decide for some towers, and which default stands in each."""
+        towers = f"the {join(default)} tower{'s' * (len(default) > 1)}"
+        kept = join(dict.fromkeys(default.values()))
+        if follows:
+            return f" For {towers} the data do not decide: the default stands, {kept}."
+        return f"The data do not decide: the default stands, {kept} of {towers}."
+
+    def _resampled(self, tower: str) -> bool:
+        return "frequency" in self.choice.evidence.get("towers", {}).get(tower, {})
+
+    def standing(self, tower: str) -> tuple[str, ...]:
+        """Return how each block of a tower stands: `firm`, `open`, `frozen` or `fixed`."""
+        return self.choice.standing(tower, self.depths[tower])
 
     @property
     def doubts(self) -> list[str]:
@@ -225,18 +257,9 @@ class Answer:
         """The statement up to its doubts, for where these follow as a list."""
         doubts = self.choice.evidence.get("doubts", ())
         tail = f" {'; '.join(map(str, doubts))}." if doubts else ""
+        if tail and any(self.choice.firm(tower) for tower in self.depths):
+            return "What the data leave open:"
         return self.choice.statement.removesuffix(tail)
-
-    def _firm(self) -> dict[str, list[int]]:
-        """Return the chosen blocks that most resamples choose, by resampled tower."""
-        towers = self.choice.evidence.get("towers", {})
-        return {
-            tower: [
-                b for b in self.choice.blocks(tower) if towers[tower]["frequency"][b - 1] >= OFTEN
-            ]
-            for tower in self.depths
-            if "frequency" in towers.get(tower, {})
-        }
 
     @property
     def parameters(self) -> int | None:
@@ -249,12 +272,12 @@ class Answer:
     def facts(self) -> list[tuple[str, str]]:
         """Return what stands beside the answer: label and text."""
         found = [("Rule", self._rule()), *self._starts()]
-        if firm := self._firm():
-            words = ", ".join(
-                f"{tower} {describe_blocks(blocks)}" for tower, blocks in firm.items()
-            )
-            share = percent(OFTEN)
-            found.append(("Firmly chosen", f"{words} (in at least {share} of the resamples)"))
+        if towers := [tower for tower in self.depths if self._resampled(tower)]:
+            found.append(("Firm blocks", f"{self._blocks_of(towers, 'firm')} ({FIRM})"))
+            if any(self.choice.open(tower) for tower in towers):
+                found.append(("Open blocks", self._blocks_of(towers, "open")))
+        if behind := self._behind():
+            found.append(("Behind the curves", behind))
         if (count := self.parameters) is not None:
             found.append(("Trained parameters", f"{count:,} at the chosen placement"))
         same = (self.choice.vision, self.choice.text) == (self.paper.vision, self.paper.text)
@@ -269,6 +292,27 @@ class Answer:
         )
         found.append(("Proved by training", self._proof()))
         return found
+
+    def _blocks_of(self, towers: list[str], how: str) -> str:
+        sets = {t: self.choice.firm(t) if how == "firm" else self.choice.open(t) for t in towers}
+        return ", ".join(f"{tower} {describe_blocks(blocks)}" for tower, blocks in sets.items())
+
+    def _behind(self) -> str:
+        """Return how many images and texts the first metric of the rule was read on."""
+        metric = next(iter(self._metrics()), "")
+        if metric not in set(self.scores["metric"]):
+            return ""
+        frame = curves(self.scores, metric)
+        frame = frame[(frame["dataset"] == POOLED) == (frame["dataset"] == POOLED).any()]
+        counts = frame.groupby(["tower", "dataset"], sort=False)["n"].max().groupby("tower").sum()
+        names = {"vision": "images", "text": "texts"}
+        words = [f"{int(counts[t]):,} {names[t]}" for t in self.depths if counts.get(t, 0) > 0]
+        return f"{axis_label(metric)} is read on {join(words)}" if words else ""
+
+    def _metrics(self) -> list[str]:
+        """Return the metrics that the rule read."""
+        towers = self.choice.evidence.get("towers", {}).values()
+        return list(dict.fromkeys(name for found in towers for name in found.get("values", {})))
 
     def _rule(self) -> str:
         """Return the rule in words, with the options that are numbers or names."""
@@ -299,7 +343,8 @@ class Answer:
         if self.validation.verdict:
             return self.validation.verdict
         frame = self.validation.placements.set_index("placement")["hm"]
-        text = f"best {frame.idxmax()} with harmonic mean {_number(frame.max())}"
+        best = join(frame.index[frame > frame.max() - TIE])
+        text = f"best {best} with harmonic mean {_number(frame.max())}"
         for name, label in (
             (self.validation.chosen, "chosen"),
             (self.validation.reference, "the paper's"),
@@ -318,9 +363,12 @@ class Answer:
                 f"{str(tower).capitalize()}: {first['value']:.2f} at {first['position']}, "
                 f"{last['value']:.2f} at {last['position']}"
             )
-            peak = part.iloc[int(part["value"].to_numpy().argmax())]
-            if peak["value"] - max(first["value"], last["value"]) > 0.005:
-                sentence += f", highest {peak['value']:.2f} at {peak['position']}"
+            top = float(part["value"].max())
+            if top - max(first["value"], last["value"]) > 0.005:
+                equal = part[part["value"].round(2) == round(top, 2)]["position"].astype(str)
+                tied = f" (equal within 0.01: {', '.join(equal)})" if len(equal) > 1 else ""
+                peak = part.loc[part["value"].idxmax(), "position"]
+                sentence += f", highest {top:.2f} at {peak}{tied}"
             sentences.append(sentence)
         nulls = frame.dropna(subset=["null"]).groupby("tower", sort=False)["null"]
         chance = {str(name): _ends(float(null.min()), float(null.max())) for name, null in nulls}
@@ -344,6 +392,10 @@ def _start_words(found: Mapping[str, Any]) -> str:
         return span
     share = found["frequency"][value - 1]
     return f"not where resamples start: {span}; block {value} is chosen in {percent(share)} of all"
+
+
+def _blocks(blocks: tuple[int, ...]) -> str:
+    return f"block{'s' * (len(blocks) > 1)} {describe_blocks(blocks)}"
 
 
 def _ends(low: float, high: float) -> str:

@@ -14,13 +14,15 @@ from typing import Any
 import jinja2
 
 from vlmlayers.arguments import checked
-from vlmlayers.report.figures import data_uri, draw_figures
-from vlmlayers.report.handover import handover_text
+from vlmlayers.report.figures import data_uri, draw_figures, zipped
+from vlmlayers.report.glossary import explained
 from vlmlayers.report.made import made_tables
 from vlmlayers.report.markdown import report_markdown
+from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import payload, script_json
 from vlmlayers.report.ribbon import ribbon
+from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.tables import (
     answer_tables,
     comparison_table,
@@ -34,6 +36,12 @@ RANDOM = (
     "RANDOM WEIGHTS: this backbone is untrained. The numbers show that the tools work; they "
     "say nothing about a trained model."
 )
+WHY = (
+    "Why telling datasets apart matters: a block whose features say which dataset an item is from "
+    "holds what is specific to it, which is what an adapter has to learn; blocks below hold what "
+    "all datasets share and are better left frozen (Yang et al., MMA: Multi-Modal Adapter for "
+    "Vision-Language Models, CVPR 2024)."
+)
 FIRST = (*DATASET_ACCURACIES, "class_accuracy", "zero_shot_accuracy")
 
 
@@ -43,15 +51,15 @@ def write_report(
     *,
     title: str = "",
     note: str = "",
-    formats: Sequence[str] = ("svg", "png"),
+    formats: Sequence[str] = ("svg", "png", "pdf"),
     metrics: Sequence[str] = (),
 ) -> Path:
     """Write the report of a run folder.
 
     Args:
         folder: Run folder with scores and a choice.
-        title: Heading; model and weights where empty.
-        note: A paragraph under the answer.
+        title: Heading; that of the run's study where empty, else model and weights.
+        note: A paragraph under the answer; that of the run's study where empty.
         formats: Formats of the saved figures.
         metrics: Metrics to draw a figure of besides the usual ones.
 
@@ -62,7 +70,9 @@ def write_report(
         UserError: The folder holds no scores or no choice, or a metric or format is unknown.
     """
     answer = read_answer(folder)
-    heading = title or f"Layers to adapt: {answer.model} ({answer.weights})"
+    kept = answer.provenance.get("report", {})
+    note = note or str(kept.get("note", ""))
+    heading = title or kept.get("title") or f"Layers to adapt: {answer.model} ({answer.weights})"
     figures = draw_figures(answer, formats, metrics)
     html = render(
         "report.html.j2",
@@ -72,6 +82,11 @@ def write_report(
             "answer": answer,
             "note": note,
             "figures": figures,
+            "archive": data_uri(zipped(figures), "application/zip"),
+            "why": WHY,
+            "left_out": answer.provenance.get("left_out", {}),
+            "steps": next_steps(answer),
+            "sensitivity": sensitivity_table(answer),
             "ribbon": _safe(ribbon(answer)),
             "random": RANDOM if answer.random_weights else "",
             **_evidence(answer),
@@ -83,7 +98,6 @@ def write_report(
             "made_tables": made_tables(answer),
             "downloads": _downloads(answer),
             "study": _study(answer),
-            "handover": handover_text(answer),
             "written": answer.provenance.get("environment", {}).get("written", ""),
         },
     )
@@ -113,13 +127,15 @@ def render(template: str, title: str, data: Any, values: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["explained"] = explained
+    return made
 
 
 def _safe(text: str) -> Any:

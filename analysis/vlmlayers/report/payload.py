@@ -35,6 +35,7 @@ def payload(answer: Answer) -> dict[str, Any]:
         "random": answer.random_weights,
         "depth": answer.depths,
         "choice": {"vision": list(answer.choice.vision), "text": list(answer.choice.text)},
+        "standing": {tower: answer.standing(tower) for tower in answer.depths},
         "datasets": dataset_names(answer.scores),
         "metrics": {
             name: metric_entry(name, answer.scores) for names in shapes.values() for name in names

@@ -1,4 +1,4 @@
-"""The answer as a picture: one row of blocks per tower, chosen ones filled."""
+"""The ribbon of a report's answer: a row of blocks per tower, in three tints."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from vlmlayers.placement import describe_blocks
 from vlmlayers.report.numbers import Answer
 from vlmlayers.words import percent
 
-KEY = "Filled: chosen. Line below: the paper’s placement at this depth."
+PAPER = "Line below: the paper’s placement at this depth."
+KEY = f"Full colour: firm. Pale: open. White: frozen. {PAPER}"
+FIXED_KEY = f"Filled: chosen by the rule. {PAPER}"
 
 
 def ribbon(answer: Answer) -> str:
-    """Return HTML: blocks by tower, chosen ones filled, the paper's underlined.
+    """Return HTML: blocks by tower, tinted by how they stand, the paper's underlined.
 
     It holds numbers and names of towers only, nothing that came from a user.
     """
@@ -19,19 +21,19 @@ def ribbon(answer: Answer) -> str:
         for tower, depth in answer.depths.items()
     )
     lanes = "".join(_lane(answer, tower) for tower in answer.depths)
-    return f'<div class="ribbon" role="img" aria-label="{alt}">{lanes}<small>{KEY}</small></div>'
+    fixed = any("fixed" in answer.standing(tower) for tower in answer.depths)
+    key = FIXED_KEY if fixed else KEY
+    return f'<div class="ribbon" role="img" aria-label="{alt}">{lanes}<small>{key}</small></div>'
 
 
 def _lane(answer: Answer, tower: str) -> str:
     depth, chosen = answer.depths[tower], answer.choice.blocks(tower)
     found = answer.choice.evidence.get("towers", {}).get(tower, {}).get("frequency")
     cells = []
-    for block in range(1, depth + 1):
-        words = f"{tower} block {block}: {'chosen' if block in chosen else 'frozen'}"
+    for block, how in enumerate(answer.standing(tower), 1):
+        words = f"{tower} block {block}: {'chosen' if block in chosen else 'not chosen'}, {how}"
         words += f", chosen in {percent(found[block - 1])} of resamples" if found else ""
-        kind = ("on" if block in chosen else "off") + (
-            " paper" if block in answer.paper.blocks(tower) else ""
-        )
+        kind = how + (" paper" if block in answer.paper.blocks(tower) else "")
         cells.append(f'<i class="{kind}" title="{words}">{block}</i>')
     size = " dense" if depth > 16 else ""
     return (

@@ -245,19 +245,26 @@ def stated_options(scores: Scores, metric: str) -> str:
     What differs from row to row, such as a p value or the predicted dataset, is left out.
     """
     rows = scores[scores["metric"] == metric]
-    found: dict[str, dict[str, None]] = {}
-    for text in dict.fromkeys(rows["options"]):
+    found: dict[str, dict[str, dict[str, None]]] = {}  # option → value → towers
+    for tower, text in dict.fromkeys(zip(rows["tower"], rows["options"])):
         for key, equals, value in (word.partition("=") for word in text.split(";")):
             if equals and key not in ROW_OPTIONS:
-                found.setdefault(key, {})[value] = None
+                found.setdefault(key, {}).setdefault(value, {})[str(tower)] = None
     words = [
-        f"{key.replace('_', ' ')} {' or '.join(values).replace('_', ' ')}"
+        f"{key.replace('_', ' ')} {_by_tower(values).replace('_', ' ')}"
         for key, values in found.items()
         if len(values) <= 2
     ]
     seeds = sorted({int(seed) for seed in rows["seed"]} - {-1})
     words += [f"seeds {', '.join(map(str, seeds))}"] if seeds else []
     return "; ".join(words)
+
+
+def _by_tower(values: dict[str, dict[str, None]]) -> str:
+    """Return values of an option in words, each with its towers where they differ by tower."""
+    if len({tuple(towers) for towers in values.values()}) == 1:
+        return " and ".join(values)
+    return " and ".join(f"{value} ({', '.join(towers)})" for value, towers in values.items())
 
 
 def _names(values: Iterable[object]) -> str:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.arguments import checked
+from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
 from vlmlayers.placement import DEEPEST, Placement, describe_blocks
 from vlmlayers.positions import TOWERS
 
 KEYS = ("vision", "text", "rule", "evidence")
+SELDOM, OFTEN = 0.25, 0.75  # shares of resamples up to which, and from which, they agree
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,40 @@ class LayerChoice:
 
         return handover.parameter_groups(model, self.placement, options)
 
+    @checked
+    def standing(self, tower: str, depth: Natural | None = None) -> tuple[str, ...]:
+        """Return how each block of a tower stands, from block 1 on.
+
+        `firm`: chosen, here and in most resamples; `open`: the resamples disagree with each other
+        or with this choice; `frozen`: left out, here and in most resamples; `fixed`: chosen by a
+        rule that reads no measurement.
+
+        Args:
+            tower: `vision` or `text`.
+            depth: Number of its blocks; None takes what the evidence says, 0 where it says nothing.
+        """
+        depth = depth or _depth(self.evidence, tower) or 0
+        share = self.evidence.get("towers", {}).get(tower, {}).get("frequency")
+        if share is None:
+            chosen = self.blocks(tower)
+            return tuple("fixed" if b in chosen else "frozen" for b in range(1, depth + 1))
+        return tuple(
+            _standing(b in self.blocks(tower), float(one)) for b, one in enumerate(share, 1)
+        )
+
+    @checked
+    def firm(self, tower: str) -> tuple[int, ...]:
+        """Return the blocks of a tower that are chosen here and in most resamples."""
+        return self._that_stand(tower, "firm")
+
+    @checked
+    def open(self, tower: str) -> tuple[int, ...]:
+        """Return the blocks of a tower on which resamples disagree with each other or with this."""
+        return self._that_stand(tower, "open")
+
+    def _that_stand(self, tower: str, how: str) -> tuple[int, ...]:
+        return tuple(b for b, one in enumerate(self.standing(tower), 1) if one == how)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `choice.json`."""
         return {
@@ -203,6 +238,12 @@ class LayerChoice:
             f"{html.escape(self.rule)}</caption>{rows}"
             f"</table><p>{html.escape(self.statement)}</p>"
         )
+
+
+def _standing(chosen: bool, share: float) -> str:
+    if chosen and share >= OFTEN:
+        return "firm"
+    return "frozen" if share <= SELDOM and not chosen else "open"
 
 
 def _depth(evidence: Mapping[str, Any], tower: str) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.placement import describe_blocks
+from vlmlayers.selection.choice import OFTEN, SELDOM
 from vlmlayers.selection.curves import BlockTable
 from vlmlayers.selection.rules import Picks
 from vlmlayers.words import percent
@@ -18,7 +19,6 @@ HOW = (
     "its interval, independently per row: cautious, since positions share their items"
 )
 _Z = 1.959963984540054
-SELDOM, OFTEN = 0.25, 0.75
 
 
 @dataclass(frozen=True)

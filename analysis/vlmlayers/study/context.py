@@ -37,7 +37,12 @@ class Dataset:
     @property
     def folder(self) -> str:
         """Name of its feature store."""
-        return f"{self.manifest.name}-{self.options['split']}"
+        return store_name(self.manifest, self.options["split"])
+
+
+def store_name(manifest: Manifest, split: str) -> str:
+    """Return the name of the folder with the features of one split."""
+    return f"{manifest.name}-{split}"
 
 
 @dataclass
@@ -101,6 +106,18 @@ class StageContext:
         if twice is not None:
             raise UserError(f"dataset {twice} is named twice; name it once")
         return found
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Feature folders of the datasets that could not be extracted, and why not."""
+        return dict(self.run.read_provenance().get("left_out", {}))
+
+    @property
+    def extracted_manifests(self) -> list[Manifest]:
+        """The manifests without those of datasets that could not be extracted."""
+        splits = [self.study.part(part)["split"] for part in self.study.datasets]
+        return [manifest for manifest, split in zip(self.manifests, splits)
+                if store_name(manifest, split) not in self.left_out]  # fmt: skip
 
     def _dataset(self, manifest: Manifest, part: DatasetPart) -> Dataset:
         options = self.study.part(part)
@@ -252,6 +269,8 @@ class StageContext:
         from vlmlayers.features.store import open_features
 
         for dataset in self.datasets:
+            if dataset.folder in self.left_out:
+                continue
             yield open_features(self.run.features / dataset.folder)
 
     @property

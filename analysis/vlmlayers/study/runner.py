@@ -24,6 +24,8 @@ from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
 
+LONG = ("train", "validate")  # stages that a person should not have to wait for the report of
+
 
 @checked
 def run_study(
@@ -119,6 +121,8 @@ def run_stages(context: StageContext, picked: Sequence[str]) -> None:
             context.echo(f"{name:8} unchanged")
             continue
         _forget(context, name)
+        if name in LONG and "report" in picked and _can_report(context):
+            STAGES["report"].run(context)  # what is known so far; it is written again at the end
         began = time.monotonic()
         try:
             stage.run(context)
@@ -127,6 +131,10 @@ def run_stages(context: StageContext, picked: Sequence[str]) -> None:
             raise
         # Inputs are taken again: a stage may refine what it depends on, such as provenance.
         _remember(context, name, fingerprint(stage.inputs(context)), time.monotonic() - began)
+
+
+def _can_report(context: StageContext) -> bool:
+    return context.run.scores.exists() and context.run.choice.exists()
 
 
 def up_to_date(context: StageContext, stage: Stage, inputs: str) -> bool:

@@ -164,7 +164,7 @@ class ReportPart(Options):
 
     title: str = ""
     note: str = ""
-    formats: tuple[Literal["svg", "png", "pdf"], ...] = ("svg", "png")
+    formats: tuple[Literal["svg", "png", "pdf"], ...] = ("svg", "png", "pdf")
     metrics: tuple[str, ...] = ()
 
 

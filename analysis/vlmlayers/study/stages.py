@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import OtherExtraction, UserError
 from vlmlayers.runs import environment, file_mark
 from vlmlayers.selection import select
 from vlmlayers.study.context import Dataset, StageContext
@@ -54,12 +54,21 @@ def _extract(context: StageContext) -> None:
     _refuse_missing(context)
     model = context.load_model()
     options = context.study.extract
-    record = {}
+    record, left_out = {}, {}
     for data in context.datasets:
         if context.force:
             shutil.rmtree(context.run.features / data.folder, ignore_errors=True)
         context.echo(f"extract  {data.manifest.name}: {len(data.items)} items ({data.folder})")
-        features = _extract_one(context, model, data)
+        try:
+            features = _extract_one(context, model, data)
+        except OtherExtraction:
+            raise
+        except UserError as error:
+            if len(context.datasets) == 1:
+                raise
+            left_out[data.folder] = str(error)
+            context.echo(f"         {data.manifest.name} is left out: {error}")
+            continue
         record[data.manifest.name] = {
             "title": data.manifest.title,
             "split": data.options["split"],
@@ -74,13 +83,26 @@ def _extract(context: StageContext) -> None:
             "items_hash": features.identity.get("items_hash", ""),
             "data_hash": features.identity.get("data", {}).get("hash", ""),
         }
+    if not record:
+        raise UserError(f"no dataset could be extracted; the last one: {[*left_out.values()][-1]}")
     context.run.record(
         model=_model_record(model),
         datasets=record,
+        left_out=left_out,
+        given=_given(context),
         extract={**options.model_dump(mode="json"), "device": str(model.device)},
         seed=context.seed,
         environment=environment(),
     )
+
+
+def _given(context: StageContext) -> dict[str, Any]:
+    """Return model, datasets and data root as the command line takes them, for the next command."""
+    return {
+        "model": {**context.model_arguments(), "name": context.part.path or context.part.name},
+        "datasets": [context.dataset_name(part.name) for part in context.study.datasets],
+        "data_root": None if context.data_root is None else str(context.data_root),
+    }
 
 
 def _refuse_missing(context: StageContext) -> None:
@@ -101,10 +123,8 @@ def _extract_one(context: StageContext, model: Any, data: Dataset) -> Any:
     store, options = context.run.features / data.folder, context.extract_options(data)
     try:
         return extract(model, data.manifest, data.options["split"], out=store, **options)
-    except UserError as error:
-        if "belongs to another extraction" not in str(error):
-            raise
-        raise UserError(f"{error}, or extract again with --force") from None
+    except OtherExtraction as error:
+        raise OtherExtraction(f"{error}, or extract again with --force") from None
 
 
 def _model_record(model: Any) -> dict[str, Any]:
@@ -135,6 +155,7 @@ def _model_record(model: Any) -> dict[str, Any]:
 def _score_inputs(context: StageContext) -> Any:
     return {
         "extract": context.ledger().get("extract", {}).get("inputs"),
+        "left_out": sorted(context.left_out),
         "metrics": context.study.score.metrics,
         "options": context.study.score.options,
         "version": version("vlm-layers"),
@@ -259,9 +280,11 @@ def _report(context: StageContext) -> None:
     from vlmlayers.report import write_report
 
     part = context.study.report
+    title = part.title or context.study.title
+    context.run.record(report={"title": title, "note": part.note})
     path = write_report(
         context.run.folder,
-        title=part.title or context.study.title,
+        title=title,
         note=part.note,
         formats=part.formats,
         metrics=part.metrics,

@@ -121,7 +121,7 @@ def test_chance_is_one_line_or_one_per_tower(tab: Tab, tmp_path: Path) -> None:
     write_scores(scores, run.folder)
     load(tab, write_report(run.folder))
     assert tab.run(lines) == [["Chance, vision", 1], ["Chance, text", 13]]
-    assert "Chance 0.10 for vision and 0.20 to 0.50 for text." in run.report.read_text()
+    assert "0.10 for vision and 0.20 to 0.50 for text." in run.report.read_text()
     assert tab.errors() == []
 
 

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import re
+import shlex
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,10 +18,14 @@ from run_folders import make_run
 from score_tables import DATASETS
 
 from vlmlayers.errors import UserError
+from vlmlayers.placement import describe_blocks
 from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.comparable import ALIKE, comparability
+from vlmlayers.report.glossary import explained as glossary
+from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
+from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.several import summary_table
 from vlmlayers.report.tables import comparison_table, tabular
 from vlmlayers.runs import Run
@@ -64,7 +70,7 @@ def random_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_the_answer_comes_first_and_is_right(validated: Run) -> None:
-    words = " ".join(Page(validated.report.read_text()).words)
+    words = "".join(Page(validated.report.read_text()).words)
     answer = words.index("Adapt blocks 5–12 of the vision tower and blocks 5–12 of the text tower.")
     assert answer < words.index("Evidence") < words.index("How it was made")
     placed = pd.read_csv(validated.folder / "validation_placements.csv").set_index("placement")
@@ -206,7 +212,7 @@ def test_random_weights_are_announced_everywhere(random_run: Run) -> None:
     assert "**RANDOM WEIGHTS**" in markdown.split("Evidence")[0]
     svg = (random_run.figures / "curves-dataset-accuracy.svg").read_text()
     assert "random weights" in svg
-    assert "Adapt blocks 9–24 of the vision tower" in random_run.report.read_text()
+    assert "Adapt <strong>blocks 9–24 of the vision tower" in random_run.report.read_text()
 
 
 def test_a_start_that_resamples_do_not_give_is_said(tmp_path: Path) -> None:
@@ -223,7 +229,10 @@ def test_a_start_that_resamples_do_not_give_is_said(tmp_path: Path) -> None:
         "20 % choose none; block 7 is chosen in 40 % of all); "
         "text 5 (no resample chooses a block)"
     )
-    assert read_answer(run.folder).headline.startswith("Adapt block 7 of the vision tower and")
+    assert read_answer(run.folder).headline == (
+        "Adapt blocks 5–12 of the text tower. For the vision tower the data do not decide: the "
+        "default stands, blocks 5–12."
+    )
     text |= {"start": {"value": 5, "low": 4, "high": 6}, "empty": 0.0}
     run.choice.write_text(json.dumps(content))
     first = dict(read_answer(run.folder).facts())["First block"]
@@ -233,7 +242,7 @@ def test_a_start_that_resamples_do_not_give_is_said(tmp_path: Path) -> None:
 def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     """Full sentences in `choice.json`; the page lists the reasons one by one."""
     run = make_run(tmp_path / "run", small=True)
-    assert dict(read_answer(run.folder).facts())["Firmly chosen"] == (
+    assert dict(read_answer(run.folder).facts())["Firm blocks"] == (
         "vision 5–12, text 5–12 (in at least 75 % of the resamples)"
     )
     content = json.loads(run.choice.read_text())
@@ -247,20 +256,134 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     towers["vision"]["frequency"][4] = 0.5
     run.choice.write_text(json.dumps(content))
     answer = read_answer(run.folder)
-    assert answer.lead == "The data do not decide:"
+    assert answer.lead == "What the data leave open:"
     assert read_answer(make_run(tmp_path / "sure", small=True).folder).lead.endswith("this).")
-    assert dict(answer.facts())["Firmly chosen"].startswith("vision 6–12, text 5–12 (")
+    assert dict(answer.facts())["Firm blocks"].startswith("vision 6–12, text 5–12 (")
+    assert dict(answer.facts())["Open blocks"] == "vision 5, text none"
     assert answer.headline == (
-        "Adapt blocks 5–12 of the vision tower and blocks 5–12 of the text tower."
+        "Adapt blocks 6–12 of the vision tower (block 5 open) and blocks 5–12 of the text tower."
     )
-    for tower in ("vision", "text"):
-        towers[tower]["frequency"] = [0.4] * 12
+    assert [words for words, firm in answer.headline_parts if firm] == [
+        "blocks 6–12 of the vision tower", "blocks 5–12 of the text tower",
+    ]  # fmt: skip
+    towers["text"]["frequency"] = [0.4] * 12
     run.choice.write_text(json.dumps(content))
-    assert read_answer(run.folder).headline.endswith(", though no block is firmly chosen.")
+    assert read_answer(run.folder).headline == (
+        "Adapt blocks 6–12 of the vision tower (block 5 open). For the text tower the data do not "
+        "decide: the default stands, blocks 5–12."
+    )
+    towers["vision"]["frequency"] = [0.4] * 12
+    run.choice.write_text(json.dumps(content))
+    undecided = read_answer(run.folder)
+    assert undecided.headline == (
+        "The data do not decide: the default stands, blocks 5–12 of the vision and text towers."
+    )
+    assert undecided.lead == "The data do not decide:"
+    assert not any(firm for _, firm in undecided.headline_parts), "nothing to be bold about"
     write_report(run.folder)
     page = Page(run.report.read_text())
     assert len(page.all("li")) >= 2 and doubts[0] in " ".join(page.words)
     assert f"- {doubts[1]}" in (run.folder / "report.md").read_text()
+
+
+def test_a_rule_that_reads_no_measurement_is_never_bold(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    select(read_answer(run.folder).scores, "explicit", vision="7-9").save(run.choice)
+    answer = read_answer(run.folder)
+    assert answer.headline_parts[1] == ("blocks 7–9 of the vision tower", False)
+    assert answer.standing("vision") == ("frozen",) * 6 + ("fixed",) * 3 + ("frozen",) * 3
+    assert answer.standing("text") == ("frozen",) * 12
+    write_report(run.folder)
+    assert 'class="fixed paper"' in run.report.read_text()
+
+
+def test_the_ribbon_has_three_tints(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    content = json.loads(run.choice.read_text())
+    content["evidence"]["towers"]["vision"]["frequency"][3:5] = [0.6, 0.6]
+    run.choice.write_text(json.dumps(content))
+    choice = read_answer(run.folder).choice
+    assert (choice.firm("vision"), choice.open("vision")) == (tuple(range(6, 13)), (4, 5))
+    write_report(run.folder)
+    cells = re.findall(r'<i class="(\w+)[^>]*title="vision block', run.report.read_text())
+    assert cells == ["frozen"] * 3 + ["open"] * 2 + ["firm"] * 7
+
+
+def test_other_settings_are_one_small_table(validated: Run) -> None:
+    """Thresholds, poolings, rules and each dataset by itself, against the rule run by hand."""
+    answer = read_answer(validated.folder)
+    table = sensitivity_table(answer)
+    assert table is not None
+    rows = {row[0]: row[1:] for row in table.rows}
+    for share in (0.3, 0.4, 0.5, 0.6, 0.7):
+        own = select(answer.scores, resamples=0, accuracy=share, agreement=share)
+        found = tuple(describe_blocks(own.blocks(tower)) for tower in ("vision", "text"))
+        assert rows[f"threshold at {share:g} of the range"] == found
+    assert rows["pooling other than cls and eot"] == ("not scored", "not scored")
+    assert {"rule knee", "rule budget", "rule paper, the default"} <= set(rows)
+    alone = next(row for name, row in rows.items() if "alone, by class accuracy" in name)
+    one = answer.scores[answer.scores["dataset"] == DATASETS[0]]
+    own = select(one, metric="class_accuracy", agreement_metric="none", resamples=0)
+    assert alone == tuple(describe_blocks(own.blocks(tower)) for tower in ("vision", "text"))
+
+
+def test_both_poolings_answer_where_both_were_scored(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    mean = scores[scores["tower"] == "vision"].assign(pooling="mean")
+    late = (mean["metric"] == "dataset_accuracy") & (mean["depth"] < 0.6)
+    write_scores(pd.concat([scores, mean.assign(value=mean["value"].mask(late, 0.1))]), run.folder)
+    table = sensitivity_table(read_answer(run.folder))
+    assert table is not None
+    rows = {row[0]: row[1] for row in table.rows}
+    assert rows["pooling cls"] == "5–12" and rows["pooling mean"] == "8–12"
+
+
+def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
+    validated.record(
+        given={"model": {"name": "ViT-B-16", "pretrained": "a b.pt", "mean": [0.5, 0.4, 0.3],
+                         "random_weights": False}, "datasets": ["eurosat"], "data_root": "my data"}
+    )  # fmt: skip
+    proof, adapt = next_steps(read_answer(validated.folder))
+    folder = str(validated.folder)
+    assert shlex.split(proof.code) == [
+        "vlmlayers", "validate", "ViT-B-16", "--pretrained", "a b.pt", "--mean", "0.5,0.4,0.3",
+        "eurosat", "--choice", folder, "--out", folder, "--data-root", "my data",
+        "--seeds", "4,5,6",
+    ]  # fmt: skip
+    assert "choice.to_peft(clip" in adapt.code
+    compile(adapt.code, "next", "exec")
+
+
+def test_title_and_note_of_the_study_are_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    run.record(report={"title": "My study", "note": "Of my own."}, left_out={"birds-val": "lost"})
+    text = write_report(run.folder).read_text()
+    assert "<h1>My study</h1>" in text and "<p>Of my own.</p>" in text
+    assert "Left out: birds-val. lost" in text
+    assert "Left out: birds-val. lost" in (run.folder / "report.md").read_text()
+    assert "<h1>Other</h1>" in write_report(run.folder, title="Other").read_text()
+
+
+def test_words_are_explained_once_and_figures_come_as_one_archive(validated: Run) -> None:
+    text = validated.report.read_text()
+    explained = re.findall(r"<abbr[^>]*title=\"([^\"]+)\">([^<]+)</abbr>", text)
+    assert ("One of the two encoders of the model: vision or text.", "tower") in explained
+    assert str(glossary("a <b> block, a block")) == (
+        'a &lt;b&gt; <abbr tabindex="0" title="One residual block of a tower, numbered from 1.">'
+        "block</abbr>, a block"
+    )
+    links = {a["download"]: a["href"] for a in Page(text).all("a") if "download" in a}
+    packed = base64.b64decode(str(links["figures.zip"]).partition(",")[2])
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        assert {Path(name).suffix for name in archive.namelist()} == {
+            ".svg",
+            ".png",
+            ".pdf",
+            ".csv",
+        }
+        for name in archive.namelist():
+            assert archive.read(name) == (validated.figures / name).read_bytes()
 
 
 def test_numbers_of_a_column_have_the_same_decimals() -> None:
@@ -368,7 +491,10 @@ def test_trained_outcomes_of_random_weights_are_marked(tmp_path: Path) -> None:
 def test_markdown_report_is_inert(validated: Run) -> None:
     text = (validated.folder / "report.md").read_text()
     assert "<script" not in text and "<img" not in text
-    assert "**Adapt blocks 5–12" in text and "](figures/curves-dataset-accuracy.svg)" in text
+    assert (
+        "Adapt **blocks 5–12 of the vision tower**" in text
+        and "](figures/curves-dataset-accuracy.svg)" in text
+    )
     answer, _, evidence = text.partition("## Evidence")
     assert "(best of all trained)" in answer and "zero-shot (no adapter)" in answer
     assert "none predicted the outcome." in evidence

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -412,3 +413,50 @@ def test_stages_are_picked_and_skipped() -> None:
         pick_stages((), None, ["validat"])
     with pytest.raises(UserError, match="either --only or --from"):
         pick_stages(["score"], "score")
+
+
+def test_a_dataset_that_fails_is_left_out_with_a_note(study_file: Path, tmp_path: Path) -> None:
+    """An image that is none ends its own dataset, not the study; mended, it is taken in."""
+    from PIL import Image
+
+    for name in ("cat/1.png", "dog/1.png"):
+        (tmp_path / "broken" / name).parent.mkdir(parents=True)
+        (tmp_path / "broken" / name).write_text("no image")
+    content = tomllib.loads(study_file.read_text())
+    content["datasets"] = [*content["datasets"], {"name": "broken", "split": "all"}]
+    shutil.copytree(study_file.parent / "tiny-clip", tmp_path / "tiny-clip")
+    study, lines = check_study(content), []
+    (run,) = run_study(study, tmp_path / "out", base=tmp_path, progress=False, echo=lines.append)
+    assert any("broken is left out: " in line for line in lines)
+    assert list(run.read_provenance()["left_out"]) == ["broken-all"]
+    assert "Left out: broken-all." in run.report.read_text()
+    assert "broken" not in set(pd.read_parquet(run.scores)["dataset"])
+    for name in ("cat/1.png", "dog/1.png"):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "broken" / name)
+    run_study(study, tmp_path / "out", base=tmp_path, progress=False)
+    assert run.read_provenance()["left_out"] == {}
+    assert "Left out" not in run.report.read_text()
+    alone = check_study(content | {"datasets": [{"name": "lost", "split": "all"}]})
+    (tmp_path / "lost" / "cat").mkdir(parents=True)
+    (tmp_path / "lost" / "cat" / "1.png").write_text("no image")
+    with pytest.raises(UserError, match="1.png"):
+        run_study(alone, tmp_path / "alone", base=tmp_path, progress=False)
+
+
+def test_the_report_is_there_before_the_long_stages(
+    done: Run, study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(done.folder, run.folder)
+    run.report.unlink()
+    found = []
+    stage = replace(
+        STAGES["validate"],
+        inputs=lambda context: "",
+        run=lambda context: found.append(context.run.report.exists()),
+        outputs=lambda context: [],
+        wanted=lambda context: True,
+    )
+    monkeypatch.setitem(STAGES, "validate", stage)
+    run_study(read_study(study_file), run.folder, base=study_file.parent, progress=False)
+    assert found == [True]

@@ -119,8 +119,9 @@
     const narrow = plot.clientWidth < 520;
     const legendRows = Math.ceil(spec.series.length / (narrow ? 2 : 4));
     const area = frame(plot, (narrow ? 300 : 360) + legendRows * 18,
-      { left: spec.left || 52, right: 14, top: 12 + legendRows * 18, bottom: spec.slanted ? 92 : 46 });
+      { left: spec.left || 52, right: 14, top: 12 + legendRows * 18, bottom: spec.slanted ? 92 : 58 });
     const { svg, left, right, top, bottom } = area;
+    const lanes = unique((spec.shade || []).filter((b) => b.lane !== undefined).map((b) => b.lane)).length;
     const spread = spec.bands !== false || spec.whiskers;
     const all = spec.series.flatMap((s) => s.points.flatMap((p) => spread ? [p.value, p.low, p.high] : [p.value]))
       .concat((spec.chance || []).flatMap((l) => l.points.flatMap((p) => [p.low, p.high])), (spec.levels || []).map((l) => l.value)).filter((v) => v !== null && v !== undefined);
@@ -132,9 +133,9 @@
     const Y = (v) => bottom - (v - low) / (high - low) * (bottom - top);
     for (const band of spec.shade || []) {
       const [from, to] = [Math.max(left, X(band.from)), Math.min(right, X(band.to))];
-      const halves = { whole: [top, bottom], lower: [(top + bottom) / 2, bottom], upper: [top, (top + bottom) / 2] }[band.part];
-      svg.append(node("rect", { x: from, y: halves[0], width: Math.max(0, to - from), height: halves[1] - halves[0],
-        fill: band.colour, opacity: 0.09 }));
+      const place = band.lane === undefined ? { y: top, height: bottom - top, opacity: 0.09 }
+        : { y: bottom + 5 + 6 * band.lane, height: 5, opacity: band.pale ? 0.3 : 1, class: "chosen" };
+      svg.append(node("rect", { x: from, width: Math.max(0, to - from), fill: band.colour, ...place }));
     }
     for (const v of ticks(low, high)) {
       svg.append(node("line", { x1: left, x2: right, y1: Y(v), y2: Y(v), stroke: "#E3E3E8" }),
@@ -147,7 +148,7 @@
       const crowded = spec.axis.marks.some((m) => m.must && m !== mark && Math.abs(X(m.x) - X(mark.x)) < 4 + (m.label.length + mark.label.length) * 3.4);
       if ((X(mark.x) - lastLabel < need || crowded) && !mark.must) continue;
       lastLabel = X(mark.x);
-      const label = node("text", { x: X(mark.x), y: bottom + 18, "text-anchor": spec.slanted ? "end" : "middle", fill: "#55555E" }, mark.label);
+      const label = node("text", { x: X(mark.x), y: bottom + 18 + 6 * lanes, "text-anchor": spec.slanted ? "end" : "middle", fill: "#55555E" }, mark.label);
       if (spec.slanted) label.setAttribute("transform", `rotate(-45 ${X(mark.x)} ${bottom + 12})`);
       svg.append(label);
     }
@@ -344,12 +345,16 @@
   };
 
   const table = (figure, headings, rows) => {
+    const kind = (column) => rows.every((row) => typeof row[column] === "number" || row[column] === null || row[column] === undefined) && rows.length ? "number" : "";
     const place = figure.querySelector(".values");
     if (!place) return;
-    const head = html("tr", {}, ...headings.map((h) => html("th", { textContent: h, scope: "col" })));
+    const head = html("tr", {}, ...headings.map((h) => html("th", { textContent: h, scope: "col", className: kind(headings.indexOf(h)) })));
     place.replaceChildren(html("table", {}, html("thead", {}, head), html("tbody", {},
-      ...rows.map((row) => html("tr", {}, ...row.map((v) => html("td", { textContent: typeof v === "number" ? show(v) : v ?? "–",
-        className: typeof v === "number" ? "number" : "" })))))));
+      ...rows.map((row) => html("tr", {}, ...row.map((v, column) => {
+        const cell = html("td", { textContent: typeof v === "number" ? show(v) : v ?? "–", className: kind(column) });
+        cell.dataset.heading = headings[column];
+        return cell;
+      }))))));
     figure.csv = csv([headings, ...rows]);
   };
   // A cell that a spreadsheet would run as a formula is written as text.
@@ -400,9 +405,10 @@
     if (keep && options.some(([value]) => value === before)) select.value = before;
     select.closest("label").hidden = options.length < 2;
   };
-  const shade = (axis, towers) => towers.flatMap((tower) => (DATA.choice?.[tower] || []).map((b) => ({
-    from: axis.x(tower, String(b)) - axis.half(tower), to: axis.x(tower, String(b)) + axis.half(tower),
-    colour: TOWER[tower], part: towers.length === 1 ? "whole" : tower === "vision" ? "lower" : "upper" })));
+  // One strip per tower under the axis: blocks that are chosen, open ones pale.
+  const shade = (axis, towers) => towers.flatMap((tower, lane) => (DATA.standing?.[tower] || []).map((how, b) => ({
+    from: axis.x(tower, String(b + 1)) - axis.half(tower), to: axis.x(tower, String(b + 1)) + axis.half(tower),
+    colour: TOWER[tower], lane, how, pale: how === "open" })).filter((band) => band.how !== "frozen"));
   const averaged = (entries) => {
     const byPosition = new Map();
     for (const entry of entries) for (const p of entry.points) byPosition.set(p[0], [...(byPosition.get(p[0]) || []), p]);
@@ -447,7 +453,7 @@
       const fits = pooled ? towers.filter((t) => DATA.fits?.[t]?.[metric]) : [];
       for (const tower of fits) series.push({ name: `${title(tower)}, fitted`, colour: TOWER[tower], dash: "6 4", bare: true,
         points: DATA.fits[tower][metric].map((value, b) => ({ x: axis.x(tower, String(b + 1)), label: `${title(tower)} block ${b + 1}`, value, low: null, high: null })) });
-      caption(figure, `${DATA.metrics[metric].caption} ${title(datasetLabel(c.dataset.value))}. Bands: 95 % interval over items and seeds. Shaded: the chosen blocks, text above, vision below.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
+      caption(figure, `${DATA.metrics[metric].caption} ${title(datasetLabel(c.dataset.value))}. Bands: 95 % interval over items and seeds. Under the axis: the chosen blocks, open ones pale.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
       if (!series.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
       lineChart(plot, { series, axis, yLabel: label, chance,
         shade: shade(axis, found.map(([t]) => t)), bands: c.bands.checked, alt: `${label} along depth, ${datasetLabel(c.dataset.value)}; the values are in the table below.` });
@@ -498,7 +504,7 @@
         // Bars of both towers are as wide as the deeper one allows, so that none covers another.
         const middle = axis.x(tower, String(b + 1)), half = 0.43, wide = 2 * half / towers.length;
         return { from: middle - half + i * wide, to: middle - half + (i + 1) * wide - 0.03, value, colour: TOWER[tower],
-          chosen: DATA.choice[tower].includes(b + 1), label: `${title(tower)} block ${b + 1}`, block: b + 1, tower };
+          chosen: DATA.standing[tower][b] === "firm", label: `${title(tower)} block ${b + 1}`, block: b + 1, tower };
       })).sort((a, b) => a.from - b.from);
       barChart(figure.querySelector(".plot"), { bars, axis, legend: towers.map((t) => ({ name: title(t), colour: TOWER[t] })),
         alt: "Share of resamples in which each block is chosen; the values are in the table below." });
@@ -518,7 +524,7 @@
       const plot = figure.querySelector(".plot");
       if (!names.length) { plot.querySelectorAll("svg").forEach((old) => old.remove()); table(figure, ["nothing to show"], []); return; }
       lineChart(plot, { axis, slanted: true, yLabel: against ? "Difference (points)" : "Accuracy (%)", levels, bands: false, whiskers: against,
-        shade: points.filter((p) => p.chosen).map((p) => ({ from: p.i - 0.45, to: p.i + 0.45, colour: "#007E5D", part: "whole" })),
+        shade: points.filter((p) => p.chosen).map((p) => ({ from: p.i - 0.45, to: p.i + 0.45, colour: "#007E5D" })),
         series: names.map((one, n) => ({ name: one[1], colour: one[2], points: points.map(place(one, n)).filter((p) => Number.isFinite(p.value)) })),
         alt: `${against ? "Difference of trained accuracy to the chosen placement" : "Trained accuracy"} at each placement; the values are in the table below.` });
       table(figure, ["placement", ...names.flatMap(([, name]) => [name, "low", "high"]), "parameters", "why"],

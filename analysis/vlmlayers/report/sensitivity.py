@@ -1,0 +1,143 @@
+"""What the choice would be under other thresholds, poolings, rules and on each dataset alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError
+from vlmlayers.placement import describe_blocks
+from vlmlayers.plots.style import axis_label
+from vlmlayers.positions import TOWERS
+from vlmlayers.report.numbers import Answer, join
+from vlmlayers.report.tables import Table, tabular
+from vlmlayers.scores.reading import POOLED, Reading, has_curve
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
+from vlmlayers.selection import select
+
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+READING_RULES = ("threshold", "knee", "budget")  # those that read the measurements
+AGREEMENT = "cka_debiased"
+CLASSES = ("class_accuracy", "class_accuracy_ncm", "class_accuracy_knn")
+MOST, SHOWN = 6, 4  # answers of single datasets listed one by one; datasets named in one row
+
+
+def sensitivity_table(answer: Answer) -> Table | None:
+    """Return what other settings would choose; None where the scores allow no rule that reads them.
+
+    Each row is the rule run once, without resampling. Blocks of single datasets are chosen by class
+    accuracy, since one dataset alone cannot be told from others.
+    """
+    metric = dataset_readout(set(answer.scores["metric"]))
+    if not metric:
+        return None
+    rows = [
+        *_thresholds(answer, metric),
+        *_poolings(answer, metric),
+        *_rules(answer, metric),
+        *_datasets(answer),
+    ]
+    headings = ["What is changed", *(f"Adapt {tower}" for tower in answer.depths)]
+    return tabular("Other settings, other answers", headings, rows) if rows else None
+
+
+def _thresholds(answer: Answer, metric: str) -> Iterator[list[str]]:
+    table = _read(answer.scores, (metric, AGREEMENT))
+    for share in SHARES:
+        options = _threshold(table, metric) | {"accuracy": share}
+        if options["agreement_metric"] != "none":
+            options["agreement"] = share
+        yield from _row(answer, f"threshold at {share:g} of the range", table, "threshold", options)
+
+
+def _poolings(answer: Answer, metric: str) -> Iterator[list[str]]:
+    found = answer.scores.loc[answer.scores["metric"] == metric, ["tower", "pooling"]]
+    names = [name for name in dict.fromkeys(found["pooling"].astype(str))]
+    if found.groupby("tower")["pooling"].nunique().max() < 2:
+        yield [f"pooling other than {join(names)}", *("not scored" for _ in answer.depths)]
+        return
+    for name in names:
+        own = {tower: set(part["pooling"]) for tower, part in found.groupby("tower")}
+        kept = {tower: name if name in own.get(tower, ()) else None for tower in TOWERS}
+        table = _read(answer.scores, (metric, AGREEMENT), kept)
+        yield from _row(answer, f"pooling {name}", table, "threshold", _threshold(table, metric))
+
+
+def _rules(answer: Answer, metric: str) -> Iterator[list[str]]:
+    table = _read(answer.scores, (metric, AGREEMENT))
+    for rule in READING_RULES:
+        if rule == answer.choice.rule:
+            continue
+        options = {
+            "threshold": _threshold(table, metric),
+            "knee": {"metric": metric},
+        }.get(rule, {} if metric == DATASET_ACCURACIES[0] else {"score": f"metric:{metric}"})
+        yield from _row(answer, f"rule {rule}", table, rule, options)
+    paper = [describe_blocks(answer.paper.blocks(tower)) for tower in answer.depths]
+    yield ["rule paper, the default", *paper]
+
+
+def _datasets(answer: Answer) -> Iterator[list[str]]:
+    """Yield the answer of each dataset alone; datasets with the same answer share a row.
+
+    Each tower by itself: with one prompt per class, texts have no class accuracy.
+    """
+    metric = next((m for m in CLASSES if has_curve(answer.scores, m, "vision")), None)
+    if metric is None:
+        return
+    table = _read(answer.scores, (metric,))
+    options = {"metric": metric, "agreement_metric": "none"}
+    answers: dict[tuple[str, ...], list[str]] = {}
+    for name, rows in table[table["dataset"] != POOLED].groupby("dataset", sort=False):
+        parts = dict(iter(rows.groupby("tower")))
+        blocks = [_chosen(parts.get(tower), tower, options) for tower in answer.depths]
+        answers.setdefault(tuple(blocks), []).append(str(name))
+    ordered = sorted(answers.items(), key=lambda pair: -len(pair[1]))
+    by = axis_label(metric)
+    for blocks, same in ordered[:MOST]:
+        yield [f"{_some(same)} alone, by {by[:1].lower()}{by[1:]}", *blocks]
+    if others := ordered[MOST:]:
+        count = sum(len(same) for _, same in others)
+        yield [f"{count} more datasets alone", *(f"{len(others)} more answers" for _ in blocks)]
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return join(names) if more <= 1 else join([*names[:SHOWN], f"{more} more"])
+
+
+def _threshold(table: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """Return the options of the rule `threshold` that fit what the table holds."""
+    between = table[(table["metric"] == AGREEMENT) & (table["other_tower"] != table["tower"])]
+    return {"metric": metric, "agreement_metric": AGREEMENT if len(between) else "none"}
+
+
+def _row(
+    answer: Answer, words: str, table: pd.DataFrame, rule: str, options: dict[str, Any]
+) -> Iterator[list[str]]:
+    """Yield one row, or none where the rule cannot be run on the table."""
+    try:
+        chosen = select(table, rule, resamples=0, **options)
+    except UserError:  # such as a tower without this metric; the row would say nothing
+        return
+    yield [words, *(describe_blocks(chosen.blocks(tower)) for tower in answer.depths)]
+
+
+def _chosen(rows: pd.DataFrame | None, tower: str, options: dict[str, Any]) -> str:
+    if rows is None:
+        return "not scored"
+    return describe_blocks(select(rows, resamples=0, **options).blocks(tower))
+
+
+def _read(
+    scores: pd.DataFrame, metrics: Sequence[str], pooling: dict[str, str | None] | None = None
+) -> pd.DataFrame:
+    """Return the rows of metrics that a rule would read, so that it has nothing left to pick."""
+    parts = [
+        Reading(pooling=(pooling or {}).get(tower)).of_all_datasets(scores, metric, tower)
+        for metric in metrics
+        for tower in TOWERS
+    ]
+    return pd.concat(parts, ignore_index=True)
