@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlmadapters.protocols.results import summarise
     from vlmadapters.training.recipes import load_recipe
     from vlmadapters.validation.methods import compare_methods
+    from vlmadapters.validation.search import search
     from vlmadapters.validation.validate import validate
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "few_shot": "data.fewshot",
     "few_shot_all": "protocols.experiment",
     "load_recipe": "training.recipes",
+    "search": "validation.search",
     "summarise": "protocols.results",
     "train": "protocols.experiment",
     "validate": "validation.validate",
@@ -46,6 +48,7 @@ __all__ = [
     "compare_methods",
     "few_shot",
     "load_recipe",
+    "search",
     "summarise",
     "train",
     "validate",

@@ -7,13 +7,16 @@ The grammar, for command lines, study files, tables and figures alike:
     v1,3,5-7        a tower's blocks follow its letter; commas and plus signs mean the same
     t5-12           no vision block, which is written `v-,t5-12`
     zero-shot       no block at all
+    5-12@scale=0.3,epochs=15    the same blocks, and how much is trained there
+    @lr=0.01        an amount alone, for a method that has no placement
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from operator import index
 from typing import Any
 
@@ -27,12 +30,71 @@ _TOKEN = re.compile(r"([vt]?)(?:(\d+)(?:-(\d+))?|-|none)")
 
 
 @dataclass(frozen=True)
+class Amount:
+    """How much a training adapts, as opposed to where; what is None is as in the recipe.
+
+    Attributes:
+        scale: How strongly the method acts, for methods that have such a setting.
+        lr: Learning rate.
+        epochs: Passes over the training items.
+        steps_per_shot: Steps per shot, for recipes that count these instead of epochs.
+
+    Raises:
+        UserError: A value is not a number above 0, or not a whole one where steps are counted.
+    """
+
+    scale: float | None = None
+    lr: float | None = None
+    epochs: int | None = None
+    steps_per_shot: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.given().items():
+            whole = name in ("epochs", "steps_per_shot")
+            kinds = int if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < inf:
+                kind = "whole number from 1" if whole else "number above 0"
+                raise UserError(f"the amount's {name} is {_short(value)}; it must be a {kind}")
+            if not whole:
+                object.__setattr__(self, name, float(value))
+
+    @classmethod
+    def parse(cls, text: str) -> Amount:
+        """Read an amount such as `scale=0.3,epochs=15`, as `str` writes it.
+
+        Raises:
+            UserError: A key is unknown or named twice, or a value is no number.
+        """
+        found: dict[str, Any] = {}
+        for part in "".join(text.split()).split(","):
+            key, equals, value = part.partition("=")
+            if not equals or key in found:
+                raise UserError(f"cannot read the amount {text[:80]!r}; write scale=0.3,epochs=15")
+            check_one_of("key", key, [f.name for f in fields(cls)], where=f"amount {text[:80]!r}")
+            found[key] = _number(value)
+        return cls(**found)
+
+    def given(self) -> dict[str, Any]:
+        """Return the values that differ from the recipe's, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def __bool__(self) -> bool:
+        return bool(self.given())
+
+    def __str__(self) -> str:
+        return ",".join(
+            f"{name}={str(value).removesuffix('.0')}" for name, value in self.given().items()
+        )
+
+
+@dataclass(frozen=True)
 class Placement:
     """Blocks of both towers where a method acts. Iterating gives vision, then text.
 
     Attributes:
         vision: Blocks of the vision tower, from 1, rising.
         text: Blocks of the text tower, from 1, rising.
+        amount: How much is trained there, where that is not as in the recipe.
 
     Raises:
         UserError: A block is not a whole number from 1, or stands twice.
@@ -40,6 +102,7 @@ class Placement:
 
     vision: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
+    amount: Amount = Amount()
 
     def __post_init__(self) -> None:
         for tower in TOWERS:
@@ -52,6 +115,10 @@ class Placement:
         Raises:
             UserError: The text is no placement, or a range runs backwards.
         """
+        blocks_of, at, amount = text.partition("@") if isinstance(text, str) else (text, "", "")
+        if at:
+            placed = cls.parse(blocks_of) if blocks_of.strip() else cls()
+            return replace(placed, amount=Amount.parse(amount))
         found: dict[str, list[int]] = {}
         letter = ""
         for token in _cleaned(text).split(","):
@@ -71,12 +138,14 @@ class Placement:
         return cls(blocks, blocks)
 
     def __str__(self) -> str:
+        amount = f"@{self.amount}" if self.amount else ""
         if not self:
-            return ZERO_SHOT
-        return ",".join(
+            return amount or ZERO_SHOT
+        named = (
             letter + ("+".join("-".join(map(str, run)) for run in _runs(blocks)) or "-")
             for letter, blocks in zip("vt", self)
         )
+        return ",".join(named) + amount
 
     def __bool__(self) -> bool:
         return bool(self.vision or self.text)
@@ -92,12 +161,19 @@ class Placement:
     @property
     def label(self) -> str:
         """The placement for an axis: `5–12` where both towers have the same blocks."""
+        amount = f"@{self.amount}" if self.amount else ""
         if not self:
-            return ZERO_SHOT
+            return amount or ZERO_SHOT
         words = [describe_blocks(blocks).replace(", ", "+") for blocks in self]
         if self.vision == self.text:
-            return words[0]
-        return ",".join(letter + word for letter, word in zip("vt", words) if word != "none")
+            return words[0] + amount
+        named = [letter + word for letter, word in zip("vt", words) if word != "none"]
+        return ",".join(named) + amount
+
+    @property
+    def size(self) -> int:
+        """Number of blocks, of both towers together."""
+        return len(self.vision) + len(self.text)
 
     def check(self, depths: Mapping[str, int], what: str = "") -> Placement:
         """Return the placement if every block exists.
@@ -215,6 +291,16 @@ def _checked(blocks: Any, tower: str = "") -> tuple[int, ...]:
             raise UserError(f"{tower}block {block} is named twice")
         found[index(block)] = None
     return tuple(sorted(found))
+
+
+def _number(text: str) -> Any:
+    """Return the number that a text writes, whole where it can be; else the text as it is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _short(value: Any) -> str:

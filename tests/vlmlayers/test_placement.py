@@ -107,3 +107,33 @@ def test_the_blocks_of_one_tower() -> None:
     for wrong in ("5 to 12", "v5", "12-5", "0"):
         with pytest.raises(UserError):
             parse_blocks(wrong)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["v5-12,t5-12@scale=0.3,epochs=15", "v3,t-@scale=5,lr=0.01", "@lr=1e-05,steps_per_shot=20"],
+)
+def test_a_placement_names_its_amount(text: str) -> None:
+    placed = Placement.parse(text)
+    assert str(placed) == text and placed.amount
+    assert Placement.parse(placed.label) == placed
+    assert placed != Placement(*placed) and list(placed) == [placed.vision, placed.text]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("5-12@", "cannot read the amount ''"),
+        ("5-12@rate=3", "unknown key 'rate'"),
+        ("5-12@scale", "cannot read the amount"),
+        ("5-12@scale=1,scale=2", "cannot read the amount"),
+        ("5-12@scale=much", "must be a number above 0"),
+        ("5-12@scale=-1", "must be a number above 0"),
+        ("5-12@scale=nan", "must be a number above 0"),
+        ("5-12@epochs=1.5", "must be a whole number from 1"),
+        ("5-12@epochs=0", "must be a whole number from 1"),
+    ],
+)
+def test_what_an_amount_refuses(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Placement.parse(text)

@@ -1,4 +1,4 @@
-"""Options of the verbs `train`, `evaluate` and `validate` alone, and what they mean."""
+"""Options of the verbs that train or test alone, and what they mean."""
 
 from __future__ import annotations
 
@@ -114,33 +114,20 @@ def read_placements(
 
     Args:
         recipes: One recipe per method.
-        placements: Such as `5-12`, `maple:1-9` for one of several methods, or `choice`.
+        placements: Such as `5-12`, `5-12@scale=0.3,epochs=15`, `maple:1-9` for one of several
+            methods, or `choice`.
         choice: The layer choice that `choice` stands for, or its path.
 
     Raises:
         UserError: A placement cannot be read, or a method cannot act there.
     """
-    from vlmadapters.methods.config import placements_of
+    from vlmadapters.training.recipes import settings_at
 
-    methods = [recipe.method for recipe in recipes]
-    named = placements_of([method.name for method in methods], placements)
     try:
-        return [
-            placed
-            for method in methods
-            for placed in [_placed(method, text, choice) for text in named[method.name]] or [method]
-        ]
+        return settings_at(recipes, placements, {CHOICE: choice})
     except UserError as error:
-        more = "; name a placement for each, as in mma:5-12" if len(methods) > 1 else ""
+        more = "; name a placement for each, as in mma:5-12" if len(recipes) > 1 else ""
         raise UserError(f"{error}{more}") from None
-
-
-def _placed(method: Any, text: str, choice: Any) -> Any:
-    from vlmlayers.placement import Placement
-
-    if text == CHOICE:
-        return type(method).from_choice(choice, **method.settings())
-    return method.with_placement(*Placement.parse(text))
 
 
 def read_seeds(text: str) -> list[int]:

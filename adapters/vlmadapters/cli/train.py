@@ -64,8 +64,8 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="<str>",
-            help="Blocks, as in 5-12 or v5-12,t7-12, or maple:1-9 for one of several methods; "
-            "repeatable; the recipe's where absent.",
+            help="Blocks, as in 5-12 or v5-12,t7-12, with an amount in 5-12@scale=0.3,epochs=15, "
+            "or maple:1-9 for one of several methods; repeatable; the recipe's where absent.",
         ),
     ] = None,
     choice: Annotated[Path | None, typer.Option(help="A choice.json to train at.")] = None,
@@ -108,9 +108,9 @@ def train(
     names = method.replace(" ", "").split(",")
     made = read_recipes(recipe, parse_settings(settings or []), names, model)
     places = [*(placement or []), *([CHOICE] if choice is not None else [])]
-    configs = read_placements(made, places, choice)
+    placed = read_placements(made, places, choice)
     if pairs is not None:
-        configs = [_paired(config, read_pairs(pairs)) for config in configs]
+        placed = [_paired(one, read_pairs(pairs)) for one in placed]
     numbers = read_seeds(seeds)
     find_datasets([*datasets, *(target or ())], data_root)
     from vlmadapters.protocols.experiment import Experiment
@@ -133,7 +133,7 @@ def train(
             save_adapters=True,
             progress=not quiet and rank == 0,
         )
-        table = experiment.run(datasets, configs, numbers, together=together)
+        table = experiment.run(datasets, placed, numbers, together=together)
     if rank == 0:
         typer.echo(_text(table, published))
         if verdict := methods_verdict(table):
@@ -201,12 +201,11 @@ def evaluate(
         typer.echo(f"results {out}")
 
 
-def _paired(config: Any, pairs: Any) -> Any:
-    from dataclasses import replace
-
-    if "pairs" not in config.settings():
-        raise UserError(f"--pairs is for mma; {config.name} shares nothing between its towers")
-    return replace(config, pairs=pairs)
+def _paired(recipe: Any, pairs: Any) -> Any:
+    method = recipe.method
+    if "pairs" not in method.settings():
+        raise UserError(f"--pairs is for mma; {method.name} shares nothing between its towers")
+    return recipe.changed({}, {"pairs": pairs})
 
 
 def _trained(path: Path, model: Any, method: str, scale: float) -> Any:

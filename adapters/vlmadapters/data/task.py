@@ -91,6 +91,9 @@ class TaskData:
         skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
             and which first. Others are drawn in the place of training images.
         descriptions: Class name to descriptions, for methods that use them.
+
+    Attributes:
+        origin: Name of the dataset that the items are of, as recipes know it.
     """
 
     name: str | Manifest
@@ -102,12 +105,14 @@ class TaskData:
     skip_unreadable: bool = False
     descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
+    origin: str = field(init=False)
     _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _identities: dict[str, DataIdentity] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = self.name
         self.manifest = given if isinstance(given, Manifest) else Manifest.load(given)
+        self.origin = self.manifest.name
 
     def identity(self, split: str) -> DataIdentity:
         """Return what a split is when it is first asked for; results belong to that."""
@@ -168,13 +173,21 @@ class TaskData:
         if len(labels) == 1:
             LOG.warning("%s has one %s class: every answer is right there", name, kind)
 
+    def splits(self) -> tuple[str, ...]:
+        """Return the splits that there are."""
+        return self.manifest.splits(self.root)
+
     def _items(self, split: str) -> list[Item]:
         return self.manifest.items(split, self.root, present_only=self.present_only)
 
     def shots(self, shots: int, seed: int, kind: str, split: str = "train") -> list[Item]:
-        """Return few-shot items of one half, relabelled from 0."""
-        items = self._items(split)
-        drawn = few_shot(items, shots, seed)
+        """Return few-shot items of one half, relabelled from 0; no other item is opened."""
+        items, wanted = self._items(split), set(self._labels(kind))
+
+        def draw() -> list[Item]:
+            return [item for item in few_shot(items, shots, seed) if item.label in wanted]
+
+        drawn = draw()
         if self.skip_unreadable:
             faults: dict[Item, str] = {}
             while found := self.images.unreadable(drawn, self.images.raw).reasons:
@@ -182,7 +195,7 @@ class TaskData:
                 items = [item for item in items if item not in faults]
                 if not items:
                     break
-                drawn = few_shot(items, shots, seed)
+                drawn = draw()
             unreadable = Unreadable(dict(enumerate(faults.values())))
             unreadable.settle(self.manifest.name, len({*drawn, *faults}), skip=True)
         else:
@@ -191,7 +204,7 @@ class TaskData:
 
     def validation(self, shots: int, seed: int, kind: str) -> list[Item]:
         """Return few-shot items of the validation split, at most 4 a class; none without one."""
-        if "val" not in self.manifest.splits(self.root):
+        if "val" not in self.splits():
             return []
         return self.shots(min(shots, 4), seed, kind, "val")
 

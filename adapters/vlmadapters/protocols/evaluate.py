@@ -29,6 +29,19 @@ Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
+class Answers:
+    """What a method says of some items.
+
+    Attributes:
+        labels: (item,) predicted label.
+        log_likelihoods: (item,) logarithm of the probability of the right label.
+    """
+
+    labels: Labels
+    log_likelihoods: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
 class Case:
     """Something to evaluate: a method, and the classes to tell apart; `Method()` is zero-shot."""
 
@@ -88,7 +101,16 @@ class Evaluator:
         items: Sequence[Item],
         cases: Sequence[Case],
     ) -> list[Labels]:
-        """Return the predicted label of every item, one array (item,) per case.
+        """Return the predicted label of every item, one array (item,) per case, as `answers`."""
+        return [one.labels for one in self.answers(images, items, cases)]
+
+    def answers(
+        self,
+        images: Images,
+        items: Sequence[Item],
+        cases: Sequence[Case],
+    ) -> list[Answers]:
+        """Return what every case says of every item, whose labels are those of the case's task.
 
         What is frozen below the first block that a method changes is computed once for all cases.
         Under `torchrun` every process predicts its share and gets the labels of all.
@@ -109,23 +131,36 @@ class Evaluator:
             case.method.eval()
         advice = f"lower the batch size of the test ({self.batch_size}) or use fewer classes"
         with memory_errors(self.model.device, advice), eval_mode(self.backbone.clip):
-            return self._predict(batches, len(items), cases)
+            return self._answers(batches, items, mine, cases)
 
-    def _predict(
-        self, batches: Iterable[Tensor], items: int, cases: Sequence[Case]
-    ) -> list[Labels]:
-        found: list[list[Labels]] = [[] for _ in cases]
+    def _answers(
+        self,
+        batches: Iterable[Tensor],
+        items: Sequence[Item],
+        mine: Sequence[Item],
+        cases: Sequence[Case],
+    ) -> list[Answers]:
+        labels: list[list[Labels]] = [[] for _ in cases]
+        likelihoods: list[list[NDArray[np.float64]]] = [[] for _ in cases]
         texts = [self.class_features(case.method, case.task) for case in cases]
-        for batch in batches:
-            for index, labels in enumerate(self._batch(batch, cases, texts)):
-                found[index].append(labels)
-        joined = [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in found]
-        return [processes.gathered(labels, items, self.model.device) for labels in joined]
+        truth = torch.tensor([item.label for item in mine], device=self.model.device)
+        for batch, right in zip(batches, truth.split(self.batch_size)):
+            for index, logits in enumerate(self._batch(batch, cases, texts)):
+                labels[index].append(logits.argmax(1).cpu().numpy())
+                spoken = logits.log_softmax(1).gather(1, right[:, None])[:, 0]
+                likelihoods[index].append(spoken.cpu().numpy().astype(np.float64))
+
+        def whole(parts: list[NDArray[Any]], kind: type[Any]) -> NDArray[Any]:
+            joined = np.concatenate(parts) if parts else np.zeros(0, kind)
+            return processes.gathered(joined, len(items), self.model.device)
+
+        pairs = zip(labels, likelihoods)
+        return [Answers(whole(one, np.int64), whole(two, np.float64)) for one, two in pairs]
 
     @torch.no_grad()
     def _batch(
         self, batch: Tensor, cases: Sequence[Case], texts: Sequence[Any]
-    ) -> Iterator[Labels]:
+    ) -> Iterator[Tensor]:
         starts = [case.method.first(self.backbone, "vision") for case in cases]
         with self.autocast():
             states = self.backbone.images(batch, starts)
@@ -138,4 +173,4 @@ class Evaluator:
                     "the model gives logits that are not finite; try precision fp32, or train "
                     "with a lower lr or scale"
                 )
-            yield logits.argmax(1).cpu().numpy()
+            yield logits

@@ -25,9 +25,9 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import TaskData
 from vlmadapters.files import save_method
 from vlmadapters.methods.base import Method
-from vlmadapters.methods.config import MethodConfig, placements_of
+from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.cells import Cell, CellFolder, Rows
-from vlmadapters.protocols.evaluate import Case, Evaluator, Labels
+from vlmadapters.protocols.evaluate import Answers, Case, Evaluator, Labels
 from vlmadapters.protocols.results import (
     COLUMNS,
     KEY,
@@ -38,14 +38,19 @@ from vlmadapters.protocols.results import (
 )
 from vlmadapters.protocols.trained import Target, result_row
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import Recipe, TrainConfig, default_recipe, load_recipe
+from vlmadapters.training.recipes import (
+    Recipe,
+    TrainConfig,
+    default_recipe,
+    load_recipe,
+    settings_at,
+)
 from vlmadapters.training.trainer import Trainer, TrainResult, resolved
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically, checksum
 from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.models.load import VLM
-from vlmlayers.placement import Placement
 from vlmlayers.progress import bar
 
 LOG = logging.getLogger("vlmlayers")
@@ -88,7 +93,8 @@ class Experiment:
         protocol: Name of a protocol.
         model: The model.
         recipe: Training values and method; several for methods that are compared on the same
-            draws, images and zero-shot predictions. `configs` of `run` name the placements.
+            draws, images and zero-shot predictions. `settings` of `run` name placements and
+            amounts.
         out: Folder of cells, adapters and tables; None keeps everything in memory.
         root: The data root.
         targets: Datasets tested by transfer.
@@ -98,7 +104,7 @@ class Experiment:
         present_only: As in `TaskData`.
         skip_unreadable: As in `TaskData`.
         save_adapters: Write trained adapters beside the cells.
-        table: Name of the table of all cells of the folder, written there.
+        table: Name of the table of all cells of the folder, written there; None writes none.
         stop_unmoved: Train nothing more once the first cells trained show that training changes
             nothing; `stopped` then says so.
         progress: Show bars.
@@ -119,7 +125,7 @@ class Experiment:
         present_only: bool = False,
         skip_unreadable: bool = False,
         save_adapters: bool = False,
-        table: str = "results.csv",
+        table: str | None = "results.csv",
         stop_unmoved: bool = False,
         progress: bool = True,
     ) -> None:
@@ -145,15 +151,17 @@ class Experiment:
         self._datasets: dict[str, TaskData] = {}
         tested = targets if self.protocol.transfer else ()
         self.target_names = tuple(self.add(one).manifest.name for one in tested)
-        self._zero: dict[tuple[str, str], list[Labels]] = {}
+        self._zero: dict[tuple[str, str], list[Answers]] = {}
         self._plain = Method()
 
-    def add(self, dataset: str | Path | Manifest) -> TaskData:
+    def add(self, dataset: str | Path | Manifest | TaskData) -> TaskData:
         """Return a dataset, its images shared by all cells.
 
         Raises:
             UserError: It is unknown, or another one has its name.
         """
+        if isinstance(dataset, TaskData):
+            return self._datasets.setdefault(dataset.manifest.name, dataset)
         manifest = dataset if isinstance(dataset, Manifest) else Manifest.load(dataset)
         distinct([*(one.manifest for one in self._datasets.values()), manifest], self.root)
         made = TaskData(
@@ -174,8 +182,8 @@ class Experiment:
 
     def run(
         self,
-        datasets: Iterable[str | Path | Manifest],
-        configs: Sequence[MethodConfig] | None = None,
+        datasets: Iterable[str | Path | Manifest | TaskData],
+        settings: Sequence[MethodConfig | Recipe] | None = None,
         seeds: Iterable[int] = (1, 2, 3),
         *,
         together: int = 12,
@@ -186,7 +194,8 @@ class Experiment:
 
         Args:
             datasets: Datasets trained on, by name, path or manifest.
-            configs: Placements; the recipe's own where None.
+            settings: Placements as settings of a method, or with their amounts as recipes; the
+                recipe's own where None.
             seeds: Seeds of draw, initialisation, order and views.
             together: Placements trained side by side.
 
@@ -194,10 +203,9 @@ class Experiment:
             UserError: A seed is negative, `together` is below 1, two datasets have one name, or one
                 cannot be trained or tested on.
         """
-        if configs is None:
-            configs = [recipe.method for recipe in self.recipes.values()]
-        configs = list(configs)
-        self._check_configs(configs)
+        asked = list(self.recipes.values() if settings is None else settings)
+        recipes = [self._recipe_of(one) for one in asked]
+        self._check_configs([one.method for one in recipes])
         sources = list(dict.fromkeys(self.add(one).manifest.name for one in datasets))
         seeds = list(seeds)
         if any(seed < 0 for seed in seeds):
@@ -211,33 +219,40 @@ class Experiment:
         for name, split in {pair: None for one in sources for pair in self._read(one)}:
             self.cells.see(name, split, self._datasets[name].identity(split))
         rank, _ = processes.rank_and_size()
-        total = len(sources) * len(seeds) * len(configs)
+        total = len(sources) * len(seeds) * len(recipes)
         with bar(
             description="cells", total=total, unit="cell", show=self.progress and rank == 0
         ) as shown:
             rows = [row for source in sources for row in self._zero_shot_rows(source)]
             found: dict[tuple[str, int], Rows | None] = {}
             for source, seed in product(sources, seeds):
-                found[source, seed] = self._cells(source, seed, configs, together, shown)
+                found[source, seed] = self._cells(source, seed, recipes, together, shown)
                 if self.stopped:
                     break
             for (source, seed), cells in found.items():
                 if cells is None and not self.stopped:
-                    cells = self._cells(source, seed, configs, together, shown, wait=True)
+                    cells = self._cells(source, seed, recipes, together, shown, wait=True)
                 rows += cells or []
         table = _table(rows)
-        if self.out is not None and not rank and rows:
-            like = [self._cell(one, 0, config).identity for one in sources for config in configs]
+        if self.out is not None and self.table is not None and not rank and rows:
+            like = [self._cell(one, 0, setting).identity for one in sources for setting in recipes]
             whole = _table(rows + self.cells.alike(like))
-            atomically(self.out / self.table, lambda part: whole.to_csv(part, index=False))
+            path = self.out / self.table
+            atomically(path, lambda part: whole.to_csv(part, index=False))
         return table
+
+    def _recipe_of(self, setting: MethodConfig | Recipe) -> Recipe:
+        config = setting if isinstance(setting, MethodConfig) else setting.method
+        if config.name not in self.recipes:
+            raise UserError(f"there is no recipe for {config.name}; give one")
+        if isinstance(setting, Recipe):
+            return setting
+        return self.recipes[config.name].with_method(config)
 
     def _check_configs(self, configs: Sequence[MethodConfig]) -> None:
         depths = {name: walk.tower.depth for name, walk in self.backbone.walks.items()}
         other_classes = self.protocol.transfer or "novel" in self.protocol.own_kinds
         for config in configs:
-            if config.name not in self.recipes:
-                raise UserError(f"there is no recipe for {config.name}; give one")
             config.check_depths(depths)
             if config.class_bound and other_classes:
                 raise UserError(
@@ -249,7 +264,7 @@ class Experiment:
         self,
         source: str,
         seed: int,
-        configs: Sequence[MethodConfig],
+        settings: Sequence[Recipe],
         together: int,
         shown: Any,
         wait: bool = False,
@@ -258,49 +273,60 @@ class Experiment:
 
         With `wait` their cells are waited for, and trained here where those processes died.
         """
-        cells = {config: self._cell(source, seed, config) for config in configs}
-        done = {config: self.cells.read(cell) for config, cell in cells.items()}
+        cells = {one: self._cell(source, seed, one) for one in settings}
+        done = {one: self.cells.read(cell) for one, cell in cells.items()}
         if not wait:
             shown.update(sum(rows is not None for rows in done.values()))
-        while missing := [config for config, rows in done.items() if rows is None]:
+        while missing := [one for one, rows in done.items() if rows is None]:
             with ExitStack() as held:
                 free = self.cells.claim([cells[one] for one in missing], together, held, wait)
                 if not free:
                     return None
-                group = [config for config in missing if cells[config] in free]
-                done |= {config: self.cells.read(cells[config]) for config in group}
-                group = [config for config in group if done[config] is None]
-                group = [config for config in group if config.name == group[0].name]
+                group = [one for one in missing if cells[one] in free]
+                done |= {one: self.cells.read(cells[one]) for one in group}
+                group = [one for one in group if done[one] is None]
+                group = [one for one in group if self._trains_with(group[0], one, source)]
                 trained = self.train_and_test(source, seed, group) if group else []
-                for config, rows in zip(group, trained):
-                    self.cells.write(cells[config], rows)
-                    done[config] = rows
+                for one, rows in zip(group, trained):
+                    self.cells.write(cells[one], rows)
+                    done[one] = rows
             self._notice_unmoved(done.values())
             if self.stopped:
                 break
-            shown.update(sum(done[config] is not None for config in missing))
-        return [row for config in configs for row in done[config] or []]
+            shown.update(sum(done[one] is not None for one in missing))
+        return [row for one in settings for row in done[one] or []]
+
+    def _trains_with(self, first: Recipe, other: Recipe, source: str) -> bool:
+        """Whether two settings can train side by side: one method, by the same values."""
+        same = first.method.name == other.method.name
+        return same and self._train_of(first, source) == self._train_of(other, source)
 
     def _notice_unmoved(self, cells: Iterable[Rows | None]) -> None:
         notes = [row["note"] for rows in cells for row in rows or []]
         self.stopped = self.stop_unmoved and bool(notes) and all(note == UNMOVED for note in notes)
 
-    def train_and_test(self, source: str, seed: int, configs: Sequence[MethodConfig]) -> list[Rows]:
-        """Train settings of one method side by side and test them; return the rows of each."""
+    def train_and_test(self, source: str, seed: int, settings: Sequence[Recipe]) -> list[Rows]:
+        """Train settings of one method side by side and test them; return the rows of each.
+
+        Args:
+            source: Name of the dataset trained on.
+            seed: Seed of draw, initialisation, order and views.
+            settings: Recipes that differ in their method's settings alone.
+        """
         data = self._datasets[source]
         kind = self.protocol.train_kind
-        train = self._train_of(configs[0], source)
+        train = self._train_of(settings[0], source)
         items = data.shots(train.shots, seed, kind)
         folder = None
         if self.out is not None:
-            key = "-".join(self._cell(source, seed, config).key for config in configs)
+            key = "-".join(self._cell(source, seed, one).key for one in settings)
             folder = self.out / "unfinished" / checksum(key)[:16]
         trainer = Trainer(
             self.model,
             data.images,
             items,
             data.task(kind, train.template),
-            [self._own(config, source) for config in configs],
+            [one.method_for(data.origin) for one in settings],
             train,
             seed,
             validation=data.validation(train.shots, seed, kind),
@@ -309,13 +335,13 @@ class Experiment:
             progress=self.progress,
         )
         trained = trainer.fit()
-        rows = self._test(source, configs, trained)
+        rows = self._test(source, settings, trained)
         rank, _ = processes.rank_and_size()
         if folder is not None and not rank:
             rmtree(folder, ignore_errors=True)
         if self.save_adapters and self.out is not None and not rank:
-            for config, result in zip(configs, trained):
-                cell = self._cell(source, seed, config)
+            for one, result in zip(settings, trained):
+                cell = self._cell(source, seed, one)
                 save_method(
                     self.out / "adapters" / cell.key,
                     result.method,
@@ -326,9 +352,9 @@ class Experiment:
         return rows
 
     def _test(
-        self, source: str, configs: Sequence[MethodConfig], trained: Sequence[TrainResult]
+        self, source: str, settings: Sequence[Recipe], trained: Sequence[TrainResult]
     ) -> list[Rows]:
-        train, recipe = self._train_of(configs[0], source), self.recipes[configs[0].name]
+        train = self._train_of(settings[0], source)
         rows: list[Rows] = [[] for _ in trained]
         differing = [0] * len(trained)
         total = 0
@@ -337,17 +363,17 @@ class Experiment:
             plain = self._zero_shot(target)[0]
             task = target.dataset.task(target.kind, train.template)
             cases = [Case(result.method, task) for result in trained]
-            found = self.evaluator.predict(target.dataset.images, items, cases)
+            found = self.evaluator.answers(target.dataset.images, items, cases)
             total += len(items)
-            for index, (result, labels) in enumerate(zip(trained, found)):
-                differing[index] += int((labels != plain).sum())
+            for index, (result, answers) in enumerate(zip(trained, found)):
+                differing[index] += int((answers.labels != plain.labels).sum())
                 rows[index].append(
                     result_row(
                         self.protocol.name,
                         self.evaluator,
                         target,
                         truth,
-                        labels,
+                        answers,
                         result.config.title,
                         train.template,
                         source=source,
@@ -355,7 +381,8 @@ class Experiment:
                         seed=result.seed,
                         seconds=result.seconds,
                     )
-                    | method_fields(result.method, recipe.varied(configs[index]))
+                    | method_fields(result.method, settings[index].varied)
+                    | {"placement": settings[index].label}
                 )
         for index, result in enumerate(trained):
             share = differing[index] / max(total, 1)
@@ -371,8 +398,8 @@ class Experiment:
         items = target.dataset.test(target.kind, target.split)
         return items, np.array([item.label for item in items], dtype=np.int64)
 
-    def _zero_shot(self, target: Target) -> list[Labels]:
-        """Return zero-shot predictions with the common and with the dataset's own template."""
+    def _zero_shot(self, target: Target) -> list[Answers]:
+        """Return zero-shot answers with the common and with the dataset's own template."""
         key = (target.dataset.manifest.name, target.kind)
         if key not in self._zero:
             templates = self.train.template, target.dataset.manifest.zero_shot_template
@@ -381,7 +408,7 @@ class Experiment:
                 for template in templates
             ]
             items = self._items(target)[0]
-            self._zero[key] = self.evaluator.predict(target.dataset.images, items, cases)
+            self._zero[key] = self.evaluator.answers(target.dataset.images, items, cases)
         return self._zero[key]
 
     def _zero_shot_rows(self, source: str) -> Rows:
@@ -398,10 +425,10 @@ class Experiment:
             _, truth = self._items(target)
             own = target.dataset.manifest.zero_shot_template
             named = ((ZERO_SHOT, self.train.template), (ZERO_SHOT_OWN, own))
-            for labels, (method, template) in zip(self._zero_shot(target), named):
+            for answers, (method, template) in zip(self._zero_shot(target), named):
                 rows.append(
                     result_row(
-                        self.protocol.name, self.evaluator, target, truth, labels, method, template
+                        self.protocol.name, self.evaluator, target, truth, answers, method, template
                     )
                 )
         return rows
@@ -433,25 +460,23 @@ class Experiment:
 
     def _read(self, source: str) -> list[tuple[str, str]]:
         """Return dataset and split of all that cells of a source train and test on."""
-        data = self._datasets[source]
-        drawn = {"train", "val"} & {"train", *data.manifest.splits(self.root)}
+        drawn = {"train", "val"} & {"train", *self._datasets[source].splits()}
         own = [(source, split) for split in sorted({*drawn, self.split})]
         return own + [(name, self.split) for name in self.target_names if name != source]
 
-    def _train_of(self, config: MethodConfig, source: str) -> TrainConfig:
-        return resolved(self.recipes[config.name].train_for(source), self.model.device)
+    def _train_of(self, setting: Recipe, source: str) -> TrainConfig:
+        train = setting.train_for(self._datasets[source].origin)
+        return resolved(train, self.model.device)
 
-    def _own(self, config: MethodConfig, source: str) -> MethodConfig:
-        return self.recipes[config.name].method_for(source, config)
-
-    def _cell(self, source: str, seed: int, config: MethodConfig) -> Cell:
+    def _cell(self, source: str, seed: int, setting: Recipe) -> Cell:
+        config = setting.method_for(self._datasets[source].origin)
         identity = {
             **self._untrained_identity(source),
             "data": self._hashes(self._read(source)),
             "seed": seed,
             "method": config.name,
-            "settings": self._own(config, source).to_dict(),
-            "train": self._train_of(config, source).identity(),
+            "settings": config.to_dict(),
+            "train": self._train_of(setting, source).identity(),
         }
         parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)
@@ -507,9 +532,9 @@ def train(
             goes on there.
         protocol: `base-to-novel`, `few-shot`, `cross-dataset` or `domain-generalization`.
         method: Name of the method, or several; `METHODS` lists them.
-        placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, or `maple:1-9` for one of
-            several methods, or a layer choice; several train side by side. The recipe's own where
-            None.
+        placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, with an amount as in
+            `5-12@scale=0.3,epochs=15`, or `maple:1-9` for one of several methods, or a layer
+            choice; several train side by side. The recipe's own where None.
         configs: Settings of each method to train, in place of `method` and `placement`.
         seeds: Seeds of draw, initialisation, order and views.
         together: How many are trained side by side.
@@ -531,8 +556,9 @@ def train(
         UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
     recipes = _recipes(recipe or (), method, model.name)
+    settings: Sequence[MethodConfig | Recipe] | None = configs
     if configs is None and placement is not None:
-        configs = _placed([one.method for one in recipes], placement)
+        settings = settings_at(recipes, placement)
     elif placement is not None:
         raise UserError("train takes either configs or placement, not both")
     experiment = Experiment(
@@ -550,7 +576,7 @@ def train(
         save_adapters=save_adapters,
         progress=progress,
     )
-    return experiment.run(datasets, configs, seeds, together=together)
+    return experiment.run(datasets, settings, seeds, together=together)
 
 
 def _recipes(
@@ -566,25 +592,6 @@ def _recipes(
         )
     name = next((one for one in given if not isinstance(one, Recipe)), None)
     return [load_recipe(name or default_recipe(model, one), one) for one in methods]
-
-
-def _placed(methods: Sequence[MethodConfig], placements: Sequence[Any]) -> list[MethodConfig]:
-    """Return each method at what is named for it, or else as it is."""
-    named = placements_of([method.name for method in methods], placements)
-    return [
-        placed
-        for method in methods
-        for placed in [_at(method, place) for place in named[method.name]] or [method]
-    ]
-
-
-def _at(method: MethodConfig, place: Any) -> MethodConfig:
-    """Return a method at a placement, as text or value, or at what it can take of a choice."""
-    if isinstance(place, str):
-        place = Placement.parse(place)
-    if isinstance(place, Placement):
-        return method.with_placement(place.vision, place.text)
-    return method.from_choice(place, **method.settings())
 
 
 base_to_novel = partial(train, protocol="base-to-novel")

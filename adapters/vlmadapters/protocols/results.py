@@ -30,6 +30,7 @@ COLUMNS = (
     "n",
     "low",
     "high",
+    "log_likelihood",
     "template",
     "parameters",
     "changed",

@@ -14,7 +14,7 @@ import pandas as pd
 from vlmadapters.data.prompts import TEMPLATE
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.base import Method
-from vlmadapters.protocols.evaluate import Case, Evaluator, Labels
+from vlmadapters.protocols.evaluate import Answers, Case, Evaluator, Labels
 from vlmadapters.protocols.results import (
     COLUMNS,
     ZERO_SHOT,
@@ -39,7 +39,7 @@ def result_row(
     evaluator: Evaluator,
     target: Target,
     truth: Labels,
-    labels: Labels,
+    answers: Answers,
     method: str,
     template: str,
     **values: Any,
@@ -66,7 +66,8 @@ def result_row(
         "device": model.device.type,
         "precision": evaluator.precision,
         "random_weights": model.random_weights,
-        **accuracy_fields(int((labels == truth).sum()), len(truth)),
+        **accuracy_fields(int((answers.labels == truth).sum()), len(truth)),
+        "log_likelihood": float(answers.log_likelihoods.mean()),
         **values,
     }
 
@@ -130,11 +131,11 @@ def evaluate_methods(
             items = data.test(kind)
             truth = np.array([item.label for item in items], dtype=np.int64)
             cases = [Case(method, data.task(kind, text)) for _, method, text, _ in named]
-            found = evaluator.predict(data.images, items, cases)
-            for labels, (title, method, text, source) in zip(found, named):
-                row = result_row("evaluate", evaluator, target, truth, labels, title, text)
+            found = evaluator.answers(data.images, items, cases)
+            for answers, (title, method, text, source) in zip(found, named):
+                row = result_row("evaluate", evaluator, target, truth, answers, title, text)
                 if source:
-                    changed = float((labels != found[0]).mean())
+                    changed = float((answers.labels != found[0].labels).mean())
                     row |= {**method_fields(method), "source": source, "changed": changed}
                 rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import resolve_device
+
+N = TypeVar("N", np.int64, np.float64)
 
 
 def launched() -> bool:
@@ -65,7 +67,7 @@ def share(items: Any) -> Any:
     return items[rank::size]
 
 
-def gathered(mine: NDArray[np.int64], n: int, device: torch.device) -> NDArray[np.int64]:
+def gathered(mine: NDArray[N], n: int, device: torch.device) -> NDArray[N]:
     """Return the numbers of all `n` items from what each process has of its `share`.
 
     Args:
@@ -76,8 +78,9 @@ def gathered(mine: NDArray[np.int64], n: int, device: torch.device) -> NDArray[n
     rank, size = rank_and_size()
     if size == 1:
         return mine
-    whole = torch.zeros(n, dtype=torch.int64, device=device)
-    whole[rank::size] = torch.from_numpy(mine).to(device)
+    own = torch.from_numpy(mine).to(device)
+    whole = torch.zeros(n, dtype=own.dtype, device=device)
+    whole[rank::size] = own
     dist.all_reduce(whole)
     return whole.cpu().numpy()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.methods import METHODS
-from vlmadapters.methods.config import VIT_B_16, MethodConfig
+from vlmadapters.methods.config import VIT_B_16, MethodConfig, placements_of
 from vlmlayers.arguments import PRECISIONS, checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import Amount, Placement
 
 SHIPPED = Path(__file__).with_name("recipe_files")
 OPTIMIZERS = ("sgd", "adamw")
@@ -164,13 +165,60 @@ class Recipe:
         source: Where the values come from.
         datasets: Values that differ by dataset: name of a dataset to fields of `train`, and under
             `settings` to those of `method`.
+        amount: The amount that `at` set, where it set one.
     """
 
     name: str
     train: TrainConfig
     method: MethodConfig
     source: str = ""
-    datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    amount: Amount = field(default_factory=Amount)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the method acts, with the amount that `at` set."""
+        return Placement(self.method.vision, self.method.text, self.amount)
+
+    @property
+    def label(self) -> str:
+        """The placement as tables write it; empty where there is neither block nor amount."""
+        return str(self.placement) if self.placement or self.amount else ""
+
+    def at(self, place: Any) -> Recipe:
+        """Return the recipe with its method at other blocks, by the amount that they name.
+
+        Args:
+            place: A placement, as text or value, or a layer choice or its path, of which what lies
+                in the method's towers counts. An amount without blocks keeps the recipe's own
+                blocks; one in epochs goes before steps per shot.
+
+        Raises:
+            UserError: The method cannot act there, or has no scale.
+        """
+        if isinstance(place, str):
+            place = Placement.parse(place)
+        if not isinstance(place, Placement):
+            return self.with_method(self.method.from_choice(place, **self.method.settings()))
+        train = place.amount.given()
+        scale = {key: train.pop(key) for key in ("scale",) if key in train}
+        if scale and "scale" not in self.method.settings():
+            raise UserError(f"{self.method.name} has no scale; name an amount by lr and epochs")
+        if "epochs" in train:
+            train = {"steps_per_shot": 0} | train
+        kept = place.amount and not place
+        method = self.method if kept else self.method.with_placement(*place)
+        return replace(self.with_method(method).changed(train, scale), amount=place.amount)
+
+    def with_method(self, method: MethodConfig) -> Recipe:
+        """Return the recipe with other settings of its method.
+
+        What differs in them from the recipe's is so on every dataset.
+        """
+        asked, own = method.to_dict(), self.method.to_dict()
+        new = {key: value for key, value in asked.items() if value != own[key]}
+        kept = {name: _without(values, {}, new) for name, values in self.datasets.items()}
+        return replace(self, method=method, datasets=kept)
 
     def changed(self, train: Mapping[str, Any], method: Mapping[str, Any]) -> Recipe:
         """Return the recipe with some values replaced, for every dataset; None keeps a value.
@@ -199,23 +247,15 @@ class Recipe:
         values.pop("settings", None)
         return replace(self.train, **values)
 
-    def method_for(self, dataset: str, config: MethodConfig | None = None) -> MethodConfig:
-        """Return the method's settings on a dataset.
-
-        Args:
-            dataset: Name of the dataset.
-            config: Settings asked for in place of the recipe's, such as other blocks. What differs
-                in them from the recipe's stays as it is on every dataset.
-        """
-        config = config or self.method
+    def method_for(self, dataset: str) -> MethodConfig:
+        """Return the method's settings on a dataset."""
         settings = self.datasets.get(dataset, {}).get("settings", {})
-        own = {key: value for key, value in settings.items() if key in self.varied(config)}
-        return config.from_dict({**config.to_dict(), **own}) if own else config
+        return self.method.from_dict({**self.method.to_dict(), **settings})
 
-    def varied(self, config: MethodConfig) -> set[str]:
-        """Return which settings asked for follow the dataset."""
-        keys = {key for values in self.datasets.values() for key in values.get("settings", {})}
-        return {key for key in keys if getattr(config, key) == getattr(self.method, key)}
+    @property
+    def varied(self) -> set[str]:
+        """Which settings of the method follow the dataset."""
+        return {key for values in self.datasets.values() for key in values.get("settings", {})}
 
 
 def _without(
@@ -226,6 +266,32 @@ def _without(
     if "settings" in left:
         left["settings"] = {k: v for k, v in left["settings"].items() if k not in method}
     return left
+
+
+def settings_at(
+    recipes: Sequence[Recipe], placements: Iterable[Any], known: Mapping[str, Any] | None = None
+) -> list[Recipe]:
+    """Return each recipe at the placements that are meant for its method, or else as it is.
+
+    Args:
+        recipes: One recipe per method.
+        placements: What `Recipe.at` takes; text may name a method, as in `maple:1-9`.
+        known: What stands for a placement's text, such as a choice.
+
+    Raises:
+        UserError: A placement names another method, cannot be read, or a method cannot act there.
+    """
+    named = placements_of([recipe.method.name for recipe in recipes], placements)
+    stands = known or {}
+    return [
+        setting
+        for recipe in recipes
+        for setting in [
+            recipe.at(stands.get(place, place) if isinstance(place, str) else place)
+            for place in named[recipe.method.name]
+        ]
+        or [recipe]
+    ]
 
 
 def default_recipe(model: str, method: str = "mma") -> str:

@@ -124,9 +124,7 @@ class Trainer:
         self.runs = [self._new_run(config) for config in self.configs]
         self.starts = [run.method.first(self.backbone, "vision") for run in self.runs]
         self.steps_per_epoch = len(self.batches(0))
-        self.total_steps = self.train.epochs * self.steps_per_epoch
-        if self.train.steps_per_shot:
-            self.total_steps = self.train.steps_per_shot * self.train.shots
+        self.total_steps = count_steps(self.train, len(self.items))
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self._check_memory()
         self.epoch = self.step = 0
@@ -423,6 +421,14 @@ class Trainer:
             run.scaler.load_state_dict(saved["scaler"])
             run.losses, run.initial = list(saved["losses"]), saved["initial"]
         return True
+
+
+def count_steps(train: TrainConfig, items: int) -> int:
+    """Return the number of batches that a training on some number of items takes."""
+    if train.steps_per_shot:
+        return train.steps_per_shot * train.shots
+    size = min(train.batch_size, items)
+    return train.epochs * len(epoch_batches(items, size, 0, 0, drop_last=train.drop_last))
 
 
 def resolved(train: TrainConfig, device: torch.device) -> TrainConfig:

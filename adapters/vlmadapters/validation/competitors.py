@@ -21,6 +21,7 @@ KINDS: dict[str, str] = {
     "all": "every block of both towers",
     "lower": "lower half of both towers",
     "upper": "upper half of both towers",
+    "last": "the last block of both towers",
     "start": "every start block up to the last, both towers at equal relative depth",
     "single": "one block of each tower at equal relative depth",
     "random": "random blocks at the cost of the choice: as many in each tower, as many shared",
@@ -97,6 +98,8 @@ def _placements(
         yield Placement(_span(1, v // 2), _span(1, t // 2))
     elif kind == "upper":
         yield Placement(_span(v // 2 + 1, v), _span(t // 2 + 1, t))
+    elif kind == "last":
+        yield Placement((v,), (t,))
     elif kind == "start":
         for start in range(1, max(v, t) + 1):
             yield Placement(
@@ -190,4 +193,4 @@ def _within(method: MethodConfig, placed: Placement, kind: str) -> Placement:
     except UserError as error:
         LOG.info("no competitor %s: %s", kind, error)
         return Placement()
-    return Placement(**blocks)
+    return Placement(blocks["vision"], blocks["text"])

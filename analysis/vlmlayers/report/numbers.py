@@ -367,7 +367,7 @@ class Answer:
             if top - max(first["value"], last["value"]) > 0.005:
                 equal = part[part["value"].round(2) == round(top, 2)]["position"].astype(str)
                 tied = f" (equal within 0.01: {', '.join(equal)})" if len(equal) > 1 else ""
-                peak = part.loc[part["value"].idxmax(), "position"]
+                peak = part["position"].iloc[int(part["value"].argmax())]
                 sentence += f", highest {top:.2f} at {peak}{tied}"
             sentences.append(sentence)
         nulls = frame.dropna(subset=["null"]).groupby("tower", sort=False)["null"]

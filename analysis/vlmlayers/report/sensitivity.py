@@ -96,11 +96,14 @@ def _datasets(answer: Answer) -> Iterator[list[str]]:
         answers.setdefault(tuple(blocks), []).append(str(name))
     ordered = sorted(answers.items(), key=lambda pair: -len(pair[1]))
     by = axis_label(metric)
-    for blocks, same in ordered[:MOST]:
-        yield [f"{_some(same)} alone, by {by[:1].lower()}{by[1:]}", *blocks]
+    for chosen, same in ordered[:MOST]:
+        yield [f"{_some(same)} alone, by {by[:1].lower()}{by[1:]}", *chosen]
     if others := ordered[MOST:]:
         count = sum(len(same) for _, same in others)
-        yield [f"{count} more datasets alone", *(f"{len(others)} more answers" for _ in blocks)]
+        yield [
+            f"{count} more datasets alone",
+            *(f"{len(others)} more answers" for _ in answer.depths),
+        ]
 
 
 def _some(names: list[str]) -> str:

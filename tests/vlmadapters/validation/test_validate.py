@@ -77,9 +77,9 @@ def trained_cells(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     seen: list[tuple[int, str]] = []
     plain: Callable[..., Any] = Experiment.train_and_test
 
-    def counted(self: Experiment, source: str, seed: int, configs: Any) -> Any:
-        seen.extend((seed, one.placement) for one in configs)
-        return plain(self, source, seed, configs)
+    def counted(self: Experiment, source: str, seed: int, settings: Any) -> Any:
+        seen.extend((seed, one.label) for one in settings)
+        return plain(self, source, seed, settings)
 
     monkeypatch.setattr(Experiment, "train_and_test", counted)
     return seen

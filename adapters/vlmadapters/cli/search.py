@@ -1,0 +1,148 @@
+"""The verb `search` of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmadapters.cli.options import (
+    Method,
+    Workers,
+    find_datasets,
+    load_backbone,
+    read_recipes,
+    read_seeds,
+)
+from vlmlayers.cli.options import (
+    DataRoot,
+    Device,
+    Model,
+    PresentOnly,
+    Quiet,
+    SkipUnreadable,
+    Weights,
+    with_weights,
+)
+from vlmlayers.errors import UserError, check_one_of
+
+
+@with_weights
+def search(
+    model: Model,
+    datasets: Annotated[
+        list[str], typer.Argument(help="Datasets searched on: names, TOML files or image folders.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of search.csv, search.json and the cells; a run folder.")
+    ],
+    weights: Weights,
+    method: Method = "mma",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest cost, in multiples of one full training; all where absent.",
+            show_default=False,
+        ),
+    ] = None,
+    placement: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<str>",
+            help="Blocks to try beside the default, as in 9-12; repeatable; the usual ones where "
+            "absent.",
+        ),
+    ] = None,
+    amount: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<str>",
+            help="Amount to try, as in scale=0.3,epochs=15; repeatable; multiples of the recipe's "
+            "where absent.",
+        ),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="log_likelihood, base_log_likelihood or accuracy, held out.")
+    ] = "log_likelihood",
+    folds: Annotated[int, typer.Option(help="Folds of each draw.")] = 4,
+    novel: Annotated[
+        bool, typer.Option(help="Hold out half of the base classes whole as well.")
+    ] = True,
+    seeds: Annotated[str, typer.Option(help="Seeds of the draws, as in 1,2,3.")] = "1",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="As in `train`; mini for the mini-clip, else published, where absent."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="As in `train`; repeatable."),
+    ] = None,
+    together: Annotated[int, typer.Option(help="Settings trained side by side.")] = 12,
+    device: Device = "auto",
+    workers: Workers = 0,
+    present_only: PresentOnly = False,
+    skip_unreadable: SkipUnreadable = False,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find how much and where to train, from training shots of base classes alone.
+
+    A stopped search goes on with the same command. `vlmlayers select RUN --rule search` reads what
+    it found.
+    """
+    from vlmadapters.validation.judge import CRITERIA
+    from vlmlayers.options import parse_settings
+    from vlmlayers.placement import Amount, Placement
+
+    check_one_of("criterion", criterion, CRITERIA, where="--criterion")
+    if folds < 2 or (budget is not None and budget <= 0):
+        raise UserError("--folds takes 2 or more, --budget a number above 0")
+    for one in placement or []:
+        Placement.parse(one)
+    for one in amount or []:
+        Amount.parse(one)
+    (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
+    numbers = read_seeds(seeds)
+    find_datasets(datasets, data_root)
+    from vlmadapters.validation.candidates import scaled
+    from vlmadapters.validation.search import search as run
+
+    loaded = load_backbone(model, weights, device)
+    found = run(
+        loaded,
+        datasets,
+        budget=budget,
+        placement=placement,
+        amounts=amount,
+        criterion=criterion,
+        folds=folds,
+        novel=novel,
+        seeds=numbers,
+        recipe=scaled(made, {name: tower.depth for name, tower in loaded.towers.items()}),
+        out=out,
+        root=data_root,
+        together=together,
+        workers=workers,
+        present_only=present_only,
+        skip_unreadable=skip_unreadable,
+        progress=not quiet,
+    )
+    if loaded.random_weights:
+        typer.echo("The backbone has RANDOM weights: these numbers say nothing about a model.")
+    typer.echo(_text(found, out))
+
+
+def _text(found: Any, out: Path) -> str:
+    summary = found.summary
+    means = found.table.groupby("setting", sort=False)[
+        ["base", "novel", "base_log_likelihood", "novel_log_likelihood"]
+    ].mean()
+    means.insert(0, "folds", found.table["setting"].value_counts())
+    means["difference"] = means.index.map(summary["mean_differences"])
+    means = means.sort_values("difference", ascending=False)
+    shown = means.to_string(float_format=lambda value: f"{value:.3f}")
+    left_out = [f"left out: {one['setting']} ({one['why']})" for one in summary["skipped"]]
+    cost = summary["cost"]
+    spent = f"cost {cost['trainings']:.1f} full trainings, {cost['seconds']:.0f} s of training"
+    return "\n".join([shown, *left_out, found.statement, f"{spent}, {out / 'search.json'}"])

@@ -1,0 +1,130 @@
+"""Folds of the few-shot draw: base-to-novel protocols inside the shots of the base classes.
+
+A fold is a small dataset of its own. It trains on most shots of some base classes, the inner base
+classes, and is tested on their other shots and on the inner novel classes, which its training never
+sees. It holds training items of base classes and their names, and nothing else of the dataset: what
+is tuned on folds has seen neither the test split nor a novel class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+
+from vlmadapters.data.task import TaskData
+from vlmlayers.errors import UserError
+from vlmlayers.identity import DataIdentity
+from vlmlayers.manifests import Item
+
+FOLDS = 0xF0  # key of the draw of inner classes and held-out shots
+LEAST_APART = 4  # base classes: two to tell apart in each half
+
+
+class Fold(TaskData):
+    """One fold; `train` are the shots trained on, `test` those held out.
+
+    Args:
+        data: The dataset.
+        name: Name of the fold in tables and cells.
+        class_names: Names of the base classes, the inner base ones first.
+        train: Items trained on, labelled by these names.
+        test: Items held out.
+        apart: Whether the second half of the classes is held out whole.
+    """
+
+    def __init__(
+        self,
+        data: TaskData,
+        name: str,
+        class_names: Sequence[str],
+        train: Sequence[Item],
+        test: Sequence[Item],
+        apart: bool,
+    ) -> None:
+        super().__init__(
+            replace(data.manifest, name=name),
+            data.model,
+            data.root,
+            descriptions=data.descriptions,
+        )
+        self.origin, self.apart = data.origin, apart
+        self.class_names = tuple(class_names)
+        self.images = data.images
+        self._held = {"train": list(train), "test": list(test)}
+
+    @property
+    def drawn(self) -> int:
+        """Number of items of the whole draw, trained on and held out."""
+        return sum(map(len, self._held.values()))
+
+    @property
+    def trained(self) -> int:
+        """Number of items trained on."""
+        return len(self._held["train"])
+
+    def splits(self) -> tuple[str, ...]:
+        """Return the splits of a fold; there is none for validation."""
+        return tuple(self._held)
+
+    def identity(self, split: str) -> DataIdentity:
+        """Return what the items of a split are."""
+        return replace(self.images.identity(self._items(split)), classes=self.class_names)
+
+    def _items(self, split: str) -> list[Item]:
+        return self._held[split]
+
+
+def folds(
+    data: TaskData, shots: int, seed: int, count: int = 4, *, apart: bool = True
+) -> list[Fold]:
+    """Return folds of a dataset's few-shot draw.
+
+    Every fold holds out another share of the shots. Of two neighbouring folds the second trains on
+    the classes that the first held out whole.
+
+    Args:
+        data: The dataset.
+        shots: Items per class, as training draws them.
+        seed: Seed of that draw.
+        count: Number of folds; no more than there are shots.
+        apart: Whether half of the base classes are held out whole. Fewer than four are not: there
+            would be nothing to tell apart in one half.
+
+    Raises:
+        UserError: There is one base class, one shot, or one fold.
+    """
+    name, names = data.manifest.name, data.names("base")
+    if len(names) < 2:
+        raise UserError(f"{name} has one base class; a search needs two or more to tell apart")
+    drawn = data.shots(shots, seed, "base")
+    by_class = [[item for item in drawn if item.label == label] for label in range(len(names))]
+    count = min(count, max(map(len, by_class)))
+    if count < 2:
+        raise UserError(
+            f"a search holds out some shots of each class in turn; {name} needs two shots and two "
+            "folds at least"
+        )
+    generator = np.random.default_rng([seed, FOLDS])
+    by_class = [[items[i] for i in generator.permutation(len(items))] for items in by_class]
+    apart = apart and len(names) >= LEAST_APART
+    half = ceil(len(names) / 2)
+    orders = [generator.permutation(len(names)) for _ in range(ceil(count / 2))]
+    made: list[Fold] = []
+    for number in range(count):
+        order = np.roll(orders[number // 2], -half * (number % 2))
+        train: list[Item] = []
+        test: list[Item] = []
+        for label, original in enumerate(order):
+            items = [replace(item, label=label) for item in by_class[original]]
+            if apart and label >= half:
+                test += items
+                continue
+            for place, item in enumerate(items):
+                held = place % count == number and len(items) > 1
+                (test if held else train).append(item)
+        ordered = [names[original] for original in order]
+        made.append(Fold(data, f"{name}-s{seed}-f{number + 1}", ordered, train, test, apart))
+    return made

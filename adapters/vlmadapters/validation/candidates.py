@@ -1,0 +1,113 @@
+"""What a search tries: amounts at one placement, placements at one amount and at a larger one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vlmadapters.methods.config import VIT_B_16
+from vlmadapters.training.recipes import Recipe
+from vlmadapters.validation.competitors import competitors
+from vlmlayers.errors import UserError
+from vlmlayers.placement import Amount, Placement
+
+# Factors of rate (the method's scale, else lr) and of steps, the likelier to help first.
+GRID = ((3.0, 1), (3.0, 3), (1.0, 3), (10.0, 1), (1 / 3, 1))
+MORE = 3.0  # a placement is also tried at so many times the rate: few blocks need more of it
+KINDS = ("paper", "all", "upper", "last", "vision", "text")
+
+
+def scaled(recipe: Recipe, depths: Mapping[str, int]) -> Recipe:
+    """Return a recipe at its published placement, scaled to a backbone of other depths."""
+    if dict(depths) == VIT_B_16 or not recipe.method.towers:
+        return recipe
+    method = type(recipe.method).published(depths, **recipe.method.settings())
+    return replace(recipe, method=method)
+
+
+def tried_amounts(default: Recipe, amounts: Iterable[Amount] | None = None) -> list[Recipe]:
+    """Return the default's placement by other amounts: those given, else multiples of its own."""
+    if amounts is None:
+        amounts = [amount_times(default, rate, steps) for rate, steps in GRID]
+    return [_by(default, amount) for amount in amounts]
+
+
+def tried_placements(
+    default: Recipe, depths: Mapping[str, int], asked: Iterable[Placement] | None = None
+) -> tuple[list[Recipe], dict[str, str]]:
+    """Return the placements to try at the recipe's amount, and why others cannot be.
+
+    Args:
+        default: The setting that they compete with.
+        depths: Blocks of each tower.
+        asked: Placements; the usual competitors in the method's towers where None.
+
+    Returns:
+        Settings other than the default, and the reason by placement of those usual ones that the
+        method refuses. A method that has no placement has neither.
+
+    Raises:
+        UserError: The method cannot act at a placement that is asked for.
+    """
+    chosen = Placement(default.method.vision, default.method.text)
+    usual = asked is None
+    found, refused = [], {}
+    for place in dict.fromkeys(asked if asked is not None else _usual(default, depths)):
+        if place == chosen or not (place or place.amount):
+            continue
+        try:
+            setting = default.at(place)
+            setting.method.check_depths(depths)
+        except UserError as error:
+            if not usual:
+                raise
+            refused[str(place)] = str(error)
+            continue
+        found.append(setting)
+    return found, refused
+
+
+def _usual(default: Recipe, depths: Mapping[str, int]) -> list[Placement]:
+    """Return the usual competitors of a setting's placement in its method's towers."""
+    towers, chosen = default.method.towers, Placement(default.method.vision, default.method.text)
+    if not towers or not chosen:
+        return []
+    return [
+        Placement(
+            one.placement.vision if "vision" in towers else (),
+            one.placement.text if "text" in towers else (),
+        )
+        for one in competitors(chosen, depths, KINDS)
+    ]
+
+
+def crossed(tuned: Recipe, placements: Sequence[Recipe]) -> list[Recipe]:
+    """Return placements by the amount of a setting and by a larger one, or by their own."""
+    found = []
+    for one in placements:
+        amounts = [one.amount] if one.amount else [tuned.amount, amount_times(tuned, MORE, 1)]
+        found += [_by(one, amount) for amount in amounts]
+    return found
+
+
+def amount_times(setting: Recipe, rate: float, steps: int) -> Amount:
+    """Return a setting's amount with its rate and its steps multiplied.
+
+    The rate is the method's scale where it has one, else the learning rate.
+    """
+    train, values = setting.train, setting.amount.given()
+    if rate != 1:
+        scale = getattr(setting.method, "scale", None)
+        key, value = ("scale", scale) if scale else ("lr", train.lr)
+        values[key] = float(f"{rate * value:.3g}")
+    if steps != 1:
+        key = "steps_per_shot" if train.steps_per_shot else "epochs"
+        values[key] = steps * getattr(train, key)
+    return Amount(**values)
+
+
+def _by(setting: Recipe, amount: Amount) -> Recipe:
+    """Return a setting at its own blocks by another amount."""
+    place: Any = Placement(setting.method.vision, setting.method.text, amount)
+    return setting.at(place)

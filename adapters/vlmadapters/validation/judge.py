@@ -1,0 +1,141 @@
+"""What folds say of two settings: the paired difference, its interval, and how well they agree.
+
+Everything here reads a search table (one row per dataset, seed, fold and setting). Settings are
+compared in the same folds only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from vlmlayers.errors import UserError, check_one_of
+
+LEVEL = 0.95
+SEARCH_COLUMNS = (
+    "stage",
+    "dataset",
+    "seed",
+    "fold",
+    "setting",
+    "base",
+    "novel",
+    "base_log_likelihood",
+    "novel_log_likelihood",
+    "steps",
+    "seconds",
+)
+
+
+def _log_likelihood(table: pd.DataFrame) -> pd.Series:
+    return table[["base_log_likelihood", "novel_log_likelihood"]].mean(axis=1)
+
+
+def _accuracy(table: pd.DataFrame) -> pd.Series:
+    base, novel = table["base"], table["novel"]
+    both = (2 * base * novel / (base + novel)).where(base + novel > 0, 0.0)
+    return both.where(novel.notna(), base)
+
+
+CRITERIA: dict[str, tuple[Callable[[pd.DataFrame], pd.Series], str]] = {
+    "log_likelihood": (_log_likelihood, "held-out log-likelihood, mean of inner base and novel"),
+    "base_log_likelihood": (
+        lambda table: table["base_log_likelihood"],
+        "held-out log-likelihood of inner base classes",
+    ),
+    "accuracy": (_accuracy, "harmonic mean of inner base and novel accuracy, percent"),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The criterion of one setting minus that of another, paired by fold.
+
+    Attributes:
+        mean: Mean over datasets and seeds of the mean over folds.
+        low, high: 95 % interval.
+        wins: Folds in which the first setting is better.
+        folds: (dataset, seed, fold, difference) of each fold.
+    """
+
+    mean: float
+    low: float
+    high: float
+    wins: int
+    folds: tuple[tuple[str, int, int, float], ...]
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return mean, interval, agreement and the folds as JSON values."""
+        keys = ("dataset", "seed", "fold", "difference")
+        rows = [dict(zip(keys, row)) for row in self.folds]
+        head = {"mean": self.mean, "low": self.low, "high": self.high, "decided": self.decided}
+        return {**head, "wins": self.wins, "folds": rows}
+
+
+def values(table: pd.DataFrame, criterion: str) -> pd.DataFrame:
+    """Return the criterion, one row per dataset, seed and fold, one column per setting.
+
+    Raises:
+        UserError: The criterion is unknown.
+    """
+    check_one_of("criterion", criterion, CRITERIA)
+    found = table.assign(value=CRITERIA[criterion][0](table))
+    found = found.drop_duplicates(["dataset", "seed", "fold", "setting"])
+    return found.pivot(index=["dataset", "seed", "fold"], columns="setting", values="value")
+
+
+def difference(table: pd.DataFrame, setting: str, other: str, criterion: str) -> Difference:
+    """Return the paired difference of two settings in the folds that both ran in.
+
+    The folds of one draw share training items, so their differences vary less than independent
+    ones would: the variance of the mean over n folds is taken as s² · (1/n + 1/(n − 1)), the second
+    term being held-out over trained shots. Datasets and seeds are fixed; their variances add up.
+
+    Reference: Nadeau and Bengio, Inference for the generalization error, 2003.
+
+    Args:
+        table: Search table.
+        setting: Label of a setting.
+        other: Label of the one it is compared with.
+        criterion: A name of `CRITERIA`; higher is better.
+
+    Raises:
+        UserError: A setting is not in the table, or the two share no two folds of one draw.
+    """
+    wide = values(table, criterion)
+    for name in (setting, other):
+        check_one_of("setting", name, list(map(str, wide.columns)), where="the search table")
+    paired = (wide[setting] - wide[other]).dropna()
+    groups = [part.to_numpy(np.float64) for _, part in paired.groupby(level=["dataset", "seed"])]
+    groups = [part for part in groups if len(part) > 1]
+    if not groups:
+        raise UserError(f"{setting} and {other} share no two folds of one draw; run more folds")
+    mean = float(np.mean([part.mean() for part in groups]))
+    terms = [part.var(ddof=1) * (1 / len(part) + 1 / (len(part) - 1)) for part in groups]
+    spread = float(np.sqrt(np.sum(terms)) / len(groups))
+    freedom = sum(len(part) - 1 for part in groups)
+    half = float(student.ppf(0.5 + LEVEL / 2, freedom)) * spread
+    keys: list[Any] = list(paired.index)
+    rows = tuple((str(d), int(s), int(f), float(v)) for (d, s, f), v in zip(keys, paired))
+    return Difference(mean, mean - half, mean + half, int((paired > 0).sum()), rows)
+
+
+def ranking(table: pd.DataFrame, default: str, criterion: str) -> dict[str, float]:
+    """Return the mean paired difference of every setting to the default, best first.
+
+    A setting that dropped out is compared in the folds it ran in.
+    """
+    wide = values(table, criterion)
+    to_default = wide.sub(wide[default], axis=0).groupby(level=["dataset", "seed"]).mean().mean()
+    found: dict[Hashable, float] = to_default.sort_values(ascending=False, kind="stable").to_dict()
+    return {str(setting): float(value) for setting, value in found.items()}

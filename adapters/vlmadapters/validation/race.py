@@ -1,0 +1,232 @@
+"""Successive halving over folds: settings race, the better half goes on to the next fold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmadapters.data.folds import Fold
+from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.protocols.results import ZERO_SHOT as ZERO_SHOT_METHOD
+from vlmadapters.protocols.results import ZERO_SHOT_OWN
+from vlmadapters.training.recipes import Recipe
+from vlmadapters.training.trainer import count_steps
+from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
+from vlmlayers.placement import ZERO_SHOT
+
+AS_IS = "recipe"  # a method without placement, by the amount of its recipe
+Draws = Mapping[tuple[str, int], Sequence[Fold]]
+
+
+def label(setting: Recipe) -> str:
+    """Return a setting as search tables write it."""
+    return setting.label or AS_IS
+
+
+class Track:
+    """Trains settings on folds, each once, and keeps what came out and what it cost.
+
+    Args:
+        draws: The folds of each dataset and seed.
+        recipe: The default setting: one full training of every draw by it is the unit of cost.
+        model: The model.
+        out: Folder of the cells; None keeps everything in memory.
+        together: Settings trained side by side.
+        progress: Show bars.
+    """
+
+    def __init__(
+        self,
+        draws: Draws,
+        recipe: Recipe,
+        model: Any,
+        out: str | Path | None = None,
+        *,
+        together: int = 12,
+        progress: bool = True,
+    ) -> None:
+        self.draws, self.together = draws, together
+        self.rounds = max(len(folds) for folds in draws.values())
+        whole = {key: count_steps(recipe.train_for(key[0]), folds[0].drawn)
+                 for key, folds in draws.items()}  # fmt: skip
+        self.steps_of_one = sum(whole.values())
+        self._known = {
+            fold.manifest.name: (dataset, seed, number)
+            for (dataset, seed), folds in draws.items()
+            for number, fold in enumerate(folds, 1)
+        }
+        kinds = dict.fromkeys(fold.apart for folds in draws.values() for fold in folds)
+        self._experiments = {
+            apart: Experiment(
+                "base-to-novel" if apart else "few-shot",
+                model,
+                recipe,
+                out,
+                table=None,
+                progress=progress,
+            )
+            for apart in kinds
+        }
+        self._rows: dict[tuple[str, str], dict[str, Any]] = {}
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """What came out, with the columns `SEARCH_COLUMNS`."""
+        return pd.DataFrame(self._rows.values(), columns=list(SEARCH_COLUMNS))
+
+    @property
+    def cost(self) -> float:
+        """What has been trained, in full trainings."""
+        return sum(row["steps"] for row in self._rows.values()) / self.steps_of_one
+
+    def price(self, setting: Recipe, number: int) -> float:
+        """Return what a setting costs on one fold of every draw, 0 where it has run there."""
+        missing = [
+            (dataset, folds[number - 1])
+            for (dataset, _), folds in self.draws.items()
+            if number <= len(folds)
+            and (folds[number - 1].manifest.name, label(setting)) not in self._rows
+        ]
+        steps = sum(count_steps(setting.train_for(name), fold.trained) for name, fold in missing)
+        return steps / self.steps_of_one
+
+    def run(self, stage: str, settings: Sequence[Recipe], number: int) -> None:
+        """Train settings on the fold of a number of every draw, where they have not run yet."""
+        for (dataset, seed), folds in self.draws.items():
+            if number > len(folds):
+                continue
+            fold = folds[number - 1]
+            name = fold.manifest.name
+            new = {label(one): one for one in settings if (name, label(one)) not in self._rows}
+            if not new:
+                continue
+            experiment = self._experiments[fold.apart]
+            found = experiment.run([fold], list(new.values()), [seed], together=self.together)
+            steps = {key: count_steps(one.train_for(dataset), fold.trained)
+                     for key, one in new.items()}  # fmt: skip
+            self._keep(stage, name, found, steps | {ZERO_SHOT: 0})
+
+    def _keep(self, stage: str, name: str, found: pd.DataFrame, steps: Mapping[str, int]) -> None:
+        dataset, seed, number = self._known[name]
+        parts: dict[str, dict[str, Any]] = {}
+        for row in found.to_dict("records"):
+            if row["method"] == ZERO_SHOT_OWN:
+                continue  # the recipe's template is what training competes with
+            plain = row["method"] == ZERO_SHOT_METHOD
+            setting = ZERO_SHOT if plain else row["placement"] or AS_IS
+            parts.setdefault(setting, {})[row["split_kind"]] = row
+        for setting, kinds in parts.items():
+            base, novel = kinds.get("base", kinds.get("all")), kinds.get("novel")
+            assert base is not None
+            self._rows.setdefault(
+                (name, setting),
+                {
+                    "stage": ZERO_SHOT if setting == ZERO_SHOT else stage,
+                    "dataset": dataset,
+                    "seed": seed,
+                    "fold": number,
+                    "setting": setting,
+                    "base": 100 * base["accuracy"],
+                    "novel": 100 * novel["accuracy"] if novel else math.nan,
+                    "base_log_likelihood": base["log_likelihood"],
+                    "novel_log_likelihood": novel["log_likelihood"] if novel else math.nan,
+                    "steps": steps[setting],
+                    "seconds": float(base["seconds"]),
+                },
+            )
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One race of settings against a default.
+
+    Attributes:
+        stage: `amount` or `placement`.
+        default: Label of what was to beat.
+        rivals: Labels of the settings that ran.
+        best: Label of the best rival that ran in every fold.
+        difference: Its difference to the default.
+        pick: Label of the best rival where it is better beyond doubt, else of the default.
+    """
+
+    stage: str
+    default: str
+    rivals: tuple[str, ...]
+    best: str
+    difference: Difference
+    pick: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "stage": self.stage,
+            "default": self.default,
+            "rivals": list(self.rivals),
+            "best": self.best,
+            "difference": self.difference.to_dict(),
+            "pick": self.pick,
+        }
+
+
+@dataclass(eq=False)
+class Race:
+    """Heats on one track.
+
+    Attributes:
+        track: Where settings run.
+        criterion: What decides.
+        heats: Those that were run.
+        skipped: Settings that were left out: stage, setting, why.
+    """
+
+    track: Track
+    criterion: str
+    heats: list[Heat] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def skip(self, stage: str, setting: str, why: str) -> None:
+        """Record a setting that is left out."""
+        self.skipped.append({"stage": stage, "setting": setting, "why": why})
+
+    def price(self, default: Recipe, rivals: Sequence[Recipe]) -> float:
+        """Return the most that a heat can cost: the costliest rivals stay in to the end."""
+        total, alive = 0.0, list(rivals)
+        for number in range(1, self.track.rounds + 1):
+            prices = {label(one): self.track.price(one, number) for one in alive}
+            total += self.track.price(default, number) + sum(prices.values())
+            alive = sorted(alive, key=lambda one: -prices[label(one)])[: _half(alive)]
+        return total
+
+    def run(
+        self, stage: str, default: Recipe, rivals: Iterable[Recipe], budget: float = math.inf
+    ) -> Recipe:
+        """Run a heat and return the setting that it picks.
+
+        Rivals are left out from the end until the heat fits the budget, in full trainings.
+        """
+        known = {label(one): one for one in rivals if label(one) != label(default)}
+        while known and self.price(default, list(known.values())) > budget + 1e-9:
+            self.skip(stage, known.popitem()[0], "budget")
+        if not known:
+            return default
+        alive = list(known)
+        for number in range(1, self.track.rounds + 1):
+            self.track.run(stage, [default, *(known[one] for one in alive)], number)
+            if number < self.track.rounds:
+                order = ranking(self.track.table, label(default), self.criterion)
+                alive = sorted(alive, key=lambda one: -order[one])[: _half(alive)]
+        order = ranking(self.track.table, label(default), self.criterion)
+        best = max(alive, key=lambda one: order[one])
+        found = difference(self.track.table, best, label(default), self.criterion)
+        pick = known[best] if found.low > 0 else default
+        self.heats.append(Heat(stage, label(default), tuple(known), best, found, label(pick)))
+        return pick
+
+
+def _half(rivals: Sequence[Any]) -> int:
+    return max(1, math.ceil(len(rivals) / 2))

@@ -1,0 +1,253 @@
+"""Search where and how much to train, from the training shots of the base classes alone.
+
+Folds hold out shots of inner base classes and whole inner novel classes. Amount comes first, at the
+default placement; then placements at the amount found and at a larger one, since few blocks need
+more of it. Both are successive halving over folds: the better half of the rivals goes on to the
+next fold, the default always. A fold trains on about 0.4 of the items of one full training, so
+trainings are short without a schedule of their own. Where the default cannot be told from the best
+rival it stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+
+from vlmadapters.data.folds import folds as folds_of
+from vlmadapters.data.task import TaskData
+from vlmadapters.protocols.experiment import Datasets, Model, Placements
+from vlmadapters.training import processes
+from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
+from vlmadapters.validation.candidates import (
+    crossed,
+    scaled,
+    tried_amounts,
+    tried_placements,
+)
+from vlmadapters.validation.judge import CRITERIA, Difference, difference, ranking
+from vlmadapters.validation.race import AS_IS, Race, Track, label
+from vlmlayers.arguments import Count, Takes, checked
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import atomically
+from vlmlayers.manifests import Manifest, distinct
+from vlmlayers.placement import ZERO_SHOT, Amount, Placement
+from vlmlayers.runs import environment, write_json
+
+AMOUNT_SHARE = 0.6  # of the budget, where placements are searched as well
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What a search found.
+
+    Attributes:
+        table: One row per setting and fold it ran in, with the columns `SEARCH_COLUMNS`; a setting
+            is a placement with its amount, accuracies in percent.
+        summary: Pick, runner-up, differences, agreement, cost, what was skipped; JSON values.
+    """
+
+    table: pd.DataFrame
+    summary: Mapping[str, Any]
+
+    @property
+    def placement(self) -> Placement:
+        """The pick: blocks and amount; no block where training does not pay."""
+        pick = str(self.summary["pick"])
+        return Placement() if pick == AS_IS else Placement.parse(pick)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the pick could be told from the default."""
+        return bool(self.summary["decided"])
+
+    @property
+    def statement(self) -> str:
+        """What to do and how sure that is, in a few sentences."""
+        return str(self.summary["statement"])
+
+    def write(self, folder: str | Path) -> None:
+        """Write `search.csv` and `search.json`."""
+        path = Path(folder) / "search.csv"
+        atomically(path, lambda part: self.table.to_csv(part, index=False))
+        write_json(Path(folder) / "search.json", dict(self.summary))
+
+
+@checked
+def search(
+    model: Model,
+    datasets: Datasets,
+    method: str = "mma",
+    budget: Annotated[float | None, Takes("multiples of one full training", above=0)] = None,
+    *,
+    placement: Placements = None,
+    amounts: Sequence[str] | None = None,
+    criterion: str = "log_likelihood",
+    folds: Annotated[int, Takes(least=2)] = 4,
+    novel: bool = True,
+    seeds: Sequence[int] = (1,),
+    shots: Count | None = None,
+    recipe: str | Path | Recipe | None = None,
+    out: str | Path | None = None,
+    root: str | Path | None = None,
+    together: Count = 12,
+    workers: Annotated[int, Takes(least=0)] = 0,
+    present_only: bool = False,
+    skip_unreadable: bool = False,
+    progress: bool = True,
+) -> Search:
+    """Choose how much and where a method is trained, from the base classes' training shots alone.
+
+    Args:
+        model: The model, as `load_model` returns it.
+        datasets: Datasets, by name, path or manifest; one pick for all of them.
+        method: Name of the method, where the recipe is given by name.
+        budget: Largest cost, in multiples of one full training of every dataset and seed by the
+            recipe, counted in steps; what does not fit is left out and named. None runs all.
+        placement: Placements to try beside the default; the usual competitors where None.
+        amounts: Amounts to try, such as `scale=0.3,epochs=15`; multiples of the recipe's where
+            None.
+        criterion: `log_likelihood`, `base_log_likelihood` or `accuracy`, of what is held out.
+        folds: Folds of each draw; no more than shots.
+        novel: Hold out half of the base classes whole, beside shots of the others.
+        seeds: Seeds of the few-shot draws; a setting is trained on what the search saw of a seed.
+        shots: Items per class; the recipe's where None.
+        recipe: Recipe or its name; `default_recipe` where None.
+        out: Folder of `search.csv`, `search.json` and the cells; None writes nothing. A stopped
+            search goes on there.
+        root: The data root.
+        together: Settings trained side by side.
+        workers: Threads that decode images.
+        present_only: Leave out items whose image is not on disk.
+        skip_unreadable: Leave out images that cannot be read.
+        progress: Show bars.
+
+    Raises:
+        UserError: A name is unknown, the budget allows no comparison, or the data are too few.
+    """
+    check_one_of("criterion", criterion, CRITERIA)
+    depths = {name: tower.depth for name, tower in model.towers.items()}
+    if not isinstance(recipe, Recipe):
+        recipe = scaled(load_recipe(recipe or default_recipe(model.name, method), method), depths)
+    default = recipe.changed({"shots": shots}, {})
+    rates = tried_amounts(default, None if amounts is None else map(Amount.parse, amounts))
+    asked = None if placement is None else [_as_placement(one) for one in placement]
+    placements, refused = tried_placements(default, depths, asked)
+    seeds = list(dict.fromkeys(seeds))
+    manifests = [one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets]
+    if not manifests or not seeds:
+        raise UserError(f"there is no {'seed' if manifests else 'dataset'} to search on; name one")
+    apart = novel and not default.method.class_bound
+    draws = {}
+    for manifest in distinct(manifests, root):
+        data = TaskData(manifest, model, root, workers, 0, present_only, skip_unreadable)
+        for seed in seeds:
+            count = default.train_for(manifest.name).shots
+            draws[manifest.name, seed] = folds_of(data, count, seed, folds, apart=apart)
+    track = Track(draws, default, model, out, together=together, progress=progress)
+    race = Race(track, criterion)
+    for place, why in refused.items():
+        race.skip("placement", place, why)
+    money = math.inf if budget is None else budget
+    tuned = race.run("amount", default, rates, money * (AMOUNT_SHARE if placements else 1))
+    race.run("placement", tuned, crossed(tuned, placements), money - track.cost)
+    if not race.heats:
+        raise UserError(_too_little(race, default, [*rates, *placements], budget))
+    summary = {
+        **_answer(race, label(default)),
+        "criterion": {"name": criterion, "means": CRITERIA[criterion][1]},
+        "method": default.method.name,
+        "recipe": {"name": default.name, **default.train.identity()},
+        "settings": default.method.settings(),
+        "datasets": list(dict.fromkeys(name for name, _ in draws)),
+        "seeds": seeds,
+        "folds": track.rounds,
+        "novel_held_out": any(one[0].apart for one in draws.values()),
+        "cost": {
+            "trainings": round(track.cost, 2),
+            "budget": budget,
+            "steps": int(track.table["steps"].sum()),
+            "steps_of_one": track.steps_of_one,
+            "seconds": round(float(track.table["seconds"].sum()), 1),
+        },
+        "skipped": race.skipped,
+        "towers": depths,
+        "model": model.name,
+        "weights_hash": model.weights_hash,
+        "random_weights": bool(model.random_weights),
+        "environment": environment(),
+    }
+    found = Search(track.table, summary)
+    if out is not None and not processes.rank_and_size()[0]:
+        found.write(out)
+    return found
+
+
+def _too_little(race: Race, default: Recipe, rivals: Sequence[Recipe], budget: float | None) -> str:
+    if not rivals:
+        return f"{default.method.name}: there is nothing to try beside the default; name amounts"
+    least = min(race.price(default, [one]) for one in rivals)
+    return (
+        f"the budget of {budget:g} full trainings allows no comparison; one with the default takes "
+        f"{least:.1f}; raise the budget, or take fewer folds"
+    )
+
+
+def _answer(race: Race, default: str) -> dict[str, Any]:
+    """Return what to train, how it compares, and whether to train at all."""
+    table, criterion = race.track.table, race.criterion
+    pick = race.heats[-1].pick
+    order = ranking(table, default, criterion)
+    others = [one for one in order if one not in (pick, ZERO_SHOT)]
+    plain = difference(table, pick, ZERO_SHOT, criterion)
+    adapt = "yes" if plain.low > 0 else "no" if plain.high < 0 else "unknown"
+    to_default = difference(table, pick, default, criterion) if pick != default else None
+    told = {
+        "default": default,
+        "pick": ZERO_SHOT if adapt == "no" else pick,
+        "decided": adapt == "no" or pick != default,
+        "runner_up": others[0] if others else None,
+        "difference": to_default.to_dict() if to_default else None,
+        "to_zero_shot": {"setting": pick, "adapt": adapt, **plain.to_dict()},
+        "heats": [heat.to_dict() for heat in race.heats],
+        "mean_differences": order,
+    }
+    tail = f" {len(race.skipped)} settings were left out." if race.skipped else ""
+    return told | {"statement": _statement(race, pick, default, to_default, plain) + tail}
+
+
+def _statement(
+    race: Race, pick: str, default: str, gain: Difference | None, plain: Difference
+) -> str:
+    over = f"over {len(plain.folds)} folds"
+    if gain is not None:
+        said = (
+            f"Train {pick}: {gain.mean:+.3f} [{gain.low:.3f}, {gain.high:.3f}] against the default "
+            f"{default}, better in {gain.wins} of {len(gain.folds)} folds."
+        )
+    else:
+        best = max(race.heats, key=lambda heat: heat.difference.mean)
+        found = best.difference
+        said = (
+            f"Keep the default {default}: the best rival, {best.best}, cannot be told from it "
+            f"({found.mean:+.3f} [{found.low:.3f}, {found.high:.3f}] {over})."
+            if found.high > 0
+            else f"Keep the default {default}: every rival that was followed is worse, the best by "
+            f"{-found.mean:.3f} [{-found.high:.3f}, {-found.low:.3f}] {over}."
+        )
+    numbers = f"{plain.mean:+.3f} [{plain.low:.3f}, {plain.high:.3f}] against zero-shot CLIP"
+    if plain.low > 0:
+        return f"{said} Training pays: {numbers}."
+    if plain.high < 0:
+        return f"Do not train: {pick} is worse than zero-shot CLIP, {numbers}."
+    return f"{said} Whether training pays cannot be told: {numbers}."
+
+
+def _as_placement(place: Any) -> Placement:
+    """Return the placement that is text, a value, or a choice."""
+    found = Placement.parse(place) if isinstance(place, str) else place
+    return found if isinstance(found, Placement) else Placement(found.vision, found.text)

@@ -1,0 +1,284 @@
+"""Search: it sees training shots of base classes alone, and says what the folds bear out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from backbones import shared_backbone
+from PIL import Image
+from scipy import stats
+
+import vlmadapters as va
+from vlmadapters.data.folds import folds
+from vlmadapters.data.task import TaskData
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
+from vlmadapters.validation.judge import SEARCH_COLUMNS, difference, ranking
+from vlmadapters.validation.search import search
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+from vlmlayers.placement import Amount, Placement
+
+RECIPE = Recipe(
+    "tiny",
+    TrainConfig(lr=0.05, epochs=1, batch_size=4, shots=4),
+    MMAConfig.span(2, 3, dim=4, scale=0.5),
+)
+NAMES = ("red", "green", "blue", "gray", "cyan", "pink", "lime", "plum")
+QUICK: dict[str, Any] = {
+    "recipe": RECIPE,
+    "amounts": ["scale=5", "epochs=2"],
+    "placement": ["3", "1-3"],
+    "folds": 2,
+    "progress": False,
+}
+
+
+def dataset(base: Path, *, hidden: bool = False) -> Manifest:
+    """Write eight classes listed in a table; `hidden` leaves only base training images there."""
+    rows = []
+    generator = np.random.default_rng(3)
+    for split, count in (("train", 6), ("val", 2), ("test", 3)):
+        for label, name in enumerate(NAMES):
+            for i in range(count):
+                path = f"{split}-{name}-{i}.png"
+                rows.append(f"{path},{label},{name},{split}")
+                noise = generator.integers(0, 200, (4, 4, 3)).astype(np.uint8)
+                noise[..., label % 3] = 30 * label
+                if not hidden or (split == "train" and label < 4):
+                    (base / "images").mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(noise).resize((32, 32)).save(base / "images" / path)
+    (base / "items.csv").write_text("path,label,class_name,split\n" + "\n".join(rows) + "\n")
+    (base / "manifest.toml").write_text(
+        'title = "Colours"\nkind = "colours"\nfolder = "."\nimages = "images"\n'
+        'layout = "table"\nsplit_file = "items.csv"\nclasses = 8\n'
+    )
+    return Manifest.load(base / "manifest.toml")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return dataset(tmp_path_factory.mktemp("colours"))
+
+
+@pytest.fixture(scope="module")
+def finished(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("search")
+    search(shared_backbone(), [manifest], out=out, **QUICK)
+    return out
+
+
+def test_without_test_split_and_novel_classes_it_finds_the_same(
+    manifest: Manifest, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = dataset(tmp_path, hidden=True)
+    opened: set[str] = set()
+    plain = Manifest.open_image
+
+    def told(self: Manifest, item: Any, *arguments: Any, **options: Any) -> Any:
+        opened.add(item.path)
+        return plain(self, item, *arguments, **options)
+
+    monkeypatch.setattr(Manifest, "open_image", told)
+    found = va.search(shared_backbone(), [hidden], **QUICK)
+    base = {f"train-{name}-" for name in NAMES[:4]}
+    assert opened and {path[:-5] for path in opened} == base
+    recorded = pd.read_csv(finished / "search.csv")
+    measured = ["setting", "base", "novel", "base_log_likelihood", "novel_log_likelihood", "steps"]
+    pd.testing.assert_frame_equal(found.table[measured], recorded[measured])
+
+
+def test_folds_hold_out_every_shot_once_and_half_of_the_classes_in_turn(
+    manifest: Manifest,
+) -> None:
+    data = TaskData(manifest, shared_backbone())
+    drawn = {item.path for item in data.shots(4, 1, "base")}
+    made = folds(data, 4, 1, 4)
+    held: Counter[str] = Counter()
+    for fold in made:
+        train, base, novel = (
+            {item.path for item in items}
+            for items in (fold.shots(4, 1, "base"), fold.test("base"), fold.test("novel"))
+        )
+        assert train | base | novel == drawn and len(train) + len(base) + len(novel) == len(drawn)
+        named = [{path.split("-")[1] for path in one} for one in (train, base, novel)]
+        assert named[0] == named[1] == set(fold.names("base"))
+        assert named[2] == set(fold.names("novel")) and len(named[2]) == 2
+        assert fold.validation(4, 1, "base") == []
+        held.update(base)
+    for one, other in zip(made[::2], made[1::2]):
+        assert set(one.names("base")) == set(other.names("novel"))
+    assert max(held.values()) == 1
+    whole = folds(data, 4, 1, 2, apart=False)
+    assert all(len(fold.names("all")) == 4 and not fold.apart for fold in whole)
+    assert {item.path for fold in whole for item in fold.test("all")} == drawn
+
+
+def test_folds_need_two_classes_and_two_shots(manifest: Manifest) -> None:
+    with pytest.raises(UserError, match="needs two shots"):
+        folds(TaskData(manifest, shared_backbone()), 1, 1)
+
+
+def test_log_likelihood_of_zero_shot_is_that_of_the_model(manifest: Manifest) -> None:
+    model, data = shared_backbone(), TaskData(manifest, shared_backbone())
+    fold = folds(data, 4, 1, 2)[0]
+    table = search(model, [manifest], **QUICK).table
+    row = table[(table["setting"] == "zero-shot") & (table["fold"] == 1)].iloc[0]
+    for kind in ("base", "novel"):
+        items, task = fold.test(kind), fold.task(kind)
+        pixels = torch.cat(list(data.images.batches(items, 50)))
+        with torch.no_grad():
+            logits = va.class_logits(model.clip, pixels, model.tokenizer(task.prompts()))
+        chance = torch.softmax(logits.double(), 1).numpy()
+        labels = np.array([item.label for item in items])
+        expected = np.log(chance[np.arange(len(labels)), labels]).mean()
+        assert row[f"{kind}_log_likelihood"] == pytest.approx(expected, abs=1e-4)
+        assert row[kind] == pytest.approx(100 * (chance.argmax(1) == labels).mean())
+
+
+def test_what_it_writes(finished: Path) -> None:
+    table = pd.read_csv(finished / "search.csv")
+    assert tuple(table.columns) == SEARCH_COLUMNS
+    said = json.loads((finished / "search.json").read_text())
+    assert said["default"] == "v2-3,t2-3" and said["folds"] == 2 and said["skipped"] == []
+    assert {"v2-3,t2-3@scale=5", "v2-3,t2-3@epochs=2"} <= set(table["setting"])
+    assert set(table.loc[table["stage"] == "zero-shot", "setting"]) == {"zero-shot"}
+    epochs = dict(zip(table["setting"], table["steps"]))
+    assert epochs["v2-3,t2-3@epochs=2"] == 2 * epochs["v2-3,t2-3"]
+    assert said["cost"]["trainings"] == pytest.approx(table["steps"].sum() / 4, abs=0.01)
+    assert said["to_zero_shot"]["adapt"] in ("yes", "no", "unknown")
+    for heat in said["heats"]:
+        found = difference(table, heat["best"], heat["default"], "log_likelihood")
+        assert heat["difference"]["mean"] == pytest.approx(found.mean)
+        assert heat["pick"] == (heat["best"] if found.low > 0 else heat["default"])
+
+
+def test_a_finished_search_trains_nothing_again(
+    manifest: Manifest, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Experiment, "train_and_test", lambda *_: pytest.fail("trained again"))
+    again = search(shared_backbone(), [manifest], out=finished, **QUICK)
+    assert again.statement == json.loads((finished / "search.json").read_text())["statement"]
+
+
+def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
+    found = search(shared_backbone(), [manifest], budget=3.2, **QUICK)
+    cost = found.summary["cost"]
+    assert cost["trainings"] <= cost["budget"] == 3.2
+    skipped = {one["setting"]: one["why"] for one in found.summary["skipped"]}
+    assert skipped and set(skipped.values()) == {"budget"}
+    assert not set(skipped) & set(found.table["setting"])
+    assert f"{len(skipped)} settings were left out" in found.statement
+    with pytest.raises(UserError, match=r"0\.1 full trainings allows no comparison; one .* takes"):
+        search(shared_backbone(), [manifest], budget=0.1, **QUICK)
+
+
+@dataclass(frozen=True)
+class WarmConfig(MethodConfig):
+    name: ClassVar[str] = "warm"
+    title: ClassVar[str] = "Warm"
+
+
+class Warm(va.Method):
+    """Learns a temperature: it acts at no block."""
+
+    Config = WarmConfig
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.heat = torch.nn.Parameter(torch.zeros(()))
+
+    def logits(self, backbone: Any, images: torch.Tensor, classes: Any) -> torch.Tensor:
+        return super().logits(backbone, images, classes) * self.heat.exp()
+
+
+def test_a_method_without_placement_searches_its_amount(manifest: Manifest) -> None:
+    va.METHODS.register(Warm)
+    recipe = Recipe("warm", RECIPE.train, WarmConfig())
+    options = QUICK | {"recipe": recipe, "amounts": None, "placement": None}
+    found = search(shared_backbone(), [manifest], **options)
+    assert {heat["stage"] for heat in found.summary["heats"]} == {"amount"}
+    tried = {"@lr=0.15", "@lr=0.15,epochs=3", "@epochs=3", "@lr=0.5", "@lr=0.0167"}
+    assert set(found.table["setting"]) == {"zero-shot", "recipe"} | tried
+
+
+def test_placements_of_a_method_of_one_tower_lie_there(manifest: Manifest) -> None:
+    made = load_recipe("published", "coop")
+    recipe = made.changed({"epochs": 1, "shots": 4, "batch_size": 4, "steps_per_shot": 0}, {})
+    options = QUICK | {"recipe": recipe, "amounts": (), "placement": None}
+    found = search(shared_backbone(), [manifest], **options)
+    tried = [Placement.parse(one) for one in set(found.table["setting"])]
+    assert {one.vision for one in tried} == {()} and (1, 2, 3) in {one.text for one in tried}
+    assert {heat["stage"] for heat in found.summary["heats"]} == {"placement"}
+
+
+def planted(effect: float, noise: float, seed: int, count: int = 4) -> pd.DataFrame:
+    """Return a search table in which the setting `b` is better than `a` by an effect."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for fold in range(1, count + 1):
+        level = generator.normal()
+        for setting, more in (("a", 0.0), ("b", effect)):
+            value = level + more + noise * generator.normal()
+            rows.append(("amount", "d", 1, fold, setting, 50.0, 50.0, value, value, 5, 1.0))
+    return pd.DataFrame(rows, columns=list(SEARCH_COLUMNS))
+
+
+def test_the_interval_is_that_of_nadeau_and_bengio() -> None:
+    table = planted(0.2, 0.1, 5)
+    wide = table.pivot(index="fold", columns="setting", values="base_log_likelihood")
+    paired = (wide["b"] - wide["a"]).to_numpy()
+    found = difference(table, "b", "a", "log_likelihood")
+    scale = paired.std(ddof=1) * np.sqrt(1 / 4 + 1 / 3)
+    low, high = stats.t.interval(0.95, 3, loc=paired.mean(), scale=scale)
+    assert (found.mean, found.low, found.high) == pytest.approx((paired.mean(), low, high))
+    assert found.wins == (paired > 0).sum()
+    assert ranking(table, "a", "log_likelihood") == pytest.approx({"b": paired.mean(), "a": 0.0})
+
+
+def test_a_planted_difference_is_found_and_none_is_not() -> None:
+    strong = [difference(planted(0.5, 0.05, s), "b", "a", "log_likelihood") for s in range(50)]
+    assert all(one.low > 0 for one in strong)
+    none = [difference(planted(0.0, 0.05, s), "b", "a", "log_likelihood") for s in range(300)]
+    assert np.mean([one.decided for one in none]) <= 0.05
+
+
+def test_accuracy_as_criterion_is_the_harmonic_mean() -> None:
+    table = planted(0.0, 0.1, 1)
+    table.loc[table["setting"] == "b", "novel"] = 30.0
+    found = difference(table, "b", "a", "accuracy")
+    assert found.mean == pytest.approx(2 * 50 * 30 / 80 - 50)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "likelihood"}, "did you mean"),
+        ({"amounts": ["rate=3"]}, "rate"),
+        ({"amounts": ["epochs=0.5"]}, "whole number"),
+        ({"placement": ["9"]}, "names vision block 9"),
+        ({"seeds": ()}, "there is no seed"),
+    ],
+)
+def test_what_it_refuses(manifest: Manifest, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        search(shared_backbone(), [manifest], **(QUICK | options))
+
+
+def test_recipes_take_the_amount_that_a_placement_names() -> None:
+    made = RECIPE.at(Placement.parse("3@scale=0.3,epochs=15"))
+    assert (made.method.vision, made.method.text) == ((3,), (3,))
+    assert (made.method.to_dict()["scale"], made.train.epochs) == (0.3, 15)
+    assert made.label == "v3,t3@scale=0.3,epochs=15" and made.amount == Amount(0.3, epochs=15)
+    with pytest.raises(UserError, match="coop has no scale"):
+        load_recipe("published", "coop").at(Placement.parse("@scale=0.3"))
