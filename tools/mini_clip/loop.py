@@ -11,6 +11,7 @@ import math
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mini_clip.data import Batch, Source, augment, draw_template, load_source, sample_batch
 from mini_clip.teacher import WIDTH, caption_loss, choose_concepts, draw_text
@@ -276,7 +278,9 @@ class Training:
         cuda = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.device] if cuda else []):
             torch.manual_seed(recipe["seed"] * 1_000_003 + self.step)  # patch dropout draws here
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            # on a CPU the flash kernel's backward pass alone takes a third of a step
+            attention = nullcontext() if cuda else sdpa_kernel(SDPBackend.MATH)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half), attention:
                 loss = self._loss(images, batch)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
