@@ -94,10 +94,12 @@ def test_vlmlayers_commands_parse(words: list[str]) -> None:
         from vlmadapters.protocols.experiment import PROTOCOLS
         from vlmlayers.placement import Placement
 
-        if ".py:" not in values["method"]:  # a file of the reader's own
-            load_recipe(values["recipe"] or "published", values["method"])
+        for method in values["method"].split(","):
+            if ".py:" not in method:  # a file of the reader's own
+                load_recipe(values["recipe"] or "published", method)
         assert values["protocol"] in PROTOCOLS
-        assert all(map(Placement.parse, values["placement"] or []))
+        for text in values["placement"] or []:
+            assert Placement.parse(text.rpartition(":")[2])
 
 
 @pytest.mark.parametrize("wrong", ["scoer runs/x", "train --nothing", "extract mini-clip --out x"])

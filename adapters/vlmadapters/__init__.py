@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     )
     from vlmadapters.protocols.results import summarise
     from vlmadapters.training.recipes import load_recipe
-    from vlmadapters.validation.methods import compare_methods
     from vlmadapters.validation.search import search
     from vlmadapters.validation.validate import validate
 
@@ -27,7 +26,6 @@ _HOMES = {
     "attach": "methods.mma.module",
     "base_to_novel": "protocols.experiment",
     "class_logits": "clip.logits",
-    "compare_methods": "validation.methods",
     "cross_dataset": "protocols.experiment",
     "few_shot": "data.fewshot",
     "few_shot_all": "protocols.experiment",
@@ -45,7 +43,6 @@ __all__ = [
     "attach",
     "base_to_novel",
     "class_logits",
-    "compare_methods",
     "few_shot",
     "load_recipe",
     "search",

@@ -32,7 +32,7 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
             "/data/pics does not exist",
         ),
         (lambda: train(recipe="minni"), "did you mean 'mini'"),
-        (lambda: train(recipe=3), "recipe takes Recipe or a string or a path or None, not 3"),
+        (lambda: train(recipe=3), "recipe takes Recipe or strings or paths or None, not 3"),
         (lambda: train(placement="3-2"), "the block range 3-2 is reversed; write 2-3"),
         (lambda: train(placement="2-13"), "names vision block 4, but the vision tower has 3"),
         (lambda: train(placement="2", configs=va.MMAConfig.span(2, 3)), "configs or placement"),

@@ -109,11 +109,10 @@ def test_features_of_every_usual_type_are_read_in_their_order(values: Any) -> No
         (lambda: vl.select(score_tables.full(), metric="acc"), "unknown metric 'acc'"),
         (lambda: vl.Placement("12-5"), "list of whole numbers"),  # type: ignore[arg-type]
         (lambda: vl.Placement.parse("12-5"), "reversed"),
-        (lambda: load_model(None), "name takes a string or a path, not None"),  # type: ignore[arg-type]
+        (lambda: load_model(None), "a model's name, folder, or a model itself, not None"),  # type: ignore[arg-type]
         (lambda: load_model("ViT-B-61"), "did you mean"),
         (lambda: load_model("mini-clip", precision="fp61"), "fp16"),  # type: ignore[arg-type]
-        (lambda: wrapped(preprocess=None), "preprocess takes a function"),
-        (lambda: wrapped(tokenizer=None), "tokenizer takes a function"),
+        (lambda: wrapped(preprocess=None), "give preprocess="),
         (lambda: wrapped(clip=torch.nn.Linear(2, 2)), "a Linear has no encode_image"),
         (lambda: open_features("no/such/store"), "no/such/store"),
         (lambda: arrays([-1, 0, 1, 1]), "-1 at item 0"),

@@ -124,8 +124,8 @@ def test_recipes_have_the_published_sizes_and_values_of_their_datasets() -> None
         sizes[name] = 4 * 768 * len(config.vision) + 4 * 512 * len(config.text)
     assert sizes == {"published": 46_080, "transfer": 15_360, "few-shot": 46_080}
     recipe = load_recipe("few-shot", "promptsrc")
-    placed = recipe.method.with_placement((1,), (2,))
-    found: Any = [recipe.method_for(name, placed) for name in ("eurosat", "food101")]
+    placed = recipe.at("v1,t2")
+    found: Any = [placed.method_for(name) for name in ("eurosat", "food101")]
     assert [(one.centre, one.spread) for one in found] == [(45, 5), (30, 30)]
     assert {one.placement for one in found} == {"v1,t2"}
     own: Any = recipe.changed({}, {"centre": 3.0}).method_for("eurosat")

@@ -23,8 +23,8 @@ CHOICE = LayerChoice((2, 3), (3,), "explicit")
 
 
 def placed(*placements: str) -> list[str]:
-    configs = read_placements(read_recipes("published", {}, NAMES), placements, CHOICE)
-    return [f"{config.name} {config.placement}" for config in configs]
+    recipes = read_placements(read_recipes("published", {}, NAMES), placements, CHOICE)
+    return [f"{one.method.name} {one.method.placement}" for one in recipes]
 
 
 def test_a_placement_is_for_every_method_or_for_the_one_it_names() -> None:

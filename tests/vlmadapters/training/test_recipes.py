@@ -36,14 +36,14 @@ def test_training_and_settings_follow_the_dataset(recipe: Recipe) -> None:
 
 def test_what_is_asked_for_holds_on_every_dataset(recipe: Recipe) -> None:
     placed = KgCoOpConfig(text=(2,), weight=3.0)
-    assert recipe.method_for("faces", placed).settings() | {"weight": 3.0} == (
+    assert recipe.with_method(placed).method_for("faces").settings() | {"weight": 3.0} == (
         recipe.method_for("faces").settings() | {"weight": 3.0}
     )
-    assert recipe.method_for("faces", placed).text == (2,)
+    assert recipe.with_method(placed).method_for("faces").text == (2,)
     changed = recipe.changed({"epochs": 1}, {"weight": 3.0})
     assert changed.train_for("faces").epochs == 1
     assert changed.method_for("faces") == KgCoOpConfig(weight=3.0, words="", length=4)
-    assert changed.varied(changed.method) == {"words", "length"}
+    assert changed.varied == {"words", "length"}
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def context(folder: Path, manifest: Manifest, said: list[str], **options: Any) -
     data = SimpleNamespace(manifest=manifest, options={"split": "train"})
     return SimpleNamespace(
         run=Run(folder), options={"shots": 2, "seeds": [1], "set": small} | options,
-        datasets=[data], manifests=[manifest], data_root=None,
+        datasets=[data], manifests=[manifest], extracted_manifests=[manifest], data_root=None,
         load_model=lambda: shared_backbone("clip"),
         scores=scores(), choice=CHOICE, seed=0, echo=said.append, progress=False, base=folder,
         dataset_name=lambda name: name, leaving_out={},

@@ -460,7 +460,7 @@ def test_all_scripts_are_thin_and_draw_without_torch(
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert "10 of 10 drawn" in run.stdout
+    assert "11 of 11 drawn" in run.stdout
     for name in paper_figures.FIGURES:
         for suffix in ("pdf", "svg", "png", "csv"):
             assert (tmp_path / f"{name}.{suffix}").stat().st_size > 100

@@ -114,7 +114,7 @@ def test_the_answer_compares_with_the_papers_placement_the_best_and_zero_shot(
 def test_the_choice_stands_there_as_text_to_copy(validated: Run) -> None:
     choice = LayerChoice.load(validated.choice)
     text = validated.report.with_suffix(".md").read_text()
-    code = text.partition("```python\n")[2].partition("```")[0]
+    code = text.partition("### Fine-tune these layers")[2].split("```")[1]
     assert code.strip() in "".join(Page(validated.report.read_text()).words)
     assert "choice.to_peft(clip, r=8)" in code
     copied: dict[str, str] = {}
