@@ -97,6 +97,17 @@ class Run:
             )
         return run
 
+    def stores(self) -> list[Path]:
+        """Return the folders of features.
+
+        Raises:
+            UserError: There is none.
+        """
+        found = sorted(path for path in self.features.glob("*") if path.is_dir())
+        if not found:
+            raise UserError(f"{self.features} holds no features; run `vlmlayers extract` first")
+        return found
+
     def read_provenance(self) -> dict[str, Any]:
         """Return what is recorded of how the run was made; empty where nothing is."""
         return read_json(self.provenance) if self.provenance.exists() else {}

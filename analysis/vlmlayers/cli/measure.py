@@ -19,7 +19,7 @@ from vlmlayers.cli.options import (
     with_weights,
 )
 from vlmlayers.errors import UserError
-from vlmlayers.runs import is_first_process
+from vlmlayers.runs import Run, is_first_process
 
 
 def models(
@@ -147,6 +147,8 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Score every position: features in, score table out."""
+    if run is not None and not show:
+        Run(run).stores()  # before what takes seconds to import
     from vlmlayers.options import parse_settings
     from vlmlayers.study import verbs
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vlmlayers.runs import Run
+
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several make a comparison.")],
@@ -22,6 +24,8 @@ def report(
     ] = False,
 ) -> None:
     """Write the report of a run, or a comparison of several."""
+    for run in runs:
+        Run.open(run)  # before what takes seconds to import
     from vlmlayers.report import write_comparison, write_report
 
     if len(runs) == 1:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import check_one_of
 from vlmlayers.runs import Run, environment
 from vlmlayers.study.schema import DEFAULT_METRICS, Study, check_study
 
@@ -94,9 +94,7 @@ def score_run(
     from vlmlayers.scores.streamed import STREAMED
 
     run = Run(Path(folder))
-    stores = sorted(path for path in run.features.glob("*") if path.is_dir())
-    if not stores:
-        raise UserError(f"{run.features} holds no features; run `vlmlayers extract` first")
+    stores = run.stores()
     for name in metrics or ():
         check_one_of("metric", name, METRICS)
     if streaming:

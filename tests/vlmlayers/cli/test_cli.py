@@ -264,3 +264,20 @@ def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Start the same command again" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [("score", "nowhere"), ("report", "nowhere")])
+def test_a_wrong_folder_is_said_before_anything_large_is_imported(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    code = (
+        "import sys\nfrom vlmlayers.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n"
+        "    large = {'torch', 'pandas', 'scipy', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "    print(end.code, sorted(large))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "2 []"
+    assert done.stderr.startswith("Error: nowhere")
