@@ -88,8 +88,8 @@ def search(
 ) -> None:
     """Find how much and where to train, from training shots of base classes alone.
 
-    A stopped search goes on with the same command. `vlmlayers select RUN --rule search` reads what
-    it found.
+    A stopped search goes on with the same command. `vlmlayers train --placement` takes the setting
+    that it picks.
     """
     from vlmadapters.validation.judge import CRITERIA
     from vlmlayers.options import parse_settings
