@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vlmlayers.selection import placement_score as placement_score
     from vlmlayers.selection import predict as predict
     from vlmlayers.selection import select as select
+    from vlmlayers.study import open_run as open_run
     from vlmlayers.study import read_study as read_study
     from vlmlayers.study import run_study as run_study
 
@@ -38,6 +39,7 @@ _HOMES = {
     "UserError": "errors",
     "extract": "models",
     "load_model": "models",
+    "open_run": "study",
     "placement_score": "selection",
     "predict": "selection",
     "read_scores": "scores",

@@ -78,6 +78,18 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         raise UnreadableImage(f"{name} cannot be read: {error.strerror or error}") from None
 
 
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """Return an image that is open already as `open_image` gives it; the one given stays.
+
+    Raises:
+        UnreadableImage: It is too large or too long, or its values fit no usual range.
+    """
+    _expect_size(image, name)
+    turned = image.copy()
+    _turn_upright(turned)
+    return _to_rgb(turned, name)
+
+
 def _decode(handle: BinaryIO, name: str, size: int) -> Image.Image:
     if size == 0:
         raise UnreadableImage(f"{name} is empty (0 bytes)")
@@ -139,7 +151,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB":
         return image.copy()
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bit(image, name)).convert("RGB")
+        return Image.fromarray(eight_bit(np.asarray(image), name)).convert("RGB")
     if image.has_transparency_data:
         layer = image if image.mode == "RGBA" else image.convert("RGBA")
         ground = Image.new("RGB", layer.size, (255, 255, 255))
@@ -148,16 +160,16 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bit(image: Image.Image, name: str) -> NDArray[np.uint8]:
-    """Scale a grey image of more than 8 bits to 0..255; what is not a number becomes black.
+def eight_bit(image: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
+    """Scale pixels of more than 8 bits to 0..255; what is not a number becomes black.
 
     Raises:
         UnreadableImage: Its values fit no usual range.
     """
-    values = np.asarray(image).astype(np.float32)
+    values = image.astype(np.float32)
     known = values[np.isfinite(values)]
     low, high = float(known.min(initial=0)), float(known.max(initial=0))
-    found = _range(low, high, floating=image.mode == "F")
+    found = _range(low, high, floating=image.dtype.kind == "f")
     if found is None:
         raise UnreadableImage(
             f"{name} has values from {low:g} to {high:g}, no usual range; convert it to 8 bits"

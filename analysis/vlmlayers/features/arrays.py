@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,15 @@ from numpy.typing import NDArray
 from vlmlayers.arguments import Position, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import numbers
-from vlmlayers.positions import SPACES, is_block, relative_depth, sort_key, tower_positions
+from vlmlayers.positions import (
+    FINAL,
+    PROJ,
+    SPACES,
+    is_block,
+    relative_depth,
+    sort_key,
+    tower_positions,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,6 +92,50 @@ class TowerFeatures:
         check_one_of("space", space, self.arrays, where=f"{self.tower} features")
         check_one_of("position", position, self.positions(space), where=f"{self.tower} {space}")
         return self.arrays[space][position]
+
+    def __getitem__(self, where: Any) -> NDArray[np.floating]:
+        """Return the features at a position, `features.vision[6]`, or in a space.
+
+        features.vision["6"], features.vision[6], features.vision["proj", "joint"]
+        """
+        position, space = where if isinstance(where, tuple) else (where, self.spaces[0])
+        return self.array(position, space)
+
+    @checked
+    def to_numpy(self, space: str = "native") -> NDArray[np.floating]:
+        """Return `embed` and all blocks as one array, (position, item, width).
+
+        Raises:
+            UserError: The tower's blocks differ in width, or the space has none of them.
+        """
+        inside = [p for p in self.positions(space) if p not in (FINAL, PROJ)]
+        arrays = [self.arrays[space][position] for position in inside]
+        widths = sorted({array.shape[1] for array in arrays})
+        if len(widths) != 1:
+            raise UserError(
+                f"{self.tower} features have widths {', '.join(map(str, widths)) or 'none'} along "
+                f"the blocks in {space} space; take one position: features.{self.tower}[1]"
+            )
+        return np.stack(arrays)
+
+    @checked
+    def to_frame(self, position: Position | None = None, space: str = "native") -> pd.DataFrame:
+        """Return a row per item and position: tower, position, id, label, then the features.
+
+        Args:
+            position: The one to take; all where None.
+            space: Space of the features.
+        """
+        import pandas as pd
+
+        chosen = self.positions(space) if position is None else (position,)
+        parts = []
+        for one in chosen:
+            values = pd.DataFrame(np.asarray(self.array(one, space)))
+            values.columns = [f"x{column}" for column in range(values.shape[1])]
+            head = {"tower": self.tower, "position": one, "id": self.ids, "label": self.labels}
+            parts.append(pd.concat([pd.DataFrame(head), values], axis=1))
+        return pd.concat(parts, ignore_index=True)
 
     def depth(self, position: str) -> float:
         """Return the relative depth of a position, 0 to 1."""
@@ -225,6 +279,44 @@ class LayerFeatures:
         known = [int(part.labels.max()) for part in (images, words) if part is not None]
         names = class_names or tuple(f"class {i}" for i in range(max(known) + 1))
         return cls(model, weights, dataset, split, tuple(names), images, words)
+
+    def __getitem__(self, tower: str) -> TowerFeatures:
+        """Return one tower's features; see `tower`."""
+        return self.tower(tower)
+
+    def to_numpy(self, space: str = "native") -> dict[str, NDArray[np.floating]]:
+        """Return tower → (position, item, width); see `TowerFeatures.to_numpy`."""
+        return {tower.tower: tower.to_numpy(space) for tower in self.towers}
+
+    def to_frame(self, position: Position | None = None, space: str = "native") -> pd.DataFrame:
+        """Return a row per item and position, with the class by name.
+
+        Where towers or positions differ in width, the narrower ones end in NaN.
+        """
+        import pandas as pd
+
+        parts = [tower.to_frame(position, space) for tower in self.towers]
+        found = pd.concat(parts, ignore_index=True)
+        if self.class_names:
+            names = [self.class_names[label] for label in found["label"]]
+            found.insert(list(found).index("label") + 1, "class_name", names)
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write a feature store, as `extract(…, out=)` does; `LayerFeatures.load` reads it.
+
+        Raises:
+            UserError: The folder holds something else, or cannot be written.
+        """
+        writer = import_module("vlmlayers.features.writer")  # it reads back what it wrote
+        writer.write_features(Path(path), self)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerFeatures:
+        """Return the features of a store, memory-mapped; see `FeatureStore.open` for errors."""
+        found: LayerFeatures = import_module("vlmlayers.features.store").open_features(path)
+        return found
 
     def summary(self) -> pd.DataFrame:
         """Return one row per tower and space: items, positions, widths, pooling, megabytes."""

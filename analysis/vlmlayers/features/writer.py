@@ -331,6 +331,43 @@ class StoreWriter:
             self._lock = None
 
 
+def write_features(folder: Path, features: LayerFeatures) -> None:
+    """Write features that are in memory as a store.
+
+    Raises:
+        UserError: The folder holds something else, or cannot be written.
+    """
+    plans = {
+        tower.tower: TowerPlan(
+            tower.blocks,
+            tower.pooling,
+            tower.joint_pooling,
+            tower.kind,
+            tower.ids,
+            tower.labels.tolist(),
+            [range(len(tower))],
+            {s: {p: tower.array(p, s).shape[1] for p in tower.positions(s)} for s in tower.spaces},
+            None if tower.pairs is None else tower.pairs.tolist(),
+        )
+        for tower in features.towers
+    }
+    first = features.towers[0]
+    rows = tuple((item, int(label), "") for item, label in zip(first.ids, first.labels))
+    names = ("model", "weights", "dataset", "split", "random_weights")
+    header = {name: getattr(features, name) for name in names}
+    data = DataIdentity(features.class_names, rows)
+    identity = {"data": data.summary(), **features.identity}
+    header["class_names"] = list(features.class_names)
+    writer = StoreWriter(folder, header, identity, plans, data)
+    try:
+        writer.start()
+        for tower in features.towers:
+            writer.put(tower.tower, 0, range(len(tower)), tower.arrays, {})
+        writer.finish()
+    finally:
+        writer.close()
+
+
 def _lines(journal: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a journal; the batch of one that was cut by a crash is done again."""
     for text in journal.read_bytes().splitlines():

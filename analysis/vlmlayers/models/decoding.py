@@ -32,7 +32,7 @@ class _Images(Dataset[tuple[int, Any]]):
         item = self.items[row]
         try:
             image = self.manifest.open_image(item, root=self.root, size=self.size)
-            return row, self.preprocess(image)
+            return row, image if isinstance(image, Tensor) else self.preprocess(image)
         except (UserError, OSError) as error:
             return row, reason(item.path, error)
 

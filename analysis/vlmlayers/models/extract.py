@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,20 +18,26 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Item
 from vlmlayers.models.devices import resolve_precision
-from vlmlayers.models.options import Dataset, ExtractOptions
+from vlmlayers.models.options import ExtractOptions, dataset_of, is_manifest
+from vlmlayers.models.own_data import OwnData, own_data
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 
+LOG = logging.getLogger("vlmlayers")
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
 
 
 @checked
 def extract(
     model: LoadedModel,
-    manifest: Dataset,
-    split: str,
+    data: Any,
+    split: str = "train",
     *,
+    labels: Sequence[Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    texts: Sequence[Any] | None = None,
+    name: str | None = None,
     items: Count | Sequence[Item] | None = None,
     root: str | Path | None = None,
     spaces: Sequence[str] = ("native", "joint"),
@@ -50,8 +58,17 @@ def extract(
 
     Args:
         model: What `load_model` returns.
-        manifest: The dataset: a `Manifest`, its name, or a path of one or of a folder of images.
-        split: `train`, `val` or `test`.
+        data: A `Manifest`, its name, or a path of one or of a folder of images; or data in memory:
+            a list of PIL images, paths, arrays (height, width[, channel]) or (image, label) pairs;
+            an array (image, height, width, channel); a torch `Dataset`, or the `DataLoader` of one;
+            torchvision's `ImageFolder`; a `datasets.Dataset` of Hugging Face. Floating tensors
+            count as prepared for the model; all else is prepared as the model wants it.
+        split: `train`, `val` or `test`; but a name in tables for data in memory.
+        labels: (image,) classes of images in memory: numbers from 0, or names.
+        class_names: Their names by label; what the data say where None.
+        texts: Texts as they are: one per class where `text` is `prompts`; for images in memory and
+            `captions` one, or several, per image.
+        name: Name of data in memory in tables.
         items: A number of items to draw with balanced classes, a list of items, or None for all.
         root: Data root; see `Manifest`.
         spaces: Among `native`, `normed`, `joint`.
@@ -77,7 +94,10 @@ def extract(
         UserError: No items, unreadable images, NaN or Inf features, a store of another identity,
             or any argument that names nothing known.
     """
+    captions = texts if text == "captions" else None
+    manifest = _manifest(data, labels, class_names, name, captions, progress)
     options = ExtractOptions(
+        texts=None if captions else texts,
         items=items,
         root=root,
         spaces=spaces,
@@ -113,9 +133,10 @@ def prepare(
     names = tuple(manifest.class_names(options.place))
     recorders = {
         tower: Recorder(model.towers[tower], options.spaces, options.pooling_of(tower))
-        for tower in _towers(model, options)
+        for tower in _towers(model, manifest, options)
     }
     texts = _texts(manifest, items, names, options) if "text" in recorders else None
+    _refuse_other_shape(model, manifest, items)
     work = Work(model, manifest, split, items, texts, recorders, options)
     header = {
         "model": model.name,
@@ -128,13 +149,51 @@ def prepare(
     return work, header, identity_of(work)
 
 
-def _towers(model: VLM, options: ExtractOptions) -> tuple[str, ...]:
+def _manifest(
+    data: Any,
+    labels: Sequence[Any] | None,
+    class_names: Sequence[str] | None,
+    name: str | None,
+    captions: Sequence[Any] | None,
+    progress: bool,
+) -> Any:
+    """Return the dataset of any data.
+
+    Raises:
+        UserError: The data are none, or say themselves what was given beside them.
+    """
+    if not isinstance(data, str | os.PathLike) and not is_manifest(data):
+        return own_data(data, labels, class_names, name, captions, progress)
+    beside = {"labels": labels, "class_names": class_names, "name": name, "captions": captions}
+    for what, given in beside.items():
+        if given is not None:
+            raise UserError(f"extract: a dataset says its {what} itself; leave it out")
+    return dataset_of(data)
+
+
+def _refuse_other_shape(model: VLM, manifest: Any, items: Sequence[Any]) -> None:
+    """Refuse tensors that were prepared for another model."""
+    if not isinstance(manifest, OwnData):
+        return
+    first, wanted = manifest.open_image(items[0]), model.towers["vision"].example(1).shape[1:]
+    if isinstance(first, torch.Tensor) and first.shape != wanted:
+        raise UserError(
+            f"floating tensors count as prepared for the model, which takes {tuple(wanted)}; these "
+            f"have shape {tuple(first.shape)}: prepare them with model.preprocess, or give pixels"
+        )
+
+
+def _towers(model: VLM, manifest: Any, options: ExtractOptions) -> tuple[str, ...]:
     """Return the towers to record.
 
     Raises:
         UserError: The model has none of that name.
     """
     if options.tower is None:
+        mute = isinstance(manifest, OwnData) and not manifest.named and options.texts is None
+        if mute and options.text == "prompts" and "text" in model.towers:
+            LOG.warning("%s: no text features; give class_names= or texts=", manifest.name)
+            return ("vision",)
         return tuple(model.towers)
     check_one_of("tower", options.tower, tuple(model.towers), where=f"model {model.name}")
     return (options.tower,)
@@ -176,6 +235,15 @@ def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
 def _texts(
     manifest: Any, items: Sequence[Any], names: Sequence[str], options: ExtractOptions
 ) -> Texts:
+    if options.texts is not None:
+        if len(options.texts) != len(names):
+            raise UserError(
+                f"{len(options.texts)} texts, but {manifest.name} has {len(names)} classes; give "
+                "one per class, or one per image with text='captions'"
+            )
+        return Texts(
+            options.text, tuple(options.texts), np.arange(len(names), dtype=np.int64), template=""
+        )
     if options.text == "prompts":
         pattern = manifest.template if options.template is None else options.template
         if "{}" not in pattern:

@@ -11,18 +11,25 @@ from typing import Annotated, Any
 from vlmlayers.arguments import PRECISIONS, Count, Natural, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.models.own_data import own_data
 from vlmlayers.positions import TOWERS
 
 TEXTS = ("prompts", "captions")
 
 
 def dataset_of(given: Any) -> Any:
-    """Return the manifest of a name or path; a manifest, or what does as much, as it is."""
+    """Return the manifest of a name or path; a manifest, or what does as much, as it is.
+
+    Other data in memory become what does as much; see `own_data`.
+    """
     if isinstance(given, str | os.PathLike):
         return Manifest.load(given)
-    if not hasattr(given, "class_names"):
-        raise TypeError
-    return given
+    return given if is_manifest(given) else own_data(given)
+
+
+def is_manifest(given: Any) -> bool:
+    """Whether data are a manifest, or do what one does."""
+    return hasattr(given, "class_names") and hasattr(given, "open_image")
 
 
 Dataset = Annotated[Any, Takes("a dataset's name, path or Manifest", convert=dataset_of)]
@@ -49,6 +56,7 @@ class ExtractOptions:
     template: str | None = None
     seed: Natural = 0
     tower: str | None = None
+    texts: Sequence[str] | None = None
     present_only: bool = False
     skip_unreadable: bool = False
     progress: bool = True
@@ -62,6 +70,8 @@ class ExtractOptions:
             raise UserError("template makes prompts of class names; text='captions' has none")
         if self.seed and not isinstance(self.items, int):
             raise UserError("seed draws items; it needs items as a number (--items)")
+        if self.texts is not None and self.template is not None:
+            raise UserError("template makes prompts of class names; texts are given as they are")
         if isinstance(self.pooling, Mapping):
             for name in self.pooling:
                 check_one_of("tower", name, TOWERS, where="pooling")

@@ -1,0 +1,331 @@
+"""Data that is already in memory, as extraction takes a dataset: any common holder of images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vlmlayers.data.readers import eight_bit, open_image, upright
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.identity import DataIdentity
+from vlmlayers.manifests.items import Item, balanced_sample
+from vlmlayers.progress import track
+
+NAME = "own data"
+TEMPLATE = "a photo of a {}."
+_IMAGES = ("image", "img", "pixel_values", "jpg", "png")
+_LABELS = ("label", "labels", "target", "fine_label", "cls")
+_SEVERAL = ", ".join(("PIL images", "arrays", "(image, label) pairs"))
+
+
+@dataclass(frozen=True, eq=False)
+class OwnData:
+    """Images with labels that some object in memory holds; what extraction asks of a manifest.
+
+    Attributes:
+        name: Name for tables.
+        listed: An item per image; its path is its number, or that of its file.
+        marks: What tells the content of each image from any other.
+        names: Class names by label; made up where nobody named them.
+        named: Whether somebody named the classes, so that prompts can be made of them.
+        image: Row → PIL image, or a tensor that is prepared already.
+        template: Prompt of a class.
+    """
+
+    name: str
+    listed: tuple[Item, ...]
+    marks: tuple[str, ...]
+    names: tuple[str, ...]
+    named: bool
+    image: Callable[[int], Any]
+    template: str = TEMPLATE
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Row of each item by its path."""
+        return {item.path: row for row, item in enumerate(self.listed)}
+
+    def class_names(self, root: Any = None) -> tuple[str, ...]:
+        """Return the class names by label."""
+        return self.names
+
+    def prompt(self, class_name: str, template: str | None = None) -> str:
+        """Return the prompt of one class."""
+        return (template or self.template).replace("{}", class_name.replace("_", " "))
+
+    def items(self, split: str, root: Any = None, present_only: bool = False) -> list[Item]:
+        """Return all items: the split is but a name here."""
+        return list(self.listed)
+
+    def sample(
+        self, split: str, n: int, seed: int = 0, root: Any = None, present_only: bool = False
+    ) -> list[Item]:
+        """Return up to `n` items, balanced over classes."""
+        return balanced_sample(self.listed, n, seed)
+
+    def present(self, items: Sequence[Item], root: Any = None, split: str = "") -> list[Item]:
+        """Return the items: all are there."""
+        return list(items)
+
+    def refuse_missing(self, items: Sequence[Item], root: Any = None) -> None:
+        """Refuse nothing: what is in memory is there."""
+
+    def identity(self, items: Sequence[Item], root: Any = None) -> DataIdentity:
+        """Return what the items are, by their content."""
+        return DataIdentity(
+            self.names,
+            tuple((item.path, item.label, self.marks[self.rows[item.path]]) for item in items),
+        )
+
+    def open_image(self, item: Item, root: Any = None, size: int | None = None) -> Any:
+        """Return an item's image, upright and RGB, or the tensor that it is."""
+        return self.image(self.rows[item.path])
+
+
+def own_data(
+    data: Any,
+    labels: Sequence[Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    name: str | None = None,
+    captions: Sequence[Any] | None = None,
+    progress: bool = False,
+) -> OwnData:
+    """Return any common holder of images as extraction takes a dataset.
+
+    Args:
+        data: A list of PIL images, paths, arrays (height, width[, channel]), or (image, label)
+            pairs; an array (image, height, width, channel); a torch `Dataset` or the `DataLoader`
+            of one; torchvision's `ImageFolder`; a `datasets.Dataset` of Hugging Face. Floating
+            tensors count as prepared for the model; all else is prepared as the model wants it.
+        labels: (image,) classes: numbers from 0, or names.
+        class_names: Names by label; those that the data know where None.
+        name: Name for tables; what the data call themselves, or "own data".
+        captions: (image,) a text, or several, for each image.
+        progress: Whether to show a bar while a dataset is read for labels and identity.
+
+    Raises:
+        UserError: The object holds no images, or labels or captions are not one for each.
+    """
+    held = _held(data, progress)
+    if labels is not None:
+        held.labels = list(labels.tolist() if hasattr(labels, "tolist") else labels)
+    count = len(held.marks)
+    if not count:
+        raise UserError("the data hold no images")
+    given = held.labels if held.labels is not None else [0] * count
+    for what, several in (("labels", given), ("captions", captions)):
+        if several is not None and len(several) != count:
+            raise UserError(f"{count} images, but {len(several)} {what}; one for each is needed")
+    names = tuple(class_names or held.names)
+    numbers, names = _numbered(given, names, held.labels is not None)
+    named = bool(names)
+    names = names or tuple(f"class {i}" for i in range(max(numbers) + 1))
+    texts = [_texts_of(one) for one in captions] if captions is not None else held.captions
+    ids = held.ids or list(map(str, range(count)))
+    listed = tuple(
+        Item(ids[row], label, names[label], texts[row] if texts else ())
+        for row, label in enumerate(numbers)
+    )
+    return OwnData(name or held.name or NAME, listed, held.marks, names, named, held.image)
+
+
+@dataclass
+class _Held:
+    """What a holder of images gives away: images by row, their marks, labels and names."""
+
+    image: Callable[[int], Any]
+    marks: tuple[str, ...]
+    labels: list[Any] | None = None
+    names: Sequence[str] = ()
+    name: str = ""
+    captions: list[tuple[str, ...]] | None = None
+    ids: list[str] | None = None
+
+
+def _held(data: Any, progress: bool) -> _Held:
+    if hasattr(data, "column_names") and hasattr(data, "features"):
+        return _hugging_face(data)
+    if hasattr(data, "samples") and hasattr(data, "class_to_idx"):
+        return _image_folder(data)
+    if hasattr(data, "dataset") and hasattr(data, "batch_sampler"):
+        return _held(data.dataset, progress)  # in its own order: extraction makes its own batches
+    if isinstance(data, Mapping):
+        raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if not indexed and isinstance(data, Iterable):
+        data, indexed = list(data), True
+    if not indexed:
+        raise UserError(
+            f"data takes a dataset's name, path or Manifest, a list of {_SEVERAL}, a torch "
+            "Dataset or DataLoader, ImageFolder, or a datasets.Dataset, not a value of type "
+            f"{type(data).__name__}"
+        )
+    return _sequence(data, progress)
+
+
+def _sequence(data: Any, progress: bool) -> _Held:
+    """Read a list or torch dataset once, for its labels and for what tells its content."""
+    marks: list[str] = []
+    labels: list[Any] = []
+    for row in track(range(len(data)), "reading labels", unit="image", show=progress):
+        image, label = _parts(data[row], row)
+        marks.append(_mark(image))
+        labels.append(label)
+    known = [label is not None for label in labels]
+    if any(known) and not all(known):
+        raise UserError(f"image {known.index(False)} has no label, others have")
+    inner = getattr(data, "dataset", data)
+    return _Held(
+        partial(_of_sequence, data),
+        tuple(marks),
+        labels if known and all(known) else None,
+        getattr(data, "classes", None) or getattr(inner, "classes", None) or (),
+    )
+
+
+def _parts(sample: Any, row: int) -> tuple[Any, Any]:
+    """Return image and label of one sample; the label is None where there is none."""
+    if isinstance(sample, Mapping):
+        key = next((key for key in _IMAGES if key in sample), None)
+        if key is None:
+            raise UserError(f"sample {row} has keys {', '.join(map(str, sample))} but no 'image'")
+        label = next((sample[key] for key in _LABELS if key in sample), None)
+        return sample[key], _plain(label)
+    if isinstance(sample, tuple | list):
+        return sample[0], _plain(sample[1]) if len(sample) > 1 else None
+    return sample, None
+
+
+def _plain(label: Any) -> Any:
+    return label.item() if hasattr(label, "item") else label
+
+
+def _image_folder(data: Any) -> _Held:
+    """Read torchvision's folder by its files: the model's own preparation is what is wanted."""
+    files = [str(path) for path, _ in data.samples]
+    return _Held(
+        partial(_of_files, files),
+        tuple(map(_mark, files)),
+        [label for _, label in data.samples],
+        data.classes,
+        Path(data.root).name,
+        ids=[Path(os.path.relpath(file, data.root)).as_posix() for file in files],
+    )
+
+
+def _hugging_face(data: Any) -> _Held:
+    if isinstance(data, Mapping):
+        raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
+    kinds = {key: type(kind).__name__ for key, kind in data.features.items()}
+    pictures = [key for key, kind in kinds.items() if kind == "Image"]
+    if not pictures:
+        raise UserError(f"no column of the data holds images; it has {', '.join(kinds)}")
+    image = pictures[0]
+    label = next((key for key, kind in kinds.items() if kind == "ClassLabel"), None)
+    label = label or next((key for key in _LABELS if key in kinds), None)
+    told = next((key for key in ("caption", "captions", "text") if key in kinds), None)
+    names = getattr(data.features[label], "names", ()) if label else ()
+    return _Held(
+        partial(_of_table, data, image),
+        tuple(f"{data._fingerprint} {row}" for row in range(len(data))),
+        list(data[label]) if label else None,
+        names,
+        str(getattr(data.info, "dataset_name", "") or ""),
+        [_texts_of(one) for one in data[told]] if told else None,
+    )
+
+
+# Functions of the module, so that decoding processes can be handed them.
+def _of_sequence(data: Any, row: int) -> Any:
+    return _picture(_parts(data[row], row)[0], row)
+
+
+def _of_files(files: Sequence[str], row: int) -> Any:
+    return open_image(files[row])
+
+
+def _of_table(data: Any, column: str, row: int) -> Any:
+    return _picture(data[row][column], row)
+
+
+def _texts_of(one: Any) -> tuple[str, ...]:
+    return (one,) if isinstance(one, str) else tuple(map(str, one))
+
+
+def _numbered(
+    labels: Sequence[Any], names: tuple[str, ...], given: bool
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return labels as numbers, and the class names that go with them; none where unknown."""
+    if not given:
+        return [0] * len(labels), ()
+    if all(isinstance(label, str) for label in labels):
+        known = names or tuple(sorted(set(labels)))
+        rows = {name: row for row, name in enumerate(known)}
+        for label in labels:
+            check_one_of("class", label, known, where="labels")
+        return [rows[label] for label in labels], known
+    for row, label in enumerate(labels):
+        if isinstance(label, bool) or not hasattr(label, "__index__") or int(label) < 0:
+            raise UserError(
+                f"label {label!r} of image {row} is no class: a number from 0, or a name"
+            )
+        if names and int(label) >= len(names):
+            raise UserError(f"label {label} of image {row}, but there are {len(names)} class names")
+    return [int(label) for label in labels], names
+
+
+def _picture(image: Any, row: int) -> Any:
+    """Return an image as PIL image, upright and RGB; a floating tensor as it is."""
+    where = f"image {row}"
+    if isinstance(image, Tensor):
+        if image.is_floating_point():
+            return image
+        image = image.numpy()
+        image = np.moveaxis(image, 0, -1) if image.ndim == 3 and len(image) in (1, 3, 4) else image
+    if isinstance(image, str | Path):
+        return open_image(image)
+    if isinstance(image, Image.Image):
+        return upright(image, where)
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.dtype.kind not in "uif" or array.ndim not in (2, 3) or array.shape[2:] not in (
+        (), (3,), (4,)
+    ):  # fmt: skip
+        raise UserError(
+            f"{where} is {_what(image)}; an image is a PIL image, a path, or an array of (height, "
+            "width) or (height, width, 3)"
+        )
+    if array.dtype != np.uint8:
+        array = eight_bit(array, where)
+    return upright(Image.fromarray(array), where)
+
+
+def _what(image: Any) -> str:
+    shape = getattr(image, "shape", None)
+    return f"a {type(image).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}")
+
+
+def _mark(image: Any) -> str:
+    """Return what tells an image from others: its content, or size and time of its file."""
+    if isinstance(image, str | Path):
+        try:
+            status = Path(image).stat()
+        except OSError as error:
+            raise UserError(f"image {image} cannot be read: {error.strerror}") from None
+        return f"{image} {status.st_size} {status.st_mtime_ns}"
+    if isinstance(image, Image.Image):
+        content, head = image.tobytes(), f"{image.mode} {image.size}"
+    else:
+        array = np.ascontiguousarray(image.numpy() if isinstance(image, Tensor) else image)
+        content, head = array.tobytes(), f"{array.dtype} {array.shape}"
+    return f"{head} {hashlib.sha256(content).hexdigest()[:16]}"

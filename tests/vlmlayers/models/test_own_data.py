@@ -1,0 +1,198 @@
+"""Data in memory give the features that the same images give as a folder, whoever holds them."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torchvision.datasets import ImageFolder
+
+import vlmlayers as vl
+
+NAMES = ("ant", "bee", "cat")
+LABELS = [row % 3 for row in range(9)]
+PIXELS = [np.random.default_rng(row).integers(0, 256, (32, 32, 3), np.uint8) for row in range(9)]
+MODEL = tiny.model()
+QUIET = {"progress": False, "batch_size": 4}
+
+
+class Pairs(Dataset):
+    """A dataset as notebooks have them: no names, no files."""
+
+    def __init__(self, form=Image.fromarray):
+        self.form = form
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, row):
+        return self.form(PIXELS[row]), LABELS[row]
+
+
+class Named(Pairs):
+    classes = NAMES
+
+    def __getitem__(self, row):
+        return {"image": Image.fromarray(PIXELS[row]), "label": torch.tensor(LABELS[row])}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return ((Image.fromarray(pixels), label) for pixels, label in zip(PIXELS, LABELS))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("data") / "insects"
+    for row, (pixels, label) in enumerate(zip(PIXELS, LABELS)):
+        (place / NAMES[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / NAMES[label] / f"{row}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Features by the tower itself, of tensors stacked by hand."""
+    from vlmlayers.models import Recorder
+
+    batch = torch.stack([tiny.preprocess(Image.fromarray(pixels)) for pixels in PIXELS])
+    with Recorder(MODEL.towers["vision"], ("native", "joint")) as recorder:
+        return recorder(batch)
+
+
+def table(**more):
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
+    )
+    held = {"image": [Image.fromarray(pixels) for pixels in PIXELS], "label": LABELS}
+    return datasets.Dataset.from_dict(held, features=features)
+
+
+HOLDERS = {
+    "images": (lambda: [Image.fromarray(p) for p in PIXELS], {"labels": LABELS}),
+    "pairs": (lambda: list(zip(map(Image.fromarray, PIXELS), LABELS)), {}),
+    "an array": (lambda: np.stack(PIXELS), {"labels": np.array(LABELS)}),
+    "words": (lambda: PIXELS, {"labels": [NAMES[label] for label in LABELS]}),
+    "a dataset": (lambda: Pairs(), {}),
+    "tensors of pixels": (lambda: Pairs(lambda p: torch.from_numpy(p).permute(2, 0, 1)), {}),
+    "floats": (lambda: Pairs(lambda p: p.astype(np.float32) / 255), {}),
+    "prepared tensors": (lambda: Pairs(lambda p: tiny.preprocess(Image.fromarray(p))), {}),
+    "a loader": (lambda: DataLoader(Named(), batch_size=2, shuffle=True), {}),
+    "a subset": (lambda: Subset(Named(), range(9)), {}),
+    "a stream": (lambda: DataLoader(Stream()), {}),
+    "a table": (table, {}),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_every_holder_of_images_gives_the_same_features(kind, expected):
+    make, beside = HOLDERS[kind]
+    features = vl.extract(MODEL, make(), **beside, **QUIET)
+    for space in ("native", "joint"):
+        for position, values in expected[space].items():
+            np.testing.assert_allclose(features["vision"][position, space], values, atol=1e-5)
+    assert features.vision.labels.tolist() == LABELS
+    known = kind in ("words", "a loader", "a subset", "a table")
+    assert (features.class_names == NAMES) is known
+    assert (features.text is not None) is known  # there is nothing to make prompts of
+
+
+def test_an_image_folder_is_the_folder(folder):
+    held = vl.extract(MODEL, ImageFolder(folder), **QUIET)
+    named = vl.extract(MODEL, str(folder), "all", **QUIET)
+    assert held.dataset == named.dataset == "insects"
+    assert held.class_names == named.class_names == NAMES
+    order = [named.vision.ids.index(path) for path in held.vision.ids]
+    np.testing.assert_allclose(held["vision"][2], named["vision"][2][order], atol=1e-5)
+    np.testing.assert_allclose(held["text"][2], named["text"][2], atol=1e-5)
+
+
+def test_texts_are_taken_as_they_are():
+    images = [Image.fromarray(pixels) for pixels in PIXELS]
+    prompts = ["an ant on a leaf", "a bee", "one cat"]
+    found = vl.extract(MODEL, images, labels=LABELS, texts=prompts, name="mine", **QUIET)
+    assert found.text.ids == tuple(prompts) and found.dataset == "mine"
+    assert found.text.labels.tolist() == [0, 1, 2]
+    captions = [f"picture {row}" for row in range(9)]
+    told = vl.extract(MODEL, images, labels=LABELS, texts=captions, text="captions", **QUIET)
+    assert told.text.ids == tuple(captions) and told.text.pairs.tolist() == list(range(9))
+    drawn = vl.extract(
+        MODEL, images, labels=LABELS, texts=captions, text="captions", items=3, **QUIET
+    )
+    assert [captions[int(row)] for row in drawn.vision.ids] == list(drawn.text.ids)
+
+
+def test_a_store_of_data_in_memory_belongs_to_their_content(tmp_path):
+    images = [Image.fromarray(pixels) for pixels in PIXELS]
+    first = vl.extract(MODEL, images, labels=LABELS, out=tmp_path / "store", **QUIET)
+    again = vl.extract(MODEL, list(PIXELS), labels=LABELS, **QUIET)
+    np.testing.assert_array_equal(first["vision"]["1"], again["vision"]["1"])
+    vl.extract(
+        MODEL, [image.copy() for image in images], labels=LABELS, out=tmp_path / "store", **QUIET
+    )
+    images[4].putpixel((0, 0), (1, 2, 3))
+    with pytest.raises(vl.UserError, match="of other data: .*1 altered, first '4'"):
+        vl.extract(MODEL, images, labels=LABELS, out=tmp_path / "store", **QUIET)
+
+
+def test_workers_decode_data_in_memory(expected):
+    features = vl.extract(MODEL, Pairs(), workers=1, **QUIET)
+    np.testing.assert_allclose(features["vision"][3], expected["native"]["3"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("data", "beside", "message"),
+    [
+        (PIXELS, {"labels": [0, 1]}, "9 images, but 2 labels; one for each is needed"),
+        (PIXELS, {"labels": [0.5] * 9}, "label 0.5 of image 0 is no class"),
+        (PIXELS, {"labels": LABELS, "class_names": ["a"]}, "label 1 of image 1, but there are 1"),
+        (PIXELS, {"labels": ["antt"] * 9, "class_names": NAMES}, "unknown class 'antt' .*'ant'"),
+        (PIXELS, {"texts": ["one", "two"]}, "2 texts, but own data has 1 classes; give one per"),
+        ([np.zeros((4, 4, 7), np.uint8)], {}, r"image 0 is a ndarray of shape \(4, 4, 7\)"),
+        ([], {}, "the data hold no images"),
+        (5, {}, "data takes a dataset's name, path or Manifest, .*not a value of type int"),
+        ({"train": PIXELS}, {}, "the data have splits; give one of them: train"),
+        ("faces", {"labels": LABELS}, "a dataset says its labels itself"),
+        ([torch.zeros(3, 8, 8)], {}, r"takes \(3, 32, 32\); these have shape \(3, 8, 8\)"),
+        (["/not/there.png"], {}, "image /not/there.png cannot be read"),
+        ([{"picture": 1}], {}, "sample 0 has keys picture but no 'image'"),
+    ],
+)  # fmt: skip
+def test_data_that_are_none_are_said_in_a_line(data, beside, message):
+    with pytest.raises(vl.UserError, match=message):
+        vl.extract(MODEL, data, **beside, **QUIET)
+
+
+def test_features_are_read_by_position_as_array_and_as_table(tmp_path):
+    found = vl.extract(MODEL, list(PIXELS), labels=[NAMES[label] for label in LABELS], **QUIET)
+    vision = found["vision"]
+    np.testing.assert_array_equal(vision[2], vision.array("2"))
+    np.testing.assert_array_equal(vision["proj", "joint"], vision.array("proj", "joint"))
+    stacked = found.to_numpy()["vision"]
+    assert stacked.shape == (4, 9, 48)  # embed and three blocks
+    np.testing.assert_array_equal(stacked[3], vision["3"])
+    frame = found.to_frame(2)
+    assert list(frame)[:5] == ["tower", "position", "id", "label", "class_name"]
+    rows = frame[frame["tower"] == "vision"]
+    assert rows["class_name"].tolist() == [NAMES[label] for label in LABELS]
+    np.testing.assert_array_equal(rows.loc[:, "x0":"x47"].to_numpy(), vision[2])
+    assert found.to_frame().groupby(["tower", "position"]).ngroups == 12
+    saved = vl.LayerFeatures.load(found.save(tmp_path / "store"))
+    for tower in ("vision", "text"):
+        for position in saved[tower].positions("joint"):
+            values = saved[tower][position, "joint"]
+            np.testing.assert_array_equal(values, found[tower][position, "joint"])
+    assert (saved.class_names, saved.vision.ids) == (found.class_names, found.vision.ids)
+    with pytest.raises(vl.UserError, match="exists and is no feature store|belongs to another"):
+        found.save(tmp_path)
+
+
+def test_captions_are_saved_with_their_pairs(tmp_path):
+    told = [f"picture {row}" for row in range(9)]
+    found = vl.extract(MODEL, list(PIXELS), texts=told, text="captions", **QUIET)
+    saved = vl.LayerFeatures.load(found.save(tmp_path / "store"))
+    assert saved.text.pairs.tolist() == list(range(9)) and saved.text.ids == tuple(told)

@@ -1,0 +1,35 @@
+"""A run folder is read part by part, and what it lacks is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from run_folders import make_run
+
+import vlmlayers as vl
+
+
+def test_every_part_of_a_run_is_reached(tmp_path):
+    made = make_run(tmp_path / "run", 4, 3, validated=True, small=True)
+    layers = {"1": np.eye(3), "2": np.eye(3)}
+    vl.LayerFeatures.from_arrays(layers, dataset="mine").save(made.features / "mine-train")
+    run = vl.open_run(tmp_path / "run")
+    assert run.scores.equals(vl.read_scores(made.folder))
+    assert run.choice == vl.LayerChoice.load(made.choice)
+    assert set(run.validation.columns) >= {"placement", "dataset", "seed", "hm"}
+    assert run.provenance["model"]["weights_hash"] == "abc"
+    assert list(run.features) == ["mine-train"]
+    np.testing.assert_array_equal(run.features["mine-train"].vision[1], np.eye(3))
+    assert "1 features, scores, choice, validation" in repr(run)
+    with pytest.raises(vl.UserError, match=r"unknown dataset 'mine'.*did you mean 'mine-train'"):
+        run.features["mine"]
+
+
+def test_what_a_run_lacks_is_said(tmp_path):
+    make_run(tmp_path / "several" / "one", 4, 3, small=True)
+    with pytest.raises(vl.UserError, match="holds no validation.csv; make one with `vlmlayers val"):
+        vl.open_run(tmp_path / "several" / "one").validation  # noqa: B018
+    with pytest.raises(vl.UserError, match="name a run folder: it holds the runs one"):
+        vl.open_run(tmp_path / "several")
+    with pytest.raises(vl.UserError, match="nowhere does not exist; name a run folder"):
+        vl.open_run(tmp_path / "nowhere")
