@@ -10,7 +10,7 @@ import vlmlayers as vl
 
 
 def test_every_part_of_a_run_is_reached(tmp_path):
-    made = make_run(tmp_path / "run", 4, 3, validated=True, small=True)
+    made = make_run(tmp_path / "run", validated=True, small=True)
     layers = {"1": np.eye(3), "2": np.eye(3)}
     vl.LayerFeatures.from_arrays(layers, dataset="mine").save(made.features / "mine-train")
     run = vl.open_run(tmp_path / "run")
