@@ -29,6 +29,7 @@ BUILT_IN = {
     "lasp": ("lasp:LASP", "configs:LASPConfig"),
     "tip": ("tip:Tip", "configs:TipConfig"),
     "tip-f": ("tip:TipF", "configs:TipFConfig"),
+    "linear-probe": ("linear_probe:LinearProbe", "configs:LinearProbeConfig"),
     "proda": ("proda:ProDA", "configs:ProDAConfig"),
     "promptsrc": ("promptsrc:PromptSRC", "configs:PromptSRCConfig"),
     "cliplora": ("cliplora:CLIPLoRA", "configs:CLIPLoRAConfig"),

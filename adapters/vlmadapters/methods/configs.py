@@ -5,6 +5,7 @@ check them at once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,6 +316,36 @@ class TipFConfig(TipConfig):
 
     name: ClassVar[str] = "tip-f"
     title: ClassVar[str] = "Tip-Adapter-F"
+
+
+@checked
+@dataclass(frozen=True)
+class LinearProbeConfig(MethodConfig):
+    """Settings of the linear probe.
+
+    Attributes:
+        inverse_penalties: Values of scikit-learn's `C` tried; the one with most hits on few-shot
+            items of the validation split is taken, the first of equals, and the middle one where
+            there are no such items.
+        iterations: Iterations of its solver at most.
+
+    Raises:
+        UserError: There is no value to try, or one is not above 0.
+    """
+
+    inverse_penalties: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
+    iterations: Count = 1000
+
+    name: ClassVar[str] = "linear-probe"
+    title: ClassVar[str] = "linear probe"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.inverse_penalties or not all(0 < c < math.inf for c in self.inverse_penalties):
+            raise UserError(
+                f"inverse_penalties is {list(self.inverse_penalties)}; name one value or more, all "
+                "above 0"
+            )
 
 
 @checked

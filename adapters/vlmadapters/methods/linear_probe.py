@@ -1,0 +1,123 @@
+"""The linear probe: logistic regression on final image features, the usual control."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.logits import scaled_cosines, single
+from vlmadapters.data.task import Task, places
+from vlmadapters.methods.base import FitData, Method
+from vlmadapters.methods.configs import LinearProbeConfig
+from vlmlayers.errors import UserError
+
+
+class Classes(NamedTuple):
+    """The text side of some classes.
+
+    Attributes:
+        features: Features of their hand-made prompts, (class, joint).
+        rows: Number of each among the classes of the probe, -1 where it is none, (class,).
+    """
+
+    features: Tensor
+    rows: Tensor
+
+
+class LinearProbe(Method):
+    """Logistic regression with an L2 penalty on unit image features.
+
+    Where all classes of a task are among those it was fitted on, its logits are w · f + b of these.
+    Where any is not, such as in a test on novel classes, all have zero-shot logits: the two kinds
+    have no scale in common.
+
+    Args:
+        config: The penalties to choose from.
+        backbone: The frozen CLIP, for its joint width.
+        task: The classes fitted on.
+        seed: Unused: the fit draws nothing.
+    """
+
+    Config = LinearProbeConfig
+    config: LinearProbeConfig
+
+    def __init__(
+        self, config: LinearProbeConfig, backbone: Backbone, task: Task, seed: int = 0
+    ) -> None:
+        super().__init__(config)
+        self.class_names = task.class_names
+        count = len(task.class_names)
+        self.weight = nn.Parameter(torch.zeros(count, backbone.joint), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(count), requires_grad=False)
+
+    def prepare(self, backbone: Backbone, task: Task) -> Classes:
+        """Return features of hand-made prompts, and which of the probe's classes these are."""
+        features = backbone.text_features(task.prompts(task.hand_made))
+        rows = places(task.class_names, self.class_names)
+        return Classes(features, torch.tensor(rows, device=features.device))
+
+    def class_features(self, backbone: Backbone, classes: Classes) -> Classes:
+        """Return the classes as they are: nothing of their texts is learned."""
+        return classes
+
+    def fit(self, data: FitData) -> None:
+        """Fit on the first view, once for each penalty, and keep the best."""
+        x, labels = _unit(data.view(0)), data.labels.cpu()
+        self._check_labels(labels)
+        if len(self.class_names) == 1:
+            return  # it is every answer
+        penalties = self.config.inverse_penalties
+        fits = [self._fitted(c, x, labels) for c in penalties]
+        best = len(fits) // 2
+        if data.validation is not None and len(fits) > 1:
+            features, truth = data.validation()
+            held_out, truth = _unit(features), truth.cpu()
+            hits = [int(((held_out @ w.T + b).argmax(1) == truth).sum()) for w, b in fits]
+            best = hits.index(max(hits))
+        with torch.no_grad():
+            for own, fitted in zip((self.weight, self.bias), fits[best]):
+                own.copy_(fitted)
+        self.touch()
+
+    def _check_labels(self, labels: Tensor) -> None:
+        count = len(self.class_names)
+        empty = [self.class_names[i] for i in sorted(set(range(count)) - set(labels.tolist()))]
+        if empty:
+            raise UserError(
+                f"the linear probe needs items of every class, and {len(empty)} of {count} have "
+                f"none, first {empty[0]!r}; name data with items of each"
+            )
+
+    def _fitted(self, c: float, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights and biases of every class at one penalty."""
+        probe: Any = LogisticRegression(C=c, max_iter=self.config.iterations, tol=1e-6)
+        with warnings.catch_warnings():  # a fit that is not at its end is judged by its hits
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            probe.fit(x.numpy(), labels.numpy())
+        weight, bias = torch.from_numpy(probe.coef_), torch.from_numpy(probe.intercept_)
+        if len(weight) == 1:  # of two classes, scikit-learn gives the second one's alone
+            weight, bias = (torch.cat([torch.zeros_like(one), one]) for one in (weight, bias))
+        return weight, bias
+
+    def logits(self, backbone: Backbone, images: Tensor, classes: Classes) -> Tensor:
+        """Return the probe's logits where it knows all classes, else zero-shot ones."""
+        if bool((classes.rows < 0).any()):
+            return scaled_cosines(backbone.clip, images, classes.features)
+        with torch.autocast(images.device.type, enabled=False):
+            f = F.normalize(single(images), dim=-1)
+            return F.linear(f, self.weight[classes.rows], self.bias[classes.rows])
+
+    def parameter_count(self) -> int:
+        """Return the number of fitted values."""
+        return self.weight.numel() + self.bias.numel()
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.detach().double().cpu(), dim=-1)
