@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlmlayers.models import extract as extract
     from vlmlayers.models import load_model as load_model
     from vlmlayers.placement import Placement as Placement
+    from vlmlayers.plots.explore import explore as explore
     from vlmlayers.report import write_report as write_report
     from vlmlayers.scores import read_scores as read_scores
     from vlmlayers.scores import score as score
@@ -37,6 +38,7 @@ _HOMES = {
     "Manifest": "manifests",
     "Placement": "placement",
     "UserError": "errors",
+    "explore": "plots.explore",
     "extract": "models",
     "load_model": "models",
     "open_run": "study",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmlayers.plots.depth import dataset_curves, gap_curves, layer_curves, selection_frequency
+from vlmlayers.plots.features import neighbours, scatter
 from vlmlayers.plots.matrices import agreement_matrix, dataset_heatmap
 from vlmlayers.plots.outcomes import cost, placement_sweep, predicted_vs_trained
 from vlmlayers.plots.saving import FORMATS, save_figure
@@ -17,9 +18,11 @@ __all__ = [
     "dataset_heatmap",
     "gap_curves",
     "layer_curves",
+    "neighbours",
     "placement_sweep",
     "predicted_vs_trained",
     "save_figure",
+    "scatter",
     "selection_frequency",
     "style",
     "unseen",

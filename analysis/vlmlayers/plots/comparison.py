@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.plots.style import axes, axis_label, category, style
+from vlmlayers.plots.style import axes, axis_label, category, label_text, style
 from vlmlayers.positions import is_block
 from vlmlayers.scores.summaries import over_datasets
 
@@ -37,7 +37,7 @@ def run_curves(curves: pd.DataFrame, metric: str, ax: Axes | None = None) -> Axe
                 for p, depth in zip(part["position"], part["depth"])
             ]
             look = category(number)
-            ax.plot(x, part["value"], marker=".", label=str(name).replace("$", r"\$"), **look)
+            ax.plot(x, part["value"], marker=".", label=label_text(str(name)), **look)
             ax.fill_between(
                 x, part["low"], part["high"], color=look["color"], alpha=0.15, linewidth=0
             )

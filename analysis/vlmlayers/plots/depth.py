@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.transforms import ScaledTranslation
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import describe_blocks
-from vlmlayers.plots.layout import DepthAxis, runs
+from vlmlayers.plots.layout import DepthAxis
 from vlmlayers.plots.style import (
     CHANCE_COLOUR,
     TOWER_COLOURS,
@@ -18,6 +20,7 @@ from vlmlayers.plots.style import (
     axes,
     axis_label,
     category,
+    label_text,
     mark_random,
     style,
 )
@@ -37,49 +40,136 @@ def layer_curves(
     scores: Scores,
     metric: str = "dataset_accuracy",
     *,
+    hue: Literal["model", "pooling", "dataset"] | None = None,
+    tower: str | None = None,
+    label: str | None = None,
+    color: str | None = None,
+    palette: Any = None,
     choice: LayerChoice | None = None,
     dataset: str | None = None,
     space: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw a metric along both towers with bands, the chance line and the chosen blocks.
+    """Draw a metric along the towers with bands, the chance line and the chosen blocks.
 
     A point is the mean over seeds, and over datasets where neither one is asked for nor pooled
     rows are there. Of several poolings, splits or spaces one is drawn, which a warning names.
 
     Args:
-        scores: Score table of one model.
+        scores: Score table; of one model, or of several with `hue="model"`.
         metric: Metric to draw.
-        choice: Layers whose blocks are shaded, vision below and text above.
+        hue: What gets a line and a colour each; None draws one line per tower.
+        tower: `vision` or `text`; None draws both, with `hue` in different dashes.
+        label: Name of the lines in the legend, for several calls on the same axes.
+        color: Colour of the lines; several calls on the same axes need one each.
+        palette: Colours of `hue`, as seaborn takes them: a name, a list, or a mapping.
+        choice: Layers whose blocks are marked under the axis, open ones pale.
         dataset: One dataset; None takes the pooled rows, or the mean over datasets.
         space: Space to read; None takes the first present.
         ax: Axes to draw on; a new figure where None.
 
     Raises:
-        UserError: The metric is not in the table, or the table holds several models or scorings.
+        UserError: The metric is not in the table or not on this tower, or the table holds several
+            models or scorings.
     """
     with style():
-        frame = over_datasets(curves(scores, metric, dataset, space))
-        Reading(space=space).say_choice(scores, metric)
+        parts = _parts(scores, metric, hue, dataset, space)
+        if tower is not None:
+            on_tower(pd.concat(parts.values()), metric, tower)  # refused where none has the tower
+            parts = {name: rows for name, part in parts.items()
+                     if len(rows := part[part["tower"] == tower])}  # fmt: skip
+        frame = pd.concat(parts.values())
+        if hue is None:
+            Reading(space=space).say_choice(scores, metric)
         ax = axes(ax)
-        axis = DepthAxis.of(frame, depths(scores))
-        for tower, part in frame.groupby("tower", sort=False):
-            _line(
-                ax,
-                axis,
-                part,
-                str(tower),
-                label=str(tower).capitalize(),
-                color=TOWER_COLOURS[str(tower)],
-                marker=TOWER_MARKERS[str(tower)],
-            )
-        _chance(ax, axis, frame)
+        axis = _shared_axis(scores, parts, hue)
+        looks = _looks(parts, color, palette)
+        several = frame["tower"].nunique() > 1
+        for name, part in parts.items():
+            for side, rows in part.groupby("tower", sort=False):
+                key = _key(str(side), name)
+                _line(ax, axis, rows, key, **_look(str(side), name, label, looks, several))
+        _chance(ax, axis, frame, hue)
         axis.draw(ax)
         if choice is not None:
-            shade(ax, axis, choice)
+            strip(ax, axis, choice, [one for one in TOWERS if one in axis.blocks])
         ax.set_ylabel(axis_label(metric))
         legend(ax)
         return mark_random(ax, is_random(scores))
+
+
+def _parts(
+    scores: pd.DataFrame, metric: str, hue: str | None, dataset: str | None, space: str | None
+) -> dict[str, pd.DataFrame]:
+    """Return the curves of each line: one part, or one for each value of the hue."""
+    if hue is None:
+        return {"": over_datasets(curves(scores, metric, dataset, space))}
+    if hue == "dataset":
+        frame = curves(scores, metric, dataset, space)
+        return {"all datasets" if name == POOLED else str(name): part
+                for name, part in frame.groupby("dataset", sort=False)}  # fmt: skip
+    names = scores[hue].astype(str)
+    if hue == "model" and scores.groupby("model")["weights"].nunique().max() > 1:
+        names += " (" + scores["weights"].astype(str) + ")"
+    rows = scores["metric"] == metric if "metric" in scores.columns else names == names
+    return {
+        str(name): over_datasets(curves(part, metric, dataset, space))
+        for name, part in scores[rows].groupby(names[rows], sort=False)
+    } or {"": over_datasets(curves(scores, metric, dataset, space))}
+
+
+def _key(tower: str, name: str) -> str:
+    """Return what the axis calls a tower: models of several depths have one each."""
+    return f"{tower}|{name}" if name else tower
+
+
+def _shared_axis(
+    scores: pd.DataFrame, parts: dict[str, pd.DataFrame], hue: str | None
+) -> DepthAxis:
+    """Return the axis of all parts; relative depth where they differ in depth."""
+    if hue != "model":
+        whole = DepthAxis.of(pd.concat(parts.values()), depths(scores))
+        named = {_key(t, name): d for name in parts for t, d in whole.blocks.items()}
+        return DepthAxis({**whole.blocks, **named}, whole.tail)
+    blocks: dict[str, int] = {}
+    for name, part in parts.items():
+        for tower, rows in part.groupby("tower", sort=False):
+            last = rows["position"].astype(str)
+            blocks[_key(str(tower), name)] = max(int(p) for p in last if p.isdecimal())
+            blocks.setdefault(str(tower), blocks[_key(str(tower), name)])
+    present = set(pd.concat(parts.values())["position"])
+    return DepthAxis(blocks, tuple(p for p in ("final", "proj") if p in present))
+
+
+def _looks(parts: dict[str, pd.DataFrame], color: str | None, palette: Any) -> dict[str, Any]:
+    """Return the colour of each part; empty where towers are told apart by colour."""
+    names = list(parts)
+    if color is not None:
+        return dict.fromkeys(names, color)
+    if names == [""] and palette is None:
+        return {}
+    if isinstance(palette, Mapping):
+        return dict(palette)
+    if palette is None:
+        return {name: category(number)["color"] for number, name in enumerate(names)}
+    import seaborn as sns
+
+    return dict(zip(names, sns.color_palette(palette, len(names))))
+
+
+def _look(
+    side: str, name: str, label: str | None, looks: dict[str, Any], several: bool
+) -> dict[str, Any]:
+    """Return colour, marker, dash and label of one line; `several`: of both towers."""
+    words = [label, name] if name and label else [label or name or side.capitalize()]
+    if (name or label) and several:
+        words.append(side)
+    return {
+        "color": looks.get(name, TOWER_COLOURS[side]),
+        "marker": TOWER_MARKERS[side],
+        "linestyle": "--" if looks and side == "text" and several else "-",
+        "label": label_text(", ".join(filter(None, words))),
+    }
 
 
 @checked
@@ -120,11 +210,11 @@ def dataset_curves(
         axis = DepthAxis.of(frame, depths(scores))
         for number, (name, part) in enumerate(frame.groupby("dataset", sort=False)):
             label = "all datasets" if name == POOLED else str(name)
-            _line(ax, axis, part, tower, label=_plain(label), **category(number))
+            _line(ax, axis, part, tower, label=label_text(label), **category(number))
         _chance(ax, axis, frame)
         axis.draw(ax)
         if choice is not None:
-            shade(ax, axis, choice, towers=(tower,))
+            strip(ax, axis, choice, [tower])
         ax.set_ylabel(axis_label(metric))
         legend(ax)
         return mark_random(ax, is_random(scores))
@@ -145,23 +235,30 @@ def on_tower(frame: pd.DataFrame, metric: str, tower: str) -> pd.DataFrame:
 
 def legend(ax: Axes) -> None:
     """Name the lines: inside the axes where there are few, else above them in columns."""
-    lines = len(ax.get_legend_handles_labels()[1])
+    names = ax.get_legend_handles_labels()[1]
+    lines, longest = len(names), max(map(len, names), default=0)
     place: dict[str, Any] = {"loc": "best", "frameon": True, "framealpha": 0.9, "edgecolor": "none"}
     if lines > 3:  # a larger one would hide curves
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 6}
         if lines < 6:
             place |= {"ncols": 2 if lines == 4 else 3, "fontsize": 7}
+        place["ncols"] = max(1, min(place["ncols"], 60 // (longest + 6)))
     ax.legend(handlelength=1.6, columnspacing=1.2, **place)
 
 
 def _line(ax: Axes, axis: DepthAxis, part: pd.DataFrame, tower: str, **options: Any) -> None:
+    import seaborn as sns
+
     x = [axis.x(tower, str(position)) for position in part["position"]]
     options.setdefault("marker", ".")
-    ax.plot(x, part["value"], **options)
+    sns.lineplot(
+        x=x, y=part["value"].to_numpy(), ax=ax, estimator=None, errorbar=None, legend=False,
+        markeredgecolor="none", **options,
+    )  # fmt: skip
     ax.fill_between(x, part["low"], part["high"], color=options["color"], alpha=0.16, linewidth=0)
 
 
-def _chance(ax: Axes, axis: DepthAxis, frame: pd.DataFrame) -> None:
+def _chance(ax: Axes, axis: DepthAxis, frame: pd.DataFrame, hue: str | None = None) -> None:
     """Draw what chance gives at each position: one line, or one per tower where they differ.
 
     Where the curves of a tower have their own, as those of several datasets may, a band spans them.
@@ -172,8 +269,8 @@ def _chance(ax: Axes, axis: DepthAxis, frame: pd.DataFrame) -> None:
                                                high=("null", "max"), null=("null", "mean")))
         for tower, part in known.groupby("tower", sort=False)
     ]  # fmt: skip
-    if not levels:
-        return
+    if not levels or (hue == "model" and not axis.equal):
+        return  # chance along depths that differ is no one line
     seen = pd.concat([known["null"], frame["value"].dropna()])
     tolerance = 0.01 * float(seen.max() - seen.min())
     shared = _alike(levels, tolerance)
@@ -204,29 +301,20 @@ def _alike(levels: list[tuple[str, pd.DataFrame]], tolerance: float) -> bool:
     return bool(((both.max(axis=1) - both.min(axis=1)) <= tolerance).all())
 
 
-def shade(
-    ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: tuple[str, ...] = ("vision", "text")
-) -> None:
-    """Shade the chosen blocks: the lower half of the axes for vision, the upper for text.
-
-    Where the axes show one tower only, its blocks take the whole height.
-    """
-    towers = tuple(tower for tower in towers if tower in axis.blocks)
-    for tower in towers:
-        low, high = (
-            (0.0, 1.0) if len(towers) == 1 else (0.0, 0.5) if tower == "vision" else (0.5, 1.0)
-        )
-        for first, last in runs(choice.blocks(tower)):
-            ax.axvspan(
-                axis.span(tower, first)[0],
-                axis.span(tower, last)[1],
-                low,
-                high,
-                color=TOWER_COLOURS[tower],
-                alpha=0.09,
-                linewidth=0,
-                zorder=0,
-            )
+def strip(ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: Sequence[str]) -> None:
+    """Mark the chosen blocks under the axis: a strip per tower, open blocks pale."""
+    height = 3.2  # points; the labels of the axis move down by as much
+    ax.tick_params(axis="x", pad=2.5 + (height + 1) * len(towers))
+    for lane, tower in enumerate(towers):
+        standing = choice.standing(tower, axis.blocks[tower])
+        down = ScaledTranslation(0, -(2 + (height + 1) * lane) / 72, ax.figure.dpi_scale_trans)
+        for block, how in enumerate(standing, 1):
+            if how != "frozen":
+                ax.plot(
+                    axis.span(tower, block), (0, 0), color=TOWER_COLOURS[tower], linewidth=height,
+                    alpha=0.3 if how == "open" else 1.0, solid_capstyle="butt", clip_on=False,
+                    transform=ax.get_xaxis_transform() + down, label=f"_{tower} {block} {how}",
+                )  # fmt: skip
 
 
 @checked
@@ -269,8 +357,3 @@ def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
             if handle is not None:
                 handle.set_alpha(1.0)
         return mark_random(ax, bool(choice.evidence.get("random_weights")))
-
-
-def _plain(text: str) -> str:
-    """Return text that matplotlib does not read as mathematics or as a hidden label."""
-    return text.replace("$", r"\$").lstrip("_")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.transforms import ScaledTranslation
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
@@ -17,6 +18,7 @@ from vlmlayers.plots.style import (
     TOWER_COLOURS,
     axes,
     axis_label,
+    label_text,
     mark_random,
     sparse_labels,
     style,
@@ -70,7 +72,6 @@ def agreement_matrix(
     with style():
         ax = axes(ax, (3.35, 2.9))
         _image(ax, grid.to_numpy(float), axis_label(metric))
-        ax.invert_yaxis()
         ax.set_xticks(range(len(columns)), _labels(columns, 8), rotation=90)
         ax.set_yticks(range(len(rows)), _labels(rows, 13))
         ax.set_xlabel(f"{other_tower.capitalize()} position")
@@ -109,7 +110,7 @@ def dataset_heatmap(
         ax.set_xticks(range(len(columns)), _labels(columns, 8), rotation=90)
         ax.set_yticks(
             range(len(grid)),
-            [str(n).replace("$", r"\$") if n != "*" else "all datasets" for n in grid.index],
+            [label_text(str(n), grid.index) if n != "*" else "all datasets" for n in grid.index],
         )
         ax.set_xlabel(f"{tower.capitalize()} position")
         if choice is not None:
@@ -148,12 +149,14 @@ def _mark(
     *,
     vertical: bool,
 ) -> None:
+    ax.tick_params(axis="y" if vertical else "x", pad=5, length=0)
     places = {int(name): i for i, name in enumerate(names) if name.isdecimal()}
     for first, last in runs(b for b in blocks if b in places):
         ends = [places[first] - 0.5, places[last] + 0.5]
-        edge = -0.012 if vertical else -0.025
-        line = ([edge, edge], ends) if vertical else (ends, [edge, edge])
-        transform = ax.get_yaxis_transform() if vertical else ax.get_xaxis_transform()
+        line = ([0, 0], ends) if vertical else (ends, [0, 0])
+        left, down = (-2.2 / 72, 0.0) if vertical else (0.0, -2.2 / 72)  # between axes and labels
+        along = ax.get_yaxis_transform() if vertical else ax.get_xaxis_transform()
+        transform = along + ScaledTranslation(left, down, ax.figure.dpi_scale_trans)
         ax.plot(
             *line,
             color=colour,

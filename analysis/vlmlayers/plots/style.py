@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from vlmlayers.arguments import checked
@@ -32,6 +33,13 @@ CATEGORY_COLOURS = (
     "#5B7F00",
 )
 CATEGORY_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+SCRIPTS = (  # fonts with other letters, where they are installed
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP",
+    "WenQuanYi Zen Hei", "Arial Unicode MS", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
+    "Malgun Gothic", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari",
+    "Noto Sans Thai", "Noto Sans Bengali", "Noto Sans Tamil", "Nirmala UI", "Segoe UI",
+    "Noto Emoji", "Segoe UI Emoji", "Symbola",
+)  # fmt: skip
 CHANCE_COLOUR = "#6B6B6B"
 SEQUENTIAL = "cividis"
 STYLE: dict[str, Any] = {
@@ -71,7 +79,7 @@ def style() -> Iterator[None]:
     """Draw inside this context in the shared style."""
     import matplotlib as mpl
 
-    options: Any = STYLE
+    options: Any = {**STYLE, "font.sans-serif": list(_fonts())}
     with mpl.rc_context(options):
         try:
             yield
@@ -100,6 +108,61 @@ def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
+
+
+def new_grid(panels: int, side: float) -> Any:
+    """Return axes of a new figure side by side, (panel,), each `side` inches wide."""
+    size = (side * panels + 0.8, side + 0.3)
+    if _is_interactive():
+        import matplotlib.pyplot as plt
+
+        return plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")[1][0]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.subplots(1, panels, squeeze=False)[0]
+
+
+@lru_cache(maxsize=1)
+def _fonts() -> tuple[str, ...]:
+    """Return the families that text is drawn with: the first, then those of other scripts here."""
+    from matplotlib import font_manager
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    return ("DejaVu Sans", *(name for name in SCRIPTS if name in there))
+
+
+@lru_cache(maxsize=1)
+def _drawable() -> frozenset[int]:
+    """Return the code points that the fonts have a shape for."""
+    from matplotlib import font_manager, ft2font
+
+    paths = [font_manager.findfont(name, fallback_to_default=False) for name in _fonts()]
+    return frozenset(code for path in paths for code in ft2font.FT2Font(path).get_charmap())
+
+
+def label_text(text: str, among: Iterable[str] = ()) -> str:
+    """Return text that matplotlib draws as it is: no mathematics, no hidden label, no warning.
+
+    A letter that no font here has is drawn as a box; where several names look the same then, they
+    are numbered.
+
+    Args:
+        text: Any text, such as a class name in any script.
+        among: The texts that stand beside it, this one included.
+    """
+    known = _drawable()
+
+    def drawn(name: str) -> str:
+        return "".join(c if ord(c) in known or c.isspace() else "□" for c in name)
+
+    made = drawn(text)
+    alike = [name for name in dict.fromkeys(among) if drawn(name) == made]
+    if len(alike) > 1 and made != text:
+        made += f" ({alike.index(text) + 1})"
+    return made.replace("$", r"\$").lstrip("_") or "□"
 
 
 @contextmanager

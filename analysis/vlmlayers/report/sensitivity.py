@@ -92,8 +92,8 @@ def _datasets(answer: Answer) -> Iterator[list[str]]:
     answers: dict[tuple[str, ...], list[str]] = {}
     for name, rows in table[table["dataset"] != POOLED].groupby("dataset", sort=False):
         parts = dict(iter(rows.groupby("tower")))
-        blocks = [_chosen(parts.get(tower), tower, options) for tower in answer.depths]
-        answers.setdefault(tuple(blocks), []).append(str(name))
+        blocks = tuple(_chosen(parts.get(tower), tower, options) for tower in answer.depths)
+        answers.setdefault(blocks, []).append(str(name))
     ordered = sorted(answers.items(), key=lambda pair: -len(pair[1]))
     by = axis_label(metric)
     for chosen, same in ordered[:MOST]:

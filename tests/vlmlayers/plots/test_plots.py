@@ -54,10 +54,15 @@ def test_curves_draw_the_values_of_the_table() -> None:
     assert len(xy) == 14 and xy[1, 0] == 1 and np.all(np.diff(xy[:, 0]) > 0)
     assert xy[1:5, 1].tolist() == [0.4] * 4 and xy[5:, 1].tolist() == [0.9] * 9
     assert line(ax, "Chance")[:, 1].tolist() == [0.1, 0.1]
-    shaded = [patch.get_extents().bounds for patch in ax.patches]
-    assert len(shaded) == 2  # one stretch per tower
-    first = ax.patches[0].get_xy()[0] if hasattr(ax.patches[0], "get_width") else None
-    assert first == 4.5
+    marked = {one.get_label(): one for one in ax.lines if str(one.get_label()).startswith("_")}
+    assert list(marked) == [f"_{t} {b} firm" for t in ("vision", "text") for b in range(5, 13)]
+    assert list(marked["_vision 5 firm"].get_xdata()) == [4.5, 5.5]
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    axis = ax.get_window_extent()
+    strips = [one.get_window_extent() for one in marked.values()]
+    assert all(box.y1 <= axis.y0 for box in strips), "under the axis, not over the curves"
+    labels = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+    assert not any(box.overlaps(label) for box in strips for label in labels)
     assert "ccuracy" in ax.get_ylabel()
 
 
@@ -260,3 +265,43 @@ def test_bad_input(call: object, message: str) -> None:
 def test_importing_plots_imports_no_torch() -> None:
     code = "import sys, vlmlayers.plots; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_hue_label_and_colour_draw_several_lines() -> None:
+    """Two models in one table, or two calls on the same axes, as seaborn has it."""
+    one, two = planted(12, 12), planted(24, 12, (9, 5)).assign(model="deep")
+    ax = plots.layer_curves(pd.concat([one, two]), hue="model", tower="vision")
+    assert ax.get_legend_handles_labels()[1][:2] == ["toy", "deep"]
+    assert line(ax, "toy")[12, 0] == line(ax, "deep")[24, 0], "last blocks stand together"
+    assert ax.get_xlabel() == "Relative depth"
+    with pytest.raises(UserError, match="2 models"):
+        plots.layer_curves(pd.concat([one, two]))
+    ax = plots.layer_curves(one, tower="vision", label="before", color="black")
+    again = plots.layer_curves(one, tower="vision", label="after", color="red", ax=ax)
+    assert again is ax and {"before", "after"} <= set(ax.get_legend_handles_labels()[1])
+    ax = plots.layer_curves(
+        full(), "class_accuracy", hue="dataset", tower="vision", palette="tab10"
+    )
+    names = ax.get_legend_handles_labels()[1]
+    assert [name for name in names if name != "Chance"] == list(DATASETS)
+    both = pd.concat([one, one.assign(pooling="mean", value=0.5 * one["value"])])
+    ax = plots.layer_curves(both, hue="pooling", tower="vision")
+    assert line(ax, "mean")[-1, 1] == pytest.approx(0.5 * line(ax, "cls")[-1, 1])
+
+
+@pytest.mark.parametrize("count", [3, 27])
+def test_marks_of_chosen_blocks_never_cover_labels(count: int) -> None:
+    scores = full()
+    names = [f"a dataset of a long name {number}" for number in range(count)]
+    rows = scores[scores["dataset"] == DATASETS[0]]
+    many = pd.concat([rows.assign(dataset=name) for name in names])
+    choice = select(scores, resamples=2)
+    for ax in (
+        plots.dataset_heatmap(many, choice=choice),
+        plots.agreement_matrix(many, choice=choice),
+    ):
+        ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+        marks = [one.get_window_extent() for one in ax.lines]
+        texts = [text for text in (*ax.get_xticklabels(), *ax.get_yticklabels()) if text.get_text()]
+        labels = [text.get_window_extent() for text in texts]
+        assert marks and not any(mark.overlaps(label) for mark in marks for label in labels)

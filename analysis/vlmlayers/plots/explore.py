@@ -1,0 +1,190 @@
+"""An interactive picture of features in Jupyter: depth under a slider, items under the pointer."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from vlmlayers.arguments import Count, Natural, Position, checked
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures
+from vlmlayers.plots.features import thumbnails
+from vlmlayers.plots.style import position_label
+from vlmlayers.positions import is_block
+from vlmlayers.scores.projection import Method, Space, Tower, project
+
+COLOURS = ("dataset", "class", "modality")
+SIDE = 48  # pixels of a thumbnail
+QUALITY = 70
+
+
+@checked
+def explore(
+    features: LayerFeatures | Sequence[LayerFeatures],
+    *,
+    methods: Sequence[Method] = ("pca", "tsne"),
+    positions: Sequence[Position] | None = None,
+    tower: Tower = "vision",
+    space: Space | None = None,
+    data: Any = None,
+    thumbnail: bool = True,
+    seed: Natural = 0,
+    limit: Count = 100,
+) -> Any:
+    """Return an interactive view of features for Jupyter, made with Altair.
+
+    A slider walks along depth; under the pointer stand thumbnail, class and dataset; colour and
+    projection are chosen below. `.save("explore.html", inline=True)` writes it as one file that
+    opens offline.
+
+    Args:
+        features: Of one model; one dataset or several.
+        methods: Projections to choose from: `pca`, `tsne`, `umap`. Each is computed at every
+            position, so that `tsne` takes some seconds per position.
+        positions: Those along the slider; all recorded ones where None.
+        tower: `vision`, `text`, or `both` in the joint space.
+        space: `native`, `normed` or `joint`; `joint` where both towers are shown.
+        data: By name of the dataset: its `Manifest`, where it is not known by name, or a mapping
+            from id to image. One of these itself where there is one dataset.
+        thumbnail: Whether images are shown; False where they are not at hand.
+        seed: Seed of the draw of items and of `tsne` and `umap`.
+        limit: Items at most of each dataset and tower.
+
+    Returns:
+        An `altair.Chart`, which Jupyter shows.
+
+    Raises:
+        UserError: Altair is not installed, an image is missing, or what
+            `vlmlayers.scores.projection.project` raises.
+    """
+    if find_spec("altair") is None:
+        raise UserError("explore needs Altair; pip install 'vlm-layers[notebooks]'")
+    parts = [features] if isinstance(features, LayerFeatures) else list(features)
+    if not (parts and methods):
+        raise UserError("explore needs features and at least one projection")
+    space = space or ("joint" if tower == "both" else "native")
+    shown = list(
+        positions or parts[0].tower("vision" if tower == "both" else tower).positions(space)
+    )
+    rows = [
+        row
+        for method in methods
+        for place, name in enumerate(shown)
+        for row in _rows(parts, name, place, method, tower, space, seed, limit)
+    ]
+    pictures = _pictures(parts, rows, data) if thumbnail and tower != "text" else []
+    return _chart(rows, pictures, [_title(name) for name in shown], list(methods))
+
+
+def _title(position: str) -> str:
+    return f"Block {position}" if is_block(position) else position_label(position)
+
+
+def _rows(
+    parts: Sequence[LayerFeatures],
+    position: str,
+    place: int,
+    method: Method,
+    tower: Tower,
+    space: Space,
+    seed: int,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """Return the points of one position under one projection, scaled to the unit square."""
+    table = project(
+        parts, position, method=method, tower=tower, space=space, seed=seed, limit=limit
+    )
+    for axis in ("x", "y"):
+        low, high = table[axis].min(), table[axis].max()
+        table[axis] = ((table[axis] - low) / ((high - low) or 1)).round(4)
+    table["key"] = table["dataset"] + "/" + table["item"]
+    kept = table[["x", "y", "dataset", "class", "modality", "key"]]
+    named = kept.assign(place=place, method=method).to_dict("records")
+    return [{str(key): value for key, value in row.items()} for row in named]
+
+
+def _pictures(
+    parts: Sequence[LayerFeatures], rows: Sequence[Mapping[str, Any]], data: Any
+) -> list[dict[str, str]]:
+    """Return one thumbnail per image as a data URI, looked up by the points."""
+    from PIL import Image
+
+    wanted = {str(row["key"]) for row in rows if row["modality"] == "image"}
+    found = []
+    for part in parts:
+        head = f"{part.dataset}/"
+        ids = sorted(key.removeprefix(head) for key in wanted if key.startswith(head))
+        several = isinstance(data, Mapping) and part.dataset in data
+        for name, array in thumbnails(
+            part, ids, data[part.dataset] if several else data, SIDE
+        ).items():
+            content = io.BytesIO()
+            Image.fromarray(array).save(content, "JPEG", quality=QUALITY)
+            uri = f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+            found.append({"key": head + name, "image": uri})
+    return found
+
+
+def _chart(
+    rows: list[dict[str, Any]],
+    pictures: list[dict[str, str]],
+    titles: list[str],
+    methods: list[str],
+) -> Any:
+    """Return the chart: points filtered by slider and choice, pictures joined on."""
+    import altair as alt
+
+    # Values inline: the limit of rows that Altair sets for tables does not hold for these.
+    depth = alt.param(
+        name="depth",
+        value=len(titles) - 1,
+        bind=alt.binding_range(min=0, max=len(titles) - 1, step=1, name="Depth "),
+    )
+    colour = alt.param(
+        name="colour",
+        value="dataset",
+        bind=alt.binding_select(options=list(COLOURS), name="Colour "),
+    )
+    method = alt.param(
+        name="method",
+        value=methods[0],
+        bind=alt.binding_select(options=methods, name="Projection "),
+    )
+    named = alt.param(name="named", expr=f"{titles!r}[depth]")
+    points = (
+        alt.Chart(alt.InlineData(values=rows))
+        .transform_filter("datum.place == depth && datum.method == method")
+        .transform_calculate(group="datum[colour]")
+    )
+    if pictures:
+        points = points.transform_lookup(
+            lookup="key",
+            from_=alt.LookupData(alt.InlineData(values=pictures), key="key", fields=["image"]),
+        )
+    hidden = alt.Axis(labels=False, ticks=False, title=None, grid=False)
+    tips = [alt.Tooltip("image:N")] if pictures else []
+    return (
+        points.mark_point(filled=True, size=45, opacity=0.75)
+        .encode(
+            x=alt.X("x:Q", axis=hidden, scale=alt.Scale(domain=[-0.03, 1.03])),
+            y=alt.Y("y:Q", axis=hidden, scale=alt.Scale(domain=[-0.03, 1.03])),
+            color=alt.Color(
+                "group:N",
+                title=None,
+                scale=alt.Scale(scheme="tableau20"),
+                legend=alt.Legend(symbolLimit=30),
+            ),
+            shape=alt.Shape(
+                "modality:N",
+                legend=None,
+                scale=alt.Scale(domain=["image", "text"], range=["circle", "triangle-up"]),
+            ),
+            tooltip=[*tips, "class:N", "dataset:N", "modality:N"],
+        )
+        .add_params(depth, colour, method, named)
+        .properties(width=480, height=480, title=alt.Title(alt.expr("named"), anchor="start"))
+        .interactive()
+    )

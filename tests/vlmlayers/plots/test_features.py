@@ -1,0 +1,166 @@
+"""Pictures of features: what they show, in seaborn's conventions, with planted answers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+import vlmlayers as vl
+from vlmlayers.errors import UserError
+from vlmlayers.plots.style import label_text
+from vlmlayers.scores.projection import nearest, project
+
+NAMES = ("cat", "dog", "emu")
+
+
+def planted(dataset: str = "pets", shift: float = 0.0, n: int = 30) -> vl.LayerFeatures:
+    """Classes apart by ten along one axis at block 2, all alike at `embed`; texts lie elsewhere."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(n) % 3
+
+    def apart(rows: np.ndarray, far: float) -> np.ndarray:
+        values = generator.normal(size=(len(rows), 6)) * 0.1
+        values[:, 0] += 10 * rows
+        values[:, 1] += far
+        return values
+
+    by_depth = {"embed": np.ones((n, 6)), "1": apart(labels, shift), "2": apart(labels, shift)}
+    words = {"1": apart(np.arange(3), 50), "2": apart(np.arange(3), 50)}
+    return vl.LayerFeatures.from_arrays(
+        by_depth, words, labels=labels, class_names=NAMES, space="joint", dataset=dataset
+    )
+
+
+def test_projection_keeps_planted_distances() -> None:
+    table = project(planted(), 2, space="joint")
+    means = table.groupby("class")["x"].mean().sort_values()
+    assert np.diff(means) == pytest.approx([10, 10], abs=0.2)
+    centred = planted().tower("vision").array("2", "joint")[table["row"]]
+    centred = centred - centred.mean(axis=0)
+    _, directions = np.linalg.eigh(np.cov(centred.T))
+    assert abs(np.corrcoef(centred @ directions[:, -1], table["x"])[0, 1]) == pytest.approx(1)
+    same = project(planted(), "embed", space="joint")
+    assert not same[["x", "y"]].to_numpy().any(), "rounding noise is no picture"
+    for method in ("pca", "tsne"):
+        one, two = (project(planted(), 2, space="joint", method=method, seed=3) for _ in range(2))
+        assert one.equals(two)
+
+
+def test_neighbours_are_those_of_the_cosine() -> None:
+    features = planted()
+    table = nearest(features, 4, count=3, positions=["2"], space="joint")
+    unit = features.tower("vision").array("2", "joint").astype(float)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    order = [row for row in np.argsort(-(unit @ unit[4])) if row != 4]
+    assert list(table["row"]) == order[:3] and list(table["rank"]) == [1, 2, 3]
+    assert table["same_class"].tolist() == [row % 3 == 1 for row in order[:3]]
+    with pytest.raises(UserError, match="no item 30; valid: 0 to 29"):
+        nearest(features, 30)
+
+
+def test_a_scatter_follows_the_conventions_of_seaborn() -> None:
+    ax = Figure().subplots()
+    drawn = vl.plots.scatter(
+        planted(), 2, space="joint", colour="class", ax=ax, palette=dict(zip(NAMES, "rgb"))
+    )
+    assert drawn is ax and ax.get_title(loc="left") == "Block 2"
+    legend = ax.get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == list(NAMES)
+    points = ax.collections[0]
+    assert len(points.get_offsets()) == 30
+    assert {to_hex(c) for c in points.get_facecolors()} == {to_hex(c) for c in "rgb"}
+    several = vl.plots.scatter([planted(), planted("more", 30)], space="joint", colour="dataset")
+    assert [ax.get_title(loc="left") for ax in several] == ["Embed", "Block 1", "Block 2"]
+    assert all(isinstance(ax, Axes) for ax in several)
+
+
+def test_images_and_texts_stand_in_one_picture_in_the_joint_space() -> None:
+    ax = vl.plots.scatter(planted(), 2, colour="modality")
+    assert isinstance(ax, Axes)
+    table = project(planted(), 2, tower="both", space="joint")
+    assert table["modality"].value_counts().to_dict() == {"image": 30, "text": 3}
+    apart = table.groupby("modality")[["x", "y"]].mean()
+    assert np.linalg.norm(apart.loc["image"] - apart.loc["text"]) == pytest.approx(50, abs=1)
+    with pytest.raises(UserError, match="joint"):
+        vl.plots.scatter(planted(), 2, tower="both", space="native")
+
+
+def test_thumbnails_of_neighbours_come_from_the_dataset_or_from_the_caller() -> None:
+    features = planted()
+    ids = features.tower("vision").ids
+    images = {name: np.full((8, 8, 3), 8 * row, np.uint8) for row, name in enumerate(ids)}
+    ax = vl.plots.neighbours(features, 4, positions=[1, 2], count=3, data=images, space="joint")
+    assert len(ax.images) == 2 * 4
+    shades = [int(np.asarray(image.get_array())[0, 0, 0]) // 8 for image in ax.images]
+    wanted = nearest(features, 4, count=3, positions=["1", "2"], space="joint")
+    assert shades == [4, *wanted["row"][:3], 4, *wanted["row"][3:]]
+    frames = [to_hex(patch.get_edgecolor()) for patch in ax.patches]
+    assert frames.count("#007e5d") == int(wanted["same_class"].sum())
+
+
+def test_umap_is_refused_in_one_line_where_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmlayers.scores.projection.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'vlm-layers\[umap\]', or take 'tsne'"):
+        vl.plots.scatter(planted(), 2, method="umap", space="joint")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f: vl.plots.scatter(f, 9, space="joint"), "unknown position '9'"),
+        (lambda f: vl.plots.scatter(f, 1), "unknown space 'native'"),
+        (lambda f: vl.plots.scatter(f, 1, method="pcca"), "method"),
+        (lambda f: vl.plots.scatter([], 1), "one model, not 0"),
+        (lambda f: vl.plots.scatter(f, [1, 2], space="joint", ax=Figure().subplots()), "ax"),
+        (lambda f: vl.plots.scatter(planted(n=4), 1, space="joint"), "4 items; at least 5"),
+    ],
+)
+def test_bad_input(call: Callable[[vl.LayerFeatures], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(planted())
+
+
+@pytest.mark.parametrize("name", ["猫と犬", "кошка", "قطة", "बिल्ली", "🐈 cat", "$x$", "_hidden"])
+def test_names_in_any_script_are_drawn_or_replaced_without_a_warning(name: str) -> None:
+    features = planted(dataset=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = vl.plots.scatter([features, planted("other")], 2, space="joint")
+        ax.figure.canvas.draw()  # type: ignore[union-attr]
+    assert label_text("plain", ["plain", name]) == "plain"
+    one, two = (label_text(text, ["\U0001f9ff", "\U0001f9fe"]) for text in "\U0001f9ff\U0001f9fe")
+    assert one != two, "names that cannot be drawn are still told apart"
+
+
+def test_explore_holds_every_position_item_and_thumbnail() -> None:
+    pytest.importorskip("altair", reason="needs the extra 'notebooks'")
+    features = planted()
+    ids = features.tower("vision").ids
+    images = {name: np.full((8, 8, 3), 8 * row, np.uint8) for row, name in enumerate(ids)}
+    chart = vl.explore(features, methods=["pca"], space="joint", data=images)
+    content = json.loads(chart.to_json())
+    rows = inline(content, content["data"])
+    assert len(rows) == 3 * 30 and {row["place"] for row in rows} == {0, 1, 2}
+    assert all(0 <= row[axis] <= 1 for row in rows for axis in "xy")
+    assert {param["name"] for param in content["params"]} >= {"depth", "colour", "method"}
+    slider = next(param for param in content["params"] if param["name"] == "depth")
+    assert slider["bind"]["input"] == "range" and slider["bind"]["max"] == 2
+    lookup = next(step for step in content["transform"] if "lookup" in step)
+    pictures = inline(content, lookup["from"]["data"])
+    assert {one["key"] for one in pictures} == {row["key"] for row in rows}
+    assert all(one["image"].startswith("data:image/jpeg;base64,") for one in pictures)
+    chart = vl.explore(features, methods=["pca"], tower="both", thumbnail=False, positions=[1, 2])
+    both = json.loads(chart.to_json())
+    assert {row["modality"] for row in inline(both, both["data"])} == {"image", "text"}
+
+
+def inline(chart: dict, data: dict) -> list[dict]:
+    """Rows of a chart's data, which Altair keeps by name beside the chart."""
+    return data["values"] if "values" in data else chart["datasets"][data["name"]]
