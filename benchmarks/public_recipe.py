@@ -28,7 +28,7 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """One residual block over (token, item, width) with the weights of an open_clip block."""
 
     def __init__(self, block: nn.Module, mask: Tensor | None) -> None:
@@ -39,6 +39,7 @@ class _Block(nn.Module):
         self.ln_1, self.ln_2, self.mlp, self.mask = block.ln_1, block.ln_2, block.mlp, mask
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=self.mask)[0]
         return x + self.mlp(self.ln_2(x))
@@ -56,8 +57,8 @@ class PublicMMA(nn.Module):
         super().__init__()
         self.config, self.clip = config, clip
         visual, text = clip.visual.transformer, clip.transformer
-        self.visual_blocks = nn.ModuleList(_Block(b, None) for b in visual.resblocks)
-        self.text_blocks = nn.ModuleList(_Block(b, clip.attn_mask) for b in text.resblocks)
+        self.visual_blocks = nn.ModuleList(Block(b, None) for b in visual.resblocks)
+        self.text_blocks = nn.ModuleList(Block(b, clip.attn_mask) for b in text.resblocks)
         self.requires_grad_(False)
         self.visual_adapter = self._branches(config.vision, visual.width)
         self.text_adapter = self._branches(config.text, text.width)

@@ -159,7 +159,7 @@ def compare(
     return [row(side, sides[0], device) | where | machine(device) for side in sides]
 
 
-def row(side: Side, public: Side, device: str) -> dict[str, Any]:
+def row(side: Side, public: Side, device: str, batch: int = BATCH) -> dict[str, Any]:
     """Return what was measured of one side, beside the public recipe."""
     middle = statistics.median(side.seconds[1:])
     ratios = [a / b for a, b in zip(public.seconds[1:], side.seconds[1:])]
@@ -167,7 +167,7 @@ def row(side: Side, public: Side, device: str) -> dict[str, Any]:
     difference = max(abs(a - b) for a, b in zip(side.losses, public.losses))
     made = {
         "side": side.name, "views": side.views, "seconds": round(middle, 4),
-        "images_per_second": round(BATCH / middle, 2),
+        "images_per_second": round(batch / middle, 2),
         "ratio": round(statistics.median(ratios), 2), "ratio_low": round(min(ratios), 2),
         "ratio_high": round(max(ratios), 2), "cpu_ratio": round(statistics.median(cpu), 2),
         "peak_mib": round(peak(side.step, device)),
