@@ -406,7 +406,7 @@ def test_each_smallest_n_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -> None:
     words = stated_options(scores, "dataset_accuracy")
-    for fact in ("split by item or class", "balance equal or weights", "folds 5",
+    for fact in ("split by item (vision) and class (text)", "balance equal (vision) and weights (text)", "folds 5",
                  "normalise columns", "interval bootstrap", "seeds 1, 2"):  # fmt: skip
         assert fact in words
     agreement = stated_options(scores, "cka_debiased")
