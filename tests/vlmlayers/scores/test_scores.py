@@ -406,7 +406,9 @@ def test_each_smallest_n_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -> None:
     words = stated_options(scores, "dataset_accuracy")
-    for fact in ("split by item (vision) and class (text)", "balance equal (vision) and weights (text)", "folds 5",
+    by_tower = ("split by item (vision) and class (text)",
+                "balance equal (vision) and weights (text)")  # fmt: skip
+    for fact in (*by_tower, "folds 5",
                  "normalise columns", "interval bootstrap", "seeds 1, 2"):  # fmt: skip
         assert fact in words
     agreement = stated_options(scores, "cka_debiased")
