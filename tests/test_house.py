@@ -99,8 +99,7 @@ def test_public_surface_is_small() -> None:
     import vlmadapters
     import vlmlayers
 
-    # `explore` and `open_run` are what a notebook starts with, and so beyond the twenty.
-    assert len(vlmlayers.__all__) <= 21 and sorted(vlmlayers.__all__) == dir(vlmlayers)
+    assert len(vlmlayers.__all__) <= 20 and sorted(vlmlayers.__all__) == dir(vlmlayers)
     assert len(vlmadapters.__all__) <= 12 and sorted(vlmadapters.__all__) == dir(vlmadapters)
 
 

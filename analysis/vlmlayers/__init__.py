@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from vlmlayers.scores import score as score
     from vlmlayers.scores import write_scores as write_scores
     from vlmlayers.selection import LayerChoice as LayerChoice
-    from vlmlayers.selection import placement_score as placement_score
     from vlmlayers.selection import predict as predict
     from vlmlayers.selection import select as select
     from vlmlayers.study import open_run as open_run
@@ -42,7 +41,6 @@ _HOMES = {
     "extract": "models",
     "load_model": "models",
     "open_run": "study",
-    "placement_score": "selection",
     "predict": "selection",
     "read_scores": "scores",
     "read_study": "study",
