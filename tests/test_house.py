@@ -116,3 +116,14 @@ def test_no_machine_path_is_committed(repository: Path) -> None:
         and here in (repository / name).read_text(errors="ignore")
     ]
     assert offenders == []
+
+
+def test_each_class_name_means_one_thing(repository: Path) -> None:
+    found: dict[str, list[str]] = {}
+    for path in sorted(
+        p for root in ("analysis", "adapters") for p in repository.glob(f"{root}/**/*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(repository)))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}

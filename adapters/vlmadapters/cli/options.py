@@ -17,6 +17,24 @@ Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
 Method = Annotated[str, typer.Option(help="Method to train, as in mma, maple or coop.")]
 CHOICE = "choice"  # stands for the choice of a study, or of --choice, among placements
 Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        help="A recipe of the method: published, mini, …, or a TOML file; mini for the mini-clip, "
+        "else published, where absent."
+    ),
+]
+Seeds = Annotated[str, typer.Option(help="Seeds, as in 1,2,3.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="A value of the recipe or the method, as in lr=0.03 or scale=0.1; repeatable.",
+    ),
+]
+Together = Annotated[int, typer.Option(help="Settings trained side by side.")]
 
 
 def load_backbone(model: str, weights: Weights, device: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,10 @@ import typer
 
 from vlmadapters.cli.options import (
     Method,
+    RecipeName,
+    Seeds,
+    Settings,
+    Together,
     Workers,
     find_datasets,
     load_backbone,
@@ -69,16 +74,10 @@ def search(
     novel: Annotated[
         bool, typer.Option(help="Hold out half of the base classes whole as well.")
     ] = True,
-    seeds: Annotated[str, typer.Option(help="Seeds of the draws, as in 1,2,3.")] = "1",
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="As in `train`; mini for the mini-clip, else published, where absent."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="As in `train`; repeatable."),
-    ] = None,
-    together: Annotated[int, typer.Option(help="Settings trained side by side.")] = 12,
+    seeds: Seeds = "1",
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    together: Together = 12,
     device: Device = "auto",
     workers: Workers = 0,
     present_only: PresentOnly = False,
@@ -140,9 +139,12 @@ def _text(found: Any, out: Path) -> str:
     ].mean()
     means.insert(0, "folds", found.table["setting"].value_counts())
     means["difference"] = means.index.map(summary["mean_differences"])
-    means = means.sort_values("difference", ascending=False)
+    means = means.sort_values("difference", ascending=False).rename_axis(None)
+    means.columns = [name.replace("log_likelihood", "LL") for name in means.columns]
     shown = means.to_string(float_format=lambda value: f"{value:.3f}")
+    shown += "\nLL: log-likelihood of held-out items; difference: of the criterion, to the default"
     left_out = [f"left out: {one['setting']} ({one['why']})" for one in summary["skipped"]]
     cost = summary["cost"]
     spent = f"cost {cost['trainings']:.1f} full trainings, {cost['seconds']:.0f} s of training"
-    return "\n".join([shown, *left_out, found.statement, f"{spent}, {out / 'search.json'}"])
+    statement = textwrap.fill(found.statement, 80, break_on_hyphens=False)
+    return "\n".join([shown, *left_out, statement, f"{spent}, {out / 'search.json'}"])

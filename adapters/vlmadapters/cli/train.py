@@ -11,6 +11,10 @@ import typer
 from vlmadapters.cli.options import (
     CHOICE,
     Limit,
+    RecipeName,
+    Seeds,
+    Settings,
+    Together,
     Workers,
     find_datasets,
     load_backbone,
@@ -53,13 +57,7 @@ def train(
     method: Annotated[
         str, typer.Option(help="Method, or several as in mma,coop; each with its own recipe.")
     ] = "mma",
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="A recipe of the method: published, mini, …, or a TOML file; mini for the "
-            "mini-clip, else published, where absent."
-        ),
-    ] = None,
+    recipe: RecipeName = None,
     placement: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,17 +74,9 @@ def train(
             "where absent."
         ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, as in 1,2,3.")] = "1,2,3",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            "-s",
-            metavar="KEY=VALUE",
-            help="A value of the recipe or the adapter, as in lr=0.03 or scale=0.1; repeatable.",
-        ),
-    ] = None,
-    together: Annotated[int, typer.Option(help="Placements trained side by side.")] = 12,
+    seeds: Seeds = "1,2,3",
+    settings: Settings = None,
+    together: Together = 12,
     device: Device = "auto",
     limit: Limit = 0,
     workers: Workers = 0,

@@ -82,7 +82,7 @@ OFFICIAL = re.compile(rf"prompt_learner\.(?:ctx|w)|{NORM.pattern}")
 
 
 @dataclass(eq=False)
-class Texts:
+class LASPTexts:
     """The text side of some classes.
 
     Attributes:
@@ -161,7 +161,7 @@ class LASP(LearnedContext):
 
         return tuned
 
-    def prepare(self, backbone: Backbone, task: Task) -> Texts:
+    def prepare(self, backbone: Backbone, task: Task) -> LASPTexts:
         """Return the frozen state of the class prompts, those of other names behind them."""
         others = () if self.config.other_names == "none" else task.other_names
         names = (*task.class_names, *others)
@@ -174,9 +174,9 @@ class LASP(LearnedContext):
             made = torch.stack([backbone.text_features(each) for each in texts])
             return F.normalize(single(made), dim=-1)
 
-        return Texts(state, len(task.class_names), references)
+        return LASPTexts(state, len(task.class_names), references)
 
-    def class_features(self, backbone: Backbone, classes: Texts) -> Tensor:
+    def class_features(self, backbone: Backbone, classes: LASPTexts) -> Tensor:
         """Return corrected features, (class, joint), of the classes that compete at a test."""
         state = classes.prompts
         if not (self.config.as_published and self.config.other_names == "virtual"):

@@ -19,7 +19,7 @@ from vlmadapters.methods.configs import LinearProbeConfig
 from vlmlayers.errors import UserError
 
 
-class Classes(NamedTuple):
+class ProbedClasses(NamedTuple):
     """The text side of some classes.
 
     Attributes:
@@ -57,13 +57,13 @@ class LinearProbe(Method):
         self.weight = nn.Parameter(torch.zeros(count, backbone.joint), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(count), requires_grad=False)
 
-    def prepare(self, backbone: Backbone, task: Task) -> Classes:
+    def prepare(self, backbone: Backbone, task: Task) -> ProbedClasses:
         """Return features of hand-made prompts, and which of the probe's classes these are."""
         features = backbone.text_features(task.prompts(task.hand_made))
         rows = places(task.class_names, self.class_names)
-        return Classes(features, torch.tensor(rows, device=features.device))
+        return ProbedClasses(features, torch.tensor(rows, device=features.device))
 
-    def class_features(self, backbone: Backbone, classes: Classes) -> Classes:
+    def class_features(self, backbone: Backbone, classes: ProbedClasses) -> ProbedClasses:
         """Return the classes as they are: nothing of their texts is learned."""
         return classes
 
@@ -106,7 +106,7 @@ class LinearProbe(Method):
             weight, bias = (torch.cat([torch.zeros_like(one), one]) for one in (weight, bias))
         return weight, bias
 
-    def logits(self, backbone: Backbone, images: Tensor, classes: Classes) -> Tensor:
+    def logits(self, backbone: Backbone, images: Tensor, classes: ProbedClasses) -> Tensor:
         """Return the probe's logits where it knows all classes, else zero-shot ones."""
         if bool((classes.rows < 0).any()):
             return scaled_cosines(backbone.clip, images, classes.features)

@@ -33,7 +33,7 @@ from vlmadapters.methods.coop import LearnedContext
 PASSES = 0x9D  # key of the order in which a pass takes the prompts
 
 
-class Texts(NamedTuple):
+class ProDATexts(NamedTuple):
     """The text side of some classes.
 
     Attributes:
@@ -82,7 +82,7 @@ class ProDA(LearnedContext):
         places += ["end"] * (config.prompts - len(places))
         self.places = torch.tensor([CLASS_AT.index(place) for place in places])
 
-    def prepare(self, backbone: Backbone, task: Task) -> Texts:
+    def prepare(self, backbone: Backbone, task: Task) -> ProDATexts:
         """Return the frozen states of the prompts with and without a class."""
         words, first = [PLACEHOLDER] * self.config.length, self.first(backbone, "text")
         made = [
@@ -97,13 +97,13 @@ class ProDA(LearnedContext):
         ]
         tokens, slots = (torch.cat(parts) for parts in zip(*made))
         bare = context_prompts(backbone, [""], words)
-        return Texts(
+        return ProDATexts(
             context_state(backbone, tokens, slots, first),
             context_state(backbone, *bare, first),
             len(task.class_names),
         )
 
-    def prompt_features(self, backbone: Backbone, texts: Texts, numbers: Tensor) -> Tensor:
+    def prompt_features(self, backbone: Backbone, texts: ProDATexts, numbers: Tensor) -> Tensor:
         """Return unit features of some prompts for every class, (prompt, class, joint).
 
         Args:
@@ -119,7 +119,7 @@ class ProDA(LearnedContext):
         )
         return found.view(len(numbers), texts.classes, -1)
 
-    def bare_features(self, backbone: Backbone, texts: Texts) -> Tensor:
+    def bare_features(self, backbone: Backbone, texts: ProDATexts) -> Tensor:
         """Return unit features of all prompts without a class, (prompt, joint)."""
         rows = torch.zeros(self.config.prompts, dtype=torch.long, device=backbone.device)
         which = torch.arange(self.config.prompts)
@@ -130,7 +130,7 @@ class ProDA(LearnedContext):
         found = backbone.features("text", replace(state, note=note), self)
         return F.normalize(single(found), dim=-1)
 
-    def class_features(self, backbone: Backbone, classes: Texts) -> Tensor:
+    def class_features(self, backbone: Backbone, classes: ProDATexts) -> Tensor:
         """Return the mean over all prompts of their unit features, (class, joint)."""
         total = torch.zeros((), device=backbone.device)
         for numbers in torch.arange(self.config.prompts).split(self.config.group):

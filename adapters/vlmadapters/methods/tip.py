@@ -27,7 +27,7 @@ SCALE = 100.0  # the authors' constant, whatever the backbone's own scale is
 LEAST = 0.1  # of the values tried for α and β
 
 
-class Classes(NamedTuple):
+class CachedClasses(NamedTuple):
     """The text side of some classes.
 
     Attributes:
@@ -73,15 +73,15 @@ class Tip(Method):
         self.register_buffer("alpha", torch.tensor(float(config.alpha)))
         self.register_buffer("beta", torch.tensor(float(config.beta)))
 
-    def prepare(self, backbone: Backbone, task: Task) -> Classes:
+    def prepare(self, backbone: Backbone, task: Task) -> CachedClasses:
         """Return unit features of the classes, and which of the cache's they are."""
         templates = self.config.templates or (task.hand_made,)
         made = torch.stack([backbone.text_features(task.prompts(one)) for one in templates])
         weights = F.normalize(F.normalize(single(made), dim=-1).mean(0), dim=-1)
         columns = places(task.class_names, self.class_names)
-        return Classes(weights, torch.tensor(columns, device=weights.device))
+        return CachedClasses(weights, torch.tensor(columns, device=weights.device))
 
-    def class_features(self, backbone: Backbone, classes: Classes) -> Classes:
+    def class_features(self, backbone: Backbone, classes: CachedClasses) -> CachedClasses:
         """Return the classes as they are: nothing of them is learned."""
         return classes
 
@@ -119,7 +119,7 @@ class Tip(Method):
         self.search(*data.validation(), data.classes)
 
     @torch.no_grad()
-    def search(self, images: Tensor, labels: Tensor, classes: Classes) -> NDArray[np.int64]:
+    def search(self, images: Tensor, labels: Tensor, classes: CachedClasses) -> NDArray[np.int64]:
         """Choose α and β on labelled images; return the hits of each pair, (β, α).
 
         The first pair, β before α, with more hits than all before it is chosen; both are 0 where
@@ -147,14 +147,14 @@ class Tip(Method):
         self.touch()
         return table
 
-    def logits(self, backbone: Backbone, images: Tensor, classes: Classes) -> Tensor:
+    def logits(self, backbone: Backbone, images: Tensor, classes: CachedClasses) -> Tensor:
         """Return zero-shot logits plus those of the cache, (image, class)."""
         with torch.autocast(images.device.type, enabled=False):
             f = F.normalize(single(images), dim=-1)
             cached = self._cached(f @ self.keys.T, self.beta, classes)
             return SCALE * f @ classes.weights.T + self.alpha * cached
 
-    def _cached(self, affinity: Tensor, beta: Tensor | float, classes: Classes) -> Tensor:
+    def _cached(self, affinity: Tensor, beta: Tensor | float, classes: CachedClasses) -> Tensor:
         """Return the cache's votes, (image, class), from cosines to its items, (image, item)."""
         values = (self.labels[:, None] == classes.columns).to(affinity)
         return torch.exp(-beta * (1 - affinity)) @ values

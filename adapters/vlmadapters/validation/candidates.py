@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from vlmadapters.methods.config import VIT_B_16
@@ -23,7 +22,7 @@ def scaled(recipe: Recipe, depths: Mapping[str, int]) -> Recipe:
     if dict(depths) == VIT_B_16 or not recipe.method.towers:
         return recipe
     method = type(recipe.method).published(depths, **recipe.method.settings())
-    return replace(recipe, method=method)
+    return recipe.with_method(method)  # so that no value of a dataset goes before the placement
 
 
 def tried_amounts(default: Recipe, amounts: Iterable[Amount] | None = None) -> list[Recipe]:
@@ -70,16 +69,10 @@ def tried_placements(
 
 def _usual(default: Recipe, depths: Mapping[str, int]) -> list[Placement]:
     """Return the usual competitors of a setting's placement in its method's towers."""
-    towers, chosen = default.method.towers, Placement(default.method.vision, default.method.text)
-    if not towers or not chosen:
+    chosen = Placement(default.method.vision, default.method.text)
+    if not default.method.towers or not chosen:
         return []
-    return [
-        Placement(
-            one.placement.vision if "vision" in towers else (),
-            one.placement.text if "text" in towers else (),
-        )
-        for one in competitors(chosen, depths, KINDS)
-    ]
+    return [one.placement for one in competitors(chosen, depths, KINDS, method=default.method)]
 
 
 def crossed(tuned: Recipe, placements: Sequence[Recipe]) -> list[Recipe]:

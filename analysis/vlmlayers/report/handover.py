@@ -15,6 +15,14 @@ def handover_text(answer: Answer) -> str:
     counted = ", ".join(
         f"{tower} {describe_blocks(blocks)}" for tower, blocks in answer.choice.zero_based.items()
     )
+    open_ones = any(
+        set(answer.choice.open(tower)) & set(answer.choice.blocks(tower))
+        for tower in answer.choice.zero_based
+    )
+    firm = ", ".join(
+        f"{tower} {describe_blocks(block - 1 for block in answer.choice.firm(tower))}"
+        for tower in answer.choice.zero_based
+    )
     lines = [
         "import peft, torch, vlmlayers as vl",
         "",
@@ -26,6 +34,7 @@ def handover_text(answer: Answer) -> str:
         "optimiser = torch.optim.AdamW(choice.parameter_groups(clip, lr=1e-5))",
         "",
         f"# blocks counted from 0, as modules are: {counted}",
+        *([f"# open blocks included; the firm ones alone: {firm}"] if open_ones else []),
     ]
     towers = answer.provenance.get("model", {}).get("towers", {})
     patterns = [

@@ -16,7 +16,7 @@ BESIDE = 8  # placements trained beside the sweep of the first block
 
 
 @dataclass(frozen=True)
-class Step:
+class NextStep:
     """One thing to do next.
 
     Attributes:
@@ -30,13 +30,13 @@ class Step:
     code: str
 
 
-def next_steps(answer: Answer) -> list[Step]:
+def next_steps(answer: Answer) -> list[NextStep]:
     """Return what to do with a run: prove the choice by training, and adapt with it."""
     proof = "Train more seeds" if answer.validation is not None else "Prove the choice by training"
     seeds = (4, 5, 6) if answer.validation is not None else SEEDS
     return [
-        Step(proof, _duration(answer, len(seeds)), _validate(answer, seeds)),
-        Step(
+        NextStep(proof, _duration(answer, len(seeds)), _validate(answer, seeds)),
+        NextStep(
             "Fine-tune these layers",
             "Text to copy, for peft and for training the blocks themselves.",
             handover_text(answer),
