@@ -6,7 +6,8 @@ Optimization", CVPR 2023.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +21,8 @@ from vlmadapters.methods.configs import KgCoOpConfig
 from vlmadapters.methods.coop import CoOp
 
 
-class Guided(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Guided:
     """The text side of some classes: prompts with context, and hand-made ones.
 
     Attributes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -19,7 +20,8 @@ from vlmadapters.methods.configs import LinearProbeConfig
 from vlmlayers.errors import UserError
 
 
-class ProbedClasses(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ProbedClasses:
     """The text side of some classes.
 
     Attributes:

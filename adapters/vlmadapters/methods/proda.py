@@ -7,8 +7,8 @@ reimplementation ml-stat-Sustech/CLIP_Calibration, as the authors' code cannot b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from vlmadapters.methods.coop import LearnedContext
 PASSES = 0x9D  # key of the order in which a pass takes the prompts
 
 
-class ProDATexts(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ProDATexts:
     """The text side of some classes.
 
     Attributes:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ SCALE = 100.0  # the authors' constant, whatever the backbone's own scale is
 LEAST = 0.1  # of the values tried for α and β
 
 
-class CachedClasses(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class CachedClasses:
     """The text side of some classes.
 
     Attributes:
