@@ -127,3 +127,11 @@ def test_each_class_name_means_one_thing(repository: Path) -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found.setdefault(node.name, []).append(str(path.relative_to(repository)))
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
+def test_every_method_has_a_page(repository: Path) -> None:
+    from vlmadapters.methods import BUILT_IN
+
+    pages = {path.stem for path in (repository / "docs" / "methods").glob("*.md")}
+    trained = set(BUILT_IN) - {"zero-shot"}
+    assert {"tip" if name == "tip-f" else name for name in trained} == pages
