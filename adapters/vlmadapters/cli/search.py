@@ -142,7 +142,7 @@ def _text(found: Any, out: Path) -> str:
     means = means.sort_values("difference", ascending=False).rename_axis(None)
     means.columns = [name.replace("log_likelihood", "LL") for name in means.columns]
     shown = means.to_string(float_format=lambda value: f"{value:.3f}")
-    shown += "\nLL: log-likelihood of held-out items; difference: of the criterion, to the default"
+    shown += "\nLL: held-out log-likelihood; difference: of the criterion to the default"
     left_out = [f"left out: {one['setting']} ({one['why']})" for one in summary["skipped"]]
     cost = summary["cost"]
     spent = f"cost {cost['trainings']:.1f} full trainings, {cost['seconds']:.0f} s of training"
