@@ -162,7 +162,7 @@ def load_method(path: str | Path, model: Any) -> Method:
 
 
 def save_official(path: str | Path, method: Method, epoch: int = 0) -> Path:
-    """Write a method in its authors' layout, for most a `.pth.tar` dictionary with `state_dict`."""
+    """Write a method in its authors' layout, for most a `.pth.tar` dictionary with the tensors."""
     path = Path(path)
     save_whole(path, method.official_content(epoch))
     return path

@@ -78,7 +78,11 @@ def _refused(name: str) -> tuple[str, str] | None:
     return None
 
 
-class UnreadableImage(UserError):
+class DataFault(UserError):
+    """Files of one dataset are missing or cannot be read; other datasets can go on."""
+
+
+class UnreadableImage(DataFault):
     """An image file exists but cannot be decoded."""
 
 

@@ -269,7 +269,7 @@ class Method(nn.Module):
         return f"{self.config.title} at {placement}" if placement else self.config.title
 
     def official_content(self, epoch: int = 0) -> dict[str, Any]:
-        """Return what a file in the authors' layout holds: a dictionary with `state_dict`."""
+        """Return what a file in the authors' layout holds: the tensors, under state_dict."""
         state = {key: value.cpu() for key, value in self.official_state_dict().items()}
         rest = dict.fromkeys(("optimizer", "scheduler", "val_result"))
         return {"state_dict": state, "epoch": epoch, **rest}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, features
 
-from vlmlayers.errors import UnreadableImage, UserError
+from vlmlayers.errors import DataFault, UnreadableImage
 
 # Only formats whose decoders are in wide use: EPS, for one, would start another program.
 _ALWAYS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO opens as JPEG
@@ -73,7 +73,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         with path.open("rb") as handle:
             return _decode(handle, name, status.st_size)
     except FileNotFoundError:
-        raise UserError(f"the image {name} is missing; `vlmlayers data check` says more") from None
+        raise DataFault(f"the image {name} is missing; `vlmlayers data check` says more") from None
     except OSError as error:
         raise UnreadableImage(f"{name} cannot be read: {error.strerror or error}") from None
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import DataFault
 from vlmlayers.runs import is_first_process
 
 LOG = logging.getLogger("vlmlayers")
@@ -34,7 +34,7 @@ class Unreadable:
             skip: Whether they may be left out.
 
         Raises:
-            UserError: They may not be left out, or none of the images can be read.
+            DataFault: They may not be left out, or none of the images can be read.
         """
         if not self.reasons:
             return
@@ -43,7 +43,7 @@ class Unreadable:
         if not skip or len(listed) == total:
             more = "; …" if len(listed) > SHOWN else ""
             advice = "repair them" if len(listed) == total else WAY_OUT.replace(" it,", " them,")
-            raise UserError(f"{count}: {'; '.join(listed[:SHOWN])}{more}; {advice}")
+            raise DataFault(f"{count}: {'; '.join(listed[:SHOWN])}{more}; {advice}")
         if is_first_process():
             LOG.warning("%s and are left out, first %s", count, listed[0])
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import DataFault, UserError
 from vlmlayers.files import file_checksum
 from vlmlayers.manifests.items import checked_path, is_there
 from vlmlayers.manifests.schema import Spec
@@ -18,7 +18,7 @@ DATA_VARIABLE = "VLMLAYERS_DATA"
 LARGEST_LIST = 300_000_000  # bytes; CoOp's layout for all of ImageNet takes about 130 MB
 
 
-class MissingData(UserError):
+class MissingData(DataFault):
     """Files of a dataset are not on this machine."""
 
 

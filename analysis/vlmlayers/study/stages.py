@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import OtherExtraction, UserError
+from vlmlayers.errors import DataFault, OtherExtraction, UserError
 from vlmlayers.runs import environment, file_mark
 from vlmlayers.selection import select
 from vlmlayers.study.context import Dataset, StageContext
@@ -61,9 +61,7 @@ def _extract(context: StageContext) -> None:
         context.echo(f"extract  {data.manifest.name}: {len(data.items)} items ({data.folder})")
         try:
             features = _extract_one(context, model, data)
-        except OtherExtraction:
-            raise
-        except UserError as error:
+        except DataFault as error:  # a full disk or a held lock would fail the next one too
             if len(context.datasets) == 1:
                 raise
             left_out[data.folder] = str(error)

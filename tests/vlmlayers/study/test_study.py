@@ -18,6 +18,7 @@ import pytest
 from run_folders import tiny_clip
 
 from vlmlayers.errors import UserError
+from vlmlayers.features.writer import take_lock
 from vlmlayers.runs import Run, fingerprint, read_json
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.demo import demo_source, demo_study, pick_datasets, position_table
@@ -460,3 +461,20 @@ def test_the_report_is_there_before_the_long_stages(
     monkeypatch.setitem(STAGES, "validate", stage)
     run_study(read_study(study_file), run.folder, base=study_file.parent, progress=False)
     assert found == [True]
+
+
+def test_a_store_that_another_process_writes_ends_the_study(
+    study_file: Path, tmp_path: Path
+) -> None:
+    """Only what is wrong with a dataset's own files leaves it out."""
+    study = read_study(study_file)
+    (name, *_) = study.datasets
+    folder = f"{name.name}-{study.part(name)['split']}"
+    partial = tmp_path / "out" / "features" / f"{folder}.partial"
+    partial.mkdir(parents=True)
+    with (
+        take_lock(partial / "lock", partial),
+        pytest.raises(UserError, match="another process is writing"),
+    ):
+        run_study(study, tmp_path / "out", base=study_file.parent, progress=False)
+    assert len(study.datasets) > 1
