@@ -23,7 +23,7 @@ from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
-from vlmlayers.models.devices import available_memory
+from vlmlayers.models.devices import available_memory, placed
 
 T = TypeVar("T")
 KEEP_BYTES, KEEP_SHARE = 2 << 30, 4
@@ -62,6 +62,7 @@ class Images:
         size = model.clip.visual.image_size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.mean, self.std = _normalisation(model.preprocess)
+        self._mean, self._std = (placed(one, self.device) for one in (self.mean, self.std))
         self.pool = ThreadPoolExecutor(workers) if workers else None
         self._raw: dict[str, Tensor] = {}
         self._ready: dict[str, Tensor] = {}
@@ -122,8 +123,8 @@ class Images:
 
     def normalised(self, pixels: Sequence[Tensor]) -> Tensor:
         """Stack images of one size and normalise them as the model expects, on its device."""
-        batch = torch.stack(list(pixels)).to(self.device).float().div_(255)
-        return batch.sub_(self.mean.to(self.device)).div_(self.std.to(self.device))
+        batch = placed(torch.stack(list(pixels)), self.device).float().div_(255)
+        return batch.sub_(self._mean).div_(self._std)
 
     def augmented(
         self, items: Sequence[Item], draws: NDArray[np.float64], augmentation: Augmentation

@@ -21,11 +21,12 @@ from vlmadapters.methods.base import Method
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
-from vlmlayers.models.devices import memory_errors, resolve_precision
+from vlmlayers.models.devices import memory_errors, placed, resolve_precision
 from vlmlayers.models.modes import eval_mode
 from vlmlayers.progress import track
 
 Labels = NDArray[np.int64]
+LABEL, LOG_LIKELIHOOD, FINITE = range(3)  # rows of what a batch is copied back as
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class Evaluator:
     Args:
         model: The model.
         backbone: Walks to share with a trainer; built here where absent.
-        batch_size: Images at a time.
+        batch_size: Images at a time; None takes 100, or 500 on a GPU.
         precision: As in `TrainConfig`.
         progress: Show a bar.
     """
@@ -65,7 +66,7 @@ class Evaluator:
         model: Any,
         backbone: Backbone | None = None,
         *,
-        batch_size: int = 100,
+        batch_size: int | None = None,
         precision: str = "auto",
         progress: bool = True,
     ) -> None:
@@ -73,7 +74,8 @@ class Evaluator:
             model,
             backbone or Backbone(model.clip, tokenizer=model.tokenizer),
         )
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size = batch_size or (500 if model.device.type == "cuda" else 100)
+        self.progress = progress
         self.precision = resolve_precision(precision, model.device)
         self.autocast, _ = precision_of(self.precision, model.device)
         # Weak: a sweep's methods and what they made of its classes go when their cells are done.
@@ -140,22 +142,28 @@ class Evaluator:
         mine: Sequence[Item],
         cases: Sequence[Case],
     ) -> list[Answers]:
-        labels: list[list[Labels]] = [[] for _ in cases]
-        likelihoods: list[list[NDArray[np.float64]]] = [[] for _ in cases]
+        made: list[NDArray[np.float64]] = []
         texts = [self.class_features(case.method, case.task) for case in cases]
-        truth = torch.tensor([item.label for item in mine], device=self.model.device)
+        truth = placed(torch.tensor([item.label for item in mine]), self.model.device)
         for batch, right in zip(batches, truth.split(self.batch_size)):
-            for index, logits in enumerate(self._batch(batch, cases, texts)):
-                labels[index].append(logits.argmax(1).cpu().numpy())
-                spoken = logits.log_softmax(1).gather(1, right[:, None])[:, 0]
-                likelihoods[index].append(spoken.cpu().numpy().astype(np.float64))
+            said = [_said(logits, right) for logits in self._batch(batch, cases, texts)]
+            found = torch.stack(said).cpu().numpy()  # one copy of all that a batch gives
+            if not found[:, FINITE].all():
+                raise UserError(
+                    "the model gives logits that are not finite; try precision fp32, or train "
+                    "with a lower lr or scale"
+                )
+            made.append(found)
+        empty = np.zeros((len(cases), 3, 0))
+        whole = np.concatenate(made, axis=-1) if made else empty
 
-        def whole(parts: list[NDArray[Any]], kind: type[Any]) -> NDArray[Any]:
-            joined = np.concatenate(parts) if parts else np.zeros(0, kind)
-            return processes.gathered(joined, len(items), self.model.device)
+        def gathered(values: NDArray[Any]) -> NDArray[Any]:
+            return processes.gathered(values, len(items), self.model.device)
 
-        pairs = zip(labels, likelihoods)
-        return [Answers(whole(one, np.int64), whole(two, np.float64)) for one, two in pairs]
+        return [
+            Answers(gathered(one[LABEL].astype(np.int64)), gathered(one[LOG_LIKELIHOOD]))
+            for one in whole
+        ]
 
     @torch.no_grad()
     def _batch(
@@ -168,9 +176,18 @@ class Evaluator:
             with self.autocast():
                 features = case.method.image_features(self.backbone, states[start])
                 logits = case.method.logits(self.backbone, features, text).float()
-            if not bool(torch.isfinite(logits).all()):
-                raise UserError(
-                    "the model gives logits that are not finite; try precision fp32, or train "
-                    "with a lower lr or scale"
-                )
             yield logits
+
+
+def _said(logits: Tensor, right: Tensor) -> Tensor:
+    """Return label, log-likelihood of the right one, and whether all logits are finite.
+
+    Args:
+        logits: (item, class).
+        right: (item,) right labels.
+
+    Returns:
+        (3, item), in double precision, which holds labels exactly.
+    """
+    spoken = logits.log_softmax(1).gather(1, right[:, None])[:, 0]
+    return torch.stack([logits.argmax(1), spoken.double(), logits.isfinite().all(1)])

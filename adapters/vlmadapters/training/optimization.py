@@ -12,8 +12,13 @@ from vlmadapters.training.recipes import TrainConfig
 
 
 def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over a method's parameter groups."""
+    """Return the recipe's optimizer over a method's parameter groups.
+
+    On a GPU it is the fused one: one launch for all parameters, and it looks itself whether loss
+    scaling found a gradient that is not finite, where others make the host wait for that.
+    """
     made = [dict(group) for group in groups if group["params"]]
+    fused = made[0]["params"][0].device.type == "cuda" or None
     if train.optimizer == "adamw":
         return torch.optim.AdamW(
             made,
@@ -21,9 +26,14 @@ def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch
             betas=(train.momentum, train.beta2),
             eps=train.eps,
             weight_decay=train.weight_decay,
+            fused=fused,
         )
     return torch.optim.SGD(
-        made, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+        made,
+        lr=train.lr,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        fused=fused,
     )
 
 

@@ -98,11 +98,12 @@ def average(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def mean_over_processes(value: Tensor) -> float:
-    """Return the mean of a number over processes."""
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Return the mean of a number over processes, on its device and without a graph."""
     _, size = rank_and_size()
+    value = value.detach()
     if size > 1:
-        value = value.detach().clone()
+        value = value.clone()
         dist.all_reduce(value)
         value /= size
-    return float(value)
+    return value

@@ -34,11 +34,12 @@ from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.state import load_training_state, save_training_state
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
-from vlmlayers.models.devices import memory_errors, resolve_precision
+from vlmlayers.models.devices import memory_errors, placed, resolve_precision
 from vlmlayers.models.modes import at_rest, eval_mode
 from vlmlayers.progress import bar
 
 DRAWS = 0xD5  # key of the random draws inside training steps
+LOOK_EVERY = 20  # steps between two looks at the losses, for which the host waits for the device
 
 
 @dataclass(eq=False)
@@ -74,6 +75,7 @@ class _Run:
     scaler: Any
     initial: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
+    unread: list[Tensor] = field(default_factory=list)  # losses that are still on the device only
 
 
 class Trainer:
@@ -117,6 +119,7 @@ class Trainer:
         self.folder, self.progress = folder, progress
         self.configs = list(configs)
         self._check_items()
+        self.labels = self._labels(self.items)
         self.backbone = backbone or Backbone(model.clip, self.train.savings, model.tokenizer)
         self.batch_size = min(self.train.batch_size, len(self.items))
         processes.check_divides(self.batch_size)
@@ -215,18 +218,44 @@ class Trainer:
         batches = self.batches(self.epoch)[self.step :][:left]
         for batch, images in self._with_images(batches):
             self._set_rates()
-            losses = self.update(batch, images)
+            self.update(batch, images)
             self.step += 1
             shown.update()
-            shown.set_postfix(loss=f"{np.mean(losses):.3f}", refresh=False)
-            if self.train.save_every and self.step % self.train.save_every == 0:
+            saves = self.train.save_every and self.step % self.train.save_every == 0
+            if saves or self.step % LOOK_EVERY == 0:
+                self._look(shown)
+            if saves:
                 self._save()
+        self._look(shown)
         for run in self.runs:
             run.method.end_epoch(self.epoch + 1, self.epochs)
         if self.step == self.steps_per_epoch:
             self.epoch, self.step = self.epoch + 1, 0
         if not self.train.save_every or self._steps_done() == self.total_steps:
             self._save()
+
+    def _look(self, shown: Any) -> None:
+        """Read the losses since the last look, refuse what is no number, and show the last ones.
+
+        Raises:
+            UserError: A loss is not finite; names the step that it was in.
+        """
+        for run in self.runs:
+            found = torch.stack(run.unread).tolist() if run.unread else []
+            for number, loss in enumerate(found, len(run.losses)):
+                if not math.isfinite(loss):
+                    step = number // self.train.updates_per_batch
+                    epoch, step = divmod(step, self.steps_per_epoch)
+                    raise UserError(
+                        f"the loss of {run.method.config.title} {run.method.config.placement} "
+                        f"became {loss} in epoch {epoch + 1}, step {step + 1}; lower lr "
+                        f"({self.train.lr}) or how strongly the method acts (its scale, where it "
+                        "has one)"
+                    )
+            run.losses += found
+            run.unread.clear()
+        last = [run.losses[-1] for run in self.runs if run.losses]
+        shown.set_postfix(loss=f"{np.mean(last):.3f}", refresh=False)
 
     def _set_rates(self) -> None:
         done = self._steps_done()
@@ -245,28 +274,25 @@ class Trainer:
         mine = [processes.share(batch) for batch in batches]
         yield from zip(batches, self.images.ahead(self._augmented, mine))
 
-    def update(self, batch: NDArray[np.int64], images: Tensor | None = None) -> list[float]:
-        """Update every method on one global batch; return the losses, each of its last update.
+    def update(self, batch: NDArray[np.int64], images: Tensor | None = None) -> None:
+        """Update every method on one global batch; the host does not wait for the device.
 
         Args:
             batch: Indices of the items, over all processes.
             images: This process's share of the images, where they are made already.
         """
         mine = processes.share(batch)
-        labels = torch.tensor([self.items[i].label for i in mine], device=self.device)
+        labels = self.labels[placed(torch.from_numpy(mine), self.device)]
         with self.autocast():
             states = self._image_states(mine, images)
-        return [
-            self._update_one(run, states[start], labels)
-            for run, start in zip(self.runs, self.starts)
-            if run.optimizer is not None
-        ]
+        for run, start in zip(self.runs, self.starts):
+            if run.optimizer is not None:
+                self._update_one(run, states[start], labels)
 
-    def _update_one(self, run: _Run, images: State, labels: Tensor) -> float:
+    def _update_one(self, run: _Run, images: State, labels: Tensor) -> None:
         assert run.optimizer is not None
         if not self.train.savings.text_prefix:
             run.classes = self._prepared(run.method)
-        value = 0.0
         for repeat in range(self.train.updates_per_batch):
             run.optimizer.zero_grad(set_to_none=True)
             number = self._steps_done() * self.train.updates_per_batch + repeat
@@ -276,14 +302,6 @@ class Trainer:
             )
             with self.autocast():
                 loss = run.method.loss(step)
-            value = processes.mean_over_processes(loss.detach())
-            if not math.isfinite(value):
-                config = run.method.config
-                raise UserError(
-                    f"the loss of {config.title} {config.placement} became {value} in epoch "
-                    f"{self.epoch + 1}, step {self.step + 1}; lower lr ({self.train.lr}) or how "
-                    "strongly the method acts (its scale, where it has one)"
-                )
             run.scaler.scale(loss).backward()
             processes.average(run.method.parameters())
             if self.train.max_norm:
@@ -292,8 +310,10 @@ class Trainer:
             run.scaler.step(run.optimizer)
             run.scaler.update()
             run.method.touch()
-            run.losses.append(value)
-        return value
+            run.unread.append(processes.mean_over_processes(loss))
+
+    def _labels(self, items: Sequence[Item]) -> Tensor:
+        return placed(torch.tensor([item.label for item in items]), self.device)
 
     def _generator(self, repeat: int) -> torch.Generator:
         """Return the source of a step's random draws: the same whether resumed or not."""
@@ -302,12 +322,11 @@ class Trainer:
 
     def _fit_data(self, run: _Run) -> FitData:
         items = np.arange(len(self.items))
-        labels = torch.tensor([item.label for item in self.items], device=self.device)
 
         def validation() -> tuple[Tensor, Tensor]:
             batches = self.images.batches(self.validation, self.batch_size)
-            of_items = torch.tensor([item.label for item in self.validation], device=self.device)
-            return torch.cat([self._plain(pixels) for pixels in batches]), of_items
+            labels = self._labels(self.validation)
+            return torch.cat([self._plain(pixels) for pixels in batches]), labels
 
         def view(number: int) -> Tensor:
             return torch.cat(
@@ -318,7 +337,7 @@ class Trainer:
             )
 
         given = validation if self.validation else None
-        return FitData(self.backbone, run.classes, labels, view, given)
+        return FitData(self.backbone, run.classes, self.labels, view, given)
 
     def _plain(self, images: Tensor) -> Tensor:
         """Return joint features of the plain backbone, (image, joint)."""

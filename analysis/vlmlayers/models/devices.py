@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vlmlayers.arguments import PRECISIONS
 from vlmlayers.errors import UserError, check_one_of, one_line
@@ -59,6 +60,16 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             f"{torch.cuda.get_device_name(device)} only emulates bf16, slowly; use fp16 or fp32"
         )
     return precision
+
+
+def placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for the copy to a GPU.
+
+    The way there is pinned memory: a copy from any other is waited for.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager
