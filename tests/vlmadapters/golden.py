@@ -29,6 +29,8 @@ for folder in (HERE, *(HERE.parents[1] / name for name in ("analysis", "adapters
 
 from vlmadapters.clip.frozen import Backbone  # noqa: E402
 from vlmadapters.clip.savings import Savings  # noqa: E402
+from vlmadapters.clip.walk import State  # noqa: E402
+from vlmadapters.methods.base import Method  # noqa: E402
 
 # Method as its file names it, to the module of `replays` that knows the layout of the file.
 REPLAYS: dict[str, str] = {
@@ -79,6 +81,11 @@ class Recording:
         self.path = path
         self.info: dict[str, Any] = json.loads(path.with_suffix(".json").read_text("utf-8"))
         self.arrays = np.load(path, allow_pickle=False)
+        elsewhere = self.info.get("state")  # of an extract that shares its tower
+        self.state = self.group("state/")
+        if elsewhere:
+            shared = np.load(path.with_name(elsewhere), allow_pickle=False)
+            self.state = {k.removeprefix("state/"): torch.from_numpy(v) for k, v in shared.items()}
 
     def __contains__(self, key: str) -> bool:
         return key in self.arrays.files
@@ -92,11 +99,33 @@ class Recording:
         keys = [key for key in self.arrays.files if key.startswith(prefix)]
         return {key.removeprefix(prefix): self.tensor(key) for key in keys}
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether the text tower is recorded; an extract may hold features of texts alone."""
+        return "text_projection" in self.state
+
+    def images(self, backbone: Backbone, method: Method, key: str, *index: Any) -> State:
+        """Return the state of recorded images at the first block that a method changes.
+
+        Where the method changes no vision block, an extract holds their features instead.
+
+        Args:
+            backbone: What `backbone` returned.
+            method: The method.
+            key: The images.
+            index: Which of them.
+        """
+        kind, start = next(backbone.clip.parameters()).dtype, method.first(backbone, "vision")
+        if f"features/{key}" in self:
+            x = self.tensor(f"features/{key}")[index].to(kind)
+            return State(x, x, start, finished=True)
+        return backbone.images(self.tensor(key)[index].to(kind), [start])[start]
+
     @cached_property
     def clip(self) -> CLIP:
         """The recorded backbone, frozen."""
         clip = CLIP(**self.info["model_cfg"])
-        clip.load_state_dict(self.group("state/"), strict=False)
+        clip.load_state_dict(self.state, strict=False)
         return clip.eval().requires_grad_(False)
 
     def backbone(self, savings: Savings | None = None) -> Backbone:
@@ -122,6 +151,8 @@ def replay(path: Path) -> Iterator[Check]:
     """Yield the checks of one file."""
     recording = Recording(path)
     name = recording.info["method"].lower().replace("-", "").replace("_", "")
+    if name not in REPLAYS:
+        sys.exit(f"{path}: no replay of {name} files; known are {'; '.join(sorted(REPLAYS))}")
     module = import_module(f"replays.{REPLAYS[name]}")
     yield from module.replay(recording)
 

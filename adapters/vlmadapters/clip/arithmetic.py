@@ -257,11 +257,18 @@ class _FrozenMLP(torch.autograd.Function):
         return to_x.add_(grad), None, None, None, None
 
 
-def feed_forward(block: Any, x: Tensor, onednn: bool = True) -> Tensor:
-    """Return x plus the block's multilayer perceptron, (item, token, width)."""
+def feed_forward(block: Any, x: Tensor, onednn: bool = True, fused: bool = True) -> Tensor:
+    """Return x plus the block's multilayer perceptron, (item, token, width).
+
+    Args:
+        block: A standard block.
+        x: What the perceptron sees and is added to, (item, token, width).
+        onednn: Use oneDNN where it suits.
+        fused: Use fewer passes over memory, which round otherwise than the block's own forward.
+    """
     weight = block.mlp.c_fc.weight
     plain = isinstance(block.ls_2, nn.Identity) and x.dtype == weight.dtype
-    if plain and not torch.is_autocast_enabled(x.device.type):
+    if fused and plain and not torch.is_autocast_enabled(x.device.type):
         quick = isinstance(block.mlp.gelu, QuickGELU)
         use = onednn and suits(x, weight)
         made: Tensor = _FrozenMLP.apply(x, block.ln_2, block.mlp, quick, use)

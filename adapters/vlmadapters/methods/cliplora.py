@@ -110,7 +110,7 @@ class CLIPLoRA(Method):
                 for block in getattr(config, tower)
             }
             setattr(self, tower, nn.ModuleDict(made))
-        self.onednn = backbone.savings.onednn
+        self.savings = backbone.savings
         self._dropping: Dropping | None = None
 
     def inside(self, tower: str, block: int) -> Inside | None:
@@ -121,7 +121,7 @@ class CLIPLoRA(Method):
         self, tower: str, number: int, block: Any, x: Tensor, mask: Tensor | None, rows: Any
     ) -> Tensor:
         changed = partial(self._changed, tower, number, rows=rows)
-        linear = partial(frozen_linear, onednn=self.onednn)
+        linear = partial(frozen_linear, onednn=self.savings.onednn)
         attention, u = block.attn, block.ln_1(x)
         weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, u.shape[-1]
         if rows is None:
@@ -136,7 +136,7 @@ class CLIPLoRA(Method):
         out = mix(q, k, v, attention.num_heads, mask)
         leaving = linear(out, attention.out_proj.weight, attention.out_proj.bias)
         x = x + block.ls_1(changed("o", leaving, out))
-        return feed_forward(block, x, self.onednn)
+        return feed_forward(block, x, self.savings.onednn, self.savings.fused)
 
     def _changed(
         self, tower: str, number: int, matrix: str, y: Tensor, x: Tensor, *, rows: Tensor | None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
 import torch
 from backbones import shared_backbone, some_images
@@ -128,9 +127,3 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
         CLIPAdapterConfig(**settings)
     with pytest.raises(UserError, match="joint width 32 by a reduction of 64"):
         built(CLIPAdapterConfig(reduction=64))
-
-
-def test_the_recorded_run_is_followed(shared_golden: Path) -> None:
-    checks = list(golden.replay(shared_golden / "methods" / "clipadapter_tiny.npz"))
-    assert {"gradients", "final logits"} <= {check.quantity for check in checks}
-    assert not [check for check in checks if not check.passed]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
 import torch
 from backbones import shared_backbone, some_images
@@ -188,9 +187,3 @@ def test_bad_fits_are_one_line() -> None:
     with pytest.raises(UserError, match="too few for a context of 6"):
         method, backbone = built(IVLPConfig((), (2,), text_length=6))
         method.prepare(backbone, TASK)
-
-
-def test_the_recorded_runs_are_followed(shared_golden: Path) -> None:
-    checks = list(golden.replay(shared_golden / "methods" / "ivlp_tiny.npz"))
-    assert len({check.variant for check in checks}) == 4
-    assert not [check for check in checks if not check.passed]

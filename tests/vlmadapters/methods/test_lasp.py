@@ -6,7 +6,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
 import torch
 from backbones import shared_backbone
@@ -239,9 +238,3 @@ def test_a_task_without_other_names_uses_its_own() -> None:
     step = step_of(method, backbone, Task(TASK.class_names))
     assert step.classes.references.shape == (3, 3, 32)
     assert method.loss(step).isfinite()
-
-
-def test_the_recorded_runs_are_followed(shared_golden: Path) -> None:
-    checks = list(golden.replay(shared_golden / "methods" / "lasp_tiny.npz"))
-    assert len({check.variant for check in checks}) == 5
-    assert not [check for check in checks if not check.passed]

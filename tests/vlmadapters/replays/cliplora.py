@@ -16,8 +16,9 @@ from vlmadapters.methods.cliplora import CLIPLoRA
 from vlmadapters.methods.configs import CLIPLoRAConfig
 from vlmadapters.training.recipes import TrainConfig
 
-# Logits are a hundred times the cosines, and losses round with them: by 1e-5 in the record itself.
-TOLERATED = {"logits": 5e-5, "losses": 5e-5}
+# Logits are a hundred times the cosines. In double precision the losses lie up to 1.3e-5 from the
+# record, which is its own rounding, and a second implementation reached 2e-5 (the fact sheet).
+TOLERATED = {"logits": 5e-5, "losses": 2e-5}
 
 
 def replay(recording: Recording) -> Iterator[Check]:

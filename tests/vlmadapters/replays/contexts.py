@@ -128,13 +128,9 @@ class Replay:
             yield "features", largest(found, expected)
 
     def images(self, number: int, size: int | None = None) -> State:
-        """Return the state of the images of a step, or their recorded features alone."""
-        if "image_features" in self.recording:
-            x = self.recording.tensor("image_features")[number, :size]
-            depth = self.backbone.vision.tower.depth
-            return State(x, x, depth + 1, finished=True)
-        start = self.method.first(self.backbone, "vision")
-        return self.backbone.images(self.recording.tensor("images")[number, :size], [start])[start]
+        """Return the state of the images of a step."""
+        index = number, slice(size)
+        return self.recording.images(self.backbone, self.method, "images", *index)
 
     def training(self) -> Iterator[tuple[str, float]]:
         """Train for the recorded steps."""

@@ -29,9 +29,10 @@ RATES = 1e-9  # relative
 
 
 def runs_of(recording: Recording) -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
-    """Yield the name, the settings and the start of the main run and of each variant."""
+    """Yield name, settings and start of the main run, where it is recorded, and each variant."""
     info = recording.info
-    yield MAIN, info["hyper"], recording.group("init/")
+    if "losses" in recording:
+        yield MAIN, info["hyper"], recording.group("init/")
     for name, told in info["variants"].items():
         own = f"variant_init/{name}/" if told.get("own_init") else "init/"
         yield name, info["hyper"] | told["hyper"], recording.group(own)
@@ -172,7 +173,7 @@ class Steps:
         """Return logits of the test images, (image, class)."""
         method, backbone = self.method.eval(), self.backbone
         texts = method.class_features(backbone, self.classes)
-        images = self._state(self.run.recording.tensor("eval_images"))
+        images = self._images("eval_images")
         return method.logits(backbone, method.image_features(backbone, images), texts)
 
     def step(self, number: int) -> Step:
@@ -180,7 +181,7 @@ class Steps:
         recording, draws = self.run.recording, self.run.draws
         return Step(
             self.backbone,
-            self._state(recording.tensor("images")[number]),
+            self._images("images", number),
             recording.tensor("labels")[number],
             self.classes,
             torch.Generator().manual_seed(number),
@@ -212,6 +213,5 @@ class Steps:
         self.method.touch()
         return loss.detach().double()
 
-    def _state(self, images: Tensor) -> State:
-        start = self.method.first(self.backbone, "vision")
-        return self.backbone.images(images, [start])[start]
+    def _images(self, key: str, *index: int) -> State:
+        return self.run.recording.images(self.backbone, self.method, key, *index)

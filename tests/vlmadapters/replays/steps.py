@@ -70,7 +70,7 @@ class Variant:
         yield self._logits("logits", run, "eval_logits", self.base)
         yield self._check("loss parts", self._parts(run))
         losses = []
-        for number in range(len(self.recording.tensor("images"))):
+        for number in range(len(self.recording.tensor("labels"))):
             losses.append(run.backward(number))
             if not number:
                 yield self._check("gradients", self._gradients(run))
@@ -134,9 +134,7 @@ class _Run:
         """Return logits of the test images, (image, class)."""
         method, backbone = self.method.eval(), self.backbone
         texts = method.class_features(backbone, method.prepare(backbone, task))
-        features = method.image_features(
-            backbone, self._state(self.variant.recording.tensor("eval_images"))
-        )
+        features = method.image_features(backbone, self._images("eval_images"))
         return method.logits(backbone, features, texts)
 
     def step(self, number: int) -> Step:
@@ -144,7 +142,7 @@ class _Run:
         draws = self.variant.draws
         return Step(
             self.backbone,
-            self._state(self.variant.recording.tensor("images")[number]),
+            self._images("images", number),
             self.variant.recording.tensor("labels")[number],
             self.classes,
             torch.Generator().manual_seed(number),
@@ -169,6 +167,5 @@ class _Run:
         self.optimizer.step()
         self.method.touch()
 
-    def _state(self, images: Tensor) -> State:
-        start = self.method.first(self.backbone, "vision")
-        return self.backbone.images(images.to(self.kind), [start])[start]
+    def _images(self, key: str, *index: int) -> State:
+        return self.variant.recording.images(self.backbone, self.method, key, *index)

@@ -1,0 +1,62 @@
+"""Recorded runs of the authors' code are followed: extracts anywhere, whole files of shared/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import copy
+
+import golden
+import numpy as np
+import pytest
+from extracts import HERE, KEPT
+
+# What every file holds a check of, under whatever name of its own besides.
+EVERYWHERE = {"logits", "gradients", "losses", "final logits"}
+VARIANTS = {
+    "clipadapter": 1,
+    "cliplora": 15,
+    "cocoop": 3,
+    "coop": 9,
+    "ivlp": 4,
+    "kgcoop": 5,
+    "lasp": 5,
+    "lweib": 5,
+    "maple": 4,
+    "proda": 5,
+    "promptsrc": 3,
+    "rpo": 4,
+    "tip": 2,
+}
+
+
+def checked(path: Path, variants: int) -> None:
+    checks = list(golden.replay(path))
+    assert {check.quantity for check in checks} >= EVERYWHERE
+    assert len({check.variant for check in checks}) == variants
+    assert not [check for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_an_extract_is_followed(name: str) -> None:
+    checked(HERE / f"{name}.npz", 2 if name == "tip" else max(1, len(KEPT[name])))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_whole_record_is_followed(shared_golden: Path, name: str) -> None:
+    checked(shared_golden / "methods" / f"{name}_tiny.npz", VARIANTS[name])
+
+
+@pytest.mark.parametrize("key", ["random_end/losses", "random_end/grad/ctx", "random_end/lrs"])
+def test_what_differs_from_a_record_is_told(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = dict(np.load(HERE / "coop.npz"))
+    arrays[key] = arrays[key] * 1.001
+    np.savez(tmp_path / "coop.npz", **arrays)
+    for name in ("coop.json", "text_tower.npz"):
+        copy(HERE / name, tmp_path)
+    assert golden.main([str(tmp_path / "coop.npz")]) == 1
+    told = capsys.readouterr().out.splitlines()
+    failed = [line for line in told if line.startswith("FAIL")]
+    assert {line.split()[2] for line in failed} == {"random_end"}
+    assert told[-1] == f"{len(failed)} outside their tolerance"
