@@ -63,6 +63,11 @@ class Run:
         return self.folder / "choice.json"
 
     @property
+    def search(self) -> Path:
+        """What a search on training shots picked."""
+        return self.folder / "search.json"
+
+    @property
     def validation(self) -> Path:
         """What training reached at each placement."""
         return self.folder / "validation.csv"

@@ -199,7 +199,9 @@ class Recipe:
         if isinstance(place, str):
             place = Placement.parse(place)
         if not isinstance(place, Placement):
-            return self.with_method(self.method.from_choice(place, **self.method.settings()))
+            method = self.method.from_choice(place, **self.method.settings())
+            amount = getattr(getattr(place, "placement", None), "amount", Amount())
+            place = Placement(method.vision, method.text, amount)
         train = place.amount.given()
         scale = {key: train.pop(key) for key in ("scale",) if key in train}
         if scale and "scale" not in self.method.settings():

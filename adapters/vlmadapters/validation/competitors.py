@@ -127,7 +127,7 @@ def chosen_placement(method: MethodConfig, choice: Any) -> Placement:
     Args:
         method: Settings of the method.
         choice: A `LayerChoice` or other value with `vision` and `text` blocks. A placement, as text
-            or value, is meant for this method and has to fit it.
+            or value, is meant for this method and has to fit it. A search may choose no block.
 
     Raises:
         UserError: It is none of these or names no block, or the method cannot act there.
@@ -141,6 +141,8 @@ def chosen_placement(method: MethodConfig, choice: Any) -> Placement:
         )
     blocks = {"vision": tuple(choice.vision), "text": tuple(choice.text)}
     if not any(blocks.values()):
+        if getattr(choice, "rule", "") == "search":
+            return Placement()
         raise UserError("the choice adapts no block in either tower; there is nothing to train")
     if isinstance(choice, Placement):
         placed = method.with_placement(**blocks)

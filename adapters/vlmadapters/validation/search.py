@@ -117,8 +117,8 @@ def search(
         seeds: Seeds of the few-shot draws; a setting is trained on what the search saw of a seed.
         shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
-        out: Folder of `search.csv`, `search.json` and the cells; None writes nothing. A stopped
-            search goes on there.
+        out: Folder of `search.csv` and `search.json`, and of the cells under `search`; None writes
+            nothing. A stopped search goes on there.
         root: The data root.
         together: Settings trained side by side.
         workers: Threads that decode images.
@@ -148,7 +148,8 @@ def search(
         for seed in seeds:
             count = default.train_for(manifest.name).shots
             draws[manifest.name, seed] = folds_of(data, count, seed, folds, apart=apart)
-    track = Track(draws, default, model, out, together=together, progress=progress)
+    cells = None if out is None else Path(out) / "search"  # apart from those of other stages
+    track = Track(draws, default, model, cells, together=together, progress=progress)
     race = Race(track, criterion)
     for place, why in refused.items():
         race.skip("placement", place, why)
@@ -212,12 +213,23 @@ def _answer(race: Race, default: str) -> dict[str, Any]:
         "decided": adapt == "no" or pick != default,
         "runner_up": others[0] if others else None,
         "difference": to_default.to_dict() if to_default else None,
+        "runner_up_difference": _to_default(race, others, default),
         "to_zero_shot": {"setting": pick, "adapt": adapt, **plain.to_dict()},
         "heats": [heat.to_dict() for heat in race.heats],
         "mean_differences": order,
     }
     tail = f" {len(race.skipped)} settings were left out." if race.skipped else ""
     return told | {"statement": _statement(race, pick, default, to_default, plain) + tail}
+
+
+def _to_default(race: Race, settings: Sequence[str], default: str) -> dict[str, Any] | None:
+    """Return the difference of the first of some settings, where it ran in two folds of a draw."""
+    if not settings or settings[0] == default:
+        return None
+    try:
+        return difference(race.track.table, settings[0], default, race.criterion).to_dict()
+    except UserError:  # it dropped out after one fold
+        return None
 
 
 def _statement(

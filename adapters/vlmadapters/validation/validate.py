@@ -31,6 +31,7 @@ from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, 
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
+from vlmlayers.placement import ZERO_SHOT as ZERO_SHOT_LABEL
 from vlmlayers.placement import Placement
 from vlmlayers.runs import environment, write_json
 from vlmlayers.scores.summaries import harmonic_mean
@@ -169,7 +170,7 @@ def validate(
     data = [experiment.add(one) for one in manifests]
     if not data or not seeds:
         raise UserError(f"there is no {'seed' if data else 'dataset'} to validate on; name one")
-    configs = [made.method.with_placement(*one.placement) for one in placed]
+    configs = [made.method.with_placement(*one.placement) for one in placed if one.placement]
     results = experiment.run([one.manifest for one in data], configs, seeds, together=together)
     recorded = {
         "method": made.method.name,
@@ -180,6 +181,7 @@ def validate(
         "precision": experiment.evaluator.precision,
         "weights_hash": model.weights_hash,
         "data": {one.manifest.name: one.identity("test").summary() for one in data},
+        **_searched(choice),
         **(notes or {}),
     }
     table = validation_table(results, placed)
@@ -194,6 +196,12 @@ def validate(
     if out is not None and not processes.rank_and_size()[0]:
         found.write(out)
     return found
+
+
+def _searched(choice: Any) -> dict[str, Any]:
+    """Return what a search said of its pick, where the choice is one; what `summarise` records."""
+    found = getattr(choice, "evidence", {}).get("search")
+    return {"search": found} if found else {}
 
 
 def _void(recipe: Recipe, model: Any) -> str:
@@ -281,10 +289,14 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
 def label_of(table: pd.DataFrame, kind: str) -> str:
     """Return the label of the first placement of a kind, such as `chosen` or `paper`.
 
+    Where nothing chosen was trained, the choice is zero-shot CLIP.
+
     Raises:
         UserError: No placement of the table is of that kind.
     """
     rows = table[[kind in str(one).split("+") for one in table["kind"]]]
+    if rows.empty and kind == "chosen":
+        return ZERO_SHOT_LABEL
     if rows.empty:
         raise UserError(f"the validation table has no placement of kind {kind!r}; train one")
     return str(rows["placement"].iloc[0])
@@ -305,7 +317,7 @@ def summarise(
         scores: Score table to predict from.
         reference: Kind of placement that the verdict compares with.
         seed: Seed of the bootstrap.
-        notes: What else to record.
+        notes: What else to record; the verdict ends with the statement of a `search` among it.
     """
     chosen, other = label_of(table, "chosen"), label_of(table, reference)
     correlations = outcomes = None
@@ -317,8 +329,10 @@ def summarise(
         outcomes = predicted_outcomes(predicted, table)
         said["predictors"] = predictors(correlations)
     left = regret(table, chosen, seed=seed)
+    search = (notes or {}).get("search")
+    told = f" The search on training shots had said: {search['statement']}" if search else ""
     summary = {
-        "verdict": verdict(table, chosen, other, seed=seed),
+        "verdict": verdict(table, chosen, other, seed=seed) + told,
         "chosen": chosen,
         "reference": other,
         **said,

@@ -199,8 +199,8 @@ class Regret:
 
 
 def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0) -> Regret:
-    """Return the regret of the chosen placement."""
-    found = outcomes(table, "hm")
+    """Return the regret of the chosen placement, which may be `zero-shot`."""
+    found = outcomes(with_zero_shot(table) if chosen == ZERO_SHOT else table, "hm")
     anchor, best = found.column(chosen), int(np.argmax(found.means))
     resampled = found.resampled_means(draws, seed)
     low, high = interval(resampled[:, best] - resampled[:, anchor])
@@ -242,7 +242,8 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         tail = f"no placement did better, and {equal} came out equal"
     else:
         tail = "no placement did better"
-    tail += _against_zero_shot(compared.get(ZERO_SHOT))
+    if chosen != ZERO_SHOT:
+        tail += _against_zero_shot(compared.get(ZERO_SHOT))
     if reference == chosen:
         return f"The rule chose the default ({chosen}, harmonic mean {ours:.1f}); {tail}."
     gain = -compared[reference]["difference"]

@@ -19,6 +19,7 @@ ORDER = (
     "models",
     "extract",
     "score",
+    "search",
     "select",
     "train",
     "evaluate",

@@ -174,7 +174,7 @@ def select(
     rule: Annotated[
         str,
         typer.Option(
-            help="threshold, knee, budget, paper, all, explicit, an "
+            help="threshold, knee, budget, search, paper, all, explicit, an "
             "installed rule, or path.py:function."
         ),
     ] = "threshold",

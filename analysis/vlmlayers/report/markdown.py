@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlmlayers.report.made import made_tables
 from vlmlayers.report.next_steps import next_steps
+from vlmlayers.report.searched import search_tables
 from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.tables import (
     Table,
@@ -49,6 +50,7 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
     parts += ["## Evidence", ""]
     if (sensitivity := sensitivity_table(answer)) is not None:
         parts += _tables([sensitivity])
+    parts += _tables(search_tables(answer))
     for figure in figures:
         shown = next(path for path in figure.files if path.suffix[1:] == figure.shown)
         parts += [f"![{esc(figure.caption)}](figures/{shown.name})", "", esc(figure.caption), ""]

@@ -201,6 +201,11 @@ class Answer:
         vision, text = (paper_blocks(self.depths.get(tower, 0)) for tower in TOWERS)
         return LayerChoice(vision, text, "paper")
 
+    @cached_property
+    def search(self) -> dict[str, Any]:
+        """What a search on training shots found, as `search.json` says; empty without one."""
+        return read_json(self.run.search) if self.run.search.exists() else {}
+
     @property
     def headline(self) -> str:
         """The answer in one or two sentences."""
@@ -210,8 +215,11 @@ class Answer:
     def headline_parts(self) -> list[tuple[str, bool]]:
         """The answer in pieces: words, and whether the data make them firm.
 
-        A tower of which no block is firm keeps the default, the paper's placement at its depth.
+        A tower of which no block is firm keeps the default, the paper's placement at its depth. A
+        choice by search is the search's answer.
         """
+        if "search" in self.choice.evidence:
+            return self._searched(self.choice.evidence["search"])
         adapt: list[tuple[str, bool]] = []
         default: dict[str, str] = {}
         for tower in self.depths:
@@ -230,6 +238,17 @@ class Answer:
         if default:
             adapt.append((self._undecided(default, bool(adapt)), False))
         return adapt or [("No block is chosen.", False)]
+
+    def _searched(self, found: Mapping[str, Any]) -> list[tuple[str, bool]]:
+        placed = self.choice.placement
+        if not placed:
+            return [("Do not adapt", True), (": zero-shot CLIP does better on held-out shots.", False)]
+        towers = join(f"{_blocks(placed.blocks(t))} of the {t} tower" for t in TOWERS
+                      if placed.blocks(t))  # fmt: skip
+        setting = towers + (f" by {placed.amount}" if placed.amount else "")
+        if not found["decided"]:
+            return [(f"The data do not decide: the default stands, {setting}.", False)]
+        return [("Adapt ", False), (setting, True), (".", False)]
 
     def _undecided(self, default: dict[str, str], follows: bool) -> str:
         """Return that the data do not decide for some towers, and which default stands in each."""
@@ -272,6 +291,7 @@ class Answer:
     def facts(self) -> list[tuple[str, str]]:
         """Return what stands beside the answer: label and text."""
         found = [("Rule", self._rule()), *self._starts()]
+        found += self._searching()
         if towers := [tower for tower in self.depths if self._resampled(tower)]:
             found.append(("Firm blocks", f"{self._blocks_of(towers, 'firm')} ({FIRM})"))
             if any(self.choice.open(tower) for tower in towers):
@@ -292,6 +312,14 @@ class Answer:
         )
         found.append(("Proved by training", self._proof()))
         return found
+
+    def _searching(self) -> list[tuple[str, str]]:
+        """Return what a search on training shots said, where there was one."""
+        if not self.search:
+            return []
+        folds = len(self.search["to_zero_shot"]["folds"])
+        cost = f"{self.search['cost']['trainings']:g} full trainings, {folds} folds"
+        return [("Search on training shots", f"{self.search['statement']} Cost: {cost}.")]
 
     def _blocks_of(self, towers: list[str], how: str) -> str:
         sets = {t: self.choice.firm(t) if how == "firm" else self.choice.open(t) for t in towers}

@@ -22,6 +22,7 @@ from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import payload, script_json
 from vlmlayers.report.ribbon import ribbon
+from vlmlayers.report.searched import search_tables
 from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.tables import (
     answer_tables,
@@ -87,6 +88,7 @@ def write_report(
             "left_out": answer.provenance.get("left_out", {}),
             "steps": next_steps(answer),
             "sensitivity": sensitivity_table(answer),
+            "search_tables": search_tables(answer),
             "ribbon": _safe(ribbon(answer)),
             "random": RANDOM if answer.random_weights else "",
             **_evidence(answer),
@@ -194,7 +196,8 @@ def _downloads(answer: Answer) -> list[tuple[str, str]]:
         ("choice.json", data_uri(answer.run.choice.read_bytes(), "application/json")),
     ]
     validation = sorted(answer.run.folder.glob("validation*.*")) if answer.validation else []
-    for path in (answer.run.provenance, *validation, answer.run.study):
+    searched = (answer.run.search, answer.run.search.with_suffix(".csv"))
+    for path in (answer.run.provenance, *searched, *validation, answer.run.study):
         if path.exists():
             mime = {".json": "application/json", ".csv": "text/csv"}.get(path.suffix, "text/plain")
             found.append((path.name, data_uri(path.read_bytes(), mime)))

@@ -12,7 +12,7 @@ from typing import Any
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
-from vlmlayers.placement import DEEPEST, Placement, describe_blocks
+from vlmlayers.placement import DEEPEST, Amount, Placement, describe_blocks
 from vlmlayers.positions import TOWERS
 
 KEYS = ("vision", "text", "rule", "evidence")
@@ -54,8 +54,9 @@ class LayerChoice:
 
     @property
     def placement(self) -> Placement:
-        """The chosen blocks as a placement."""
-        return Placement(self.vision, self.text)
+        """The chosen blocks as a placement, with the amount that a search chose beside them."""
+        amount = self.evidence.get("amount")
+        return Placement(self.vision, self.text, Amount.parse(amount) if amount else Amount())
 
     @checked
     def blocks(self, tower: str) -> tuple[int, ...]:

@@ -17,13 +17,13 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import Reading, Scores, check_scores, depths
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable
-from vlmlayers.selection.rules import RULES, Pick, Picks
+from vlmlayers.selection.rules import RULES, Pick, Picks, Search
 from vlmlayers.selection.stability import HOW, doubts, stability
 from vlmlayers.user_code import is_user_code, load_user_code
 from vlmlayers.words import percent
 
 GROUP = "vlmlayers.rules"
-FIXED = ("paper", "all", "explicit")
+UNSAMPLED = ("paper", "all", "explicit", "search")  # rules that read no score
 
 
 @checked
@@ -59,7 +59,7 @@ def select(
     picks = chooser(seen)
     if not any(pick.blocks for pick in picks.values()) and rule == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
-    moves = resamples if rule not in FIXED else 0
+    moves = resamples if rule not in UNSAMPLED else 0
     found = stability(chooser, seen, moves, seed) if moves else {}
     evidence = _evidence(table, chooser, blocks, picks, found)
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
@@ -190,6 +190,7 @@ def _evidence(
         "decided": not any(reasons.values()),
         "doubts": [reason for one in reasons.values() for reason in one],
         "statement": _statement(picks, found, reasons),
+        **(chooser.evidence() if isinstance(chooser, Search) else {}),
     }
 
 

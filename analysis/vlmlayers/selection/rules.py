@@ -10,12 +10,14 @@ that in three ways.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
+from vlmlayers.runs import read_json
 from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
 from vlmlayers.selection.predict import score_blocks
 
@@ -284,6 +286,71 @@ class Explicit:
         return {"vision": Pick(placed.vision), "text": Pick(placed.text)}
 
 
+@dataclass(frozen=True)
+class Search:
+    """The placement that a search on training shots picked, or none where training does not pay.
+
+    `vlmlayers search` finds it, and says whether it can be told from the default; see there.
+
+    Attributes:
+        file: The `search.json` to read; that of the run where a verb or a study selects.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+    file: str = "search.json"
+
+    def __call__(self, table: BlockTable) -> Picks:
+        """Return the pick of each tower.
+
+        Raises:
+            UserError: There is no search, or it is of another model, or of a method that acts at no
+                block.
+        """
+        found = self._read()
+        model = str(table.scores["model"].iloc[0])
+        if found.get("model", model) != model:
+            raise UserError(f"{self.file} is of the model {found['model']}, the scores of {model}")
+        pick = str(found["pick"])
+        if pick == "recipe" or pick.startswith("@"):
+            raise UserError(
+                f"{self.file} is a search of the amount of {found['method']} alone, which acts at "
+                "no block; there is nothing to choose"
+            )
+        placed = Placement.parse(pick).check(table.blocks, self.file)
+        return {tower: Pick(placed.blocks(tower)) for tower in table.blocks}
+
+    def evidence(self) -> dict[str, Any]:
+        """Return how sure the pick is, its amount, and what the search found."""
+        found = self._read()
+        doubts = []
+        if not found["decided"]:
+            doubts.append("the search cannot tell its best setting from the default")
+        if found["to_zero_shot"]["adapt"] == "unknown":
+            doubts.append("whether training pays at all cannot be told")
+        amount = str(Placement.parse(str(found["pick"])).amount)
+        kept = {key: value for key, value in found.items() if key not in ("environment", "heats")}
+        return {
+            "decided": not doubts,
+            "doubts": doubts,
+            "statement": found["statement"],
+            **({"amount": amount} if amount else {}),
+            "search": kept,
+        }
+
+    def _read(self) -> dict[str, Any]:
+        path = Path(self.file)
+        if not path.is_file():
+            raise UserError(
+                f"rule 'search' reads {path}, which does not exist; run `vlmlayers search` with "
+                "this run folder as --out, or name another with file="
+            )
+        found = read_json(path)
+        missing = {"pick", "decided", "statement", "to_zero_shot", "method"} - set(found)
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run the search again")
+        return found
+
+
 RULES: dict[str, type[Any]] = {
     "threshold": Threshold,
     "knee": Knee,
@@ -291,4 +358,5 @@ RULES: dict[str, type[Any]] = {
     "paper": Paper,
     "all": All,
     "explicit": Explicit,
+    "search": Search,
 }

@@ -172,6 +172,12 @@ class StageContext:
         return next((str(place) for place in places if place.exists()), name)
 
     @property
+    def rule_options(self) -> dict[str, Any]:
+        """The options of the rule; the rule `search` reads what the stage of that name wrote."""
+        own = {"file": str(self.run.search)} if self.study.select.rule == "search" else {}
+        return own | self.study.select.options
+
+    @property
     def rule(self) -> str:
         """The rule's name, or its file and function with the file looked up beside the study."""
         rule = self.study.select.rule

@@ -14,7 +14,7 @@ from vlmlayers.study.stages import stage_entry
 
 
 def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> None:
-    """Check datasets, models, the rule and the tables `train` and `validate`, without a model.
+    """Check datasets, models, rule and the tables of stages that train, without a model.
 
     A package that offers one of these stages may have a function `check` beside it, which gets
     the context.
@@ -32,6 +32,8 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
             _check_model(context)
     if "select" in picked:
         _check_own_rule(contexts[0])
+    if "search" in picked and contexts[0].study.search is not None:
+        _check_stage(contexts[0], "search")
     if "train" in picked and contexts[0].study.train:
         _check_stage(contexts[0], "train")
     if "validate" in picked and contexts[0].study.validate_ is not None:

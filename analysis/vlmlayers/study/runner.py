@@ -24,7 +24,7 @@ from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
 
-LONG = ("train", "validate")  # stages that a person should not have to wait for the report of
+LONG = ("search", "train", "validate")  # stages that a person should not have to wait for the report of
 
 
 @checked
@@ -147,7 +147,8 @@ def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> No
     for earlier in list(STAGES)[: list(STAGES).index(name)]:
         stage = STAGES[earlier]
         needed = earlier in ("score", "select") or (earlier == "extract" and name == "score")
-        needed &= name != "train"  # which reads a choice only where it is told to
+        needed &= name not in ("search", "train")  # which need no scores to choose blocks
+        needed |= earlier == "search" and name == "select" and stage.wanted(context)
         if earlier in picked or not needed:
             continue
         missing = [path for path in stage.outputs(context) if not path.exists()]

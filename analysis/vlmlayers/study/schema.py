@@ -145,7 +145,7 @@ class ScorePart(Options):
 
 
 class SelectPart(Options):
-    """Which rule, and its options."""
+    """Which rule, and its options; `search` where the study has a table of that name."""
 
     rule: str = "threshold"
     resamples: int = Field(default=200, ge=0)
@@ -183,6 +183,8 @@ class Study(Options):
         extract: How features are recorded.
         score: Metrics.
         select: Rule.
+        search: The table `search`, handed to the stage that searches amount and placement on
+            training shots, whose pick is the choice; absent: nothing is searched.
         train: The tables `[[train]]`, handed to the training stage: protocols of the paper.
         validate_: The table `validate`, handed to the validation stage; absent: not validated.
         report: Report.
@@ -195,11 +197,14 @@ class Study(Options):
     title: str = "Layer analysis"
     data_root: str | None = None
     seed: int = 0
-    stages: tuple[Literal["extract", "score", "select", "train", "validate", "report"], ...] = ()
+    stages: tuple[
+        Literal["extract", "score", "search", "select", "train", "validate", "report"], ...
+    ] = ()
     models: tuple[ModelPart, ...] = Field(min_length=1)
     datasets: tuple[DatasetPart, ...] = Field(min_length=1)
     extract: ExtractPart = ExtractPart()
     score: ScorePart = ScorePart()
+    search: dict[str, Any] | None = None
     select: SelectPart = SelectPart()
     train: tuple[dict[str, Any], ...] = ()
     validate_: dict[str, Any] | None = Field(default=None, alias="validate")
@@ -211,6 +216,15 @@ class Study(Options):
         if isinstance(value, list | tuple):
             return [{"name": one} if isinstance(one, str) else one for one in value]
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _search_is_the_choice(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("search") is not None:
+            rule = content.get("select", {})
+            if isinstance(rule, dict):
+                return content | {"select": {"rule": "search"} | rule}
+        return content
 
     @model_validator(mode="after")
     def _different_names(self) -> Study:

@@ -179,6 +179,7 @@ def _select_inputs(context: StageContext) -> Any:
         "select": part.model_dump(),
         "seed": context.seed,
         "own_rule": own,
+        "search": file_mark(context.run.search) if part.rule == "search" else "",
         "version": version("vlm-layers"),
     }
 
@@ -186,7 +187,11 @@ def _select_inputs(context: StageContext) -> Any:
 def _select(context: StageContext) -> None:
     part = context.study.select
     choice = select(
-        context.scores, context.rule, resamples=part.resamples, seed=context.seed, **part.options
+        context.scores,
+        context.rule,
+        resamples=part.resamples,
+        seed=context.seed,
+        **context.rule_options,
     )
     choice.save(context.run.choice)
     context.run.record(select=part.model_dump(mode="json"))
@@ -195,6 +200,18 @@ def _select(context: StageContext) -> None:
         count = len(choice.evidence.get("doubts", ()))
         reasons = f"{count} doubt{'s' * (count != 1)}"
         context.echo(f"         the data do not decide: {reasons}, listed in the report")
+
+
+def _search_inputs(context: StageContext) -> Any:
+    return {
+        "search": context.study.search,
+        "left_out": context.leaving_out,
+        **_trained_on(context, "search"),
+    }
+
+
+def _search(context: StageContext) -> None:
+    stage_entry("search").load()(context)
 
 
 def _validate_inputs(context: StageContext) -> Any:
@@ -243,7 +260,7 @@ def _validate(context: StageContext) -> None:
 
 
 def stage_entry(stage: str) -> EntryPoint:
-    """Return the stage `train` or `validate` that an installed package offers.
+    """Return the stage `search`, `train` or `validate` that an installed package offers.
 
     Raises:
         UserError: No package does.
@@ -262,6 +279,7 @@ def _report_inputs(context: StageContext) -> Any:
     files = [
         run.scores,
         run.choice,
+        run.search,
         run.validation,
         run.provenance,
         *sorted(run.folder.glob("validation*.csv")),
@@ -300,6 +318,13 @@ STAGES: dict[str, Stage] = {
             lambda c: [c.run.features / data.folder for data in c.datasets],
         ),
         Stage("score", _score_inputs, _score, lambda c: [c.run.scores]),
+        Stage(
+            "search",
+            _search_inputs,
+            _search,
+            lambda c: [c.run.search],
+            wanted=lambda c: c.study.search is not None and not c.part.adapter,
+        ),
         Stage("select", _select_inputs, _select, lambda c: [c.run.choice]),
         Stage(
             "train",

@@ -127,7 +127,9 @@ def select_run(
     from vlmlayers.selection import select
 
     source = Path(path)
-    choice = select(read_scores(source), rule, resamples=resamples, seed=seed, **options)
     folder = source if source.is_dir() else source.parent
+    if rule == "search":
+        options = {"file": str(Run(folder).search)} | options
+    choice = select(read_scores(source), rule, resamples=resamples, seed=seed, **options)
     written = choice.save(out or Run(folder).choice)
     return "\n".join([f"adapt {choice}", *textwrap.wrap(choice.statement, 80), str(written)])

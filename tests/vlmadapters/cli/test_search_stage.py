@@ -1,0 +1,78 @@
+"""The stage `search` of a study: its pick is the choice, and validation says what it had said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from vlmlayers.errors import UserError
+from vlmlayers.models.load import MINI_FOLDER
+from vlmlayers.selection import LayerChoice
+from vlmlayers.study import check_study, run_study
+
+needs_mini = pytest.mark.skipif(
+    not (MINI_FOLDER / "model.safetensors").is_file(), reason="the miniature CLIP is not shipped"
+)
+STUDY: dict[str, Any] = {
+    "models": [{"name": "mini-clip"}],
+    "datasets": ["shapes_filled", "digits"],
+    "extract": {"items": 40},
+    "score": {"metrics": ["dataset_accuracy_ncm"], "options": {"bootstrap": 2, "seeds": [1]}},
+    "search": {
+        "datasets": "shapes_filled",
+        "set": {"epochs": 1},
+        "shots": 4,
+        "folds": 2,
+        "amounts": ["scale=0.3"],
+        "placement": ["12"],
+    },
+    "report": {"formats": ["svg"]},
+}
+
+
+@needs_mini
+def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
+    validated = {"set": {"epochs": 1, "lr": 0.3, "scale": 1.0}, "shots": 2, "seeds": 1, "kinds": "last", "limit": 8}
+    study = check_study(STUDY | {"validate": validated | {"datasets": "shapes_filled"}})
+    said: list[str] = []
+    run_study(study, tmp_path, progress=False, echo=said.append)
+    found = json.loads((tmp_path / "search.json").read_text())
+    choice = LayerChoice.load(tmp_path / "choice.json")
+    assert choice.rule == "search" and choice.statement == found["statement"]
+    assert str(choice.placement) == found["pick"]
+    assert set(pd.read_csv(tmp_path / "search.csv")["dataset"]) == {"shapes_filled"}
+    judged = json.loads((tmp_path / "validation.json").read_text())
+    assert judged["verdict"].endswith(found["statement"])
+    assert judged["search"]["pick"] == found["pick"]
+    assert any(line.startswith("search   ") for line in said)
+    said.clear()
+    run_study(study, tmp_path, progress=False, echo=said.append)
+    assert "search   unchanged" in said and "select   unchanged" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"buget": 3}, "did you mean 'budget'"),
+        ({"criterion": "likelihood"}, "did you mean 'log_likelihood'"),
+        ({"folds": 1}, "at least 2"),
+        ({"placement": "12-5"}, "reversed"),
+        ({"amounts": "alpha=3"}, "unknown key 'alpha'"),
+        ({"datasets": ["digts"]}, "did you mean 'digits'"),
+    ],
+)
+def test_a_wrong_table_is_refused_before_anything_runs(
+    wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_study(check_study(STUDY | {"search": wrong}), tmp_path, progress=False)
+    assert not (tmp_path / "features").exists()
+
+
+def test_another_rule_may_choose_beside_a_search() -> None:
+    assert check_study(STUDY).select.rule == "search"
+    assert check_study(STUDY | {"select": {"rule": "paper"}}).select.rule == "paper"

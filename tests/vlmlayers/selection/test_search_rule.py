@@ -1,0 +1,111 @@
+"""The rule `search`: what a search on training shots picked is the choice, zero-shot included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import make_run
+from score_tables import planted
+
+from vlmlayers.errors import UserError
+from vlmlayers.placement import Placement
+from vlmlayers.report import write_report
+from vlmlayers.report.numbers import read_answer
+from vlmlayers.selection import LayerChoice, select
+from vlmlayers.study.verbs import select_run
+
+DEFAULT = "v5-12,t5-12"
+
+
+def difference(mean: float, low: float, high: float) -> dict[str, Any]:
+    folds = [{"dataset": "d", "seed": 1, "fold": f, "difference": mean} for f in (1, 2, 3, 4)]
+    wins = 4 if mean > 0 else 0
+    return {"mean": mean, "low": low, "high": high, "decided": low > 0, "wins": wins,
+            "folds": folds}  # fmt: skip
+
+
+def found(pick: str = "v9-12,t9-12@scale=0.3", adapt: str = "yes", **more: Any) -> dict[str, Any]:
+    gain = difference(0.2, 0.1, 0.3)
+    return {
+        "default": DEFAULT,
+        "pick": pick,
+        "decided": pick != DEFAULT,
+        "runner_up": DEFAULT,
+        "difference": None if pick == DEFAULT else gain,
+        "runner_up_difference": None,
+        "to_zero_shot": {"setting": pick, "adapt": adapt, **difference(0.5, 0.4, 0.6)},
+        "heats": [{"stage": "amount", "default": DEFAULT, "rivals": [pick], "best": pick,
+                   "difference": gain, "pick": pick}],
+        "mean_differences": {pick: 0.2, DEFAULT: 0.0},
+        "statement": f"Train {pick}.",
+        "criterion": {"name": "log_likelihood", "means": "held-out log-likelihood"},
+        "method": "mma",
+        "cost": {"trainings": 6.5, "budget": None, "seconds": 12.0, "steps": 9, "steps_of_one": 3},
+        **more,
+    }  # fmt: skip
+
+
+def written(folder: Path, **values: Any) -> str:
+    path = folder / "search.json"
+    path.write_text(json.dumps(found(**values)))
+    return str(path)
+
+
+def test_the_pick_is_the_choice_with_its_amount(tmp_path: Path) -> None:
+    choice = select(planted(12, 12, (5, 5)), "search", file=written(tmp_path))
+    assert choice.placement == Placement.parse("9-12@scale=0.3")
+    assert choice.decided and choice.statement == "Train v9-12,t9-12@scale=0.3."
+    assert LayerChoice.load(choice.save(tmp_path / "choice.json")).placement == choice.placement
+
+
+@pytest.mark.parametrize(
+    ("pick", "adapt", "headline", "decided"),
+    [
+        ("v9-12,t9-12@scale=0.3", "yes",
+         "Adapt blocks 9–12 of the vision tower and blocks 9–12 of the text tower by scale=0.3.",
+         True),
+        (DEFAULT, "yes", "The data do not decide: the default stands, blocks 5–12 of the vision "
+         "tower and blocks 5–12 of the text tower.", False),
+        ("zero-shot", "no", "Do not adapt: zero-shot CLIP does better on held-out shots.", True),
+        ("v12,t-", "unknown", "Adapt block 12 of the vision tower.", False),
+    ],
+)  # fmt: skip
+def test_the_report_answers_what_the_search_found(
+    tmp_path: Path, pick: str, adapt: str, headline: str, decided: bool
+) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    written(run.folder, pick=pick, adapt=adapt)
+    select_run(run.folder, "search", {}, 0, 0)
+    answer = read_answer(run.folder)
+    assert answer.headline == headline and answer.choice.decided is decided
+    page = write_report(run.folder).read_text()
+    text = (run.folder / "report.md").read_text().replace("\\", "")
+    for part in ("6.5 full trainings", "4 of 4 folds", "+0.200 [0.100, 0.300]", "+0.500"):
+        assert part in page and part in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "other"}, "is of the model other"),
+        ({"pick": "@lr=0.1"}, "acts at no block"),
+        ({"pick": "recipe"}, "acts at no block"),
+        ({"pick": "13"}, "names vision block 13"),
+    ],
+)
+def test_a_search_that_is_no_choice_here_is_refused(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        select(planted(12, 12, (5, 5)), "search", file=written(tmp_path, **values))
+
+
+def test_without_a_search_the_rule_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; run `vlmlayers search`"):
+        select(planted(12, 12, (5, 5)), "search", file=str(tmp_path / "search.json"))
+    (tmp_path / "search.json").write_text('{"pick": "5-12"}')
+    with pytest.raises(UserError, match="lacks decided, method, statement, to_zero_shot"):
+        select(planted(12, 12, (5, 5)), "search", file=str(tmp_path / "search.json"))
