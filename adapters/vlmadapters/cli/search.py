@@ -70,7 +70,9 @@ def search(
     criterion: Annotated[
         str, typer.Option(help="log_likelihood, base_log_likelihood or accuracy, held out.")
     ] = "log_likelihood",
-    folds: Annotated[int, typer.Option(help="Folds of each draw.")] = 4,
+    folds: Annotated[
+        int, typer.Option(help="Folds of each draw; more tell smaller differences.")
+    ] = 4,
     novel: Annotated[
         bool, typer.Option(help="Hold out half of the base classes whole as well.")
     ] = True,

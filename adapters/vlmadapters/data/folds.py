@@ -20,6 +20,7 @@ from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item
 
 FOLDS = 0xF0  # key of the draw of inner classes and held-out shots
+PARTS = 4  # so many folds hold out every shot once; more of them draw anew
 LEAST_APART = 4  # base classes: two to tell apart in each half
 
 
@@ -33,6 +34,7 @@ class Fold(TaskData):
         train: Items trained on, labelled by these names.
         test: Items held out.
         apart: Whether the second half of the classes is held out whole.
+        held_out: Share of each inner base class's shots that is held out.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Fold(TaskData):
         train: Sequence[Item],
         test: Sequence[Item],
         apart: bool,
+        held_out: float,
     ) -> None:
         super().__init__(
             replace(data.manifest, name=name),
@@ -50,7 +53,7 @@ class Fold(TaskData):
             data.root,
             descriptions=data.descriptions,
         )
-        self.origin, self.apart = data.origin, apart
+        self.origin, self.apart, self.held_out = data.origin, apart, held_out
         self.class_names = tuple(class_names)
         self.images = data.images
         self._held = {"train": list(train), "test": list(test)}
@@ -59,6 +62,11 @@ class Fold(TaskData):
     def drawn(self) -> int:
         """Number of items of the whole draw, trained on and held out."""
         return sum(map(len, self._held.values()))
+
+    @property
+    def share(self) -> float:
+        """Share of the draw's items that is trained on."""
+        return self.trained / self.drawn
 
     @property
     def trained(self) -> int:
@@ -82,14 +90,16 @@ def folds(
 ) -> list[Fold]:
     """Return folds of a dataset's few-shot draw.
 
-    Every fold holds out another share of the shots. Of two neighbouring folds the second trains on
-    the classes that the first held out whole.
+    Of every four folds (as many as there are shots, where these are fewer) each holds out another
+    share of the shots; further ones start over with the shots in another order. Of two neighbouring
+    folds the second trains on the classes that the first held out whole, and every pair draws these
+    anew.
 
     Args:
         data: The dataset.
         shots: Items per class, as training draws them.
         seed: Seed of that draw.
-        count: Number of folds; no more than there are shots.
+        count: Number of folds.
         apart: Whether half of the base classes are held out whole. Fewer than four are not: there
             would be nothing to tell apart in one half.
 
@@ -101,19 +111,20 @@ def folds(
         raise UserError(f"{name} has one base class; a search needs two or more to tell apart")
     drawn = data.shots(shots, seed, "base")
     by_class = [[item for item in drawn if item.label == label] for label in range(len(names))]
-    count = min(count, max(map(len, by_class)))
-    if count < 2:
+    parts = min(count, PARTS, max(map(len, by_class)))
+    if parts < 2:
         raise UserError(
             f"a search holds out some shots of each class in turn; {name} needs two shots and two "
             "folds at least"
         )
     generator = np.random.default_rng([seed, FOLDS])
-    by_class = [[items[i] for i in generator.permutation(len(items))] for items in by_class]
     apart = apart and len(names) >= LEAST_APART
     half = ceil(len(names) / 2)
     orders = [generator.permutation(len(names)) for _ in range(ceil(count / 2))]
     made: list[Fold] = []
     for number in range(count):
+        if number % parts == 0:
+            by_class = [[one[i] for i in generator.permutation(len(one))] for one in by_class]
         order = np.roll(orders[number // 2], -half * (number % 2))
         train: list[Item] = []
         test: list[Item] = []
@@ -123,8 +134,9 @@ def folds(
                 test += items
                 continue
             for place, item in enumerate(items):
-                held = place % count == number and len(items) > 1
+                held = place % parts == number % parts and len(items) > 1
                 (test if held else train).append(item)
         ordered = [names[original] for original in order]
-        made.append(Fold(data, f"{name}-s{seed}-f{number + 1}", ordered, train, test, apart))
+        label = f"{name}-s{seed}-f{number + 1}"
+        made.append(Fold(data, label, ordered, train, test, apart, 1 / parts))
     return made

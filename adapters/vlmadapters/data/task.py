@@ -114,6 +114,11 @@ class TaskData:
         self.manifest = given if isinstance(given, Manifest) else Manifest.load(given)
         self.origin = self.manifest.name
 
+    @property
+    def share(self) -> float:
+        """Share of the draw's items that is trained on: all of them, but in a fold."""
+        return 1.0
+
     def identity(self, split: str) -> DataIdentity:
         """Return what a split is when it is first asked for; results belong to that."""
         if split not in self._identities:

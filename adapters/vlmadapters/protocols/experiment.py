@@ -465,7 +465,8 @@ class Experiment:
         return own + [(name, self.split) for name in self.target_names if name != source]
 
     def _train_of(self, setting: Recipe, source: str) -> TrainConfig:
-        train = setting.train_for(self._datasets[source].origin)
+        data = self._datasets[source]
+        train = setting.train_for(data.origin).of_share(data.share)
         return resolved(train, self.model.device)
 
     def _cell(self, source: str, seed: int, setting: Recipe) -> Cell:

@@ -121,6 +121,15 @@ class TrainConfig:
         """The augmentation these values describe."""
         return Augmentation(scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip)
 
+    def of_share(self, share: float) -> TrainConfig:
+        """Return the recipe for a share of the items: steps that are counted per shot shrink too.
+
+        Epochs shrink by themselves.
+        """
+        if not self.steps_per_shot or share == 1:
+            return self
+        return replace(self, steps_per_shot=max(1, round(share * self.steps_per_shot)))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         ranges = {name: list(getattr(self, name)) for name in ("crop_scale", "crop_ratio")}

@@ -22,6 +22,7 @@ SEARCH_COLUMNS = (
     "dataset",
     "seed",
     "fold",
+    "held_out",
     "setting",
     "base",
     "novel",
@@ -98,8 +99,9 @@ def difference(table: pd.DataFrame, setting: str, other: str, criterion: str) ->
     """Return the paired difference of two settings in the folds that both ran in.
 
     The folds of one draw share training items, so their differences vary less than independent
-    ones would: the variance of the mean over n folds is taken as s² · (1/n + 1/(n − 1)), the second
-    term being held-out over trained shots. Datasets and seeds are fixed; their variances add up.
+    ones would: the variance of the mean over n folds is taken as s² · (1/n + h/(1 − h)), where h is
+    the share of shots that a fold holds out. More folds shrink the first term alone, and give s²
+    more degrees of freedom. Datasets and seeds are fixed; their variances add up.
 
     Reference: Nadeau and Bengio, Inference for the generalization error, 2003.
 
@@ -116,14 +118,16 @@ def difference(table: pd.DataFrame, setting: str, other: str, criterion: str) ->
     for name in (setting, other):
         check_one_of("setting", name, list(map(str, wide.columns)), where="the search table")
     paired = (wide[setting] - wide[other]).dropna()
-    groups = [part.to_numpy(np.float64) for _, part in paired.groupby(level=["dataset", "seed"])]
-    groups = [part for part in groups if len(part) > 1]
+    held = table.groupby(["dataset", "seed"])["held_out"].first()
+    draws = {key: part.to_numpy(np.float64) for key, part in paired.groupby(level=held.index.names)}
+    groups = {key: part for key, part in draws.items() if len(part) > 1}
     if not groups:
         raise UserError(f"{setting} and {other} share no two folds of one draw; run more folds")
-    mean = float(np.mean([part.mean() for part in groups]))
-    terms = [part.var(ddof=1) * (1 / len(part) + 1 / (len(part) - 1)) for part in groups]
+    mean = float(np.mean([part.mean() for part in groups.values()]))
+    shared = {key: held[key] / (1 - held[key]) for key in groups}
+    terms = [part.var(ddof=1) * (1 / len(part) + shared[key]) for key, part in groups.items()]
     spread = float(np.sqrt(np.sum(terms)) / len(groups))
-    freedom = sum(len(part) - 1 for part in groups)
+    freedom = sum(len(part) - 1 for part in groups.values())
     half = float(student.ppf(0.5 + LEVEL / 2, freedom)) * spread
     keys: list[Any] = list(paired.index)
     rows = tuple((str(d), int(s), int(f), float(v)) for (d, s, f), v in zip(keys, paired))

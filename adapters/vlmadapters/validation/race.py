@@ -28,6 +28,10 @@ def label(setting: Recipe) -> str:
     return setting.label or AS_IS
 
 
+def _steps(setting: Recipe, dataset: str, fold: Fold) -> int:
+    return count_steps(setting.train_for(dataset).of_share(fold.share), fold.trained)
+
+
 class Track:
     """Trains settings on folds, each once, and keeps what came out and what it cost.
 
@@ -56,7 +60,7 @@ class Track:
                  for key, folds in draws.items()}  # fmt: skip
         self.steps_of_one = sum(whole.values())
         self._known = {
-            fold.manifest.name: (dataset, seed, number)
+            fold.manifest.name: (dataset, seed, number, fold.held_out)
             for (dataset, seed), folds in draws.items()
             for number, fold in enumerate(folds, 1)
         }
@@ -92,8 +96,7 @@ class Track:
             if number <= len(folds)
             and (folds[number - 1].manifest.name, label(setting)) not in self._rows
         ]
-        steps = sum(count_steps(setting.train_for(name), fold.trained) for name, fold in missing)
-        return steps / self.steps_of_one
+        return sum(_steps(setting, *one) for one in missing) / self.steps_of_one
 
     def run(self, stage: str, settings: Sequence[Recipe], number: int) -> None:
         """Train settings on the fold of a number of every draw, where they have not run yet."""
@@ -107,12 +110,11 @@ class Track:
                 continue
             experiment = self._experiments[fold.apart]
             found = experiment.run([fold], list(new.values()), [seed], together=self.together)
-            steps = {key: count_steps(one.train_for(dataset), fold.trained)
-                     for key, one in new.items()}  # fmt: skip
+            steps = {key: _steps(one, dataset, fold) for key, one in new.items()}
             self._keep(stage, name, found, steps | {ZERO_SHOT: 0})
 
     def _keep(self, stage: str, name: str, found: pd.DataFrame, steps: Mapping[str, int]) -> None:
-        dataset, seed, number = self._known[name]
+        dataset, seed, number, held_out = self._known[name]
         parts: dict[str, dict[str, Any]] = {}
         for row in found.to_dict("records"):
             if row["method"] == ZERO_SHOT_OWN:
@@ -130,6 +132,7 @@ class Track:
                     "dataset": dataset,
                     "seed": seed,
                     "fold": number,
+                    "held_out": held_out,
                     "setting": setting,
                     "base": 100 * base["accuracy"],
                     "novel": 100 * novel["accuracy"] if novel else math.nan,

@@ -112,7 +112,8 @@ def search(
         amounts: Amounts to try, such as `scale=0.3,epochs=15`; multiples of the recipe's where
             None.
         criterion: `log_likelihood`, `base_log_likelihood` or `accuracy`, of what is held out.
-        folds: Folds of each draw; no more than shots.
+        folds: Folds of each draw. Beyond four they draw inner classes and shots anew; more of them
+            tell smaller differences apart, at the cost of two short trainings each.
         novel: Hold out half of the base classes whole, beside shots of the others.
         seeds: Seeds of the few-shot draws; a setting is trained on what the search saw of a seed.
         shots: Items per class; the recipe's where None.

@@ -242,7 +242,10 @@ class Answer:
     def _searched(self, found: Mapping[str, Any]) -> list[tuple[str, bool]]:
         placed = self.choice.placement
         if not placed:
-            return [("Do not adapt", True), (": zero-shot CLIP does better on held-out shots.", False)]
+            return [
+                ("Do not adapt", True),
+                (": zero-shot CLIP does better on held-out shots.", False),
+            ]
         towers = join(f"{_blocks(placed.blocks(t))} of the {t} tower" for t in TOWERS
                       if placed.blocks(t))  # fmt: skip
         setting = towers + (f" by {placed.amount}" if placed.amount else "")

@@ -17,7 +17,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import Reading, Scores, check_scores, depths
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable
-from vlmlayers.selection.rules import RULES, Pick, Picks, Search
+from vlmlayers.selection.rules import RULES, Pick, Picks, Searched
 from vlmlayers.selection.stability import HOW, doubts, stability
 from vlmlayers.user_code import is_user_code, load_user_code
 from vlmlayers.words import percent
@@ -190,7 +190,7 @@ def _evidence(
         "decided": not any(reasons.values()),
         "doubts": [reason for one in reasons.values() for reason in one],
         "statement": _statement(picks, found, reasons),
-        **(chooser.evidence() if isinstance(chooser, Search) else {}),
+        **(chooser.evidence() if isinstance(chooser, Searched) else {}),
     }
 
 

@@ -287,7 +287,7 @@ class Explicit:
 
 
 @dataclass(frozen=True)
-class Search:
+class Searched:
     """The placement that a search on training shots picked, or none where training does not pay.
 
     `vlmlayers search` finds it, and says whether it can be told from the default; see there.
@@ -358,5 +358,5 @@ RULES: dict[str, type[Any]] = {
     "paper": Paper,
     "all": All,
     "explicit": Explicit,
-    "search": Search,
+    "search": Searched,
 }

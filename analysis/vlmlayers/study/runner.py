@@ -24,7 +24,11 @@ from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
 
-LONG = ("search", "train", "validate")  # stages that a person should not have to wait for the report of
+LONG = (
+    "search",
+    "train",
+    "validate",
+)  # stages that a person should not have to wait for the report of
 
 
 @checked

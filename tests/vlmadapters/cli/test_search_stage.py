@@ -36,7 +36,13 @@ STUDY: dict[str, Any] = {
 
 @needs_mini
 def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
-    validated = {"set": {"epochs": 1, "lr": 0.3, "scale": 1.0}, "shots": 2, "seeds": 1, "kinds": "last", "limit": 8}
+    validated = {
+        "set": {"epochs": 1, "lr": 0.3, "scale": 1.0},
+        "shots": 2,
+        "seeds": 1,
+        "kinds": "last",
+        "limit": 8,
+    }
     study = check_study(STUDY | {"validate": validated | {"datasets": "shapes_filled"}})
     said: list[str] = []
     run_study(study, tmp_path, progress=False, echo=said.append)

@@ -230,7 +230,7 @@ def planted(effect: float, noise: float, seed: int, count: int = 4) -> pd.DataFr
         level = generator.normal()
         for setting, more in (("a", 0.0), ("b", effect)):
             value = level + more + noise * generator.normal()
-            rows.append(("amount", "d", 1, fold, setting, 50.0, 50.0, value, value, 5, 1.0))
+            rows.append(("amount", "d", 1, fold, 0.25, setting, 50.0, 50.0, value, value, 5, 1.0))
     return pd.DataFrame(rows, columns=list(SEARCH_COLUMNS))
 
 
@@ -282,3 +282,53 @@ def test_recipes_take_the_amount_that_a_placement_names() -> None:
     assert made.label == "v3,t3@scale=0.3,epochs=15" and made.amount == Amount(0.3, epochs=15)
     with pytest.raises(UserError, match="coop has no scale"):
         load_recipe("published", "coop").at(Placement.parse("@scale=0.3"))
+
+
+def test_more_folds_draw_inner_classes_and_shots_anew(manifest: Manifest) -> None:
+    data = TaskData(manifest, shared_backbone())
+    made = folds(data, 4, 1, 10)
+    assert len(made) == 10 and {fold.held_out for fold in made} == {1 / 4}
+    held = Counter(item.path for fold in made[:8] for item in fold.test("base"))
+    assert set(held.values()) <= {1, 2}
+    splits = {frozenset(fold.names("novel")) for fold in made}
+    assert len(splits) > 2, "four classes split in more ways than one pair of halves"
+
+
+def test_steps_per_shot_shrink_with_the_share_that_a_fold_trains_on(manifest: Manifest) -> None:
+    made = RECIPE.changed({"steps_per_shot": 8}, {})
+    options = QUICK | {"recipe": made, "amounts": ["scale=5"], "placement": ()}
+    table = search(shared_backbone(), [manifest], **options).table
+    steps = table.loc[table["stage"] == "amount", "steps"]
+    assert set(steps) == {8 * 4 / 4}, "of 4 shots of 4 classes a fold trains 2 of 2 classes"
+    assert made.train.of_share(1.0) == made.train and RECIPE.train.of_share(0.1) == RECIPE.train
+
+
+def fold_gains(generator: np.random.Generator, count: int) -> list[float]:
+    """Return what predicting the mean of trained shots gains over predicting zero, in each fold.
+
+    Shots are normal about 0.5; of 64 every fold holds out 16.
+    """
+    shots = generator.normal(0.5, 1, 64)
+    gains = []
+    for _ in range(count // 4):
+        for held in generator.permutation(64).reshape(4, 16):
+            mean = np.delete(shots, held).mean()
+            gains.append(((shots[held] ** 2 - (shots[held] - mean) ** 2) / 2).mean())
+    return gains
+
+
+def test_the_interval_covers_the_true_difference_and_narrows_with_more_folds() -> None:
+    truth = (0.5**2 - 1 / 48) / 2
+    generator, widths = np.random.default_rng(1), {}
+    for count in (4, 12):
+        found = []
+        for _ in range(150):
+            table, gains = planted(0.0, 0.0, 0, count), np.zeros((count, 2))
+            gains[:, 1] = fold_gains(generator, count)  # of the settings a and b
+            table = table.assign(
+                base_log_likelihood=gains.ravel(), novel_log_likelihood=gains.ravel()
+            )
+            found.append(difference(table, "b", "a", "log_likelihood"))
+        assert np.mean([one.low < truth < one.high for one in found]) > 0.93
+        widths[count] = np.mean([one.high - one.low for one in found])
+    assert widths[12] < 0.75 * widths[4]
