@@ -137,6 +137,6 @@ def folds(
                 held = place % parts == number % parts and len(items) > 1
                 (test if held else train).append(item)
         ordered = [names[original] for original in order]
-        label = f"{name}-s{seed}-f{number + 1}"
-        made.append(Fold(data, label, ordered, train, test, apart, 1 / parts))
+        title = f"{name}-s{seed}-f{number + 1}"
+        made.append(Fold(data, title, ordered, train, test, apart, 1 / parts))
     return made

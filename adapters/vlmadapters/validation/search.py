@@ -87,7 +87,7 @@ def search(
     placement: Placements = None,
     amounts: Sequence[str] | None = None,
     criterion: str = "log_likelihood",
-    folds: Annotated[int, Takes(least=2)] = 4,
+    folds: Annotated[int, Takes(least=2)] = 8,
     novel: bool = True,
     seeds: Sequence[int] = (1,),
     shots: Count | None = None,
