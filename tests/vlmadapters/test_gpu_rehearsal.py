@@ -21,7 +21,7 @@ from open_clip.model import CLIP
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmadapters.clip import frozen, walk
+from vlmadapters.clip import arithmetic, frozen, walk
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import class_logits
 from vlmadapters.clip.savings import Savings
@@ -49,6 +49,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(walk.Walk, "agrees", lambda self: True)  # compares values
+    monkeypatch.setattr(arithmetic, "is_causal", lambda mask: mask.ndim == 2)  # likewise
     monkeypatch.setattr(mma, "new_linear", nn.Linear)  # skip_init swaps tensors, fake ones cannot
     monkeypatch.setattr(Adapter, "reset_parameters", lambda self, seed: self.touch())
     found = frozen.backbone_towers

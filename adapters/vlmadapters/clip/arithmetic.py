@@ -21,6 +21,8 @@ from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmadapters.clip.remembered import is_causal, lowered
+
 QUICK = 1.702
 
 
@@ -93,7 +95,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool =
     if onednn and suits(x, weight):
         made: Tensor = _FrozenLinear.apply(x, weight, bias)
         return made
-    return F.linear(x, weight, bias)
+    return F.linear(x, lowered(weight), None if bias is None else lowered(bias))
 
 
 def is_standard(block: nn.Module) -> bool:
@@ -142,8 +144,10 @@ def mix(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Ten
         mask: Additive attention mask, (query, token) or with items and heads before it, or None.
     """
     q, k, v = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in (q, k, v))
-    mask = None if mask is None else mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (item, head, query, …)
+    # The same bits; a GPU's fastest kernels know this mask and no other.
+    causal = mask is not None and is_causal(mask)
+    mask = None if mask is None or causal else mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -167,7 +171,7 @@ def attend_one(
     attention, heads = block.attn, block.attn.num_heads
     n, _, width = u.shape
     size = width // heads
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    weight, bias = lowered(attention.in_proj_weight), attention.in_proj_bias
     to_k, to_v = (weight[i * width : (i + 1) * width].view(heads, size, width) for i in (1, 2))
     picked = u[torch.arange(n, device=u.device), rows]
     q = frozen_linear(picked, weight[:width], bias[:width], onednn).view(n, heads, size)
@@ -189,7 +193,7 @@ def keys_values(block: Any, x: Tensor, onednn: bool = True) -> tuple[Tensor, Ten
         onednn: Use oneDNN where it suits.
     """
     attention, heads, (n, tokens, width) = block.attn, block.attn.num_heads, x.shape
-    weight, bias = attention.in_proj_weight[width:], attention.in_proj_bias[width:]
+    weight, bias = lowered(attention.in_proj_weight)[width:], attention.in_proj_bias[width:]
     made = frozen_linear(block.ln_1(x), weight, bias, onednn)
     k, v = made.view(n, tokens, 2, heads, width // heads).permute(2, 0, 3, 1, 4)
     return k, v
@@ -209,7 +213,7 @@ def attend_others(
         onednn: Use oneDNN where it suits.
     """
     attention, heads, (n, tokens, width) = block.attn, block.attn.num_heads, x.shape
-    weight, bias = attention.in_proj_weight[:width], attention.in_proj_bias[:width]
+    weight, bias = lowered(attention.in_proj_weight)[:width], attention.in_proj_bias[:width]
     q = frozen_linear(block.ln_1(x), weight, bias, onednn)
     q = q.view(n, tokens, heads, width // heads).transpose(1, 2)
     mask = None if seen is None else seen[:, None, None]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from vlmadapters.clip.arithmetic import feed_forward, frozen_linear, mix
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import single
+from vlmadapters.clip.remembered import lowered
 from vlmadapters.clip.walk import Inside, at
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
@@ -123,7 +124,8 @@ class CLIPLoRA(Method):
         changed = partial(self._changed, tower, number, rows=rows)
         linear = partial(frozen_linear, onednn=self.savings.onednn)
         attention, u = block.attn, block.ln_1(x)
-        weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, u.shape[-1]
+        weight, bias = lowered(attention.in_proj_weight), attention.in_proj_bias
+        width = u.shape[-1]
         if rows is None:
             asking = u
             q, k, v = linear(u, weight, bias).chunk(3, -1)

@@ -22,7 +22,7 @@ from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
 from vlmlayers.models.devices import memory_errors, placed, resolve_precision
-from vlmlayers.models.modes import eval_mode
+from vlmlayers.models.modes import at_rest
 from vlmlayers.progress import track
 
 Labels = NDArray[np.int64]
@@ -132,7 +132,7 @@ class Evaluator:
         for case in cases:
             case.method.eval()
         advice = f"lower the batch size of the test ({self.batch_size}) or use fewer classes"
-        with memory_errors(self.model.device, advice), eval_mode(self.backbone.clip):
+        with memory_errors(self.model.device, advice), at_rest(self.backbone.clip):
             return self._answers(batches, items, mine, cases)
 
     def _answers(

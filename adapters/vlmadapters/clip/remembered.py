@@ -1,0 +1,55 @@
+"""What is worked out once of a frozen tensor: its copy in low precision, and whether it is causal.
+
+Under autocast torch keeps casts of trained weights only and casts a frozen one at every use; and
+to read a mask the host has to wait for the device. Both are kept here for as long as the tensor
+lives and is not changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
+_CASTS, _CAUSAL = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+
+
+def lowered(weight: Tensor) -> Tensor:
+    """Return a frozen float32 weight as autocast would cast it; any other tensor as it is."""
+    kind = weight.device.type
+    frozen = weight.dtype == torch.float32 and not weight.requires_grad
+    if not frozen or not torch.is_autocast_enabled(kind):
+        return weight
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast() -> Tensor:
+        with torch.inference_mode(False):  # else training could not use what a test made
+            return weight.to(dtype)
+
+    return _once(_CASTS, weight, dtype, cast)
+
+
+def is_causal(mask: Tensor) -> bool:
+    """Return whether an additive mask hides from each token those after it, and nothing else."""
+    size = mask.shape[-1]
+    if mask.shape != (size, size) or not mask.is_floating_point():
+        return False
+
+    def look() -> bool:
+        return torch.equal(mask, torch.full_like(mask, -math.inf).triu(1))
+
+    return _once(_CAUSAL, mask, None, look)
+
+
+def _once(kept: WeakTensorKeyDictionary, tensor: Tensor, how: Any, make: Callable[[], T]) -> T:
+    version = 0 if tensor.is_inference() else tensor._version  # of its own: it counts writes
+    state = version, tensor.untyped_storage(), how  # another storage where `data` was replaced
+    found: tuple[Any, T] | None = kept.get(tensor)
+    if found is None or found[0] != state:
+        found = kept[tensor] = state, make()
+    return found[1]
