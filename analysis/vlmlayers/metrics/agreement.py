@@ -236,43 +236,45 @@ def procrustes(x: Given, y: Given) -> float:
     Reference: Williams et al. 2021, Generalized shape metrics.
     """
     x, y = paired(x, y, 3)
-    return float(procrustes_matrix([x], [y])[0, 0])
+    return float(shape_angles(shapes([x]), shapes([y]))[0, 0])
 
 
-def procrustes_matrix(xs: Sequence[Array], ys: Sequence[Array], *, half: bool = False) -> Array:
-    """Return the angular Procrustes distance of every x with every y, (a, b), in one pass.
+def shapes(xs: Sequence[Array]) -> Array:
+    """Return centred features at norm 1, rotated into at most n columns: (position, n, width).
 
     Args:
         xs: Features of the same items at several positions, (item, width) each.
-        ys: The same of the other side.
-        half: Compute cells with b ≥ a only and mirror them: both sides are one tower.
 
     Raises:
         UserError: Constant features.
     """
-    first, second = _shapes(xs), _shapes(ys)
-    cells = np.triu_indices(len(xs)) if half else np.indices((len(xs), len(ys))).reshape(2, -1)
-    products = first[cells[0]].transpose(0, 2, 1) @ second[cells[1]]
-    nuclear = np.linalg.svd(products, compute_uv=False).sum(axis=1)
-    angles = np.zeros((len(xs), len(ys)))
+    compact = [_compact(centred(x)) for x in xs]
+    result = np.zeros((len(xs), len(compact[0]), max(x.shape[1] for x in compact)))
+    for place, x in zip(result, compact):
+        place[:, : x.shape[1]] = x / np.linalg.norm(x)
+    return result
+
+
+def shape_angles(first: Array, second: Array, *, half: bool = False) -> Array:
+    """Return the angular Procrustes distance of every shape with every other, (a, b).
+
+    Args:
+        first: Shapes, (a, item, width).
+        second: Shapes, (b, item, other width), rows in the order of the first.
+        half: Compute cells with b ≥ a only and mirror them: both sides are one tower.
+    """
+    products = [x.T @ second[i if half else 0 :] for i, x in enumerate(first)]
+    nuclear = np.linalg.svd(np.concatenate(products), compute_uv=False).sum(axis=1)
+    angles = np.zeros((len(first), len(second)))
+    cells = np.triu_indices(len(first)) if half else np.indices(angles.shape).reshape(2, -1)
     angles[cells[0], cells[1]] = np.arccos(np.clip(nuclear, 0.0, 1.0))
     return np.maximum(angles, angles.T) if half else angles
 
 
-def _shapes(arrays: Sequence[Array]) -> Array:
-    """Return centred features at norm 1, rotated into at most n columns: (position, n, width)."""
-    compact = [_compact(centred(x)) for x in arrays]
-    width = max(x.shape[1] for x in compact)
-    padded = np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in compact])
-    return padded / np.linalg.norm(padded, axis=(1, 2), keepdims=True)
-
-
 def _compact(x: Array) -> Array:
-    """Return x rotated into its span where items are far fewer than columns."""
+    """Return x rotated into its span where items are fewer than columns."""
     n, width = x.shape
-    if 2 * n >= width:
-        return x
-    return triangle(x.T).T
+    return x if n >= width else triangle(x.T).T
 
 
 def _normalised(signature: Array) -> Array:

@@ -53,8 +53,10 @@ class Metric:
         towers: Towers it is computed for.
         per_item: Function of the same arguments whose mean over items is the metric.
         weighted: Function that also takes item weights, (draw, item), and returns (draw,).
-        matrix: Function of two lists of features, (item, width) each, that returns every cell,
-            (a, b); `half=True` where both lists are of one tower and cells mirror each other.
+        matrix: Two functions: what the first makes of features at several positions, a list of
+            (item, width), is an array (position, item, …) whose items may be permuted; the second
+            takes two of these and returns every cell, (a, b), with `half=True` where both are of
+            one tower and cells mirror each other.
         relabelled: Function of features and several labellings, (draw, item), that returns (draw,);
             shuffled nulls take it where it exists, because it shares what labels do not change.
         of_parts: Function of several (fitting features, their classes, validation features, their
@@ -83,7 +85,7 @@ class Metric:
     towers: tuple[str, ...] = BOTH
     per_item: Callable[..., Any] | None = None
     weighted: Callable[..., Any] | None = None
-    matrix: Callable[..., Any] | None = None
+    matrix: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     relabelled: Callable[..., Any] | None = None
     of_parts: Callable[..., Any] | None = None
     parts: tuple[Callable[..., Any], ...] = ()

@@ -176,7 +176,7 @@ METRICS: dict[str, Metric] = {
     "procrustes": Metric(
         ag.procrustes, "agreement", "pairs", "angular Procrustes distance (rad)",
         "Williams et al. 2021", bounds=(0.0, 1.5707963267948966), direction="less alike",
-        null="shuffle", smallest_n=4, largest_n=64, matrix=ag.procrustes_matrix,
+        null="shuffle", smallest_n=4, largest_n=64, matrix=(ag.shapes, ag.shape_angles),
         invariances=SIMILARITY, sensitive="columns",
     ),
     # Modality gap

@@ -346,10 +346,20 @@ class _Cells:
         ]
         self.permutations = options.shuffles
         self.options: dict[str, Any] = {}
+        self.whole = self._prepared(None)
 
-    def _matrix(self, first: list[Array], second: list[Array]) -> Array:
+    def _prepared(self, rows: Labels | None) -> list[Any]:
+        """Return what is made of each side once, on all rows or on some."""
+        sides = self.arrays if rows is None else [[x[rows] for x in side] for side in self.arrays]
+        if self.metric.matrix is None:
+            return sides
+        prepare = self.metric.matrix[0]
+        first = prepare(sides[0])
+        return [first, first if self.within else prepare(sides[1])]
+
+    def _matrix(self, first: Any, second: Any) -> Array:
         if self.metric.matrix is not None:
-            return np.asarray(self.metric.matrix(first, second, half=self.within))
+            return np.asarray(self.metric.matrix[1](first, second, half=self.within))
         result = np.zeros((len(first), len(second)))
         for i, x in enumerate(first):
             for j, y in enumerate(second):
@@ -359,12 +369,13 @@ class _Cells:
 
     def values(self, rows: Labels | None) -> Array:
         """Return the matrix on all rows or on some, (a, b)."""
-        sides = self.arrays if rows is None else [[x[rows] for x in side] for side in self.arrays]
-        return self._matrix(sides[0], sides[1])
+        return self._matrix(*(self.whole if rows is None else self._prepared(rows)))
 
     def permuted(self, order: Labels) -> Array:
         """Return the matrix with the second side's rows permuted, (a, b).
 
         Within a tower a cell and its mirror image have one distribution, so half of them will do.
         """
-        return self._matrix(self.arrays[0], [x[order] for x in self.arrays[1]])
+        first, second = self.whole
+        stacked = isinstance(second, np.ndarray)
+        return self._matrix(first, second[:, order] if stacked else [x[order] for x in second])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from vlmlayers.features import TowerFeatures
 from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.intervals import mean_share_draws, percentile, wilson
+from vlmlayers.metrics.readouts import SIDE_BY_SIDE
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
@@ -54,9 +55,10 @@ def run_datasets(scoring: Scoring, towers: tuple[str, ...] = TOWERS) -> None:
         names = [member.dataset for member, _ in sources]
         for name, metric in readouts.items():
             follow = {n: m for n, m in derived.items() if m.base == name}
-            for point in scoring.points(name, metric, sources):
+            places = scoring.points(name, metric, sources)
+            for point, found in held_out_counts(places, sources, splits):
                 with point.attempt():
-                    for split, counts in zip(splits, held_out_counts(point, sources, splits)):
+                    for split, counts in zip(splits, found):
                         if name in metrics:
                             add_accuracy(
                                 point, counts, split.seed, **split.options, **point.arguments()
@@ -77,9 +79,10 @@ def run_classes(scoring: Scoring) -> None:
                 scoring.refuse(source[0].dataset, tower, str(error))
                 continue
             for name, metric in scoring.metrics.items():
-                for point in scoring.points(name, metric, [source]):
+                places = scoring.points(name, metric, [source])
+                for point, found in held_out_counts(places, [source], splits):
                     with point.attempt():
-                        for split, counts in zip(splits, held_out_counts(point, [source], splits)):
+                        for split, counts in zip(splits, found):
                             add_accuracy(
                                 point, counts, split.seed, **split.options, **point.arguments()
                             )
@@ -156,33 +159,66 @@ def class_split(features: TowerFeatures, options: ScoreOptions, seed: int) -> Sp
     return Split(seed, (rows,), labels, fold, folds, held, len(usable), noted)
 
 
-def held_out_counts(point: Point, sources: list[Source], splits: Sequence[Split]) -> list[Array]:
-    """Return, for each split, a read-out's confusion counts over its held-out folds.
+def held_out_counts(
+    points: Iterable[Point], sources: list[Source], splits: Sequence[Split]
+) -> Iterator[tuple[Point, list[Array]]]:
+    """Yield each place with a read-out's confusion counts over the held-out folds of each split.
 
-    All fits of a place are handed over together where the metric can take them so.
+    Where the metric can take many fits at once, it is handed those of several places; a complaint
+    makes them go one by one, so that only the place it is about is refused.
 
-    Returns:
-        (class, class) for each split.
+    Args:
+        points: Places of one metric.
+        sources: The datasets whose items are in the splits.
+        splits: What is held out.
 
-    Raises:
-        UserError: Fewer items than the metric needs.
+    Yields:
+        A place, and (class, class) for each split.
     """
+    points = list(points)
+    fits = sum(len(split.labels) * len(split.held) for split in splits)
+    while points:
+        together = (
+            max(1, SIDE_BY_SIDE // (fits * points[0].width)) if points[0].metric.of_parts else 1
+        )
+        batch, points = points[:together], points[together:]
+        try:
+            with batch[0].scoring.out.timed(batch[0].name):
+                found = _counts(batch, sources, splits)
+        except UserError as error:
+            if len(batch) == 1:
+                batch[0].refuse(str(error))
+            else:
+                for point in batch:
+                    yield from held_out_counts([point], sources, splits)
+        else:
+            yield from zip(batch, found)
+
+
+def _counts(batch: list[Point], sources: list[Source], splits: Sequence[Split]) -> list[Any]:
+    """Return the confusion counts of each place and split, [place][split] (class, class)."""
     parts: list[tuple[Array, ...]] = []
-    for split in splits:
-        point.require(len(split.labels))
-        x = np.concatenate([point.at(one).rows(rows) for one, rows in zip(sources, split.rows)])
-        for held in split.held:
-            out = split.fold == held
-            val = split.fold == (held + 1) % split.folds
-            fit = ~out & ~val
-            labels = split.labels
-            parts.append((x[fit], labels[fit], x[val], labels[val], x[out]))
-    predicted = iter(_predictions(point, parts, splits[0].classes))
-    counts = [np.zeros((split.classes, split.classes)) for split in splits]
-    for split, count in zip(splits, counts):
-        for held in split.held:
-            count += confusion(split.labels[split.fold == held], next(predicted), split.classes)
-    return counts
+    for point in batch:
+        for split in splits:
+            point.require(len(split.labels))
+            x = np.concatenate([point.at(one).rows(rows) for one, rows in zip(sources, split.rows)])
+            for held in split.held:
+                out = split.fold == held
+                val = split.fold == (held + 1) % split.folds
+                fit = ~out & ~val
+                labels = split.labels
+                parts.append((x[fit], labels[fit], x[val], labels[val], x[out]))
+    predicted = iter(_predictions(batch[0], parts, splits[0].classes))
+    return [
+        [
+            sum(
+                confusion(split.labels[split.fold == held], next(predicted), split.classes)
+                for held in split.held
+            )
+            for split in splits
+        ]
+        for _ in batch
+    ]
 
 
 def _predictions(point: Point, parts: list[tuple[Array, ...]], classes: int) -> list[Labels]:

@@ -70,6 +70,11 @@ class Point:
         """The options of the scoring."""
         return self.scoring.options
 
+    @property
+    def width(self) -> int:
+        """Width of the features."""
+        return int(self.features.arrays[self.space][self.position].shape[1])
+
     def at(self, source: Source) -> Point:
         """Return the same place in one of several datasets."""
         return replace(self, dataset=source[0].dataset, features=source[1])

@@ -111,9 +111,10 @@ def run_styles(scoring: Scoring) -> None:
                 text = "+".join(member.dataset for member, _ in sources)
                 splits = [_style_split(sources, shared, options, seed) for seed in options.seeds]
                 noted = {"family": text, "split_by": "class", "shared_classes": len(shared)}
-                for point in scoring.points(name, metric, sources):
+                places = scoring.points(name, metric, sources)
+                for point, found in held_out_counts(places, sources, splits):
                     with point.attempt():
-                        for split, counts in zip(splits, held_out_counts(point, sources, splits)):
+                        for split, counts in zip(splits, found):
                             add_accuracy(point, counts, split.seed, **noted, **point.arguments())
 
 

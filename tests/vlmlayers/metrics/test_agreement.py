@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import calibrated, cka, cka_matrix, mutual_knn, procrustes, rsa
-from vlmlayers.metrics.agreement import procrustes_matrix
+from vlmlayers.metrics.agreement import shape_angles, shapes
 from vlmlayers.metrics.cka_matrix import cheaper_form
 
 
@@ -147,7 +147,7 @@ def test_procrustes_of_all_positions_is_that_of_each_pair() -> None:
     rng = np.random.default_rng(0)
     xs = [rng.normal(size=(12, width)) + 3.0 for width in (4, 12, 60)]
     ys = [rng.normal(size=(12, width)) for width in (5, 11)]
-    angles = procrustes_matrix(xs, ys)
+    angles = shape_angles(shapes(xs), shapes(ys))
     # A second route: the rotation that scipy finds leaves a residual of 2 − 2 cos(angle).
     for i, x in enumerate(xs):
         for j, y in enumerate(ys):
@@ -156,7 +156,8 @@ def test_procrustes_of_all_positions_is_that_of_each_pair() -> None:
             rotation, _ = orthogonal_procrustes(a, b)
             residual = np.square(a @ rotation - b).sum()
             assert residual == pytest.approx(2 - 2 * np.cos(angles[i, j]), abs=1e-9)
-    whole, half = procrustes_matrix(xs, xs), procrustes_matrix(xs, xs, half=True)
+    made = shapes(xs)
+    whole, half = shape_angles(made, made), shape_angles(made, made, half=True)
     np.testing.assert_allclose(half, whole, atol=1e-7)
 
 

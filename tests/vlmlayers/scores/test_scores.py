@@ -317,6 +317,40 @@ def test_zero_shot_holds_the_other_tower_at_proj(scores: pd.DataFrame) -> None:
     assert len(ends) == 2 and ends.nunique() == 1
 
 
+@pytest.mark.parametrize("name", ["dataset_accuracy", "class_accuracy", "procrustes"])
+def test_positions_scored_together_score_as_each_alone(name: str) -> None:
+    members = many(3, items=30, classes=3)
+    options = {**QUICK, "jackknife": 4}
+    together = score(members, [name], **options)
+    apart = [score(members, [name], positions=p, **options) for p in ("embed", "2", "final")]
+    for part in apart:
+        keys = ["tower", "dataset", "position", "other_tower", "other_position", "seed"]
+        both = part.merge(together, on=keys, suffixes=("", "_together"))
+        assert len(both) == len(part)
+        for column in ("value", "low", "high", "null"):
+            np.testing.assert_allclose(both[column], both[f"{column}_together"], atol=1e-7)
+
+
+def test_a_position_that_a_read_out_refuses_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = METRICS["class_accuracy"]
+
+    def picky(parts: list, **options: object) -> list:
+        if any(np.ptp(part[0]) == 0.0 for part in parts):
+            raise UserError("this place is constant")
+        return entry.of_parts(parts, **options)
+
+    monkeypatch.setitem(METRICS, "class_accuracy", replace(entry, of_parts=picky))
+    features = make_features()
+    features.vision.arrays["native"]["2"][:] = 1.0
+    table = score(features, ["class_accuracy"], jobs=1, **QUICK)
+    mine = table[table["tower"] == "vision"]
+    assert set(features.vision.arrays["native"]) - set(mine["position"]) == {"2"}
+    refused = [note for note in table.attrs["refused"] if note["tower"] == "vision"]
+    assert [(n["position"], n["reason"]) for n in refused] == [("2", "this place is constant")]
+
+
 def test_styles_and_transfer(scores: pd.DataFrame) -> None:
     style = scores[scores.metric == "style_accuracy"]
     assert style["options"].str.contains("family=set0\\+restyled").all()
