@@ -34,19 +34,19 @@ from vlmadapters.methods.base import Method  # noqa: E402
 
 # Method as its file names it, to the module of `replays` that knows the layout of the file.
 REPLAYS: dict[str, str] = {
-    "cocoop": "contexts",
     "coop": "contexts",
-    "ivlp": "ivlp",
+    "cocoop": "contexts",
     "kgcoop": "contexts",
-    "lasp": "lasp",
-    "maple": "maple",
-    "tipadapter, tipadapterf": "tip",
     "proda": "contexts",
-    "clipadapter": "clipadapter",
-    "cliplora": "cliplora",
-    "lweib": "lweib",
-    "rpo": "rpo",
-    "promptsrc": "promptsrc",
+    "ivlp": "variants",
+    "lasp": "variants",
+    "maple": "variants",
+    "rpo": "variants",
+    "clipadapter": "mains",
+    "cliplora": "mains",
+    "lweib": "mains",
+    "promptsrc": "mains",
+    "tipadapter, tipadapterf": "tip",
 }
 # Tolerances in single precision; gradients relative to the largest entry of each.
 TOLERANCES = {

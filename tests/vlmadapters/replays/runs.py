@@ -1,21 +1,28 @@
-"""Replay a file that holds one main run and variants of it: `KEY`, and `variant/NAME/KEY`.
+"""Replay a recorded run with the product's own code and compare all that is recorded of it.
 
-The run is replayed without savings, whose rounding differs from the public code's and grows from
-step to step; the first step is replayed with all of them too.
+Records name their arrays in several ways: `KEY`, `NAME/KEY` or `variant/NAME/KEY`, and some keys
+differ. A run is replayed without savings, whose rounding differs from the public code's and grows
+from step to step; the first step is replayed with all of them too, as users run it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from golden import TOLERANCES, Check, Recording, largest, relative
-from torch import Tensor
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
-from vlmadapters.clip.walk import State
 from vlmadapters.data.task import Task
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Step
@@ -24,173 +31,216 @@ from vlmadapters.training.optimization import learning_rate, new_optimizer, set_
 from vlmadapters.training.recipes import TrainConfig
 
 MAIN = "main run"
-SAVED = 1e-4
-RATES = 1e-9  # relative
+ALLOWED = TOLERANCES | {
+    "training logits": 1e-5,
+    "last parameters": 1e-4,
+    "novel logits": 1e-4,
+    "logits, savings": 1e-4,
+    "gradients, savings": 1e-4,
+    "rates": 1e-9,  # relative
+}
+Differences = Iterator[tuple[str, float]]
 
 
-def runs_of(recording: Recording) -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
-    """Yield name, settings and start of the main run, where it is recorded, and each variant."""
+def runs_of(recording: Recording) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Tensor]]]:
+    """Yield name, prefix of keys, settings and start of a main run, if recorded, and variants."""
     info = recording.info
     if "losses" in recording:
-        yield MAIN, info["hyper"], recording.group("init/")
-    for name, told in info["variants"].items():
-        own = f"variant_init/{name}/" if told.get("own_init") else "init/"
-        yield name, info["hyper"] | told["hyper"], recording.group(own)
+        yield MAIN, "", info["hyper"], recording.group("init/")
+    for name, variant in info.get("variants", {}).items():
+        own = f"variant_init/{name}/" if variant.get("own_init") else "init/"
+        hyper = info["hyper"] | variant["hyper"]
+        yield name, f"variant/{name}/", hyper, recording.group(own)
+
+
+def sgd(values: Mapping[str, Any], **others: Any) -> TrainConfig:
+    """Return a recorded optimizer as a recipe."""
+    return TrainConfig(**{key: values[key] for key in ("lr", "momentum", "weight_decay")}, **others)
 
 
 @dataclass(eq=False)
 class Run:
-    """One recorded run, the main one or a variant.
+    """One recorded run.
 
     Attributes:
         recording: The file.
-        name: `MAIN`, or the name of the variant.
+        name: The run, for messages.
+        prefix: What its keys start with.
         config: Its settings.
-        task: The classes.
+        task: The classes trained on.
         train: Optimizer and schedule.
         start: Parameters before the first step, by the authors' names; the run may use some only.
-        steps_per_epoch: Steps after which an epoch of it ends.
-        parts: Our names of the columns of `loss_parts`, where they are recorded.
+        novel: Classes tested after training, where they are recorded.
+        parts: Our names of loss parts to the recorded ones, in the order of recorded columns.
         draws: Step, from 0, to the recorded draws.
-        tolerances: Those that differ from `TOLERANCES`.
+        tolerances: Those that differ from `ALLOWED`.
+        keys: Our names of arrays to the file's, where they differ.
+        steps_per_epoch: Steps after which an epoch of it ends.
+        batch: Images of a step; None for all that are recorded of it.
+        seed: Seed of the initialisation.
+        precision: What it is replayed in: rounding grows from step to step, and some records' own
+            uses up a part of what is tolerated.
     """
 
     recording: Recording
     name: str
+    prefix: str
     config: MethodConfig
     task: Task
     train: TrainConfig
     start: Mapping[str, Tensor]
-    steps_per_epoch: int = 1
-    parts: Sequence[str] = ()
-    draws: Callable[[int], Mapping[str, Tensor]] | None = None
+    novel: Task | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+    draws: Callable[[int], Mapping[str, Tensor] | None] = lambda number: None
     tolerances: Mapping[str, float] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    steps_per_epoch: int = 1
+    batch: int | None = None
+    seed: int = 0
+    precision: torch.dtype = torch.float32
 
     def checks(self) -> Iterator[Check]:
-        """Yield the checks of the run, of what is recorded of it."""
-        saved = Steps(self, Savings())
-        if self.has("eval_logits"):
-            yield self._saved("logits", largest(saved.logits(), self.recorded("eval_logits")))
-        saved.loss(0).backward()
-        yield self._saved("gradients", self._gradients(saved))
-        steps = Steps(self, Savings.none())
-        if self.has("eval_logits"):
-            yield self.check("logits", largest(steps.logits(), self.recorded("eval_logits")))
-        yield from self._steps(steps)
-        if self.recorded_group("final/"):
-            yield self._parameters(steps, "final")
-        if self.has("final_eval_logits"):
-            found = largest(steps.logits(), self.recorded("final_eval_logits"))
-            yield self.check("final logits", found)
+        """Yield the largest difference of each quantity that is recorded."""
+        found: dict[str, list[float]] = {}
+        for quantity, difference in chain(self._saved(), self._plain()):
+            found.setdefault(quantity, []).append(difference)
+        allowed = ALLOWED | dict(self.tolerances)
+        for quantity, differences in found.items():
+            yield Check(self.name, quantity, float(np.max(differences)), allowed[quantity])
 
-    def _steps(self, steps: Steps) -> Iterator[Check]:
-        losses, rates, parts = [], [], []
-        for number in range(len(self.recorded("losses"))):
-            rates.append(steps.set_rate(number))
-            losses.append(steps.update(number))
-            parts.append(steps.parts)
-            if not number:
-                assert steps.seen is not None
-                found = largest(steps.seen, self.recorded("train_logits"))
-                yield self.check("training logits", found)
-                yield self.check("gradients", self._gradients(steps))
-            epoch, left = divmod(number + 1, self.steps_per_epoch)
-            if epoch == self.train.epochs and self.recorded_group("last/"):
-                yield self._parameters(steps, "last")
-            if not left:
-                steps.method.end_epoch(epoch, self.train.epochs)
-        if self.parts:
-            weighed = [
-                [p[key] * steps.method.loss_weights[key] for key in self.parts] for p in parts
-            ]
-            found = largest(torch.tensor(weighed, dtype=torch.float64), self.recorded("loss_parts"))
-            yield self.check("loss parts", found)
-        yield self.check("losses", largest(torch.stack(losses), self.recorded("losses")))
-        rate = relative(torch.tensor(rates, dtype=torch.float64), self.recorded("lrs"))
-        yield Check(self.name, "rates", rate, RATES)
+    def before(self, steps: Steps) -> Differences:
+        """Yield what else is recorded before the start is loaded."""
+        yield from ()
 
-    def has(self, key: str) -> bool:
-        """Return whether an array of the run is recorded."""
-        return self.prefix + key in self.recording
+    def beside(self, steps: Steps) -> Differences:
+        """Yield what else is recorded of the start."""
+        yield from ()
+
+    def __contains__(self, key: str) -> bool:
+        return self.prefix + self.keys.get(key, key) in self.recording
 
     def recorded(self, key: str) -> Tensor:
         """Return an array of the run."""
-        return self.recording.tensor(self.prefix + key)
+        return self.recording.tensor(self.prefix + self.keys.get(key, key))
 
-    def recorded_group(self, prefix: str) -> dict[str, Tensor]:
+    def group(self, prefix: str) -> dict[str, Tensor]:
         """Return the arrays of the run whose key starts with a prefix, by the rest of it."""
         return self.recording.group(self.prefix + prefix)
 
-    @property
-    def prefix(self) -> str:
-        """What the keys of the run start with."""
-        return "" if self.name == MAIN else f"variant/{self.name}/"
+    def _saved(self) -> Differences:
+        steps = Steps(self, Savings(), torch.float32)
+        steps.load()
+        if "eval_logits" in self:
+            yield "logits, savings", largest(steps.logits(self.task), self.recorded("eval_logits"))
+        steps.backward(0)
+        yield "gradients, savings", self._gradients(steps)
 
-    def check(self, quantity: str, difference: float) -> Check:
-        """Return the check of a quantity at its tolerance."""
-        known = quantity.removeprefix("training ")
-        tolerance = self.tolerances.get(known, TOLERANCES[known])
-        return Check(self.name, quantity, difference, tolerance)
+    def _plain(self) -> Differences:
+        steps = Steps(self, Savings.none(), self.precision)
+        yield from self.before(steps)
+        steps.load()
+        yield from self.beside(steps)
+        if "eval_logits" in self:
+            yield "logits", largest(steps.logits(self.task), self.recorded("eval_logits"))
+        yield from self._training(steps)
+        if self.group("final/"):
+            yield "final parameters", self._parameters(steps, "final/")
+        if "final_eval_logits" in self:
+            found = steps.logits(self.task)
+            yield "final logits", largest(found, self.recorded("final_eval_logits"))
+        if self.novel is not None and "final_novel_logits" in self:
+            found = steps.logits(self.novel)
+            yield "novel logits", largest(found, self.recorded("final_novel_logits"))
 
-    def _parameters(self, steps: Steps, key: str) -> Check:
-        recorded, own = self.recorded_group(f"{key}/"), steps.method.official_state_dict()
-        assert own.keys() == recorded.keys()
-        found = max(largest(own[name], value) for name, value in recorded.items())
-        return Check(self.name, f"{key} parameters", found, TOLERANCES["final parameters"])
+    def _training(self, steps: Steps) -> Differences:
+        losses, rates = [], []
+        for number in range(len(self.recorded("losses"))):
+            rates.append(steps.set_rate(number))
+            losses.append(steps.backward(number))
+            yield from self._parts(steps, number)
+            if not number:
+                yield "gradients", self._gradients(steps)
+                if "train_logits" in self:
+                    found = largest(steps.seen, self.recorded("train_logits"))
+                    yield "training logits", found
+            steps.update()
+            epoch, left = divmod(number + 1, self.steps_per_epoch)
+            if epoch == self.train.epochs and self.group("last/"):
+                yield "last parameters", self._parameters(steps, "last/")
+            if not left:
+                steps.method.end_epoch(epoch, self.train.epochs)
+        yield "losses", largest(torch.stack(losses), self.recorded("losses"))
+        if "lrs" in self:
+            found = torch.tensor(rates, dtype=torch.float64)
+            yield "rates", relative(found, self.recorded("lrs"))
 
-    def _saved(self, quantity: str, difference: float) -> Check:
-        tolerance = max(SAVED, self.tolerances.get(quantity, 0.0))
-        return Check(self.name, f"{quantity}, savings", difference, tolerance)
+    def _parts(self, steps: Steps, number: int) -> Differences:
+        """Compare the parts of a step's loss, recorded of each step or of the first alone."""
+        if "cross_entropies" in self:
+            recorded = self.recorded("cross_entropies")[number]
+            yield "losses", largest(steps.parts["cross_entropy"].double(), recorded.double())
+        assert steps.parts.keys() == self.parts.keys() or not self.parts
+        for column, (name, key) in enumerate(self.parts.items()):
+            part = steps.parts[name].double()
+            if "loss_parts" in self:
+                recorded = self.recorded("loss_parts")[number, column]
+                yield "loss parts", largest(part * steps.method.loss_weights[name], recorded)
+            elif not number:
+                yield "loss parts", largest(part, self.recorded(key))
+
+    def _parameters(self, steps: Steps, key: str) -> float:
+        recorded, own = self.group(key), steps.method.official_state_dict()
+        return max(largest(value, recorded[name]) for name, value in own.items())
 
     def _gradients(self, steps: Steps) -> float:
-        recorded = self.recorded_group("grad/")
-        own = {key: value.grad for key, value in steps.method.named_official_parameters()}
+        own = dict(steps.method.named_official_parameters())
+        recorded = self.group("grad/")
         assert own.keys() == recorded.keys()
-        return max(relative(own[key], value) for key, value in recorded.items())
+        return max(relative(own[name].grad, value) for name, value in recorded.items())
 
 
 class Steps:
     """The method of a run on the recorded backbone, from the recorded start on."""
 
-    def __init__(self, run: Run, savings: Savings) -> None:
-        self.run, self.backbone = run, run.recording.backbone(savings)
-        self.method = METHODS[run.config.name].build(run.config, self.backbone, run.task)
-        self.method.load_official_state_dict({k: run.start[k] for k in run.recorded_group("grad/")})
+    def __init__(self, run: Run, savings: Savings, precision: torch.dtype) -> None:
+        self.run, self.precision = run, precision
+        clip = deepcopy(run.recording.clip).to(precision)
+        self.backbone = Backbone(clip, savings, SimpleTokenizer())
+        kind = METHODS[run.config.name]
+        self.method = kind.build(run.config, self.backbone, run.task, run.seed).to(precision)
         self.classes = self.method.prepare(self.backbone, run.task)
         self.optimizer = new_optimizer(self.method.parameter_groups(), run.train)
-        self.seen: Tensor | None = None
-        self.parts: dict[str, float] = {}
-        self._logits = self.method.logits
-        self.method.logits = self._see  # type: ignore[method-assign]
+        self.seen = torch.empty(0)
+        self.parts: dict[str, Tensor] = {}
 
-    def _see(self, *arguments: Any) -> Tensor:
-        found = self._logits(*arguments)
-        self.seen = found.detach()
-        return found
+    def load(self) -> None:
+        """Load the recorded start."""
+        trained = self.run.group("grad/")
+        self.method.load_official_state_dict({key: self.run.start[key] for key in trained})
 
     @torch.no_grad()
-    def logits(self) -> Tensor:
+    def logits(self, task: Task) -> Tensor:
         """Return logits of the test images, (image, class)."""
-        method, backbone = self.method.eval(), self.backbone
-        texts = method.class_features(backbone, self.classes)
-        images = self._images("eval_images")
+        method, backbone, recording = self.method.eval(), self.backbone, self.run.recording
+        texts = method.class_features(backbone, method.prepare(backbone, task))
+        of_steps = "eval_logits" in self.run.keys  # those files test on the images of a step
+        images = recording.images(
+            backbone, method, *(("images", 0) if of_steps else ("eval_images",))
+        )
         return method.logits(backbone, method.image_features(backbone, images), texts)
 
     def step(self, number: int) -> Step:
         """Return what a step sees, from 0."""
-        recording, draws = self.run.recording, self.run.draws
+        recording, index = self.run.recording, (number, slice(self.run.batch))
         return Step(
             self.backbone,
-            self._images("images", number),
-            recording.tensor("labels")[number],
+            recording.images(self.backbone, self.method, "images", *index),
+            recording.tensor("labels")[index],
             self.classes,
             torch.Generator().manual_seed(number),
-            draws=draws(number) if draws else None,
+            number=number,
+            draws=self.run.draws(number),
         )
-
-    def loss(self, number: int) -> Tensor:
-        """Return the loss of a step."""
-        return self.method.train().loss(self.step(number))
 
     def set_rate(self, number: int) -> float:
         """Set and return the learning rate of a step."""
@@ -200,18 +250,21 @@ class Steps:
         set_rate(self.optimizer, rate, epoch < train.warmup_epochs)
         return rate
 
-    def update(self, number: int) -> Tensor:
-        """Make a step and return its loss."""
+    def backward(self, number: int) -> Tensor:
+        """Compute the gradients of a step; return its loss, and keep its parts and logits."""
         self.optimizer.zero_grad()
-        step = self.step(number)
-        parts = self.method.train().loss_parts(step)
-        self.parts = {key: float(value.detach()) for key, value in parts.items()}
+        with patch.object(F, "cross_entropy", wraps=F.cross_entropy) as entropy:
+            parts = self.method.train().loss_parts(self.step(number))
+        self.seen = entropy.call_args_list[0].args[0].detach()
         weights = self.method.loss_weights
         loss = torch.stack([weights[key] * value for key, value in parts.items()]).sum()
         loss.backward()
-        self.optimizer.step()
-        self.method.touch()
+        self.parts = {key: value.detach() for key, value in parts.items()}
         return loss.detach().double()
 
-    def _images(self, key: str, *index: int) -> State:
-        return self.run.recording.images(self.backbone, self.method, key, *index)
+    def update(self) -> None:
+        """Make the step."""
+        if self.run.train.max_norm:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.run.train.max_norm)
+        self.optimizer.step()
+        self.method.touch()
