@@ -223,10 +223,9 @@ class Steps:
         """Return logits of the test images, (image, class)."""
         method, backbone, recording = self.method.eval(), self.backbone, self.run.recording
         texts = method.class_features(backbone, method.prepare(backbone, task))
-        of_steps = "eval_logits" in self.run.keys  # those files test on the images of a step
-        images = recording.images(
-            backbone, method, *(("images", 0) if of_steps else ("eval_images",))
-        )
+        # Files with names of their own for logits test on the images of the first step.
+        place = ("images", 0) if "eval_logits" in self.run.keys else ("eval_images",)
+        images = recording.images(backbone, method, *place)
         return method.logits(backbone, method.image_features(backbone, images), texts)
 
     def step(self, number: int) -> Step:
