@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 
 from vlmlayers.errors import UserError
-from vlmlayers.models.devices import resolve_precision
+from vlmlayers.models.devices import products_in, resolve_precision
 
 
 def precision_of(
     precision: str, device: torch.device
 ) -> tuple[Callable[[], AbstractContextManager[Any]], Any]:
-    """Return a function that opens the autocast context, and the gradient scaler.
+    """Return a function that opens the context to compute in, and the gradient scaler.
 
     Raises:
         UserError: The device does not compute in that precision; losses are scaled on GPUs only.
@@ -24,7 +25,7 @@ def precision_of(
     if found == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
     scaler = torch.amp.GradScaler(device.type, enabled=found == "fp16")
-    if found == "fp32":
-        return nullcontext, scaler
+    if found in ("fp32", "tf32"):
+        return partial(products_in, found), scaler
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[found]
     return lambda: torch.autocast(device.type, dtype=dtype), scaler

@@ -112,7 +112,7 @@ Position = Annotated[
     str, Takes("a position such as 'embed', 6 or 'proj'", "positions", convert=plain_number)
 ]
 Count = Annotated[int, Takes(least=1)]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 Natural = Annotated[int, Takes(least=0)]
 

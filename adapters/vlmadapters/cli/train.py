@@ -156,7 +156,7 @@ def evaluate(
         typer.Option(help="Scale of an adapter in the authors' layout, which does not store it."),
     ] = 0.001,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "auto",
     limit: Limit = 0,
     workers: Workers = 0,
     present_only: PresentOnly = False,

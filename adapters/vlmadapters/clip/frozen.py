@@ -18,8 +18,10 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.clip.towers import backbone_towers
 from vlmadapters.clip.walk import State, Walk
 from vlmlayers.errors import UserError
+from vlmlayers.models.devices import available_memory, placed
 
 VIEW_BYTES = 4 << 30
+DEVICE_SHARE = 4  # a cache of views takes at most this part of a GPU's free memory
 
 
 class Backbone:
@@ -149,6 +151,8 @@ def climb(
 class ViewCache:
     """Frozen image activations of a fixed set of views, filled as they are first seen.
 
+    They stay on the backbone's device where it has room, else in main memory, pinned for a GPU.
+
     Args:
         backbone: The backbone.
         starts: Blocks whose inputs are needed. All are stored where they fit into `limit` bytes,
@@ -165,6 +169,7 @@ class ViewCache:
         self.filled = np.zeros(rows, dtype=bool)
         self.stored: dict[int, Tensor] = {}
         self.form: State | None = None
+        self._place: dict[str, Any] = {}
 
     def states(
         self, rows: NDArray[np.int64], load: Callable[[NDArray[np.int64]], Tensor]
@@ -180,12 +185,13 @@ class ViewCache:
             self._fill(rows[missing], load(missing))
         assert self.form is not None
         index, device = torch.from_numpy(rows), self.form.inputs.device
+        index = placed(index, self._place["device"])
         inputs = self.form.inputs[:1].expand(len(rows), -1, -1, -1)
         depth = self.backbone.vision.tower.depth
         kept = {
             block: replace(
                 self.form,
-                x=x[index].to(device),
+                x=placed(x[index], device),
                 block=block,
                 inputs=inputs,
                 finished=block > depth,
@@ -208,11 +214,21 @@ class ViewCache:
             views = len(self.filled)
             size = views * sum(x[0].numel() * x.element_size() for x in made.values())
             keep: Sequence[int] = self.starts if size <= self.limit else self.starts[:1]
+            size = views * sum(made[b][0].numel() * made[b].element_size() for b in keep)
+            self._place = self._where(size)
             self.stored = {
-                block: torch.empty((views, *made[block].shape[1:]), dtype=made[block].dtype)
+                block: torch.empty(
+                    (views, *made[block].shape[1:]), dtype=made[block].dtype, **self._place
+                )
                 for block in keep
             }
-        index = torch.from_numpy(rows)
+        index = placed(torch.from_numpy(rows), self._place["device"])
         for block, store in self.stored.items():
             store[index] = made[block].detach().to(store.device)
         self.filled[rows] = True
+
+    def _where(self, size: int) -> dict[str, Any]:
+        device = self.backbone.device
+        if device.type == "cpu" or size <= available_memory(device) // DEVICE_SHARE:
+            return {"device": device}
+        return {"device": torch.device("cpu"), "pin_memory": device.type == "cuda"}

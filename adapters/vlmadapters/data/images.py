@@ -127,12 +127,24 @@ class Images:
         return batch.sub_(self._mean).div_(self._std)
 
     def augmented(
-        self, items: Sequence[Item], draws: NDArray[np.float64], augmentation: Augmentation
+        self,
+        items: Sequence[Item],
+        draws: NDArray[np.float64],
+        augmentation: Augmentation,
+        *,
+        on_device: bool = False,
     ) -> Tensor:
-        """Return one augmented view of each item, normalised, (item, 3, height, width)."""
+        """Return one augmented view of each item, normalised, (item, 3, height, width).
+
+        Args:
+            items: The items.
+            draws: (item, numbers) random numbers, of `Augmentation.draws`.
+            augmentation: What the numbers mean.
+            on_device: Crop on the model's device instead of the CPU.
+        """
 
         def view(item: Item, draw: NDArray[np.float64]) -> Tensor:
-            raw = self.raw(item)
+            raw = placed(self.raw(item), self.device) if on_device else self.raw(item)
             top, left, h, w, flip = augmentation.box(draw, raw.shape[1], raw.shape[2])
             crop = V.resized_crop(
                 raw, top, left, h, w, list(self.size), InterpolationMode.BICUBIC, antialias=True

@@ -95,6 +95,8 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     loss_weights: Mapping[str, float] = {"cross_entropy": 1.0}
+    # Whether a step depends on its number or on random draws beside parameters, images and labels.
+    varies: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -93,6 +93,7 @@ class CLIPLoRA(Method):
     """
 
     Config = CLIPLoRAConfig
+    varies = True
     config: CLIPLoRAConfig
 
     def __init__(

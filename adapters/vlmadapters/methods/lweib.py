@@ -109,6 +109,7 @@ class LwEIB(Method):
     """
 
     Config = LwEIBConfig
+    varies = True
     config: LwEIBConfig
 
     def __init__(self, config: LwEIBConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:

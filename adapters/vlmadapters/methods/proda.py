@@ -70,6 +70,7 @@ class ProDA(LearnedContext):
     """
 
     Config = ProDAConfig
+    varies = True
     config: ProDAConfig
     axes = (3,)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlmadapters.training.recipes import TrainConfig
 
@@ -18,7 +19,11 @@ def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch
     scaling found a gradient that is not finite, where others make the host wait for that.
     """
     made = [dict(group) for group in groups if group["params"]]
-    fused = made[0]["params"][0].device.type == "cuda" or None
+    device = made[0]["params"][0].device
+    fused = device.type == "cuda" or None
+    if train.cuda_graph:  # a recorded step reads its rate from the device
+        for group in made:
+            group["lr"] = torch.tensor(train.lr, device=device)
     if train.optimizer == "adamw":
         return torch.optim.AdamW(
             made,
@@ -27,6 +32,7 @@ def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch
             eps=train.eps,
             weight_decay=train.weight_decay,
             fused=fused,
+            capturable=train.cuda_graph,
         )
     return torch.optim.SGD(
         made,
@@ -63,4 +69,8 @@ def learning_rate(train: TrainConfig, epoch: int, epochs: int, step: int, steps:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, warming_up: bool) -> None:
     """Set the rate of all groups: each its share of it, except in the warm-up."""
     for group in optimizer.param_groups:
-        group["lr"] = rate if warming_up else rate * group.get("rate", 1.0)
+        value = rate if warming_up else rate * group.get("rate", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value

@@ -66,13 +66,17 @@ class TrainConfig:
         drop_last: Leave out an epoch's last batch where it is smaller than the others.
         shots: Items per class.
         template: Prompt around each class name.
-        precision: `fp32`, autocast to `bf16` or `fp16` (with loss scaling), or `auto`: fp32 on a
-            CPU and fp16 on a GPU. Residual stream, logits and loss stay in single precision.
+        precision: `fp32`, `tf32` (its products in TF32, on GPUs that have it), autocast to `bf16`
+            or `fp16` (with loss scaling), or `auto`: fp32 on a CPU and fp16 on a GPU. Residual
+            stream, logits and loss stay in single precision.
         crop_scale: Range of the random crop's share of the area.
         crop_ratio: Range of its aspect ratio.
         flip: Chance of a horizontal flip.
         cached_views: 0 draws a fresh view at every epoch, as published. A positive number fixes
             that many views per image, whose frozen activations are then computed once.
+        device_crops: Crop decoded images on the GPU; pixels differ by rounding from a CPU's crops.
+        cuda_graph: Record a step as a CUDA graph and replay it, for methods whose steps do not
+            vary; it changes nothing but time.
         save_every: Steps between checkpoints; 0 saves after every epoch.
         savings: What is skipped.
     """
@@ -100,6 +104,8 @@ class TrainConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     cached_views: int = 0
+    device_crops: bool = False
+    cuda_graph: bool = False
     save_every: int = 0
     savings: Savings = field(default_factory=Savings)
 
@@ -107,8 +113,10 @@ class TrainConfig:
         check_one_of("precision", self.precision, PRECISIONS)
         check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_one_of("schedule", self.schedule, SCHEDULES)
-        if not isinstance(self.drop_last, bool):
-            raise UserError(f"drop_last is {self.drop_last!r}; it must be true or false")
+        for name in ("drop_last", "device_crops", "cuda_graph"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise UserError(f"{name} is {value!r}; it must be true or false")
         for name, (whole, low, high) in RANGES.items():
             _check_number(name, getattr(self, name), whole, low, high)
         if not self.lr > 0:
@@ -138,8 +146,10 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """Return the values that a result depends on."""
         values = self.to_dict()
-        for key in ("savings", "save_every"):
+        for key in ("savings", "save_every", "cuda_graph"):
             values.pop(key)
+        if not self.device_crops:  # what was trained before there was a choice stays valid
+            values.pop("device_crops")
         return values
 
 

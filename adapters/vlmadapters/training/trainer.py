@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import FitData, Method, Step
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.training import processes
+from vlmadapters.training.graphs import StepGraph
 from vlmadapters.training.memory import check_memory, view_bytes
 from vlmadapters.training.optimization import learning_rate, new_optimizer, set_rate
 from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.state import load_training_state, save_training_state
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
-from vlmlayers.models.devices import memory_errors, placed, resolve_precision
+from vlmlayers.models.devices import memory_errors, placed, products_in, resolve_precision
 from vlmlayers.models.modes import at_rest, eval_mode
 from vlmlayers.progress import bar
 
@@ -130,9 +131,11 @@ class Trainer:
         self.total_steps = count_steps(self.train, len(self.items))
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self._check_memory()
+        self._check_graph()
         self.epoch = self.step = 0
         self.spent = 0.0  # seconds of earlier runs of this training
         self.views: ViewCache | None = None
+        self.graph = StepGraph() if self.train.cuda_graph else None
 
     def _check_items(self) -> None:
         labels = {item.label for item in self.items}
@@ -151,6 +154,13 @@ class Trainer:
         trained = [run.method for run in self.runs if run.optimizer is not None]
         if trained:
             check_memory(self.backbone, trained, self.task, self.batch_size // size, kept)
+
+    def _check_graph(self) -> None:
+        varying = [run.method.config.title for run in self.runs if run.method.varies]
+        _, size = processes.rank_and_size()
+        if self.train.cuda_graph and (varying or size > 1):
+            why = f"steps of {varying[0]} vary" if varying else f"there are {size} processes"
+            raise UserError(f"cuda_graph records steps that stay the same, but {why}; leave it off")
 
     def _new_run(self, config: MethodConfig) -> _Run:
         method = METHODS[config.name].build(config, self.backbone, self.task, self.seed)
@@ -183,7 +193,11 @@ class Trainer:
             f"lower batch_size ({self.train.batch_size}), adapt later blocks, use fewer classes or "
             f"train fewer together ({len(self.runs)})"
         )
-        with memory_errors(self.device, advice), at_rest(self.backbone.clip):
+        with (
+            memory_errors(self.device, advice),
+            at_rest(self.backbone.clip),
+            products_in(self.train.precision),
+        ):
             return self._fit()
 
     def _fit(self) -> list[TrainResult]:
@@ -241,7 +255,7 @@ class Trainer:
             UserError: A loss is not finite; names the step that it was in.
         """
         for run in self.runs:
-            found = torch.stack(run.unread).tolist() if run.unread else []
+            found = torch.cat(run.unread).tolist() if run.unread else []
             for number, loss in enumerate(found, len(run.losses)):
                 if not math.isfinite(loss):
                     step = number // self.train.updates_per_batch
@@ -283,16 +297,45 @@ class Trainer:
         """
         mine = processes.share(batch)
         labels = self.labels[placed(torch.from_numpy(mine), self.device)]
-        with self.autocast():
-            states = self._image_states(mine, images)
-        for run, start in zip(self.runs, self.starts):
-            if run.optimizer is not None:
-                self._update_one(run, states[start], labels)
+        kept = self._kept_states(mine)
+        if kept:
+            inputs = [state.x for state in kept.values() if state.x is not None]
+        else:
+            inputs = [self._augmented(mine) if images is None else images]
+        step = partial(self._step, kept)
+        run_step = step if self.graph is None else partial(self.graph.run, step)
+        trained = [run for run in self.runs if run.optimizer is not None]
+        for run, losses in zip(trained, run_step(labels, *inputs)):
+            run.method.touch()
+            run.unread.append(losses)
 
-    def _update_one(self, run: _Run, images: State, labels: Tensor) -> None:
+    def _step(self, kept: Mapping[int, State], labels: Tensor, *inputs: Tensor) -> list[Tensor]:
+        """Update every method; return its losses, (update,) each.
+
+        A function of tensors alone where no method's step varies, so that it can be recorded.
+
+        Args:
+            kept: Frozen states by block whose activations `inputs` are; none where these are the
+                images.
+            labels: (image,) classes.
+            inputs: The images, or activations of each kept state.
+        """
+        if kept:
+            states = {b: replace(state, x=x) for (b, state), x in zip(kept.items(), inputs)}
+        else:
+            with self.autocast():
+                states = self.backbone.images(inputs[0], self.starts)
+        return [
+            self._update_one(run, states[start], labels)
+            for run, start in zip(self.runs, self.starts)
+            if run.optimizer is not None
+        ]
+
+    def _update_one(self, run: _Run, images: State, labels: Tensor) -> Tensor:
         assert run.optimizer is not None
         if not self.train.savings.text_prefix:
             run.classes = self._prepared(run.method)
+        losses = []
         for repeat in range(self.train.updates_per_batch):
             run.optimizer.zero_grad(set_to_none=True)
             number = self._steps_done() * self.train.updates_per_batch + repeat
@@ -309,8 +352,8 @@ class Trainer:
                 nn.utils.clip_grad_norm_(run.method.parameters(), self.train.max_norm)
             run.scaler.step(run.optimizer)
             run.scaler.update()
-            run.method.touch()
-            run.unread.append(processes.mean_over_processes(loss))
+            losses.append(processes.mean_over_processes(loss))
+        return torch.stack(losses)
 
     def _labels(self, items: Sequence[Item]) -> Tensor:
         return placed(torch.tensor([item.label for item in items]), self.device)
@@ -361,19 +404,19 @@ class Trainer:
         number = self._view() if view is None else view
         draws = augmentation.draws(len(self.items), self.seed, number)
         items = [self.items[i] for i in batch]
-        return self.images.augmented(items, draws[batch], augmentation)
+        on_device = self.train.device_crops
+        return self.images.augmented(items, draws[batch], augmentation, on_device=on_device)
 
-    def _image_states(
-        self, batch: NDArray[np.int64], images: Tensor | None = None
-    ) -> dict[int, State]:
+    def _kept_states(self, batch: NDArray[np.int64]) -> dict[int, State]:
+        """Return the frozen states of cached views; none where every epoch draws fresh ones."""
         views = self.train.cached_views
         if not views or not self.backbone.steps:
-            images = self._augmented(batch) if images is None else images
-            return self.backbone.images(images, self.starts)
+            return {}
         if self.views is None:
             self.views = ViewCache(self.backbone, self.starts, views * len(self.items))
         rows = self._view() * len(self.items) + batch
-        return self.views.states(rows, lambda missing: self._augmented(batch[missing]))
+        with self.autocast():
+            return self.views.states(rows, lambda missing: self._augmented(batch[missing]))
 
     def _steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
@@ -436,7 +479,8 @@ class Trainer:
             run.method.touch()
             run.optimizer = self._optimizer(run.method)
             if run.optimizer is not None:
-                run.optimizer.load_state_dict(saved["optimizer"])
+                own = {"param_groups": run.optimizer.state_dict()["param_groups"]}
+                run.optimizer.load_state_dict(saved["optimizer"] | own)  # rates are set each step
             run.scaler.load_state_dict(saved["scaler"])
             run.losses, run.initial = list(saved["losses"]), saved["initial"]
         return True
@@ -451,7 +495,14 @@ def count_steps(train: TrainConfig, items: int) -> int:
 
 
 def resolved(train: TrainConfig, device: torch.device) -> TrainConfig:
-    """Return a recipe with the precision that it stands for on a device."""
+    """Return a recipe with the precision that it stands for on a device.
+
+    Raises:
+        UserError: It asks for what the device has not.
+    """
+    for name in ("device_crops", "cuda_graph"):
+        if getattr(train, name) and device.type != "cuda":
+            raise UserError(f"{name} needs a GPU, and the model is on {device}; leave it off")
     return replace(train, precision=resolve_precision(train.precision, device))
 
 

@@ -52,7 +52,7 @@ def extract(
     tower: Annotated[
         str | None, typer.Option(help="vision or text; both where absent.", show_default=False)
     ] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "fp32",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,
     workers: Annotated[int, typer.Option(help="Decoding processes.")] = 0,

@@ -43,7 +43,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return the precision that a run computes in: `fp32`, `fp16` or `bf16`.
+    """Return the precision that a run computes in: `fp32`, `tf32`, `fp16` or `bf16`.
 
     `auto` is fp32 on a CPU and fp16 on a GPU, in which the recipes were published: bfloat16 keeps
     eight bits, and what an adapter of scale 0.001 adds to a block is mostly lost in them.
@@ -59,7 +59,28 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise UserError(
             f"{torch.cuda.get_device_name(device)} only emulates bf16, slowly; use fp16 or fp32"
         )
+    if precision == "tf32" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise UserError(
+            f"precision tf32 needs a GPU with TF32 (Ampere or later), and {device} has none; use "
+            "fp32"
+        )
     return precision
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Hold a GPU's float32 products at TF32 for `tf32`, and at float32 for any other precision.
+
+    The setting is the process's, so it holds for backward passes too, which know no autocast.
+    """
+    own = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(own[0])
+        torch.backends.cudnn.allow_tf32 = own[1]
 
 
 def placed(tensor: Tensor, device: torch.device) -> Tensor:

@@ -75,8 +75,8 @@ def extract(
         pooling: One pooling for both towers, one per tower, or None for each tower's own.
         batch_size: Items per forward pass; part of the store's identity, as it fixes rounding.
         workers: Decoding processes.
-        precision: `fp32`, or autocast to `bf16` or `fp16`; `auto` takes what suits the device.
-            Features are float32 in each case.
+        precision: `fp32`, `tf32` (its products in TF32, on GPUs that have it), or autocast to
+            `bf16` or `fp16`; `auto` takes what suits the device. Features are float32 in each case.
         out: Folder of the feature store; extraction resumes there. None keeps all in memory.
         text: `prompts` (one per class) or `captions` (all of each image, with pairs).
         template: Prompt with `{}` for the class name; the manifest's common one where None.

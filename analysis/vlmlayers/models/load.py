@@ -13,7 +13,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
-from vlmlayers.arguments import PRECISIONS, Count, Takes, checked
+from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of, one_line
 from vlmlayers.files import HUB, WEIGHT_SUFFIXES, find_weights, hub_folder
 from vlmlayers.models.build import ImageSize, build_clip, read_config
@@ -37,6 +37,7 @@ MINI = "mini-clip"
 LOCAL = "local"
 CONFIG_FILE = "open_clip_config.json"
 MINI_FOLDER = Path(__file__).parent / "mini_clip"
+WEIGHT_TYPES = ("fp32", "bf16", "fp16")
 
 
 def list_models() -> list[str]:
@@ -97,7 +98,7 @@ def load_model(
         UserError: Unknown name or tag (with the nearest), QuickGELU mismatch, no weights, weights
             that do not fit or would have to run code, an option that does not apply, or no network.
     """
-    check_one_of("precision", precision, PRECISIONS[1:])
+    check_one_of("precision", precision, WEIGHT_TYPES)
     how = {
         "pretrained": pretrained, "config": config, "checkpoint": checkpoint, "like": like,
         "mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
 from vlmlayers.files import checksum
 from vlmlayers.identity import DataIdentity
 from vlmlayers.models.decoding import batches_of, decode, told_of_dead_workers
-from vlmlayers.models.devices import memory_errors
+from vlmlayers.models.devices import memory_errors, products_in
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features, Recorder
@@ -215,9 +215,9 @@ class Work:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return autocast to a precision, or nothing for fp32."""
-    if precision == "fp32":
-        return nullcontext()
+    """Return autocast to a precision; for fp32 and tf32 what holds products at it."""
+    if precision not in _AUTOCAST:
+        return products_in(precision)
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 

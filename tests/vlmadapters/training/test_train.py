@@ -89,7 +89,9 @@ def test_cached_views_repeat_the_first_epochs_views() -> None:
     made = trainer(replace(TRAIN, epochs=3, cached_views=1))
     calls: list[int] = []
     original = made.images.augmented
-    made.images.augmented = lambda items, *a: calls.append(len(items)) or original(items, *a)
+    made.images.augmented = lambda items, *a, **k: (
+        calls.append(len(items)) or original(items, *a, **k)
+    )
     made.fit()
     kept = made.batches(0)[0].size * len(made.batches(0))
     assert sum(calls) <= len(made.items)

@@ -14,6 +14,8 @@ from vlmlayers.models import Recorder, estimate, extract, load_model, stream, wr
 from vlmlayers.models.devices import (
     available_memory,
     memory_errors,
+    placed,
+    products_in,
     resolve_device,
     resolve_precision,
 )
@@ -198,3 +200,39 @@ def test_out_of_memory_is_one_line_that_names_the_batch_size(error, run):
 def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="something else"), memory_errors(CPU, "…"):
         raise RuntimeError("something else")
+
+
+def test_tf32_is_for_gpus_that_have_it(monkeypatch):
+    with pytest.raises(
+        UserError, match="tf32 needs a GPU with TF32 .*, and cpu has none; use fp32"
+    ):
+        resolve_precision("tf32", CPU)
+    for capability in ((7, 5), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
+        if capability < (8, 0):
+            with pytest.raises(UserError, match="cuda has none"):
+                resolve_precision("tf32", torch.device("cuda"))
+        else:
+            assert resolve_precision("tf32", torch.device("cuda")) == "tf32"
+
+
+@pytest.mark.parametrize(("precision", "on"), [("fp32", False), ("tf32", True), ("fp16", False)])
+def test_products_are_held_at_a_precision_and_given_back(precision, on):
+    cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision
+    before = cudnn.allow_tf32, matmul()
+    with products_in(precision):
+        assert (cudnn.allow_tf32, matmul()) == (on, "high" if on else "highest")
+    assert (cudnn.allow_tf32, matmul()) == before
+
+
+def test_a_copy_to_a_gpu_goes_through_pinned_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append("pin") or self)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *a, **k: asked.append(k.get("non_blocking")) or self
+    )
+    placed(torch.zeros(2), torch.device("cuda"))
+    assert asked == ["pin", True]
+    asked.clear()
+    placed(torch.zeros(2), CPU)
+    assert asked == [None]
