@@ -53,8 +53,8 @@ notebooks: setup ## Execute every notebook on the embedded default
 lab: setup ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-docs: setup ## Build the static site under site/
-	$(RUN) docs/build.py
+docs: demo ## Build the site under site/: guide, notebooks as executed, gallery, reference
+	$(BIN)/sphinx-build -W --keep-going -q -c docs . site
 
 bench: setup ## All benchmarks; tables go to benchmarks/results/
 	$(RUN) benchmarks/run.py
@@ -64,4 +64,4 @@ mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
 	PYTHONPATH=tools $(RUN) -m mini_clip --out runs/mini-clip
 
 clean: ## Remove what the targets made, but not runs/
-	rm -rf .venv .venv-lowest site build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-lowest site docs/reference build dist .mypy_cache .ruff_cache .pytest_cache

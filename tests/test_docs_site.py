@@ -1,4 +1,4 @@
-"""The site: every module is on it, every link leads somewhere, nothing is loaded from afar."""
+"""The site: everything is on it, every link leads somewhere, nothing is loaded from afar."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def builder(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_build", repository / "docs" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["docs_build"] = module
-    spec.loader.exec_module(module)
-    return module
+from browser import CHROMIUM, chromium
 
 
 class Links(HTMLParser):
@@ -49,98 +42,69 @@ def read(page: Path) -> Links:
 
 
 @pytest.fixture
-def little_docs(tmp_path: Path) -> Path:
-    docs = tmp_path / "docs"
-    (docs / "how").mkdir(parents=True)
-    (docs / "style.css").write_text("body {}")
-    (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\n[guide](docs/guide.md)")
-    (docs / "picture.png").write_bytes(b"png")
-    (tmp_path / "README.md").write_text(
-        "# The `toolkit`\n\n[guide](docs/guide.md#second-part) [licence](LICENSE) "
-        "![picture](docs/picture.png) [far](https://example.org/a)\n\n"
-        "| a | b |\n|---|---|\n| 1 | <x> |\n"
-    )
-    (docs / "guide.md").write_text(
-        "# From zero\n\n[metric](how/metric.md)\n\n## Second part\n\n```python\na = {'b': 1}\n```\n"
-    )
-    (docs / "how" / "metric.md").write_text(
-        "# Add a metric\n\n[back](../guide.md) [home](../../README.md)"
-    )
-    return docs
+def pages_of_code(repository: Path) -> ModuleType:
+    path = repository / "docs" / "reference_pages.py"
+    spec = importlib.util.spec_from_file_location("reference_pages", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_guide_pages_are_rendered_and_linked(
-    builder: ModuleType, little_docs: Path, tmp_path: Path
+def test_each_metric_has_a_page_that_holds_its_declaration(
+    pages_of_code: ModuleType, tmp_path: Path
 ) -> None:
-    out = tmp_path / "site"
-    pages = builder.build(little_docs, out, packages=())
-    assert sorted(page.relative_to(out).as_posix() for page in pages) == [
-        "contributing.html", "guide.html", "how/metric.html", "index.html",
-    ]  # fmt: skip
-    index = (out / "index.html").read_text()
-    assert "<title>The toolkit</title>" in index
-    assert "<td>1</td>" in index
-    assert "guide.html#second-part" in read(out / "index.html").links
-    assert "second-part" in read(out / "guide.html").ids
-    assert "LICENSE" not in index, "a link to a file that is not on the site must lose its target"
-    assert "https://example.org/a" in read(out / "index.html").links
-    assert (out / "picture.png").read_bytes() == b"png"
-    assert '<a href="index.html" aria-current="page">Start</a>' in index
-    assert "guide.html" in read(out / "contributing.html").links
-    deep = read(out / "how" / "metric.html")
-    assert {"../guide.html", "../index.html"} <= set(deep.links)
-    assert "../style.css" in deep.loaded
-
-
-def test_the_page_of_metrics_holds_every_declaration(builder: ModuleType) -> None:
     from vlmlayers.metrics import METRICS
 
-    page = builder.list_metrics()
-    assert re.findall(r'<tr id="(\w+)">', page) == sorted(
-        METRICS, key=lambda name: list(dict.fromkeys(m.level for m in METRICS.values())).index(
-            METRICS[name].level)
-    )  # fmt: skip
-    row = page.split('<tr id="silhouette">')[1].split("</tr>")[0]
-    for fact in ("shuffled labels", "range -1 … 1", "n ≥ 6", "Rousseeuw 1987", "rotation"):
-        assert fact in row
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "of_old.md").touch()
+    pages_of_code.write_metrics(tmp_path / "metrics")
+    written = {path.stem for path in (tmp_path / "metrics").glob("*.md")}
+    assert written == {*METRICS, "index"}
+    page = (tmp_path / "metrics" / "silhouette.md").read_text()
+    for fact in ("shuffled labels", "-1 … 1", "Rousseeuw 1987", "rotation", "| fewest | 6 |"):
+        assert fact in page
+    index = (tmp_path / "metrics" / "index.md").read_text()
+    assert all(f"]({name}.md)" in index for name in METRICS)
 
 
-def test_a_folder_that_is_no_site_is_not_replaced(
-    builder: ModuleType, little_docs: Path, tmp_path: Path
+def test_the_glossary_holds_the_words_of_reports(
+    pages_of_code: ModuleType, tmp_path: Path
 ) -> None:
-    precious = tmp_path / "thesis.txt"
-    precious.write_text("years of work")
-    with pytest.raises(RuntimeError, match="not a site built by this script"):
-        builder.build(little_docs, tmp_path, packages=())
-    assert precious.exists()
+    from vlmlayers.report.glossary import GLOSSARY
+
+    pages_of_code.write_glossary(tmp_path / "deep" / "glossary.md")
+    text = (tmp_path / "deep" / "glossary.md").read_text()
+    assert all(f"\n{term}\n  {meaning}\n" in text for term, meaning in GLOSSARY.items())
 
 
-def test_a_module_that_cannot_be_imported_fails_the_build(
-    builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "halfdone"
-    package.mkdir()
-    (package / "__init__.py").write_text('"""A package."""\n')
-    (package / "broken.py").write_text("import no_such_module_anywhere\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(builder, "PACKAGES", ("halfdone",))
-    with pytest.raises(RuntimeError, match=r"halfdone\.broken"):
-        builder.build_reference(tmp_path / "api", ("halfdone",))
+@pytest.fixture(scope="module")
+def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as `make docs` builds it, but for outputs of notebooks, which have a test."""
+    pytest.importorskip("sphinx", reason="needs the extra 'docs'")
+    out = tmp_path_factory.mktemp("site")
+    report = out / "extra" / "report.html"
+    report.parent.mkdir()
+    report.write_text("<!doctype html><title>Report</title>")
+    options = ["-D", "nb_execution_mode=off", "-D", f"html_extra_path={report.parent}"]
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", *options]
+    done = subprocess.run(
+        [*command, ".", str(out / "html")], cwd=repository, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return out / "html"
 
 
 @pytest.mark.slow
-def test_the_site_of_this_repository(repository: Path, tmp_path: Path) -> None:
-    """Built offline by the command; every local link and anchor of every page resolves."""
-    site = tmp_path / "site"
-    command = [sys.executable, repository / "docs" / "build.py", "--out", site]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def test_every_link_and_module_is_there_and_nothing_is_from_afar(
+    site: Path, repository: Path
+) -> None:
     pages = {path.resolve(): read(path) for path in site.rglob("*.html")}
     for source in ("analysis/vlmlayers", "adapters/vlmadapters"):
         for module in (repository / source).rglob("*.py"):
-            parts = module.relative_to(repository / source).with_suffix("").parts
+            parts = module.relative_to((repository / source).parent).with_suffix("").parts
             if any(part.startswith("_") for part in parts):
                 continue
-            page = site / "api" / Path(source).name / Path(*parts).with_suffix(".html")
+            page = site / "docs" / "reference" / "api" / f"{'.'.join(parts)}.html"
             assert page.exists(), f"{module} is not in the API reference"
     for path, page in pages.items():
         for link in page.loaded:
@@ -149,7 +113,28 @@ def test_the_site_of_this_repository(repository: Path, tmp_path: Path) -> None:
             file, _, anchor = link.partition("#")
             if re.match(r"[a-z]+:", file):
                 continue
-            target = (path.parent / file).resolve() if file else path
+            target = (path.parent / unquote(file)).resolve() if file else path
             assert target.exists(), f"{path.name} links to {link}, which is not there"
             if anchor and target in pages:
                 assert anchor in pages[target].ids, f"{path.name} links to {link}: no such place"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(?:url\(|@import )['\"]?(?:https?:)?//", style.read_text("utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [1400, 390])
+def test_pages_open_from_the_disk_without_a_request_and_without_a_bar_below(
+    site: Path, tmp_path: Path, width: int
+) -> None:
+    pytest.importorskip("websocket", reason="needs websocket-client")
+    with chromium(tmp_path) as tab:
+        for name in ("index", "guide", "howto/lora", "reference/metrics/silhouette", "gallery"):
+            tab.open(site / "docs" / f"{name}.html", width)
+            assert tab.errors() == []
+            assert tab.run("Boolean(document.querySelector('.search-button, [type=search]'))")
+            assert tab.run("document.documentElement.scrollWidth") <= width, name
+        tab.open(site / "search.html", width)
+        tab.run("location.search = '?q=silhouette'")
+        tab.until("document.querySelectorAll('#search-results li').length > 0")
+        assert all(address.startswith("file:") for address in tab.requests())

@@ -58,7 +58,7 @@ class ProDA(LearnedContext):
         s f·μ[k] + ½ s² (q[y, y] + q[k, k] - 2 q[y, k]),    s = exp(logit scale)
 
     so that their cross-entropy bounds the expected one from above. A second loss, weighted, is the
-    mean |cosine| between all prompts without a class. A test takes s f·μ of all prompts.
+    mean absolute cosine between all prompts without a class. A test takes s f·μ of all prompts.
 
     Args:
         config: Blocks, number and length of contexts, group, weight.

@@ -54,7 +54,7 @@ class Outcomes:
     """
 
     values: Array
-    datasets: NDArray[np.str_]
+    datasets: np.ndarray
     placements: tuple[str, ...]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from vlmlayers.scores.projection import Method, Space, Tower, project
 COLOURS = ("dataset", "class", "modality")
 SIDE = 48  # pixels of a thumbnail
 QUALITY = 70
+FRAME = (680, 640)  # pixels of the view with its legend and controls
 
 
 @checked
@@ -54,14 +56,14 @@ def explore(
         limit: Items at most of each dataset and tower.
 
     Returns:
-        An `altair.Chart`, which Jupyter shows.
+        An `altair.Chart`, which Jupyter shows without a network.
 
     Raises:
-        UserError: Altair is not installed, an image is missing, or what
+        UserError: Altair or vl-convert is not installed, an image is missing, or what
             `vlmlayers.scores.projection.project` raises.
     """
-    if find_spec("altair") is None:
-        raise UserError("explore needs Altair; pip install 'vlm-layers[notebooks]'")
+    if not (find_spec("altair") and find_spec("vl_convert")):
+        raise UserError("explore needs Altair and vl-convert; pip install 'vlm-layers[notebooks]'")
     parts = [features] if isinstance(features, LayerFeatures) else list(features)
     if not (parts and methods):
         raise UserError("explore needs features and at least one projection")
@@ -128,6 +130,19 @@ def _pictures(
     return found
 
 
+def _offline_chart() -> type:
+    """Return a chart that shows itself without a network: Altair's own page asks for scripts."""
+    import altair as alt
+
+    class OfflineChart(alt.Chart):
+        def _repr_mimebundle_(self, *_: Any, **__: Any) -> dict[str, str]:
+            page = html.escape(self.to_html(inline=True))
+            frame = f'width="{FRAME[0]}" height="{FRAME[1]}" style="border:0;max-width:100%"'
+            return {"text/html": f'<iframe title="Features" srcdoc="{page}" {frame}></iframe>'}
+
+    return OfflineChart
+
+
 def _chart(
     rows: list[dict[str, Any]],
     pictures: list[dict[str, str]],
@@ -155,7 +170,7 @@ def _chart(
     )
     named = alt.param(name="named", expr=f"{titles!r}[depth]")
     points = (
-        alt.Chart(alt.InlineData(values=rows))
+        _offline_chart()(alt.InlineData(values=rows))
         .transform_filter("datum.place == depth && datum.method == method")
         .transform_calculate(group="datum[colour]")
     )

@@ -22,37 +22,11 @@ import vlmlayers as vl
 from vlmlayers.models import load_model, wrap_model
 
 DRAWN = tiny.DrawnManifest(count=6, captioned=False)
-TINY_TOKENS = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406,
-               "pad_token_id": 49407, "max_position_embeddings": 77}  # fmt: skip
-
-
-def clip_folder(folder: Path) -> Path:
-    """Write a folder as `save_pretrained` does: model, image processor and CLIP's tokenizer."""
-    sizes = {**transformers_models.WIDTHS, "num_hidden_layers": 2}
-    config = transformers.CLIPConfig(
-        text_config={**sizes, **TINY_TOKENS},
-        vision_config={**sizes, "patch_size": 8, "image_size": 32},
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    transformers.CLIPImageProcessor(**size).save_pretrained(folder)
-    words = open_clip.SimpleTokenizer()
-    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {named.get(word, word): number for word, number in words.encoder.items()}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    merges = sorted(words.bpe_ranks, key=words.bpe_ranks.get)
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
-    marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    described = {"tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>", **marks}
-    (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clip_folder(tmp_path_factory.mktemp("clip") / "tiny-clip")
+    return transformers_models.clip_folder(tmp_path_factory.mktemp("clip") / "tiny-clip")
 
 
 def test_a_folder_of_transformers_loads_whole_and_is_what_transformers_makes_of_it(folder):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import warnings
 from collections.abc import Callable
 
@@ -159,6 +161,15 @@ def test_explore_holds_every_position_item_and_thumbnail() -> None:
     chart = vl.explore(features, methods=["pca"], tower="both", thumbnail=False, positions=[1, 2])
     both = json.loads(chart.to_json())
     assert {row["modality"] for row in inline(both, both["data"])} == {"image", "text"}
+
+
+def test_explore_shows_itself_without_a_network() -> None:
+    pytest.importorskip("vl_convert", reason="needs the extra 'notebooks'")
+    chart = vl.explore(planted(), methods=["pca"], thumbnail=False, space="joint")
+    shown = html.unescape(chart._repr_mimebundle_()["text/html"])
+    assert "vegaEmbed(" in shown, "the page inside the frame draws it"
+    assert not re.search(r"""(src|href)=["']?https?:""", shown)
+    assert "cdn.jsdelivr" not in shown
 
 
 def inline(chart: dict, data: dict) -> list[dict]:
