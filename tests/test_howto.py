@@ -6,8 +6,10 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 import pytest
 from typer.testing import CliRunner
 
@@ -16,7 +18,8 @@ from vlmlayers.models.load import MINI_FOLDER
 
 transformers_models = pytest.importorskip("transformers_models", reason="needs the extra 'hf'")
 pytest.importorskip("peft", reason="needs the extra 'peft'")
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "howto").glob("*.md"))
+HOWTO = Path(__file__).parents[1] / "docs" / "howto"
+PAGES = sorted(page for page in HOWTO.glob("*.md") if page.stem != "index")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +30,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with what the pages name: `photos/` and the Hugging Face folder `my_clip/`."""
     data = vl.Manifest.load("signs")
     for item in data.items("train")[:80]:
@@ -36,6 +39,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         data.open_image(item, size=64).save(path)
     transformers_models.clip_folder(tmp_path / "my_clip")
     monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
     known = set(vl.metrics.METRICS)
     yield tmp_path
     for name in set(vl.metrics.METRICS) - known:
