@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from reference_pages import write_glossary, write_metrics
+from reference_pages import write_glossary, write_metrics  # noqa: E402
 
 project = "vlm-layers"
 author = "The vlm-layers developers"
@@ -55,7 +55,11 @@ html_static_path = ["images"]
 html_extra_path = ["../runs/demo/report.html"]
 html_additional_pages = {"index": "to_start.html"}
 html_sidebars = {"docs/index": []}
-html_theme_options = {"navigation_with_keys": False, "show_prev_next": False, "header_links_before_dropdown": 6}
+html_theme_options = {
+    "navigation_with_keys": False,
+    "show_prev_next": False,
+    "header_links_before_dropdown": 6,
+}
 templates_path = ["templates"]
 
 write_metrics(HERE / "reference" / "metrics")
@@ -64,7 +68,7 @@ write_glossary(HERE / "reference" / "glossary.md")
 
 def show_formulas(_app: object, _what: str, _name: str, _object: object, _options: object,
                   lines: list[str]) -> None:  # fmt: skip
-    """Keep what a docstring indents as it stands; reStructuredText would take it for a quotation."""
+    """Keep what a docstring indents as it stands; as reStructuredText it would be a quotation."""
     text = re.sub(r"(?m)^(\S.*\n)\n(?= {4}\S)", r"\1\n::\n\n", "\n".join(lines))
     lines[:] = text.split("\n")
 

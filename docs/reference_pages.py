@@ -46,7 +46,8 @@ def _metric_page(name: str, row: dict[str, object]) -> str:
         f"# `{name}`", "", f"{str(row['axis label']).capitalize()}: {row['meaning']}", "",
         "| | |", "|---|---|", *facts, "",
         "```sh", f"vlmlayers score runs/demo --metric {name}", "```", "",
-        "## The function", "", "```{eval-rst}", f".. autofunction:: {home}", "   :no-index:", "```", "",
+        "## The function", "",
+        "```{eval-rst}", f".. autofunction:: {home}", "   :no-index:", "```", "",
     ])  # fmt: skip
 
 

@@ -67,9 +67,7 @@ def test_each_metric_has_a_page_that_holds_its_declaration(
     assert all(f"]({name}.md)" in index for name in METRICS)
 
 
-def test_the_glossary_holds_the_words_of_reports(
-    pages_of_code: ModuleType, tmp_path: Path
-) -> None:
+def test_the_glossary_holds_the_words_of_reports(pages_of_code: ModuleType, tmp_path: Path) -> None:
     from vlmlayers.report.glossary import GLOSSARY
 
     pages_of_code.write_glossary(tmp_path / "deep" / "glossary.md")
