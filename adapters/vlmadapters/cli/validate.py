@@ -56,8 +56,8 @@ def validate(
     kinds: Annotated[
         str | None,
         typer.Option(
-            help="Competitors: paper, all, lower, upper, start, single, random, vision, text; "
-            "all but single where absent."
+            help="Competitors: paper, all, lower, upper, last, start, single, random, vision, "
+            "text; all but single where absent."
         ),
     ] = None,
     reference: Annotated[str, typer.Option(help="Kind that the verdict compares with.")] = "paper",
@@ -142,8 +142,9 @@ def _scores(choice: Path | None, scores: Path | None) -> Any:
 def _text(found: Any, out: Path) -> str:
     columns = ["placement", "kind", "base", "novel", "hm", "difference", "parameters"]
     shown = {"index": False, "float_format": lambda value: f"{value:.2f}"}
-    lines = [found.placements[columns].to_string(**shown)]
+    lines = [found.verdict]  # how far a ranking repeats is said before it is shown
+    lines.append(found.placements[columns].to_string(**shown))
     if found.correlations is not None:
         best = found.correlations.head(5)[["score", "tau", "low", "high", "p"]]
         lines.append(best.to_string(**shown))
-    return "\n".join([*lines, found.verdict, f"{len(found.table)} cells, {out / 'validation.csv'}"])
+    return "\n".join([*lines, f"{len(found.table)} cells, {out / 'validation.csv'}"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.intervals import wilson
@@ -31,6 +33,8 @@ COLUMNS = (
     "low",
     "high",
     "log_likelihood",
+    "first_half",
+    "second_half",
     "template",
     "parameters",
     "changed",
@@ -65,6 +69,24 @@ def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]
         "settings": " ".join(settings),
         "parameters": method.parameter_count(),
     }
+
+
+def half_fields(truth: NDArray[np.int64], correct: NDArray[np.bool_]) -> dict[str, float]:
+    """Return accuracy on two halves of the test items, as fields of a row.
+
+    The items of each class are dealt in turn, so that both halves have the same classes.
+
+    Args:
+        truth: (item,) labels.
+        correct: (item,) whether the answer is right.
+    """
+    order = np.argsort(truth, kind="stable")
+    starts = np.searchsorted(truth[order], truth[order])
+    turn = np.empty(len(truth), dtype=np.int64)
+    turn[order] = (np.arange(len(truth)) - starts) % 2
+    halves = (correct[turn == half] for half in (0, 1))
+    values = [float(one.mean()) if len(one) else float("nan") for one in halves]
+    return dict(zip(("first_half", "second_half"), values))
 
 
 def accuracy_fields(correct: int, n: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vlmadapters.protocols.results import (
     ZERO_SHOT,
     ZERO_SHOT_OWN,
     accuracy_fields,
+    half_fields,
     method_fields,
 )
 from vlmlayers.manifests import Manifest, distinct
@@ -66,6 +67,7 @@ def result_row(
         "device": model.device.type,
         "precision": evaluator.precision,
         "random_weights": model.random_weights,
+        **half_fields(truth, answers.labels == truth),
         **accuracy_fields(int((answers.labels == truth).sum()), len(truth)),
         "log_likelihood": float(answers.log_likelihoods.mean()),
         **values,

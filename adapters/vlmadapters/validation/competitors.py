@@ -28,7 +28,7 @@ KINDS: dict[str, str] = {
     "vision": "the chosen vision blocks only",
     "text": "the chosen text blocks only",
 }
-DEFAULT_KINDS = ("paper", "all", "lower", "upper", "start", "random", "vision", "text")
+DEFAULT_KINDS = ("paper", "all", "lower", "upper", "last", "start", "random", "vision", "text")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmadapters.validation.verdict import Array, interval, outcomes
+from vlmadapters.validation.verdict import LEVEL, Array, interval, outcomes
 from vlmlayers.selection.predict import PLACEMENT_SCORES
-
-LEVEL = 0.05
 
 
 def rank_correlation(

@@ -26,7 +26,9 @@ from vlmadapters.validation.competitors import (
     chosen_placement,
     competitors,
 )
+from vlmadapters.validation.predicting import judge_predictors, predictors_statement
 from vlmadapters.validation.ranking import predicted_outcomes, predictors, rank_correlation
+from vlmadapters.validation.repeatability import repeatability
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
@@ -52,6 +54,7 @@ class Validation:
         summary: Verdict, regret and how it was made; JSON values.
         correlations: Rank correlation of each score's prediction with the outcome.
         predicted: Each prediction beside its outcome.
+        judged: Scores and free baselines as predictors in single cells, beside the ceiling.
     """
 
     table: pd.DataFrame
@@ -59,6 +62,7 @@ class Validation:
     summary: Mapping[str, Any]
     correlations: pd.DataFrame | None = None
     predicted: pd.DataFrame | None = None
+    judged: pd.DataFrame | None = None
 
     @property
     def void(self) -> bool:
@@ -77,6 +81,7 @@ class Validation:
             "validation_placements": self.placements,
             "validation_correlations": self.correlations,
             "validation_predicted": self.predicted,
+            "validation_predictors": self.judged,
         }
         for name, table in tables.items():
             path = Path(folder) / f"{name}.csv"
@@ -279,6 +284,10 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
                     "zero_shot_novel": 100 * plain[dataset, "novel"],
                     "n_base": int(base["n"]),
                     "n_novel": int(novel["n"]),
+                    **{
+                        f"hm_{half}": 100 * harmonic_mean(base[half], novel[half])
+                        for half in ("first_half", "second_half")
+                    },
                     "changed": base["changed"] >= EFFECT,
                     "seconds": float(base["seconds"]),
                 }
@@ -322,17 +331,23 @@ def summarise(
     chosen, other = label_of(table, "chosen"), label_of(table, reference)
     correlations = outcomes = None
     said: dict[str, str] = {}
+    predicted = None
     if scores is not None:
         labels = dict.fromkeys(table["placement"])
         predicted = predict(scores, {label: Placement.parse(label) for label in labels})
         correlations = rank_correlation(table, predicted, seed=seed)
         outcomes = predicted_outcomes(predicted, table)
         said["predictors"] = predictors(correlations)
+    repeats = repeatability(table, seed=seed)
+    judged = judge_predictors(table, predicted, other, seed=seed)
+    against = predictors_statement(judged, other)
+    said["predictors"] = " ".join(filter(None, [said.get("predictors"), against]))
     left = regret(table, chosen, seed=seed)
     search = (notes or {}).get("search")
     told = f" The search on training shots had said: {search['statement']}" if search else ""
     summary = {
-        "verdict": verdict(table, chosen, other, seed=seed) + told,
+        "verdict": f"{verdict(table, chosen, other, seed=seed)} {repeats['statement']}{told}",
+        "repeatability": repeats,
         "chosen": chosen,
         "reference": other,
         **said,
@@ -346,4 +361,4 @@ def summarise(
         "environment": environment(),
     }
     placements = compare(table, chosen, seed=seed)
-    return Validation(table, placements, summary, correlations, outcomes)
+    return Validation(table, placements, summary, correlations, outcomes, judged)

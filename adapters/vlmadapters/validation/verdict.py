@@ -37,9 +37,12 @@ VALIDATION_COLUMNS = (
     "zero_shot_novel",
     "n_base",
     "n_novel",
+    "hm_first_half",
+    "hm_second_half",
     "changed",
     "seconds",
 )
+LEVEL = 0.05  # of tests
 OUTCOMES = ("hm", "base", "novel")
 
 

@@ -46,6 +46,8 @@ class RecordedValidation:
         reference: Label of the placement it is compared with.
         best: Label of the placement with the highest harmonic mean.
         predictors: In words, which placement scores predicted the outcome; or empty.
+        judged: Scores and free baselines as predictors in single cells, beside the ceiling.
+        repeatability: How far the ranking repeats, as `validation.json` says; or empty.
     """
 
     cells: pd.DataFrame
@@ -58,6 +60,8 @@ class RecordedValidation:
     reference: str = ""
     best: str = ""
     predictors: str = ""
+    judged: pd.DataFrame = field(default_factory=pd.DataFrame)
+    repeatability: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run: Run) -> RecordedValidation | None:
@@ -91,6 +95,8 @@ class RecordedValidation:
             reference,
             str(means.idxmax()) if means.notna().any() else "",
             str(notes.get("predictors", "")),
+            _table(run.folder / "validation_predictors.csv"),
+            dict(notes.get("repeatability", {})),
         )
 
     @property

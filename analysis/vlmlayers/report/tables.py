@@ -177,6 +177,7 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
     frame = pd.concat([validation.placements, validation.zero_shot], ignore_index=True)
     frame = frame.sort_values("hm", ascending=False)
     tables = [
+        *_repeatability_tables(validation.repeatability),
         tabular(
             "Placements, best first, with 95 % intervals over datasets and seeds",
             ["Placement", *OUTCOME_HEADINGS],
@@ -184,8 +185,10 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
                 _outcome_row(row, _why(validation, str(row["placement"])))
                 for _, row in frame.iterrows()
             ],
-        )
+        ),
     ]
+    if len(validation.judged):
+        tables.append(_predictors_table(validation.judged))
     if len(validation.correlations):
         columns = [
             name
@@ -203,6 +206,61 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
             )
         )
     return tables
+
+
+def _repeatability_tables(found: dict[str, Any]) -> list[Table]:
+    """Return how far the ranking of placements repeats, before any ranking is shown."""
+    rows = [
+        [f"Kendall's τ {words}", f"{one['tau']:z.2f} [{one['low']:z.2f}, {one['high']:z.2f}]",
+         "0", f"{one['p']:.3f}", f"{one['n']} pairs"]
+        for key, words in REPEATS.items() if (one := found.get(key))
+    ]  # fmt: skip
+    if variance := found.get("variance"):
+        interval = ", ".join(f"{100 * variance[key]:.0f}" for key in ("low", "high"))
+        cells = f"{variance['n']} cells"
+        rows += [
+            ["Variance within a cell that placement explains, %",
+             f"{100 * variance['placement']:.0f} [{interval}]", "0", "–", cells],
+            ["… that placement explains on single datasets only, %",
+             f"{100 * variance['placement_by_dataset']:.0f}", "–", "–", cells],
+        ]  # fmt: skip
+    if needed := found.get("cells_for_one_point"):
+        value = f"{needed['cells']} [{needed['low']}, {needed['high']}]"
+        rows.append(["Independent cells to see 1 point between two placements", value, "–", "–",
+                     f"{needed['n']} cells"])  # fmt: skip
+    headings = ["What repeats", "Value [95 %]", "Null", "p", "n"]
+    return [tabular("Does the ranking repeat? What no rule can do better than", headings, rows)] * (
+        len(rows) > 0
+    )
+
+
+REPEATS = {
+    "between_seeds": "between seeds of a dataset",
+    "between_halves": "between halves of the test items",
+    "between_datasets": "between datasets",
+}
+
+
+def _predictors_table(judged: pd.DataFrame) -> Table:
+    """Return scores and free baselines as predictors, beside the ceiling."""
+    rows = [
+        [str(row["predictor"]), str(row["kind"]), _bracketed(row, "tau", "low", "high", 2),
+         row["p_holm"], str(row["pick"]), _bracketed(row, "gain", "gain_low", "gain_high", 1),
+         row["gain_p_holm"]]
+        for row in judged.to_dict("records")
+    ]  # fmt: skip
+    headings = ["Predictor", "Kind", "Mean τ in a cell [95 %]", "p, corrected", "Picks",
+                "HM against the paper's [95 %]", "p of that, corrected"]  # fmt: skip
+    count = int(judged["n"].iloc[0])
+    return tabular(
+        f"Predictors against the ceiling and free baselines, {count} cells; null 0", headings, rows
+    )
+
+
+def _bracketed(row: Any, key: str, low: str, high: str, digits: int) -> str:
+    if row[key] != row[key]:
+        return "–"
+    return f"{row[key]:z.{digits}f} [{row[low]:z.{digits}f}, {row[high]:z.{digits}f}]"
 
 
 CORRELATION_HEADINGS = {
@@ -226,6 +284,7 @@ KINDS = {
     "all": "all blocks",
     "lower": "lower half",
     "upper": "upper half",
+    "last": "last block",
     "single": "one block",
     "vision": "vision only",
     "text": "text only",

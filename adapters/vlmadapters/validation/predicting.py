@@ -1,0 +1,183 @@
+"""Predictors of the best placement, against free baselines and against what can be predicted.
+
+A predictor is judged in every cell: how its ranking agrees with the cell's, and what the placement
+that it ranks first gains there over the reference. The ceiling is the ranking by all other cells,
+which no predictor can know. Baselines cost nothing: they read no measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from vlmadapters.validation.ranking import holm
+from vlmadapters.validation.repeatability import Cells, permuted, signs
+from vlmadapters.validation.verdict import LEVEL, Array, interval, outcomes, with_zero_shot
+from vlmlayers.placement import ZERO_SHOT, Placement
+
+PREDICTOR_COLUMNS = (
+    "predictor",
+    "kind",
+    "tau",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "pick",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "gain_p_holm",
+    "n",
+)
+FIXED = {"paper": "the published placement", "all": "all blocks", "last": "last block"}
+FREE = ("relative_depth", "blocks_adapted", "fewest_blocks")  # which read no measurement
+
+
+def judge_predictors(
+    table: pd.DataFrame,
+    predicted: pd.DataFrame | None,
+    reference: str,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return how well scores and baselines rank placements and pick one, in single cells.
+
+    Args:
+        table: Validation table of one comparison.
+        predicted: Columns placement, score, predicted; None judges baselines alone.
+        reference: Label of the placement that picks are compared with.
+        draws: Bootstrap draws over datasets and seeds, and permutations of a ranking.
+        seed: Seed of the private generators.
+
+    Returns:
+        The columns `PREDICTOR_COLUMNS`: kind is `ceiling`, `baseline` or `score`; tau the mean over
+        cells of Kendall's τ-b, with interval, two-sided permutation p (the null is 0) and p
+        corrected by Holm's method; pick the placement ranked first, `2 tied` where it is not one;
+        gain its harmonic mean minus the reference's, in points, with interval, and p corrected; n
+        cells. A baseline that names one placement has no τ.
+    """
+    found = outcomes(with_zero_shot(table), "hm")
+    trained = [i for i, name in enumerate(found.placements) if name != ZERO_SHOT]
+    values, names = found.values[:, trained], [found.placements[i] for i in trained]
+    cells = Cells(found.datasets, draws, seed)
+    anchor = found.values[:, [found.column(reference)]]
+    ceiling = _others(values, cells)
+    rows = [] if ceiling is None else [
+        {"predictor": "other cells", "kind": "ceiling", **_ranks(values, ceiling, cells, seed),
+         "pick": "by cell", **_gain(_at_best(values, ceiling) - anchor[:, 0], cells)}
+    ]  # fmt: skip
+    for name, (kind, guess) in _guesses(names, predicted).items():
+        if np.ptp(guess) > 0:
+            first = guess == guess.max()
+            pick = names[int(np.argmax(guess))] if first.sum() == 1 else f"{first.sum()} tied"
+            gain = _gain((values[:, first] - anchor).mean(1), cells)
+            ranks = _ranks(values, guess[None], cells, seed)
+            rows.append({"predictor": name, "kind": kind, **ranks, "pick": pick, **gain})
+    for name, label in _fixed(table, found.placements).items():
+        gain = _gain((found.values[:, [found.column(label)]] - anchor)[:, 0], cells)
+        rows.append({"predictor": name, "kind": "baseline", "pick": label, **gain})
+    judged = pd.DataFrame(rows, columns=list(PREDICTOR_COLUMNS)).assign(n=len(values))
+    for column, corrected in (("p", "p_holm"), ("gain_p_holm", "gain_p_holm")):
+        tested = judged[column].notna() & (judged["kind"] != "ceiling")
+        p = judged.loc[tested, column].to_numpy(np.float64)
+        judged.loc[judged["kind"] == "ceiling", corrected] = judged[column]
+        judged.loc[tested, corrected] = holm(p)
+    return judged
+
+
+def predictors_statement(judged: pd.DataFrame, reference: str) -> str:
+    """Return in words what is known of predictors, against the ceiling and the reference."""
+    parts = []
+    ceiling = judged[judged["kind"] == "ceiling"]
+    if len(ceiling):
+        parts.append(
+            f"Ranking a cell by all others, which no score can, has a mean τ of {_tau(ceiling)} "
+            "with it: the ceiling."
+        )
+    scores = judged[judged["kind"] == "score"]
+    ranked = scores if len(scores) else judged[judged["kind"] == "baseline"].dropna(subset="tau")
+    if len(ranked):
+        best = ranked.sort_values("tau", ascending=False).head(1)
+        parts.append(f"The best {best['kind'].iloc[0]}, {best['predictor'].iloc[0]}, {_tau(best)}.")
+    sure = judged[(judged["gain_p_holm"] < LEVEL) & (judged["kind"] != "ceiling")]
+    better, worse = (
+        [f"{row['predictor']} ({row['gain']:+.1f})" for row in part.to_dict("records")]
+        for part in (sure[sure["gain"] > 0], sure[sure["gain"] < 0])
+    )
+    parts.append(
+        f"After correction {', '.join(better) or 'none'} picks better than {reference}"
+        + (f"; {', '.join(worse)} worse" if worse else "")
+        + f" (n = {int(judged['n'].iloc[0])} cells)."
+    )
+    return " ".join(parts)
+
+
+def _tau(rows: pd.DataFrame) -> str:
+    row = rows.iloc[0]
+    return f"{row['tau']:.2f} [{row['low']:z.2f}, {row['high']:z.2f}]".replace("-", "−")
+
+
+def _guesses(names: list[str], predicted: pd.DataFrame | None) -> dict[str, tuple[str, Array]]:
+    """Return what each predictor says of each placement, (placement,), higher being better."""
+    placed = [Placement.parse(name) for name in names]
+    blocks = [[*one.vision, *one.text] for one in placed]
+    found = {
+        "relative_depth": ("baseline", np.array([np.mean(one) for one in blocks])),
+        "fewest_blocks": ("baseline", -np.array([len(one) for one in blocks], dtype=np.float64)),
+    }
+    if predicted is not None:
+        for name, group in predicted.groupby("score", sort=False):
+            known = group.drop_duplicates("placement").set_index("placement")["predicted"]
+            guess = known.reindex(names).to_numpy(np.float64)
+            if np.isfinite(guess).all():
+                found[str(name)] = ("baseline" if name in FREE else "score", guess)
+    return found
+
+
+def _fixed(table: pd.DataFrame, placements: tuple[str, ...]) -> Mapping[str, str]:
+    """Return the placement of each baseline that names one, where it was trained."""
+    found = {}
+    for kind, words in FIXED.items():
+        rows = table[[kind in str(one).split("+") for one in table["kind"]]]
+        if len(rows):
+            found[words] = str(rows["placement"].iloc[0])
+    return found | ({ZERO_SHOT: ZERO_SHOT} if ZERO_SHOT in placements else {})
+
+
+def _others(values: Array, cells: Cells) -> Array | None:
+    """Return for each cell the mean of those of other datasets, or else of its other seeds."""
+    pairs = cells.others if cells.count > 1 else cells.seeds
+    weight = pairs.sum(1, keepdims=True)
+    return (pairs @ values) / weight if len(values) > 1 and (weight > 0).all() else None
+
+
+def _at_best(values: Array, guess: Array) -> Array:
+    best: NDArray[Any] = guess.argmax(1)[:, None]
+    found: Array = np.take_along_axis(values, best, 1)[:, 0]
+    return found
+
+
+def _ranks(values: Array, guess: Array, cells: Cells, seed: int) -> dict[str, float]:
+    """Return the mean τ of a guess with every cell's ranking; (cell or 1, placement)."""
+    ranked = signs(values)
+    taus = cells.mean((ranked * signs(guess)).sum(-1))
+    size = 1 / np.bincount(cells.of)[cells.of]
+    null = (ranked * signs(permuted(guess, cells.draws, seed))).sum(-1) @ size / size.sum()
+    low, high = interval(taus[1:])
+    p = (1 + np.sum(np.abs(null) >= abs(taus[0]) - 1e-12)) / (len(null) + 1)
+    return {"tau": float(taus[0]), "low": low, "high": high, "p": float(p)}
+
+
+def _gain(differences: Array, cells: Cells) -> dict[str, float]:
+    """Return a mean difference with interval and two-sided bootstrap p; none where it is 0."""
+    means = cells.mean(differences)
+    low, high = interval(means[1:])
+    side = min(np.sum(means[1:] <= 0), np.sum(means[1:] >= 0))
+    p = min(1.0, 2 * (1 + side) / len(means)) if differences.any() else np.nan
+    return {"gain": float(means[0]), "gain_low": low, "gain_high": high, "gain_p_holm": float(p)}

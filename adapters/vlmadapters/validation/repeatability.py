@@ -1,0 +1,362 @@
+"""How far the ranking of placements repeats, and how much of the differences placement explains.
+
+No rule and no score can predict a ranking better than the ranking repeats, so this is measured
+before any ranking is shown. The unit is the cell: one dataset and seed, in which every placement is
+trained on the same draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from vlmadapters.validation.verdict import LEVEL, Array, interval, outcomes
+
+HALVES = ("hm_first_half", "hm_second_half")
+POINT, POWER = 1.0, 0.8  # what is to be seen, in points, and how surely
+MOST_CELLS = 100_000
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Mean Kendall's τ-b of two rankings of the same placements; the null is 0.
+
+    Attributes:
+        tau: The mean over pairs of rankings, datasets weighing the same.
+        low, high: 95 % bootstrap interval over datasets and seeds.
+        p: One-sided, by permuting placements within every cell.
+        n: Pairs of rankings.
+    """
+
+    tau: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Variance:
+    """What the differences between placements within a cell come from.
+
+    Attributes:
+        placement: Share that placement explains, the same in every cell; the null is 0.
+        low, high: Its 95 % interval.
+        placement_by_dataset: Share of what a placement gains on one dataset more than on others;
+            0 where datasets have one seed each, as it then belongs to the rest.
+        rest: Share of everything else: draws, initialisation, order, test items.
+        sd_of_difference: Standard deviation of the difference of two placements over cells, points.
+        n: Cells.
+    """
+
+    placement: float
+    low: float
+    high: float
+    placement_by_dataset: float
+    rest: float
+    sd_of_difference: float
+    n: int
+
+
+@dataclass(frozen=True)
+class CellsNeeded:
+    """How many independent cells show a difference of one point between two placements.
+
+    Attributes:
+        cells: With a paired t-test at a level of 5 % and a power of 80 %.
+        low, high: The same at both ends of the interval of the standard deviation.
+        n: Cells that it was estimated from.
+    """
+
+    cells: int
+    low: int
+    high: int
+    n: int
+
+
+def signs(values: Array) -> Array:
+    """Return rankings as unit vectors over pairs of placements: their products are τ-b.
+
+    Args:
+        values: (…, placement) outcomes, or predictions of them.
+
+    Returns:
+        (…, pair): the sign of each difference, over the root of the number of pairs that differ.
+    """
+    first, second = np.triu_indices(values.shape[-1], 1)
+    found = np.sign(values[..., first] - values[..., second])
+    length = np.sqrt(np.square(found).sum(-1, keepdims=True))
+    return np.divide(found, length, out=np.zeros_like(found), where=length > 0)
+
+
+def repeatability(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Return how far a ranking by harmonic mean repeats, as JSON values; absent is None.
+
+    Args:
+        table: Validation table of one comparison.
+        draws: Bootstrap draws and permutations.
+        seed: Seed of the private generators.
+
+    Returns:
+        `between_seeds`, `between_halves` (of the test items) and `between_datasets` (`Repeats`),
+        `variance` (`Variance`), `cells_for_one_point` (`CellsNeeded`), `cells`, `datasets`,
+        `placements`, and a `statement`.
+    """
+    found = outcomes(table, "hm")
+    values, datasets = found.values, found.datasets
+    cells = Cells(datasets, draws, seed)
+    told: dict[str, Any] = {
+        "cells": len(values),
+        "datasets": len(set(datasets.tolist())),
+        "placements": values.shape[1],
+        "between_seeds": cells.repeats(values, cells.seeds),
+        "between_halves": _halves(table, cells, list(found.placements)),
+        "between_datasets": cells.repeats(values, cells.others),
+        "variance": variance_within_cells(values, datasets),
+    }
+    told["cells_for_one_point"] = _needed(told["variance"], values.shape[1])
+    told["statement"] = _statement(told)
+    return {key: asdict(one) if hasattr(one, "__dataclass_fields__") else one
+            for key, one in told.items()}  # fmt: skip
+
+
+class Cells:
+    """Which dataset each cell is of, and the weights of resampled datasets and seeds.
+
+    Args:
+        datasets: (cell,) dataset of each cell.
+        draws: Number of resamples.
+        seed: Seed of the private generator.
+    """
+
+    def __init__(self, datasets: NDArray[Any], draws: int, seed: int) -> None:
+        names, self.of = np.unique(datasets, return_inverse=True)
+        self.count = len(names)
+        self.draws = draws
+        self._seed = seed
+        self.weights = self._weights()  # (draw, cell); the first draw is the data as they are
+
+    def _weights(self) -> Array:
+        generator = np.random.default_rng(self._seed)
+        weights = np.ones((self.draws + 1, len(self.of)))
+        for draw in range(1, self.draws + 1):
+            picked = generator.multinomial(self.count, np.full(self.count, 1 / self.count))
+            for dataset in range(self.count):
+                own = self.of == dataset
+                seeds = generator.multinomial(own.sum(), np.full(own.sum(), 1 / own.sum()))
+                # One dataset is not resampled: its seeds then are all there is.
+                weights[draw, own] = seeds * (picked[dataset] if self.count > 1 else 1)
+        return weights
+
+    @property
+    def seeds(self) -> Array:
+        """Pairs of cells of one dataset, (cell, cell), each dataset's pairs weighing 1."""
+        pairs = (self.of[:, None] == self.of) & ~np.eye(len(self.of), dtype=bool)
+        return pairs / np.maximum(pairs.sum(1, keepdims=True), 1)
+
+    @property
+    def others(self) -> Array:
+        """Pairs of cells of two datasets, (cell, cell)."""
+        size = np.bincount(self.of)[self.of]
+        return (self.of[:, None] != self.of) / (size[:, None] * size)
+
+    def mean(self, values: Array) -> Array:
+        """Return means over cells, datasets weighing the same, under every resample, (draw, …)."""
+        size = np.bincount(self.of)[self.of]
+        weights = self.weights / size
+        return (weights @ values) / weights.sum(1).reshape(-1, *[1] * (values.ndim - 1))
+
+    def repeats(self, values: Array, pairs: Array) -> Repeats | None:
+        """Return how far rankings of pairs of cells agree; None where there is no pair.
+
+        Args:
+            values: (cell, placement).
+            pairs: (cell, cell), how much each pair weighs.
+        """
+        if not pairs.any() or values.shape[1] < 2:
+            return None
+
+        def mean(ranked: Array, weights: Array) -> Array:
+            agreement = pairs * (ranked @ np.swapaxes(ranked, -1, -2))
+            total = np.einsum("di,...ij,dj->d...", weights, agreement, weights)
+            weight = np.einsum("di,ij,dj->d", weights, pairs, weights)
+            weight = weight.reshape(-1, *[1] * (total.ndim - 1))
+            return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+
+        taus = mean(signs(values), self.weights)
+        null = mean(signs(permuted(values, self.draws, self._seed)), self.weights[:1])[0]
+        return _repeats(taus, null, int((pairs > 0).sum()) // 2)
+
+
+def permuted(values: Array, draws: int, seed: int) -> Array:
+    """Return values with the placements of every cell in random order, (draw, cell, placement)."""
+    generator = np.random.default_rng(seed)
+    return generator.permuted(np.broadcast_to(values, (draws, *values.shape)), axis=-1)
+
+
+def _repeats(taus: Array, null: Array, n: int) -> Repeats:
+    drawn = taus[1:][np.isfinite(taus[1:])]
+    low, high = interval(drawn) if len(drawn) else (math.nan, math.nan)
+    p = (1 + np.sum(null >= taus[0] - 1e-12)) / (len(null) + 1)
+    return Repeats(float(taus[0]), low, high, float(p), n)
+
+
+def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats | None:
+    """Return how far rankings on two halves of the test items of a cell agree."""
+    if not set(HALVES) <= set(table.columns) or table[list(HALVES)].isna().any(axis=None):
+        return None
+    first, second = (_aligned(table, half, placements) for half in HALVES)
+    if len(first) != len(cells.of) or len(placements) < 2:
+        return None
+
+    def taus(other: Array) -> Array:
+        return (signs(first) * signs(other)).sum(-1)
+
+    null = taus(permuted(second, cells.draws, 1))
+    size = 1 / np.bincount(cells.of)[cells.of]
+    return _repeats(cells.mean(taus(second)), null @ size / size.sum(), len(first))
+
+
+def _aligned(table: pd.DataFrame, column: str, placements: list[str]) -> Array:
+    wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values=column)
+    return wide[placements].dropna().to_numpy(np.float64)
+
+
+def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | None:
+    """Return the variance components of placements within cells; None of one cell or placement.
+
+    Every cell's mean is taken out. What is left is analysed as placement + placement × dataset +
+    rest, all random, by mean squares; the interval of the placement's share follows from the F
+    distribution of the ratio of mean squares, the other components taken as estimated.
+
+    Reference: McGraw and Wong, Forming inferences about some intraclass correlation coefficients,
+    1996; Searle, Casella and McCulloch, Variance Components, 1992.
+
+    Args:
+        values: (cell, placement) harmonic means in percent.
+        datasets: (cell,) dataset of each cell.
+    """
+    cells, placements = values.shape
+    if cells < 2 or placements < 2:
+        return None
+    names, of = np.unique(np.asarray(list(datasets)), return_inverse=True)
+    size = np.bincount(of)
+    centred = values - values.mean(1, keepdims=True)
+    own = centred.mean(0)
+    by_dataset = np.stack([centred[of == d].mean(0) for d in range(len(names))])
+    free = placements - 1
+    between = cells * np.square(own).sum() / free
+    interaction = (size @ np.square(by_dataset - own)).sum()
+    rest = np.square(centred - by_dataset[of]).sum()
+    residual = (interaction + rest) / (free * (cells - 1))
+    nested = len(names) > 1 and cells > len(names)
+    if nested:
+        freedom = free * (len(names) - 1)
+        error = rest / (free * (cells - len(names)))
+        per_dataset = (cells - np.square(size).sum() / cells) / (len(names) - 1)
+        against = interaction / freedom
+        mixed = max(0.0, float((against - error) / per_dataset))
+    else:
+        freedom, against, error, mixed = free * (cells - 1), residual, residual, 0.0
+    left = mixed + error
+
+    def share(ratio: float) -> float:
+        own_variance = max(0.0, ratio - 1) * against / cells
+        total = own_variance + left
+        return float(own_variance / total) if total > 0 else 0.0
+
+    ratio = between / against if against > 0 else math.inf if between > 0 else 1.0
+    if not math.isfinite(ratio):
+        return Variance(1.0, 1.0, 1.0, 0.0, 0.0, 0.0, cells)
+    low, high = (share(ratio / float(stats.f.ppf(q, free, freedom))) for q in (0.975, 0.025))
+    placed = share(ratio)
+    total = left / (1 - placed)
+    return Variance(
+        placed,
+        low,
+        high,
+        float(mixed / total) if total > 0 else 0.0,
+        float(error / total) if total > 0 else 0.0,
+        float(np.sqrt(2 * residual)),
+        cells,
+    )
+
+
+def cells_needed(
+    sd: float, difference: float = POINT, *, power: float = POWER, level: float = LEVEL
+) -> int:
+    """Return how many pairs a two-sided paired t-test takes to show a difference.
+
+    Args:
+        sd: Standard deviation of the paired differences.
+        difference: Mean difference to be shown.
+        power: Chance of showing it.
+        level: Chance of showing one where there is none.
+    """
+
+    def shown(n: int) -> bool:
+        limit = stats.t.ppf(1 - level / 2, n - 1)
+        found = stats.nct.sf(limit, n - 1, math.sqrt(n) * difference / sd)
+        return bool(found >= power)
+
+    if sd <= 0:
+        return 2
+    rough = (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) ** 2 * (sd / difference) ** 2
+    n = max(2, math.floor(rough))
+    if n > MOST_CELLS:  # where t and normal are one
+        return math.ceil(rough)
+    while not shown(n):
+        n += 1
+    return n
+
+
+def _needed(found: Variance | None, placements: int) -> CellsNeeded | None:
+    if found is None:
+        return None
+    freedom = (found.n - 1) * (placements - 1)
+    sds = [
+        found.sd_of_difference * math.sqrt(freedom / float(stats.chi2.ppf(q, freedom)))
+        for q in (0.975, 0.025)
+    ]
+    low, high = (cells_needed(sd) for sd in sds)
+    return CellsNeeded(cells_needed(found.sd_of_difference), low, high, found.n)
+
+
+def _statement(told: dict[str, Any]) -> str:
+    """Return in words how far the ranking repeats; numbers with interval and n."""
+    pairs = {
+        "between_seeds": "between seeds",
+        "between_halves": "between halves of the test items",
+        "between_datasets": "between datasets",
+    }
+    known: list[tuple[str, Repeats]] = [
+        (words, told[key]) for key, words in pairs.items() if told[key] is not None
+    ]
+    variance: Variance | None = told["variance"]
+    if variance is None or not known:
+        return "How far the ranking repeats cannot be told from one cell: train more seeds."
+    taus = ", ".join(
+        f"{one.tau:.2f} [{one.low:z.2f}, {one.high:z.2f}] {words} (n = {one.n})"
+        for words, one in known
+    )
+    needed: CellsNeeded = told["cells_for_one_point"]
+    repeats = variance.low > 0
+    said = (
+        "The ranking repeats in part"
+        if repeats
+        else "That the ranking repeats is not shown, so no placement is shown to be best"
+    )
+    share, low, high = (100 * one for one in (variance.placement, variance.low, variance.high))
+    return (
+        f"{said}: Kendall's τ is {taus}; chance is 0. Placement explains {share:.0f} % "
+        f"[{low:.0f}, {high:.0f}] of the variance within a cell (n = {variance.n}). To see 1 point "
+        f"takes {needed.cells} independent cells [{needed.low}, {needed.high}]; here are "
+        f"{told['cells']}."
+    )

@@ -1,0 +1,169 @@
+"""Repeatability against scipy, known variance shares and planted rankings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import kendalltau
+
+from vlmadapters.validation.predicting import (
+    PREDICTOR_COLUMNS,
+    judge_predictors,
+    predictors_statement,
+)
+from vlmadapters.validation.repeatability import (
+    cells_needed,
+    repeatability,
+    signs,
+    variance_within_cells,
+)
+
+PLACEMENTS = [f"v{i}-12,t{i}-12" for i in range(5, 13)]
+
+
+def simulated(
+    own: float, mixed: float, rest: float, *, datasets: int = 6, seeds: int = 3, seed: int = 0
+) -> pd.DataFrame:
+    """Return a validation table whose variance components are known."""
+    generator = np.random.default_rng(seed)
+    count = len(PLACEMENTS)
+    effect = own * generator.normal(size=count)
+    rows = []
+    for dataset in range(datasets):
+        by_dataset = mixed * generator.normal(size=count)
+        for number in range(seeds):
+            level = 50 + 5 * generator.normal()
+            truth = level + effect + by_dataset + rest * generator.normal(size=count)
+            first, second = (truth + 0.5 * generator.normal(size=count) for _ in range(2))
+            for i, placement in enumerate(PLACEMENTS):
+                kind = {0: "chosen+paper", count - 1: "last"}.get(i, "start")
+                rows.append((f"d{dataset}", number, placement, kind, truth[i], first[i], second[i]))
+    columns = ["dataset", "seed", "placement", "kind", "hm", "hm_first_half", "hm_second_half"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(zero_shot_base=40.0, zero_shot_novel=40.0, base=50.0, novel=50.0,
+                        parameters=1, changed=True)  # fmt: skip
+
+
+def mean_tau(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    return float(np.mean([kendalltau(*pair).statistic for pair in pairs]))
+
+
+def test_tau_is_that_of_scipy_also_with_ties() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = generator.integers(0, 5, (2, 9)).astype(float)
+        assert signs(a) @ signs(b) == pytest.approx(kendalltau(a, b).statistic)
+
+
+def test_tau_between_seeds_halves_and_datasets_is_the_mean_of_scipys() -> None:
+    table = simulated(1, 1, 1, datasets=3)
+    wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values="hm")
+    cells = {key: row.to_numpy() for key, row in wide.iterrows()}
+    pairs = list(itertools.combinations(cells, 2))
+    found = repeatability(table, draws=50)
+    seeds = [(cells[a], cells[b]) for a, b in pairs if a[0] == b[0]]
+    others = [(cells[a], cells[b]) for a, b in pairs if a[0] != b[0]]
+    assert found["between_seeds"]["tau"] == pytest.approx(mean_tau(seeds))
+    assert found["between_datasets"]["tau"] == pytest.approx(mean_tau(others))
+    assert (found["between_seeds"]["n"], found["between_datasets"]["n"]) == (9, 27)
+    first, second = (
+        table.pivot_table(index=["dataset", "seed"], columns="placement", values=name).to_numpy()
+        for name in ("hm_first_half", "hm_second_half")
+    )
+    assert found["between_halves"]["tau"] == pytest.approx(mean_tau(list(zip(first, second))))
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0, 1.0), (0.5, 0.2, 0.3), (0.15, 0.25, 0.6)])
+def test_variance_shares_are_recovered_and_covered(shares: tuple[float, float, float]) -> None:
+    found = []
+    for seed in range(60):
+        table = simulated(*np.sqrt(shares), datasets=10, seed=seed)
+        wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values="hm")
+        of = wide.index.get_level_values("dataset")
+        one = variance_within_cells(wide.to_numpy(), of)
+        assert one is not None and one.placement + one.placement_by_dataset + one.rest == (
+            pytest.approx(1)
+        )
+        found.append(one)
+    assert np.mean([one.placement for one in found]) == pytest.approx(shares[0], abs=0.07)
+    assert np.mean([one.placement_by_dataset for one in found]) == pytest.approx(
+        shares[1], abs=0.06
+    )
+    assert np.mean([one.low <= shares[0] <= one.high for one in found]) >= 0.88
+    sds = [one.sd_of_difference for one in found]
+    assert np.mean(sds) == pytest.approx(math.sqrt(2 * (shares[1] + shares[2])), rel=0.05)
+
+
+def test_a_point_takes_the_cells_that_a_paired_test_takes() -> None:
+    assert cells_needed(3.6) == pytest.approx(2 + (1.96 + 0.84) ** 2 * 3.6**2, abs=2)
+    assert cells_needed(1.0, 10.0) <= 3 and cells_needed(0.0) == 2
+    n, generator = cells_needed(2.0), np.random.default_rng(0)
+    drawn = generator.normal(1.0, 2.0, (4000, n))
+    t = drawn.mean(1) / drawn.std(1, ddof=1) * math.sqrt(n)
+    assert np.mean(np.abs(t) > 2.03) == pytest.approx(0.8, abs=0.03)
+
+
+def test_without_an_effect_nothing_is_said_to_repeat() -> None:
+    null = [repeatability(simulated(0, 0, 1, seed=s), draws=60) for s in range(40)]
+    assert np.mean([one["between_seeds"]["p"] < 0.05 for one in null]) <= 0.15
+    assert np.mean([one["variance"]["low"] > 0 for one in null]) <= 0.1
+    assert "is not shown" in null[0]["statement"]
+    strong = repeatability(simulated(3, 0.1, 0.1), draws=60)
+    assert strong["between_datasets"]["low"] > 0.5 and strong["variance"]["low"] > 0.8
+    assert strong["statement"].startswith("The ranking repeats in part")
+
+
+def test_one_cell_says_that_nothing_is_known() -> None:
+    found = repeatability(simulated(1, 1, 1, datasets=1, seeds=1), draws=20)
+    assert found["between_seeds"] is None and found["variance"] is None
+    assert "train more seeds" in found["statement"]
+    two = repeatability(simulated(1, 1, 1, datasets=1, seeds=2), draws=20)
+    assert two["between_datasets"] is None and two["variance"]["n"] == 2
+
+
+def predicted(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a score that knows the mean outcome, one that is noise, one that knows nothing."""
+    means = table.groupby("placement", sort=False)["hm"].mean()
+    noise = np.random.default_rng(5).normal(size=len(means))
+    scores = {"oracle": means.to_numpy(), "noise": noise, "flat": np.ones(len(means))}
+    return pd.concat(
+        pd.DataFrame({"placement": means.index, "score": name, "predicted": values})
+        for name, values in scores.items()
+    )
+
+
+def test_predictors_are_judged_in_cells_beside_ceiling_and_baselines() -> None:
+    table = simulated(2, 0.5, 0.5)
+    reference = PLACEMENTS[0]
+    judged = judge_predictors(table, predicted(table), reference)
+    assert tuple(judged.columns) == PREDICTOR_COLUMNS and set(judged["n"]) == {18}
+    rows = judged.set_index("predictor")
+    assert {"zero-shot", "last block", "the published placement", "relative_depth"} <= set(
+        rows.index
+    ) and "flat" not in rows.index
+    wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values="hm")
+    oracle = wide.mean()
+    taus = [kendalltau(oracle, row).statistic for _, row in wide.iterrows()]
+    assert rows.loc["oracle", "tau"] == pytest.approx(np.mean(taus))
+    gain = (wide[oracle.idxmax()] - wide[reference]).mean()
+    assert rows.loc["oracle", "gain"] == pytest.approx(gain)
+    assert rows.loc["oracle", "pick"] == oracle.idxmax() and rows.loc["oracle", "p_holm"] < 0.05
+    assert rows.loc["zero-shot", "gain"] == pytest.approx(40 - wide[reference].mean())
+    assert rows.loc["the published placement", "gain"] == 0
+    assert rows.loc["other cells", "kind"] == "ceiling" and rows.loc["other cells", "tau"] > 0.3
+    said = predictors_statement(judged, reference)
+    assert "the ceiling" in said and f"oracle ({gain:+.1f})" in said and "n = 18 cells" in said
+
+
+def test_where_nothing_repeats_no_predictor_is_said_to_pick_better() -> None:
+    wrong = 0
+    for seed in range(20):
+        table = simulated(0, 0, 2, seed=seed)
+        judged = judge_predictors(table, None, PLACEMENTS[0], draws=200)
+        trained = judged[judged["predictor"] != "zero-shot"]
+        wrong += int(((trained["gain_p_holm"] < 0.05) & (trained["kind"] != "ceiling")).any())
+    assert wrong <= 3
