@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow test-lowest check format figures notebooks lab docs bench mini-clip clean
+.PHONY: help setup demo test test-slow test-lowest check format figures notebooks lab docs bench mini-clip tune-methods methods clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -62,6 +62,12 @@ bench: setup ## All benchmarks; tables go to benchmarks/results/
 mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
 	$(BIN)/uv pip install --quiet --python $(RUN) -r tools/mini_clip/requirements.txt
 	PYTHONPATH=tools $(RUN) -m mini_clip --out runs/mini-clip
+
+tune-methods: setup ## Search the recipes mini again (resumable; hours on a CPU)
+	OMP_NUM_THREADS=1 $(RUN) figures/tune_methods.py --write
+
+methods: setup ## Compare all methods on the miniature CLIP again (resumable; hours on a CPU)
+	$(RUN) figures/record_methods.py
 
 clean: ## Remove what the targets made, but not runs/
 	rm -rf .venv .venv-lowest site docs/reference build dist .mypy_cache .ruff_cache .pytest_cache

@@ -35,10 +35,10 @@ KEPT = (
 )  # fmt: skip
 
 
-def train(asked: argparse.Namespace) -> None:
-    """Train the cells in processes that share the run folder, and wait for them."""
+def train(asked: argparse.Namespace, stage: str) -> None:
+    """Train the cells of a stage in processes that share the run folder, and wait for them."""
     command = [sys.executable, "-m", "vlmlayers.cli", "study", str(asked.study)]
-    command += ["--out", str(asked.run), "--only", "validate", "--quiet"]
+    command += ["--out", str(asked.run), "--only", stage, "--quiet"]
     command += ["--data-root", str(asked.data_root)] if asked.data_root else []
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen(command, env=alone) for _ in range(asked.processes)]
@@ -60,27 +60,22 @@ def record(run: Run, out: Path, name: str, command: str) -> list[Path]:
 
 
 def _page(run: Run, command: str) -> str:
-    notes, made = read_json(run.folder / "validation.json"), run.read_provenance()
+    notes = read_json(run.folder / "validation.json")
     placements = pd.read_csv(run.folder / "validation_placements.csv")
     correlations = pd.read_csv(run.folder / "validation_correlations.csv")
-    model, place = made["model"], notes["environment"]
     ledger = read_json(run.folder / "stages.json")
     seconds = {stage: done["seconds"] for stage, done in ledger.items() if "seconds" in done}
     # What cells took, in this run and in those that were stopped before.
     seconds["training"] = notes["training_seconds"]
     facts = [
         ("command", command),
-        ("model", f"{model['name']}, weights {model['weights']}, {model['weights_hash'][:16]}"),
         ("recipe", ", ".join(f"{key} {value}" for key, value in notes["recipe"].items())),
         ("settings", ", ".join(f"{key} {value}" for key, value in notes["settings"].items())),
         ("datasets", ", ".join(notes["datasets"])),
         ("seeds, shots", f"{', '.join(map(str, notes['seeds']))}; {notes['shots']} shots"),
         ("test images", f"{notes['limit']} of each dataset, balanced" if notes["limit"] else "all"),
         ("layers chosen on", ", ".join(f"{k} {v}" for k, v in notes["chosen_on"].items())),
-        ("machine", f"{notes['device']}, {place['cpus']} CPUs, Python {place['python']}"),
-        ("versions", ", ".join(f"{key} {value}" for key, value in place["versions"].items())),
-        ("commit", place.get("commit") or "unknown"),
-        ("finished", place["written"]),
+        *facts_of({**run.read_provenance(), "environment": notes["environment"]}),
         ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())),
     ]
     return "\n".join([
@@ -94,6 +89,29 @@ def _page(run: Run, command: str) -> str:
         "## Rank correlation of placement scores with the trained harmonic mean", "",
         _rows(correlations, ["score"], ["tau"], ["p", "p_holm"]), "",
     ])  # fmt: skip
+
+
+def facts_of(made: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a provenance says of the model and of what made the run, and when."""
+    model, place = made["model"], made["environment"]
+    return [
+        ("model", f"{model['name']}, weights {model['weights']}, {model['weights_hash'][:16]}"),
+        ("machine", f"{place['cpus']} CPUs, Python {place['python']}"),
+        ("versions", ", ".join(f"{key} {value}" for key, value in place["versions"].items())),
+        ("commit", place.get("commit") or "unknown"),
+        ("finished", place["written"]),
+    ]
+
+
+def arguments(description: str, study: Path, run: str) -> argparse.Namespace:
+    """Read the command line of a script that records a study."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data-root", type=Path, default=None)
+    parser.add_argument("--study", type=Path, default=study)
+    parser.add_argument("--run", type=Path, default=HERE.parent / "runs" / run)
+    parser.add_argument("--out", type=Path, default=HERE / "tables")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    return parser.parse_args()
 
 
 def _rows(table: pd.DataFrame, words: Words, spans: Words, plain: Words = ()) -> str:
@@ -113,19 +131,13 @@ def _rows(table: pd.DataFrame, words: Words, spans: Words, plain: Words = ()) ->
 
 def main() -> None:
     """Run the study and record it; leave with code 2 and one line where something is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=None)
-    parser.add_argument("--study", type=Path, default=STUDY)
-    parser.add_argument("--run", type=Path, default=HERE.parent / "runs" / "placement_sweep")
-    parser.add_argument("--out", type=Path, default=HERE / "tables")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    asked = parser.parse_args()
+    asked = arguments(__doc__ or "", STUDY, "placement_sweep")
     try:
         study = read_study(asked.study)
         source = {"base": asked.study.parent, "source": asked.study.read_text("utf-8")}
         shared = {**source, "data_root": asked.data_root, "echo": print}
         run_study(study, asked.run, only=["extract", "score", "select"], **shared)
-        train(asked)
+        train(asked, "validate")
         run = run_study(study, asked.run, **shared)[0]
     except UserError as error:
         print(error, file=sys.stderr)

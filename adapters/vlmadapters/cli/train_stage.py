@@ -142,6 +142,8 @@ def train(context: Any) -> None:
     from vlmadapters.protocols.results import KEY
     from vlmadapters.validation.methods import methods_verdict
     from vlmlayers.files import atomically
+    from vlmlayers.runs import environment
+    from vlmlayers.study.stages import model_record
 
     found = parts(context.study.train)
     model = context.load_model()
@@ -150,6 +152,7 @@ def train(context: Any) -> None:
     table = table.drop_duplicates(KEY, ignore_index=True)  # zero-shot CLIP stands in several
     path = context.run.folder / "results.csv"
     atomically(path, lambda temporary: table.to_csv(temporary, index=False))
+    context.run.record(train={"model": model_record(model), "environment": environment()})
     if verdict := methods_verdict(table):
         context.echo(f"train    {verdict}")
     context.echo(f"train    {len(table)} results: {path}")

@@ -112,6 +112,11 @@ class MethodConfig:
         return False
 
     @property
+    def advantage(self) -> str:
+        """What training sees beside the shots and names of its classes, in words; mostly empty."""
+        return ""
+
+    @property
     def placement(self) -> str:
         """The placement in short, such as `v5-12,t5-12`; empty for a method that has none."""
         return str(Placement(self.vision, self.text)) if self.towers else ""

@@ -213,6 +213,12 @@ class LASPConfig(WordsConfig):
         super().__post_init__()
         check_templates(self.templates)
 
+    @property
+    def advantage(self) -> str:
+        """Names of other classes of the dataset, unless these are used nowhere."""
+        used = self.other_names == "virtual" or (self.other_names == "text" and self.weight)
+        return "training sees the names of the untrained classes, as published" if used else ""
+
     @classmethod
     def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
         """Tune the norms of every vision block, as published."""

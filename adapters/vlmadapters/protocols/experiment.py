@@ -32,6 +32,7 @@ from vlmadapters.protocols.results import (
     COLUMNS,
     KEY,
     UNMOVED,
+    UNMOVED_FIT,
     ZERO_SHOT,
     ZERO_SHOT_OWN,
     method_fields,
@@ -303,7 +304,10 @@ class Experiment:
 
     def _notice_unmoved(self, cells: Iterable[Rows | None]) -> None:
         notes = [row["note"] for rows in cells for row in rows or []]
-        self.stopped = self.stop_unmoved and bool(notes) and all(note == UNMOVED for note in notes)
+        unmoved = (UNMOVED, UNMOVED_FIT)
+        self.stopped = (
+            self.stop_unmoved and bool(notes) and all(note.startswith(unmoved) for note in notes)
+        )
 
     def train_and_test(self, source: str, seed: int, settings: Sequence[Recipe]) -> list[Rows]:
         """Train settings of one method side by side and test them; return the rows of each.
@@ -386,12 +390,17 @@ class Experiment:
                 )
         for index, result in enumerate(trained):
             share = differing[index] / max(total, 1)
-            note = UNMOVED if share < EFFECT else ""
+            note = UNMOVED if result.method.parameter_count() else UNMOVED_FIT
+            note = note if share < EFFECT else ""
             if note:
                 config = result.config
                 LOG.warning("%s %s, seed %d: %s", config.title, config.placement, result.seed, note)
+            others = (
+                self._datasets[source].task(self.protocol.train_kind, train.template).other_names
+            )
+            advantage = result.config.advantage if others else ""
             for row in rows[index]:
-                row |= {"changed": share, "note": note}
+                row |= {"changed": share, "note": "; ".join(filter(None, (note, advantage)))}
         return rows
 
     def _items(self, target: Target) -> tuple[list[Item], Labels]:

@@ -50,7 +50,9 @@ def compare_methods(results: pd.DataFrame, *, draws: int = 2000, seed: int = 0) 
 
 
 def methods_verdict(results: pd.DataFrame, *, seed: int = 0) -> str:
-    """Return in one sentence how methods compare; empty where there are not two to compare.
+    """Return in words how methods compare; empty where there are not two to compare.
+
+    What the table notes of a method, such as names of untrained classes that it saw, is said too.
 
     Args:
         results: A results table.
@@ -60,7 +62,21 @@ def methods_verdict(results: pd.DataFrame, *, seed: int = 0) -> str:
         return ""
     first, *others = compare_methods(results, seed=seed).to_dict("records")
     said = [f"{first['method']} did best (harmonic mean {first['hm']:.1f} over {first['n']} runs)"]
-    return "; ".join([*said, *map(_against_the_best, others)]) + "."
+    compared = "; ".join([*said, *map(_against_the_best, others)]) + "."
+    return " ".join([compared, *_noted(results)])
+
+
+def _noted(results: pd.DataFrame) -> list[str]:
+    """Return a sentence for each note of each method, with the datasets where not on all."""
+    if "note" not in results:
+        return []
+    said = []
+    for method, part in results.fillna({"note": ""}).groupby("method", sort=False):
+        for note, of in part[part["note"] != ""].groupby("note", sort=False):
+            some = of["dataset"].nunique() < part["dataset"].nunique()
+            where = f" on {', '.join(of['dataset'].unique())}" if some else ""
+            said.append(f"{method}{where}: {note}.")
+    return said
 
 
 def _against_the_best(row: dict[Hashable, Any]) -> str:
@@ -71,7 +87,8 @@ def _against_the_best(row: dict[Hashable, Any]) -> str:
 
 def _cells(results: pd.DataFrame) -> pd.DataFrame:
     """Return base, novel and harmonic mean in percent, a row per method, dataset and seed."""
-    halves = results[results["split_kind"].isin(["base", "novel"])]
+    # A file of the table holds empty fields where it has empty words.
+    halves = results[results["split_kind"].isin(["base", "novel"])].fillna({"placement": ""})
     trained = halves[~halves["method"].isin(ZERO_SHOT_METHODS)]
     names = [" ".join(filter(None, pair)) for pair in zip(trained["method"], trained["placement"])]
     found = _wide(trained.assign(placement=names), [*KEYS, "parameters"]).reset_index()

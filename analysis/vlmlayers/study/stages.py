@@ -84,7 +84,7 @@ def _extract(context: StageContext) -> None:
     if not record:
         raise UserError(f"no dataset could be extracted; the last one: {[*left_out.values()][-1]}")
     context.run.record(
-        model=_model_record(model),
+        model=model_record(model),
         datasets=record,
         left_out=left_out,
         given=_given(context),
@@ -125,7 +125,8 @@ def _extract_one(context: StageContext, model: Any, data: Dataset) -> Any:
         raise OtherExtraction(f"{error}, or extract again with --force") from None
 
 
-def _model_record(model: Any) -> dict[str, Any]:
+def model_record(model: Any) -> dict[str, Any]:
+    """Return what a run keeps of a model: name, weights with their hash, towers, parameters."""
     from vlmlayers.models.handover import block_names, layers_of
 
     names = block_names(model)
