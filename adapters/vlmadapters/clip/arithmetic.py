@@ -4,16 +4,10 @@ Same function, fewer passes over memory: weights need no gradient, the adapter r
 first norm, and QuickGELU is SiLU once its factor 1.702 is folded into the norm before and the
 residual sum after. Agreement with the block's own forward is to float32 rounding (tested); blocks
 of any other kind run their own forward.
-
-Products with frozen weights go through the faster of the libraries that torch brings along: on a
-CPU torch hands float32 matrices to MKL, which keeps its best code for processors of its own maker;
-on an AMD EPYC oneDNN multiplies the same matrices in less than half the time
-(benchmarks/training.py). The result is the same to float32 rounding.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,81 +15,10 @@ from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmadapters.clip.products import frozen_linear, product, suits
 from vlmadapters.clip.remembered import is_causal, lowered
 
 QUICK = 1.702
-
-
-@cache
-def has_onednn() -> bool:
-    """Return whether torch offers oneDNN's linear map and it multiplies as torch does."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(s, generator=generator) for s in ((2, 3, 8), (8, 16), (16,)))
-    try:
-        found = onednn_linear(x, weight.t(), bias)
-    except (AttributeError, RuntimeError, TypeError):
-        return False  # built without it, or by a torch whose operator has another signature
-    return torch.allclose(found, F.linear(x, weight.t(), bias), atol=1e-5)
-
-
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `x · weightᵀ + bias` multiplied by oneDNN."""
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return made
-
-
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Return whether oneDNN can take a product: float32 on a CPU, outside autocast."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and has_onednn()
-    )
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
-    """Return `x · weightᵀ + bias` without a graph.
-
-    Args:
-        x: (…, width in).
-        weight: (width out, width in); may be a transposed view.
-        bias: (width out,) or None.
-        onednn: Whether `suits` was asked and said yes.
-    """
-    if onednn:
-        return onednn_linear(x.contiguous(), weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """A linear map by oneDNN with the gradient of its input only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return product(x, weight, bias, True)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return product(grads[0], ctx.weight.t(), None, True), None, None
-
-
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool = True) -> Tensor:
-    """Return `x · weightᵀ + bias` with a gradient for x alone.
-
-    Args:
-        x: (…, width in).
-        weight: (width out, width in), frozen.
-        bias: (width out,), frozen, or None.
-        onednn: Use oneDNN where it suits.
-    """
-    if onednn and suits(x, weight):
-        made: Tensor = _FrozenLinear.apply(x, weight, bias)
-        return made
-    return F.linear(x, lowered(weight), None if bias is None else lowered(bias))
 
 
 def is_standard(block: nn.Module) -> bool:
@@ -125,7 +48,7 @@ def attend(block: Any, x: Tensor, u: Tensor, mask: Tensor | None, onednn: bool =
         x: Input of the block, (item, token, width).
         u: `block.ln_1` of it.
         mask: Additive attention mask, (token, token), or None.
-        onednn: Use oneDNN where it suits.
+        onednn: Use oneDNN where it suits and is faster.
     """
     attention = block.attn
     qkv = frozen_linear(u, attention.in_proj_weight, attention.in_proj_bias, onednn)
@@ -166,7 +89,7 @@ def attend_one(
         u: `block.ln_1` of the block's whole input, (item, token, width).
         rows: (item,) index of the token.
         mask: Additive attention mask, (token, token), or None.
-        onednn: Use oneDNN where it suits.
+        onednn: Use oneDNN where it suits and is faster.
     """
     attention, heads = block.attn, block.attn.num_heads
     n, _, width = u.shape
@@ -190,7 +113,7 @@ def keys_values(block: Any, x: Tensor, onednn: bool = True) -> tuple[Tensor, Ten
     Args:
         block: A standard block.
         x: Input of the block, (item, token, width).
-        onednn: Use oneDNN where it suits.
+        onednn: Use oneDNN where it suits and is faster.
     """
     attention, heads, (n, tokens, width) = block.attn, block.attn.num_heads, x.shape
     weight, bias = lowered(attention.in_proj_weight)[width:], attention.in_proj_bias[width:]
@@ -210,7 +133,7 @@ def attend_others(
         keys: Of the tokens looked at, as `keys_values` gives them.
         values: Likewise.
         seen: Which of these an item's tokens see, (item, token); None is all.
-        onednn: Use oneDNN where it suits.
+        onednn: Use oneDNN where it suits and is faster.
     """
     attention, heads, (n, tokens, width) = block.attn, block.attn.num_heads, x.shape
     weight, bias = lowered(attention.in_proj_weight)[:width], attention.in_proj_bias[:width]
@@ -267,7 +190,7 @@ def feed_forward(block: Any, x: Tensor, onednn: bool = True, fused: bool = True)
     Args:
         block: A standard block.
         x: What the perceptron sees and is added to, (item, token, width).
-        onednn: Use oneDNN where it suits.
+        onednn: Use oneDNN where it suits and is faster.
         fused: Use fewer passes over memory, which round otherwise than the block's own forward.
     """
     weight = block.mlp.c_fc.weight
@@ -287,7 +210,7 @@ def feed_normed(block: Any, x: Tensor, u: Tensor, onednn: bool = True) -> Tensor
         block: A standard block.
         x: What the perceptron is added to, (item, token, width).
         u: What it sees, such as x after a norm that is not the block's own, same shape.
-        onednn: Use oneDNN where it suits.
+        onednn: Use oneDNN where it suits and is faster.
     """
     first, last = block.mlp.c_fc, block.mlp.c_proj
     hidden = block.mlp.gelu(frozen_linear(u, first.weight, first.bias, onednn))

@@ -18,7 +18,7 @@ class Savings:
             graph, and once for all placements that are trained together.
         last_token: The last block computes the pooled token only, without other tokens' keys.
         fused: Standard blocks run with fewer passes over memory.
-        onednn: Fused blocks multiply with oneDNN on a CPU in float32.
+        onednn: Fused blocks multiply with oneDNN on a CPU in float32 where that is faster.
         text_features: Class features are kept between updates at evaluation.
     """
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmadapters.clip.arithmetic import attend, attend_one, feed_forward, frozen_linear
+from vlmadapters.clip.arithmetic import attend, attend_one, feed_forward
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import single
+from vlmadapters.clip.products import frozen_linear
 from vlmadapters.clip.walk import Inside, State, at
 from vlmadapters.data.prompts import class_prompts
 from vlmadapters.data.task import Task

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmadapters.clip.products import timed_products
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import record_checksum
@@ -74,6 +75,7 @@ class CellFolder:
         if path is None or rank:
             return
         content: dict[str, Any] = {"identity": cell.identity, "rows": rows}
+        content["products"] = timed_products()
         content["checksum"] = record_checksum(json.loads(json.dumps(content)))
         text = json.dumps(content, indent=1)
         atomically(path, lambda part: part.write_text(text, encoding="utf-8"))

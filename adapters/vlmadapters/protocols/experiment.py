@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.products import timed_products
 from vlmadapters.data.task import TaskData
 from vlmadapters.files import save_method
 from vlmadapters.methods.base import Method
@@ -351,7 +352,7 @@ class Experiment:
                     result.method,
                     self.model,
                     data.task(kind, train.template),
-                    cell.identity,
+                    {**cell.identity, "products": timed_products()},
                 )
         return rows
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 
+from vlmadapters.clip.products import timed_products
 from vlmadapters.data.folds import folds as folds_of
 from vlmadapters.data.task import TaskData
 from vlmadapters.protocols.experiment import Datasets, Model, Placements
@@ -181,7 +182,7 @@ def search(
         "model": model.name,
         "weights_hash": model.weights_hash,
         "random_weights": bool(model.random_weights),
-        "environment": environment(),
+        "environment": {**environment(), "products": timed_products()},
     }
     found = Search(track.table, summary)
     if out is not None and not processes.rank_and_size()[0]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 
+from vlmadapters.clip.products import timed_products
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import EFFECT, Datasets, Experiment, Model
 from vlmadapters.protocols.results import ZERO_SHOT, ZERO_SHOT_METHODS
@@ -358,7 +359,7 @@ def summarise(
         "shots": int(table["shots"].iloc[0]),
         "training_seconds": round(float(table["seconds"].sum()), 1),
         **(notes or {}),
-        "environment": environment(),
+        "environment": {**environment(), "products": timed_products()},
     }
     placements = compare(table, chosen, seed=seed)
     return Validation(table, placements, summary, correlations, outcomes, judged)

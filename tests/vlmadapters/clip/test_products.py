@@ -1,13 +1,86 @@
-"""Products with frozen weights by oneDNN are torch's, forward and backward."""
+"""Products with frozen weights are torch's whichever library is faster, and say which it was."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from vlmadapters.clip import arithmetic
-from vlmadapters.clip.arithmetic import frozen_linear, has_onednn, suits
+from vlmadapters.clip import products
+from vlmadapters.clip.products import (
+    forget_products,
+    frozen_linear,
+    has_onednn,
+    onednn_linear,
+    suits,
+    timed_products,
+)
+
+Costs = dict[bool, tuple[float, float]]  # transposed or not: seconds of torch and of oneDNN
+
+
+@pytest.fixture
+def priced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Costs], list[str]]]:
+    """Set what a product costs by either library on a stopped clock, and list who multiplied."""
+    now, calls, costs = [0.0], [], {False: (1.0, 1.0), True: (1.0, 1.0)}
+    real = F.linear, onednn_linear
+
+    def stand_in(number: int) -> Callable[..., torch.Tensor]:
+        def multiply(x: torch.Tensor, weight: torch.Tensor, bias: object = None) -> torch.Tensor:
+            now[0] += costs[not weight.is_contiguous()][number]
+            calls.append(("torch", "onednn")[number])
+            return real[number](x, weight, bias)
+
+        return multiply
+
+    def price(given: Costs) -> list[str]:
+        costs.update(given)
+        forget_products()
+        return calls
+
+    monkeypatch.setattr(products.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(products.F, "linear", stand_in(0))
+    monkeypatch.setattr(products, "onednn_linear", stand_in(1))
+    has_onednn()
+    yield price
+    forget_products()
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
+@pytest.mark.parametrize(
+    ("costs", "forward", "backward"),
+    [
+        ({False: (2.0, 1.0), True: (1.0, 2.0)}, "onednn", "torch"),  # an AMD EPYC
+        ({False: (1.0, 2.0), True: (2.0, 1.0)}, "torch", "onednn"),
+        ({False: (1.0, 0.98), True: (1.0, 1.0)}, "torch", "torch"),  # no difference to speak of
+    ],
+)
+def test_the_faster_library_multiplies_and_is_recorded(
+    priced: Callable[[Costs], list[str]], costs: Costs, forward: str, backward: str
+) -> None:
+    calls = priced(costs)
+    x, weight = torch.randn(5, 8).requires_grad_(), torch.randn(6, 8)
+    frozen_linear(x, weight, None).sum().backward()
+    calls.clear()
+    frozen_linear(x, weight, None).sum().backward()  # nothing is timed a second time
+    assert calls == [forward, backward]
+    told = {one["transposed"]: one for one in timed_products()}
+    assert (told[False]["library"], told[True]["library"]) == (forward, backward)
+    assert (told[False]["torch"], told[False]["onednn"]) == pytest.approx(costs[False])
+    assert (told[False]["width_in"], told[False]["width_out"], told[False]["rows"]) == (8, 6, 8)
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
+def test_one_timing_speaks_for_inputs_of_about_as_many_rows(
+    priced: Callable[[Costs], list[str]],
+) -> None:
+    calls, weight = priced({}), torch.randn(6, 8)
+    for rows, classes in ((3, 1), (4, 1), (5, 2), (600, 3), (5000, 3)):
+        frozen_linear(torch.randn(rows, 8), weight, None)
+        assert len(timed_products()) == classes
+    assert calls.count("onednn") == 3 * (products.ROUNDS + 1)
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -45,7 +118,7 @@ def test_only_float32_on_a_cpu_goes_there(monkeypatch: pytest.MonkeyPatch) -> No
     def absent(*arguments: object) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(arithmetic, "onednn_linear", absent)
+    monkeypatch.setattr(products, "onednn_linear", absent)
     has_onednn.cache_clear()
     assert not has_onednn()
     assert torch.equal(frozen_linear(x, weight, None), F.linear(x, weight))

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmadapters.clip.arithmetic import frozen_linear, mix
+from vlmadapters.clip.arithmetic import mix
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.products import frozen_linear
 from vlmadapters.clip.remembered import is_causal, lowered
 
 INFINITY = float("inf")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmadapters.clip.arithmetic import product, suits
+from vlmadapters.clip.products import product, suits
 
 
 class _Branch(torch.autograd.Function):
