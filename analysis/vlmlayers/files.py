@@ -46,9 +46,11 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder: a rename is atomic within one file system only.
         part = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.part")
         try:
             write(part)
+            # A rename may reach the disk before the content, and a power cut leave an empty file.
             with part.open("rb+") as handle:
                 os.fsync(handle.fileno())
             part.replace(path)
@@ -152,12 +154,14 @@ def lock(file: Path, *, wait: bool = False) -> IO[bytes] | None:
         wait: Whether to wait for the process that holds it; an interrupt ends the wait.
     """
     with ExitStack() as opened:
+        # To append: opening to write would empty the file of a process that holds the lock.
         handle = opened.enter_context(file.open("ab"))
         if fcntl is not None:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 return None
+        # Closing the file would give the lock back; from here on it is the caller's.
         opened.pop_all()
         return handle
 

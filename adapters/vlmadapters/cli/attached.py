@@ -1,4 +1,4 @@
-"""A backbone with a trained adapter attached for good: what is measured before, measured after."""
+"""A backbone with a trained adapter attached permanently, for the measures of a plain one."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def search(
 ) -> None:
     """Find how much and where to train, from training shots of base classes alone.
 
-    A stopped search goes on with the same command. `vlmlayers train --placement` takes the setting
+    A stopped search resumes with the same command. `vlmlayers train --placement` takes the setting
     that it picks.
     """
     from vlmadapters.validation.judge import CRITERIA

@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train methods by a protocol of the paper, beside zero-shot CLIP.
 
-    A stopped run goes on with the same command. Several GPUs:
+    A stopped run resumes with the same command. Several GPUs:
     `torchrun --nproc-per-node N -m vlmlayers train …`.
     """
     from vlmlayers.options import parse_settings

@@ -129,7 +129,7 @@ def train(context: Any) -> None:
     """Train and test by each table `[[train]]`; write `results.csv` into the run folder.
 
     Cells, trained adapters and the table of each protocol lie under `training/`. A stopped run
-    goes on where it was.
+    resumes where it was.
 
     Args:
         context: `vlmlayers.study.StageContext`.

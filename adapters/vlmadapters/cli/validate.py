@@ -77,7 +77,7 @@ def validate(
 ) -> None:
     """Train at the chosen layers and elsewhere: was the choice good?
 
-    A stopped run goes on with the same command. Several processes may share the work: start the
+    A stopped run resumes with the same command. Several processes may share the work: start the
     same command twice.
     """
     chosen = _choice(choice, placement)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TRIES = 10
+TRIES = 10  # as torchvision makes before it takes the central crop
+VIEWS = 0xC0  # key of the draws of crops and flips
 
 
 @dataclass(frozen=True)
@@ -16,28 +17,33 @@ class Augmentation:
     """Random resized crop and horizontal flip.
 
     Attributes:
-        scale: Range of the crop's share of the image's area.
-        ratio: Range of the crop's aspect ratio, drawn evenly in its logarithm.
+        crop_scale: Range of the crop's share of the image's area.
+        crop_ratio: Range of the crop's aspect ratio, drawn evenly in its logarithm.
         flip: Chance of a horizontal flip.
 
     Reference: torchvision's RandomResizedCrop, whose distribution this is.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
 
     def draws(self, n: int, seed: int, view: int) -> NDArray[np.float64]:
         """Return the random numbers of one view of `n` images, (n, numbers), each in [0, 1)."""
-        return np.random.default_rng([seed, view, 0xC0]).random((n, 4 * TRIES + 1))
+        return np.random.default_rng([seed, view, VIEWS]).random((n, 4 * TRIES + 1))
 
     def box(
         self, draw: NDArray[np.float64], height: int, width: int
     ) -> tuple[int, int, int, int, bool]:
         """Return top, left, height and width of the crop, and whether to flip it."""
+        # Every try has numbers of its own: an image takes as many, whichever try fits.
         u = draw[:-1].reshape(TRIES, 4)
-        area = height * width * (self.scale[0] + u[:, 0] * (self.scale[1] - self.scale[0]))
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        area = (
+            height
+            * width
+            * (self.crop_scale[0] + u[:, 0] * (self.crop_scale[1] - self.crop_scale[0]))
+        )
+        low, high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
         ratio = np.exp(low + u[:, 1] * (high - low))
         w = np.round(np.sqrt(area * ratio)).astype(int)
         h = np.round(np.sqrt(area / ratio)).astype(int)
@@ -49,8 +55,8 @@ class Augmentation:
         return (height - h0) // 2, (width - w0) // 2, h0, w0, flip
 
     def _largest(self, height: int, width: int) -> tuple[int, int]:
-        if width / height < self.ratio[0]:
-            return round(width / self.ratio[0]), width
-        if width / height > self.ratio[1]:
-            return height, round(height * self.ratio[1])
+        if width / height < self.crop_ratio[0]:
+            return round(width / self.crop_ratio[0]), width
+        if width / height > self.crop_ratio[1]:
+            return height, round(height * self.crop_ratio[1])
         return height, width

@@ -27,6 +27,7 @@ from vlmlayers.models.devices import available_memory, placed
 
 T = TypeVar("T")
 KEEP_BYTES, KEEP_SHARE = 2 << 30, 4
+ORDER = 0x0D  # key of the order of items in an epoch
 
 
 class Images:
@@ -197,7 +198,7 @@ def epoch_batches(
     Fewer items than one batch make one batch of them all. A last batch that is smaller than the
     others is dropped, or kept without `drop_last`.
     """
-    order = np.random.default_rng([seed, epoch, 0x0D]).permutation(n)
+    order = np.random.default_rng([seed, epoch, ORDER]).permutation(n)
     size = min(batch_size, n)
     end = n - size + 1 if drop_last else n
     return [order[start : start + size] for start in range(0, end, size)]

@@ -134,6 +134,7 @@ class CLIPLoRA(Method):
         else:
             x, asking = at(x, rows), at(u, rows)
             mask = None if mask is None else mask[rows][:, None, None]
+            # One token is read after the last block: it alone needs a query.
             q = linear(asking, weight[:width], bias[:width])
             k, v = linear(u, weight[width:], bias[width:]).chunk(2, -1)
         q, k, v = changed("q", q, asking), changed("k", k, u), changed("v", v, u)
@@ -165,6 +166,7 @@ class CLIPLoRA(Method):
 
     def loss_parts(self, step: Step) -> dict[str, Tensor]:
         """Return the cross-entropy, with dropout in training."""
+        # The step's generator is on the CPU, as everywhere; masks are drawn where they are used.
         seed = int(torch.randint(2**62, (), generator=step.generator))
         generator = torch.Generator(step.labels.device).manual_seed(seed)
         self._dropping = Dropping(generator, step.draws)
@@ -216,9 +218,9 @@ class CLIPLoRA(Method):
         if "weights" not in content:
             return super().official_state(content, where)
         try:
-            weights, told = content["weights"], content["metadata"]
-            layers = _layers(told, len(weights))
-            found: dict[str, Any] = {ALPHA: torch.tensor(float(told["alpha"]))}
+            weights, metadata = content["weights"], content["metadata"]
+            layers = _layers(metadata, len(weights))
+            found: dict[str, Any] = {ALPHA: torch.tensor(float(metadata["alpha"]))}
             for number, (tower, block) in enumerate(layers):
                 for linear, parts in weights[f"layer_{number}"].items():
                     name = f"{RESBLOCKS[tower]}.{block - 1}.attn.{linear}"
@@ -301,12 +303,12 @@ def _position(config: CLIPLoRAConfig) -> str:
     return CUSTOM
 
 
-def _layers(told: Mapping[str, Any], count: int) -> list[tuple[str, int]]:
+def _layers(metadata: Mapping[str, Any], count: int) -> list[tuple[str, int]]:
     """Return tower and block, from 1, of each layer of an authors' file with so many layers."""
-    if told["position"] == CUSTOM:
-        blocks = {tower: told[tower] for tower in RESBLOCKS}
+    if metadata["position"] == CUSTOM:
+        blocks = {tower: metadata[tower] for tower in RESBLOCKS}
     else:
-        visions, encoder = _visions(told["position"]), told["encoder"]
+        visions, encoder = _visions(metadata["position"]), metadata["encoder"]
         text = visions[0] if encoder in ("both", "text") else ()
         fitting = (one for one in [(), *visions] if len(text) + len(one) == count)
         blocks = {"text": text, "vision": next(fitting)}

@@ -354,9 +354,34 @@ class LinearProbeConfig(MethodConfig):
             )
 
 
+@dataclass(frozen=True)
+class TwoTowerConfig(MethodConfig):
+    """What methods that act in both towers have in common: a block, and blocks from 1 on.
+
+    Raises:
+        UserError: There is no block in either tower.
+    """
+
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
+    depth_share: ClassVar[float] = 1.0  # how far down each tower the published placement goes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.vision and not self.text:
+            raise UserError(f"{self.name} has no block in either tower; name at least one")
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Act in the blocks of both towers from 1 on, to the published share of their depths."""
+        vision, text = (
+            blocks_to(max(1, round(cls.depth_share * depths[tower]))) for tower in cls.towers
+        )
+        return cls(vision, text, **options)
+
+
 @checked
 @dataclass(frozen=True)
-class IVLPConfig(MethodConfig):
+class IVLPConfig(TwoTowerConfig):
     """Settings of IVLP: free prompts at blocks of either tower.
 
     Without text blocks it is the vision-only control of the same authors (VPT), without vision
@@ -377,20 +402,9 @@ class IVLPConfig(MethodConfig):
 
     name: ClassVar[str] = "ivlp"
     title: ClassVar[str] = "IVLP"
-    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
     extensions: ClassVar[str] = (
         "sets that leave out block 1 or have gaps; published are blocks 1 to a depth of each tower"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.vision and not self.text:
-            raise UserError(f"{self.name} has no block in either tower; name at least one")
-
-    @classmethod
-    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
-        """Put prompts into every block of both towers, as published."""
-        return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)
 
 
 @checked
@@ -419,19 +433,12 @@ class PromptSRCConfig(IVLPConfig):
 
     name: ClassVar[str] = "promptsrc"
     title: ClassVar[str] = "PromptSRC"
-
-    @classmethod
-    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
-        """Put prompts into the first three quarters of each tower: 9 blocks of 12."""
-        vision, text = (
-            blocks_to(max(1, round(0.75 * depths[tower]))) for tower in ("vision", "text")
-        )
-        return cls(vision, text, **options)
+    depth_share: ClassVar[float] = 0.75  # 9 blocks of 12
 
 
 @checked
 @dataclass(frozen=True)
-class MaPLeConfig(MethodConfig):
+class MaPLeConfig(TwoTowerConfig):
     """Settings of MaPLe: text prompts at blocks, from which vision prompts are projected.
 
     Attributes:
@@ -448,7 +455,6 @@ class MaPLeConfig(MethodConfig):
 
     name: ClassVar[str] = "maple"
     title: ClassVar[str] = "MaPLe"
-    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
     extensions: ClassVar[str] = (
         "sets that leave out block 1, have gaps or differ between the towers; published are blocks "
         "1 to one depth of both"
@@ -471,7 +477,7 @@ class MaPLeConfig(MethodConfig):
 
 @checked
 @dataclass(frozen=True)
-class CLIPLoRAConfig(MethodConfig):
+class CLIPLoRAConfig(TwoTowerConfig):
     """Settings of CLIP-LoRA.
 
     Attributes:
@@ -497,7 +503,6 @@ class CLIPLoRAConfig(MethodConfig):
 
     name: ClassVar[str] = "cliplora"
     title: ClassVar[str] = "CLIP-LoRA"
-    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
     extensions: ClassVar[str] = (
         "sets other than the named ones (a third, half or the top 3 of the blocks), and other ones "
         "in either tower"
@@ -505,8 +510,6 @@ class CLIPLoRAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.vision and not self.text:
-            raise UserError(f"{self.name} has no block in either tower; name at least one")
         if not self.matrices or len(set(self.matrices)) < len(self.matrices):
             raise UserError(
                 f"matrices is {', '.join(self.matrices) or 'empty'}; name some of "
@@ -521,15 +524,10 @@ class CLIPLoRAConfig(MethodConfig):
         """Return matrices in the order q, k, v, o."""
         return tuple(one for one in get_args(Matrix) if one in matrices)
 
-    @classmethod
-    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
-        """Change every block of both towers, as published."""
-        return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)
-
 
 @checked
 @dataclass(frozen=True)
-class LwEIBConfig(MethodConfig):
+class LwEIBConfig(TwoTowerConfig):
     """Settings of LwEIB.
 
     Attributes:
@@ -554,20 +552,12 @@ class LwEIBConfig(MethodConfig):
 
     name: ClassVar[str] = "lweib"
     title: ClassVar[str] = "LwEIB"
-    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
     extensions: ClassVar[str] = "sets with gaps, and other ones in either tower"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.vision and not self.text:
-            raise UserError(f"{self.name} has no block in either tower; name at least one")
         if self.descriptions:
             object.__setattr__(self, "descriptions", _with_hash(self.descriptions))
-
-    @classmethod
-    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
-        """Act in every block of both towers, as published."""
-        return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)
 
 
 def _with_hash(where: str) -> str:
@@ -640,7 +630,7 @@ class CLIPAdapterConfig(MethodConfig):
 
 @checked
 @dataclass(frozen=True)
-class RPOConfig(MethodConfig):
+class RPOConfig(TwoTowerConfig):
     """Settings of RPO: prompts that read the frozen tokens of both towers and change none.
 
     Attributes:
@@ -655,7 +645,6 @@ class RPOConfig(MethodConfig):
 
     name: ClassVar[str] = "rpo"
     title: ClassVar[str] = "RPO"
-    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
     extensions: ClassVar[str] = (
         "every set but all blocks: prompts pass blocks at which they do not read unchanged"
     )
@@ -667,8 +656,3 @@ class RPOConfig(MethodConfig):
                 raise UserError(
                     f"rpo has no {tower} block; its prompts read in both towers: name one in each"
                 )
-
-    @classmethod
-    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
-        """Read at every block of both towers, as published."""
-        return cls(blocks_to(depths["vision"]), blocks_to(depths["text"]), **options)

@@ -249,6 +249,7 @@ class LwEIB(Method):
             others = columns[~torch.isin(columns, positive)]
             order = torch.randperm(len(others), generator=step.generator)
             columns = torch.cat([positive, others[order[: negatives * len(positive)]]])
+        # One number a class however many descriptions it has, so that later draws do not shift.
         drawn = torch.rand(len(columns), generator=step.generator) * counts[columns]
         fast = {
             f"{tower}_fast": torch.rand(

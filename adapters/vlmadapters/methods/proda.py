@@ -135,6 +135,7 @@ class ProDA(LearnedContext):
     def class_features(self, backbone: Backbone, classes: ProDATexts) -> Tensor:
         """Return the mean over all prompts of their unit features, (class, joint)."""
         total = torch.zeros((), device=backbone.device)
+        # In the groups of training: all prompts of a thousand classes at once would not fit.
         for numbers in torch.arange(self.config.prompts).split(self.config.group):
             total = total + self.prompt_features(backbone, classes, numbers).sum(0)
         return total / self.config.prompts
@@ -155,6 +156,7 @@ class ProDA(LearnedContext):
             labels: (image,) true classes.
         """
         clip: Any = backbone.clip
+        # The quadratic term is multiplied by s²/2, about 5,000: half precision has no digits left.
         with torch.autocast(images.device.type, enabled=False):
             mean = prompts.mean(0)
             apart = (prompts - mean).transpose(0, 1)  # (class, prompt, joint)

@@ -76,6 +76,7 @@ class CellFolder:
             return
         content: dict[str, Any] = {"identity": cell.identity, "rows": rows}
         content["products"] = timed_products()
+        # Of what a reader will see, where tuples are lists and keys are text.
         content["checksum"] = record_checksum(json.loads(json.dumps(content)))
         text = json.dumps(content, indent=1)
         atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
@@ -86,6 +87,7 @@ class CellFolder:
         With `wait` at least one: the first one is waited for.
         """
         _, size = processes.rank_and_size()
+        # Processes of one torchrun train a cell together: none may lock it against the others.
         if self.out is None or size > 1:
             return list(cells[:most])
         group: list[Cell] = []
@@ -99,7 +101,7 @@ class CellFolder:
         return group
 
     def _lock(self, cell: Cell, held: ExitStack, *, wait: bool = False) -> bool:
-        """Lock a cell until `held` closes and return whether that went; always with `wait`."""
+        """Lock a cell until `held` closes and return whether it was free; always with `wait`."""
         assert self.out is not None
         file = self.out / "locks" / f"{cell.key}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The protocols of the paper: what is trained on, what is tested on, in which table.
 
 Every (source dataset, seed, method at a placement) is one cell. A finished cell is one file, so
-that a run that was stopped goes on where it was; those of one seed that are still missing train
+that a stopped run resumes where it was; those of one seed that are still missing train
 side by side. Processes that work on one folder claim cells, so that none is trained twice. Test
 data decides nothing: the last epoch is evaluated, once.
 """
@@ -34,7 +34,7 @@ from vlmadapters.protocols.results import (
     KEY,
     UNMOVED,
     UNMOVED_FIT,
-    ZERO_SHOT,
+    ZERO_SHOT_CLIP,
     ZERO_SHOT_OWN,
     method_fields,
 )
@@ -231,6 +231,7 @@ class Experiment:
                 found[source, seed] = self._cells(source, seed, recipes, together, shown)
                 if self.stopped:
                     break
+            # First all that is free; then what others held at that time, who may have died since.
             for (source, seed), cells in found.items():
                 if cells is None and not self.stopped:
                     cells = self._cells(source, seed, recipes, together, shown, wait=True)
@@ -434,7 +435,7 @@ class Experiment:
         for target in self.targets(source):
             _, truth = self._items(target)
             own = target.dataset.manifest.zero_shot_template
-            named = ((ZERO_SHOT, self.train.template), (ZERO_SHOT_OWN, own))
+            named = ((ZERO_SHOT_CLIP, self.train.template), (ZERO_SHOT_OWN, own))
             for answers, (method, template) in zip(self._zero_shot(target), named):
                 rows.append(
                     result_row(
@@ -540,7 +541,7 @@ def train(
         recipe: Recipe, or one of each method; or its name or TOML file, the same for every method;
             `default_recipe` where None.
         out: Folder of cells, adapters and tables; None keeps everything in memory. A stopped run
-            goes on there.
+            resumes there.
         protocol: `base-to-novel`, `few-shot`, `cross-dataset` or `domain-generalization`.
         method: Name of the method, or several; `METHODS` lists them.
         placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, with an amount as in

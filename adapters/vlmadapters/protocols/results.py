@@ -45,8 +45,8 @@ COLUMNS = (
     "note",
 )
 KEY = COLUMNS[: COLUMNS.index("accuracy")]  # what a row is of; the rest is what came out
-ZERO_SHOT, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
-ZERO_SHOT_METHODS = (ZERO_SHOT, ZERO_SHOT_OWN)
+ZERO_SHOT_CLIP, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
+ZERO_SHOT_METHODS = (ZERO_SHOT_CLIP, ZERO_SHOT_OWN)
 UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"
 UNMOVED_FIT = "the fit changed nothing: it weighs too little beside zero-shot predictions"
 GROUP = ["protocol", "method", "model", "weights", "source", "placement", "settings", "shots"]
@@ -62,8 +62,8 @@ def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]
             is averaged over datasets is of equal settings.
     """
     config = method.config
-    told = {k: v for k, v in config.settings().items() if v is not None and k not in varied}
-    settings = [f"{key}={value}" for key, value in told.items()]
+    shown = {k: v for k, v in config.settings().items() if v is not None and k not in varied}
+    settings = [f"{key}={value}" for key, value in shown.items()]
     return {
         "method": config.title,
         "placement": config.placement,

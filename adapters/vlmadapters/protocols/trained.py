@@ -17,7 +17,7 @@ from vlmadapters.methods.base import Method
 from vlmadapters.protocols.evaluate import Answers, Case, Evaluator, Labels
 from vlmadapters.protocols.results import (
     COLUMNS,
-    ZERO_SHOT,
+    ZERO_SHOT_CLIP,
     ZERO_SHOT_OWN,
     accuracy_fields,
     half_fields,
@@ -124,7 +124,7 @@ def evaluate_methods(
         data.check(kind, "test")
     for data in known:
         named: list[tuple[str, Method, str, str]] = [
-            (ZERO_SHOT, plain, template, ""),
+            (ZERO_SHOT_CLIP, plain, template, ""),
             (ZERO_SHOT_OWN, plain, data.manifest.zero_shot_template, ""),
         ]
         named += [(one.config.title, one, template, str(path)) for path, one in methods.items()]

@@ -127,7 +127,7 @@ class TrainConfig:
     @property
     def augmentation(self) -> Augmentation:
         """The augmentation these values describe."""
-        return Augmentation(scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip)
+        return Augmentation(self.crop_scale, self.crop_ratio, self.flip)
 
     def of_share(self, share: float) -> TrainConfig:
         """Return the recipe for a share of the items: steps that are counted per shot shrink too.

@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.protocols.results import ZERO_SHOT, ZERO_SHOT_METHODS
+from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS
 from vlmadapters.validation.verdict import compare
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
-from vlmlayers.placement import ZERO_SHOT as UNTRAINED
+from vlmlayers.placement import ZERO_SHOT
 from vlmlayers.scores.summaries import harmonic_mean
 
 KEYS = ["placement", "dataset", "seed"]
@@ -44,7 +44,7 @@ def compare_methods(results: pd.DataFrame, *, draws: int = 2000, seed: int = 0) 
         )
     order = compare(cells, str(cells["placement"].iloc[0]), draws=1)["placement"]
     found = compare(cells, str(order.iloc[0]), draws=draws, seed=seed)
-    names = found["placement"].replace({UNTRAINED: ZERO_SHOT})
+    names = found["placement"].replace({ZERO_SHOT: ZERO_SHOT_CLIP})
     found.insert(0, "method", names)
     return found.drop(columns=["placement", "kind"])
 
@@ -92,7 +92,7 @@ def _cells(results: pd.DataFrame) -> pd.DataFrame:
     trained = halves[~halves["method"].isin(ZERO_SHOT_METHODS)]
     names = [" ".join(filter(None, pair)) for pair in zip(trained["method"], trained["placement"])]
     found = _wide(trained.assign(placement=names), [*KEYS, "parameters"]).reset_index()
-    plain = _wide(halves[halves["method"] == ZERO_SHOT], ["dataset"]).add_prefix("zero_shot_")
+    plain = _wide(halves[halves["method"] == ZERO_SHOT_CLIP], ["dataset"]).add_prefix("zero_shot_")
     found["hm"] = [harmonic_mean(base, novel) for base, novel in zip(found.base, found.novel)]
     return found.assign(kind="").join(plain, on="dataset")
 

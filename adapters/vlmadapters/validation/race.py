@@ -12,8 +12,7 @@ import pandas as pd
 
 from vlmadapters.data.folds import Fold
 from vlmadapters.protocols.experiment import Experiment
-from vlmadapters.protocols.results import ZERO_SHOT as ZERO_SHOT_METHOD
-from vlmadapters.protocols.results import ZERO_SHOT_OWN
+from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_OWN
 from vlmadapters.training.recipes import Recipe
 from vlmadapters.training.trainer import count_steps
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
@@ -119,7 +118,7 @@ class Track:
         for row in found.to_dict("records"):
             if row["method"] == ZERO_SHOT_OWN:
                 continue  # the recipe's template is what training competes with
-            plain = row["method"] == ZERO_SHOT_METHOD
+            plain = row["method"] == ZERO_SHOT_CLIP
             setting = ZERO_SHOT if plain else row["placement"] or AS_IS
             parts.setdefault(setting, {})[row["split_kind"]] = row
         for setting, kinds in parts.items():

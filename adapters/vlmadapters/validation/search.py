@@ -120,7 +120,7 @@ def search(
         shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
         out: Folder of `search.csv` and `search.json`, and of the cells under `search`; None writes
-            nothing. A stopped search goes on there.
+            nothing. A stopped search resumes there.
         root: The data root.
         together: Settings trained side by side.
         workers: Threads that decode images.

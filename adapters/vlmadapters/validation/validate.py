@@ -17,7 +17,7 @@ import pandas as pd
 from vlmadapters.clip.products import timed_products
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import EFFECT, Datasets, Experiment, Model
-from vlmadapters.protocols.results import ZERO_SHOT, ZERO_SHOT_METHODS
+from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
 from vlmadapters.validation.competitors import (
@@ -34,8 +34,7 @@ from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, 
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
-from vlmlayers.placement import ZERO_SHOT as ZERO_SHOT_LABEL
-from vlmlayers.placement import Placement
+from vlmlayers.placement import ZERO_SHOT, Placement
 from vlmlayers.runs import environment, write_json
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import predict
@@ -137,7 +136,7 @@ def validate(
         shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
         out: Folder of `validation*` and of the cells under `cells`; None writes nothing. A stopped
-            run goes on there, and several processes may work on it.
+            run resumes there, and several processes may work on it.
         root: The data root.
         reference: Kind that the verdict compares with.
         random_count: How many random placements the kind `random` adds.
@@ -253,7 +252,9 @@ def _distinct(seeds: Iterable[int]) -> list[int]:
 
 def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.DataFrame:
     """Return the validation table of base-to-novel results, in the order of the competitors."""
-    plain = results[results["method"] == ZERO_SHOT].set_index(["dataset", "split_kind"])["accuracy"]
+    plain = results[results["method"] == ZERO_SHOT_CLIP].set_index(["dataset", "split_kind"])[
+        "accuracy"
+    ]
     trained = {
         (row["dataset"], row["seed"], row["placement"], row["split_kind"]): row
         for row in results[~results["method"].isin(ZERO_SHOT_METHODS)].to_dict("records")
@@ -306,7 +307,7 @@ def label_of(table: pd.DataFrame, kind: str) -> str:
     """
     rows = table[[kind in str(one).split("+") for one in table["kind"]]]
     if rows.empty and kind == "chosen":
-        return ZERO_SHOT_LABEL
+        return ZERO_SHOT
     if rows.empty:
         raise UserError(f"the validation table has no placement of kind {kind!r}; train one")
     return str(rows["placement"].iloc[0])

@@ -166,6 +166,7 @@ def refuse_other_identity(
             values.
     """
     if there.get("data") == here["data"]:
+        # Through JSON as the other one went, where tuples become lists.
         difference = differing_field(there, json.loads(json.dumps(here)))
     else:
         difference = f"of other data: {changed_data(folder, there, data)}"
@@ -236,6 +237,7 @@ class _StoredArrays(Mapping[str, NDArray[np.floating]]):
         return len(self._files)
 
 
+# The last three are only keys: a store that was replaced is mapped anew.
 @lru_cache(maxsize=64)
 def _mapped(file: str, changed: int, size: int, inode: int) -> NDArray[np.floating]:
     found: NDArray[np.floating] = np.load(file, mmap_mode="r")

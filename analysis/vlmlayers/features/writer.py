@@ -123,6 +123,7 @@ class StoreWriter:
         identity_file = self.partial / "identity.json"
         with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
+            # Before anything is read: what is read must not change meanwhile.
             self._lock = take_lock(self.partial / "lock", self.folder)
         if identity_file.exists():
             self._take_up(read_record(identity_file)["identity"])
@@ -132,6 +133,7 @@ class StoreWriter:
                     file = array_file(self.rows, name, space, position)
                     _allocate(file, len(plan.ids), width)
         self.data.save(self.partial / DATA)
+        # Last, so that a folder with an identity has room for all its rows.
         write_record(identity_file, {"identity": dict(self.identity)})
 
     def _take_up(self, there: Mapping[str, Any]) -> None:
@@ -190,6 +192,7 @@ class StoreWriter:
                     )
                     file = array_file(self.rows, tower, space, position)
                     _write_rows(file, plan.batches[batch][0], values)
+                    # After a power cut a line may be there whose rows never reached the disk.
                     check = zlib.crc32(values.tobytes(), check)
             line = {
                 "tower": tower,
@@ -208,6 +211,7 @@ class StoreWriter:
         ]
         done: dict[str, set[int]] = {name: set() for name in self.towers}
         bad: dict[int, str] = {}
+        # The last line of a batch counts: it was done again where an image was repaired.
         for line in reversed(lines):
             tower, batch = line.get("tower"), line.get("batch")
             if tower in done and batch not in done[tower] and self._intact(tower, batch, line):
@@ -274,6 +278,7 @@ class StoreWriter:
             )
             self.data.save(source / DATA)
             self.folder.parent.mkdir(parents=True, exist_ok=True)
+            # The rename comes last: a folder of this name is whole, also after a power cut.
             _sync_folders(source)
             source.rename(self.folder)
             _sync(self.folder.parent)

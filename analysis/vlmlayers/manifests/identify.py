@@ -1,4 +1,4 @@
-"""The identity of a dataset's items, by layout: what a look at the file system tells."""
+"""The identity of a dataset's items, by layout: what file sizes and times tell."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def identify(
 ) -> DataIdentity:
     """Return the identity of some items of a dataset.
 
-    A look at the file system for each file is all that it takes.
+    It costs one stat of each file; none is read.
 
     Args:
         place: Where the dataset lies.

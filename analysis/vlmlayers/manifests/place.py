@@ -80,7 +80,7 @@ class Place:
         raise MissingData(f"{self.name}: {what} not found at {shown}; {self.hint}")
 
     def inside(self, path: str) -> Path:
-        """Return where an item's file lies, links followed: whoever laid the folder laid them.
+        """Return where an item's file lies, links followed, since they were made with the folder.
 
         Accented letters may be written in one piece or in two (Unicode NFC or NFD) in a list and
         the other way on the disk.

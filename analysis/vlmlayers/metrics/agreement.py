@@ -82,6 +82,7 @@ def debiased_signature(kernel: Array) -> Array:
     Reference: Székely and Rizzo 2014 (U-centring); Song et al. 2012 (unbiased HSIC).
     """
     n = len(kernel)
+    # Similarities of items with themselves are what biases HSIC: they go before any mean is taken.
     hollow = kernel.copy()
     np.fill_diagonal(hollow, 0.0)
     rows = hollow.sum(axis=0)
@@ -106,6 +107,7 @@ def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
 def rank_signature(kernel: Array) -> Array:
     """Return the centred ranks of the off-diagonal entries, at norm 1."""
     n = len(kernel)
+    # The diagonal would add n equal top ranks, the same in every layer.
     upper = np.triu(np.ones((n, n), dtype=bool), 1)
     ranks = _ranks(kernel[upper])
     result = np.zeros((n, n))

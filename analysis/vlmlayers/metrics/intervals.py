@@ -38,6 +38,7 @@ def bootstrap_weights(strata: Labels, draws: int, rng: np.random.Generator) -> A
     Reference: Efron and Tibshirani 1993, section 8.
     """
     _, strata, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    # A class of two, resampled within itself, varies far too little: small ones are pooled.
     small = small_strata(sizes)
     strata = np.where(np.isin(strata, small), small[0] if len(small) else -1, strata)
     weights = np.zeros((draws, len(strata)))
@@ -128,6 +129,7 @@ def jackknife_interval(value: float | Array, left_out: Array) -> tuple[Array, Ar
     """
     groups = len(left_out)
     spread = np.square(left_out - left_out.mean(axis=0)).sum(axis=0)
+    # Few groups estimate the error itself with error, so that a normal quantile is too narrow.
     error = student_t.ppf(0.5 + LEVEL / 2, max(groups - 1, 1)) * np.sqrt(
         spread * (groups - 1) / groups
     )

@@ -45,6 +45,7 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         n = self.n + other.n
+        # From the first mean on, not a weighted sum: equal means then stay as they are, to the bit.
         mean = self.mean + (other.mean - self.mean) * (other.n / n)
         parts = [part.about(mean) for part in (self, other)]
         return Moments(n, mean, *(p + q for p, q in zip(*parts)))

@@ -68,6 +68,7 @@ def normalised(fit: Array, *others: Array, how: str = "columns") -> list[Array]:
         parts = [unit_rows(part) for part in parts]
     mean, factor = standardiser(parts[0])
     if how != "columns":
+        # Columns that are constant in the fit go in any case: elsewhere they may take any value.
         factor = (factor > 0.0).astype(np.float64)
     return [(part - mean) * factor for part in parts]
 
@@ -189,6 +190,7 @@ def k_nearest(
     """
     fit_labels = class_ids(fit_labels, len(fit), classes, "fit_labels")
     scaled, x = normalised(fit, x, how=normalise)
+    # With more neighbours than the smallest class has items, others would always outvote it.
     k = min(k, int(np.bincount(fit_labels, minlength=classes).min()))
     near = np.argsort(-(unit_rows(x) @ unit_rows(scaled).T), axis=1, kind="stable")[:, :k]
     votes = _balanced_weights(fit_labels, classes)[near] + 1e-9 * np.arange(k, 0, -1)
@@ -220,6 +222,7 @@ def _rotate(fit: Array, others: list[Array]) -> tuple[Array, list[Array]]:
     if n >= width:
         return fit, others
     values, vectors = np.linalg.eigh(fit @ fit.T)
+    # Centred rows span one direction less than there are rows; rounding leaves a trace of it.
     keep = values > 1e-10 * max(values[-1], 1e-300)
     basis = fit.T @ (vectors[:, keep] / np.sqrt(values[keep]))  # (width, rank)
     return fit @ basis, [part @ basis for part in others]
@@ -229,6 +232,7 @@ def _best_c(logits: Array, labels: Labels, classes: int) -> int:
     weights = _balanced_weights(labels, classes)
     right = (logits.argmax(axis=2) == labels) @ weights
     loss = (_log_sum_exp(logits) - logits[:, np.arange(len(labels)), labels]) @ weights
+    # The last key of lexsort is the first that it sorts by.
     return int(np.lexsort((loss, -right))[0])
 
 
@@ -260,6 +264,7 @@ def _solve(
         active = np.abs(_flat(gradient)).max(axis=1) > tolerance
         if not active.any():
             break
+        # Taking the rest out copies it, which pays only when many have converged.
         if active.sum() <= WORTH_LEAVING * len(active):
             solution[index] = w
             index, problems, curvature = (
@@ -271,15 +276,18 @@ def _solve(
             active = active[active]
         direction = curvature.direction(gradient)
         slope = _dot(direction, gradient)
+        # Near the minimum rounding can turn a direction uphill: steepest descent in its place.
         bad = slope >= 0.0
         direction[bad], slope[bad] = -gradient[bad], -_dot(gradient, gradient)[bad]
         size = np.ones(len(value))
         if not curvature.count:
             size = np.minimum(1.0, 1.0 / np.maximum(np.abs(_flat(gradient)).sum(axis=1), 1e-12))
+        # Converged problems stay in the batch until it shrinks, and must not move on.
         size = np.where(active, size, 0.0)
         new_w = w + size[:, None, None] * direction
         new_value, new_gradient = problems.value_and_gradient(new_w)
         for _ in range(20):
+            # Armijo's condition; the last term lets decreases below rounding pass.
             failed = new_value > value + 1e-4 * size * slope + 1e-12
             if not failed.any():
                 break

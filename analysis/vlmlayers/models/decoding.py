@@ -84,18 +84,18 @@ def decode(
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
     try:
-        with told_of_dead_workers():
+        with dead_workers_named():
             yield from loader
     except _BROKEN_OFF as error:
         if not workers:
             raise
-        with told_of_dead_workers():
+        with dead_workers_named():
             time.sleep(_DYING)  # torch's signal handler raises here, not in the caller's code
         raise _death(error) from error
 
 
 @contextmanager
-def told_of_dead_workers() -> Iterator[None]:
+def dead_workers_named() -> Iterator[None]:
     """Turn torch's word of a dead decoding process into ours.
 
     Torch raises from a signal handler, so the word may come wherever the main thread is, also while

@@ -202,7 +202,7 @@ def _towers(model: VLM, manifest: Any, options: ExtractOptions) -> tuple[str, ..
 def refuse_hooks(model: VLM) -> None:
     """Refuse to store features of a model with hooks, which its identity does not know of.
 
-    An adapter that is attached for good (`VLM.adapter_hash`) is part of the identity.
+    An adapter that is attached permanently (`VLM.adapter_hash`) is part of the identity.
 
     Raises:
         UserError: Names the first module with a hook, such as an attached adapter.

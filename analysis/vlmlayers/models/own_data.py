@@ -35,8 +35,8 @@ class OwnData:
         name: Name for tables.
         listed: An item per image; its path is its number, or that of its file.
         marks: What tells the content of each image from any other.
-        names: Class names by label; made up where nobody named them.
-        named: Whether somebody named the classes, so that prompts can be made of them.
+        names: Class names by label; made up where they were not given.
+        named: Whether names of the classes were given, so that prompts can be made of them.
         image: Row → PIL image, or a tensor that is prepared already.
         template: Prompt of a class.
     """
@@ -232,7 +232,7 @@ def _hugging_face(data: Any) -> _Held:
     image = pictures[0]
     label = next((key for key, kind in kinds.items() if kind == "ClassLabel"), None)
     label = label or next((key for key in _LABELS if key in kinds), None)
-    told = next((key for key in ("caption", "captions", "text") if key in kinds), None)
+    captions = next((key for key in ("caption", "captions", "text") if key in kinds), None)
     names = getattr(data.features[label], "names", ()) if label else ()
     return _Held(
         partial(_of_table, data, image),
@@ -240,7 +240,7 @@ def _hugging_face(data: Any) -> _Held:
         list(data[label]) if label else None,
         names,
         str(getattr(data.info, "dataset_name", "") or ""),
-        [_texts_of(one) for one in data[told]] if told else None,
+        [_texts_of(one) for one in data[captions]] if captions else None,
     )
 
 

@@ -149,9 +149,9 @@ def _question(
     kinds: dict[str, list[str]] = {}
     for tag, settings in known.items():
         kinds.setdefault("; ".join(_words(key, settings[key]) for key in keys), []).append(tag)
-    told = ", or ".join(f"{words} ({_few(tags)})" for words, tags in kinds.items())
+    ways = ", or ".join(f"{words} ({_few(tags)})" for words, tags in kinds.items())
     return (
-        f"the weights of {name} were trained in different ways: {told}; say which tag {file} is "
+        f"the weights of {name} were trained in different ways: {ways}; say which tag {file} is "
         "like with --like TAG (like=), or state mean, std and interpolation"
         + (" and resize_mode" if "resize_mode" in keys else "")
     )

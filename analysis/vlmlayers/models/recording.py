@@ -215,6 +215,7 @@ class Recorder:
             return frozenset()
         if "normed" in self.spaces or ("joint" in self.spaces and not self._attends):
             return frozenset(self.tower.positions("normed"))
+        # `final` is the last block after its norm, whatever the spaces asked for.
         return frozenset({str(self.tower.depth)})
 
     def _look(self, position: str, x: Tensor) -> None:
@@ -274,6 +275,7 @@ class Recorder:
         inside = [p for p in tower.positions("normed") if p in self._seen]
         if tower.picks_token(self.pooling):
             keep = inside if {"normed", "joint"} & set(self.spaces) else [last]
+            # Picking a token and norming it commute: one token is normed in place of all.
             stack = tower.norm_after(tower.norm(torch.stack([native[p] for p in keep])))
             normed = dict(zip(keep, stack))
         if "native" in self.spaces:

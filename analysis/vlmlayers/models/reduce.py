@@ -41,12 +41,14 @@ def merge_over_processes(sums: DatasetSums, widths: Widths, processes: Processes
     own = replace(
         sums, moments=dict(sums.moments), classes=dict(sums.classes), cross=dict(sums.cross)
     )
+    # Rows that smaller hashes of other processes push out of the sample still count in the sums.
     if not mine.all():
         rest = {key: x[~mine] for key, x in sums.sample.items()}
         own.absorb(rest, sums.labels[~mine])
     place = np.searchsorted(kept, sums.hashes[mine])
     merged = DatasetSums(own.head, own.sample_size, kept, np.empty(0, np.int64), {})
     merged.prompts = own.prompts
+    # One process fills a row and the others leave zeros: a sum puts every row in its place.
     labels = np.zeros(len(kept), np.int64)
     labels[place] = sums.labels[mine]
     merged.labels = summed(labels, processes)
@@ -81,6 +83,7 @@ def _moments(part: Moments | None, width: int, processes: Processes) -> Moments:
     own = part or Moments(0, np.zeros(width), np.zeros((width, width)), np.zeros(width), 0.0)
     n = int(summed(np.array([own.n], np.int64), processes)[0])
     mean = summed(own.n * own.mean, processes) / n
+    # Sums of products may only be added when they are about the same mean.
     scatter, cubic, fourth = own.about(mean)
     return Moments(
         n,
@@ -118,6 +121,7 @@ def summed(values: NDArray[Any], processes: Processes) -> NDArray[Any]:
     """Return the sum of an array over all processes, in every process."""
     if processes.world == 1:
         return np.array(values)
+    # A copy, since all_reduce writes into what it is given.
     tensor = torch.from_numpy(np.array(values, order="C"))
     distributed.all_reduce(tensor)
     found: NDArray[Any] = tensor.numpy()

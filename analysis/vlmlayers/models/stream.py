@@ -30,7 +30,7 @@ from vlmlayers.features.store import (
 from vlmlayers.files import atomically, take_lock, writing
 from vlmlayers.identity import DATA, DataIdentity
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
-from vlmlayers.models.decoding import batches_of, told_of_dead_workers
+from vlmlayers.models.decoding import batches_of, dead_workers_named
 from vlmlayers.models.extract import prepare, refuse_hooks
 from vlmlayers.models.options import Dataset, ExtractOptions
 from vlmlayers.models.processes import Processes
@@ -204,7 +204,7 @@ class _Run:
         parts: list[Features] = []
         numbers: set[int] = set()
         with (
-            told_of_dead_workers(),
+            dead_workers_named(),
             recorder,
             bar(
                 total=sum(len(batches[b]) for b in share),

@@ -34,7 +34,7 @@ class VLM:
         precision: Data type of the weights.
         preprocess_config: What the evaluation transform does; part of the cache's identity.
         towers: `{"vision": Tower, "text": Tower}`; an image model alone has no text tower.
-        adapter_hash: Hash of an adapter that is attached for good; part of `weights_hash`.
+        adapter_hash: Hash of an adapter that is attached permanently; part of `weights_hash`.
     """
 
     clip: nn.Module
@@ -91,7 +91,7 @@ class VLM:
     def identity(self) -> dict[str, Any]:
         """Return all of the model that values depend on, for keys and provenance, as JSON values.
 
-        What a pass computes in, its precision, is added by whoever makes the pass. Every pass is
+        What a pass computes in, its precision, is added where the pass is made. Every pass is
         made in eval mode, however the model was left.
         """
         return {

@@ -20,7 +20,7 @@ from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
 from vlmlayers.files import checksum
 from vlmlayers.identity import DataIdentity
-from vlmlayers.models.decoding import batches_of, decode, told_of_dead_workers
+from vlmlayers.models.decoding import batches_of, dead_workers_named, decode
 from vlmlayers.models.devices import memory_errors, products_in
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
@@ -152,7 +152,7 @@ class Work:
         )
         recorder = self.recorders["vision"]
         with (
-            told_of_dead_workers(),
+            dead_workers_named(),
             recorder,
             bar(
                 total=finished + sum(len(batches[b]) for b in left),

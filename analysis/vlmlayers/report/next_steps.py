@@ -73,7 +73,7 @@ def _duration(answer: Answer, seeds: int) -> str:
     """Return how long the training takes, at the pace of the extraction, and how that is known."""
     what = (
         "Trains at the chosen blocks, at the paper's and at others on the same shots, and says "
-        "whether the choice was good; a stopped run goes on with the same command."
+        "whether the choice was good; a stopped run resumes with the same command."
     )
     pace, classes = _pace(answer), _classes(answer)
     if not pace or not classes:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Draw(IntEnum):
     """What a random generator is for: each purpose draws from a stream of its own."""
 
+    # Recorded intervals depend on these numbers: none may change, a new purpose takes the next.
     DATASET_SPLIT = 1
     CLASS_SPLIT = 2
     ACCURACY = 3

@@ -298,7 +298,7 @@ class StageContext:
 
 
 def _attacher(adapter: str) -> Callable[[Any, Path], Any]:
-    """Return the function that attaches an adapter's file to a model for good."""
+    """Return the function that attaches an adapter's file to a model permanently."""
     found = {point.name: point for point in entry_points(group=ADAPTERS)}
     if "attach" not in found:
         raise UserError(

@@ -23,7 +23,7 @@ def test_boxes_are_distributed_as_torchvisions(shape: tuple[int, int]) -> None:
     image = torch.zeros(3, *shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        scale, ratio = list(augmentation.scale), list(augmentation.ratio)
+        scale, ratio = list(augmentation.crop_scale), list(augmentation.crop_ratio)
         theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
     for column in range(4):
         assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
@@ -36,7 +36,7 @@ def test_boxes_are_distributed_as_torchvisions(shape: tuple[int, int]) -> None:
 def test_an_image_no_crop_fits_gives_the_central_one(
     shape: tuple[int, int], box: tuple[int, int]
 ) -> None:
-    augmentation = Augmentation(scale=(0.9, 1.0))
+    augmentation = Augmentation(crop_scale=(0.9, 1.0))
     top, left, h, w, _ = augmentation.box(augmentation.draws(1, 0, 0)[0], *shape)
     assert (h, w) == box
     assert (top, left) == ((shape[0] - h) // 2, (shape[1] - w) // 2)
@@ -86,7 +86,7 @@ def test_threads_and_a_full_memory_change_nothing() -> None:
 
 def test_a_whole_image_view_is_the_image() -> None:
     model, items = shared_backbone(), MANIFEST.items("train")[:2]
-    whole = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    whole = Augmentation((1.0, 1.0), (1.0, 1.0), flip=0.0)
     images = Images(model, MANIFEST)
     found = images.augmented(items, whole.draws(2, 0, 0), whole)
     torch.testing.assert_close(found, images.normalised([images.raw(i) for i in items]))

@@ -27,7 +27,7 @@ from vlmadapters.protocols.published import with_published
 from vlmadapters.protocols.results import (
     COLUMNS,
     UNMOVED,
-    ZERO_SHOT,
+    ZERO_SHOT_CLIP,
     accuracy_fields,
     summarise,
 )
@@ -55,7 +55,7 @@ def test_the_table_has_both_halves_every_seed_and_both_baselines(table: pd.DataF
     assert sorted(zip(trained.split_kind, trained.seed)) == [
         ("base", 1), ("base", 2), ("novel", 1), ("novel", 2),
     ]  # fmt: skip
-    assert (table.method == ZERO_SHOT).sum() == 2
+    assert (table.method == ZERO_SHOT_CLIP).sum() == 2
     assert table.method.nunique() == 3
     assert table.accuracy.between(table.low, table.high).all()
     assert set(trained.placement) == {"v2-3,t2-3"}
@@ -365,4 +365,4 @@ def test_training_beats_zero_shot_on_real_base_classes(
         model, ["scenes15"], load_recipe("mini"), seeds=(1,), root=shared_data, progress=False
     )  # fmt: skip
     base = found[found.split_kind == "base"].set_index("method").accuracy
-    assert base["MMA"] > base[ZERO_SHOT] + 0.015
+    assert base["MMA"] > base[ZERO_SHOT_CLIP] + 0.015

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import vlmadapters as va
 from vlmadapters.cli.options import read_placements, read_recipes
 from vlmadapters.cli.train_stage import parts
-from vlmadapters.protocols.results import ZERO_SHOT, summarise
+from vlmadapters.protocols.results import ZERO_SHOT_CLIP, summarise
 from vlmlayers.errors import UserError
 from vlmlayers.selection import LayerChoice
 
@@ -91,7 +91,7 @@ def test_a_sweep_gives_each_method_what_it_has_alone(
     assert "one training" in done.output and " did best (harmonic mean" in done.output
     assert max(map(len, done.output.splitlines()[:-1])) <= 80
     table = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
-    assert (table.method == ZERO_SHOT).sum() == 2, "zero-shot once, for all methods"
+    assert (table.method == ZERO_SHOT_CLIP).sum() == 2, "zero-shot once, for all methods"
     trained = table[table.seed == 1]
     assert dict(zip(trained.method, trained.placement)) == {
         "MMA": "v2-3,t2-3", "CoOp": "v-,t1", "MaPLe": "v1-2,t1-2",

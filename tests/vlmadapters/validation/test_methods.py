@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlmadapters.protocols.results import ZERO_SHOT
+from vlmadapters.protocols.results import ZERO_SHOT_CLIP
 from vlmadapters.validation.methods import compare_methods, methods_verdict
 from vlmlayers.errors import UserError
 
-GAINS = {"MMA": 6.0, "MaPLe": 6.0, "CoOp": 2.0, ZERO_SHOT: 0.0}
-PLACES = {"MMA": "v5-12,t5-12", "MaPLe": "v1-9,t1-9", "CoOp": "v-,t1", ZERO_SHOT: ""}
+GAINS = {"MMA": 6.0, "MaPLe": 6.0, "CoOp": 2.0, ZERO_SHOT_CLIP: 0.0}
+PLACES = {"MMA": "v5-12,t5-12", "MaPLe": "v1-9,t1-9", "CoOp": "v-,t1", ZERO_SHOT_CLIP: ""}
 
 
 def results(noise: float = 0.5) -> pd.DataFrame:
@@ -21,7 +21,7 @@ def results(noise: float = 0.5) -> pd.DataFrame:
     for dataset in range(6):
         plain = generator.uniform(40, 80)
         for method, gain in GAINS.items():
-            for seed in (-1,) if method == ZERO_SHOT else (1, 2):
+            for seed in (-1,) if method == ZERO_SHOT_CLIP else (1, 2):
                 value = plain + gain + (noise * generator.normal() if gain else 0)
                 rows += [
                     {
@@ -37,7 +37,7 @@ def results(noise: float = 0.5) -> pd.DataFrame:
 def test_planted_gains_are_found_in_pairs() -> None:
     found = compare_methods(results()).set_index("method")
     assert {"MMA v5-12,t5-12", "MaPLe v1-9,t1-9"} == set(found.index[:2])
-    assert list(found.index[2:]) == ["CoOp v-,t1", ZERO_SHOT]
+    assert list(found.index[2:]) == ["CoOp v-,t1", ZERO_SHOT_CLIP]
     gaps = [found.difference[name] for name in found.index[2:]]
     assert gaps == pytest.approx([-4, -6], abs=0.8)
     assert (found.n == 12).all() and found.parameters["CoOp v-,t1"] == 200
@@ -56,7 +56,7 @@ def test_the_verdict_says_who_did_best_and_who_cannot_be_told_from_it() -> None:
 
 def test_one_method_has_nothing_to_be_compared_with() -> None:
     table = results()
-    assert methods_verdict(table[table.method.isin(["MMA", ZERO_SHOT])]) == ""
+    assert methods_verdict(table[table.method.isin(["MMA", ZERO_SHOT_CLIP])]) == ""
     assert methods_verdict(table.assign(split_kind="all")) == ""
     with pytest.raises(UserError, match="no training tested on base and novel"):
-        compare_methods(table[table.method == ZERO_SHOT])
+        compare_methods(table[table.method == ZERO_SHOT_CLIP])
