@@ -101,6 +101,7 @@ def run_validate(folder: Path) -> None:
         LayerChoice((2, 3), (2, 3), "explicit"),
         [Manifest.load(folder.parent / "colours")],
         kinds=("all", "vision"),
+        amount="given",
         seeds=(1, 2),
         recipe=RECIPE,
         out=folder,

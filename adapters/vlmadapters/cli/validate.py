@@ -30,7 +30,7 @@ from vlmlayers.cli.options import (
     Weights,
     with_weights,
 )
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, check_one_of
 
 
 @with_weights
@@ -60,6 +60,13 @@ def validate(
             "text; all but single where absent."
         ),
     ] = None,
+    amount: Annotated[
+        str,
+        typer.Option(
+            help="tuned: each placement at its own amount, found on training shots, and at the "
+            "recipe's beside it; given: at the recipe's alone, several times as fast."
+        ),
+    ] = "tuned",
     reference: Annotated[str, typer.Option(help="Kind that the verdict compares with.")] = "paper",
     recipe: RecipeName = None,
     settings: Settings = None,
@@ -80,6 +87,7 @@ def validate(
     A stopped run resumes with the same command. Several processes may share the work: start the
     same command twice.
     """
+    check_one_of("amount", amount, ("tuned", "given"), where="--amount")
     chosen = _choice(choice, placement)
     table = _scores(choice, scores)
     from vlmadapters.validation.competitors import DEFAULT_KINDS, chosen_placement
@@ -98,6 +106,7 @@ def validate(
         datasets,
         scores=table,
         kinds=kinds.replace(" ", "").split(",") if kinds else DEFAULT_KINDS,
+        amount=amount,
         seeds=numbers,
         recipe=made,
         out=out,
@@ -144,6 +153,10 @@ def _text(found: Any, out: Path) -> str:
     shown = {"index": False, "float_format": lambda value: f"{value:.2f}"}
     lines = [found.verdict]  # how far a ranking repeats is said before it is shown
     lines.append(found.placements[columns].to_string(**shown))
+    if found.untuned is not None:
+        told = found.summary["untuned"]
+        warning = f" WARNING: {told['warning']}." if told["warning"] else ""
+        lines.append(f"All at the recipe's amount: {told['verdict']}{warning}")
     if found.correlations is not None:
         best = found.correlations.head(5)[["score", "tau", "low", "high", "p"]]
         lines.append(best.to_string(**shown))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -17,12 +17,14 @@ class ValidatePart(MethodPart):
 
     Attributes:
         kinds: Competitors.
+        amount: `tuned`, each placement at its own amount, or `given`, all at the recipe's.
         reference: Kind that the verdict compares with.
         random_count: Random placements of equal size.
         limit: Use at most so many test items of each dataset; 0 uses all.
     """
 
     kinds: Several[str] | None = None
+    amount: Literal["tuned", "given"] | None = None
     reference: str | None = None
     random_count: int | None = Field(None, ge=0)
     limit: int | None = Field(None, ge=0)

@@ -8,13 +8,15 @@ before, and the last epoch is evaluated once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 
 from vlmadapters.clip.products import timed_products
+from vlmadapters.data.folds import folds
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import EFFECT, Datasets, Experiment, Model
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS
@@ -28,8 +30,10 @@ from vlmadapters.validation.competitors import (
     competitors,
 )
 from vlmadapters.validation.predicting import judge_predictors, predictors_statement
+from vlmadapters.validation.race import Track
 from vlmadapters.validation.ranking import predicted_outcomes, predictors, rank_correlation
 from vlmadapters.validation.repeatability import repeatability
+from vlmadapters.validation.tuning import TUNING_FOLDS, size_warning, tune
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
@@ -40,6 +44,7 @@ from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import predict
 
 REFERENCE = "paper"
+COMPARISONS = ("tuned", "given")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +52,17 @@ class Validation:
     """What training at the chosen placement and at its competitors gave.
 
     Attributes:
-        table: One row per dataset, seed and placement, with the columns `VALIDATION_COLUMNS`;
-            accuracies in percent. `changed` says whether training changed at least one in 500
-            test predictions.
+        table: One row per dataset, seed, placement and comparison, with the columns
+            `VALIDATION_COLUMNS`; accuracies in percent. Comparison is `tuned`, each placement at
+            its own amount, or `given`, all at the recipe's. `changed` says whether training changed
+            at least one in 500 test predictions.
         placements: Means, intervals and differences to the chosen placement.
         summary: Verdict, regret and how it was made; JSON values.
         correlations: Rank correlation of each score's prediction with the outcome.
         predicted: Each prediction beside its outcome.
         judged: Scores and free baselines as predictors in single cells, beside the ceiling.
+        untuned: `placements` of the comparison at the recipe's amount, where the other is tuned.
+        amounts: Held-out accuracy of each placement over amount (`tuning.AMOUNT_COLUMNS`).
     """
 
     table: pd.DataFrame
@@ -63,6 +71,8 @@ class Validation:
     correlations: pd.DataFrame | None = None
     predicted: pd.DataFrame | None = None
     judged: pd.DataFrame | None = None
+    untuned: pd.DataFrame | None = None
+    amounts: pd.DataFrame | None = None
 
     @property
     def void(self) -> bool:
@@ -82,6 +92,8 @@ class Validation:
             "validation_correlations": self.correlations,
             "validation_predicted": self.predicted,
             "validation_predictors": self.judged,
+            "validation_untuned": self.untuned,
+            "validation_amounts": self.amounts,
         }
         for name, table in tables.items():
             path = Path(folder) / f"{name}.csv"
@@ -105,6 +117,7 @@ def validate(
     *,
     scores: pd.DataFrame | None = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
+    amount: str = "tuned",
     seeds: Sequence[int] = (1, 2, 3),
     shots: Count | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -132,6 +145,9 @@ def validate(
         scores: Score table to predict outcomes from; None leaves predictions out.
         kinds: Competitors, names of `competitors.KINDS`; those that the method cannot take are left
             out. The reference is always among them.
+        amount: `tuned` compares each placement at its own amount, found on folds of the base
+            classes' training shots of the first seed, and at the recipe's beside it; `given` at the
+            recipe's alone.
         seeds: Seeds of draw, initialisation, order and views.
         shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
@@ -155,6 +171,7 @@ def validate(
         UserError: No dataset or seed is given, a name is unknown, a dataset has one class, or
             the choice does not fit the model.
     """
+    check_one_of("amount", amount, COMPARISONS)
     made = _recipe(model, recipe, shots, method)
     placed = _competitors(model, made.method, choice, kinds, reference, random_count, seed)
     seeds = _distinct(seeds)
@@ -175,8 +192,23 @@ def validate(
     data = [experiment.add(one) for one in manifests]
     if not data or not seeds:
         raise UserError(f"there is no {'seed' if data else 'dataset'} to validate on; name one")
-    configs = [made.method.with_placement(*one.placement) for one in placed if one.placement]
-    results = experiment.run([one.manifest for one in data], configs, seeds, together=together)
+    trained = [one for one in placed if one.placement]
+    settings = {"given": [made.at(one.placement) for one in trained]}
+    tuning = None
+    if amount == "tuned":
+        draws = {
+            (one.manifest.name, seeds[0]): folds(
+                one, made.train_for(one.manifest.name).shots, seeds[0], TUNING_FOLDS
+            )
+            for one in data
+        }
+        cells = None if out is None else Path(out) / "tuning"
+        track = Track(draws, made, model, cells, together=together, progress=progress)
+        tuning = tune(track, settings["given"])
+        settings = {"tuned": list(tuning.settings), **settings}  # the first may be found void
+    whole = [one for several in settings.values() for one in several]
+    named = [one.manifest for one in data]
+    results = experiment.run(named, list(dict.fromkeys(whole)), seeds, together=together)
     recorded = {
         "method": made.method.name,
         "recipe": {"name": made.name, **made.train.identity()},
@@ -189,7 +221,14 @@ def validate(
         **_searched(choice),
         **(notes or {}),
     }
-    table = validation_table(results, placed)
+    if tuning is not None:
+        recorded["tuning"] = {
+            "amounts": {str(one.placement): str(setting.amount) or "recipe"
+                        for one, setting in zip(trained, tuning.settings)},
+            "folds": TUNING_FOLDS, "seed": seeds[0], "trainings": round(tuning.trainings, 2),
+        }  # fmt: skip
+    labels = {kind: [setting.label for setting in several] for kind, several in settings.items()}
+    table = validation_table(results, trained, labels)
     if not table["changed"].any():
         recorded["void"] = True
         advice = _void(made, model)
@@ -198,6 +237,7 @@ def validate(
             found.write(out)
         return found
     found = summarise(table, scores, reference=reference, seed=seed, notes=recorded)
+    found = replace(found, amounts=None if tuning is None else tuning.table)
     if out is not None and not processes.rank_and_size()[0]:
         found.write(out)
     return found
@@ -250,8 +290,21 @@ def _distinct(seeds: Iterable[int]) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.DataFrame:
-    """Return the validation table of base-to-novel results, in the order of the competitors."""
+def validation_table(
+    results: pd.DataFrame,
+    placed: Sequence[Competitor],
+    labels: Mapping[str, Sequence[str]] | None = None,
+) -> pd.DataFrame:
+    """Return the validation table of base-to-novel results, in the order of the competitors.
+
+    Args:
+        results: Results table.
+        placed: The competitors.
+        labels: Comparison (`tuned`, `given`) to the placement of each competitor as results write
+            it, with its amount; `given` at the recipe's where None.
+    """
+    labels = labels or {"given": [str(one.placement) for one in placed]}
+    warning = size_warning([str(one.placement) for one in placed])
     plain = results[results["method"] == ZERO_SHOT_CLIP].set_index(["dataset", "split_kind"])[
         "accuracy"
     ]
@@ -260,13 +313,12 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
         for row in results[~results["method"].isin(ZERO_SHOT_METHODS)].to_dict("records")
     }
     rows = []
-    for dataset, seed in dict.fromkeys(key[:2] for key in trained):
-        for one in placed:
-            if (dataset, seed, str(one.placement), "base") not in trained:
+    cells = dict.fromkeys(key[:2] for key in trained)
+    for comparison, (dataset, seed) in product(labels, cells):
+        for one, label in zip(placed, labels[comparison]):
+            if (dataset, seed, label, "base") not in trained:
                 continue  # a run that stopped early
-            base, novel = (
-                trained[dataset, seed, str(one.placement), kind] for kind in ("base", "novel")
-            )
+            base, novel = (trained[dataset, seed, label, kind] for kind in ("base", "novel"))
             rows.append(
                 {
                     "model": base["model"],
@@ -276,6 +328,8 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
                     "seed": int(seed),
                     "placement": str(one.placement),
                     "kind": one.kind,
+                    "comparison": comparison,
+                    "amount": str(Placement.parse(label).amount),
                     "vision": " ".join(map(str, one.placement.vision)),
                     "text": " ".join(map(str, one.placement.text)),
                     "parameters": int(base["parameters"]),
@@ -292,6 +346,7 @@ def validation_table(results: pd.DataFrame, placed: Sequence[Competitor]) -> pd.
                     },
                     "changed": base["changed"] >= EFFECT,
                     "seconds": float(base["seconds"]),
+                    "warning": warning if comparison == "given" else "",
                 }
             )
     return pd.DataFrame(rows, columns=list(VALIDATION_COLUMNS))
@@ -330,6 +385,9 @@ def summarise(
         seed: Seed of the bootstrap.
         notes: What else to record; the verdict ends with the statement of a `search` among it.
     """
+    whole, parts = table, compared_parts(table)
+    comparison, table = next(iter(parts.items()))
+    warning = size_warning(list(table["placement"])) if comparison == "given" else ""
     chosen, other = label_of(table, "chosen"), label_of(table, reference)
     correlations = outcomes = None
     said: dict[str, str] = {}
@@ -348,7 +406,10 @@ def summarise(
     search = (notes or {}).get("search")
     told = f" The search on training shots had said: {search['statement']}" if search else ""
     summary = {
-        "verdict": f"{verdict(table, chosen, other, seed=seed)} {repeats['statement']}{told}",
+        "verdict": f"{_how(comparison, warning)}{verdict(table, chosen, other, seed=seed)} "
+        f"{repeats['statement']}{told}",
+        "comparison": comparison,
+        **({"warning": warning} if warning else {}),
         "repeatability": repeats,
         "chosen": chosen,
         "reference": other,
@@ -363,4 +424,27 @@ def summarise(
         "environment": {**environment(), "products": timed_products()},
     }
     placements = compare(table, chosen, seed=seed)
-    return Validation(table, placements, summary, correlations, outcomes, judged)
+    untuned = None
+    if comparison == "tuned" and "given" in parts:
+        given = parts["given"]
+        untuned = compare(given, chosen, seed=seed)
+        summary["untuned"] = {
+            "verdict": verdict(given, chosen, other, seed=seed),
+            "warning": size_warning(list(given["placement"])),
+        }
+    return Validation(whole, placements, summary, correlations, outcomes, judged, untuned)
+
+
+def compared_parts(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the comparisons of a validation table, the tuned one first; older ones are given."""
+    if "comparison" not in table.columns:
+        return {"given": table}
+    found = {name: table[table["comparison"] == name] for name in COMPARISONS}
+    return {name: part.reset_index(drop=True) for name, part in found.items() if len(part)}
+
+
+def _how(comparison: str, warning: str) -> str:
+    """Return what the amounts of a comparison were, before its verdict."""
+    if comparison == "tuned":
+        return "Each placement at its own amount, tuned on training shots: "
+    return f"WARNING: {warning}. " if warning else ""

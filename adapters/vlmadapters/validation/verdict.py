@@ -27,6 +27,8 @@ VALIDATION_COLUMNS = (
     "seed",
     "placement",
     "kind",
+    "comparison",
+    "amount",
     "vision",
     "text",
     "parameters",
@@ -41,6 +43,7 @@ VALIDATION_COLUMNS = (
     "hm_second_half",
     "changed",
     "seconds",
+    "warning",
 )
 LEVEL = 0.05  # of tests
 OUTCOMES = ("hm", "base", "novel")

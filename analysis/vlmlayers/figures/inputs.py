@@ -18,7 +18,9 @@ TEXT_COLUMNS = (
     "placement", "settings", "flag", "note", "benchmark",
 )  # fmt: skip
 # What a validation computes from its cells and writes beside them.
-DERIVED = ("_placements", "_correlations", "_predicted")
+DERIVED = (
+    "_placements", "_correlations", "_predicted", "_predictors", "_untuned", "_amounts",
+)  # fmt: skip
 SPELLINGS = {
     "describabletextures": "dtd", "oxfordflowers": "flowers102", "oxfordflowers102": "flowers102",
 }  # fmt: skip
@@ -58,7 +60,7 @@ def read(stem: str, folders: Folders, needs: Sequence[str] = ()) -> pd.DataFrame
 
 
 def read_file(path: Path, needs: Sequence[str] = ()) -> pd.DataFrame:
-    """Read one table; see `read`."""
+    """Read one table; see `read`. Of a validation, the comparison at tuned amounts, if any."""
     if path.suffix == ".parquet":
         table = pd.read_parquet(path)
     else:
@@ -66,6 +68,8 @@ def read_file(path: Path, needs: Sequence[str] = ()) -> pd.DataFrame:
     absent = [column for column in needs if column not in table.columns]
     if absent:
         raise UserError(f"{path} has no column {absent[0]!r}; it was not written by this toolkit")
+    if "comparison" in table.columns and (tuned := table["comparison"] == "tuned").any():
+        table = table[tuned].reset_index(drop=True)
     for column in TEXT_COLUMNS:
         if column in table.columns:
             table[column] = table[column].fillna("").astype(str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import pandas as pd
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import Placement
-from vlmlayers.plots.style import CATEGORY_COLOURS, axes, style
+from vlmlayers.plots.style import CATEGORY_COLOURS, axes, new_grid, style
 
 Outcomes = Annotated[pd.DataFrame, Takes("a table of trained placements", "such tables")]
 OUTCOMES = {
@@ -94,6 +95,46 @@ def _swept(outcomes: pd.DataFrame) -> pd.Series:
     if "kind" in outcomes.columns:
         return outcomes["kind"].astype(str).str.split("+").map(lambda kinds: "start" in kinds)
     return pd.Series(True, index=outcomes.index)
+
+
+@checked
+def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[Axes]:
+    """Draw base, novel and HM over amount, one line per placement.
+
+    Args:
+        amounts: One row per placement and amount: `placement`, `times` (the amount in multiples of
+            the recipe's; 0 for zero-shot, which is drawn across), `base`, `novel`, `hm`. Rows of
+            one amount by different means are averaged.
+        axs: Three axes to draw on.
+
+    Returns:
+        The axes of base, novel and harmonic mean.
+
+    Raises:
+        UserError: A column is missing, or there is no row.
+    """
+    missing = [name for name in ("placement", "times", *OUTCOMES) if name not in amounts.columns]
+    if missing or amounts.empty:
+        raise UserError(f"the table of amounts lacks {', '.join(missing) or 'rows'}")
+    with style():
+        if axs is None:
+            axs = list(new_grid(len(OUTCOMES), 2.0))
+        for ax, (outcome, (title, _, _)) in zip(axs, OUTCOMES.items()):
+            for number, (name, part) in enumerate(amounts.groupby("placement", sort=False)):
+                line = part.groupby("times")[outcome].mean()
+                if (line.index == 0).all():
+                    ax.axhline(line.iloc[0], color="#666666", linestyle=":", label=str(name))
+                    continue
+                colour = CATEGORY_COLOURS[number % len(CATEGORY_COLOURS)]
+                marker = "os^Dv<>P"[number // len(CATEGORY_COLOURS) % 8]
+                ax.plot(line.index, line, marker=marker, color=colour, markersize=3,
+                        label=Placement.parse(str(name)).label)  # fmt: skip
+            ax.set_xscale("log")
+            ax.set_title(title)
+            ax.set_xlabel("Amount, times the recipe's")
+        axs[0].set_ylabel("Held-out accuracy (%)")
+        axs[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=5.5)
+        return list(axs)
 
 
 @checked

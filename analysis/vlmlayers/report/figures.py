@@ -203,6 +203,15 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
         ),
         lambda: frame,
     )
+    if len(validation.amounts):
+        yield Plan(
+            "amount",
+            f"Base, novel and harmonic mean over amount, {_source(answer)}. A line per placement; "
+            "held-out training shots of base classes, inner base and inner novel; mean over folds, "
+            "of which amounts that dropped out ran fewer.",
+            lambda: mark_random(plots.amount_curves(validation.amounts)[-1], answer.random_weights),
+            lambda: validation.amounts,
+        )
     if "parameters" in frame.columns:
         yield Plan(
             "cost",

@@ -58,6 +58,8 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
         parts += ["## Proof by training", ""]
         if answer.validation.verdict:
             parts += [f"**{esc(answer.validation.verdict)}**", ""]
+        if answer.validation.warning:
+            parts += [f"> Warning: {esc(answer.validation.warning)}.", ""]
         if answer.validation.predictors:
             parts += [esc(answer.validation.predictors), ""]
         parts += _tables(validation_tables(answer.validation))

@@ -48,6 +48,10 @@ class RecordedValidation:
         predictors: In words, which placement scores predicted the outcome; or empty.
         judged: Scores and free baselines as predictors in single cells, beside the ceiling.
         repeatability: How far the ranking repeats, as `validation.json` says; or empty.
+        warning: What is wrong with the comparison, or empty.
+        untuned: Placements compared at the recipe's amount, beside the tuned comparison, or empty.
+        untuned_words: What that comparison says, with its warning.
+        amounts: Held-out accuracy of each placement over amount; or empty.
     """
 
     cells: pd.DataFrame
@@ -62,6 +66,10 @@ class RecordedValidation:
     predictors: str = ""
     judged: pd.DataFrame = field(default_factory=pd.DataFrame)
     repeatability: dict[str, Any] = field(default_factory=dict)
+    warning: str = ""
+    untuned: pd.DataFrame = field(default_factory=pd.DataFrame)
+    untuned_words: str = ""
+    amounts: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
     def read(cls, run: Run) -> RecordedValidation | None:
@@ -76,8 +84,12 @@ class RecordedValidation:
                 f"{', '.join(sorted(needed - set(cells.columns))) or '–'}; "
                 "run `vlmlayers validate` again"
             )
+        if "comparison" in cells:  # the tuned comparison is what is shown, the other stands beside
+            first = "tuned" if (cells["comparison"] == "tuned").any() else "given"
+            cells = cells[cells["comparison"] == first].reset_index(drop=True)
         notes_file = run.folder / "validation.json"
         notes = read_json(notes_file) if notes_file.exists() else {}
+        beside = notes.get("untuned", {})
         chosen = str(notes.get("chosen") or _kind(cells, "chosen"))
         reference = str(notes.get("reference") or _kind(cells, "paper"))
         placements = _table(run.folder / "validation_placements.csv")
@@ -97,6 +109,10 @@ class RecordedValidation:
             str(notes.get("predictors", "")),
             _table(run.folder / "validation_predictors.csv"),
             dict(notes.get("repeatability", {})),
+            str(notes.get("warning", "")),
+            _table(run.folder / "validation_untuned.csv"),
+            ". Warning: ".join(filter(None, [beside.get("verdict"), beside.get("warning")])),
+            _table(run.folder / "validation_amounts.csv"),
         )
 
     @property

@@ -187,6 +187,18 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
             ],
         ),
     ]
+    if len(validation.untuned):
+        tables.append(
+            tabular(
+                "All at the recipe's amount, beside the tuned comparison. "
+                f"{validation.untuned_words}",
+                ["Placement", *OUTCOME_HEADINGS],
+                [
+                    _outcome_row(row, _why(validation, str(row["placement"])))
+                    for _, row in validation.untuned.iterrows()
+                ],
+            )
+        )
     if len(validation.judged):
         tables.append(_predictors_table(validation.judged))
     if len(validation.correlations):

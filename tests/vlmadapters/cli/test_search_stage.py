@@ -43,6 +43,7 @@ def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
         "kinds": "last",
         "limit": 8,
     }
+    validated["amount"] = "given"
     study = check_study(STUDY | {"validate": validated | {"datasets": "shapes_filled"}})
     said: list[str] = []
     run_study(study, tmp_path, progress=False, echo=said.append)

@@ -62,7 +62,7 @@ WORK: dict[str, Callable[..., Any]] = {
     ),
     "validate": lambda data, **options: validate(
         shared_backbone(), CHOICE, [data], recipe=RECIPE, kinds=("all",), seeds=(1, 2),
-        progress=False, **options,
+        amount="given", progress=False, **options,
     ).table,
 }  # fmt: skip
 

@@ -59,7 +59,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def run(manifest: Manifest, out: Path | None = None, **options: Any) -> pd.DataFrame:
-    settings = {"kinds": ("all", "vision"), "seeds": (1, 2), "recipe": RECIPE, "progress": False}
+    settings = {"kinds": ("all", "vision"), "seeds": (1, 2), "recipe": RECIPE, "progress": False,
+                "amount": "given"}  # fmt: skip
     model = options.pop("model", None) or shared_backbone("clip")
     choice = options.pop("choice", CHOICE)
     return validate(model, choice, [manifest], out=out, **(settings | options)).table
@@ -111,7 +112,7 @@ def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_cells(
     (tmp_path / "validation_placements.csv").write_text("of an earlier run", encoding="utf-8")
     found = validate(
         model, choice, [manifest], recipe=still, seeds=(1, 2), together=1, out=tmp_path,
-        kinds=("all", "vision"), progress=False,
+        kinds=("all", "vision"), progress=False, amount="given",
     )  # fmt: skip
     assert len(seen) == 1, "nothing more is trained once the first cell shows it"
     assert found.void and found.verdict.startswith("VOID: the recipe tiny (lr 1e-12, scale 1e-09)")
@@ -288,8 +289,9 @@ def scores() -> pd.DataFrame:
 def context(folder: Path, manifest: Manifest, said: list[str], **options: Any) -> Any:
     small = {"lr": 0.05, "epochs": 1, "batch_size": 4, "dim": 4, "scale": 0.5}
     data = SimpleNamespace(manifest=manifest, options={"split": "train"})
+    asked = {"shots": 2, "seeds": [1], "set": small, "amount": "given"} | options
     return SimpleNamespace(
-        run=Run(folder), options={"shots": 2, "seeds": [1], "set": small} | options,
+        run=Run(folder), options=asked,
         datasets=[data], manifests=[manifest], extracted_manifests=[manifest], data_root=None,
         load_model=lambda: shared_backbone("clip"),
         scores=scores(), choice=CHOICE, seed=0, echo=said.append, progress=False, base=folder,
@@ -376,7 +378,13 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     source = str(next(iter({manifest.location(i).parents[2] for i in manifest.items("test")})))
     small = ["lr=0.05", "epochs=1", "batch_size=4", "shots=2", "dim=4", "scale=0.5"]
     words = ["validate", "any", source, "--out", str(tmp_path), "--seeds", "1", "--quiet"]
-    words += ["--kinds", "all,lower", *(part for one in small for part in ("-s", one))]
+    words += [
+        "--amount",
+        "given",
+        "--kinds",
+        "all,lower",
+        *(part for one in small for part in ("-s", one)),
+    ]
     done = CliRunner().invoke(app, [*words, "--placement", "2-3"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "RANDOM weights" in done.output

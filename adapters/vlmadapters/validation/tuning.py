@@ -1,0 +1,103 @@
+"""The amount of each placement, tuned on training shots, so that placements compare in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from vlmadapters.training.recipes import Recipe
+from vlmadapters.validation.candidates import tried_amounts
+from vlmadapters.validation.judge import ranking
+from vlmadapters.validation.race import Track, label
+from vlmlayers.placement import ZERO_SHOT, Placement
+
+TUNING_FOLDS = 4
+AMOUNT_COLUMNS = ("placement", "amount", "times", "base", "novel", "hm", "n")
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """What tuning found.
+
+    Attributes:
+        settings: Each placement at the amount that did best, in the order that was asked for.
+        table: Held-out accuracy over amount, with the columns `AMOUNT_COLUMNS`: percent, mean over
+            folds; times is the amount in multiples of the recipe's, n the folds.
+        trainings: Cost in full trainings of one placement.
+    """
+
+    settings: tuple[Recipe, ...]
+    table: pd.DataFrame
+    trainings: float
+
+
+def tune(track: Track, settings: Sequence[Recipe], criterion: str = "log_likelihood") -> Tuning:
+    """Return each setting at the best amount that folds of training shots know.
+
+    By successive halving over folds, as a search does, but for each placement by itself, and the
+    best mean is taken even where it cannot be told from the next: a comparison of places needs an
+    amount that suits each, not one that is proved.
+
+    Args:
+        track: Where settings run.
+        settings: Placements at the recipe's amount.
+        criterion: What decides, a name of `judge.CRITERIA`.
+    """
+    alive = {label(one): tried_amounts(one) for one in settings}
+    tried = {name: [own, *rivals] for own, (name, rivals) in zip(settings, alive.items())}
+    for number in range(1, track.rounds + 1):
+        track.run("tuning", [*settings, *(one for rest in alive.values() for one in rest)], number)
+        for name, rivals in alive.items():
+            order = ranking(track.table, name, criterion)
+            kept = sorted(rivals, key=lambda one: -order[label(one)])
+            alive[name] = kept[: math.ceil(len(kept) / 2)] if number < track.rounds else kept
+    picked = []
+    for own, (name, rivals) in zip(settings, alive.items()):
+        order = ranking(track.table, name, criterion)
+        picked.append(max([own, *rivals], key=lambda one: order[label(one)]))
+    table = _over_amount(track.table, tried)
+    return Tuning(tuple(picked), table, track.cost)
+
+
+def times(setting: Recipe, of: Recipe) -> float:
+    """Return an amount in multiples of another: of scale, of learning rate and of steps."""
+    train, other = setting.train, of.train
+    steps = "steps_per_shot" if train.steps_per_shot and other.steps_per_shot else "epochs"
+    found = train.lr / other.lr * getattr(train, steps) / getattr(other, steps)
+    scale, own = getattr(setting.method, "scale", None), getattr(of.method, "scale", None)
+    return float(found * (scale / own if scale and own else 1.0))
+
+
+def _over_amount(table: pd.DataFrame, tried: dict[str, list[Recipe]]) -> pd.DataFrame:
+    base, novel = table["base"], table["novel"]
+    hm = (2 * base * novel / (base + novel)).where(base + novel > 0, 0.0)
+    table = table.assign(hm=hm.where(novel.notna(), base))
+    means = table.groupby("setting")[["base", "novel", "hm"]].mean()
+    count = table["setting"].value_counts()
+    rows = [
+        (name, str(one.amount) or "recipe", times(one, settings[0]), *means.loc[label(one)],
+         int(count[label(one)]))
+        for name, settings in tried.items() for one in settings
+    ]  # fmt: skip
+    plain = means.loc[ZERO_SHOT] if ZERO_SHOT in means.index else None
+    if plain is not None:
+        rows += [(ZERO_SHOT, "none", 0.0, *plain, int(count[ZERO_SHOT]))]
+    return pd.DataFrame(rows, columns=list(AMOUNT_COLUMNS))
+
+
+def size_warning(placements: Sequence[str]) -> str:
+    """Return what is wrong with comparing placements of different size at one amount, or nothing.
+
+    Args:
+        placements: Labels of placements.
+    """
+    sizes = sorted({Placement.parse(one).size for one in placements if one != ZERO_SHOT})
+    if len(sizes) < 2:
+        return ""
+    return (
+        f"placements of {sizes[0]} to {sizes[-1]} blocks are compared at one amount, which mostly "
+        "compares amounts, not places"
+    )

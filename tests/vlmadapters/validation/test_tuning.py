@@ -1,0 +1,119 @@
+"""Placements at their own amount: tuned on training shots, trained as named, and warned of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from backbones import shared_backbone
+from PIL import Image
+
+import vlmlayers as vl
+from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
+from vlmadapters.validation.tuning import AMOUNT_COLUMNS, size_warning, times
+from vlmadapters.validation.validate import validate
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+from vlmlayers.placement import Placement
+from vlmlayers.report.numbers import RecordedValidation
+from vlmlayers.report.tables import validation_tables
+from vlmlayers.runs import Run
+
+RECIPE = Recipe(
+    "tiny",
+    TrainConfig(lr=0.05, epochs=1, batch_size=4, shots=4),
+    MMAConfig.span(2, 3, dim=4, scale=0.5),
+)
+QUICK: dict[str, Any] = {"recipe": RECIPE, "kinds": ("all",), "seeds": (1,), "progress": False}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    base = tmp_path_factory.mktemp("data") / "colours"
+    generator = np.random.default_rng(3)
+    for split, label, number in np.ndindex(2, 4, 5):
+        folder = base / ("train", "test")[split] / ("red", "green", "blue", "gray")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = generator.integers(0, 200, (4, 4, 3)).astype(np.uint8)
+        noise[..., label % 3] = 60 * label
+        Image.fromarray(noise).resize((32, 32)).save(folder / f"{number}.png")
+    return Manifest.load(base)
+
+
+@pytest.fixture(scope="module")
+def tuned(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tuned")
+    validate(shared_backbone("clip"), Placement.parse("2-3"), [manifest], out=out, **QUICK)
+    return out
+
+
+def test_each_placement_is_trained_at_the_amount_that_did_best(
+    manifest: Manifest, tuned: Path
+) -> None:
+    table = pd.read_csv(tuned / "validation.csv", keep_default_na=False)
+    assert list(table["comparison"]) == ["tuned", "tuned", "given", "given"]
+    assert list(table["placement"]) == 2 * ["v2-3,t2-3", "v1-3,t1-3"]
+    assert set(table.loc[table["comparison"] == "given", "amount"]) == {""}
+    found = json.loads((tuned / "validation.json").read_text())
+    for row in table[table["comparison"] == "tuned"].to_dict("records"):
+        assert found["tuning"]["amounts"][row["placement"]] == (row["amount"] or "recipe")
+        setting = RECIPE.at(row["placement"] + (f"@{row['amount']}" if row["amount"] else ""))
+        alone = Experiment("base-to-novel", shared_backbone("clip"), RECIPE, progress=False)
+        results = alone.run([manifest], [setting], [1])
+        by_kind = results[results["method"] == "MMA"].set_index("split_kind")["accuracy"]
+        assert row["base"] == pytest.approx(100 * by_kind["base"])
+    assert found["comparison"] == "tuned" and found["verdict"].startswith("Each placement at its")
+
+
+def test_the_untuned_comparison_stands_beside_with_its_warning(tuned: Path) -> None:
+    table = pd.read_csv(tuned / "validation.csv", keep_default_na=False)
+    warned = table.groupby("comparison")["warning"].unique()
+    assert list(warned["tuned"]) == [""] and "4 to 6 blocks" in warned["given"][0]
+    beside = json.loads((tuned / "validation.json").read_text())["untuned"]
+    assert "mostly compares amounts" in beside["warning"]
+    recorded = RecordedValidation.read(Run(tuned))
+    assert recorded is not None and len(recorded.cells) == 2
+    captions = [one.caption for one in validation_tables(recorded)]
+    assert any("All at the recipe's amount" in one and "mostly" in one for one in captions)
+
+
+def test_a_comparison_at_one_amount_says_so_in_front(manifest: Manifest, tmp_path: Path) -> None:
+    options = QUICK | {"amount": "given", "out": tmp_path}
+    found = validate(shared_backbone("clip"), Placement.parse("2-3"), [manifest], **options)
+    assert found.verdict.startswith("WARNING: placements of 4 to 6 blocks")
+    recorded = RecordedValidation.read(Run(tmp_path))
+    assert recorded is not None and "one amount" in recorded.warning
+    assert size_warning(["v2-3,t2-3", "v1-2,t1-2", "zero-shot"]) == ""
+    with pytest.raises(UserError, match="did you mean 'tuned'"):
+        validate(shared_backbone("clip"), "2-3", [manifest], **(QUICK | {"amount": "tune"}))
+
+
+def test_the_figure_has_a_line_per_placement(tuned: Path) -> None:
+    amounts = pd.read_csv(tuned / "validation_amounts.csv")
+    assert tuple(amounts.columns) == AMOUNT_COLUMNS
+    trained = amounts[amounts["placement"] != "zero-shot"]
+    assert set(trained.groupby("placement")["amount"].nunique()) == {6}
+    axes = vl.plots.amount_curves(amounts)
+    titles = [ax.get_title("left") for ax in axes]
+    assert titles == ["Base classes", "Novel classes", "Harmonic mean"]
+        "Base classes",
+        "Novel classes",
+        "Harmonic mean",
+    ]
+    line = axes[2].get_lines()[0]
+    one = amounts[amounts["placement"] == "v2-3,t2-3"].groupby("times")["hm"].mean()
+    assert np.allclose(line.get_xdata(), one.index) and np.allclose(line.get_ydata(), one)
+    with pytest.raises(UserError, match="lacks times"):
+        vl.plots.amount_curves(amounts.drop(columns="times"))
+
+
+def test_an_amount_counts_scale_rate_and_steps() -> None:
+    assert times(RECIPE.at("3@scale=1.5,epochs=3"), RECIPE) == pytest.approx(9)
+    coop = load_recipe("published", "coop")
+    assert times(coop.at("@lr=0.02"), coop) == pytest.approx(10)
