@@ -102,10 +102,6 @@ def test_the_figure_has_a_line_per_placement(tuned: Path) -> None:
     axes = vl.plots.amount_curves(amounts)
     titles = [ax.get_title("left") for ax in axes]
     assert titles == ["Base classes", "Novel classes", "Harmonic mean"]
-        "Base classes",
-        "Novel classes",
-        "Harmonic mean",
-    ]
     line = axes[2].get_lines()[0]
     one = amounts[amounts["placement"] == "v2-3,t2-3"].groupby("times")["hm"].mean()
     assert np.allclose(line.get_xdata(), one.index) and np.allclose(line.get_ydata(), one)
