@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,22 @@ def load_user_code(where: str, what: str) -> Any:
     found = [key for key, value in vars(module).items() if callable(value)]
     check_one_of(what, name, found, where=file)
     return getattr(module, name)
+
+
+def name_of(function: Callable[..., Any], what: str, taken: Collection[str]) -> str:
+    """Return the name that a function of the user's goes by in tables: that of its `def`.
+
+    Args:
+        function: The function.
+        what: What it is, for messages: "rule", "metric".
+        taken: Names that it may not have.
+
+    Raises:
+        UserError: It has no name, as a lambda, or one that is taken.
+    """
+    name = str(getattr(function, "__name__", type(function).__name__))
+    if not name.isidentifier() or not hasattr(function, "__name__"):
+        raise UserError(f"a {what} needs a name for the tables; write {name} as a `def`")
+    if name in taken:
+        raise UserError(f"there is a {what} {name!r} already; give the function another name")
+    return name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import typer
 
@@ -27,10 +29,17 @@ for verb in (demo, study, models, extract, score, select, report, figures):
     app.command()(verb)
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning as errors are shown: one line, without the source that it came from."""
+    typer.echo(f"Warning: {printable(str(message))}", err=True)
+
+
 def main() -> None:
     """Run the command line: 0 done, 2 the user's input is wrong, 1 a fault, 130 stopped."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except UserError as error:
         typer.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(2)

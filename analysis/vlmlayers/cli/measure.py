@@ -126,7 +126,7 @@ def score(
             "--metric",
             "-m",
             metavar="<str>",
-            help="A metric; repeatable; the first ones where absent.",
+            help="A metric, or path.py:function; repeatable; the first ones where absent.",
         ),
     ] = None,
     settings: Settings = None,

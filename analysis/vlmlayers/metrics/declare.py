@@ -38,13 +38,14 @@ class Metric:
 
     Attributes:
         function: The plain function: arrays in, number (or counts, or predictions) out.
-        level: `dataset`, `class`, `agreement`, `gap` or `geometry`.
+        level: `dataset`, `class`, `agreement`, `gap`, `geometry`, or `own` of a user's function.
         needs: What it takes: a key of `NEEDS`, which names the protocol.
         axis_label: Label of an axis or colour bar.
         bounds: Smallest and largest value it can take.
         direction: What a larger value means: `more discriminable`, `more alike`, … .
         null: What chance gives: a number, a function, or `shuffle` (labels or pairs shuffled),
-            `gaussian` (the same on white noise of the same shape), `none` (the column is NaN).
+            `gaussian` (the same on white noise of the same shape), `columns` (each column shuffled
+            by itself), `none` (the column is NaN).
         invariances: What leaves the value unchanged; each is tested.
         sensitive: An invariance it does not have; tested as the negative control.
         smallest_n: Fewest items (pairs, classes) for which the value means anything.
@@ -111,6 +112,7 @@ class Metric:
         words = {
             "shuffle": "shuffled labels" if self.needs == "labels" else "shuffled pairs",
             "gaussian": "white noise of the same shape",
+            "columns": "each column shuffled by itself",
             "none": "",
             "classes": f"1 / number of {SORTS.get(self.needs, 'classes')}",
         }

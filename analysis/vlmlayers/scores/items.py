@@ -19,6 +19,7 @@ from vlmlayers.metrics.intervals import (
     mean_interval,
     percentile,
 )
+from vlmlayers.metrics.own import OWN
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
@@ -141,7 +142,12 @@ def value_and_interval(
         return float(metric.function(*kept, **arguments))
 
     value = statistic(None, -1)
-    left_out = [statistic(rows, group) for group, rows in enumerate(shared.groups(metric))]
+    try:
+        left_out = [statistic(rows, group) for group, rows in enumerate(shared.groups(metric))]
+    except UserError:
+        if metric.level != OWN:
+            raise
+        return value, (np.nan, np.nan), "none"  # it knows these items only, all of them
     low, high = jackknife_interval(value, np.array(left_out))
     return value, (float(low), float(high)), "jackknife"
 
@@ -157,6 +163,10 @@ def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int) -> floa
         return float("nan")
     if metric.null == "gaussian":
         return _gaussian_null(point.name, len(x), width)
+    if metric.null == "columns":
+        rng = generator(Draw.SHUFFLED_COLUMNS)
+        draws = (rng.permuted(x, axis=0) for _ in range(point.options.shuffles))
+        return float(np.mean([metric.function(draw) for draw in draws]))
     if not given:
         raise UserError(
             f"the null {metric.null!r} of {point.name} needs labels; declare another one"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Iterator, Mapping
 
 from vlmlayers.errors import UserError
@@ -10,8 +10,8 @@ from vlmlayers.metrics.table import Metric
 from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.scoring import Collector
 
-LOG = logging.getLogger("vlmlayers")
 _SHOWN = 4  # gaps that are named
+_CALLER = 5  # frames up to the line that called `score`, over two that check its arguments
 
 
 def say_missing(
@@ -34,7 +34,8 @@ def say_missing(
     if not out.rows:
         raise UserError(f"nothing was scored: {line}")
     if gaps and asked:
-        LOG.warning("not computed: %s%s", line, "; `refusals` lists all" if more else "")
+        line += "; `refusals` lists all" if more else ""
+        warnings.warn(f"not computed: {line}", UserWarning, stacklevel=_CALLER)
 
 
 def _gaps(

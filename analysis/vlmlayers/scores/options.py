@@ -42,6 +42,7 @@ class Draw(IntEnum):
     ALIGNED_GROUPS = 20
     STREAMED_GROUPS = 21
     STREAMED_NOISE = 22
+    SHUFFLED_COLUMNS = 23
 
 
 def generator(purpose: Draw, seed: int = 0) -> np.random.Generator:

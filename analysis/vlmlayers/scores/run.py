@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
+from vlmlayers.metrics.own import own_metric
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.options import takes, validated
 from vlmlayers.progress import bar
@@ -24,6 +25,7 @@ from vlmlayers.scores.pairs import run_pairs
 from vlmlayers.scores.readouts import run_classes, run_datasets
 from vlmlayers.scores.scoring import Collector, Group, Runner, Scoring, make_groups
 from vlmlayers.scores.transfers import run_left_out, run_novel, run_style_classes, run_styles
+from vlmlayers.user_code import is_user_code, load_user_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +77,7 @@ class ScoreTask:
 @checked
 def score(
     features: LayerFeatures | Sequence[LayerFeatures],
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str | Callable[..., Any]] | None = None,
     *,
     jobs: int | None = None,
     progress: bool = False,
@@ -85,7 +87,12 @@ def score(
 
     Args:
         features: Features of one dataset or of several.
-        metrics: Names from `vlmlayers.metrics.METRICS`; None for all of them.
+        metrics: Names from `vlmlayers.metrics.METRICS`, functions of your own, or
+            `path.py:function`; None for all that have a name. A function `f(x)` takes the features
+            of one dataset at one position, (item, width) in float64, a function `f(x, labels)` the
+            class ids (item,) as well; it returns a number. Its name is that of its `def`, its
+            interval a jackknife over items (NaN where it fails on a part of them), its null what
+            it gives on shuffled labels, or with each column of x shuffled by itself.
         jobs: Processes that share the work; the table does not depend on it. None takes one per
             core, at most eight, where the work is worth starting them.
         progress: Show a progress bar.
@@ -97,8 +104,11 @@ def score(
 
     Raises:
         UserError: Unknown metric, space or position, NaN or Inf features, or nothing that could be
-            scored, with the reasons. Of metrics, positions and spaces that are named, those that
-            were not computed are named in a warning.
+            scored, with the reasons.
+
+    Warns:
+        UserWarning: Of the metrics, positions and spaces that are named some were not computed;
+            names them, with the reasons.
     """
     settled = validated(ScoreOptions, options)
     chosen = chosen_metrics(metrics)
@@ -172,14 +182,24 @@ def job_count(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, M
 
 
 @checked
-def chosen_metrics(metrics: Sequence[str] | None) -> dict[str, Metric]:
-    """Return the entries of the named metrics, or of all.
+def chosen_metrics(
+    metrics: Sequence[str | Callable[..., Any]] | None,
+) -> dict[str, Metric]:
+    """Return the entries of metrics by name, or of all: those named, and those that are functions.
 
     Raises:
-        UserError: A name is unknown; the nearest one is named.
+        UserError: A name is unknown, with the nearest one; a function cannot serve as a metric.
     """
-    names = list(METRICS) if metrics is None else list(metrics)
-    return {check_one_of("metric", name, METRICS): METRICS[name] for name in names}
+    chosen: dict[str, Metric] = {}
+    for given in METRICS if metrics is None else metrics:
+        if isinstance(given, str) and not is_user_code(given):
+            name = check_one_of("metric", given, METRICS)
+            chosen[name] = METRICS[name]
+        else:
+            own = load_user_code(given, "metric") if isinstance(given, str) else given
+            name, entry = own_metric(own, {*METRICS, *chosen})
+            chosen[name] = entry
+    return chosen
 
 
 def _check_positions(features: list[LayerFeatures], options: ScoreOptions) -> None:

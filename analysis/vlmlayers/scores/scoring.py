@@ -13,7 +13,7 @@ import numpy as np
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Array
-from vlmlayers.metrics.table import METRICS, Metric
+from vlmlayers.metrics.table import Metric
 from vlmlayers.positions import relative_depth, sort_key
 from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.parts import balanced_rows
@@ -121,7 +121,7 @@ class Point:
         """
         if not np.isfinite(value):
             raise UserError(f"{self.name} is {value}")
-        low, high = np.clip(interval, *METRICS[self.name].bounds)
+        low, high = np.clip(interval, *self.metric.bounds)
         group, features = self.scoring.group, self.features
         self.scoring.out.rows.append(
             {

@@ -19,7 +19,7 @@ from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable
 from vlmlayers.selection.rules import RULES, Pick, Picks, Searched
 from vlmlayers.selection.stability import HOW, doubts, stability
-from vlmlayers.user_code import is_user_code, load_user_code
+from vlmlayers.user_code import is_user_code, load_user_code, name_of
 from vlmlayers.words import percent
 
 GROUP = "vlmlayers.rules"
@@ -29,7 +29,7 @@ UNSAMPLED = ("paper", "all", "explicit", "search")  # rules that read no score
 @checked
 def select(
     scores: Scores,
-    rule: str = "threshold",
+    rule: str | Callable[..., Any] = "threshold",
     *,
     resamples: Natural = 200,
     seed: Natural = 0,
@@ -39,9 +39,11 @@ def select(
 
     Args:
         scores: Score table of one model.
-        rule: A name of `RULES`, of an installed `vlmlayers.rules` entry point, or
-            `path.py:function`. A function takes the table and returns a `LayerChoice`, a
-            (vision, text) pair or a mapping with these keys.
+        rule: A name of `RULES`, of an installed `vlmlayers.rules` entry point, a function of your
+            own or `path.py:function`. A function `f(scores, **options)` takes the table and returns
+            a `LayerChoice`, a (vision, text) pair or a mapping with these keys; each holds blocks
+            from 1, or text such as "5-12". It is called again on every resampled table, and the
+            choice names the rule as its `def` does.
         resamples: Resampled tables on which the rule is run again; 0 skips that.
         seed: Seed of the resampling.
         **options: Fields of the rule, such as `accuracy=0.7` for `threshold`.
@@ -54,26 +56,29 @@ def select(
     """
     table = check_scores(scores)
     chooser = make_rule(rule, options)
+    name = rule if isinstance(rule, str) else chooser.name
     blocks = depths(table)
     seen = BlockTable.of(_used(table, chooser), blocks)
     picks = chooser(seen)
-    if not any(pick.blocks for pick in picks.values()) and rule == "explicit":
+    if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
-    moves = resamples if rule not in UNSAMPLED else 0
+    moves = resamples if name not in UNSAMPLED else 0
     found = stability(chooser, seen, moves, seed) if moves else {}
     evidence = _evidence(table, chooser, blocks, picks, found)
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
-    return LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), rule, evidence)
+    return LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
 
 
 @checked
-def make_rule(rule: str, options: Mapping[str, Any]) -> Callable[..., Picks]:
-    """Return the rule object of a name with its options set.
+def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Return the rule object of a name or a function, with its options set.
 
     Raises:
         UserError: The rule or an option of it is unknown, or a value has the wrong type.
     """
     plugins = {found.name: found for found in entry_points(group=GROUP)}
+    if not isinstance(rule, str):
+        return OwnRule(name_of(rule, "rule", RULES), rule, dict(options))
     if is_user_code(rule):
         return OwnRule(rule, load_user_code(rule, "rule"), dict(options))
     if rule in plugins and rule not in RULES:
@@ -86,8 +91,7 @@ def make_rule(rule: str, options: Mapping[str, Any]) -> Callable[..., Picks]:
     typed = {
         name: _typed(rule, name, value, known[name].default) for name, value in options.items()
     }
-    made: Callable[..., Picks] = kind(**typed)
-    return made
+    return kind(**typed)
 
 
 def _typed(rule: str, name: str, value: Any, default: Any) -> Any:

@@ -17,6 +17,7 @@ from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.runs import Run, device_kind, file_mark, read_json, versions
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.schema import DatasetPart, ModelPart, Study
+from vlmlayers.user_code import is_user_code
 
 ADAPTERS = "vlmlayers.adapters"
 
@@ -180,10 +181,15 @@ class StageContext:
     @property
     def rule(self) -> str:
         """The rule's name, or its file and function with the file looked up beside the study."""
-        rule = self.study.select.rule
-        if ".py:" not in rule or Path(rule).is_absolute():
-            return rule
-        return str(self.base / rule)
+        return self._own_code(self.study.select.rule)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics; files of the user's own are looked up beside the study."""
+        return [self._own_code(name) for name in self.study.score.metrics]
+
+    def _own_code(self, name: str) -> str:
+        return str(self.base / name) if is_user_code(name) else name
 
     def model_arguments(self) -> dict[str, Any]:
         """Return the arguments of `load_model`, with paths resolved."""

@@ -11,6 +11,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import WEIGHT_SUFFIXES
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.stages import stage_entry
+from vlmlayers.user_code import is_user_code
 
 
 def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> None:
@@ -30,8 +31,8 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
     for context in contexts:
         if "extract" in picked:
             _check_model(context)
-    if "select" in picked:
-        _check_own_rule(contexts[0])
+    if "score" in picked or "select" in picked:
+        _check_own_code(contexts[0])
     if "search" in picked and contexts[0].study.search is not None:
         _check_stage(contexts[0], "search")
     if "train" in picked and contexts[0].study.train:
@@ -62,12 +63,16 @@ def _known() -> list[str]:
     return [*names(), "mini-clip", "local"]
 
 
-def _check_own_rule(context: StageContext) -> None:
-    from vlmlayers.selection.chooser import make_rule
+def _check_own_code(context: StageContext) -> None:
+    own = [name for name in context.metrics if is_user_code(name)]
+    if own:
+        from vlmlayers.scores.run import chosen_metrics
 
-    part = context.study.select
-    if ".py:" in part.rule:
-        make_rule(context.rule, part.options)
+        chosen_metrics(own)
+    if is_user_code(context.rule):
+        from vlmlayers.selection.chooser import make_rule
+
+        make_rule(context.rule, context.study.select.options)
 
 
 def _check_stage(context: StageContext, stage: str) -> None:

@@ -13,6 +13,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import shipped
 from vlmlayers.options import Options, validated
+from vlmlayers.user_code import is_user_code
 
 Split = Literal["train", "val", "test", "all"]
 DEFAULT_METRICS = (
@@ -136,7 +137,7 @@ class ScorePart(Options):
     """Which metrics, and the options of `vlmlayers.score`.
 
     Attributes:
-        metrics: Names of the METRICS table.
+        metrics: Names of the METRICS table, or `path.py:function`, beside the study file.
         options: Fields of `vlmlayers.scores.ScoreOptions`, such as `seeds` and `bootstrap`.
     """
 
@@ -299,10 +300,11 @@ def _check_names(study: Study, where: str) -> None:
     from vlmlayers.selection import make_rule
 
     for metric in study.score.metrics:
-        check_one_of("metric", metric, METRICS, where=where)
+        if not is_user_code(metric):
+            check_one_of("metric", metric, METRICS, where=where)
     validated(ScoreOptions, study.score.options, f"{where}, options of score")
     rule = study.select.rule
-    if ".py:" not in rule:
+    if not is_user_code(rule):
         try:
             make_rule(rule, study.select.options)
         except UserError as error:

@@ -14,6 +14,7 @@ from vlmlayers.errors import DataFault, OtherExtraction, UserError
 from vlmlayers.runs import environment, file_mark
 from vlmlayers.selection import select
 from vlmlayers.study.context import Dataset, StageContext
+from vlmlayers.user_code import is_user_code
 
 GROUP = "vlmlayers.stages"
 
@@ -157,6 +158,7 @@ def _score_inputs(context: StageContext) -> Any:
         "left_out": sorted(context.left_out),
         "metrics": context.study.score.metrics,
         "options": context.study.score.options,
+        "own_metrics": [_own_code(name) for name in context.metrics],
         "version": version("vlm-layers"),
     }
 
@@ -167,19 +169,23 @@ def _score(context: StageContext) -> None:
     features = list(context.features())
     part = context.study.score
     context.echo(f"score    {len(part.metrics)} metrics on {len(features)} datasets")
-    scores = score(features, list(part.metrics), progress=context.progress, **part.options)
+    scores = score(features, context.metrics, progress=context.progress, **part.options)
     write_scores(scores, context.run.folder)
     context.run.record(score=part.model_dump(mode="json"), environment=environment())
 
 
+def _own_code(name: str) -> str:
+    """Return the mark of the file that a rule or metric of the user's own is in."""
+    return file_mark(Path(name.rpartition(":")[0])) if is_user_code(name) else ""
+
+
 def _select_inputs(context: StageContext) -> Any:
     part = context.study.select
-    own = file_mark(Path(context.rule.rpartition(":")[0])) if ".py:" in part.rule else ""
     return {
         "scores": file_mark(context.run.scores),
         "select": part.model_dump(),
         "seed": context.seed,
-        "own_rule": own,
+        "own_rule": _own_code(context.rule),
         "search": file_mark(context.run.search) if part.rule == "search" else "",
         "version": version("vlm-layers"),
     }

@@ -89,14 +89,13 @@ def score_run(
         UserError: No features, an unknown metric or option.
     """
     from vlmlayers.features.store import open_features
-    from vlmlayers.metrics import METRICS
     from vlmlayers.scores import score, score_streaming, write_scores
+    from vlmlayers.scores.run import chosen_metrics
     from vlmlayers.scores.streamed import STREAMED
 
     run = Run(Path(folder))
     stores = run.stores()
-    for name in metrics or ():
-        check_one_of("metric", name, METRICS)
+    chosen_metrics(metrics)
     if streaming:
         for name in options:
             check_one_of("option of streamed scores", name, ("sample",))

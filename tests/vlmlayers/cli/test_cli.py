@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from run_folders import make_run, tiny_clip
+from synthetic import make_features
 
 from vlmlayers import cli
 from vlmlayers.cli import extensions
 from vlmlayers.errors import UserError
+from vlmlayers.features.writer import write_features
 from vlmlayers.options import parse_settings
 from vlmlayers.runs import Run
 
@@ -51,6 +53,18 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return code, read.out, read.err
 
     return of
+
+
+def test_a_metric_of_ones_own_and_one_line_for_what_was_not_computed(call, tmp_path: Path) -> None:
+    run, file = Run(tmp_path / "run"), tmp_path / "mine.py"
+    write_features(make_features(), run.features / "alpha")
+    file.write_text("def mean_norm(x):\n    return (x**2).sum(axis=1).mean() ** 0.5\n")
+    code, out, err = call("score", run.folder, "-m", f"{file}:mean_norm", "-m", "style_accuracy")
+    assert code == 0 and "scores of 1 metrics" in out
+    (line,) = [line for line in err.splitlines() if "not computed" in line]
+    assert line == (
+        "Warning: not computed: style_accuracy (no two datasets share four or more class names)"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -579,25 +580,27 @@ def test_no_score_at_all_is_refused_with_the_reasons(options: dict, reason: str)
         score(make_features(), **options, **QUICK)
 
 
-def test_what_was_asked_for_and_not_computed_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_asked_for_and_not_computed_is_named() -> None:
     few = make_features("few", number=3, items=6, classes=6)
     members, names = [*many(2), few], ["fisher_ratio", "cka_debiased", "centroid_gap"]
-    score(members, names, positions=["embed", 3, "final"], **QUICK)
-    (line,) = caplog.messages
-    assert line == (
+    with pytest.warns(UserWarning) as said:
+        score(members, names, positions=["embed", 3, "final"], **QUICK)
+    (warning,) = said
+    assert warning.filename == __file__
+    assert str(warning.message) == (
         "not computed: fisher_ratio of few (one item per class); "
         "centroid_gap at final (it has no value there)"
     )
-    caplog.clear()
-    score(many(2), ["fisher_ratio", "style_accuracy"], spaces=["native", "normed"], **QUICK)
-    assert caplog.messages == [
+    with pytest.warns(UserWarning) as said:
+        score(many(2), ["fisher_ratio", "style_accuracy"], spaces=["native", "normed"], **QUICK)
+    assert [str(warning.message) for warning in said] == [
         "not computed: fisher_ratio in normed space (no normed features were extracted); "
         "style_accuracy (no two datasets share four or more class names)"
     ]
-    caplog.clear()
-    score(many(2), positions=3, **QUICK)  # of all metrics some always do not apply
-    score(many(2), ["cka_debiased", "cka_debiased_max"], positions=3, **QUICK)
-    assert caplog.messages == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(many(2), positions=3, **QUICK)  # of all metrics some always do not apply
+        score(many(2), ["cka_debiased", "cka_debiased_max"], positions=3, **QUICK)
 
 
 def test_too_few_items_are_refused_not_guessed() -> None:

@@ -1,0 +1,63 @@
+"""Metrics that a user hands over as functions: `vl.score(features, metrics=[my_function])`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from inspect import Parameter, signature
+from typing import Any
+
+from vlmlayers.errors import UserError
+from vlmlayers.metrics.declare import INF, Metric
+from vlmlayers.user_code import name_of
+
+OWN = "own"  # the level of such a metric
+
+
+def own_metric(function: Callable[..., Any], taken: Collection[str]) -> tuple[str, Metric]:
+    """Return name and entry of a function that is to serve as a metric.
+
+    Args:
+        function: Takes the features of one dataset at one position, (item, width) in float64,
+            and where it has a second argument without a default the class ids, (item,); returns a
+            number.
+        taken: Names that it may not have.
+
+    Raises:
+        UserError: It has no name, one that is taken, or needs other arguments.
+    """
+    name = name_of(function, "metric", taken)
+    try:
+        shape = signature(function)
+    except ValueError:  # some builtin functions tell nothing of their arguments
+        raise UserError(f"metric {name!r} hides its arguments; write it as a `def`") from None
+    places = [
+        parameter
+        for parameter in shape.parameters.values()
+        if parameter.default is Parameter.empty
+        and parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(places) not in (1, 2):
+        raise UserError(
+            f"metric {name!r} must take features, or features and labels, "
+            f"not {len(places)} arguments"
+        )
+
+    def value(*arrays: Any) -> float:
+        try:
+            return float(function(*arrays))
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name} fails: {type(error).__name__}: {reason}") from error
+
+    value.__doc__ = function.__doc__
+    labelled = len(places) == 2
+    return name, Metric(
+        value,
+        OWN,
+        "labels" if labelled else "features",
+        name.replace("_", " "),
+        "",
+        bounds=(-INF, INF),
+        direction="larger",
+        null="shuffle" if labelled else "columns",
+    )
