@@ -57,7 +57,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_metric_of_ones_own_and_one_line_for_what_was_not_computed(call, tmp_path: Path) -> None:
     run, file = Run(tmp_path / "run"), tmp_path / "mine.py"
-    write_features(make_features(), run.features / "alpha")
+    write_features(run.features / "alpha", make_features())
     file.write_text("def mean_norm(x):\n    return (x**2).sum(axis=1).mean() ** 0.5\n")
     code, out, err = call("score", run.folder, "-m", f"{file}:mean_norm", "-m", "style_accuracy")
     assert code == 0 and "scores of 1 metrics" in out
