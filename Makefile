@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow test-lowest check format figures notebooks lab docs bench mini-clip tune-methods methods clean
+.PHONY: help setup demo test test-slow test-lowest check format figures notebooks lab docs bench gpu mini-clip tune-methods methods clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -58,6 +58,9 @@ docs: demo ## Build the site under site/: guide, notebooks as executed, gallery,
 
 bench: setup ## All benchmarks; tables go to benchmarks/results/
 	$(RUN) benchmarks/run.py
+
+gpu: setup ## On a GPU: its tests, benchmarks and a small run in eight minutes, a short table last
+	$(RUN) benchmarks/gpu.py
 
 mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
 	$(BIN)/uv pip install --quiet --python $(RUN) -r tools/mini_clip/requirements.txt

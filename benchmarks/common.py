@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+# BENCH_RESULTS names another folder, for runs that are not to replace what is recorded.
+RESULTS = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
 VERSIONS = ("torch", "open_clip_torch", "timm", "numpy")
 
 
@@ -122,7 +123,7 @@ def _version(package: str) -> str:
 
 def write_table(name: str, rows: list[dict[str, Any]]) -> Path:
     """Write a tidy table to benchmarks/results/ and show it."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.csv"
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -1,8 +1,9 @@
 """Recording every position against a bare encode, one pass per layer, and full-length text.
 
-    python benchmarks/extraction.py [cpu|cuda] [--pairs N] [--batch N]
+    python benchmarks/extraction.py [cpu|cuda] [--pairs N] [--batch N] [--model NAME]
 
-ViT-B-32 at 224 px with random weights; tensors are made beforehand, so that decoding is outside.
+ViT-B-32 at 224 px with random weights, on a GPU in fp32, fp16 and bf16. Tensors are made
+beforehand, so that decoding is outside.
 Writes benchmarks/results/extraction-<device>.csv. Memory is measured in processes of their own.
 """
 
@@ -20,6 +21,7 @@ from common import Pair, machine, measure_pair, peak_mib, reset_peak, resident_m
 
 from vlmlayers.models import VLM, Recorder, load_model
 from vlmlayers.models.recording import block_outputs
+from vlmlayers.models.work import autocast
 
 MODEL = "ViT-B-32"
 SPACES = ("native", "joint")
@@ -38,8 +40,8 @@ NAMES = (
 )
 
 
-def load(device: str) -> VLM:
-    return load_model(MODEL, random_weights=True, device=device)
+def load(name: str, device: str) -> VLM:
+    return load_model(name, random_weights=name != "mini-clip", device=device)
 
 
 def images(model: VLM, batch: int) -> torch.Tensor:
@@ -90,8 +92,18 @@ def row(
     }
 
 
-def times(device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
-    model = load(device)
+def times(name: str, device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
+    """Compare times in every precision that suits the device."""
+    model = load(name, device)
+    rows = []
+    for precision in ("fp32", "fp16", "bf16") if device == "cuda" else ("fp32",):
+        with autocast(model.device, precision):
+            made = times_of(model, device, pairs, batch)
+        rows += [{**row, "precision": precision} for row in made]
+    return rows
+
+
+def times_of(model: VLM, device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     x = images(model, batch)
     rows = []
@@ -155,11 +167,12 @@ def times(device: str, pairs: int, batch: int) -> list[dict[str, Any]]:
     return rows
 
 
-def memory(device: str, batch: int) -> list[dict[str, Any]]:
+def memory(name: str, device: str, batch: int) -> list[dict[str, Any]]:
     """Compare peaks: of the whole process, and of what is added to the loaded model."""
     found = {}
     for work in ("record", "bare"):
-        command = [sys.executable, __file__, device, "--batch", str(batch), "--memory", work]
+        command = [sys.executable, __file__, device, "--batch", str(batch), "--memory", work,
+                   "--model", name]  # fmt: skip
         output = subprocess.run(
             command, check=True, capture_output=True, text=True, env={**os.environ, **RETURN_PAGES}
         ).stdout
@@ -174,14 +187,15 @@ def memory(device: str, batch: int) -> list[dict[str, Any]]:
             "mib": round(found["record"][quantity], 1),
             "mib_against": round(found["bare"][quantity], 1),
             "batch": batch,
+            "precision": "fp32",
         }
         for quantity in ("peak memory", "peak memory above the model")
     ]
 
 
-def peak_of(work: str, device: str, batch: int) -> None:
+def peak_of(work: str, name: str, device: str, batch: int) -> None:
     """Print the peak memory of a few batches of one kind of work."""
-    model = load(device)
+    model = load(name, device)
     x = images(model, batch)
     recorder = Recorder(model.towers["vision"], SPACES)  # probes with two images
 
@@ -214,13 +228,14 @@ def main() -> None:
     parser.add_argument("device", nargs="?", default=default, choices=("cpu", "cuda"))
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--memory", choices=("record", "bare"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        peak_of(options.memory, options.device, options.batch)
+        peak_of(options.memory, options.model, options.device, options.batch)
         return
-    rows = memory(options.device, options.batch)
-    rows += times(options.device, options.pairs, options.batch)
+    given = options.model, options.device
+    rows = times(*given, options.pairs, options.batch) + memory(*given, options.batch)
     place = machine(options.device)
     for line in rows:
         print(
@@ -228,7 +243,7 @@ def main() -> None:
             f"(to reach {line['goal']})"
         )
     write_table(
-        f"extraction-{options.device}", [{"model": MODEL, **line, **place} for line in rows]
+        f"extraction-{options.device}", [{"model": options.model, **line, **place} for line in rows]
     )
 
 

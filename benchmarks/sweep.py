@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import machine, write_table
 
 PLACEMENTS, SEEDS = 12, (1, 2, 3)
@@ -45,8 +46,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     asked = parser.parse_args()
     script = Path(sys.executable).with_name("vlmlayers")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     root = ["--data-root", asked.data_root] if asked.data_root else []
-    common = [asked.model, asked.dataset, "--recipe", "mini", "--device", "cpu", "--quiet", *root]
+    common = [asked.model, asked.dataset, "--recipe", "mini", "--device", device, "--quiet", *root]
     if asked.small:
         common += ["--set", "epochs=1", "--set", "shots=2", "--limit", "40"]
     step = max(1, PLACEMENTS // asked.separate)
@@ -62,7 +64,7 @@ def main() -> None:
             alone.append(measured([str(script), *own, "--out", f"{folder}/{start}"]))
     runs = PLACEMENTS * len(SEEDS)
     means = [runs * sum(pair[i] for pair in alone) / len(alone) for i in (0, 1)]
-    where = {"model": asked.model, "dataset": asked.dataset, **machine()}
+    where = {"model": asked.model, "dataset": asked.dataset, **machine(device)}
     for kind, (processor, wall), count in (
         ("one sweep", swept, 1),
         (f"{runs} runs, {len(alone)} measured and multiplied", means, len(alone)),
@@ -79,7 +81,7 @@ def main() -> None:
             }
         )
     if not asked.small:
-        write_table("sweep", rows)
+        write_table("sweep" if device == "cpu" else f"sweep_{device}", rows)
     print(f"processor time: {means[0] / swept[0]:.2f} times less than {runs} separate runs")
 
 

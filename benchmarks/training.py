@@ -2,6 +2,9 @@
 
     python benchmarks/training.py [--rounds N] [--architecture NAME] [--placements 5,9]
 
+On a GPU in fp32, fp16 (with loss scaling, as published) and bf16, with our step also `recorded` as
+a CUDA graph. The public recipe reads its loss at every step, ours does not.
+
 ViT-B/16 size with random weights, batch 16, the prompts of 50 classes of Caltech101. All sides get
 the same images, labels and adapter and take turns; their losses are compared. Decoding and
 augmenting are not in the step: they are the same for every side. Views: `fresh` computes the
@@ -14,11 +17,12 @@ processor time, which other work on the machine disturbs less.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -31,12 +35,17 @@ from torch.nn import functional as F
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.prompts import class_prompts
+from vlmadapters.device import precision_of
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
+from vlmadapters.training.graphs import StepGraph
+from vlmadapters.training.optimization import new_optimizer
+from vlmadapters.training.recipes import TrainConfig
 from vlmlayers.models.load import build_clip
 
 BATCH, ARCHITECTURE, TEMPLATE = 16, "ViT-B-16-quickgelu", "a photo of a {}."
 PUBLIC, OURS, PLAIN = "public recipe", "ours", "ours, torch's products"
+RECORDED = "ours, recorded"
 # The first 50 classes of Caltech101 by label, as its split file names them.
 CLASSES = [
     "face", "leopard", "motorbike", "accordion", "airplane", "anchor", "ant", "barrel", "bass",
@@ -55,10 +64,10 @@ class Side:
 
     name: str
     views: str
-    step: Callable[[], float]
+    step: Callable[[], Any]
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    losses: list[Any] = field(default_factory=list)
 
     def run(self, wait: Callable[[], None]) -> None:
         """Make one update and note its time and loss."""
@@ -70,22 +79,32 @@ class Side:
         self.losses.append(loss)
 
 
-def stepper(logits: Callable[[], Tensor], parameters: list[Any], labels: Tensor) -> Any:
-    """Return one update: forward, backward, SGD of the published recipe."""
-    optimizer = torch.optim.SGD(parameters, lr=0.0015, momentum=0.9, weight_decay=5e-4)
+def stepper(
+    logits: Callable[[], Tensor],
+    parameters: list[Any],
+    labels: Tensor,
+    precision: str = "fp32",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Any:
+    """Return one update: forward, backward, SGD; an optimizer of ours comes without reading."""
+    reads = optimizer is None
+    used = optimizer or torch.optim.SGD(parameters, lr=0.0015, momentum=0.9, weight_decay=5e-4)
+    _, scaler = precision_of(precision, labels.device)
 
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
+    def step() -> Any:
+        used.zero_grad(set_to_none=True)
         loss = F.cross_entropy(logits().float(), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        scaler.scale(loss).backward()
+        scaler.step(used)
+        scaler.update()
+        return loss.item() if reads else loss.detach()
 
     return step
 
 
-def public_side(clip: Any, config: MMAConfig, data: tuple[Tensor, ...], cast: Any) -> Side:
+def public_side(clip: Any, config: MMAConfig, data: tuple[Tensor, ...], precision: str) -> Side:
     """Return the step of the public recipe, which knows no cached views."""
+    cast, _ = precision_of(precision, data[0].device)
     images, labels, tokens = data
     public, start = PublicMMA(clip, config).to(images.device), new_adapter(clip, config)
     parameters = public.adapter_parameters()
@@ -98,14 +117,15 @@ def public_side(clip: Any, config: MMAConfig, data: tuple[Tensor, ...], cast: An
             found: Tensor = public(images, tokens)
         return found
 
-    return Side(PUBLIC, "fresh", stepper(logits, list(parameters.values()), labels))
+    return Side(PUBLIC, "fresh", stepper(logits, list(parameters.values()), labels, precision))
 
 
 def our_side(
-    name: str, views: str, clip: Any, config: MMAConfig, data: tuple[Tensor, ...], cast: Any
+    name: str, views: str, clip: Any, config: MMAConfig, data: tuple[Tensor, ...], precision: str
 ) -> Side:
     """Return our step from the same initial adapter."""
     images, labels, tokens = data
+    cast, _ = precision_of(precision, images.device)
     adapter, backbone = new_adapter(clip, config), Backbone(clip, Savings(onednn=name != PLAIN))
     first = config.vision[0]
     with cast():
@@ -117,7 +137,25 @@ def our_side(
             state = kept if views == "cached" else backbone.images(images, [first])[first]
             return backbone.logits(state, prompts, adapter)
 
-    return Side(name, views, stepper(logits, list(adapter.parameters()), labels))
+    train = TrainConfig(precision=precision, cuda_graph=name == RECORDED)
+    optimizer = new_optimizer(adapter.parameter_groups(), train)
+    step = stepper(logits, [], labels, precision, optimizer)
+    if name != RECORDED:
+        return Side(name, views, step)
+    graph = StepGraph()
+
+    def replayed() -> Tensor:
+        return graph.run(lambda _: [step()], labels)[0]
+
+    return Side(name, views, replayed)
+
+
+def architecture_of(name: str) -> dict[str, Any]:
+    """Return an architecture of open_clip, or of a JSON file."""
+    if name.endswith(".json"):
+        found: dict[str, Any] = json.loads(Path(name).read_text(encoding="utf-8"))
+        return found
+    return dict(open_clip.get_model_config(name))
 
 
 def peak(step: Callable[[], Any], device: str) -> float:
@@ -141,11 +179,9 @@ def compare(
     images = torch.randn(BATCH, 3, *size, generator=generator).to(device)
     labels = torch.randint(0, len(CLASSES), (BATCH,), generator=generator).to(device)
     tokens = open_clip.tokenize(class_prompts(CLASSES, TEMPLATE)).to(device)
-    cast: Any = nullcontext
-    if precision != "fp32":
-        cast = lambda: torch.autocast(device, dtype=torch.bfloat16)  # noqa: E731
-    given = clip, MMAConfig.span(first, 12), (images, labels, tokens), cast
-    names = (OURS, PLAIN) if device == "cpu" else (OURS,)
+    clip.requires_grad_(False)
+    given = clip, MMAConfig.span(first, 12), (images, labels, tokens), precision
+    names = (OURS, PLAIN) if device == "cpu" else (OURS, RECORDED)
     ours = [our_side(name, views, *given) for name in names for views in ("fresh", "cached")]
     sides = [public_side(*given), *ours]
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -164,7 +200,7 @@ def row(side: Side, public: Side, device: str, batch: int = BATCH) -> dict[str, 
     middle = statistics.median(side.seconds[1:])
     ratios = [a / b for a, b in zip(public.seconds[1:], side.seconds[1:])]
     cpu = [a / b for a, b in zip(public.cpu[1:], side.cpu[1:])]
-    difference = max(abs(a - b) for a, b in zip(side.losses, public.losses))
+    difference = max(abs(float(a) - float(b)) for a, b in zip(side.losses, public.losses))
     made = {
         "side": side.name, "views": side.views, "seconds": round(middle, 4),
         "images_per_second": round(batch / middle, 2),
@@ -185,8 +221,8 @@ def main() -> None:
     parser.add_argument("--placements", default="5,9", help="first adapted blocks; up to 12")
     asked = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precisions = ("fp32", "bf16") if device == "cuda" else ("fp32",)
-    architecture = open_clip.get_model_config(asked.architecture)
+    precisions = ("fp32", "fp16", "bf16") if device == "cuda" else ("fp32",)
+    architecture = architecture_of(asked.architecture)
     rows = [
         {"model": asked.architecture, **made}
         for precision in precisions

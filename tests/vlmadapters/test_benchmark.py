@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +68,39 @@ def test_both_sides_of_the_benchmark_of_methods_take_the_same_steps(
         ("public recipe", "fresh"), ("ours", "fresh"), ("ours", "cached"),
     ]  # fmt: skip
     assert all(float(row["largest_loss_difference"]) < 1e-4 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_session_on_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path, repository: Path) -> None:
+    """Every part runs, and a part for which there is no time left is said to have had none."""
+    small = config({"layers": 12, "width": 32, "head_width": 16}, {"layers": 12})
+    architecture = tmp_path / "small.json"
+    architecture.write_text(json.dumps(small))
+    script = [sys.executable, str(repository / "benchmarks" / "gpu.py"), "--rounds", "2"]
+    script += ["--model", "mini-clip", "--architecture", str(architecture), "--batch", "8"]
+    script += ["--tests", "tests/vlmadapters/test_gpu.py", "--dataset", "flags", "--limit", "20"]
+    environment = {**os.environ, "BENCH_RESULTS": str(tmp_path / "results")}
+
+    def lines(*more: str) -> str:
+        done = subprocess.run(
+            [*script, *more], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.rpartition("torch ")[2]
+
+    told = lines("--only", "tests,extraction,training")
+    assert "GPU tests" in told and "skipped" in told
+    assert "all positions, one pass, bare encode, fp32" in told
+    assert "public recipe, fresh, fp32" in told
+    assert "no time left" in lines("--only", "run", "--minutes", "0")
+    tables = {path.name for path in (tmp_path / "results").iterdir()}
+    assert tables == {"extraction-cpu.csv", "training_cpu.csv", "gpu_session_cpu.csv"}
+
+
+@pytest.mark.slow
+def test_the_small_run_of_the_session_says_what_it_took(tmp_path: Path, repository: Path) -> None:
+    script = str(repository / "benchmarks" / "gpu.py")
+    command = [sys.executable, script, "--run", "flags", "--limit", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["seconds"] > 0 and found["busy"] is None and found["rows"] > 1

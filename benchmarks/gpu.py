@@ -1,0 +1,177 @@
+"""All that wants a GPU, in one go: tests, benchmarks, and a small base-to-novel run.
+
+    python benchmarks/gpu.py [--minutes 8] [--only tests,extraction,training,run]
+
+The parts run in order of value, each in a process of its own, and what the time does not suffice
+for is stopped and said. Tables go to benchmarks/results/, named by device; a short table is printed
+last. Without a GPU the same parts run on the CPU, which rehearses them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+from common import RESULTS, machine, write_table
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXTRACTION, TRAINING = f"extraction-{DEVICE}", f"training_{DEVICE}"
+SAMPLE = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
+
+
+def commands(asked: argparse.Namespace) -> dict[str, list[str]]:
+    """Return what each part runs, in order of value."""
+    tests = ["-m", "pytest", "-q", "-n", "0", "-m", "gpu", *asked.tests.split(",")]
+    batch = ["--batch", str(asked.batch)]
+    return {
+        "tests": tests,
+        "extraction": [
+            str(HERE / "extraction.py"), DEVICE, "--model", asked.model, *batch,
+            "--pairs", str(asked.rounds),
+        ],
+        "training": [
+            str(HERE / "training.py"), "--architecture", asked.architecture,
+            "--placements", "5", "--rounds", str(asked.rounds),
+        ],
+        "run": [__file__, "--run", asked.dataset, "--limit", str(asked.limit)],
+    }  # fmt: skip
+
+
+@contextmanager
+def utilisation() -> Iterator[list[float]]:
+    """Give the shares of time, in percent, that the GPU was busy; filled when the context ends."""
+    busy: list[float] = []
+    script = shutil.which("nvidia-smi")
+    if script is None or DEVICE == "cpu":
+        yield busy
+        return
+    with TemporaryFile("w+") as file:
+        sampler = subprocess.Popen([script, *SAMPLE], stdout=file)
+        try:
+            yield busy
+        finally:
+            sampler.terminate()
+            sampler.wait()
+            file.seek(0)
+            busy += [float(line) for line in file if line.strip().isdecimal()]
+
+
+def small_run(dataset: str, limit: int) -> None:
+    """Train and test MMA base to novel on the miniature CLIP; print what it took."""
+    import vlmadapters as va
+    from vlmlayers.models import load_model
+
+    model, recipe = load_model("mini-clip", device=DEVICE), va.load_recipe("mini", "mma")
+    began = time.perf_counter()
+    with utilisation() as busy:
+        table = va.train(
+            model, dataset, recipe, seeds=1, limit=limit, progress=False,
+            workers=min(8, os.cpu_count() or 1),
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    share = round(statistics.mean(busy)) if busy else None
+    print(json.dumps({"seconds": round(seconds, 1), "busy": share, "rows": len(table)}))
+
+
+def summary(part: str, output: str) -> list[dict[str, Any]]:
+    """Return the lines of the short table that a finished part gives."""
+    if part == "tests":
+        told = [line for line in output.splitlines() if line.strip()]
+        return [
+            {"what": "GPU tests", "value": told[-1].strip("= ") if told else "", "goal": "pass"}
+        ]
+    if part == "run":
+        found = json.loads(output.splitlines()[-1])
+        return [
+            {"what": "base-to-novel run, s", "value": found["seconds"], "goal": ""},
+            {"what": "  GPU busy, %", "value": found["busy"], "goal": ">= 80"},
+        ]
+    name, key = {"extraction": (EXTRACTION, "work"), "training": (TRAINING, "side")}[part]
+    with (RESULTS / f"{name}.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("quantity", "time") == "time"]
+    goals = {"training": ">= 2.5"}
+    return [
+        {
+            "what": ", ".join(row[k] for k in (key, "against", "views", "precision") if row.get(k)),
+            "value": row["ratio"],
+            "goal": row.get("goal") or goals.get(part, ""),
+        }
+        for row in rows
+    ]
+
+
+def finished(command: list[str], seconds: float) -> tuple[int | None, str]:
+    """Return the exit code of a command, None where its time ran out, and what it printed."""
+    process = subprocess.Popen(
+        command, cwd=HERE.parent, text=True, stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=max(seconds, 0.0))
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            process.communicate()
+    return process.returncode, output
+
+
+def main() -> int:
+    """Run the parts one after the other and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--only", default="tests,extraction,training,run")
+    parser.add_argument("--tests", default="tests", help="files or folders with GPU tests")
+    parser.add_argument("--model", default="ViT-B-16", help="of the extraction")
+    parser.add_argument("--architecture", default="ViT-B-16-quickgelu", help="of the training step")
+    parser.add_argument("--batch", type=int, default=128, help="images of the extraction's batch")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--dataset", default="textures", help="of the small run")
+    parser.add_argument("--limit", type=int, default=0, help="test items of the small run")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.run:
+        small_run(asked.run, asked.limit)
+        return 0
+    end, table, failed = time.monotonic() + 60 * asked.minutes, [], False
+    for part, command in commands(asked).items():
+        if part not in asked.only.split(","):
+            continue
+        print(f"== {part}", flush=True)
+        began = time.monotonic()
+        code, output = finished([sys.executable, *command], end - began)
+        if code is None:
+            table.append({"what": part, "value": "no time left", "goal": ""})
+            continue
+        print(output, flush=True)
+        took = {"seconds": round(time.monotonic() - began, 1)}
+        failed |= code != 0
+        if code and part != "tests":
+            table.append({"what": part, "value": "failed", "goal": "", **took})
+        else:
+            table += [{**line, **took} for line in summary(part, output)]
+    where = machine(DEVICE)
+    write_table(f"gpu_session_{DEVICE}", [{**line, **where} for line in table])
+    print(f"\n{where['hardware']}, torch {where['torch']}")
+    for line in table:
+        print(f"{line['what']:60} {line['value']!s:>24}  {line['goal']}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
