@@ -66,6 +66,7 @@ class DataIdentity:
 
     def packed(self) -> bytes:
         """Return the content of a file that `read` takes; the same bytes each time."""
+        # Without a time, or equal contents would give files of different bytes.
         return gzip.compress(self.text().encode(), mtime=0)
 
     def save(self, file: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import nn
 
 from vlmlayers.errors import UserError
@@ -45,16 +42,3 @@ def first_norm(block: nn.Module, tower: Tower) -> nn.Module:
         f"the {tower.name} tower's blocks ({tower.family}, {type(block).__name__}) have no first "
         "norm, which the multi-modal adapter reads; choose a backbone of pre-norm blocks"
     )
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Hold every parameter's `requires_grad` at False for the length of the context."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

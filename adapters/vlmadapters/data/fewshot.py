@@ -41,6 +41,7 @@ def few_shot(items: Iterable[Item], shots: int, seed: int) -> list[Item]:
         groups.setdefault(item.label, []).append(item)
     if not groups:
         raise UserError("there are no training items to draw from; check the split file")
+    # Python's own generator, as in the published code: another would draw other items.
     generator = random.Random(seed)
     return [
         item

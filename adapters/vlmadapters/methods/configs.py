@@ -133,6 +133,7 @@ class CoOpConfig(ContextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # The public code loads the one set of words for all classes and never looks at the option.
         if self.as_published and split_words(self.words):
             object.__setattr__(self, "class_specific", False)
 

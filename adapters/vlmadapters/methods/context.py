@@ -134,6 +134,7 @@ def _counts(backbone: Backbone, texts: Sequence[str]) -> Tensor:
 def _special(backbone: Backbone) -> tuple[int, int]:
     """Return how many tokens stand before a text, and how many before and after it."""
     one, two = backbone.tokens([PLACEHOLDER, f"{PLACEHOLDER} {PLACEHOLDER}"])
+    # Up to the first difference the ids are the start and the one word that both texts have.
     alike = int((one == two).int().cumprod(0).sum())
     return alike - 1, int(_counts(backbone, [PLACEHOLDER])) - 1
 
@@ -154,6 +155,7 @@ def context_state(backbone: Backbone, tokens: Tensor, slots: Tensor, block: int)
     x, ids = states[1].x, states[1].inputs
     if x is None or not states[1].length:
         raise UserError(_no_place(backbone))
+    # By difference: towers keep their positions in places and shapes of their own.
     positional = x[:, : ids.shape[1]] - word_embedding(backbone, ids)
     return replace(states[block], note=Slots(slots, take(positional, slots)))
 
@@ -208,6 +210,7 @@ def starting_context(
         x = word_embedding(backbone, tokens) if block == 1 else states[block].x
         assert x is not None
         at_slots = take(x, slots)  # (class, word, width)
+        # In double precision, where the mean of equal rows is that row to the bit.
         found[block] = at_slots if count is not None else at_slots.double().mean(0).to(x.dtype)
     return found
 

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vlmadapters.clip.towers import backbone_towers, first_norm, frozen
+from vlmadapters.clip.towers import backbone_towers, first_norm
 from vlmadapters.methods.base import Method
 from vlmlayers.errors import UserError
+from vlmlayers.models.modes import frozen
 from vlmlayers.models.towers import Tower
 
 M = TypeVar("M", bound=Method)

@@ -169,6 +169,7 @@ class LASP(LearnedContext):
         tokens, slots = context_prompts(backbone, names, self.config.start_words)
         state = context_state(backbone, tokens, slots, 1)
 
+        # A function, since a test never needs them and the encoding of 35 templates takes long.
         def references() -> Tensor:
             asked = replace(task, class_names=names)
             texts = (asked.prompts(one) for one in self.config.templates or TEMPLATES)
@@ -218,6 +219,7 @@ class LASP(LearnedContext):
         if step.draws is not None:
             drawn = step.draws.get("noise")
         elif torch.rand((), generator=step.generator) < 0.5:
+            # On the CPU, so that a seed gives the same noise on every device.
             drawn = torch.randn(references.shape, generator=step.generator)
         else:
             drawn = None

@@ -108,6 +108,7 @@ class Tip(Method):
         """Load parameters and buffers; the cache takes as many items as they have."""
         if "labels" in state_dict:
             items = state_dict["labels"].numel()
+            # A new method has an empty cache, into whose shape no stored one would load.
             self.fill(self.keys.new_zeros(items, self.keys.shape[1]), self.labels.new_zeros(items))
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -142,6 +143,7 @@ class Tip(Method):
             hits = [((plain + alpha * cached).argmax(1) == labels).sum() for alpha in alphas]
             found.append(torch.stack(hits))
         table = torch.stack(found).cpu().numpy()
+        # argmax takes the first of equals, as a search that only replaces on more hits does.
         row, column = np.unravel_index(table.argmax(), table.shape)
         hit = float(table.max() > 0)
         self.alpha.fill_(hit * alphas[column])

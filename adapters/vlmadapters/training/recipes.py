@@ -320,11 +320,6 @@ def default_recipe(model: str, method: str = "mma") -> str:
     return "mini" if model == "mini-clip" and "mini" in _shipped(method) else "published"
 
 
-def recipe_names(method: str = "mma") -> list[str]:
-    """Return the names of a method's shipped recipes."""
-    return list(_shipped(method))
-
-
 @checked
 def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
     """Return a recipe by name (`published`, `mini`, …) or from a TOML file.

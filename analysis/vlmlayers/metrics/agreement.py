@@ -26,7 +26,6 @@ from vlmlayers.metrics.checks import (
     varies,
 )
 
-Kernel = Callable[..., Array]
 Signature = Callable[..., Array]
 
 

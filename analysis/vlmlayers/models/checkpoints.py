@@ -127,6 +127,7 @@ def _converted(clip: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     Reference: `open_clip.factory.load_checkpoint`, whose steps these are.
     """
     state = convert_state_dict(clip, state)
+    # Text weights at the top are of the layout in which the text tower was no module of its own.
     if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for key in ("logit_scale", "logit_bias"):  # a number, or one number in a list
@@ -155,6 +156,7 @@ def _resize_positions(clip: Any, state: dict[str, Tensor]) -> dict[str, tuple[in
     trunk: Any = getattr(clip.visual, "trunk", None)
     if timm in state and state[timm].shape != trunk.pos_embed.shape:
         grid = trunk.patch_embed.grid_size
+        # Class and register tokens have positions of their own, which no grid contains.
         special = trunk.pos_embed.shape[1] - grid[0] * grid[1]
         state[timm] = resample_abs_pos_embed(state[timm], grid, num_prefix_tokens=special)
     after = {key: state[key].shape[-2] for key in before}

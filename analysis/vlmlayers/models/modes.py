@@ -24,14 +24,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Hold every parameter's `requires_grad` at False, then give it back where it was True."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode and without gradients, then give both back as they were."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with eval_mode(model):
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
+    with eval_mode(model), frozen(model):
+        yield

@@ -185,6 +185,7 @@ def _coca_pool(visual: VisionTransformer) -> Apply:
         keys = pool.ln_k(x)
         query = pool.ln_q(pool.query if average else pool.query[:1])
         queries = query.unsqueeze(0).expand(len(x), -1, -1)  # (item, query, joint)
+        # The first query is what contrast is trained on; the others are for captions.
         found = visual.ln_post(pool.attn(queries, keys, keys, need_weights=False)[0])
         return found[:, 1:].mean(1) if average else found[:, 0]
 
@@ -238,6 +239,7 @@ def _open_clip_text(text: nn.Module) -> Tower:
     if pool == "first":
         tower.pooling, tower.pool_note = "cls", "first token"
     if causal and not class_token and ends is not None:
+        # No token sees those behind it, and features are read at the end of text: the rest is idle.
         tower.cut = lambda ids: ids[:, : int(ends(ids).max()) + 1]
     tower.run = _text_run(module, tower, pool)
     return tower

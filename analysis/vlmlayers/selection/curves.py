@@ -127,6 +127,7 @@ class BlockTable:
         used = cell >= 0
         count = np.bincount(cell[used], minlength=cells)
         total = np.bincount(cell[used], values[used], minlength=cells)
+        # 0 / 0 is how an empty cell becomes NaN.
         with np.errstate(invalid="ignore"):
             return total / count, count
 

@@ -51,6 +51,7 @@ class Resampler:
 
     def draw(self, generator: np.random.Generator) -> BlockTable:
         """Return one resampled table."""
+        # Rows of seed -1 were computed without one and are part of every draw.
         picked = [self.rows_by_seed[-1]] if -1 in self.rows_by_seed else []
         if self.seeds:
             picked += [
@@ -85,6 +86,7 @@ def stability(
         counts = np.zeros(depth)
         for picked in chosen:
             counts[np.asarray(picked, dtype=int) - 1] += 1
+        # A block that was drawn, not a number between two blocks.
         low, high = np.quantile(starts, (0.025, 0.975), method="inverted_cdf") if starts else (0, 0)
         found[tower] = {
             "frequency": (counts / max(1, resamples)).tolist(),
