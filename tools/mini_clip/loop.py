@@ -348,12 +348,12 @@ class Training:
 def load_sources(
     recipe: Recipe, folder: Path, root: Path | None, show: bool = True
 ) -> list[Source]:
-    """Decode the training splits of every share and of every built-in set."""
+    """Decode the training splits of every share and of every built-in set but unseen ones."""
     taught = recipe["teacher"]["taught"]
     real = [
         load_source(n, w, folder, root, None, show, taught) for n, w in recipe["shares"].items()
     ]
-    names = builtin.names()
+    names = [name for name in builtin.names() if not builtin.get(name).unseen]
     share = recipe["drawn_share"] / max(1, len(names))
     return real + [load_source(n, share, folder, root, recipe["drawn_items"], show) for n in names]
 

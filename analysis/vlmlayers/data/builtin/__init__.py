@@ -1,9 +1,10 @@
 """Datasets drawn by code: nothing to download, any number of items, any resolution.
 
 `names()` lists them, `get(name)` returns one. Every image depends on (dataset, split, index)
-alone; the same item at two resolutions shows the same drawing. The drawn datasets come in nine
-kinds that differ in more than colour, one of them (`shapes_*`) in four styles with the same
-classes; `digits` are scikit-learn's real handwritten ones.
+alone; the same item at two resolutions shows the same drawing. The drawn datasets come in ten
+kinds that differ in more than colour. One of them (`shapes_*`) comes in four styles with the same
+classes, one (`doodles_*`) by two hands that are hard to tell apart, and was kept out of the
+pretraining of the miniature CLIP; `digits` are scikit-learn's real handwritten ones.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def _all() -> dict[str, BuiltinDataset]:
         aerial,
         charts,
         digits,
+        doodles,
         faces,
         flags,
         letters,
@@ -31,7 +33,19 @@ def _all() -> dict[str, BuiltinDataset]:
         textures,
     )
 
-    families = (shapes, textures, letters, charts, flags, signs, aerial, faces, scenes, digits)
+    families = (
+        shapes,
+        textures,
+        letters,
+        charts,
+        flags,
+        signs,
+        aerial,
+        faces,
+        scenes,
+        digits,
+        doodles,
+    )
     return {data.name: data for family in families for data in family.datasets()}
 
 

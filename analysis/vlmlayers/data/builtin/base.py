@@ -54,6 +54,7 @@ class BuiltinDataset:
         grammar: Caption patterns over the plan's words and `{name}`.
         sizes: Items per split. Drawn datasets accept any index beyond these, too.
         endless: Whether indices beyond `sizes` are accepted.
+        unseen: Whether it stays out of the pretraining of the miniature CLIP.
     """
 
     name: str
@@ -65,6 +66,7 @@ class BuiltinDataset:
     grammar: tuple[str, ...] = field(repr=False)
     sizes: Mapping[str, int] = field(default_factory=dict)
     endless: bool = True
+    unseen: bool = False
 
     def __post_init__(self) -> None:
         if not self.sizes:
