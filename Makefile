@@ -20,7 +20,7 @@ setup: .venv/.ready ## Create .venv and install everything
 	$(BIN)/uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## The whole way on the embedded default, about two minutes
+demo: setup ## The whole way on the embedded default, training included: three minutes
 	$(BIN)/vlmlayers demo
 
 test: setup ## All tests but the slow ones
