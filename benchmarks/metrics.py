@@ -1,6 +1,6 @@
-"""What metrics cost: layer × layer CKA, the suite, one position or all, n and width, streams.
+"""What metrics cost: layer × layer CKA, the suite, one position or all, n, width, streams, tables.
 
-    python benchmarks/metrics.py [cka] [suite] [positions] [growth] [stream]
+    python benchmarks/metrics.py [cka] [suite] [positions] [growth] [stream] [tables]
 
 Tables go to benchmarks/results/metrics_*.csv with machine, versions and load. Each case runs in a
 process of its own, so that its peak memory is its own.
@@ -24,6 +24,11 @@ TEST_HELPERS = Path(__file__).parents[1] / "tests" / "vlmlayers"
 LAYERS, WIDTHS = 12, (768, 512)
 SIZES = (1_000, 4_000, 50_000)
 FIXED_N, FIXED_WIDTH = 400, 256
+TABLE_METRICS = (
+    "dataset_accuracy", "class_accuracy", "fisher_ratio", "cka_debiased", "effective_rank",
+)  # fmt: skip
+WHOLE_TABLE = {"datasets": 27, "blocks": 12, "resamples": 50}
+TABLE_SIZES = {"datasets": (3, 9), "blocks": (3, 6), "resamples": (200, 800)}
 MARKS = ("-o", "--s", ":^", "-.D")
 
 
@@ -220,6 +225,40 @@ def case_stream(n: int) -> dict[str, Any]:
     }
 
 
+def case_tables() -> list[dict[str, Any]]:
+    """Time `score` and `select` as datasets, positions and resamples grow, one at a time."""
+    sys.path.insert(0, str(TEST_HELPERS))
+    from synthetic import many
+
+    from vlmlayers.scores import score
+    from vlmlayers.selection import select
+
+    cases = [
+        WHOLE_TABLE,
+        *({**WHOLE_TABLE, k: n} for k, sizes in TABLE_SIZES.items() for n in sizes),
+    ]
+    rows = []
+    for case in cases:
+        features = many(case["datasets"], items=60, blocks=case["blocks"])
+        start = time.process_time()
+        table = score(features, list(TABLE_METRICS), bootstrap=case["resamples"], jobs=1)
+        scored = time.process_time()
+        select(table, resamples=case["resamples"])
+        selected = time.process_time()
+        for verb, seconds in (("score", scored - start), ("select", selected - scored)):
+            rows.append(
+                {
+                    "verb": verb,
+                    "datasets": case["datasets"],
+                    "positions": case["blocks"] + 3,
+                    "resamples": case["resamples"],
+                    "rows": len(table),
+                    "cpu_seconds": round(seconds, 3),
+                }
+            )
+    return rows
+
+
 def alone(*arguments: str) -> Any:
     """Run one case in a process of its own and return its result."""
     done = subprocess.run(
@@ -261,6 +300,44 @@ def run_growth() -> None:
     rows = alone("growth")
     write("growth", rows)
     plot(rows)
+
+
+def run_tables() -> None:
+    rows = alone("tables")
+    write("tables", rows)
+    plot_tables(rows)
+
+
+def plot_tables(rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Draw CPU seconds of `score` and `select` against each size, the others held at the whole."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = ("datasets", "positions", "resamples")
+    whole = rows[0]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")
+    for ax, size in zip(axes, sizes):
+        fixed = [name for name in sizes if name != size]
+        for verb, mark in zip(("score", "select"), MARKS):
+            points = sorted(
+                (row[size], row["cpu_seconds"])
+                for row in rows
+                if row["verb"] == verb and all(row[name] == whole[name] for name in fixed)
+            )
+            ax.plot(*zip(*points), mark, label=verb)
+        held = ", ".join(f"{whole[name]} {name}" for name in fixed)
+        ax.set(xscale="log", yscale="log", title=held, xlabel=size)
+        ticks = sorted({row[size] for row in rows})
+        ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+        ax.xaxis.minorticks_off()
+    axes[0].set_ylabel("CPU seconds")
+    axes[0].legend(frameon=False)
+    path = folder / "metrics_tables.svg"
+    figure.savefig(path)
+    plt.close(figure)
+    return path
 
 
 def plot(rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
@@ -307,6 +384,7 @@ RUNS: dict[str, Callable[[], None]] = {
     "suite": lambda: write("suite", [row for n in (1, 2) for row in alone("suite", str(n))]),
     "positions": lambda: write("positions", alone("positions")),
     "growth": run_growth,
+    "tables": run_tables,
     "stream": lambda: write(
         "stream", [alone("stream", str(n)) for n in (10_000, 100_000, 1_000_000)]
     ),
@@ -321,6 +399,7 @@ def main(arguments: list[str]) -> int:
             "suite": lambda jobs: case_suite(int(jobs)),
             "positions": case_positions,
             "growth": case_growth,
+            "tables": case_tables,
             "stream": lambda n: case_stream(int(n)),
         }[name]
         print(json.dumps(case(*rest)))

@@ -18,6 +18,7 @@ from typing import Any
 from vlmlayers.errors import UserError
 from vlmlayers.files import atomically, checksum, file_checksum
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
 PACKAGES = (
     "vlm-layers",
     "numpy",
@@ -187,6 +188,17 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def cores() -> int:
+    """Return how many processor cores this process may use: its affinity, its container's quota."""
+    known = hasattr(os, "sched_getaffinity")
+    found = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text(encoding="utf-8").split()[:2]
+        return max(1, min(found, int(quota) // int(period)))
+    except (OSError, ValueError):  # no container, or one without a quota ("max")
+        return found
 
 
 def versions() -> dict[str, str]:

@@ -55,7 +55,12 @@ def extract(
     precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "fp32",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,
-    workers: Annotated[int, typer.Option(help="Decoding processes.")] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Decoding processes; what the machine has where absent.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw of items.")] = 0,
     present_only: PresentOnly = False,
     skip_unreadable: SkipUnreadable = False,

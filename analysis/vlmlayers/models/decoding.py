@@ -15,10 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmlayers.data.unreadable import reason
 from vlmlayers.errors import UserError
+from vlmlayers.runs import cores
 
 # What the queue of a process says that dies while it hands a batch over; seconds until torch knows.
 _BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
 _DYING = 2.0
+WORTH_STARTING = 512  # images that take longer to decode than processes to start
+MOST_PROCESSES = 16
 
 
 class _Images(Dataset[tuple[int, Any]]):
@@ -92,6 +95,24 @@ def decode(
         with dead_workers_named():
             time.sleep(_DYING)  # torch's signal handler raises here, not in the caller's code
         raise _death(error) from error
+
+
+def decoding_processes(asked: int | None, images: int, device: torch.device) -> int:
+    """Return how many processes decode: as many as asked for, else what pays on this machine.
+
+    Beside a GPU one for each core but the one that feeds it. On a CPU the model itself keeps the
+    cores busy, and few images are decoded before processes have started: none then.
+
+    Args:
+        asked: A number, or None to choose.
+        images: How many images there are.
+        device: Where the model runs.
+    """
+    if asked is not None:
+        return asked
+    if device.type == "cpu" or images < WORTH_STARTING:
+        return 0
+    return min(max(cores() - 1, 1), MOST_PROCESSES)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import Moments
+from vlmlayers.models.decoding import decoding_processes
 from vlmlayers.models.devices import memory_errors, resolve_precision
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
@@ -206,7 +207,7 @@ def estimate(
     planned: Sequence[Any],
     *,
     out: str | Path | None = None,
-    workers: Natural = 0,
+    workers: Natural | None = None,
     **options: Any,
 ) -> str:
     """Return what an extraction will cost: time, disk and memory of each dataset, as text.
@@ -215,7 +216,7 @@ def estimate(
         model: What `load_model` returns.
         planned: (manifest, items) of each dataset.
         out: Folder of the planned store; its disk's free space is compared.
-        workers: Decoding processes.
+        workers: Decoding processes; None as `extract` chooses them.
         **options: See `measure_costs`.
     """
     disk = None if out is None else _existing(Path(out))
@@ -228,7 +229,8 @@ def estimate(
             "decode": 1e3 * one.decode,
             "write": 1e3 * one.write,
             "sum": 1e3 * one.add,
-            "hours": one.seconds(len(items), workers) / 3600,
+            "hours": one.seconds(len(items), decoding_processes(workers, len(items), model.device))
+            / 3600,
             "store_gb": len(items) * one.bytes_per_image / 1e9,
             "stream_mb": one.stream_bytes / 1e6,
         }

@@ -43,7 +43,7 @@ def extract(
     spaces: Sequence[str] = ("native", "joint"),
     pooling: str | Mapping[str, str] | None = None,
     batch_size: Count = 64,
-    workers: Natural = 0,
+    workers: Natural | None = None,
     precision: str = "fp32",
     out: str | Path | None = None,
     text: str = "prompts",
@@ -74,7 +74,8 @@ def extract(
         spaces: Among `native`, `normed`, `joint`.
         pooling: One pooling for both towers, one per tower, or None for each tower's own.
         batch_size: Items per forward pass; part of the store's identity, as it fixes rounding.
-        workers: Decoding processes.
+        workers: Decoding processes; None takes as many as the machine has cores to spare beside
+            a GPU, and none where they do not pay.
         precision: `fp32`, `tf32` (its products in TF32, on GPUs that have it), or autocast to
             `bf16` or `fp16`; `auto` takes what suits the device. Features are float32 in each case.
         out: Folder of the feature store; extraction resumes there. None keeps all in memory.

@@ -50,7 +50,7 @@ class ExtractOptions:
     spaces: Sequence[str] = ("native", "joint")
     pooling: str | Mapping[str, str] | None = None
     batch_size: Count = 64
-    workers: Natural = 0
+    workers: Natural | None = None
     precision: str = "fp32"
     text: str = "prompts"
     template: str | None = None

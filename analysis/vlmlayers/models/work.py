@@ -20,7 +20,7 @@ from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
 from vlmlayers.files import checksum
 from vlmlayers.identity import DataIdentity
-from vlmlayers.models.decoding import batches_of, dead_workers_named, decode
+from vlmlayers.models.decoding import batches_of, dead_workers_named, decode, decoding_processes
 from vlmlayers.models.devices import memory_errors, products_in
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
@@ -190,7 +190,9 @@ class Work:
             root=self.options.place,
             preprocess=self.model.preprocess,
             size=self.model.image_size,
-            workers=self.options.workers,
+            workers=decoding_processes(
+                self.options.workers, sum(len(batches[b]) for b in left), self.model.device
+            ),
             pin=self.model.device.type == "cuda",
         )
         for batch, (rows, images, bad) in zip(left, stream):

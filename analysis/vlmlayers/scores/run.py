@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from vlmlayers.metrics.own import own_metric
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.options import takes, validated
 from vlmlayers.progress import bar
+from vlmlayers.runs import cores
 from vlmlayers.scores.gaps import run_modalities, run_queries
 from vlmlayers.scores.items import run_features, run_labels, run_prompts
 from vlmlayers.scores.missing import say_missing
@@ -177,8 +177,7 @@ def job_count(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, M
         for tower in member.towers
         for positions in tower.arrays.values()
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, MOST_JOBS) if rows * len(metrics) >= WORTH_SHARING else 1
+    return min(cores(), MOST_JOBS) if rows * len(metrics) >= WORTH_SHARING else 1
 
 
 @checked

@@ -105,7 +105,7 @@ class ExtractPart(Options):
         text: `prompts` or `captions`.
         tower: `vision` or `text` to record that one alone; all that the model has where absent.
         batch_size: Items per forward pass.
-        workers: Decoding processes.
+        workers: Decoding processes; what the machine has where absent.
         precision: `fp32`, `tf32`, `bf16` or `fp16`; `auto` takes what suits the device.
         device: `cpu`, `cuda`, …; `auto` takes a GPU where there is one.
         skip_unreadable: Leave unreadable images out instead of stopping.
@@ -120,7 +120,7 @@ class ExtractPart(Options):
     text: Literal["prompts", "captions"] = "prompts"
     tower: Literal["vision", "text"] | None = None
     batch_size: int = Field(default=64, ge=1)
-    workers: int = Field(default=0, ge=0)
+    workers: int | None = Field(default=None, ge=0)
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     skip_unreadable: bool = False

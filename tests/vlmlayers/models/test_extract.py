@@ -14,8 +14,9 @@ from data_fixtures import coop_dataset, picture
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.models import extract
-from vlmlayers.models.decoding import batches_of
+from vlmlayers.models.decoding import batches_of, decoding_processes
 from vlmlayers.models.work import autocast
+from vlmlayers.runs import cores
 
 MODEL = tiny.model()
 
@@ -58,6 +59,21 @@ def test_captions_are_all_of_each_image_with_their_pairs():
     assert found.text.ids[:3] == ("first 0", "second 0", "first 1")
     assert found.text.pairs.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert found.text.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("quota", "usable"), [("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), (None, 6)]
+)
+def test_workers_default_to_what_the_machine_has(monkeypatch, tmp_path, quota, usable):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr("vlmlayers.runs.QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    assert cores() == usable
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert decoding_processes(None, 10_000, gpu) == max(usable - 1, 1)
+    assert decoding_processes(None, 10_000, cpu) == decoding_processes(None, 20, gpu) == 0
+    assert decoding_processes(3, 20, cpu) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,7 @@ def test_a_metric_added_at_run_time_is_known_in_every_process(
 
 def test_processes_are_started_for_much_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr("vlmlayers.runs.QUOTA", Path("no such file"))
     groups, every = make_groups(many(2), ScoreOptions()), chosen_metrics(None)
     assert job_count(None, groups, every) == 1
     monkeypatch.setattr("vlmlayers.scores.run.WORTH_SHARING", 1000)
