@@ -120,6 +120,7 @@ def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
         raise UserError(
             f"{path} is altered: its checksum differs; copy it again, or train it again"
         )
+    # Files of the time when MMA was the only method.
     if info["format"] == MMA_FORMAT:
         names = info["class_names"]
         info |= {"method": "mma", "settings": info["adapter"], "task": {"class_names": names}}

@@ -32,7 +32,7 @@ NEEDED = {
     "int_": "a whole number",
     "float_": "a number",
     "bool_": "true or false",
-    "string_type": "text",
+    "string_type": "a string",
     "greater_than_equal": "at least {ge}",
     "greater_than": "more than {gt}",
     "less_than_equal": "at most {le}",

@@ -164,6 +164,7 @@ class Images:
             return
         parts = iter(parts)
         with ThreadPoolExecutor(1) as maker:
+            # One ahead and no more, since each is a whole batch in memory.
             pending = [maker.submit(make, part) for part in islice(parts, 1)]
             while pending:
                 ready = pending.pop().result()

@@ -212,6 +212,7 @@ class Race:
         Rivals are left out from the end until the heat fits the budget, in full trainings.
         """
         known = {label(one): one for one in rivals if label(one) != label(default)}
+        # The likeliest rivals come first; a hair above the budget is rounding.
         while known and self.price(default, list(known.values())) > budget + 1e-9:
             self.skip(stage, known.popitem()[0], "budget")
         if not known:

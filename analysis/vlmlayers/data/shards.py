@@ -130,6 +130,7 @@ def _keyed(tar: tarfile.TarFile, path: str, size: int) -> tuple[list[_Member], l
         if not dot or any(is_foreign(part) for part in member.name.split("/")):
             others.append(member.name)
             continue
+        # A tar may hold one name several times; all are items, numbered in their order.
         key, own, number = folder + slash + stem, member.name, 1
         while own in found:
             number += 1

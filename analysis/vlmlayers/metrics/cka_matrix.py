@@ -92,6 +92,7 @@ def _mean(x: Any, block: int) -> Array:
     n = len(x)
     total = sum(matrix(x[i : i + block]).sum(axis=0) for i in range(0, n, block))
     mean = np.asarray(total / n)
+    # A second pass: a variance from sums of squares would lose its digits to a large mean.
     blocks = (np.asarray(x[i : i + block], np.float64) - mean for i in range(0, n, block))
     if not any(varies(rows, mean) for rows in blocks):
         raise UserError(f"the features of all {n} items are the same")
@@ -107,6 +108,7 @@ def _hsic(
     sizes, joint, own = np.zeros(len(ys)), np.zeros(len(ys)), 0.0
     for start in range(0, n, block):
         rows = slice(start, start + block)
+        # Centred first, which leaves HSIC as it is, and several of its terms zero.
         a = np.asarray(x[rows], np.float64) - mean
         squares = np.square(a).sum(axis=1)
         own += float(squares.sum())

@@ -191,6 +191,7 @@ def centroid_gap_null(x: Any, y: Any, pairs: Any = None) -> float:
 def frechet_null(x: Any, y: Any, pairs: Any = None, *, draws: int = 5) -> float:
     """Return the same distance after the centred rows of both modalities are mixed at random."""
     x, y = _clouds(x, y, smallest_n=2)
+    # Centred apart, so that the null has no gap of means and yet the shapes of both clouds.
     rows = np.vstack([x - x.mean(axis=0), y - y.mean(axis=0)])
     rng = np.random.default_rng(0)
     values = []
@@ -204,4 +205,5 @@ def _cloud_distance(x: Array, y: Array) -> float:
     x = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
     y = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
     total = np.square(x).sum() + np.square(y).sum()
+    # Rounding can take the difference of equal clouds a little below 0.
     return float(np.sqrt(max(total - 2.0 * nuclear_norm(x, y), 0.0)))

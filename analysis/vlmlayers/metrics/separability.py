@@ -79,6 +79,7 @@ def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
     groups = n_y if by_text else n_x
     if groups < 2:
         raise UserError("images and texts form one group; a held-out AUC needs at least 2")
+    # A fixed deal: the metric is a function of its arguments alone.
     dealt = np.random.default_rng(0).permutation(groups) % min(folds, groups)
     fold_x, fold_y = np.zeros(n_x, dtype=np.int64), np.zeros(n_y, dtype=np.int64)
     if by_text:
@@ -95,6 +96,7 @@ def _principal(fit: Array, held: Array, dims: int) -> tuple[Array, Array]:
     spread = fit - mean
     if len(fit) < fit.shape[1]:
         values, vectors = np.linalg.eigh(spread @ spread.T)
+        # Of fewer rows than columns the same directions come from the smaller matrix.
         length = np.sqrt(np.maximum(values[-dims:], 1e-300))
         basis = spread.T @ (vectors[:, -dims:] / length)
     else:

@@ -56,6 +56,7 @@ class WithinScatter:
         frobenius = float(np.square(covariance).sum())
         delta = frobenius - width * size**2
         beta = (self.fourth / self.n - frobenius) / self.n
+        # At least 1e-4, or fewer items than columns would leave the covariance singular.
         shrinkage = 1.0 if delta <= 0.0 else float(np.clip(beta / delta, 1e-4, 1.0))
         covariance *= 1.0 - shrinkage
         covariance.flat[:: width + 1] += shrinkage * size
@@ -80,6 +81,7 @@ def few_shot_predict(
     factor: Any, support: Array, support_labels: Labels, x: Array, *, classes: int
 ) -> Labels:
     """Return the class of each row whose few-shot mean is nearest in the given geometry."""
+    # A common shift changes no answer here, but large offsets would cost digits.
     centre = support.mean(axis=0)
     means = class_means(support - centre, support_labels, classes)
     return discriminant_predict(factor, means, x - centre)

@@ -175,6 +175,7 @@ class _Run:
     def _adopt(self, folder: Path) -> None:
         files = {file: _batches_in(file) for file in folder.glob("sums.*.npz")}
         name = str(self.header["dataset"])
+        # The largest first: what an interrupted start merged is then seen before its parts.
         for file, batches in sorted(files.items(), key=lambda pair: -len(pair[1])):
             if batches <= self.own:  # it was taken up before, by a start that was then killed
                 continue

@@ -58,6 +58,7 @@ class DatasetSums:
         """Take in rows; what the sample has no room for goes into the sums."""
         hashes = np.concatenate([self.hashes, hashes])
         labels = np.concatenate([self.labels, labels])
+        # The smallest hashes are a random sample that no order of arrival or split changes.
         order = np.argsort(hashes, kind="stable")
         keep, rest = np.sort(order[: self.sample_size]), np.sort(order[self.sample_size :])
         if len(np.unique(hashes[order[: self.sample_size + 1]])) < min(
@@ -125,6 +126,7 @@ class DatasetSums:
         Raises:
             UserError: Fewer than two items.
         """
+        # A small dataset is all sample, and would leave nothing to fit on.
         most = min(len(self.hashes), self.n // 2)
         if most < 1:
             raise UserError(f"{self.head.dataset}: {self.n} items; at least 2 are needed")
@@ -233,6 +235,7 @@ def _rows(chunk: LayerFeatures) -> dict[Key, Array]:
 
 
 def _hashes(dataset: str, ids: Sequence[str]) -> NDArray[np.uint64]:
+    # With the name of the dataset, so that datasets of the same images are sampled apart.
     digests = (blake2b(f"{dataset}\0{name}".encode(), digest_size=8).digest() for name in ids)
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 

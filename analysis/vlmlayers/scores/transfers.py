@@ -71,6 +71,7 @@ def _add_few_shot(
     point.require(len(labels))
     if len(ids) < 2:
         raise UserError(f"{len(ids)} class to recognise; at least 2 are needed")
+    # One item of the smallest class is left as a query.
     shots = min(point.options.shots, int(sizes.min()) - 1)
     if shots < 1:
         raise UserError("a class has one item; shots and queries need 2")
