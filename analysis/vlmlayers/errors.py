@@ -40,6 +40,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+def looked_for(path: str | os.PathLike[str]) -> str:
+    """Return, for a message about a missing path, where a relative one was looked for."""
+    found = Path(path).expanduser()
+    return "" if found.is_absolute() else f" (looked for {found.absolute()})"
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line, shortened."""
     text = " ".join(str(error).split())

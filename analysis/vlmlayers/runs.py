@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, looked_for
 from vlmlayers.files import atomically, checksum, file_checksum
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
@@ -98,8 +98,8 @@ class Run:
         run = cls(Path(folder))
         if not run.scores.exists() and not (run.folder / "scores.csv").exists():
             raise UserError(
-                f"{folder} is not a run folder: it holds no scores.parquet; make one "
-                "with `vlmlayers study` or `vlmlayers score`"
+                f"{folder} is not a run folder: it holds no scores.parquet{looked_for(folder)}; "
+                "make one with `vlmlayers study` or `vlmlayers score`"
             )
         return run
 
@@ -111,7 +111,10 @@ class Run:
         """
         found = sorted(path for path in self.features.glob("*") if path.is_dir())
         if not found:
-            raise UserError(f"{self.features} holds no features; run `vlmlayers extract` first")
+            raise UserError(
+                f"{self.features} holds no features{looked_for(self.features)}; "
+                "run `vlmlayers extract` first"
+            )
         return found
 
     def read_provenance(self) -> dict[str, Any]:
@@ -122,6 +125,20 @@ class Run:
         """Add to `provenance.json`; of several processes the first one does."""
         if is_first_process():
             write_json(self.provenance, {**self.read_provenance(), **parts})
+
+
+def score_table(source: str | Path) -> Path:
+    """Return the file of a score table: the source, or what its run folder holds.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / ("scores.parquet" if (path / "scores.parquet").exists() else "scores.csv")
+    if not path.exists():
+        raise UserError(f"{path} does not exist{looked_for(path)}; run `vlmlayers score` first")
+    return path
 
 
 def is_first_process() -> bool:

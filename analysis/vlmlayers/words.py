@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import pandas as pd
+from numbers import Real
 
 WIDTH = 80
 
 
-def text_table(table: pd.DataFrame, widths: Mapping[str, int] | None = None) -> str:
-    """Return a table as aligned text; columns in `widths` are cut with an ellipsis.
+def text_table(
+    rows: Sequence[Mapping[str, object]], widths: Mapping[str, int] | None = None
+) -> str:
+    """Return rows of the same columns as aligned text; those in `widths` are cut with an ellipsis.
 
     Numbers stand to the right, words to the left; missing values are blank.
     """
-    cells = {name: [_cell(value) for value in table[name]] for name in table.columns}
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    cells = {name: [_cell(value) for value in values] for name, values in columns.items()}
     for name, width in (widths or {}).items():
         if name in cells:
             cells[name] = [v if len(v) <= width else v[: width - 1] + "…" for v in cells[name]]
     lines = []
-    numeric = {name: pd.api.types.is_numeric_dtype(table[name]) for name in cells}
+    numeric = {
+        name: all(value is None or isinstance(value, Real) for value in values)
+        for name, values in columns.items()
+    }
     size = {
         name: max([len(str(name)), *(len(v) for v in values)]) for name, values in cells.items()
     }
-    for row in range(-1, len(table)):
+    for row in range(-1, len(rows)):
         words = [str(name) if row < 0 else cells[name][row] for name in cells]
         parts = [w.rjust(size[n]) if numeric[n] else w.ljust(size[n]) for w, n in zip(words, cells)]
         lines.append("  ".join(parts).rstrip())
@@ -49,7 +54,7 @@ def escape_markdown(text: str) -> str:
 
 
 def _cell(value: object) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+    if value is None or (isinstance(value, float) and value != value):
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from vlmlayers.architectures import check_model
 from vlmlayers.cli.options import Weights
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import typed
@@ -102,13 +103,16 @@ def _with_settings(recipe: Any, settings: Mapping[str, Any]) -> Any:
     return recipe.changed(train, values[id(recipe.method)])
 
 
-def find_datasets(names: Sequence[str], root: Path | None) -> None:
-    """Raise a UserError where a dataset is unknown or not listed, or two have one name.
+def check_inputs(model: str, weights: Weights, names: Sequence[str], root: Path | None) -> None:
+    """Check a model and datasets before torch is imported: a wrong name is said at once.
 
-    Before torch is imported: a wrong name or path is said at once.
+    Raises:
+        UserError: The model or its weights are unknown, or a dataset is unknown or not listed, or
+            two have one name.
     """
     from vlmlayers.manifests import Manifest, distinct
 
+    check_model(model, **weights.arguments())
     for manifest in distinct(map(Manifest.load, names), root):
         for split in manifest.splits(root):
             manifest.items(split, root=root)

@@ -15,7 +15,7 @@ from vlmadapters.cli.options import (
     Settings,
     Together,
     Workers,
-    find_datasets,
+    check_inputs,
     load_backbone,
     read_recipes,
     read_seeds,
@@ -105,7 +105,7 @@ def search(
         Amount.parse(one)
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
     numbers = read_seeds(seeds)
-    find_datasets(datasets, data_root)
+    check_inputs(model, weights, datasets, data_root)
     from vlmadapters.validation.candidates import scaled
     from vlmadapters.validation.search import search as run
 

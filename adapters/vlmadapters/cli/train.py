@@ -16,7 +16,7 @@ from vlmadapters.cli.options import (
     Settings,
     Together,
     Workers,
-    find_datasets,
+    check_inputs,
     load_backbone,
     read_pairs,
     read_placements,
@@ -102,7 +102,7 @@ def train(
     if pairs is not None:
         placed = [_paired(one, read_pairs(pairs)) for one in placed]
     numbers = read_seeds(seeds)
-    find_datasets([*datasets, *(target or ())], data_root)
+    check_inputs(model, weights, [*datasets, *(target or ())], data_root)
     from vlmadapters.protocols.experiment import Experiment
     from vlmadapters.training import processes
     from vlmadapters.validation.methods import methods_verdict
@@ -165,7 +165,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
-    find_datasets(datasets, data_root)
+    check_inputs(model, weights, datasets, data_root)
     from vlmadapters.protocols.trained import evaluate_methods
     from vlmlayers.files import atomically
 

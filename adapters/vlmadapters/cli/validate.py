@@ -15,7 +15,7 @@ from vlmadapters.cli.options import (
     Settings,
     Together,
     Workers,
-    find_datasets,
+    check_inputs,
     load_backbone,
     read_recipes,
     read_seeds,
@@ -96,7 +96,7 @@ def validate(
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
     chosen_placement(made.method, chosen)  # refused before torch is imported
     numbers = read_seeds(seeds)
-    find_datasets(datasets, data_root)
+    check_inputs(model, weights, datasets, data_root)
     from vlmadapters.validation.validate import validate as run
 
     loaded = load_backbone(model, weights, device)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from scipy.stats import t as student
+import scipy
 
 from vlmlayers.errors import UserError, check_one_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEVEL = 0.95
 SEARCH_COLUMNS = (
@@ -128,7 +130,7 @@ def difference(table: pd.DataFrame, setting: str, other: str, criterion: str) ->
     terms = [part.var(ddof=1) * (1 / len(part) + shared[key]) for key, part in groups.items()]
     spread = float(np.sqrt(np.sum(terms)) / len(groups))
     freedom = sum(len(part) - 1 for part in groups.values())
-    half = float(student.ppf(0.5 + LEVEL / 2, freedom)) * spread
+    half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, freedom)) * spread
     keys: list[Any] = list(paired.index)
     rows = tuple((str(d), int(s), int(f), float(v)) for (d, s, f), v in zip(keys, paired))
     return Difference(mean, mean - half, mean + half, int((paired > 0).sum()), rows)

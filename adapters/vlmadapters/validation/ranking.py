@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters.validation.verdict import LEVEL, Array, interval, outcomes
-from vlmlayers.selection.predict import PLACEMENT_SCORES
+from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
 
 def rank_correlation(

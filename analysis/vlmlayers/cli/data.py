@@ -17,13 +17,21 @@ data_app = typer.Typer(
 @data_app.command("list")
 def data_list(data_root: DataRoot = None) -> None:
     """What is known: every dataset with its classes, items and licence."""
-    from vlmlayers.manifests import list_table
+    from vlmlayers.manifests import SPLITS, list_rows
     from vlmlayers.words import text_table
 
-    table = list_table(data_root).drop(columns=["kind", "layout"])
-    table["here"] = table["here"].map({True: "yes", False: ""})
-    table = table.rename(columns={"classes": "class"})
-    typer.echo(text_table(table, widths={"title": 15, "licence": 8}))
+    rows = [
+        {
+            "name": row["name"],
+            "title": row["title"],
+            "class": row["classes"],
+            **{split: row[split] for split in SPLITS},
+            "here": "yes" if row["here"] else "",
+            "licence": row["licence"],
+        }
+        for row in list_rows(data_root)
+    ]
+    typer.echo(text_table(rows, widths={"title": 15, "licence": 8}))
 
 
 @data_app.command("check")

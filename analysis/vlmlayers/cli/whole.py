@@ -56,7 +56,6 @@ def study(
 
     Stages: extract, score, select, train, validate, report.
     """
-    from vlmlayers.report.numbers import void_verdict
     from vlmlayers.study import read_study, run_study, study_file
 
     file = study_file(file)
@@ -75,5 +74,7 @@ def study(
         progress=not quiet,
         echo=typer.echo,
     )
+    from vlmlayers.report.numbers import void_verdict
+
     if any(void_verdict(run) for run in runs):
         raise typer.Exit(2)  # the verdict stands in the terminal and in the report

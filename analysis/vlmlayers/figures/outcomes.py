@@ -10,7 +10,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import MissingTable
 from vlmlayers.placement import Placement
 from vlmlayers.selection import available_scores, predict
-from vlmlayers.selection.predict import PLACEMENT_SCORES
+from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
 OUTCOMES = ("base", "novel", "hm")
 NEEDS = ("model", "weights", "dataset", "seed", "placement", "kind", *OUTCOMES)

@@ -6,7 +6,7 @@ from vlmlayers.manifests.check import CheckResult
 from vlmlayers.manifests.convert import write_shards
 from vlmlayers.manifests.items import SPLITS, Item
 from vlmlayers.manifests.manifest import Manifest, distinct
-from vlmlayers.manifests.tables import check_table, exit_code, list_table
+from vlmlayers.manifests.tables import check_table, exit_code, list_rows, list_table
 
 __all__ = [
     "SPLITS",
@@ -16,6 +16,7 @@ __all__ = [
     "check_table",
     "distinct",
     "exit_code",
+    "list_rows",
     "list_table",
     "write_shards",
 ]

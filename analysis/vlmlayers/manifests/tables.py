@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmlayers.arguments import checked
 from vlmlayers.manifests.items import SPLITS
@@ -25,6 +25,12 @@ def list_table(root: Root = None) -> pd.DataFrame:
     """
     import pandas as pd
 
+    return pd.DataFrame(list_rows(root)).astype(dict.fromkeys(("classes", *SPLITS), "Int64"))
+
+
+@checked
+def list_rows(root: Root = None) -> list[dict[str, Any]]:
+    """Return the rows of `list_table`, without importing pandas."""
     rows = []
     for name in Manifest.names():
         manifest = Manifest.load(name)
@@ -42,9 +48,7 @@ def list_table(root: Root = None) -> pd.DataFrame:
                 "licence": spec.licence,
             }
         )
-    table = pd.DataFrame(rows)
-    counts = ["classes", *SPLITS]
-    return table.astype({column: "Int64" for column in counts})
+    return rows
 
 
 @checked
@@ -57,8 +61,6 @@ def check_table(names: Sequence[str] = (), root: Root = None, full: bool = False
     Raises:
         UserError: A name is unknown.
     """
-    import pandas as pd
-
     rows = []
     for manifest in [Manifest.load(name) for name in names or Manifest.names()]:
         result = manifest.check(root, full)
@@ -76,6 +78,8 @@ def check_table(names: Sequence[str] = (), root: Root = None, full: bool = False
                 "line": result.line(),
             }
         )
+    import pandas as pd  # an unknown name has been said before this takes its second
+
     return pd.DataFrame(rows).astype({"expected": "Int64"})
 
 

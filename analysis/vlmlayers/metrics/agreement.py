@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from scipy.stats import rankdata
+import scipy
 
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
@@ -119,7 +119,7 @@ def _ranks(values: Array) -> Array:
     order = np.argsort(values)
     ordered = values[order]
     if (ordered[1:] == ordered[:-1]).any():
-        return np.asarray(rankdata(values))
+        return np.asarray(scipy.stats.rankdata(values))
     ranks = np.empty(len(values))
     ranks[order] = np.arange(1.0, len(values) + 1.0)
     return ranks

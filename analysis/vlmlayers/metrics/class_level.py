@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+import scipy
 
 from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
@@ -217,8 +217,8 @@ def _shrunk_inverse(x: Array, width: int | None) -> Callable[[Array], Array]:
         raise UserError("covariance is singular and shrinkage is zero; use more items")
     covariance *= 1.0 - shrinkage
     covariance.flat[:: len(covariance) + 1] += ridge
-    factor = cho_factor(covariance, lower=True, overwrite_a=True)
-    return lambda columns: np.asarray(cho_solve(factor, columns))
+    factor = scipy.linalg.cho_factor(covariance, lower=True, overwrite_a=True)
+    return lambda columns: np.asarray(scipy.linalg.cho_solve(factor, columns))
 
 
 def shrinkage_of(x: Array, covariance: Array, width: int) -> tuple[float, float]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import norm
-from scipy.stats import t as student_t
+import scipy
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import Array, Labels
@@ -80,7 +79,7 @@ def wilson(share: Array | float, n: Array | float) -> tuple[Array, Array]:
 
     Reference: Wilson 1927.
     """
-    z = float(norm.ppf(0.5 + LEVEL / 2))
+    z = float(scipy.stats.norm.ppf(0.5 + LEVEL / 2))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
@@ -130,7 +129,7 @@ def jackknife_interval(value: float | Array, left_out: Array) -> tuple[Array, Ar
     groups = len(left_out)
     spread = np.square(left_out - left_out.mean(axis=0)).sum(axis=0)
     # Few groups estimate the error itself with error, so that a normal quantile is too narrow.
-    error = student_t.ppf(0.5 + LEVEL / 2, max(groups - 1, 1)) * np.sqrt(
+    error = scipy.stats.t.ppf(0.5 + LEVEL / 2, max(groups - 1, 1)) * np.sqrt(
         spread * (groups - 1) / groups
     )
     return np.asarray(value - error), np.asarray(value + error)

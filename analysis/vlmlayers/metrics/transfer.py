@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+import scipy
 
 from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
@@ -60,7 +60,7 @@ class WithinScatter:
         shrinkage = 1.0 if delta <= 0.0 else float(np.clip(beta / delta, 1e-4, 1.0))
         covariance *= 1.0 - shrinkage
         covariance.flat[:: width + 1] += shrinkage * size
-        return cho_factor(covariance, lower=True, overwrite_a=True)
+        return scipy.linalg.cho_factor(covariance, lower=True, overwrite_a=True)
 
 
 def within_scatter(x: Any, labels: Any) -> WithinScatter:
@@ -89,7 +89,7 @@ def few_shot_predict(
 
 def discriminant_predict(factor: Any, means: Array, x: Array) -> Labels:
     """Return the class of each row whose mean is nearest under a factored covariance."""
-    solved = cho_solve(factor, means.T)  # (width, class)
+    solved = scipy.linalg.cho_solve(factor, means.T)  # (width, class)
     return (x @ solved - 0.5 * (means.T * solved).sum(axis=0)).argmax(axis=1)
 
 

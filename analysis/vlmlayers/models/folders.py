@@ -10,16 +10,16 @@ import timm
 import torch
 from torch import nn
 
+from vlmlayers.architectures import FOREIGN_CONFIG
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import find_weights
 
-CONFIG = "config.json"
 _SHOWN = 3
 
 
 def is_model_folder(folder: Path) -> bool:
     """Whether a folder holds the configuration of a model of transformers or timm."""
-    return (folder / CONFIG).is_file()
+    return (folder / FOREIGN_CONFIG).is_file()
 
 
 def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.Module, str]:
@@ -35,12 +35,13 @@ def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.M
             missing, or it would have to run code of its own.
     """
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads((folder / FOREIGN_CONFIG).read_text(encoding="utf-8"))
         kind = "architecture" if "architecture" in settings else "model_type"
         settings[kind]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / CONFIG} is no configuration of transformers or timm: {one_line(error)}"
+            f"{folder / FOREIGN_CONFIG} is no configuration of transformers or timm: "
+            f"{one_line(error)}"
         ) from error
     weights = "random" if random_weights else find_weights(folder).name
     make = _timm if kind == "architecture" else _transformers

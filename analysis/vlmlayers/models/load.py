@@ -13,9 +13,18 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
+from vlmlayers.architectures import (
+    CONFIG_FILE,
+    LOCAL,
+    MINI,
+    MINI_FOLDER,
+    check_architecture,
+    tags_of,
+    weights_of,
+)
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of, one_line
-from vlmlayers.files import HUB, WEIGHT_SUFFIXES, find_weights, hub_folder
+from vlmlayers.files import HUB, hub_folder
 from vlmlayers.models.build import ImageSize, build_clip, read_config
 from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
 from vlmlayers.models.companions import companions_of
@@ -26,17 +35,12 @@ from vlmlayers.models.preprocessing import (
     of_file,
     of_tag,
     refuse_quickgelu_mismatch,
-    tags_of,
 )
 from vlmlayers.models.recording import probe
 from vlmlayers.models.tokenizers import make_tokenizer
 from vlmlayers.models.vlm import VLM
 from vlmlayers.models.wrappers import unwrapped
 
-MINI = "mini-clip"
-LOCAL = "local"
-CONFIG_FILE = "open_clip_config.json"
-MINI_FOLDER = Path(__file__).parent / "mini_clip"
 WEIGHT_TYPES = ("fp32", "bf16", "fp16")
 
 
@@ -119,7 +123,10 @@ def load_model(
         {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode},
         "the model",
     )
-    tag, file = _weights(source, pretrained, checkpoint, random_weights)
+    shipped = source.folder if source.shipped else None
+    tag, file = weights_of(
+        source.name, source.tags, shipped, pretrained, checkpoint, random_weights
+    )
     if like is not None and (file is None or not source.tags):
         raise UserError(
             f"like={like!r} (--like) says what a file of weights of an architecture with tags was "
@@ -290,55 +297,13 @@ def _source(name: str, config: str | Path | None, folder: Path | None, title: st
         if not (MINI_FOLDER / CONFIG_FILE).is_file():
             raise UserError(f"{MINI} is not part of this installation: {MINI_FOLDER} is missing")
         return _Source(MINI, *_read(MINI_FOLDER / CONFIG_FILE), MINI_FOLDER, shipped=True)
-    known = [*list_models(), LOCAL]
-    if name not in known and ("/" in name or Path(name).expanduser().exists()):
-        raise UserError(
-            f"{name} is not a folder with {CONFIG_FILE} (or config.json) and model.safetensors; "
-            f"give such a folder, {HUB}organisation/name, or the name of an open_clip architecture "
-            "(`vlmlayers models` lists them)"
-        )
-    check_one_of("model", name, known)
+    check_architecture(name)
     return _Source(name, open_clip.get_model_config(name), {})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config, preprocess = read_config(path)
     return config, check_settings(preprocess, str(path))
-
-
-def _weights(
-    source: _Source,
-    pretrained: str | Path | None,
-    checkpoint: str | Path | None,
-    random_weights: bool,
-) -> tuple[str | None, Path | None]:
-    """Return tag or file of the weights; neither for random ones."""
-    tags = source.tags
-    if pretrained is not None and checkpoint is not None:
-        raise UserError(
-            f"both pretrained={str(pretrained)!r} and checkpoint={str(checkpoint)!r} name the "
-            "weights; give one"
-        )
-    asked = pretrained if checkpoint is None else checkpoint
-    if asked is None and not random_weights and source.shipped and source.folder is not None:
-        return None, find_weights(source.folder)
-    if (asked is not None) == random_weights:
-        which = "a pretrained tag, a file of weights," if tags else "a file of weights"
-        raise UserError(
-            f"model {source.name} needs {which} or random_weights=True (--random-weights), and "
-            "not both"
-        )
-    if asked is None:
-        return None, None
-    if asked == pretrained and str(asked) in tags:
-        return str(asked), None
-    file = Path(asked).expanduser()
-    if file.is_file():
-        return None, file
-    if checkpoint is None and tags and file.suffix not in WEIGHT_SUFFIXES and len(file.parts) == 1:
-        check_one_of("pretrained tag", str(asked), tags, where=f"model {source.name}")
-    hint = "" if tags else f"; {source.name} has no tags, its weights are named by a file"
-    raise UserError(f"checkpoint {asked} does not exist{hint}")
 
 
 def _sides(image_size: int | Sequence[int] | None) -> ImageSize | None:

@@ -16,6 +16,7 @@ from typing import Any
 import open_clip
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+from vlmlayers.architectures import tags_of
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.checkpoints import Checkpoint
 
@@ -80,11 +81,6 @@ def of_tag(name: str, tag: str) -> dict[str, Any]:
         **{key: tuple(v) if isinstance(v := whole[key], list) else v for key in whole},
         "quick_gelu": bool(stated.get("quick_gelu")),
     }
-
-
-def tags_of(name: str) -> list[str]:
-    """Return the tags of an architecture."""
-    return list(open_clip.list_pretrained_tags_by_model(name))
 
 
 def of_file(

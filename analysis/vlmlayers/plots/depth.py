@@ -25,7 +25,8 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import POOLED, Reading, Scores, depths
+from vlmlayers.scores.reading import POOLED, Reading, depths
+from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import LayerChoice
 

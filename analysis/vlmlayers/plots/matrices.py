@@ -24,7 +24,8 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.scores.reading import Reading, Scores
+from vlmlayers.scores.reading import Reading
+from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import agreement, curves
 from vlmlayers.selection import LayerChoice
 

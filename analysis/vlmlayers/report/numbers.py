@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.placement import ZERO_SHOT, Placement
+from vlmlayers.placement import ZERO_SHOT, Placement, describe_blocks
 from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run, read_json
@@ -21,7 +21,6 @@ from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
     RULES,
     LayerChoice,
-    describe_blocks,
     paper_blocks,
 )
 from vlmlayers.selection.choice import OFTEN

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
-from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.positions import SPACES, TOWERS
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 LOG = logging.getLogger("vlmlayers")
-Scores = Annotated[
-    pd.DataFrame,
-    Takes("a score table, as `score` makes and `read_scores` reads it", "score tables"),
-]
 POOLED = "*"
 POOLINGS = ("model", "cls", "eot", "mean")
 SPLITS = ("train", "val", "test")
@@ -237,10 +234,7 @@ def partnered(rows: pd.DataFrame, tower: str, blocks: int) -> pd.DataFrame:
     partner = [str(partner_block(int(p), blocks, other)) if p.isdecimal() else p for p in here]
     return rows[
         (theirs == "")
-        | (
-            (theirs == other_tower(tower))
-            & (there == pd.Series(partner, index=rows.index, dtype=object))
-        )
+        | ((theirs == other_tower(tower)) & (there == np.asarray(partner, dtype=object)))
     ]
 
 

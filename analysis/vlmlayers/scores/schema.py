@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
-from vlmlayers.arguments import checked
+from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.files import atomically, file_checksum
 from vlmlayers.positions import sort_key
-from vlmlayers.scores.reading import Scores, check_scores
+from vlmlayers.runs import score_table
+from vlmlayers.scores.reading import check_scores
 
+Scores = Annotated[
+    pd.DataFrame,
+    Takes("a score table, as `score` makes and `read_scores` reads it", "score tables"),
+]
 CONTRACT_COLUMNS = (
     "model", "weights", "dataset", "split", "tower", "position", "depth", "space", "pooling",
     "metric", "value", "low", "high", "null", "n", "seed",
@@ -70,13 +75,7 @@ def read_scores(path: Path) -> pd.DataFrame:
     Raises:
         UserError: Missing, damaged or altered file, missing columns, or text where numbers belong.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = (
-            path / "scores.parquet" if (path / "scores.parquet").exists() else path / "scores.csv"
-        )
-    if not path.exists():
-        raise UserError(f"{path} does not exist; run `vlmlayers score` first")
+    path = score_table(path)
     notes = _sidecar(path)
     try:
         if path.suffix == ".csv":

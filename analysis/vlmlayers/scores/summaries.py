@@ -13,13 +13,13 @@ from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.reading import (
     POOLED,
     Reading,
-    Scores,
     bare,
     check_scores,
     depths,
     metric_names,
     partnered,
 )
+from vlmlayers.scores.schema import Scores
 
 CURVE_COLUMNS = [
     "metric",

@@ -19,7 +19,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.runs import read_json
 from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
-from vlmlayers.selection.predict import score_blocks
+from vlmlayers.selection.per_block import score_blocks
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,5 @@
 """A study: the whole way from a model and datasets to a report, stage by stage."""
 
-from __future__ import annotations
+import lazy_loader
 
-from vlmlayers.study.opened import OpenedRun, open_run
-from vlmlayers.study.runner import STAGES, StageContext, run_study
-from vlmlayers.study.schema import Study, check_study, read_study, study_file
-
-__all__ = [
-    "STAGES",
-    "OpenedRun",
-    "StageContext",
-    "Study",
-    "check_study",
-    "open_run",
-    "read_study",
-    "run_study",
-    "study_file",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.architectures import CONFIG_FILE, MINI, MINI_FOLDER, configuration_files
+from vlmlayers.errors import check_one_of
 from vlmlayers.words import text_table
 
 
@@ -24,18 +22,16 @@ def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> s
     Raises:
         UserError: A name is unknown.
     """
+    rows = configurations(names)
     if not check:
-        return text_table(configurations(names), {"model": 29, "vision": 18, "text": 16})
+        return text_table(rows, {"model": 29, "vision": 18, "text": 16})
     from vlmlayers.models.check import models_check, summary
 
     table = models_check(names, progress=True)
-    shown = pd.DataFrame(
-        {
-            "model": table["model"],
-            "vision": [_tower(row, "vision") for row in table.to_dict("records")],
-            "text": [_tower(row, "text") for row in table.to_dict("records")],
-        }
-    )
+    shown = [
+        {"model": row["model"], "vision": _tower(row, "vision"), "text": _tower(row, "text")}
+        for row in table.to_dict("records")
+    ]
     lines = [text_table(shown, {"model": 29, "vision": 27, "text": 19}), ""]
     lines += [f"{name}: {why}" for name, why in zip(table["model"], table["reason"]) if why]
     if "stages" in set(table["vision_kind"]):
@@ -53,34 +49,18 @@ def _tower(row: Mapping[Hashable, Any], tower: str) -> str:
     return f"{row[f'{tower}_blocks']}{stages} × {row[f'{tower}_width']} {words}"
 
 
-def names() -> list[str]:
-    """Return the names of the architectures that open_clip's files describe; needs no torch."""
-    return [path.stem for path in sorted(_folder().glob("*.json"))]
-
-
-def configurations(names: Sequence[str] | None = None) -> pd.DataFrame:
+def configurations(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Return what open_clip's configurations say: model, image, vision, text, joint.
 
     Reads the files, so that listing needs no torch. Foreign trunks and text towers are named;
     how many blocks they have is for `check` to find.
     """
-    folder = _folder()
-    files = {path.stem: path for path in sorted(folder.glob("*.json"))}
-    shipped = Path(__file__).parents[1] / "models" / "mini_clip" / "open_clip_config.json"
-    if shipped.is_file():
-        files["mini-clip"] = shipped
+    files = configuration_files()
+    if (MINI_FOLDER / CONFIG_FILE).is_file():
+        files[MINI] = MINI_FOLDER / CONFIG_FILE
     for name in names or ():
         check_one_of("model", name, files)
-    return pd.DataFrame(
-        [_row(name, path) for name, path in files.items() if not names or name in names]
-    )
-
-
-def _folder() -> Path:
-    spec = find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise UserError("open_clip is not installed; pip install open_clip_torch")
-    return Path(spec.origin).parent / "model_configs"
+    return [_row(name, path) for name, path in files.items() if not names or name in names]
 
 
 def _row(name: str, path: Path) -> dict[str, Any]:

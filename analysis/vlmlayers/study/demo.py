@@ -61,7 +61,7 @@ def run_demo(
 def summary(run: Run) -> list[str]:
     """Return the demo's table, the answer and the path of the report."""
     answer = read_answer(run)
-    lines = ["", text_table(position_table(answer)), ""]
+    lines = ["", text_table(position_table(answer).to_dict("records")), ""]
     if answer.random_weights:
         lines.append("RANDOM WEIGHTS: this says nothing about a trained model.")
     for sentence in (answer.headline, answer.choice.statement):

@@ -13,7 +13,6 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.features.store import FeatureStore
 from vlmlayers.runs import Run
-from vlmlayers.scores import read_scores
 from vlmlayers.selection import LayerChoice
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ class OpenedRun:
     @cached_property
     def scores(self) -> pd.DataFrame:
         """The score table. Raises UserError where there is none."""
+        from vlmlayers.scores import read_scores
+
         return read_scores(self.run.folder)
 
     @property

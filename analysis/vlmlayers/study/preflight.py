@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
-from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import WEIGHT_SUFFIXES
+from vlmlayers.architectures import check_model
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.stages import stage_entry
 from vlmlayers.user_code import is_user_code
@@ -30,7 +27,7 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
     _ = contexts[0].manifests  # unknown ones and two of one name are refused
     for context in contexts:
         if "extract" in picked:
-            _check_model(context)
+            check_model(**context.model_arguments())
     if "score" in picked or "select" in picked:
         _check_own_code(contexts[0])
     if "search" in picked and contexts[0].study.search is not None:
@@ -41,28 +38,6 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
         _check_stage(contexts[0], "validate")
 
 
-def _check_model(context: StageContext) -> None:
-    arguments, name = context.model_arguments(), context.part.name
-    if name and not Path(name).is_dir():
-        check_one_of("model", name, _known())
-    for key in ("config", "checkpoint"):
-        if key in arguments and not Path(arguments[key]).is_file():
-            raise UserError(f"{key} {arguments[key]} of model {context.part.title} does not exist")
-    weights = Path(arguments.get("pretrained", "."))
-    if (weights.suffix in WEIGHT_SUFFIXES or len(weights.parts) > 1) and not weights.is_file():
-        raise UserError(f"pretrained {weights} of model {context.part.title} does not exist")
-
-
-def _known() -> list[str]:
-    if "open_clip" in sys.modules:  # it may have been given more architectures at run time
-        from vlmlayers.models import list_models
-
-        return [*list_models(), "local"]
-    from vlmlayers.study.catalogue import names
-
-    return [*names(), "mini-clip", "local"]
-
-
 def _check_own_code(context: StageContext) -> None:
     own = [name for name in context.metrics if is_user_code(name)]
     if own:
@@ -70,7 +45,7 @@ def _check_own_code(context: StageContext) -> None:
 
         chosen_metrics(own)
     if is_user_code(context.rule):
-        from vlmlayers.selection.chooser import make_rule
+        from vlmlayers.selection.making import make_rule
 
         make_rule(context.rule, context.study.select.options)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from vlmlayers.errors import DataFault, OtherExtraction, UserError
 from vlmlayers.runs import environment, file_mark
-from vlmlayers.selection import select
 from vlmlayers.study.context import Dataset, StageContext
 from vlmlayers.user_code import is_user_code
 
@@ -192,6 +191,8 @@ def _select_inputs(context: StageContext) -> Any:
 
 
 def _select(context: StageContext) -> None:
+    from vlmlayers.selection import select
+
     part = context.study.select
     choice = select(
         context.scores,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import check_one_of
-from vlmlayers.runs import Run, environment
+from vlmlayers.runs import Run, environment, score_table
 from vlmlayers.study.schema import DEFAULT_METRICS, Study, check_study
 
 
@@ -122,13 +122,17 @@ def select_run(
     out: str | Path | None = None,
 ) -> str:
     """Choose layers from a run folder or a score table and write `choice.json`."""
-    from vlmlayers.scores import read_scores
-    from vlmlayers.selection import select
+    from vlmlayers.selection import make_rule
 
     source = Path(path)
     folder = source if source.is_dir() else source.parent
     if rule == "search":
         options = {"file": str(Run(folder).search)} | options
+    make_rule(rule, options)
+    score_table(source)
+    from vlmlayers.scores import read_scores  # all that can be wrong by then takes a table
+    from vlmlayers.selection import select
+
     choice = select(read_scores(source), rule, resamples=resamples, seed=seed, **options)
     written = choice.save(out or Run(folder).choice)
     return "\n".join([f"adapt {choice}", *textwrap.wrap(choice.statement, 80), str(written)])

@@ -150,7 +150,7 @@ def test_the_hash_of_a_model_is_kept_until_its_weights_change(monkeypatch):
 
 
 def test_unknown_names_get_the_nearest():
-    with pytest.raises(UserError, match="nowhere/model is not a folder with open_clip_config.json"):
+    with pytest.raises(UserError, match="nowhere/model .* is not a folder with open_clip_config"):
         load_model("nowhere/model")
     with pytest.raises(UserError, match="unknown model 'vit-b-32'; did you mean 'ViT-B-32'"):
         load_model("vit-b-32")

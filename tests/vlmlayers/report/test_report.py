@@ -545,6 +545,6 @@ def test_figures_verb_and_bad_input(validated: Run, tmp_path: Path) -> None:
 
 def test_text_tables() -> None:
     frame = pd.DataFrame({"name": ["a", "long name here"], "value": [1.5, float("nan")]})
-    assert text_table(frame, {"name": 6}).splitlines()[1] == "a         1.5"
+    assert text_table(frame.to_dict("records"), {"name": 6}).splitlines()[1] == "a         1.5"
     assert escape_markdown("a|b <i>*") == "a\\|b &lt;i&gt;\\*"
     assert markdown_table(["h"], [["x\ny"]]).splitlines()[2] == "| x y |"

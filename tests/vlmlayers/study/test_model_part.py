@@ -70,7 +70,7 @@ def test_the_weights_of_a_folder_are_part_of_a_model(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_said_before_the_first_stage(tmp_path: Path) -> None:
     for name in ("nowhere.pt", "some/where"):
         context = context_of(tmp_path, name="mini-clip", pretrained=name)
-        with pytest.raises(UserError, match=f"pretrained {name} of model mini-clip does not"):
+        with pytest.raises(UserError, match=f"checkpoint {name} does not exist .looked for /"):
             check_before([context], ["extract"])
 
 
@@ -87,7 +87,11 @@ def vlmlayers(*words: str) -> tuple[int, str]:
 def test_wrong_weights_are_one_line_without_torch(tmp_path: Path) -> None:
     out = ("digits", "--out", str(tmp_path / "run"))
     for words, expected in (
-        (("--pretrained", "nowhere.pt"), "pretrained nowhere.pt of model mini-clip does not exist"),
+        (
+            ("--pretrained", "nowhere.pt"),
+            f"checkpoint nowhere.pt does not exist (looked for {Path('nowhere.pt').absolute()}); "
+            "mini-clip has no tags, its weights are named by a file",
+        ),
         (("--mean", "grey"), "--mean 'grey' is not three numbers such as 0.5,0.5,0.5"),
     ):
         code, errors = vlmlayers("extract", "mini-clip", *out, *words)

@@ -158,7 +158,7 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
         ({"models": [{"name": "mini-clip"}, {"path": "lost"}]}, "folder lost does not exist"),
         (
             {"models": [{"name": "local", "config": "no.json", "checkpoint": "a.safetensors"}]},
-            "config no.json of model local does not exist",
+            "config no.json does not exist",
         ),
         ({"select": {"rule": "lost.py:rule"}}, "lost.py"),
         ({"validate": {"sedes": [1]}}, r"\[validate\]: unknown key 'sedes'; did you mean 'seeds'"),

@@ -18,73 +18,13 @@ from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import Scores, check_scores, depths
-from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
+from vlmlayers.scores.reading import check_scores, depths
+from vlmlayers.scores.schema import Scores
+from vlmlayers.selection.curves import Array, BlockTable
+from vlmlayers.selection.per_block import BLOCK_SCORES, metric_by_tower, score_blocks
 
 Blocks = Mapping[str, Sequence[int]]
 Adapted = Annotated[Sequence[int], Takes("blocks such as '5-12' or [5, 6]", convert=parse_blocks)]
-_ACCURACY, _AGREEMENT, _NOVEL = "dataset_accuracy", "cka_debiased", "novel_class_accuracy"
-
-
-def _metric(table: BlockTable, name: str) -> dict[str, Array]:
-    """Return a metric scaled to its range in each tower; a flat curve scales to zero."""
-    check_one_of("metric", name, table.metric_names(), where="the score table")
-    towers = [tower for tower in table.blocks if table.has_curve(name, tower)]
-    if not towers:
-        matrix = table.agreement(name)
-        return {tower: normalise(agreement_curve(matrix, tower)) for tower in table.blocks}
-    return {tower: normalise(table.curve(name, tower)) for tower in towers}
-
-
-def _product(*names: str) -> Callable[[BlockTable], dict[str, Array]]:
-    def scaled(table: BlockTable) -> dict[str, Array]:
-        parts = [_metric(table, name) for name in names]
-        return {
-            tower: np.prod([part[tower] for part in parts], axis=0)
-            for tower in table.blocks
-            if all(tower in part for part in parts)
-        }
-
-    return scaled
-
-
-@dataclass(frozen=True)
-class BlockScore:
-    """A value per block, from which placement scores average.
-
-    Attributes:
-        meaning: What it says, in one line.
-        metrics: Metrics that the table must hold.
-        compute: Table → tower → (block,), each in [0, 1].
-    """
-
-    meaning: str
-    metrics: tuple[str, ...]
-    compute: Callable[[BlockTable], dict[str, Array]]
-
-
-BLOCK_SCORES: dict[str, BlockScore] = {
-    "accuracy": BlockScore(
-        "dataset accuracy, scaled to its range over the tower's blocks",
-        (_ACCURACY,),
-        _product(_ACCURACY),
-    ),
-    "agreement": BlockScore(
-        "debiased CKA with the other tower's block of equal depth, scaled to its range",
-        (_AGREEMENT,),
-        _product(_AGREEMENT),
-    ),
-    "accuracy_x_agreement": BlockScore(
-        "scaled dataset accuracy times scaled agreement",
-        (_ACCURACY, _AGREEMENT),
-        _product(_ACCURACY, _AGREEMENT),
-    ),
-    "accuracy_x_novel": BlockScore(
-        "scaled dataset accuracy times scaled accuracy on novel classes, vision only",
-        (_ACCURACY, _NOVEL),
-        _product(_ACCURACY, _NOVEL),
-    ),
-}
 
 
 @checked
@@ -108,26 +48,6 @@ def block_scores(
     """
     blocks = dict(blocks) if blocks is not None else depths(scores)
     return score_blocks(BlockTable.of(scores, blocks), name, partial=partial)
-
-
-def score_blocks(table: BlockTable, name: str, *, partial: bool = False) -> dict[str, Array]:
-    """Return what `block_scores` does, of a table that has been prepared."""
-    if name.startswith("metric:"):
-        by_tower = _metric(table, name.removeprefix("metric:"))
-    else:
-        check_one_of("block score", name, [*BLOCK_SCORES, "metric:NAME"])
-        score = BLOCK_SCORES[name]
-        for metric in score.metrics:
-            if metric not in table.metric_names():
-                raise UserError(
-                    f"block score {name!r} needs the metric {metric!r}, which the "
-                    "score table lacks; score it or name another block score"
-                )
-        by_tower = score.compute(table)
-    lacking = [tower for tower in table.blocks if tower not in by_tower]
-    if lacking and not (partial and by_tower):
-        raise UserError(f"block score {name!r} has no value on the {lacking[0]} tower")
-    return by_tower
 
 
 def _mean_over(by_tower: Mapping[str, Array], placement: Blocks) -> float:
@@ -258,7 +178,7 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
     table = BlockTable.of(scores, blocks)
     if name.startswith("metric:"):
         compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], float] = _mean
-        values: Mapping[str, Array] = _metric(table, name.removeprefix("metric:"))
+        values: Mapping[str, Array] = metric_by_tower(table, name.removeprefix("metric:"))
     else:
         check_one_of("placement score", name, [*PLACEMENT_SCORES, "metric:NAME"])
         score = PLACEMENT_SCORES[name]
@@ -287,7 +207,7 @@ def available_scores(scores: Scores) -> list[str]:
 
 def _complete(table: BlockTable, name: str) -> bool:
     try:
-        _metric(table, name)
+        metric_by_tower(table, name)
     except UserError:
         return False
     return True

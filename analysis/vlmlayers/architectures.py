@@ -1,0 +1,168 @@
+"""Names of models, their tags and weights, known without importing torch or open_clip.
+
+A misspelt name is said in a moment, not after the seconds that these libraries take to import.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import runpy
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vlmlayers.errors import UserError, check_one_of, looked_for
+from vlmlayers.files import HUB, WEIGHT_SUFFIXES, find_weights
+
+MINI = "mini-clip"
+LOCAL = "local"
+CONFIG_FILE = "open_clip_config.json"
+FOREIGN_CONFIG = "config.json"  # of transformers or timm
+MINI_FOLDER = Path(__file__).parent / "models" / "mini_clip"
+
+
+def architectures() -> list[str]:
+    """Return the architectures of open_clip, those that were added at run time included."""
+    if "open_clip" in sys.modules:
+        return list(import_module("open_clip").list_models())
+    return list(configuration_files())
+
+
+def configuration_files() -> dict[str, Path]:
+    """Return the configuration file of each architecture that open_clip ships."""
+    return {path.stem: path for path in sorted((_open_clip() / "model_configs").glob("*.json"))}
+
+
+def tags_of(architecture: str) -> list[str]:
+    """Return the tags of an architecture; none where it is no name of open_clip."""
+    if "open_clip" in sys.modules:
+        return list(import_module("open_clip").list_pretrained_tags_by_model(architecture))
+    return _tags().get(architecture, [])
+
+
+@cache
+def _tags() -> dict[str, list[str]]:
+    """Return the tags of each architecture.
+
+    Of the module that lists them only the tables are run: its imports take seconds.
+    """
+    file = _open_clip() / "pretrained.py"
+    source = ast.parse(file.read_text(encoding="utf-8"))
+    source.body = [
+        part
+        for part in source.body
+        if isinstance(part, ast.Assign | ast.For | ast.Expr)
+        or (isinstance(part, ast.FunctionDef) and part.name.startswith("_"))
+    ]
+    names: dict[str, Any] = {**runpy.run_path(str(file.with_name("constants.py"))), "copy": copy}
+    try:
+        exec(compile(source, str(file), "exec"), names)
+        return {name: list(tags) for name, tags in names["_PRETRAINED"].items()}
+    except (NameError, KeyError):  # another open_clip that keeps its tables in another way
+        pairs = import_module("open_clip").list_pretrained()
+        return {name: [tag for of, tag in pairs if of == name] for name, _ in pairs}
+
+
+def _open_clip() -> Path:
+    spec = find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise UserError("open_clip is not installed; pip install open_clip_torch")
+    return Path(spec.origin).parent
+
+
+def check_architecture(name: str) -> str:
+    """Return a name that is an architecture of open_clip.
+
+    Raises:
+        UserError: It is none; the nearest one is named, or what a folder has to hold.
+    """
+    known = [*architectures(), MINI, LOCAL]
+    if name not in known and ("/" in name or Path(name).expanduser().exists()):
+        raise UserError(
+            f"{name}{looked_for(name)} is not a folder with {CONFIG_FILE} (or {FOREIGN_CONFIG}) "
+            f"and model.safetensors; give such a folder, {HUB}organisation/name, or the name of an "
+            "open_clip architecture (`vlmlayers models` lists them)"
+        )
+    return check_one_of("model", name, known)
+
+
+def weights_of(
+    name: str,
+    tags: Sequence[str],
+    shipped: Path | None,
+    pretrained: str | Path | None,
+    checkpoint: str | Path | None,
+    random_weights: bool,
+) -> tuple[str | None, Path | None]:
+    """Return tag or file of the weights that a model gets; neither for random ones.
+
+    Args:
+        name: The model, for messages.
+        tags: Tags of its architecture.
+        shipped: Folder whose weights it takes where none are named.
+        pretrained: Tag, or a file.
+        checkpoint: File.
+        random_weights: Whether random ones are asked for.
+
+    Raises:
+        UserError: None are named, or more than one; a tag is unknown, or a file is not there.
+    """
+    if pretrained is not None and checkpoint is not None:
+        raise UserError(
+            f"both pretrained={str(pretrained)!r} and checkpoint={str(checkpoint)!r} name the "
+            "weights; give one"
+        )
+    asked = pretrained if checkpoint is None else checkpoint
+    if asked is None and not random_weights and shipped is not None:
+        return None, find_weights(shipped)
+    if (asked is not None) == random_weights:
+        which = "a pretrained tag, a file of weights," if tags else "a file of weights"
+        raise UserError(
+            f"model {name} needs {which} or random_weights=True (--random-weights), and not both"
+        )
+    if asked is None:
+        return None, None
+    if asked == pretrained and str(asked) in tags:
+        return str(asked), None
+    file = Path(asked).expanduser()
+    if file.is_file():
+        return None, file
+    if checkpoint is None and tags and file.suffix not in WEIGHT_SUFFIXES and len(file.parts) == 1:
+        check_one_of("pretrained tag", str(asked), tags, where=f"model {name}")
+    hint = "" if tags else f"; {name} has no tags, its weights are named by a file"
+    raise UserError(f"checkpoint {asked} does not exist{looked_for(file)}{hint}")
+
+
+def check_model(
+    name: str,
+    *,
+    pretrained: str | None = None,
+    config: str | None = None,
+    checkpoint: str | None = None,
+    random_weights: bool = False,
+    **_: Any,
+) -> None:
+    """Check the arguments of `load_model` as far as names and files go; a hub's are not looked at.
+
+    Raises:
+        UserError: Name, tag or file is unknown, or no weights are named.
+    """
+    folder, tags = Path(name).expanduser(), []
+    shipped = folder if (folder / CONFIG_FILE).is_file() else None
+    if name == LOCAL:
+        if config is None:
+            raise UserError(f"model 'local' needs config=, the path of an {CONFIG_FILE}")
+        if not Path(config).expanduser().is_file():
+            raise UserError(f"config {config} does not exist{looked_for(config)}")
+    elif name == MINI:
+        shipped = MINI_FOLDER
+    elif name.startswith(HUB) or (shipped is None and (folder / FOREIGN_CONFIG).is_file()):
+        return
+    elif shipped is None:
+        tags = tags_of(check_architecture(name))
+    weights_of(name, tags, shipped, pretrained, checkpoint, random_weights)

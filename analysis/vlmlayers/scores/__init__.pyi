@@ -1,0 +1,14 @@
+from .options import ScoreOptions as ScoreOptions
+from .run import score as score
+from .schema import CONTRACT_COLUMNS as CONTRACT_COLUMNS
+from .schema import EXTRA_COLUMNS as EXTRA_COLUMNS
+from .schema import SCORE_COLUMNS as SCORE_COLUMNS
+from .schema import read_scores as read_scores
+from .schema import refusals as refusals
+from .schema import score_cost as score_cost
+from .schema import score_frame as score_frame
+from .schema import score_matrix as score_matrix
+from .schema import write_scores as write_scores
+from .streamed import score_streaming as score_streaming
+from .summaries import overview as overview
+from .summaries import stated_options as stated_options

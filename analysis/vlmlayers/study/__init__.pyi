@@ -1,0 +1,9 @@
+from .opened import OpenedRun as OpenedRun
+from .opened import open_run as open_run
+from .runner import STAGES as STAGES
+from .runner import StageContext as StageContext
+from .runner import run_study as run_study
+from .schema import Study as Study
+from .schema import check_study as check_study
+from .schema import read_study as read_study
+from .schema import study_file as study_file

@@ -1,0 +1,55 @@
+"""Names and tags of models, told without torch, are those of open_clip."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+
+from vlmlayers.architectures import check_model
+from vlmlayers.errors import UserError
+
+
+def test_names_and_tags_without_torch_are_those_of_open_clip() -> None:
+    code = (
+        "import json, sys; from vlmlayers.architectures import architectures, tags_of\n"
+        "found = {name: tags_of(name) for name in architectures()}\n"
+        "assert 'torch' not in sys.modules\nprint(json.dumps(found))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = open_clip.list_models()
+    expected = {name: open_clip.list_pretrained_tags_by_model(name) for name in names}
+    assert json.loads(done.stdout) == expected
+    assert sum(map(len, expected.values())) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "ViT-B-61"}, "did you mean 'ViT-B-16'"),
+        ({"name": "ViT-B-16"}, "needs a pretrained tag, a file of weights, or random_weights"),
+        ({"name": "ViT-B-16", "pretrained": "opnai"}, "did you mean 'openai'"),
+        ({"name": "ViT-B-16", "pretrained": "openai", "random_weights": True}, "and not both"),
+        ({"name": "ViT-B-16", "checkpoint": "no.pt"}, "no.pt does not exist .looked for /"),
+        ({"name": "local", "checkpoint": "no.pt"}, "needs config="),
+        ({"name": "local", "config": "no.json"}, "config no.json does not exist .looked for /"),
+        ({"name": "some/where"}, "is not a folder with open_clip_config.json"),
+        ({"name": "mini-clip", "pretrained": "openai"}, "mini-clip has no tags"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_told_by_its_names(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_model(**arguments)
+
+
+def test_models_that_are_there_pass(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    check_model("mini-clip")
+    check_model("ViT-B-16", pretrained="openai")
+    check_model("ViT-B-16-quickgelu", pretrained="openai")
+    check_model("hf-hub:someone/something")
+    check_model(str(tmp_path))
