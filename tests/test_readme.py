@@ -91,7 +91,7 @@ def test_vlmlayers_commands_parse(words: list[str]) -> None:
         assert set(values["metrics"] or []) <= set(METRICS)
     if command.name == "train":
         from vlmadapters import load_recipe
-        from vlmadapters.protocols.experiment import PROTOCOLS
+        from vlmadapters.protocols.table import PROTOCOLS
         from vlmlayers.placement import Placement
 
         for method in values["method"].split(","):

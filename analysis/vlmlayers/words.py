@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 WIDTH = 80
 
 
 def text_table(
-    rows: Sequence[Mapping[str, object]], widths: Mapping[str, int] | None = None
+    rows: Sequence[Mapping[Hashable, Any]], widths: Mapping[str, int] | None = None
 ) -> str:
     """Return rows of the same columns as aligned text; those in `widths` are cut with an ellipsis.
 

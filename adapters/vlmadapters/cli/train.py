@@ -34,7 +34,7 @@ from vlmlayers.cli.options import (
     Weights,
     with_weights,
 )
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, looked_for
 
 __all__ = ["evaluate", "train", "validate"]
 
@@ -93,8 +93,10 @@ def train(
     A stopped run resumes with the same command. Several GPUs:
     `torchrun --nproc-per-node N -m vlmlayers train …`.
     """
+    from vlmadapters.protocols.table import protocol_of
     from vlmlayers.options import parse_settings
 
+    protocol_of(protocol, target or (), "--protocol")
     names = method.replace(" ", "").split(",")
     made = read_recipes(recipe, parse_settings(settings or []), names, model)
     places = [*(placement or []), *([CHOICE] if choice is not None else [])]
@@ -165,6 +167,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
+    for path in adapter or ():
+        if not path.is_file():
+            raise UserError(f"adapter {path} does not exist{looked_for(path)}")
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.protocols.trained import evaluate_methods
     from vlmlayers.files import atomically

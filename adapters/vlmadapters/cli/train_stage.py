@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from vlmadapters.cli.options import CHOICE, read_placements, read_recipes
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import check_one_of
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, validated
 
@@ -68,14 +68,12 @@ def parts(tables: Any) -> list[TrainPart]:
     Raises:
         UserError: A key, protocol, recipe, dataset, placement or value is wrong.
     """
-    from vlmadapters.protocols.experiment import PROTOCOLS
+    from vlmadapters.protocols.table import protocol_of
 
     found = []
     for table in tables:
         part = validated(TrainPart, table, "[[train]]")
-        protocol = PROTOCOLS[check_one_of("protocol", part.protocol, PROTOCOLS, where="[[train]]")]
-        if protocol.transfer and not part.targets:
-            raise UserError(f"[[train]] {part.protocol} needs targets; name datasets to test on")
+        protocol_of(part.protocol, part.targets, "[[train]]")
         if not isinstance(part.recipe, str):
             for method in part.recipe:
                 check_one_of("method", method, part.methods, where="recipe of [[train]]")

@@ -31,6 +31,7 @@ from vlmlayers.cli.options import (
     with_weights,
 )
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.runs import score_table
 
 
 @with_weights
@@ -89,23 +90,30 @@ def validate(
     """
     check_one_of("amount", amount, ("tuned", "given"), where="--amount")
     chosen = _choice(choice, placement)
-    table = _scores(choice, scores)
-    from vlmadapters.validation.competitors import DEFAULT_KINDS, chosen_placement
+    if scores is None and choice is not None and choice.is_dir():
+        scores = choice
+    if scores is not None:
+        score_table(scores)  # that it is there; it is read once nothing else can be wrong
+    from vlmadapters.validation.competitors import DEFAULT_KINDS, KINDS, chosen_placement
     from vlmlayers.options import parse_settings
 
+    wanted = kinds.replace(" ", "").split(",") if kinds else DEFAULT_KINDS
+    for kind in (*wanted, reference):
+        check_one_of("kind of placement", kind, KINDS)
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
     chosen_placement(made.method, chosen)  # refused before torch is imported
     numbers = read_seeds(seeds)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.validation.validate import validate as run
+    from vlmlayers.scores import read_scores
 
     loaded = load_backbone(model, weights, device)
     found = run(
         loaded,
         chosen,
         datasets,
-        scores=table,
-        kinds=kinds.replace(" ", "").split(",") if kinds else DEFAULT_KINDS,
+        scores=None if scores is None else read_scores(scores),
+        kinds=wanted,
         amount=amount,
         seeds=numbers,
         recipe=made,
@@ -138,14 +146,6 @@ def _choice(choice: Path | None, placement: str | None) -> Any:
         return Placement.parse(placement)
     assert choice is not None
     return LayerChoice.load(choice / "choice.json" if choice.is_dir() else choice)
-
-
-def _scores(choice: Path | None, scores: Path | None) -> Any:
-    from vlmlayers.scores import read_scores
-
-    if scores is None and choice is not None and choice.is_dir():
-        scores = choice
-    return None if scores is None else read_scores(scores)
 
 
 def _text(found: Any, out: Path) -> str:

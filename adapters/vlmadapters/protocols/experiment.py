@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,6 +37,7 @@ from vlmadapters.protocols.results import (
     ZERO_SHOT_OWN,
     method_fields,
 )
+from vlmadapters.protocols.table import protocol_of
 from vlmadapters.protocols.trained import Target, result_row
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import (
@@ -49,7 +49,7 @@ from vlmadapters.training.recipes import (
 )
 from vlmadapters.training.trainer import Trainer, TrainResult, resolved
 from vlmlayers.arguments import Count, Takes, checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError
 from vlmlayers.files import atomically, checksum
 from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.models.load import VLM
@@ -58,34 +58,6 @@ from vlmlayers.progress import bar
 LOG = logging.getLogger("vlmlayers")
 # Share of predictions that have to differ from zero-shot for training to count as having an effect.
 EFFECT = 0.002
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What a protocol trains on and tests.
-
-    Attributes:
-        name: As in the results table.
-        train_kind: Classes that are trained: `base` or `all`.
-        own_kinds: Halves of the source's own test set that are evaluated.
-        transfer: Whether other datasets are tested, all classes of each.
-    """
-
-    name: str
-    train_kind: str
-    own_kinds: tuple[str, ...]
-    transfer: bool = False
-
-
-PROTOCOLS = {
-    p.name: p
-    for p in (
-        Protocol("base-to-novel", "base", ("base", "novel")),
-        Protocol("few-shot", "all", ("all",)),
-        Protocol("cross-dataset", "all", ("all",), transfer=True),
-        Protocol("domain-generalization", "all", ("all",), transfer=True),
-    )
-}
 
 
 class Experiment:
@@ -132,7 +104,7 @@ class Experiment:
         progress: bool = True,
     ) -> None:
         self.stop_unmoved, self.stopped = stop_unmoved, False
-        self.protocol = PROTOCOLS[check_one_of("protocol", protocol, PROTOCOLS)]
+        self.protocol = protocol_of(protocol, targets)
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
         self.recipes = {one.method.name: one for one in recipes}
         if not recipes or len(self.recipes) < len(recipes):
@@ -144,8 +116,6 @@ class Experiment:
         self.present_only, self.skip_unreadable = present_only, skip_unreadable
         self.save_adapters, self.table, self.progress = save_adapters, table, progress
         self.cells = CellFolder(self.out)
-        if self.protocol.transfer and not targets:
-            raise UserError(f"the protocol {protocol} needs target datasets; name them")
         self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
         self.evaluator = Evaluator(
             model, self.backbone, precision=self.train.precision, progress=progress

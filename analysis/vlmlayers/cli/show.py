@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.runs import Run
+
+FORMATS = ("svg", "png", "pdf")
 
 
 def report(
@@ -46,6 +49,13 @@ def figures(
     ] = None,
 ) -> None:
     """Draw the figures of runs again, each with its table."""
+    for one in formats or ():
+        check_one_of("format", one, FORMATS, where="--format")
+    for run in runs:
+        if paper is None:
+            Run.open(run)
+        elif not run.is_dir():
+            raise UserError(f"{run} is not a folder{looked_for(run)}; name folders of tables")
     if paper is not None:
         from vlmlayers.figures import draw_all
 
@@ -55,5 +65,5 @@ def figures(
     from vlmlayers.report import write_figures
 
     for run in runs:
-        for path in write_figures(run, formats=tuple(formats or ("svg", "png", "pdf"))):
+        for path in write_figures(run, formats=tuple(formats or FORMATS)):
             typer.echo(str(path))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import check_one_of
+from vlmlayers.options import validated
 from vlmlayers.runs import Run, environment, score_table
+from vlmlayers.user_code import is_user_code
 from vlmlayers.study.schema import DEFAULT_METRICS, Study, check_study
 
 
@@ -47,11 +49,13 @@ def metrics_text(names: Sequence[str] | None = None) -> str:
     Raises:
         UserError: A name is unknown; the nearest one is named.
     """
-    from vlmlayers.metrics import METRICS, table
-    from vlmlayers.scores.streamed import STREAMED
+    from vlmlayers.metrics import METRICS
 
     for name in names or ():
         check_one_of("metric", name, METRICS)
+    from vlmlayers.metrics import table
+    from vlmlayers.scores.streamed import STREAMED
+
     lines: list[str] = []
     for row in table().to_dict("records"):
         name = row["metric"]
@@ -88,17 +92,26 @@ def score_run(
     Raises:
         UserError: No features, an unknown metric or option.
     """
+    from vlmlayers.metrics import METRICS
+    from vlmlayers.scores import ScoreOptions
+
+    run = Run(Path(folder))
+    stores = run.stores()
+    for name in metrics or ():
+        if not is_user_code(name):
+            check_one_of("metric", name, METRICS)
+    if streaming:
+        for name in options:
+            check_one_of("option of streamed scores", name, ("sample",))
+    else:
+        validated(ScoreOptions, options, "--set")
     from vlmlayers.features.store import open_features
     from vlmlayers.scores import score, score_streaming, write_scores
     from vlmlayers.scores.run import chosen_metrics
     from vlmlayers.scores.streamed import STREAMED
 
-    run = Run(Path(folder))
-    stores = run.stores()
     chosen_metrics(metrics)
     if streaming:
-        for name in options:
-            check_one_of("option of streamed scores", name, ("sample",))
         table = score_streaming(stores, metrics, **options)
         used = list(metrics or STREAMED)
     else:

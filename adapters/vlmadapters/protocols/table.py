@@ -1,0 +1,54 @@
+"""The protocols of the papers by name: which classes are trained and which are tested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmlayers.errors import UserError, check_one_of
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol trains on and tests.
+
+    Attributes:
+        name: As in the results table.
+        train_kind: Classes that are trained: `base` or `all`.
+        own_kinds: Halves of the source's own test set that are evaluated.
+        transfer: Whether other datasets are tested, all classes of each.
+    """
+
+    name: str
+    train_kind: str
+    own_kinds: tuple[str, ...]
+    transfer: bool = False
+
+
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("base-to-novel", "base", ("base", "novel")),
+        Protocol("few-shot", "all", ("all",)),
+        Protocol("cross-dataset", "all", ("all",), transfer=True),
+        Protocol("domain-generalization", "all", ("all",), transfer=True),
+    )
+}
+
+
+def protocol_of(name: str, targets: Sequence[Any], where: str = "") -> Protocol:
+    """Return a protocol by its name.
+
+    Args:
+        name: A name of `PROTOCOLS`.
+        targets: Datasets tested by transfer.
+        where: Where the name stands, for messages.
+
+    Raises:
+        UserError: The name is unknown, or the protocol tests other datasets and none is named.
+    """
+    protocol = PROTOCOLS[check_one_of("protocol", name, PROTOCOLS, where=where)]
+    if protocol.transfer and not targets:
+        raise UserError(f"the protocol {name} needs target datasets; name them")
+    return protocol

@@ -1,0 +1,108 @@
+"""What is wrong is said before anything large is imported, in every verb."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+LARGE = ("torch", "open_clip", "sklearn", "pandas", "pyarrow", "matplotlib", "scipy.stats")
+STUDY = 'models = [{ name = "mini-clip" }]\ndatasets = ["faces"]\n'
+STUDIES = {
+    "key": STUDY + "[extract]\nitms = 3\n",
+    "metric": STUDY + '[score]\nmetrics = ["nosuch"]\n',
+    "rule": STUDY + '[select]\nrule = "nosuch"\n',
+    "option": STUDY + "[score]\noptions = { sds = 3 }\n",
+    "dataset": STUDY.replace("faces", "nosuch"),
+    "model": STUDY.replace("mini-clip", "nosuch"),
+    "recipe": STUDY + '[[train]]\nrecipe = "nosuch"\n',
+}
+WRONG = """
+score nosuch
+score --list --metric nosuch
+select nosuch
+select /nosuch --rule nosuch
+report nosuch
+figures nosuch
+figures nosuch --format nosuch
+figures nosuch --paper here
+models nosuch
+data check nosuch
+data shards nosuch --out here
+demo --nosuch
+study nosuch.toml
+extract nosuch faces --out here
+extract mini-clip nosuch --out here
+extract ViT-B-16 faces --out here
+extract ViT-B-16 faces --out here --pretrained nosuch
+extract mini-clip faces --out here --split nosuch
+extract mini-clip faces --out here --adapter nosuch
+train nosuch faces --out here
+train mini-clip nosuch --out here
+train mini-clip faces --out here --method nosuch
+train mini-clip faces --out here --protocol nosuch
+train mini-clip faces --out here --placement nosuch
+evaluate nosuch faces
+evaluate mini-clip nosuch
+evaluate mini-clip faces --adapter nosuch
+validate nosuch faces --out here --placement 5-12
+validate mini-clip nosuch --out here --placement 5-12
+validate mini-clip faces --out here --choice nosuch
+search nosuch faces --out here
+search mini-clip nosuch --out here
+search mini-clip faces --out here --criterion nosuch
+"""
+# Each command in a process that was forked before it: what one imports, the next does not see.
+EACH = """
+import json, os, sys
+import vlmadapters.cli.train, vlmadapters.training.recipes, vlmlayers.cli, vlmlayers.metrics
+import vlmlayers.selection.making, vlmlayers.study.preflight  # what many import, once
+commands, large = json.loads(sys.stdin.read())
+for words in commands:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.dup2(write, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = ["vlmlayers", *words]
+        code = 0
+        try:
+            vlmlayers.cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        found = [name for name in large if name in sys.modules]
+        os.write(write, ("\\n" + json.dumps([code, found])).encode())
+        os._exit(0)
+    os.close(write)
+    text = os.fdopen(read).read()
+    os.wait()
+    print(json.dumps(text.splitlines()))
+"""
+
+
+def test_an_error_that_needs_no_model_imports_nothing_large(tmp_path: Path) -> None:
+    commands = [line.split() for line in WRONG.strip().splitlines()]
+    for name, text in STUDIES.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+        commands.append(["study", f"{name}.toml"])
+    done = subprocess.run(
+        [sys.executable, "-c", EACH],
+        input=json.dumps([commands, LARGE]), capture_output=True, text=True, cwd=tmp_path,
+        check=True,
+    )  # fmt: skip
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(commands)
+    for words, (*lines, last) in zip(commands, answers):
+        assert json.loads(last) == [2, []], (words, lines)
+        assert "Error: " in " ".join(lines), lines
+
+
+def test_tables_and_help_import_nothing_large(tmp_path: Path) -> None:
+    commands = [["data", "list"], ["models"], ["--help"], ["select", "--help"], ["train", "--help"]]
+    done = subprocess.run(
+        [sys.executable, "-c", EACH],
+        input=json.dumps([commands, LARGE]), capture_output=True, text=True, cwd=tmp_path,
+        check=True,
+    )  # fmt: skip
+    for words, line in zip(commands, done.stdout.splitlines()):
+        assert json.loads(json.loads(line)[-1]) == [0, []], words
