@@ -63,6 +63,7 @@ def _imported(repository: Path, *folders: str) -> set[str]:
 MODULES = {
     "scikit-learn": "sklearn",
     "pillow": "PIL",
+    "lazy-loader": "lazy_loader",
     "open-clip-torch": "open_clip",
     "huggingface-hub": "huggingface_hub",
     "umap-learn": "umap",
