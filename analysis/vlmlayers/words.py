@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 WIDTH = 80
 
 
-def text_table(
-    rows: Sequence[Mapping[Hashable, Any]], widths: Mapping[str, int] | None = None
-) -> str:
+def text_table(rows: Sequence[Mapping[Any, Any]], widths: Mapping[str, int] | None = None) -> str:
     """Return rows of the same columns as aligned text; those in `widths` are cut with an ellipsis.
 
     Numbers stand to the right, words to the left; missing values are blank.

@@ -10,8 +10,8 @@ from typing import Any
 from vlmlayers.errors import check_one_of
 from vlmlayers.options import validated
 from vlmlayers.runs import Run, environment, score_table
-from vlmlayers.user_code import is_user_code
 from vlmlayers.study.schema import DEFAULT_METRICS, Study, check_study
+from vlmlayers.user_code import is_user_code
 
 
 def study_of(
