@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ PROTOCOLS = {
 }
 
 
-def protocol_of(name: str, targets: Sequence[Any], where: str = "") -> Protocol:
+def protocol_of(name: str, targets: Iterable[Any], where: str = "") -> Protocol:
     """Return a protocol by its name.
 
     Args:
