@@ -15,6 +15,7 @@ from vlmlayers.placement import describe_blocks
 from vlmlayers.plots.layout import DepthAxis
 from vlmlayers.plots.style import (
     CHANCE_COLOUR,
+    OPEN_ALPHA,
     TOWER_COLOURS,
     TOWER_MARKERS,
     axes,
@@ -313,7 +314,8 @@ def strip(ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: Sequence[str])
             if how != "frozen":
                 ax.plot(
                     axis.span(tower, block), (0, 0), color=TOWER_COLOURS[tower], linewidth=height,
-                    alpha=0.3 if how == "open" else 1.0, solid_capstyle="butt", clip_on=False,
+                    alpha=OPEN_ALPHA if how == "open" else 1.0,
+                    solid_capstyle="butt", clip_on=False,
                     transform=ax.get_xaxis_transform() + down, label=f"_{tower} {block} {how}",
                 )  # fmt: skip
 

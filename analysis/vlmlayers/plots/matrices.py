@@ -14,6 +14,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.plots.depth import is_random, on_tower
 from vlmlayers.plots.layout import runs
 from vlmlayers.plots.style import (
+    OPEN_ALPHA,
     SEQUENTIAL,
     TOWER_COLOURS,
     axes,
@@ -78,10 +79,8 @@ def agreement_matrix(
         ax.set_xlabel(f"{other_tower.capitalize()} position")
         ax.set_ylabel(f"{tower.capitalize()} position")
         if choice is not None:
-            _mark(ax, choice.blocks(tower), rows, TOWER_COLOURS[tower], vertical=True)
-            _mark(
-                ax, choice.blocks(other_tower), columns, TOWER_COLOURS[other_tower], vertical=False
-            )
+            _mark(ax, choice, tower, rows, vertical=True)
+            _mark(ax, choice, other_tower, columns, vertical=False)
         return mark_random(ax, is_random(scores))
 
 
@@ -115,7 +114,7 @@ def dataset_heatmap(
         )
         ax.set_xlabel(f"{tower.capitalize()} position")
         if choice is not None:
-            _mark(ax, choice.blocks(tower), columns, TOWER_COLOURS[tower], vertical=False)
+            _mark(ax, choice, tower, columns, vertical=False)
         return mark_random(ax, is_random(scores))
 
 
@@ -142,17 +141,16 @@ def _image(ax: Axes, grid: np.ndarray, label: str) -> None:
     bar.set_label(label)
 
 
-def _mark(
-    ax: Axes,
-    blocks: tuple[int, ...],
-    names: list[str],
-    colour: str,
-    *,
-    vertical: bool,
-) -> None:
+def _mark(ax: Axes, choice: LayerChoice, tower: str, names: list[str], *, vertical: bool) -> None:
+    """Mark blocks along an axis as `strip` does: chosen ones in full colour, open ones pale."""
     ax.tick_params(axis="y" if vertical else "x", pad=5, length=0)
     places = {int(name): i for i, name in enumerate(names) if name.isdecimal()}
-    for first, last in runs(b for b in blocks if b in places):
+    by_standing: dict[str, list[int]] = {}
+    for block, how in enumerate(choice.standing(tower, max(places, default=0)), 1):
+        if how != "frozen" and block in places:
+            by_standing.setdefault(how, []).append(block)
+    spans = [(how, *run) for how, blocks in by_standing.items() for run in runs(blocks)]
+    for how, first, last in spans:
         ends = [places[first] - 0.5, places[last] + 0.5]
         line = ([0, 0], ends) if vertical else (ends, [0, 0])
         left, down = (-2.2 / 72, 0.0) if vertical else (0.0, -2.2 / 72)  # between axes and labels
@@ -160,7 +158,9 @@ def _mark(
         transform = along + ScaledTranslation(left, down, ax.figure.dpi_scale_trans)
         ax.plot(
             *line,
-            color=colour,
+            color=TOWER_COLOURS[tower],
+            alpha=OPEN_ALPHA if how == "open" else 1.0,
+            label=f"_{tower} {first}-{last} {how}",
             linewidth=2.5,
             transform=transform,
             clip_on=False,

@@ -40,6 +40,7 @@ SCRIPTS = (  # fonts with other letters, where they are installed
     "Noto Sans Thai", "Noto Sans Bengali", "Noto Sans Tamil", "Nirmala UI", "Segoe UI",
     "Noto Emoji", "Segoe UI Emoji", "Symbola",
 )  # fmt: skip
+OPEN_ALPHA = 0.3  # of marks of blocks on which resamples disagree
 CHANCE_COLOUR = "#6B6B6B"
 SEQUENTIAL = "cividis"
 STYLE: dict[str, Any] = {

@@ -34,7 +34,6 @@ def payload(answer: Answer) -> dict[str, Any]:
         "weights": answer.weights,
         "random": answer.random_weights,
         "depth": answer.depths,
-        "choice": {"vision": list(answer.choice.vision), "text": list(answer.choice.text)},
         "standing": {tower: answer.standing(tower) for tower in answer.depths},
         "datasets": dataset_names(answer.scores),
         "metrics": {

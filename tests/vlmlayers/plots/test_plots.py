@@ -22,7 +22,7 @@ from vlmlayers.scores.summaries import (
     metrics_by_shape,
     over_datasets,
 )
-from vlmlayers.selection import select
+from vlmlayers.selection import LayerChoice, select
 
 OUTCOMES = pd.DataFrame(
     [
@@ -305,3 +305,16 @@ def test_marks_of_chosen_blocks_never_cover_labels(count: int) -> None:
         texts = [text for text in (*ax.get_xticklabels(), *ax.get_yticklabels()) if text.get_text()]
         labels = [text.get_window_extent() for text in texts]
         assert marks and not any(mark.overlaps(label) for mark in marks for label in labels)
+
+
+def test_heat_maps_mark_open_blocks_pale() -> None:
+    scores = full()
+    frequency = [0.0] * 4 + [0.5] * 4 + [1.0] * 4
+    evidence = {"towers": {t: {"depth": 12, "frequency": frequency} for t in ("vision", "text")}}
+    choice = LayerChoice(range(5, 13), range(5, 13), "threshold", evidence)
+    for ax, towers in (
+        (plots.dataset_heatmap(scores, choice=choice), 1),
+        (plots.agreement_matrix(scores, choice=choice), 2),
+    ):
+        marks = [(one.get_label().split(" ", 1)[1], one.get_alpha()) for one in ax.lines]
+        assert sorted(marks) == sorted([("5-8 open", 0.3), ("9-12 firm", 1.0)] * towers)

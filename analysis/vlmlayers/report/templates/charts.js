@@ -261,14 +261,15 @@
       if (wide) label.setAttribute("transform", `rotate(-60 ${x} ${bottom + 12})`);
       svg.append(label);
     });
-    const mark = (blocks, names, tower, vertical) => (blocks || []).forEach((b) => {
-      const at = names.indexOf(String(b));
-      if (at < 0) return;
-      svg.append(vertical ? node("rect", { x: left - 5, y: top + at * tall, width: 4, height: tall, fill: TOWER[tower] })
-        : node("rect", { x: left + at * cell, y: bottom + 1, width: cell, height: 4, fill: TOWER[tower] }));
+    const mark = (tower, names, vertical) => (DATA.standing?.[tower] || []).forEach((how, b) => {
+      const at = names.indexOf(String(b + 1));
+      if (at < 0 || how === "frozen") return;
+      const look = { fill: TOWER[tower], opacity: how === "open" ? 0.3 : 1 };
+      svg.append(vertical ? node("rect", { x: left - 5, y: top + at * tall, width: 4, height: tall, ...look })
+        : node("rect", { x: left + at * cell, y: bottom + 1, width: cell, height: 4, ...look }));
     });
-    if (spec.rowTower) mark(DATA.choice[spec.rowTower], spec.rows, spec.rowTower, true);
-    if (spec.columnTower) mark(DATA.choice[spec.columnTower], spec.columns, spec.columnTower, false);
+    if (spec.rowTower) mark(spec.rowTower, spec.rows, true);
+    if (spec.columnTower) mark(spec.columnTower, spec.columns, false);
     const bar = Math.min(200, width - left - 110);
     for (let i = 0; i < 40; i++) svg.append(node("rect", { x: left + i * bar / 40, y: 14, width: bar / 40 + 0.5, height: 10, fill: colour(i / 39) }));
     svg.append(node("text", { x: left, y: 38, fill: "#55555E" }, show(low)),
@@ -489,7 +490,7 @@
       const paired = here.filter((e) => `${e.tower} × ${e.other}` === c.pair.value);
       fill(c.dataset, unique(paired.map((e) => e.dataset)).map((n) => [n, datasetLabel(n)]));
       const entry = paired.find((e) => e.dataset === c.dataset.value), label = DATA.metrics[c.metric.value].label;
-      caption(figure, `${DATA.metrics[c.metric.value].caption} Shown here: n = ${entry.n}. The bars at the axes mark the chosen blocks.`);
+      caption(figure, `${DATA.metrics[c.metric.value].caption} Shown here: n = ${entry.n}. The bars at the axes mark the chosen blocks, open ones pale.`);
       heatmap(figure.querySelector(".plot"), { rows: entry.rows, columns: entry.columns, values: entry.values, square: true,
         rowTower: entry.tower, columnTower: entry.other, measure: label, xLabel: `${title(entry.other)} position`, yLabel: `${title(entry.tower)} position`,
         name: (row, column) => `${entry.tower} ${row} × ${entry.other} ${column}`, alt: `${label}, ${c.pair.value}; the values are in the table below.` });
