@@ -93,7 +93,7 @@ def folds(
     Of every four folds (as many as there are shots, where these are fewer) each holds out another
     share of the shots; further ones start over with the shots in another order. Of two neighbouring
     folds the second trains on the classes that the first held out whole, and every pair draws these
-    anew.
+    anew. The first of many folds are those of few: work on them is not done twice.
 
     Args:
         data: The dataset.
@@ -120,12 +120,13 @@ def folds(
     generator = np.random.default_rng([seed, FOLDS])
     apart = apart and len(names) >= LEAST_APART
     half = ceil(len(names) / 2)
-    orders = [generator.permutation(len(names)) for _ in range(ceil(count / 2))]
     made: list[Fold] = []
     for number in range(count):
         if number % parts == 0:
             by_class = [[one[i] for i in generator.permutation(len(one))] for one in by_class]
-        order = np.roll(orders[number // 2], -half * (number % 2))
+        if number % 2 == 0:
+            drawn_order = generator.permutation(len(names))
+        order = np.roll(drawn_order, -half * (number % 2))
         train: list[Item] = []
         test: list[Item] = []
         for label, original in enumerate(order):

@@ -18,6 +18,7 @@ from vlmadapters.training.trainer import count_steps
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
 from vlmlayers.placement import ZERO_SHOT
 
+CELLS = "folds"  # folder of cells of folds in a run: search and tuning share them
 AS_IS = "recipe"  # a method without placement, by the amount of its recipe
 Draws = Mapping[tuple[str, int], Sequence[Fold]]
 

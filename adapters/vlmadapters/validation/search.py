@@ -31,7 +31,7 @@ from vlmadapters.validation.candidates import (
     tried_placements,
 )
 from vlmadapters.validation.judge import CRITERIA, Difference, difference, ranking
-from vlmadapters.validation.race import AS_IS, Race, Track, label
+from vlmadapters.validation.race import AS_IS, CELLS, Race, Track, label
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
@@ -119,7 +119,7 @@ def search(
         seeds: Seeds of the few-shot draws; a setting is trained on what the search saw of a seed.
         shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
-        out: Folder of `search.csv` and `search.json`, and of the cells under `search`; None writes
+        out: Folder of `search.csv` and `search.json`, and of the cells under `folds`; None writes
             nothing. A stopped search resumes there.
         root: The data root.
         together: Settings trained side by side.
@@ -150,7 +150,7 @@ def search(
         for seed in seeds:
             count = default.train_for(manifest.name).shots
             draws[manifest.name, seed] = folds_of(data, count, seed, folds, apart=apart)
-    cells = None if out is None else Path(out) / "search"  # apart from those of other stages
+    cells = None if out is None else Path(out) / CELLS
     track = Track(draws, default, model, cells, together=together, progress=progress)
     race = Race(track, criterion)
     for place, why in refused.items():

@@ -30,7 +30,7 @@ from vlmadapters.validation.competitors import (
     competitors,
 )
 from vlmadapters.validation.predicting import judge_predictors, predictors_statement
-from vlmadapters.validation.race import Track
+from vlmadapters.validation.race import CELLS, Track
 from vlmadapters.validation.ranking import predicted_outcomes, predictors, rank_correlation
 from vlmadapters.validation.repeatability import repeatability
 from vlmadapters.validation.tuning import TUNING_FOLDS, size_warning, tune
@@ -202,7 +202,7 @@ def validate(
             )
             for one in data
         }
-        cells = None if out is None else Path(out) / "tuning"
+        cells = None if out is None else Path(out) / CELLS
         track = Track(draws, made, model, cells, together=together, progress=progress)
         tuning = tune(track, settings["given"])
         settings = {"tuned": list(tuning.settings), **settings}  # the first may be found void
