@@ -129,7 +129,10 @@ def position_table(answer: Answer) -> Table:
 
 
 def comparison_table(validation: RecordedValidation | None) -> Table | None:
-    """Return the chosen placement beside the paper's, the best and zero-shot CLIP."""
+    """Return the chosen placement beside the paper's, the best and zero-shot CLIP.
+
+    Others follow, best first, where there are no more than `FEW` in all.
+    """
     if validation is None:
         return None
     frame = validation.placements.drop_duplicates("placement")
@@ -141,8 +144,11 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     ):
         if placement in set(frame["placement"]):
             named.setdefault(placement, []).append(label)
+    if len(frame) <= FEW:
+        for placement in frame.sort_values("hm", ascending=False)["placement"]:
+            named.setdefault(placement, [])
     rows = [
-        _outcome_row(row, join(named[name]))
+        _outcome_row(row, join(named[name]) or _why(validation, name))
         for name in named
         for _, row in frame[frame["placement"] == name].iterrows()
     ]
@@ -155,6 +161,7 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     return tabular(caption, ["Placement", *OUTCOME_HEADINGS], rows)
 
 
+FEW = 6  # placements that the answer shows one and all
 OUTCOME_HEADINGS = (
     "Base classes",
     "Novel classes",

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import zipfile
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -105,10 +106,25 @@ def test_the_answer_compares_with_the_papers_placement_the_best_and_zero_shot(
     assert words.index("best of all trained") < words.index("Along depth")
     assert "none predicted the outcome." in words
     assert comparison_table(None) is None
+
     best = read_answer(validated.folder).validation
     assert best is not None and best.best == means.idxmax()
     row = summary_table([("a", read_answer(validated.folder))]).rows[0]
     assert row[-1] == f"{ours:.1f} (best {means.max():.1f})"
+
+
+def test_the_answer_shows_every_placement_where_they_are_few(validated: Run) -> None:
+    found = read_answer(validated.folder).validation
+    assert found is not None
+    few = replace(found, placements=found.placements.head(5))
+    table = comparison_table(few)
+    assert table is not None
+    shown = [str(row[0]).partition(" ")[0] for row in table.rows]
+    assert set(found.placements["placement"].head(5)) <= set(shown)
+    rest = few.placements.set_index("placement")["hm"]
+    named = {few.chosen, few.reference, few.best}
+    others = [name for name in shown if name in rest.index and name not in named]
+    assert [rest[name] for name in others] == sorted((rest[name] for name in others), reverse=True)
 
 
 def test_the_choice_stands_there_as_text_to_copy(validated: Run) -> None:
