@@ -73,6 +73,58 @@ def test_half_precision_trains_close_to_single(precision: str) -> None:
     np.testing.assert_allclose(half, single, rtol=0.05)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("views", [0, 1])
+def test_a_recorded_step_trains_as_the_step_itself(
+    precision: str, optimizer: str, views: int
+) -> None:
+    train = replace(
+        TRAIN, precision=precision, optimizer=optimizer, cached_views=views, epochs=6, lr=0.005
+    )
+    model = model_on("cuda")
+    expected = trainer(model, train).fit()[0]
+    found = trainer(model, replace(train, cuda_graph=True)).fit()[0]
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-3, atol=1e-3)
+    for key, value in state(expected).items():
+        torch.testing.assert_close(state(found)[key], value, atol=1e-3, rtol=1e-2)
+
+
+def test_crops_of_the_device_are_those_of_the_cpu_but_for_rounding() -> None:
+    images = Images(model_on("cuda"), MANIFEST)
+    augmentation, items = TRAIN.augmentation, MANIFEST.items("train")[:8]
+    draws = augmentation.draws(len(items), 1, 0)
+    host, device = (
+        images.augmented(items, draws, augmentation, on_device=d) for d in (False, True)
+    )
+    assert device.device.type == "cuda"
+    level = 1 / 255 / images.std.min()
+    assert (device - host).abs().max() <= 2.01 * level
+    found = trainer(model_on("cuda"), replace(TRAIN, device_crops=True)).fit()[0]
+    assert np.isfinite(found.losses).all()
+
+
+def test_tf32_trains_close_to_single_precision() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs a GPU with TF32")
+    model = model_on("cuda")
+    single = trainer(model, TRAIN).fit()[0].losses
+    tf32 = trainer(model, replace(TRAIN, precision="tf32")).fit()[0].losses
+    np.testing.assert_allclose(tf32, single, rtol=0.02)
+
+
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    """Torch itself refuses what would wait."""
+    made = trainer(model_on("cuda"), replace(TRAIN, precision="fp16"))
+    batches = made.batches(0)
+    made.update(batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made.update(batches[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_stopped_training_goes_on_where_it_was(precision: str, tmp_path: Path) -> None:
     model = model_on("cuda")

@@ -100,3 +100,21 @@ def test_every_step_sees_other_items_and_the_rest_is_dropped() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(batches, again))
     assert not np.array_equal(batches[0], epoch_batches(22, 4, seed=1, epoch=1)[0])
     assert [len(b) for b in epoch_batches(3, 16, 1, 0)] == [3]
+
+
+def test_crops_on_the_device_are_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoded pixels go there first; where it is a CPU, nothing changes."""
+    model = shared_backbone()
+    images, asked = Images(model, MANIFEST), []
+    items, augmentation = MANIFEST.items("train")[:3], Augmentation()
+    draws = augmentation.draws(len(items), 1, 0)
+    expected = images.augmented(items, draws, augmentation)
+
+    def noted(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        asked.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr("vlmadapters.data.images.placed", noted)
+    found = images.augmented(items, draws, augmentation, on_device=True)
+    assert torch.equal(found, expected)
+    assert asked == [*(images.raw(item).shape for item in items), expected.shape]
