@@ -14,7 +14,9 @@ from vlmlayers.cli.options import Weights
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import typed
 
-Limit = Annotated[int, typer.Option(help="Test items per dataset, 0 for all.")]
+Limit = Annotated[
+    int, typer.Option("--items", "--limit", help="Test items per dataset, 0 for all.")
+]
 Method = Annotated[str, typer.Option(help="Method to train, as in mma, maple or coop.")]
 CHOICE = "choice"  # stands for the choice of a study, or of --choice, among placements
 Workers = Annotated[int, typer.Option(help="Threads that decode images.")]

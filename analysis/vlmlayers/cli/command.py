@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -15,10 +17,15 @@ from vlmlayers.cli.show import figures, report
 from vlmlayers.cli.whole import demo, study
 from vlmlayers.errors import DISK, UserError, disk_trouble, printable
 
+WRONG_USAGE: Any = typer.BadParameter.__bases__[0]  # click's, which typer brings along
+# What typer says of a value that is no number, in pydantic's words, and in ours.
+NUMBER = re.compile("Input should be a valid (integer|number).*")
+NUMBERS = {"integer": "a whole number is needed", "number": "a number is needed"}
+
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Which layers of a vision-language model should be adapted? Measure every layer of both "
@@ -29,9 +36,35 @@ for verb in (demo, study, models, extract, score, select, report, figures):
     app.command()(verb)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"vlmlayers {version('vlm-layers')}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_the_verb(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Read the options that stand before the verb."""
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Show a warning as errors are shown: one line, without the source that it came from."""
     typer.echo(f"Warning: {printable(str(message))}", err=True)
+
+
+def _usage(error: Any) -> str:
+    """Return one line for a wrong command; the help where a group of verbs is called by itself."""
+    message = error.format_message()
+    if "\n" in message.strip():
+        return str(message)
+    verb = "vlmlayers" if error.ctx is None else error.ctx.command_path
+    line = NUMBER.sub(lambda found: NUMBERS[found[1]], printable(message))
+    return f"Error: {line}{'' if line.endswith(('.', '?')) else '.'} See `{verb} --help`."
 
 
 def main() -> None:
@@ -39,7 +72,12 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            app()
+            sys.exit(app(standalone_mode=False, prog_name="vlmlayers"))
+    except typer.Abort:
+        sys.exit(1)
+    except WRONG_USAGE as error:
+        typer.echo(_usage(error), err=True)
+        sys.exit(2)
     except UserError as error:
         typer.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(2)

@@ -36,7 +36,7 @@ SkipUnreadable = Annotated[
         "--skip-unreadable", help="Leave unreadable images out instead of stopping, and say so."
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

@@ -106,6 +106,7 @@ def measure_costs(
     pooling: str | None = None,
     batch_size: int = 64,
     precision: str = "fp32",
+    tower: str | None = None,
     repeats: int = 3,
     disk: Path | None = None,
 ) -> Costs:
@@ -120,6 +121,7 @@ def measure_costs(
         pooling: Its vision pooling.
         batch_size: Its batch size.
         precision: Its precision.
+        tower: `vision` where the planned extraction records that one alone.
         repeats: Timed runs, of which the fastest counts.
         disk: Folder on the disk of the planned store; the system's temporary one where None.
 
@@ -129,7 +131,8 @@ def measure_costs(
     if not items:
         raise UserError("there is nothing to estimate: no items")
     recorder = Recorder(model.towers["vision"], spaces, pooling)
-    widths, text = recorder.widths(), model.towers.get("text")
+    widths = recorder.widths()
+    text = None if tower == "vision" else model.towers.get("text")
     texts = {} if text is None else Recorder(text, spaces, None).widths()
     size = model.image_size
     batch, decode = _timed(

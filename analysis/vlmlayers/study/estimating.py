@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlmlayers.errors import UserError
 from vlmlayers.runs import Run
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.schema import Study
@@ -26,6 +27,11 @@ def estimate_study(
     """
     from vlmlayers.models import estimate
 
+    tower = study.extract.tower
+    if tower == "text":
+        raise UserError(
+            "--estimate measures images, and --tower text encodes none; leave one of them out"
+        )
     parts = []
     root = None if data_root is None else Path(data_root)
     for part in study.models:
@@ -42,6 +48,7 @@ def estimate_study(
                 pooling=dict(options.pooling).get("vision"),
                 batch_size=options.batch_size,
                 precision=options.precision,
+                tower=tower,
             )
         )
     return "\n".join(parts)

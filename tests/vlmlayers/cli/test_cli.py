@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,30 @@ def test_wrong_usage_exits_2_and_faults_are_not_hidden(call, monkeypatch) -> Non
     monkeypatch.setattr("vlmlayers.study.verbs.metrics_text", broken)
     with pytest.raises(RuntimeError, match="a fault"):
         call("score", "--list")
+
+
+def test_wrong_usage_is_one_line_that_names_the_help(call) -> None:  # type: ignore[no-untyped-def]
+    for words, message in (
+        (("demo", "--bad"), "No such option: --bad. See `vlmlayers demo --help`."),
+        (("selekt",), "Did you mean 'select'? See `vlmlayers --help`."),
+        (
+            ("select", "here", "--resamples", "many"),
+            "'--resamples': a whole number is needed. See `vlmlayers select --help`.",
+        ),
+        (("data", "lost"), "`vlmlayers data --help`"),
+        (("train", "a", "b", "--out", "c", "--together", "1.5"), "a whole number is needed"),
+    ):
+        code, out, err = call(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1) and message in err, err
+        assert err.startswith("Error: ")
+
+
+def test_version_and_short_help(call) -> None:  # type: ignore[no-untyped-def]
+    assert call("--version")[:2] == (0, f"vlmlayers {version('vlm-layers')}\n")
+    for verb in ((), ("select",), ("train",), ("data", "list")):
+        code, out, _ = call(*verb, "-h")
+        assert (code, out) == call(*verb, "--help")[:2] and code == 0 and "Usage: vlmlayers" in out
+        assert max(map(len, out.splitlines())) <= 80
 
 
 def test_full_disk_is_one_line(call, monkeypatch) -> None:  # type: ignore[no-untyped-def]
