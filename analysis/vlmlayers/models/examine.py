@@ -1,0 +1,549 @@
+"""What each block does in its model: taken out, as a part of the embedding, and by gradients.
+
+Scores of features say what a block holds; these say what the model makes of it. Each is a forward
+or backward pass over a few hundred images and the class prompts, and a row of the score table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vlmlayers.arguments import Count, Natural, checked
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics.checks import unit_rows
+from vlmlayers.metrics.class_level import zero_shot_values
+from vlmlayers.metrics.intervals import (
+    bootstrap_weights,
+    jackknife_groups,
+    jackknife_interval,
+    mean_interval,
+)
+from vlmlayers.models.extract import prepare
+from vlmlayers.models.modes import at_rest
+from vlmlayers.models.options import Dataset, ExtractOptions
+from vlmlayers.models.recording import block_outputs, probe
+from vlmlayers.models.tower import Apply, Tower, same
+from vlmlayers.models.vlm import LoadedModel
+from vlmlayers.positions import EMBED, JOINT, PROJ, relative_depth
+from vlmlayers.progress import bar
+from vlmlayers.scores.schema import score_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MODEL_METRICS: Mapping[str, str] = MappingProxyType(
+    {
+        "skip_accuracy_drop": "zero-shot accuracy lost when the block is skipped",
+        "skip_joint_change": "1 − cosine of joint features with and without the block",
+        "mean_accuracy_drop": "zero-shot accuracy lost when what the block adds is its mean",
+        "mean_joint_change": "1 − cosine of joint features with what it adds and with its mean",
+        "contribution": "share of the joint embedding that the block adds (its projection on it)",
+        "gradient_alignment": "cosine of the gradients of inner-base and inner-novel loss",
+        "zero_shot_margin": "cosine with the right prompt less that with the nearest wrong one",
+    }
+)
+BIAS = "bias"  # what norm and projection add by themselves
+_GROUPS = 10  # of the jackknife over gradients
+_EXACT = 1e-3  # of the largest value of the embedding: rounding stays below, another head does not
+Array = NDArray[np.float64]
+Change = Callable[[Tensor, Tensor], Tensor]
+
+
+@checked
+def examine(
+    model: LoadedModel,
+    data: Dataset,
+    split: str = "train",
+    metrics: Sequence[str] | None = None,
+    *,
+    items: Count = 200,
+    root: str | Path | None = None,
+    template: str | None = None,
+    batch_size: Count = 32,
+    seed: Natural = 0,
+    bootstrap: Count = 200,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Return scores that need the model itself: what each block of both towers does in it.
+
+    `pandas.concat([scores, examine(…)])` is a score table; rules read it as `metric:NAME`.
+
+    Args:
+        model: What `load_model` returns; its blocks must be residual, not stages.
+        data: A dataset's name, path or `Manifest`.
+        split: `train`, `val` or `test`.
+        metrics: Names of `MODEL_METRICS`; None for all of them.
+        items: Images to draw with balanced classes.
+        root: Data root; see `Manifest`.
+        template: Prompt with `{}` for the class name; the manifest's common one where None.
+        batch_size: Images per forward pass.
+        seed: Seed of the draw of items, and of the split of classes of `gradient_alignment`.
+        bootstrap: Draws of each interval.
+        progress: Show a progress bar.
+
+    Returns:
+        A table with `SCORE_COLUMNS`. `n` counts images, or prompts where a value is of prompts
+        alone. The null is what a block gives that does nothing: 0; of `gradient_alignment` it is
+        the value with labels shuffled inside each half of the classes, and of
+        `zero_shot_margin`, which has one row per dataset, that with all labels shuffled.
+
+    Raises:
+        UserError: Unknown metric, a tower of stages, no text tower, fewer than four classes for
+            `gradient_alignment`, or what `extract` raises.
+    """
+    names = tuple(MODEL_METRICS) if metrics is None else tuple(metrics)
+    for name in names:
+        check_one_of("metric", name, MODEL_METRICS)
+    inputs = _Inputs.of(
+        model,
+        data,
+        split,
+        ExtractOptions(
+            items=items,
+            root=root,
+            template=template,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        ),
+    )
+    with at_rest(model.clip):
+        table = _Table(inputs, split, seed, bootstrap)
+        for name in bar(names, "examining", unit="metric", show=progress):
+            _MEASURES[name](table, name)
+    return score_frame(table.rows, protocol={"items": items, "seed": seed, "bootstrap": bootstrap})
+
+
+@checked
+def contributions(tower: Tower, batch: Tensor) -> dict[str, Tensor]:
+    """Return what each part of a tower adds to the joint embedding: position → (item, joint).
+
+    The residual stream that the final norm sees is `embed` plus what each block adds; the norm's
+    division by the recorded scale, pooling and projection are linear. The parts, `bias` (of norm
+    and projection) among them, sum to the embedding.
+
+    Args:
+        tower: Tower of a model that is in eval mode.
+        batch: Its input.
+
+    Raises:
+        UserError: The tower has stages, an attention pool, or a head that is not linear.
+
+    Reference: Elhage et al. 2021; Gandelsman et al. 2024.
+    """
+    _require_stream(tower)
+    if tower.attend is not None:
+        raise UserError(
+            f"the {tower.name} tower ({tower.family}) ends in an attention pool, which is not "
+            "linear; leave `contribution` out"
+        )
+    stream: dict[str, Tensor] = {}
+    with torch.inference_mode(), block_outputs(tower, stream.__setitem__):
+        output = tower.run(batch).float()
+        tokens = {position: tower.tokens(x).float() for position, x in stream.items()}
+        order = [EMBED, *(str(block) for block in range(1, tower.depth + 1))]
+        last = tokens[order[-1]]
+        parts = {EMBED: tokens[EMBED]} | {
+            here: tokens[here] - tokens[before] for before, here in zip(order, order[1:])
+        }
+        weights = _pool_weights(tower, batch, last)
+        normed, shift = _linear_norm(tower, tower.norm, last)
+        pooled = {p: torch.einsum("nt,ntd->nd", weights, normed(x)) for p, x in parts.items()}
+        whole = torch.stack([*pooled.values()]).sum(0) + shift
+        after, more = _linear_norm(tower, tower.norm_after, whole)
+        dtype = next(tower.model.parameters()).dtype
+        zero = tower.project(torch.zeros(1, last.shape[-1]).to(last.device, dtype)).float()
+
+        def projected(x: Tensor) -> Tensor:
+            return tower.project(x.to(dtype)).float() - zero
+
+        found = {position: projected(after(x)) for position, x in pooled.items()}
+        bias = after(torch.zeros_like(last[:, 0]) + shift) + more
+        found[BIAS] = projected(bias) + zero
+    if (sum(found.values()) - output).abs().max() > _EXACT * output.abs().max():
+        raise UserError(
+            f"the head of the {tower.name} tower ({tower.family}) is not linear: its embedding is "
+            "no sum of what the blocks add; leave `contribution` out"
+        )
+    return found
+
+
+def _linear_norm(tower: Tower, norm: Apply, x: Tensor) -> tuple[Apply, Tensor | float]:
+    """Return a layer norm as a linear map, with its scale recorded on x, and its shift."""
+    if norm is same or isinstance(norm, nn.Identity):
+        return same, 0.0
+    if not isinstance(norm, nn.LayerNorm):
+        raise UserError(
+            f"the {tower.name} tower ({tower.family}) ends in {type(norm).__name__}; only a layer "
+            "norm is taken apart; leave `contribution` out"
+        )
+    scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+    gain = 1.0 if norm.weight is None else norm.weight.float()
+    shift = 0.0 if norm.bias is None else norm.bias.float()
+    return (lambda part: (part - part.mean(-1, keepdim=True)) * scale * gain), shift
+
+
+def _pool_weights(tower: Tower, batch: Tensor, tokens: Tensor) -> Tensor:
+    """Return the weight of each token in the tower's own pooling, (item, token)."""
+    weights = torch.zeros(tokens.shape[:2], device=tokens.device)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    if tower.pooling == "mean" and tower.valid is not None:
+        mask = tower.valid(batch).float()
+        weights[:, : mask.shape[1]] = mask / mask.sum(1, keepdim=True)
+    elif tower.pooling == "mean":
+        weights[:, tower.prefix :] = 1.0 / (weights.shape[1] - tower.prefix)
+    elif tower.pooling == "eot" and tower.ends is not None:
+        weights[rows, tower.ends(batch)] = 1.0
+    else:
+        weights[:, 0 if tower.pooling == "cls" and not tower.suffix else -1] = 1.0
+    return weights
+
+
+def _require_stream(tower: Tower) -> None:
+    """Probe a tower and refuse one without a residual stream that ends in a linear head."""
+    if tower.kind != "blocks" or tower.layout != "tokens":
+        raise UserError(
+            f"the {tower.name} tower ({tower.family}) has stages, not residual blocks: none can "
+            "be skipped or taken as a part of the embedding"
+        )
+    probe(tower)
+
+
+@contextmanager
+def changed(tower: Tower, block: int, change: Change) -> Iterator[None]:
+    """Replace a block's output by `change(input, output)`; the hook leaves on every way out."""
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        if isinstance(output, tuple):
+            return (change(x, output[0]), *output[1:])
+        return change(x, output)
+
+    handle = tower.blocks[block - 1].register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """Images and class prompts as the towers take them."""
+
+    model: LoadedModel
+    dataset: str
+    labels: NDArray[np.int64]
+    batches: Mapping[str, list[Tensor]]
+
+    @classmethod
+    def of(cls, model: Any, data: Any, split: str, options: ExtractOptions) -> _Inputs:
+        if "text" not in model.towers:
+            raise UserError(f"{model.name} has no text tower: there is no zero-shot to examine")
+        for tower in model.towers.values():
+            _require_stream(tower)
+        work, _, _ = prepare(model, data, split, options)
+        work.refuse_missing()
+        plan = work.plans()["vision"].batches
+        images, kept = [], []
+        for _, rows, batch, bad in work.images(plan, range(len(plan))):
+            if bad:
+                raise UserError(f"{next(iter(bad.values()))}; examine readable images")
+            assert batch is not None
+            images.append(batch.to(model.device, model.input_dtype))
+            kept += rows
+        text = model.towers["text"]
+        assert work.texts is not None
+        prompts = text.cut(model.tokenize(list(work.texts.texts)).to(model.device))
+        labels = np.array([int(work.items[row].label) for row in kept], dtype=np.int64)
+        return cls(model, work.manifest.name, labels, {"vision": images, "text": [prompts]})
+
+    def embedding(self, tower: str, block: int = 0, change: Change | None = None) -> Array:
+        """Return the joint embedding of a tower's items, with one block's output changed or not."""
+        side = self.model.towers[tower]
+        with torch.inference_mode(), ExitStack() as stack:
+            if change is not None:
+                stack.enter_context(changed(side, block, change))
+            found = [side.run(batch).float().cpu().numpy() for batch in self.batches[tower]]
+        return np.concatenate(found).astype(np.float64)
+
+    def mean_added(self, tower: str) -> dict[int, list[Tensor]]:
+        """Return what each block adds, averaged over items, per batch and in the tower's layout.
+
+        Images are averaged token by token. Texts differ in length: their end-of-text tokens are
+        averaged with each other, and all other tokens with each other.
+        """
+        side = self.model.towers[tower]
+        sums: dict[int, Tensor] = {}
+        groups = [self._token_groups(side, batch) for batch in self.batches[tower]]
+        for batch, group in zip(self.batches[tower], groups):
+            seen: dict[str, Tensor] = {}
+            with torch.inference_mode(), block_outputs(side, seen.__setitem__):
+                side.run(batch)
+                for block in range(1, side.depth + 1):
+                    before = EMBED if block == 1 else str(block - 1)
+                    added = side.tokens(seen[str(block)]) - side.tokens(seen[before])
+                    part = torch.einsum("ntg,ntd->gd", group, added.float())
+                    sums[block] = sums[block] + part if block in sums else part
+        sizes = torch.stack([group.sum((0, 1)) for group in groups])  # (batch, group)
+        counts = sizes.sum(0).clamp(min=1)[:, None]
+        return {
+            block: [
+                _back(side, torch.einsum("ntg,gd->ntd", group, total / counts)) for group in groups
+            ]
+            for block, total in sums.items()
+        }
+
+    def _token_groups(self, side: Tower, batch: Tensor) -> Tensor:
+        """Return which tokens are averaged together, (item, token, group), each in one group."""
+        seen: dict[str, Tensor] = {}
+        with torch.inference_mode(), block_outputs(side, seen.__setitem__):
+            side.run(batch[:1])
+        count = side.tokens(seen[EMBED]).shape[1]
+        if side.ends is None:
+            return torch.eye(count, device=batch.device).expand(len(batch), -1, -1)
+        rows = torch.arange(len(batch), device=batch.device)
+        ended = torch.zeros(len(batch), count, dtype=torch.long, device=batch.device)
+        ended[rows, side.ends(batch)] = 1
+        return nn.functional.one_hot(ended, 2).float()
+
+
+def _back(tower: Tower, tokens: Tensor) -> Tensor:
+    """Return tokens in the layout of a block's output."""
+    return tokens if tower.batch_axis in (None, 0) else tokens.transpose(0, 1)
+
+
+class _Table:
+    """The rows, and how intervals are made."""
+
+    def __init__(self, inputs: _Inputs, split: str, seed: int, bootstrap: int) -> None:
+        self.inputs, self.split, self.seed, self.draws = inputs, split, seed, bootstrap
+        self.rows: list[dict[str, Any]] = []
+        self.base = {tower: inputs.embedding(tower) for tower in inputs.batches}
+        self.right = self.zero_shot({})
+
+    def zero_shot(self, instead: Mapping[str, Array]) -> Array:
+        """Return of each image whether it is classified rightly, with features put in place."""
+        side = {**self.base, **instead}
+        return zero_shot_values(side["vision"], side["text"], self.inputs.labels)
+
+    def add_mean(
+        self, metric: str, tower: str, position: str, values: Array, null: float = 0.0
+    ) -> None:
+        """Add the mean of values, one per image or per prompt, with its bootstrap interval."""
+        labels = self.inputs.labels
+        strata = labels if len(values) == len(labels) else np.zeros(len(values), np.int64)
+        rng = np.random.default_rng([self.seed, 1])
+        weights = bootstrap_weights(strata, self.draws, rng)
+        interval = mean_interval(values, weights)
+        self.add(metric, tower, position, values.mean(), interval, null, len(values), "bootstrap")
+
+    def add(
+        self,
+        metric: str,
+        tower: str,
+        position: str,
+        value: float,
+        interval: tuple[float, float],
+        null: float,
+        n: int,
+        how: str,
+    ) -> None:
+        """Add one row."""
+        model, side = self.inputs.model, self.inputs.model.towers[tower]
+        self.rows.append(
+            {
+                "model": model.name,
+                "weights": model.weights,
+                "dataset": self.inputs.dataset,
+                "split": self.split,
+                "tower": tower,
+                "position": position,
+                "depth": relative_depth(position, side.depth),
+                "space": JOINT,
+                "pooling": side.pooling,
+                "metric": metric,
+                "value": float(value),
+                "low": float(interval[0]),
+                "high": float(interval[1]),
+                "null": float(null),
+                "n": n,
+                "seed": self.seed,
+                "other_tower": "",
+                "other_position": "",
+                "options": f"interval={how}",
+            }
+        )
+
+
+def _intervene(table: _Table, name: str) -> None:
+    """Add what changes when a block is skipped, or adds its mean."""
+    inputs, (kind, what) = table.inputs, name.split("_", 1)
+    for tower in inputs.batches:
+        means = inputs.mean_added(tower) if kind == "mean" else {}
+        for block in range(1, inputs.model.towers[tower].depth + 1):
+            found = inputs.embedding(tower, block, _change(means.get(block)))
+            if what == "accuracy_drop":
+                values = table.right - table.zero_shot({tower: found})
+            else:
+                values = 1.0 - _cosine(table.base[tower], found)
+            table.add_mean(name, tower, str(block), values)
+
+
+def _change(means: list[Tensor] | None) -> Change:
+    """Return the change that leaves a block out, or lets it add a mean batch by batch."""
+    if means is None:
+        return lambda x, out: x
+    batches = iter(means)
+    return lambda x, out: x + next(batches).to(x.dtype)
+
+
+def _cosine(x: Array, y: Array) -> Array:
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return np.asarray((x * y).sum(axis=1) / np.maximum(norms, np.finfo(float).tiny))
+
+
+def _contribution(table: _Table, name: str) -> None:
+    """Add the share of the embedding that each part of the stream makes."""
+    inputs = table.inputs
+    for tower, batches in inputs.batches.items():
+        found = [contributions(inputs.model.towers[tower], batch) for batch in batches]
+        whole = table.base[tower]
+        for position in found[0]:
+            if position != BIAS:
+                part = torch.cat([one[position] for one in found]).cpu().numpy().astype(np.float64)
+                share = (part * whole).sum(axis=1) / np.square(whole).sum(axis=1)
+                table.add_mean(name, tower, position, share)
+
+
+def _margin(table: _Table, name: str) -> None:
+    """Add how clearly images match their class: how near the dataset is to the pretraining."""
+    labels = table.inputs.labels
+    x, prompts = (unit_rows(table.base[tower]) for tower in ("vision", "text"))
+    similar = x @ prompts.T  # (image, class)
+
+    def margins(truth: NDArray[np.int64]) -> Array:
+        right = np.eye(len(prompts), dtype=bool)[truth]
+        return np.asarray(similar[right] - np.where(right, -np.inf, similar).max(axis=1))
+
+    chance = margins(np.random.default_rng([table.seed, 3]).permutation(labels))
+    table.add_mean(name, "vision", PROJ, margins(labels), float(chance.mean()))
+
+
+def _gradients(table: _Table, name: str) -> None:
+    """Add how alike the gradients of two halves of the classes are, with respect to a shift.
+
+    A vector added to all tokens of a block's output stands for the block's parameters: it is what
+    an adapter's bias is, and short enough to keep for every group of a jackknife.
+    """
+    inputs, labels = table.inputs, table.inputs.labels
+    present = np.unique(labels)
+    if len(present) < 4:
+        raise UserError(f"{name} needs 4 classes, two in each half; {inputs.dataset} has fewer")
+    rng = np.random.default_rng([table.seed, 2])
+    halves = np.array_split(rng.permutation(present), 2)
+    of = [np.flatnonzero(np.isin(labels, half)) for half in halves]
+    shuffled = labels.copy()
+    for rows in of:
+        shuffled[rows] = rng.permutation(labels[rows])
+    groups = min(_GROUPS, *(len(rows) for rows in of))
+    kept = [jackknife_groups(labels[rows], groups, rng) for rows in of]
+    dealt = [[np.delete(rows, stay) for stay in parts] for rows, parts in zip(of, kept)]
+    measured, chance = (_Alignment.of(inputs, truth, halves, dealt) for truth in (labels, shuffled))
+    for (tower, block), value in measured.whole().items():
+        left_out = np.array([measured.whole(without)[tower, block] for without in range(groups)])
+        low, high = jackknife_interval(value, left_out)
+        interval = max(float(low), -1.0), min(float(high), 1.0)
+        null = chance.whole()[tower, block]
+        table.add(name, tower, str(block), value, interval, null, len(labels), "jackknife")
+
+
+@dataclass(frozen=True)
+class _Alignment:
+    """Gradients of two losses, (half, group, width), by tower and block."""
+
+    gradients: Mapping[tuple[str, int], Array]
+
+    @classmethod
+    def of(
+        cls,
+        inputs: _Inputs,
+        labels: NDArray[np.int64],
+        halves: Sequence[NDArray[np.int64]],
+        dealt: Sequence[Sequence[NDArray[np.int64]]],
+    ) -> _Alignment:
+        images = torch.cat(inputs.batches["vision"])
+        places = [
+            (t, b) for t in inputs.batches for b in range(1, inputs.model.towers[t].depth + 1)
+        ]
+        found: dict[tuple[str, int], list[list[Array]]] = {place: [[], []] for place in places}
+        for half, (classes, groups) in enumerate(zip(halves, dealt)):
+            classes = np.sort(classes)
+            for rows in groups:
+                truth = torch.from_numpy(np.searchsorted(classes, labels[rows]))
+                parts = _shift_gradients(inputs, images[rows], classes, truth, places)
+                for place, part in zip(places, parts):
+                    found[place][half].append(part.double().cpu().numpy())
+        return cls({place: np.array(parts) for place, parts in found.items()})
+
+    def whole(self, without: int | None = None) -> dict[tuple[str, int], float]:
+        """Return the cosine of the two summed gradients, one group left out or none."""
+        made = {}
+        for place, parts in self.gradients.items():
+            rest = parts if without is None else np.delete(parts, without, axis=1)
+            base, novel = rest.sum(axis=1)
+            made[place] = float(_cosine(base[None], novel[None])[0])
+        return made
+
+
+def _shift_gradients(
+    inputs: _Inputs,
+    images: Tensor,
+    classes: NDArray[np.int64],
+    truth: Tensor,
+    places: Sequence[tuple[str, int]],
+) -> tuple[Tensor, ...]:
+    """Return the gradient of the summed cross-entropy with respect to a shift at each block."""
+    towers = inputs.model.towers
+    prompts = inputs.batches["text"][0][torch.from_numpy(classes)]
+    scale = getattr(inputs.model.clip, "logit_scale", None)
+    with torch.enable_grad(), ExitStack() as stack:
+        shifts = []
+        for tower, block in places:
+            width = towers[tower].widths[str(block)]
+            shift = torch.zeros(width, device=images.device, requires_grad=True)
+            stack.enter_context(changed(towers[tower], block, _shifted(shift)))
+            shifts.append(shift)
+        unit = [
+            nn.functional.normalize(towers[tower].run(batch).float(), dim=-1)
+            for tower, batch in (("vision", images), ("text", prompts))
+        ]
+        logits = unit[0] @ unit[1].T * (100.0 if scale is None else scale.exp().float())
+        loss = nn.functional.cross_entropy(logits, truth.to(logits.device), reduction="sum")
+        return torch.autograd.grad(loss, shifts)
+
+
+def _shifted(shift: Tensor) -> Change:
+    return lambda x, out: out + shift.to(out.dtype)
+
+
+_MEASURES: Mapping[str, Callable[[_Table, str], None]] = MappingProxyType(
+    {
+        "skip_accuracy_drop": _intervene,
+        "skip_joint_change": _intervene,
+        "mean_accuracy_drop": _intervene,
+        "mean_joint_change": _intervene,
+        "contribution": _contribution,
+        "gradient_alignment": _gradients,
+        "zero_shot_margin": _margin,
+    }
+)

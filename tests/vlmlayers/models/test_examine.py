@@ -1,0 +1,210 @@
+"""What blocks do in their model: constructed truths, and a second route for each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from tiny import DrawnManifest
+
+import vlmlayers as vl
+from vlmlayers.errors import UserError
+from vlmlayers.models import VLM, contributions, examine
+from vlmlayers.scores import SCORE_COLUMNS
+
+NAMES = ("cat", "frog", "hut", "owl", "pine", "rose")
+
+
+class Drawn(DrawnManifest):
+    """Six classes, as halves of classes need two each."""
+
+    def items(self, split: str, root=None) -> list:
+        found = super().items(split, root)
+        return [type(one)(one.path, i % 6, NAMES[i % 6], ()) for i, one in enumerate(found)]
+
+
+def drawn() -> Drawn:
+    return Drawn(names=NAMES, count=24, captioned=False)
+
+
+def silence(model: VLM, tower: str, block: int) -> None:
+    """Make a block the identity: what attention and perceptron add becomes zero."""
+    module = model.towers[tower].blocks[block - 1]
+    with torch.no_grad():
+        for layer in (module.attn.out_proj, module.mlp.c_proj):
+            layer.weight.zero_()
+            layer.bias.zero_()
+
+
+def value(table: pd.DataFrame, metric: str, tower: str, position: str) -> float:
+    rows = table[(table.metric == metric) & (table.tower == tower) & (table.position == position)]
+    return float(rows["value"].item())
+
+
+@pytest.fixture(scope="module")
+def silenced() -> tuple[VLM, pd.DataFrame]:
+    """A model whose second block does nothing in either tower, and its table."""
+    model = tiny.model("clip")
+    silence(model, "vision", 2)
+    silence(model, "text", 2)
+    return model, examine(model, drawn(), items=24, progress=False, bootstrap=50, batch_size=7)
+
+
+def test_a_block_that_is_the_identity_has_no_importance(silenced) -> None:
+    _, table = silenced
+    for tower in ("vision", "text"):
+        for metric in ("skip_joint_change", "mean_joint_change", "contribution"):
+            assert value(table, metric, tower, "2") == pytest.approx(0.0, abs=1e-6)
+            assert abs(value(table, metric, tower, "1")) > 1e-4
+        assert value(table, "skip_accuracy_drop", tower, "2") == 0.0
+    assert list(table.columns[: len(SCORE_COLUMNS)]) == list(SCORE_COLUMNS)
+    bounded = table[["low", "value", "high"]].to_numpy()
+    assert np.isfinite(bounded).all() and (np.diff(bounded, axis=1) >= -1e-9).all()
+    assert set(table["n"]) == {24, 6}  # images, and prompts where a value is of prompts alone
+
+
+def test_a_skipped_block_is_a_model_without_it() -> None:
+    """The same model with one block taken out of its list gives the changed embedding."""
+    whole = tiny.model("clip")
+    table = examine(whole, drawn(), metrics="skip_joint_change", items=24, progress=False)
+    short = tiny.build("clip")
+    del short.visual.transformer.resblocks[2]
+    batch = torch.stack([whole.preprocess(drawn().open_image(i)) for i in drawn().items("train")])
+    with torch.inference_mode():
+        pair = [clip.encode_image(batch, normalize=True) for clip in (whole.clip, short)]
+    expected = 1.0 - (pair[0] * pair[1]).sum(1).mean().item()
+    assert value(table, "skip_joint_change", "vision", "3") == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_is_the_same_for_all_items_is_its_own_mean() -> None:
+    """A block that adds one constant changes by skipping, and not by taking its mean."""
+    model = tiny.model("clip")
+    for tower in ("vision", "text"):
+        silence(model, tower, 2)
+        out = model.towers[tower].blocks[1].mlp.c_proj
+        with torch.no_grad():
+            out.bias.copy_(torch.linspace(-2, 3, len(out.bias)))
+    table = examine(
+        model, drawn(), metrics=["skip_joint_change", "mean_joint_change"], items=24, progress=False
+    )
+    for tower in ("vision", "text"):
+        assert value(table, "mean_joint_change", tower, "2") == pytest.approx(0.0, abs=1e-6)
+        assert value(table, "skip_joint_change", tower, "2") > 1e-4
+
+
+@pytest.mark.parametrize(
+    "family", ["clip", "clipa", "norm after pool", "eos", "first", "custom blocks", "quickgelu"]
+)
+def test_contributions_sum_to_the_embedding(family: str) -> None:
+    model = tiny.model(family)
+    for tower, batch in (
+        (model.towers["vision"], tiny.images(model.clip)),
+        (model.towers["text"], tiny.token_ids()),
+    ):
+        parts = contributions(tower, batch)
+        assert list(parts) == ["embed", "1", "2", "3", "bias"]
+        with torch.inference_mode():
+            whole = tower.run(batch)
+        torch.testing.assert_close(sum(parts.values()), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_contributes_what_is_planted(silenced) -> None:
+    """Shares of one tower and its bias sum to one, by the definition of a projection."""
+    model, table = silenced
+    shares = table[(table.metric == "contribution") & (table.tower == "vision")]["value"]
+    batch = torch.stack([model.preprocess(drawn().open_image(i)) for i in drawn().items("train")])
+    with torch.inference_mode():
+        whole = model.towers["vision"].run(batch)
+    bias = contributions(model.towers["vision"], batch)["bias"]
+    rest = ((bias * whole).sum(1) / (whole * whole).sum(1)).mean().item()
+    assert shares.sum() + rest == pytest.approx(1.0, abs=1e-4)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    """A cosine of two gradients by moving the output of one block, one number at a time."""
+    model, manifest = tiny.model("clip"), drawn()
+    table = examine(model, manifest, metrics="gradient_alignment", items=24, progress=False, seed=3)
+    halves = np.array_split(np.random.default_rng([3, 2]).permutation(np.arange(6)), 2)
+    labels = np.array([item.label for item in manifest.items("train")])
+    batch = torch.stack([model.preprocess(manifest.open_image(i)) for i in manifest.items("train")])
+    prompts = model.tokenize([manifest.prompt(name) for name in NAMES])
+    block = model.towers["vision"].blocks[1]
+
+    def loss(half: np.ndarray, shift: torch.Tensor) -> float:
+        classes = np.sort(half)
+        rows = np.flatnonzero(np.isin(labels, classes))
+        handle = block.register_forward_hook(lambda _m, _a, out: out + shift)
+        with torch.inference_mode():
+            x = model.clip.encode_image(batch[rows], normalize=True).double()
+        handle.remove()
+        with torch.inference_mode():
+            w = model.clip.encode_text(prompts[classes], normalize=True).double()
+        logits = x @ w.T * model.clip.logit_scale.exp().double()
+        truth = torch.from_numpy(np.searchsorted(classes, labels[rows]))
+        return torch.nn.functional.cross_entropy(logits, truth, reduction="sum").item()
+
+    step, found = 1e-2, []
+    for half in halves:
+        moved = step * torch.eye(model.towers["vision"].width)
+        found.append(np.array([loss(half, one) - loss(half, -one) for one in moved]))
+    expected = found[0] @ found[1] / np.linalg.norm(found[0]) / np.linalg.norm(found[1])
+    assert value(table, "gradient_alignment", "vision", "2") == pytest.approx(expected, abs=0.02)
+    row = table[(table.tower == "vision") & (table.position == "2")].iloc[0]
+    assert row["low"] <= row["value"] <= row["high"] and abs(row["null"]) <= 1
+
+
+def test_the_margin_is_that_of_a_loop_over_images(silenced) -> None:
+    model, table = silenced
+    features = vl.extract(model, drawn(), items=24, progress=False)
+    x, w = (features[tower]["proj", "joint"] for tower in ("vision", "text"))
+    margins = []
+    for row, label in zip(x, features["vision"].labels):
+        cosines = [row @ one / np.linalg.norm(row) / np.linalg.norm(one) for one in w]
+        margins.append(cosines.pop(label) - max(cosines))
+    (row,) = table[table.metric == "zero_shot_margin"].to_dict("records")
+    assert row["value"] == pytest.approx(np.mean(margins), abs=1e-5)
+    assert row["low"] < row["value"] < row["high"] and row["position"] == "proj"
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny.model("clip")
+    model.clip.train()
+    for parameter in model.clip.parameters():
+        parameter.requires_grad_(True)
+    before = model.weights_hash
+    examine(model, drawn(), items=24, progress=False, bootstrap=5)
+    assert model.clip.training and model.weights_hash == before
+    assert all(p.requires_grad and p.grad is None for p in model.clip.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.clip.modules())
+
+
+def test_rules_read_them_as_any_metric(silenced) -> None:
+    model, table = silenced
+    features = vl.extract(model, drawn(), items=24, progress=False)
+    scores = pd.concat([vl.score(features, ["fisher_ratio"], bootstrap=5, jackknife=3), table])
+    choice = vl.select(scores, "budget", n=2, span=False, score="metric:skip_joint_change",
+                       resamples=5)  # fmt: skip
+    assert 2 not in choice.vision and 2 not in choice.text
+    again = examine(model, drawn(), items=24, progress=False, bootstrap=50, batch_size=7)
+    pd.testing.assert_frame_equal(again, table)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("clip", {"metrics": "skip_accuracy"}, "unknown metric 'skip_accuracy'; did you mean"),
+        ("resnet", {}, "has stages, not residual blocks"),
+        ("coca", {"metrics": "contribution"}, "attention pool"),
+    ],
+)
+def test_what_cannot_be_examined_is_refused(family: str, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        examine(tiny.model(family), drawn(), items=24, progress=False, **options)
+
+
+def test_halves_of_classes_need_two_each() -> None:
+    with pytest.raises(UserError, match="needs 4 classes"):
+        examine(tiny.model("clip"), DrawnManifest(), metrics="gradient_alignment", items=12,
+                progress=False)  # fmt: skip
