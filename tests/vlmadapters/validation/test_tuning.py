@@ -94,6 +94,22 @@ def test_a_comparison_at_one_amount_says_so_in_front(manifest: Manifest, tmp_pat
         validate(shared_backbone("clip"), "2-3", [manifest], **(QUICK | {"amount": "tune"}))
 
 
+def test_a_search_may_choose_zero_shot_and_validation_proves_that(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    said = {"pick": "zero-shot", "statement": "Do not train.", "decided": True}
+    choice = vl.LayerChoice((), (), "search", {"search": said})
+    options = QUICK | {"amount": "given", "out": tmp_path}
+    found = validate(shared_backbone("clip"), choice, [manifest], **options)
+    assert found.summary["chosen"] == "zero-shot"
+    rows = found.placements.set_index("placement")
+    assert rows.loc["zero-shot", "difference"] == 0 and len(rows) == 3
+    assert "(zero-shot, harmonic mean" in found.verdict
+    assert found.verdict.endswith("The search on training shots had said: Do not train.")
+    recorded = RecordedValidation.read(Run(tmp_path))
+    assert recorded is not None and recorded.chosen == "zero-shot"
+
+
 def test_the_figure_has_a_line_per_placement(tuned: Path) -> None:
     amounts = pd.read_csv(tuned / "validation_amounts.csv")
     assert tuple(amounts.columns) == AMOUNT_COLUMNS
