@@ -377,7 +377,7 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(validate_verb, "load_backbone", lambda *_: shared_backbone("clip"))
     source = str(next(iter({manifest.location(i).parents[2] for i in manifest.items("test")})))
     small = ["lr=0.05", "epochs=1", "batch_size=4", "shots=2", "dim=4", "scale=0.5"]
-    words = ["validate", "any", source, "--out", str(tmp_path), "--seeds", "1", "--quiet"]
+    words = ["validate", "mini-clip", source, "--out", str(tmp_path), "--seeds", "1", "--quiet"]
     words += [
         "--amount",
         "given",
