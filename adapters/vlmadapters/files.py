@@ -204,15 +204,38 @@ def load_official(
     for key, value in state.items():  # a small file may claim a view larger than memory
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path} holds less data than the shape of {key[:80]!a} asks for")
-    others = sorted(key for key in state if not kind.is_official_key(key))
+    own = {key: value for key, value in state.items() if kind.is_official_key(key)}
+    others = sorted(state.keys() - own.keys())
     if others:
         LOG.info("%s: %d entries are no part of the method: %.80s", path, len(others), others)
-        state = {key: value for key, value in state.items() if key not in others}
-    found = kind.config_of_official(state, str(path), config)
-    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
-    made = kind.build(found, backbone, task or Task())
-    made.load_official_state_dict(state)
+    backbone, classes = Backbone(model.clip, tokenizer=model.tokenizer), task or Task()
+    try:
+        made = kind.build(kind.config_of_official(own, str(path), config), backbone, classes)
+        made.load_official_state_dict(own)
+    except UserError as error:
+        writers, title = _writers(state, backbone, classes, len(own)), kind.Config.title
+        if not writers or title in writers:
+            raise
+        raise UserError(
+            f"{path} is of another method than {title}: it holds {' or '.join(writers)}; name that"
+        ) from error
     return made.eval()
+
+
+def _writers(state: Mapping[str, Tensor], backbone: Backbone, task: Task, least: int) -> list[str]:
+    """Return the titles of the methods whose layout this is, of at least so many parameters."""
+    found = []
+    for name in METHODS:
+        kind = METHODS[name]
+        own = {key: value for key, value in state.items() if kind.is_official_key(key)}
+        try:
+            made = kind.build(kind.config_of_official(own, ""), backbone, task)
+        except UserError:
+            continue
+        names = dict(made.named_official_parameters()).keys()
+        if len(own) >= least and own.keys() == names:
+            found.append(kind.Config.title)
+    return found
 
 
 def read_tensors_only(path: str | Path) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
         with pytest.raises(UserError, match=line):
             load_official(path, model, asked)
     torch.save({"prompt_learner.ctx": torch.zeros(4, 32)}, path)
-    with pytest.raises(UserError, match=r"another method than CLIP-LoRA: .*prompt_learner.ctx"):
+    with pytest.raises(UserError, match=r"another method than CLIP-LoRA: .*LASP"):
         load_official(path, model, method="cliplora")
 
 

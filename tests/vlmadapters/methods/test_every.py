@@ -1,0 +1,80 @@
+"""What holds for every method: savings change nothing, files of others are refused by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbones import shared_backbone
+from stepping import TASK, first_step
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.savings import Savings
+from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.methods import BUILT_IN, METHODS
+from vlmlayers.errors import UserError
+
+# What keeps two steps alike: no dropout, whose draws follow the shapes that savings cut.
+ALIKE = {"cliplora": {"dropout": 0.0}}
+NAMES = [name for name in BUILT_IN if name != "zero-shot"]
+WITHOUT_LAYOUT = {"tip", "tip-f", "linear-probe"}
+# RPO's files do not say at which blocks it reads: those of ViT-B/16, whose depth this one has not.
+WITH_LAYOUT = [name for name in NAMES if name not in WITHOUT_LAYOUT | {"rpo"}]
+STEPPING = [name for name in NAMES if name not in WITHOUT_LAYOUT]
+# Layouts that are one: the same parameters under the same names.
+SAME = [{"coop", "kgcoop"}]
+
+
+def built(name: str, savings: Savings | None = None, seed: int = 1) -> tuple[Any, Backbone]:
+    """Return a method at its published placement on a small backbone."""
+    model = shared_backbone()
+    backbone = Backbone(model.clip, savings, model.tokenizer)
+    depths = {tower: walk.tower.depth for tower, walk in backbone.walks.items()}
+    config = METHODS.config(name).published(depths, **ALIKE.get(name, {}))
+    return METHODS[name].build(config, backbone, TASK, seed=seed), backbone
+
+
+@pytest.mark.parametrize("name", STEPPING)
+def test_savings_change_neither_loss_nor_gradients_at_the_published_placement(name: str) -> None:
+    saved, plain = (first_step(*built(name, one)) for one in (Savings(), Savings.none()))
+    assert saved.keys() == plain.keys()
+    for key, value in plain.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(saved[key], value, atol=1e-4 * max(scale, 1e-2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_ours_brings_back_every_parameter_and_the_classes(
+    name: str, tmp_path: Path
+) -> None:
+    model, (method, _) = shared_backbone(), built(name, seed=7)
+    path = save_method(tmp_path / name, method, model, TASK)
+    again = load_method(path, model)
+    assert again.config == method.config
+    for key, value in method.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", WITH_LAYOUT)
+def test_a_file_of_the_authors_layout_is_read_by_its_method_alone(
+    name: str, tmp_path: Path
+) -> None:
+    model, (method, _) = shared_backbone(), built(name, seed=7)
+    path = save_official(tmp_path / "file.pth.tar", method)
+    if name != "lasp":  # whose words are not in its files
+        again = load_official(path, model, method.config, task=TASK)
+        for key, value in method.official_state_dict().items():
+            assert torch.equal(again.official_state_dict()[key], value), key
+    alike = next((one for one in SAME if name in one), {name})
+    for other in [one for one in NAMES if one not in alike]:
+        title = METHODS.config(other).title
+        try:
+            load_official(path, model, method=other, task=TASK)
+        except UserError as error:
+            assert re.search(rf"another method than {re.escape(title)}: it holds", str(error))
+            assert METHODS.config(name).title in str(error)
+        else:
+            assert (name, other) == ("promptsrc", "ivlp")
