@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 def test_there_is_a_notebook_for_each_step() -> None:
-    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == list("1234567")
+    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == list("12345678")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
