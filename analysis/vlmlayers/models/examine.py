@@ -330,6 +330,17 @@ class _Table:
         self.rows: list[dict[str, Any]] = []
         self.base = {tower: inputs.embedding(tower) for tower in inputs.batches}
         self.right = self.zero_shot({})
+        self.made: dict[tuple[str, str], list[Array]] = {}
+
+    def without(self, kind: str, tower: str) -> list[Array]:
+        """Return the embedding without each block in turn (`skip`), or with its `mean`; once."""
+        if (kind, tower) not in self.made:
+            means = self.inputs.mean_added(tower) if kind == "mean" else {}
+            self.made[kind, tower] = [
+                self.inputs.embedding(tower, block, _change(means.get(block)))
+                for block in range(1, self.inputs.model.towers[tower].depth + 1)
+            ]
+        return self.made[kind, tower]
 
     def zero_shot(self, instead: Mapping[str, Array]) -> Array:
         """Return of each image whether it is classified rightly, with features put in place."""
@@ -387,11 +398,9 @@ class _Table:
 
 def _intervene(table: _Table, name: str) -> None:
     """Add what changes when a block is skipped, or adds its mean."""
-    inputs, (kind, what) = table.inputs, name.split("_", 1)
-    for tower in inputs.batches:
-        means = inputs.mean_added(tower) if kind == "mean" else {}
-        for block in range(1, inputs.model.towers[tower].depth + 1):
-            found = inputs.embedding(tower, block, _change(means.get(block)))
+    kind, what = name.split("_", 1)
+    for tower in table.inputs.batches:
+        for block, found in enumerate(table.without(kind, tower), start=1):
             if what == "accuracy_drop":
                 values = table.right - table.zero_shot({tower: found})
             else:

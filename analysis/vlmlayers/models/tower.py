@@ -36,7 +36,7 @@ def before_trailing_run(ids: Tensor) -> Tensor:
     return torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Tower:
     """One tower of a vision-language model, in one vocabulary for every family.
 
@@ -109,6 +109,13 @@ class Tower:
     batch_axis: int | None = None
     widths: dict[str, int] = field(default_factory=dict)
     model: nn.Module = field(init=False, repr=False)
+
+    def __repr__(self) -> str:
+        pooling = self.pool_note or self.pooling
+        return (
+            f"Tower({self.name}, {self.family}: {self.depth} {self.kind} of width {self.width}, "
+            f"pooling {pooling})"
+        )
 
     @property
     def depth(self) -> int:

@@ -204,6 +204,13 @@ def test_what_cannot_be_examined_is_refused(family: str, options: dict, message:
         examine(tiny.model(family), drawn(), items=24, progress=False, **options)
 
 
+def test_towers_show_themselves_in_a_line() -> None:
+    assert [repr(tower) for tower in tiny.model("clip").towers.values()] == [
+        "Tower(vision, open_clip ViT: 3 blocks of width 48, pooling cls)",
+        "Tower(text, open_clip text: 3 blocks of width 32, pooling argmax token)",
+    ]
+
+
 def test_halves_of_classes_need_two_each() -> None:
     with pytest.raises(UserError, match="needs 4 classes"):
         examine(tiny.model("clip"), DrawnManifest(), metrics="gradient_alignment", items=12,
