@@ -14,7 +14,7 @@ from vlmlayers.cli.data import data_app
 from vlmlayers.cli.extensions import RESUME, Verbs
 from vlmlayers.cli.measure import extract, models, score, select
 from vlmlayers.cli.show import figures, report
-from vlmlayers.cli.whole import demo, study
+from vlmlayers.cli.whole import demo, init, study
 from vlmlayers.errors import DISK, UserError, disk_trouble, printable
 
 WRONG_USAGE: Any = typer.BadParameter.__bases__[0]  # click's, which typer brings along
@@ -32,7 +32,7 @@ app = typer.Typer(
     "towers, choose, and prove the choice by training.",
 )
 app.add_typer(data_app, name="data")
-for verb in (demo, study, models, extract, score, select, report, figures):
+for verb in (demo, init, study, models, extract, score, select, report, figures):
     app.command()(verb)
 
 

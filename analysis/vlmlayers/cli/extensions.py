@@ -14,6 +14,7 @@ VERBS = "vlmlayers.verbs"
 RESUME = "Stopped. Start the same command again to continue where it was."
 ORDER = (
     "demo",
+    "init",
     "study",
     "data",
     "models",

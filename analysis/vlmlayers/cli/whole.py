@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlmlayers.cli.options import DataRoot, Quiet
+from vlmlayers.errors import UserError
 
 
 def demo(
@@ -26,6 +27,20 @@ def demo(
         out, random_weights=random_weights, force=force, progress=not quiet, echo=typer.echo
     ):
         typer.echo(line)
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("study.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a study file with comments, which runs as it is."""
+    from vlmlayers.runs import write_text
+    from vlmlayers.study.schema import TEMPLATE
+
+    if file.exists() and not force:
+        raise UserError(f"{file} is there already; name another, or replace it with --force")
+    write_text(file, TEMPLATE.read_text(encoding="utf-8").replace("{file}", str(file)))
+    typer.echo(f"{file}\nvlmlayers study {file}")
 
 
 def study(

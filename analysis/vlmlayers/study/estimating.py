@@ -25,13 +25,13 @@ def estimate_study(
     Raises:
         UserError: The model or a dataset of the study is wrong.
     """
-    from vlmlayers.models import estimate
-
     tower = study.extract.tower
     if tower == "text":
         raise UserError(
             "--estimate measures images, and --tower text encodes none; leave one of them out"
         )
+    from vlmlayers.models import estimate
+
     parts = []
     root = None if data_root is None else Path(data_root)
     for part in study.models:

@@ -16,6 +16,7 @@ from vlmlayers.options import Options, validated
 from vlmlayers.user_code import is_user_code
 
 Split = Literal["train", "val", "test", "all"]
+TEMPLATE = Path(__file__).with_name("template.toml")
 DEFAULT_METRICS = (
     "dataset_accuracy",
     "dataset_accuracy_ncm",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from vlmlayers.errors import UserError
 from vlmlayers.features.writer import write_features
 from vlmlayers.options import parse_settings
 from vlmlayers.runs import Run
+from vlmlayers.study import check_study, read_study
 
 VERBS = (
     "demo",
+    "init",
     "study",
     "data",
     "models",
@@ -137,6 +140,21 @@ def test_version_and_short_help(call) -> None:  # type: ignore[no-untyped-def]
         code, out, _ = call(*verb, "-h")
         assert (code, out) == call(*verb, "--help")[:2] and code == 0 and "Usage: vlmlayers" in out
         assert max(map(len, out.splitlines())) <= 80
+
+
+def test_init_writes_a_study_that_runs_with_and_without_its_comments(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "mine.toml"
+    code, out, _ = call("init", file)
+    assert code == 0 and out.splitlines()[-1] == f"vlmlayers study {file}"
+    read_study(file)
+    code, _, err = call("init", file)
+    assert code == 2 and "--force" in err and call("init", file, "--force")[0] == 0
+    code, out, err = call("study", file, "--out", tmp_path / "run", "--only", "extract", "--quiet")
+    assert code == 0 and len(Run(tmp_path / "run").stores()) == 3, err
+    text = file.read_text().replace('models = [{ name = "mini-clip" }]', "")
+    whole = re.sub(r"^# (?=\[?\w+\]? *(=|#))", "", text, flags=re.MULTILINE)
+    study = check_study(tomllib.loads(re.sub(r"^# (?=\[)", "", whole, flags=re.MULTILINE)))
+    assert study.validate_ is not None and study.extract.workers == 4
 
 
 def test_full_disk_is_one_line(call, monkeypatch) -> None:  # type: ignore[no-untyped-def]

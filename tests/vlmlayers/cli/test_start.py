@@ -38,6 +38,7 @@ extract ViT-B-16 faces --out here
 extract ViT-B-16 faces --out here --pretrained nosuch
 extract mini-clip faces --out here --split nosuch
 extract mini-clip faces --out here --adapter nosuch
+extract mini-clip faces --out here --estimate --tower text
 train nosuch faces --out here
 train mini-clip nosuch --out here
 train mini-clip faces --out here --method nosuch
