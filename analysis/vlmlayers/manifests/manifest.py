@@ -375,6 +375,13 @@ class Manifest:
                 faults.append(str(error))
         return faults
 
+    def __repr__(self) -> str:
+        facts = [self.spec.title, self.spec.kind]
+        if self.spec.classes:
+            facts.append(f"{self.spec.classes} classes")
+        facts += [f"{count:,} {split}" for split, count in self.spec.counts.items()]
+        return f"Manifest({self.name}: {', '.join(filter(None, facts))})"
+
     def _repr_html_(self) -> str:
         classes, counts = self.spec.classes, dict(self.spec.counts)
         if not counts and self.layout == "folder":  # nobody declared them: look

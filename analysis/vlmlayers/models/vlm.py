@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from html import escape
 from typing import Annotated, Any
 
 import torch
@@ -134,6 +135,16 @@ class VLM:
             for name, tower in self.towers.items()
         )
         return f"VLM({self.name}, weights={self.weights}, {parts}, {self.device})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th scope='row'>{name}</th><td>{escape(tower.family)}</td>"
+            f"<td>{tower.depth} {tower.kind}</td><td>width {tower.width}</td>"
+            f"<td>{escape(tower.pool_note or tower.pooling)}</td></tr>"
+            for name, tower in self.towers.items()
+        )
+        title = escape(f"{self.name} [{self.weights}], {self.precision} on {self.device}")
+        return f"<p>{title}</p><table>{rows}</table>"
 
 
 LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]

@@ -211,6 +211,20 @@ def test_towers_show_themselves_in_a_line() -> None:
     ]
 
 
+def test_a_model_shows_itself_as_html_without_markup_of_its_name() -> None:
+    model = tiny.model("clip")
+    model.name = "<b>mine</b>"
+    shown = model._repr_html_()
+    assert "&lt;b&gt;mine" in shown and "<b>" not in shown
+    assert "3 blocks" in shown and "open_clip text" in shown
+
+
+def test_a_manifest_shows_itself_in_a_line() -> None:
+    shown = repr(vl.Manifest.load("caltech101"))
+    assert shown.startswith("Manifest(caltech101: ") and "100 classes" in shown
+    assert "\n" not in shown and len(shown) < 200
+
+
 def test_halves_of_classes_need_two_each() -> None:
     with pytest.raises(UserError, match="needs 4 classes"):
         examine(tiny.model("clip"), DrawnManifest(), metrics="gradient_alignment", items=12,
