@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -39,15 +40,20 @@ def bar(
     show: bool = True,
     **options: Any,
 ) -> Any:
-    """Return a tqdm bar that suits where it is shown (terminal or Jupyter)."""
-    from tqdm.auto import tqdm
+    """Return a tqdm bar that suits where it is shown: a terminal, or a widget in Jupyter.
 
+    It is hidden where output goes into a file or a pipe.
+    """
+    from tqdm.auto import tqdm
+    from tqdm.notebook import tqdm_notebook
+
+    seen = issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
     return tqdm(
         items,
         desc=description,
         total=total,
         unit=unit,
-        disable=not show,
+        disable=not (show and seen),
         dynamic_ncols=True,
         leave=False,
         smoothing=0.1,

@@ -80,7 +80,7 @@ def score(
     metrics: Sequence[str | Callable[..., Any]] | None = None,
     *,
     jobs: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> pd.DataFrame:
     """Score every position of both towers; each value comes with interval, null and n.
