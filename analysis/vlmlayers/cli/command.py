@@ -72,7 +72,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            sys.exit(app(standalone_mode=False, prog_name="vlmlayers"))
+            sys.exit(app(standalone_mode=False, prog_name="vlmlayers") or 0)
     except typer.Abort:
         sys.exit(1)
     except WRONG_USAGE as error:
