@@ -106,7 +106,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_executed(
     else:
         path.write_bytes(pickle.dumps(bomb))
     with pytest.raises(UserError, match="more than tensors|cannot read"):
-        load_official(path, shared_backbone().clip)
+        load_official(path, shared_backbone())
     assert not target.exists()
 
 
@@ -142,7 +142,7 @@ def test_damaged_files_are_named(content: bytes | None, message: str, tmp_path: 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load_official(path, shared_backbone().clip)
+        load_official(path, shared_backbone())
     with pytest.raises(UserError, match="cannot read the adapter"):
         load_method(path, shared_backbone())
 
@@ -151,10 +151,10 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.pth.tar"
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
     with pytest.raises(UserError, match="holds no adapter"):
-        load_official(path, shared_backbone().clip)
+        load_official(path, shared_backbone())
     torch.save([torch.zeros(1)], path)
     with pytest.raises(UserError, match="holds a list"):
-        load_official(path, shared_backbone().clip)
+        load_official(path, shared_backbone())
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "y.safetensors")

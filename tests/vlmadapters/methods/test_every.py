@@ -21,10 +21,11 @@ ALIKE = {"cliplora": {"dropout": 0.0}}
 NAMES = [name for name in BUILT_IN if name != "zero-shot"]
 WITHOUT_LAYOUT = {"tip", "tip-f", "linear-probe"}
 # RPO's files do not say at which blocks it reads: those of ViT-B/16, whose depth this one has not.
-WITH_LAYOUT = [name for name in NAMES if name not in WITHOUT_LAYOUT | {"rpo"}]
+# CLIP-LoRA's have a form of their own.
+WITH_LAYOUT = [name for name in NAMES if name not in WITHOUT_LAYOUT | {"rpo", "cliplora"}]
 STEPPING = [name for name in NAMES if name not in WITHOUT_LAYOUT]
-# Layouts that are one: the same parameters under the same names.
-SAME = [{"coop", "kgcoop"}, {"ivlp", "promptsrc"}]
+# Layouts that are one: the same names; ProDA's contexts could be those of as many classes.
+SAME = [{"coop", "kgcoop", "proda"}, {"ivlp", "promptsrc"}]
 
 
 def built(name: str, savings: Savings | None = None, seed: int = 1) -> tuple[Any, Backbone]:

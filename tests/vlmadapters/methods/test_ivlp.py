@@ -156,7 +156,7 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
         load_official(path, model, IVLPConfig((1, 2), (1, 2)))
     with pytest.raises(UserError, match="vision_length 2, asked for is 4"):
         load_official(path, model, IVLPConfig((1, 2, 3), (1, 2, 3), vision_length=4))
-    with pytest.raises(UserError, match="holds no adapter|not known"):
+    with pytest.raises(UserError, match="another method than MMA: it holds IVLP"):
         load_official(path, model, MMAConfig((1,), (1,)))
     other = tmp_path / "b.pth.tar"
     torch.save({"prompt_learner.text_prompt": torch.zeros(2, 32)}, other)
