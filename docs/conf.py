@@ -35,9 +35,10 @@ myst_heading_anchors = 3
 default_role = "code"  # docstrings put code between single backticks
 napoleon_use_ivar = True  # fields of a dataclass are described once
 autodoc_typehints = "description"
+autodoc_default_options = {"members": True, "ignore-module-all": True}  # each name in its own home
 apidoc_modules = [
-    {"path": f"../{root}/{package}", "destination": "docs/reference/api", "separate_modules": True,
-     "module_first": True}
+    {"path": f"../{root}/{package}", "destination": f"docs/reference/{package}",
+     "separate_modules": True, "module_first": True}
     for root, package in (("analysis", "vlmlayers"), ("adapters", "vlmadapters"))
 ]  # fmt: skip
 

@@ -102,7 +102,7 @@ def test_every_link_and_module_is_there_and_nothing_is_from_afar(
             parts = module.relative_to((repository / source).parent).with_suffix("").parts
             if any(part.startswith("_") for part in parts):
                 continue
-            page = site / "docs" / "reference" / "api" / f"{'.'.join(parts)}.html"
+            page = site / "docs" / "reference" / parts[0] / f"{'.'.join(parts)}.html"
             assert page.exists(), f"{module} is not in the API reference"
     for path, page in pages.items():
         for link in page.loaded:

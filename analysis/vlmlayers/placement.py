@@ -228,7 +228,7 @@ def module_pattern(blocks: Iterable[str], layers: Iterable[str]) -> str:
         layers: Names of the layers inside a block, such as `mlp.c_fc`.
 
     Returns:
-        One such as `visual\.transformer\.resblocks\.(?:4|5)\.(?:attn|mlp\.c_fc)`.
+        str: One such as `visual\.transformer\.resblocks\.(?:4|5)\.(?:attn|mlp\.c_fc)`.
     """
     by_parent: dict[str, list[str]] = {}
     for name in blocks:

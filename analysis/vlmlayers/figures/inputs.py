@@ -36,7 +36,7 @@ def as_folders(folders: Folders) -> tuple[Path, ...]:
 
 
 def read(stem: str, folders: Folders, needs: Sequence[str] = ()) -> pd.DataFrame:
-    """Read every `stem`*.csv and `stem`*.parquet of the folders as one table.
+    """Read every CSV and Parquet file of the folders whose name begins with `stem` as one table.
 
     Where a table is stored both ways the Parquet file is read; what `validate` computes from its
     cells and writes beside them is not. Names stay text: position "5"

@@ -34,7 +34,7 @@ def find_towers(clip: nn.Module) -> dict[str, Tower]:
             Not compiled.
 
     Returns:
-        `{"vision": Tower, "text": Tower}`; an image model alone has no text tower.
+        The towers by name, `vision` and `text`; an image model alone has no text tower.
 
     Raises:
         UserError: The model is compiled or its module tree is unknown; says which part.
