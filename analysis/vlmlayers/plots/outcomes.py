@@ -119,6 +119,7 @@ def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[
     with style():
         if axs is None:
             axs = list(new_grid(len(OUTCOMES), 2.0))
+        trained = amounts["times"][amounts["times"] > 0]
         for ax, (outcome, (title, _, _)) in zip(axs, OUTCOMES.items()):
             for number, (name, part) in enumerate(amounts.groupby("placement", sort=False)):
                 line = part.groupby("times")[outcome].mean()
@@ -129,7 +130,10 @@ def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[
                 marker = "os^Dv<>P"[number // len(CATEGORY_COLOURS) % 8]
                 ax.plot(line.index, line, marker=marker, color=colour, markersize=3,
                         label=Placement.parse(str(name)).label)  # fmt: skip
-            ax.set_xscale("log")
+            if len(trained):
+                ax.set_xscale("log")
+                # by hand: an outcome that no row has, as novel classes may lack, sets no limits
+                ax.set_xlim(trained.min() / 1.2, trained.max() * 1.2)
             ax.set_title(title)
             ax.set_xlabel("Amount, times the recipe's")
         axs[0].set_ylabel("Held-out accuracy (%)")

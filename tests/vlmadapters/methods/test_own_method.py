@@ -32,7 +32,16 @@ def test_the_example_trains_is_saved_and_is_evaluated(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verbs, "load_backbone", lambda *_: shared_backbone())
-    words = ["train", "any", "faces", "--out", str(tmp_path / "run"), "--method", f"{own}:Shift"]
+    words = [
+        "train",
+        "ViT-B-16",
+        "--random-weights",
+        "faces",
+        "--out",
+        str(tmp_path / "run"),
+        "--method",
+        f"{own}:Shift",
+    ]
     words += ["--placement", "2-3", "--seeds", "1", "--limit", "20", "--quiet"]
     small = ["epochs=2", "shots=2", "lr=2.0", "crop_scale=0.9,1"]
     words += [part for setting in small for part in ("--set", setting)]
@@ -47,7 +56,7 @@ def test_the_example_trains_is_saved_and_is_evaluated(
     assert read_info(file).config.name == "shift"
     assert load_method(file, shared_backbone()).parameter_count() == 192
     done = CliRunner().invoke(
-        app, ["evaluate", "any", "faces", "--adapter", str(file), "--limit", "20", "--quiet"],
+        app, ["evaluate", "ViT-B-16", "--random-weights", "faces", "--adapter", str(file), "--limit", "20", "--quiet"],
         catch_exceptions=False,
     )  # fmt: skip
     assert done.exit_code == 0 and "Shift" in done.output

@@ -81,7 +81,17 @@ def test_a_sweep_gives_each_method_what_it_has_alone(
     from vlmlayers.cli import app
 
     monkeypatch.setattr(verbs, "load_backbone", lambda *_: shared_backbone())
-    words = ["train", "any", "shapes_filled", "--seeds", "1", "--limit", "32", "--quiet"]
+    words = [
+        "train",
+        "ViT-B-16",
+        "--random-weights",
+        "shapes_filled",
+        "--seeds",
+        "1",
+        "--limit",
+        "32",
+        "--quiet",
+    ]
     words += ["--out", str(tmp_path), "--method", ",".join(NAMES)]
     words += ["--placement", "mma:2-3", "--placement", "maple:1-2"]
     small = {"epochs": 2, "shots": 2, "lr": 0.05, "warmup_epochs": 0}
