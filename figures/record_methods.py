@@ -68,7 +68,8 @@ def _page(run: Run, results: pd.DataFrame, command: str) -> str:
 
 
 def _listed(column: Any) -> str:
-    return ", ".join(str(int(one)) for one in sorted(column.dropna().unique()) if one)
+    # zero-shot rows have the seed -1 and no shots
+    return ", ".join(str(int(one)) for one in sorted(column.dropna().unique()) if one > 0)
 
 
 def _averages(results: pd.DataFrame) -> str:

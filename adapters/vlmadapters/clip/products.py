@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.remembered import lowered
 
-MOST_ROWS = 512  # more rows hardly change which library is faster, and cost as much to time
+MOST_ROWS = 512  # bounds what timing costs; with more rows the other library may win
 ROUNDS = 3
 WORTH_IT = 0.97  # a tie within the spread of timings goes to torch
 _timed: dict[ShapeClass, TimedProduct] = {}
