@@ -55,10 +55,8 @@ def test_the_example_trains_is_saved_and_is_evaluated(
     (file,) = (tmp_path / "run" / "adapters").glob("*.safetensors")
     assert read_info(file).config.name == "shift"
     assert load_method(file, shared_backbone()).parameter_count() == 192
-    done = CliRunner().invoke(
-        app, ["evaluate", "ViT-B-16", "--random-weights", "faces", "--adapter", str(file), "--limit", "20", "--quiet"],
-        catch_exceptions=False,
-    )  # fmt: skip
+    words = ["evaluate", "ViT-B-16", "--random-weights", "faces", "--adapter", str(file)]
+    done = CliRunner().invoke(app, [*words, "--limit", "20", "--quiet"], catch_exceptions=False)
     assert done.exit_code == 0 and "Shift" in done.output
 
 
