@@ -87,7 +87,7 @@ def _duration(answer: Answer, seeds: int) -> str:
     given = PASSES * images * seeds / pace
     tuned = PASSES * images * (seeds * (1 + TUNED) + TUNING) / pace
     return (
-        f"{what} About {_time(tuned)}, or {_time(given)} with `--amount given`, at the {pace:.0f} "
+        f"{what} About {_time(tuned)}, or {_time(given)} with --amount given, at the {pace:.0f} "
         f"images a second of the extraction: {placements} placements, {seeds} seeds, {SHOTS} shots "
         f"of each base class, {EPOCHS} epochs, a step at the cost of {PASSES} passes; testing "
         "comes on top."
