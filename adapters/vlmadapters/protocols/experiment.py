@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.clip.products import timed_products
 from vlmadapters.data.task import TaskData
 from vlmadapters.files import save_method
 from vlmadapters.methods.base import Method
@@ -323,7 +322,7 @@ class Experiment:
                     result.method,
                     self.model,
                     data.task(kind, train.template),
-                    {**cell.identity, "products": timed_products()},
+                    cell.identity,  # nothing timed: a resumed run leaves the same file
                 )
         return rows
 
