@@ -23,6 +23,7 @@ MINI = "mini-clip"
 LOCAL = "local"
 CONFIG_FILE = "open_clip_config.json"
 FOREIGN_CONFIG = "config.json"  # of transformers or timm
+UNLIKE = (OSError, SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError)
 MINI_FOLDER = Path(__file__).parent / "models" / "mini_clip"
 
 
@@ -51,7 +52,18 @@ def _tags() -> dict[str, list[str]]:
 
     Of the module that lists them only the tables are run: its imports take seconds.
     """
-    file = _open_clip() / "pretrained.py"
+    folder = _open_clip()
+    try:
+        return _tables_alone(folder / "pretrained.py", folder / "constants.py")
+    except UNLIKE:  # another open_clip, which keeps its tables in another way: it is asked itself
+        open_clip = import_module("open_clip")
+        return {
+            name: list(open_clip.list_pretrained_tags_by_model(name))
+            for name in open_clip.list_models()
+        }
+
+
+def _tables_alone(file: Path, constants: Path) -> dict[str, list[str]]:
     source = ast.parse(file.read_text(encoding="utf-8"))
     source.body = [
         part
@@ -59,13 +71,9 @@ def _tags() -> dict[str, list[str]]:
         if isinstance(part, ast.Assign | ast.For | ast.Expr)
         or (isinstance(part, ast.FunctionDef) and part.name.startswith("_"))
     ]
-    names: dict[str, Any] = {**runpy.run_path(str(file.with_name("constants.py"))), "copy": copy}
-    try:
-        exec(compile(source, str(file), "exec"), names)
-        return {name: list(tags) for name, tags in names["_PRETRAINED"].items()}
-    except (NameError, KeyError):  # another open_clip that keeps its tables in another way
-        pairs = import_module("open_clip").list_pretrained()
-        return {name: [tag for of, tag in pairs if of == name] for name, _ in pairs}
+    names: dict[str, Any] = {**runpy.run_path(str(constants)), "copy": copy}
+    exec(compile(source, str(file), "exec"), names)
+    return {name: list(tags) for name, tags in names["_PRETRAINED"].items()}
 
 
 def _open_clip() -> Path:

@@ -123,6 +123,7 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
         made.update(batches[1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(len(run.unread) == 2 for run in made.runs)  # taken, and not read yet
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -72,7 +72,7 @@ def search(
     ] = "log_likelihood",
     folds: Annotated[
         int, typer.Option(help="Folds of each draw; more tell smaller differences.")
-    ] = 4,
+    ] = 8,
     novel: Annotated[
         bool, typer.Option(help="Hold out half of the base classes whole as well.")
     ] = True,
