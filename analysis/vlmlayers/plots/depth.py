@@ -322,7 +322,7 @@ def strip(ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: Sequence[str])
 
 @checked
 def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
-    """Draw how often each block was chosen over resampled score tables.
+    """Draw how often each block was chosen over resampled score tables; firm ones in full colour.
 
     Raises:
         UserError: The choice was made without resampling.
@@ -341,16 +341,15 @@ def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
         for number, (tower, found) in enumerate(towers.items()):
             shift = (number - (len(towers) - 1) / 2) * width
             x = [axis.x(tower, str(b + 1)) + shift for b in range(found["depth"])]
-            chosen = [b + 1 in choice.blocks(tower) for b in range(found["depth"])]
             bars = ax.bar(
                 x,
                 found["frequency"],
                 width * 0.92,
                 color=TOWER_COLOURS[tower],
-                label=f"{tower.capitalize()} ({describe_blocks(choice.blocks(tower))})",
+                label=f"{tower.capitalize()} (firm: {describe_blocks(choice.firm(tower))})",
             )
-            for bar, kept in zip(bars, chosen):
-                bar.set_alpha(1.0 if kept else 0.35)
+            for bar, how in zip(bars, choice.standing(tower, found["depth"])):
+                bar.set_alpha(1.0 if how == "firm" else OPEN_ALPHA)
         axis.draw(ax)
         ax.set_xlim(0.3, axis.length + 0.7)
         ax.set_ylim(0, 1.02)

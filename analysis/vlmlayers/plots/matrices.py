@@ -30,6 +30,8 @@ from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import agreement, curves
 from vlmlayers.selection import LayerChoice
 
+LOW = 1.3  # inches: a colour bar below this is shorter than its label
+
 
 @checked
 def agreement_matrix(
@@ -138,7 +140,10 @@ def _image(ax: Axes, grid: np.ndarray, label: str) -> None:
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
     bar.outline.set_visible(False)
-    bar.set_label(label)
+    if ax.get_window_extent().height / ax.figure.dpi < LOW:
+        ax.set_title(label, loc="left")  # beside so low a bar the label would be cut off
+    else:
+        bar.set_label(label)
 
 
 def _mark(ax: Axes, choice: LayerChoice, tower: str, names: list[str], *, vertical: bool) -> None:
