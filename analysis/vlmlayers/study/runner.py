@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -65,7 +66,7 @@ def run_study(
         force: Run the stages even where nothing changed.
         device: Device; None takes the study's.
         progress: Whether to show progress bars.
-        echo: Says one line.
+        echo: Says one line; what is longer than 80 columns is broken under its stage.
 
     Raises:
         UserError: A stage is unknown, needs an earlier one, or its input is wrong.
@@ -79,9 +80,18 @@ def run_study(
     root = _data_root(study, data_root, Path(base))
     many = len(study.models) > 1
 
+    def say(line: str) -> None:
+        hanging = " " * 9  # below what a stage says, beside its name
+        # paths stay whole, to be copied
+        echo(
+            textwrap.fill(
+                line, 80, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
+            )
+        )
+
     def context_of(part: ModelPart) -> StageContext:
         run = Run(Path(out) / part.title if many else Path(out))
-        return StageContext(run, study, part, Path(base), root, echo, progress, device, force)
+        return StageContext(run, study, part, Path(base), root, say, progress, device, force)
 
     check_before([context_of(part) for part in study.models], picked)
     runs = []
