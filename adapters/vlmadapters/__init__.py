@@ -12,11 +12,8 @@ if TYPE_CHECKING:
     from vlmadapters.data.fewshot import few_shot
     from vlmadapters.methods.base import Method
     from vlmadapters.methods.mma.module import attach
-    from vlmadapters.protocols.experiment import (
-        base_to_novel,
-        train,
-    )
     from vlmadapters.protocols.results import summarise
+    from vlmadapters.protocols.train import base_to_novel, train
     from vlmadapters.training.recipes import load_recipe
     from vlmadapters.validation.search import search
     from vlmadapters.validation.validate import validate
@@ -24,15 +21,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "Method": "methods.base",
     "attach": "methods.mma.module",
-    "base_to_novel": "protocols.experiment",
+    "base_to_novel": "protocols.train",
     "class_logits": "clip.logits",
-    "cross_dataset": "protocols.experiment",
     "few_shot": "data.fewshot",
-    "few_shot_all": "protocols.experiment",
     "load_recipe": "training.recipes",
     "search": "validation.search",
     "summarise": "protocols.results",
-    "train": "protocols.experiment",
+    "train": "protocols.train",
     "validate": "validation.validate",
 }
 

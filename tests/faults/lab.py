@@ -33,7 +33,7 @@ from backbones import shared_backbone  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from vlmadapters.methods.mma.config import MMAConfig  # noqa: E402
-from vlmadapters.protocols.experiment import base_to_novel  # noqa: E402
+from vlmadapters.protocols.train import base_to_novel  # noqa: E402
 from vlmadapters.training.recipes import Recipe, TrainConfig  # noqa: E402
 from vlmadapters.validation.validate import validate  # noqa: E402
 from vlmlayers.manifests import Manifest  # noqa: E402

@@ -26,7 +26,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, read_info, save_method
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
-from vlmadapters.protocols.experiment import base_to_novel
+from vlmadapters.protocols.train import base_to_novel
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.state import load_training_state, save_training_state
 from vlmlayers.errors import UserError

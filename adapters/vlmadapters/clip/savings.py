@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
-from vlmlayers.errors import UserError
+from vlmlayers.arguments import checked
 
 
+@checked
 @dataclass(frozen=True)
 class Savings:
     """What is skipped because it changes nothing; each can be switched off.
@@ -29,11 +30,6 @@ class Savings:
     fused: bool = True
     onednn: bool = True
     text_features: bool = True
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, bool):
-                raise UserError(f"the saving {name} is {value!r}; it must be true or false")
 
     @classmethod
     def none(cls) -> Savings:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import product
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,19 +38,11 @@ from vlmadapters.protocols.results import (
 from vlmadapters.protocols.table import protocol_of
 from vlmadapters.protocols.trained import Target, result_row
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import (
-    Recipe,
-    TrainConfig,
-    default_recipe,
-    load_recipe,
-    settings_at,
-)
+from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.trainer import Trainer, TrainResult, resolved
-from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.files import atomically, checksum
 from vlmlayers.manifests import Item, Manifest, distinct
-from vlmlayers.models.load import VLM
 from vlmlayers.progress import bar
 
 LOG = logging.getLogger("vlmlayers")
@@ -262,6 +253,7 @@ class Experiment:
                 for one, rows in zip(group, trained):
                     self.cells.write(cells[one], rows)
                     done[one] = rows
+                self._forget_state(source, seed, group)
             self._notice_unmoved(done.values())
             if self.stopped:
                 break
@@ -292,10 +284,6 @@ class Experiment:
         kind = self.protocol.train_kind
         train = self._train_of(settings[0], source)
         items = data.shots(train.shots, seed, kind)
-        folder = None
-        if self.out is not None:
-            key = "-".join(self._cell(source, seed, one).key for one in settings)
-            folder = self.out / "unfinished" / checksum(key)[:16]
         trainer = Trainer(
             self.model,
             data.images,
@@ -306,14 +294,12 @@ class Experiment:
             seed,
             validation=data.validation(train.shots, seed, kind),
             backbone=self.backbone,
-            folder=folder,
+            folder=self._state_folder(source, seed, settings),
             progress=self.progress,
         )
         trained = trainer.fit()
         rows = self._test(source, settings, trained)
         rank, _ = processes.rank_and_size()
-        if folder is not None and not rank:
-            rmtree(folder, ignore_errors=True)
         if self.save_adapters and self.out is not None and not rank:
             for one, result in zip(settings, trained):
                 cell = self._cell(source, seed, one)
@@ -325,6 +311,19 @@ class Experiment:
                     cell.identity,  # nothing timed: a resumed run leaves the same file
                 )
         return rows
+
+    def _state_folder(self, source: str, seed: int, settings: Sequence[Recipe]) -> Path | None:
+        """Return where the state of an unfinished training of some settings is kept."""
+        if self.out is None or not settings:
+            return None
+        key = "-".join(self._cell(source, seed, one).key for one in settings)
+        return self.out / "unfinished" / checksum(key)[:16]
+
+    def _forget_state(self, source: str, seed: int, settings: Sequence[Recipe]) -> None:
+        # Once the cells are written, not before: a process killed in between would train again.
+        folder = self._state_folder(source, seed, settings)
+        if folder is not None and not processes.rank_and_size()[0]:
+            rmtree(folder, ignore_errors=True)
 
     def _test(
         self, source: str, settings: Sequence[Recipe], trained: Sequence[TrainResult]
@@ -466,130 +465,3 @@ class Experiment:
 def _table(rows: Rows) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.drop_duplicates(KEY, ignore_index=True)
-
-
-Model = Annotated[VLM, Takes("a model, as `load_model` returns it")]
-Placements = Annotated[
-    Sequence[Any] | None,
-    Takes("a placement such as '5-12' or 'v5-12,t7-12', or a choice", "placements"),
-]
-Datasets = Annotated[
-    Sequence[str | Path | Manifest],
-    Takes("a dataset's name, path or manifest", "datasets by name, path or manifest"),
-]
-
-
-@checked
-def train(
-    model: Model,
-    datasets: Datasets,
-    recipe: Sequence[Recipe | str | Path] | None = None,
-    out: str | Path | None = None,
-    *,
-    protocol: str = "base-to-novel",
-    method: Sequence[str] = ("mma",),
-    placement: Placements = None,
-    configs: Sequence[MethodConfig] | None = None,
-    seeds: Sequence[int] = (1, 2, 3),
-    together: Count = 12,
-    targets: Datasets = (),
-    root: str | Path | None = None,
-    split: str = "test",
-    limit: Annotated[int, Takes(least=0)] = 0,
-    workers: Annotated[int, Takes(least=0)] = 0,
-    present_only: bool = False,
-    skip_unreadable: bool = False,
-    save_adapters: bool = False,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Train methods by a protocol and test them, beside zero-shot CLIP.
-
-    Args:
-        model: The model, as `load_model` returns it.
-        datasets: Datasets trained on, each by itself.
-        recipe: Recipe, or one of each method; or its name or TOML file, the same for every method;
-            `default_recipe` where None.
-        out: Folder of cells, adapters and tables; None keeps everything in memory. A stopped run
-            resumes there.
-        protocol: `base-to-novel`, `few-shot`, `cross-dataset` or `domain-generalization`.
-        method: Name of the method, or several; `METHODS` lists them.
-        placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, with an amount as in
-            `5-12@scale=0.3,epochs=15`, or `maple:1-9` for one of several methods, or a layer
-            choice; several train side by side. The recipe's own where None.
-        configs: Settings of each method to train, in place of `method` and `placement`.
-        seeds: Seeds of draw, initialisation, order and views.
-        together: How many are trained side by side.
-        targets: Datasets tested by transfer.
-        root: The data root.
-        split: Split that is tested.
-        limit: Use at most so many test items of each dataset; 0 uses all.
-        workers: Threads that decode images.
-        present_only: Leave out items whose image is not on disk; the log says how many.
-        skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
-            and which first.
-        save_adapters: Write what was trained beside the cells.
-        progress: Show bars.
-
-    Returns:
-        The results table: one row per method, placement, dataset, half and seed.
-
-    Raises:
-        UserError: A name is unknown, an argument does not apply, or the data are not there.
-    """
-    recipes = _recipes(recipe or (), method, model.name)
-    settings: Sequence[MethodConfig | Recipe] | None = configs
-    if configs is None and placement is not None:
-        settings = settings_at(recipes, placement)
-    elif placement is not None:
-        raise UserError("train takes either configs or placement, not both")
-    experiment = Experiment(
-        protocol,
-        model,
-        recipes,
-        out,
-        root=root,
-        targets=targets,
-        split=split,
-        limit=limit,
-        workers=workers,
-        present_only=present_only,
-        skip_unreadable=skip_unreadable,
-        save_adapters=save_adapters,
-        progress=progress,
-    )
-    return experiment.run(datasets, settings, seeds, together=together)
-
-
-def _recipes(
-    given: Sequence[Recipe | str | Path], methods: Sequence[str], model: str
-) -> list[Recipe]:
-    """Return one recipe per method: those given, or what a name stands for."""
-    recipes = [one for one in given if isinstance(one, Recipe)]
-    if given and len(recipes) == len(given):
-        return recipes
-    if len(given) > 1:
-        raise UserError(
-            "train takes one name of a recipe, or recipes as `load_recipe` returns them"
-        )
-    name = next((one for one in given if not isinstance(one, Recipe)), None)
-    return [load_recipe(name or default_recipe(model, one), one) for one in methods]
-
-
-base_to_novel = partial(train, protocol="base-to-novel")
-few_shot_all = partial(train, protocol="few-shot")
-
-
-def cross_dataset(
-    model: Any, source: Any, targets: Any, *arguments: Any, **options: Any
-) -> pd.DataFrame:
-    """Train on all classes of the source, test on all classes of each target."""
-    options |= {"protocol": "cross-dataset", "targets": targets}
-    return train(model, source, *arguments, **options)
-
-
-def domain_generalization(
-    model: Any, source: Any, targets: Any, *arguments: Any, **options: Any
-) -> pd.DataFrame:
-    """Train on the source, test on shifted test sets, each among its own classes."""
-    options |= {"protocol": "domain-generalization", "targets": targets}
-    return train(model, source, *arguments, **options)

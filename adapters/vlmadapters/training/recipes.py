@@ -13,35 +13,24 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.config import VIT_B_16, MethodConfig, placements_of
-from vlmlayers.arguments import PRECISIONS, checked
+from vlmlayers.arguments import (
+    PRECISIONS,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    checked,
+)
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Amount, Placement
 
 SHIPPED = Path(__file__).with_name("recipe_files")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step", "constant")
-# Whether a number is whole, the least and the largest value.
-RANGES: dict[str, tuple[bool, float, float]] = {
-    "lr": (False, 0, math.inf),
-    "momentum": (False, 0, 1),
-    "beta2": (False, 0, 1),
-    "eps": (False, 0, math.inf),
-    "weight_decay": (False, 0, math.inf),
-    "max_norm": (False, 0, math.inf),
-    "warmup_epochs": (True, 0, math.inf),
-    "warmup_lr": (False, 0, math.inf),
-    "final_lr": (False, 0, math.inf),
-    "epochs": (True, 1, math.inf),
-    "steps_per_shot": (True, 0, math.inf),
-    "updates_per_batch": (True, 1, math.inf),
-    "batch_size": (True, 1, math.inf),
-    "shots": (True, 1, math.inf),
-    "flip": (False, 0, 1),
-    "cached_views": (True, 0, math.inf),
-    "save_every": (True, 0, math.inf),
-}
 
 
+@checked
 @dataclass(frozen=True)
 class TrainConfig:
     """Training recipe of any method; the defaults are those of MMA.
@@ -82,45 +71,37 @@ class TrainConfig:
     """
 
     optimizer: str = "sgd"
-    lr: float = 0.0015
-    momentum: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 5e-4
-    max_norm: float = 0.0
+    lr: Positive = 0.0015
+    momentum: Share = 0.9
+    beta2: Share = 0.999
+    eps: NotNegative = 1e-8
+    weight_decay: NotNegative = 5e-4
+    max_norm: NotNegative = 0.0
     schedule: str = "epoch"
-    warmup_epochs: int = 0
-    warmup_lr: float = 1e-5
-    final_lr: float = 0.0
-    epochs: int = 5
-    steps_per_shot: int = 0
-    updates_per_batch: int = 1
-    batch_size: int = 16
+    warmup_epochs: Natural = 0
+    warmup_lr: NotNegative = 1e-5
+    final_lr: NotNegative = 0.0
+    epochs: Count = 5
+    steps_per_shot: Natural = 0
+    updates_per_batch: Count = 1
+    batch_size: Count = 16
     drop_last: bool = True
-    shots: int = 16
+    shots: Count = 16
     template: str = "a photo of a {}."
     precision: str = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    cached_views: int = 0
+    flip: Share = 0.5
+    cached_views: Natural = 0
     device_crops: bool = False
     cuda_graph: bool = False
-    save_every: int = 0
+    save_every: Natural = 0
     savings: Savings = field(default_factory=Savings)
 
     def __post_init__(self) -> None:
         check_one_of("precision", self.precision, PRECISIONS)
         check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_one_of("schedule", self.schedule, SCHEDULES)
-        for name in ("drop_last", "device_crops", "cuda_graph"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise UserError(f"{name} is {value!r}; it must be true or false")
-        for name, (whole, low, high) in RANGES.items():
-            _check_number(name, getattr(self, name), whole, low, high)
-        if not self.lr > 0:
-            raise UserError(f"lr is {self.lr}; it must be above 0")
         for name, limit in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
             object.__setattr__(self, name, _range(name, getattr(self, name), limit))
 
@@ -153,20 +134,8 @@ class TrainConfig:
         return values
 
 
-def _check_number(name: str, value: Any, whole: bool, low: float, high: float) -> None:
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise UserError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
-    if not low <= value <= high:
-        limits = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
-        raise UserError(f"{name} is {value}; it must be {limits}")
-
-
-def _range(name: str, values: Any, limit: float) -> tuple[float, float]:
-    try:
-        low, high = (float(value) for value in values)
-    except (TypeError, ValueError):
-        raise UserError(f"{name} is {values!r}; it must be two numbers, low and high") from None
+def _range(name: str, values: tuple[float, float], limit: float) -> tuple[float, float]:
+    low, high = map(float, values)  # of whole numbers too: a cell's name is made of how they print
     if not 0 < low <= high <= limit:
         top = "" if limit == math.inf else f" and {limit:g} at most"
         raise UserError(f"{name} is {low:g} to {high:g}; it must rise, above 0{top}")

@@ -54,8 +54,6 @@ class TrainResult:
         seed: Seed of initialisation, order and views.
         change: Largest change of any parameter, relative to the largest initial value.
         seconds: Time of the whole group's training, over all its runs, divided evenly.
-        images_per_second: Images through this method per second of its share.
-        peak_memory: Bytes at the peak on a GPU, 0 on a CPU.
     """
 
     method: Method
@@ -64,8 +62,6 @@ class TrainResult:
     losses: list[float] = field(default_factory=list)
     change: float = 0.0
     seconds: float = 0.0
-    images_per_second: float = 0.0
-    peak_memory: int = 0
 
 
 @dataclass(eq=False)
@@ -203,8 +199,6 @@ class Trainer:
     def _fit(self) -> list[TrainResult]:
         resumed = self._resume()
         self._started, done = time.perf_counter() - self.spent, self._steps_done()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         for run in self.runs:
             run.method.train()
             if not resumed:
@@ -423,20 +417,8 @@ class Trainer:
 
     def _results(self, seconds: float) -> list[TrainResult]:
         share = seconds / len(self.runs)
-        peak = 0
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
         return [
-            TrainResult(
-                run.method,
-                run.method.config,
-                self.seed,
-                run.losses,
-                _change(run),
-                share,
-                self.total_steps * self.batch_size / share if share else 0.0,
-                peak,
-            )
+            TrainResult(run.method, run.method.config, self.seed, run.losses, _change(run), share)
             for run in self.runs
         ]
 

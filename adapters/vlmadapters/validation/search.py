@@ -21,7 +21,7 @@ import pandas as pd
 from vlmadapters.clip.products import timed_products
 from vlmadapters.data.folds import folds as folds_of
 from vlmadapters.data.task import TaskData
-from vlmadapters.protocols.experiment import Datasets, Model, Placements
+from vlmadapters.protocols.train import Datasets, Model, Placements
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
 from vlmadapters.validation.candidates import (

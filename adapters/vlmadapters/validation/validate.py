@@ -18,8 +18,9 @@ import pandas as pd
 from vlmadapters.clip.products import timed_products
 from vlmadapters.data.folds import folds
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.protocols.experiment import EFFECT, Datasets, Experiment, Model
+from vlmadapters.protocols.experiment import EFFECT, Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS
+from vlmadapters.protocols.train import Datasets, Model
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
 from vlmadapters.validation.competitors import (

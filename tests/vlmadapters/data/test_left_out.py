@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from vlmadapters.cli import train_stage, validate_stage
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.mma.config import MMAConfig
-from vlmadapters.protocols.experiment import base_to_novel
+from vlmadapters.protocols.train import base_to_novel
 from vlmadapters.protocols.trained import evaluate_methods
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.validation.validate import validate

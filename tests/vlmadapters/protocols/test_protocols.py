@@ -16,13 +16,8 @@ from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from vlmadapters.methods.mma.config import MMAConfig
-from vlmadapters.protocols.experiment import (
-    Experiment,
-    base_to_novel,
-    cross_dataset,
-    domain_generalization,
-    few_shot_all,
-)
+from vlmadapters.protocols.cells import Cell, CellFolder
+from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.published import with_published
 from vlmadapters.protocols.results import (
     COLUMNS,
@@ -31,7 +26,9 @@ from vlmadapters.protocols.results import (
     accuracy_fields,
     summarise,
 )
+from vlmadapters.protocols.train import base_to_novel, train
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
+from vlmadapters.training.trainer import Trainer
 from vlmlayers.errors import UserError
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
@@ -85,6 +82,26 @@ def test_a_finished_cell_is_not_trained_again(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_that_is_killed_before_its_cell_is_written_does_not_train_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(seeds=(1,))
+
+    def killed(cells: CellFolder, cell: Cell, rows: Any) -> None:
+        if "mma" in cell.name:
+            raise KeyboardInterrupt
+
+    def trained(trainer: Trainer, *_: Any) -> None:
+        pytest.fail("trained again")
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CellFolder, "write", killed)
+        run(tmp_path, seeds=(1,))
+    monkeypatch.setattr(Trainer, "update", trained)
+    again = run(tmp_path, seeds=(1,))
+    pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"))
+
+
 def test_the_table_holds_the_cells_of_earlier_commands(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,10 +149,9 @@ def test_placements_in_one_group_are_those_of_single_runs() -> None:
 
 def test_transfer_tests_every_class_of_every_target() -> None:
     targets = ["shapes_outline", "textures"]
-    for protocol in (cross_dataset, domain_generalization):
-        found = protocol(
-            shared_backbone(), "shapes_filled", targets, RECIPE, seeds=(1,), **QUICK
-        )  # fmt: skip
+    for protocol in ("cross-dataset", "domain-generalization"):
+        found = train(shared_backbone(), "shapes_filled", RECIPE, protocol=protocol,
+                      targets=targets, seeds=(1,), **QUICK)  # fmt: skip
         trained = found[found.method == "MMA"]
         assert list(trained.dataset) == ["shapes_filled", *targets]
         assert set(trained.source) == {"shapes_filled"}
@@ -146,7 +162,8 @@ def test_transfer_tests_every_class_of_every_target() -> None:
 
 
 def test_few_shot_trains_all_classes() -> None:
-    found = few_shot_all(shared_backbone(), ["shapes_filled"], RECIPE, seeds=(3,), **QUICK)
+    found = train(shared_backbone(), ["shapes_filled"], RECIPE, protocol="few-shot", seeds=(3,),
+                  **QUICK)  # fmt: skip
     assert set(found.split_kind) == {"all"}
     assert set(found.seed) == {-1, 3}
 
@@ -237,19 +254,19 @@ def test_a_recipe_file_extends_a_shipped_one(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("learning_rate = 1", "unknown key 'learning_rate'"),
-        ("lr = -1", "lr is -1"),
+        ("lr = -1", "lr takes a number above 0, not -1"),
         ("settings = { skale = 1 }", "did you mean 'scale'"),
         ("savings = { fuzed = true }", "did you mean 'fused'"),
         ('extends = "publisched"', "did you mean 'published'"),
         ("lr = ", "is not TOML"),
-        ('lr = "high"', "recipe.toml: lr is 'high'; it must be a number"),
-        ("epochs = 1.5", "must be a whole number"),
-        ("momentum = 2", "must be from 0 to 1"),
-        ("flip = true", "flip is True"),
-        ("crop_scale = [0.5]", "must be two numbers"),
+        ('lr = "high"', "recipe.toml: TrainConfig: lr takes a number above 0, not 'high'"),
+        ("epochs = 1.5", "epochs takes a whole number from 1, not 1.5"),
+        ("momentum = 2", "momentum takes a number from 0 to 1, not 2"),
+        ("flip = true", "flip takes a number from 0 to 1, not True"),
+        ("crop_scale = [0.5]", "crop_scale takes 2 numbers"),
         ("crop_scale = [0.5, 2.0]", "must rise, above 0 and 1 at most"),
         ("crop_ratio = [2.0, 1.0]", "crop_ratio is 2 to 1; it must rise, above 0"),
-        ('savings = { fused = "no" }', "must be true or false"),
+        ('savings = { fused = "no" }', "fused takes True or False, not 'no'"),
         ("settings = { pairs = [[5]] }", "not a vision block and a text block"),
     ],
 )

@@ -17,7 +17,8 @@ from PIL import Image
 
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.cells import Cell, CellFolder
-from vlmadapters.protocols.experiment import Experiment, cross_dataset, few_shot_all
+from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.protocols.train import train
 from vlmadapters.protocols.trained import evaluate_methods
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.trainer import Trainer
@@ -53,7 +54,8 @@ def repaint(file: Path) -> None:
 
 def run(folder: Path, out: Path, seeds: tuple[int, ...] = (1,), **options: Any) -> pd.DataFrame:
     model = options.pop("model", None) or shared_backbone()
-    return few_shot_all(model, folder, RECIPE, out, seeds=seeds, progress=False, **options)
+    return train(model, folder, RECIPE, out, protocol="few-shot", seeds=seeds, progress=False,
+                 **options)  # fmt: skip
 
 
 def stored(out: Path) -> pd.DataFrame:
@@ -134,9 +136,9 @@ def test_two_datasets_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=refused):
         evaluate_methods(model, [one, two], {}, progress=False)
     with pytest.raises(UserError, match=refused):
-        few_shot_all(model, [one, two], RECIPE, progress=False)
+        train(model, [one, two], RECIPE, protocol="few-shot", progress=False)
     with pytest.raises(UserError, match=refused):
-        cross_dataset(model, one, [two], RECIPE, progress=False)
+        train(model, one, RECIPE, protocol="cross-dataset", targets=[two], progress=False)
     twice = evaluate_methods(model, [one, one], {}, progress=False)
     assert len(twice) == 2
 
@@ -163,8 +165,8 @@ def test_a_run_of_another_precision_shares_no_cell(
     pics = add_classes(tmp_path / "pics", FOUR)
     run(pics, tmp_path / "out")
     half = RECIPE.changed({"precision": "bf16"}, {})
-    table = few_shot_all(shared_backbone(), pics, half, tmp_path / "out", seeds=(1,),
-                         progress=False)  # fmt: skip
+    table = train(shared_backbone(), pics, half, tmp_path / "out", protocol="few-shot",
+                  seeds=(1,), progress=False)  # fmt: skip
     assert set(table.precision) == {"bf16"} == set(stored(tmp_path / "out").precision)
     assert "leaves out 2 finished cells of another recipe" in caplog.text
 

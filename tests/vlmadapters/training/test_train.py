@@ -232,9 +232,9 @@ def test_the_memory_estimate_is_near_what_the_graph_keeps() -> None:
     [
         (lambda: trainer(replace(TRAIN, precision="fp16")), "fp16 needs a GPU"),
         (lambda: TrainConfig(precision="fp8"), "did you mean"),
-        (lambda: TrainConfig(epochs=0), "epochs is 0"),
-        (lambda: TrainConfig(lr=0.0), "lr is 0.0"),
-        (lambda: TrainConfig(cached_views=-1), "cached_views is -1"),
+        (lambda: TrainConfig(epochs=0), "epochs takes a whole number from 1, not 0"),
+        (lambda: TrainConfig(lr=0.0), "lr takes a number above 0, not 0.0"),
+        (lambda: TrainConfig(cached_views=-1), "cached_views takes a whole number from 0, not -1"),
         (
             lambda: Trainer(
                 shared_backbone(), Images(shared_backbone(), MANIFEST), [], ["a"], [CONFIG]

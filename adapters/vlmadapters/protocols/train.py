@@ -1,0 +1,127 @@
+"""Training by a protocol in one call, as Python and notebooks start it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe, settings_at
+from vlmlayers.arguments import Count, Natural, Takes, checked
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+from vlmlayers.models.load import VLM
+
+Model = Annotated[VLM, Takes("a model, as `load_model` returns it")]
+Placements = Annotated[
+    Sequence[Any] | None,
+    Takes("a placement such as '5-12' or 'v5-12,t7-12', or a choice", "placements"),
+]
+Datasets = Annotated[
+    Sequence[str | Path | Manifest],
+    Takes("a dataset's name, path or manifest", "datasets by name, path or manifest"),
+]
+
+
+@checked
+def train(
+    model: Model,
+    datasets: Datasets,
+    recipe: Sequence[Recipe | str | Path] | None = None,
+    out: str | Path | None = None,
+    *,
+    protocol: str = "base-to-novel",
+    method: Sequence[str] = ("mma",),
+    placement: Placements = None,
+    configs: Sequence[MethodConfig] | None = None,
+    seeds: Sequence[int] = (1, 2, 3),
+    together: Count = 12,
+    targets: Datasets = (),
+    root: str | Path | None = None,
+    split: str = "test",
+    limit: Natural = 0,
+    workers: Natural = 0,
+    present_only: bool = False,
+    skip_unreadable: bool = False,
+    save_adapters: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train methods by a protocol and test them, beside zero-shot CLIP.
+
+    Args:
+        model: The model, as `load_model` returns it.
+        datasets: Datasets trained on, each by itself.
+        recipe: Recipe, or one of each method; or its name or TOML file, the same for every method;
+            `default_recipe` where None.
+        out: Folder of cells, adapters and tables; None keeps everything in memory. A stopped run
+            resumes there.
+        protocol: `base-to-novel`, `few-shot`, `cross-dataset` or `domain-generalization`.
+        method: Name of the method, or several; `METHODS` lists them.
+        placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, with an amount as in
+            `5-12@scale=0.3,epochs=15`, or `maple:1-9` for one of several methods, or a layer
+            choice; several train side by side. The recipe's own where None.
+        configs: Settings of each method to train, in place of `method` and `placement`.
+        seeds: Seeds of draw, initialisation, order and views.
+        together: How many are trained side by side.
+        targets: Datasets tested by transfer.
+        root: The data root.
+        split: Split that is tested.
+        limit: Use at most so many test items of each dataset; 0 uses all.
+        workers: Threads that decode images.
+        present_only: Leave out items whose image is not on disk; the log says how many.
+        skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
+            and which first.
+        save_adapters: Write what was trained beside the cells.
+        progress: Show bars.
+
+    Returns:
+        The results table: one row per method, placement, dataset, half and seed.
+
+    Raises:
+        UserError: A name is unknown, an argument does not apply, or the data are not there.
+    """
+    recipes = _recipes(recipe or (), method, model.name)
+    settings: Sequence[MethodConfig | Recipe] | None = configs
+    if configs is None and placement is not None:
+        settings = settings_at(recipes, placement)
+    elif placement is not None:
+        raise UserError("train takes either configs or placement, not both")
+    experiment = Experiment(
+        protocol,
+        model,
+        recipes,
+        out,
+        root=root,
+        targets=targets,
+        split=split,
+        limit=limit,
+        workers=workers,
+        present_only=present_only,
+        skip_unreadable=skip_unreadable,
+        save_adapters=save_adapters,
+        progress=progress,
+    )
+    return experiment.run(datasets, settings, seeds, together=together)
+
+
+def _recipes(
+    given: Sequence[Recipe | str | Path], methods: Sequence[str], model: str
+) -> list[Recipe]:
+    """Return one recipe per method: those given, or what a name stands for."""
+    recipes = [one for one in given if isinstance(one, Recipe)]
+    if given and len(recipes) == len(given):
+        return recipes
+    if len(given) > 1:
+        raise UserError(
+            "train takes one name of a recipe, or recipes as `load_recipe` returns them"
+        )
+    name = next((one for one in given if not isinstance(one, Recipe)), None)
+    return [load_recipe(name or default_recipe(model, one), one) for one in methods]
+
+
+base_to_novel = partial(train, protocol="base-to-novel")
