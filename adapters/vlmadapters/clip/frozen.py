@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ from vlmadapters.clip.walk import State, Walk
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import available_memory, placed
 
-VIEW_BYTES = 4 << 30
+VIEW_BYTES, FEATURE_BYTES = 4 << 30, 512 << 20
 DEVICE_SHARE = 4  # a cache of views takes at most this part of a GPU's free memory
 
 
@@ -49,6 +49,7 @@ class Backbone:
         self.text = Walk(towers["text"], cut=self.savings.cut_prompts, **options)
         self.steps = self.vision.steps and self.text.steps
         self.vision.steps = self.text.steps = self.steps
+        self._features: dict[Hashable, Tensor] = {}
 
     @property
     def walks(self) -> dict[str, Walk]:
@@ -93,6 +94,42 @@ class Backbone:
     def images(self, images: Tensor, starts: Iterable[int]) -> dict[int, State]:
         """Return the frozen state of images at each of the blocks asked for."""
         return climb(self.vision, self.vision.enter, images, starts, self.savings.image_prefix)
+
+    def is_plain(self, starts: Iterable[int]) -> bool:
+        """Whether of images nothing but their frozen joint features is asked for, and kept."""
+        depth = self.vision.tower.depth
+        return self.savings.image_prefix and all(start > depth for start in starts)
+
+    def plain_features(self, key: Hashable, batches: Callable[[], Iterable[Tensor]]) -> Tensor:
+        """Return frozen joint features of images, made once for all methods that ask for them.
+
+        The latest are kept, `FEATURE_BYTES` of them in all.
+
+        Args:
+            key: Everything that the images and their precision depend on.
+            batches: Makes the images, (image, 3, height, width) each.
+
+        Returns:
+            (image, joint), not normalised.
+        """
+        found = self._features.pop(key, None)
+        if found is None:
+            end = self.vision.tower.depth + 1
+            with torch.no_grad():
+                made = [self.features("vision", self.images(x, [end])[end]) for x in batches()]
+                found = torch.cat(made) if made else torch.empty(0, self.joint, device=self.device)
+        self._features[key] = found  # behind the others: those in front go first
+        while len(self._features) > 1 and self._kept_bytes() > FEATURE_BYTES:
+            self._features.pop(next(iter(self._features)))
+        return found
+
+    def _kept_bytes(self) -> int:
+        return sum(one.numel() * one.element_size() for one in self._features.values())
+
+    def plain_state(self, features: Tensor) -> State:
+        """Return the state of images at the end of the tower from their joint features."""
+        end = self.vision.tower.depth + 1
+        return State(features, features, end, finished=True)
 
     def features(self, tower: str, state: State, method: Any = None) -> Tensor:
         """Return joint embeddings from a frozen state on, (item, joint).

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.walk import State
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
 from vlmadapters.device import precision_of
@@ -114,30 +115,50 @@ class Evaluator:
     ) -> list[Answers]:
         """Return what every case says of every item, whose labels are those of the case's task.
 
-        What is frozen below the first block that a method changes is computed once for all cases.
+        What is frozen below the first block that a method changes is computed once for all cases,
+        and where that is the whole vision tower, for all later calls with the same items as well.
         Under `torchrun` every process predicts its share and gets the labels of all.
 
         Raises:
             UserError: Features are not numbers, or the device runs out of memory.
         """
         mine = processes.share(items)
-        total = math.ceil(len(mine) / self.batch_size)
-        batches = track(
-            images.batches(mine, self.batch_size),
-            f"test {images.manifest.name}",
-            total=total,
-            unit="batch",
-            show=self.progress,
-        )
         for case in cases:
             case.method.eval()
         advice = f"lower the batch size of the test ({self.batch_size}) or use fewer classes"
         with memory_errors(self.model.device, advice), at_rest(self.backbone.clip):
-            return self._answers(batches, items, mine, cases)
+            return self._answers(images, items, mine, cases)
+
+    @torch.no_grad()
+    def _states(
+        self, images: Images, items: Sequence[Item], starts: Sequence[int]
+    ) -> Iterator[dict[int, State]]:
+        """Yield the frozen states of each batch of images at the blocks asked for."""
+
+        def batches() -> Iterable[Tensor]:
+            return track(
+                images.batches(items, self.batch_size),
+                f"test {images.manifest.name}",
+                total=math.ceil(len(items) / self.batch_size),
+                unit="batch",
+                show=self.progress,
+            )
+
+        if self.backbone.is_plain(starts):
+            key = images, tuple(item.path for item in items), self.precision, self.batch_size
+            with self.autocast():
+                features = self.backbone.plain_features(key, batches)
+            for part in features.split(self.batch_size) if len(items) else ():
+                yield dict.fromkeys(starts, self.backbone.plain_state(part))
+            return
+        for batch in batches():
+            with self.autocast():
+                states = self.backbone.images(batch, starts)
+            yield states
 
     def _answers(
         self,
-        batches: Iterable[Tensor],
+        images: Images,
         items: Sequence[Item],
         mine: Sequence[Item],
         cases: Sequence[Case],
@@ -145,8 +166,11 @@ class Evaluator:
         made: list[NDArray[np.float64]] = []
         texts = [self.class_features(case.method, case.task) for case in cases]
         truth = placed(torch.tensor([item.label for item in mine]), self.model.device)
-        for batch, right in zip(batches, truth.split(self.batch_size)):
-            said = [_said(logits, right) for logits in self._batch(batch, cases, texts)]
+        starts = [case.method.first(self.backbone, "vision") for case in cases]
+        states = self._states(images, mine, starts)
+        for batch, right in zip(states, truth.split(self.batch_size)):
+            of_case = [batch[start] for start in starts]
+            said = [_said(logits, right) for logits in self._batch(of_case, cases, texts)]
             found = torch.stack(said).cpu().numpy()  # one copy of all that a batch gives
             if not found[:, FINITE].all():
                 raise UserError(
@@ -167,14 +191,11 @@ class Evaluator:
 
     @torch.no_grad()
     def _batch(
-        self, batch: Tensor, cases: Sequence[Case], texts: Sequence[Any]
+        self, states: Sequence[State], cases: Sequence[Case], texts: Sequence[Any]
     ) -> Iterator[Tensor]:
-        starts = [case.method.first(self.backbone, "vision") for case in cases]
-        with self.autocast():
-            states = self.backbone.images(batch, starts)
-        for case, start, text in zip(cases, starts, texts):
+        for case, state, text in zip(cases, states, texts):
             with self.autocast():
-                features = case.method.image_features(self.backbone, states[start])
+                features = case.method.image_features(self.backbone, state)
                 logits = case.method.logits(self.backbone, features, text).float()
             yield logits
 

@@ -2,6 +2,8 @@
 
 Those trained together see the same few-shot items, order and views as each would alone; what is
 frozen below their first blocks is computed once for all. The losses are those of separate runs.
+Where the whole vision tower is frozen, features of views are kept with the backbone, for every
+training that shares it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from vlmlayers.models.modes import at_rest, eval_mode
 from vlmlayers.progress import bar
 
 DRAWS = 0xD5  # key of the random draws inside training steps
+BATCH = 32  # views whose frozen features are computed at a time
 LOOK_EVERY = 20  # steps between two looks at the losses, for which the host waits for the device
 
 
@@ -123,6 +126,8 @@ class Trainer:
         self.autocast, _ = precision_of(self.train.precision, self.device)
         self.runs = [self._new_run(config) for config in self.configs]
         self.starts = [run.method.first(self.backbone, "vision") for run in self.runs]
+        # Several processes each see a share of the images: none needs the features of all.
+        self.plain = self.backbone.is_plain(self.starts) and processes.rank_and_size()[1] == 1
         self.steps_per_epoch = len(self.batches(0))
         self.total_steps = count_steps(self.train, len(self.items))
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
@@ -145,7 +150,8 @@ class Trainer:
 
     def _check_memory(self) -> None:
         _, size = processes.rank_and_size()
-        views = self.train.cached_views * len(self.items) if self.backbone.steps else 0
+        cached = self.backbone.steps and not self.plain
+        views = self.train.cached_views * len(self.items) if cached else 0
         kept = min(VIEW_BYTES, view_bytes(self.backbone, views, self.starts)) if views else 0
         trained = [run.method for run in self.runs if run.optimizer is not None]
         if trained:
@@ -276,7 +282,7 @@ class Trainer:
         self, batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[NDArray[np.int64], Tensor | None]]:
         """Yield batches with their images, which worker threads prepare one batch ahead."""
-        if self.train.cached_views:  # most views are there already
+        if self.train.cached_views or self.plain:  # most views are there already
             yield from ((batch, None) for batch in batches)
             return
         mine = [processes.share(batch) for batch in batches]
@@ -358,29 +364,33 @@ class Trainer:
         return torch.Generator().manual_seed(int(key.generate_state(1)[0]))
 
     def _fit_data(self, run: _Run) -> FitData:
-        items = np.arange(len(self.items))
-
         def validation() -> tuple[Tensor, Tensor]:
-            batches = self.images.batches(self.validation, self.batch_size)
-            labels = self._labels(self.validation)
-            return torch.cat([self._plain(pixels) for pixels in batches]), labels
-
-        def view(number: int) -> Tensor:
-            return torch.cat(
-                [
-                    self._plain(self._augmented(items[i : i + self.batch_size], number))
-                    for i in range(0, len(items), self.batch_size)
-                ]
-            )
+            key = self._images_of(self.validation)
+            batches = partial(self.images.batches, self.validation, BATCH)
+            with self.autocast():
+                features = self.backbone.plain_features(key, batches)
+            return features, self._labels(self.validation)
 
         given = validation if self.validation else None
-        return FitData(self.backbone, run.classes, self.labels, view, given)
+        return FitData(self.backbone, run.classes, self.labels, self._view_features, given)
 
-    def _plain(self, images: Tensor) -> Tensor:
-        """Return joint features of the plain backbone, (image, joint)."""
-        end = self.backbone.vision.tower.depth + 1
-        with torch.no_grad(), self.autocast():
-            return self.backbone.features("vision", self.backbone.images(images, [end])[end])
+    def _images_of(self, items: Sequence[Item]) -> tuple[Any, ...]:
+        """Return what features of some images depend on beside their augmentation."""
+        return self.images, tuple(item.path for item in items), self.train.precision
+
+    def _view_features(self, number: int) -> Tensor:
+        """Return joint features of the plain backbone of a view of all items, (item, joint).
+
+        In batches of one size, so that they are to the bit the same for every method.
+        """
+        drawn = self.seed, number, self.train.augmentation, self.train.device_crops
+        batches = np.split(np.arange(len(self.items)), range(BATCH, len(self.items), BATCH))
+
+        def make() -> Iterator[Tensor]:
+            return self.images.ahead(lambda rows: self._augmented(rows, number), batches)
+
+        with self.autocast():
+            return self.backbone.plain_features((*self._images_of(self.items), *drawn), make)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """Return the items of each step of an epoch, by their index."""
@@ -402,7 +412,11 @@ class Trainer:
         return self.images.augmented(items, draws[batch], augmentation, on_device=on_device)
 
     def _kept_states(self, batch: NDArray[np.int64]) -> dict[int, State]:
-        """Return the frozen states of cached views; none where every epoch draws fresh ones."""
+        """Return frozen states that are kept: of cached views, or of images that end frozen."""
+        if self.plain:
+            features = self._view_features(self._view())
+            rows = placed(torch.from_numpy(batch), features.device)
+            return {self.starts[0]: self.backbone.plain_state(features[rows])}
         views = self.train.cached_views
         if not views or not self.backbone.steps:
             return {}

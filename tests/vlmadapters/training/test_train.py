@@ -23,6 +23,7 @@ from vlmadapters.data.fewshot import base_or_novel, few_shot
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
+from vlmadapters.methods.configs import CoOpConfig, KgCoOpConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import Adapter
 from vlmadapters.protocols.evaluate import Case, Evaluator
@@ -351,3 +352,41 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("vlmadapters.training.processes.rank_and_size", lambda: (0, 3))
     with pytest.raises(UserError, match="does not divide over 3 processes"):
         trainer()
+
+
+def test_methods_on_one_backbone_share_the_features_of_frozen_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two methods and batch sizes: losses of each alone, from images that were seen once."""
+    model = shared_backbone()
+    images = Images(model, MANIFEST)
+    items = base_or_novel(few_shot(MANIFEST.items("train"), 2, 1), "base", LABELS)
+    task = Task(MANIFEST.class_names()[: max(item.label for item in items) + 1])
+    made: list[int] = []
+    normalised = images.normalised
+    monkeypatch.setattr(images, "normalised", lambda x: (made.append(len(x)), normalised(x))[1])
+
+    def fitted(backbone: Backbone, config: Any, batch_size: int) -> tuple[list[float], Any, int]:
+        made.clear()
+        train = replace(TRAIN, batch_size=batch_size)
+        trained = Trainer(
+            model, images, items, task, [config], train, backbone=backbone, progress=False
+        ).fit()[0]
+        evaluator = Evaluator(model, backbone, progress=False)
+        answers = evaluator.answers(images, items, [Case(trained.method, task)])[0]
+        return trained.losses, answers.log_likelihoods, sum(made)
+
+    def new() -> Backbone:
+        return Backbone(model.clip, tokenizer=model.tokenizer)
+
+    asked = [(CoOpConfig(text=(1,)), 4), (KgCoOpConfig(text=(1,)), 5)]
+    shared = new()
+    for (config, size), seen in zip(asked, (3 * len(items), 0)):
+        losses, answers, count = fitted(shared, config, size)
+        alone = fitted(new(), config, size)
+        assert (count, alone[2]) == (seen, 3 * len(items))
+        assert losses == alone[0]
+        np.testing.assert_array_equal(answers, alone[1])
+    plain = new()
+    plain.savings = Savings.none()
+    np.testing.assert_allclose(fitted(plain, *asked[1])[0], losses, atol=1e-5)
