@@ -415,8 +415,8 @@ class Trainer:
         """Return frozen states that are kept: of cached views, or of images that end frozen."""
         if self.plain:
             features = self._view_features(self._view())
-            rows = placed(torch.from_numpy(batch), features.device)
-            return {self.starts[0]: self.backbone.plain_state(features[rows])}
+            own = features[placed(torch.from_numpy(batch), features.device)]
+            return {self.starts[0]: self.backbone.plain_state(own)}
         views = self.train.cached_views
         if not views or not self.backbone.steps:
             return {}
