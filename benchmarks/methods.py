@@ -7,13 +7,15 @@ Caltech101. Both sides start from the same parameters, get the same images and l
 turns; their losses are compared. Decoding and augmenting are not in the step. Views: `fresh`
 computes what is frozen of the vision tower at every step, `cached` has it from an earlier epoch.
 `ratio` is the median over rounds of wall time public / ours, `cpu_ratio` the same in processor
-time, which other work on the machine disturbs less. MMA has a benchmark of its own, `training.py`.
+time, which other work on the machine disturbs less. MMA has a benchmark of its own, `training.py`;
+Tip-Adapter without training and the linear probe have no steps.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from common import machine, write_table
 from public_methods import PUBLIC, ProDA
 from torch import Tensor
+from torch.nn import functional as F
 from training import ARCHITECTURE, CLASSES, Side, row
 from training import PUBLIC as PUBLIC_SIDE
 
@@ -29,11 +32,29 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method, Step
+from vlmadapters.methods.tip import Tip
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.models.load import build_clip
 
-# Draws that both sides are given: ProDA's group of prompts, and no noise for LASP.
-DRAWS = {"proda": {"prompts": torch.tensor(ProDA.GROUP)}, "lasp": {}}
+# Settings that leave nothing to chance where a side could not be given the other's draws.
+ALIKE: dict[str, dict[str, Any]] = {"cliplora": {"dropout": 0.0}}
+
+
+def draws_of(name: str, labels: Tensor) -> dict[str, Tensor] | None:
+    """Return draws that both sides are given; None where a method draws nothing.
+
+    ProDA's group of prompts, no noise for LASP, and for LwEIB all classes, in their first
+    description, at slow blocks.
+    """
+    every = torch.arange(len(CLASSES))
+    given: dict[str, dict[str, Tensor]] = {
+        "proda": {"prompts": torch.tensor(ProDA.GROUP)},
+        "lasp": {},
+        "lweib": {
+            "classes": every, "description": torch.zeros_like(every), "relabelled": labels,
+        },
+    }  # fmt: skip
+    return given.get(name)
 
 
 def updates(loss: Callable[[], Tensor], parameters: list[Any]) -> Callable[[], float]:
@@ -55,6 +76,8 @@ def public_side(name: str, clip: Any, method: Method, task: Task, data: tuple[Te
     kind = PUBLIC[name]
     if hasattr(kind, "templates"):
         kind.templates = templates_of(name)
+    if isinstance(method, Tip):
+        kind.cached = method.labels
     public = kind(clip, method.official_state_dict(), task.class_names, task.other_names)
     loss = partial(public.loss, *data)
     return Side(PUBLIC_SIDE, "fresh", updates(loss, list(public.p.values())))
@@ -84,7 +107,7 @@ def our_side(
     def loss() -> Tensor:
         state = kept if views == "cached" else backbone.images(images, [first])[first]
         generator = torch.Generator().manual_seed(0)
-        draws = DRAWS.get(name)
+        draws = draws_of(name, labels)
         return method.loss(Step(backbone, state, labels, classes, generator, draws=draws))
 
     groups = method.train().parameter_groups()
@@ -109,8 +132,16 @@ def compare(
     if set(depths.values()) != {12}:
         config = type(config).published(depths, **config.settings())
 
+    config = replace(config, **ALIKE.get(name, {}))
+
     def new() -> Method:
-        return METHODS[name].build(config, backbone, task, seed=0)
+        method = METHODS[name].build(config, backbone, task, seed=0)
+        if isinstance(method, Tip):  # whose cache is filled before the first step
+            own = torch.arange(len(CLASSES), device=device).repeat_interleave(recipe.train.shots)
+            drawn = torch.Generator().manual_seed(0)
+            keys = torch.randn(len(own), backbone.joint, generator=drawn).to(device)
+            method.fill(F.normalize(keys, dim=-1), own)
+        return method
 
     data = images, labels
     sides = [public_side(name, clip, new(), task, data)]

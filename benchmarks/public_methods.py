@@ -13,7 +13,7 @@ from typing import Any
 
 import open_clip
 import torch
-from public_recipe import Block
+from public_recipe import Block, ScaleGradient
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -350,6 +350,117 @@ class CLIPAdapter(Public):
         return F.cross_entropy(self.logits(F.normalize(0.2 * a + 0.8 * v, dim=-1), texts), labels)
 
 
+class CLIPLoRA(Public):
+    """Low-rank terms of queries, keys and values in every block of both towers, no dropout here."""
+
+    RANK_SCALE = 2**-0.5  # alpha 1 over the root of rank 2
+
+    def keep(self) -> None:
+        """Give the blocks of both towers their terms."""
+        for blocks, tower in ((self.vision, "visual.transformer"), (self.text, "transformer")):
+            for number, block in enumerate(blocks):
+                start = f"{tower}.resblocks.{number}.attn."
+                block.attn = _LowRank(block.attn, self.p, start, self.RANK_SCALE)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy at a scale of 100."""
+        x = self.clip.token_embedding(self.tokens)
+        logits = 100 * self.encode_images(images) @ self.encode_texts(x, self.tokens).t()
+        return F.cross_entropy(logits, labels)
+
+
+class _LowRank(nn.Module):
+    """Attention over (token, item, width) whose projections stand apart, with low-rank terms."""
+
+    def __init__(self, attn: Any, p: dict[str, nn.Parameter], start: str, scale: float) -> None:
+        super().__init__()
+        self.frozen, self.terms, self.scale = attn, p, scale
+        self.start = start
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, need_weights: bool, attn_mask: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """Return the attention's output, as torch's own does."""
+        attn, made = self.frozen, []
+        weights, biases = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+        for name, x, weight, bias in zip("qkv", (q, k, v), weights, biases):
+            down, up = (self.terms[f"{self.start}{name}_proj.w_lora_{one}"] for one in "AB")
+            y = F.linear(x, weight, bias) + F.linear(F.linear(x, down), up) * self.scale
+            made.append(y.unflatten(-1, (attn.num_heads, -1)).permute(1, 2, 0, 3))
+        out = F.scaled_dot_product_attention(*made, attn_mask=attn_mask)
+        return attn.out_proj(out.permute(2, 0, 1, 3).flatten(2)), None
+
+
+class LwEIB(Public):
+    """Depthwise convolutions in every block of both towers; here slow, one description a class."""
+
+    ALPHA, DESCRIPTION = 0.025, "{}, Seen from close by."
+
+    def keep(self) -> None:
+        """Tokenize the described prompts and give the blocks of both towers their convolutions."""
+        self.tokens = self.tokenize(self.names, self.DESCRIPTION.format(TEMPLATE[:-1]))
+        self.vision, self.text = (
+            [_Convolving(block, self.p, f"{tower}_adapter.{number}.", self.ALPHA)
+             for number, block in enumerate(blocks, 1)]
+            for tower, blocks in (("visual", self.vision), ("text", self.text))
+        )  # fmt: skip
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy among the classes of the step."""
+        texts = self.encode_texts(self.clip.token_embedding(self.tokens), self.tokens)
+        return F.cross_entropy(self.logits(self.encode_images(images), texts), labels)
+
+
+class _Convolving(nn.Module):
+    """A block over (token, item, width) with a convolution before attention and in the MLP."""
+
+    def __init__(self, block: Block, p: dict[str, nn.Parameter], start: str, alpha: float) -> None:
+        super().__init__()
+        self.block, self.alpha = block, alpha
+        self.kernels = [p[f"{start}{place}_conv.conv.weight"] for place in ("att", "mlp")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
+        block, (first, second) = self.block, self.kernels
+        y = self.convolved(block.ln_1(x), first)
+        x = x + block.attn(y, y, y, need_weights=False, attn_mask=block.mask)[0]
+        mlp = block.mlp
+        hidden = self.convolved(mlp.c_fc(block.ln_2(x)), second)
+        return x + mlp.c_proj(mlp.gelu(hidden))
+
+    def convolved(self, u: Tensor, kernel: Tensor) -> Tensor:
+        """Return u + alpha · conv(u); the kernel's gradient is that of an alpha of 1."""
+        u = u.permute(1, 2, 0)  # (item, width, token)
+        passed = ScaleGradient.apply(u, self.alpha)
+        if kernel.ndim == 3:
+            y = F.conv1d(passed, kernel, padding=1, groups=len(kernel))
+        else:
+            side = round((u.shape[-1] - 1) ** 0.5)
+            patches = passed[..., 1:].unflatten(-1, (side, side))
+            y = F.conv2d(patches, kernel, padding=1, groups=len(kernel)).flatten(2)
+            y = torch.cat([torch.zeros_like(u[..., :1]), y], -1)
+        return (u + ScaleGradient.apply(y * self.alpha, 1 / self.alpha)).permute(2, 0, 1)
+
+
+class TipF(Public):
+    """The keys of a cache; texts and values are made once, images encoded at every step."""
+
+    ALPHA, BETA = 1.17, 1.0
+    cached: Tensor  # classes of the cache's items, (item,)
+
+    def keep(self) -> None:
+        """Compute the text features and the values."""
+        self.texts = self.plain_texts(self.names, TEMPLATE)
+        self.values = F.one_hot(self.cached, len(self.names)).float()
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of text and cache together."""
+        with torch.no_grad():
+            f = self.encode_images(images)
+        votes = (-1 * (self.BETA - self.BETA * F.linear(f, self.p["keys"]))).exp() @ self.values
+        return F.cross_entropy(100 * f @ self.texts.t() + self.ALPHA * votes, labels)
+
+
 PUBLIC: dict[str, type[Public]] = {
     "coop": CoOp,
     "cocoop": CoCoOp,
@@ -361,4 +472,7 @@ PUBLIC: dict[str, type[Public]] = {
     "rpo": RPO,
     "lasp": LASP,
     "clipadapter": CLIPAdapter,
+    "cliplora": CLIPLoRA,
+    "lweib": LwEIB,
+    "tip-f": TipF,
 }

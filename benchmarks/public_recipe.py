@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from vlmadapters.methods.mma.config import MMAConfig
 
 
-class _ScaleGradient(torch.autograd.Function):
+class ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
@@ -103,9 +105,9 @@ class PublicMMA(nn.Module):
                 x = block(x)
                 continue
             adapter = adapters[str(number)]
-            y = block.ln_1(_ScaleGradient.apply(x, scale))
+            y = block.ln_1(ScaleGradient.apply(x, scale))
             y = self.shared_adapter[str(number)](adapter["down"](y))
-            y = _ScaleGradient.apply(adapter["up"](y) * scale, 1 / scale)
+            y = ScaleGradient.apply(adapter["up"](y) * scale, 1 / scale)
             x = block(x) + y
         return x
 

@@ -46,6 +46,9 @@ def test_all_sides_of_the_training_benchmark_take_the_same_steps(
         "rpo",
         "lasp",
         "clipadapter",
+        "cliplora",
+        "lweib",
+        "tip-f",
     ],
 )
 def test_both_sides_of_the_benchmark_of_methods_take_the_same_steps(
@@ -60,7 +63,7 @@ def test_both_sides_of_the_benchmark_of_methods_take_the_same_steps(
     )
     assert set(public_methods.PUBLIC) == {
         "coop", "cocoop", "kgcoop", "proda", "maple", "ivlp", "promptsrc", "rpo", "lasp",
-        "clipadapter",
+        "clipadapter", "cliplora", "lweib", "tip-f",
     }  # fmt: skip
     monkeypatch.setattr(methods, "CLASSES", methods.CLASSES[:4])
     rows = methods.compare(name, small, "cpu", rounds=2)

@@ -271,7 +271,15 @@ class Method(nn.Module):
         return f"{self.config.title} at {placement}" if placement else self.config.title
 
     def official_content(self, epoch: int = 0) -> dict[str, Any]:
-        """Return what a file in the authors' layout holds: the tensors, under state_dict."""
+        """Return what a file in the authors' layout holds: the tensors, under state_dict.
+
+        Raises:
+            UserError: There is no such layout: `config_of_official` could not read the file.
+        """
+        if type(self).config_of_official.__func__ is Method.config_of_official.__func__:  # type: ignore[attr-defined]
+            raise UserError(
+                f"{self.config.name} has no layout of its authors to write; use save_method"
+            )
         state = {key: value.cpu() for key, value in self.official_state_dict().items()}
         rest = dict.fromkeys(("optimizer", "scheduler", "val_result"))
         return {"state_dict": state, "epoch": epoch, **rest}

@@ -58,6 +58,14 @@ def test_a_file_of_ours_brings_back_every_parameter_and_the_classes(
         assert torch.equal(again.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("name", sorted(WITHOUT_LAYOUT))
+def test_no_file_is_written_in_a_layout_that_does_not_exist(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.pth.tar"
+    with pytest.raises(UserError, match=f"{name} has no layout of its authors to write"):
+        save_official(path, built(name)[0])
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("name", WITH_LAYOUT)
 def test_a_file_of_the_authors_layout_is_read_by_its_method_alone(
     name: str, tmp_path: Path
