@@ -131,6 +131,7 @@ class Trainer:
         self.steps_per_epoch = len(self.batches(0))
         self.total_steps = count_steps(self.train, len(self.items))
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        self._check_warmup()
         self._check_memory()
         self._check_graph()
         self.epoch = self.step = 0
@@ -147,6 +148,18 @@ class Trainer:
             )
         if not self.items:
             raise UserError("there are no training items; check the few-shot draw")
+
+    def _check_warmup(self) -> None:
+        """Refuse a training that ends in its warm-up, whose rate moves next to nothing."""
+        trains = any(run.optimizer is not None for run in self.runs)
+        if trains and self.train.warmup_epochs >= self.epochs:
+            name = self.runs[0].method.config.name
+            raise UserError(
+                f"{name} would train {self.total_steps} steps, all of them warm-up at a rate of "
+                f"{self.train.warmup_lr:g} (epochs {self.epochs}, warmup_epochs "
+                f"{self.train.warmup_epochs}); train {self.train.warmup_epochs + 1} epochs or more "
+                "or set warmup_epochs=0"
+            )
 
     def _check_memory(self) -> None:
         _, size = processes.rank_and_size()

@@ -354,6 +354,24 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch
         trainer()
 
 
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 1), (2, 3)])
+def test_a_training_that_would_end_in_its_warm_up_says_how_many_epochs_it_takes(
+    epochs: int, warmup: int
+) -> None:
+    asked = replace(TRAIN, epochs=epochs, warmup_epochs=warmup)
+    with pytest.raises(UserError, match=f"all of them warm-up .* train {warmup + 1} epochs or"):
+        trainer(asked)
+    trainer(replace(asked, epochs=warmup + 1))
+
+
+@pytest.mark.parametrize("batch_size", [32, 128])
+def test_fewer_items_than_a_batch_make_one_batch_of_all(batch_size: int) -> None:
+    """So that published batches train at few shots, and dropping the last one drops nothing."""
+    result = fit(replace(TRAIN, batch_size=batch_size, epochs=3))
+    assert len(result.losses) == 3
+    assert result.change > 0
+
+
 def test_methods_on_one_backbone_share_the_features_of_frozen_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
