@@ -85,8 +85,8 @@ def test_a_pass_takes_every_prompt_once_and_the_next_another_order() -> None:
     method, backbone = built(ProDAConfig(prompts=8, group=2, length=2))
     step = step_of(method, backbone)
     taken = []
-    method.prompt_features = lambda backbone, texts, numbers: taken.append(numbers) or (
-        ProDA.prompt_features(method, backbone, texts, numbers)
+    method.prompt_features = lambda backbone, texts, numbers: (
+        taken.append(numbers) or ProDA.prompt_features(method, backbone, texts, numbers)
     )
     with torch.no_grad():
         for number in range(8):
