@@ -224,8 +224,9 @@ def _rotate(fit: Array, others: list[Array]) -> tuple[Array, list[Array]]:
     values, vectors = np.linalg.eigh(fit @ fit.T)
     # Centred rows span one direction less than there are rows; rounding leaves a trace of it.
     keep = values > 1e-10 * max(values[-1], 1e-300)
-    basis = fit.T @ (vectors[:, keep] / np.sqrt(values[keep]))  # (width, rank)
-    return fit @ basis, [part @ basis for part in others]
+    lengths, vectors = np.sqrt(values[keep]), vectors[:, keep]
+    # The basis itself, fit.T @ vectors / lengths, is the widest of all matrices: it is not formed.
+    return vectors * lengths, [(part @ fit.T) @ (vectors / lengths) for part in others]
 
 
 def _best_c(logits: Array, labels: Labels, classes: int) -> int:
