@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("drawing", "extraction", "metrics", "training", "sweep", "cost")
+BENCHMARKS = ("startup", "drawing", "extraction", "metrics", "training", "sweep", "cost")
 
 
 def main(names: list[str]) -> int:

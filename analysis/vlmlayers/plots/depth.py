@@ -249,14 +249,9 @@ def legend(ax: Axes) -> None:
 
 
 def _line(ax: Axes, axis: DepthAxis, part: pd.DataFrame, tower: str, **options: Any) -> None:
-    import seaborn as sns
-
     x = [axis.x(tower, str(position)) for position in part["position"]]
     options.setdefault("marker", ".")
-    sns.lineplot(
-        x=x, y=part["value"].to_numpy(), ax=ax, estimator=None, errorbar=None, legend=False,
-        markeredgecolor="none", **options,
-    )  # fmt: skip
+    ax.plot(x, part["value"].to_numpy(), markeredgecolor="none", **options)
     ax.fill_between(x, part["low"], part["high"], color=options["color"], alpha=0.16, linewidth=0)
 
 

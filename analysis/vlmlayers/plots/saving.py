@@ -51,6 +51,7 @@ def save_figure(
         dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
         with style():
             drawn.savefig(path, metadata=dates[kind])
+        drawn.set_layout_engine("none")  # laid out once, all formats alike
         written.append(path)
     if data is not None:
         path = folder / f"{name}.csv"

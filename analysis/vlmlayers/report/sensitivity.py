@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -24,6 +25,7 @@ CLASSES = ("class_accuracy", "class_accuracy_ncm", "class_accuracy_knn")
 MOST, SHOWN = 6, 4  # answers of single datasets listed one by one; datasets named in one row
 
 
+@lru_cache(maxsize=1)  # the page and the Markdown both show it
 def sensitivity_table(answer: Answer) -> Table | None:
     """Return what other settings would choose; None where the scores allow no rule that reads them.
 

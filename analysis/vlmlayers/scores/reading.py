@@ -108,9 +108,10 @@ def depths(scores: pd.DataFrame) -> dict[str, int]:
     """Return the number of blocks of each tower in the table, `vision` first."""
     found = {}
     for tower in TOWERS:
-        names = scores.loc[scores["tower"] == tower, "position"].astype(str)
-        partner = scores.loc[scores["other_tower"] == tower, "other_position"].astype(str)
-        blocks = [p for p in {*names, *partner} if p.isdecimal()]
+        names = scores.loc[scores["tower"] == tower, "position"]
+        partner = scores.loc[scores["other_tower"] == tower, "other_position"]
+        named = map(str, {*names.unique(), *partner.unique()})
+        blocks = [p for p in named if p.isdecimal()]
         absurd = [p for p in blocks if len(p) > 4]
         if absurd:
             raise UserError(
@@ -149,7 +150,9 @@ class Reading:
         """Return the same rows of every dataset, and the pooled ones."""
         rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
         if len(rows) and self.dataset is not None:
-            check_one_of("dataset", self.dataset, sorted(set(rows["dataset"])), f"{metric} scores")
+            check_one_of(
+                "dataset", self.dataset, sorted(rows["dataset"].unique()), f"{metric} scores"
+            )
             rows = rows[rows["dataset"] == self.dataset]
         for choice in self._choices(rows):
             rows = choice.kept(rows)
@@ -189,7 +192,7 @@ class _Choice:
     def kept(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Return the rows that are read; of splits each dataset's own first one."""
         present = rows[self.column].astype(str)
-        names = set(present)
+        names = set(present.unique())
         if self.wanted is not None and len(rows):
             check_one_of(self.column, self.wanted, sorted(names), where="the score table")
             return rows[present == self.wanted]
@@ -203,7 +206,7 @@ class _Choice:
 
 def metric_names(scores: pd.DataFrame) -> list[str]:
     """Return the metrics of the table, in order of appearance."""
-    return list(dict.fromkeys(scores["metric"]))
+    return list(scores["metric"].unique())
 
 
 def has_curve(scores: pd.DataFrame, metric: str, tower: str) -> bool:
