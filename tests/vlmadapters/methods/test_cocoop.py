@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="class_specific"):
         CoCoOpConfig(class_specific=True)  # type: ignore[call-arg]
     torch.save({"ctx": torch.zeros(4, 32)}, path)
-    with pytest.raises(UserError, match=r"CoCoOp.*4 parameters are missing"):
+    with pytest.raises(UserError, match="another method than CoCoOp: it holds CoOp"):
         load_official(path, model, method="cocoop")
     torch.save({"ctx": torch.zeros(3, 4, 32)}, path)
     with pytest.raises(UserError, match=r"holds no CoCoOp: its ctx has the shape \(3, 4, 32\)"):
