@@ -31,6 +31,7 @@ from vlmlayers.cli.options import (
     with_weights,
 )
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import Amount
 from vlmlayers.runs import score_table
 
 
@@ -68,6 +69,15 @@ def validate(
             "recipe's beside it; given: at the recipe's alone, several times as fast."
         ),
     ] = "tuned",
+    amounts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<str>",
+            help="Amount that tuning tries, as in scale=0.3,epochs=15; repeatable; multiples of "
+            "the recipe's where absent.",
+        ),
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Folds that amounts are tuned on.")] = 4,
     reference: Annotated[str, typer.Option(help="Kind that the verdict compares with.")] = "paper",
     recipe: RecipeName = None,
     settings: Settings = None,
@@ -89,6 +99,10 @@ def validate(
     same command twice.
     """
     check_one_of("amount", amount, ("tuned", "given"), where="--amount")
+    if folds < 2:
+        raise UserError("--folds takes 2 or more")
+    for one in amounts or []:
+        Amount.parse(one)
     chosen = _choice(choice, placement)
     if scores is None and choice is not None and choice.is_dir():
         scores = choice
@@ -115,6 +129,8 @@ def validate(
         scores=None if scores is None else read_scores(scores),
         kinds=wanted,
         amount=amount,
+        amounts=amounts,
+        folds=folds,
         seeds=numbers,
         recipe=made,
         out=out,

@@ -10,6 +10,7 @@ from pydantic import Field
 from vlmadapters.cli.method_part import MethodPart
 from vlmlayers.manifests import Manifest
 from vlmlayers.options import Several, validated
+from vlmlayers.placement import Amount
 
 
 class ValidatePart(MethodPart):
@@ -18,6 +19,8 @@ class ValidatePart(MethodPart):
     Attributes:
         kinds: Competitors.
         amount: `tuned`, each placement at its own amount, or `given`, all at the recipe's.
+        amounts: Amounts that tuning tries beside the recipe's, such as `scale=0.3`.
+        folds: Folds that amounts are tuned on.
         reference: Kind that the verdict compares with.
         random_count: Random placements of equal size.
         limit: Use at most so many test items of each dataset; 0 uses all.
@@ -25,6 +28,8 @@ class ValidatePart(MethodPart):
 
     kinds: Several[str] | None = None
     amount: Literal["tuned", "given"] | None = None
+    amounts: Several[str] | None = None
+    folds: int | None = Field(None, ge=2)
     reference: str | None = None
     random_count: int | None = Field(None, ge=0)
     limit: int | None = Field(None, ge=0)
@@ -39,7 +44,10 @@ def check(context: Any) -> None:
     Raises:
         UserError: A key or name is unknown, or a value has the wrong type.
     """
-    _part(context).read_recipe(context)
+    part = _part(context)
+    for one in part.amounts or ():
+        Amount.parse(one)
+    part.read_recipe(context)
     datasets(context)
 
 

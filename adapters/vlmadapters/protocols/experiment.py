@@ -115,6 +115,7 @@ class Experiment:
         self.target_names = tuple(self.add(one).manifest.name for one in tested)
         self._zero: dict[tuple[str, str], list[Answers]] = {}
         self._plain = Method()
+        self._unmoved: set[str] = set()  # methods of which it was said that training changed nothing
 
     def add(self, dataset: str | Path | Manifest | TaskData) -> TaskData:
         """Return a dataset, its images shared by all cells.
@@ -363,8 +364,7 @@ class Experiment:
             note = UNMOVED if result.method.parameter_count() else UNMOVED_FIT
             note = note if share < EFFECT else ""
             if note:
-                config = result.config
-                LOG.warning("%s %s, seed %d: %s", config.title, config.placement, result.seed, note)
+                self._say_unmoved(result, note)
             others = (
                 self._datasets[source].task(self.protocol.train_kind, train.template).other_names
             )
@@ -372,6 +372,13 @@ class Experiment:
             for row in rows[index]:
                 row |= {"changed": share, "note": "; ".join(filter(None, (note, advantage)))}
         return rows
+
+    def _say_unmoved(self, result: TrainResult, note: str) -> None:
+        """Say that training changed nothing: once of a method, since each row notes its own."""
+        title = result.config.title
+        level = logging.INFO if title in self._unmoved else logging.WARNING
+        self._unmoved.add(title)
+        LOG.log(level, "%s %s, seed %d: %s", title, result.config.placement, result.seed, note)
 
     def _items(self, target: Target) -> tuple[list[Item], Labels]:
         items = target.dataset.test(target.kind, target.split)

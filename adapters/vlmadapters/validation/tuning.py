@@ -12,7 +12,7 @@ from vlmadapters.training.recipes import Recipe
 from vlmadapters.validation.candidates import tried_amounts
 from vlmadapters.validation.judge import ranking
 from vlmadapters.validation.race import Track, label
-from vlmlayers.placement import ZERO_SHOT, Placement
+from vlmlayers.placement import ZERO_SHOT, Amount, Placement
 
 TUNING_FOLDS = 4
 AMOUNT_COLUMNS = ("placement", "amount", "times", "base", "novel", "hm", "n")
@@ -34,7 +34,12 @@ class Tuning:
     trainings: float
 
 
-def tune(track: Track, settings: Sequence[Recipe], criterion: str = "log_likelihood") -> Tuning:
+def tune(
+    track: Track,
+    settings: Sequence[Recipe],
+    amounts: Sequence[Amount] | None = None,
+    criterion: str = "log_likelihood",
+) -> Tuning:
     """Return each setting at the best amount that folds of training shots know.
 
     By successive halving over folds, as a search does, but for each placement by itself, and the
@@ -44,9 +49,10 @@ def tune(track: Track, settings: Sequence[Recipe], criterion: str = "log_likelih
     Args:
         track: Where settings run.
         settings: Placements at the recipe's amount.
+        amounts: Amounts to try beside it; multiples of it where None.
         criterion: What decides, a name of `judge.CRITERIA`.
     """
-    alive = {label(one): tried_amounts(one) for one in settings}
+    alive = {label(one): tried_amounts(one, amounts) for one in settings}
     tried = {name: [own, *rivals] for own, (name, rivals) in zip(settings, alive.items())}
     for number in range(1, track.rounds + 1):
         track.run("tuning", [*settings, *(one for rest in alive.values() for one in rest)], number)

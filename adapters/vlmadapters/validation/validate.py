@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import pandas as pd
 
 from vlmadapters.clip.products import timed_products
-from vlmadapters.data.folds import folds
+from vlmadapters.data.folds import folds as folds_of
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import EFFECT, Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS
@@ -39,7 +39,7 @@ from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, 
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
-from vlmlayers.placement import ZERO_SHOT, Placement
+from vlmlayers.placement import ZERO_SHOT, Amount, Placement
 from vlmlayers.runs import environment, write_json
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import predict
@@ -119,6 +119,8 @@ def validate(
     scores: pd.DataFrame | None = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
     amount: str = "tuned",
+    amounts: Sequence[str] | None = None,
+    folds: Annotated[int, Takes(least=2)] = TUNING_FOLDS,
     seeds: Sequence[int] = (1, 2, 3),
     shots: Count | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -149,6 +151,9 @@ def validate(
         amount: `tuned` compares each placement at its own amount, found on folds of the base
             classes' training shots of the first seed, and at the recipe's beside it; `given` at the
             recipe's alone.
+        amounts: Amounts that tuning tries beside the recipe's, such as `scale=0.3`; multiples of
+            the recipe's where None. Those of scale alone train side by side.
+        folds: Folds that amounts are tuned on.
         seeds: Seeds of draw, initialisation, order and views.
         shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
@@ -173,6 +178,7 @@ def validate(
             the choice does not fit the model.
     """
     check_one_of("amount", amount, COMPARISONS)
+    tried = None if amounts is None else [Amount.parse(one) for one in amounts]
     made = _recipe(model, recipe, shots, method)
     placed = _competitors(model, made.method, choice, kinds, reference, random_count, seed)
     seeds = _distinct(seeds)
@@ -198,14 +204,14 @@ def validate(
     tuning = None
     if amount == "tuned":
         draws = {
-            (one.manifest.name, seeds[0]): folds(
-                one, made.train_for(one.manifest.name).shots, seeds[0], TUNING_FOLDS
+            (one.manifest.name, seeds[0]): folds_of(
+                one, made.train_for(one.manifest.name).shots, seeds[0], folds
             )
             for one in data
         }
         cells = None if out is None else Path(out) / CELLS
         track = Track(draws, made, model, cells, together=together, progress=progress)
-        tuning = tune(track, settings["given"])
+        tuning = tune(track, settings["given"], tried)
         settings = {"tuned": list(tuning.settings), **settings}  # the first may be found void
     whole = [one for several in settings.values() for one in several]
     named = [one.manifest for one in data]
@@ -226,7 +232,7 @@ def validate(
         recorded["tuning"] = {
             "amounts": {str(one.placement): str(setting.amount) or "recipe"
                         for one, setting in zip(trained, tuning.settings)},
-            "folds": TUNING_FOLDS, "seed": seeds[0], "trainings": round(tuning.trainings, 2),
+            "folds": folds, "seed": seeds[0], "trainings": round(tuning.trainings, 2),
         }  # fmt: skip
     labels = {kind: [setting.label for setting in several] for kind, several in settings.items()}
     table = validation_table(results, trained, labels)

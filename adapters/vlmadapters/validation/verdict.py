@@ -7,8 +7,8 @@ one dataset are not two datasets.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,14 +78,29 @@ class Outcomes:
         With one dataset only the seeds are resampled; the interval then says nothing about other
         datasets.
         """
+        drawn = self.resampled_cells(draws, seed)
+        return np.array([self._mean_of(rows) for rows in drawn])
+
+    def resampled_cells(self, draws: int, seed: int) -> Iterator[list[NDArray[np.int64]]]:
+        """Yield draws of datasets with replacement and of cells within each, one array each."""
         generator = np.random.default_rng(seed)
         cells = [np.flatnonzero(self.datasets == name) for name in self._names]
-        result = np.empty((draws, len(self.placements)))
-        for draw in range(draws):
+        for _ in range(draws):
             picked = generator.integers(len(cells), size=len(cells))
-            rows = [generator.choice(cells[i], size=len(cells[i])) for i in picked]
-            result[draw] = np.mean([self.values[r].mean(0) for r in rows], axis=0)
-        return result
+            yield [generator.choice(cells[i], size=len(cells[i])) for i in picked]
+
+    def _mean_of(self, rows: list[NDArray[np.int64]]) -> Array:
+        return np.mean([self.values[r].mean(0) for r in rows], axis=0)
+
+    def leads_left_out(self, anchor: int, draws: int, seed: int) -> Array:
+        """Return how far the best of resampled cells leads a placement in the cells left out."""
+        found = []
+        for rows in self.resampled_cells(draws, seed):
+            best = int(np.argmax(self._mean_of(rows)))
+            rest = np.setdiff1d(np.arange(len(self.values)), np.concatenate(rows))
+            if len(rest):
+                found.append((self.values[rest, best] - self.values[rest, anchor]).mean())
+        return np.array(found)
 
     def column(self, placement: str) -> int:
         """Return the column of a placement."""
@@ -191,17 +206,35 @@ class Regret:
 
     Attributes:
         value: Best mean minus the chosen one's mean. The best is picked with hindsight, so this
-            flatters the best placement.
+            flatters the best placement (the winner's curse).
         low, high: Bootstrap interval of that difference for the placement that is best overall.
-        honest: The same with the best picked on the other datasets and seeds (leave one cell out).
         best: Label of the best placement.
+        honest: The same with the best picked on resampled cells and compared in the cells that the
+            resample left out; None of a single cell.
+        honest_low, honest_high: 95 % of those resamples.
     """
 
     value: float
     low: float
     high: float
-    honest: float
     best: str
+    honest: float | None = None
+    honest_low: float | None = None
+    honest_high: float | None = None
+
+    @property
+    def words(self) -> str:
+        """How far the best placement leads, and how far one that was picked on other runs does."""
+        lead = (
+            f"the best placement ({self.best}) is {self.value:.1f} points above it "
+            f"[{self.low:z.1f}, {self.high:z.1f}]"
+        )
+        if self.honest is None:
+            return f"{lead}, which flatters it: it was picked on this one run"
+        return (
+            f"{lead}, which flatters it: picked on other runs, the best leads by "
+            f"{self.honest:z.1f} [{self.honest_low:z.1f}, {self.honest_high:z.1f}]"
+        )
 
 
 def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0) -> Regret:
@@ -210,18 +243,13 @@ def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0
     anchor, best = found.column(chosen), int(np.argmax(found.means))
     resampled = found.resampled_means(draws, seed)
     low, high = interval(resampled[:, best] - resampled[:, anchor])
-    left_out = []
-    for cell in range(len(found.values)):
-        rest = np.delete(found.values, cell, axis=0)
-        pick = best if not len(rest) else int(np.argmax(rest.mean(0)))
-        left_out.append(found.values[cell, pick] - found.values[cell, anchor])
-    return Regret(
-        float(found.means[best] - found.means[anchor]),
-        low,
-        high,
-        float(np.mean(left_out)),
-        found.placements[best],
-    )
+    lead = float(found.means[best] - found.means[anchor])
+    told = Regret(lead, low, high, found.placements[best])
+    if len(found.values) == 1:
+        return told
+    honest = found.leads_left_out(anchor, draws, seed)
+    low, high = interval(honest)
+    return replace(told, honest=float(honest.mean()), honest_low=low, honest_high=high)
 
 
 def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) -> str:
@@ -240,10 +268,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     ours = compared[chosen]["hm"]
     equal = len(_tied(compared, ours)) - 1
     if left.value > 0:
-        tail = (
-            f"the best placement ({left.best}) is {left.value:.1f} points above it "
-            f"[{left.low:z.1f}, {left.high:z.1f}]"
-        )
+        tail = left.words
     elif equal:
         tail = f"no placement did better, and {equal} came out equal"
     else:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 INF = float("inf")
+MODEL = "the model"
 NEEDS = {
     "datasets": "features of several datasets, fitting, validation and held-out part",
     "dataset confusion": "confusion counts between datasets",
@@ -24,6 +25,7 @@ NEEDS = {
     "modalities": "image and text features in joint space, matching rows",
     "queries": "image and text features in joint space, matching rows, both ways",
     "features": "features",
+    MODEL: "the model itself, run with blocks changed or backwards",
 }
 SORTS = {"datasets": "datasets", "dataset confusion": "datasets", "styles": "styles"}
 NATIVE = ("native", "normed", "joint")
@@ -38,7 +40,8 @@ class Metric:
 
     Attributes:
         function: The plain function: arrays in, number (or counts, or predictions) out.
-        level: `dataset`, `class`, `agreement`, `gap`, `geometry`, or `own` of a user's function.
+        level: `dataset`, `class`, `agreement`, `gap`, `geometry`, `model`, or `own` of a user's
+            function.
         needs: What it takes: a key of `NEEDS`, which names the protocol.
         axis_label: Label of an axis or colour bar.
         bounds: Smallest and largest value it can take.
@@ -110,7 +113,7 @@ class Metric:
         if isinstance(self.null, (int, float)):
             return f"{self.null:g}"
         words = {
-            "shuffle": "shuffled labels" if self.needs == "labels" else "shuffled pairs",
+            "shuffle": "shuffled labels" if self.needs in ("labels", MODEL) else "shuffled pairs",
             "gaussian": "white noise of the same shape",
             "columns": "each column shuffled by itself",
             "none": "",

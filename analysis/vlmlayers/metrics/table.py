@@ -16,7 +16,8 @@ from vlmlayers.metrics import agreement as ag
 from vlmlayers.metrics import class_level as cl
 from vlmlayers.metrics import dataset_level as dl
 from vlmlayers.metrics import gap, geometry, readouts, separability, transfer, transferability
-from vlmlayers.metrics.declare import INF, JOINT, NEEDS, SIMILARITY, Metric
+from vlmlayers.metrics import model_level as ml
+from vlmlayers.metrics.declare import INF, JOINT, MODEL, NEEDS, SIMILARITY, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -283,6 +284,39 @@ METRICS: dict[str, Metric] = {
         geometry.twonn, "geometry", "features", "intrinsic dimension (TwoNN)", "Facco et al. 2017",
         bounds=(0.0, INF), direction="more directions", null="gaussian", smallest_n=20,
         largest_n=2000, invariances=SIMILARITY, sensitive="columns",
+    ),
+    # What a block does in its model, by running it
+    "skip_accuracy_drop": Metric(
+        ml.accuracy_drops, "model", MODEL, "zero-shot accuracy lost without the block",
+        "Veit et al. 2016", bounds=(-1.0, 1.0), direction="more important", null=0.0, spaces=JOINT,
+    ),
+    "skip_joint_change": Metric(
+        ml.joint_changes, "model", MODEL, "change of joint features without the block (1 − cosine)",
+        "Veit et al. 2016", bounds=(0.0, 2.0), direction="more important", null=0.0, spaces=JOINT,
+    ),
+    "mean_accuracy_drop": Metric(
+        ml.accuracy_drops, "model", MODEL, "zero-shot accuracy lost when the block adds its mean",
+        "Wang et al. 2023", bounds=(-1.0, 1.0), direction="more important", null=0.0, spaces=JOINT,
+    ),
+    "mean_joint_change": Metric(
+        ml.joint_changes, "model", MODEL,
+        "change of joint features when the block adds its mean (1 − cosine)", "Wang et al. 2023",
+        bounds=(0.0, 2.0), direction="more important", null=0.0, spaces=JOINT,
+    ),
+    "contribution": Metric(
+        ml.contribution_shares, "model", MODEL, "share of the joint embedding that the block adds",
+        "Gandelsman et al. 2024", bounds=(-INF, INF), direction="more of the embedding", null=0.0,
+        spaces=JOINT,
+    ),
+    "gradient_alignment": Metric(
+        ml.gradient_alignment, "model", MODEL,
+        "cosine of gradients of inner-base and inner-novel loss", "Yu et al. 2020",
+        bounds=(-1.0, 1.0), direction="more alike", null="shuffle", smallest_n=4, spaces=JOINT,
+    ),
+    "zero_shot_margin": Metric(
+        ml.zero_shot_margins, "model", MODEL, "zero-shot margin (cosine, right less nearest wrong)",
+        "Radford et al. 2021", bounds=(-2.0, 2.0), direction="nearer to the pretraining",
+        null="shuffle", spaces=JOINT, towers=("vision",),
     ),
 }
 # fmt: on

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vlmlayers.models.check import models_check, summary
 from vlmlayers.models.estimate import estimate
-from vlmlayers.models.examine import MODEL_METRICS, contributions, examine
+from vlmlayers.models.examine import contributions, examine
 from vlmlayers.models.extract import extract
 from vlmlayers.models.load import list_models, load_model, wrap_model
 from vlmlayers.models.recording import Recorder
@@ -16,7 +16,6 @@ from vlmlayers.models.towers import Tower, find_towers
 from vlmlayers.models.vlm import VLM
 
 __all__ = [
-    "MODEL_METRICS",
     "VLM",
     "Recorder",
     "Tower",

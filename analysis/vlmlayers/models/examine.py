@@ -6,6 +6,7 @@ or backward pass over a few hundred images and the class prompts, and a row of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,13 +21,20 @@ from torch import Tensor, nn
 
 from vlmlayers.arguments import Count, Natural, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.metrics.checks import unit_rows
+from vlmlayers.manifests import Item
 from vlmlayers.metrics.class_level import zero_shot_values
 from vlmlayers.metrics.intervals import (
     bootstrap_weights,
     jackknife_groups,
     jackknife_interval,
     mean_interval,
+)
+from vlmlayers.metrics.model_level import (
+    accuracy_drops,
+    contribution_shares,
+    gradient_alignment,
+    joint_changes,
+    zero_shot_margins,
 )
 from vlmlayers.models.extract import prepare
 from vlmlayers.models.modes import at_rest
@@ -41,18 +49,8 @@ from vlmlayers.scores.schema import score_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-MODEL_METRICS: Mapping[str, str] = MappingProxyType(
-    {
-        "skip_accuracy_drop": "zero-shot accuracy lost when the block is skipped",
-        "skip_joint_change": "1 − cosine of joint features with and without the block",
-        "mean_accuracy_drop": "zero-shot accuracy lost when what the block adds is its mean",
-        "mean_joint_change": "1 − cosine of joint features with what it adds and with its mean",
-        "contribution": "share of the joint embedding that the block adds (its projection on it)",
-        "gradient_alignment": "cosine of the gradients of inner-base and inner-novel loss",
-        "zero_shot_margin": "cosine with the right prompt less that with the nearest wrong one",
-    }
-)
 BIAS = "bias"  # what norm and projection add by themselves
+LOG = logging.getLogger("vlmlayers")
 _GROUPS = 10  # of the jackknife over gradients
 _EXACT = 1e-3  # of the largest value of the embedding: rounding stays below, another head does not
 Array = NDArray[np.float64]
@@ -66,7 +64,7 @@ def examine(
     split: str = "train",
     metrics: Sequence[str] | None = None,
     *,
-    items: Count = 200,
+    items: Count | Sequence[Item] = 200,
     root: str | Path | None = None,
     template: str | None = None,
     batch_size: Count = 32,
@@ -82,8 +80,8 @@ def examine(
         model: What `load_model` returns; its blocks must be residual, not stages.
         data: A dataset's name, path or `Manifest`.
         split: `train`, `val` or `test`.
-        metrics: Names of `MODEL_METRICS`; None for all of them.
-        items: Images to draw with balanced classes.
+        metrics: Names of `vlmlayers.metrics.METRICS` that need the model; None for all of them.
+        items: Images to draw with balanced classes, or the items themselves.
         root: Data root; see `Manifest`.
         template: Prompt with `{}` for the class name; the manifest's common one where None.
         batch_size: Images per forward pass.
@@ -96,14 +94,16 @@ def examine(
         alone. The null is what a block gives that does nothing: 0; of `gradient_alignment` it is
         the value with labels shuffled inside each half of the classes, and of
         `zero_shot_margin`, which has one row per dataset, that with all labels shuffled.
+        `attrs["refused"]` says what could not be computed, and why: `contribution` of a tower with
+        an attention pool, `gradient_alignment` of fewer than four classes.
 
     Raises:
-        UserError: Unknown metric, a tower of stages, no text tower, fewer than four classes for
-            `gradient_alignment`, or what `extract` raises.
+        UserError: Unknown metric, a tower of stages, no text tower, nothing that could be
+            computed, or what `extract` raises.
     """
-    names = tuple(MODEL_METRICS) if metrics is None else tuple(metrics)
+    names = tuple(_MEASURES) if metrics is None else tuple(metrics)
     for name in names:
-        check_one_of("metric", name, MODEL_METRICS)
+        check_one_of("metric", name, _MEASURES)
     inputs = _Inputs.of(
         model,
         data,
@@ -113,15 +113,21 @@ def examine(
             root=root,
             template=template,
             batch_size=batch_size,
-            seed=seed,
+            seed=seed if isinstance(items, int) else 0,
             progress=progress,
         ),
     )
     with at_rest(model.clip):
         table = _Table(inputs, split, seed, bootstrap)
         for name in bar(names, "examining", unit="metric", show=progress):
-            _MEASURES[name](table, name)
-    return score_frame(table.rows, protocol={"items": items, "seed": seed, "bootstrap": bootstrap})
+            try:
+                _MEASURES[name](table, name)
+            except UserError as error:
+                table.refuse(name, str(error))
+    if not table.rows:
+        raise UserError(table.refused[0]["reason"])
+    protocol = {"items": len(inputs.labels), "seed": seed, "bootstrap": bootstrap}
+    return score_frame(table.rows, refused=table.refused, protocol=protocol)
 
 
 @checked
@@ -328,6 +334,7 @@ class _Table:
     def __init__(self, inputs: _Inputs, split: str, seed: int, bootstrap: int) -> None:
         self.inputs, self.split, self.seed, self.draws = inputs, split, seed, bootstrap
         self.rows: list[dict[str, Any]] = []
+        self.refused: list[dict[str, str]] = []
         self.base = {tower: inputs.embedding(tower) for tower in inputs.batches}
         self.right = self.zero_shot({})
         self.made: dict[tuple[str, str], list[Array]] = {}
@@ -341,6 +348,12 @@ class _Table:
                 for block in range(1, self.inputs.model.towers[tower].depth + 1)
             ]
         return self.made[kind, tower]
+
+    def refuse(self, metric: str, reason: str) -> None:
+        """Note what cannot be computed, as `vlmlayers.score` does, and say so."""
+        LOG.warning("%s on %s is left out: %s", metric, self.inputs.dataset, reason)
+        place = {"dataset": self.inputs.dataset, "tower": "", "position": ""}
+        self.refused.append({"metric": metric, **place, "reason": reason})
 
     def zero_shot(self, instead: Mapping[str, Array]) -> Array:
         """Return of each image whether it is classified rightly, with features put in place."""
@@ -402,9 +415,9 @@ def _intervene(table: _Table, name: str) -> None:
     for tower in table.inputs.batches:
         for block, found in enumerate(table.without(kind, tower), start=1):
             if what == "accuracy_drop":
-                values = table.right - table.zero_shot({tower: found})
+                values = accuracy_drops(table.right, table.zero_shot({tower: found}))
             else:
-                values = 1.0 - _cosine(table.base[tower], found)
+                values = joint_changes(table.base[tower], found)
             table.add_mean(name, tower, str(block), values)
 
 
@@ -416,11 +429,6 @@ def _change(means: list[Tensor] | None) -> Change:
     return lambda x, out: x + next(batches).to(x.dtype)
 
 
-def _cosine(x: Array, y: Array) -> Array:
-    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return np.asarray((x * y).sum(axis=1) / np.maximum(norms, np.finfo(float).tiny))
-
-
 def _contribution(table: _Table, name: str) -> None:
     """Add the share of the embedding that each part of the stream makes."""
     inputs = table.inputs
@@ -429,23 +437,18 @@ def _contribution(table: _Table, name: str) -> None:
         whole = table.base[tower]
         for position in found[0]:
             if position != BIAS:
-                part = torch.cat([one[position] for one in found]).cpu().numpy().astype(np.float64)
-                share = (part * whole).sum(axis=1) / np.square(whole).sum(axis=1)
-                table.add_mean(name, tower, position, share)
+                part = torch.cat([one[position] for one in found])
+                table.add_mean(name, tower, position, contribution_shares(part, whole))
 
 
 def _margin(table: _Table, name: str) -> None:
     """Add how clearly images match their class: how near the dataset is to the pretraining."""
-    labels = table.inputs.labels
-    x, prompts = (unit_rows(table.base[tower]) for tower in ("vision", "text"))
-    similar = x @ prompts.T  # (image, class)
-
-    def margins(truth: NDArray[np.int64]) -> Array:
-        right = np.eye(len(prompts), dtype=bool)[truth]
-        return np.asarray(similar[right] - np.where(right, -np.inf, similar).max(axis=1))
-
-    chance = margins(np.random.default_rng([table.seed, 3]).permutation(labels))
-    table.add_mean(name, "vision", PROJ, margins(labels), float(chance.mean()))
+    labels, side = table.inputs.labels, table.base
+    shuffled = np.random.default_rng([table.seed, 3]).permutation(labels)
+    found, chance = (
+        zero_shot_margins(side["vision"], side["text"], truth) for truth in (labels, shuffled)
+    )
+    table.add_mean(name, "vision", PROJ, found, float(chance.mean()))
 
 
 def _gradients(table: _Table, name: str) -> None:
@@ -510,7 +513,7 @@ class _Alignment:
         for place, parts in self.gradients.items():
             rest = parts if without is None else np.delete(parts, without, axis=1)
             base, novel = rest.sum(axis=1)
-            made[place] = float(_cosine(base[None], novel[None])[0])
+            made[place] = gradient_alignment(base, novel)
         return made
 
 

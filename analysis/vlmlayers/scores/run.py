@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_limits
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
+from vlmlayers.metrics.declare import MODEL
 from vlmlayers.metrics.own import own_metric
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.options import takes, validated
@@ -88,11 +89,12 @@ def score(
     Args:
         features: Features of one dataset or of several.
         metrics: Names from `vlmlayers.metrics.METRICS`, functions of your own, or
-            `path.py:function`; None for all that have a name. A function `f(x)` takes the features
-            of one dataset at one position, (item, width) in float64, a function `f(x, labels)` the
-            class ids (item,) as well; it returns a number. Its name is that of its `def`, its
-            interval a jackknife over items (NaN where it fails on a part of them), its null what
-            it gives on shuffled labels, or with each column of x shuffled by itself.
+            `path.py:function`; None for all that have a name and that features suffice for. A
+            function `f(x)` takes the features of one dataset at one position, (item, width) in
+            float64, a function `f(x, labels)` the class ids (item,) as well; it returns a number.
+            Its name is that of its `def`, its interval a jackknife over items (NaN where it fails
+            on a part of them), its null what it gives on shuffled labels, or with each column of x
+            shuffled by itself.
         jobs: Processes that share the work; the table does not depend on it. None takes one per
             core, at most eight, where the work is worth starting them.
         progress: Show a progress bar.
@@ -184,15 +186,25 @@ def job_count(jobs: int | None, groups: Iterable[Group], metrics: Mapping[str, M
 def chosen_metrics(
     metrics: Sequence[str | Callable[..., Any]] | None,
 ) -> dict[str, Metric]:
-    """Return the entries of metrics by name, or of all: those named, and those that are functions.
+    """Return the entries of metrics by name, or of all that features suffice for.
+
+    Args:
+        metrics: Names, and functions of the user's own.
 
     Raises:
-        UserError: A name is unknown, with the nearest one; a function cannot serve as a metric.
+        UserError: A name is unknown, with the nearest one, or needs the model; a function cannot
+            serve as a metric.
     """
     chosen: dict[str, Metric] = {}
-    for given in METRICS if metrics is None else metrics:
+    of_features = [name for name, entry in METRICS.items() if entry.needs != MODEL]
+    for given in of_features if metrics is None else metrics:
         if isinstance(given, str) and not is_user_code(given):
             name = check_one_of("metric", given, METRICS)
+            if METRICS[name].needs == MODEL:
+                raise UserError(
+                    f"{name} needs the model, not features alone: `vlmlayers.models.examine` takes "
+                    "both model and data"
+                )
             chosen[name] = METRICS[name]
         else:
             own = load_user_code(given, "metric") if isinstance(given, str) else given

@@ -97,9 +97,10 @@ def _extract(context: StageContext) -> None:
 def _given(context: StageContext) -> dict[str, Any]:
     """Return model, datasets and data root as the command line takes them, for the next command."""
     return {
-        "model": {**context.model_arguments(), "name": context.part.path or context.part.name},
+        "model": context.model_arguments(),
         "datasets": [context.dataset_name(part.name) for part in context.study.datasets],
         "data_root": None if context.data_root is None else str(context.data_root),
+        **({"adapter": context.part.adapter} if context.part.adapter else {}),
     }
 
 
@@ -163,12 +164,15 @@ def _score_inputs(context: StageContext) -> Any:
 
 
 def _score(context: StageContext) -> None:
-    from vlmlayers.scores import score, write_scores
+    from vlmlayers.scores import write_scores
+    from vlmlayers.study.scoring import scores_of
 
     features = list(context.features())
     part = context.study.score
     context.echo(f"score    {len(part.metrics)} metrics on {len(features)} datasets")
-    scores = score(features, context.metrics, progress=context.progress, **part.options)
+    scores = scores_of(
+        features, context.metrics, lambda: context, progress=context.progress, **part.options
+    )
     write_scores(scores, context.run.folder)
     context.run.record(score=part.model_dump(mode="json"), environment=environment())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,15 @@ def metrics_text(names: Sequence[str] | None = None) -> str:
         check_one_of("metric", name, METRICS)
     from vlmlayers.metrics import table
     from vlmlayers.scores.streamed import STREAMED
+    from vlmlayers.study.scoring import needs_model
 
     lines: list[str] = []
     for row in table().to_dict("records"):
         name = row["metric"]
         if names and name not in names:
             continue
-        marks = ("*" if name in DEFAULT_METRICS else " ") + ("~" if name in STREAMED else " ")
+        marks = "*" if name in DEFAULT_METRICS else "+" if needs_model(name) else " "
+        marks += "~" if name in STREAMED else " "
         lines += _wrapped(f"{name} ({row['level']}): {row['axis label']}", marks + " ")
         lines += _wrapped(row["meaning"])
         facts = [f"larger: {row['larger means']}", f"range {row['bounds']}"]
@@ -71,7 +74,8 @@ def metrics_text(names: Sequence[str] | None = None) -> str:
         facts += [f"changed by {row['sensitive to']}"] if row["sensitive to"] else []
         lines += _wrapped("; ".join(facts))
         lines += _wrapped(f"{row['towers']}; {row['spaces']}; {row['reference']}")
-    return "\n".join([*lines, "", "* scored by default    ~ can be streamed"])
+    marks = "* scored by default    ~ can be streamed    + runs the model again"
+    return "\n".join([*lines, "", marks])
 
 
 def _wrapped(text: str, first: str = "     ") -> list[str]:
@@ -106,18 +110,20 @@ def score_run(
     else:
         validated(ScoreOptions, options, "--set")
     from vlmlayers.features.store import open_features
-    from vlmlayers.scores import score, score_streaming, write_scores
+    from vlmlayers.scores import score_streaming, write_scores
     from vlmlayers.scores.run import chosen_metrics
     from vlmlayers.scores.streamed import STREAMED
+    from vlmlayers.study.scoring import needs_model, recorded_context, scores_of
 
-    chosen_metrics(metrics)
+    chosen_metrics([name for name in metrics or () if not needs_model(name)])
     if streaming:
         table = score_streaming(stores, metrics, **options)
         used = list(metrics or STREAMED)
     else:
         used = list(metrics or DEFAULT_METRICS)
         features = [open_features(path) for path in stores]
-        table = score(features, used, jobs=jobs, progress=progress, **options)
+        recorded = partial(recorded_context, run, progress=progress)
+        table = scores_of(features, used, recorded, jobs=jobs, progress=progress, **options)
     _, text = write_scores(table, run.folder)
     run.record(
         score={"metrics": used, "options": options, "streaming": streaming},

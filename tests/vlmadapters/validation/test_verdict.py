@@ -13,9 +13,11 @@ PLACEMENTS = ("v5-12,t5-12", "v1-12,t1-12", "v9-12,t9-12", "v12,t12")
 KINDS = ("chosen", "all", "start", "single")
 
 
-def table(means: tuple[float, ...], noise: float = 0.5, datasets: int = 5) -> pd.DataFrame:
+def table(
+    means: tuple[float, ...], noise: float = 0.5, datasets: int = 5, draw: int = 7
+) -> pd.DataFrame:
     """Cells whose true means are known; dataset and seed shift every placement alike."""
-    generator = np.random.default_rng(7)
+    generator = np.random.default_rng(draw)
     rows = []
     for d in range(datasets):
         shift = generator.normal(0, 10)
@@ -57,8 +59,22 @@ def test_regret_names_the_best_and_its_honest_form_is_not_larger() -> None:
     found = regret(table((60, 58, 63, 50)), PLACEMENTS[0])
     assert found.best == PLACEMENTS[2]
     assert found.value == pytest.approx(3, abs=0.5)
-    assert found.honest <= found.value + 1e-9
+    assert found.honest_low <= found.honest <= min(found.value, found.honest_high) + 1e-9
     assert regret(table((60, 58, 59, 50)), PLACEMENTS[0]).value == 0
+
+
+def test_a_lead_that_is_noise_is_gone_where_the_best_is_picked_on_other_runs() -> None:
+    """All placements are equal: the best of them leads by luck, and the verdict says so."""
+    drawn = (table((60,) * 4, noise=3.0, draw=draw) for draw in range(20))
+    leads = [regret(one, PLACEMENTS[0], draws=200) for one in drawn]
+    assert np.mean([one.value for one in leads]) > 0.5
+    assert abs(np.mean([one.honest for one in leads])) < 0.5
+    assert np.mean([one.honest_low <= 0 <= one.honest_high for one in leads]) > 0.9
+    said = verdict(table((60, 58, 63, 50)), PLACEMENTS[0], PLACEMENTS[1])
+    assert "which flatters it: picked on other runs, the best leads by 3." in said
+    one = table((60, 58, 63, 50)).query("dataset == 'd0' and seed == 1")
+    assert regret(one, PLACEMENTS[0]).honest is None
+    assert "it was picked on this one run" in verdict(one, PLACEMENTS[0], PLACEMENTS[1])
 
 
 def test_rank_correlation_agrees_with_scipy_and_flags_chance() -> None:

@@ -10,7 +10,7 @@ from synthetic import PLAIN_NEEDS, metric_inputs, metric_value
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS, metric, table
-from vlmlayers.metrics.declare import NATIVE, NEEDS, Metric
+from vlmlayers.metrics.declare import MODEL, NATIVE, NEEDS, Metric
 from vlmlayers.scores.run import RUNNERS
 from vlmlayers.study.verbs import metrics_text
 
@@ -85,7 +85,7 @@ def test_values_stay_inside_the_declared_bounds(name: str) -> None:
 def test_every_entry_is_complete(name: str) -> None:
     entry = METRICS[name]
     assert entry.needs in NEEDS
-    assert sum(entry.needs in needs for needs in RUNNERS) == 1
+    assert sum(entry.needs in needs for needs in [*RUNNERS, (MODEL,)]) == 1
     assert entry.summary and entry.axis_label and entry.reference and entry.direction
     assert set(entry.spaces) <= set(NATIVE) and set(entry.towers) <= {"vision", "text"}
     assert entry.smallest_n >= 2

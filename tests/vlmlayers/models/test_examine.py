@@ -7,11 +7,15 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+import transformers_models
+from PIL import Image
 from tiny import DrawnManifest
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
-from vlmlayers.models import VLM, contributions, examine
+from vlmlayers.metrics import METRICS
+from vlmlayers.metrics.declare import MODEL
+from vlmlayers.models import VLM, contributions, examine, wrap_model
 from vlmlayers.scores import SCORE_COLUMNS
 
 NAMES = ("cat", "frog", "hut", "owl", "pine", "rose")
@@ -78,6 +82,39 @@ def test_a_skipped_block_is_a_model_without_it() -> None:
     assert value(table, "skip_joint_change", "vision", "3") == pytest.approx(expected, abs=1e-5)
 
 
+def letters(texts: list[str]) -> torch.Tensor:
+    """Return ids for the tiny models of transformers, ended and padded by 59."""
+    ids = torch.full((len(texts), 12), 59)
+    for row, text in enumerate(texts):
+        ids[row, :10] = torch.tensor([0, *(3 + ord(letter) % 55 for letter in text[-9:])])
+    return ids
+
+
+def resized(image: Image.Image) -> torch.Tensor:
+    return tiny.preprocess(image.resize((160, 160)))
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "timm vit token"])
+def test_models_of_transformers_and_timm_are_examined_as_any_other(kind: str) -> None:
+    """By the same route as above: a model whose second block is not in its list."""
+    timm = kind.startswith("timm")
+    build = tiny.build if timm else transformers_models.build
+    clip, short = build(kind), build(kind)
+    seen = (resized, tiny.tokenizer) if timm else (tiny.preprocess, letters)
+    model, other = (wrap_model(one, *seen, name=kind, weights="seed 0") for one in (clip, short))
+    table = examine(model, drawn(), items=12, progress=False, bootstrap=5)
+    refused = {one["metric"] for one in table.attrs["refused"]}
+    assert refused == ({"contribution"} if kind == "Siglip" else set())  # it ends in attention
+    assert set(table["metric"]) | refused == {n for n, m in METRICS.items() if m.needs == MODEL}
+    vision = short.visual.trunk.blocks if timm else short.vision_model.encoder.layers
+    del vision[1]
+    batch = torch.stack([model.preprocess(drawn().open_image(i)) for i in drawn().items("train")])
+    with torch.inference_mode():
+        pair = [one.towers["vision"].run(batch[:12]) for one in (model, other)]
+    expected = 1.0 - torch.cosine_similarity(*pair).mean().item()
+    assert value(table, "skip_joint_change", "vision", "2") == pytest.approx(expected, abs=1e-5)
+
+
 def test_what_is_the_same_for_all_items_is_its_own_mean() -> None:
     """A block that adds one constant changes by skipping, and not by taking its mean."""
     model = tiny.model("clip")
@@ -95,7 +132,11 @@ def test_what_is_the_same_for_all_items_is_its_own_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["clip", "clipa", "norm after pool", "eos", "first", "custom blocks", "quickgelu"]
+    "family",
+    [
+        *("clip", "clipa", "norm after pool", "eos", "first", "custom blocks", "quickgelu"),
+        *("timm vit token", "timm vit mean", "timm vit registers"),
+    ],
 )
 def test_contributions_sum_to_the_embedding(family: str) -> None:
     model = tiny.model(family)
@@ -104,7 +145,7 @@ def test_contributions_sum_to_the_embedding(family: str) -> None:
         (model.towers["text"], tiny.token_ids()),
     ):
         parts = contributions(tower, batch)
-        assert list(parts) == ["embed", "1", "2", "3", "bias"]
+        assert list(parts) == ["embed", *map(str, range(1, tower.depth + 1)), "bias"]
         with torch.inference_mode():
             whole = tower.run(batch)
         torch.testing.assert_close(sum(parts.values()), whole, rtol=1e-4, atol=1e-4)

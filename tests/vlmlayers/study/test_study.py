@@ -23,6 +23,7 @@ from vlmlayers.runs import Run, fingerprint, read_json
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.demo import demo_source, demo_study, position_table
 from vlmlayers.study.runner import pick_stages
+from vlmlayers.study.verbs import score_run
 
 BASE: dict[str, Any] = {"models": [{"name": "mini-clip"}], "datasets": ["digits"]}
 STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
@@ -206,7 +207,8 @@ split = "test"
 items = 40
 batch_size = 8
 [score]
-metrics = ["dataset_accuracy_ncm", "cka_debiased", "centroid_gap", "class_accuracy_ncm"]
+metrics = ["dataset_accuracy_ncm", "cka_debiased", "centroid_gap", "class_accuracy_ncm",
+  "skip_joint_change", "zero_shot_margin"]
 options = { seeds = [1], bootstrap = 5, permutations = 2 }
 [select]
 options = { metric = "dataset_accuracy_ncm" }
@@ -261,6 +263,25 @@ def test_run_folder_holds_what_the_contract_names(done: Run) -> None:
     assert set(record["datasets"]) == {"digits", "letters", "flags"}
     assert record["environment"]["versions"]["torch"] and record["extract"]["device"] == "cpu"
     assert all(one["manifest_hash"] for one in record["datasets"].values())
+
+
+def test_metrics_of_the_model_stand_beside_those_of_features(done: Run, tmp_path: Path) -> None:
+    """In a study, and by `score` alone, which finds model and data in the run's provenance."""
+    scores = pd.read_csv(done.scores.with_suffix(".csv"))
+    skipped = scores[scores["metric"] == "skip_joint_change"]
+    assert skipped.groupby(["dataset", "tower"]).size().unstack().eq([3, 4]).all(axis=None)
+    assert (skipped["null"] == 0).all() and (skipped["low"] <= skipped["high"]).all()
+    copy = tmp_path / "copy"
+    shutil.copytree(done.folder, copy)
+    metrics = ["skip_joint_change", "class_accuracy_ncm"]
+    score_run(copy, metrics, {"seeds": [1], "bootstrap": 5}, progress=False)
+    again = pd.read_csv(copy / "scores.csv")
+    assert set(again["metric"]) == set(metrics)
+    alone = again[again["metric"] == "skip_joint_change"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone, skipped.reset_index(drop=True))
+    (copy / "provenance.json").unlink()
+    with pytest.raises(UserError, match="does not say which model and data"):
+        score_run(copy, metrics, {}, progress=False)
 
 
 def test_demo_table_reads_the_scores(done: Run) -> None:

@@ -1,0 +1,93 @@
+"""What a block does in its model, from embeddings that the model gives with and without it.
+
+`vlmlayers.models.examine` runs the model and fills these in; each returns one value per item whose
+mean is the metric, but for gradients, which belong to all items together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmlayers.arguments import checked
+from vlmlayers.metrics.checks import Given, class_ids, matrix, unit, unit_rows
+
+Array = NDArray[np.float64]
+
+
+@checked
+def accuracy_drops(right: Given, changed: Given) -> Array:
+    """Return the zero-shot accuracy of each item that a change of one block takes away.
+
+    Args:
+        right: Whether each item is classified rightly, (item,), 0 to 1.
+        changed: The same with the block skipped, or with what it adds replaced by its mean.
+
+    Reference: Veit, Wilber and Belongie 2016 (skip); Wang et al. 2023 (mean).
+    """
+    return np.asarray(right, np.float64) - np.asarray(changed, np.float64)
+
+
+@checked
+def joint_changes(x: Given, changed: Given) -> Array:
+    """Return 1 − cosine of each item's joint embedding before and after a change of one block.
+
+    Args:
+        x: Joint embeddings, (item, width).
+        changed: The same with the block skipped, or with what it adds replaced by its mean.
+
+    Reference: Veit, Wilber and Belongie 2016 (skip); Wang et al. 2023 (mean).
+    """
+    return 1.0 - cosines(matrix(x), matrix(changed, "changed"))
+
+
+@checked
+def contribution_shares(part: Given, x: Given) -> Array:
+    """Return the share of each item's joint embedding that a part adds: its projection on it.
+
+    Args:
+        part: What the part adds, (item, width), as `vlmlayers.models.contributions` gives it.
+        x: Joint embeddings, (item, width).
+
+    Reference: Gandelsman, Efros and Steinhardt 2024.
+    """
+    part, x = matrix(part, "part"), matrix(x)
+    return np.asarray((part * x).sum(axis=1) / np.square(x).sum(axis=1))
+
+
+@checked
+def gradient_alignment(base: Given, novel: Given) -> float:
+    """Return the cosine of the gradients of inner-base and inner-novel loss at one block.
+
+    Args:
+        base: Gradient of the loss over one half of the classes, (width,).
+        novel: That of the other half.
+
+    Reference: Yu et al. 2020.
+    """
+    return float(cosines(np.asarray(base)[None], np.asarray(novel)[None])[0])
+
+
+@checked
+def zero_shot_margins(x: Given, prompts: Given, labels: Any) -> Array:
+    """Return each item's cosine with its class prompt, less that with the nearest other prompt.
+
+    Small margins are those of data that are far from the pretraining.
+
+    Args:
+        x: Joint embeddings of images, (item, width).
+        prompts: One prompt embedding per class, (class, width).
+        labels: Row of `prompts` that is right for each item, (item,).
+
+    Reference: Radford et al. 2021, section 3.1.
+    """
+    similar = unit(x) @ unit(prompts, "prompts", 2).T  # (item, class)
+    own = np.eye(similar.shape[1], dtype=bool)[class_ids(labels, *similar.shape)]
+    return np.asarray(similar[own] - np.where(own, -np.inf, similar).max(axis=1))
+
+
+def cosines(x: Array, y: Array) -> Array:
+    """Return the cosine of each pair of rows, (item,), 0 where one is zero."""
+    return np.asarray((unit_rows(x) * unit_rows(y)).sum(axis=1))

@@ -1,0 +1,133 @@
+"""The scores of a run: of its stored features, and of the model where a metric needs it itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+from vlmlayers.metrics import METRICS
+from vlmlayers.metrics.declare import MODEL
+from vlmlayers.options import validated
+from vlmlayers.runs import Run
+from vlmlayers.study.context import StageContext
+from vlmlayers.study.schema import check_study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXAMINED = 200  # images of a dataset that the model runs on once per block and change
+
+
+def needs_model(metric: str) -> bool:
+    """Return whether a metric is of the model itself, not of stored features."""
+    return metric in METRICS and METRICS[metric].needs == MODEL
+
+
+def scores_of(
+    features: Sequence[Any],
+    metrics: Sequence[str],
+    context: Callable[[], StageContext],
+    *,
+    jobs: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> pd.DataFrame:
+    """Return the score table of some metrics, whatever they need.
+
+    Args:
+        features: Features of one dataset or of several.
+        metrics: Names of metrics.
+        context: Returns model and datasets; called where a metric needs the model.
+        jobs: Processes that share the work on features.
+        progress: Show progress bars.
+        **options: Those of `vlmlayers.scores.ScoreOptions`.
+
+    Raises:
+        UserError: As `vlmlayers.score`, or the model can be examined on no dataset.
+    """
+    import pandas as pd
+
+    from vlmlayers.scores import score
+
+    of_features = [name for name in metrics if not needs_model(name)]
+    inside = [name for name in metrics if needs_model(name)]
+    tables = []
+    if of_features:
+        tables.append(score(features, of_features, jobs=jobs, progress=progress, **options))
+    if inside:
+        tables += _examined(context(), inside, options)
+    whole = pd.concat(tables, ignore_index=True)
+    whole.attrs.update(tables[0].attrs)
+    whole.attrs["refused"] = [one for table in tables for one in table.attrs.get("refused", ())]
+    return whole
+
+
+def _examined(
+    context: StageContext, metrics: Sequence[str], options: dict[str, Any]
+) -> list[pd.DataFrame]:
+    """Return what the model says on each dataset that was extracted."""
+    from vlmlayers.manifests.items import balanced_sample
+    from vlmlayers.models import examine
+    from vlmlayers.scores import ScoreOptions
+
+    settled = validated(ScoreOptions, options)
+    model = context.load_model()
+    return [
+        examine(
+            model,
+            data.manifest,
+            data.options["split"],
+            metrics,
+            items=balanced_sample(data.items, min(EXAMINED, len(data.items)), context.seed),
+            root=context.data_root,
+            template=data.options["template"],
+            seed=settled.seeds[0],
+            bootstrap=settled.bootstrap,
+            progress=context.progress,
+        )
+        for data in context.datasets
+        if data.folder not in context.left_out
+    ]
+
+
+def recorded_context(run: Run, **options: Any) -> StageContext:
+    """Return the model and datasets that a run was extracted from, as its provenance names them.
+
+    Args:
+        run: The run folder.
+        **options: `echo` and `progress`.
+
+    Raises:
+        UserError: The run does not say, as one of an earlier version, or they are gone.
+    """
+    notes = run.read_provenance()
+    given = notes.get("given")
+    if not given:
+        raise UserError(
+            f"{run.folder} does not say which model and data it is of, which metrics of the model "
+            "need; extract again, or leave these metrics out"
+        )
+    model = dict(given["model"])
+    name = model.pop("name")
+    kind = "path" if Path(name).is_dir() else "name"
+    kept = ("split", "text", "template", "present_only")
+    own = ("split", "device", "streaming")  # split stands with each dataset; devices differ
+    study = check_study(
+        {
+            "models": [{kind: name, **model, "adapter": given.get("adapter", "")}],
+            "datasets": [
+                {"name": one, **{key: notes["datasets"][known][key] for key in kept}}
+                for one in given["datasets"]
+                if (known := Manifest.load(one).name) in notes["datasets"]
+            ],
+            "extract": {key: v for key, v in notes["extract"].items() if key not in own},
+            "seed": notes["seed"],
+        },
+        f"{run.provenance}",
+    )
+    root = given.get("data_root")
+    place = None if root is None else Path(root)
+    return StageContext(run, study, study.models[0], Path(), place, **options)
