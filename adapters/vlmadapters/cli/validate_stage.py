@@ -87,6 +87,7 @@ def validate(context: Any) -> None:
         notes={"chosen_on": _chosen_on(context)},
         **part.passed(context),
     )
+    context.run.record(validate=part.model_dump(exclude_unset=True))
     cells = f"{found.table['placement'].nunique()} placements, {len(found.table)} cells"
     context.echo(f"validate {cells}: {found.verdict}")
 

@@ -115,7 +115,7 @@ class Experiment:
         self.target_names = tuple(self.add(one).manifest.name for one in tested)
         self._zero: dict[tuple[str, str], list[Answers]] = {}
         self._plain = Method()
-        self._unmoved: set[str] = set()  # methods of which it was said that training changed nothing
+        self._unmoved: set[str] = set()  # methods that changed nothing, as was said
 
     def add(self, dataset: str | Path | Manifest | TaskData) -> TaskData:
         """Return a dataset, its images shared by all cells.

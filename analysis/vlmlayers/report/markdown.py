@@ -33,21 +33,19 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
             "",
         ]
     answered = "".join(f"**{words}**" if firm else words for words, firm in answer.headline_parts)
-    parts += [f"{answered} {esc(answer.lead)}", ""]
+    parts += [answered, ""]
+    if (comparison := comparison_table(answer.validation)) is not None:
+        parts += [esc(comparison.caption) + ":", ""]
+        parts += [markdown_table(comparison.headings, comparison.rows), ""]
+    parts += [esc(answer.lead), ""]
     if answer.doubts:
         parts += [*(f"- {esc(doubt)}" for doubt in answer.doubts), ""]
     parts += [markdown_table(("What", "Answer"), answer.facts())]
-    if (comparison := comparison_table(answer.validation)) is not None:
-        parts += ["", esc(comparison.caption) + ":", ""]
-        parts += [markdown_table(comparison.headings, comparison.rows)]
     if note:
         parts += ["", esc(note)]
     for name, reason in answer.provenance.get("left_out", {}).items():
         parts += ["", f"Left out: {esc(name)}. {esc(reason)}"]
-    parts += ["", "## What to do next", ""]
-    for step in next_steps(answer):
-        parts += [f"### {step.title}", "", esc(step.text), "", "```", step.code, "```", ""]
-    parts += ["## Evidence", ""]
+    parts += ["", "## Evidence", ""]
     if (sensitivity := sensitivity_table(answer)) is not None:
         parts += _tables([sensitivity])
     parts += _tables(search_tables(answer))
@@ -65,6 +63,9 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
         parts += _tables(validation_tables(answer.validation))
     parts += ["## Tables", "", *_tables(answer_tables(answer))]
     parts += ["## How it was made", "", *_tables(made_tables(answer))]
+    parts += ["## What to do next", ""]
+    for step in next_steps(answer):
+        parts += [f"### {step.title}", "", esc(step.text), "", "```", step.code, "```", ""]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -36,16 +36,25 @@ class NextStep:
 
 def next_steps(answer: Answer) -> list[NextStep]:
     """Return what to do with a run: prove the choice by training, and adapt with it."""
-    proof = "Train more seeds" if answer.validation is not None else "Prove the choice by training"
-    seeds = (4, 5, 6) if answer.validation is not None else SEEDS
+    trained = _seeds(answer)
+    more = tuple(range(max(trained) + 1, max(trained) + 1 + len(trained))) if trained else SEEDS
+    proof = "Train more seeds" if trained else "Prove the choice by training"
+    time = _longer(answer, trained) or _duration(answer, len(more))
     return [
-        NextStep(proof, _duration(answer, len(seeds)), _validate(answer, seeds)),
+        NextStep(proof, time, _validate(answer, (*trained, *more))),
         NextStep(
             "Fine-tune these layers",
             "Text to copy, for peft and for training the blocks themselves.",
             handover_text(answer),
         ),
     ]
+
+
+def _seeds(answer: Answer) -> tuple[int, ...]:
+    """Return the seeds that were trained, in order."""
+    if answer.validation is None:
+        return ()
+    return tuple(sorted(map(int, answer.validation.cells["seed"].unique())))
 
 
 def _validate(answer: Answer, seeds: tuple[int, ...]) -> str:
@@ -56,7 +65,29 @@ def _validate(answer: Answer, seeds: tuple[int, ...]) -> str:
     words += [*names, "--choice", folder, "--out", folder]
     if given.get("data_root"):
         words += ["--data-root", given["data_root"]]
+    if answer.validation is not None:
+        words += _as_asked(dict(answer.provenance.get("validate", {})))
     return shlex.join([*map(str, words), "--seeds", ",".join(map(str, seeds))])
+
+
+def _as_asked(part: dict[str, Any]) -> list[str]:
+    """Return what a study's table `[validate]` asked for as the command line takes it.
+
+    Cells that are there are then found again.
+    """
+    settings = dict(part.pop("set", {}))
+    if "shots" in part:
+        settings["shots"] = part.pop("shots")
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    for one in part.pop("amounts", ()):
+        words += ["--amounts", one]
+    for key, value in part.items():
+        option = {"limit": "items"}.get(key, key.replace("_", "-"))
+        if key in ("seeds", "datasets") or value is False:
+            continue
+        listed = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [f"--{option}"] if value is True else [f"--{option}", listed]
+    return words
 
 
 def _model_words(answer: Answer) -> list[str]:
@@ -91,6 +122,18 @@ def _duration(answer: Answer, seeds: int) -> str:
         f"images a second of the extraction: {placements} placements, {seeds} seeds, {SHOTS} shots "
         f"of each base class, {EPOCHS} epochs, a step at the cost of {PASSES} passes; testing "
         "comes on top."
+    )
+
+
+def _longer(answer: Answer, trained: tuple[int, ...]) -> str:
+    """Return how long as many seeds again take, from what they took here; empty where unknown."""
+    ledger = answer.run.folder / "stages.json"
+    seconds = read_json(ledger).get("validate", {}).get("seconds", 0) if ledger.exists() else 0
+    if not trained or not seconds:
+        return ""
+    return (
+        f"As many seeds again: about {_time(seconds)}, as long as the {len(trained)} took here. "
+        "What is trained is not trained again; a stopped run resumes with the same command."
     )
 
 

@@ -147,20 +147,44 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     if len(frame) <= FEW:
         for placement in frame.sort_values("hm", ascending=False)["placement"]:
             named.setdefault(placement, [])
-    rows = [
-        _outcome_row(row, join(named[name]) or _why(validation, name))
+    beside = validation.untuned
+    untuned = {} if beside.empty else beside.set_index("placement").to_dict("index")
+    amounts = _amounts(validation.cells)
+    shown = [
+        (row, join(named[name]) or _why(validation, name))
         for name in named
         for _, row in frame[frame["placement"] == name].iterrows()
     ]
-    rows += [_outcome_row(row, "no adapter") for _, row in validation.zero_shot.iterrows()]
+    shown += [(row, "no adapter") for _, row in validation.zero_shot.iterrows()]
+    rows = []
+    for row, why in shown:
+        amount = amounts.get(row["placement"]) if untuned else None
+        cells = _outcome_row(row, ", ".join(filter(None, [why, amount])))
+        if untuned:
+            plain = pd.Series(untuned.get(row["placement"], {}), dtype=object)
+            cells[-1:-1] = [_interval(plain, key) for key in ("hm", "difference")]
+        rows.append(cells)
+    headings = list(OUTCOME_HEADINGS)
+    if untuned:
+        headings[-1:-1] = UNTUNED_HEADINGS
     count = validation.cells.groupby("dataset")["seed"].nunique()
+    how = "each placement at its own tuned amount, beside all at the recipe's, " if untuned else ""
     caption = (
-        f"Test accuracy in percent, mean of {len(count)} dataset{'s' * (len(count) > 1)} and "
+        f"Test accuracy in percent, {how}mean of {len(count)} dataset{'s' * (len(count) > 1)} and "
         f"{int(count.max())} seed{'s' * (int(count.max()) > 1)}, 95 % intervals"
     )
-    return tabular(caption, ["Placement", *OUTCOME_HEADINGS], rows)
+    return tabular(caption, ["Placement", *headings], rows)
 
 
+def _amounts(cells: pd.DataFrame) -> dict[str, str]:
+    """Return the amount that each placement was trained by, in words."""
+    if "amount" not in cells:
+        return {}
+    given = cells.set_index("placement")["amount"].fillna("").astype(str).to_dict()
+    return {name: f"by {one or 'the recipe’s amount'}" for name, one in given.items()}
+
+
+UNTUNED_HEADINGS = ("Harmonic mean, untuned", "HM against the chosen, untuned")
 FEW = 6  # placements that the answer shows one and all
 OUTCOME_HEADINGS = (
     "Base classes",

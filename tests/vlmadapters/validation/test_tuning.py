@@ -22,7 +22,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Placement
 from vlmlayers.report.numbers import RecordedValidation
-from vlmlayers.report.tables import validation_tables
+from vlmlayers.report.tables import comparison_table, validation_tables
 from vlmlayers.runs import Run
 
 RECIPE = Recipe(
@@ -81,6 +81,30 @@ def test_the_untuned_comparison_stands_beside_with_its_warning(tuned: Path) -> N
     assert recorded is not None and len(recorded.cells) == 2
     captions = [one.caption for one in validation_tables(recorded)]
     assert any("All at the recipe's amount" in one and "mostly" in one for one in captions)
+
+
+def test_the_answer_shows_the_tuned_comparison_beside_the_untuned(tuned: Path) -> None:
+    recorded = RecordedValidation.read(Run(tuned))
+    shown = comparison_table(recorded)
+    assert shown is not None and "own tuned amount, beside all at the recipe's" in shown.caption
+    table = pd.read_csv(tuned / "validation.csv", keep_default_na=False)
+    rows = {row[0].partition(" ")[0]: dict(zip(shown.headings, row)) for row in shown.rows}
+    for one in table.to_dict("records"):
+        row = rows[one["placement"]]
+        how = "Harmonic mean" + (", untuned" if one["comparison"] == "given" else "")
+        assert row[how].startswith(f"{one['hm']:.1f} [")
+        if one["comparison"] == "tuned":
+            assert row["Placement"].endswith(f"by {one['amount'] or 'the recipe’s amount'})")
+
+
+def test_the_amounts_tried_and_the_folds_can_be_named(manifest: Manifest) -> None:
+    options = QUICK | {"amounts": ["scale=5"], "folds": 2}
+    found = validate(shared_backbone("clip"), Placement.parse("2-3"), [manifest], **options)
+    assert found.summary["tuning"]["folds"] == 2 and found.amounts is not None
+    assert set(found.amounts["amount"]) == {"recipe", "scale=5", "none"}
+    assert set(found.amounts["n"]) == {2}
+    with pytest.raises(UserError, match="cannot read the amount 'much'"):
+        validate(shared_backbone("clip"), "2-3", [manifest], **(QUICK | {"amounts": ["much"]}))
 
 
 def test_a_comparison_at_one_amount_says_so_in_front(manifest: Manifest, tmp_path: Path) -> None:

@@ -358,14 +358,17 @@ def test_both_poolings_answer_where_both_were_scored(tmp_path: Path) -> None:
 def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
     validated.record(
         given={"model": {"name": "ViT-B-16", "pretrained": "a b.pt", "mean": [0.5, 0.4, 0.3],
-                         "random_weights": False}, "datasets": ["eurosat"], "data_root": "my data"}
+                         "random_weights": False}, "datasets": ["eurosat"], "data_root": "my data"},
+        validate={"kinds": ["paper", "all"], "amounts": ["scale=0.3"], "set": {"shots": 8},
+                  "limit": 90, "seeds": [1, 2, 3]},
     )  # fmt: skip
     proof, adapt = next_steps(read_answer(validated.folder))
     folder = str(validated.folder)
     assert shlex.split(proof.code) == [
         "vlmlayers", "validate", "ViT-B-16", "--pretrained", "a b.pt", "--mean", "0.5,0.4,0.3",
         "eurosat", "--choice", folder, "--out", folder, "--data-root", "my data",
-        "--seeds", "4,5,6",
+        "--set", "shots=8", "--amounts", "scale=0.3", "--kinds", "paper,all", "--items", "90",
+        "--seeds", "1,2,3,4,5,6",
     ]  # fmt: skip
     assert "choice.to_peft(clip" in adapt.code
     compile(adapt.code, "next", "exec")

@@ -20,6 +20,7 @@ from run_folders import tiny_clip
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import take_lock
 from vlmlayers.runs import Run, fingerprint, read_json
+from vlmlayers.scores import read_scores
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.demo import demo_source, demo_study, position_table
 from vlmlayers.study.runner import pick_stages
@@ -267,7 +268,7 @@ def test_run_folder_holds_what_the_contract_names(done: Run) -> None:
 
 def test_metrics_of_the_model_stand_beside_those_of_features(done: Run, tmp_path: Path) -> None:
     """In a study, and by `score` alone, which finds model and data in the run's provenance."""
-    scores = pd.read_csv(done.scores.with_suffix(".csv"))
+    scores = read_scores(done.folder)
     skipped = scores[scores["metric"] == "skip_joint_change"]
     assert skipped.groupby(["dataset", "tower"]).size().unstack().eq([3, 4]).all(axis=None)
     assert (skipped["null"] == 0).all() and (skipped["low"] <= skipped["high"]).all()
@@ -275,7 +276,7 @@ def test_metrics_of_the_model_stand_beside_those_of_features(done: Run, tmp_path
     shutil.copytree(done.folder, copy)
     metrics = ["skip_joint_change", "class_accuracy_ncm"]
     score_run(copy, metrics, {"seeds": [1], "bootstrap": 5}, progress=False)
-    again = pd.read_csv(copy / "scores.csv")
+    again = read_scores(copy)
     assert set(again["metric"]) == set(metrics)
     alone = again[again["metric"] == "skip_joint_change"].reset_index(drop=True)
     pd.testing.assert_frame_equal(alone, skipped.reset_index(drop=True))
