@@ -438,7 +438,9 @@ def _contribution(table: _Table, name: str) -> None:
         for position in found[0]:
             if position != BIAS:
                 part = torch.cat([one[position] for one in found])
-                table.add_mean(name, tower, position, contribution_shares(part, whole))
+                table.add_mean(
+                    name, tower, position, contribution_shares(part.cpu().numpy(), whole)
+                )
 
 
 def _margin(table: _Table, name: str) -> None:

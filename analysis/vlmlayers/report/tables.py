@@ -181,7 +181,7 @@ def _amounts(cells: pd.DataFrame) -> dict[str, str]:
     if "amount" not in cells:
         return {}
     given = cells.set_index("placement")["amount"].fillna("").astype(str).to_dict()
-    return {name: f"by {one or 'the recipe’s amount'}" for name, one in given.items()}
+    return {str(name): f"by {one or 'the recipe’s amount'}" for name, one in given.items()}
 
 
 UNTUNED_HEADINGS = ("Harmonic mean, untuned", "HM against the chosen, untuned")
