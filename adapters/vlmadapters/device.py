@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from vlmlayers.errors import UserError
-from vlmlayers.models.devices import products_in, resolve_precision
+from vlmlayers.models.devices import resolve_precision
+from vlmlayers.models.work import autocast
 
 
 def precision_of(
@@ -25,7 +26,4 @@ def precision_of(
     if found == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
     scaler = torch.amp.GradScaler(device.type, enabled=found == "fp16")
-    if found in ("fp32", "tf32"):
-        return partial(products_in, found), scaler
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[found]
-    return lambda: torch.autocast(device.type, dtype=dtype), scaler
+    return partial(autocast, device, found), scaler

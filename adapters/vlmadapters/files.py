@@ -25,8 +25,8 @@ from vlmadapters.data.task import Task
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
-from vlmlayers.errors import UserError
-from vlmlayers.files import atomically, checksum
+from vlmlayers.errors import UserError, one_line
+from vlmlayers.files import atomically, checksum, write_text
 from vlmlayers.models.checkpoints import BROKEN
 
 LOG = logging.getLogger("vlmlayers")
@@ -93,7 +93,7 @@ def save_method(
     text = json.dumps({**info, "checksum": _checksum(info, state)}, indent=1)
     data = save(state, metadata={"description": text})
     atomically(path, lambda part: part.write_bytes(data))
-    atomically(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(path.with_suffix(".json"), text)
     return path
 
 
@@ -112,7 +112,7 @@ def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
             info = json.loads((file.metadata() or {}).get("description", "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RuntimeError, RecursionError) as error:
-        raise UserError(f"cannot read the adapter {path}: {_line(error)}") from error
+        raise UserError(f"cannot read the adapter {path}: {one_line(error)}") from error
     if not isinstance(info, dict) or info.get("format") not in (FORMAT, MMA_FORMAT):
         raise UserError(f"{path} is no adapter of this toolkit (its header does not say {FORMAT})")
     expected = info.pop("checksum", None)
@@ -157,7 +157,7 @@ def load_method(path: str | Path, model: Any) -> Method:
     try:
         method.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit {info.config.title}: {_line(error)}") from error
+        raise UserError(f"{path} does not fit {info.config.title}: {one_line(error)}") from error
     method.touch()
     return method.eval()
 
@@ -251,7 +251,7 @@ def read_tensors_only(path: str | Path) -> dict[str, Any]:
             f"({reason[:80]}); ask its author for the state dictionary alone"
         ) from error
     except BROKEN as error:
-        raise UserError(f"cannot read the checkpoint {path}: {_line(error)}") from error
+        raise UserError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
@@ -262,10 +262,6 @@ def save_whole(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     atomically(path, lambda part: part.write_bytes(buffer.getvalue()))
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def content_checksum(content: Any) -> str:

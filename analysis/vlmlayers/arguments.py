@@ -45,14 +45,13 @@ from operator import index
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, overload
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, shortened
 
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound=type)
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _BY_PLACE = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-_SHOWN = 60  # characters of a wrong value
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,21 @@ def _take(label: str, name: str, kind: _Kind, value: Any) -> Any:
         return kind.take(value)
     except _Wrong as wrong:
         raise UserError(f"{label}: {name} takes {kind.one}, not {_shown(wrong.value)}") from None
+
+
+def taken(label: str, name: str, annotation: Any, value: Any) -> Any:
+    """Return a value as an argument of this annotation would take it.
+
+    Args:
+        label: Where it was given, for the message: "--set".
+        name: Name of the value.
+        annotation: As that of an argument.
+        value: What was given.
+
+    Raises:
+        UserError: It is of another type or out of range; says what it takes.
+    """
+    return _take(label, name, _kind_of(annotation), value)
 
 
 def _misfit(
@@ -402,6 +416,5 @@ _COLLECTIONS = (list, tuple, collections.abc.Sequence, collections.abc.Collectio
 def _shown(value: Any) -> str:
     """Return a wrong value as a message shows it: itself where it is short, else what it is."""
     if value is None or isinstance(value, str | bytes | bool | int | float | os.PathLike):
-        text = repr(value)
-        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+        return shortened(repr(value))
     return f"a value of type {type(value).__name__}"

@@ -23,8 +23,7 @@ class UserError(Exception):
     """The user's input is wrong. The command line prints the message and exits with code 2."""
 
     def __init__(self, message: str = "") -> None:
-        line = " ".join(str(message).splitlines())
-        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}…")
+        super().__init__(shortened(" ".join(str(message).splitlines()), LONGEST))
 
 
 class OtherExtraction(UserError):
@@ -47,9 +46,13 @@ def looked_for(path: str | os.PathLike[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line, shortened."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+    """Return the message of an error on one line, shortened; its class where it has none."""
+    return shortened(" ".join(str(error).split()), 200) or type(error).__name__
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Return text of so many characters at most; a cut ends in an ellipsis."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def disk_trouble(error: OSError) -> str:

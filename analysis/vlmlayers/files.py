@@ -9,9 +9,12 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from threading import get_ident
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from vlmlayers.errors import DISK, UserError, one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 try:
     import fcntl
@@ -57,6 +60,16 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
         finally:
             part.unlink(missing_ok=True)
     return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file as UTF-8, whole or not at all; see `atomically` for errors."""
+    return atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> Path:
+    """Write a table without its index, whole or not at all; see `atomically` for errors."""
+    return atomically(path, lambda part: table.to_csv(part, index=False))
 
 
 @contextmanager

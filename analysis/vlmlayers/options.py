@@ -15,7 +15,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -23,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from vlmlayers.arguments import plain_number
-from vlmlayers.errors import UserError, check_one_of, nearest
+from vlmlayers.errors import UserError, check_one_of, nearest, shortened
 
 Item = TypeVar("Item")
 
@@ -40,6 +39,9 @@ NEEDED = {
     "too_short": "at least {min_length}",
     "tuple_type": "a list",
 }
+
+
+TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 class Options(BaseModel):
@@ -86,19 +88,7 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str = "") ->
     raise UserError(f"{where}: {problem}" if where else problem)
 
 
-def typed(name: str, annotation: Any, value: Any) -> Any:
-    """Return a value as an annotation has it.
-
-    Raises:
-        UserError: It is of another type; says the name and what it takes.
-    """
-    try:
-        return TypeAdapter(annotation).validate_python(value)
-    except ValidationError as error:
-        raise UserError(_explain(error, name=name)) from None
-
-
-def _explain(error: ValidationError, model: type[BaseModel] | None = None, name: str = "") -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return one problem of a validation error in one line: an unknown name before all others.
 
     A misspelt name is also missing under its right spelling; the first message is the helpful one.
@@ -106,8 +96,8 @@ def _explain(error: ValidationError, model: type[BaseModel] | None = None, name:
     problems = error.errors(include_url=False)
     first = min(problems, key=lambda one: one["type"] != "extra_forbidden")
     tail = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    place = name or ".".join(map(str, first["loc"]))[:120]
-    if first["type"] == "extra_forbidden" and model is not None:
+    place = ".".join(map(str, first["loc"]))[:120]
+    if first["type"] == "extra_forbidden":
         fields = _names(model, first["loc"][:-1])
         close = nearest(str(first["loc"][-1]), fields)
         hint = f"did you mean {close!r}?" if close else f"valid: {', '.join(fields)}"
@@ -118,11 +108,11 @@ def _explain(error: ValidationError, model: type[BaseModel] | None = None, name:
         expected = first["ctx"]["expected"]
         close = nearest(str(first["input"]), re.findall("'(.*?)'", expected))
         hint = f"did you mean {close!r}?" if close else f"valid: {expected}"
-        return f"unknown {place} {_short(first['input'])}; {hint}{tail}"
+        return f"unknown {place} {shortened(repr(first['input']))}; {hint}{tail}"
     for kind, needed in NEEDED.items():
         if first["type"].startswith(kind):
             needed = needed.format(**first.get("ctx", {}))
-            return f"{place} is {_short(first['input'])}; {needed} is needed{tail}"
+            return f"{place} is {shortened(repr(first['input']))}; {needed} is needed{tail}"
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
     return (f"{place!r}: {message}" if place else message) + tail
 
@@ -140,11 +130,6 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := _inner(part))), None)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def takes(options: type[Options]) -> Callable[[Function], Function]:
@@ -190,7 +175,8 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     """Return `KEY=VALUE` words as options.
 
-    A value that reads as JSON is taken as such, so is a list without its brackets: `1,2,3`.
+    A value that reads as JSON is taken as such, so is a list without its brackets: `1,2,3`; and
+    `yes`, `no`, `True` and `False` are true and false.
 
     Raises:
         UserError: A word has no `=`.
@@ -200,7 +186,7 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UserError(f"--set {word!r} is not KEY=VALUE")
-        found[key] = value
+        found[key] = TRUTH.get(value.casefold(), value)
         for text in (value, f"[{value}]") if "," in value else (value,):
             with suppress(ValueError):
                 found[key] = json.loads(text)

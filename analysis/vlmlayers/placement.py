@@ -21,7 +21,7 @@ from operator import index
 from typing import Any
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.positions import TOWERS
 
 ZERO_SHOT = "zero-shot"
@@ -54,7 +54,9 @@ class Amount:
             kinds = int if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < inf:
                 kind = "whole number from 1" if whole else "number above 0"
-                raise UserError(f"the amount's {name} is {_short(value)}; it must be a {kind}")
+                raise UserError(
+                    f"the amount's {name} is {shortened(repr(value))}; it must be a {kind}"
+                )
             if not whole:
                 object.__setattr__(self, name, float(value))
 
@@ -142,7 +144,7 @@ class Placement:
         if not self:
             return amount or ZERO_SHOT
         named = (
-            letter + ("+".join("-".join(map(str, run)) for run in _runs(blocks)) or "-")
+            letter + ("+".join("-".join(map(str, run)) for run in runs(blocks)) or "-")
             for letter, blocks in zip("vt", self)
         )
         return ",".join(named) + amount
@@ -217,7 +219,7 @@ def parse_blocks(blocks: str | int | Iterable[int]) -> tuple[int, ...]:
 
 def describe_blocks(blocks: Iterable[int]) -> str:
     """Return blocks in words, for prose: `5–12`, `3, 5–7`, or `none`."""
-    return ", ".join("–".join(map(str, run)) for run in _runs(blocks)) or "none"
+    return ", ".join("–".join(map(str, run)) for run in runs(blocks)) or "none"
 
 
 def module_pattern(blocks: Iterable[str], layers: Iterable[str]) -> str:
@@ -244,7 +246,9 @@ def module_pattern(blocks: Iterable[str], layers: Iterable[str]) -> str:
 
 def _cleaned(text: str) -> str:
     if not isinstance(text, str):
-        raise UserError(f"a placement is text such as 5-12 or v5-12,t7-12, not {_short(text)}")
+        raise UserError(
+            f"a placement is text such as 5-12 or v5-12,t7-12, not {shortened(repr(text))}"
+        )
     cleaned = "".join(text.split()).casefold().replace("–", "-").replace("+", ",")
     return "none" if cleaned == ZERO_SHOT else cleaned
 
@@ -266,7 +270,7 @@ def _span(first: int, last: int) -> tuple[int, ...]:
     return tuple(range(first, last + 1))
 
 
-def _runs(blocks: Iterable[int]) -> list[tuple[int, ...]]:
+def runs(blocks: Iterable[int]) -> list[tuple[int, ...]]:
     """Return runs of neighbouring blocks: (first, last), or (block,) where it stands alone."""
     runs: list[tuple[int, ...]] = []
     for block in sorted(blocks):
@@ -281,12 +285,12 @@ def _checked(blocks: Any, tower: str = "") -> tuple[int, ...]:
     """Return blocks in rising order, each a whole number from 1 and there once."""
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise UserError(
-            f"{tower}blocks must be a list of whole numbers from 1, not {_short(blocks)}"
+            f"{tower}blocks must be a list of whole numbers from 1, not {shortened(repr(blocks))}"
         )
     found: dict[int, None] = {}
     for block in blocks:
         if isinstance(block, bool) or not hasattr(block, "__index__") or index(block) < 1:
-            raise UserError(f"{tower}block {_short(block)} is not a whole number from 1")
+            raise UserError(f"{tower}block {shortened(repr(block))} is not a whole number from 1")
         if index(block) in found:
             raise UserError(f"{tower}block {block} is named twice")
         found[index(block)] = None
@@ -301,8 +305,3 @@ def _number(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

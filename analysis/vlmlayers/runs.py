@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, looked_for
-from vlmlayers.files import atomically, checksum, file_checksum
+from vlmlayers.files import checksum, file_checksum, write_text
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
 PACKAGES = (
@@ -33,6 +33,11 @@ PACKAGES = (
 )
 
 
+def _inside(name: str, meaning: str) -> property:
+    """Return the property that gives the path of a name inside a run folder."""
+    return property(lambda run: run.folder / name, doc=meaning)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder and the names in it.
@@ -43,50 +48,15 @@ class Run:
 
     folder: Path
 
-    @property
-    def study(self) -> Path:
-        """The study file as run."""
-        return self.folder / "study.toml"
-
-    @property
-    def features(self) -> Path:
-        """Folder of the feature stores."""
-        return self.folder / "features"
-
-    @property
-    def scores(self) -> Path:
-        """The score table."""
-        return self.folder / "scores.parquet"
-
-    @property
-    def choice(self) -> Path:
-        """The layers chosen."""
-        return self.folder / "choice.json"
-
-    @property
-    def search(self) -> Path:
-        """What a search on training shots picked."""
-        return self.folder / "search.json"
-
-    @property
-    def validation(self) -> Path:
-        """What training reached at each placement."""
-        return self.folder / "validation.csv"
-
-    @property
-    def figures(self) -> Path:
-        """Folder of figures and the tables they were drawn from."""
-        return self.folder / "figures"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.folder / "report.html"
-
-    @property
-    def provenance(self) -> Path:
-        """Versions, commit, hashes, seeds."""
-        return self.folder / "provenance.json"
+    study = _inside("study.toml", "The study file as run.")
+    features = _inside("features", "Folder of the feature stores.")
+    scores = _inside("scores.parquet", "The score table.")
+    choice = _inside("choice.json", "The layers chosen.")
+    search = _inside("search.json", "What a search on training shots picked.")
+    validation = _inside("validation.csv", "What training reached at each placement.")
+    figures = _inside("figures", "Folder of figures and the tables they were drawn from.")
+    report = _inside("report.html", "The report.")
+    provenance = _inside("provenance.json", "Versions, commit, hashes, seeds.")
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -171,15 +141,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """Write a JSON file that appears whole or not at all."""
     return write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file that appears whole or not at all.
-
-    Raises:
-        UserError: The disk is full or the folder cannot be written.
-    """
-    return atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def fingerprint(content: Any) -> str:

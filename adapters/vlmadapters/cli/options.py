@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from vlmlayers.architectures import check_model
+from vlmlayers.arguments import taken
 from vlmlayers.cli.options import Weights
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.options import typed
 
 Limit = Annotated[
     int, typer.Option("--items", "--limit", help="Test items per dataset, 0 for all.")
@@ -99,8 +99,8 @@ def _with_settings(recipe: Any, settings: Mapping[str, Any]) -> Any:
     }
     for key, value in settings.items():
         if key in holders:
-            kind = get_type_hints(type(holders[key]))[key]
-            values[id(holders[key])][key] = typed(f"--set {key}", kind, value)
+            kind = get_type_hints(type(holders[key]), include_extras=True)[key]
+            values[id(holders[key])][key] = taken("--set", key, kind, value)
     train = {**values[id(recipe.train)], "savings": replace(savings, **values[id(savings)])}
     return recipe.changed(train, values[id(recipe.method)])
 

@@ -106,6 +106,7 @@ def search(
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
     numbers = read_seeds(seeds)
     check_inputs(model, weights, datasets, data_root)
+    from vlmadapters.cli.terminal import RANDOM
     from vlmadapters.validation.candidates import scaled
     from vlmadapters.validation.search import search as run
 
@@ -130,7 +131,7 @@ def search(
         progress=not quiet,
     )
     if loaded.random_weights:
-        typer.echo("The backbone has RANDOM weights: these numbers say nothing about a model.")
+        typer.echo(RANDOM)
     typer.echo(_text(found, out))
 
 

@@ -1,4 +1,7 @@
-"""The stage `search` of a study: amount and placement, from training shots alone."""
+"""The stage `search` of a study: amount and placement, from training shots alone.
+
+Each function takes the `StageContext` of the study; what is wrong in the table is a `UserError`.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +38,7 @@ class SearchPart(MethodPart):
 
 
 def check(context: Any) -> None:
-    """Check the table `[search]`, its recipe and its datasets, before the study's first stage.
-
-    Args:
-        context: `vlmlayers.study.StageContext`.
-
-    Raises:
-        UserError: A key or name is unknown, or a value has the wrong type.
-    """
+    """Check the table `[search]`, its recipe and its datasets, before the study's first stage."""
     from vlmadapters.validation.judge import CRITERIA
 
     part = _part(context)
@@ -67,14 +63,7 @@ def files(context: Any) -> list[Path]:
 
 
 def search(context: Any) -> None:
-    """Search amount and placement; write `search.csv` and `search.json` into the run folder.
-
-    Args:
-        context: `vlmlayers.study.StageContext`.
-
-    Raises:
-        UserError: A key or name is unknown, or a value has the wrong type.
-    """
+    """Search amount and placement; write `search.csv` and `search.json` into the run folder."""
     from vlmadapters.validation import search as library
     from vlmadapters.validation.candidates import scaled
 

@@ -172,7 +172,7 @@ def evaluate(
             raise UserError(f"adapter {path} does not exist{looked_for(path)}")
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.protocols.trained import evaluate_methods
-    from vlmlayers.files import atomically
+    from vlmlayers.files import write_csv
 
     loaded = load_backbone(model, weights, device)
     adapters = {path: _trained(path, loaded, method, scale) for path in adapter or []}
@@ -192,7 +192,7 @@ def evaluate(
     )
     typer.echo(_text(table, False))
     if out is not None:
-        atomically(out, lambda part: table.to_csv(part, index=False))
+        write_csv(out, table)
         typer.echo(f"results {out}")
 
 

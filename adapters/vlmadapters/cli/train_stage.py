@@ -139,7 +139,7 @@ def train(context: Any) -> None:
 
     from vlmadapters.protocols.results import KEY
     from vlmadapters.validation.methods import methods_verdict
-    from vlmlayers.files import atomically
+    from vlmlayers.files import write_csv
     from vlmlayers.runs import environment
     from vlmlayers.study.stages import model_record
 
@@ -148,8 +148,7 @@ def train(context: Any) -> None:
     tables = [_run(context, model, part, number) for number, part in enumerate(found, 1)]
     table = pd.concat(tables, ignore_index=True)
     table = table.drop_duplicates(KEY, ignore_index=True)  # zero-shot CLIP stands in several
-    path = context.run.folder / "results.csv"
-    atomically(path, lambda temporary: table.to_csv(temporary, index=False))
+    path = write_csv(context.run.folder / "results.csv", table)
     context.run.record(train={"model": model_record(model), "environment": environment()})
     if verdict := methods_verdict(table):
         context.echo(f"train    {verdict}")

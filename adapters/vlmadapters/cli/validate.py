@@ -118,6 +118,7 @@ def validate(
     chosen_placement(made.method, chosen)  # refused before torch is imported
     numbers = read_seeds(seeds)
     check_inputs(model, weights, datasets, data_root)
+    from vlmadapters.cli.terminal import RANDOM
     from vlmadapters.validation.validate import validate as run
     from vlmlayers.scores import read_scores
 
@@ -145,7 +146,7 @@ def validate(
         progress=not quiet,
     )
     if loaded.random_weights:
-        typer.echo("The backbone has RANDOM weights: these numbers say nothing about a model.")
+        typer.echo(RANDOM)
     if found.void:
         typer.echo(found.verdict)
         raise typer.Exit(2)

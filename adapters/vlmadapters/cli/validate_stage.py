@@ -1,4 +1,7 @@
-"""The stage `validate` of a study."""
+"""The stage `validate` of a study.
+
+Each function takes the `StageContext` of the study; what is wrong in the table is a `UserError`.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,7 @@ class ValidatePart(MethodPart):
 
 
 def check(context: Any) -> None:
-    """Check the table `[validate]`, its recipe and its datasets, before the study's first stage.
-
-    Args:
-        context: `vlmlayers.study.StageContext`.
-
-    Raises:
-        UserError: A key or name is unknown, or a value has the wrong type.
-    """
+    """Check the table `[validate]`, its recipe and its datasets, before the study's first stage."""
     part = _part(context)
     for one in part.amounts or ():
         Amount.parse(one)
@@ -62,14 +58,7 @@ def files(context: Any) -> list[Path]:
 
 
 def validate(context: Any) -> None:
-    """Train at the choice of a run and at its competitors; write `validation*` into its folder.
-
-    Args:
-        context: `vlmlayers.study.StageContext`.
-
-    Raises:
-        UserError: A key or name is unknown, or a value has the wrong type.
-    """
+    """Train at the choice of a run and at its competitors; write `validation*` into its folder."""
     from vlmadapters.validation import validate as library
 
     part = _part(context)

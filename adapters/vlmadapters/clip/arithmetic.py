@@ -23,6 +23,8 @@ QUICK = 1.702
 
 def is_standard(block: nn.Module) -> bool:
     """Return whether the functions below compute the same as the block's own forward."""
+    # By type, not isinstance: a subclass may compute something else. `ln_1_kv` marks blocks that
+    # attend to another sequence, as in the decoders of CoCa.
     if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
         return False
     attention: Any = block.attn
@@ -36,6 +38,7 @@ def is_standard(block: nn.Module) -> bool:
         and attention.in_proj_bias is not None
         and attention.bias_k is None
         and isinstance(act, (QuickGELU, nn.GELU))
+        # F.gelu and its derivative below are the exact ones.
         and getattr(act, "approximate", "none") == "none"
     )
 
@@ -91,6 +94,8 @@ def attend_one(
         mask: Additive attention mask, (token, token), or None.
         onednn: Use oneDNN where it suits and is faster.
     """
+    # For T tokens 2 · width² + 2 · heads · T · width multiplications an item, where forming keys
+    # and values takes 2 · T · width².
     attention, heads = block.attn, block.attn.num_heads
     n, _, width = u.shape
     size = width // heads
@@ -102,6 +107,7 @@ def attend_one(
     scores = asked @ u.transpose(1, 2)  # (item, head, token)
     if mask is not None:
         scores = scores + mask[rows][:, None].to(scores.dtype)
+    # The weights sum to 1, so the value map's bias can be added after the mean.
     seen = scores.softmax(-1).to(u.dtype) @ u  # (item, head, width)
     out = torch.einsum("nhw,hdw->nhd", seen, to_v) + bias[2 * width :].view(heads, size)
     return _leave(block, x, out.reshape(n, 1, width), onednn)
@@ -147,6 +153,7 @@ def attend_others(
 def _leave(block: Any, x: Tensor, out: Tensor, onednn: bool) -> Tensor:
     projection = block.attn.out_proj
     out = block.ls_1(frozen_linear(out, projection.weight, projection.bias, onednn))
+    # `out` was made here and nobody else holds it; x may be needed again, so it is the one kept.
     in_place = not out.requires_grad and out.dtype == x.dtype
     return out.add_(x) if in_place else x + out
 
@@ -156,7 +163,10 @@ class _FrozenMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Any, mlp: Any, quick: bool, onednn: bool) -> Tensor:
+        # QuickGELU is x · σ(1.702 x) = silu(1.702 x) / 1.702. The factor goes into the norm, which
+        # is linear in its weight and bias, and out again with the sum at the end.
         factor = QUICK if quick else 1.0
+        # n itself is not saved for the way back: only the gradient of a weight would need it.
         n, mean, rstd = torch.native_layer_norm(
             x, norm.normalized_shape, norm.weight * factor, norm.bias * factor, norm.eps
         )
@@ -165,7 +175,7 @@ class _FrozenMLP(torch.autograd.Function):
             ctx.parts = norm, mlp, quick, onednn
             ctx.save_for_backward(x, mean, rstd, t)
             h = F.silu(t) if quick else F.gelu(t)
-        else:
+        else:  # t is read no more
             h = F.silu(t, inplace=True) if quick else F.gelu(t)
         y = product(h, mlp.c_proj.weight, mlp.c_proj.bias * factor, onednn)
         return torch.add(x, y, alpha=1 / factor, out=y)
@@ -194,6 +204,7 @@ def feed_forward(block: Any, x: Tensor, onednn: bool = True, fused: bool = True)
         fused: Use fewer passes over memory, which round otherwise than the block's own forward.
     """
     weight = block.mlp.c_fc.weight
+    # Layer scale would stand between product and sum, and autocast would cast inside the function.
     plain = isinstance(block.ls_2, nn.Identity) and x.dtype == weight.dtype
     if fused and plain and not torch.is_autocast_enabled(x.device.type):
         quick = isinstance(block.mlp.gelu, QuickGELU)

@@ -47,6 +47,7 @@ class Backbone:
         options = {name: getattr(self.savings, name) for name in ("last_token", "fused", "onednn")}
         self.vision = Walk(towers["vision"], **options)
         self.text = Walk(towers["text"], cut=self.savings.cut_prompts, **options)
+        # Both or neither: a method acts on the two towers in one way, by steps or by hooks.
         self.steps = self.vision.steps and self.text.steps
         self.vision.steps = self.text.steps = self.steps
         self._features: dict[Hashable, Tensor] = {}
@@ -64,6 +65,7 @@ class Backbone:
     @cached_property
     def joint(self) -> int:
         """Width of the joint embedding."""
+        # By running it: the projection lies at other places and under other names in each family.
         tower = self.text.tower
         with torch.no_grad():
             return int(tower.run(tower.example(1)).shape[-1])
@@ -140,6 +142,7 @@ class Backbone:
             method: The method that acts on the way; None is the plain backbone.
         """
         walk = self.walks[tower]
+        # A finished state is the joint embedding, at which no block is left to act in.
         if self.steps or method is None or state.finished:
             return walk.finish(state, method)
         with method.attached(self.clip):
@@ -155,6 +158,7 @@ class Backbone:
 
 
 def _single(clip: nn.Module) -> nn.Module:
+    # A copy, since the model stays its owner's; none where nothing would change.
     half = (torch.float16, torch.bfloat16)
     return deepcopy(clip).float() if any(p.dtype in half for p in clip.parameters()) else clip
 
@@ -217,12 +221,14 @@ class ViewCache:
             rows: Numbers of the views.
             load: Positions within `rows` to preprocessed images.
         """
+        # By row, not all at once: a training that stops early pays for the views that it saw.
         missing = np.flatnonzero(~self.filled[rows])
         if len(missing):
             self._fill(rows[missing], load(missing))
         assert self.form is not None
         index, device = torch.from_numpy(rows), self.form.inputs.device
         index = placed(index, self._place["device"])
+        # The walk reads only the number of its inputs from here on; the pixels are not kept.
         inputs = self.form.inputs[:1].expand(len(rows), -1, -1, -1)
         depth = self.backbone.vision.tower.depth
         kept = {
@@ -250,6 +256,7 @@ class ViewCache:
             self.form = replace(first, inputs=first.inputs[:1].clone())
             views = len(self.filled)
             size = views * sum(x[0].numel() * x.element_size() for x in made.values())
+            # The lowest state leads to all others, at the cost of the blocks between.
             keep: Sequence[int] = self.starts if size <= self.limit else self.starts[:1]
             size = views * sum(made[b][0].numel() * made[b].element_size() for b in keep)
             self._place = self._where(size)

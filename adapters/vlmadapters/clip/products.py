@@ -49,6 +49,7 @@ class ShapeClass:
         """Return the class of `x · weightᵀ`."""
         width_out, width_in = weight.shape
         rows = x.numel() // max(width_in, 1)
+        # By powers of two, or prompts of every length would be timed anew.
         most = min(1 << max(rows - 1, 0).bit_length(), MOST_ROWS)
         transposed = not weight.is_contiguous()
         return cls(most, width_in, width_out, transposed, torch.get_num_threads())
@@ -92,14 +93,16 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _time(shape: ShapeClass) -> TimedProduct:
-    """Time both libraries in turn, the best of some rounds each, after one that nobody counts."""
+    """Time both libraries in turn, the best of some rounds each, after a round to warm up."""
     x, weight = torch.ones(shape.rows, shape.width_in), torch.ones(shape.width_out, shape.width_in)
+    # As the backward pass has it: how the weight lies in memory decides which library wins.
     if shape.transposed:
         weight = weight.t().contiguous().t()
     ways: tuple[Callable[[], Tensor], ...] = (
         lambda: F.linear(x, weight),
         lambda: onednn_linear(x, weight, None),
     )
+    # In turn, so that another process's load falls on both; the minimum, since load only adds.
     best = [float("inf")] * len(ways)
     for count in range(ROUNDS + 1):
         for number, multiply in enumerate(ways):

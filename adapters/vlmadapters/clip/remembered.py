@@ -47,8 +47,10 @@ def is_causal(mask: Tensor) -> bool:
 
 
 def _once(kept: WeakTensorKeyDictionary, tensor: Tensor, how: Any, make: Callable[[], T]) -> T:
-    version = 0 if tensor.is_inference() else tensor._version  # of its own: it counts writes
-    state = version, tensor.untyped_storage(), how  # another storage where `data` was replaced
+    # A write in place raises the tensor's version; a tensor made under inference mode keeps none.
+    version = 0 if tensor.is_inference() else tensor._version
+    # Replacing `data`, as `module.to` may, leaves the version and changes the storage.
+    state = version, tensor.untyped_storage(), how
     found: tuple[Any, T] | None = kept.get(tensor)
     if found is None or found[0] != state:
         found = kept[tensor] = state, make()

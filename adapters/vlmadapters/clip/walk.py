@@ -24,7 +24,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.models.modes import eval_mode
 from vlmlayers.models.tower import Apply, Tower, same
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # relative, in float32: rounding lies at 1e-6, a wrong layout or mask near 1
 # (block, its input, attention mask, rows) to its output: of all tokens, (item, token, width), or of
 # the token at `rows` of each item, (item, 1, width), where rows are given.
 Inside = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -106,6 +106,7 @@ class Walk:
 
     def agrees(self) -> bool:
         """Whether walking gives what the tower's own forward gives, on two random inputs."""
+        # Two items tell a wrong batch axis; random ones, as the mask and the pooled token matter.
         example = self.tower.example(2)
         generator = torch.Generator().manual_seed(0)
         if example.is_floating_point():
@@ -130,6 +131,7 @@ class Walk:
             return False
         with torch.no_grad():
             state = self.enter(self.tower.example(1))
+        # A mask or rotary table has a size of its own and would not fit more tokens.
         given = (*state.args, *state.kwargs.values())
         return state.length > 0 and all(value is None for value in given)
 
@@ -156,6 +158,8 @@ class Walk:
             seen.append(State(inputs, x, 1, args[1:], kwargs, length, self.tower.norm_in))
             raise _Reached
 
+        # What comes before block 1 (patches, embeddings, dropout of patches) differs by family and
+        # is left to the tower's own forward, which is stopped where block 1 would run.
         handle = self.tower.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.tower.run(inputs)
@@ -181,6 +185,8 @@ class Walk:
             return tower.run(state.inputs)
         if state.finished:
             return state.x
+        # Only the pooled token leaves the last block, and its output needs no other's: with known
+        # rows that block is run for one query per item.
         rows = self._rows(state.inputs, state.length)
         whole = rows is None or not self.last_token or not self._is_fused(tower.depth, state)
         if whole or state.block > tower.depth:

@@ -36,6 +36,8 @@ def few_shot(items: Iterable[Item], shots: int, seed: int) -> list[Item]:
     """
     if shots < 1:
         raise UserError(f"shots is {shots}; a few-shot draw needs at least 1 per class")
+    # By first appearance, not by label: the generator is shared, so the order of classes decides
+    # which items a class gets.
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(item.label, []).append(item)

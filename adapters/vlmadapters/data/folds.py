@@ -122,8 +122,11 @@ def folds(
     half = ceil(len(names) / 2)
     made: list[Fold] = []
     for number in range(count):
+        # Every `parts` folds hold out each shot once; then the shots are shuffled anew.
         if number % parts == 0:
             by_class = [[one[i] for i in generator.permutation(len(one))] for one in by_class]
+        # Neighbours are the two halves of one split of the classes, so that over a pair every class
+        # is novel once: what one half makes easier the other makes harder.
         if number % 2 == 0:
             drawn_order = generator.permutation(len(names))
         order = np.roll(drawn_order, -half * (number % 2))

@@ -83,6 +83,7 @@ class Images:
         found = self._raw.get(item.path)
         if found is not None:
             return found
+        # As bytes, a quarter of floats; contiguous, or every crop would gather across channels.
         image = self.manifest.open_image(item, self.root, size=max(self.size))
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         return self._keep(self._raw, item.path, pixels)

@@ -189,11 +189,15 @@ class TaskData:
         """Return few-shot items of one half, relabelled from 0; no other item is opened."""
         items, wanted = self._items(split), set(self._labels(kind))
 
+        # Over all classes first, then the half: the published draw does it in this order, and
+        # drawing from base classes alone would pick other items.
         def draw() -> list[Item]:
             return [item for item in few_shot(items, shots, seed) if item.label in wanted]
 
         drawn = draw()
         if self.skip_unreadable:
+            # Again without those that cannot be read, until a whole draw can: replacements may be
+            # unreadable as well.
             faults: dict[Item, str] = {}
             while found := self.images.unreadable(drawn, self.images.raw).reasons:
                 faults |= {drawn[row]: why for row, why in found.items()}

@@ -20,7 +20,7 @@ from vlmadapters.clip.products import timed_products
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import record_checksum
-from vlmlayers.files import atomically, checksum, lock
+from vlmlayers.files import checksum, lock, write_text
 from vlmlayers.identity import DataIdentity
 
 LOG = logging.getLogger("vlmlayers")
@@ -78,8 +78,7 @@ class CellFolder:
         content["products"] = timed_products()
         # Of what a reader will see, where tuples are lists and keys are text.
         content["checksum"] = record_checksum(json.loads(json.dumps(content)))
-        text = json.dumps(content, indent=1)
-        atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(path, json.dumps(content, indent=1))
 
     def claim(self, cells: Sequence[Cell], most: int, held: ExitStack, wait: bool) -> list[Cell]:
         """Return up to `most` cells that no other process holds, locked until `held` closes.

@@ -32,7 +32,7 @@ LABEL, LOG_LIKELIHOOD, FINITE = range(3)  # rows of what a batch is copied back 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a method says of some items.
+    """A method's predictions of some items.
 
     Attributes:
         labels: (item,) predicted label.
@@ -113,7 +113,7 @@ class Evaluator:
         items: Sequence[Item],
         cases: Sequence[Case],
     ) -> list[Answers]:
-        """Return what every case says of every item, whose labels are those of the case's task.
+        """Return what every case predicts of every item, labelled as the case's task has them.
 
         What is frozen below the first block that a method changes is computed once for all cases,
         and where that is the whole vision tower, for all later calls with the same items as well.
@@ -170,8 +170,8 @@ class Evaluator:
         states = self._states(images, mine, starts)
         for batch, right in zip(states, truth.split(self.batch_size)):
             of_case = [batch[start] for start in starts]
-            said = [_said(logits, right) for logits in self._batch(of_case, cases, texts)]
-            found = torch.stack(said).cpu().numpy()  # one copy of all that a batch gives
+            made_of = [_predicted(logits, right) for logits in self._batch(of_case, cases, texts)]
+            found = torch.stack(made_of).cpu().numpy()  # one copy, for which alone the host waits
             if not found[:, FINITE].all():
                 raise UserError(
                     "the model gives logits that are not finite; try precision fp32, or train "
@@ -200,7 +200,7 @@ class Evaluator:
             yield logits
 
 
-def _said(logits: Tensor, right: Tensor) -> Tensor:
+def _predicted(logits: Tensor, right: Tensor) -> Tensor:
     """Return label, log-likelihood of the right one, and whether all logits are finite.
 
     Args:
@@ -210,5 +210,5 @@ def _said(logits: Tensor, right: Tensor) -> Tensor:
     Returns:
         (3, item), in double precision, which holds labels exactly.
     """
-    spoken = logits.log_softmax(1).gather(1, right[:, None])[:, 0]
-    return torch.stack([logits.argmax(1), spoken.double(), logits.isfinite().all(1)])
+    likelihood = logits.log_softmax(1).gather(1, right[:, None])[:, 0]
+    return torch.stack([logits.argmax(1), likelihood.double(), logits.isfinite().all(1)])

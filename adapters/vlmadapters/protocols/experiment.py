@@ -41,7 +41,7 @@ from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.trainer import Trainer, TrainResult, resolved
 from vlmlayers.errors import UserError
-from vlmlayers.files import atomically, checksum
+from vlmlayers.files import checksum, write_csv
 from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.progress import bar
 
@@ -166,6 +166,8 @@ class Experiment:
             UserError: A seed is negative, `together` is below 1, two datasets have one name, or one
                 cannot be trained or tested on.
         """
+        # All that can be wrong is looked for before the first training: an error in the last
+        # dataset would otherwise show after hours.
         asked = list(self.recipes.values() if settings is None else settings)
         recipes = [self._recipe_of(one) for one in asked]
         self._check_configs([one.method for one in recipes])
@@ -200,9 +202,7 @@ class Experiment:
         table = _table(rows)
         if self.out is not None and self.table is not None and not rank and rows:
             like = [self._cell(one, 0, setting).identity for one in sources for setting in recipes]
-            whole = _table(rows + self.cells.alike(like))
-            path = self.out / self.table
-            atomically(path, lambda part: whole.to_csv(part, index=False))
+            write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
         return table
 
     def _recipe_of(self, setting: MethodConfig | Recipe) -> Recipe:
@@ -247,6 +247,7 @@ class Experiment:
                 if not free:
                     return None
                 group = [one for one in missing if cells[one] in free]
+                # Between the look before and the lock another process may have finished them.
                 done |= {one: self.cells.read(cells[one]) for one in group}
                 group = [one for one in group if done[one] is None]
                 group = [one for one in group if self._trains_with(group[0], one, source)]
@@ -457,6 +458,8 @@ class Experiment:
 
     def _cell(self, source: str, seed: int, setting: Recipe) -> Cell:
         config = setting.method_for(self._datasets[source].origin)
+        # Everything that a number depends on and nothing else: one key too many trains again, one
+        # too few shows stale numbers. How a step is computed (savings, graphs) is not part of it.
         identity = {
             **self._untrained_identity(source),
             "data": self._hashes(self._read(source)),

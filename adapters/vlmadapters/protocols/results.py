@@ -81,6 +81,7 @@ def half_fields(truth: NDArray[np.int64], correct: NDArray[np.bool_]) -> dict[st
         truth: (item,) labels.
         correct: (item,) whether the answer is right.
     """
+    # The number of an item within its class decides the half: even ones go to the first.
     order = np.argsort(truth, kind="stable")
     starts = np.searchsorted(truth[order], truth[order])
     turn = np.empty(len(truth), dtype=np.int64)
@@ -152,6 +153,7 @@ def _datasets(part: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _average(seeds: pd.DataFrame) -> pd.DataFrame:
     """Return the mean over datasets for every seed that all of them have."""
+    # A seed that misses a dataset would average over easier or harder ones than the others do.
     plain = seeds.drop(columns="hm", errors="ignore")
     complete = plain.groupby(level="seed").filter(
         lambda block: len(block) == plain.index.get_level_values("dataset").nunique()
@@ -164,6 +166,7 @@ def _average(seeds: pd.DataFrame) -> pd.DataFrame:
 
 def _metrics(dataset: str, block: pd.DataFrame, note: str) -> list[dict[str, Any]]:
     means = block.mean()
+    # Papers print the harmonic mean of the printed means, which is not the mean of the seeds' ones.
     if {"base", "novel"} <= set(block.columns):
         means["hm"] = harmonic_mean(means["base"], means["novel"])
     order = [m for m in ("base", "novel", "hm", "all") if m in block.columns]

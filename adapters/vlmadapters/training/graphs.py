@@ -54,10 +54,12 @@ class StepGraph:
             return self._aside(step)
         if self._graph is None:
             self._graph = self._recorded(step)
+        # Cloned, as the next replay writes into the same memory.
         self._graph.replay()
         return [one.clone() for one in self.outputs]
 
     def _aside(self, step: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
+        # torch's recipe for recordings: warm up on a side stream, ordered with the default one.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

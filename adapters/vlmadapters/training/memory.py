@@ -35,6 +35,7 @@ def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, clas
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
+        # By storage: views of one tensor are saved many times and held once.
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -57,7 +58,7 @@ def step_bytes(backbone: Backbone, method: Method, task: Task, batch_size: int) 
     image: four small steps tell the four coefficients.
     """
     classes = len(task.class_names)
-    if classes < 3:
+    if classes < 3:  # too few to extrapolate from one and two
         return round(TRANSIENT * batch_size * kept_bytes(backbone, method, task, 1, classes))
     sizes = {(i, j): kept_bytes(backbone, method, task, i, j) for i in (1, 2) for j in (1, 2)}
     both = sizes[2, 2] - sizes[2, 1] - sizes[1, 2] + sizes[1, 1]

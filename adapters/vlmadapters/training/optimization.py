@@ -68,6 +68,7 @@ def learning_rate(train: TrainConfig, epoch: int, epochs: int, step: int, steps:
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, warming_up: bool) -> None:
     """Set the rate of all groups: each its share of it, except in the warm-up."""
+    # The public warm-up sets one constant for every group, whatever its own rate.
     for group in optimizer.param_groups:
         value = rate if warming_up else rate * group.get("rate", 1.0)
         if isinstance(group["lr"], Tensor):

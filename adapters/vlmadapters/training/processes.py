@@ -5,7 +5,6 @@ The parameters after a step are those of one process with the whole batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,19 +17,15 @@ from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import resolve_device
+from vlmlayers.runs import processes_launched
 
 N = TypeVar("N", np.int64, np.float64)
-
-
-def launched() -> bool:
-    """Return whether `torchrun` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
     """Join the other processes; yields (rank, number of processes), (0, 1) when alone."""
-    if not launched():
+    if processes_launched() == 1:
         yield 0, 1
         return
     backend = "gloo"
@@ -78,6 +73,7 @@ def gathered(mine: NDArray[N], n: int, device: torch.device) -> NDArray[N]:
     rank, size = rank_and_size()
     if size == 1:
         return mine
+    # A sum over zeros, not all_gather: shares differ by one item where n does not divide.
     own = torch.from_numpy(mine).to(device)
     whole = torch.zeros(n, dtype=own.dtype, device=device)
     whole[rank::size] = own
@@ -90,6 +86,7 @@ def average(parameters: Iterable[nn.Parameter]) -> None:
     _, size = rank_and_size()
     if size == 1:
         return
+    # In one message: the adapters have hundreds of small tensors, and latency would dominate.
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)

@@ -195,6 +195,7 @@ class Trainer:
         return new_optimizer(groups, self.train) if any(g["params"] for g in groups) else None
 
     def _prepared(self, method: Method) -> Any:
+        # In evaluation mode, or dropout of the backbone would enter the frozen class prompts.
         with torch.no_grad(), self.autocast(), eval_mode(self.backbone.clip):
             return method.prepare(self.backbone, self.task)
 
@@ -221,6 +222,7 @@ class Trainer:
         for run in self.runs:
             run.method.train()
             if not resumed:
+                # A fit may replace parameters by others, which the optimizer then has to hold.
                 run.method.fit(self._fit_data(run))
                 run.optimizer = self._optimizer(run.method)
                 run.initial = run.method.official_state_dict()
@@ -242,6 +244,7 @@ class Trainer:
 
     def _one_epoch(self, shown: Any) -> None:
         left = self.total_steps - self._steps_done()
+        # From the step it stopped at, and no further than the steps that the recipe counts.
         batches = self.batches(self.epoch)[self.step :][:left]
         for batch, images in self._with_images(batches):
             self._set_rates()
@@ -308,6 +311,7 @@ class Trainer:
             batch: Indices of the items, over all processes.
             images: This process's share of the images, where they are made already.
         """
+        # Order and views are drawn for the global batch, so that N processes see what one would.
         mine = processes.share(batch)
         labels = self.labels[placed(torch.from_numpy(mine), self.device)]
         kept = self._kept_states(mine)
@@ -352,6 +356,7 @@ class Trainer:
         for repeat in range(self.train.updates_per_batch):
             run.optimizer.zero_grad(set_to_none=True)
             number = self._steps_done() * self.train.updates_per_batch + repeat
+            # A generator for each update: methods trained together must not share its state.
             generator = self._generator(repeat)
             step = Step(
                 self.backbone, images, labels, run.classes, generator, repeat=repeat, number=number
@@ -359,6 +364,8 @@ class Trainer:
             with self.autocast():
                 loss = run.method.loss(step)
             run.scaler.scale(loss).backward()
+            # Gradients are averaged while still scaled: an overflow in one process is then one in
+            # all, and all of them skip the step.
             processes.average(run.method.parameters())
             if self.train.max_norm:
                 run.scaler.unscale_(run.optimizer)
@@ -373,6 +380,7 @@ class Trainer:
 
     def _generator(self, repeat: int) -> torch.Generator:
         """Return the source of a step's random draws: the same whether resumed or not."""
+        # A hash of all that names the update: a sum would give two updates the same draws.
         key = np.random.SeedSequence([self.seed, self._steps_done(), repeat, DRAWS])
         return torch.Generator().manual_seed(int(key.generate_state(1)[0]))
 
@@ -417,6 +425,7 @@ class Trainer:
 
     def _augmented(self, batch: NDArray[np.int64], view: int | None = None) -> Tensor:
         """Return a view of some items, this epoch's by default, (item, 3, height, width)."""
+        # Drawn for all items and then picked: an item's crop does not depend on its batch.
         augmentation = self.train.augmentation
         number = self._view() if view is None else view
         draws = augmentation.draws(len(self.items), self.seed, number)

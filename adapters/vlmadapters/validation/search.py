@@ -34,7 +34,7 @@ from vlmadapters.validation.judge import CRITERIA, Difference, difference, ranki
 from vlmadapters.validation.race import AS_IS, CELLS, Race, Track, label
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import atomically
+from vlmlayers.files import write_csv
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.placement import ZERO_SHOT, Amount, Placement
 from vlmlayers.runs import environment, write_json
@@ -73,8 +73,7 @@ class Search:
 
     def write(self, folder: str | Path) -> None:
         """Write `search.csv` and `search.json`."""
-        path = Path(folder) / "search.csv"
-        atomically(path, lambda part: self.table.to_csv(part, index=False))
+        write_csv(Path(folder) / "search.csv", self.table)
         write_json(Path(folder) / "search.json", dict(self.summary))
 
 

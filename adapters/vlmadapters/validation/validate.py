@@ -38,7 +38,7 @@ from vlmadapters.validation.tuning import TUNING_FOLDS, size_warning, tune
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import atomically
+from vlmlayers.files import write_csv
 from vlmlayers.placement import ZERO_SHOT, Amount, Placement
 from vlmlayers.runs import environment, write_json
 from vlmlayers.scores.summaries import harmonic_mean
@@ -103,11 +103,6 @@ class Validation:
             else:  # that of an earlier run says something else
                 path.unlink(missing_ok=True)
         write_json(Path(folder) / "validation.json", dict(self.summary))
-
-
-def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write a table, whole or not at all."""
-    atomically(path, lambda part: table.to_csv(part, index=False))
 
 
 @checked

@@ -34,7 +34,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a study file with comments, which runs as it is."""
-    from vlmlayers.runs import write_text
+    from vlmlayers.files import write_text
     from vlmlayers.study.schema import TEMPLATE
 
     if file.exists() and not force:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, features
 
-from vlmlayers.errors import DataFault, UnreadableImage
+from vlmlayers.errors import DataFault, UnreadableImage, one_line
 
 # Only formats whose decoders are in wide use: EPS, for one, would start another program.
 _ALWAYS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO opens as JPEG
@@ -109,8 +109,7 @@ def _decode(handle: BinaryIO, name: str, size: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableImage(f"{name} has more than {LARGEST:,} pixels; refused") from None
     except _FAULTS as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UnreadableImage(f"{name} cannot be decoded: {reason}") from None
+        raise UnreadableImage(f"{name} cannot be decoded: {one_line(error)}") from None
 
 
 def _expect_size(image: Image.Image, name: str) -> None:

@@ -280,6 +280,20 @@ class LayerFeatures:
         names = class_names or tuple(f"class {i}" for i in range(max(known) + 1))
         return cls(model, weights, dataset, split, tuple(names), images, words)
 
+    def take_images(self, rows: Sequence[int] | NDArray[np.int64]) -> LayerFeatures:
+        """Return the features of some images, in the order given, and of their captions alone.
+
+        Class prompts, which belong to no image, all stay.
+        """
+        vision, text = self.tower("vision"), self.text
+        if text is not None and text.pairs is not None:
+            place = np.full(len(vision), -1, dtype=np.int64)
+            place[np.asarray(rows, dtype=np.int64)] = np.arange(len(rows))
+            text = text.take(np.flatnonzero(place[text.pairs] >= 0))
+            assert text.pairs is not None
+            text = replace(text, pairs=place[text.pairs])
+        return replace(self, vision=vision.take(rows), text=text)
+
     def __getitem__(self, tower: str) -> TowerFeatures:
         """Return one tower's features; see `tower`."""
         return self.tower(tower)

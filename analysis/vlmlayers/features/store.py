@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from vlmlayers.arguments import checked
 from vlmlayers.errors import OtherExtraction, UserError
 from vlmlayers.features.arrays import LayerFeatures, TowerFeatures
-from vlmlayers.files import atomically, checksum, file_checksum
+from vlmlayers.files import checksum, file_checksum, write_text
 from vlmlayers.identity import DATA, DataIdentity
 
 SIDECAR = "store.json"
@@ -132,8 +132,7 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON record with its checksum: whole or not at all."""
     body = {"format": FORMAT, **record}
     body["checksum"] = record_checksum(body)
-    text = json.dumps(body, indent=1, sort_keys=True) + "\n"
-    atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(file, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
 def array_file(folder: Path, tower: str, space: str, position: str) -> Path:

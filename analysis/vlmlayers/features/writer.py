@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +29,7 @@ from vlmlayers.features.store import (
     refuse_other_identity,
     write_record,
 )
-from vlmlayers.files import DRAFTS, atomically, file_checksum, take_lock, writing
+from vlmlayers.files import DRAFTS, file_checksum, take_lock, write_text, writing
 from vlmlayers.identity import DATA, DataIdentity
 
 Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
@@ -161,7 +160,7 @@ class StoreWriter:
                 for line in _lines(file)
                 if line.get("tower") != tower or line.get("batch") not in gone
             ]
-            atomically(file, partial(Path.write_text, data="\n".join((*kept, ""))))
+            write_text(file, "\n".join((*kept, "")))
 
     def put(
         self,
@@ -308,8 +307,7 @@ class StoreWriter:
             "labels": [int(plan.labels[r]) for r in rows],
             "pairs": None if pairs is None else _renumber(pairs, rows, bad),
         }
-        text = json.dumps(items)
-        atomically(folder / name / ITEMS, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(folder / name / ITEMS, json.dumps(items))
         arrays: dict[str, dict[str, Any]] = {}
         for space, widths in plan.widths.items():
             for position, width in widths.items():

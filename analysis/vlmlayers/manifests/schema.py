@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from vlmlayers.data.shards import Members
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import checksum
 from vlmlayers.manifests.items import SPLITS, checked_path
 from vlmlayers.options import Options, Several, validated
@@ -181,7 +181,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{path} is not valid TOML: nested too deeply") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as TOML: {_one_line(error)}") from None
+        raise UserError(f"{path} cannot be read as TOML: {one_line(error)}") from None
 
 
 def parse_spec(content: dict[str, Any], where: str) -> Spec:
@@ -195,7 +195,3 @@ def parse_spec(content: dict[str, Any], where: str) -> Spec:
         UserError: A key is unknown (with the nearest valid one), missing or has a wrong value.
     """
     return validated(Spec, content, where)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

@@ -14,6 +14,8 @@ from vlmlayers.errors import UserError
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
+# Seed of what a metric draws inside itself: it is a function of its arguments alone.
+FIXED = 0
 # Below this ratio of spread to size, items differ by rounding only (float32 keeps about 1e-7).
 SAME = 1e-6
 

@@ -12,7 +12,16 @@ import numpy as np
 
 from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Given, Labels, ratio, row_pairs, triangle, unit
+from vlmlayers.metrics.checks import (
+    FIXED,
+    Array,
+    Given,
+    Labels,
+    ratio,
+    row_pairs,
+    triangle,
+    unit,
+)
 
 
 @checked
@@ -193,7 +202,7 @@ def frechet_null(x: Any, y: Any, pairs: Any = None, *, draws: int = 5) -> float:
     x, y = _clouds(x, y, smallest_n=2)
     # Centred apart, so that the null has no gap of means and yet the shapes of both clouds.
     rows = np.vstack([x - x.mean(axis=0), y - y.mean(axis=0)])
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(FIXED)
     values = []
     for _ in range(draws):
         order = rng.permutation(len(rows))

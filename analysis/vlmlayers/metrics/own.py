@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from inspect import Parameter, signature
 from typing import Any
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, one_line
 from vlmlayers.metrics.declare import INF, Metric
 from vlmlayers.user_code import name_of
 
@@ -46,8 +46,7 @@ def own_metric(function: Callable[..., Any], taken: Collection[str]) -> tuple[st
         try:
             return float(function(*arrays))
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name} fails: {type(error).__name__}: {reason}") from error
+            raise UserError(f"{name} fails: {type(error).__name__}: {one_line(error)}") from error
 
     value.__doc__ = function.__doc__
     labelled = len(places) == 2

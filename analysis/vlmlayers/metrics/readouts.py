@@ -45,11 +45,6 @@ def standardiser(fit: Array) -> tuple[Array, Array]:
     return mean, np.where(constant, 0.0, 1.0 / np.where(spread > 0.0, spread, 1.0))
 
 
-def standardised(fit: Array, *others: Array) -> list[Array]:
-    """Return all arrays scaled to zero mean and unit variance of the fitting part, float64."""
-    return normalised(fit, *others)
-
-
 def normalised(fit: Array, *others: Array, how: str = "columns") -> list[Array]:
     """Return all arrays normalised, float64; see the module for what `how` may be.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from vlmlayers.arguments import Natural, Takes, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Given, Labels, row_pairs, unit
+from vlmlayers.metrics.checks import FIXED, Array, Given, Labels, row_pairs, unit
 from vlmlayers.metrics.gap import auc_weighted
 from vlmlayers.metrics.readouts import logistic_logits
 
@@ -79,8 +79,7 @@ def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
     groups = n_y if by_text else n_x
     if groups < 2:
         raise UserError("images and texts form one group; a held-out AUC needs at least 2")
-    # A fixed deal: the metric is a function of its arguments alone.
-    dealt = np.random.default_rng(0).permutation(groups) % min(folds, groups)
+    dealt = np.random.default_rng(FIXED).permutation(groups) % min(folds, groups)
     fold_x, fold_y = np.zeros(n_x, dtype=np.int64), np.zeros(n_y, dtype=np.int64)
     if by_text:
         fold_y[:] = dealt

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 BIAS = "bias"  # what norm and projection add by themselves
 LOG = logging.getLogger("vlmlayers")
+WEIGHTS, HALVES, SHUFFLED = 1, 2, 3  # keys of the draws, which recorded values depend on
 _GROUPS = 10  # of the jackknife over gradients
 _EXACT = 1e-3  # of the largest value of the embedding: rounding stays below, another head does not
 Array = NDArray[np.float64]
@@ -366,7 +367,7 @@ class _Table:
         """Add the mean of values, one per image or per prompt, with its bootstrap interval."""
         labels = self.inputs.labels
         strata = labels if len(values) == len(labels) else np.zeros(len(values), np.int64)
-        rng = np.random.default_rng([self.seed, 1])
+        rng = np.random.default_rng([self.seed, WEIGHTS])
         weights = bootstrap_weights(strata, self.draws, rng)
         interval = mean_interval(values, weights)
         self.add(metric, tower, position, values.mean(), interval, null, len(values), "bootstrap")
@@ -446,7 +447,7 @@ def _contribution(table: _Table, name: str) -> None:
 def _margin(table: _Table, name: str) -> None:
     """Add how clearly images match their class: how near the dataset is to the pretraining."""
     labels, side = table.inputs.labels, table.base
-    shuffled = np.random.default_rng([table.seed, 3]).permutation(labels)
+    shuffled = np.random.default_rng([table.seed, SHUFFLED]).permutation(labels)
     found, chance = (
         zero_shot_margins(side["vision"], side["text"], truth) for truth in (labels, shuffled)
     )
@@ -463,7 +464,7 @@ def _gradients(table: _Table, name: str) -> None:
     present = np.unique(labels)
     if len(present) < 4:
         raise UserError(f"{name} needs 4 classes, two in each half; {inputs.dataset} has fewer")
-    rng = np.random.default_rng([table.seed, 2])
+    rng = np.random.default_rng([table.seed, HALVES])
     halves = np.array_split(rng.permutation(present), 2)
     of = [np.flatnonzero(np.isin(labels, half)) for half in halves]
     shuffled = labels.copy()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from vlmlayers.features import TowerFeatures
+from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.features.writer import TowerPlan
 from vlmlayers.models.recording import Features
 
@@ -59,9 +58,13 @@ class MemorySink:
         self.bad.update(bad)
         self.done[tower].add(batch)
 
-    def towers(self) -> dict[str, TowerFeatures]:
-        """Return the towers by name, without the rows of unreadable images."""
-        found = {
+    def features(self, **head: Any) -> LayerFeatures:
+        """Return the features without the rows of unreadable images.
+
+        Args:
+            **head: Model, weights, dataset and what else `LayerFeatures` says of itself.
+        """
+        towers = {
             name: TowerFeatures(
                 name,
                 plan.blocks,
@@ -75,15 +78,8 @@ class MemorySink:
             )
             for name, plan in self.plans.items()
         }
+        found = LayerFeatures(**head, **towers)
         if not self.bad:
             return found
-        total = len(found["vision"])
-        kept = [row for row in range(total) if row not in self.bad]
-        found["vision"] = found["vision"].take(kept)
-        text = found.get("text")
-        if text is not None and text.pairs is not None:
-            new = np.full(total, -1, dtype=np.int64)
-            new[kept] = np.arange(len(kept))
-            text = text.take(np.flatnonzero(new[text.pairs] >= 0))
-            found["text"] = replace(text, pairs=new[text.pairs])
-        return found
+        total = len(found.tower("vision"))
+        return found.take_images([row for row in range(total) if row not in self.bad])

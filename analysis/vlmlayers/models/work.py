@@ -74,13 +74,8 @@ class Work:
         sink = MemorySink(self.plans())
         self._fill(sink, Processes(0, 1))
         self.settle(sink.bad)
-        towers = sink.towers()
-        return LayerFeatures(
-            **{**header, "class_names": tuple(header["class_names"])},
-            vision=towers.get("vision"),
-            text=towers.get("text"),
-            identity=identity,
-        )
+        names = tuple(header["class_names"])
+        return sink.features(**{**header, "class_names": names}, identity=identity)
 
     def on_disk(
         self, folder: Path, header: Mapping[str, Any], identity: Mapping[str, Any]

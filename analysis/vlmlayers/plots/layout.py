@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,14 +85,3 @@ class DepthAxis:
         ax.set_xticks(ticks, labels)
         last = self._end(len(self.tail) - 1) if self.tail else self.length
         ax.set_xlim(self._start - 0.4 * self._unit, last + 0.4 * self._unit)
-
-
-def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
-    """Return the stretches of consecutive blocks as (first, last)."""
-    found: list[tuple[int, int]] = []
-    for block in sorted(blocks):
-        if found and found[-1][1] == block - 1:
-            found[-1] = (found[-1][0], block)
-        else:
-            found.append((block, block))
-    return found

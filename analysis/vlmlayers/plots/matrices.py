@@ -11,8 +11,8 @@ from matplotlib.transforms import ScaledTranslation
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.placement import runs
 from vlmlayers.plots.depth import is_random, on_tower
-from vlmlayers.plots.layout import runs
 from vlmlayers.plots.style import (
     OPEN_ALPHA,
     SEQUENTIAL,
@@ -154,7 +154,7 @@ def _mark(ax: Axes, choice: LayerChoice, tower: str, names: list[str], *, vertic
     for block, how in enumerate(choice.standing(tower, max(places, default=0)), 1):
         if how != "frozen" and block in places:
             by_standing.setdefault(how, []).append(block)
-    spans = [(how, *run) for how, blocks in by_standing.items() for run in runs(blocks)]
+    spans = [(how, run[0], run[-1]) for how, blocks in by_standing.items() for run in runs(blocks)]
     for how, first, last in spans:
         ends = [places[first] - 0.5, places[last] + 0.5]
         line = ([0, 0], ends) if vertical else (ends, [0, 0])

@@ -12,6 +12,7 @@ import pandas as pd
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
+from vlmlayers.files import write_text
 from vlmlayers.plots import save_figure, unseen
 from vlmlayers.plots.comparison import run_curves
 from vlmlayers.plots.saving import slug, with_source
@@ -22,7 +23,6 @@ from vlmlayers.report.page import RANDOM, _safe, render
 from vlmlayers.report.payload import curve_entries, metric_entry
 from vlmlayers.report.ribbon import ribbon
 from vlmlayers.report.several import differences, summary_table
-from vlmlayers.runs import write_text
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
 from vlmlayers.words import escape_markdown, markdown_table
 

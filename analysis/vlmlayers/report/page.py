@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from vlmlayers.arguments import checked
+from vlmlayers.files import write_text
 from vlmlayers.report.figures import data_uri, draw_figures, zipped
 from vlmlayers.report.glossary import explained
 from vlmlayers.report.made import made_tables
@@ -29,7 +30,6 @@ from vlmlayers.report.tables import (
     comparison_table,
     validation_tables,
 )
-from vlmlayers.runs import write_text
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, metrics_by_shape
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -22,7 +22,7 @@ from vlmlayers.metrics.intervals import (
 from vlmlayers.metrics.own import OWN
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.scores.options import Draw, ScoreOptions, generator
+from vlmlayers.scores.options import UNKEYED, Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.scoring import Point, Scoring, Source, chosen_positions, rows_of
 
@@ -180,7 +180,7 @@ def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int) -> floa
 
 @lru_cache(maxsize=256)
 def _gaussian_null(name: str, n: int, width: int) -> float:
-    noise = np.random.default_rng(0).standard_normal((n, width))
+    noise = np.random.default_rng(UNKEYED).standard_normal((n, width))
     return float(METRICS[name].function(noise))
 
 

@@ -45,6 +45,9 @@ class Draw(IntEnum):
     SHUFFLED_COLUMNS = 23
 
 
+UNKEYED = 0  # seed of draws made before purposes had numbers; recorded values depend on it
+
+
 def generator(purpose: Draw, seed: int = 0) -> np.random.Generator:
     """Return a private generator for one purpose."""
     return np.random.default_rng([int(seed), int(purpose)])

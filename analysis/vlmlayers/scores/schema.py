@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import pandas as pd
 
 from vlmlayers.arguments import Takes, checked
-from vlmlayers.errors import UserError
-from vlmlayers.files import atomically, file_checksum
+from vlmlayers.errors import UserError, one_line
+from vlmlayers.files import atomically, file_checksum, write_csv, write_text
 from vlmlayers.positions import sort_key
 from vlmlayers.runs import score_table
 from vlmlayers.scores.reading import check_scores
@@ -58,13 +58,13 @@ def write_scores(scores: Scores, folder: Path) -> tuple[Path, Path]:
     bare = scores.copy()
     bare.attrs = {}
     atomically(paths[0], lambda part: bare.to_parquet(part, index=False))
-    atomically(paths[1], lambda part: bare.to_csv(part, index=False))
+    write_csv(paths[1], bare)
     sidecar = {
         "sha256": {path.name: file_checksum(path) for path in paths},
         **{name: scores.attrs[name] for name in ATTRIBUTES if name in scores.attrs},
     }
     text = json.dumps(sidecar, indent=1, ensure_ascii=False)
-    atomically(folder / SIDECAR, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(folder / SIDECAR, text)
     return paths
 
 
@@ -93,8 +93,7 @@ def read_scores(path: Path) -> pd.DataFrame:
     try:
         frame = _typed(frame)
     except (ValueError, TypeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} has text where a number belongs ({reason})") from error
+        raise UserError(f"{path} has text where a number belongs ({one_line(error)})") from error
     frame.attrs.update({name: notes[name] for name in ATTRIBUTES if name in notes})
     return frame
 

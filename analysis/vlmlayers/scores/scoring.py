@@ -15,7 +15,7 @@ from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Array
 from vlmlayers.metrics.table import Metric
 from vlmlayers.positions import relative_depth, sort_key
-from vlmlayers.scores.options import ScoreOptions
+from vlmlayers.scores.options import UNKEYED, ScoreOptions
 from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.schema import score_frame
@@ -283,14 +283,7 @@ def rows_of(features: TowerFeatures, position: str, space: str, rows: Any = None
 
 
 def _capped(member: LayerFeatures, most: int | None) -> LayerFeatures:
-    vision, text = member.vision, member.text
+    vision = member.vision
     if most is None or vision is None or len(vision) <= most:
         return member
-    rows = balanced_rows(vision.labels, most, np.random.default_rng(0))
-    if text is not None and text.pairs is not None:
-        back = np.full(len(vision), -1)
-        back[rows] = np.arange(len(rows))
-        kept = np.flatnonzero(back[text.pairs] >= 0)
-        text = text.take(kept)
-        text = replace(text, pairs=back[text.pairs])
-    return replace(member, vision=vision.take(rows), text=text)
+    return member.take_images(balanced_rows(vision.labels, most, np.random.default_rng(UNKEYED)))

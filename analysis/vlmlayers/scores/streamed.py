@@ -95,14 +95,9 @@ def score_streaming(
 
 def in_chunks(features: LayerFeatures, rows: int = 4096) -> Iterator[LayerFeatures]:
     """Yield features some images at a time, each with its captions or with all class prompts."""
-    vision, text = features.tower("vision"), features.text
-    for start in range(0, len(vision), rows):
-        chosen = np.arange(start, min(start + rows, len(vision)))
-        part = text
-        if text is not None and text.pairs is not None:
-            rows_of_text = np.flatnonzero(np.isin(text.pairs, chosen))
-            part = replace(text.take(rows_of_text), pairs=text.pairs[rows_of_text] - start)
-        yield replace(features, vision=vision.take(chosen), text=part)
+    total = len(features.tower("vision"))
+    for start in range(0, total, rows):
+        yield features.take_images(np.arange(start, min(start + rows, total)))
 
 
 @checked

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import atomically
+from vlmlayers.files import write_text
 from vlmlayers.placement import DEEPEST, Amount, Placement, describe_blocks
 from vlmlayers.positions import TOWERS
 
@@ -180,7 +180,7 @@ class LayerChoice:
     def save(self, path: str | Path) -> Path:
         """Write `choice.json`; a half-written file never appears under the final name."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        return atomically(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
+        return write_text(Path(path), text)
 
     @classmethod
     @checked

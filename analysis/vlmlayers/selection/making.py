@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
@@ -34,34 +33,9 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
     if rule in plugins and rule not in RULES:
         return OwnRule(rule, plugins[rule].load(), dict(options))
     check_one_of("rule", rule, [*RULES, *plugins])
-    kind = RULES[rule]
-    known = {field.name: field for field in fields(kind)}
     for name in options:
-        check_one_of("option", name, known, where=f"rule {rule!r}")
-    typed = {
-        name: _typed(rule, name, value, known[name].default) for name, value in options.items()
-    }
-    return kind(**typed)
-
-
-def _typed(rule: str, name: str, value: Any, default: Any) -> Any:
-    if isinstance(default, bool):
-        if isinstance(value, bool):
-            return value
-        answers = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if str(value).casefold() in answers:
-            return answers[str(value).casefold()]
-        raise UserError(f"option {name} of rule {rule!r} must be true or false, not {value!r}")
-    if isinstance(default, int | float):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        kind = "whole number" if isinstance(default, int) else "number"
-        if isinstance(value, bool) or not math.isfinite(number) or type(default)(number) != number:
-            raise UserError(f"option {name} of rule {rule!r} must be a {kind}, not {value!r}")
-        return type(default)(number)
-    return value
+        check_one_of("option", name, [f.name for f in fields(RULES[rule])], f"rule {rule!r}")
+    return RULES[rule](**options)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from vlmlayers.arguments import Natural, Share, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.runs import read_json
@@ -56,15 +57,11 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     ]
 
 
-def _unit_interval(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{name} must lie between 0 and 1, not {value}")
-
-
 def _passing(mask: Array) -> tuple[int, ...]:
     return tuple(int(b) + 1 for b in np.flatnonzero(mask))
 
 
+@checked
 @dataclass(frozen=True)
 class Threshold:
     """Blocks whose dataset accuracy and cross-tower agreement both pass a share of their range.
@@ -82,16 +79,14 @@ class Threshold:
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("metric", "agreement_metric")
-    accuracy: float = 0.5
-    agreement: float = 0.5
+    accuracy: Share = 0.5
+    agreement: Share = 0.5
     metric: str = "dataset_accuracy"
     agreement_metric: str = "cka_debiased"
     partner: str = "depth"
     fill: bool = False
 
     def __post_init__(self) -> None:
-        _unit_interval("accuracy", self.accuracy)
-        _unit_interval("agreement", self.agreement)
         check_one_of("partner", self.partner, ("depth", "max"))
 
     def __call__(self, table: BlockTable) -> Picks:
@@ -129,6 +124,7 @@ class Threshold:
         return Pick(chosen, values, tuple(notes))
 
 
+@checked
 @dataclass(frozen=True)
 class Knee:
     """Blocks from the change point of a curve on, by two joined straight lines.
@@ -199,6 +195,7 @@ def _least_squares(design: Array, curve: Array) -> tuple[float, Array, Array]:
     return float(np.square(curve - fitted).sum()), np.asarray(weights), fitted
 
 
+@checked
 @dataclass(frozen=True)
 class Budget:
     """The best `n` blocks of each tower, or its best span of `n` blocks, by a block score.
@@ -210,13 +207,9 @@ class Budget:
     """
 
     metrics: ClassVar[tuple[str, ...]] = ()
-    n: int = 0
+    n: Natural = 0
     span: bool = True
     score: str = "accuracy_x_agreement"
-
-    def __post_init__(self) -> None:
-        if self.n < 0:
-            raise UserError(f"n must be 0 or a number of blocks, not {self.n}")
 
     def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
@@ -286,6 +279,7 @@ class Explicit:
         return {"vision": Pick(placed.vision), "text": Pick(placed.text)}
 
 
+@checked
 @dataclass(frozen=True)
 class Searched:
     """The placement that a search on training shots picked, or none where training does not pay.

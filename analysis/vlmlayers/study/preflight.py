@@ -30,12 +30,11 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
             check_model(**context.model_arguments())
     if "score" in picked or "select" in picked:
         _check_own_code(contexts[0])
-    if "search" in picked and contexts[0].study.search is not None:
-        _check_stage(contexts[0], "search")
-    if "train" in picked and contexts[0].study.train:
-        _check_stage(contexts[0], "train")
-    if "validate" in picked and contexts[0].study.validate_ is not None:
-        _check_stage(contexts[0], "validate")
+    study = contexts[0].study
+    tables = {"search": study.search, "train": study.train or None, "validate": study.validate_}
+    for stage, table in tables.items():
+        if stage in picked and table is not None:
+            _check_stage(contexts[0], stage)
 
 
 def _check_own_code(context: StageContext) -> None:

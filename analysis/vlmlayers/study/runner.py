@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import write_text
 from vlmlayers.manifests.place import DATA_VARIABLE
 from vlmlayers.runs import (
     Run,
@@ -18,7 +19,6 @@ from vlmlayers.runs import (
     is_first_process,
     processes_launched,
     write_json,
-    write_text,
 )
 from vlmlayers.study.context import StageContext, silent
 from vlmlayers.study.preflight import check_before

@@ -222,10 +222,6 @@ def _search_inputs(context: StageContext) -> Any:
     }
 
 
-def _search(context: StageContext) -> None:
-    stage_entry("search").load()(context)
-
-
 def _validate_inputs(context: StageContext) -> Any:
     return {
         "choice": file_mark(context.run.choice),
@@ -261,14 +257,16 @@ def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
     }
 
 
-def _train(context: StageContext) -> None:
-    stage_entry("train").load()(context)
+def _installed(stage: str, line: str = "") -> Callable[[StageContext], None]:
+    """Return what runs a stage of an installed package, after a line that says so."""
 
+    def run(context: StageContext) -> None:
+        point = stage_entry(stage)
+        if line:
+            context.echo(line)
+        point.load()(context)
 
-def _validate(context: StageContext) -> None:
-    point = stage_entry("validate")
-    context.echo("validate training at the chosen placement and its competitors")
-    point.load()(context)
+    return run
 
 
 def stage_entry(stage: str) -> EntryPoint:
@@ -333,7 +331,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "search",
             _search_inputs,
-            _search,
+            _installed("search"),
             lambda c: [c.run.search],
             wanted=lambda c: c.study.search is not None and not c.part.adapter,
         ),
@@ -341,14 +339,14 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train",
             _train_inputs,
-            _train,
+            _installed("train"),
             lambda c: [c.run.folder / "results.csv"],
             wanted=lambda c: bool(c.study.train),
         ),
         Stage(
             "validate",
             _validate_inputs,
-            _validate,
+            _installed("validate", "validate training at the chosen placement and its competitors"),
             lambda c: [c.run.validation],
             # The backbone is what is adapted; an adapted model is there to be measured.
             wanted=lambda c: c.study.validate_ is not None and not c.part.adapter,

@@ -30,7 +30,7 @@ from vlmlayers.metrics.readouts import (
     C_GRID,
     logistic_logits,
     logistic_of_parts,
-    standardised,
+    normalised,
 )
 from vlmlayers.metrics.transfer import discriminant, within_scatter
 
@@ -48,7 +48,7 @@ def test_logistic_regression_finds_the_optimum_of_scikit_learn(n: int, width: in
     x, y = planted(n, width)
     other = planted(n, width, seed=0)[0] + 0.1
     ours = logistic_logits([(x, y, [other])], classes=5)[0][0]
-    scaled, other = standardised(x, other)
+    scaled, other = normalised(x, other)
     for i, c in enumerate(C_GRID):
         model = LogisticRegression(C=c, max_iter=2000, tol=1e-8).fit(scaled, y)
         shares = np.exp(ours[i] - ours[i].max(axis=1, keepdims=True))
@@ -61,7 +61,7 @@ def test_unequal_classes_weigh_the_same() -> None:
     kept = (y == 0) | (np.arange(120) < 30)
     x, y = x[kept], y[kept]
     ours = logistic_logits([(x, y, [x])], classes=2, c_grid=(0.1,))[0][0][0]
-    scaled = standardised(x)[0]
+    scaled = normalised(x)[0]
     # Two opposite weight vectors of half the length cost half: C of the binary form is doubled.
     model = LogisticRegression(C=0.2, class_weight="balanced", tol=1e-8).fit(scaled, y)
     assert ours[:, 1] - ours[:, 0] == pytest.approx(model.decision_function(scaled), abs=5e-3)
@@ -70,7 +70,7 @@ def test_unequal_classes_weigh_the_same() -> None:
 def test_read_outs_predict_as_scikit_learn_does() -> None:
     x, y = planted(gap=0.8)
     other, _ = planted(gap=0.8, seed=1)
-    scaled, other_scaled = standardised(x, other)
+    scaled, other_scaled = normalised(x, other)
     assert (
         nearest_mean(x, y, x, y, other, classes=5)
         == NearestCentroid().fit(scaled, y).predict(other_scaled)

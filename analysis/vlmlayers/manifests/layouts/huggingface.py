@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlmlayers.data.names import IMAGE_SUFFIXES
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, one_line
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, checked_path
 from vlmlayers.manifests.layouts.base import Layout, checked_name, declared_names
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
@@ -220,8 +220,9 @@ def _undecoded(data: Any) -> Any:
 
 
 def _refusal(place: Place, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{place.name}: the package datasets cannot read {place.images}: {reason}")
+    return UserError(
+        f"{place.name}: the package datasets cannot read {place.images}: {one_line(error)}"
+    )
 
 
 def _image_folder(place: Place) -> dict[str, Any]:
