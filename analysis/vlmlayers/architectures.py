@@ -29,7 +29,7 @@ MINI_FOLDER = Path(__file__).parent / "models" / "mini_clip"
 
 def architectures() -> list[str]:
     """Return the architectures of open_clip, those that were added at run time included."""
-    if "open_clip" in sys.modules:
+    if "open_clip" in sys.modules:  # paid for already, and it knows what was added since
         return list(import_module("open_clip").list_models())
     return list(configuration_files())
 
@@ -64,6 +64,8 @@ def _tags() -> dict[str, list[str]]:
 
 
 def _tables_alone(file: Path, constants: Path) -> dict[str, list[str]]:
+    # The tables are built by assignments, loops and small helpers; without the imports above them
+    # nothing of torch is needed.
     source = ast.parse(file.read_text(encoding="utf-8"))
     source.body = [
         part

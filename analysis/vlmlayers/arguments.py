@@ -129,6 +129,8 @@ def _taken(
         bound = shape.bind(*args, **kwargs)
     except TypeError as error:
         raise UserError(_misfit(label, shape, kinds, args, kwargs) or str(error)) from None
+    # Only what was given is looked at: a default is the author's own, and checking it at every call
+    # would cost more than many of these functions do.
     for name, value in bound.arguments.items():
         parameter, kind = shape.parameters[name], kinds[name]
         if parameter.kind is Parameter.VAR_POSITIONAL:
@@ -215,6 +217,8 @@ def _parameters(function: Callable[..., Any]) -> tuple[Signature, dict[str, _Kin
         for name, parameter in shape.parameters.items()
         if parameter.annotation is not Parameter.empty
     }
+    # Of the stated annotations alone, through a stand-in: `get_type_hints` of the function itself
+    # would evaluate its return type too, which may be imported for the type checker only.
     hints = typing.get_type_hints(
         types.SimpleNamespace(__annotations__=stated),
         globalns=getattr(function, "__globals__", None),
@@ -235,6 +239,7 @@ def _kind_of(annotation: Any) -> _Kind:
     if origin is Literal:
         words = " or ".join(filter(None, (", ".join(map(repr, parts[:-1])), repr(parts[-1]))))
         return _Kind(words, words, lambda value: _among(value, parts))
+    # `tuple[X, ...]` is a collection of any length, `tuple[X, Y]` one of two.
     if origin is tuple and parts[1:] != (...,):
         return _as_many(list(map(_kind_of, parts)))
     if origin in _COLLECTIONS:
@@ -272,6 +277,7 @@ def _one_of(kinds: list[_Kind]) -> _Kind:
     """Return what takes any of several kinds, the first that fits."""
 
     def take(value: Any) -> Any:
+        # The last complaint but that of None: of `X | None` it says what X would be.
         wrong = _Wrong(value)
         for kind in kinds:
             try:
@@ -288,6 +294,8 @@ def _several(item: _Kind, lazy: bool) -> _Kind:
     """Return what takes any number of items, or one."""
 
     def take(value: Any) -> Any:
+        # One bare value first: text would otherwise be taken apart into characters. Where items may
+        # be anything, only text is sure to be one of them.
         if item is not _ANY or isinstance(value, str | bytes):
             try:
                 return (item.take(value),)
@@ -297,6 +305,7 @@ def _several(item: _Kind, lazy: bool) -> _Kind:
         if lazy and isinstance(value, Iterator):
             return value
         try:
+            # A set has no order of its own, and results must not depend on hashes of text.
             several = iter(sorted(value, key=str) if isinstance(value, set | frozenset) else value)
         except TypeError:
             raise _Wrong(value) from None
@@ -338,6 +347,7 @@ def _instance(kind: type) -> _Kind:
 
 
 def _among(value: Any, valid: tuple[Any, ...]) -> Any:
+    # By type as well: 1 == True, and "1" may be a name.
     for one in valid:
         if isinstance(value, type(one)) and value == one:
             return one
@@ -353,7 +363,7 @@ def _bool(value: Any) -> bool:
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # which is an int, but never meant as one
         raise _Wrong(value)
     try:
         return index(value)
@@ -362,6 +372,7 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
+    # float() would read text, and an array of one number.
     if isinstance(value, bool | str | bytes) or len(getattr(value, "shape", ())):
         raise _Wrong(value)
     try:
@@ -376,7 +387,7 @@ def _float(value: Any) -> float:
 def _str(value: Any) -> str:
     if not isinstance(value, str):
         raise _Wrong(value)
-    return str.__str__(value)
+    return str.__str__(value)  # of a subclass, such as numpy's, the plain text
 
 
 def _path(value: Any) -> Path:

@@ -98,6 +98,7 @@ class UnreadableImage(DataFault):
 def nearest(value: str, valid: Iterable[str]) -> str | None:
     """Return the valid name closest to `value`, or None where nothing is close."""
     names = list(valid)
+    # Without case: "vit-b-16" is meant for "ViT-B-16", which shares few letters with it otherwise.
     folded = {name.casefold(): name for name in names}
     match = get_close_matches(str(value).casefold(), folded, n=1, cutoff=0.5)
     return folded[match[0]] if match else None

@@ -109,6 +109,7 @@ def find_weights(folder: Path) -> Path:
     Raises:
         UserError: There is none, or several of which no name is known.
     """
+    # By known names first: a folder may also hold a training state or an older format.
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -137,6 +138,7 @@ def hub_folder(repo: str) -> Path:
 
     wanted = ["*.json", "*.txt", "*.model", *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES[:2])]
     try:
+        # The cache alone first: a lookup at the hub would fail offline and take seconds online.
         try:
             found = Path(snapshot_download(repo, local_files_only=True))
             if any(file.suffix in WEIGHT_SUFFIXES for file in found.iterdir()):

@@ -39,6 +39,7 @@ class DataIdentity:
     @cached_property
     def listed(self) -> str:
         """Sixteen hexadecimal digits of the list alone, without files: the same anywhere."""
+        # Without marks: a copy of the files has other times, and is the same list.
         rows = (f"{path}\t{label}" for path, label, _ in self.items)
         return short_digest("\n".join((json.dumps(self.classes), *rows)))
 

@@ -1,4 +1,9 @@
-"""Options: each named, described and checked once; command line, study file and Python read it."""
+"""Options: each named, described and checked once; command line, study file and Python read it.
+
+`vlmlayers.arguments` checks calls: one wrong argument, of any Python type, converted where that is
+safe. This module reads documents: nested tables, keys under other names, conditions between keys,
+and the place of what is wrong. pydantic does that part; its words are replaced by ours.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +70,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _several(value: Any) -> Any:
     """Take a bare value where several are meant, and any sequence, such as an array."""
+    # An array, whose numbers are then Python's, which pydantic takes and JSON can write.
     value = value.tolist() if hasattr(value, "tolist") else value
     return (value,) if isinstance(value, str | bytes | int | float) else value
 
@@ -94,6 +100,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     A misspelt name is also missing under its right spelling; the first message is the helpful one.
     """
     problems = error.errors(include_url=False)
+    # `min` keeps the first of equals: other problems stay in the order of the document.
     first = min(problems, key=lambda one: one["type"] != "extra_forbidden")
     tail = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     place = ".".join(map(str, first["loc"]))[:120]

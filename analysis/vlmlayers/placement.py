@@ -129,6 +129,7 @@ class Placement:
                 raise UserError(f"the placement {text[:80]!r} names both towers, then one of them")
             letter = named or letter
             found.setdefault(letter, []).extend(blocks)
+        # A tower that is not named has no block: `t5-12` is text alone.
         both = found.get("", ())
         return cls(tuple(found.get("v", both)), tuple(found.get("t", both)))
 

@@ -47,6 +47,7 @@ def bar(
     from tqdm.auto import tqdm
     from tqdm.notebook import tqdm_notebook
 
+    # In a log file a bar would be thousands of lines.
     seen = issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
     return tqdm(
         items,

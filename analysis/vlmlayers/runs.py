@@ -173,6 +173,7 @@ def cores() -> int:
     known = hasattr(os, "sched_getaffinity")
     found = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     try:
+        # A container's quota bounds the work, not the number of cores that it sees.
         quota, period = QUOTA.read_text(encoding="utf-8").split()[:2]
         return max(1, min(found, int(quota) // int(period)))
     except (OSError, ValueError):  # no container, or one without a quota ("max")
@@ -226,6 +227,7 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
+        # An installed package may lie inside somebody else's repository, whose commit says nothing.
         tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
         head = git("rev-parse", "HEAD") if tracked else ""
         changed = head and git("status", "--porcelain", "--untracked-files=no", str(here))

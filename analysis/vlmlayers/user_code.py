@@ -29,6 +29,7 @@ def load_user_code(where: str, what: str) -> Any:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{what} file {file} does not exist; give path.py:name")
+    # Under a name of its own and not in sys.modules: a file `rules.py` must not replace a package.
     spec = importlib.util.spec_from_file_location(f"vlmlayers_{what}_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{what} file {file} cannot be loaded as Python")

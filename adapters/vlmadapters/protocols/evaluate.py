@@ -170,8 +170,8 @@ class Evaluator:
         states = self._states(images, mine, starts)
         for batch, right in zip(states, truth.split(self.batch_size)):
             of_case = [batch[start] for start in starts]
-            made_of = [_predicted(logits, right) for logits in self._batch(of_case, cases, texts)]
-            found = torch.stack(made_of).cpu().numpy()  # one copy, for which alone the host waits
+            predicted = [_predicted(logits, right) for logits in self._batch(of_case, cases, texts)]
+            found = torch.stack(predicted).cpu().numpy()  # one copy, for which alone the host waits
             if not found[:, FINITE].all():
                 raise UserError(
                     "the model gives logits that are not finite; try precision fp32, or train "

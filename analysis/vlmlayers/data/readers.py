@@ -96,7 +96,7 @@ def _decode(handle: BinaryIO, name: str, size: int) -> Image.Image:
     try:
         with Image.open(handle, formats=FORMATS) as image:
             _expect_size(image, name)
-            wide = _is_wide(image)
+            wide = _is_wide(image)  # before it loads: the tiles that say so are then gone
             image.load()
             if wide:
                 _expect_high_bits(image, name)
@@ -149,6 +149,7 @@ def _expect_high_bits(image: Image.Image, name: str) -> None:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB":
         return image.copy()
+    # Pillow's own conversion clips these at 255, which turns most of a 16-bit image white.
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(eight_bit(np.asarray(image), name)).convert("RGB")
     if image.has_transparency_data:

@@ -95,6 +95,7 @@ def _stamp(path: Path) -> tuple[str, int, int]:
     return str(path), status.st_mtime_ns, status.st_size
 
 
+# Kept by size and time of change, so that a shard that was replaced is read anew.
 @lru_cache(maxsize=4096)
 def _index(
     path: str, changed: int, size: int, members: Members

@@ -98,6 +98,7 @@ class TowerFeatures:
 
         features.vision["6"], features.vision[6], features.vision["proj", "joint"]
         """
+        # The first space recorded: `native` unless the extraction asked for others.
         position, space = where if isinstance(where, tuple) else (where, self.spaces[0])
         return self.array(position, space)
 
@@ -431,7 +432,7 @@ def _whole(name: str, values: Sequence[Any]) -> NDArray[np.int64]:
     given = numbers(values, name)
     if given.ndim != 1:
         raise UserError(f"{name} have shape {given.shape}; expected one whole number per item")
-    cut = np.flatnonzero(~(given % 1 == 0))
+    cut = np.flatnonzero(~(given % 1 == 0))  # NaN % 1 is NaN, which is refused here as well
     if len(cut):
         raise UserError(f"{name} has {given[cut[0]]:g} at item {cut[0]}; expected whole numbers")
     return given.astype(np.int64)

@@ -107,6 +107,7 @@ def read_record(file: Path) -> dict[str, Any]:
         DamagedStore: It is not JSON, of another format, or altered.
     """
     advice = f"delete {file.parent} and extract again"
+    # The checksum comes before the format: of an altered record nothing else is worth saying.
     try:
         record = json.loads(file.read_bytes())
         expected = record.pop("checksum")

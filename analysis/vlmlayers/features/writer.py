@@ -423,6 +423,8 @@ def _renumber(pairs: Sequence[int], rows: Sequence[int], bad: Mapping[int, str])
 
 def _allocate(file: Path, rows: int, width: int) -> None:
     """Make an .npy file of the right size; space is reserved, so that a full disk shows now."""
+    # Written by hand and not by `np.lib.format.open_memmap`, which makes a sparse file: a disk that
+    # fills up would then show as a signal in the middle of a write.
     size = _HEADER + 4 * rows * width
     if file.exists() and file.stat().st_size == size:
         return

@@ -52,7 +52,7 @@ def _marks(place: Place, content: bool) -> Callable[[str], str]:
         tables = short_digest(repr([(str(one.relative_to(folder)), mark(one)) for one in files]))
         return lambda path: f"tables {tables}"
     if place.spec.layout == "shards":
-        known = cache(mark)
+        known = cache(mark)  # thousands of items share a shard
         return lambda path: known(folder / (path.partition(".tar/")[0] + ".tar"))
 
     def of_file(path: str) -> str:

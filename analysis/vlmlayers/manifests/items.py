@@ -50,6 +50,7 @@ def checked_path(path: str, where: str, advice: str = "") -> str:
     Raises:
         UserError: It is empty, absolute, holds `..`, control characters or half a surrogate pair.
     """
+    # Both separators and drive letters count on every system: a split file travels between them.
     parts = re.split(r"[/\\]", path)
     if not path or path[0] in "/\\" or _DRIVE.match(path) or ".." in parts:
         raise UserError(
@@ -93,6 +94,7 @@ def _relative(path: str, images: Path, beside: Path) -> str | None:
     if ".." in inner.split("/"):
         return None
     whole = Path(os.path.normpath(beside.absolute() / path))
+    # As the folder is named, and as it really lies: a list may have been made by way of a link.
     for base in (Path(os.path.normpath(images.absolute())), Path(os.path.realpath(images))):
         if whole.is_relative_to(base) and whole != base:
             return whole.relative_to(base).as_posix()
@@ -132,6 +134,7 @@ def stratified_split(
         ranked.setdefault(item.label, []).append(index)
     split_of = [""] * len(items)
     names = list(fractions)
+    # The last edge is 1 by name: 0.7 + 0.1 + 0.2 is a little less, and would drop an item.
     edges = [*list(accumulate(fractions.values()))[:-1], 1.0]
     for members in ranked.values():
         members.sort(key=lambda i: checksum(items[i].path))
@@ -162,5 +165,7 @@ def balanced_sample(items: Sequence[Item], n: int, seed: int) -> list[Item]:
         members = by_class[label]
         drawn = random.sample(members, len(members))
         turns.extend((rank, turn, index) for rank, index in enumerate(drawn))
+    # Sorted by rank, then by the turn of the class: every class gives its first before any gives
+    # its second, and a smaller n cuts the same list earlier.
     chosen = sorted(index for _, _, index in sorted(turns)[:n])
     return [items[index] for index in chosen]

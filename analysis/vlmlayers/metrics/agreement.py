@@ -25,6 +25,7 @@ from vlmlayers.metrics.checks import (
     unit,
     varies,
 )
+from vlmlayers.metrics.moments import hsic
 
 Signature = Callable[..., Array]
 
@@ -49,6 +50,7 @@ def rbf_kernel(x: Array, *, sigma: float = 0.5) -> Array:
 
 def cosine_kernel(x: Array) -> Array:
     """Return the cosines between rows, not centred, (n, n)."""
+    # For its refusal alone: where all items are equal, so are all cosines, and nothing agrees.
     _spread_out(x)
     x = unit(x)
     return x @ x.T
@@ -95,10 +97,12 @@ def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
     """Return the indicator of each row's k nearest others, at norm 1."""
     n = len(kernel)
     k = neighbours(n, k)
+    # A copy: one kernel serves the value, its null and every jackknife group.
     similarity = kernel.copy()
     np.fill_diagonal(similarity, -np.inf)
     near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
     result = np.zeros((n, n))
+    # n·k equal entries: the product of two signatures is the mean share of common neighbours.
     np.put_along_axis(result, near, 1.0 / np.sqrt(n * k), axis=1)
     return result
 
@@ -175,23 +179,21 @@ def cka(
 def prefers_features(x: Array, y: Array) -> bool:
     """Return whether width × width products cost less than n × n ones; always so for n > width."""
     n, a, b = len(x), x.shape[1], y.shape[1]
+    # n²(a + b) operations for two Gram matrices against n·a·b for one product of columns.
     return n * (a + b) > a * b
 
 
 def hsic_features(x: Array, y: Array, debiased: bool) -> float:
     """Return (n(n − 3) times) HSIC of centred features; no n × n matrix is formed."""
-    n = len(x)
-    total = float(np.square(x.T @ y).sum())
-    if not debiased:
-        return total
     first, second = np.square(x).sum(axis=1), np.square(y).sum(axis=1)
-    correction = float(first.sum() * second.sum()) / ((n - 1) * (n - 2))
-    return total - n / (n - 2) * float(first @ second) + correction
+    sizes = float(first.sum()), float(second.sum()), float(first @ second)
+    return hsic(len(x), x.T @ y, *sizes, debiased)
 
 
 def _feature_cka(x: Array, y: Array, debiased: bool) -> float:
     cross = hsic_features(x, y, debiased)
     own = hsic_features(x, x, debiased) * hsic_features(y, y, debiased)
+    # Unbiased estimates may come out negative for few items, and then have no root.
     if own <= 0.0:
         raise UserError("the features have no agreement with themselves; use more items")
     return cross / float(np.sqrt(own))
@@ -206,6 +208,7 @@ def mutual_knn(x: Given, y: Given, *, k: Count = 10) -> float:
 
     Reference: Huh et al. 2024, The Platonic Representation Hypothesis.
     """
+    # For its refusals alone: cosines are of the rows as they are, not centred.
     paired(x, y, 3)
     first, second = cosine_kernel(np.asarray(x)), cosine_kernel(np.asarray(y))
     return float((neighbour_signature(first, k=k) * neighbour_signature(second, k=k)).sum())
@@ -250,6 +253,7 @@ def shapes(xs: Sequence[Array]) -> Array:
         UserError: Constant features.
     """
     compact = [_compact(centred(x)) for x in xs]
+    # Columns of zeros change no inner product, so that shapes of all widths fit in one array.
     result = np.zeros((len(xs), len(compact[0]), max(x.shape[1] for x in compact)))
     for place, x in zip(result, compact):
         place[:, : x.shape[1]] = x / np.linalg.norm(x)
@@ -265,9 +269,11 @@ def shape_angles(first: Array, second: Array, *, half: bool = False) -> Array:
         half: Compute cells with b ≥ a only and mirror them: both sides are one tower.
     """
     products = [x.T @ second[i if half else 0 :] for i, x in enumerate(first)]
+    # One call for all cells: they are small, and calls would cost more than decompositions.
     nuclear = np.linalg.svd(np.concatenate(products), compute_uv=False).sum(axis=1)
     angles = np.zeros((len(first), len(second)))
     cells = np.triu_indices(len(first)) if half else np.indices(angles.shape).reshape(2, -1)
+    # Rounding takes the norm of equal shapes past 1, where there is no angle.
     angles[cells[0], cells[1]] = np.arccos(np.clip(nuclear, 0.0, 1.0))
     return np.maximum(angles, angles.T) if half else angles
 

@@ -30,6 +30,7 @@ def as_array(x: Any) -> NDArray[Any]:
         x = x.detach().cpu()
         x = x.double() if x.is_floating_point() else x
     array = np.asarray(x)
+    # Decimals, fractions, and whole numbers beyond 64 bits arrive as objects.
     if array.dtype.kind == "O":
         array = array.astype(np.float64)
     if array.dtype.kind not in "fiub" or not array.ndim:
@@ -215,6 +216,7 @@ def squared_distances(x: Array, y: Array | None = None) -> Array:
     """Return squared Euclidean distances between rows, (n, m), never negative."""
     other = x if y is None else y
     cross = x @ other.T
+    # One matrix product instead of n·m differences; rounding can leave a little less than zero.
     result = np.square(x).sum(1)[:, None] + np.square(other).sum(1)[None, :] - 2.0 * cross
     np.maximum(result, 0.0, out=result)
     if y is None:

@@ -106,6 +106,7 @@ def _silhouettes(distances: Array, y: Labels) -> Array:
     counts = member.sum(axis=0)
     sums = distances @ member  # (item, class)
     rows = np.arange(len(y))
+    # An item is not among the others of its class: its distance to itself adds nothing to the sum.
     own = sums[rows, y] / np.maximum(counts[y] - 1, 1)
     others = sums / counts
     others[rows, y] = np.inf
@@ -156,6 +157,7 @@ def zero_shot_values(x: Any, prompts: Any, labels: Any) -> Array:
     Items tied between several prompts count with their share, so a constant is exactly chance.
     """
     similarity = unit(x) @ unit(prompts, "prompts").T  # (item, class)
+    # Equal prompts differ by rounding, which must not pick one of them.
     best = similarity >= similarity.max(axis=1, keepdims=True) - 1e-12
     own = best[np.arange(len(similarity)), class_ids(labels, *similarity.shape)]
     return own / best.sum(axis=1)
@@ -207,6 +209,7 @@ def _shrunk_inverse(x: Array, width: int | None) -> Callable[[Array], Array]:
     Raises:
         UserError: The covariance is singular and calls for no shrinkage.
     """
+    # Shrinkage aims at the mean variance over all columns, also those that a rotation left out.
     n = len(x)
     covariance = x.T @ x / n
     shrinkage, size = shrinkage_of(x, covariance, max(width or 0, x.shape[1]))
@@ -231,6 +234,7 @@ def shrinkage_of(x: Array, covariance: Array, width: int) -> tuple[float, float]
     norms = np.square(x).sum(axis=1)
     mean_variance = float(norms.sum()) / (n * width)
     delta = frobenius - width * mean_variance**2
+    # Σ‖x xᵀ − S‖² = Σ‖x‖⁴ − n‖S‖²: no outer product is formed.
     beta = (float(np.square(norms).sum()) / n - frobenius) / n
     if delta <= 0.0:
         return 1.0, mean_variance
@@ -247,5 +251,6 @@ def reduce_rows(x: Any) -> Array:
     if n > width:
         return x
     values, vectors = np.linalg.eigh(x @ x.T)
+    # Centring takes one direction away; what is left of it is rounding.
     keep = values > 1e-12 * max(values[-1], 1e-300)
     return vectors[:, keep] * np.sqrt(values[keep])

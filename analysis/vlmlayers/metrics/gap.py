@@ -88,6 +88,7 @@ def rmg_weighted(x: Any, y: Any, pairs: Any, wx: Array, wy: Array) -> Array:
     """Return the relative modality gap under each row of item weights, (draw,)."""
     x, y, pairs = _inputs(x, y, pairs, smallest_n=2)
     apart = (1.0 - (x[pairs[:, 0]] * y[pairs[:, 1]]).sum(axis=1)) / 2.0
+    # A pair is drawn with its image, so that captions of one image stay together.
     weight = wx[:, pairs[:, 0]]
     match = weight @ apart / weight.sum(axis=1)
     own = 0.5 * (_mean_distance(x, wx) + _mean_distance(y, wy))
@@ -126,6 +127,7 @@ def auc_weighted(scores_x: Array, scores_y: Array, wx: Array, wy: Array) -> Arra
     below = np.searchsorted(order, scores_x, "left"), np.searchsorted(order, scores_x, "right")
     rank = np.argsort(scores_y, kind="stable")
     cumulative = np.concatenate([np.zeros((len(wy), 1)), np.cumsum(wy[:, rank], axis=1)], axis=1)
+    # The mean of what is below and what is not above: a tie counts half.
     wins = 0.5 * (cumulative[:, below[0]] + cumulative[:, below[1]])
     return (wx * wins).sum(axis=1) / (wx.sum(axis=1) * wy.sum(axis=1))
 
@@ -141,6 +143,7 @@ def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
     match[pairs[:, 0], pairs[:, 1]] = True
     asked = match.any(axis=1)
     similarity, match = similarity[asked], match[asked]
+    # Equal cosines differ by rounding, which must not decide between them: hence the margin.
     best = np.where(match, similarity, -np.inf).max(axis=1, keepdims=True)
     above = ((similarity > best + 1e-12) & ~match).sum(axis=1)
     tied = ((np.abs(similarity - best) <= 1e-12) & ~match).sum(axis=1)
@@ -165,6 +168,7 @@ def retrieval_null(n_texts: int, matches: Labels, k: int) -> float:
 
 def _mean_distance(x: Array, weights: Array) -> Array:
     """Return the weighted mean of (1 − cos)/2 over i ≠ j, (draw,)."""
+    # All pairs from the sum of the rows, less each row with itself, at cosine 1: no n × n matrix.
     sums = weights @ x
     own = np.square(weights).sum(axis=1)
     total = np.square(weights.sum(axis=1)) - own

@@ -29,6 +29,7 @@ NEAR = 1e-5  # of the items' spread; float32 and another batch size leave less b
 def spectrum(x: Any) -> Array:
     """Return the eigenvalues of the centred scatter, descending, rounding noise removed."""
     x = centred(x)
+    # Both products have the same eigenvalues but for zeros; the smaller one costs less.
     small = x @ x.T if len(x) <= x.shape[1] else x.T @ x
     values = np.linalg.eigvalsh(small)[::-1]
     return values[values > 1e-12 * values[0]]
@@ -87,6 +88,7 @@ def mean_cosine(x: Given) -> float:
 
 def mean_cosine_weighted(x: Any, weights: Array) -> Array:
     """Return the mean cosine under each row of item weights, (draw,)."""
+    # Σ_{i≠j} w_i w_j x_i·x_j = ‖Σ w_i x_i‖² − Σ w_i²: no pair is looked at.
     x = unit(x, smallest_n=2)
     own = np.square(weights).sum(axis=1)
     total = np.square(weights.sum(axis=1)) - own
@@ -181,6 +183,7 @@ def twonn(x: Given, *, discard: Annotated[float, Takes(least=0, most=0.9)] = 0.1
     """
     x = centred(x)
     squares = squared_distances(x)
+    # An item goes where one before it coincides with it, so that one of each group stays.
     same = np.triu(squares <= NEAR**2 * np.square(x).sum() / len(x), 1).any(axis=0)
     if (n := int((~same).sum())) < 10:
         raise UserError(f"{n} distinct items; TwoNN needs at least 10")

@@ -92,6 +92,7 @@ def mean_share_draws(hits: Array, sizes: Labels, draws: int, rng: np.random.Gene
     """
     small = small_strata(sizes)
     large = np.setdiff1d(np.arange(len(sizes)), small)
+    # How many hits a resample of a class holds is binomial: no item needs to be drawn.
     shares = hits[large] / sizes[large]
     total = (rng.binomial(sizes[large], shares, (draws, len(large))) / sizes[large]).sum(axis=1)
     if len(small):

@@ -52,6 +52,7 @@ class Moments:
 
     def about(self, centre: Array) -> tuple[Array, Array, float]:
         """Return scatter, cubic and fourth about another centre."""
+        # Σ over a + d, expanded: terms with Σ a are absent, since a is about its own mean.
         d = self.mean - centre
         size = float(d @ d)
         trace = float(np.trace(self.scatter))
@@ -139,6 +140,7 @@ class ClassMoments:
         """Return sizes and means of (item, width) rows."""
         counts = np.bincount(labels, minlength=classes).astype(np.float64)
         sums = np.zeros((classes, x.shape[1]))
+        # Indexing with `+=` would count a class that comes several times once.
         np.add.at(sums, labels, x)
         return cls(counts, sums / np.maximum(counts, 1.0)[:, None])
 
@@ -172,11 +174,12 @@ def cka_from(x: Moments, y: Moments, cross: CrossMoments, *, debiased: bool = Tr
     n = cross.n
     if n < 4:
         raise UserError(f"{n} pairs; at least 4 are needed")
-    both = _hsic(n, cross.cross, cross.sizes[0], cross.sizes[1], cross.x2y2, debiased)
+    both = hsic(n, cross.cross, cross.sizes[0], cross.sizes[1], cross.x2y2, debiased)
     own = [
-        _hsic(n, m.scatter, np.trace(m.scatter), np.trace(m.scatter), m.fourth, debiased)
+        hsic(n, m.scatter, np.trace(m.scatter), np.trace(m.scatter), m.fourth, debiased)
         for m in (x, y)
     ]
+    # Equal items leave no zero but the rounding of their mean.
     spread = [float(np.trace(m.scatter)) > 1e-12 * n * float(m.mean @ m.mean) for m in (x, y)]
     if min(own) <= 0.0 or not all(spread):
         raise UserError(f"the features of all {n} items are the same")
@@ -193,6 +196,7 @@ def frechet_from(x: Moments, y: Moments) -> float:
     """Return the Fréchet distance of two clouds with aligned centroids from sums."""
     first, second = x.scatter / (x.n - 1), y.scatter / (y.n - 1)
     values, vectors = np.linalg.eigh(first)
+    # Zero eigenvalues come out slightly negative.
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
     middle = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ second @ root), 0.0)).sum()
     return float(np.sqrt(max(np.trace(first) + np.trace(second) - 2.0 * middle, 0.0)))
@@ -216,6 +220,7 @@ def white_noise_scatter(n: int, width: int, rng: np.random.Generator) -> Array:
     Reference: Bartlett 1934 (decomposition of the Wishart distribution).
     """
     degrees = n - 1
+    # Bartlett needs a scatter of full rank; below that the rows are few and cheap to draw.
     if degrees < width:
         rows = rng.standard_normal((degrees, width))
         return rows.T @ rows
@@ -224,7 +229,19 @@ def white_noise_scatter(n: int, width: int, rng: np.random.Generator) -> Array:
     return lower @ lower.T
 
 
-def _hsic(n: int, cross: Array, xx: float, yy: float, x2y2: float, debiased: bool) -> float:
+def hsic(n: int, cross: Array, xx: float, yy: float, x2y2: float, debiased: bool) -> float:
+    """Return n(n − 3) times the unbiased HSIC of centred features, or ‖XᵀY‖², from sums.
+
+    Args:
+        n: Number of pairs.
+        cross: XᵀY, (width, other width).
+        xx: Σ ‖x‖².
+        yy: Σ ‖y‖².
+        x2y2: Σ ‖x‖² ‖y‖².
+        debiased: Which of the two.
+
+    Reference: Song et al. 2012, with K and L written as products of features.
+    """
     total = float(np.square(cross).sum())
     if not debiased:
         return total

@@ -133,6 +133,7 @@ def logistic_logits(
         rest.append(others)
     found = []
     largest = max(1, *(x.size for x in scaled))  # a constant position has no columns left
+    # All problems of a batch hold their padded products at once: this bounds the memory.
     batches = -(-len(fits) * largest * len(c_grid) * classes // SIDE_BY_SIDE)
     ends = np.linspace(0, len(fits), min(batches, len(fits)) + 1).astype(int).tolist()
     for batch in map(slice, ends, ends[1:]):
@@ -188,6 +189,7 @@ def k_nearest(
     # With more neighbours than the smallest class has items, others would always outvote it.
     k = min(k, int(np.bincount(fit_labels, minlength=classes).min()))
     near = np.argsort(-(unit_rows(x) @ unit_rows(scaled).T), axis=1, kind="stable")[:, :k]
+    # What is added by rank is too little to outvote anything and enough to break a tie.
     votes = _balanced_weights(fit_labels, classes)[near] + 1e-9 * np.arange(k, 0, -1)
     ballots = np.zeros((len(x), classes))
     np.add.at(ballots, (np.arange(len(x))[:, None], fit_labels[near]), votes)
@@ -204,6 +206,7 @@ def class_means(x: Array, labels: Labels, classes: int) -> Array:
 def _balanced_weights(labels: Labels, classes: int) -> Array:
     """Return item weights with mean 1 that make every class weigh the same."""
     counts = np.bincount(labels, minlength=classes)
+    # Classes without an item in this part share no weight.
     present = np.count_nonzero(counts)
     return len(labels) / (present * counts[labels])
 
@@ -275,6 +278,7 @@ def _solve(
         # Near the minimum rounding can turn a direction uphill: steepest descent in its place.
         bad = slope >= 0.0
         direction[bad], slope[bad] = -gradient[bad], -_dot(gradient, gradient)[bad]
+        # Full steps suit L-BFGS, but the first has no curvature to say how long a step is.
         size = np.ones(len(value))
         if not curvature.count:
             size = np.minimum(1.0, 1.0 / np.maximum(np.abs(_flat(gradient)).sum(axis=1), 1e-12))
@@ -420,6 +424,7 @@ class _Curvature:
         used = min(self.count, memory)
         order = [(self.count - 1 - age) % memory for age in range(used)]  # newest first
         own = np.einsum("iip->ip", self.cross)
+        # A step along which the gradient did not grow would make the inverse Hessian indefinite.
         usable = own > 1e-14
         inverse = np.divide(1.0, own, out=np.zeros_like(own), where=usable)
         newest = self.square[order[0], order[0]]

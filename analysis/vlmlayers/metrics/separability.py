@@ -63,6 +63,7 @@ def modality_auc_weighted(
         # Scores of different fits have different scales: AUC within the fold, then the mean.
         weight_x, weight_y = wx[:, inside_x], wy[:, inside_y]
         full = (weight_x.sum(axis=1) > 0) & (weight_y.sum(axis=1) > 0)
+        # A draw without an image, or without a text, of this fold says nothing: chance.
         part = np.full(len(wx), 0.5)
         part[full] = auc_weighted(
             scores_x[inside_x], scores_y[inside_y], weight_x[full], weight_y[full]
@@ -75,6 +76,7 @@ def modality_auc_weighted(
 def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
     """Return the fold of each image and of each text; matching rows share a fold."""
     pairs = row_pairs(pairs, n_x, n_y)
+    # A group is one of the fewer side with all its matches, such as an image with its captions.
     by_text = len(np.unique(pairs[:, 0])) >= len(np.unique(pairs[:, 1]))
     groups = n_y if by_text else n_x
     if groups < 2:

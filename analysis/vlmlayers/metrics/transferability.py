@@ -72,12 +72,15 @@ def _evidence(squared: Array, projected: Array, outside: Array, n: int) -> Array
     With the best β = n / Q the log evidence of a class is, up to a constant,
     −n/2 ln Q + ½ Σ ln d_i, where d_i = λ/(λ + s_i) and Q = Σ p_i d_i + outside.
     """
+    # Four decades below the spectrum nothing is shrunk any more; nine above it everything is, as
+    # labels without relation to the features want it.
     low, high = np.log10(squared[0]) - 4.0, np.log10(squared[-1]) + 9.0
     grid = np.log(10.0) * np.arange(low, high + DECADES, DECADES)
     kept = _kept(grid, squared)  # (r, g)
     residual = projected.T @ kept + outside[:, None]  # (C, g)
     best = (np.log(kept).sum(axis=0) - n * np.log(residual)).argmax(axis=1)
     point, step = grid[best], grid[1] - grid[0]
+    # So near the maximum three steps reach rounding; none may leave the neighbouring grid cells.
     for _ in range(3):
         d = _kept(point, squared)  # (r, C)
         falling = d * (1.0 - d)

@@ -88,10 +88,12 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, count = pid
         if key not in self._storages:
+            # A copy that may be written to: torch warns of tensors over read-only bytes.
             content = bytearray(_content(self._archive, f"{self._root}data/{key}"))
             self._storages[key] = (
                 torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
             )
+        # Sizes in the pickle are not to be trusted: `as_strided` would read past the end.
         if len(self._storages[key]) != count:
             raise pickle.UnpicklingError(f"storage {key} has another length than the tree says")
         return self._storages[key]

@@ -80,6 +80,7 @@ def build_clip(
         UserError: The configuration has keys or values that open_clip does not take, or the
             device is none or has not enough memory.
     """
+    # A copy: keys are taken out and put in below, and the caller may build from it again.
     settings: dict[str, Any] = copy.deepcopy(dict(config))
     custom = settings.pop("custom_text", False)
     place = resolve_device(device)
@@ -91,6 +92,7 @@ def build_clip(
         if "multimodal_cfg" in settings:
             kind = CoCa
         try:
+            # No devices: to save the state of GPUs would start CUDA where it may not be needed.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 clip = kind(**settings, cast_dtype=get_cast_dtype(precision))
@@ -104,6 +106,7 @@ def build_clip(
         timm = "timm_model_name" in settings["vision_cfg"]
         with memory_errors(place, "the weights do not fit; use another device or a smaller model"):
             try:
+                # open_clip's own step: in half precision it leaves norms in float32.
                 _set_model_device_and_precision(clip, place, precision, timm)
             except torch.OutOfMemoryError:
                 raise

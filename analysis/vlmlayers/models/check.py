@@ -109,6 +109,7 @@ class _NoValues(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS_ONE_VALUE and args[0].is_meta:
             return True
+        # How many rows a mask picks depends on its values: take all of them.
         if func is torch.ops.aten.index.Tensor and args[0].is_meta:
             args = (args[0], [_all_of(index) for index in args[1]])
         return func(*args, **(kwargs or {}))

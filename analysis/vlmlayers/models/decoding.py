@@ -36,11 +36,13 @@ class _Images(Dataset[tuple[int, Any]]):
         try:
             image = self.manifest.open_image(item, root=self.root, size=self.size)
             return row, image if isinstance(image, Tensor) else self.preprocess(image)
+        # Returned, not raised: an error in a decoding process would end the whole extraction.
         except (UserError, OSError) as error:
             return row, reason(item.path, error)
 
 
 def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
+    # The batch keeps its place and its other images: batches are part of what a store is.
     good = [(row, image) for row, image in samples if isinstance(image, Tensor)]
     bad = {row: image for row, image in samples if not isinstance(image, Tensor)}
     stacked = torch.stack([image for _, image in good]) if good else None

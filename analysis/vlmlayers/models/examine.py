@@ -169,6 +169,7 @@ def contributions(tower: Tower, batch: Tensor) -> dict[str, Tensor]:
         whole = torch.stack([*pooled.values()]).sum(0) + shift
         after, more = _linear_norm(tower, tower.norm_after, whole)
         dtype = next(tower.model.parameters()).dtype
+        # A projection with a bias is affine; less its value at zero it is linear.
         zero = tower.project(torch.zeros(1, last.shape[-1]).to(last.device, dtype)).float()
 
         def projected(x: Tensor) -> Tensor:
@@ -358,6 +359,7 @@ class _Table:
 
     def zero_shot(self, instead: Mapping[str, Array]) -> Array:
         """Return of each image whether it is classified rightly, with features put in place."""
+        # One tower changes at a time, so that a drop belongs to its block.
         side = {**self.base, **instead}
         return zero_shot_values(side["vision"], side["text"], self.inputs.labels)
 
@@ -426,6 +428,7 @@ def _change(means: list[Tensor] | None) -> Change:
     """Return the change that leaves a block out, or lets it add a mean batch by batch."""
     if means is None:
         return lambda x, out: x
+    # Means were made batch by batch, and the pass meets the batches in the same order.
     batches = iter(means)
     return lambda x, out: x + next(batches).to(x.dtype)
 
@@ -468,6 +471,7 @@ def _gradients(table: _Table, name: str) -> None:
     halves = np.array_split(rng.permutation(present), 2)
     of = [np.flatnonzero(np.isin(labels, half)) for half in halves]
     shuffled = labels.copy()
+    # Inside each half: both losses keep their classes, and lose what tells the images apart.
     for rows in of:
         shuffled[rows] = rng.permutation(labels[rows])
     groups = min(_GROUPS, *(len(rows) for rows in of))
@@ -477,6 +481,7 @@ def _gradients(table: _Table, name: str) -> None:
     for (tower, block), value in measured.whole().items():
         left_out = np.array([measured.whole(without)[tower, block] for without in range(groups)])
         low, high = jackknife_interval(value, left_out)
+        # A jackknife interval is symmetric and may leave the range of a cosine.
         interval = max(float(low), -1.0), min(float(high), 1.0)
         null = chance.whole()[tower, block]
         table.add(name, tower, str(block), value, interval, null, len(labels), "jackknife")

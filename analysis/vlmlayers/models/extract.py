@@ -211,6 +211,7 @@ def refuse_hooks(model: VLM) -> None:
     if model.adapter_hash:
         return
     for name, module in model.clip.named_modules():
+        # Hooks can change what passes, and nothing about them can be compared later.
         if module._forward_hooks or module._forward_pre_hooks:
             raise UserError(
                 f"{name or 'the model'} has a hook (an attached adapter?) that the identity of a "

@@ -148,6 +148,7 @@ def load_model(
         random_weights,
         precision,
     )
+    # A model as published computes; one that was changed may fail in its first pass only.
     if precision != "fp32" or size is not None:
         _refuse_impossible(model, size)
     return model
@@ -326,6 +327,7 @@ def _known(
         found = of_tag(source.name, tag)
         refuse_quickgelu_mismatch(source.name, tag, source.config, found)
         return found
+    # OpenAI trained with QuickGELU, and its files are the ones that show who made them.
     if weights is not None and weights.openai:
         openai = {"quick_gelu": True}
         refuse_quickgelu_mismatch(source.name, weights.path.name, source.config, openai)
@@ -354,6 +356,7 @@ def _assemble(
         weights,
         random_weights,
         precision,
+        # Tuples become the lists that a stored identity is read back with.
         preprocess_config=json.loads(json.dumps(asdict(transform))),
     )
 
@@ -374,6 +377,7 @@ def _refuse_impossible(model: VLM, image_size: ImageSize | None) -> None:
 def _download(name: str, tag: str) -> str:
     try:
         return str(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
+    # The hub's client and its network libraries share no base of their errors.
     except Exception as error:
         raise UserError(
             f"weights {tag!r} of {name} are not on this machine and cannot be downloaded "

@@ -152,6 +152,7 @@ class _Held:
 
 
 def _held(data: Any, progress: bool) -> _Held:
+    # By what they can do, not by class: none of these libraries has to be installed.
     if hasattr(data, "column_names") and hasattr(data, "features"):
         return _hugging_face(data)
     if hasattr(data, "samples") and hasattr(data, "class_to_idx"):
@@ -236,6 +237,7 @@ def _hugging_face(data: Any) -> _Held:
     names = getattr(data.features[label], "names", ()) if label else ()
     return _Held(
         partial(_of_table, data, image),
+        # A fingerprint of content and transforms, which spares reading all images.
         tuple(f"{data._fingerprint} {row}" for row in range(len(data))),
         list(data[label]) if label else None,
         names,

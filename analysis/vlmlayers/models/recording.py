@@ -78,6 +78,7 @@ def probe(tower: Tower) -> None:
             tower.run(tower.example(batch))
         _require_all(tower, seen)
         for x in seen.values():
+            # A batch axis has the size of the batch at every position and for every size.
             fits = {axis for axis, size in enumerate(x.shape) if size == batch}
             axes = axes & fits if axes else fits
         if len(axes) == 1:
@@ -188,6 +189,7 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         hooks, self._hooks = self._hooks, None
+        # Else the last batch would hold device memory for as long as the recorder lives.
         self._seen, self._output = {}, None
         hooks.__exit__(kind, error, trace)
 
@@ -264,6 +266,7 @@ class Recorder:
             return tokens[:, tower.prefix :].mean(1) if tower.prefix else tokens.mean(1)
         mask = tower.valid(self._ids).to(tokens.dtype)  # (item, token)
         kept = tokens[:, : mask.shape[1]]  # a class token after the text stays out
+        # A product, since a masked copy would be as large as the activation.
         return torch.einsum("ntd,nt->nd", kept, mask) / mask.sum(1, keepdim=True)
 
     def _assemble(self, output: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -297,6 +300,7 @@ def _to_host(features: dict[str, dict[str, Tensor]]) -> Features:
     result: Features = {space: {} for space in features}
     for width in dict.fromkeys(x.shape[-1] for _, _, x in flat):
         group = [entry for entry in flat if entry[2].shape[-1] == width]
+        # Widened on the device: numpy knows no bfloat16.
         block = torch.stack([x.float() for _, _, x in group]).cpu().numpy()
         for (space, position, _), array in zip(group, block):
             result[space][position] = array

@@ -33,6 +33,7 @@ def merge_over_processes(sums: DatasetSums, widths: Widths, processes: Processes
     Raises:
         UserError: Two processes were given the same item.
     """
+    # Every process sorts the same hashes, so that all agree on the sample without talking more.
     every = _gathered(sums.hashes, processes)
     kept = every[: sums.sample_size]
     if len(np.unique(kept)) < len(kept):
@@ -130,6 +131,7 @@ def summed(values: NDArray[Any], processes: Processes) -> NDArray[Any]:
 
 def _gathered(hashes: NDArray[np.uint64], processes: Processes) -> NDArray[np.uint64]:
     """Return the hashes of all processes, ascending."""
+    # gloo gathers arrays of one size only; sums of zero-padded ones serve for any.
     counts = np.zeros(processes.world, np.int64)
     counts[processes.rank] = len(hashes)
     counts = summed(counts, processes)

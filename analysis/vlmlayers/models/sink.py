@@ -78,7 +78,7 @@ class MemorySink:
             )
             for name, plan in self.plans.items()
         }
-        found = LayerFeatures(**head, **towers)
+        found = LayerFeatures(**head, vision=towers.get("vision"), text=towers.get("text"))
         if not self.bad:
             return found
         total = len(found.tower("vision"))

@@ -103,6 +103,7 @@ class _Run:
         """Sum what is left, merge over processes, and return the whole."""
         self.work.refuse_missing()
         self.prompts = self._class_prompts()
+        # A process without a batch of its own still has to take part in the merge.
         self.sums.open(self._chunk([], {}))
         lock = self._start(folder)
         try:
@@ -192,6 +193,7 @@ class _Run:
             )
         self._save(folder)
         for file in files:
+            # Their sums are saved among ours by now; a stop in between is what is seen above.
             if file.name != "sums.0.npz":
                 file.unlink()
 
@@ -310,6 +312,7 @@ class _Run:
         arrays = {} if sums is None else _arrays(sums)
         arrays["batches"] = np.array(sorted(self.own), np.int64)
         arrays["left_out"] = np.array(sorted(self.left_out), np.int64)
+        # Through memory: numpy adds a suffix to the names of files that it writes itself.
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         file = folder / f"sums.{self.processes.rank}.npz"

@@ -21,7 +21,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.models import transformers_towers
 from vlmlayers.models.tower import Apply, Tower, before_trailing_run, same, until
-from vlmlayers.models.trunks import find_trunk, is_trunk, timm_trunk
+from vlmlayers.models.trunks import find_trunk, is_trunk, pixels, timm_trunk
 
 
 @checked
@@ -65,7 +65,7 @@ def _vision(clip: nn.Module) -> Tower:
     if isinstance(visual, ModifiedResNet):
         return _modified_resnet(visual, run)
     if isinstance(visual, TimmModel):
-        return timm_trunk(visual.trunk, run, _images(visual), visual.head)
+        return timm_trunk(visual.trunk, run, pixels(visual, visual.image_size), visual.head)
     raise UserError(
         f"no vision tower is known in {type(clip).__name__}: `visual` is "
         f"{type(visual).__name__}; expected an open_clip or timm image model"
@@ -123,18 +123,6 @@ def _encoder(clip: nn.Module, method: str) -> Apply:
     return run
 
 
-def _images(visual: nn.Module) -> Callable[[int], Tensor]:
-    size: Any = visual.image_size
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    # In half precision norms and embeddings stay float32; images meet a product first.
-    first = next(m.weight for m in visual.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-
-    def example(batch: int) -> Tensor:
-        return torch.zeros(batch, 3, height, width, dtype=first.dtype, device=first.device)
-
-    return example
-
-
 def _matrix(weight: Any) -> Apply:
     """Return the projection held as a matrix, a linear layer, or not at all."""
     if weight is None:
@@ -152,7 +140,7 @@ def _open_clip_vit(visual: VisionTransformer, run: Apply) -> Tower:
         blocks=list(visual.transformer.resblocks),
         width=visual.transformer.width,
         pooling={"tok": "cls", "avg": "mean"}.get(visual.pool_type, "model"),
-        example=_images(visual),
+        example=pixels(visual, visual.image_size),
         class_embedding=visual.class_embedding,
         norm_in=visual.ln_pre,
         project=_matrix(visual.proj),
@@ -206,7 +194,7 @@ def _modified_resnet(visual: ModifiedResNet, run: Apply) -> Tower:
         attend=visual.attnpool,
         attend_raw=True,
         pool_note="attention pool",
-        example=_images(visual),
+        example=pixels(visual, visual.image_size),
     )
 
 

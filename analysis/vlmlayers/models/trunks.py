@@ -36,7 +36,7 @@ def find_trunk(model: Any) -> Tower:
             found: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
             return found
 
-        tower = timm_trunk(model, run, _pixels(model, _timm_size(model)), same)
+        tower = timm_trunk(model, run, pixels(model, _timm_size(model)), same)
     elif _is_dino(model):
         tower = _dino(model)
     else:
@@ -128,7 +128,7 @@ def _dino(model: Any) -> Tower:
         pooling="cls",
         prefix=1 + (getattr(model, "num_register_tokens", 0) or 0),
         norm=model.norm,
-        example=_pixels(model, model.patch_embed.img_size),
+        example=pixels(model, model.patch_embed.img_size),
     )
 
 
@@ -164,7 +164,7 @@ def _transformers(model: Any) -> Tower:
         prefix=1 + registers if token else 0,
         norm_in=getattr(model, "pre_layrnorm", same),
         norm=norm,
-        example=_pixels(model, settings.image_size),
+        example=pixels(model, settings.image_size),
     )
 
 
@@ -182,7 +182,8 @@ def _timm_size(model: Any) -> Any:
     return getattr(patches, "img_size", None) or model.default_cfg["input_size"][1:]
 
 
-def _pixels(model: Any, size: Any) -> Example:
+def pixels(model: Any, size: Any) -> Example:
+    """Return what makes a batch of black images of one side, or of height and width."""
     height, width = (size, size) if isinstance(size, int) else tuple(size)
 
     def example(batch: int) -> Tensor:

@@ -80,6 +80,8 @@ class VLM:
         """
         state = self.clip.state_dict()
         stamp = tuple(
+            # A new tensor lies elsewhere, one changed in place has another version; those made in
+            # inference mode have none.
             (key, value.data_ptr(), 0 if value.is_inference() else value._version)
             for key, value in state.items()
         )
@@ -154,6 +156,7 @@ def hash_weights(state: Mapping[str, Tensor]) -> str:
     """Return SHA-256 over names, types, shapes and bytes of a state dict."""
 
     def parts() -> Iterator[str | memoryview]:
+        # The order of a state dict says how a model was built, not what it computes.
         for key in sorted(state):
             value = state[key].detach().cpu().contiguous()
             yield f"{key} {value.dtype} {tuple(value.shape)}"

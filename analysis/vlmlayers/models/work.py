@@ -193,6 +193,7 @@ class Work:
         for batch, (rows, images, bad) in zip(left, stream):
             unreadable.reasons.update(bad)
             seen += len(rows) + len(bad)
+            # Else a wrong data root would be found out after hours, image by image.
             if unreadable.hopeless(seen) and not self.options.skip_unreadable:
                 unreadable.settle(self.manifest.name, seen, skip=False)
             yield batch, rows, images, bad
@@ -208,6 +209,7 @@ class Work:
         kind = self.model.input_dtype if batch.is_floating_point() else None
         advice = f"lower batch_size ({size}; --batch-size), or take another device"
         with memory_errors(device, advice), autocast(device, self.options.precision):
+            # From pinned memory, which `decode` was asked for, the copy runs beside the model.
             return recorder(batch.to(device, kind, non_blocking=True))
 
 

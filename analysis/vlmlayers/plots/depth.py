@@ -269,6 +269,7 @@ def _chance(ax: Axes, axis: DepthAxis, frame: pd.DataFrame, hue: str | None = No
     if not levels or (hue == "model" and not axis.equal):
         return  # chance along depths that differ is no one line
     seen = pd.concat([known["null"], frame["value"].dropna()])
+    # What differs by less than a line is wide is drawn as one line.
     tolerance = 0.01 * float(seen.max() - seen.min())
     shared = _alike(levels, tolerance)
     for tower, level in [max(levels, key=lambda one: len(one[1]))] if shared else levels:

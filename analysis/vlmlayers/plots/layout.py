@@ -78,6 +78,7 @@ class DepthAxis:
             labels = sparse_labels(names)
             ax.set_xlabel("Block")
         else:
+            # Block numbers of towers of other depth would stand at the same place for other blocks.
             marks = (0.25, 0.5, 0.75, 1.0)
             ticks = [self._start, *(m * self.length for m in marks), *list(ends.values())[1:]]
             labels = ["Embed", *(f"{m:g}" for m in marks), *(p.capitalize() for p in self.tail)]

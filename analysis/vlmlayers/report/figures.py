@@ -85,6 +85,7 @@ def zipped(figures: Sequence[Drawn]) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in (path for figure in figures for path in figure.files):
+            # Without the time of the file: a report written again is the same to the byte.
             archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes(), zipfile.ZIP_DEFLATED)
     return content.getvalue()
 

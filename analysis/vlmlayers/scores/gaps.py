@@ -49,6 +49,7 @@ class Matching:
         """Return weights of the texts: captions go with their image, class prompts stay."""
         if self.kind == "class_prompts":
             return np.ones((len(image_weights), len(self.texts)))
+        # A caption is drawn as often as its image: the image is what was sampled.
         owner = np.zeros(len(self.texts), dtype=np.int64)
         owner[self.pairs[:, 1]] = self.pairs[:, 0]
         return image_weights[:, owner]
@@ -79,6 +80,7 @@ def match(member: LayerFeatures, most: int, options: ScoreOptions) -> Matching:
         back[chosen] = np.arange(len(chosen))
         texts = np.flatnonzero(back[text.pairs] >= 0)
         pairs = np.stack([back[text.pairs[texts]], np.arange(len(texts))], axis=1)
+        # Captioned images have no classes to be balanced over.
         strata = np.zeros(len(chosen), dtype=np.int64)
         kind = "captions"
     else:
@@ -101,6 +103,7 @@ def partner_positions(
     vision: TowerFeatures, text: TowerFeatures, space: str, options: ScoreOptions
 ) -> list[tuple[str, str]]:
     """Return position pairs at equal relative depth; where depths differ, the nearest one."""
+    # The ends of a tower are at no depth of its own, and so no partner of a block.
     others = [p for p in text.arrays.get(space, {}) if p not in ("proj", "embed", "final")]
     pairs = []
     for position in chosen_positions([vision], space, options):
@@ -176,6 +179,7 @@ def _gap_value(
     metric, arguments = point.metric, point.arguments()
     pairs, weights = matching.pairs, matching.weights
     if metric.weighted is not None:
+        # The value is the draw in which every item counts once: one call for it and for all draws.
         every = np.vstack([np.ones((1, len(x))), weights])
         draws = metric.weighted(x, y, pairs, every, matching.text_weights(every), **arguments)
         return float(draws[0]), percentile(draws[1:]), "bootstrap"

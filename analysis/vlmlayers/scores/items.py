@@ -105,6 +105,8 @@ def _run_single(scoring: Scoring, source: Source, labels: Labels | None) -> None
         for name, metric in scoring.metrics.items()
         for point in scoring.points(name, metric, [source])
     ]
+    # Place by place, not metric by metric: what is made of the features of a place is kept for
+    # all metrics there, and for one place at a time.
     for point in sorted(points, key=lambda point: (point.space, sort_key(point.position))):
         metric = point.metric
         with point.attempt():
@@ -125,6 +127,7 @@ def value_and_interval(
     """Return a metric's value, its 95 % interval, and how that interval was made."""
     if metric.weighted is not None:
         weights = shared.weights(metric)
+        # The value is the draw in which every item counts once: one call for it and for all draws.
         every = np.vstack([np.ones((1, weights.shape[1])), weights])
         draws = metric.weighted(*arrays, every, **arguments)
         return float(draws[0]), percentile(draws[1:]), "bootstrap"
@@ -137,6 +140,7 @@ def value_and_interval(
         kept = arrays if rows is None else tuple(a[rows] for a in arrays)
         if metric.parts:
             first, second = metric.parts
+            # Metrics that share a first part, such as a spectrum, share it in each group too.
             key = (first, metric.largest_n, group)
             return float(second(shared.once_here(key, lambda: first(*kept))))
         return float(metric.function(*kept, **arguments))
@@ -178,6 +182,7 @@ def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int) -> floa
     return float(np.mean([metric.function(x, y, **arguments) for y in labels]))
 
 
+# Of n and width alone, and so the same at every position.
 @lru_cache(maxsize=256)
 def _gaussian_null(name: str, n: int, width: int) -> float:
     noise = np.random.default_rng(UNKEYED).standard_normal((n, width))
@@ -235,6 +240,7 @@ class _Shared:
         """Return features and width; rotated into their span where the metric does not see it."""
         metric, position, space = point.metric, point.position, point.space
         width = self.features.arrays[space][position].shape[1]
+        # For such a metric n items in n − 1 directions are as good as in all columns, and cheaper.
         exact = {"rotation", "translation"} <= set(metric.invariances)
 
         def make() -> Array:

@@ -125,6 +125,7 @@ def _across(
 ) -> list[Pairing]:
     """Return the pairing of vision with text: by captions where all have them, else by class."""
     captions = all(m.text is not None and m.text.pairs is not None for m in members)
+    # Rows of the two kinds cannot be pooled: where some have captions only prompts are kept.
     if not captions and any(m.text is not None and m.text.pairs is not None for m in members):
         members = [m for m in members if m.text is not None and m.text.pairs is None]
     visions, texts = [m.tower("vision") for m in members], [m.tower("text") for m in members]
@@ -146,6 +147,7 @@ def _aligned(features: TowerFeatures, other: TowerFeatures, share: int) -> Calla
 
     text = features if features.tower == "text" else other
     if text.pairs is not None:
+        # The first caption alone: several of one image would be no independent rows.
         images, first = np.unique(text.pairs, return_index=True)
         chosen = some(len(images))
         return partial(_some, rows=(first if features is text else images)[chosen])
@@ -237,6 +239,7 @@ class _Matrix:
     def beaten_by(self, shuffled: Array, value: Array) -> Array:
         """Return the share of permutations at least as good (with the identity itself)."""
         sign = 1.0 if self.best > 0 else -1.0
+        # Equal up to rounding counts as at least as good: the cautious side.
         better = (sign * shuffled >= sign * value - 1e-12).sum(axis=0)
         return (1.0 + better) / (1.0 + len(shuffled))
 
@@ -268,6 +271,7 @@ class _Matrix:
 
     def add_largest(self, name: str) -> None:
         """Add the closest pair of positions, calibrated by the closest pair of each permutation."""
+        # The best of many cells is high by chance too: each permutation is searched as well.
         extreme = np.max if self.best > 0 else np.min
         value = np.asarray(extreme(self.value))
         shuffled = extreme(self.shuffled, axis=(1, 2))
@@ -319,6 +323,7 @@ class _Signatures:
     def permuted(self, order: Labels) -> Array:
         """Return the matrix with the second side's rows permuted, (a, b)."""
         n = len(order)
+        # Rows and columns of a signature move together: one gather of its n² entries.
         moved = self.last.take((order[:, None] * n + order[None, :]).ravel(), axis=0)
         rows, columns = self.shape
         return (self.first @ moved)[:rows, :columns].astype(np.float64)

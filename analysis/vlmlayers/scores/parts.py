@@ -22,6 +22,7 @@ def balanced_rows(labels: Labels, n: int, rng: np.random.Generator) -> Labels:
     for row in order:
         turn[row] = seen[labels[row]]
         seen[labels[row]] += 1
+    # First the first item of every class, then the second, …: any number of them is balanced.
     ranked = order[np.argsort(turn[order], kind="stable")]
     return np.sort(ranked[:n])
 
@@ -89,5 +90,6 @@ def shots_and_queries(
 
 
 def _shuffled(items: Any, rng: np.random.Generator) -> list[Any]:
+    # Sets have no order that repeats between processes.
     items = sorted(items, key=str)
     return [items[i] for i in rng.permutation(len(items))]

@@ -112,6 +112,7 @@ def depths(scores: pd.DataFrame) -> dict[str, int]:
         partner = scores.loc[scores["other_tower"] == tower, "other_position"]
         named = map(str, {*names.unique(), *partner.unique()})
         blocks = [p for p in named if p.isdecimal()]
+        # Depth becomes the length of arrays: a digit too many in a table must not fill the memory.
         absurd = [p for p in blocks if len(p) > 4]
         if absurd:
             raise UserError(
@@ -230,6 +231,7 @@ def partnered(rows: pd.DataFrame, tower: str, blocks: int) -> pd.DataFrame:
     there = rows["other_position"].astype(str)
     if (theirs == "").all() or there.nunique() == 1:
         return rows
+    # The other tower need not be as deep, and its depth is in the partners alone.
     other = max(
         (int(p) for p in there[theirs == other_tower(tower)] if p.isdecimal()), default=blocks
     )

@@ -41,6 +41,7 @@ def run_datasets(scoring: Scoring, towers: tuple[str, ...] = TOWERS) -> None:
     metrics, options = scoring.metrics, scoring.options
     readouts = {name: m for name, m in metrics.items() if not m.base}
     derived = {name: m for name, m in metrics.items() if m.base}
+    # Some derived metrics were asked for without the read-out whose confusions they are made of.
     for base in {m.base for m in derived.values()} - set(readouts):
         readouts[base] = METRICS[base]
     for tower in towers:
@@ -147,6 +148,7 @@ def class_split(features: TowerFeatures, options: ScoreOptions, seed: int) -> Sp
     usable = [c for c, size in sizes.items() if size >= 3]
     if len(usable) < 2:
         raise UserError(f"{len(usable)} classes have 3 items or more; at least 2 are needed")
+    # Three items of a class are one each to fit, to choose and to test.
     rows = np.flatnonzero(np.isin(features.labels, usable))
     labels = np.searchsorted(np.array(usable), features.labels[rows])
     folds = min(options.folds, min(sizes[c] for c in usable))
@@ -179,6 +181,7 @@ def held_out_counts(
     fits = sum(len(split.labels) * len(split.held) for split in splits)
     while points:
         together = (
+            # As many places as keep the products of all their regressions small.
             max(1, SIDE_BY_SIDE // (fits * points[0].width)) if points[0].metric.of_parts else 1
         )
         batch, points = points[:together], points[together:]
@@ -204,6 +207,7 @@ def _counts(batch: list[Point], sources: list[Source], splits: Sequence[Split]) 
             x = np.concatenate([point.at(one).rows(rows) for one, rows in zip(sources, split.rows)])
             for held in split.held:
                 out = split.fold == held
+                # The next fold chooses the strength of the ridge: held-out items choose nothing.
                 val = split.fold == (held + 1) % split.folds
                 fit = ~out & ~val
                 labels = split.labels

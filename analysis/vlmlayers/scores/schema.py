@@ -79,6 +79,7 @@ def read_scores(path: Path) -> pd.DataFrame:
     notes = _sidecar(path)
     try:
         if path.suffix == ".csv":
+            # As text: a class or dataset may be called "NA" or "007".
             frame = pd.read_csv(path, keep_default_na=False, dtype=str)
         else:
             frame = pd.read_parquet(path)
@@ -157,6 +158,7 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     for column in SCORE_COLUMNS:
         if column in NUMBERS:
             given = frame[column]
+            # CSV leaves a missing number empty, which text cannot be turned into a number from.
             blank = given.replace("", "nan") if given.dtype.kind not in "fiu" else given
             frame[column] = blank.astype("float64")
         elif column in COUNTS:

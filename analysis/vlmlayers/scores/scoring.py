@@ -121,6 +121,7 @@ class Point:
         """
         if not np.isfinite(value):
             raise UserError(f"{self.name} is {value}")
+        # Jackknife and normal intervals are symmetric and may reach where no value can be.
         low, high = np.clip(interval, *self.metric.bounds)
         group, features = self.scoring.group, self.features
         self.scoring.out.rows.append(
@@ -197,6 +198,7 @@ class Collector:
             "position": position,
             "reason": reason,
         }
+        # Several positions and seeds meet the same obstacle.
         if note not in self.refused:
             self.refused.append(note)
 
@@ -240,12 +242,14 @@ def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> lis
     """
     groups: dict[tuple[str, ...], list[LayerFeatures]] = {}
     for member in features:
+        # Values of other weights, splits or poolings mean other things and must not be averaged.
         pooling = tuple(t.pooling if t else "" for t in (member.vision, member.text))
         key = (member.model, member.weights, member.split, *pooling)
         group = groups.setdefault(key, [])
         if any(other.dataset == member.dataset for other in group):
             raise UserError(f"dataset {member.dataset!r} appears twice among the features")
         group.append(_capped(member, options.items_per_dataset))
+        # Once here, so that no metric has to, and the message can name the item.
         check_finite(group[-1])
     if not groups:
         raise UserError("no features to score; extract some first")

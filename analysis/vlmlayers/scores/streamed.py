@@ -171,6 +171,7 @@ def _add_streamed_accuracy(point: Point, parts: list[tuple[Moments, Array]]) -> 
 def _discriminant(moments: list[Moments], x: Array) -> Labels:
     """Predict the dataset by LDA from its moments; one and the same where items do not differ."""
     whole = sum(moments[1:], moments[0])
+    # Features such as `embed` under `cls` are equal for all items; any answer is then chance.
     if np.trace(whole.scatter) <= SAME**2 * whole.n * float(whole.mean @ whole.mean):
         return np.zeros(len(x), dtype=np.int64)
     scatters = [WithinScatter(m.scatter, m.n, m.fourth) for m in moments]
@@ -193,6 +194,7 @@ class _Scorer:
         self.scoring, self.sums, self.full = scoring, sums, sums.whole()
         alike, groups = np.zeros(len(sums.labels), np.int64), scoring.options.jackknife
         self.kept = jackknife_groups(alike, groups, generator(Draw.STREAMED_GROUPS))
+        # Standard errors go with 1/√n: that of the sample is scaled to all items.
         self.narrower = float(np.sqrt(len(sums.labels) / sums.n))
 
     def _point(self, name: str, key: Key, other: str = "") -> Point:
@@ -212,6 +214,7 @@ class _Scorer:
         on_sample: Callable[[Labels], float],
         **noted: Any,
     ) -> None:
+        # About 0: the interval of the sample is moved to the value of all items.
         low, high = jackknife(on_sample, 0.0, self.kept)
         point.add(
             value,
@@ -258,6 +261,7 @@ class _Scorer:
                 noise = white_noise_scatter(
                     moments.n, len(moments.mean), generator(Draw.STREAMED_NOISE)
                 )
+                # Rank-like measures grow with n and width: noise of the same shape says how much.
                 null = function(np.linalg.eigvalsh(noise)[::-1].clip(min=0.0))
                 on_sample = partial(_on_rows, plain, self.sums.sample[key])
                 self._add(point, value, null, on_sample)

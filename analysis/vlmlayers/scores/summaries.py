@@ -79,6 +79,7 @@ def curves(
             parts.append(partnered(part, tower, blocks.get(tower, 0)))
     # Agreement within one tower has no partner to be read at.
     joined = _summary(pd.concat(parts)) if any(map(len, parts)) else pd.DataFrame()
+    # No rows have no columns either; what reads the curve counts on these.
     joined = joined.reindex(columns=CURVE_COLUMNS)
     least, most = _bounds(metric)
     return joined.assign(low=joined["low"].clip(lower=least), high=joined["high"].clip(upper=most))
@@ -98,6 +99,7 @@ def of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def _bounds(metric: str) -> tuple[float, float]:
     """Return the range that a metric declares: no band reaches beyond it."""
+    # Late: the table of metrics brings scipy along, which drawing and reading do not need.
     from vlmlayers.metrics.table import METRICS
 
     return METRICS[metric].bounds if metric in METRICS else (-np.inf, np.inf)

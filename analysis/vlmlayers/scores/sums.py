@@ -194,6 +194,7 @@ class StreamingScores:
         return merged
 
     def _empty(self, chunk: LayerFeatures) -> DatasetSums:
+        # The first chunk says what there is; its items must not stay in memory.
         head = replace(chunk, vision=_hollow(chunk.vision), text=_hollow(chunk.text))
         prompts = chunk.text if chunk.text is not None and chunk.text.pairs is None else None
         return DatasetSums(

@@ -59,6 +59,7 @@ def run_left_out(scoring: Scoring) -> None:
 def base_and_novel(labels: Labels) -> tuple[Labels, Labels]:
     """Return rows of the first half of the classes (rounded up) and rows of the rest."""
     ids = np.unique(labels)
+    # The same halves as in training: by class id, without a draw.
     base = np.isin(labels, ids[: (len(ids) + 1) // 2])
     return np.flatnonzero(base), np.flatnonzero(~base)
 

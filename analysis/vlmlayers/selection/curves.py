@@ -54,6 +54,7 @@ class BlockTable:
     @classmethod
     def of(cls, scores: pd.DataFrame, blocks: Mapping[str, int]) -> BlockTable:
         """Return a table as it was measured."""
+        # Row numbers index arrays from here on.
         table = bare(scores).reset_index(drop=True)
         return cls(table, blocks, np.arange(len(table)), table["value"].to_numpy(float))
 

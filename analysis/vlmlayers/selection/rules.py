@@ -170,11 +170,13 @@ def fit_knee(curve: Array) -> dict[str, Any]:
         raise UserError(f"the rule 'knee' needs at least 4 blocks, not {depth}; use 'threshold'")
     x = np.arange(1, depth + 1, dtype=float)
     fits = []
+    # At block 1 or the last one the second line would have no block of its own.
     for knee in range(2, depth):
         design = np.stack([np.ones(depth), x, np.maximum(0, x - knee)], axis=1)  # (block, 3)
         fits.append((*_least_squares(design, curve), knee))
     error, weights, fitted, knee = min(fits, key=lambda fit: fit[0])
     line, _, _ = _least_squares(np.stack([np.ones(depth), x], axis=1), curve)
+    # A perfect fit has no logarithm of its error.
     floor = 1e-12 * max(float(np.var(curve)) * depth, 1e-12)
     gain = depth * np.log((line + floor) / (error + floor)) - 2 * np.log(depth)
     return {
@@ -221,10 +223,12 @@ class Budget:
                 raise UserError(f"a budget of {n} blocks exceeds the {depth} {tower} blocks")
             values = by_tower[tower]
             if self.span:
+                # The sum over every span of n blocks.
                 sums = np.convolve(values, np.ones(n), mode="valid")
                 first = int(np.argmax(sums)) + 1
                 chosen = tuple(range(first, first + n))
             else:
+                # Stable: of equal blocks the lower ones, on every machine.
                 chosen = tuple(sorted(int(b) + 1 for b in np.argsort(-values, kind="stable")[:n]))
             picks[tower] = Pick(
                 chosen, {self.score: {"value": values.tolist()}}, details={"budget": n}

@@ -39,6 +39,7 @@ class Resampler:
     def of(cls, table: BlockTable) -> Resampler:
         """Prepare a table for resampling."""
         low, high = (table.scores[name].to_numpy(float) for name in ("low", "high"))
+        # A 95 % interval read as that of a normal value.
         width = (high - low) / (2 * _Z)
         seeds = table.scores["seed"].to_numpy(int)
         rows = {int(seed): np.flatnonzero(seeds == seed) for seed in np.unique(seeds)}
@@ -77,6 +78,7 @@ def stability(
     """
     resampler = Resampler.of(table)
     generator = np.random.default_rng(seed)
+    # Before any draw: it settles which rows are read, and all draws read the same.
     base = rule(table)
     draws = [rule(resampler.draw(generator)) for _ in range(resamples)]
     found = {}

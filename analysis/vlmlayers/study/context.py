@@ -206,6 +206,7 @@ class StageContext:
         """
         named = {key: getattr(self.part, key) for key in ("config", "checkpoint", "pretrained")}
         found = {key: self._path(text, required=False) for key, text in named.items() if text}
+        # The key takes a tag as well, and tags are not looked up on the disk.
         if "pretrained" in found and not found["pretrained"].is_file():
             del found["pretrained"]
         return found
@@ -236,14 +237,17 @@ class StageContext:
         hub = hub_folder(name.removeprefix(HUB)) if name.startswith(HUB) else None
         folder = hub or Path(name)
         inside = folder if self.part.path or hub else None
+        # Its files lie in the package; a new version of it has new weights under the same name.
         if folder.name == "mini-clip":
             inside = Path(__file__).parents[1] / "models" / "mini_clip"
         if inside is not None and inside.is_dir():
+            # Configurations and tokenizers change values as much as weights do.
             files |= {path.name: path for path in sorted(inside.glob("*.json"))}
             if not {"pretrained", "checkpoint"} & set(arguments) and not self.part.random_weights:
                 files["weights"] = find_weights(inside)
         if self.part.adapter:
             files["adapter"] = self._path(self.part.adapter, what="adapter")
+        # Files count by content, not by path: a moved folder is the same model.
         names = {key: value for key, value in arguments.items() if key not in files}
         names["name"] = name if hub else folder.name
         known = versions()
@@ -305,6 +309,7 @@ class StageContext:
 
 def _attacher(adapter: str) -> Callable[[Any, Path], Any]:
     """Return the function that attaches an adapter's file to a model permanently."""
+    # By entry point: this package must not import the one that is built on it.
     found = {point.name: point for point in entry_points(group=ADAPTERS)}
     if "attach" not in found:
         raise UserError(

@@ -38,6 +38,7 @@ class Stage:
 
 
 def _extract_inputs(context: StageContext) -> Any:
+    # Decoding processes do not change values; the rest is in the options of each dataset.
     common = context.study.extract.model_dump(exclude={"workers", "device", "items", "split"})
     return {
         "model": context.model_fingerprint(),

@@ -67,6 +67,7 @@ def stream_study(
             **context.extract_options(data),
         )
         total = total.merge(found)
+    # Every process has the whole; one writes it.
     if Processes.current().rank:
         return ""
     table = streamed_scores(total, metrics)
@@ -77,5 +78,6 @@ def stream_study(
         seed=context.seed,
         environment=environment(),
     )
+    # Last: sums that are gone before the table is written would have to be made again.
     shutil.rmtree(folder, ignore_errors=True)
     return f"{len(table)} scores of {table['metric'].nunique()} metrics: {text}"

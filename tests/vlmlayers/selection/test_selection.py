@@ -284,7 +284,7 @@ def test_budget_without_span_takes_the_best_blocks() -> None:
     scores = table(curve_rows("class_accuracy", "vision", [0.1, 0.9, 0.2, 0.8, 0.3, 0.7]))
     choice = select(scores, "budget", n=2, span=False, score="metric:class_accuracy", resamples=0)
     assert choice.vision == (2, 4)
-    joined = select(scores, "budget", n=3, span="true", score="metric:class_accuracy", resamples=0)
+    joined = select(scores, "budget", n=3, span=True, score="metric:class_accuracy", resamples=0)
     assert joined.vision == (2, 3, 4)
 
 

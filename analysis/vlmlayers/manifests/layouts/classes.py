@@ -89,6 +89,7 @@ def read_classes(
         order = [class_word(name) for name in declared] or sorted(names)
         final = declared or tuple(names[key] or key for key in order)
         return Classes(final, {key: label for label, key in enumerate(order)})
+    # Negative numbers stand for no class (-1 is the usual mark of a hidden label).
     numbers = sorted(number for key in names if (number := int(key)) >= 0)
     first = int(bool(declared) and numbers[:1] != [0] and numbers[-1:] == [len(declared)])
     if declared:

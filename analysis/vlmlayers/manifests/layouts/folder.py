@@ -164,6 +164,8 @@ class FolderLayout(Layout):
         base = self.place.images / folder
         if not base.is_dir():
             return
+        # Links are followed, since data sets are often made of them; one that leads above itself
+        # would be followed for ever.
         real = Path(os.path.realpath(base))
         if any(one.is_relative_to(real) for one in above):
             raise UserError(f"{self.place.name}: the link {base} leads back to where it lies")

@@ -38,6 +38,8 @@ class HuggingFaceLayout(Layout):
         if not place.images.is_dir():
             raise MissingData(f"{place.name}: no folder {place.images}; {place.hint}")
         found = _stored(place) if is_stored(place) else _image_folder(place)
+        # Named splits have to be there; without names every split that the library finds has to be
+        # one that is known, or items would be left out without a word.
         names = {own: split for split, own in wanted.items()} or SPLIT_WORDS
         unknown = sorted(set(found) - set(names)) if not wanted else sorted(set(names) - set(found))
         if unknown:

@@ -227,6 +227,7 @@ def _refuse_twice(names: Sequence[str], columns: Columns) -> None:
 
 def _csv(path: Path, columns: Columns) -> Iterator[Row]:
     text = read_text(path).lstrip("\n")
+    # By the column of paths, not by csv.Sniffer, which guesses from the data and errs on paths.
     head, marks = text.partition("\n")[0], DELIMITERS[path.suffix.lower()]
     mark = next((m for m in marks if columns.path.casefold() in _cells(head, m)), marks[0])
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
