@@ -121,6 +121,15 @@ def _version(package: str) -> str:
         return ""
 
 
+def read_table(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a table in benchmarks/results/; none where it is not there."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def write_table(name: str, rows: list[dict[str, Any]]) -> Path:
     """Write a tidy table to benchmarks/results/ and show it."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -1,30 +1,36 @@
 """One training step of each method: ours against a plain transcription of its public recipe.
 
     python benchmarks/methods.py [--rounds N] [--architecture NAME] [--methods coop,maple]
+                                 [--batch N]
 
 ViT-B/16 size with random weights, the method's published batch, the prompts of 50 classes of
 Caltech101. Both sides start from the same parameters, get the same images and labels and take
 turns; their losses are compared. Decoding and augmenting are not in the step. Views: `fresh`
 computes what is frozen of the vision tower at every step, `cached` has it from an earlier epoch.
 `ratio` is the median over rounds of wall time public / ours, `cpu_ratio` the same in processor
-time, which other work on the machine disturbs less. MMA has a benchmark of its own, `training.py`;
-Tip-Adapter without training and the linear probe have no steps.
+time, which other work on the machine disturbs less. `gigaflop` counts multiplications and additions
+of the products and convolutions of a step, and `gigaflop_ratio` is public / ours of these: what is
+saved by computing less. A ratio above it comes from computing the same faster. MMA has a benchmark
+of its own, `training.py`; Tip-Adapter without training and the linear probe have no steps.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import open_clip
 import torch
-from common import machine, write_table
+from common import machine, read_table, write_table
 from public_methods import PUBLIC, ProDA
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from training import ARCHITECTURE, CLASSES, Side, row
 from training import PUBLIC as PUBLIC_SIDE
 
@@ -116,13 +122,13 @@ def our_side(
 
 
 def compare(
-    name: str, architecture: dict[str, Any], device: str, rounds: int
+    name: str, architecture: dict[str, Any], device: str, rounds: int, batch: int = 0
 ) -> list[dict[str, Any]]:
-    """Measure every side of one method in turn; return a row for each."""
+    """Measure every side of one method in turn, at its own batch where 0; return a row for each."""
     generator = torch.Generator().manual_seed(0)
     clip: Any = build_clip(architecture, device=device).requires_grad_(False)
     recipe, size = load_recipe("published", name), clip.visual.image_size
-    batch = recipe.train.batch_size
+    batch = batch or recipe.train.batch_size
     images = torch.randn(batch, 3, *size, generator=generator).to(device)
     labels = torch.randint(0, len(CLASSES), (batch,), generator=generator).to(device)
     task = Task(tuple(CLASSES), other_names=tuple(f"toy_{one}" for one in CLASSES))
@@ -144,17 +150,37 @@ def compare(
         return method
 
     data = images, labels
+    counted: dict[int, float] = {}
     sides = [public_side(name, clip, new(), task, data)]
     sides += [our_side(name, views, backbone, new(), task, data) for views in ("fresh", "cached")]
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for number in range(rounds + 1):  # the first round warms up
-        for side in sides if number % 2 else reversed(sides):
-            side.run(wait)
+        for index, side in enumerate(sides) if number % 2 else reversed(list(enumerate(sides))):
+            with counting(counted, index) if not number else nullcontext():
+                side.run(wait)
     where = {"batch": batch, "classes": len(CLASSES), "rounds": rounds}
     return [
-        {"method": config.title, **row(side, sides[0], device, batch), **where, **machine(device)}
-        for side in sides
-    ]
+        {
+            "method": config.title, **row(side, sides[0], device, batch),
+            "gigaflop": round(counted[index] / 1e9, 1),
+            "gigaflop_ratio": round(counted[0] / counted[index], 2), **where, **machine(device),
+        }
+        for index, side in enumerate(sides)
+    ]  # fmt: skip
+
+
+@contextmanager
+def counting(counted: dict[int, float], index: int) -> Iterator[None]:
+    """Note under a number how many operations products take inside the context."""
+
+    def linear(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * int(prod(x)) * int(weight[0])
+
+    # What oneDNN multiplies, torch's counter does not know.
+    known = {torch.ops.mkldnn._linear_pointwise: linear}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        yield
+    counted[index] = counter.get_total_flops()
 
 
 def main() -> None:
@@ -163,14 +189,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--architecture", default=ARCHITECTURE)
     parser.add_argument("--methods", default=",".join(PUBLIC))
+    parser.add_argument("--batch", type=int, default=0, help="images; 0 takes the method's own")
     asked = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     architecture = open_clip.get_model_config(asked.architecture)
-    rows: list[dict[str, Any]] = []
+    table = f"methods_{device}"
     for name in asked.methods.split(","):
-        made = compare(name, architecture, device, asked.rounds)
-        rows += [{"model": asked.architecture, **one} for one in made]
-        write_table(f"methods_{device}", rows)  # what was measured so far
+        made = compare(name, architecture, device, asked.rounds, asked.batch)
+        rows = [{"model": asked.architecture, **one} for one in made]
+        others = [one for one in read_table(table) if one["method"] != rows[0]["method"]]
+        write_table(table, [*rows, *others])  # the others as they were measured last
 
 
 if __name__ == "__main__":

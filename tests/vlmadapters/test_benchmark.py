@@ -67,6 +67,8 @@ def test_both_sides_of_the_benchmark_of_methods_take_the_same_steps(
     }  # fmt: skip
     monkeypatch.setattr(methods, "CLASSES", methods.CLASSES[:4])
     rows = methods.compare(name, small, "cpu", rounds=2)
+    assert rows[0]["gigaflop_ratio"] == 1
+    assert all(row["gigaflop_ratio"] > 0 for row in rows)
     assert [(row["side"], row["views"]) for row in rows] == [
         ("public recipe", "fresh"), ("ours", "fresh"), ("ours", "cached"),
     ]  # fmt: skip
