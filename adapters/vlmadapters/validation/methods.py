@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS
+from vlmadapters.validation.tuning import size_warning
 from vlmadapters.validation.verdict import compare
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
@@ -52,7 +53,8 @@ def compare_methods(results: pd.DataFrame, *, draws: int = 2000, seed: int = 0) 
 def methods_verdict(results: pd.DataFrame, *, seed: int = 0) -> str:
     """Return in words how methods compare; empty where there are not two to compare.
 
-    What the table notes of a method, such as names of untrained classes that it saw, is said too.
+    What the table notes of a method, such as names of untrained classes that it saw, is said too,
+    and a warning where placements of different size are compared at one amount.
 
     Args:
         results: A results table.
@@ -63,7 +65,17 @@ def methods_verdict(results: pd.DataFrame, *, seed: int = 0) -> str:
     first, *others = compare_methods(results, seed=seed).to_dict("records")
     said = [f"{first['method']} did best (harmonic mean {first['hm']:.1f} over {first['n']} runs)"]
     compared = "; ".join([*said, *map(_against_the_best, others)]) + "."
-    return " ".join([compared, *_noted(results)])
+    return " ".join([*_warned(results), compared, *_noted(results)])
+
+
+def _warned(results: pd.DataFrame) -> list[str]:
+    """Return a warning of each method whose placements differ in size at one amount."""
+    trained = results[~results["method"].isin(ZERO_SHOT_METHODS)].fillna({"placement": ""})
+    found = {
+        str(method): size_warning([one for one in part["placement"].unique() if one])
+        for method, part in trained.groupby("method", sort=False)
+    }
+    return [f"WARNING: {method}: {warning}." for method, warning in found.items() if warning]
 
 
 def _noted(results: pd.DataFrame) -> list[str]:

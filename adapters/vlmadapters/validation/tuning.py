@@ -98,12 +98,16 @@ def size_warning(placements: Sequence[str]) -> str:
     """Return what is wrong with comparing placements of different size at one amount, or nothing.
 
     Args:
-        placements: Labels of placements.
+        placements: Labels of placements, with their amounts where they differ.
     """
-    sizes = sorted({Placement.parse(one).size for one in placements if one != ZERO_SHOT})
-    if len(sizes) < 2:
+    sizes: dict[Amount, set[int]] = {}
+    for one in map(Placement.parse, placements):
+        if one:  # zero-shot is no placement that an amount is for
+            sizes.setdefault(one.amount, set()).add(one.size)
+    compared = [size for same in sizes.values() if len(same) > 1 for size in same]
+    if not compared:
         return ""
     return (
-        f"placements of {sizes[0]} to {sizes[-1]} blocks are compared at one amount, which mostly "
-        "compares amounts, not places"
+        f"placements of {min(compared)} to {max(compared)} blocks are compared at one amount, "
+        "which mostly compares amounts, not places"
     )

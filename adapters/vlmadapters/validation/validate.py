@@ -406,10 +406,10 @@ def summarise(
     said["predictors"] = " ".join(filter(None, [said.get("predictors"), against]))
     left = regret(table, chosen, seed=seed)
     search = (notes or {}).get("search")
-    told = f" The search on training shots had said: {search['statement']}" if search else ""
+    advised = f" The search on training shots had said: {search['statement']}" if search else ""
     summary = {
         "verdict": f"{_how(comparison, warning)}{verdict(table, chosen, other, seed=seed)} "
-        f"{repeats['statement']}{told}",
+        f"{repeats['statement']}{advised}",
         "comparison": comparison,
         **({"warning": warning} if warning else {}),
         "repeatability": repeats,
@@ -425,15 +425,14 @@ def summarise(
         **(notes or {}),
         "environment": {**environment(), "products": timed_products()},
     }
-    placements = compare(table, chosen, seed=seed)
+    placements = compare(table, chosen, seed=seed).assign(warning=warning)
     untuned = None
     if comparison == "tuned" and "given" in parts:
         given = parts["given"]
-        untuned = compare(given, chosen, seed=seed)
-        summary["untuned"] = {
-            "verdict": verdict(given, chosen, other, seed=seed),
-            "warning": size_warning(list(given["placement"])),
-        }
+        beside = size_warning(list(given["placement"]))
+        untuned = compare(given, chosen, seed=seed).assign(warning=beside)
+        told = verdict(given, chosen, other, seed=seed)
+        summary["untuned"] = {"verdict": told, "warning": beside}
     return Validation(whole, placements, summary, correlations, outcomes, judged, untuned)
 
 

@@ -193,11 +193,12 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
     if answer.validation is None:
         return
     frame, validation = answer.validation.outcomes(), answer.validation
+    warning = f" Warning: {validation.warning}." if validation.warning else ""
     yield Plan(
         "placement-sweep",
         f"Trained accuracy at each placement, {_source(answer)}. Means over datasets and seeds. "
         "Joined: the sweep of the first adapted block. Shaded: the chosen placement. Intervals "
-        "stand in the table; they are wide because datasets differ.",
+        f"stand in the table; they are wide because datasets differ.{warning}",
         lambda: mark_random(
             plots.placement_sweep(frame.drop(columns=["hm_low", "hm_high"], errors="ignore")),
             answer.random_weights,
@@ -216,7 +217,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
     if "parameters" in frame.columns:
         yield Plan(
             "cost",
-            f"Trained harmonic mean against trainable parameters, {_source(answer)}.",
+            f"Trained harmonic mean against trainable parameters, {_source(answer)}.{warning}",
             lambda: mark_random(drop_overlapping_texts(plots.cost(frame)), answer.random_weights),
             lambda: frame,
         )

@@ -27,6 +27,7 @@ from vlmlayers.selection.choice import OFTEN
 from vlmlayers.words import percent
 
 TIE = 1e-9  # means of the same cells differ by rounding where they are equal
+FARTHEST = 4  # datasets whose zero-shot margin the answer lists
 FIRM = f"in at least {percent(OFTEN)} of the resamples"
 
 
@@ -334,8 +335,24 @@ class Answer:
                 "the same: " + scaled if same else f"{scaled} (5–12 of 12, scaled to this depth)",
             )
         )
+        if margins := self._margins():
+            found.append(("Zero-shot margin", margins))
         found.append(("Proved by training", self._proof()))
         return found
+
+    def _margins(self) -> str:
+        """Return how far the datasets are from the pretraining, the farthest first, if scored."""
+        rows = self.scores[self.scores["metric"] == "zero_shot_margin"].sort_values("value")
+        listed = [
+            f"{row['dataset']} {row['value']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}], chance "
+            f"{row['null']:z.3f}"
+            for row in rows.head(FARTHEST).to_dict("records")
+        ]
+        more = len(rows) - len(listed)
+        tail = f"; {more} more" if more else ""
+        return (
+            f"{'; '.join(listed)}{tail}; smaller is farther from the pretraining" if listed else ""
+        )
 
     def _searching(self) -> list[tuple[str, str]]:
         """Return what a search on training shots said, where there was one."""

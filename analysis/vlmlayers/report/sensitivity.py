@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
+from vlmlayers.metrics import METRICS
+from vlmlayers.metrics.declare import MODEL
 from vlmlayers.placement import describe_blocks
 from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
@@ -77,6 +79,12 @@ def _rules(answer: Answer, metric: str) -> Iterator[list[str]]:
             "knee": {"metric": metric},
         }.get(rule, {} if metric == DATASET_ACCURACIES[0] else {"score": f"metric:{metric}"})
         yield from _row(answer, f"rule {rule}", table, rule, options)
+    scored = set(answer.scores["metric"])
+    for name in (name for name, entry in METRICS.items() if entry.needs == MODEL):
+        if name in scored:
+            words = f"rule budget by {axis_label(name).lower()}"
+            by = {"score": f"metric:{name}"}
+            yield from _row(answer, words, _read(answer.scores, (name,)), "budget", by)
     paper = [describe_blocks(answer.paper.blocks(tower)) for tower in answer.depths]
     yield ["rule paper, the default", *paper]
 

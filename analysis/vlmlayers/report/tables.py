@@ -172,6 +172,7 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     caption = (
         f"Test accuracy in percent, {how}mean of {len(count)} dataset{'s' * (len(count) > 1)} and "
         f"{int(count.max())} seed{'s' * (int(count.max()) > 1)}, 95 % intervals"
+        + (f". Warning: {validation.warning}" if validation.warning else "")
     )
     return tabular(caption, ["Placement", *headings], rows)
 

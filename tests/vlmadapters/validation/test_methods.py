@@ -60,3 +60,12 @@ def test_one_method_has_nothing_to_be_compared_with() -> None:
     assert methods_verdict(table.assign(split_kind="all")) == ""
     with pytest.raises(UserError, match="no training tested on base and novel"):
         compare_methods(table[table.method == ZERO_SHOT_CLIP])
+
+
+def test_placements_of_different_size_at_one_amount_are_warned_of() -> None:
+    table = results()
+    ours = table[table.method == "MMA"]
+    said = methods_verdict(pd.concat([table, ours.assign(placement="v12,t12")]))
+    assert said.startswith("WARNING: MMA: placements of 2 to 16 blocks are compared at one amount")
+    own = ours.assign(placement="v12,t12@scale=1")
+    assert "WARNING" not in methods_verdict(pd.concat([table, own]))

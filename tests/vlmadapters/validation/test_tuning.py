@@ -114,6 +114,11 @@ def test_a_comparison_at_one_amount_says_so_in_front(manifest: Manifest, tmp_pat
     recorded = RecordedValidation.read(Run(tmp_path))
     assert recorded is not None and "one amount" in recorded.warning
     assert size_warning(["v2-3,t2-3", "v1-2,t1-2", "zero-shot"]) == ""
+    assert size_warning(["v3,t3@scale=1", "v2-3,t2-3"]) == ""  # each at an amount of its own
+    named = pd.read_csv(tmp_path / "validation_placements.csv", keep_default_na=False)
+    assert named.loc[named["placement"] != "zero-shot", "warning"].str.contains("one amount").all()
+    answer = comparison_table(recorded)
+    assert answer is not None and "Warning: placements of 4 to 6 blocks" in answer.caption
     with pytest.raises(UserError, match="did you mean 'tuned'"):
         validate(shared_backbone("clip"), "2-3", [manifest], **(QUICK | {"amount": "tune"}))
 
