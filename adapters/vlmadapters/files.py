@@ -91,6 +91,7 @@ def save_method(
     }
     state = {key: value.cpu().contiguous() for key, value in method.state_dict().items()}
     text = json.dumps({**info, "checksum": _checksum(info, state)}, indent=1)
+    # In the header as well: a file without the JSON beside it still says what it is.
     data = save(state, metadata={"description": text})
     atomically(path, lambda part: part.write_bytes(data))
     write_text(path.with_suffix(".json"), text)

@@ -29,7 +29,7 @@ from pydantic_core import PydanticKnownError
 from vlmlayers.arguments import plain_number
 from vlmlayers.errors import UserError, check_one_of, nearest, shortened
 
-Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 # What pydantic's errors say in our words; `{…}` comes from the error.
 NEEDED = {
@@ -64,7 +64,7 @@ class Options(BaseModel):
         return value
 
 
-Model = TypeVar("Model", bound=BaseModel)
+Parsed = TypeVar("Parsed", bound=BaseModel)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -75,11 +75,11 @@ def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str | bytes | int | float) else value
 
 
-Several = Annotated[tuple[Item, ...], BeforeValidator(_several)]
+Several = Annotated[tuple[Value, ...], BeforeValidator(_several)]
 Word = Annotated[str, BeforeValidator(plain_number)]
 
 
-def validated(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
+def validated(model: type[Parsed], values: Mapping[str, Any], where: str = "") -> Parsed:
     """Return values as a model.
 
     Raises:

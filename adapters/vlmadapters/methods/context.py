@@ -100,6 +100,7 @@ def context_prompts(
     _check_room(backbone, written, before, slots, tokens.shape[1])
     ends = first + _counts(backbone, [f"{before} {name}" for name in spaced]) - special
     head = {"end": slots, "middle": slots // 2, "front": 0}[class_at]
+    # By moving tokens: text put together anew might be split into other tokens.
     order = torch.arange(tokens.shape[1]).repeat(len(names), 1)  # (class, token)
     for row, end in zip(order, ends.tolist()):
         context, name = row[first : first + slots], row[first + slots : end]

@@ -52,6 +52,7 @@ def append(x: Tensor, vectors: Tensor, block: int, state: State) -> Tensor:
     """
     vectors = state.norm_in(vectors) if block == 1 else vectors
     vectors = vectors.to(x.dtype).expand(len(x), -1, -1)
+    # Whatever an earlier block appended ends here: prompts do not pile up.
     return torch.cat([x[:, : state.length], vectors], 1)
 
 

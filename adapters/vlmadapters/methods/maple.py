@@ -54,6 +54,7 @@ class MaPLe(DeepPrompts):
         blocks = sorted({*config.vision, *config.text})
         self.prompts = drawn_prompts(blocks, config.length, text, generator)
         self.start_from_words(self.prompts, backbone)
+        # The public code makes one later projection and copies it, so that all start equal.
         first, later = (_drawn_linear(text, vision, generator) for _ in range(2))
         self.projections = nn.ModuleDict(
             {str(block): first if block == 1 else deepcopy(later) for block in config.vision}

@@ -145,6 +145,7 @@ class Tip(Method):
         table = torch.stack(found).cpu().numpy()
         # argmax takes the first of equals, as a search that only replaces on more hits does.
         row, column = np.unravel_index(table.argmax(), table.shape)
+        # As the public code, whose best pair starts at 0 and is replaced on hits alone.
         hit = float(table.max() > 0)
         self.alpha.fill_(hit * alphas[column])
         self.beta.fill_(hit * betas[row])

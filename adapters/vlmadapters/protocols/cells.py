@@ -112,6 +112,7 @@ class CellFolder:
     def see(self, name: str, split: str, data: DataIdentity) -> None:
         """Keep what a split of a dataset is, and say what changed since an earlier command."""
         rank, _ = processes.rank_and_size()
+        # Every process of a torchrun sees the same data; one writes and warns.
         if self.out is None or rank:
             return
         file = self._data_file(name, split)

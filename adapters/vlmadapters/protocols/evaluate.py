@@ -22,11 +22,11 @@ from vlmadapters.methods.base import Method
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
+from vlmlayers.metrics.checks import Labels
 from vlmlayers.models.devices import memory_errors, placed, resolve_precision
 from vlmlayers.models.modes import at_rest
 from vlmlayers.progress import track
 
-Labels = NDArray[np.int64]
 LABEL, LOG_LIKELIHOOD, FINITE = range(3)  # rows of what a batch is copied back as
 
 

@@ -68,7 +68,9 @@ class TrainResult:
 
 
 @dataclass(eq=False)
-class _Run:
+class _Training:
+    """One of the methods that are trained side by side."""
+
     method: Method
     classes: Any
     optimizer: torch.optim.Optimizer | None
@@ -177,11 +179,11 @@ class Trainer:
             why = f"steps of {varying[0]} vary" if varying else f"there are {size} processes"
             raise UserError(f"cuda_graph records steps that stay the same, but {why}; leave it off")
 
-    def _new_run(self, config: MethodConfig) -> _Run:
+    def _new_run(self, config: MethodConfig) -> _Training:
         method = METHODS[config.name].build(config, self.backbone, self.task, self.seed)
         # Loss scaling adapts to one method's gradients, so that no other one changes its steps.
         _, scaler = precision_of(self.train.precision, self.device)
-        return _Run(
+        return _Training(
             method,
             self._prepared(method),
             self._optimizer(method),
@@ -348,7 +350,7 @@ class Trainer:
             if run.optimizer is not None
         ]
 
-    def _update_one(self, run: _Run, images: State, labels: Tensor) -> Tensor:
+    def _update_one(self, run: _Training, images: State, labels: Tensor) -> Tensor:
         assert run.optimizer is not None
         if not self.train.savings.text_prefix:
             run.classes = self._prepared(run.method)
@@ -384,7 +386,7 @@ class Trainer:
         key = np.random.SeedSequence([self.seed, self._steps_done(), repeat, DRAWS])
         return torch.Generator().manual_seed(int(key.generate_state(1)[0]))
 
-    def _fit_data(self, run: _Run) -> FitData:
+    def _fit_data(self, run: _Training) -> FitData:
         def validation() -> tuple[Tensor, Tensor]:
             key = self._images_of(self.validation)
             batches = partial(self.images.batches, self.validation, BATCH)
@@ -452,6 +454,7 @@ class Trainer:
         return self.epoch * self.steps_per_epoch + self.step
 
     def _results(self, seconds: float) -> list[TrainResult]:
+        # Views and frozen activations are shared, so that no method has a time of its own.
         share = seconds / len(self.runs)
         return [
             TrainResult(run.method, run.method.config, self.seed, run.losses, _change(run), share)
@@ -524,7 +527,7 @@ def resolved(train: TrainConfig, device: torch.device) -> TrainConfig:
     return replace(train, precision=resolve_precision(train.precision, device))
 
 
-def _saved(run: _Run) -> dict[str, Any]:
+def _saved(run: _Training) -> dict[str, Any]:
     return {
         "method": run.method.state_dict(),
         "losses": run.losses,
@@ -534,8 +537,9 @@ def _saved(run: _Run) -> dict[str, Any]:
     }
 
 
-def _change(run: _Run) -> float:
+def _change(run: _Training) -> float:
     now = run.method.official_state_dict()
     moved = [float((now[key] - one.to(now[key])).abs().max()) for key, one in run.initial.items()]
+    # Relative to all parameters: many start at 0, so that none has a size of its own.
     size = max((float(one.abs().max()) for one in run.initial.values()), default=0.0)
     return max(moved, default=0.0) / (size or 1.0)

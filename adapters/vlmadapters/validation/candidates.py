@@ -93,6 +93,7 @@ def amount_times(setting: Recipe, rate: float, steps: int) -> Amount:
     if rate != 1:
         scale = getattr(setting.method, "scale", None)
         key, value = ("scale", scale) if scale else ("lr", train.lr)
+        # Three digits: 3 × 0.001 should read 0.003 in tables and in file names.
         values[key] = float(f"{rate * value:.3g}")
     if steps != 1:
         key = "steps_per_shot" if train.steps_per_shot else "epochs"

@@ -100,6 +100,7 @@ def _placements(
         yield Placement(_span(v // 2 + 1, v), _span(t // 2 + 1, t))
     elif kind == "last":
         yield Placement((v,), (t,))
+    # Counted in the deeper tower, so that no start of it is left out.
     elif kind == "start":
         for start in range(1, max(v, t) + 1):
             yield Placement(

@@ -14,11 +14,11 @@ import numpy as np
 import scipy
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics.intervals import LEVEL
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LEVEL = 0.95
 SEARCH_COLUMNS = (
     "stage",
     "dataset",
@@ -122,6 +122,7 @@ def difference(table: pd.DataFrame, setting: str, other: str, criterion: str) ->
     paired = (wide[setting] - wide[other]).dropna()
     held = table.groupby(["dataset", "seed"])["held_out"].first()
     draws = {key: part.to_numpy(np.float64) for key, part in paired.groupby(level=held.index.names)}
+    # One fold has no variance, and a mean without one cannot be judged.
     groups = {key: part for key, part in draws.items() if len(part) > 1}
     if not groups:
         raise UserError(f"{setting} and {other} share no two folds of one draw; run more folds")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vlmadapters.validation.ranking import holm
 from vlmadapters.validation.repeatability import Cells, permuted, signs
-from vlmadapters.validation.verdict import LEVEL, Array, interval, outcomes, with_zero_shot
+from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes, with_zero_shot
 from vlmlayers.placement import ZERO_SHOT, Placement
 
 PREDICTOR_COLUMNS = (
@@ -86,6 +86,7 @@ def judge_predictors(
     for column, corrected in (("p", "p_holm"), ("gain_p_holm", "gain_p_holm")):
         tested = judged[column].notna() & (judged["kind"] != "ceiling")
         p = judged.loc[tested, column].to_numpy(np.float64)
+        # The ceiling is no candidate: it takes no share of the correction.
         judged.loc[judged["kind"] == "ceiling", corrected] = judged[column]
         judged.loc[tested, corrected] = holm(p)
     return judged
@@ -105,7 +106,7 @@ def predictors_statement(judged: pd.DataFrame, reference: str) -> str:
     if len(ranked):
         best = ranked.sort_values("tau", ascending=False).head(1)
         parts.append(f"The best {best['kind'].iloc[0]}, {best['predictor'].iloc[0]}, {_tau(best)}.")
-    sure = judged[(judged["gain_p_holm"] < LEVEL) & (judged["kind"] != "ceiling")]
+    sure = judged[(judged["gain_p_holm"] < SIGNIFICANCE) & (judged["kind"] != "ceiling")]
     better, worse = (
         [f"{row['predictor']} ({row['gain']:+.1f})" for row in part.to_dict("records")]
         for part in (sure[sure["gain"] > 0], sure[sure["gain"] < 0])
@@ -179,5 +180,6 @@ def _gain(differences: Array, cells: Cells) -> dict[str, float]:
     means = cells.mean(differences)
     low, high = interval(means[1:])
     side = min(np.sum(means[1:] <= 0), np.sum(means[1:] >= 0))
+    # The reference against itself has no test.
     p = min(1.0, 2 * (1 + side) / len(means)) if differences.any() else np.nan
     return {"gain": float(means[0]), "gain_low": low, "gain_high": high, "gain_p_holm": float(p)}

@@ -64,6 +64,7 @@ class Track:
             for (dataset, seed), folds in draws.items()
             for number, fold in enumerate(folds, 1)
         }
+        # Folds with whole classes held out are tested on two halves, others on one.
         kinds = dict.fromkeys(fold.apart for folds in draws.values() for fold in folds)
         self._experiments = {
             apart: Experiment(
@@ -105,6 +106,7 @@ class Track:
                 continue
             fold = folds[number - 1]
             name = fold.manifest.name
+            # Amounts and placements meet in some settings, and folds are resumed from their cells.
             new = {label(one): one for one in settings if (name, label(one)) not in self._rows}
             if not new:
                 continue
@@ -202,6 +204,7 @@ class Race:
         for number in range(1, self.track.rounds + 1):
             prices = {label(one): self.track.price(one, number) for one in alive}
             total += self.track.price(default, number) + sum(prices.values())
+            # Which half survives is not known yet: the costlier one is the worst case.
             alive = sorted(alive, key=lambda one: -prices[label(one)])[: _half(alive)]
         return total
 
@@ -227,6 +230,7 @@ class Race:
         order = ranking(self.track.table, label(default), self.criterion)
         best = max(alive, key=lambda one: order[one])
         found = difference(self.track.table, best, label(default), self.criterion)
+        # The best of several rivals looks good by chance as well: the default stays in doubt.
         pick = known[best] if found.low > 0 else default
         self.heats.append(Heat(stage, label(default), tuple(known), best, found, label(pick)))
         return pick

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmadapters.validation.verdict import LEVEL, Array, interval, outcomes
+from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
 
@@ -43,6 +43,7 @@ def rank_correlation(
     found = outcomes(table, outcome)
     resampled = found.resampled_means(draws, seed)
     generator = np.random.default_rng(seed)
+    # One set of permutations for all scores: their p values differ by the scores alone.
     order = np.array([generator.permutation(len(found.placements)) for _ in range(draws)])
     rows = []
     for name, group in predicted.groupby("score", sort=False):
@@ -53,6 +54,7 @@ def rank_correlation(
         tau = _tau(guess, found.means[None])[0]
         low, high = interval(_tau(guess, resampled))
         null = _tau(guess, found.means[order])
+        # The identity counts as a permutation, so that p is never 0.
         p = (1 + np.sum(np.abs(null) >= abs(tau) - 1e-12)) / (draws + 1)
         rows.append(
             {
@@ -102,13 +104,13 @@ def predictors(correlations: pd.DataFrame) -> str:
     rows: list[Mapping[Any, Any]] = list(correlations.to_dict("records"))
     blind = {name for name, score in PLACEMENT_SCORES.items() if not score.block_score}
     judged = [row for row in rows if row["score"] not in blind]
-    firm = [row for row in judged if row["p_holm"] < LEVEL]
+    firm = [row for row in judged if row["p_holm"] < SIGNIFICANCE]
     right = [row for row in firm if row["low"] > 0]
     wrong = [row for row in firm if row["high"] < 0]
     outcome = {"hm": "harmonic mean"}.get(rows[0]["outcome"], f"{rows[0]['outcome']} accuracy")
     parts = [
         f"Of {len(judged)} scores that read a measurement, {len(right) or 'none'} predicted the "
-        f"trained {outcome} (interval of Kendall's τ above 0, p below {LEVEL} after Holm's "
+        f"trained {outcome} (interval of Kendall's τ above 0, p below {SIGNIFICANCE} after Holm's "
         f"correction){_named(right)}."
     ]
     if wrong:

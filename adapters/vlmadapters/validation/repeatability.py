@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmadapters.validation.verdict import LEVEL, Array, interval, outcomes
+from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
 
 HALVES = ("hm_first_half", "hm_second_half")
 POINT, POWER = 1.0, 0.8  # what is to be seen, in points, and how surely
@@ -112,7 +112,7 @@ def repeatability(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> d
     found = outcomes(table, "hm")
     values, datasets = found.values, found.datasets
     cells = Cells(datasets, draws, seed)
-    told: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "cells": len(values),
         "datasets": len(set(datasets.tolist())),
         "placements": values.shape[1],
@@ -121,10 +121,10 @@ def repeatability(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> d
         "between_datasets": cells.repeats(values, cells.others),
         "variance": variance_within_cells(values, datasets),
     }
-    told["cells_for_one_point"] = _needed(told["variance"], values.shape[1])
-    told["statement"] = _statement(told)
+    measured["cells_for_one_point"] = _needed(measured["variance"], values.shape[1])
+    measured["statement"] = _statement(measured)
     return {key: asdict(one) if hasattr(one, "__dataclass_fields__") else one
-            for key, one in told.items()}  # fmt: skip
+            for key, one in measured.items()}  # fmt: skip
 
 
 class Cells:
@@ -202,6 +202,7 @@ def permuted(values: Array, draws: int, seed: int) -> Array:
 
 
 def _repeats(taus: Array, null: Array, n: int) -> Repeats:
+    # A draw of one dataset or one seed has no pair.
     drawn = taus[1:][np.isfinite(taus[1:])]
     low, high = interval(drawn) if len(drawn) else (math.nan, math.nan)
     p = (1 + np.sum(null >= taus[0] - 1e-12)) / (len(null) + 1)
@@ -248,6 +249,7 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
         return None
     names, of = np.unique(np.asarray(list(datasets)), return_inverse=True)
     size = np.bincount(of)
+    # How hard a draw is shifts all placements of a cell alike: it is no part of the question.
     centred = values - values.mean(1, keepdims=True)
     own = centred.mean(0)
     by_dataset = np.stack([centred[of == d].mean(0) for d in range(len(names))])
@@ -257,6 +259,7 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
     rest = np.square(centred - by_dataset[of]).sum()
     residual = (interaction + rest) / (free * (cells - 1))
     nested = len(names) > 1 and cells > len(names)
+    # With one seed per dataset the interaction cannot be told from the rest.
     if nested:
         freedom = free * (len(names) - 1)
         error = rest / (free * (cells - len(names)))
@@ -290,7 +293,7 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
 
 
 def cells_needed(
-    sd: float, difference: float = POINT, *, power: float = POWER, level: float = LEVEL
+    sd: float, difference: float = POINT, *, power: float = POWER, level: float = SIGNIFICANCE
 ) -> int:
     """Return how many pairs a two-sided paired t-test takes to show a difference.
 
@@ -329,7 +332,7 @@ def _needed(found: Variance | None, placements: int) -> CellsNeeded | None:
     return CellsNeeded(cells_needed(found.sd_of_difference), low, high, found.n)
 
 
-def _statement(told: dict[str, Any]) -> str:
+def _statement(measured: dict[str, Any]) -> str:
     """Return in words how far the ranking repeats; numbers with interval and n."""
     pairs = {
         "between_seeds": "between seeds",
@@ -337,26 +340,26 @@ def _statement(told: dict[str, Any]) -> str:
         "between_datasets": "between datasets",
     }
     known: list[tuple[str, Repeats]] = [
-        (words, told[key]) for key, words in pairs.items() if told[key] is not None
+        (words, measured[key]) for key, words in pairs.items() if measured[key] is not None
     ]
-    variance: Variance | None = told["variance"]
+    variance: Variance | None = measured["variance"]
     if variance is None or not known:
         return "How far the ranking repeats cannot be told from one cell: train more seeds."
     taus = ", ".join(
         f"{one.tau:.2f} [{one.low:z.2f}, {one.high:z.2f}] {words} (n = {one.n})"
         for words, one in known
     )
-    needed: CellsNeeded = told["cells_for_one_point"]
+    needed: CellsNeeded = measured["cells_for_one_point"]
     repeats = variance.low > 0
-    said = (
+    repeats_or_not = (
         "The ranking repeats in part"
         if repeats
         else "That the ranking repeats is not shown, so no placement is shown to be best"
     )
     share, low, high = (100 * one for one in (variance.placement, variance.low, variance.high))
     return (
-        f"{said}: Kendall's τ is {taus}; chance is 0. Placement explains {share:.0f} % "
+        f"{repeats_or_not}: Kendall's τ is {taus}; chance is 0. Placement explains {share:.0f} % "
         f"[{low:.0f}, {high:.0f}] of the variance within a cell (n = {variance.n}). To see 1 point "
         f"takes {needed.cells} independent cells [{needed.low}, {needed.high}]; here are "
-        f"{told['cells']}."
+        f"{measured['cells']}."
     )

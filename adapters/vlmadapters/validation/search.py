@@ -154,9 +154,9 @@ def search(
     race = Race(track, criterion)
     for place, why in refused.items():
         race.skip("placement", place, why)
-    money = math.inf if budget is None else budget
-    tuned = race.run("amount", default, rates, money * (AMOUNT_SHARE if placements else 1))
-    race.run("placement", tuned, crossed(tuned, placements), money - track.cost)
+    limit = math.inf if budget is None else budget
+    tuned = race.run("amount", default, rates, limit * (AMOUNT_SHARE if placements else 1))
+    race.run("placement", tuned, crossed(tuned, placements), limit - track.cost)
     if not race.heats:
         raise UserError(_too_little(race, default, [*rates, *placements], budget))
     summary = {
@@ -208,7 +208,7 @@ def _answer(race: Race, default: str) -> dict[str, Any]:
     plain = difference(table, pick, ZERO_SHOT, criterion)
     adapt = "yes" if plain.low > 0 else "no" if plain.high < 0 else "unknown"
     to_default = difference(table, pick, default, criterion) if pick != default else None
-    told = {
+    answer = {
         "default": default,
         "pick": ZERO_SHOT if adapt == "no" else pick,
         "decided": adapt == "no" or pick != default,
@@ -220,7 +220,7 @@ def _answer(race: Race, default: str) -> dict[str, Any]:
         "mean_differences": order,
     }
     tail = f" {len(race.skipped)} settings were left out." if race.skipped else ""
-    return told | {"statement": _statement(race, pick, default, to_default, plain) + tail}
+    return answer | {"statement": _statement(race, pick, default, to_default, plain) + tail}
 
 
 def _to_default(race: Race, settings: Sequence[str], default: str) -> dict[str, Any] | None:
@@ -238,14 +238,14 @@ def _statement(
 ) -> str:
     over = f"over {len(plain.folds)} folds"
     if gain is not None:
-        said = (
+        advice = (
             f"Train {pick}: {gain.mean:+.3f} [{gain.low:.3f}, {gain.high:.3f}] against the default "
             f"{default}, better in {gain.wins} of {len(gain.folds)} folds."
         )
     else:
         best = max(race.heats, key=lambda heat: heat.difference.mean)
         found = best.difference
-        said = (
+        advice = (
             f"Keep the default {default}: the best rival, {best.best}, cannot be told from it "
             f"({found.mean:+.3f} [{found.low:.3f}, {found.high:.3f}] {over})."
             if found.high > 0
@@ -254,10 +254,10 @@ def _statement(
         )
     numbers = f"{plain.mean:+.3f} [{plain.low:.3f}, {plain.high:.3f}] against zero-shot CLIP"
     if plain.low > 0:
-        return f"{said} Training pays: {numbers}."
+        return f"{advice} Training pays: {numbers}."
     if plain.high < 0:
         return f"Do not train: {pick} is worse than zero-shot CLIP, {numbers}."
-    return f"{said} Whether training pays cannot be told: {numbers}."
+    return f"{advice} Whether training pays cannot be told: {numbers}."
 
 
 def _as_placement(place: Any) -> Placement:

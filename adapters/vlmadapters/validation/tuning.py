@@ -71,6 +71,7 @@ def tune(
 def times(setting: Recipe, of: Recipe) -> float:
     """Return an amount in multiples of another: of scale, of learning rate and of steps."""
     train, other = setting.train, of.train
+    # Recipes count steps by shot or by epoch; only those of one way can be divided.
     steps = "steps_per_shot" if train.steps_per_shot and other.steps_per_shot else "epochs"
     found = train.lr / other.lr * getattr(train, steps) / getattr(other, steps)
     scale, own = getattr(setting.method, "scale", None), getattr(of.method, "scale", None)

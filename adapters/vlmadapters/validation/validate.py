@@ -209,7 +209,9 @@ def validate(
         tuning = tune(track, settings["given"], tried)
         settings = {"tuned": list(tuning.settings), **settings}  # the first may be found void
     whole = [one for several in settings.values() for one in several]
+    # Manifests alone: `Experiment` has the data of each already, with what was decoded.
     named = [one.manifest for one in data]
+    # Where tuning kept the recipe's amount, both comparisons share the training.
     results = experiment.run(named, list(dict.fromkeys(whole)), seeds, together=together)
     recorded = {
         "method": made.method.name,

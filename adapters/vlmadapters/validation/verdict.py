@@ -16,9 +16,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics.checks import Array
 from vlmlayers.placement import ZERO_SHOT
 
-Array = NDArray[np.float64]
 VALIDATION_COLUMNS = (
     "model",
     "weights",
@@ -45,7 +45,7 @@ VALIDATION_COLUMNS = (
     "seconds",
     "warning",
 )
-LEVEL = 0.05  # of tests
+SIGNIFICANCE = 0.05  # of tests
 OUTCOMES = ("hm", "base", "novel")
 
 
@@ -97,6 +97,7 @@ class Outcomes:
         found = []
         for rows in self.resampled_cells(draws, seed):
             best = int(np.argmax(self._mean_of(rows)))
+            # A draw may hold every cell; then nothing is left to judge its best in.
             rest = np.setdiff1d(np.arange(len(self.values)), np.concatenate(rows))
             if len(rest):
                 found.append((self.values[rest, best] - self.values[rest, anchor]).mean())
@@ -121,6 +122,7 @@ def outcomes(table: pd.DataFrame, outcome: str = "hm") -> Outcomes:
     check_one_of("outcome", outcome, OUTCOMES)
     wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values=outcome)
     wide = wide[list(dict.fromkeys(table["placement"]))] if len(table) else wide
+    # Placements are compared in pairs: a cell that lacks one would favour the others.
     complete = wide.dropna()
     if complete.empty:
         raise UserError(
@@ -151,6 +153,7 @@ def with_zero_shot(table: pd.DataFrame) -> pd.DataFrame:
         return table
     plain = table.drop_duplicates(["dataset", "seed"])
     base, novel = plain["zero_shot_base"], plain["zero_shot_novel"]
+    # 0 / 0 where both are 0, whose harmonic mean is 0.
     hm = (2 * base * novel / (base + novel)).fillna(0.0)
     plain = plain.assign(placement=ZERO_SHOT, kind=ZERO_SHOT, parameters=0)
     return pd.concat([table, plain.assign(base=base, novel=novel, hm=hm)])
@@ -244,12 +247,12 @@ def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0
     resampled = found.resampled_means(draws, seed)
     low, high = interval(resampled[:, best] - resampled[:, anchor])
     lead = float(found.means[best] - found.means[anchor])
-    told = Regret(lead, low, high, found.placements[best])
+    in_sample = Regret(lead, low, high, found.placements[best])
     if len(found.values) == 1:
-        return told
+        return in_sample
     honest = found.leads_left_out(anchor, draws, seed)
     low, high = interval(honest)
-    return replace(told, honest=float(honest.mean()), honest_low=low, honest_high=high)
+    return replace(in_sample, honest=float(honest.mean()), honest_low=low, honest_high=high)
 
 
 def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) -> str:

@@ -47,7 +47,7 @@ class Unreadable:
         if is_first_process():
             LOG.warning("%s and are left out, first %s", count, listed[0])
 
-    def hopeless(self, seen: int) -> bool:
+    def mostly_fails(self, seen: int) -> bool:
         """Return whether so many images fail that going on only delays the message."""
         return len(self.reasons) >= GIVE_UP and 2 * len(self.reasons) > seen
 

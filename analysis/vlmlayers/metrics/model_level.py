@@ -9,12 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlmlayers.arguments import checked
-from vlmlayers.metrics.checks import Given, class_ids, matrix, unit, unit_rows
-
-Array = NDArray[np.float64]
+from vlmlayers.metrics.checks import Array, Given, class_ids, matrix, unit, unit_rows
 
 
 @checked

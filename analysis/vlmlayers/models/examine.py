@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vlmlayers.arguments import Count, Natural, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Item
+from vlmlayers.metrics.checks import Array
 from vlmlayers.metrics.class_level import zero_shot_values
 from vlmlayers.metrics.intervals import (
     bootstrap_weights,
@@ -54,7 +55,6 @@ LOG = logging.getLogger("vlmlayers")
 WEIGHTS, HALVES, SHUFFLED = 1, 2, 3  # keys of the draws, which recorded values depend on
 _GROUPS = 10  # of the jackknife over gradients
 _EXACT = 1e-3  # of the largest value of the embedding: rounding stays below, another head does not
-Array = NDArray[np.float64]
 Change = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -119,7 +119,7 @@ def examine(
         ),
     )
     with at_rest(model.clip):
-        table = _Table(inputs, split, seed, bootstrap)
+        table = _Rows(inputs, split, seed, bootstrap)
         for name in bar(names, "examining", unit="metric", show=progress):
             try:
                 _MEASURES[name](table, name)
@@ -330,7 +330,7 @@ def _back(tower: Tower, tokens: Tensor) -> Tensor:
     return tokens if tower.batch_axis in (None, 0) else tokens.transpose(0, 1)
 
 
-class _Table:
+class _Rows:
     """The rows, and how intervals are made."""
 
     def __init__(self, inputs: _Inputs, split: str, seed: int, bootstrap: int) -> None:
@@ -412,7 +412,7 @@ class _Table:
         )
 
 
-def _intervene(table: _Table, name: str) -> None:
+def _intervene(table: _Rows, name: str) -> None:
     """Add what changes when a block is skipped, or adds its mean."""
     kind, what = name.split("_", 1)
     for tower in table.inputs.batches:
@@ -433,7 +433,7 @@ def _change(means: list[Tensor] | None) -> Change:
     return lambda x, out: x + next(batches).to(x.dtype)
 
 
-def _contribution(table: _Table, name: str) -> None:
+def _contribution(table: _Rows, name: str) -> None:
     """Add the share of the embedding that each part of the stream makes."""
     inputs = table.inputs
     for tower, batches in inputs.batches.items():
@@ -447,7 +447,7 @@ def _contribution(table: _Table, name: str) -> None:
                 )
 
 
-def _margin(table: _Table, name: str) -> None:
+def _margin(table: _Rows, name: str) -> None:
     """Add how clearly images match their class: how near the dataset is to the pretraining."""
     labels, side = table.inputs.labels, table.base
     shuffled = np.random.default_rng([table.seed, SHUFFLED]).permutation(labels)
@@ -457,7 +457,7 @@ def _margin(table: _Table, name: str) -> None:
     table.add_mean(name, "vision", PROJ, found, float(chance.mean()))
 
 
-def _gradients(table: _Table, name: str) -> None:
+def _gradients(table: _Rows, name: str) -> None:
     """Add how alike the gradients of two halves of the classes are, with respect to a shift.
 
     A vector added to all tokens of a block's output stands for the block's parameters: it is what
@@ -556,7 +556,7 @@ def _shifted(shift: Tensor) -> Change:
     return lambda x, out: out + shift.to(out.dtype)
 
 
-_MEASURES: Mapping[str, Callable[[_Table, str], None]] = MappingProxyType(
+_MEASURES: Mapping[str, Callable[[_Rows, str], None]] = MappingProxyType(
     {
         "skip_accuracy_drop": _intervene,
         "skip_joint_change": _intervene,

@@ -191,8 +191,8 @@ def _towers(model: VLM, manifest: Any, options: ExtractOptions) -> tuple[str, ..
         UserError: The model has none of that name.
     """
     if options.tower is None:
-        mute = isinstance(manifest, OwnData) and not manifest.named and options.texts is None
-        if mute and options.text == "prompts" and "text" in model.towers:
+        unnamed = isinstance(manifest, OwnData) and not manifest.named and options.texts is None
+        if unnamed and options.text == "prompts" and "text" in model.towers:
             LOG.warning("%s: no text features; give class_names= or texts=", manifest.name)
             return ("vision",)
         return tuple(model.towers)

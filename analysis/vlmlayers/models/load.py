@@ -49,7 +49,7 @@ def list_models() -> list[str]:
     return [*open_clip.list_models(), MINI]
 
 
-Given = Annotated[
+AnyModel = Annotated[
     str | Path | nn.Module | tuple[Any, ...],
     Takes("a model's name, folder, or a model itself", "models"),
 ]
@@ -57,7 +57,7 @@ Given = Annotated[
 
 @checked
 def load_model(
-    name: Given,
+    name: AnyModel,
     pretrained: str | Path | None = None,
     *,
     config: str | Path | None = None,

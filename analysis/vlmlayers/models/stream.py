@@ -79,12 +79,14 @@ def stream(
     work, header, identity = prepare(model, manifest, split, given)
     if out is not None:
         refuse_hooks(model)
-    run = _Run(work, header, {**identity, "sample": sample}, StreamingScores(sample), save_seconds)
+    run = _Stream(
+        work, header, {**identity, "sample": sample}, StreamingScores(sample), save_seconds
+    )
     return run.whole(None if out is None else Path(out))
 
 
 @dataclass
-class _Run:
+class _Stream:
     """One process's share of a streamed extraction."""
 
     work: Work
@@ -236,13 +238,13 @@ class _Run:
             yield rows, _joined(parts), numbers
 
     @property
-    def _spoken(self) -> Texts:
+    def _given_texts(self) -> Texts:
         assert self.work.texts is not None  # both towers are summed
         return self.work.texts
 
     def _class_prompts(self) -> TowerFeatures | None:
         """Return the class prompts, which every process computes; None for captions."""
-        texts = self._spoken
+        texts = self._given_texts
         if texts.pairs is not None:
             return None
         return self._texts(list(texts.texts), texts.labels)
@@ -285,7 +287,7 @@ class _Run:
             space: {position: np.empty((0, width), np.float32) for position, width in by.items()}
             for space, by in recorder.widths().items()
         }
-        kind = "images" if name == "vision" else self._spoken.kind
+        kind = "images" if name == "vision" else self._given_texts.kind
         return TowerFeatures(
             name,
             recorder.tower.depth,

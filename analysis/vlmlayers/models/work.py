@@ -194,7 +194,7 @@ class Work:
             unreadable.reasons.update(bad)
             seen += len(rows) + len(bad)
             # Else a wrong data root would be found out after hours, image by image.
-            if unreadable.hopeless(seen) and not self.options.skip_unreadable:
+            if unreadable.mostly_fails(seen) and not self.options.skip_unreadable:
                 unreadable.settle(self.manifest.name, seen, skip=False)
             yield batch, rows, images, bad
 

@@ -15,7 +15,7 @@ from vlmlayers.features import LayerFeatures
 from vlmlayers.plots.features import thumbnails
 from vlmlayers.plots.style import position_label
 from vlmlayers.positions import is_block
-from vlmlayers.scores.projection import Method, Space, Tower, project
+from vlmlayers.scores.projection import Projection, ShownTower, Space, project
 
 COLOURS = ("dataset", "class", "modality")
 SIDE = 48  # pixels of a thumbnail
@@ -27,9 +27,9 @@ FRAME = (680, 640)  # pixels of the view with its legend and controls
 def explore(
     features: LayerFeatures | Sequence[LayerFeatures],
     *,
-    methods: Sequence[Method] = ("pca", "tsne"),
+    methods: Sequence[Projection] = ("pca", "tsne"),
     positions: Sequence[Position] | None = None,
-    tower: Tower = "vision",
+    tower: ShownTower = "vision",
     space: Space | None = None,
     data: Any = None,
     thumbnail: bool = True,
@@ -89,8 +89,8 @@ def _rows(
     parts: Sequence[LayerFeatures],
     position: str,
     place: int,
-    method: Method,
-    tower: Tower,
+    method: Projection,
+    tower: ShownTower,
     space: Space,
     seed: int,
     limit: int,
@@ -166,7 +166,7 @@ def _chart(
     method = alt.param(
         name="method",
         value=methods[0],
-        bind=alt.binding_select(options=methods, name="Projection "),
+        bind=alt.binding_select(options=methods, name="Method "),
     )
     named = alt.param(name="named", expr=f"{titles!r}[depth]")
     points = (

@@ -24,7 +24,7 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import is_block
-from vlmlayers.scores.projection import Method, Space, Tower, nearest, project
+from vlmlayers.scores.projection import Projection, ShownTower, Space, nearest, project
 
 MOST_NAMED = 12  # categories beyond are coloured, not named: a legend would hide the points
 PANELS = 6
@@ -35,9 +35,9 @@ def scatter(
     features: LayerFeatures | Sequence[LayerFeatures],
     position: Position | Sequence[Position] | None = None,
     *,
-    method: Method = "pca",
+    method: Projection = "pca",
     colour: Literal["dataset", "class", "modality"] = "dataset",
-    tower: Tower | None = None,
+    tower: ShownTower | None = None,
     space: Space | None = None,
     palette: Any = None,
     seed: Natural = 0,

@@ -17,8 +17,8 @@ from vlmlayers.positions import is_block
 from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.reading import partner_block
 
-Method = Literal["pca", "tsne", "umap"]
-Tower = Literal["vision", "text", "both"]
+Projection = Literal["pca", "tsne", "umap"]
+ShownTower = Literal["vision", "text", "both"]
 Space = Literal["native", "normed", "joint"]
 SAME = 1e-5  # share of the largest value below which float32 features do not differ
 LEAST = 5  # items that two directions say anything about
@@ -30,8 +30,8 @@ def project(
     features: LayerFeatures | Sequence[LayerFeatures],
     position: Position,
     *,
-    method: Method = "pca",
-    tower: Tower = "vision",
+    method: Projection = "pca",
+    tower: ShownTower = "vision",
     space: Space = "native",
     seed: Natural = 0,
     limit: Count = 2000,

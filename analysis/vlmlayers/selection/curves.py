@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics.checks import Array
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import (
     Reading,
@@ -25,7 +26,6 @@ from vlmlayers.scores.reading import (
 if TYPE_CHECKING:
     import pandas as pd
 
-Array = NDArray[np.float64]
 Places = NDArray[np.int64]
 T = TypeVar("T")
 

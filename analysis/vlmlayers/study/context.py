@@ -27,7 +27,7 @@ def silent(message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class StudyDataset:
     """One dataset of a study, ready to extract, as it was when it was listed."""
 
     manifest: Manifest
@@ -84,7 +84,7 @@ class StageContext:
         return self.study.seed
 
     @cached_property
-    def datasets(self) -> list[Dataset]:
+    def datasets(self) -> list[StudyDataset]:
         """The datasets with their items, drawn but not opened.
 
         Raises:
@@ -120,7 +120,7 @@ class StageContext:
         return [manifest for manifest, split in zip(self.manifests, splits)
                 if store_name(manifest, split) not in self.left_out]  # fmt: skip
 
-    def _dataset(self, manifest: Manifest, part: DatasetPart) -> Dataset:
+    def _dataset(self, manifest: Manifest, part: DatasetPart) -> StudyDataset:
         options = self.study.part(part)
         split, present = options["split"], options["present_only"]
         items = (
@@ -135,13 +135,13 @@ class StageContext:
                 f"{manifest.name} has no item on disk in split {split!r}; "
                 f"run `vlmlayers data check {manifest.name}`"
             )
-        return Dataset(manifest, items, options, manifest.identity(items, self.data_root))
+        return StudyDataset(manifest, items, options, manifest.identity(items, self.data_root))
 
     def whole_identity(self, manifest: Manifest) -> DataIdentity:
         """Return the identity of all splits of a dataset, which training draws and tests on."""
         return manifest.identity(manifest.items("all", root=self.data_root), self.data_root)
 
-    def extract_options(self, data: Dataset) -> dict[str, Any]:
+    def extract_options(self, data: StudyDataset) -> dict[str, Any]:
         """Return the keyword arguments of `extract` and `stream` for one dataset, but `out`."""
         options = self.study.extract
         return {

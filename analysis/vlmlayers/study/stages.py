@@ -12,7 +12,7 @@ from typing import Any
 
 from vlmlayers.errors import DataFault, OtherExtraction, UserError
 from vlmlayers.runs import environment, file_mark
-from vlmlayers.study.context import Dataset, StageContext
+from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.user_code import is_user_code
 
 GROUP = "vlmlayers.stages"
@@ -117,7 +117,7 @@ def _refuse_missing(context: StageContext) -> None:
             data.manifest.refuse_missing(data.items, context.data_root)
 
 
-def _extract_one(context: StageContext, model: Any, data: Dataset) -> Any:
+def _extract_one(context: StageContext, model: Any, data: StudyDataset) -> Any:
     from vlmlayers.models import extract
 
     store, options = context.run.features / data.folder, context.extract_options(data)

@@ -181,7 +181,7 @@ def test_a_dataset_without_a_single_readable_image_stops_in_each_case():
         run(tiny.DrawnManifest(broken=broken), skip_unreadable=True)
 
 
-def test_a_hopeless_dataset_stops_early():
+def test_a_dataset_that_mostly_fails_stops_early():
     manifest = tiny.DrawnManifest(count=600, broken={f"train/{i:03d}.png" for i in range(600)})
     with pytest.raises(UserError, match="104 of 104 images"):
         run(manifest)
