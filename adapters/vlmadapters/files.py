@@ -102,7 +102,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
     """Return what a checkpoint of ours says about itself.
 
     Raises:
-        UserError: It cannot be read, is no adapter of ours, or was altered since it was written.
+        UserError: It cannot be read, is not an adapter of ours, or was altered since.
     """
     return _read_ours(path)[0]
 
@@ -115,7 +115,9 @@ def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     except (OSError, SafetensorError, ValueError, RuntimeError, RecursionError) as error:
         raise UserError(f"cannot read the adapter {path}: {one_line(error)}") from error
     if not isinstance(info, dict) or info.get("format") not in (FORMAT, MMA_FORMAT):
-        raise UserError(f"{path} is no adapter of this toolkit (its header does not say {FORMAT})")
+        raise UserError(
+            f"{path} is not an adapter of this toolkit (its header does not say {FORMAT})"
+        )
     expected = info.pop("checksum", None)
     if _checksum(info, state) != expected:
         raise UserError(
@@ -144,7 +146,7 @@ def load_method(path: str | Path, model: Any) -> Method:
     """Read a trained method of ours for a backbone, in evaluation mode.
 
     Raises:
-        UserError: The file is no trained method, is altered, or was made for another backbone.
+        UserError: The file is not a trained method, is altered, or was made for another backbone.
     """
     info, state = _read_ours(path)
     if info.weights_hash != model.weights_hash:
@@ -196,7 +198,7 @@ def load_official(
     kind = METHODS[config.name if config is not None else method]
     state = kind.official_state(content, str(path))
     if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds no trained method: its state_dict is no dictionary")
+        raise UserError(f"{path} holds no trained method: its state_dict is not a dictionary")
     state = {
         key.removeprefix("module."): value
         for key, value in state.items()

@@ -147,7 +147,9 @@ def hub_folder(repo: str) -> Path:
             pass
         return Path(snapshot_download(repo, allow_patterns=wanted))
     except HFValidationError:
-        raise UserError(f"hf-hub:{repo} is no repository; write hf-hub:organisation/name") from None
+        raise UserError(
+            f"hf-hub:{repo} is not a repository; write hf-hub:organisation/name"
+        ) from None
     except Exception as error:  # noqa: BLE001 of the network, in any of its forms
         raise UserError(
             f"hf-hub:{repo} is not in the local cache and cannot be fetched "

@@ -65,7 +65,7 @@ class Amount:
         """Read an amount such as `scale=0.3,epochs=15`, as `str` writes it.
 
         Raises:
-            UserError: A key is unknown or named twice, or a value is no number.
+            UserError: A key is unknown or named twice, or a value is not a number.
         """
         found: dict[str, Any] = {}
         for part in "".join(text.split()).split(","):
@@ -115,7 +115,7 @@ class Placement:
         """Read a placement written in the grammar above, as `str` writes it.
 
         Raises:
-            UserError: The text is no placement, or a range runs backwards.
+            UserError: The text is not a placement, or a range runs backwards.
         """
         blocks_of, at, amount = text.partition("@") if isinstance(text, str) else (text, "", "")
         if at:

@@ -158,7 +158,7 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "y.safetensors")
-    with pytest.raises(UserError, match="no adapter of this toolkit"):
+    with pytest.raises(UserError, match="is not an adapter of this toolkit"):
         read_info(tmp_path / "y.safetensors")
 
 

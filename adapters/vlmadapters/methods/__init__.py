@@ -89,7 +89,9 @@ class Methods(Mapping[str, "type[Method]"]):
 
         found = load_user_code(where, "method")
         if not (isinstance(found, type) and issubclass(found, Method)):
-            raise UserError(f"{where} is no method; it has to be a subclass of vlmadapters.Method")
+            raise UserError(
+                f"{where} is not a method; it has to be a subclass of vlmadapters.Method"
+            )
         self._registered[found.Config.name] = found
         return found
 

@@ -234,7 +234,7 @@ class CLIPLoRA(Method):
             StopIteration,
         ) as error:
             raise UserError(
-                f"{where} is no CLIP-LoRA file whose layers are known ({error!r}); its metadata "
+                f"{where} is not a CLIP-LoRA file whose layers are known ({error!r}); its metadata "
                 "must name encoder, position and alpha"
             ) from error
         return found

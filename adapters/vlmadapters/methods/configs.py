@@ -592,7 +592,7 @@ def read_descriptions(where: str) -> dict[str, tuple[str, ...]]:
     except OSError as error:
         raise UserError(f"cannot read the descriptions {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     right = isinstance(found, dict) and all(
         isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)
         for texts in found.values()

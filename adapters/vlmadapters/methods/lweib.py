@@ -320,7 +320,7 @@ def _grid(backbone: Backbone) -> tuple[int, int]:
     if rows < 1 or patches % rows:
         raise UserError(
             f"lweib convolves patches in rows and columns, which this vision tower "
-            f"({tower.family}) has not; choose an open_clip vision tower"
+            f"({tower.family}) does not have; choose an open_clip vision tower"
         )
     return rows, patches // rows
 

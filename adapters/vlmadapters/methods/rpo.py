@@ -178,7 +178,7 @@ def _check_backbone(config: RPOConfig, backbone: Backbone) -> None:
         if not standard or starts[name] is None or tower.attend is not None:
             raise UserError(
                 f"rpo reads inside open_clip's standard blocks, from a class or end-of-text token, "
-                f"which this {name} tower ({tower.family}) has not; choose another backbone"
+                f"which this {name} tower ({tower.family}) does not have; choose another backbone"
             )
 
 

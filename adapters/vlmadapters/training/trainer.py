@@ -267,7 +267,7 @@ class Trainer:
             self._save()
 
     def _look(self, shown: Any) -> None:
-        """Read the losses since the last look, refuse what is no number, and show the last ones.
+        """Read the losses since the last look, refuse one that is not finite, and show the last.
 
         Raises:
             UserError: A loss is not finite; names the step that it was in.
@@ -519,7 +519,7 @@ def resolved(train: TrainConfig, device: torch.device) -> TrainConfig:
     """Return a recipe with the precision that it stands for on a device.
 
     Raises:
-        UserError: It asks for what the device has not.
+        UserError: It asks for what the device does not have.
     """
     for name in ("device_crops", "cuda_graph"):
         if getattr(train, name) and device.type != "cuda":

@@ -103,7 +103,7 @@ def size_warning(placements: Sequence[str]) -> str:
     """
     sizes: dict[Amount, set[int]] = {}
     for one in map(Placement.parse, placements):
-        if one:  # zero-shot is no placement that an amount is for
+        if one:  # zero-shot is not a placement that an amount is for
             sizes.setdefault(one.amount, set()).add(one.size)
     compared = [size for same in sizes.values() if len(same) > 1 for size in same]
     if not compared:

@@ -18,7 +18,7 @@ from vlmlayers.cli.whole import demo, init, study
 from vlmlayers.errors import DISK, UserError, disk_trouble, printable
 
 WRONG_USAGE: Any = typer.BadParameter.__bases__[0]  # click's, which typer brings along
-# What typer says of a value that is no number, in pydantic's words, and in ours.
+# What typer says of a value that is not a number, in pydantic's words, and in ours.
 NUMBER = re.compile("Input should be a valid (integer|number).*")
 NUMBERS = {"integer": "a whole number is needed", "number": "a number is needed"}
 

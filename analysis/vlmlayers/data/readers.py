@@ -59,8 +59,8 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
 
     Raises:
         UserError: The file does not exist.
-        UnreadableImage: It is no image, truncated, empty, too large or too long, or its values fit
-            no usual range.
+        UnreadableImage: It is not an image, truncated, empty, too large or too long, or its values
+            fit no usual range.
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), name or "image", len(source))

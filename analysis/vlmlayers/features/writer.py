@@ -118,7 +118,9 @@ class StoreWriter:
 
     def _prepare(self) -> None:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} exists and is no feature store; choose another folder")
+            raise UserError(
+                f"{self.folder} exists and is not a feature store; choose another folder"
+            )
         identity_file = self.partial / "identity.json"
         with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,8 @@ def start_block(placement: str) -> int:
 def sweep(means: pd.DataFrame) -> pd.DataFrame:
     """Return the placements of the start sweep in order, then chosen and published ones beside it.
 
-    Added columns: label, and on_axis (False for a placement that is no span up to the last block).
+    Added columns: label, and on_axis (False for a placement that is not a span up to the last
+    block).
 
     Raises:
         MissingTable: No placement of the kind `start` was trained.

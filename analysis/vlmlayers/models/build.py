@@ -50,10 +50,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     model = found.get("model_cfg", found) if isinstance(found, dict) else {}
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model]
     if missing:
-        raise UserError(f"{path} is no open_clip configuration: it lacks {', '.join(missing)}")
+        raise UserError(f"{path} is not an open_clip configuration: it lacks {', '.join(missing)}")
     for part in ("vision_cfg", "text_cfg"):
         if not isinstance(model[part], dict):
-            raise UserError(f"{path} is no open_clip configuration: {part} is not a table")
+            raise UserError(f"{path} is not an open_clip configuration: {part} is not a table")
     return dict(model), dict(found.get("preprocess_cfg", {}))
 
 

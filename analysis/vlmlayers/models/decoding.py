@@ -17,7 +17,8 @@ from vlmlayers.data.unreadable import reason
 from vlmlayers.errors import UserError
 from vlmlayers.runs import cores
 
-# What the queue of a process says that dies while it hands a batch over; seconds until torch knows.
+# Errors of the queue where a process dies while it hands a batch over, and seconds until torch
+# notices.
 _BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
 _DYING = 2.0
 WORTH_STARTING = 512  # images that take longer to decode than processes to start
@@ -119,10 +120,10 @@ def decoding_processes(asked: int | None, images: int, device: torch.device) -> 
 
 @contextmanager
 def dead_workers_named() -> Iterator[None]:
-    """Turn torch's word of a dead decoding process into ours.
+    """Turn torch's error about a dead decoding process into one that says what to do.
 
-    Torch raises from a signal handler, so the word may come wherever the main thread is, also while
-    a batch is being recorded: the whole loop over batches belongs in here.
+    Torch raises from a signal handler, so it may come wherever the main thread is, also while a
+    batch is being recorded: the whole loop over batches belongs in here.
 
     Raises:
         UserError: A decoding process died, mostly for lack of memory.

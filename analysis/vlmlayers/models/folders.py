@@ -40,7 +40,7 @@ def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.M
         settings[kind]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / FOREIGN_CONFIG} is no configuration of transformers or timm: "
+            f"{folder / FOREIGN_CONFIG} is not a configuration of transformers or timm: "
             f"{one_line(error)}"
         ) from error
     weights = "random" if random_weights else find_weights(folder).name

@@ -130,7 +130,7 @@ def load_model(
     if like is not None and (file is None or not source.tags):
         raise UserError(
             f"like={like!r} (--like) says what a file of weights of an architecture with tags was "
-            f"trained like; {'this is no file' if file is None else f'{source.name} has no tags'}"
+            f"trained like; {f'{source.name} has no tags' if file else 'this is not a file'}"
         )
     weights = None if file is None else read_checkpoint(file)
     known = _known(source, tag, weights, like, set(given))
@@ -287,7 +287,9 @@ def _source(name: str, config: str | Path | None, folder: Path | None, title: st
         )
     if folder is not None:
         if not (folder / CONFIG_FILE).is_file():
-            raise UserError(f"{title} holds neither {CONFIG_FILE} nor config.json: it is no model")
+            raise UserError(
+                f"{title} holds neither {CONFIG_FILE} nor config.json: it is not a model"
+            )
         return _Source(title, *_read(folder / CONFIG_FILE), folder, shipped=True)
     if name == LOCAL:
         if config is None:

@@ -140,7 +140,7 @@ def own_data(
 
 @dataclass
 class _Held:
-    """What a holder of images gives away: images by row, their marks, labels and names."""
+    """What is taken from a holder of images: images by row, their marks, labels and names."""
 
     image: Callable[[int], Any]
     marks: tuple[str, ...]
@@ -278,7 +278,7 @@ def _numbered(
     for row, label in enumerate(labels):
         if isinstance(label, bool) or not hasattr(label, "__index__") or int(label) < 0:
             raise UserError(
-                f"label {label!r} of image {row} is no class: a number from 0, or a name"
+                f"label {label!r} of image {row} is not a class: a number from 0, or a name"
             )
         if names and int(label) >= len(names):
             raise UserError(f"label {label} of image {row}, but there are {len(names)} class names")

@@ -1,4 +1,4 @@
-"""Record every position of a tower in one pass: hooks that look, pool and leave."""
+"""Record every position of a tower in one pass, by hooks that pool tokens and are removed."""
 
 from __future__ import annotations
 

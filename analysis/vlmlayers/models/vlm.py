@@ -24,8 +24,8 @@ class VLM:
 
     Attributes:
         clip: The model, of open_clip, transformers or an image model alone. That of `load_model` is
-            in eval mode and without gradients;
-            one that was wrapped is as its owner left it, and every pass restores that.
+            in eval mode and without gradients; one that was wrapped is as its owner left it, and
+            every pass restores that.
         preprocess: Evaluation transform, PIL image → (3, height, width), or what the model takes.
         preprocess_train: Training transform.
         tokenizer: Texts → (text, context) token ids; None for an image model alone.

@@ -66,7 +66,7 @@ def agreement_matrix(
         raise UserError(f"metric {metric!r} was not measured between {tower} and {other_tower}")
     if frame["position"].is_unique and len(frame) > 1:
         raise UserError(
-            f"metric {metric!r} relates each position to its partner only, which is no matrix; "
+            f"metric {metric!r} relates each position to its partner only, which is not a matrix; "
             "draw it with `layer_curves`"
         )
     rows, columns = _ordered(frame["position"]), _ordered(frame["other_position"])

@@ -195,7 +195,7 @@ class StreamingScores:
 
     def _empty(self, chunk: LayerFeatures) -> DatasetSums:
         # The first chunk says what there is; its items must not stay in memory.
-        head = replace(chunk, vision=_hollow(chunk.vision), text=_hollow(chunk.text))
+        head = replace(chunk, vision=_without_items(chunk.vision), text=_without_items(chunk.text))
         prompts = chunk.text if chunk.text is not None and chunk.text.pairs is None else None
         return DatasetSums(
             head, self.sample, np.empty(0, np.uint64), np.empty(0, np.int64), prompts=prompts
@@ -241,7 +241,7 @@ def _hashes(dataset: str, ids: Sequence[str]) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
-def _hollow(tower: TowerFeatures | None) -> TowerFeatures | None:
+def _without_items(tower: TowerFeatures | None) -> TowerFeatures | None:
     """Return a tower without items: its positions, widths and names."""
     return None if tower is None else tower.take([])
 

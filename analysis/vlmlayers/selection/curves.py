@@ -160,7 +160,7 @@ class BlockTable:
 
 
 def _block(position: object, depth: int) -> int:
-    """Return the number of a block counted from 0, or −1 for what is no block."""
+    """Return the number of a block counted from 0, or −1 for what is not a block."""
     name = str(position)
     return int(name) - 1 if name.isdecimal() and 0 < int(name) <= depth else -1
 

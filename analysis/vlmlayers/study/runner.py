@@ -29,7 +29,7 @@ LONG = (
     "search",
     "train",
     "validate",
-)  # stages that a person should not have to wait for the report of
+)  # stages that take long: a report of what is known so far is written before them
 
 
 @checked

@@ -106,7 +106,7 @@ def _given(context: StageContext) -> dict[str, Any]:
 
 
 def _refuse_missing(context: StageContext) -> None:
-    """Tell the missing images of every dataset before those of the first are encoded.
+    """Name the missing images of every dataset before those of the first are encoded.
 
     A dataset that has a store is left to its own check: its images may have been deleted.
     """

@@ -210,7 +210,7 @@ def test_files_of_the_authors_are_read_by_the_names_of_their_positions() -> None
         state = CLIPLoRA.official_state(content(encoder, position, layers), "a.pt")
         assert CLIPLoRA.config_of_official(state, "a.pt").placement == placement
     for encoder, position, layers in (("both", "mid", 7), ("both", "middle", 8)):
-        with pytest.raises(UserError, match=r"a.pt is no CLIP-LoRA file"):
+        with pytest.raises(UserError, match=r"a.pt is not a CLIP-LoRA file"):
             CLIPLoRA.official_state(content(encoder, position, layers), "a.pt")
 
 

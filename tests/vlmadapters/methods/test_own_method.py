@@ -61,7 +61,7 @@ def test_the_example_trains_is_saved_and_is_evaluated(
 
 
 def test_what_is_no_method_is_refused(own: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no method; it has to be a subclass"):
+    with pytest.raises(UserError, match="is not a method; it has to be a subclass"):
         va.METHODS[f"{own}:ShiftConfig"]
     with pytest.raises(UserError, match="did you mean 'Shift'"):
         va.METHODS[f"{own}:Shaft"]

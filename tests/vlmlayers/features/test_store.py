@@ -375,9 +375,9 @@ def test_a_store_without_unreadable_images_says_so(tmp_path, caplog):
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists and is no feature store; choose another"):
+    with pytest.raises(UserError, match="exists and is not a feature store; choose another"):
         run(tmp_path)
-    with pytest.raises(UserError, match="exists and is no feature store"):
+    with pytest.raises(UserError, match="exists and is not a feature store"):
         run(tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert not partial_folder(tmp_path).exists()

@@ -357,7 +357,7 @@ def test_tables_are_checked(tmp_path: Path, rows: list, extra: str, message: str
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("t.xls", b"", "is no table; its suffix must be one of .csv"),
+        ("t.xls", b"", "is not a table; its suffix must be one of .csv"),
         ("t.parquet", b"PAR1 not really", "cannot be read as a table"),
         ("t.jsonl", b"[1, 2]", "a line is not a JSON object"),
         ("t.jsonl", b"{", "cannot be read as a table"),

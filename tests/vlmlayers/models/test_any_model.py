@@ -65,7 +65,7 @@ def test_the_hubs_cache_is_read_offline(folder, tmp_path, monkeypatch):
     assert model.weights_hash == load_model(folder).weights_hash
     with pytest.raises(vl.UserError, match="hf-hub:someone/else is not in the local cache"):
         load_model("hf-hub:someone/else")
-    with pytest.raises(vl.UserError, match="is no repository; write hf-hub:organisation/name"):
+    with pytest.raises(vl.UserError, match="is not a repository; write hf-hub:organisation/name"):
         load_model("hf-hub:a/b/c")
 
 
@@ -83,7 +83,7 @@ def test_weights_that_lack_something_are_refused(folder, tmp_path):
     with pytest.raises(vl.UserError, match="part cannot be loaded"):
         load_model(part)
     (part / "config.json").write_text("{}")
-    with pytest.raises(vl.UserError, match="is no configuration of transformers or timm"):
+    with pytest.raises(vl.UserError, match="is not a configuration of transformers or timm"):
         load_model(part)
 
 

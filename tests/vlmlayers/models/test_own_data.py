@@ -148,7 +148,7 @@ def test_workers_decode_data_in_memory(expected):
     ("data", "beside", "message"),
     [
         (PIXELS, {"labels": [0, 1]}, "9 images, but 2 labels; one for each is needed"),
-        (PIXELS, {"labels": [0.5] * 9}, "label 0.5 of image 0 is no class"),
+        (PIXELS, {"labels": [0.5] * 9}, "label 0.5 of image 0 is not a class"),
         (PIXELS, {"labels": LABELS, "class_names": ["a"]}, "label 1 of image 1, but there are 1"),
         (PIXELS, {"labels": ["antt"] * 9, "class_names": NAMES}, "unknown class 'antt' .*'ant'"),
         (PIXELS, {"texts": ["one", "two"]}, "2 texts, but own data has 1 classes; give one per"),
@@ -187,7 +187,7 @@ def test_features_are_read_by_position_as_array_and_as_table(tmp_path):
             values = saved[tower][position, "joint"]
             np.testing.assert_array_equal(values, found[tower][position, "joint"])
     assert (saved.class_names, saved.vision.ids) == (found.class_names, found.vision.ids)
-    with pytest.raises(vl.UserError, match="exists and is no feature store|belongs to another"):
+    with pytest.raises(vl.UserError, match="exists and is not a feature store|belongs to another"):
         found.save(tmp_path)
 
 

@@ -212,7 +212,7 @@ def test_weights_and_options_that_do_not_apply_are_refused(tmp_path, file, name)
 
 def test_like_beside_a_tag_or_random_weights_is_refused():
     for more in ({"pretrained": "openai"}, {"random_weights": True}):
-        with pytest.raises(UserError, match="like='openai' .* this is no file"):
+        with pytest.raises(UserError, match="like='openai' .* this is not a file"):
             load_model("ViT-B-32", like="openai", **more)
     with pytest.raises(UserError, match="config=.* goes with model 'local' only"):
         load_model("ViT-B-32", "openai", config="x.json")

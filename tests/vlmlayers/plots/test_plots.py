@@ -98,7 +98,7 @@ def test_plots_name_the_nearest_tower_and_refuse_a_matrix_of_partners() -> None:
         with pytest.raises(UserError, match="unknown tower 'visoin'; did you mean 'vision'"):
             draw(scores, tower="visoin")
     partners = scores[(scores["metric"] == "centroid_gap")]
-    with pytest.raises(UserError, match="partner only, which is no matrix"):
+    with pytest.raises(UserError, match="partner only, which is not a matrix"):
         plots.agreement_matrix(partners, "centroid_gap")
 
 

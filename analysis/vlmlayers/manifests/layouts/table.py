@@ -184,7 +184,7 @@ def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
     suffix = path.suffix.lower()
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".parquet": _parquet}
     if suffix not in readers:
-        raise UserError(f"{path} is no table; its suffix must be one of {', '.join(readers)}")
+        raise UserError(f"{path} is not a table; its suffix must be one of {', '.join(readers)}")
     try:
         rows = tuple(_renamed(list(readers[suffix](path, columns)), columns))
     except (
