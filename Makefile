@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow test-lowest check format figures notebooks lab docs bench gpu mini-clip tune-methods methods clean
+.PHONY: help setup demo test test-slow test-lowest check format figures notebooks lab docs bench peers gpu mini-clip tune-methods methods clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -62,6 +62,13 @@ bench: setup ## All benchmarks; tables go to benchmarks/results/
 gpu: setup ## On a GPU: its tests, benchmarks and a small run in eight minutes, a short table last
 	$(RUN) benchmarks/gpu.py
 
+peers: setup ## The same work by other libraries, in environments of their own
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	$(BIN)/uv pip install --quiet --python .venv-peers/bin/python -r benchmarks/peers.txt
+	test -x .venv-thingsvision/bin/python || $(PYTHON) -m venv .venv-thingsvision
+	$(BIN)/uv pip install --quiet --python .venv-thingsvision/bin/python -r benchmarks/peers_thingsvision.txt
+	$(RUN) benchmarks/peers.py
+
 mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
 	$(BIN)/uv pip install --quiet --python $(RUN) -r tools/mini_clip/requirements.txt
 	PYTHONPATH=tools $(RUN) -m mini_clip --out runs/mini-clip
@@ -73,4 +80,4 @@ methods: setup ## Compare all methods on the miniature CLIP again (resumable; ho
 	$(RUN) figures/record_methods.py
 
 clean: ## Remove what the targets made, but not runs/
-	rm -rf .venv .venv-lowest site docs/reference build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-lowest .venv-peers .venv-thingsvision site docs/reference build dist .mypy_cache .ruff_cache .pytest_cache

@@ -53,6 +53,9 @@ def extract(
         str | None, typer.Option(help="vision or text; both where absent.", show_default=False)
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "fp32",
+    decoding: Annotated[
+        str, typer.Option(help="full, or reduced: large JPEGs at 1/2, 1/4 or 1/8; quicker.")
+    ] = "full",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,
     workers: Annotated[
@@ -101,6 +104,7 @@ def extract(
         text=text,
         tower=tower,
         precision=precision,
+        decoding=decoding,
         device=device,
         batch_size=batch_size,
         workers=workers,

@@ -44,7 +44,9 @@ _FAULTS = (
 )
 
 
-def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+def open_image(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, at_least: int | None = None
+) -> Image.Image:
     """Decode an image file, or bytes, as upright RGB.
 
     The content decides the format, not the suffix. EXIF orientation is applied; of an animation
@@ -56,6 +58,9 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
     Args:
         source: Path of a file, or its bytes.
         name: What to call the image in messages; the path by default.
+        at_least: Pixels that both sides need: a JPEG is decoded at the smallest of 1/8, 1/4, 1/2
+            and whole that has them, which skips work. Pixels differ from those of the whole image
+            resized. Other formats ignore it.
 
     Raises:
         UserError: The file does not exist.
@@ -63,7 +68,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
             fit no usual range.
     """
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), name or "image", len(source))
+        return _decode(io.BytesIO(source), name or "image", len(source), at_least)
     path = Path(source)
     name = name or str(path)
     try:
@@ -71,7 +76,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage(f"{name} is not a regular file")
         with path.open("rb") as handle:
-            return _decode(handle, name, status.st_size)
+            return _decode(handle, name, status.st_size, at_least)
     except FileNotFoundError:
         raise DataFault(f"the image {name} is missing; `vlmlayers data check` says more") from None
     except OSError as error:
@@ -90,13 +95,15 @@ def upright(image: Image.Image, name: str) -> Image.Image:
     return _to_rgb(turned, name)
 
 
-def _decode(handle: BinaryIO, name: str, size: int) -> Image.Image:
+def _decode(handle: BinaryIO, name: str, size: int, at_least: int | None) -> Image.Image:
     if size == 0:
         raise UnreadableImage(f"{name} is empty (0 bytes)")
     try:
         with Image.open(handle, formats=FORMATS) as image:
             _expect_size(image, name)
             wide = _is_wide(image)  # before it loads: the tiles that say so are then gone
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
             image.load()
             if wide:
                 _expect_high_bits(image, name)

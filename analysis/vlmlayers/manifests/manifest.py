@@ -317,13 +317,16 @@ class Manifest:
         path = item.path.partition(".tar/")[0] + ".tar" if self.layout == "shards" else item.path
         return place.inside(path)
 
-    def open_image(self, item: Item, root: Root = None, size: int | None = None) -> Image.Image:
+    def open_image(
+        self, item: Item, root: Root = None, size: int | None = None, *, reduced: bool = False
+    ) -> Image.Image:
         """Return an item's image, upright and RGB.
 
         Args:
             item: One of `items`.
             root: The data root.
-            size: Side in pixels for datasets that are drawn; files ignore it.
+            size: Side in pixels for datasets that are drawn; files ignore it unless `reduced`.
+            reduced: Decode a JPEG at the smallest scale whose sides have `size` pixels.
 
         Raises:
             UserError: The file is missing or outside the dataset's folder.
@@ -334,14 +337,14 @@ class Manifest:
         if self.layout == "builtin":
             drawn, (split, index) = dataset(self.name), split_and_index(item)
             return drawn.image(split, index, **({} if size is None else {"size": size}))
-        path = self.location(item, root)
+        path, least = self.location(item, root), size if reduced else None
         if self.is_stored(root):
-            return readers.open_image(stored_image(self.place(root), item.path), item.path)
+            return readers.open_image(stored_image(self.place(root), item.path), item.path, least)
         if self.layout == "shards":
             member = item.path.partition(".tar/")[2]
             content = shards.read_member(path, member, self.spec.members)
-            return readers.open_image(content, f"{path}/{member}")
-        return readers.open_image(path)
+            return readers.open_image(content, f"{path}/{member}", least)
+        return readers.open_image(path, at_least=least)
 
     @checked
     def check(self, root: Root = None, full: bool = False) -> CheckResult:

@@ -64,10 +64,12 @@ def cheaper_form(n: int, widths: Sequence[int], others: Sequence[int]) -> str:
 
 def _by_gram(xs: Sequence[Any], ys: Sequence[Any], debiased: bool) -> Array:
     signature = debiased_signature if debiased else biased_signature
-    first, second = (
-        np.stack([signature(linear_kernel(matrix(z))).ravel() for z in side]) for side in (xs, ys)
-    )
-    return first @ second.T
+
+    def stacked(side: Sequence[Any]) -> Array:
+        return np.stack([signature(linear_kernel(matrix(z))).ravel() for z in side])
+
+    first = stacked(xs)
+    return first @ (first if ys is xs else stacked(ys)).T
 
 
 def _by_features(xs: Sequence[Any], ys: Sequence[Any], debiased: bool, block: int) -> Array:

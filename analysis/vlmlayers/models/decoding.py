@@ -23,23 +23,35 @@ _BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
 _DYING = 2.0
 WORTH_STARTING = 512  # images that take longer to decode than processes to start
 MOST_PROCESSES = 16
+DECODINGS = ("full", "reduced")
 
 
 class _Images(Dataset[tuple[int, Any]]):
     def __init__(
-        self, manifest: Any, items: Sequence[Any], root: Path | None, preprocess: Any, size: int
+        self,
+        manifest: Any,
+        items: Sequence[Any],
+        root: Path | None,
+        preprocess: Any,
+        size: int,
+        decoding: str,
     ) -> None:
-        self.manifest, self.items, self.root = manifest, items, root
-        self.preprocess, self.size = preprocess, size
+        self.manifest, self.items, self.preprocess = manifest, items, preprocess
+        self.where = {"root": root, "size": size} | reduction(decoding)
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
         item = self.items[row]
         try:
-            image = self.manifest.open_image(item, root=self.root, size=self.size)
+            image = self.manifest.open_image(item, **self.where)
             return row, image if isinstance(image, Tensor) else self.preprocess(image)
         # Returned, not raised: an error in a decoding process would end the whole extraction.
         except (UserError, OSError) as error:
             return row, reason(item.path, error)
+
+
+def reduction(decoding: str) -> dict[str, bool]:
+    """Return what a way of decoding adds to the arguments of `open_image`: for `full` nothing."""
+    return {"reduced": True} if decoding == "reduced" else {}
 
 
 def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
@@ -64,6 +76,7 @@ def decode(
     root: Path | None,
     size: int,
     workers: int,
+    decoding: str = "full",
     pin: bool = False,
 ) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
     """Yield rows, stacked images, and reasons of those that failed, batch by batch in order.
@@ -76,13 +89,14 @@ def decode(
         root: Data root.
         size: Pixels that the model takes, a hint for drawn images.
         workers: Decoding processes; 0 decodes here.
+        decoding: `full` or `reduced`.
         pin: Pin memory for the copy to a GPU.
 
     Raises:
         UserError: A decoding process died, mostly for lack of memory.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Images(manifest, items, root, preprocess, size),
+        _Images(manifest, items, root, preprocess, size, decoding),
         batch_sampler=batches,  # type: ignore
         num_workers=workers,
         collate_fn=_collate,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import Moments
-from vlmlayers.models.decoding import decoding_processes
+from vlmlayers.models.decoding import decoding_processes, reduction
 from vlmlayers.models.devices import memory_errors, resolve_precision
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
@@ -106,6 +106,7 @@ def measure_costs(
     pooling: str | None = None,
     batch_size: int = 64,
     precision: str = "fp32",
+    decoding: str = "full",
     tower: str | None = None,
     repeats: int = 3,
     disk: Path | None = None,
@@ -121,6 +122,7 @@ def measure_costs(
         pooling: Its vision pooling.
         batch_size: Its batch size.
         precision: Its precision.
+        decoding: `full` or `reduced`; see `extract`.
         tower: `vision` where the planned extraction records that one alone.
         repeats: Timed runs, of which the fastest counts.
         disk: Folder on the disk of the planned store; the system's temporary one where None.
@@ -134,13 +136,10 @@ def measure_costs(
     widths = recorder.widths()
     text = None if tower == "vision" else model.towers.get("text")
     texts = {} if text is None else Recorder(text, spaces, None).widths()
-    size = model.image_size
+    where = {"root": root, "size": model.image_size} | reduction(decoding)
     batch, decode = _timed(
         lambda: torch.stack(
-            [
-                model.preprocess(manifest.open_image(item, root=root, size=size))
-                for item in items[:batch_size]
-            ]
+            [model.preprocess(manifest.open_image(item, **where)) for item in items[:batch_size]]
         )
     )
     batch = batch.to(model.device, model.input_dtype)

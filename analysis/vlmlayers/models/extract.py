@@ -16,7 +16,7 @@ import torch
 from vlmlayers.arguments import Count, Natural, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
-from vlmlayers.manifests import Item
+from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.devices import resolve_precision
 from vlmlayers.models.options import ExtractOptions, dataset_of, is_manifest
 from vlmlayers.models.own_data import OwnData, own_data
@@ -45,6 +45,7 @@ def extract(
     batch_size: Count = 64,
     workers: Natural | None = None,
     precision: str = "fp32",
+    decoding: str = "full",
     out: str | Path | None = None,
     text: str = "prompts",
     template: str | None = None,
@@ -78,6 +79,9 @@ def extract(
             a GPU, and none where they do not pay.
         precision: `fp32`, `tf32` (its products in TF32, on GPUs that have it), or autocast to
             `bf16` or `fp16`; `auto` takes what suits the device. Features are float32 in each case.
+        decoding: `full`, or `reduced` to decode a JPEG at the smallest of 1/8, 1/4, 1/2 and whole
+            whose sides have the model's pixels: quicker for large photographs, with slightly other
+            pixels, so part of a store's identity.
         out: Folder of the feature store; extraction resumes there. None keeps all in memory.
         text: `prompts` (one per class) or `captions` (all of each image, with pairs).
         template: Prompt with `{}` for the class name; the manifest's common one where None.
@@ -106,6 +110,7 @@ def extract(
         batch_size=batch_size,
         workers=workers,
         precision=precision,
+        decoding=decoding,
         text=text,
         template=template,
         seed=seed,
@@ -130,6 +135,11 @@ def prepare(
     """
     precision = resolve_precision(options.precision, model.device)
     options = replace(options, precision=precision)
+    if options.decoding != "full" and not isinstance(manifest, Manifest):
+        raise UserError(
+            f"decoding {options.decoding} is for datasets on disk; images in memory are decoded "
+            "already: give a name, a TOML file or a folder, or leave decoding out"
+        )
     items = _items(manifest, split, options)
     names = tuple(manifest.class_names(options.place))
     recorders = {
@@ -272,6 +282,8 @@ def identity_of(work: Work) -> dict[str, Any]:
     return {
         **work.model.identity(),
         "precision": work.options.precision,
+        # Stores of full images do not name it: those made before there was a choice stay good.
+        **({} if work.options.decoding == "full" else {"decoding": work.options.decoding}),
         "pooling": {name: recorder.pooling for name, recorder in recorders.items()},
         "joint_pooling": {name: recorder.joint_pooling for name, recorder in recorders.items()},
         "spaces": list(dict.fromkeys(s for r in recorders.values() for s in r.spaces)),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from vlmlayers.arguments import PRECISIONS, Count, Natural, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.models.decoding import DECODINGS
 from vlmlayers.models.own_data import own_data
 from vlmlayers.positions import TOWERS
 
@@ -52,6 +53,7 @@ class ExtractOptions:
     batch_size: Count = 64
     workers: Natural | None = None
     precision: str = "fp32"
+    decoding: str = "full"
     text: str = "prompts"
     template: str | None = None
     seed: Natural = 0
@@ -63,6 +65,7 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         check_one_of("precision", self.precision, PRECISIONS)
+        check_one_of("decoding", self.decoding, DECODINGS)
         check_one_of("text", self.text, TEXTS)
         if self.tower is not None:
             check_one_of("tower", self.tower, TOWERS)

@@ -188,6 +188,7 @@ class Work:
             workers=decoding_processes(
                 self.options.workers, sum(len(batches[b]) for b in left), self.model.device
             ),
+            decoding=self.options.decoding,
             pin=self.model.device.type == "cuda",
         )
         for batch, (rows, images, bad) in zip(left, stream):

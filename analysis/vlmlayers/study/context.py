@@ -152,6 +152,7 @@ class StageContext:
             "batch_size": options.batch_size,
             "workers": options.workers,
             "precision": options.precision,
+            "decoding": options.decoding,
             "text": data.options["text"],
             "tower": options.tower,
             "template": data.options["template"] if data.options["text"] == "prompts" else None,

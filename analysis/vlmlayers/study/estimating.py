@@ -48,6 +48,7 @@ def estimate_study(
                 pooling=dict(options.pooling).get("vision"),
                 batch_size=options.batch_size,
                 precision=options.precision,
+                decoding=options.decoding,
                 tower=tower,
             )
         )

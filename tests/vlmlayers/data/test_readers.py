@@ -61,6 +61,24 @@ def test_broken_exif_does_not_cost_the_image() -> None:
     assert open_image(content).size == (12, 8)
 
 
+@pytest.mark.parametrize(
+    ("least", "size"),
+    [
+        (100, (200, 150)),
+        (150, (200, 150)),
+        (151, (400, 300)),
+        (75, (100, 75)),
+        (1, (100, 75)),
+        (900, (800, 600)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_has_the_pixels(least, size) -> None:
+    ramp = np.linspace(0, 255, 800 * 600, dtype=np.uint8).reshape(600, 800)
+    image = Image.fromarray(ramp).convert("RGB")
+    assert open_image(encoded(image, "JPEG"), at_least=least).size == size
+    assert open_image(encoded(image, "PNG"), at_least=least).size == (800, 600)
+
+
 def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     for format in ("PNG", "TIFF"):

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from data_fixtures import coop_dataset, picture
+from PIL import Image
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
@@ -206,6 +207,8 @@ def test_features_that_are_not_finite_stop_the_run(value):
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"text": "prompt"}, "unknown text 'prompt'; did you mean 'prompts'"),
         ({"spaces": ("joined",)}, "unknown space 'joined'; did you mean 'joint'"),
+        ({"decoding": "half"}, "unknown decoding 'half'; valid: full, reduced"),
+        ({"decoding": "reduced"}, "decoding reduced is for datasets on disk"),
         ({"batch_size": 0}, "batch_size takes a whole number from 1, not 0"),
         ({"template": "a photo"}, "has no {} where the class name goes"),
         ({"items": []}, "drawn has no items in split 'train'"),
@@ -243,6 +246,26 @@ def test_identity_tells_apart_what_values_depend_on():
         run(model=tiny.model(seed=3)),
     ]
     assert all(other.identity != base for other in others)
+
+
+def test_reduced_decoding_is_near_the_full_one_and_part_of_the_identity(tmp_path):
+    generator = np.random.default_rng(0)
+    side = MODEL.image_size
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            small = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            smooth = Image.fromarray(small).resize((9 * side, 8 * side), Image.Resampling.BICUBIC)
+            smooth.save(tmp_path / name / f"{number}.jpg", quality=95)
+    model = tiny.model()
+    model.preprocess = lambda image: tiny.preprocess(image.resize((side, side)))
+    full, reduced = (run(str(tmp_path), model, decoding=how) for how in ("full", "reduced"))
+    assert reduced.identity == full.identity | {"decoding": "reduced"}
+    a, b = (one.vision.array("proj", "joint") for one in (full, reduced))
+    assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
+    run(str(tmp_path), model, out=tmp_path.with_name("store"))
+    with pytest.raises(UserError, match="decoding"):
+        run(str(tmp_path), model, out=tmp_path.with_name("store"), decoding="reduced")
 
 
 def test_a_decoding_process_that_dies_gives_one_line():

@@ -1,0 +1,213 @@
+"""The same work by libraries beside this one: features of all blocks, and CKA of all layers.
+
+    make peers
+
+Each side runs in an environment of its own (neither is a dependency of the project), in turn, on
+the same shapes of random weights and inputs, one thread each. `faster` is the median over rounds
+of CPU seconds theirs / ours, on which other work on the machine weighs little; above 1 we are
+ahead. `note` has the reason where we are not. Rows go to benchmarks/results/peers.csv.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MODEL, TIMM_MODEL, BATCH, BLOCKS = "ViT-B-32", "vit_base_patch32_clip_224", 16, 12
+ITEMS, WIDTH = 1_000, 768
+ROUNDS = 3
+Work = Callable[[], Any]
+
+
+def images() -> Any:
+    import torch
+
+    return torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def ours_features() -> Work:
+    from vlmlayers.models import Recorder, load_model
+
+    recorder, batch = Recorder(load_model(MODEL, random_weights=True).towers["vision"]), images()
+
+    def work() -> None:
+        with recorder:
+            recorder(batch)
+
+    return work
+
+
+def open_clip_features() -> Work:
+    import open_clip
+    import torch
+
+    model, batch = open_clip.create_model(MODEL).eval(), images()
+
+    def work() -> None:
+        with torch.inference_mode():
+            model.forward_intermediates(batch, image_indices=list(range(BLOCKS)))
+
+    return work
+
+
+def timm_features() -> Work:
+    import timm
+    import torch
+
+    model, batch = timm.create_model(TIMM_MODEL).eval(), images()
+
+    def work() -> None:
+        with torch.inference_mode():
+            model.forward_intermediates(batch, indices=list(range(BLOCKS)))
+
+    return work
+
+
+def thingsvision_features() -> Work:
+    import open_clip
+    from thingsvision import get_extractor_from_model
+
+    vision, batch = open_clip.create_model(MODEL).visual.eval(), images()
+    extractor = get_extractor_from_model(model=vision, device="cpu", backend="pt")
+    names = [f"transformer.resblocks.{block}" for block in range(BLOCKS)]
+    return lambda: extractor.extract_features(batches=[batch], module_names=names)
+
+
+def layers() -> Any:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal((ITEMS, WIDTH), dtype=np.float32)
+    return [shared + rng.standard_normal((ITEMS, WIDTH), dtype=np.float32) for _ in range(BLOCKS)]
+
+
+def ours_cka() -> Work:
+    from vlmlayers.metrics import cka_matrix
+
+    xs = layers()
+    return lambda: cka_matrix(xs, xs)
+
+
+def pytorch_cka() -> Work:
+    import torch
+    from cka import cka_from_features
+
+    xs = torch.stack([torch.from_numpy(x) for x in layers()])
+    return lambda: cka_from_features(xs, xs)
+
+
+SIDES: dict[str, Callable[[], Work]] = {
+    "ours_features": ours_features,
+    "open_clip": open_clip_features,
+    "timm": timm_features,
+    "thingsvision": thingsvision_features,
+    "ours_cka": ours_cka,
+    "pytorch-cka": pytorch_cka,
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library that does the same work.
+
+    Attributes:
+        package: Its distribution.
+        ours: The side of ours that does this work.
+        environment: Folder of the virtual environment that has it.
+        behind: Why it may be ahead of us.
+    """
+
+    package: str
+    ours: str = "ours_features"
+    environment: str = ".venv-peers"
+    behind: str = ""
+
+
+ONE_PASS = "the same single pass; ours pools each block and applies norm and projection as well"
+PEERS = {
+    "thingsvision": Peer("thingsvision", environment=".venv-thingsvision"),
+    "open_clip": Peer("open_clip_torch", behind=ONE_PASS),
+    "timm": Peer("timm", behind=ONE_PASS),
+    "pytorch-cka": Peer("pytorch-cka", "ours_cka", behind="float32; ours is float64"),
+}
+WORK = {"ours_features": ("features of all blocks", f"{BATCH} images, {MODEL}"),
+        "ours_cka": ("layer × layer debiased CKA", f"{ITEMS} × {WIDTH}")}  # fmt: skip
+
+
+def side(name: str, package: str) -> dict[str, Any]:
+    """Return CPU seconds of one run of a side, after one that nobody counts."""
+    work = SIDES[name]()
+    work()
+    start = time.process_time()
+    work()
+    return {"seconds": time.process_time() - start, "version": version(package)}
+
+
+def alone(python: Path, name: str, package: str) -> dict[str, Any]:
+    """Run a side in its environment; `failed` says why it did not run."""
+    if not python.exists():
+        return {"failed": f"not run: no {python.relative_to(ROOT)}"}
+    done = subprocess.run(
+        [python, __file__, "--side", name, package], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        return {"failed": "not run: " + (done.stderr.strip().splitlines() or [""])[-1][:200]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(name: str) -> dict[str, Any]:
+    """Return one row: how many times faster we are than a peer."""
+    peer = PEERS[name]
+    work, size = WORK[peer.ours]
+    row = {"work": work, "size": size, "layers": BLOCKS, "peer": name, "rounds": ROUNDS}
+    ratios, seconds = [], []
+    for _ in range(ROUNDS):
+        theirs = alone(ROOT / peer.environment / "bin" / "python", name, peer.package)
+        mine = (
+            theirs if "failed" in theirs else alone(Path(sys.executable), peer.ours, "vlm-layers")
+        )
+        if "failed" in mine:
+            return {**row, "version": "", "faster": "", "seconds": "", "note": mine["failed"]}
+        ratios.append(theirs["seconds"] / mine["seconds"])
+        seconds.append(mine["seconds"])
+    faster = round(statistics.median(ratios), 2)
+    return {
+        **row,
+        "version": theirs["version"],
+        "faster": faster,
+        "faster_low": round(min(ratios), 2),
+        "faster_high": round(max(ratios), 2),
+        "seconds": round(statistics.median(seconds), 3),
+        "note": peer.behind if faster < 1 else "",
+    }
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--side"]:
+        print(json.dumps(side(*arguments[1:])))
+        return 0
+    from common import machine, write_table
+
+    rows = []
+    for name in PEERS:
+        rows.append(compare(name))
+        print(rows[-1], flush=True)
+    # Each side runs with one thread; machine() tells what this process would take.
+    write_table("peers", [{**row, **machine(), "threads": 1} for row in rows])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
