@@ -188,12 +188,13 @@ class Experiment:
         with bar(
             description="cells", total=total, unit="cell", show=self.progress and rank == 0
         ) as shown:
-            rows = [row for source in sources for row in self._zero_shot_rows(source)]
             found: dict[tuple[str, int], Rows | None] = {}
             for source, seed in product(sources, seeds):
                 found[source, seed] = self._cells(source, seed, recipes, together, shown)
                 if self.stopped:
                     break
+            # Behind the first training, which refuses at once classes that a method cannot take.
+            rows = [row for source in sources for row in self._zero_shot_rows(source)]
             # First all that is free; then what others held at that time, who may have died since.
             for (source, seed), cells in found.items():
                 if cells is None and not self.stopped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,8 +15,11 @@ from typer.testing import CliRunner
 import vlmadapters as va
 from vlmadapters.cli.options import read_placements, read_recipes
 from vlmadapters.cli.train_stage import parts
+from vlmadapters.methods import METHODS
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, summarise
+from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmlayers.errors import UserError
+from vlmlayers.manifests import Item, Manifest
 from vlmlayers.selection import LayerChoice
 
 NAMES = ["mma", "coop", "maple"]
@@ -127,3 +131,29 @@ def test_recipes_from_python_are_values_or_one_name() -> None:
     twice = [va.load_recipe("published", "coop")] * 2
     with pytest.raises(UserError, match="two of one method"):
         va.train(shared_backbone(), "shapes_filled", twice)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "line"),
+    [
+        ("rpo", {"pairs": 70}, "70 text prompts stand; use 6. pairs at most"),
+        ("coop", {"words": "", "length": 73}, "77 at most; use 7. context words at most"),
+        ("lweib", {"descriptions": "texts.json"}, "8 classes have no description: "),
+    ],
+)
+def test_classes_that_a_method_cannot_take_are_refused_before_an_image_is_seen(
+    method: str,
+    settings: dict[str, Any],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.json").write_text('{"a class of another dataset": ["Red."]}')
+    seen: list[Item] = []
+    monkeypatch.setattr(Manifest, "open_image", lambda *arguments, **_: seen.append(arguments[1]))
+    config = METHODS.config(method).published({"vision": 3, "text": 3}, **settings)
+    recipe = Recipe("test", TrainConfig(shots=2), config)
+    with pytest.raises(UserError, match=line):
+        va.train(shared_backbone(), "shapes_filled", [recipe], seeds=(1,), progress=False)
+    assert not seen
