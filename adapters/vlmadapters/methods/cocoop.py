@@ -49,6 +49,7 @@ class CoCoOp(CoOp):
 
     def __init__(self, config: CoCoOpConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:
         super().__init__(config, backbone, task, seed)
+        # The joint width is asked of the text tower itself: not every model states it.
         end = backbone.text.tower.depth + 1
         joint = backbone.features("text", backbone.prompts(backbone.tokens(["X"]), [end])[end])
         self.meta_net = _meta_net(joint.shape[-1], backbone.text.tower.width, seed)
@@ -61,6 +62,7 @@ class CoCoOp(CoOp):
         """Return scaled cosines between each image and its own texts, (image, class)."""
         count = len(classes.inputs)
         images = F.normalize(single(images), dim=-1)
+        # Images × classes texts with their graphs would not fit in memory for many classes.
         at_once = max(1, TEXTS // count)
         parts = []
         for some, shift in zip(images.split(at_once), self.meta_net(images).split(at_once)):

@@ -245,6 +245,7 @@ class LwEIB(Method):
         labels, counts = step.labels.cpu(), step.classes.counts.cpu()
         columns, negatives = torch.arange(len(counts)), self.config.negatives
         if negatives >= 0 and len(counts) > len(labels):
+            # Classes of the batch stand first: their labels then are the numbers of their columns.
             positive, labels = labels.unique(return_inverse=True)
             others = columns[~torch.isin(columns, positive)]
             order = torch.randperm(len(others), generator=step.generator)

@@ -110,6 +110,7 @@ class PromptSRC(IVLP):
         """Return cross-entropy and the three distances to the frozen CLIP."""
         backbone = step.backbone
         with torch.no_grad():
+            # From the same state: what lies below the first prompt is computed once.
             frozen_images = backbone.features("vision", step.images)
             frozen_texts = step.classes.frozen
             zero_shot = scaled_cosines(backbone.clip, frozen_images, frozen_texts)

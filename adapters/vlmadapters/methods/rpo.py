@@ -111,6 +111,7 @@ class RPO(Method):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         walk = backbone.walks[tower]
         for block in getattr(self.config, tower):
+            # Nothing that is trained comes in here: prompts read and are read by nothing.
             with torch.no_grad():
                 state = walk.advance(state, block)
                 assert state.x is not None
@@ -138,6 +139,7 @@ class RPO(Method):
             x = attend_others(module, x, keys, values, frozen.seen, walk.onednn)
             x = feed_forward(module, x, walk.onednn)
         each = x.flatten(0, 1)[:, None]  # (item · pair, 1, width)
+        # Each prompt is a sequence of its own for the head, which reads one token of it.
         rows = torch.zeros(len(each), dtype=torch.long, device=each.device)
         return walk.head(each, rows).unflatten(0, (frozen.items, -1))
 

@@ -202,6 +202,7 @@ class Experiment:
                 rows += cells or []
         table = _table(rows)
         if self.out is not None and self.table is not None and not rank and rows:
+            # Any seed will do: cells of all seeds belong in the table.
             like = [self._cell(one, 0, setting).identity for one in sources for setting in recipes]
             write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
         return table
@@ -241,6 +242,7 @@ class Experiment:
         cells = {one: self._cell(source, seed, one) for one in settings}
         done = {one: self.cells.read(cell) for one, cell in cells.items()}
         if not wait:
+            # On the second visit they have been counted.
             shown.update(sum(rows is not None for rows in done.values()))
         while missing := [one for one, rows in done.items() if rows is None]:
             with ExitStack() as held:

@@ -186,6 +186,7 @@ class LayerFeatures:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Without names, as of captioned images, labels mean nothing.
         for tower in self.towers if self.class_names else ():
             count = len(self.class_names)
             _check_range(f"{tower.tower} labels", tower.labels, count, "the class names")
@@ -288,6 +289,7 @@ class LayerFeatures:
         """
         vision, text = self.tower("vision"), self.text
         if text is not None and text.pairs is not None:
+            # A caption follows its image to that image's new row.
             place = np.full(len(vision), -1, dtype=np.int64)
             place[np.asarray(rows, dtype=np.int64)] = np.arange(len(rows))
             text = text.take(np.flatnonzero(place[text.pairs] >= 0))

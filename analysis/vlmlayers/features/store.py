@@ -250,6 +250,7 @@ def _check_file(file: Path, entry: Mapping[str, Any], verify: bool, folder: Path
         size = file.stat().st_size
     except OSError as error:
         raise DamagedStore(f"{file} is missing from the store; {advice}") from error
+    # First the size, which costs nothing and catches what was cut short.
     if size != entry["bytes"]:
         raise DamagedStore(f"{file} has {size} bytes, expected {entry['bytes']}; {advice}")
     if verify and file_checksum(file) != entry["sha256"]:

@@ -253,6 +253,7 @@ class StoreWriter:
         if self.rank == 0:
             self._seal()
         self.barrier()
+        # Checksums were made of these bytes a moment ago; to read a large store again takes long.
         return FeatureStore.open(self.folder, verify=False)
 
     def _seal(self) -> None:

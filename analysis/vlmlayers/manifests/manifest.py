@@ -139,6 +139,7 @@ class Manifest:
             dropped = bool({name, new} & set(spec.drop_classes))
             missed = bool(spec.only_classes) and not {name, new} & set(spec.only_classes)
             final.append(None if dropped or missed else new)
+        # Names may be given as the files have them or as they are renamed.
         known = {*raw, *(name for name in final if name is not None)}
         for name in spec.only_classes:
             check_one_of("class", name, sorted(known), where=f"only_classes of {self.name}")

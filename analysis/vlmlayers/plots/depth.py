@@ -111,6 +111,7 @@ def _parts(
         return {"all datasets" if name == POOLED else str(name): part
                 for name, part in frame.groupby("dataset", sort=False)}  # fmt: skip
     names = scores[hue].astype(str)
+    # One architecture with several weights is several models.
     if hue == "model" and scores.groupby("model")["weights"].nunique().max() > 1:
         names += " (" + scores["weights"].astype(str) + ")"
     rows = scores["metric"] == metric if "metric" in scores.columns else names == names

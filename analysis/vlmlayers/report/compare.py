@@ -98,6 +98,7 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 
 def _run(name: str, folder: Path, out: Path) -> Compared:
     answer = read_answer(folder)
+    # Relative, so that a folder of runs can be moved or sent as a whole.
     link = Path(os.path.relpath(answer.run.report.resolve(), out.resolve())).as_posix()
     return Compared(name, answer, link, _safe(ribbon(answer)))
 

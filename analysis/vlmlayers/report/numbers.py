@@ -93,6 +93,7 @@ class RecordedValidation:
         chosen = str(notes.get("chosen") or _kind(cells, "chosen"))
         reference = str(notes.get("reference") or _kind(cells, "paper"))
         placements = _table(run.folder / "validation_placements.csv")
+        # A run of an earlier version, or one that was stopped, has its cells alone.
         placements = placements if len(placements) else _means(cells)
         trained = placements["placement"] != ZERO_SHOT
         means = placements[trained].set_index("placement")["hm"]

@@ -40,6 +40,7 @@ class LayerChoice:
         known = {tower: _depth(self.evidence, tower) for tower in TOWERS}
         placed.check({t: DEEPEST if depth is None else depth for t, depth in known.items()})
         for tower in TOWERS:
+            # Through `Placement`, which takes lists, text and numpy numbers, and sorts them.
             object.__setattr__(self, tower, placed.blocks(tower))
 
     @property

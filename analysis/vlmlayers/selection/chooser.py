@@ -60,6 +60,7 @@ def select(
     picks = chooser(seen)
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
+    # A rule that reads no score would give the same choice every time.
     moves = resamples if name not in UNSAMPLED else 0
     found = stability(chooser, seen, moves, seed) if moves else {}
     evidence = _evidence(table, chooser, blocks, picks, found)
@@ -76,6 +77,7 @@ def _used(scores: pd.DataFrame, chooser: Any) -> pd.DataFrame:
     for name in wanted:
         check_one_of("metric", name, list(dict.fromkeys(scores["metric"])), "the score table")
         Reading().say_choice(scores, name)
+    # Agreement within a tower says nothing of blocks, and its matrices are most of a table.
     rows = scores[scores["metric"].isin(wanted) & (scores["other_tower"] != scores["tower"])]
     return pd.concat([Reading().rows(rows, name, tower) for name in wanted for tower in TOWERS])
 

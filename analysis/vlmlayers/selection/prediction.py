@@ -90,6 +90,7 @@ def _contrast(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[st
 
 
 def _captured(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> float:
+    # All blocks together capture everything; half the share of blocks is what that costs.
     total = sum(float(values[t].sum()) for t in values)
     picked = sum(
         float(values[t][np.asarray(placement.get(t, ()), dtype=int) - 1].sum()) for t in values

@@ -57,6 +57,7 @@ def _extract(context: StageContext) -> None:
     options = context.study.extract
     record, left_out = {}, {}
     for data in context.datasets:
+        # A whole store of the same identity would otherwise be taken as it is.
         if context.force:
             shutil.rmtree(context.run.features / data.folder, ignore_errors=True)
         context.echo(f"extract  {data.manifest.name}: {len(data.items)} items ({data.folder})")

@@ -19,6 +19,7 @@ PER_CLASS = {"train": 200, "val": 20, "test": 50}
 
 def generator(*parts: object) -> np.random.Generator:
     """Return a private generator that depends on `parts` alone."""
+    # Of text, not of numbers: every item has a stream of its own, on any platform and in any order.
     digest = blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
@@ -82,6 +83,7 @@ class BuiltinDataset:
     def caption(self, split: str, index: int) -> str:
         """Return a sentence about an item that its drawing bears out."""
         plan = self._plan(split, index)[0]
+        # A stream of its own, so that captions do not change the picture.
         pattern = pick(generator(self.name, split, index, "caption"), self.grammar)
         text = pattern.format(name=self.class_names[index % len(self.class_names)], **plan)
         return with_article(text)

@@ -107,6 +107,7 @@ class Canvas:
     def line(self, points: Points, fill: Colour, width: float, closed: bool = False) -> None:
         """Draw a line of `width` frame units through the points."""
         mapped = self._map(points)
+        # Beyond the start by one point, so that the last corner is joined as the others are.
         if closed:
             mapped += mapped[:2]
         self.pen.line(mapped, fill=fill, width=self._width(width), joint="curve")
@@ -124,6 +125,7 @@ class Canvas:
         frame = self._frame
         self.whole()
         for x, y, dx, dy, kind, width in rng.uniform(0, 1, (count, 6)):
+            # From the same draw as the kind: 997 mixes its digits, and no draw is added.
             colour = colours[int(kind * 997) % len(colours)]
             if kind < 0.6:
                 end = (x + 0.3 * (dx - 0.5), y + 0.3 * (dy - 0.5))
