@@ -230,22 +230,6 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
         load_official(path, model, method="cliplora")
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({}, "cliplora has no block in either tower"),
-        ({"text": (1,), "matrices": ()}, "matrices is empty; name some of q, k, v, o"),
-        ({"text": (1,), "matrices": ("q", "q")}, "matrices is q, q; name some of"),
-        ({"text": (1,), "matrices": ("w",)}, "matrices"),
-        ({"text": (1,), "dropout": 1}, "dropout is 1, which drops all"),
-        ({"text": (1,), "rank": 0}, "rank takes a whole number from 1"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        CLIPLoRAConfig(**settings)
-
-
 def test_blocks_of_another_kind_are_refused() -> None:
     method, backbone = built(CONFIGS[2], family="layer scale, custom blocks")
     with pytest.raises(UserError, match="not open_clip's standard"):

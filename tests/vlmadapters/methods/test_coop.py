@@ -206,22 +206,6 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
         load_official(path, model, method="coop")
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"text": ()}, "coop has no text block"),
-        ({"vision": (1,)}, "coop acts at no vision block; name text blocks only"),
-        ({"length": 6}, r"starts from 4 words \('a photo of a'\), and length is 6"),
-        ({"length": -1}, "length takes a whole number from 0, not -1"),
-        ({"class_at": "back"}, "class_at takes 'end', 'middle' or 'front', not 'back'"),
-        ({"words": 3}, "words takes a string, not 3"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        CoOpConfig(**settings)
-
-
 def test_bad_fits_are_one_line() -> None:
     with pytest.raises(UserError, match="block 4"):
         built(CoOpConfig((), (4,)))

@@ -167,20 +167,6 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
         load_official(other, model, method="ivlp")
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({}, "ivlp has no block in either tower"),
-        ({"vision": (1,), "vision_length": 0}, "vision_length takes a whole number from 1, not 0"),
-        ({"text": (1,), "text_length": 2.5}, "text_length takes a whole number"),
-        ({"text": (1, 1)}, "twice"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        IVLPConfig(**settings)
-
-
 def test_bad_fits_are_one_line() -> None:
     with pytest.raises(UserError, match="block 4"):
         built(IVLPConfig((4,), ()))

@@ -210,21 +210,6 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
         load_official(other, model, method="lasp")
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"text": (1,)}, "lasp acts at no text block; name vision blocks only"),
-        ({"weight": -1.0}, "weight takes a number from 0"),
-        ({"templates": ("a photo",)}, "needs exactly one"),
-        ({"other_names": "all"}, "other_names"),
-        ({"length": 3}, "starts from 4 words"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        LASPConfig(**settings)
-
-
 def test_norms_of_blocks_that_are_not_standard_are_refused() -> None:
     family = "layer scale, custom blocks"
     with pytest.raises(UserError, match="lasp tunes the norms of open_clip's standard blocks"):

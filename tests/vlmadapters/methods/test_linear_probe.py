@@ -132,17 +132,3 @@ def test_a_class_without_items_is_refused() -> None:
 def test_a_single_class_is_every_answer() -> None:
     method, backbone, classes = fitted(Task(("cat",)), LABELS * 0)
     assert method.logits(backbone, features(), classes).argmax(1).tolist() == [0] * 12
-
-
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"vision": (1,)}, "linear-probe has no placement"),
-        ({"inverse_penalties": ()}, "name one value or more, all above 0"),
-        ({"inverse_penalties": (1.0, 0.0)}, "name one value or more, all above 0"),
-        ({"iterations": 0}, "iterations takes a whole number from 1"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        LinearProbeConfig(**settings)

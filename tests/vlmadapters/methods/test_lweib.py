@@ -290,17 +290,3 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
     torch.save({"text_adapter.1.down.0.weight": torch.zeros(4, 32)}, path)
     with pytest.raises(UserError, match="another method than LwEIB"):
         load_official(path, model, method="lweib")
-
-
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({}, "lweib has no block in either tower"),
-        ({"text": (1,), "alpha": 0}, "alpha takes a number above 0, not 0"),
-        ({"text": (1,), "slow": 1.5}, "slow takes a number from 0 to 1"),
-        ({"text": (1,), "negatives": -2}, "negatives takes a whole number from -1"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        LwEIBConfig(**settings)

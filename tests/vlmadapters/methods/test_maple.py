@@ -124,15 +124,3 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
     torch.save({"prompt_learner.ctx": torch.zeros(2, 32)}, path)
     with pytest.raises(UserError, match="another method than MaPLe: it holds IVLP"):
         load_official(path, model, method="maple")
-
-
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"text": (1,)}, "name vision blocks, or take ivlp"),
-        ({"vision": (1,), "length": 0}, "length takes a whole number from 1, not 0"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        MaPLeConfig(**settings)

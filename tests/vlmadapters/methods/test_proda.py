@@ -105,20 +105,6 @@ def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
         torch.testing.assert_close(again.loss(step), method.loss(step))
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"prompts": 6, "group": 3}, "must be a multiple of 4, or 1"),
-        ({"prompts": 8, "group": 3}, r"group is 3, which does not divide prompts \(8\)"),
-        ({"length": 0}, "length takes a whole number from 1, not 0"),
-        ({"vision": (1,)}, "proda acts at no vision block"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        ProDAConfig(**settings)
-
-
 def test_a_context_that_leaves_no_room_for_a_name_says_how_much_there_is() -> None:
     with pytest.raises(UserError, match="77 at most; use 72 context words"):
         method, backbone = built(ProDAConfig(length=73))

@@ -152,16 +152,3 @@ def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
             assert torch.equal(found.get_parameter(name), value)
     with pytest.raises(UserError, match=r"has vision \(1, 2\), asked for is \(2,\)"):
         load_official(theirs, model, CONFIGS[1])
-
-
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({}, "promptsrc has no block in either tower"),
-        ({"text": (1,), "spread": 0}, "spread takes a number above 0, not 0"),
-        ({"text": (1,), "image_weight": -1}, "image_weight takes a number from 0"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        PromptSRCConfig(**settings)

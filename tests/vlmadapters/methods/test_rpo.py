@@ -160,19 +160,6 @@ def test_towers_without_standard_blocks_are_refused(family: str) -> None:
         built(CONFIGS[1], family=family)
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"vision": (1,)}, "rpo has no text block"),
-        ({"text": (1,)}, "rpo has no vision block"),
-        ({"vision": (1,), "text": (1,), "pairs": 0}, "pairs takes a whole number from 1, not 0"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        RPOConfig(**settings)
-
-
 def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
     model, (method, _) = shared_backbone(), built(CONFIGS[0])
     path = save_method(tmp_path / "ours", method, model, TASK)

@@ -22,7 +22,6 @@ from vlmadapters.methods.configs import TipConfig, TipFConfig
 from vlmadapters.methods.tip import Tip, TipF
 from vlmadapters.training.recipes import TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
-from vlmlayers.errors import UserError
 
 TRAIN = TrainConfig(optimizer="adamw", lr=0.01, epochs=3, batch_size=4, shots=2)
 KEYS = F.normalize(torch.randn(7, 32, generator=torch.Generator().manual_seed(2)), dim=-1)
@@ -207,17 +206,3 @@ def test_recipes_follow_the_dataset(method: str) -> None:
         assert (config.alpha, (config.beta_end, config.alpha_end)) == (alpha, ends)
     assert len(recipe.method_for("imagenet").settings()["templates"]) == 7
     assert recipe.train_for("eurosat").epochs == (100 if method == "tip-f" else 5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"vision": (1,)}, "tip has no placement: it acts at no block of either tower"),
-        ({"alpha": -1.0}, "alpha takes a number from 0"),
-        ({"views": 0}, "views takes a whole number from 1"),
-        ({"templates": ("a photo",)}, "needs exactly one"),
-    ],
-)
-def test_bad_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        TipConfig(**settings)
