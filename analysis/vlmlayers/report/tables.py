@@ -162,11 +162,11 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
         cells = _outcome_row(row, ", ".join(filter(None, [why, amount])))
         if untuned:
             plain = pd.Series(untuned.get(row["placement"], {}), dtype=object)
-            cells[-1:-1] = [_interval(plain, key) for key in ("hm", "difference")]
+            cells.insert(-1, _interval(plain, "hm"))
         rows.append(cells)
     headings = list(OUTCOME_HEADINGS)
     if untuned:
-        headings[-1:-1] = UNTUNED_HEADINGS
+        headings.insert(-1, UNTUNED_HEADING)
     count = validation.cells.groupby("dataset")["seed"].nunique()
     how = "each placement at its own tuned amount, beside all at the recipe's, " if untuned else ""
     caption = (
@@ -185,7 +185,7 @@ def _amounts(cells: pd.DataFrame) -> dict[str, str]:
     return {str(name): f"by {one or 'the recipe’s amount'}" for name, one in given.items()}
 
 
-UNTUNED_HEADINGS = ("Harmonic mean, untuned", "HM against the chosen, untuned")
+UNTUNED_HEADING = "Harmonic mean, untuned"
 FEW = 6  # placements that the answer shows one and all
 OUTCOME_HEADINGS = (
     "Base classes",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from browser import CHROMIUM, Tab, chromium
 from run_folders import make_run
@@ -35,6 +36,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     evil = "<img src=http://example.invalid/x onerror=alert(1)>"
     first = make_run(folder / "first", validated=True)
+    cells = pd.read_csv(first.validation).assign(amount="scale=0.3,epochs=15", comparison="tuned")
+    cells.to_csv(first.validation, index=False)
+    tuned = pd.read_csv(first.folder / "validation_placements.csv")
+    tuned.to_csv(first.folder / "validation_untuned.csv", index=False)
     second = make_run(folder / "second", 24, 12, small=True, weights="random")
     return {
         "report": write_report(first.folder, title=evil, note=evil),
@@ -67,6 +72,8 @@ def test_pages_stand_alone_and_fit(tab: Tab, pages: dict[str, Path], name: str, 
     )
     assert charts and all(count > 8 for _, count in charts), charts
     assert tab.run("document.documentElement.scrollWidth") <= width
+    cut = "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth + 1)"
+    assert tab.run(f"{cut}.map(s => s.getAttribute('aria-label'))") == []
     assert tab.run(
         "[...document.querySelectorAll('img')].every(i => i.complete && "
         "i.naturalWidth > 0 && i.alt.length > 20)"

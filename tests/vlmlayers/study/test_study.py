@@ -275,7 +275,7 @@ def test_metrics_of_the_model_stand_beside_those_of_features(done: Run, tmp_path
     text = (done.folder / "report.md").read_text()
     assert "rule budget by change of joint features without the block" in text
     margins = scores[scores["metric"] == "zero_shot_margin"].sort_values("value")
-    assert f"{margins['dataset'].iloc[0]} {margins['value'].iloc[0]:z.3f} [" in text
+    assert f"{margins['dataset'].iloc[0]} {margins['value'].iloc[0]:z.3f}" in text
     copy = tmp_path / "copy"
     shutil.copytree(done.folder, copy)
     metrics = ["skip_joint_change", "class_accuracy_ncm"]
