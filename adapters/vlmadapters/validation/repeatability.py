@@ -165,6 +165,7 @@ class Cells:
     def others(self) -> Array:
         """Pairs of cells of two datasets, (cell, cell)."""
         size = np.bincount(self.of)[self.of]
+        # Every pair of datasets weighs the same, however many seeds they have.
         return (self.of[:, None] != self.of) / (size[:, None] * size)
 
     def mean(self, values: Array) -> Array:

@@ -156,6 +156,7 @@ def search(
         race.skip("placement", place, why)
     limit = math.inf if budget is None else budget
     tuned = race.run("amount", default, rates, limit * (AMOUNT_SHARE if placements else 1))
+    # What amounts left of the budget is spent on placements.
     race.run("placement", tuned, crossed(tuned, placements), limit - track.cost)
     if not race.heats:
         raise UserError(_too_little(race, default, [*rates, *placements], budget))

@@ -121,6 +121,7 @@ def outcomes(table: pd.DataFrame, outcome: str = "hm") -> Outcomes:
     """
     check_one_of("outcome", outcome, OUTCOMES)
     wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values=outcome)
+    # A pivot sorts its columns; the table has the competitors in their order.
     wide = wide[list(dict.fromkeys(table["placement"]))] if len(table) else wide
     # Placements are compared in pairs: a cell that lacks one would favour the others.
     complete = wide.dropna()

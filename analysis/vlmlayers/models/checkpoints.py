@@ -96,6 +96,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint {path} holds no state dict of tensors")
     if not state:
         raise UserError(f"checkpoint {path} holds no tensors")
+    # `module.` is what a file has that was saved from inside DataParallel.
     return Checkpoint(path, {str(key).removeprefix("module."): v for key, v in state.items()})
 
 

@@ -142,6 +142,7 @@ def _of_open_clip(clip: Any) -> Callable[[list[str]], Tensor]:
     if isinstance(text, HFTextEncoder):
         length = getattr(clip, "context_length", None) or open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH
         return HubTokenizer(text.config.name_or_path, length, None, {})
+    # A model does not name its tokenizer; the size of OpenAI's vocabulary tells it.
     if getattr(text, "vocab_size", 0) == _OPENAI_TOKENS:
         return open_clip.SimpleTokenizer(context_length=text.context_length)
     return Unknown(type(clip).__name__)
@@ -179,6 +180,7 @@ def _of_transformers(
 
 def _tokens(tokenizer: Any, model: Any, name: str) -> Tokens:
     text = model.text_model.config
+    # Ids beyond the embedding fail deep inside the model, and on a GPU without a clear message.
     if len(tokenizer) > text.vocab_size:
         raise UserError(
             f"the tokenizer of {name} has {len(tokenizer)} words, the model {text.vocab_size}; "

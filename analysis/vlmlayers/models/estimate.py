@@ -147,6 +147,7 @@ def measure_costs(
     precision = resolve_precision(precision, model.device)
     with memory_errors(model.device, advice), recorder, autocast(model.device, precision):
         features = recorder(batch)
+        # The fastest run: what makes others slower is not the model.
         forward = min(_timed(lambda: recorder(batch))[1] for _ in range(repeats))
     rows = np.concatenate([x for by in features.values() for x in by.values()], axis=1)
     classes = len(manifest.class_names(root))
@@ -168,12 +169,14 @@ def measure_costs(
 def _write_seconds(rows: NDArray[np.floating], repeats: int, disk: Path | None) -> float:
     """Return the time to write rows and have them on the disk, in a file without a name."""
     content = np.ascontiguousarray(rows, dtype=np.float32).tobytes()
+    # A few kilobytes would time the call and not the disk.
     content *= max(1, _ENOUGH // len(content))
 
     def write() -> None:
         with tempfile.TemporaryFile(dir=disk) as handle:
             handle.write(content)
             handle.flush()
+            # Else the time would be that of the system's cache.
             os.fsync(handle.fileno())
 
     try:

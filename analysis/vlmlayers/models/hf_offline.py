@@ -11,6 +11,7 @@ from typing import Any
 
 from vlmlayers.errors import UserError
 
+# Each as the config.json of its repository states it.
 _ROBERTA = {
     "model_type": "roberta",
     "vocab_size": 50265,

@@ -292,6 +292,7 @@ def _picture(image: Any, row: int) -> Any:
         if image.is_floating_point():
             return image
         image = image.numpy()
+        # Channels stand first in tensors of images and last in arrays.
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 and len(image) in (1, 3, 4) else image
     if isinstance(image, str | Path):
         return open_image(image)
@@ -324,6 +325,7 @@ def _mark(image: Any) -> str:
             status = Path(image).stat()
         except OSError as error:
             raise UserError(f"image {image} cannot be read: {error.strerror}") from None
+        # Not the content: to read every file would cost as much as the extraction.
         return f"{image} {status.st_size} {status.st_mtime_ns}"
     if isinstance(image, Image.Image):
         content, head = image.tobytes(), f"{image.mode} {image.size}"

@@ -66,6 +66,7 @@ class HubTokenizer:
                 tokenizer_mode=self.mode,
                 **self.options,
             )
+        # transformers and the hub's client share no base of their errors.
         except Exception as error:
             raise UserError(
                 f"tokenizer {self.name!r} cannot be loaded: {one_line(error)}; connect to the "

@@ -299,6 +299,7 @@ def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
 
     def example(batch: int) -> Tensor:
         device = next(encoder.parameters()).device
+        # Any ids but that of padding, which no pool would look at.
         return torch.full((batch, 7), 5, dtype=torch.long, device=device)
 
     tower = Tower(

@@ -123,6 +123,7 @@ def _take_packed(tower: Tower, model: Any) -> None:
     def example(batch: int) -> Tensor:
         weight = vision.embeddings.patch_embedding.weight
         images = weight.new_zeros(batch, side * side, weight.shape[1] + _PACKED)
+        # Every patch is there, and they lie in a square.
         images[..., -_PACKED:] = weight.new_tensor([1, side, side])
         return images
 

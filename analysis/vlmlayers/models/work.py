@@ -231,6 +231,7 @@ def refuse_not_finite(
     """
     for space, by_position in features.items():
         for position, values in by_position.items():
+            # All at once: rows are looked at only where something is wrong.
             if np.isfinite(values).all():
                 continue
             bad = ~np.isfinite(values).all(axis=1)

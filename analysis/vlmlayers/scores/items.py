@@ -50,6 +50,7 @@ def run_prompts(scoring: Scoring) -> None:
         if member.vision is None or member.text is None or member.text.kind != "prompts":
             scoring.refuse(member.dataset, "", "needs images and class prompts")
             continue
+        # An image whose class has no prompt could not be right.
         known = np.flatnonzero(np.isin(member.vision.labels, member.text.labels))
         weights = bootstrap_weights(
             member.vision.labels[known], scoring.options.bootstrap, generator(Draw.ZERO_SHOT)

@@ -85,6 +85,7 @@ def read_scores(path: Path) -> pd.DataFrame:
             frame = pd.read_parquet(path)
             for name in frame.columns:  # Arrow decodes text when it is looked at, not before
                 frame[name].tolist()
+    # Arrow and pandas raise errors of many kinds on damaged files.
     except Exception as error:
         raise UserError(
             f"{path} cannot be read as a score table ({type(error).__name__}); "

@@ -281,6 +281,7 @@ class _Scorer:
                 text_rows = self.sums.sample[keys[1]] if texts is None else texts
                 function = gap.centroid_gap if name == "centroid_gap" else gap.frechet_gap
 
+                # Defaults hold the values of this turn; a closure would see those of the last one.
                 def on_sample(
                     rows: Labels,
                     x: Array = image_rows,

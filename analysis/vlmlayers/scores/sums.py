@@ -238,6 +238,7 @@ def _rows(chunk: LayerFeatures) -> dict[Key, Array]:
 def _hashes(dataset: str, ids: Sequence[str]) -> NDArray[np.uint64]:
     # With the name of the dataset, so that datasets of the same images are sampled apart.
     digests = (blake2b(f"{dataset}\0{name}".encode(), digest_size=8).digest() for name in ids)
+    # In one order of bytes, so that machines agree on the sample.
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 

@@ -52,6 +52,7 @@ def run_left_out(scoring: Scoring) -> None:
                         others = [s for other, s in parts.items() if other != point.dataset]
                         if not others:
                             raise UserError("no other dataset has a geometry at this position")
+                        # Scatters add up: leaving a dataset out reads no features again.
                         geometry, labels = sum(others[1:], others[0]), point.features.labels
                         _add_few_shot(point, geometry, point.rows(), labels, "other_datasets")
 
