@@ -69,14 +69,14 @@ peers: setup ## The same work by other libraries, in environments of their own
 	$(BIN)/uv pip install --quiet --python .venv-thingsvision/bin/python -r benchmarks/peers_thingsvision.txt
 	$(RUN) benchmarks/peers.py
 
-mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
+mini-clip: setup ## Train the miniature CLIP again (resumable; half an hour of a core)
 	$(BIN)/uv pip install --quiet --python $(RUN) -r tools/mini_clip/requirements.txt
 	PYTHONPATH=tools $(RUN) -m mini_clip --out runs/mini-clip
 
-tune-methods: setup ## Search the recipes mini again (resumable; hours on a CPU)
+tune-methods: setup ## Search the recipes mini again (resumable; half an hour of a core)
 	OMP_NUM_THREADS=1 $(RUN) figures/tune_methods.py --write
 
-methods: setup ## Compare all methods on the miniature CLIP again (resumable; hours on a CPU)
+methods: setup ## Compare all methods on the miniature CLIP again (resumable; half an hour of a core)
 	$(RUN) figures/record_methods.py
 
 clean: ## Remove what the targets made, but not runs/

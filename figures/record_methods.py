@@ -29,7 +29,8 @@ STUDY = HERE.parent / "data_manifests" / "studies" / "methods_mini.toml"
 READ_AS = (
     "Read it as a test of the machinery: a small backbone whose pretraining knew most of these "
     "domains says nothing about the order of methods on a model of ordinary size. Draws, prompts "
-    "and test images are the same for all methods, and their rates were searched by one grid."
+    "and test images are the same for all methods; their rates were searched by one grid at four "
+    "shots of two other domains (`tuning_mini_clip.md`), and several lie at an end of it."
 )
 
 
