@@ -69,7 +69,7 @@ def study(
 ) -> None:
     """The whole way on your model and data; resumes stage by stage.
 
-    Stages: extract, score, select, train, validate, report.
+    Stages: extract, score, search, select, train, validate, report.
     """
     from vlmlayers.study import read_study, run_study, study_file
 

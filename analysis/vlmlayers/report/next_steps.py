@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +61,14 @@ def _seeds(answer: Answer) -> tuple[int, ...]:
 def _validate(answer: Answer, seeds: tuple[int, ...]) -> str:
     given = answer.provenance.get("given", {})
     words = ["vlmlayers", "validate", *_model_words(answer)]
-    names = given.get("datasets") or sorted(set(answer.scores["dataset"]) - {"*"})
+    asked = dict(answer.provenance.get("validate", {})) if answer.validation is not None else {}
+    scored = sorted(set(answer.scores["dataset"]) - {"*"})
+    names = asked.pop("datasets", None) or given.get("datasets") or scored
     folder = str(answer.run.folder)
     words += [*names, "--choice", folder, "--out", folder]
     if given.get("data_root"):
         words += ["--data-root", given["data_root"]]
-    if answer.validation is not None:
-        words += _as_asked(dict(answer.provenance.get("validate", {})))
+    words += _as_asked(asked)
     return shlex.join([*map(str, words), "--seeds", ",".join(map(str, seeds))])
 
 
@@ -81,25 +83,26 @@ def _as_asked(part: dict[str, Any]) -> list[str]:
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     for one in part.pop("amounts", ()):
         words += ["--amounts", one]
-    for key, value in part.items():
-        option = {"limit": "items"}.get(key, key.replace("_", "-"))
-        if key in ("seeds", "datasets") or value is False:
-            continue
-        listed = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        words += [f"--{option}"] if value is True else [f"--{option}", listed]
-    return words
+    named = {"items" if key == "limit" else key: value for key, value in part.items()}
+    named.pop("seeds", None)
+    return words + _options(named)
 
 
 def _model_words(answer: Answer) -> list[str]:
     """Return the model and its options as the command line takes them."""
     arguments = dict(answer.provenance.get("given", {}).get("model", {}))
-    words = [str(arguments.pop("name", answer.model))]
-    for key, value in arguments.items():
+    return [str(arguments.pop("name", answer.model)), *_options(arguments)]
+
+
+def _options(values: Mapping[str, Any]) -> list[str]:
+    """Return options and their values; true ones alone, false and empty ones not at all."""
+    words = []
+    for key, value in values.items():
         option = f"--{key.replace('_', '-')}"
         listed = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         if value is True:
             words.append(option)
-        elif value not in (False, None, ""):
+        elif value is not False and value not in (None, ""):
             words += [option, listed]
     return words
 
