@@ -11,6 +11,10 @@ EMBED, FINAL, PROJ = "embed", "final", "proj"
 TOWERS = ("vision", "text")
 JOINT = "joint"
 SPACES = ("native", "normed", JOINT)
+# Not coordinates of features: what attention does in a block, one column per head.
+ATTENTION = ("attention_entropy", "attention_distance")
+POOLINGS = ("model", "cls", "eot", "mean")
+TOKENS = "tokens"  # in place of a pooling: every token by itself
 
 
 def tower_positions(blocks: int, space: str = "native") -> tuple[str, ...]:
@@ -18,10 +22,12 @@ def tower_positions(blocks: int, space: str = "native") -> tuple[str, ...]:
 
     In `joint` space every position already went through final norm and projection, so `final`
     does not exist there and `proj` repeats the last block. In `normed` space `final` repeats the
-    last block and `proj` does not exist.
+    last block and `proj` does not exist. Attention is in the blocks alone.
     """
-    check_one_of("space", space, SPACES)
+    check_one_of("space", space, SPACES + ATTENTION)
     body = (EMBED, *(str(block) for block in range(1, blocks + 1)))
+    if space in ATTENTION:
+        return body[1:]
     if space == "joint":
         return (*body, PROJ)
     return (*body, FINAL, PROJ) if space == "native" else (*body, FINAL)

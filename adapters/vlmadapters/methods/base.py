@@ -225,6 +225,13 @@ class Method(nn.Module):
             "hooks; train or evaluate it with `vlmlayers train` and `evaluate`"
         )
 
+    def merged(self, backbone: Backbone) -> dict[str, Tensor]:
+        """Return the backbone's weights that change where the method is merged into them.
+
+        By their names in the state dict; none where the method computes what no weights give.
+        """
+        return {}
+
     # Parameters under the authors' names
 
     def official_names(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from math import log, sqrt
 from typing import Any
 
 import torch
@@ -174,6 +174,23 @@ class CLIPLoRA(Method):
             return super().loss_parts(step)
         finally:
             self._dropping = None
+
+    def merged(self, backbone: Backbone) -> dict[str, Tensor]:
+        """Return W + s · B A of the changed maps, and the scale of the logits."""
+        names = {id(value): key for key, value in backbone.clip.named_parameters()}
+        scale = self.config.alpha / sqrt(self.config.rank)
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for tower, walk in backbone.walks.items():
+                for number in getattr(self.config, tower):
+                    attention: Any = walk.tower.blocks[number - 1].attn
+                    stacked, out = attention.in_proj_weight, attention.out_proj.weight
+                    changed = {id(one): one.detach().float().clone() for one in (stacked, out)}
+                    thirds = dict(zip("qkv", changed[id(stacked)].chunk(3)), o=changed[id(out)])
+                    for matrix, factors in getattr(self, tower)[str(number)].items():
+                        thirds[matrix] += scale * factors.up @ factors.down
+                    found |= {names[key]: value for key, value in changed.items()}
+        return found | {"logit_scale": torch.tensor(log(SCALE))}
 
     def official_names(self) -> dict[str, str]:
         """Return our parameter names to the authors'."""

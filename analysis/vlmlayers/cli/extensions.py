@@ -25,6 +25,7 @@ ORDER = (
     "train",
     "evaluate",
     "validate",
+    "export",
     "report",
     "figures",
 )

@@ -16,6 +16,8 @@ from vlmlayers.cli.options import (
     Settings,
     SkipUnreadable,
     Weights,
+    poolings,
+    several,
     with_weights,
 )
 from vlmlayers.errors import UserError
@@ -51,6 +53,20 @@ def extract(
     text: Annotated[str, typer.Option(help="prompts or captions.")] = "prompts",
     tower: Annotated[
         str | None, typer.Option(help="vision or text; both where absent.", show_default=False)
+    ] = None,
+    spaces: Annotated[
+        list[str] | None,
+        several(
+            "native, normed, joint, attention_entropy, attention_distance; native and joint "
+            "where absent."
+        ),
+    ] = None,
+    pooling: Annotated[
+        list[str] | None,
+        several(
+            "cls, eot, mean, or tokens for every token of a few items; vision=mean for one "
+            "tower; each tower's own where absent."
+        ),
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "fp32",
     decoding: Annotated[
@@ -103,6 +119,8 @@ def extract(
         items=items,
         text=text,
         tower=tower,
+        **({} if spaces is None else {"spaces": spaces}),
+        pooling=poolings(pooling or ()),
         precision=precision,
         decoding=decoding,
         device=device,

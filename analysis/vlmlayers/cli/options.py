@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -12,6 +12,21 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from vlmlayers.errors import UserError
+from vlmlayers.positions import TOWERS
+
+
+def several(help: str, *names: str, metavar: str = "A,B") -> Any:
+    """Return an option that takes several words: with commas in between, or repeated."""
+    return typer.Option(*names, metavar=metavar, help=f"{help} Several: with commas, or repeated.",
+                        callback=_words, show_default=False)  # fmt: skip
+
+
+def _words(given: list[str] | None) -> list[str] | None:
+    """Return the words of an option that may hold several at once; None where it is absent."""
+    if given is None:
+        return None
+    return [word for text in given for part in text.split(",") if (word := part.strip())]
+
 
 Model = Annotated[
     str,
@@ -81,6 +96,13 @@ class Weights:
                     f"--{key} {found[key]!r} is not three numbers such as 0.5,0.5,0.5"
                 ) from None
         return found
+
+
+def poolings(words: Sequence[str]) -> dict[str, str]:
+    """Return the pooling of each tower from words such as `mean` or `vision=cls`."""
+    pairs = [word.partition("=")[::2] if "=" in word else ("", word) for word in words]
+    both = {tower: name for key, name in pairs if not key for tower in TOWERS}
+    return both | {tower: name for tower, name in pairs if tower}
 
 
 def with_weights(verb: Callable[..., None]) -> Callable[..., None]:

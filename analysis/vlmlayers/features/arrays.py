@@ -16,6 +16,7 @@ from vlmlayers.arguments import Position, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import numbers
 from vlmlayers.positions import (
+    ATTENTION,
     FINAL,
     PROJ,
     SPACES,
@@ -34,7 +35,7 @@ FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, eq=False)
 class TowerFeatures:
-    """Pooled activations of one tower over one set of items, by space and position.
+    """Activations of one tower over one set of items, pooled or by token, by space and position.
 
     Attributes:
         tower: `vision` or `text`.
@@ -43,9 +44,12 @@ class TowerFeatures:
         kind: What an item is: `images`, `prompts` (one per class) or `captions`.
         ids: (item,) relative image path, or the text itself.
         labels: (item,) index into the class names.
-        arrays: space → position → (item, width), float32, memory-mapped where stored.
+        arrays: space → position → (item, width), float32, memory-mapped where stored; (item, head)
+            in the spaces `attention_entropy` and `attention_distance`.
         pairs: (item,) for captions, the row of the image each one describes; else None.
         joint_pooling: Pooling in `joint` space where it differs: `model` for attention pools.
+        tokens: Names of the tokens (`cls`, `register 1`, `patch 2,3`, `token 4`) where pooling is
+            `tokens`: arrays are (item, token, width) then, NaN where a text has ended.
     """
 
     tower: str
@@ -57,6 +61,7 @@ class TowerFeatures:
     arrays: Mapping[str, Mapping[str, NDArray[np.floating]]]
     pairs: NDArray[np.int64] | None = None
     joint_pooling: str = ""
+    tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -65,11 +70,12 @@ class TowerFeatures:
                 raise UserError(f"{self.tower} features have {n} ids but {len(given)} {what}")
         _check_range(f"{self.tower} labels", self.labels, MOST_CLASSES, "classes counted from 0")
         for space, by_position in self.arrays.items():
+            by_token = (len(self.tokens),) if self.tokens and space not in ATTENTION else ()
             for position, array in by_position.items():
-                if array.ndim != 2 or len(array) != n:
+                if array.shape[:-1] != (n, *by_token):
                     raise UserError(
-                        f"{self.tower} features at {position} ({space}) have shape "
-                        f"{array.shape}; expected ({n}, width)"
+                        f"{self.tower} features at {position} ({space}) have shape {array.shape}; "
+                        f"expected ({', '.join(map(str, (n, *by_token)))}, width)"
                     )
 
     def __len__(self) -> int:
@@ -88,10 +94,22 @@ class TowerFeatures:
 
     @checked
     def array(self, position: Position, space: str = "native") -> NDArray[np.floating]:
-        """Return the features at one position, (item, width)."""
+        """Return the features at one position, (item, width), or (item, token, width)."""
         check_one_of("space", space, self.arrays, where=f"{self.tower} features")
         check_one_of("position", position, self.positions(space), where=f"{self.tower} {space}")
         return self.arrays[space][position]
+
+    def require_vectors(self) -> None:
+        """Refuse features of tokens where one vector per item is needed.
+
+        Raises:
+            UserError: These are of tokens.
+        """
+        if self.tokens:
+            raise UserError(
+                f"these {self.tower} features are of tokens, and one vector per item is needed; "
+                "extract with pooling='mean' (--pooling mean), or another"
+            )
 
     def __getitem__(self, where: Any) -> NDArray[np.floating]:
         """Return the features at a position, `features.vision[6]`, or in a space.
@@ -104,14 +122,14 @@ class TowerFeatures:
 
     @checked
     def to_numpy(self, space: str = "native") -> NDArray[np.floating]:
-        """Return `embed` and all blocks as one array, (position, item, width).
+        """Return `embed` and all blocks as one array, (position, item[, token], width).
 
         Raises:
             UserError: The tower's blocks differ in width, or the space has none of them.
         """
         inside = [p for p in self.positions(space) if p not in (FINAL, PROJ)]
         arrays = [self.arrays[space][position] for position in inside]
-        widths = sorted({array.shape[1] for array in arrays})
+        widths = sorted({array.shape[-1] for array in arrays})
         if len(widths) != 1:
             raise UserError(
                 f"{self.tower} features have widths {', '.join(map(str, widths)) or 'none'} along "
@@ -123,6 +141,8 @@ class TowerFeatures:
     def to_frame(self, position: Position | None = None, space: str = "native") -> pd.DataFrame:
         """Return a row per item and position: tower, position, id, label, then the features.
 
+        Where tokens are kept, a row per token that the item has, named in a column `token`.
+
         Args:
             position: The one to take; all where None.
             space: Space of the features.
@@ -132,10 +152,16 @@ class TowerFeatures:
         chosen = self.positions(space) if position is None else (position,)
         parts = []
         for one in chosen:
-            values = pd.DataFrame(np.asarray(self.array(one, space)))
+            array = np.asarray(self.array(one, space))
+            each = array[:, None] if array.ndim == 2 else array  # (item, token, width)
+            values = pd.DataFrame(each.reshape(-1, each.shape[2]))
             values.columns = [f"x{column}" for column in range(values.shape[1])]
-            head = {"tower": self.tower, "position": one, "id": self.ids, "label": self.labels}
-            parts.append(pd.concat([pd.DataFrame(head), values], axis=1))
+            ids, labels = (np.repeat(given, each.shape[1]) for given in (self.ids, self.labels))
+            head = {"tower": self.tower, "position": one, "id": ids, "label": labels}
+            if array.ndim == 3:
+                head["token"] = np.tile(self.tokens, len(self))
+            found = pd.concat([pd.DataFrame(head), values], axis=1)
+            parts.append(found[found["x0"].notna()])
         return pd.concat(parts, ignore_index=True)
 
     def depth(self, position: str) -> float:
@@ -351,7 +377,7 @@ class LayerFeatures:
                         "items": len(tower),
                         "blocks": tower.blocks,
                         "positions": len(arrays),
-                        "widths": "/".join(map(str, dict.fromkeys(a.shape[1] for a in arrays))),
+                        "widths": "/".join(map(str, dict.fromkeys(a.shape[-1] for a in arrays))),
                         "pooling": tower.pooling_in(space),
                         "megabytes": round(sum(a.nbytes for a in arrays) / 1e6, 3),
                     }

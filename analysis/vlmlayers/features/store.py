@@ -208,6 +208,7 @@ def _tower(folder: Path, name: str, part: Mapping[str, Any], verify: bool) -> To
         arrays,
         None if pairs is None else np.asarray(pairs, dtype=np.int64),
         part["joint_pooling"],
+        tuple(part.get("tokens", ())),  # stores of earlier versions have none
     )
 
 

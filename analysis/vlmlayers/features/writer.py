@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +34,7 @@ from vlmlayers.files import DRAFTS, file_checksum, take_lock, write_text, writin
 from vlmlayers.identity import DATA, DataIdentity
 
 Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 _HEADER = 128  # bytes before the rows of a version 1.0 .npy file with a short header
 
 
@@ -48,8 +50,9 @@ class TowerPlan:
         ids: (item,) ids.
         labels: (item,) labels.
         batches: Rows of each batch; a batch is the unit of work that is resumed.
-        widths: space → position → width, in order along the tower.
+        shapes: space → position → shape of an item's row, in order along the tower.
         pairs: (item,) rows of the images that captions describe, or None.
+        tokens: Names of the tokens where they are kept by themselves.
     """
 
     blocks: int
@@ -59,8 +62,15 @@ class TowerPlan:
     ids: tuple[str, ...]
     labels: Sequence[int]
     batches: Sequence[Sequence[int]]
-    widths: Mapping[str, Mapping[str, int]]
+    shapes: Shapes
     pairs: Sequence[int] | None = None
+    tokens: tuple[str, ...] = ()
+
+    def places(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Yield space, position and shape of a row, in order."""
+        for space, by_position in self.shapes.items():
+            for position, shape in by_position.items():
+                yield space, position, shape
 
 
 @dataclass
@@ -129,10 +139,8 @@ class StoreWriter:
         if identity_file.exists():
             self._take_up(read_record(identity_file)["identity"])
         for name, plan in self.towers.items():
-            for space, widths in plan.widths.items():
-                for position, width in widths.items():
-                    file = array_file(self.rows, name, space, position)
-                    _allocate(file, len(plan.ids), width)
+            for space, position, shape in plan.places():
+                _allocate(array_file(self.rows, name, space, position), len(plan.ids), shape)
         self.data.save(self.partial / DATA)
         # Last, so that a folder with an identity has room for all its rows.
         write_record(identity_file, {"identity": dict(self.identity)})
@@ -186,15 +194,12 @@ class StoreWriter:
         """
         plan, check = self.towers[tower], 0
         with writing(self.partial):
-            for space, widths in plan.widths.items():
-                for position in widths:
-                    values = _filled(
-                        plan.batches[batch], rows, features, space, position, widths[position]
-                    )
-                    file = array_file(self.rows, tower, space, position)
-                    _write_rows(file, plan.batches[batch][0], values)
-                    # After a power cut a line may be there whose rows never reached the disk.
-                    check = zlib.crc32(values.tobytes(), check)
+            for space, position, shape in plan.places():
+                values = _filled(plan.batches[batch], rows, features, space, position, shape)
+                file = array_file(self.rows, tower, space, position)
+                _write_rows(file, plan.batches[batch][0], values)
+                # After a power cut a line may be there whose rows never reached the disk.
+                check = zlib.crc32(values.tobytes(), check)
             line = {
                 "tower": tower,
                 "batch": batch,
@@ -225,10 +230,9 @@ class StoreWriter:
         if not isinstance(batch, int) or not 0 <= batch < len(plan.batches):
             return False
         rows = plan.batches[batch]
-        for space, widths in plan.widths.items():
-            for position, width in widths.items():
-                file = array_file(self.rows, tower, space, position)
-                check = zlib.crc32(_read_rows(file, rows[0], len(rows), width), check)
+        for space, position, shape in plan.places():
+            file = array_file(self.rows, tower, space, position)
+            check = zlib.crc32(_read_rows(file, rows[0], len(rows), shape), check)
         return bool(check == line.get("crc"))
 
     def unreadable(self) -> dict[int, str]:
@@ -292,13 +296,12 @@ class StoreWriter:
         kept = self.partial / "kept"
         shutil.rmtree(kept, ignore_errors=True)
         for name, plan in self.towers.items():
-            for space, widths in plan.widths.items():
-                for position in widths:
-                    values = np.load(array_file(self.rows, name, space, position), mmap_mode="r")
-                    rows = _kept(plan, bad)
-                    file = array_file(kept, name, space, position)
-                    _allocate(file, len(rows), values.shape[1])
-                    _write_rows(file, 0, np.ascontiguousarray(values[rows]))
+            for space, position, shape in plan.places():
+                values = np.load(array_file(self.rows, name, space, position), mmap_mode="r")
+                rows = _kept(plan, bad)
+                file = array_file(kept, name, space, position)
+                _allocate(file, len(rows), shape)
+                _write_rows(file, 0, np.ascontiguousarray(values[rows]))
         return kept
 
     def _part(self, folder: Path, name: str, bad: Mapping[int, str]) -> dict[str, Any]:
@@ -312,14 +315,13 @@ class StoreWriter:
         }
         write_text(folder / name / ITEMS, json.dumps(items))
         arrays: dict[str, dict[str, Any]] = {}
-        for space, widths in plan.widths.items():
-            for position, width in widths.items():
-                file = array_file(folder, name, space, position)
-                _sync(file)
-                arrays.setdefault(space, {})[position] = {
-                    "shape": [len(rows), width],
-                    **_fingerprint(file),
-                }
+        for space, position, shape in plan.places():
+            file = array_file(folder, name, space, position)
+            _sync(file)
+            arrays.setdefault(space, {})[position] = {
+                "shape": [len(rows), *shape],
+                **_fingerprint(file),
+            }
         return {
             "blocks": plan.blocks,
             "pooling": plan.pooling,
@@ -327,7 +329,8 @@ class StoreWriter:
             "kind": plan.kind,
             "arrays": arrays,
             "items": _fingerprint(folder / name / ITEMS),
-            "order": [[space, list(widths)] for space, widths in plan.widths.items()],
+            "order": [[space, list(by_position)] for space, by_position in plan.shapes.items()],
+            "tokens": list(plan.tokens),
         }
 
     def close(self) -> None:
@@ -352,8 +355,9 @@ def write_features(folder: Path, features: LayerFeatures) -> None:
             tower.ids,
             tower.labels.tolist(),
             [range(len(tower))],
-            {s: {p: tower.array(p, s).shape[1] for p in tower.positions(s)} for s in tower.spaces},
+            {s: {p: tower.array(p, s).shape[1:] for p in tower.positions(s)} for s in tower.spaces},
             None if tower.pairs is None else tower.pairs.tolist(),
+            tower.tokens,
         )
         for tower in features.towers
     }
@@ -424,18 +428,18 @@ def _renumber(pairs: Sequence[int], rows: Sequence[int], bad: Mapping[int, str])
     return [int(pairs[row] - np.searchsorted(gone, pairs[row])) for row in rows]
 
 
-def _allocate(file: Path, rows: int, width: int) -> None:
+def _allocate(file: Path, rows: int, shape: tuple[int, ...]) -> None:
     """Make an .npy file of the right size; space is reserved, so that a full disk shows now."""
     # Written by hand and not by `np.lib.format.open_memmap`, which makes a sparse file: a disk that
     # fills up would then show as a signal in the middle of a write.
-    size = _HEADER + 4 * rows * width
+    size = _HEADER + 4 * rows * prod(shape)
     if file.exists() and file.stat().st_size == size:
         return
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as handle:
             np.lib.format.write_array_header_1_0(
-                handle, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+                handle, {"descr": "<f4", "fortran_order": False, "shape": (rows, *shape)}
             )
             assert handle.tell() == _HEADER
             handle.flush()
@@ -451,12 +455,12 @@ def _filled(
     features: Arrays,
     space: str,
     position: str,
-    width: int,
+    shape: tuple[int, ...],
 ) -> NDArray[np.float32]:
     """Return the values of a whole batch, zero where an image could not be read."""
     if len(rows) == len(batch):
         return np.ascontiguousarray(features[space][position], dtype="<f4")
-    values = np.zeros((len(batch), width), dtype="<f4")
+    values = np.zeros((len(batch), *shape), dtype="<f4")
     if rows:
         values[[row - batch[0] for row in rows]] = features[space][position]
     return values
@@ -464,14 +468,15 @@ def _filled(
 
 def _write_rows(file: Path, first: int, values: NDArray[np.float32]) -> None:
     with file.open("r+b") as handle:
-        handle.seek(_HEADER + first * values.shape[1] * 4)
+        handle.seek(_HEADER + first * prod(values.shape[1:]) * 4)
         handle.write(values.tobytes())
 
 
-def _read_rows(file: Path, first: int, count: int, width: int) -> bytes:
+def _read_rows(file: Path, first: int, count: int, shape: tuple[int, ...]) -> bytes:
+    row = 4 * prod(shape)
     with file.open("rb") as handle:
-        handle.seek(_HEADER + first * width * 4)
-        return handle.read(count * width * 4)
+        handle.seek(_HEADER + first * row)
+        return handle.read(count * row)
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

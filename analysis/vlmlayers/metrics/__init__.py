@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmlayers.metrics.agreement import calibrated, cka, mutual_knn, procrustes, rsa
+from vlmlayers.metrics.attention import attention_distance, attention_entropy
 from vlmlayers.metrics.cka_matrix import cka_matrix
 from vlmlayers.metrics.class_level import (
     fisher_ratio,
@@ -41,6 +42,8 @@ __all__ = [
     "METRICS",
     "Metric",
     "alignment",
+    "attention_distance",
+    "attention_entropy",
     "balanced_accuracy",
     "calibrated",
     "centroid_gap",

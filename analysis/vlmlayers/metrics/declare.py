@@ -26,6 +26,7 @@ NEEDS = {
     "queries": "image and text features in joint space, matching rows, both ways",
     "features": "features",
     MODEL: "the model itself, run with blocks changed or backwards",
+    "heads": "what the attention of each head does, recorded for each item",
 }
 SORTS = {"datasets": "datasets", "dataset confusion": "datasets", "styles": "styles"}
 NATIVE = ("native", "normed", "joint")
@@ -40,8 +41,8 @@ class Metric:
 
     Attributes:
         function: The plain function: arrays in, number (or counts, or predictions) out.
-        level: `dataset`, `class`, `agreement`, `gap`, `geometry`, `model`, or `own` of a user's
-            function.
+        level: `dataset`, `class`, `agreement`, `gap`, `geometry`, `model`, `attention`, or `own` of a
+            user's function.
         needs: What it takes: a key of `NEEDS`, which names the protocol.
         axis_label: Label of an axis or colour bar.
         bounds: Smallest and largest value it can take.
@@ -53,7 +54,8 @@ class Metric:
         sensitive: An invariance it does not have; tested as the negative control.
         smallest_n: Fewest items (pairs, classes) for which the value means anything.
         largest_n: More items than this are subsampled, because the cost grows with n².
-        spaces: Spaces in which it is defined; the first is the default.
+        spaces: Spaces in which it is defined; the first is the default. Of heads the one that
+            extraction records it in.
         towers: Towers it is computed for.
         per_item: Function of the same arguments whose mean over items is the metric.
         weighted: Function that also takes item weights, (draw, item), and returns (draw,).

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vlmlayers.arguments import checked
 from vlmlayers.errors import check_one_of
 from vlmlayers.metrics import agreement as ag
+from vlmlayers.metrics import attention as at
 from vlmlayers.metrics import class_level as cl
 from vlmlayers.metrics import dataset_level as dl
 from vlmlayers.metrics import gap, geometry, readouts, separability, transfer, transferability
@@ -317,6 +318,19 @@ METRICS: dict[str, Metric] = {
         ml.zero_shot_margins, "model", MODEL, "zero-shot margin (cosine, right less nearest wrong)",
         "Radford et al. 2021", bounds=(-2.0, 2.0), direction="nearer to the pretraining",
         null="shuffle", spaces=JOINT, towers=("vision",),
+    ),
+    # Attention
+    "attention_entropy": Metric(
+        at.attention_entropy, "attention", "heads",
+        "attention entropy of a head (share of uniform)", "Vig and Belinkov 2019",
+        direction="wider attention", null=1.0, invariances=("row order",),
+        spaces=("attention_entropy",),
+    ),
+    "attention_distance": Metric(
+        at.attention_distance, "attention", "heads",
+        "attention distance of a head (share of uniform)", "Dosovitskiy et al. 2021",
+        bounds=(0.0, INF), direction="farther attention", null=1.0, invariances=("row order",),
+        spaces=("attention_distance",),
     ),
 }
 # fmt: on

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import autocast
+from vlmlayers.positions import SPACES, TOKENS
 
 SAMPLE = 200  # items of a dataset that streaming keeps where nothing else is said
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 ADDED = ["images", "hours", "store_gb", "stream_mb"]
 DIGITS = {
     "images": 0, "encode": 2, "decode": 2, "write": 3, "sum": 3, "hours": 3, "store_gb": 3,
@@ -71,14 +74,14 @@ class Costs:
         return images * (busy if streaming else max(busy, self.write))
 
 
-def bytes_per_image(widths: Mapping[str, Mapping[str, int]]) -> int:
-    """Return what an image takes in a store, from the widths by space and position."""
-    return 4 * sum(sum(by.values()) for by in widths.values())
+def bytes_per_image(shapes: Shapes) -> int:
+    """Return what an image takes in a store, from the shapes of its rows by space and position."""
+    return 4 * sum(prod(shape) for by in shapes.values() for shape in by.values())
 
 
 def stream_bytes(
-    vision: Mapping[str, Mapping[str, int]],
-    text: Mapping[str, Mapping[str, int]],
+    vision: Shapes,
+    text: Shapes,
     classes: int,
     sample: int = SAMPLE,
 ) -> int:
@@ -86,14 +89,20 @@ def stream_bytes(
 
     Moments of both towers and of their pairs, class means, and the sample of items held out.
     """
-    total = sample * sum(sum(by.values()) for by in (*vision.values(), *text.values()))
-    for space, widths in vision.items():
-        other = text.get(space, {})
+    widths_of = {space: _widths(by) for space, by in vision.items()}
+    others = {space: _widths(by) for space, by in text.items()}
+    total = sample * sum(sum(by.values()) for by in (*widths_of.values(), *others.values()))
+    for space, widths in widths_of.items():
+        other = others.get(space, {})
         partner = [other.get(position, max(other.values(), default=0)) for position in widths]
         total += sum(w * w for w in widths.values()) + sum(w * w for w in other.values())
         total += sum(w * t for w, t in zip(widths.values(), partner))
         total += classes * sum(widths.values())
     return 8 * total
+
+
+def _widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    return {position: shape[-1] for position, shape in shapes.items()}
 
 
 def measure_costs(
@@ -133,9 +142,9 @@ def measure_costs(
     if not items:
         raise UserError("there is nothing to estimate: no items")
     recorder = Recorder(model.towers["vision"], spaces, pooling)
-    widths = recorder.widths()
+    shapes = recorder.shapes()
     text = None if tower == "vision" else model.towers.get("text")
-    texts = {} if text is None else Recorder(text, spaces, None).widths()
+    texts = {} if text is None else Recorder(text, spaces, None).shapes()
     where = {"root": root, "size": model.image_size} | reduction(decoding)
     batch, decode = _timed(
         lambda: torch.stack(
@@ -149,20 +158,24 @@ def measure_costs(
         features = recorder(batch)
         # The fastest run: what makes others slower is not the model.
         forward = min(_timed(lambda: recorder(batch))[1] for _ in range(repeats))
-    rows = np.concatenate([x for by in features.values() for x in by.values()], axis=1)
+    flat = [x.reshape(len(x), -1) for by in features.values() for x in by.values()]
+    rows = np.concatenate(flat, axis=1)
     classes = len(manifest.class_names(root))
-    own = 8 * sum(width * width for by in widths.values() for width in by.values())
-    sums = stream_bytes(widths, texts, classes, sample=0)
+    # Only vectors can be streamed: not tokens by themselves, nor what heads attend to.
+    added = {s: by for s, by in features.items() if s in SPACES and recorder.pooling != TOKENS}
+    kept = {space: shapes[space] for space in added}
+    own = 8 * sum(shape[-1] ** 2 for by in kept.values() for shape in by.values())
+    sums = stream_bytes(kept, texts, classes, sample=0)
     return Costs(
         forward / len(batch),
         decode / len(batch),
-        bytes_per_image(widths),
-        stream_bytes(widths, texts, classes),
+        bytes_per_image(shapes),
+        stream_bytes(kept, texts, classes) if added else 0,
         str(model.device),
         len(batch),
         _write_seconds(rows, repeats, disk) / len(batch),
         # Both towers and their pairs are added at the rate of the vision tower.
-        _add_seconds(features, repeats) / len(batch) * sums / own,
+        _add_seconds(added, repeats) / len(batch) * sums / own if added else 0.0,
     )
 
 

@@ -72,8 +72,11 @@ def extract(
         name: Name of data in memory in tables.
         items: A number of items to draw with balanced classes, a list of items, or None for all.
         root: Data root; see `Manifest`.
-        spaces: Among `native`, `normed`, `joint`.
-        pooling: One pooling for both towers, one per tower, or None for each tower's own.
+        spaces: Among `native`, `normed`, `joint`; `attention_entropy` and `attention_distance` add
+            what attention does in each block, (item, head), as shares of uniform attention.
+        pooling: One pooling for both towers, one per tower, or None for each tower's own. `tokens`
+            keeps every token of a limited number of items, (item, token, width): to look at, not
+            to score.
         batch_size: Items per forward pass; part of the store's identity, as it fixes rounding.
         workers: Decoding processes; None takes as many as the machine has cores to spare beside
             a GPU, and none where they do not pay.

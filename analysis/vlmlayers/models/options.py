@@ -13,7 +13,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.decoding import DECODINGS
 from vlmlayers.models.own_data import own_data
-from vlmlayers.positions import TOWERS
+from vlmlayers.positions import POOLINGS, TOKENS, TOWERS
 
 TEXTS = ("prompts", "captions")
 
@@ -78,6 +78,8 @@ class ExtractOptions:
         if isinstance(self.pooling, Mapping):
             for name in self.pooling:
                 check_one_of("tower", name, TOWERS, where="pooling")
+        for pooling in filter(None, map(self.pooling_of, TOWERS)):
+            check_one_of("pooling", pooling, (*POOLINGS, TOKENS))
 
     @property
     def place(self) -> Path | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -13,9 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.models.attention import MEASURES, AttentionWatch, refuse_unseen
 from vlmlayers.models.modes import eval_mode
 from vlmlayers.models.towers import Tower, refuse_compiled
-from vlmlayers.positions import EMBED, FINAL, JOINT, PROJ, SPACES, sort_key
+from vlmlayers.positions import (
+    ATTENTION,
+    EMBED,
+    FINAL,
+    JOINT,
+    PROJ,
+    SPACES,
+    TOKENS,
+    is_block,
+    sort_key,
+)
 
 _AGREE = 0.02  # of the largest value; half precision stays below, a wrong head does not
 Features = dict[str, dict[str, NDArray[np.float32]]]
@@ -110,13 +121,16 @@ class Recorder:
 
     Args:
         tower: Tower to record.
-        spaces: Among `native`, `normed`, `joint`, which is left out where a tower has none.
+        spaces: Among `native`, `normed`, `joint`, which is left out where a tower has none, and
+            `attention_entropy`, `attention_distance`: (item, head) in each block; see `attention`.
         pooling: Pooling of tokens. None or `model` for the tower's own: where that is an attention
             pool, `joint` goes through it, and `native`, which it was not trained on, is averaged.
+            `tokens` keeps every token by itself, (item, token, width), NaN where a text has ended;
+            final norm and projection are applied to each, and `proj` is no token's.
 
     Raises:
         UserError: Unknown space, a pooling that the tower does not have, or `joint` alone where
-            there is no joint embedding.
+            there is no joint embedding; attention or tokens of a tower that has no blocks.
     """
 
     def __init__(
@@ -126,7 +140,7 @@ class Recorder:
         pooling: str | None = None,
     ) -> None:
         for space in spaces:
-            check_one_of("space", space, SPACES)
+            check_one_of("space", space, SPACES + ATTENTION)
         for block in tower.blocks:
             refuse_compiled(block)
         self.tower = tower
@@ -134,29 +148,79 @@ class Recorder:
         if not self.spaces:
             raise UserError(f"{tower.refusal(JOINT)}; ask for native or normed")
         self.pooling = tower.resolve_pooling(pooling)
+        if self.pooling == TOKENS:
+            self._refuse_pooled_norm()
+        self._measures = {space: MEASURES[space] for space in self.spaces if space in ATTENTION}
+        if self._measures:
+            self._refuse_attention()
         probe(tower)
         own = tower.attend is not None and pooling in (None, "model")
         self._attends = own and "joint" in self.spaces
         self.joint_pooling = "model" if own else self.pooling
         self._normed_at = self._where_normed()
         self._seen: dict[str, dict[str, Tensor]] = {}
+        self._heads: list[dict[str, Tensor]] = []  # of the attentions since the last block
         self._ids: Tensor | None = None
         self._output: Tensor | None = None
         self._hooks: Any = None
 
-    def widths(self) -> dict[str, dict[str, int]]:
-        """Return space → position → width of what is recorded, in order along the tower.
+    def shapes(self, example: Tensor | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Return space → position → shape of an item's row, in order along the tower.
+
+        Args:
+            example: Input that has as many tokens as those to come; the tower's own where None.
 
         Raises:
             UserError: The head that was found does not reproduce the model's own embedding.
         """
         with self:
-            found = self(self.tower.example(2))
+            found = self(self.tower.example(2) if example is None else example)
             self._require_agreement(found)
         return {
-            space: {p: by_position[p].shape[1] for p in sorted(by_position, key=sort_key)}
+            space: {p: by_position[p].shape[1:] for p in sorted(by_position, key=sort_key)}
             for space, by_position in found.items()
         }
+
+    def token_names(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> tuple[str, ...]:
+        """Return the names of the tokens that are kept by themselves.
+
+        Args:
+            shapes: What `shapes` returns.
+
+        Raises:
+            UserError: Positions differ in their number of tokens.
+        """
+        counts = {
+            shape[0] for space in set(shapes) - set(ATTENTION) for shape in shapes[space].values()
+        }
+        if len(counts) > 1:
+            raise UserError(
+                f"the positions of the {self.tower.name} tower ({self.tower.family}) have "
+                f"{' or '.join(map(str, sorted(counts)))} tokens; record it pooled"
+            )
+        return self.tower.token_names(counts.pop())
+
+    def _refuse_pooled_norm(self) -> None:
+        """Refuse tokens where the final norm is part of the pool that they would go without."""
+        if self.tower.attend_norms and {"normed", JOINT} & set(self.spaces):
+            raise UserError(
+                f"the final norm of the {self.tower.name} tower ({self.tower.family}) is part of "
+                "its attention pool, so that its tokens have native space only; ask for native"
+            )
+
+    def _refuse_attention(self) -> None:
+        """Refuse attention where blocks have none of all tokens, and distance without a grid."""
+        tower = self.tower
+        if tower.kind != "blocks":
+            raise UserError(
+                f"the {tower.name} tower ({tower.family}) has stages, not blocks with attention "
+                "over all tokens; leave out the attention spaces"
+            )
+        if "attention_distance" in self.spaces and tower.name == "vision" and tower.image_size:
+            raise UserError(
+                f"images of the vision tower ({tower.family}) have grids of their own, so that "
+                "attention_distance is not measured; leave it out"
+            )
 
     def _require_agreement(self, found: Features) -> None:
         """Compare the last block through the head with what the model gives out."""
@@ -205,9 +269,10 @@ class Recorder:
         self._seen, self._ids = {}, None
         with torch.inference_mode():
             if self.tower.valid is not None:
-                batch = self.tower.cut(batch)
+                batch = batch if self.pooling == TOKENS else self.tower.cut(batch)
                 self._ids = batch
-            self._output = self.tower.run(batch)
+            with AttentionWatch(self._measure) if self._measures else nullcontext():
+                self._output = self.tower.run(batch)
             _require_all(self.tower, self._seen)
             return _to_host(self._assemble(self._output))
 
@@ -230,7 +295,38 @@ class Recorder:
             found["normed"] = self._normed(x, tokens)
         if self._attends and position in tower.positions("joint"):
             found["joint"] = self._attend(x, tokens)
+        if self._measures and is_block(position):
+            refuse_unseen(self._heads, tower, position)
+            found |= self._heads[0]
+        self._heads = []
         self._seen[position] = found
+
+    def _measure(self, weights: Tensor) -> None:
+        """Take what is asked for of one attention, (item, head, query, key)."""
+        if weights.shape[-2] != weights.shape[-1]:
+            return  # a pool asks with queries of its own
+        counted = self._counted(weights.shape[-1])
+        self._heads.append(
+            {name: of(weights, self.tower, counted) for name, of in self._measures.items()}
+        )
+
+    def _counted(self, tokens: int) -> Tensor | None:
+        """Return which tokens an item has, (item, token); all of them where None."""
+        if self.tower.valid is None or self._ids is None:
+            return None
+        mask = self.tower.valid(self._ids)
+        return torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=True)
+
+    def without_padding(self, features: Features) -> Features:
+        """Return the features of the last batch with NaN for tokens that an item does not have."""
+        if self.pooling != TOKENS:
+            return features
+        for space in set(features) - set(ATTENTION):
+            for values in features[space].values():
+                counted = self._counted(values.shape[1])
+                if counted is not None:
+                    values[~counted.cpu().numpy()] = np.nan
+        return features
 
     def _normed(self, x: Tensor, tokens: Tensor) -> Tensor:
         tower = self.tower
@@ -250,6 +346,8 @@ class Recorder:
         A view of one token would keep the whole activation until the pass ends.
         """
         tower = self.tower
+        if pooling == TOKENS:
+            return tokens.clone()
         if pooling == "mean":
             return self._mean(tokens)
         if pooling == "cls":
@@ -281,25 +379,26 @@ class Recorder:
             # Picking a token and norming it commute: one token is normed in place of all.
             stack = tower.norm_after(tower.norm(torch.stack([native[p] for p in keep])))
             normed = dict(zip(keep, stack))
+        embedding = {PROJ: output} if tower.joint and self.pooling != TOKENS else {}
         if "native" in self.spaces:
-            result["native"] = {**native, FINAL: normed.get(last, native[last])}
-            if tower.joint:
-                result["native"][PROJ] = output
+            result["native"] = {**native, FINAL: normed.get(last, native[last]), **embedding}
         if "normed" in self.spaces:
             result["normed"] = {**normed, FINAL: normed[last]}
         if JOINT in self.spaces:
             source = {p: self._seen[p]["joint"] for p in inside} if self._attends else normed
             stack = tower.project(torch.stack([source[p] for p in inside]))
-            result["joint"] = {**dict(zip(inside, stack)), PROJ: output}
+            result["joint"] = {**dict(zip(inside, stack)), **embedding}
+        for space in self._measures:
+            result[space] = {p: self._seen[p][space] for p in tower.positions(space)}
         return result
 
 
 def _to_host(features: dict[str, dict[str, Tensor]]) -> Features:
-    """Copy to the host as float32: one copy for all positions of one width."""
+    """Copy to the host as float32: one copy for all positions of one shape."""
     flat = [(s, p, x) for s, by in features.items() for p, x in by.items()]
     result: Features = {space: {} for space in features}
-    for width in dict.fromkeys(x.shape[-1] for _, _, x in flat):
-        group = [entry for entry in flat if entry[2].shape[-1] == width]
+    for shape in dict.fromkeys(x.shape for _, _, x in flat):
+        group = [entry for entry in flat if entry[2].shape == shape]
         # Widened on the device: numpy knows no bfloat16.
         block = torch.stack([x.float() for _, _, x in group]).cpu().numpy()
         for (space, position, _), array in zip(group, block):

@@ -37,8 +37,8 @@ class MemorySink:
         self.bad: dict[int, str] = {}
         self.arrays = {
             name: {
-                space: {p: np.empty((len(plan.ids), w), np.float32) for p, w in widths.items()}
-                for space, widths in plan.widths.items()
+                space: {p: np.empty((len(plan.ids), *s), np.float32) for p, s in shapes.items()}
+                for space, shapes in plan.shapes.items()
             }
             for name, plan in plans.items()
         }
@@ -75,6 +75,7 @@ class MemorySink:
                 self.arrays[name],
                 None if plan.pairs is None else np.asarray(plan.pairs, dtype=np.int64),
                 plan.joint_pooling,
+                plan.tokens,
             )
             for name, plan in self.plans.items()
         }

@@ -38,6 +38,7 @@ from vlmlayers.models.recording import Features
 from vlmlayers.models.reduce import merge_over_processes, summed
 from vlmlayers.models.vlm import LoadedModel
 from vlmlayers.models.work import Texts, Work, refuse_not_finite
+from vlmlayers.positions import SPACES, TOKENS, TOWERS
 from vlmlayers.progress import bar
 from vlmlayers.scores.sums import DatasetSums, StreamingScores
 
@@ -74,6 +75,11 @@ def stream(
         UserError: As `extract`.
     """
     given = ExtractOptions(**options)
+    if not {*given.spaces} <= {*SPACES} or TOKENS in map(given.pooling_of, TOWERS):
+        raise UserError(
+            "streaming sums one vector per item: without pooling='tokens' and attention spaces; "
+            "store those with extract(…, out=)"
+        )
     if given.tower is not None or len(model.towers) < 2:
         raise UserError("streaming sums both towers; extract the features of one, and score them")
     work, header, identity = prepare(model, manifest, split, given)
@@ -284,8 +290,8 @@ class _Stream:
     ) -> TowerFeatures:
         recorder = self.work.recorders[name]
         arrays = features or {
-            space: {position: np.empty((0, width), np.float32) for position, width in by.items()}
-            for space, by in recorder.widths().items()
+            space: {position: np.empty((0, *shape), np.float32) for position, shape in by.items()}
+            for space, by in recorder.shapes().items()
         }
         kind = "images" if name == "vision" else self._given_texts.kind
         return TowerFeatures(
@@ -302,10 +308,10 @@ class _Stream:
 
     def _widths(self) -> dict[tuple[str, str, str], int]:
         return {
-            (tower, space, position): width
+            (tower, space, position): shape[-1]
             for tower, recorder in self.work.recorders.items()
-            for space, by in recorder.widths().items()
-            for position, width in by.items()
+            for space, by in recorder.shapes().items()
+            for position, shape in by.items()
         }
 
     def _save(self, folder: Path) -> None:

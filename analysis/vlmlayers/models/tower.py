@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
-from vlmlayers.positions import EMBED, JOINT, PROJ, tower_positions
+from vlmlayers.positions import (
+    ATTENTION,
+    EMBED,
+    JOINT,
+    PROJ,
+    TOKENS,
+    tower_positions,
+)
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -52,6 +59,7 @@ class Tower:
         pool_note: What `model` pooling is, in words.
         run: Model input to joint embedding, (item, joint); the model's own forward.
         prefix: Special tokens before the others (class token, registers).
+        class_token: Whether the first of these is a class token.
         suffix: Special tokens after the others (CoCa's text class token).
         causal: Whether attention is masked to what came before.
         class_embedding: Vision only: the class token before positions, (width,), if there is one.
@@ -89,6 +97,7 @@ class Tower:
     example: Callable[[int], Tensor]
     pool_note: str = ""
     prefix: int = 0
+    class_token: bool = True
     suffix: int = 0
     causal: bool = False
     class_embedding: Tensor | None = None
@@ -145,6 +154,8 @@ class Tower:
         """
         if pooling in (None, "model"):
             return self.token_pooling
+        if pooling == TOKENS and self.kind == "blocks":
+            return TOKENS
         if pooling not in self.poolings:
             raise UserError(
                 f"the {self.name} tower ({self.family}) has no {pooling!r} pooling; it has "
@@ -156,6 +167,31 @@ class Tower:
     def picks_token(self, pooling: str) -> bool:
         """Whether the pooling picks one token, so that a per-token norm commutes with it."""
         return pooling in ("cls", "eot") or (pooling == "model" and self.attend is None)
+
+    def places(self, tokens: int) -> list[tuple[int, ...]]:
+        """Return where each token stands that is no class token or register, from 1.
+
+        Row and column of a patch on the grid of the image; the number alone of a token of a text,
+        or of a patch where every image has a grid of its own.
+
+        Args:
+            tokens: Number of all tokens.
+        """
+        count = tokens - self.prefix - self.suffix
+        shape = self.example(1).shape
+        if self.name == "vision" and len(shape) == 4:
+            rows = round((count * shape[2] / shape[3]) ** 0.5)
+            if rows and count % rows == 0:
+                return [(1 + i // (count // rows), 1 + i % (count // rows)) for i in range(count)]
+        return [(1 + i,) for i in range(count)]
+
+    def token_names(self, tokens: int) -> tuple[str, ...]:
+        """Return the names of tokens: `cls`, `register 1`, `patch 2,3`, `token 4`."""
+        kind = "patch" if self.name == "vision" else "token"
+        body = [f"{kind} {','.join(map(str, place))}" for place in self.places(tokens)]
+        classes = min(self.prefix, int(self.class_token))
+        registers = [f"register {i + 1}" for i in range(self.prefix - classes)]
+        return (*["cls"] * classes, *registers, *body, *["cls"] * self.suffix)
 
     def tokens(self, x: Tensor) -> Tensor:
         """Return a block's output as (item, token, width)."""
@@ -175,6 +211,8 @@ class Tower:
         Where widths change along the tower, final norm and projection fit the last stage only.
         """
         found = tower_positions(self.depth, space)
+        if space in ATTENTION:
+            return found
         if not self.joint:
             found = () if space == JOINT else tuple(p for p in found if p != PROJ)
         if space == "native" or not self.widths:

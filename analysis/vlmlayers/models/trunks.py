@@ -64,6 +64,7 @@ def _timm_blocks(trunk: Any, run: Apply, example: Example, head: Apply) -> Tower
         width=trunk.num_features,
         pooling={"token": "cls", "avg": "mean"}.get(trunk.global_pool, "model"),
         prefix=getattr(trunk, "num_prefix_tokens", 0),
+        class_token=getattr(trunk, "cls_token", None) is not None,
         norm_in=getattr(trunk, "norm_pre", same),
         norm=trunk.norm,
         norm_after=trunk.fc_norm,

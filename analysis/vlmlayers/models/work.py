@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features, Recorder
 from vlmlayers.models.sink import MemorySink, Sink
 from vlmlayers.models.vlm import VLM
+from vlmlayers.positions import TOKENS
 from vlmlayers.progress import bar
 
+MOST_TOKEN_BYTES = 8_000_000_000  # of all tokens of a tower: what is looked at, not a data set
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -114,20 +117,33 @@ class Work:
             pairs = None if texts.pairs is None else [int(row) for row in texts.pairs]
             of = [int(label) for label in texts.labels]
             parts.append(("text", texts.kind, texts.texts, of, pairs))
-        return {
-            name: TowerPlan(
-                self.recorders[name].tower.depth,
-                self.recorders[name].pooling,
-                self.recorders[name].joint_pooling,
-                kind,
-                ids,
-                of,
-                self._batches(len(ids)),
-                self.recorders[name].widths(),
-                links,
+        return {name: self._plan(name, kind, *rest) for name, kind, *rest in parts}
+
+    def _plan(
+        self, name: str, kind: str, ids: tuple[str, ...], labels: Sequence[int], pairs: Any
+    ) -> TowerPlan:
+        recorder = self.recorders[name]
+        by_token = recorder.pooling == TOKENS
+        # A tokenizer may give another number of columns than the tower can take.
+        texts = self.model.tokenize(list(ids[:2])) if by_token and name == "text" else None
+        shapes = recorder.shapes(None if texts is None else texts.to(self.model.device))
+        names = recorder.token_names(shapes) if by_token else ()
+        if by_token:
+            _refuse_large(
+                4 * sum(prod(s) for by in shapes.values() for s in by.values()), name, ids
             )
-            for name, kind, ids, of, links in parts
-        }
+        return TowerPlan(
+            recorder.tower.depth,
+            recorder.pooling,
+            recorder.joint_pooling,
+            kind,
+            ids,
+            labels,
+            self._batches(len(ids)),
+            shapes,
+            pairs,
+            names,
+        )
 
     def _batches(self, rows: int) -> list[list[int]]:
         return batches_of(rows, self.options.batch_size)
@@ -160,7 +176,7 @@ class Work:
             for batch, rows, images, bad in self.images(batches, left):
                 features = {} if images is None else self.record(recorder, images)
                 refuse_not_finite(features, rows, recorder, self.items)
-                sink.put("vision", batch, rows, features, bad)
+                sink.put("vision", batch, rows, recorder.without_padding(features), bad)
                 shown.update(len(batches[batch]))
 
     def _fill_texts(self, sink: Sink, processes: Processes, texts: Sequence[str]) -> None:
@@ -171,7 +187,7 @@ class Work:
                     rows = batches[batch]
                     features = self.record(recorder, self.model.tokenize([texts[r] for r in rows]))
                     refuse_not_finite(features, rows, recorder, texts)
-                    sink.put("text", batch, rows, features, {})
+                    sink.put("text", batch, rows, recorder.without_padding(features), {})
 
     def images(
         self, batches: Sequence[Sequence[int]], left: Sequence[int]
@@ -221,6 +237,21 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
+def _refuse_large(bytes_per_item: int, tower: str, ids: Sequence[str]) -> None:
+    """Refuse token features of more items than anyone can look at.
+
+    Raises:
+        UserError: Says how many items there is room for.
+    """
+    if bytes_per_item * len(ids) > MOST_TOKEN_BYTES:
+        raise UserError(
+            f"every token of {len(ids):,} items of the {tower} tower takes "
+            f"{bytes_per_item * len(ids) / 1e9:,.0f} GB; take at most "
+            f"{MOST_TOKEN_BYTES // bytes_per_item:,} with items= (--items), fewer spaces, or "
+            "one tower with tower= (--tower)"
+        )
+
+
 def refuse_not_finite(
     features: Features, rows: Sequence[int], recorder: Recorder, items: Sequence[Any]
 ) -> None:
@@ -234,7 +265,7 @@ def refuse_not_finite(
             # All at once: rows are looked at only where something is wrong.
             if np.isfinite(values).all():
                 continue
-            bad = ~np.isfinite(values).all(axis=1)
+            bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
             first = items[rows[int(np.argmax(bad))]]
             raise UserError(
                 f"NaN or Inf in {recorder.tower.name} features at {position} ({space}), "

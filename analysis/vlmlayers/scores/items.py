@@ -44,6 +44,32 @@ def run_features(scoring: Scoring) -> None:
             _run_single(scoring, source, None)
 
 
+def run_heads(scoring: Scoring) -> None:
+    """Score what each head of each block does on the items of each dataset: a row per head."""
+    for tower in TOWERS:
+        for member, features in scoring.group.sources(tower):
+            weights = bootstrap_weights(
+                np.zeros(len(features), np.int64),
+                scoring.options.bootstrap,
+                generator(Draw.ITEM_WEIGHTS),
+            )
+            for name, metric in scoring.metrics.items():
+                for point in scoring.points(name, metric, [(member, features)]):
+                    with point.attempt():
+                        point.require(len(features))
+                        x = point.rows()
+                        for head, value in enumerate(metric.function(x)):
+                            interval = mean_interval(x[:, head], weights, False)
+                            point.add(
+                                value,
+                                interval,
+                                1.0,
+                                len(x),
+                                interval="bootstrap",
+                                head=head + 1,
+                            )
+
+
 def run_prompts(scoring: Scoring) -> None:
     """Score images against class prompts: each position of a tower against `proj` of the other."""
     for member in scoring.group.members:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from vlmlayers.errors import check_one_of
 from vlmlayers.options import Options, Several, Word
-from vlmlayers.positions import EMBED, FINAL, PROJ, SPACES
+from vlmlayers.positions import ATTENTION, EMBED, FINAL, PROJ, SPACES
 
 if TYPE_CHECKING:
     from vlmlayers.metrics.table import Metric
@@ -58,7 +58,7 @@ def _position(name: str) -> str:
 
 
 def _space(name: str) -> str:
-    return check_one_of("space", name, SPACES)
+    return check_one_of("space", name, SPACES + ATTENTION)
 
 
 class ScoreOptions(Options):

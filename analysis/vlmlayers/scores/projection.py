@@ -100,6 +100,7 @@ def nearest(
         UserError: There is no such row, position or space.
     """
     part = features.tower(tower)
+    part.require_vectors()
     if item >= len(part):
         raise UserError(f"there is no item {item}; valid: 0 to {len(part) - 1}")
     rows = []
@@ -133,6 +134,7 @@ def _points(
     if tower.tower == "text" and features.vision is not None and is_block(position):
         block = partner_block(int(position), features.vision.blocks, tower.blocks)
         position = str(block)
+    tower.require_vectors()
     rows = balanced_rows(tower.labels, limit, np.random.default_rng(seed))
     frame = pd.DataFrame({
         "dataset": features.dataset,

@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.positions import SPACES, TOWERS
+from vlmlayers.positions import POOLINGS, SPACES, TOWERS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LOG = logging.getLogger("vlmlayers")
 POOLED = "*"
-POOLINGS = ("model", "cls", "eot", "mean")
 SPLITS = ("train", "val", "test")
 # Where a value stands; of a metric one run gives one value there, per seed and what ROW_KEYS name.
 PLACE = (
     "metric", "dataset", "tower", "position", "other_tower", "other_position", "space", "pooling",
     "split", "seed",
 )  # fmt: skip
-ROW_KEYS = ("predicted", "source", "family")  # options that tell rows of one place apart
+ROW_KEYS = ("predicted", "source", "family", "head")  # options that tell rows of one place apart
 REQUIRED = (
     "model",
     "weights",

@@ -19,7 +19,7 @@ from vlmlayers.options import takes, validated
 from vlmlayers.progress import bar
 from vlmlayers.runs import cores
 from vlmlayers.scores.gaps import run_modalities, run_queries
-from vlmlayers.scores.items import run_features, run_labels, run_prompts
+from vlmlayers.scores.items import run_features, run_heads, run_labels, run_prompts
 from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.pairs import run_pairs
@@ -45,6 +45,7 @@ RUNNERS: Mapping[tuple[str, ...], Runner] = {
     ("modalities",): run_modalities,
     ("queries",): run_queries,
     ("features",): run_features,
+    ("heads",): run_heads,
 }
 # Protocols that look at all datasets of a group together; the others take one at a time.
 TOGETHER = frozenset({run_datasets, run_styles, run_style_classes, run_left_out, run_pairs})

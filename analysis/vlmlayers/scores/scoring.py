@@ -169,7 +169,7 @@ class Scoring:
             for position in positions:
                 yield Point(name, metric, dataset, features, space, position, self)
             if not positions:
-                reason = f"no {space} features were extracted"
+                reason = f"no {space} features were extracted (spaces=, --spaces)"
                 self.out.refuse(name, dataset, features.tower, "", reason)
 
     def refuse(self, dataset: str, tower: str, reason: str) -> None:
@@ -261,6 +261,7 @@ def check_finite(features: LayerFeatures) -> None:
     for tower in features.towers:
         if not len(tower):
             raise UserError(f"{features.dataset}: {tower.tower} features have no items")
+        tower.require_vectors()
         for space, by_position in tower.arrays.items():
             for position, array in by_position.items():
                 if not np.isfinite(array).all():

@@ -44,7 +44,15 @@ DATASET_ACCURACIES = (
     "dataset_accuracy_knn",
     "dataset_accuracy_lda",
 )
-ROW_OPTIONS = ("p", "raw", "predicted", "source", "family", "ceiling")  # differ by row, not by run
+ROW_OPTIONS = (
+    "p",
+    "raw",
+    "predicted",
+    "source",
+    "family",
+    "head",
+    "ceiling",
+)  # differ by row, not by run
 _Z = 1.959963984540054
 
 
@@ -111,7 +119,10 @@ def _summary(rows: pd.DataFrame) -> pd.DataFrame:
     groups = rows.groupby(["tower", "dataset", "position"], sort=False)
     made = groups[["metric", "depth", "n", "space", "pooling"]].first()
     mean = groups[["value", "low", "high", "null"]].mean()
-    spread = (_Z * groups["value"].std(ddof=1)).where(groups.size() > 1, 0.0)
+    # Rows of one seed, such as one per head, are no draws of each other: their mean is one.
+    of_seeds = rows.groupby(["tower", "dataset", "position", "seed"], sort=False)["value"].mean()
+    apart = of_seeds.groupby(["tower", "dataset", "position"], sort=False)
+    spread = (_Z * apart.std(ddof=1)).where(apart.size() > 1, 0.0)
     made = made.join(mean).assign(
         low=mean["value"] - np.hypot(mean["value"] - mean["low"], spread),
         high=mean["value"] + np.hypot(mean["high"] - mean["value"], spread),

@@ -16,6 +16,8 @@ from vlmlayers.options import Options, validated
 from vlmlayers.user_code import is_user_code
 
 Split = Literal["train", "val", "test", "all"]
+Space = Literal["native", "normed", "joint", "attention_entropy", "attention_distance"]
+Pooling = Literal["model", "cls", "eot", "mean", "tokens"]
 TEMPLATE = Path(__file__).with_name("template.toml")
 DEFAULT_METRICS = (
     "dataset_accuracy",
@@ -101,8 +103,10 @@ class ExtractPart(Options):
         items: Items per dataset, balanced over classes; 0 takes all.
         present_only: Leave out items whose image is not on disk, for partial copies.
         template: Common prompt template of all datasets.
-        spaces: Among `native`, `normed`, `joint`.
-        pooling: One per tower; empty takes each tower's own.
+        spaces: Among `native`, `normed`, `joint`; `attention_entropy` and `attention_distance` add
+            what the heads of each block attend to.
+        pooling: `cls`, `eot`, `mean`, or `tokens` for every token of a few items: one for both
+            towers, or a table with one for each; each tower's own where absent.
         text: `prompts` or `captions`.
         tower: `vision` or `text` to record that one alone; all that the model has where absent.
         batch_size: Items per forward pass.
@@ -117,8 +121,8 @@ class ExtractPart(Options):
     items: int = Field(default=300, ge=0)
     present_only: bool = False
     template: str = "a photo of a {}."
-    spaces: tuple[Literal["native", "normed", "joint"], ...] = ("native", "joint")
-    pooling: dict[Literal["vision", "text"], str] = Field(default_factory=dict)
+    spaces: tuple[Space, ...] = Field(default=("native", "joint"), min_length=1)
+    pooling: dict[Literal["vision", "text"], Pooling] = Field(default_factory=dict)
     text: Literal["prompts", "captions"] = "prompts"
     tower: Literal["vision", "text"] | None = None
     batch_size: int = Field(default=64, ge=1)
@@ -127,6 +131,11 @@ class ExtractPart(Options):
     decoding: Literal["full", "reduced"] = "full"
     device: str = "auto"
     skip_unreadable: bool = False
+
+    @field_validator("pooling", mode="before")
+    @classmethod
+    def _one_for_both(cls, value: Any) -> Any:
+        return dict.fromkeys(("vision", "text"), value) if isinstance(value, str) else value
 
     @field_validator("template")
     @classmethod

@@ -37,6 +37,7 @@ VERBS = (
     "train",
     "evaluate",
     "validate",
+    "export",
     "report",
     "figures",
 )

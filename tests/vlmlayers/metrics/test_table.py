@@ -10,7 +10,8 @@ from synthetic import PLAIN_NEEDS, metric_inputs, metric_value
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS, metric, table
-from vlmlayers.metrics.declare import MODEL, NATIVE, NEEDS, Metric
+from vlmlayers.metrics.declare import MODEL, NEEDS, Metric
+from vlmlayers.positions import ATTENTION, SPACES
 from vlmlayers.scores.run import RUNNERS
 from vlmlayers.study.verbs import metrics_text
 
@@ -87,7 +88,7 @@ def test_every_entry_is_complete(name: str) -> None:
     assert entry.needs in NEEDS
     assert sum(entry.needs in needs for needs in [*RUNNERS, (MODEL,)]) == 1
     assert entry.summary and entry.axis_label and entry.reference and entry.direction
-    assert set(entry.spaces) <= set(NATIVE) and set(entry.towers) <= {"vision", "text"}
+    assert set(entry.spaces) <= {*SPACES, *ATTENTION} and set(entry.towers) <= {"vision", "text"}
     assert entry.smallest_n >= 2
     assert not entry.base or entry.base in METRICS
     assert "Reference:" in (entry.function.__doc__ or "") or entry.level == "dataset"

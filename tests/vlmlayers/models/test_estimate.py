@@ -130,7 +130,7 @@ def test_the_table_of_the_documentation_is_what_the_code_foretells():
     for tower in made.towers.values():
         shape = (tower.depth, 8, 4)
         assert {s: list(by) for s, by in widths(*shape).items()} == {
-            s: list(by) for s, by in Recorder(tower, ("native", "joint"), None).widths().items()
+            s: list(by) for s, by in Recorder(tower, ("native", "joint"), None).shapes().items()
         }
     page = Path(__file__).parents[3] / "docs" / "scale.md"
     rows = [

@@ -120,31 +120,31 @@ def test_recorder_refuses_use_outside_its_block_and_unknown_spaces():
         Recorder(tower, ("jiont",))
 
 
-def test_widths_are_known_before_recording():
+def test_shapes_are_known_before_recording():
     clip = tiny.build("clip")
     for tower in find_towers(clip).values():
-        widths = Recorder(tower, ("native", "normed", "joint")).widths()
-        native = tower.width
-        assert widths["native"] == {
+        shapes = Recorder(tower, ("native", "normed", "joint")).shapes()
+        native = (tower.width,)
+        assert shapes["native"] == {
             "embed": native,
             "1": native,
             "2": native,
             "3": native,
             "final": native,
-            "proj": 24,
+            "proj": (24,),
         }
-        assert set(widths["joint"].values()) == {24}
-        assert list(widths["normed"]) == ["embed", "1", "2", "3", "final"]
+        assert set(shapes["joint"].values()) == {(24,)}
+        assert list(shapes["normed"]) == ["embed", "1", "2", "3", "final"]
 
 
 def test_a_head_that_is_not_the_models_own_is_refused():
     clip = tiny.build("clip")
     tower = find_towers(clip)["vision"]
-    Recorder(tower).widths()
+    Recorder(tower).shapes()
     tower.norm = torch.nn.Identity()
     with pytest.raises(UserError, match="is not the model's own embedding"):
-        Recorder(tower).widths()
-    Recorder(tower, pooling="mean").widths()  # there they differ by nature
+        Recorder(tower).shapes()
+    Recorder(tower, pooling="mean").shapes()  # there they differ by nature
 
 
 def test_nothing_of_the_activations_is_kept():

@@ -86,7 +86,7 @@ def test_an_image_model_alone_has_a_vision_tower_and_its_own_states(name):
     side = tower.example(1).shape[-1]
     x = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(2))
     recorder = Recorder(tower, ("native", "normed", "joint"))
-    assert list(recorder.widths()) == ["native", "normed"]  # there is nothing to be joint with
+    assert list(recorder.shapes()) == ["native", "normed"]  # there is nothing to be joint with
     with recorder:
         found = recorder(x)
     assert list(found["native"]) == ["embed", *map(str, range(1, tower.depth + 1)), "final"]

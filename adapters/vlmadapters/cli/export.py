@@ -1,0 +1,52 @@
+"""The verb `export` of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmadapters.cli.options import load_backbone
+from vlmlayers.architectures import check_model
+from vlmlayers.cli.options import Device, Model, Weights, several, with_weights
+from vlmlayers.errors import UserError, check_one_of, looked_for
+
+FORMS = {
+    "merged": "load it as weights of the same architecture",
+    "classes": "logits are scale × unit image features @ class_embeddings.T",
+    "official": "the layout of the method's authors",
+}
+
+
+@with_weights
+def export(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(help="Trained adapter, .safetensors of ours.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    weights: Weights,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="merged: the backbone's weights with the method in them; classes: embeddings of "
+            "classes; official: the authors' layout; the first that a method allows where absent.",
+            show_default=False,
+        ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None, several("Names of classes to embed; those trained on where absent.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Hand a trained adapter over to code that does not know this toolkit."""
+    if form is not None:
+        check_one_of("form", form, FORMS, where="--form")
+    if classes is not None and form not in (None, "classes"):
+        raise UserError(f"--classes are embedded, and --form {form} embeds none; leave one out")
+    if not adapter.is_file():
+        raise UserError(f"adapter {adapter} does not exist{looked_for(adapter)}")
+    check_model(model, **weights.arguments())
+    from vlmadapters.export import export as write
+
+    written = write(adapter, load_backbone(model, weights, device), out, form=form, classes=classes)
+    typer.echo(f"{written} {out}: {FORMS[written]}")

@@ -1,0 +1,129 @@
+"""What the attention of each head does in a block, seen where PyTorch computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from vlmlayers.errors import UserError
+from vlmlayers.models.tower import Tower
+
+
+class AttentionWatch(TorchFunctionMode):
+    """Hand the weights of every attention in its block to a function; results stay as they are.
+
+    open_clip, timm and transformers have modules of their own, but all of them end in one of two
+    functions of PyTorch. Weights that those do not give out are computed a second time.
+
+    Args:
+        look: Takes the weights, (item, head, query, key).
+    """
+
+    def __init__(self, look: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.look = look
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of PyTorch as it was called, and look where it is attention."""
+        given = kwargs or {}
+        if function is functional.scaled_dot_product_attention:
+            self.look(attention_weights(*args, **given))
+        elif function is functional.multi_head_attention_forward:
+            asked = {**given, "need_weights": True, "average_attn_weights": False}
+            weights: Any = function(*args, **asked)[1]
+            self.look(weights)
+        return function(*args, **given)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return the weights inside PyTorch's `scaled_dot_product_attention`, of the same arguments."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    found = (query @ key.transpose(-2, -1) * scale).float()  # (item, head, query, key)
+    if is_causal:
+        attn_mask = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        found = found.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        found = found + attn_mask
+    return found.softmax(-1)
+
+
+def entropy_share(weights: Tensor, tower: Tower, counted: Tensor | None) -> Tensor:
+    """Return the entropy of each head as a share of that of uniform attention, (item, head).
+
+    Both are summed over the queries; uniform attention is over the keys that a query may see.
+
+    Args:
+        weights: Attention, (item, head, query, key).
+        tower: The tower that it is of.
+        counted: (item, token) tokens that are asked, all of them where None.
+    """
+    weights = weights.float()
+    found = -torch.special.xlogy(weights, weights).sum(-1)  # (item, head, query)
+    return _of_queries(found, (weights > 0).sum(-1).log(), counted)
+
+
+def distance_share(weights: Tensor, tower: Tower, counted: Tensor | None) -> Tensor:
+    """Return the distance that each head spans as a share of that of uniform attention.
+
+    The distance from a token to where it attends is the mean of the distances to all keys, weighed
+    by attention: between patches on their grid, between tokens of a text along it. Class tokens and
+    registers stand nowhere and are left out. Arguments and result are those of `entropy_share`.
+    """
+    places = torch.tensor(tower.places(weights.shape[-1]), dtype=torch.float, device=weights.device)
+    inside = slice(tower.prefix, tower.prefix + len(places))
+    weights = weights.float()[..., inside, inside]
+    apart = torch.cdist(places, places)  # (query, key)
+    seen = (weights > 0).float()
+    if counted is not None:
+        counted = counted[:, inside]
+        weights, seen = (x * counted[:, None, None] for x in (weights, seen))
+    found = _mean_distance(weights, apart)
+    return _of_queries(found, _mean_distance(seen, apart), counted)
+
+
+def _mean_distance(weights: Tensor, apart: Tensor) -> Tensor:
+    """Return the mean distance of each query to its keys, (item, head, query)."""
+    return (weights * apart).sum(-1) / weights.sum(-1).clamp_min(torch.finfo(torch.float).tiny)
+
+
+def _of_queries(values: Tensor, uniform: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the sum of values over queries by that of uniform attention, (item, head)."""
+    if counted is not None:
+        values, uniform = (x * counted[:, None] for x in (values, uniform))
+    return values.sum(-1) / uniform.sum(-1).clamp_min(torch.finfo(torch.float).tiny)
+
+
+def refuse_unseen(seen: list[Any], tower: Tower, position: str) -> None:
+    """Refuse a block whose attention was not seen, or that has several.
+
+    Raises:
+        UserError: Says what to do.
+    """
+    if len(seen) != 1:
+        raise UserError(
+            f"block {position} of the {tower.name} tower ({tower.family}) makes {len(seen)} "
+            "attentions that PyTorch's own functions compute, where one is measured; a model of "
+            "transformers shows it when loaded with attn_implementation='sdpa'"
+        )
+
+
+MEASURES = {"attention_entropy": entropy_share, "attention_distance": distance_share}

@@ -1,0 +1,143 @@
+"""Export: what other code reads gives what the method gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbones import shared_backbone, some_images
+from safetensors import safe_open
+from safetensors.torch import load_file
+from stepping import TASK
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.export import class_embeddings, export, merged_weights
+from vlmadapters.files import save_method
+from vlmadapters.methods import BUILT_IN, METHODS
+from vlmlayers import cli
+from vlmlayers.errors import UserError
+
+MERGED = {"cliplora"}
+TEXT_ALONE = {"zero-shot", "coop", "kgcoop", "proda"}  # LASP trains norms of the vision tower
+NAMES = [name for name in BUILT_IN if name not in ("tip", "tip-f", "linear-probe")]
+
+
+def _built(name: str, **settings: Any) -> Any:
+    """Return a method whose every parameter was moved, in evaluation mode."""
+    model = shared_backbone()
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    depths = {tower: walk.tower.depth for tower, walk in backbone.walks.items()}
+    config = METHODS.config(name).published(depths, **settings)
+    method = METHODS[name].build(config, backbone, TASK, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in method.parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    method.touch()
+    return method.eval()
+
+
+@torch.no_grad()
+def _logits(method: Any, images: Tensor) -> Tensor:
+    model = shared_backbone()
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    start = method.first(backbone, "vision")
+    found: Tensor = method.logits(
+        backbone,
+        method.image_features(backbone, backbone.images(images, [start])[start]),
+        method.class_features(backbone, method.prepare(backbone, TASK)),
+    )
+    return found
+
+
+@torch.no_grad()
+def test_merged_weights_give_the_logits_of_the_adapted_model(tmp_path: Path) -> None:
+    model, method = shared_backbone(), _built("cliplora", matrices=("q", "v", "o"))
+    file = save_method(tmp_path / "lora", method, model, TASK)
+    assert export(file, model, tmp_path / "merged.safetensors") == "merged"
+    clip, images = deepcopy(model.clip), some_images(model, 4)
+    clip.load_state_dict(load_file(tmp_path / "merged.safetensors"), strict=True)
+    texts = model.tokenizer(TASK.prompts())
+    v, t = (F.normalize(x, dim=-1) for x in (clip.encode_image(images), clip.encode_text(texts)))
+    expected = _logits(method, images)
+    torch.testing.assert_close(clip.logit_scale.exp() * v @ t.T, expected, atol=1e-3, rtol=1e-4)
+    plain = F.normalize(model.clip.encode_image(images), dim=-1)
+    assert (v - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_each_method_exports_its_classes_or_says_in_one_line_why_not(name: str) -> None:
+    model, method = shared_backbone(), _built(name)
+    if name not in MERGED:
+        with pytest.raises(UserError, match="beside the backbone's weights"):
+            merged_weights(method, model)
+    if name not in TEXT_ALONE:
+        with pytest.raises(UserError, match="changes more than the classes' embeddings"):
+            class_embeddings(method, model, TASK)
+        return
+    images = some_images(model, 4)
+    found = class_embeddings(method, model, TASK)
+    unit = F.normalize(model.clip.encode_image(images), dim=-1)
+    made = found["scale"] * unit @ found["class_embeddings"].T
+    torch.testing.assert_close(made, _logits(method, images), atol=1e-2, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_placement_of_the_text_tower_alone_exports_classes() -> None:
+    method = _built("mma")
+    config = method.config.with_placement((), (2, 3))
+    model = shared_backbone()
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    text = METHODS["mma"].build(config, backbone, TASK).eval()
+    images = some_images(model, 3)
+    found = class_embeddings(text, model, TASK)
+    unit = F.normalize(model.clip.encode_image(images), dim=-1)
+    made = found["scale"] * unit @ found["class_embeddings"].T
+    torch.testing.assert_close(made, _logits(text, images), atol=1e-2, rtol=1e-3)
+
+
+def test_the_first_form_that_a_method_allows_is_written_with_names(tmp_path: Path) -> None:
+    model = shared_backbone()
+    coop = save_method(tmp_path / "coop", _built("coop"), model, TASK)
+    assert export(coop, model, tmp_path / "c.safetensors") == "classes"
+    assert export(coop, model, tmp_path / "d.safetensors", classes=["dog", "owl"]) == "classes"
+    for file, names in (("c", list(TASK.class_names)), ("d", ["dog", "owl"])):
+        with safe_open(tmp_path / f"{file}.safetensors", framework="pt") as opened:
+            assert json.loads(opened.metadata()["description"])["class_names"] == names
+            assert opened.get_tensor("class_embeddings").shape == (len(names), 32)
+    mma = save_method(tmp_path / "mma", _built("mma"), model, TASK)
+    assert export(mma, model, tmp_path / "m.pth.tar") == "official"
+    keys = torch.load(tmp_path / "m.pth.tar", weights_only=True)["state_dict"]
+    assert any(key.startswith("shared_adapter") for key in keys)
+    with pytest.raises(UserError, match="MMA computes beside"):
+        export(mma, model, tmp_path / "x", form="merged")
+    with pytest.raises(UserError, match="unknown form 'merge'; did you mean 'merged'"):
+        export(mma, model, tmp_path / "x", form="merge")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_wrong_on_the_command_line_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"no")
+    for words, message in (
+        (("absent.safetensors",), f"looked for {Path.cwd()}"),
+        ((tmp_path / "a.safetensors",), "cannot read the adapter"),
+        ((tmp_path / "a.safetensors", "--form", "merge"), "did you mean 'merged'"),
+        ((tmp_path / "a.safetensors", "--form", "merged", "--classes", "a"), "embeds none"),
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["vlmlayers", "export", "mini-clip", *map(str, words), "--out", "x"]
+        )
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1 and message in err, err
