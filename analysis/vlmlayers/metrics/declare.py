@@ -41,8 +41,8 @@ class Metric:
 
     Attributes:
         function: The plain function: arrays in, number (or counts, or predictions) out.
-        level: `dataset`, `class`, `agreement`, `gap`, `geometry`, `model`, `attention`, or `own` of a
-            user's function.
+        level: `dataset`, `class`, `agreement`, `gap`, `geometry`, `model`, `attention`, or `own`
+            of a user's function.
         needs: What it takes: a key of `NEEDS`, which names the protocol.
         axis_label: Label of an axis or colour bar.
         bounds: Smallest and largest value it can take.
