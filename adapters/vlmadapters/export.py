@@ -54,7 +54,11 @@ def export(
     elif classes is not None:
         form = "classes"
     method, info = load_method(adapter, model), read_info(adapter)
-    told = {"model": model.name, "weights": model.weights, "method": method.config.title}
+    told: dict[str, Any] = {
+        "model": model.name,
+        "weights": model.weights,
+        "method": method.config.title,
+    }
     for one in FORMS if form is None else (form,):
         try:
             if one == "merged":
