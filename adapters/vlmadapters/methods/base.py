@@ -50,6 +50,7 @@ class Step:
         repeat: Updates made on this batch of images before this one.
         number: Updates made before this one in all.
         draws: Recorded draws that stand in for random ones, by the method's own names.
+        known: `labels` on the CPU, which the trainer knows without waiting for the device.
     """
 
     backbone: Backbone
@@ -60,6 +61,12 @@ class Step:
     repeat: int = 0
     number: int = 0
     draws: Mapping[str, Tensor] | None = None
+    known: Tensor | None = None
+
+    @property
+    def labels_on_cpu(self) -> Tensor:
+        """The labels, for methods whose draws depend on them."""
+        return self.labels.cpu() if self.known is None else self.known
 
 
 @dataclass(eq=False)

@@ -30,6 +30,7 @@ from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.configs import LwEIBConfig, read_descriptions, spelled
 from vlmadapters.methods.official import check_keys, check_settings, is_prompt
 from vlmlayers.errors import UserError
+from vlmlayers.models.devices import placed
 
 LOG = logging.getLogger("vlmlayers")
 ADAPTERS = {"text": "text_adapter", "vision": "visual_adapter"}
@@ -67,7 +68,7 @@ class Described:
 
     Attributes:
         prompts: Frozen state of all prompts, class by class.
-        counts: Number of prompts of each class, (class,).
+        counts: Number of prompts of each class, (class,), on the CPU, where prompts are drawn.
     """
 
     prompts: State
@@ -76,6 +77,7 @@ class Described:
     def some(self, rows: Tensor) -> State:
         """Return the state of some prompts."""
         x = self.prompts.x
+        rows = placed(rows, self.prompts.inputs.device)
         return replace(
             self.prompts,
             inputs=self.prompts.inputs[rows],
@@ -191,8 +193,7 @@ class LwEIB(Method):
         ]
         margin = 2 * len(self.config.text)
         state = backbone.prompts(backbone.tokens(prompts), [start], margin)[start]
-        counts = torch.tensor([len(one) for one in texts], device=state.inputs.device)
-        return Described(state, counts)
+        return Described(state, torch.tensor([len(one) for one in texts]))
 
     def _descriptions(self, task: Task) -> list[tuple[str, ...]]:
         known = {spelled(name): texts for name, texts in task.descriptions}
@@ -213,12 +214,13 @@ class LwEIB(Method):
     def class_features(self, backbone: Backbone, classes: Described) -> Tensor:
         """Return the mean unit feature of each class's prompts, (class, joint)."""
         counts = classes.counts
-        owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
         made = [
             F.normalize(single(backbone.features("text", classes.some(rows), self)), dim=-1)
-            for rows in torch.arange(len(owner), device=counts.device).split(GROUP)
+            for rows in torch.arange(len(owner)).split(GROUP)
         ]
         units = torch.cat(made)
+        owner, counts = placed(owner, units.device), placed(counts, units.device)
         total = units.new_zeros(len(counts), units.shape[-1]).index_add(0, owner, units)
         return total / counts[:, None]
 
@@ -228,21 +230,21 @@ class LwEIB(Method):
         """Return the cross-entropy among the classes drawn, in descriptions drawn."""
         backbone = step.backbone
         draws = self._draws(step) if step.draws is None else step.draws
-        columns, description, targets = (
-            draws[key].to(step.labels.device) for key in ("classes", "description", "relabelled")
-        )
         self._fast = draws if self.training else {}
         try:
             images = self.image_features(backbone, step.images)
-            prompts = step.classes.some(step.classes.rows(columns, description))
+            rows = step.classes.rows(draws["classes"], draws["description"])
+            prompts = step.classes.some(rows)
             texts = backbone.features("text", prompts, self)
         finally:
             self._fast = {}
-        return {"cross_entropy": F.cross_entropy(self.logits(backbone, images, texts), targets)}
+        logits = self.logits(backbone, images, texts)
+        targets = placed(draws["relabelled"], logits.device)
+        return {"cross_entropy": F.cross_entropy(logits, targets)}
 
     def _draws(self, step: Step) -> dict[str, Tensor]:
         """Draw columns of the logits, a description of each, and which blocks are fast."""
-        labels, counts = step.labels.cpu(), step.classes.counts.cpu()
+        labels, counts = step.labels_on_cpu, step.classes.counts
         columns, negatives = torch.arange(len(counts)), self.config.negatives
         if negatives >= 0 and len(counts) > len(labels):
             # Classes of the batch stand first: their labels then are the numbers of their columns.

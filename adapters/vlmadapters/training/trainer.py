@@ -121,7 +121,8 @@ class Trainer:
         self.folder, self.progress = folder, progress
         self.configs = list(configs)
         self._check_items()
-        self.labels = self._labels(self.items)
+        self.known_labels = self._labels(self.items)
+        self.labels = placed(self.known_labels, self.device)
         self.backbone = backbone or Backbone(model.clip, self.train.savings, model.tokenizer)
         self.batch_size = min(self.train.batch_size, len(self.items))
         processes.check_divides(self.batch_size)
@@ -315,20 +316,23 @@ class Trainer:
         """
         # Order and views are drawn for the global batch, so that N processes see what one would.
         mine = processes.share(batch)
-        labels = self.labels[placed(torch.from_numpy(mine), self.device)]
+        rows = torch.from_numpy(mine)
+        labels = self.labels[placed(rows, self.device)]
         kept = self._kept_states(mine)
         if kept:
             inputs = [state.x for state in kept.values() if state.x is not None]
         else:
             inputs = [self._augmented(mine) if images is None else images]
-        step = partial(self._step, kept)
+        step = partial(self._step, kept, self.known_labels[rows])
         run_step = step if self.graph is None else partial(self.graph.run, step)
         trained = [run for run in self.runs if run.optimizer is not None]
         for run, losses in zip(trained, run_step(labels, *inputs)):
             run.method.touch()
             run.unread.append(losses)
 
-    def _step(self, kept: Mapping[int, State], labels: Tensor, *inputs: Tensor) -> list[Tensor]:
+    def _step(
+        self, kept: Mapping[int, State], known: Tensor, labels: Tensor, *inputs: Tensor
+    ) -> list[Tensor]:
         """Update every method; return its losses, (update,) each.
 
         A function of tensors alone where no method's step varies, so that it can be recorded.
@@ -336,7 +340,8 @@ class Trainer:
         Args:
             kept: Frozen states by block whose activations `inputs` are; none where these are the
                 images.
-            labels: (image,) classes.
+            known: (image,) classes, on the CPU.
+            labels: The same on the device.
             inputs: The images, or activations of each kept state.
         """
         if kept:
@@ -345,12 +350,12 @@ class Trainer:
             with self.autocast():
                 states = self.backbone.images(inputs[0], self.starts)
         return [
-            self._update_one(run, states[start], labels)
+            self._update_one(run, states[start], labels, known)
             for run, start in zip(self.runs, self.starts)
             if run.optimizer is not None
         ]
 
-    def _update_one(self, run: _Training, images: State, labels: Tensor) -> Tensor:
+    def _update_one(self, run: _Training, images: State, labels: Tensor, known: Tensor) -> Tensor:
         assert run.optimizer is not None
         if not self.train.savings.text_prefix:
             run.classes = self._prepared(run.method)
@@ -361,8 +366,9 @@ class Trainer:
             # A generator for each update: methods trained together must not share its state.
             generator = self._generator(repeat)
             step = Step(
-                self.backbone, images, labels, run.classes, generator, repeat=repeat, number=number
-            )
+                self.backbone, images, labels, run.classes, generator,
+                repeat=repeat, number=number, known=known,
+            )  # fmt: skip
             with self.autocast():
                 loss = run.method.loss(step)
             run.scaler.scale(loss).backward()
@@ -378,7 +384,7 @@ class Trainer:
         return torch.stack(losses)
 
     def _labels(self, items: Sequence[Item]) -> Tensor:
-        return placed(torch.tensor([item.label for item in items]), self.device)
+        return torch.tensor([item.label for item in items])
 
     def _generator(self, repeat: int) -> torch.Generator:
         """Return the source of a step's random draws: the same whether resumed or not."""
@@ -392,7 +398,7 @@ class Trainer:
             batches = partial(self.images.batches, self.validation, BATCH)
             with self.autocast():
                 features = self.backbone.plain_features(key, batches)
-            return features, self._labels(self.validation)
+            return features, placed(self._labels(self.validation), self.device)
 
         given = validation if self.validation else None
         return FitData(self.backbone, run.classes, self.labels, self._view_features, given)

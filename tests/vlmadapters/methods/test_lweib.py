@@ -112,6 +112,14 @@ def test_a_test_takes_the_mean_of_a_class_over_uncut_prompts(config: LwEIBConfig
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_step_reads_no_label_from_the_device() -> None:
+    method, backbone = built(CONFIGS[0])
+    steps = [step_of(method, backbone, SOME) for _ in range(2)]
+    steps[1].known, steps[1].labels = steps[1].labels, steps[1].labels.to("meta")  # has no values
+    losses = [method.train().loss(step).item() for step in steps]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
 def test_a_step_has_the_loss_of_its_draws_and_gradients_as_if_alpha_were_one(
     config: LwEIBConfig,
