@@ -135,7 +135,7 @@ class Peer:
 
 ONE_PASS = "the same single pass; ours pools each block and applies norm and projection as well"
 PEERS = {
-    "thingsvision": Peer("thingsvision", environment=".venv-thingsvision"),
+    "thingsvision": Peer("thingsvision", environment=".venv-thingsvision", behind=ONE_PASS),
     "open_clip": Peer("open_clip_torch", behind=ONE_PASS),
     "timm": Peer("timm", behind=ONE_PASS),
     "pytorch-cka": Peer("pytorch-cka", "ours_cka", behind="float32; ours is float64"),
