@@ -4,8 +4,9 @@
                                      [--processes N]
 
 Several processes of one thread each share the cells. A run that was stopped goes on where it was.
-Beside `results_<model>.csv`, which tables 1 and 4 read, a page says what ran, on what, and what
-came out.
+Beside `methods_<model>.csv`, a results table, a page says what ran, on what, and what came out.
+Tables 1 and 4 read it from the run folder where that is named; by itself a small model has no place
+among published numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ READ_AS = (
 def record(run: Run, out: Path, name: str, command: str) -> list[Path]:
     """Copy the table of a run to `out` under a model's name, with a page on how it was made."""
     out.mkdir(parents=True, exist_ok=True)
-    table = Path(shutil.copy(run.folder / "results.csv", out / f"results_{name}.csv"))
+    table = Path(shutil.copy(run.folder / "results.csv", out / f"methods_{name}.csv"))
     page = out / f"methods_{name}.md"
     results = pd.read_csv(table, keep_default_na=False, na_values={"accuracy": ""})
     page.write_text(_page(run, results, command), encoding="utf-8")
