@@ -1,4 +1,4 @@
-"""Captions of the paper's figures: metric, pooling, space, n, seeds and what the bands are."""
+"""Captions of the paper's figures: what is drawn, and behind it how, which can be dropped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vlmlayers.figures.render import escape_latex
 from vlmlayers.plots.style import axis_label
 from vlmlayers.scores.summaries import how_made
 
+Caption = tuple[str, str]
 JOINT = (
     "Joint space: final norm and projection are applied at every position, a definition of "
     "vlm-layers"
@@ -17,8 +18,12 @@ JOINT = (
 
 
 def scored(
-    opening: str, scores: pd.DataFrame, metrics: Sequence[str], intervals: bool = False
-) -> str:
+    opening: str,
+    scores: pd.DataFrame,
+    metrics: Sequence[str],
+    intervals: bool = False,
+    more: str = "",
+) -> Caption:
     """Return the caption of a figure of scores.
 
     Args:
@@ -26,16 +31,17 @@ def scored(
         scores: Score table of the models drawn.
         metrics: The metrics drawn; those made alike are described together.
         intervals: Whether the figure shows the intervals of the table.
+        more: What the rest of the caption says first.
     """
     alike: dict[str, list[str]] = {}
     for metric in metrics:
         facts = how_made(scores, metric, intervals)
         alike.setdefault(facts, []).append(axis_label(metric))
     made = [f"{', '.join(labels)}: {facts}" for facts, labels in alike.items()]
-    return _sentences([opening, _models(scores), *made])
+    return _caption(opening, scores, [more, *made])
 
 
-def trained(opening: str, validation: pd.DataFrame) -> str:
+def trained(opening: str, validation: pd.DataFrame) -> Caption:
     """Return the caption of a figure of trained placements.
 
     Args:
@@ -45,22 +51,31 @@ def trained(opening: str, validation: pd.DataFrame) -> str:
     datasets = list(dict.fromkeys(map(str, validation["dataset"])))
     seeds = ", ".join(str(seed) for seed in sorted(validation["seed"].unique()))
     runs = f"Trained on {len(datasets)} datasets ({', '.join(datasets)}), seeds {seeds}"
-    return _sentences([opening, _models(validation), runs])
+    return _caption(opening, validation, [runs])
 
 
-def figure_latex(name: str, caption: str, wide: bool) -> str:
+def _caption(opening: str, table: pd.DataFrame, rest: Sequence[str]) -> Caption:
+    """Return what a caption has to say, untrained weights included, and the rest."""
+    models, random = _models(table), (table.get("weights", pd.Series(dtype=str)) == "random").any()
+    said = [opening, models] if random else [opening]
+    return _sentences(said), _sentences([*([] if random else [models]), *rest])
+
+
+def figure_latex(name: str, caption: Caption, wide: bool) -> str:
     """Return a LaTeX float that includes a figure; the preamble needs `graphicx`.
 
     Args:
         name: Stem of the figure's files.
-        caption: Its caption, as plain text.
+        caption: Its caption, as plain text: what it says, and the rest, on a line of its own.
         wide: Whether the figure spans two columns.
     """
     place = "figure*" if wide else "figure"
     return "\n".join([
         r"% needs \usepackage{graphicx}", rf"\begin{{{place}}}[t]", r"\centering",
         rf"\includegraphics[width=\linewidth]{{{name}}}",
-        rf"\caption{{{escape_latex(caption)}}}",
+        rf"\caption{{{escape_latex(caption[0])}",
+        *([f"% the next line can be dropped\n{escape_latex(caption[1])}"] if caption[1] else []),
+        "}",
         rf"\label{{fig:{name.replace('_', '-')}}}", rf"\end{{{place}}}", "",
     ])  # fmt: skip
 

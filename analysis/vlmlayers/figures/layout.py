@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vlmlayers import plots
-from vlmlayers.figures.captions import figure_latex
+from vlmlayers.figures.captions import Caption, figure_latex
 from vlmlayers.plots.outcomes import CHOSEN_COLOUR, OUTCOMES, PUBLISHED_COLOUR
-from vlmlayers.plots.style import COLUMN_WIDTH, TOWER_COLOURS
+from vlmlayers.plots.style import COLUMN_WIDTH
 
 LONGEST_LABEL = 18
 
@@ -53,9 +53,8 @@ def finish(ax: Axes, title: str, *, last: bool = True, first: bool = True, pad: 
 
 
 def legend_of_choice(ax: Axes) -> None:
-    """Name the shaded blocks in the legend of the figure."""
-    for tower, colour in TOWER_COLOURS.items():
-        ax.fill_between([], [], color=colour, alpha=0.18, linewidth=0, label=f"Chosen, {tower}")
+    """Name the strips of chosen blocks, which have the colours of the towers, in the legend."""
+    ax.fill_between([], [], color="#8C8C8C", linewidth=0, label="Chosen blocks")
 
 
 def shared_legend(figure: Figure, axes: Sequence[Axes], columns: int, title: str = "") -> None:
@@ -104,7 +103,7 @@ def mark_sweep(ax: Axes, means: pd.DataFrame) -> None:
 
 
 def save(
-    figure: Figure, out: Path, name: str, drawn: Sequence[pd.DataFrame], caption: str
+    figure: Figure, out: Path, name: str, drawn: Sequence[pd.DataFrame], caption: Caption
 ) -> list[Path]:
     """Write the figure as PDF, SVG and PNG, the points drawn as CSV, and a LaTeX float."""
     paths = plots.save_figure(figure, out / name, pd.concat(drawn, ignore_index=True))

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlmlayers import plots
 from vlmlayers.figures.captions import JOINT, scored, trained
@@ -67,11 +67,11 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
         points = curves(spread, metric)
         points["seeds"] = points["tower"].map(seeds).fillna(0).astype(int)
         drawn.append(in_panel(points, part, name))
-    shared_legend(figure, axes, 3)
+    shared_legend(figure, axes, 4)
     caption = scored(
-        f"{axis_label(metric)} at every position of both towers: embedding, blocks, projection. "
-        "Mean over seeds; bands: ± one standard deviation over seeds. Dashed: chance. Shaded: "
-        "the chosen blocks, text above, vision below", scores, [metric])  # fmt: skip
+        f"{axis_label(metric)} at every position of both towers. Mean over seeds; bands: ± one "
+        "standard deviation over seeds. Dashed: chance. Strips: the chosen blocks of each tower",
+        scores, [metric])  # fmt: skip
     return save(figure, out, "fig1_dataset_recognition", drawn, caption)
 
 
@@ -95,8 +95,8 @@ def fig2_gap(tables: Folders, out: Path) -> list[Path]:
     shared_legend(figure, axes, 3 * len(models), words)
     caption = scored(
         "Distance between images and texts at every position, one line per dataset. Bands: 95 % "
-        f"interval; dashed and grey: chance, its mean and range over datasets. {JOINT}",
-        scores, metrics, intervals=True)  # fmt: skip
+        "interval; dashed and grey: chance, its mean and range over datasets",
+        scores, metrics, intervals=True, more=JOINT)  # fmt: skip
     return save(figure, out, "fig2_gap", drawn, caption)
 
 
@@ -137,8 +137,7 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
     shared_legend(figure, axes, 3)
     caption = trained(
         "Test accuracy on base and novel classes and their harmonic mean against the first adapted "
-        "block, up to the last. Mean over datasets and seeds; bands: ± one standard deviation over "
-        "seeds of the mean over datasets",
+        "block. Mean over datasets and seeds; bands: ± one standard deviation over seeds",
         pd.concat([part for _, part in models]))  # fmt: skip
     return save(figure, out, "fig4_placement_sweep", drawn, caption)
 
@@ -187,7 +186,12 @@ def fig6_cost(tables: Folders, out: Path) -> list[Path]:
                 options = {"marker": "o", "markersize": 3.2, **category(number)}
                 ax.plot(part.start, part[key] / unit, label=name, **options)
         ax.set_ylabel(label)
-        ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+        values = [value for line in ax.lines for value in line.get_ydata()]
+        if max(values) > 10 * min(values) > 0:  # as between models
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+        else:
+            ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
         ax.xaxis.set_major_locator(MaxNLocator(13, integer=True, steps=[1, 2, 4, 5, 10]))
         ax.set_xlabel("First adapted block, up to the last")
         title = costs[0][0] if len(costs) == 1 and key == shown[0] else ""

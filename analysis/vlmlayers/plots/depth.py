@@ -237,16 +237,33 @@ def on_tower(frame: pd.DataFrame, metric: str, tower: str) -> pd.DataFrame:
 
 
 def legend(ax: Axes) -> None:
-    """Name the lines: inside the axes where there are few, else above them in columns."""
+    """Name the lines: inside the axes where few hide nothing there, else above in columns."""
     names = ax.get_legend_handles_labels()[1]
     lines, longest = len(names), max(map(len, names), default=0)
-    place: dict[str, Any] = {"loc": "best", "frameon": True, "framealpha": 0.9, "edgecolor": "none"}
-    if lines > 3:  # a larger one would hide curves
-        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 4, "fontsize": 6}
-        if lines < 6:
-            place |= {"ncols": 2 if lines == 4 else 3, "fontsize": 7}
-        place["ncols"] = max(1, min(place["ncols"], 60 // (longest + 6)))
-    ax.legend(handlelength=1.6, columnspacing=1.2, **place)
+    if lines <= 3:
+        ax.legend(handlelength=1.6, loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+        if not _hides(ax):
+            return
+    place: dict[str, Any] = {"ncols": 4, "fontsize": 6}
+    if lines < 6:
+        place = {"ncols": 2 if lines == 4 else 3, "fontsize": 7}
+    place["ncols"] = max(1, min(place["ncols"], 60 // (longest + 6)))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.6, columnspacing=1.2,
+              **place)  # fmt: skip
+
+
+def _hides(ax: Axes) -> bool:
+    """Whether the legend lies over a line or a band, of which matplotlib's `best` knows lines."""
+    figure: Any = ax.figure
+    figure.draw_without_rendering()
+    made: Any = ax.get_legend()
+    box = made.get_window_extent()
+    drawn = [line.get_path().transformed(line.get_transform()) for line in ax.lines]
+    for band in ax.collections:
+        drawn += [path.transformed(band.get_transform()) for path in band.get_paths()]
+    return any(path.intersects_bbox(box, filled=False) for path in drawn) or any(
+        box.contains(*point) for path in drawn for point in path.vertices
+    )
 
 
 def _line(ax: Axes, axis: DepthAxis, part: pd.DataFrame, tower: str, **options: Any) -> None:

@@ -116,12 +116,12 @@ def test_the_command_line_estimates_and_records_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def widths(blocks, width, joint):
-    """Return the widths of a tower by space and position, as a recorder has them."""
+def shapes(blocks, width, joint):
+    """Return the shapes of a tower's rows by space and position, as a recorder has them."""
     positions = ["embed", *map(str, range(1, blocks + 1))]
     return {
-        "native": dict.fromkeys([*positions, "final"], width) | {"proj": joint},
-        "joint": dict.fromkeys([*positions, "proj"], joint),
+        "native": dict.fromkeys([*positions, "final"], (width,)) | {"proj": (joint,)},
+        "joint": dict.fromkeys([*positions, "proj"], (joint,)),
     }
 
 
@@ -129,7 +129,7 @@ def test_the_table_of_the_documentation_is_what_the_code_foretells():
     made = tiny.model()
     for tower in made.towers.values():
         shape = (tower.depth, 8, 4)
-        assert {s: list(by) for s, by in widths(*shape).items()} == {
+        assert {s: list(by) for s, by in shapes(*shape).items()} == {
             s: list(by) for s, by in Recorder(tower, ("native", "joint"), None).shapes().items()
         }
     page = Path(__file__).parents[3] / "docs" / "scale.md"
@@ -141,7 +141,7 @@ def test_the_table_of_the_documentation_is_what_the_code_foretells():
     assert len(rows) == 5
     for model, vision, text, joint, size, *sizes, sums in rows:
         image, words = (
-            widths(*map(int, tower.split(" × ")), int(joint)) for tower in (vision, text)
+            shapes(*map(int, tower.split(" × ")), int(joint)) for tower in (vision, text)
         )
         assert bytes_per_image(image) == int(size), model
         for shown, count in zip(sizes, (1e5, 1e6, 1e7), strict=True):
