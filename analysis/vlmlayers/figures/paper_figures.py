@@ -186,8 +186,8 @@ def fig6_cost(tables: Folders, out: Path) -> list[Path]:
                 options = {"marker": "o", "markersize": 3.2, **category(number)}
                 ax.plot(part.start, part[key] / unit, label=name, **options)
         ax.set_ylabel(label)
-        values = [value for line in ax.lines for value in line.get_ydata()]
-        if max(values) > 10 * min(values) > 0:  # as between models
+        values = pd.concat([part[key] for _, part in costs if key in part.columns])
+        if values.max() > 10 * values.min() > 0:  # as between models
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
         else:

@@ -258,7 +258,7 @@ def _hides(ax: Axes) -> bool:
     figure.draw_without_rendering()
     made: Any = ax.get_legend()
     box = made.get_window_extent()
-    drawn = [line.get_path().transformed(line.get_transform()) for line in ax.lines]
+    drawn: list[Any] = [line.get_path().transformed(line.get_transform()) for line in ax.lines]
     for band in ax.collections:
         drawn += [path.transformed(band.get_transform()) for path in band.get_paths()]
     return any(path.intersects_bbox(box, filled=False) for path in drawn) or any(
