@@ -2,7 +2,7 @@
 
 `python benchmarks/registered_search.py run DATASET… --model mini-clip --method mma` trains what is
 missing of the cells dataset × seed and goes on where it was stopped; `… analyse` reads the cells of
-all commands. A dataset is a name, a manifest or an image folder. What is asked, compared and
+all commands, or a table of cells such as the recorded one. A dataset is a name, a manifest or an image folder. What is asked, compared and
 corrected is fixed in `benchmarks/registered_search.md`, which was written first.
 """
 
@@ -164,11 +164,11 @@ def analyse(cells: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def report(folder: Path) -> str:
-    """Return what the cells of a folder say, as Markdown."""
-    files = sorted((folder / "cells").glob("*.csv"))
+def report(source: Path) -> str:
+    """Return what the cells of a folder, or of one table, say, as Markdown."""
+    files = [source] if source.is_file() else sorted((source / "cells").glob("*.csv"))
     if not files:
-        raise UserError(f"{folder} holds no cells; run the study first")
+        raise UserError(f"{source.resolve()} holds no cells; run the study first")
     cells = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
     found = analyse(cells)
     rows = [
@@ -202,13 +202,14 @@ def main(words: Sequence[str] | None = None) -> None:
     running.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     running.add_argument("--classes", type=int, default=CLASSES)
     running.add_argument("--data-root", type=Path, default=None)
-    verbs.add_parser("analyse")
+    reading = verbs.add_parser("analyse")
+    reading.add_argument("cells", type=Path, nargs="?", help="a table of cells; else those of --out")
     asked = parser.parse_args(words)
     try:
         if asked.verb == "run":
             run(asked)
         else:
-            print(report(asked.out))
+            print(report(asked.cells or asked.out))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -54,3 +54,9 @@ def test_a_seed_draws_other_classes_of_any_folder(script: dict, tmp_path: Path) 
     assert {len(some) for some in items.values()} == {6 * script["TRAIN"], 6 * script["TEST"]}
     again = script["redraw"](Manifest.load("letters"), 1, tmp_path, None, 6)
     assert again.class_names() == names[0]
+
+
+def test_the_outcome_is_what_the_recorded_cells_say(script: dict) -> None:
+    folder = SCRIPT.parent
+    said = script["report"](folder / "results" / "registered_search.csv")
+    assert said in (folder / "registered_search.md").read_text("utf-8")
