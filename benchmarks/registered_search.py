@@ -2,8 +2,9 @@
 
 `python benchmarks/registered_search.py run DATASET… --model mini-clip --method mma` trains what is
 missing of the cells dataset × seed and goes on where it was stopped; `… analyse` reads the cells of
-all commands, or a table of cells such as the recorded one. A dataset is a name, a manifest or an image folder. What is asked, compared and
-corrected is fixed in `benchmarks/registered_search.md`, which was written first.
+all commands, or a table of cells such as the recorded one. A dataset is a name, a manifest or an
+image folder. What is asked, compared and corrected is fixed in `benchmarks/registered_search.md`,
+which was written first.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def main(words: Sequence[str] | None = None) -> None:
     running.add_argument("--classes", type=int, default=CLASSES)
     running.add_argument("--data-root", type=Path, default=None)
     reading = verbs.add_parser("analyse")
-    reading.add_argument("cells", type=Path, nargs="?", help="a table of cells; else those of --out")
+    reading.add_argument("cells", type=Path, nargs="?", help="a table; else those of --out")
     asked = parser.parse_args(words)
     try:
         if asked.verb == "run":
