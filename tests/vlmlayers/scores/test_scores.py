@@ -37,7 +37,8 @@ from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
 from vlmlayers.scores.scoring import make_groups
 from vlmlayers.scores.transfers import families
 
-OF_FEATURES = {name for name, entry in METRICS.items() if entry.needs != MODEL}
+# Those of blocks run the model, and those of heads need spaces that extraction adds where asked.
+OF_FEATURES = {name for name, entry in METRICS.items() if entry.needs not in (MODEL, "heads")}
 QUICK = {"bootstrap": 50, "permutations": 20, "shuffles": 2, "seeds": (1, 2)}
 
 
