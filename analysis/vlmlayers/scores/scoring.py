@@ -169,7 +169,7 @@ class Scoring:
             for position in positions:
                 yield Point(name, metric, dataset, features, space, position, self)
             if not positions:
-                reason = f"no {space} features were extracted (spaces=, --spaces)"
+                reason = f"no {space} features were extracted"
                 self.out.refuse(name, dataset, features.tower, "", reason)
 
     def refuse(self, dataset: str, tower: str, reason: str) -> None:

@@ -179,7 +179,7 @@ def test_scores_are_rows_of_heads_with_intervals_and_curves_their_mean(tmp_path)
 
 def test_attention_that_cannot_be_seen_or_is_not_there_is_refused():
     features = extract(tiny.model(), tiny.DrawnManifest(), "train", progress=False)
-    with pytest.raises(UserError, match=r"no attention_entropy features .*\(spaces=, --spaces\)"):
+    with pytest.raises(UserError, match="no attention_entropy features were extracted"):
         score(features, ["attention_entropy"], progress=False)
     with pytest.raises(UserError, match="has stages, not blocks"):
         Recorder(find_towers(tiny.build("resnet"))["vision"], BOTH)
