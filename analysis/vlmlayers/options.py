@@ -43,9 +43,10 @@ NEEDED = {
     "less_than": "less than {lt}",
     "too_short": "at least {min_length}",
     "tuple_type": "a list",
+    "model_": "a table {{ key = value }}",
+    "dict_": "a table {{ key = value }}",
 }
-
-
+KEY = "[key]"  # stands in a place of pydantic's where the key is wrong, not its value
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -103,7 +104,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     # `min` keeps the first of equals: other problems stay in the order of the document.
     first = min(problems, key=lambda one: one["type"] != "extra_forbidden")
     tail = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    place = ".".join(map(str, first["loc"]))[:120]
+    place = ".".join(str(part) for part in first["loc"] if part != KEY)[:120]
     if first["type"] == "extra_forbidden":
         fields = _names(model, first["loc"][:-1])
         close = nearest(str(first["loc"][-1]), fields)
@@ -115,6 +116,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         expected = first["ctx"]["expected"]
         close = nearest(str(first["input"]), re.findall("'(.*?)'", expected))
         hint = f"did you mean {close!r}?" if close else f"valid: {expected}"
+        if first["loc"][-1] == KEY:
+            return f"unknown key {place!r}; {hint}{tail}"
         return f"unknown {place} {shortened(repr(first['input']))}; {hint}{tail}"
     for kind, needed in NEEDED.items():
         if first["type"].startswith(kind):

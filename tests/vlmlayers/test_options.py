@@ -22,6 +22,7 @@ class Outer(Options):
     names: Several[Word] = Field(default=(), description="What to take.")
     kind: Literal["plain", "round"] = Field(default="plain", description="Which.")
     inner: Inner = Field(default=Inner(), description="More.")
+    towers: dict[Literal["vision", "text"], int] = Field(default={}, description="By tower.")
     share: float = Field(default=0.5, description="How much.")
 
 
@@ -40,6 +41,10 @@ def test_a_bare_value_is_taken_where_several_are_meant(given: object) -> None:
         ({"kind": "rond"}, "unknown kind 'rond'; did you mean 'round'"),
         ({"kind": 3, "share": "x"}, r"unknown kind 3; valid: 'plain' or 'round' \(and 1 more\)"),
         ({"share": "much"}, "share is 'much'; a number is needed"),
+        ({"inner": 3}, r"inner is 3; a table \{ key = value \} is needed"),
+        ({"towers": 3}, r"towers is 3; a table \{ key = value \} is needed"),
+        ({"towers": {"vison": 3}}, "unknown key 'towers.vison'; did you mean 'vision'"),
+        ({"towers": {"vision": "x"}}, "towers.vision is 'x'; a whole number is needed"),
         ({"names": object()}, "names is .*; a list is needed"),
     ],
 )
@@ -60,7 +65,7 @@ def test_a_function_shows_the_options_that_it_takes() -> None:
         """
 
     assert list(inspect.signature(work).parameters) == [
-        "first", "last", "names", "kind", "inner", "share",
+        "first", "last", "names", "kind", "inner", "towers", "share",
     ]  # fmt: skip
     assert "share: How much." in (work.__doc__ or "") and "**options" not in (work.__doc__ or "")
     shown = inspect.signature(vl.score).parameters

@@ -11,7 +11,7 @@ import typer
 
 from vlmlayers.architectures import check_model
 from vlmlayers.arguments import taken
-from vlmlayers.cli.options import Weights
+from vlmlayers.cli.options import Weights, repeated, several
 from vlmlayers.errors import UserError, check_one_of
 
 Limit = Annotated[
@@ -27,14 +27,14 @@ RecipeName = Annotated[
         "else published, where absent."
     ),
 ]
-Seeds = Annotated[str, typer.Option(help="Seeds, as in 1,2,3.")]
+Seeds = Annotated[list[str] | None, several("Seeds; 1,2,3 where absent.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
+    repeated(
+        "A value of the recipe or the method, as in lr=0.03 or scale=0.1.",
         "--set",
         "-s",
         metavar="KEY=VALUE",
-        help="A value of the recipe or the method, as in lr=0.03 or scale=0.1; repeatable.",
     ),
 ]
 Together = Annotated[int, typer.Option(help="Settings trained side by side.")]
@@ -120,13 +120,14 @@ def check_inputs(model: str, weights: Weights, names: Sequence[str], root: Path 
             manifest.items(split, root=root)
 
 
-def read_pairs(text: str) -> tuple[tuple[int, ...], ...]:
-    """Read pairs of blocks that share a projection, such as 5:7,6:8 (vision:text)."""
+def read_pairs(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Read pairs of blocks that share a projection, such as 5:7 and 6:8 (vision:text)."""
     try:
-        pairs = tuple(tuple(int(n) for n in pair.split(":")) for pair in text.split(","))
+        pairs = tuple(tuple(int(n) for n in pair.split(":")) for pair in words)
     except ValueError:
         pairs = ()
     if not pairs or any(len(pair) != 2 for pair in pairs):
+        text = ",".join(words)
         raise UserError(f"cannot read --pairs {text!r}; write vision:text blocks, as in 5:7,6:8")
     return pairs
 
@@ -154,9 +155,10 @@ def read_placements(
         raise UserError(f"{error}{more}") from None
 
 
-def read_seeds(text: str) -> list[int]:
-    """Read seeds such as 1,2,3."""
+def read_seeds(words: Sequence[str] | None) -> dict[str, Any]:
+    """Return the argument `seeds`, of words such as 1, 2 and 3; nothing where they are absent."""
     try:
-        return [int(part) for part in text.split(",")]
+        return {} if words is None else {"seeds": [int(word) for word in words]}
     except ValueError:
+        text = ",".join(words or ())
         raise UserError(f"--seeds {text!r} is not a list of whole numbers such as 1,2,3") from None

@@ -11,7 +11,6 @@ import typer
 from vlmadapters.cli.options import (
     Method,
     RecipeName,
-    Seeds,
     Settings,
     Together,
     Workers,
@@ -28,6 +27,9 @@ from vlmlayers.cli.options import (
     Quiet,
     SkipUnreadable,
     Weights,
+    named,
+    repeated,
+    several,
     with_weights,
 )
 from vlmlayers.errors import UserError, check_one_of
@@ -37,7 +39,7 @@ from vlmlayers.errors import UserError, check_one_of
 def search(
     model: Model,
     datasets: Annotated[
-        list[str], typer.Argument(help="Datasets searched on: names, TOML files or image folders.")
+        list[str], named("Datasets searched on: names, TOML files or image folders.")
     ],
     out: Annotated[
         Path, typer.Option(help="Folder of search.csv, search.json and the cells; a run folder.")
@@ -53,18 +55,16 @@ def search(
     ] = None,
     placement: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="<str>",
-            help="Blocks to try beside the default, as in 9-12; repeatable; the usual ones where "
-            "absent.",
+        repeated(
+            "Blocks to try beside the default, as in 9-12; the usual ones where absent.",
+            metavar="PLACE",
         ),
     ] = None,
     amount: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="<str>",
-            help="Amount to try, as in scale=0.3,epochs=15; repeatable; multiples of the recipe's "
-            "where absent.",
+        repeated(
+            "Amount to try, as in scale=0.3,epochs=15; multiples of the recipe's where absent.",
+            metavar="AMOUNT",
         ),
     ] = None,
     criterion: Annotated[
@@ -76,7 +76,7 @@ def search(
     novel: Annotated[
         bool, typer.Option(help="Hold out half of the base classes whole as well.")
     ] = True,
-    seeds: Seeds = "1",
+    seeds: Annotated[list[str] | None, several("Seeds; 1 where absent.")] = None,
     recipe: RecipeName = None,
     settings: Settings = None,
     together: Together = 12,
@@ -104,7 +104,7 @@ def search(
     for one in amount or []:
         Amount.parse(one)
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
-    numbers = read_seeds(seeds)
+    drawn = read_seeds(seeds)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.cli.terminal import RANDOM
     from vlmadapters.validation.candidates import scaled
@@ -120,7 +120,7 @@ def search(
         criterion=criterion,
         folds=folds,
         novel=novel,
-        seeds=numbers,
+        **drawn,
         recipe=scaled(made, {name: tower.depth for name, tower in loaded.towers.items()}),
         out=out,
         root=data_root,

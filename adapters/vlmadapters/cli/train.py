@@ -32,6 +32,9 @@ from vlmlayers.cli.options import (
     Quiet,
     SkipUnreadable,
     Weights,
+    named,
+    repeated,
+    several,
     with_weights,
 )
 from vlmlayers.errors import UserError, looked_for
@@ -43,7 +46,7 @@ __all__ = ["evaluate", "train", "validate"]
 def train(
     model: Model,
     datasets: Annotated[
-        list[str], typer.Argument(help="Datasets trained on: names, TOML files or image folders.")
+        list[str], named("Datasets trained on: names, TOML files or image folders.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of cells, adapters and results.csv.")],
     weights: Weights,
@@ -52,29 +55,28 @@ def train(
     ] = "base-to-novel",
     target: Annotated[
         list[str] | None,
-        typer.Option(metavar="<str>", help="Dataset tested by transfer; repeatable."),
+        several("Dataset tested by transfer."),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Method, or several as in mma,coop; each with its own recipe.")
-    ] = "mma",
+        list[str] | None, several("Method, with its own recipe; mma where absent.")
+    ] = None,
     recipe: RecipeName = None,
     placement: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="<str>",
-            help="Blocks, as in 5-12 or v5-12,t7-12, with an amount in 5-12@scale=0.3,epochs=15, "
-            "or maple:1-9 for one of several methods; repeatable; the recipe's where absent.",
+        repeated(
+            "Blocks, as in 5-12 or v5-12,t7-12, with an amount in 5-12@scale=0.3,epochs=15, "
+            "or maple:1-9 for one of several methods; the recipe's where absent.",
+            metavar="PLACE",
         ),
     ] = None,
     choice: Annotated[Path | None, typer.Option(help="A choice.json to train at.")] = None,
     pairs: Annotated[
-        str | None,
-        typer.Option(
-            help="Vision and text blocks that share a projection, as in 5:7,6:8; equal numbers "
-            "where absent."
+        list[str] | None,
+        several(
+            "Vision and text block that share a projection, as in 5:7; equal numbers where absent."
         ),
     ] = None,
-    seeds: Seeds = "1,2,3",
+    seeds: Seeds = None,
     settings: Settings = None,
     together: Together = 12,
     device: Device = "auto",
@@ -97,13 +99,12 @@ def train(
     from vlmlayers.options import parse_settings
 
     protocol_of(protocol, target or (), "--protocol")
-    names = method.replace(" ", "").split(",")
-    made = read_recipes(recipe, parse_settings(settings or []), names, model)
+    made = read_recipes(recipe, parse_settings(settings or []), method or ["mma"], model)
     places = [*(placement or []), *([CHOICE] if choice is not None else [])]
     placed = read_placements(made, places, choice)
     if pairs is not None:
         placed = [_paired(one, read_pairs(pairs)) for one in placed]
-    numbers = read_seeds(seeds)
+    drawn = read_seeds(seeds)
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
     from vlmadapters.protocols.experiment import Experiment
     from vlmadapters.training import processes
@@ -125,7 +126,7 @@ def train(
             save_adapters=True,
             progress=not quiet and rank == 0,
         )
-        table = experiment.run(datasets, placed, numbers, together=together)
+        table = experiment.run(datasets, placed, **drawn, together=together)
     if rank == 0:
         typer.echo(_text(table, published))
         if verdict := methods_verdict(table):
@@ -136,20 +137,19 @@ def train(
 @with_weights
 def evaluate(
     model: Model,
-    datasets: Annotated[list[str], typer.Argument(help="Datasets tested.")],
+    datasets: Annotated[list[str], named("Datasets tested.")],
     weights: Weights,
     out: Annotated[Path | None, typer.Option(help="results.csv to write.")] = None,
     adapter: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="<path>",
-            help="Trained adapter: .safetensors of ours or the authors' .pth.tar; repeatable. None "
-            "evaluates zero-shot CLIP alone.",
+        list[str] | None,
+        several(
+            "Trained adapter: .safetensors of ours or the authors' .pth.tar; zero-shot CLIP alone "
+            "where absent."
         ),
     ] = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option(metavar="<str>", help="Classes tested: all, base or novel; repeatable."),
+        several("Classes tested: all, base or novel; all where absent."),
     ] = None,
     method: Annotated[str, typer.Option(help="Method of a file in its authors' layout.")] = "mma",
     template: Annotated[str, typer.Option(help="Prompt template.")] = "a photo of a {}.",
@@ -167,7 +167,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
-    for path in adapter or ():
+    files = [Path(one) for one in adapter or ()]
+    for path in files:
         if not path.is_file():
             raise UserError(f"adapter {path} does not exist{looked_for(path)}")
     check_inputs(model, weights, datasets, data_root)
@@ -175,7 +176,7 @@ def evaluate(
     from vlmlayers.files import write_csv
 
     loaded = load_backbone(model, weights, device)
-    adapters = {path: _trained(path, loaded, method, scale) for path in adapter or []}
+    adapters = {path: _trained(path, loaded, method, scale) for path in files}
     table = evaluate_methods(
         loaded,
         datasets,

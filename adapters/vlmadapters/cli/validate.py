@@ -28,6 +28,9 @@ from vlmlayers.cli.options import (
     Quiet,
     SkipUnreadable,
     Weights,
+    named,
+    repeated,
+    several,
     with_weights,
 )
 from vlmlayers.errors import UserError, check_one_of
@@ -39,7 +42,7 @@ from vlmlayers.runs import score_table
 def validate(
     model: Model,
     datasets: Annotated[
-        list[str], typer.Argument(help="Datasets trained on: names, TOML files or image folders.")
+        list[str], named("Datasets trained on: names, TOML files or image folders.")
     ],
     out: Annotated[
         Path, typer.Option(help="Folder of validation.csv and the cells; a run folder will do.")
@@ -56,10 +59,10 @@ def validate(
         Path | None, typer.Option(help="Score table that outcomes are predicted from.")
     ] = None,
     kinds: Annotated[
-        str | None,
-        typer.Option(
-            help="Competitors: paper, all, lower, upper, last, start, single, random, vision, "
-            "text; all but single where absent."
+        list[str] | None,
+        several(
+            "Competitors: paper, all, lower, upper, last, start, single, random, vision, text; "
+            "all but single where absent."
         ),
     ] = None,
     amount: Annotated[
@@ -71,10 +74,10 @@ def validate(
     ] = "tuned",
     amounts: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="<str>",
-            help="Amount that tuning tries, as in scale=0.3,epochs=15; repeatable; multiples of "
-            "the recipe's where absent.",
+        repeated(
+            "Amount that tuning tries, as in scale=0.3,epochs=15; multiples of the recipe's "
+            "where absent.",
+            metavar="AMOUNT",
         ),
     ] = None,
     folds: Annotated[int, typer.Option(help="Folds that amounts are tuned on.")] = 4,
@@ -82,7 +85,7 @@ def validate(
     recipe: RecipeName = None,
     settings: Settings = None,
     method: Method = "mma",
-    seeds: Seeds = "1,2,3",
+    seeds: Seeds = None,
     random_count: Annotated[int, typer.Option(help="Random placements of equal size.")] = 3,
     together: Together = 12,
     device: Device = "auto",
@@ -111,12 +114,12 @@ def validate(
     from vlmadapters.validation.competitors import DEFAULT_KINDS, KINDS, chosen_placement
     from vlmlayers.options import parse_settings
 
-    wanted = kinds.replace(" ", "").split(",") if kinds else DEFAULT_KINDS
+    wanted = kinds or DEFAULT_KINDS
     for kind in (*wanted, reference):
         check_one_of("kind of placement", kind, KINDS)
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
     chosen_placement(made.method, chosen)  # refused before torch is imported
-    numbers = read_seeds(seeds)
+    drawn = read_seeds(seeds)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.cli.terminal import RANDOM
     from vlmadapters.validation.validate import validate as run
@@ -132,7 +135,7 @@ def validate(
         amount=amount,
         amounts=amounts,
         folds=folds,
-        seeds=numbers,
+        **drawn,
         recipe=made,
         out=out,
         root=data_root,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmlayers.cli.data import data_app
-from vlmlayers.cli.extensions import RESUME, Verbs
+from vlmlayers.cli.extensions import RESUME, Verb, Verbs
 from vlmlayers.cli.measure import extract, models, score, select
 from vlmlayers.cli.show import figures, report
 from vlmlayers.cli.whole import demo, init, study
@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 for verb in (demo, init, study, models, extract, score, select, report, figures):
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
 
 
 def _say_version(asked: bool) -> None:

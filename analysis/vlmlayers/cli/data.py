@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from vlmlayers.cli.options import DataRoot, Quiet
+from vlmlayers.cli.extensions import Verb
+from vlmlayers.cli.options import DataRoot, Quiet, named, several
 
 data_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Datasets: what is known, what is on disk."
 )
 
 
-@data_app.command("list")
+@data_app.command("list", cls=Verb)
 def data_list(data_root: DataRoot = None) -> None:
     """What is known: every dataset with its classes, items and licence."""
     from vlmlayers.manifests import SPLITS, list_rows
@@ -34,9 +35,9 @@ def data_list(data_root: DataRoot = None) -> None:
     typer.echo(text_table(rows, widths={"title": 15, "licence": 8}))
 
 
-@data_app.command("check")
+@data_app.command("check", cls=Verb)
 def data_check(
-    names: Annotated[list[str] | None, typer.Argument(help="Datasets; all where absent.")] = None,
+    names: Annotated[list[str] | None, named("Datasets; all where absent.")] = None,
     data_root: DataRoot = None,
     full: Annotated[
         bool, typer.Option("--full", help="Decode every image, and tell the content of all.")
@@ -51,13 +52,13 @@ def data_check(
     raise typer.Exit(exit_code(table, names or ()))
 
 
-@data_app.command("shards")
+@data_app.command("shards", cls=Verb)
 def data_shards(
     name: Annotated[str, typer.Argument(help="Dataset: a name, TOML file or image folder.")],
     out: Annotated[Path, typer.Option(help="Folder of the shards and their manifest.toml.")],
     splits: Annotated[
         list[str] | None,
-        typer.Option("--split", metavar="<str>", help="A split; repeatable; all where absent."),
+        several("A split; all where absent.", "--split"),
     ] = None,
     per_shard: Annotated[int, typer.Option(help="Items in one tar file.")] = 1000,
     data_root: DataRoot = None,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vlmlayers.errors import UserError
 
+LIST = re.compile(r"<list\[(\w+)\]>")  # how typer shows the type of several
 VERBS = "vlmlayers.verbs"
 RESUME = "Stopped. Start the same command again to continue where it was."
 ORDER = (
@@ -29,6 +31,17 @@ ORDER = (
     "report",
     "figures",
 )
+
+
+class Verb(TyperCommand):
+    """A verb whose help says what an argument takes without the words of Python."""
+
+    def get_help(self, ctx: Any) -> str:
+        """Return the help, with `<str>` and `<path>` for arguments that may be several."""
+        text = super().get_help(ctx)
+        # Padded, so that the columns of the help stay where they are.
+        lines = LIST.sub(lambda one: f"<{one[1].lower()}>".ljust(len(one[0])), text).split("\n")
+        return "\n".join(map(str.rstrip, lines))
 
 
 class Verbs(TyperGroup):
@@ -77,7 +90,7 @@ def _extension(name: str) -> Any:
     if isinstance(function, typer.Typer):
         command = typer.main.get_command(function)
     else:
-        made.command(name)(function)
+        made.command(name, cls=Verb)(function)
         command = typer.main.get_command(made)
     command.name = name
     return command

@@ -16,6 +16,7 @@ from vlmlayers.cli.options import (
     Settings,
     SkipUnreadable,
     Weights,
+    named,
     poolings,
     several,
     with_weights,
@@ -28,9 +29,7 @@ def models(
     check: Annotated[
         bool, typer.Option("--check", help="Build every architecture and find its towers.")
     ] = False,
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Architectures; all where absent.")
-    ] = None,
+    names: Annotated[list[str] | None, named("Architectures; all where absent.")] = None,
 ) -> None:
     """The open_clip models: blocks, widths and pooling per tower."""
     from vlmlayers.study.catalogue import models_text
@@ -41,7 +40,7 @@ def models(
 @with_weights
 def extract(
     model: Model,
-    datasets: Annotated[list[str], typer.Argument(help="Names, TOML files or image folders.")],
+    datasets: Annotated[list[str], named("Names, TOML files or image folders.")],
     out: Annotated[Path, typer.Option(help="Run folder.")],
     weights: Weights,
     adapter: Annotated[
@@ -149,12 +148,7 @@ def score(
     run: Annotated[Path | None, typer.Argument(help="Run folder with features.")] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option(
-            "--metric",
-            "-m",
-            metavar="<str>",
-            help="A metric, or path.py:function; repeatable; the first ones where absent.",
-        ),
+        several("A metric, or path.py:function; the first ones where absent.", "--metric", "-m"),
     ] = None,
     settings: Settings = None,
     show: Annotated[

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
+from os.path import exists
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -15,17 +16,36 @@ from vlmlayers.errors import UserError
 from vlmlayers.positions import TOWERS
 
 
-def several(help: str, *names: str, metavar: str = "A,B") -> Any:
+def several(help: str, *names: str) -> Any:
     """Return an option that takes several words: with commas in between, or repeated."""
-    return typer.Option(*names, metavar=metavar, help=f"{help} Several: with commas, or repeated.",
+    return typer.Option(*names, metavar="<A,B>", help=f"{help} Several: with commas, or repeated.",
                         callback=_words, show_default=False)  # fmt: skip
 
 
+def named(help: str) -> Any:
+    """Return the argument of a verb that takes several names: one after another, or with commas."""
+    return typer.Argument(help=help, callback=_words, show_default=False)
+
+
+def repeated(help: str, *names: str, metavar: str) -> Any:
+    """Return an option that is repeated for several, since one value may have commas inside."""
+    return typer.Option(*names, metavar=f"<{metavar}>", help=f"{help} Several: repeated.",
+                        show_default=False)  # fmt: skip
+
+
 def _words(given: list[str] | None) -> list[str] | None:
-    """Return the words of an option that may hold several at once; None where it is absent."""
+    """Return the words of an option that may hold several at once; None where it is absent.
+
+    A path that is there stays whole, commas and all.
+    """
     if given is None:
         return None
-    return [word for text in given for part in text.split(",") if (word := part.strip())]
+    # Not `Path.exists`, which raises where a list is too long to be the name of a file.
+    parts = [[text] if exists(text) else text.split(",") for text in given]  # noqa: PTH110
+    words = [word for some in parts for part in some if (word := part.strip())]
+    if given and not words:
+        raise typer.BadParameter("nothing is named")
+    return words
 
 
 Model = Annotated[
@@ -54,9 +74,7 @@ SkipUnreadable = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="An option of the rule or of scoring; repeatable."
-    ),
+    repeated("An option of the rule or of scoring.", "--set", "-s", metavar="KEY=VALUE"),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vlmlayers.cli.options import several
 from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.runs import Run
 
@@ -41,7 +42,7 @@ def figures(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", metavar="<str>", help="svg, png, pdf; repeatable."),
+        several("svg, png, pdf; all where absent.", "--format"),
     ] = None,
     paper: Annotated[
         Path | None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlmlayers.cli.options import DataRoot, Quiet
+from vlmlayers.cli.options import DataRoot, Quiet, several
 from vlmlayers.errors import UserError
 
 
@@ -54,12 +54,12 @@ def study(
     data_root: DataRoot = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="<str>", help="Run this stage only; repeatable."),
+        several("Run this stage only.", "--only"),
     ] = None,
     start: Annotated[str | None, typer.Option("--from", help="Run from this stage on.")] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option("--skip", metavar="<str>", help="Leave this stage out; repeatable."),
+        several("Leave this stage out.", "--skip"),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Run stages again even where nothing changed.")

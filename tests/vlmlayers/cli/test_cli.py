@@ -143,6 +143,57 @@ def test_version_and_short_help(call) -> None:  # type: ignore[no-untyped-def]
         assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("words", "option", "values"),
+    [
+        (("score", "--list"), "--metric", ("cka_debiased", "dataset_accuracy")),
+        (("models",), "", ("RN50", "ViT-B-16")),
+        # What is wrong is said of the second value: both were read.
+        (("figures", "RUN"), "--format", ("pdf", "gif")),
+        (("study", "small_demo"), "--only", ("extract", "scor")),
+        (("study", "small_demo"), "--skip", ("extract", "scor")),
+        (("data", "check"), "", ("digits", "digts")),
+        (("data", "shards", "digits", "--out", "x"), "--split", ("train", "vall")),
+        (("extract", "mini-clip", "digits", "--out", "x"), "--spaces", ("native", "nativ")),
+        (("extract", "mini-clip", "--out", "x"), "", ("digits", "digts")),
+        (("train", "mini-clip", "digits", "--out", "x"), "--seeds", ("1", "two")),
+        (("train", "mini-clip", "digits", "--out", "x"), "--method", ("mma", "maplee")),
+        (("train", "mini-clip", "digits", "--out", "x"), "--pairs", ("5:7", "6")),
+        (("search", "mini-clip", "digits", "--out", "x"), "--seeds", ("1", "two")),
+        (("evaluate", "mini-clip", "digits"), "--adapter", ("here,1.safetensors", "none.pth")),
+        (("validate", "mini-clip", "digits", "--out", "x", "--placement", "5-12"), "--kinds",
+         ("paper", "papre")),
+    ],
+)  # fmt: skip
+def test_commas_and_repetition_say_the_same(
+    words: tuple[str, ...],
+    option: str,
+    values: tuple[str, ...],
+    call,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    Path("here,1.safetensors").touch()  # a name with a comma stays whole where it is a file
+    given = [str(run.folder) if word == "RUN" else word for word in words]
+    before = [option] if option else []
+    repeated = [word for value in values for word in (*before, value)]
+    both = call(*given, *repeated)
+    assert "here" in values[0] or call(*given, *before, ",".join(values)) == both
+    assert call(*given, *before, ", ".join(values[:1]), *before, f" {values[1]},") == both
+    assert values[1] in "".join(both[1:])
+    if option:
+        assert "nothing is named" in call(*given, option, ",")[2]
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "data"])
+def test_help_names_no_type_of_python(verb: str, call) -> None:  # type: ignore[no-untyped-def]
+    shown = call(verb, "-h")[1]
+    assert "list[" not in shown and "repeatable" not in shown
+    assert all(line == line.rstrip() for line in shown.splitlines())
+
+
 def test_init_writes_a_study_that_runs_with_and_without_its_comments(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "mine.toml"
     code, out, _ = call("init", file)
