@@ -94,7 +94,7 @@ def test_vlmlayers_commands_parse(words: list[str]) -> None:
         from vlmadapters.protocols.table import PROTOCOLS
         from vlmlayers.placement import Placement
 
-        for method in values["method"].split(","):
+        for method in values["method"] or ["mma"]:
             if ".py:" not in method:  # a file of the reader's own
                 load_recipe(values["recipe"] or "published", method)
         assert values["protocol"] in PROTOCOLS

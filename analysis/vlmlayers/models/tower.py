@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 import torch
 from torch import Tensor, nn
@@ -234,3 +235,19 @@ class Tower:
             f"{space} space is defined at the last of the {self.depth} stages only: final norm "
             f"and projection take {self.width} channels, the earlier stages have fewer"
         )
+
+
+class Towers(dict[str, Tower]):
+    """The towers of a model by name, `vision` first; one on a line, and a table in Jupyter."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.values()))
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th scope='row'>{name}</th><td>{escape(tower.family)}</td>"
+            f"<td>{tower.depth} {tower.kind}</td><td>width {tower.width}</td>"
+            f"<td>{escape(tower.pool_note or tower.pooling)}</td></tr>"
+            for name, tower in self.items()
+        )
+        return f"<table>{rows}</table>"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError
 from vlmlayers.files import checksum
-from vlmlayers.models.towers import Tower, find_towers
+from vlmlayers.models.tower import Towers
+from vlmlayers.models.towers import find_towers
 from vlmlayers.models.wrappers import unwrapped
 
 
@@ -47,14 +48,14 @@ class VLM:
     random_weights: bool = False
     precision: str = "fp32"
     preprocess_config: Mapping[str, Any] = field(default_factory=dict)
-    towers: dict[str, Tower] = field(init=False)
+    towers: Towers = field(init=False)
     adapter_hash: str = field(default="", init=False)
     _hash: tuple[Any, str] | None = field(default=None, init=False, repr=False)
     _held: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.clip = unwrapped(self.clip)
-        self.towers = find_towers(self.clip)
+        self.towers = Towers(find_towers(self.clip))
 
     @property
     def device(self) -> torch.device:
@@ -139,14 +140,8 @@ class VLM:
         return f"VLM({self.name}, weights={self.weights}, {parts}, {self.device})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th scope='row'>{name}</th><td>{escape(tower.family)}</td>"
-            f"<td>{tower.depth} {tower.kind}</td><td>width {tower.width}</td>"
-            f"<td>{escape(tower.pool_note or tower.pooling)}</td></tr>"
-            for name, tower in self.towers.items()
-        )
         title = escape(f"{self.name} [{self.weights}], {self.precision} on {self.device}")
-        return f"<p>{title}</p><table>{rows}</table>"
+        return f"<p>{title}</p>{self.towers._repr_html_()}"
 
 
 LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,13 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import write_text
 from vlmlayers.placement import DEEPEST, Amount, Placement, describe_blocks
 from vlmlayers.positions import TOWERS
+from vlmlayers.words import WIDTH
 
 KEYS = ("vision", "text", "rule", "evidence")
 SELDOM, OFTEN = 0.25, 0.75  # shares of resamples up to which, and from which, they agree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerChoice:
     """Blocks to adapt in each tower.
 
@@ -223,6 +225,11 @@ class LayerChoice:
             return cls(content["vision"], content["text"], content["rule"], dict(evidence))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+
+    def __repr__(self) -> str:
+        # The evidence would fill screens; what it comes to is the statement.
+        said = textwrap.wrap(self.statement, WIDTH, max_lines=8, placeholder=" …")
+        return "\n".join([f"LayerChoice({self})", *said])
 
     def __str__(self) -> str:
         return (

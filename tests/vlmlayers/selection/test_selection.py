@@ -396,6 +396,15 @@ def test_choice_round_trip(tmp_path: Path) -> None:
         LayerChoice.load(tmp_path / "absent.json")
 
 
+def test_a_choice_shows_itself_in_ten_lines() -> None:
+    choice = select(planted(), resamples=5)
+    first, *said = repr(choice).splitlines()
+    assert first == f"LayerChoice({choice})" and " ".join(said) == choice.statement != ""
+    assert repr(LayerChoice([1, 2], [3], "mine")) == "LayerChoice(vision 1–2, text 3 (rule mine))"
+    long = repr(LayerChoice([1], [2], "mine", {"statement": "so it is " * 500})).splitlines()
+    assert len(long) <= 10 and max(map(len, long)) <= 80 and long[-1].endswith("…")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
