@@ -373,7 +373,7 @@ def test_a_data_root_that_disappears_during_training(
     real = Manifest.open_image
 
     def vanishing(self: Manifest, item: Any, root: Any = None, size: Any = None) -> Any:
-        if item.path.startswith("train/") and folder.exists():  # zero-shot CLIP is tested by then
+        if item.path.startswith("train/") and folder.exists():
             folder.rename(tmp_path / "gone")
         return real(self, item, root, size)
 
@@ -381,8 +381,6 @@ def test_a_data_root_that_disappears_during_training(
         during.setattr(Manifest, "open_image", vanishing)
         with pytest.raises(UserError, match="the image .*colours.* is missing"):
             work(tmp_path / "o")
-    assert (tmp_path / "gone").exists()
-    assert list((tmp_path / "o" / "cells").iterdir())
     (tmp_path / "gone").rename(folder)
     assert work(tmp_path / "o").equals(whole)
 

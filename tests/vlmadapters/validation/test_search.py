@@ -214,7 +214,8 @@ def test_a_method_without_placement_searches_its_amount(manifest: Manifest) -> N
 
 def test_placements_of_a_method_of_one_tower_lie_there(manifest: Manifest) -> None:
     made = load_recipe("published", "coop")
-    recipe = made.changed({"epochs": 1, "shots": 4, "batch_size": 4, "steps_per_shot": 0}, {})
+    short = {"epochs": 1, "warmup_epochs": 0, "shots": 4, "batch_size": 4, "steps_per_shot": 0}
+    recipe = made.changed(short, {})
     options = QUICK | {"recipe": recipe, "amounts": (), "placement": None}
     found = search(shared_backbone(), [manifest], **options)
     tried = [Placement.parse(one) for one in set(found.table["setting"])]
