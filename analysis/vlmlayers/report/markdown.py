@@ -55,8 +55,8 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
     if answer.validation is not None:
         parts += ["## Proof by training", ""]
         if answer.validation.verdict:
-            parts += [f"**{esc(answer.validation.verdict)}**", ""]
-        if answer.validation.warning:
+            parts += [esc(answer.validation.verdict), ""]
+        if answer.validation.warning not in answer.validation.verdict:
             parts += [f"> Warning: {esc(answer.validation.warning)}.", ""]
         if answer.validation.predictors:
             parts += [esc(answer.validation.predictors), ""]

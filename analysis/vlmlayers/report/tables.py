@@ -348,6 +348,8 @@ def _interval(row: pd.Series, key: str) -> str:
     if value is None or value != value:
         return "–"
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    if key == "difference" and not any((value, low, high)):
+        return "–"  # the chosen placement against itself
     tail = f" [{low:z.1f}, {high:z.1f}]" if low is not None and low == low else ""
     return f"{value:+z.1f}{tail}" if key == "difference" else f"{value:.1f}{tail}"
 
