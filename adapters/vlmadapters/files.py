@@ -29,7 +29,7 @@ from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, checksum, write_text
 from vlmlayers.models.checkpoints import BROKEN
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 FORMAT = "vlmadapters-3"
 MMA_FORMAT = "vlmadapters-2"  # before there were other methods
 

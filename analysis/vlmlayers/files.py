@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ try:
 except ImportError:  # not on Windows, where two processes on one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
+LOG = logging.getLogger(__name__)
 # Names that open_clip, timm and Hugging Face save weights under, in the order they are looked for.
 WEIGHTS = (
     "open_clip_model.safetensors",
@@ -56,7 +58,9 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
             # A rename may reach the disk before the content, and a power cut leave an empty file.
             with part.open("rb+") as handle:
                 os.fsync(handle.fileno())
+            size = part.stat().st_size
             part.replace(path)
+            LOG.debug("wrote %s (%s bytes)", path, f"{size:,}")
         finally:
             part.unlink(missing_ok=True)
     return path

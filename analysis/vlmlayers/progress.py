@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from logging import Logger
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_HIDDEN = ContextVar("hidden", default=False)
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Hide all progress meanwhile, whatever the functions that are called would show."""
+    token = _HIDDEN.set(True)
+    try:
+        yield
+    finally:
+        _HIDDEN.reset(token)
+
+
+def is_hidden() -> bool:
+    """Return whether progress is hidden at the moment."""
+    return _HIDDEN.get()
+
+
+@contextmanager
+def timed(log: Logger, what: str) -> Iterator[None]:
+    """Log at level DEBUG how many seconds something took, also where it failed."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        log.debug("%s took %.2f s", what, time.perf_counter() - began)
 
 
 def track(
@@ -48,7 +78,7 @@ def bar(
     from tqdm.notebook import tqdm_notebook
 
     # In a log file a bar would be thousands of lines.
-    seen = issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
+    seen = (issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()) and not is_hidden()
     return tqdm(
         items,
         desc=description,

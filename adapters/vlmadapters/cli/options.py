@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from vlmlayers.architectures import check_model
 from vlmlayers.arguments import taken
 from vlmlayers.cli.options import Weights, repeated, several
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.progress import timed
 
+LOG = logging.getLogger(__name__)
 Limit = Annotated[
     int, typer.Option("--items", "--limit", help="Test items per dataset, 0 for all.")
 ]
@@ -44,7 +47,8 @@ def load_backbone(model: str, weights: Weights, device: str) -> Any:
     """Load the model that the arguments name; `auto` takes a GPU where there is one."""
     from vlmlayers.models import load_model
 
-    return load_model(model, **weights.arguments(), device=device)
+    with timed(LOG, f"loading {model}"):
+        return load_model(model, **weights.arguments(), device=device)
 
 
 def read_recipes(

@@ -24,7 +24,6 @@ from vlmlayers.cli.options import (
     Device,
     Model,
     PresentOnly,
-    Quiet,
     SkipUnreadable,
     Weights,
     named,
@@ -85,7 +84,6 @@ def search(
     present_only: PresentOnly = False,
     skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
-    quiet: Quiet = False,
 ) -> None:
     """Find how much and where to train, from training shots of base classes alone.
 
@@ -128,7 +126,6 @@ def search(
         workers=workers,
         present_only=present_only,
         skip_unreadable=skip_unreadable,
-        progress=not quiet,
     )
     if loaded.random_weights:
         typer.echo(RANDOM)

@@ -29,7 +29,6 @@ from vlmlayers.cli.options import (
     Device,
     Model,
     PresentOnly,
-    Quiet,
     SkipUnreadable,
     Weights,
     named,
@@ -88,7 +87,6 @@ def train(
     published: Annotated[
         bool, typer.Option("--published", help="Show published numbers beside ours.")
     ] = False,
-    quiet: Quiet = False,
 ) -> None:
     """Train methods by a protocol of the paper, beside zero-shot CLIP.
 
@@ -124,7 +122,7 @@ def train(
             present_only=present_only,
             skip_unreadable=skip_unreadable,
             save_adapters=True,
-            progress=not quiet and rank == 0,
+            progress=rank == 0,
         )
         table = experiment.run(datasets, placed, **drawn, together=together)
     if rank == 0:
@@ -164,7 +162,6 @@ def evaluate(
     present_only: PresentOnly = False,
     skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
-    quiet: Quiet = False,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
     files = [Path(one) for one in adapter or ()]
@@ -189,7 +186,6 @@ def evaluate(
         workers=workers,
         present_only=present_only,
         skip_unreadable=skip_unreadable,
-        progress=not quiet,
     )
     typer.echo(_text(table, False))
     if out is not None:

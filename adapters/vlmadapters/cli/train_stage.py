@@ -163,7 +163,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     choice = context.run.choice if any(map(_is_choice, part.placements)) else None
     configs = read_placements(recipes, part.placements, choice)
     sources = _loaded(context, part.datasets) if part.datasets else context.extracted_manifests
-    context.echo(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")
+    context.doing(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")
     left_out = part.model_dump(include={"present_only", "skip_unreadable"})
     experiment = Experiment(
         part.protocol,

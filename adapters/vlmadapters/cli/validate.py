@@ -25,7 +25,6 @@ from vlmlayers.cli.options import (
     Device,
     Model,
     PresentOnly,
-    Quiet,
     SkipUnreadable,
     Weights,
     named,
@@ -94,7 +93,6 @@ def validate(
     present_only: PresentOnly = False,
     skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
-    quiet: Quiet = False,
 ) -> None:
     """Train at the chosen layers and elsewhere: was the choice good?
 
@@ -146,7 +144,6 @@ def validate(
         workers=workers,
         present_only=present_only,
         skip_unreadable=skip_unreadable,
-        progress=not quiet,
     )
     if loaded.random_weights:
         typer.echo(RANDOM)

@@ -17,7 +17,7 @@ from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 
 
 def places(names: Sequence[str], among: Sequence[str]) -> list[int]:

@@ -32,7 +32,7 @@ from vlmadapters.methods.official import check_keys, check_settings, is_prompt
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import placed
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 ADAPTERS = {"text": "text_adapter", "vision": "visual_adapter"}
 OFFICIAL = re.compile(r"(text|visual)_adapter\.(\d+)\.(?:att|mlp)_conv\.conv\.weight")
 KERNELS = {"text": (3,), "vision": (3, 3)}

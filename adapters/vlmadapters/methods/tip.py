@@ -23,7 +23,7 @@ from vlmadapters.data.task import Task, places
 from vlmadapters.methods.base import FitData, Method
 from vlmadapters.methods.configs import TipConfig, TipFConfig
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 SCALE = 100.0  # the authors' constant, whatever the backbone's own scale is
 LEAST = 0.1  # of the values tried for α and β
 

@@ -13,17 +13,18 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from vlmadapters.clip.products import timed_products
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
-from vlmlayers.features.store import record_checksum
+from vlmlayers.features.store import differing_field, record_checksum
 from vlmlayers.files import checksum, lock, write_text
 from vlmlayers.identity import DataIdentity
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 
 
@@ -66,7 +67,30 @@ class CellFolder:
             UserError: The file is damaged.
         """
         path = self.path(cell)
-        return None if path is None or not path.exists() else _content(path)["rows"]
+        if path is None or not path.exists():
+            return None
+        rows: Rows = _content(path)["rows"]
+        LOG.debug("cell %s is taken from %s", cell.key, path)
+        return rows
+
+    def say_missing(self, cells: Sequence[Cell]) -> None:
+        """Log why cells have to be made: there is none, or one of that name differs in a field."""
+        if not LOG.isEnabledFor(logging.DEBUG):
+            return  # others are read for it
+        for cell in cells:
+            LOG.debug("cell %s has to be made: %s", cell.key, self._why_missing(cell))
+
+    def _why_missing(self, cell: Cell) -> str:
+        path = self.path(cell)
+        if path is None:
+            return "nothing is kept on disk"
+        here = json.loads(json.dumps(cell.identity))  # as it would be read back
+        for other in sorted(path.parent.glob(f"{escape(cell.name)}-{'?' * 12}.json")):
+            try:
+                return f"in {other} {differing_field(_content(other)['identity'], here)}"
+            except UserError as error:
+                return str(error)
+        return f"there is no {path}"
 
     def write(self, cell: Cell, rows: Rows) -> None:
         """Write a finished cell, whole or not at all; the first process of several writes."""

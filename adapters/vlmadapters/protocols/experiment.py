@@ -43,9 +43,9 @@ from vlmadapters.training.trainer import Trainer, TrainResult, resolved
 from vlmlayers.errors import UserError
 from vlmlayers.files import checksum, write_csv
 from vlmlayers.manifests import Item, Manifest, distinct
-from vlmlayers.progress import bar
+from vlmlayers.progress import bar, timed
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 # Share of predictions that have to differ from zero-shot for training to count as having an effect.
 EFFECT = 0.002
 
@@ -244,6 +244,7 @@ class Experiment:
         if not wait:
             # On the second visit they have been counted.
             shown.update(sum(rows is not None for rows in done.values()))
+            self.cells.say_missing([cells[one] for one, rows in done.items() if rows is None])
         while missing := [one for one, rows in done.items() if rows is None]:
             with ExitStack() as held:
                 free = self.cells.claim([cells[one] for one in missing], together, held, wait)
@@ -254,7 +255,9 @@ class Experiment:
                 done |= {one: self.cells.read(cells[one]) for one in group}
                 group = [one for one in group if done[one] is None]
                 group = [one for one in group if self._trains_with(group[0], one, source)]
-                trained = self.train_and_test(source, seed, group) if group else []
+                names = ", ".join(cells[one].name for one in group)
+                with timed(LOG, f"training and testing {names or 'nothing'}"):
+                    trained = self.train_and_test(source, seed, group) if group else []
                 for one, rows in zip(group, trained):
                     self.cells.write(cells[one], rows)
                     done[one] = rows

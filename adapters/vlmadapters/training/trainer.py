@@ -8,6 +8,7 @@ training that shares it.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from vlmlayers.models.devices import memory_errors, placed, products_in, resolve
 from vlmlayers.models.modes import at_rest, eval_mode
 from vlmlayers.progress import bar
 
+LOG = logging.getLogger(__name__)
 DRAWS = 0xD5  # key of the random draws inside training steps
 BATCH = 32  # views whose frozen features are computed at a time
 LOOK_EVERY = 20  # steps between two looks at the losses, for which the host waits for the device
@@ -229,6 +231,8 @@ class Trainer:
                 run.method.fit(self._fit_data(run))
                 run.optimizer = self._optimizer(run.method)
                 run.initial = run.method.official_state_dict()
+        if resumed:
+            LOG.debug("going on from step %d of %d in %s", done, self.total_steps, self.folder)
         rank, _ = processes.rank_and_size()
         if any(run.optimizer is not None for run in self.runs):
             with bar(

@@ -14,7 +14,7 @@ from vlmlayers.placement import Placement
 from vlmlayers.positions import TOWERS
 from vlmlayers.selection import paper_blocks
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 Blocks = tuple[int, ...]
 KINDS: dict[str, str] = {
     "paper": "the method's published placement (of MMA blocks 5–12 of 12 of both towers)",

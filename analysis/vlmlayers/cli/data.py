@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
-from vlmlayers.cli.extensions import Verb
-from vlmlayers.cli.options import DataRoot, Quiet, named, several
+from vlmlayers.cli.extensions import Group, Verb
+from vlmlayers.cli.options import DataRoot, named, several
 
 data_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Datasets: what is known, what is on disk."
+    cls=Group,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Datasets: what is known, what is on disk.",
 )
 
 
@@ -62,12 +65,11 @@ def data_shards(
     ] = None,
     per_shard: Annotated[int, typer.Option(help="Items in one tar file.")] = 1000,
     data_root: DataRoot = None,
-    quiet: Quiet = False,
 ) -> None:
     """Convert a dataset to webdataset shards with a manifest."""
     from vlmlayers.manifests import Manifest, write_shards
 
     manifest = Manifest.load(name)
     chosen = splits or manifest.splits(data_root)
-    written = write_shards(manifest, chosen, out, per_shard, data_root, progress=not quiet)
+    written = write_shards(manifest, chosen, out, per_shard, data_root)
     typer.echo(f"{Manifest.load(str(written)).check().line()}\n{written}")

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from vlmlayers.cli.loudness import Loudness
 from vlmlayers.errors import UserError
 
 LIST = re.compile(r"<list\[(\w+)\]>")  # how typer shows the type of several
@@ -33,7 +34,7 @@ ORDER = (
 )
 
 
-class Verb(TyperCommand):
+class Verb(Loudness, TyperCommand):
     """A verb whose help says what an argument takes without the words of Python."""
 
     def get_help(self, ctx: Any) -> str:
@@ -44,7 +45,11 @@ class Verb(TyperCommand):
         return "\n".join(map(str.rstrip, lines))
 
 
-class Verbs(TyperGroup):
+class Group(Loudness, TyperGroup):
+    """Verbs under a common word."""
+
+
+class Verbs(Group):
     """The verbs of this package and, loaded when asked for, those of installed extensions."""
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,6 @@ from vlmlayers.cli.options import (
     Device,
     Model,
     PresentOnly,
-    Quiet,
     Settings,
     SkipUnreadable,
     Weights,
@@ -96,7 +95,6 @@ def extract(
         bool, typer.Option("--force", help="Replace features of another extraction.")
     ] = False,
     data_root: DataRoot = None,
-    quiet: Quiet = False,
 ) -> None:
     """Record every position of both towers into RUN/features.
 
@@ -104,6 +102,7 @@ def extract(
     `torchrun --nproc-per-node N -m vlmlayers extract …`.
     """
     from vlmlayers.study import run_study
+    from vlmlayers.study.context import silent
     from vlmlayers.study.estimating import estimate_study
     from vlmlayers.study.streams import stream_study
     from vlmlayers.study.verbs import study_of
@@ -132,16 +131,13 @@ def extract(
         typer.echo(estimate_study(made, out, data_root=data_root))
         return
     first = is_first_process()
-    shown: dict[str, Any] = {
-        "progress": not quiet,
-        "echo": typer.echo if first else lambda line: None,
-    }
+    echo = typer.echo if first else silent
     if streaming:
-        done = stream_study(made, out, data_root=data_root, **shown)
+        done = stream_study(made, out, data_root=data_root, echo=echo)
         if first:
             typer.echo(done)
         return
-    run_study(made, out, data_root=data_root, only=["extract"], force=force, **shown)
+    run_study(made, out, data_root=data_root, only=["extract"], force=force, echo=echo)
 
 
 def score(
@@ -165,7 +161,6 @@ def score(
             show_default=False,
         ),
     ] = None,
-    quiet: Quiet = False,
 ) -> None:
     """Score every position: features in, score table out."""
     if run is not None and not show:
@@ -185,7 +180,6 @@ def score(
             parse_settings(settings or []),
             streaming=streaming,
             jobs=jobs,
-            progress=not quiet,
         )
     )
 

@@ -71,7 +71,6 @@ SkipUnreadable = Annotated[
         "--skip-unreadable", help="Leave unreadable images out instead of stopping, and say so."
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Settings = Annotated[
     list[str] | None,
     repeated("An option of the rule or of scoring.", "--set", "-s", metavar="KEY=VALUE"),

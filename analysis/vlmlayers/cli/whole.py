@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlmlayers.cli.options import DataRoot, Quiet, several
+from vlmlayers.cli.options import DataRoot, several
 from vlmlayers.errors import UserError
 
 
@@ -18,14 +18,11 @@ def demo(
         typer.Option("--random-weights", help="Run on an untrained model; every output says so."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Run every stage again.")] = False,
-    quiet: Quiet = False,
 ) -> None:
     """The whole way on the miniature CLIP and built-in datasets."""
     from vlmlayers.study.demo import run_demo
 
-    for line in run_demo(
-        out, random_weights=random_weights, force=force, progress=not quiet, echo=typer.echo
-    ):
+    for line in run_demo(out, random_weights=random_weights, force=force, echo=typer.echo):
         typer.echo(line)
 
 
@@ -65,7 +62,6 @@ def study(
         bool, typer.Option("--force", help="Run stages again even where nothing changed.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; else the study's.")] = None,
-    quiet: Quiet = False,
 ) -> None:
     """The whole way on your model and data; resumes stage by stage.
 
@@ -86,7 +82,6 @@ def study(
         skip=skip or (),
         force=force,
         device=device,
-        progress=not quiet,
         echo=typer.echo,
     )
     from vlmlayers.report.numbers import void_verdict

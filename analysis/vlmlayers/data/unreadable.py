@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from vlmlayers.errors import DataFault
 from vlmlayers.runs import is_first_process
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 SHOWN = 5  # images that a refusal names
 WAY_OUT = "repair it, or leave such images out with skip_unreadable=True (--skip-unreadable)"
 GIVE_UP = 100  # that fail, and more than half of all

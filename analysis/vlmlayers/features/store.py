@@ -11,6 +11,7 @@ Work in progress lies beside it in `<store>.partial` and becomes the store by on
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -24,10 +25,12 @@ from vlmlayers.errors import OtherExtraction, UserError
 from vlmlayers.features.arrays import LayerFeatures, TowerFeatures
 from vlmlayers.files import checksum, file_checksum, write_text
 from vlmlayers.identity import DATA, DataIdentity
+from vlmlayers.progress import timed
 
 SIDECAR = "store.json"
 ITEMS = "items.json"
 FORMAT = 1
+LOG = logging.getLogger(__name__)
 
 
 class DamagedStore(UserError):
@@ -52,9 +55,10 @@ class FeatureStore:
         """
         folder = Path(path)
         record = read_sidecar(folder)
-        towers = {
-            name: _tower(folder, name, part, verify) for name, part in record["towers"].items()
-        }
+        with timed(LOG, f"opening {folder}{', checksums compared,' if verify else ''}"):
+            towers = {
+                name: _tower(folder, name, part, verify) for name, part in record["towers"].items()
+            }
         return LayerFeatures(
             **{
                 key: record[key]

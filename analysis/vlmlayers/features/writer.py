@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -35,6 +36,7 @@ from vlmlayers.identity import DATA, DataIdentity
 
 Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+LOG = logging.getLogger(__name__)
 _HEADER = 128  # bytes before the rows of a version 1.0 .npy file with a short header
 
 
@@ -288,6 +290,7 @@ class StoreWriter:
             _sync_folders(source)
             source.rename(self.folder)
             _sync(self.folder.parent)
+            LOG.debug("wrote %s", self.folder)
         self.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Root = str | os.PathLike[str] | None
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 _SHOWN = 3  # missing files that are named
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.models.archives import is_archive, read_archive
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _POSITIONS = (
     "visual.positional_embedding",
@@ -75,6 +75,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
+    LOG.debug("reading weights from %s", path)
     try:
         if path.suffix == ".safetensors":
             found = load_file(path)

@@ -19,7 +19,7 @@ from vlmlayers.files import hub_folder
 from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.transformers_towers import pack
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 _OPENAI_TOKENS = 49408
 # Processors of families whose settings follow from the model's where it came without its own.
 _PROCESSORS = {"clip": "CLIP", "metaclip_2": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BIAS = "bias"  # what norm and projection add by themselves
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 WEIGHTS, HALVES, SHUFFLED = 1, 2, 3  # keys of the draws, which recorded values depend on
 _GROUPS = 10  # of the jackknife over gradients
 _EXACT = 1e-3  # of the largest value of the embedding: rounding stays below, another head does not

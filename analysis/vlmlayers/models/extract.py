@@ -24,7 +24,7 @@ from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
 
 

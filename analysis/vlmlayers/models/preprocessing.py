@@ -20,7 +20,7 @@ from vlmlayers.architectures import tags_of
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.checkpoints import Checkpoint
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 KEYS = ("mean", "std", "interpolation", "resize_mode")
 STATED = frozenset(KEYS[:3])  # who states these knows how the weights were trained
 INTERPOLATIONS = ("bicubic", "bilinear", "random")

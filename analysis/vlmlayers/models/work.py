@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from vlmlayers.models.vlm import VLM
 from vlmlayers.positions import TOKENS
 from vlmlayers.progress import bar
 
+LOG = logging.getLogger(__name__)
 MOST_TOKEN_BYTES = 8_000_000_000  # of all tokens of a tower: what is looked at, not a data set
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,6 +89,7 @@ class Work:
         processes = Processes.current()
         found = reuse(folder, identity, self.data, self.options.skip_unreadable)
         if found is not None:
+            LOG.debug("%s is whole and of this extraction: taken as it is", folder)
             return found
         self.refuse_missing()
         writer = StoreWriter(
@@ -94,6 +97,9 @@ class Work:
         )
         try:
             writer.start()
+            for name, plan in writer.towers.items():
+                there, all_of_it = len(writer.done[name]), len(plan.batches)
+                LOG.debug("%s: %s, %d of %d batches are there", folder, name, there, all_of_it)
             self._fill(writer, processes)
             processes.barrier()
             self.settle(writer.unreadable())

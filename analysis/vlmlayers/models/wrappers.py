@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import check_one_of
+from vlmlayers.files import atomically, write_csv
 from vlmlayers.plots.style import style
 
 FORMATS = ("svg", "png", "pdf")
@@ -43,20 +45,18 @@ def save_figure(
     """
     drawn: Any = figure.figure if isinstance(figure, Axes) else figure
     folder, name = Path(stem).parent, Path(stem).name
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind in formats:
         check_one_of("figure format", kind, FORMATS)
         path = folder / f"{name}.{kind}"
         dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+        save = partial(drawn.savefig, format=kind, metadata=dates[kind])
         with style():
-            drawn.savefig(path, metadata=dates[kind])
+            atomically(path, save)
         drawn.set_layout_engine("none")  # laid out once, all formats alike
         written.append(path)
     if data is not None:
-        path = folder / f"{name}.csv"
-        data.to_csv(path, index=False)
-        written.append(path)
+        written.append(write_csv(folder / f"{name}.csv", data))
     return written
 
 

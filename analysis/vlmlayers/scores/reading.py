@@ -15,7 +15,7 @@ from vlmlayers.positions import POOLINGS, SPACES, TOWERS
 if TYPE_CHECKING:
     import pandas as pd
 
-LOG = logging.getLogger("vlmlayers")
+LOG = logging.getLogger(__name__)
 POOLED = "*"
 SPLITS = ("train", "val", "test")
 # Where a value stands; of a metric one run gives one value there, per seed and what ROW_KEYS name.

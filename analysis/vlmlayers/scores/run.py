@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from vlmlayers.user_code import is_user_code, load_user_code
 if TYPE_CHECKING:
     import pandas as pd
 
+LOG = logging.getLogger(__name__)
 # What a metric needs decides the protocol; no metric is known here by name.
 RUNNERS: Mapping[tuple[str, ...], Runner] = {
     ("datasets", "dataset confusion"): run_datasets,
@@ -123,6 +125,8 @@ def score(
     out = Collector()
     for part in bar(parts, "scoring", total=len(tasks), unit="part", show=progress):
         out.take(part)
+    for name, seconds in out.cost.items():
+        LOG.debug("%s took %.2f s", name, seconds)
     say_missing(out, chosen, settled, asked=metrics is not None)
     return out.table(settled)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ NUMBERS = ("depth", "value", "low", "high", "null")
 COUNTS = ("n", "seed")
 ATTRIBUTES = ("cost", "refused", "protocol")
 SIDECAR = "scores.json"
+LOG = logging.getLogger(__name__)
 
 
 def score_frame(rows: Sequence[dict[str, Any]], **attributes: Any) -> pd.DataFrame:
@@ -96,6 +98,7 @@ def read_scores(path: Path) -> pd.DataFrame:
         frame = _typed(frame)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} has text where a number belongs ({one_line(error)})") from error
+    LOG.debug("read %s (%d rows)", path, len(frame))
     frame.attrs.update({name: notes[name] for name in ATTRIBUTES if name in notes})
     return frame
 

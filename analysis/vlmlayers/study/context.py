@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +15,13 @@ from vlmlayers.features import LayerFeatures
 from vlmlayers.files import HUB, find_weights, hub_folder
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest, distinct
+from vlmlayers.progress import is_hidden, timed
 from vlmlayers.runs import Run, device_kind, file_mark, read_json, versions
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.schema import DatasetPart, ModelPart, Study
 from vlmlayers.user_code import is_user_code
 
+LOG = logging.getLogger(__name__)
 ADAPTERS = "vlmlayers.adapters"
 
 
@@ -72,6 +75,11 @@ class StageContext:
     device: str | None = None
     force: bool = False
     _model: Any = field(default=None, repr=False)
+
+    def doing(self, line: str) -> None:
+        """Say what is being done, where progress is shown."""
+        if not is_hidden():
+            self.echo(line)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -264,9 +272,10 @@ class StageContext:
         if self._model is None:
             from vlmlayers.models import load_model
 
-            self.echo(f"loading {self.part.title}")
+            self.doing(f"loading {self.part.title}")
             device = self.device or self.study.extract.device
-            self._model = load_model(**self.model_arguments(), device=device)
+            with timed(LOG, f"loading {self.part.title}"):
+                self._model = load_model(**self.model_arguments(), device=device)
             if self.part.adapter:
                 attach = _attacher(self.part.adapter)
                 self._model = attach(self._model, self._path(self.part.adapter, what="adapter"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
 
+LOG = logging.getLogger(__name__)
 LONG = (
     "search",
     "train",
@@ -130,10 +132,11 @@ def run_stages(context: StageContext, picked: Sequence[str]) -> None:
         if name not in picked or not stage.wanted(context):
             continue
         _need_earlier(context, name, picked)
-        inputs = fingerprint(stage.inputs(context))
-        if not context.force and up_to_date(context, stage, inputs):
-            context.echo(f"{name:8} unchanged")
+        inputs = _marks(stage.inputs(context))
+        if not (reason := _why(context, stage, inputs)):
+            context.doing(f"{name:8} unchanged")
             continue
+        LOG.debug("%s runs: %s", name, reason)
         _forget(context, name)
         if name in LONG and "report" in picked and _can_report(context):
             STAGES["report"].run(context)  # what is known so far; it is written again at the end
@@ -143,18 +146,31 @@ def run_stages(context: StageContext, picked: Sequence[str]) -> None:
         except BaseException:
             _keep_time(context, name, time.monotonic() - began)
             raise
+        seconds = time.monotonic() - began
+        LOG.debug("%s took %.2f s", name, seconds)
         # Inputs are taken again: a stage may refine what it depends on, such as provenance.
-        _remember(context, name, fingerprint(stage.inputs(context)), time.monotonic() - began)
+        _remember(context, name, _marks(stage.inputs(context)), seconds)
 
 
 def _can_report(context: StageContext) -> bool:
     return context.run.scores.exists() and context.run.choice.exists()
 
 
-def up_to_date(context: StageContext, stage: Stage, inputs: str) -> bool:
-    """Return whether a stage finished on these inputs and its files are still there."""
-    done = context.ledger().get(stage.name, {})
-    return done.get("inputs") == inputs and all(path.exists() for path in stage.outputs(context))
+def _marks(inputs: Mapping[str, Any]) -> dict[str, str]:
+    return {name: fingerprint(value) for name, value in inputs.items()}
+
+
+def _why(context: StageContext, stage: Stage, inputs: Mapping[str, str]) -> str:
+    """Return why a stage has to run; empty where it finished on these inputs."""
+    if context.force:
+        return "asked for with --force"
+    done = context.ledger().get(stage.name, {}).get("inputs")
+    if not isinstance(done, dict):
+        return "has not finished before"
+    if changed := [name for name in {**done, **inputs} if done.get(name) != inputs.get(name)]:
+        return f"changed since: {', '.join(changed)}"
+    missing = [str(path) for path in stage.outputs(context) if not path.exists()]
+    return f"not there: {', '.join(missing)}" if missing else ""
 
 
 def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> None:
@@ -182,13 +198,13 @@ def _keep_time(context: StageContext, name: str, seconds: float) -> None:
         write_json(context.run.folder / "stages.json", ledger)
 
 
-def _remember(context: StageContext, name: str, inputs: str, seconds: float) -> None:
+def _remember(context: StageContext, name: str, inputs: Mapping[str, str], seconds: float) -> None:
     if not is_first_process():
         return
     ledger = context.ledger()
     earlier = ledger.get("unfinished", {}).pop(name, 0.0)
     ledger[name] = {
-        "inputs": inputs,
+        "inputs": dict(inputs),
         "seconds": round(earlier + seconds, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

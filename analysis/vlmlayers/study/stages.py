@@ -24,20 +24,20 @@ class Stage:
 
     Attributes:
         name: Verb of the command line.
-        inputs: All that the result depends on, as JSON values; cheap to compute.
+        inputs: All that the result depends on, by name, as JSON values; cheap to compute.
         run: Does the work.
         outputs: Files that exist when it is done.
         wanted: Whether the study asks for it.
     """
 
     name: str
-    inputs: Callable[[StageContext], Any]
+    inputs: Callable[[StageContext], dict[str, Any]]
     run: Callable[[StageContext], None]
     outputs: Callable[[StageContext], list[Path]]
     wanted: Callable[[StageContext], bool] = lambda context: True
 
 
-def _extract_inputs(context: StageContext) -> Any:
+def _extract_inputs(context: StageContext) -> dict[str, Any]:
     # Decoding processes do not change values; the rest is in the options of each dataset.
     common = context.study.extract.model_dump(exclude={"workers", "device", "items", "split"})
     return {
@@ -60,7 +60,7 @@ def _extract(context: StageContext) -> None:
         # A whole store of the same identity would otherwise be taken as it is.
         if context.force:
             shutil.rmtree(context.run.features / data.folder, ignore_errors=True)
-        context.echo(f"extract  {data.manifest.name}: {len(data.items)} items ({data.folder})")
+        context.doing(f"extract  {data.manifest.name}: {len(data.items)} items ({data.folder})")
         try:
             features = _extract_one(context, model, data)
         except DataFault as error:  # a full disk or a held lock would fail the next one too
@@ -154,7 +154,7 @@ def model_record(model: Any) -> dict[str, Any]:
     }
 
 
-def _score_inputs(context: StageContext) -> Any:
+def _score_inputs(context: StageContext) -> dict[str, Any]:
     return {
         "extract": context.ledger().get("extract", {}).get("inputs"),
         "left_out": sorted(context.left_out),
@@ -171,7 +171,7 @@ def _score(context: StageContext) -> None:
 
     features = list(context.features())
     part = context.study.score
-    context.echo(f"score    {len(part.metrics)} metrics on {len(features)} datasets")
+    context.doing(f"score    {len(part.metrics)} metrics on {len(features)} datasets")
     scores = scores_of(
         features, context.metrics, lambda: context, progress=context.progress, **part.options
     )
@@ -184,7 +184,7 @@ def _own_code(name: str) -> str:
     return file_mark(Path(name.rpartition(":")[0])) if is_user_code(name) else ""
 
 
-def _select_inputs(context: StageContext) -> Any:
+def _select_inputs(context: StageContext) -> dict[str, Any]:
     part = context.study.select
     return {
         "scores": file_mark(context.run.scores),
@@ -216,7 +216,7 @@ def _select(context: StageContext) -> None:
         context.echo(f"         the data do not decide: {reasons}, listed in the report")
 
 
-def _search_inputs(context: StageContext) -> Any:
+def _search_inputs(context: StageContext) -> dict[str, Any]:
     return {
         "search": context.study.search,
         "left_out": context.leaving_out,
@@ -224,7 +224,7 @@ def _search_inputs(context: StageContext) -> Any:
     }
 
 
-def _validate_inputs(context: StageContext) -> Any:
+def _validate_inputs(context: StageContext) -> dict[str, Any]:
     return {
         "choice": file_mark(context.run.choice),
         "options": {**context.leaving_out, **context.options},
@@ -233,7 +233,7 @@ def _validate_inputs(context: StageContext) -> Any:
     }
 
 
-def _train_inputs(context: StageContext) -> Any:
+def _train_inputs(context: StageContext) -> dict[str, Any]:
     chosen = any("choice" in part.get("placements", ()) for part in context.study.train)
     return {
         "train": context.study.train,
@@ -265,7 +265,7 @@ def _installed(stage: str, line: str = "") -> Callable[[StageContext], None]:
     def run(context: StageContext) -> None:
         point = stage_entry(stage)
         if line:
-            context.echo(line)
+            context.doing(line)
         point.load()(context)
 
     return run
@@ -286,7 +286,7 @@ def stage_entry(stage: str) -> EntryPoint:
     return found[stage]
 
 
-def _report_inputs(context: StageContext) -> Any:
+def _report_inputs(context: StageContext) -> dict[str, Any]:
     run = context.run
     files = [
         run.scores,

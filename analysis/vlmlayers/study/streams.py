@@ -58,7 +58,7 @@ def stream_study(
     model, total = context.load_model(), StreamingScores()
     folder = context.run.folder / "streams"
     for data in context.datasets:
-        echo(f"stream   {data.manifest.name}: {len(data.items)} items ({data.folder})")
+        context.doing(f"stream   {data.manifest.name}: {len(data.items)} items ({data.folder})")
         found = stream(
             model,
             data.manifest,

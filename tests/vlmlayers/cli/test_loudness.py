@@ -1,0 +1,156 @@
+"""Every verb takes -q and -v: results alone, or what is done and how long it took."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from run_folders import make_run, tiny_clip
+
+from vlmlayers import cli
+from vlmlayers.progress import bar, hidden
+from vlmlayers.runs import Run
+
+LINE = re.compile(r"\d\d:\d\d:\d\d\.\d{3} (DEBUG|INFO|WARNING) +vlm(layers|adapters)[\w.]*: .+")
+
+
+def commands(
+    command: Any, words: tuple[str, ...] = (), above: Any = None
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the words of every command of the tree, and the command."""
+    yield words, command
+    context = command.make_context("vlmlayers", [], parent=above, resilient_parsing=True)
+    for name in command.list_commands(context) if hasattr(command, "list_commands") else ():
+        yield from commands(command.get_command(context, name), (*words, name), context)
+
+
+TREE = dict(commands(typer.main.get_command(cli.app)))
+VERBS = [words for words, command in TREE.items() if not hasattr(command, "list_commands")]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `vlmlayers WORDS` in this process: exit code, output, errors."""
+
+    def of(*words: object) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["vlmlayers", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        read = capsys.readouterr()
+        return code, read.out, read.err.splitlines()
+
+    return of
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A study of an untrained model small enough to run in a second."""
+    tiny_clip(tmp_path / "tiny")
+    file = tmp_path / "study.toml"
+    file.write_text("""
+models = [{ path = "tiny", random_weights = true }]
+datasets = ["digits", "shapes_filled"]
+extract = { items = 20, split = "val" }
+score = { metrics = ["dataset_accuracy", "cka_debiased"] }
+select = { resamples = 5 }
+report = { formats = ["svg"] }
+""")
+    return file
+
+
+def test_the_tree_holds_the_verbs_of_both_packages() -> None:
+    assert {("data", "list"), ("extract",), ("train",), ("search",), ("export",)} <= set(VERBS)
+
+
+@pytest.mark.parametrize("words", TREE, ids=" ".join)
+def test_every_verb_takes_both(words: tuple[str, ...]) -> None:
+    taken = [name for option in TREE[words].params for name in option.opts]
+    assert [taken.count(name) for name in ("-q", "--quiet", "-v", "--verbose")] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("words", VERBS, ids=" ".join)
+def test_every_verb_logs_when_asked_and_leaves_the_loggers_as_they_were(
+    words: tuple[str, ...], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    required = [p for p in TREE[words].params if p.required]
+    given = [x for p in required for x in ([p.opts[0]] if p.opts[0][0] == "-" else []) + ["absent"]]
+    # What finds nothing wrong with a name that is absent would start to work.
+    given += {("demo",): ["--out", "file/run"], ("init",): ["file/study.toml"]}.get(words, [])
+    Path("file").touch()
+    before = [logging.getLogger(name).handlers[:] for name in ("vlmlayers", "vlmadapters")]
+    for said in ((*words, "-v", *given), ("-v", *words, "-v", *given)):
+        _, _, err = call(*said)
+        assert LINE.fullmatch(err[-1 if err[-1][:5] != "Error" else -2]), err
+        assert sum("all took" in line for line in err) == 1
+    assert before == [logging.getLogger(n).handlers for n in ("vlmlayers", "vlmadapters")]
+    assert all("all took" not in line for line in call(*words, *given)[2])
+
+
+def test_both_at_once_are_refused(call: Any) -> None:
+    assert call("-q", "data", "list", "-v")[0] == 2
+    assert call("models", "-q", "-v")[::2] == (
+        2, ["Error: --quiet and --verbose contradict each other; give one"],
+    )  # fmt: skip
+
+
+def test_quiet_leaves_results(call: Any, study: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run", "--skip", "report")
+    _, loud, _ = call("study", study, *out)
+    code, quiet, err = call("study", study, *out, "-q", "--force")
+    assert code == 0 and not err
+    lost = [line.split()[0] for line in loud.splitlines() if line not in quiet]
+    assert lost == ["loading", "extract", "extract", "score"]
+    assert "RANDOM WEIGHTS" in quiet and "select " in quiet
+    assert call("study", study, *out, "--quiet")[1].count("\n") == 1
+
+
+def test_hidden_holds_within_and_not_after(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with hidden():
+        list(bar([1], "first"))
+    list(bar([1], "second"))
+    err = capsys.readouterr().err
+    assert "first" not in err and "second" in err
+
+
+def test_verbose_says_files_caches_and_seconds(call: Any, study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _, shown, err = call("study", study, "--out", out, "-v")
+    assert all(map(LINE.fullmatch, err)) and "DEBUG" not in shown
+    text = "\n".join(err)
+    for stage in ("extract", "score", "select", "report"):
+        assert f"{stage} runs: has not finished before" in text
+        assert re.search(rf"runner: {stage} took \d+\.\d\d s", text)
+    size = (out / "choice.json").stat().st_size
+    assert f"wrote {out / 'choice.json'} ({size:,} bytes)" in text
+    assert f"read {out / 'scores.parquet'} (" in text
+    assert "dataset_accuracy took" in text and "0 of 1 batches are there" in text
+
+    study.write_text(study.read_text().replace("resamples = 5", "resamples = 6"))
+    text = "\n".join(call("study", study, "--out", out, "-v")[2])
+    assert "select runs: changed since: select" in text and "extract runs" not in text
+    Run(out).scores.unlink()
+    text = "\n".join(call("study", study, "--out", out, "-v")[2])
+    assert f"score runs: not there: {out / 'scores.parquet'}" in text
+    text = "\n".join(call("study", study, "--out", out, "-v", "--force", "--only", "select")[2])
+    assert "select runs: asked for with --force" in text
+
+
+def test_verbs_of_one_stage_say_what_they_read(call: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    for verb in (("select", run.folder), ("figures", run.folder, "--format", "svg")):
+        code, _, err = call(*verb, "-v")
+        assert code == 0 and any(f"read {run.scores}" in line for line in err)
+        assert any("wrote" in line for line in err)
