@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from vlmlayers.cli.extensions import Group, Verb
+from vlmlayers.cli.extensions import Verb, VerbGroup
 from vlmlayers.cli.options import DataRoot, named, several
 
 data_app = typer.Typer(
-    cls=Group,
+    cls=VerbGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Datasets: what is known, what is on disk.",

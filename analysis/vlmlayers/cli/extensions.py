@@ -45,11 +45,11 @@ class Verb(Loudness, TyperCommand):
         return "\n".join(map(str.rstrip, lines))
 
 
-class Group(Loudness, TyperGroup):
+class VerbGroup(Loudness, TyperGroup):
     """Verbs under a common word."""
 
 
-class Verbs(Group):
+class Verbs(VerbGroup):
     """The verbs of this package and, loaded when asked for, those of installed extensions."""
 
     def list_commands(self, ctx: Any) -> list[str]:
