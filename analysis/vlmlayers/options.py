@@ -11,10 +11,10 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import Annotated, Any, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -36,12 +36,16 @@ NEEDED = {
     "int_": "a whole number",
     "float_": "a number",
     "bool_": "true or false",
+    "finite_number": "a finite number",
     "string_type": "a string",
+    "string_too_short": "a string of at least {min_length}",
+    "string_pattern_mismatch": "a string like {pattern}",
     "greater_than_equal": "at least {ge}",
     "greater_than": "more than {gt}",
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",
-    "too_short": "at least {min_length}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
     "tuple_type": "a list",
     "model_": "a table {{ key = value }}",
     "dict_": "a table {{ key = value }}",
@@ -53,16 +57,29 @@ TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 class Options(BaseModel):
     """A set of options. A name that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse True where a number is meant: pydantic and Python take it for 1."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation in (int, float):
-            raise PydanticKnownError("int_type" if annotation is int else "float_type")
+        kinds = list(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        parts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(part, bool) for part in parts) and not {bool, Any} & set(kinds):
+            for kind, problem in ((int, "int_type"), (float, "float_type")):
+                if kind in kinds:
+                    raise PydanticKnownError(problem)
         return value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield a type and all types inside it."""
+    yield get_origin(annotation) or annotation
+    if get_origin(annotation) is not Literal:  # which holds values
+        for part in get_args(annotation):
+            yield from _kinds(part)
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -89,22 +106,31 @@ def validated(model: type[Parsed], values: Mapping[str, Any], where: str = "") -
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problem = _explain(error, model)
+        problem = _explain(error, model, values)
     except RecursionError:
         problem = "nested too deeply"
     raise UserError(f"{where}: {problem}" if where else problem)
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+def _explain(error: ValidationError, model: type[BaseModel], values: Any) -> str:
     """Return one problem of a validation error in one line: an unknown name before all others.
 
     A misspelt name is also missing under its right spelling; the first message is the helpful one.
     """
-    problems = error.errors(include_url=False)
+    found = [(_place(one, values), one) for one in error.errors(include_url=False)]
+    # Where several kinds of value are taken pydantic names what is wrong as each of them: what is
+    # wrong further inside was meant. A list of nothing but wrong values is also said to be empty.
+    deepest = [
+        (place, one)
+        for place, one in found
+        if not any(_inside(other, place) or _inside(two["loc"], one["loc"]) for other, two in found)
+    ]
     # `min` keeps the first of equals: other problems stay in the order of the document.
-    first = min(problems, key=lambda one: one["type"] != "extra_forbidden")
-    tail = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    place = ".".join(str(part) for part in first["loc"] if part != KEY)[:120]
+    where, first = min(deepest, key=lambda pair: pair[1]["type"] != "extra_forbidden")
+    more = len({place for place, _ in deepest}) - 1
+    tail = f" (and {more} more)" if more else ""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in where)
+    place = "".join(steps).removeprefix(".")[:120]
     if first["type"] == "extra_forbidden":
         fields = _names(model, first["loc"][:-1])
         close = nearest(str(first["loc"][-1]), fields)
@@ -119,12 +145,40 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         if first["loc"][-1] == KEY:
             return f"unknown key {place!r}; {hint}{tail}"
         return f"unknown {place} {shortened(repr(first['input']))}; {hint}{tail}"
-    for kind, needed in NEEDED.items():
-        if first["type"].startswith(kind):
-            needed = needed.format(**first.get("ctx", {}))
-            return f"{place} is {shortened(repr(first['input']))}; {needed} is needed{tail}"
+    if needed := _needed([one for other, one in deepest if other == where]):
+        return f"{place} is {shortened(repr(first['input']))}; {needed} is needed{tail}"
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
     return (f"{place!r}: {message}" if place else message) + tail
+
+
+def _inside(place: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(place) > len(other) and place[: len(other)] == other
+
+
+def _place(problem: Mapping[str, Any], values: Any) -> tuple[str | int, ...]:
+    """Return where a problem is in the document; pydantic also names the kinds that it tried."""
+    place: list[str | int] = []
+    for step in problem["loc"]:
+        if isinstance(values, str | bytes):
+            break
+        with suppress(LookupError, TypeError):
+            values = values[step]
+            place.append(step)
+    if problem["type"] == "missing":
+        place.append(problem["loc"][-1])
+    return tuple(place)
+
+
+def _needed(problems: Sequence[Mapping[str, Any]]) -> str:
+    """Return in our words what is needed at a place; empty where there are none for a problem."""
+    # A value of one of the kinds that are taken is told from those of none.
+    of_kind = [one for one in problems if not one["type"].endswith(("_type", "_parsing", "_float"))]
+    words = [
+        next((words.format(**one.get("ctx", {})) for kind, words in NEEDED.items()
+              if one["type"].startswith(kind)), "")
+        for one in of_kind or problems
+    ]  # fmt: skip
+    return " or ".join(dict.fromkeys(words)) if all(words) else ""
 
 
 def _names(model: type[BaseModel], place: Sequence[Any]) -> list[str]:

@@ -203,9 +203,7 @@ class Study(Options):
         report: Report.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(populate_by_name=True)
 
     title: str = "Layer analysis"
     data_root: str | None = None
