@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,6 +32,29 @@ def test_environment_yml_has_the_bounds_of_pyproject(repository: Path) -> None:
     found = {m[1] for line in lines if (m := re.match(r"^ +- ([^-\s]\S*>=\S+)$", line))}
     listed = {line.replace("pytorch>=", "torch>=") for line in found} - {"python>=3.11"}
     assert listed == declared
+
+
+@pytest.mark.slow
+def test_environment_yml_can_be_made(repository: Path, tmp_path: Path) -> None:
+    """By a solver of conda where there is one, else by what pip would take in each one's place."""
+    file = repository / "environment.yml"
+    if solver := next(filter(None, map(shutil.which, ("micromamba", "mamba", "conda"))), None):
+        verb = ["create", "--name", "tried"] if "micromamba" in solver else ["env", "create"]
+        command = [solver, *verb, "--yes", "--dry-run", "--file", str(file)]
+    elif uv := shutil.which(
+        "uv", path=f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    ):
+        named = re.findall(r"^ +- ([^-\s]\S*>=\S+)$", file.read_text(), re.MULTILINE)
+        lines = [name.replace("pytorch>=", "torch>=") for name in named if "python>=" not in name]
+        (tmp_path / "named.txt").write_text("\n".join(lines))
+        command = [uv, "pip", "compile", "--quiet", "named.txt", "--output-file", "found.txt"]
+        command += ["--constraint", str(repository / "constraints.txt")]
+    else:
+        pytest.skip("neither micromamba, mamba, conda nor uv is installed")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    if done.returncode and re.search("connect|network|dns error|Timeout", done.stderr):
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_dependency_has_a_lower_bound_and_a_pinned_version(repository: Path) -> None:

@@ -1,6 +1,6 @@
 """Do a piece of work that is killed again and again; run as a process of its own.
 
-    python lab.py extract|stream|train|validate FOLDER [--kills 20] [--seed 0] [--signal 9]
+    python lab.py extract|stream|train|validate|search FOLDER [--kills 20] [--seed 0] [--signal 9]
 
 A start of Python costs seconds, so each attempt is a fork of this warm process. It gets a signal
 at a random moment of the time that the work takes undisturbed, and the next attempt goes on in the
@@ -35,6 +35,7 @@ from PIL import Image  # noqa: E402
 from vlmadapters.methods.mma.config import MMAConfig  # noqa: E402
 from vlmadapters.protocols.train import base_to_novel  # noqa: E402
 from vlmadapters.training.recipes import Recipe, TrainConfig  # noqa: E402
+from vlmadapters.validation.search import search  # noqa: E402
 from vlmadapters.validation.validate import validate  # noqa: E402
 from vlmlayers.manifests import Manifest  # noqa: E402
 from vlmlayers.models import extract, stream  # noqa: E402
@@ -109,13 +110,28 @@ def run_validate(folder: Path) -> None:
     )
 
 
+def run_search(folder: Path) -> None:
+    search(
+        shared_backbone(),
+        [folder.parent / "colours"],
+        placement=["3"],
+        amounts=["scale=0.3"],
+        folds=3,
+        novel=False,
+        recipe=RECIPE,
+        out=folder,
+        progress=False,
+    )
+
+
 WORK: dict[str, Callable[[Path], None]] = {
     "extract": run_extract,
     "stream": run_stream,
     "train": run_train,
     "validate": run_validate,
+    "search": run_search,
 }
-TABLES = ("results.csv", "validation.csv", "validation_placements.csv")
+TABLES = ("results.csv", "search.csv", "validation.csv", "validation_placements.csv")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -127,6 +143,10 @@ def content(folder: Path) -> dict[str, bytes]:
             table = pd.read_csv(path, keep_default_na=False, dtype=str)
             kept = table.drop(columns="seconds", errors="ignore")
             found[name] = kept.to_csv(index=False).encode()
+        elif path.name == "search.json":
+            summary = json.loads(path.read_text())
+            del summary["cost"]["seconds"]
+            found[name] = json.dumps(summary).encode()
         elif path.suffix in (".npy", ".safetensors") or name.startswith(("store/", "scores")):
             found[name] = path.read_bytes()
     left = [str(p.relative_to(folder)) for p in (folder / "unfinished").glob("*/*")]

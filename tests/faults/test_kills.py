@@ -30,7 +30,7 @@ def lab(work: str, folder: Path, *options: object) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", ["extract", "stream", "train", "validate"])
+@pytest.mark.parametrize("work", ["extract", "stream", "train", "validate", "search"])
 def test_twenty_kills_lose_nothing(work: str, tmp_path: Path) -> None:
     found = lab(work, tmp_path, "--kills", 20, "--seed", 5)
     assert found["kills"] == 20

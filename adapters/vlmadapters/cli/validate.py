@@ -34,7 +34,7 @@ from vlmlayers.cli.options import (
 )
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Amount
-from vlmlayers.runs import score_table
+from vlmlayers.runs import Run, score_table
 
 
 @with_weights
@@ -115,11 +115,13 @@ def validate(
     wanted = kinds or DEFAULT_KINDS
     for kind in (*wanted, reference):
         check_one_of("kind of placement", kind, KINDS)
-    (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
+    values = parse_settings(settings or [])
+    (made,) = read_recipes(recipe, values, [method], model)
     chosen_placement(made.method, chosen)  # refused before torch is imported
     drawn = read_seeds(seeds)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.cli.terminal import RANDOM
+    from vlmadapters.cli.validate_stage import ValidatePart
     from vlmadapters.validation.validate import validate as run
     from vlmlayers.scores import read_scores
 
@@ -145,6 +147,23 @@ def validate(
         present_only=present_only,
         skip_unreadable=skip_unreadable,
     )
+    if Run(out).provenance.exists():
+        asked = ValidatePart(
+            datasets=datasets,
+            method=method,
+            recipe=recipe,
+            set=values,
+            kinds=kinds,
+            amount=amount,
+            amounts=amounts,
+            folds=folds,
+            reference=reference,
+            random_count=random_count,
+            limit=limit,
+            **drawn,
+        )
+        # In place of what a study of the run asked for: the files are no longer of that.
+        Run(out).record(validate=asked.model_dump(exclude_none=True))
     if loaded.random_weights:
         typer.echo(RANDOM)
     if found.void:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -43,6 +44,8 @@ WHY = (
     "all datasets share and are better left frozen (Yang et al., MMA: Multi-Modal Adapter for "
     "Vision-Language Models, CVPR 2024)."
 )
+PART = re.compile(r"\b[vt]?\d+-\d+\b|\bzero-shot\b")  # of a placement, as `Placement` writes it
+BETWEEN_PARTS = re.compile(r",(?=(<span[^>]*>)?[vt][\d-])")
 FIRST = (*DATASET_ACCURACIES, "class_accuracy", "zero_shot_accuracy")
 
 
@@ -137,7 +140,16 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters["explained"] = explained
+    made.filters["unbroken"] = _unbroken
     return made
+
+
+def _unbroken(text: str) -> Any:
+    """Return text as HTML whose lines break between the parts of a placement, not inside one."""
+    from markupsafe import Markup, escape
+
+    words = PART.sub(r'<span class="whole">\g<0></span>', str(escape(text)))
+    return Markup(BETWEEN_PARTS.sub(",<wbr>", words))
 
 
 def _safe(text: str) -> Any:

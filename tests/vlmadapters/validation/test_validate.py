@@ -29,7 +29,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.report.numbers import RecordedValidation as reported
 from vlmlayers.report.numbers import void_verdict
-from vlmlayers.runs import Run
+from vlmlayers.runs import Run, write_json
 from vlmlayers.scores.schema import SCORE_COLUMNS
 from vlmlayers.selection import LayerChoice
 
@@ -391,9 +391,14 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads((tmp_path / "validation.json").read_text())["verdict"] in done.output
     CHOICE.save(tmp_path / "choice.json")
     scores().to_csv(tmp_path / "scores.csv", index=False)
+    write_json(tmp_path / "provenance.json", {"validate": {"seeds": [9]}, "seed": 3})  # a study's
     done = CliRunner().invoke(app, [*words, "--choice", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "validation_correlations.csv").exists()
+    recorded = Run(tmp_path).read_provenance()
+    assert recorded["seed"] == 3 and recorded["validate"]["datasets"] == [source]
+    assert recorded["validate"]["seeds"] == [1] and recorded["validate"]["set"]["shots"] == 2
+    assert recorded["validate"]["kinds"] == ["all", "lower"]
     for wrong in ([], ["--placement", "2-3", "--choice", "x"]):
         with pytest.raises(UserError, match="either --choice or --placement"):
             CliRunner().invoke(app, words + wrong, catch_exceptions=False)

@@ -60,7 +60,7 @@ def load(tab: Tab, path: Path, width: int = 1280) -> None:
     tab.until("document.documentElement.dataset.charts === 'drawn'")
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1400, 1280, 390])
 @pytest.mark.parametrize("name", ["report", "random", "comparison"])
 def test_pages_stand_alone_and_fit(tab: Tab, pages: dict[str, Path], name: str, width: int) -> None:
     load(tab, pages[name], width)
@@ -74,6 +74,8 @@ def test_pages_stand_alone_and_fit(tab: Tab, pages: dict[str, Path], name: str, 
     assert tab.run("document.documentElement.scrollWidth") <= width
     cut = "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth + 1)"
     assert tab.run(f"{cut}.map(s => s.getAttribute('aria-label'))") == []
+    lines = "[...document.querySelectorAll('.whole')].map(part => part.getClientRects().length)"
+    assert set(tab.run(lines)) <= {1}, "a placement's part stands on one line"
     assert tab.run(
         "[...document.querySelectorAll('img')].every(i => i.complete && "
         "i.naturalWidth > 0 && i.alt.length > 20)"
