@@ -67,10 +67,9 @@ class Options(BaseModel):
         """Refuse True where a number is meant: pydantic and Python take it for 1."""
         kinds = list(_kinds(cls.model_fields[str(info.field_name)].annotation))
         parts = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(part, bool) for part in parts) and not {bool, Any} & set(kinds):
-            for kind, problem in ((int, "int_type"), (float, "float_type")):
-                if kind in kinds:
-                    raise PydanticKnownError(problem)
+        wrong = any(isinstance(part, bool) for part in parts) and not {bool, Any} & set(kinds)
+        if wrong and {int, float} & set(kinds):
+            raise PydanticKnownError("int_type" if int in kinds else "float_type")
         return value
 
 

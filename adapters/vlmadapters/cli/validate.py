@@ -121,7 +121,6 @@ def validate(
     drawn = read_seeds(seeds)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.cli.terminal import RANDOM
-    from vlmadapters.cli.validate_stage import ValidatePart
     from vlmadapters.validation.validate import validate as run
     from vlmlayers.scores import read_scores
 
@@ -148,22 +147,22 @@ def validate(
         skip_unreadable=skip_unreadable,
     )
     if Run(out).provenance.exists():
-        asked = ValidatePart(
-            datasets=datasets,
-            method=method,
-            recipe=recipe,
-            set=values,
-            kinds=kinds,
-            amount=amount,
-            amounts=amounts,
-            folds=folds,
-            reference=reference,
-            random_count=random_count,
-            limit=limit,
+        asked = {
+            "datasets": datasets,
+            "method": method,
+            "recipe": recipe,
+            "set": values,
+            "kinds": kinds,
+            "amount": amount,
+            "amounts": amounts,
+            "folds": folds,
+            "reference": reference,
+            "random_count": random_count,
+            "limit": limit,
             **drawn,
-        )
+        }
         # In place of what a study of the run asked for: the files are no longer of that.
-        Run(out).record(validate=asked.model_dump(exclude_none=True))
+        Run(out).record(validate={key: one for key, one in asked.items() if one is not None})
     if loaded.random_weights:
         typer.echo(RANDOM)
     if found.void:
