@@ -149,12 +149,17 @@ def evaluate(
         list[str] | None,
         several("Classes tested: all, base or novel; all where absent."),
     ] = None,
-    method: Annotated[str, typer.Option(help="Method of a file in its authors' layout.")] = "mma",
+    method: Annotated[
+        str | None, typer.Option(help="Method of a file in its authors' layout; mma where absent.")
+    ] = None,
     template: Annotated[str, typer.Option(help="Prompt template.")] = "a photo of a {}.",
     scale: Annotated[
-        float,
-        typer.Option(help="Scale of an adapter in the authors' layout, which does not store it."),
-    ] = 0.001,
+        float | None,
+        typer.Option(
+            help="Scale of an adapter in the authors' layout, which does not store it; the "
+            "published one where absent."
+        ),
+    ] = None,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "auto",
     limit: Limit = 0,
@@ -169,16 +174,21 @@ def evaluate(
         if not path.is_file():
             raise UserError(f"adapter {path} does not exist{looked_for(path)}")
     check_inputs(model, weights, datasets, data_root)
+    from vlmadapters.data.task import TaskData
     from vlmadapters.protocols.trained import evaluate_methods
     from vlmlayers.files import write_csv
 
     loaded = load_backbone(model, weights, device)
-    adapters = {path: _trained(path, loaded, method, scale) for path in files}
+    kinds = kind or ["all"]
+    task = None
+    if len(datasets) == len(kinds) == 1:  # the authors' layouts leave class names out
+        task = TaskData(datasets[0], loaded, data_root).task(kinds[0], template)
+    adapters = {path: _trained(path, loaded, method, scale, task) for path in files}
     table = evaluate_methods(
         loaded,
         datasets,
         adapters,
-        kinds=kind or ["all"],
+        kinds=kinds,
         template=template,
         root=data_root,
         precision=precision,
@@ -200,13 +210,22 @@ def _paired(recipe: Any, pairs: Any) -> Any:
     return recipe.changed({}, {"pairs": pairs})
 
 
-def _trained(path: Path, model: Any, method: str, scale: float) -> Any:
+def _trained(path: Path, model: Any, method: str | None, scale: float | None, task: Any) -> Any:
     from vlmadapters.files import load_method, load_official
 
     if path.suffix == ".safetensors":
-        return load_method(path, model)
-    made = load_official(path, model, method=method)
-    if "scale" in made.config.settings():
+        made = load_method(path, model)
+        if method not in (None, made.config.name):
+            raise UserError(f"{path} is of {made.config.name}; --method says {method}")
+        if scale is not None:
+            raise UserError(f"{path} holds its settings; --scale is for authors' layouts")
+        return made
+    made = load_official(path, model, method=method or "mma", task=task)
+    if scale is not None:
+        if "scale" not in made.config.settings():
+            raise UserError(
+                f"{path} is of {made.config.name}, which has no scale; leave --scale out"
+            )
         made.config = made.config.from_dict({**made.config.to_dict(), "scale": scale})
     return made
 

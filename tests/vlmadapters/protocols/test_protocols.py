@@ -341,6 +341,14 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
     left = found[found.placement == "v2-3,t2-3"].set_index(key).accuracy
     right = again[again.method == "MMA"].set_index(key).accuracy
     assert left.to_dict() == pytest.approx(right.to_dict())
+    same = CliRunner().invoke(app, [*test, "--quiet", "--method", "mma"], catch_exceptions=False)
+    assert same.exit_code == 0
+    for option, message in (
+        ("--method=maple", "is of mma; --method says maple"),
+        ("--scale=0.1", "holds its settings; --scale is for authors' layouts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CliRunner().invoke(app, [*test, option], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
