@@ -23,7 +23,7 @@ import pandas as pd
 from record_sweep import HERE, facts_of
 
 import vlmlayers as vl
-from vlmadapters.methods import METHODS
+from vlmadapters.methods import BUILT_IN
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_METHODS
 from vlmadapters.training.recipes import load_recipe
@@ -39,9 +39,9 @@ RECIPES = HERE.parent / "adapters" / "vlmadapters" / "training" / "recipe_files"
 
 
 def trained_methods() -> list[str]:
-    """Return the methods that have a recipe `mini` and train in steps."""
+    """Return the methods that ship and train in steps, all of which have a recipe `mini`."""
     fitted = {"zero-shot", "tip", "linear-probe"}
-    return [name for name in METHODS if name not in fitted]
+    return [name for name in BUILT_IN if name not in fitted]
 
 
 def search(asked: argparse.Namespace, model: vl.VLM) -> pd.DataFrame:

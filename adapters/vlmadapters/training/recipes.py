@@ -182,7 +182,7 @@ class Recipe:
                 blocks; one in epochs goes before steps per shot.
 
         Raises:
-            UserError: The method cannot act there, or has no scale.
+            UserError: The method cannot act there, or has no scale; or its epochs are all warm-up.
         """
         if isinstance(place, str):
             place = Placement.parse(place)
@@ -195,6 +195,12 @@ class Recipe:
         if scale and "scale" not in self.method.settings():
             raise UserError(f"{self.method.name} has no scale; name an amount by lr and epochs")
         if "epochs" in train:
+            # Refused here, a search or sweep says so before it has trained other settings.
+            if train["epochs"] <= self.train.warmup_epochs:
+                raise UserError(
+                    f"{place} is all warm-up: {self.method.name} warms up for "
+                    f"{self.train.warmup_epochs} epochs; name more or set warmup_epochs=0"
+                )
             train = {"steps_per_shot": 0} | train
         kept = place.amount and not place
         method = self.method if kept else self.method.with_placement(*place)

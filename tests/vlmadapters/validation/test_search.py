@@ -283,6 +283,8 @@ def test_recipes_take_the_amount_that_a_placement_names() -> None:
     assert made.label == "v3,t3@scale=0.3,epochs=15" and made.amount == Amount(0.3, epochs=15)
     with pytest.raises(UserError, match="coop has no scale"):
         load_recipe("published", "coop").at(Placement.parse("@scale=0.3"))
+    with pytest.raises(UserError, match="@epochs=1 is all warm-up: coop warms up for 1 epochs"):
+        load_recipe("published", "coop").at("@epochs=1")
 
 
 def test_more_folds_draw_inner_classes_and_shots_anew(manifest: Manifest) -> None:

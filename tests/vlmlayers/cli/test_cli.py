@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -368,7 +367,6 @@ def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
     for line in process.stdout:
         if line.startswith("extract"):
             break
-    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
