@@ -111,8 +111,8 @@ class CoOp(LearnedContext):
     ) -> None:
         if config.class_bound and not task.class_names:
             raise UserError(
-                f"{config.title} has a context for each class here; name the classes (one dataset and "
-                "kind of classes, or a task)"
+                f"{config.title} has a context for each class here; name the classes (one dataset "
+                "and kind of classes, or a task)"
             )
         count = len(task.class_names) if config.class_bound else None
         super().__init__(config, starting_context(config, backbone, task.class_names, count, seed))
