@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ from vlmlayers.files import atomically, write_csv
 from vlmlayers.plots.style import style
 
 FORMATS = ("svg", "png", "pdf")
+NO_LAYOUT = {"figure.constrained_layout.use": False, "figure.autolayout": False}
 
 
 @checked
@@ -46,15 +48,14 @@ def save_figure(
     drawn: Any = figure.figure if isinstance(figure, Axes) else figure
     folder, name = Path(stem).parent, Path(stem).name
     written = []
-    for kind in formats:
-        check_one_of("figure format", kind, FORMATS)
-        path = folder / f"{name}.{kind}"
-        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
-        save = partial(drawn.savefig, format=kind, metadata=dates[kind])
-        with style():
-            atomically(path, save)
-        drawn.set_layout_engine("none")  # laid out once, all formats alike
-        written.append(path)
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+    with style(), mpl.rc_context(NO_LAYOUT):
+        for kind in formats:
+            check_one_of("figure format", kind, FORMATS)
+            written.append(folder / f"{name}.{kind}")
+            atomically(written[-1], partial(drawn.savefig, format=kind, metadata=dates[kind]))
+            # Laid out once, all formats alike; with any layout engine each would be drawn twice.
+            drawn.set_layout_engine(None)
     if data is not None:
         written.append(write_csv(folder / f"{name}.csv", data))
     return written

@@ -23,7 +23,7 @@ from vlmlayers.report.page import RANDOM, _safe, render
 from vlmlayers.report.payload import curve_entries, metric_entry
 from vlmlayers.report.ribbon import ribbon
 from vlmlayers.report.several import differences, summary_table
-from vlmlayers.scores.summaries import DATASET_ACCURACIES, curves, dataset_readout, metrics_by_shape
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout, metrics_by_shape
 from vlmlayers.words import escape_markdown, markdown_table
 
 DRAWN = (*DATASET_ACCURACIES, "class_accuracy", "centroid_gap")
@@ -121,9 +121,7 @@ def _payload(runs: Sequence[Compared], shared: list[str]) -> dict[str, Any]:
                 "model": run.answer.model,
                 "weights": run.answer.weights,
                 "depth": run.answer.depths,
-                "curves": curve_entries(
-                    run.answer.scores[run.answer.scores["metric"].isin(shared)], shared
-                ),
+                "curves": curve_entries(run.answer, shared),
             }
             for run in runs
         ],
@@ -139,7 +137,7 @@ def _figures(
     for metric in [name for name in DRAWN if name in shared]:
         parts = []
         for run in runs:
-            frame = curves(run.answer.scores, metric)
+            frame = run.answer.curves(metric)
             frame = frame[frame["tower"] == "vision"]
             label = run.name + (" (random)" if run.answer.random_weights else "")
             named = with_source(frame, run.answer.model, run.answer.weights)

@@ -151,7 +151,7 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
                 f"curves-{slug(metric)}",
                 _caption(answer, metric, "along depth"),
                 partial(plots.layer_curves, scores, metric, choice=choice),
-                partial(curves, scores, metric),
+                partial(answer.curves, metric),
             )
     for metric in GAPS:
         if metric in shapes["curve"] and has_rows(scores, metric, "vision"):
@@ -159,7 +159,7 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
                 f"gap-{slug(metric)}",
                 _caption(answer, metric, "per dataset along depth"),
                 partial(plots.gap_curves, scores, metric, choice=choice),
-                partial(curves, scores, metric),
+                partial(answer.curves, metric),
             )
     for metric in shapes["matrix"][:2]:
         if len(agreement(scores, metric)):

@@ -202,6 +202,16 @@ class Answer:
         """Blocks of each tower."""
         return depths(self.scores)
 
+    def curves(self, metric: str) -> pd.DataFrame:
+        """Return a metric along both towers, as `curves` does; made once for all that show it."""
+        if metric not in self._curves:
+            self._curves[metric] = curves(self.scores, metric)
+        return self._curves[metric]
+
+    @cached_property
+    def _curves(self) -> dict[str, pd.DataFrame]:
+        return {}
+
     @property
     def model(self) -> str:
         """Architecture."""
@@ -372,7 +382,7 @@ class Answer:
         metric = next(iter(self._metrics()), "")
         if metric not in set(self.scores["metric"]):
             return ""
-        frame = curves(self.scores, metric)
+        frame = self.curves(metric)
         frame = frame[(frame["dataset"] == POOLED) == (frame["dataset"] == POOLED).any()]
         counts = frame.groupby(["tower", "dataset"], sort=False)["n"].max().groupby("tower").sum()
         names = {"vision": "images", "text": "texts"}
@@ -425,7 +435,7 @@ class Answer:
 
     def reading(self, metric: str) -> str:
         """Return what a curve shows, in one or two sentences of numbers."""
-        frame = over_datasets(curves(self.scores, metric))
+        frame = over_datasets(self.curves(metric))
         sentences = []
         for tower, part in frame.groupby("tower", sort=False):
             first, last = part.iloc[0], part.iloc[-1]

@@ -39,7 +39,7 @@ def payload(answer: Answer) -> dict[str, Any]:
         "metrics": {
             name: metric_entry(name, answer.scores) for names in shapes.values() for name in names
         },
-        "curves": curve_entries(answer.scores, shapes["curve"]),
+        "curves": curve_entries(answer, shapes["curve"]),
         "matrices": [
             entry for name in shapes["matrix"] for entry in matrix_entries(answer.scores, name)
         ],
@@ -93,14 +93,18 @@ def metric_entry(name: str, scores: pd.DataFrame | None = None) -> dict[str, Any
     return {"label": label[:1].upper() + label[1:], "level": known.level, "caption": caption}
 
 
-def curve_entries(scores: pd.DataFrame, metrics: list[str]) -> list[dict[str, Any]]:
+def curve_entries(answer: Answer, metrics: list[str]) -> list[dict[str, Any]]:
     """Return every curve: metric, dataset, tower, space and its points."""
     entries = []
+    scores = answer.scores
     for metric in metrics:
-        rows = scores[scores["metric"] == metric]
-        for space in dict.fromkeys(rows["space"]):
-            part = scores[(scores["metric"] != metric) | (scores["space"] == space)]
-            frame = curves(part, metric)
+        spaces = scores.loc[scores["metric"] == metric, "space"].unique()
+        for space in spaces:
+            if len(spaces) == 1:
+                frame = answer.curves(metric)
+            else:
+                of_space = (scores["metric"] != metric) | (scores["space"] == space)
+                frame = curves(scores[of_space], metric)
             for (dataset, tower), curve in frame.groupby(["dataset", "tower"], sort=False):
                 entries.append(
                     {

@@ -9,7 +9,7 @@ from vlmlayers.report.made import model_table
 from vlmlayers.report.numbers import Answer, RecordedValidation, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular, words
-from vlmlayers.scores.summaries import DATASET_ACCURACIES, curves, dataset_readout
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
 
 
 def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
@@ -59,7 +59,7 @@ def _in_all(answers: Sequence[tuple[str, Answer]]) -> set[str]:
 def _ends(answer: Answer, metric: str) -> tuple[float | None, float | None]:
     if metric not in set(answer.scores["metric"]):
         return None, None
-    frame = curves(answer.scores, metric)
+    frame = answer.curves(metric)
     frame = frame[frame["tower"] == "vision"]
     if frame.empty:
         return None, None

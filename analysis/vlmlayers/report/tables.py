@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import floor, isfinite, log10
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 from vlmlayers.plots.saving import slug
 from vlmlayers.report.numbers import Answer, RecordedValidation, join
 from vlmlayers.report.payload import metric_entry
-from vlmlayers.scores.summaries import curves, metrics_by_shape
+from vlmlayers.scores.summaries import metrics_by_shape
 from vlmlayers.selection import PLACEMENT_SCORES
 from vlmlayers.words import percent
 
@@ -80,6 +81,7 @@ def words(value: Any) -> str:
     return str(value)
 
 
+@lru_cache(maxsize=1)  # the page and the Markdown both show them
 def answer_tables(answer: Answer) -> list[Table]:
     """Return one table per tower: each block, the values behind it, chosen or not."""
     return [_tower_table(answer, tower) for tower in answer.depths] + [position_table(answer)]
@@ -112,7 +114,7 @@ def position_table(answer: Answer) -> Table:
     rows: dict[tuple[str, str], dict[str, float]] = {}
     shown = metrics_by_shape(answer.scores)["curve"]
     for metric in shown:
-        frame = curves(answer.scores, metric)
+        frame = answer.curves(metric)
         for (tower, position), part in frame.groupby(["tower", "position"], sort=False):
             pooled = part[part["dataset"] == "*"]
             value = (pooled if len(pooled) else part)["value"].mean()

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from score_tables import DATASETS, curve_rows, full, pair_rows, planted, step, table
 
 from vlmlayers import plots
@@ -209,6 +211,19 @@ def test_saved_files_are_complete_and_reproducible(tmp_path: Path) -> None:
     assert pd.read_csv(first[-1])["value"].tolist() == pytest.approx(data["value"].tolist())
     with pytest.raises(UserError, match="did you mean 'png'"):
         plots.save_figure(plots.layer_curves(scores), tmp_path / "x", formats=("pngg",))
+
+
+def test_a_figure_is_drawn_once_for_its_layout_and_once_for_each_file(tmp_path: Path) -> None:
+    drawn = []
+
+    class Counted(Line2D):
+        def draw(self, renderer: object) -> None:
+            drawn.append(type(renderer).__name__)
+
+    figure = Figure(layout="constrained")
+    figure.subplots().add_line(Counted([0, 1], [0, 1]))
+    plots.save_figure(figure, tmp_path / "x", formats=("svg", "png", "pdf"))
+    assert len(drawn) == 4, drawn
 
 
 def test_an_overview_lists_positions_against_metrics() -> None:
