@@ -6,10 +6,14 @@ run, a run over several processes and every placement of a sweep see the same vi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import islice
+from threading import Lock
 from typing import Any, TypeVar
+from weakref import WeakSet, finalize
 
 import numpy as np
 import torch
@@ -26,8 +30,50 @@ from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.devices import available_memory, placed
 
 T = TypeVar("T")
-KEEP_BYTES, KEEP_SHARE = 2 << 30, 4
+KEEP_SHARE = 4  # the rest of memory is for training
 ORDER = 0x0D  # key of the order of items in an epoch
+
+
+class Room:
+    """Memory for decoded images of many datasets together.
+
+    Args:
+        limit: Bytes that they may take.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self._idle: WeakSet[Images] = WeakSet()
+        self._lock = Lock()  # images are decoded by several threads
+
+    def take(self, owner: Images, size: int) -> bool:
+        """Return whether `size` more bytes fit, and count them; idle images make way."""
+        with self._lock:
+            self._idle.discard(owner)
+            while self.used + size > self.limit and self._idle:
+                self.used -= self._idle.pop().forget()
+            if fits := self.used + size <= self.limit:
+                self.used += size
+            return fits
+
+    def rest(self, owner: Images) -> None:
+        """Let the images of a dataset make way once others need their room."""
+        self._idle.add(owner)
+
+    def give_back(self, *stores: dict[str, Tensor]) -> None:
+        """Count images as gone that nothing holds any more."""
+        with self._lock:
+            self.used -= sum(image.numel() for store in stores for image in store.values())
+
+
+@cache
+def shared_room() -> Room:
+    """Return the room of this process: a quarter of what the machine has left at first use.
+
+    Processes that `torchrun` started on this machine share that quarter.
+    """
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Room(available_memory(torch.device("cpu")) // (KEEP_SHARE * sharing))
 
 
 class Images:
@@ -37,8 +83,7 @@ class Images:
         model: The model, for its preprocessing.
         manifest: The dataset.
         root: The data root.
-        keep: Bytes that decoded images may take in all. None takes 2 GiB, or a quarter of what
-            the machine has left where that is less: a protocol holds many datasets at once.
+        room: Memory for decoded images; None takes `shared_room()`, which all datasets share.
         workers: Threads that decode and crop; 0 works in the calling thread.
 
     Raises:
@@ -51,14 +96,12 @@ class Images:
         manifest: Manifest,
         root: Any = None,
         *,
-        keep: int | None = None,
+        room: Room | None = None,
         workers: int = 0,
     ) -> None:
         if workers < 0:
             raise UserError(f"workers is {workers}; it must be 0 or more")
-        if keep is None:
-            keep = min(KEEP_BYTES, available_memory(torch.device("cpu")) // KEEP_SHARE)
-        self.manifest, self.root, self.keep, self.used = manifest, root, keep, 0
+        self.manifest, self.root, self.room = manifest, root, room or shared_room()
         self.transform, self.device = model.preprocess, model.device
         size = model.clip.visual.image_size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
@@ -67,16 +110,26 @@ class Images:
         self.pool = ThreadPoolExecutor(workers) if workers else None
         self._raw: dict[str, Tensor] = {}
         self._ready: dict[str, Tensor] = {}
+        finalize(self, self.room.give_back, self._raw, self._ready)
 
     def identity(self, items: Sequence[Item]) -> DataIdentity:
         """Return what some items are at this moment."""
         return self.manifest.identity(items, self.root)
 
     def _keep(self, store: dict[str, Tensor], path: str, image: Tensor) -> Tensor:
-        if self.used + image.numel() <= self.keep:
+        if self.room.take(self, image.numel()):
             store[path] = image
-            self.used += image.numel()
         return image
+
+    def rest(self) -> None:
+        """Say that these images are not needed for now: they make way where others need room."""
+        self.room.rest(self)
+
+    def forget(self) -> int:
+        """Drop all decoded images, and return how many bytes they took."""
+        size = sum(image.numel() for store in (self._raw, self._ready) for image in store.values())
+        self._raw.clear(), self._ready.clear()
+        return size
 
     def raw(self, item: Item) -> Tensor:
         """Return the image as decoded, (3, height, width), uint8."""

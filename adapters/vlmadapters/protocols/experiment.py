@@ -193,6 +193,8 @@ class Experiment:
                 found[source, seed] = self._cells(source, seed, recipes, together, shown)
                 if self.stopped:
                     break
+                if seed == seeds[-1] and source not in self.target_names:
+                    self._datasets[source].images.rest()
             # Behind the first training, which refuses at once classes that a method cannot take.
             rows = [row for source in sources for row in self._zero_shot_rows(source)]
             # First all that is free; then what others held at that time, who may have died since.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from backbones import shared_backbone
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from vlmadapters.data.images import Augmentation, Images, epoch_batches
+from vlmadapters.data.images import Augmentation, Images, Room, epoch_batches, shared_room
 from vlmlayers.manifests import Manifest
 
 MANIFEST = Manifest.load("textures")
@@ -62,14 +65,51 @@ def test_evaluation_images_are_what_the_models_transform_gives() -> None:
 
 
 def test_decoded_images_leave_the_machine_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eleven datasets of two gigabytes each would not fit into a laptop."""
+    """Eleven datasets of a quarter each would not fit into it."""
     model = shared_backbone()
-    for free, keep in ((4_000_000, 1_000_000), (1 << 40, 2 << 30)):
+    for free, processes in ((4_000_000, 1), (1 << 40, 2)):
         monkeypatch.setattr(
             "vlmadapters.data.images.available_memory", lambda device, free=free: free
         )
-        assert Images(model, MANIFEST).keep == keep
-    assert Images(model, MANIFEST, keep=7).keep == 7
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        shared_room.cache_clear()
+        rooms = {id(Images(model, MANIFEST).room): Images(model, MANIFEST).room for _ in range(11)}
+        assert [room.limit for room in rooms.values()] == [free / 4 / processes]
+    shared_room.cache_clear()
+
+
+def test_images_that_rest_make_way_and_others_stay() -> None:
+    model, items = shared_backbone(), MANIFEST.items("test")[:4]
+    size = Images(model, MANIFEST, room=Room(1 << 30)).ready(items[0]).numel()
+    room = Room(2 * size)
+    first, second = (Images(model, MANIFEST, room=room) for _ in range(2))
+    opened = counted_opens(first, second)
+    for images in (first, second):
+        for _ in range(2):
+            [images.ready(item) for item in items[:2]]
+    assert opened == [2, 4], "the second found the room taken"
+    first.rest()
+    for _ in range(2):
+        [second.ready(item) for item in items[:2]]
+    assert opened == [2, 6] and room.used == 2 * size
+    first.ready(items[0])
+    assert opened == [3, 6], "the first was made to forget"
+    del second, images
+    gc.collect()
+    assert room.used == 0
+
+
+def counted_opens(*several: Images) -> list[int]:
+    """Return how many images each of several opens, counted from now on."""
+    counts = [0] * len(several)
+    for number, images in enumerate(several):
+
+        def transform(image: object, number: int = number, made: Any = images.transform) -> Any:
+            counts[number] += 1
+            return made(image)
+
+        images.transform = transform
+    return counts
 
 
 def test_threads_and_a_full_memory_change_nothing() -> None:
@@ -78,10 +118,10 @@ def test_threads_and_a_full_memory_change_nothing() -> None:
     draws = augmentation.draws(8, 0, 0)
     expected = Images(model, MANIFEST).augmented(items, draws, augmentation)
     threaded = Images(model, MANIFEST, workers=2).augmented(items, draws, augmentation)
-    tight = Images(model, MANIFEST, keep=0)
+    tight = Images(model, MANIFEST, room=Room(0))
     assert torch.equal(expected, threaded)
     assert torch.equal(expected, tight.augmented(items, draws, augmentation))
-    assert tight.used == 0
+    assert tight.room.used == 0
 
 
 def test_a_whole_image_view_is_the_image() -> None:

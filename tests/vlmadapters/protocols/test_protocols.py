@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from backbones import shared_backbone
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
+from vlmadapters.data.images import Room
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.cells import Cell, CellFolder
 from vlmadapters.protocols.experiment import Experiment
@@ -30,6 +32,8 @@ from vlmadapters.protocols.train import base_to_novel, train
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
 from vlmlayers.errors import UserError
+from vlmlayers.manifests import Item, Manifest
+from vlmlayers.manifests.items import balanced_sample
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
 RECIPE = Recipe("test", TrainConfig(lr=0.3, epochs=1, batch_size=8, shots=2), CONFIG)
@@ -58,6 +62,38 @@ def test_the_table_has_both_halves_every_seed_and_both_baselines(table: pd.DataF
     assert set(trained.placement) == {"v2-3,t2-3"}
     assert (trained.shots == 2).all()
     assert table.random_weights.all()
+
+
+def test_a_sweep_decodes_each_test_image_once_where_those_of_one_dataset_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: Counter[tuple[str, str]] = Counter()
+    plain = Manifest.open_image
+
+    def told(manifest: Manifest, item: Item, *arguments: Any, **options: Any) -> Any:
+        opened[manifest.name, item.path] += 1
+        return plain(manifest, item, *arguments, **options)
+
+    monkeypatch.setattr(Manifest, "open_image", told)
+    names = ("shapes_filled", "shapes_outline")
+    several = [CONFIG, MMAConfig.span(3, 3, dim=4, scale=0.3)]
+    tested = [
+        (name, item.path)
+        for name in names
+        for item in balanced_sample(Manifest.load(name).items("test"), 16, 0)
+    ]
+    tables = []
+    for images_that_fit, times in ((1000, {1}), (60, {1}), (0, {5})):
+        room = Room(images_that_fit * 3 * 32 * 32)
+        monkeypatch.setattr("vlmadapters.data.images.shared_room", lambda room=room: room)
+        opened.clear()
+        experiment = Experiment("base-to-novel", shared_backbone(), RECIPE, **QUICK | {"limit": 16})
+        table = experiment.run(names, several, seeds=(1, 2), together=1)
+        assert {opened[one] for one in tested} == times  # without room: 4 cells and zero-shot
+        assert room.used <= room.limit
+        tables.append(table.drop(columns="seconds"))
+    for other in tables[1:]:
+        pd.testing.assert_frame_equal(tables[0], other, check_exact=True)
 
 
 def trained_cells(folder: Path) -> list[Path]:
