@@ -95,6 +95,10 @@ class UnreadableImage(DataFault):
     """An image file exists but cannot be decoded."""
 
 
+class NotJPEG(UserError):
+    """An image is no JPEG file that a GPU can decode, where all have to be."""
+
+
 def nearest(value: str, valid: Iterable[str]) -> str | None:
     """Return the valid name closest to `value`, or None where nothing is close."""
     names = list(valid)

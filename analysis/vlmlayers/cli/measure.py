@@ -68,7 +68,7 @@ def extract(
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "fp32",
     decoding: Annotated[
-        str, typer.Option(help="full, or reduced: large JPEGs at 1/2, 1/4 or 1/8; quicker.")
+        str, typer.Option(help="full; reduced: large JPEGs at 1/2, 1/4 or 1/8; nvjpeg: on the GPU.")
     ] = "full",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,

@@ -7,14 +7,18 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, features
+from PIL import ExifTags, Image, ImageFile, ImageOps, features
 
-from vlmlayers.errors import DataFault, UnreadableImage, one_line
+from vlmlayers.errors import DataFault, NotJPEG, UnreadableImage, one_line
+
+T = TypeVar("T")
 
 # Only formats whose decoders are in wide use: EPS, for one, would start another program.
 _ALWAYS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO opens as JPEG
@@ -67,8 +71,32 @@ def open_image(
         UnreadableImage: It is not an image, truncated, empty, too large or too long, or its values
             fit no usual range.
     """
+    return _opened(source, name, lambda handle, name: _decode(handle, name, at_least))
+
+
+def read_jpeg(source: str | os.PathLike[str] | bytes, name: str | None = None) -> tuple[bytes, int]:
+    """Return a JPEG as it is, for a decoder on a GPU, and its EXIF orientation (1 to 8).
+
+    Args:
+        source: Path of a file, or its bytes.
+        name: What to call the image in messages; the path by default.
+
+    Raises:
+        UserError: The file does not exist.
+        NotJPEG: It is of another format, or neither grey nor RGB.
+        UnreadableImage: It is empty, too large or too long, or its header is broken.
+    """
+    return _opened(source, name, _jpeg)
+
+
+def _opened(
+    source: str | os.PathLike[str] | bytes,
+    name: str | None,
+    use: Callable[[BinaryIO, str], T],
+) -> T:
+    """Return what `use` makes of an open image file that is not empty, and its name."""
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), name or "image", len(source), at_least)
+        return _used(io.BytesIO(source), name or "image", len(source), use)
     path = Path(source)
     name = name or str(path)
     try:
@@ -76,7 +104,7 @@ def open_image(
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage(f"{name} is not a regular file")
         with path.open("rb") as handle:
-            return _decode(handle, name, status.st_size, at_least)
+            return _used(handle, name, status.st_size, use)
     except FileNotFoundError:
         raise DataFault(f"the image {name} is missing; `vlmlayers data check` says more") from None
     except OSError as error:
@@ -95,21 +123,48 @@ def upright(image: Image.Image, name: str) -> Image.Image:
     return _to_rgb(turned, name)
 
 
-def _decode(handle: BinaryIO, name: str, size: int, at_least: int | None) -> Image.Image:
+def _used(handle: BinaryIO, name: str, size: int, use: Callable[[BinaryIO, str], T]) -> T:
     if size == 0:
         raise UnreadableImage(f"{name} is empty (0 bytes)")
+    with _faults_named(name):
+        return use(handle, name)
+
+
+def _decode(handle: BinaryIO, name: str, at_least: int | None) -> Image.Image:
+    with Image.open(handle, formats=FORMATS) as image:
+        _expect_size(image, name)
+        wide = _is_wide(image)  # before it loads: the tiles that say so are then gone
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        image.load()
+        if wide:
+            _expect_high_bits(image, name)
+        _turn_upright(image)
+        return _to_rgb(image, name)
+
+
+def _jpeg(handle: BinaryIO, name: str) -> tuple[bytes, int]:
+    with Image.open(handle, formats=FORMATS) as image:  # its header alone
+        _expect_size(image, name)
+        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+            raise NotJPEG(
+                f"decoding nvjpeg takes JPEG files in RGB or grey, and {name} is {image.format} "
+                f"in {image.mode}; take decoding full or reduced"
+            )
+        try:
+            turned = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except _FAULTS:  # broken EXIF says nothing of the pixels, which are sound
+            turned = 1
+    handle.seek(0)
+    return handle.read(), turned if 1 <= turned <= 8 else 1
+
+
+@contextmanager
+def _faults_named(name: str) -> Iterator[None]:
+    """Turn what Pillow raises of a file into one line."""
     try:
-        with Image.open(handle, formats=FORMATS) as image:
-            _expect_size(image, name)
-            wide = _is_wide(image)  # before it loads: the tiles that say so are then gone
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))
-            image.load()
-            if wide:
-                _expect_high_bits(image, name)
-            _turn_upright(image)
-            return _to_rgb(image, name)
-    except UnreadableImage:
+        yield
+    except (UnreadableImage, NotJPEG):
         raise
     except Image.UnidentifiedImageError:
         raise UnreadableImage(f"{name} is not an image of a known format") from None

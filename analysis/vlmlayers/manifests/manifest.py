@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmlayers.arguments import Count, Natural, checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import NotJPEG, UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import catalogue
 from vlmlayers.manifests.check import CheckResult, built_in, compare, not_listed
@@ -333,19 +333,40 @@ class Manifest:
             UserError: The file is missing or outside the dataset's folder.
             UnreadableImage: It cannot be decoded.
         """
-        from vlmlayers.data import readers, shards
+        from vlmlayers.data.readers import open_image
 
         if self.layout == "builtin":
             drawn, (split, index) = dataset(self.name), split_and_index(item)
             return drawn.image(split, index, **({} if size is None else {"size": size}))
-        path, least = self.location(item, root), size if reduced else None
+        return open_image(*self._file(item, root), at_least=size if reduced else None)
+
+    def read_jpeg(self, item: Item, root: Root = None) -> tuple[bytes, int]:
+        """Return the JPEG of an item as it is, and its EXIF orientation (1 to 8).
+
+        Raises:
+            UserError: The file is missing or outside the dataset's folder.
+            NotJPEG: The image is of another format, or drawn by code.
+            UnreadableImage: Its header cannot be read.
+        """
+        from vlmlayers.data.readers import read_jpeg
+
+        if self.layout == "builtin":
+            raise NotJPEG(
+                f"decoding nvjpeg takes JPEG files, and {self.name} is drawn by code; leave it out"
+            )
+        return read_jpeg(*self._file(item, root))
+
+    def _file(self, item: Item, root: Root) -> tuple[Path | bytes, str | None]:
+        """Return where the encoded image of an item is, or its bytes, and what to call it."""
+        from vlmlayers.data.shards import read_member
+
+        path = self.location(item, root)
         if self.is_stored(root):
-            return readers.open_image(stored_image(self.place(root), item.path), item.path, least)
+            return stored_image(self.place(root), item.path), item.path
         if self.layout == "shards":
             member = item.path.partition(".tar/")[2]
-            content = shards.read_member(path, member, self.spec.members)
-            return readers.open_image(content, f"{path}/{member}", least)
-        return readers.open_image(path, at_least=least)
+            return read_member(path, member, self.spec.members), f"{path}/{member}"
+        return path, None
 
     @checked
     def check(self, root: Root = None, full: bool = False) -> CheckResult:

@@ -15,15 +15,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmlayers.data.unreadable import reason
 from vlmlayers.errors import UserError
+from vlmlayers.models.nvjpeg import JPEGFiles, OnPixels, decoded
 from vlmlayers.runs import cores
 
 # Errors of the queue where a process dies while it hands a batch over, and seconds until torch
 # notices.
 _BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
 _DYING = 2.0
+CPU = torch.device("cpu")
 WORTH_STARTING = 512  # images that take longer to decode than processes to start
 MOST_PROCESSES = 16
-DECODINGS = ("full", "reduced")
+DECODINGS = ("full", "reduced", "nvjpeg")
 
 
 class _Images(Dataset[tuple[int, Any]]):
@@ -37,7 +39,9 @@ class _Images(Dataset[tuple[int, Any]]):
         decoding: str,
     ) -> None:
         self.manifest, self.items, self.preprocess = manifest, items, preprocess
-        self.where = {"root": root, "size": size} | reduction(decoding)
+        # Named where it is asked for: other datasets that open images need not know of it.
+        reduced = {"reduced": True} if decoding == "reduced" else {}
+        self.where = {"root": root, "size": size, **reduced}
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
         item = self.items[row]
@@ -47,11 +51,6 @@ class _Images(Dataset[tuple[int, Any]]):
         # Returned, not raised: an error in a decoding process would end the whole extraction.
         except (UserError, OSError) as error:
             return row, reason(item.path, error)
-
-
-def reduction(decoding: str) -> dict[str, bool]:
-    """Return what a way of decoding adds to the arguments of `open_image`: for `full` nothing."""
-    return {"reduced": True} if decoding == "reduced" else {}
 
 
 def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
@@ -77,7 +76,7 @@ def decode(
     size: int,
     workers: int,
     decoding: str = "full",
-    pin: bool = False,
+    device: torch.device = CPU,
 ) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
     """Yield rows, stacked images, and reasons of those that failed, batch by batch in order.
 
@@ -89,23 +88,36 @@ def decode(
         root: Data root.
         size: Pixels that the model takes, a hint for drawn images.
         workers: Decoding processes; 0 decodes here.
-        decoding: `full` or `reduced`.
-        pin: Pin memory for the copy to a GPU.
+        decoding: `full`, `reduced` or `nvjpeg`.
+        device: The model's: images come in pinned memory for a GPU; `nvjpeg` decodes on it.
 
     Raises:
+        NotJPEG: `nvjpeg` meets another image.
         UserError: A decoding process died, mostly for lack of memory.
     """
+    on_device = decoding == "nvjpeg"
+    images: Dataset[tuple[int, Any]] = (
+        JPEGFiles(manifest, items, root)
+        if on_device
+        else _Images(manifest, items, root, preprocess, size, decoding)
+    )
     loader: DataLoader[Any] = DataLoader(
-        _Images(manifest, items, root, preprocess, size, decoding),
+        images,
         batch_sampler=batches,  # type: ignore
         num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=pin,
+        collate_fn=list if on_device else _collate,
+        pin_memory=device.type == "cuda" and not on_device,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
     try:
         with dead_workers_named():
-            yield from loader
+            if not on_device:
+                yield from loader
+                return
+            prepare = OnPixels.of(preprocess, size, device)
+            for samples in loader:
+                rows, pixels, bad = _collate(decoded(samples, items, prepare.shape, device))
+                yield rows, None if pixels is None else prepare.finish(pixels), bad
     except _BROKEN_OFF as error:
         if not workers:
             raise

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import Moments
-from vlmlayers.models.decoding import decoding_processes, reduction
+from vlmlayers.models.decoding import decode, decoding_processes
 from vlmlayers.models.devices import memory_errors, resolve_precision
+from vlmlayers.models.nvjpeg import refuse_nvjpeg
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
 from vlmlayers.models.vlm import VLM, LoadedModel
@@ -131,7 +131,7 @@ def measure_costs(
         pooling: Its vision pooling.
         batch_size: Its batch size.
         precision: Its precision.
-        decoding: `full` or `reduced`; see `extract`.
+        decoding: `full`, `reduced` or `nvjpeg`; see `extract`.
         tower: `vision` where the planned extraction records that one alone.
         repeats: Timed runs, of which the fastest counts.
         disk: Folder on the disk of the planned store; the system's temporary one where None.
@@ -141,16 +141,29 @@ def measure_costs(
     """
     if not items:
         raise UserError("there is nothing to estimate: no items")
+    if decoding == "nvjpeg":
+        refuse_nvjpeg(model, manifest, items, root)
     recorder = Recorder(model.towers["vision"], spaces, pooling)
     shapes = recorder.shapes()
     text = None if tower == "vision" else model.towers.get("text")
     texts = {} if text is None else Recorder(text, spaces, None).shapes()
-    where = {"root": root, "size": model.image_size} | reduction(decoding)
-    batch, decode = _timed(
-        lambda: torch.stack(
-            [model.preprocess(manifest.open_image(item, **where)) for item in items[:batch_size]]
+    (_, batch, bad), decoding_seconds = _timed(
+        lambda: next(
+            decode(
+                manifest,
+                items,
+                [range(min(batch_size, len(items)))],
+                preprocess=model.preprocess,
+                root=root,
+                size=model.image_size,
+                workers=0,
+                decoding=decoding,
+                device=model.device,
+            )
         )
     )
+    if batch is None:
+        raise UserError(f"the first images cannot be read: {bad[0]}")
     batch = batch.to(model.device, model.input_dtype)
     advice = f"lower batch_size ({batch_size}; --batch-size), or take another device"
     precision = resolve_precision(precision, model.device)
@@ -168,7 +181,7 @@ def measure_costs(
     sums = stream_bytes(kept, texts, classes, sample=0)
     return Costs(
         forward / len(batch),
-        decode / len(batch),
+        decoding_seconds / len(batch),
         bytes_per_image(shapes),
         stream_bytes(kept, texts, classes) if added else 0,
         str(model.device),

@@ -18,6 +18,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.devices import resolve_precision
+from vlmlayers.models.nvjpeg import refuse_nvjpeg
 from vlmlayers.models.options import ExtractOptions, dataset_of, is_manifest
 from vlmlayers.models.own_data import OwnData, own_data
 from vlmlayers.models.recording import Recorder
@@ -84,7 +85,8 @@ def extract(
             `bf16` or `fp16`; `auto` takes what suits the device. Features are float32 in each case.
         decoding: `full`, or `reduced` to decode a JPEG at the smallest of 1/8, 1/4, 1/2 and whole
             whose sides have the model's pixels: quicker for large photographs, with slightly other
-            pixels, so part of a store's identity.
+            pixels, so part of a store's identity. `nvjpeg` decodes and prepares JPEGs on the
+            CUDA device, where few cores would keep it waiting; part of the identity as well.
         out: Folder of the feature store; extraction resumes there. None keeps all in memory.
         text: `prompts` (one per class) or `captions` (all of each image, with pairs).
         template: Prompt with `{}` for the class name; the manifest's common one where None.
@@ -144,6 +146,8 @@ def prepare(
             "already: give a name, a TOML file or a folder, or leave decoding out"
         )
     items = _items(manifest, split, options)
+    if options.decoding == "nvjpeg":
+        refuse_nvjpeg(model, manifest, items, options.place)
     names = tuple(manifest.class_names(options.place))
     recorders = {
         tower: Recorder(model.towers[tower], options.spaces, options.pooling_of(tower))

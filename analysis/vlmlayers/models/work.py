@@ -211,7 +211,7 @@ class Work:
                 self.options.workers, sum(len(batches[b]) for b in left), self.model.device
             ),
             decoding=self.options.decoding,
-            pin=self.model.device.type == "cuda",
+            device=self.model.device,
         )
         for batch, (rows, images, bad) in zip(left, stream):
             unreadable.reasons.update(bad)

@@ -112,7 +112,8 @@ class ExtractPart(Options):
         batch_size: Items per forward pass.
         workers: Decoding processes; what the machine has where absent.
         precision: `fp32`, `tf32`, `bf16` or `fp16`; `auto` takes what suits the device.
-        decoding: `full`, or `reduced` for JPEGs at the smallest scale that the model can use.
+        decoding: `full`; `reduced` for JPEGs at the smallest scale that the model can use; `nvjpeg`
+            for JPEGs decoded on the GPU.
         device: `cpu`, `cuda`, …; `auto` takes a GPU where there is one.
         skip_unreadable: Leave unreadable images out instead of stopping.
     """
@@ -128,7 +129,7 @@ class ExtractPart(Options):
     batch_size: int = Field(default=64, ge=1)
     workers: int | None = Field(default=None, ge=0)
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
-    decoding: Literal["full", "reduced"] = "full"
+    decoding: Literal["full", "reduced", "nvjpeg"] = "full"
     device: str = "auto"
     skip_unreadable: bool = False
 

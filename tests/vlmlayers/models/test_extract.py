@@ -207,7 +207,7 @@ def test_features_that_are_not_finite_stop_the_run(value):
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"text": "prompt"}, "unknown text 'prompt'; did you mean 'prompts'"),
         ({"spaces": ("joined",)}, "unknown space 'joined'; did you mean 'joint'"),
-        ({"decoding": "half"}, "unknown decoding 'half'; valid: full, reduced"),
+        ({"decoding": "half"}, "unknown decoding 'half'; valid: full, reduced, nvjpeg"),
         ({"decoding": "reduced"}, "decoding reduced is for datasets on disk"),
         ({"batch_size": 0}, "batch_size takes a whole number from 1, not 0"),
         ({"template": "a photo"}, "has no {} where the class name goes"),
