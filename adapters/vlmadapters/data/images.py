@@ -128,7 +128,8 @@ class Images:
     def forget(self) -> int:
         """Drop all decoded images, and return how many bytes they took."""
         size = sum(image.numel() for store in (self._raw, self._ready) for image in store.values())
-        self._raw.clear(), self._ready.clear()
+        self._raw.clear()
+        self._ready.clear()
         return size
 
     def raw(self, item: Item) -> Tensor:

@@ -19,7 +19,7 @@ from vlmlayers.files import atomically, write_csv
 from vlmlayers.plots.style import style
 
 FORMATS = ("svg", "png", "pdf")
-NO_LAYOUT = {"figure.constrained_layout.use": False, "figure.autolayout": False}
+NO_LAYOUT: Any = {"figure.constrained_layout.use": False, "figure.autolayout": False}
 
 
 @checked
