@@ -58,6 +58,11 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def inside(sentence: str) -> str:
+    """Return a sentence as it stands inside another: a small first letter, but of abbreviations."""
+    return sentence if sentence[1:2].isupper() else sentence[:1].lower() + sentence[1:]
+
+
 def percent(*shares: float) -> str:
     """Return shares of one in words: `40 %`, or `25–60 %` from the smallest to the largest."""
     ends = (f"{100 * end:.0f}" for end in (min(shares), max(shares)))

@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.placement import describe_blocks
 from vlmlayers.plots.layout import DepthAxis
 from vlmlayers.plots.style import (
     CHANCE_COLOUR,
+    NAME,
     OPEN_ALPHA,
     TOWER_COLOURS,
     TOWER_MARKERS,
@@ -30,6 +31,9 @@ from vlmlayers.scores.reading import POOLED, Reading, depths
 from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import LayerChoice
+
+MANY = 9  # lines; the names of more take more room than a column has
+ROW = 0.12  # inches that a row of names takes
 
 
 def is_random(scores: pd.DataFrame) -> bool:
@@ -238,8 +242,11 @@ def on_tower(frame: pd.DataFrame, metric: str, tower: str) -> pd.DataFrame:
 
 def legend(ax: Axes) -> None:
     """Name the lines: inside the axes where few hide nothing there, else above in columns."""
-    names = ax.get_legend_handles_labels()[1]
-    lines, longest = len(names), max(map(len, names), default=0)
+    handles, names = ax.get_legend_handles_labels()
+    lines = len(names)
+    if lines > MANY:
+        names = [shortened(name, NAME) for name in names]
+    longest = max(map(len, names), default=0)
     if lines <= 3:
         ax.legend(handlelength=1.6, loc="best", frameon=True, framealpha=0.9, edgecolor="none")
         if not _hides(ax):
@@ -248,8 +255,11 @@ def legend(ax: Axes) -> None:
     if lines < 6:
         place = {"ncols": 2 if lines == 4 else 3, "fontsize": 7}
     place["ncols"] = max(1, min(place["ncols"], 60 // (longest + 6)))
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.6, columnspacing=1.2,
-              **place)  # fmt: skip
+    ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.6,
+              columnspacing=1.2, **place)  # fmt: skip
+    if lines > MANY and ax.figure.axes == [ax]:  # else the rows would leave no room for the axes
+        height = float(ax.figure.get_figheight())  # type: ignore[union-attr]
+        ax.figure.set_figheight(height + ROW * (lines / place["ncols"] - 3))  # type: ignore[union-attr]
 
 
 def _hides(ax: Axes) -> bool:

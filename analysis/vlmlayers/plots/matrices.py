@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.placement import runs
 from vlmlayers.plots.depth import is_random, on_tower
 from vlmlayers.plots.style import (
+    NAME,
     OPEN_ALPHA,
     SEQUENTIAL,
     TOWER_COLOURS,
@@ -112,7 +113,10 @@ def dataset_heatmap(
         ax.set_xticks(range(len(columns)), _labels(columns, 8), rotation=90)
         ax.set_yticks(
             range(len(grid)),
-            [label_text(str(n), grid.index) if n != "*" else "all datasets" for n in grid.index],
+            [
+                shortened(label_text(str(n), grid.index), NAME) if n != "*" else "all datasets"
+                for n in grid.index
+            ],
         )
         ax.set_xlabel(f"{tower.capitalize()} position")
         if choice is not None:
@@ -125,10 +129,9 @@ def _ordered(positions: Any) -> list[str]:
 
 
 def _labels(names: list[str], most: int) -> list[str]:
-    """Return tick labels; of the two after many blocks only the last has room."""
+    """Return tick labels; where there is no room for all, the last has no neighbour."""
     labels = sparse_labels(names, most)
-    crowded = len(names) > 16 and names[-2:] == ["final", "proj"]
-    return [*labels[:-2], "", labels[-1]] if crowded else labels
+    return [*labels[:-2], "", labels[-1]] if "" in labels and labels[-1] else labels
 
 
 def _image(ax: Axes, grid: np.ndarray, label: str) -> None:

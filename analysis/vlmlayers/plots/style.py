@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMN_WIDTH = 3.35
+NAME = 18  # letters of a name beside or above axes that leave room for what is drawn
 _UNSEEN: ContextVar[bool] = ContextVar("unseen", default=False)
 TOWER_COLOURS = {"vision": "#0072B2", "text": "#B34700"}
 TOWER_MARKERS = {"vision": "o", "text": "s"}

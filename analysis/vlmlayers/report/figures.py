@@ -33,6 +33,7 @@ CURVES = (
     "fisher_ratio",
 )
 GAPS = ("centroid_gap", "rmg")
+LINES = 9  # datasets that can be told apart as lines; more are drawn as a heat map
 HEATMAPS = ("class_accuracy", "class_accuracy_ncm")
 
 
@@ -158,7 +159,12 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
             yield Plan(
                 f"gap-{slug(metric)}",
                 _caption(answer, metric, "per dataset along depth"),
-                partial(plots.gap_curves, scores, metric, choice=choice),
+                partial(
+                    plots.gap_curves if len(_datasets(scores)) <= LINES else plots.dataset_heatmap,
+                    scores,
+                    metric,
+                    choice=choice,
+                ),
                 partial(answer.curves, metric),
             )
     for metric in shapes["matrix"][:2]:
@@ -258,6 +264,10 @@ def frequency_table(answer: Answer) -> pd.DataFrame:
         for block, share in enumerate(found.get("frequency", ()))
     ]
     return pd.DataFrame(rows, columns=["tower", "block", "frequency", "chosen"])
+
+
+def _datasets(scores: pd.DataFrame) -> set[str]:
+    return set(scores["dataset"]) - {"*"}
 
 
 def _caption(answer: Answer, metric: str, where: str) -> str:

@@ -24,7 +24,7 @@ from vlmlayers.selection import (
     paper_blocks,
 )
 from vlmlayers.selection.choice import OFTEN
-from vlmlayers.words import percent
+from vlmlayers.words import inside, percent
 
 TIE = 1e-9  # means of the same cells differ by rounding where they are equal
 FARTHEST = 4  # datasets whose zero-shot margin the answer lists
@@ -403,7 +403,7 @@ class Answer:
             for key, value in self.choice.evidence.get("options", {}).items()
             if value is not False
         )
-        words = f"{self.choice.rule}: {meaning[:1].lower()}{meaning[1:]}" if meaning else ""
+        words = f"{self.choice.rule}: {inside(meaning)}" if meaning else ""
         return (words or self.choice.rule) + (f" ({options})" if options else "")
 
     def _starts(self) -> list[tuple[str, str]]:

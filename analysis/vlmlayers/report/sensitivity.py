@@ -19,6 +19,7 @@ from vlmlayers.report.tables import Table, tabular
 from vlmlayers.scores.reading import POOLED, Reading, has_curve
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
 from vlmlayers.selection import select
+from vlmlayers.words import inside
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 READING_RULES = ("threshold", "knee", "budget")  # those that read the measurements
@@ -107,7 +108,7 @@ def _datasets(answer: Answer) -> Iterator[list[str]]:
     ordered = sorted(answers.items(), key=lambda pair: -len(pair[1]))
     by = axis_label(metric)
     for chosen, same in ordered[:MOST]:
-        yield [f"{_some(same)} alone, by {by[:1].lower()}{by[1:]}", *chosen]
+        yield [f"{_some(same)} alone, by {inside(by)}", *chosen]
     if others := ordered[MOST:]:
         count = sum(len(same) for _, same in others)
         yield [

@@ -10,6 +10,7 @@ from vlmlayers.report.numbers import Answer, RecordedValidation, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular, words
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
+from vlmlayers.words import inside
 
 
 def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
@@ -33,7 +34,7 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
             ]
         )
     return tabular(
-        f"The answers, accuracy being {label[:1].lower()}{label[1:]}",
+        f"The answers, accuracy being {inside(label)}",
         [
             "Run",
             "Adapt vision",

@@ -16,7 +16,7 @@ from vlmlayers.report.numbers import Answer, RecordedValidation, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores.summaries import metrics_by_shape
 from vlmlayers.selection import PLACEMENT_SCORES
-from vlmlayers.words import percent
+from vlmlayers.words import inside, percent
 
 NUMBER = re.compile(r"–|[+-]?[\d.,]+( %)?( \[[^\]]*\])?")
 
@@ -342,7 +342,7 @@ def _meaning(score: str) -> str:
     if known is not None:
         return known.meaning
     metric = metric_entry(score.removeprefix("metric:"))["label"]
-    return f"mean over adapted blocks of {metric[:1].lower()}{metric[1:]}, scaled to its range"
+    return f"mean over adapted blocks of {inside(metric)}, scaled to its range"
 
 
 def _interval(row: pd.Series, key: str) -> str:

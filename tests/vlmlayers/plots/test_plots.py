@@ -322,6 +322,22 @@ def test_marks_of_chosen_blocks_never_cover_labels(count: int) -> None:
         assert marks and not any(mark.overlaps(label) for mark in marks for label in labels)
 
 
+def test_names_of_many_datasets_leave_room_for_what_is_drawn() -> None:
+    rows = full()
+    rows = rows[rows["dataset"] == DATASETS[0]]
+    names = [f"a dataset of a long name {number}" for number in range(27)]
+    many = pd.concat([rows.assign(dataset=name) for name in names])
+    for ax in (plots.gap_curves(many), plots.dataset_heatmap(many)):
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        figure.draw_without_rendering()
+        whole, drawn = figure.bbox, ax.get_window_extent()
+        assert drawn.height / figure.dpi > 1.2 and drawn.width > 0.4 * whole.width
+        seen = [ax.get_legend()] if ax.get_legend() else ax.get_yticklabels()
+        boxes = [one.get_window_extent() for one in seen]
+        assert all(box.x0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1 for box in boxes)
+
+
 def test_heat_maps_mark_open_blocks_pale() -> None:
     scores = full()
     frequency = [0.0] * 4 + [0.5] * 4 + [1.0] * 4

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from browser import CHROMIUM, Tab, chromium
 from run_folders import make_run
+from score_tables import DATASETS
 
 from vlmlayers.report import write_comparison, write_report
 from vlmlayers.scores import read_scores, write_scores
@@ -132,6 +133,17 @@ def test_chance_is_one_line_or_one_per_tower(tab: Tab, tmp_path: Path) -> None:
     assert tab.run(lines) == [["Chance, vision", 1], ["Chance, text", 13]]
     assert "0.10 for vision and 0.20 to 0.50 for text." in run.report.read_text()
     assert tab.errors() == []
+
+
+def test_a_heat_map_names_datasets_as_they_are_called(tab: Tab, pages: dict[str, Path]) -> None:
+    load(tab, pages["report"])
+    shown = tab.run(
+        "(() => { const figure = document.querySelector('figure[data-chart=datasets]');"
+        "const form = figure.querySelector('[data-control=form]'); form.value = 'heat';"
+        "form.dispatchEvent(new Event('change', { bubbles: true }));"
+        "return [...figure.querySelectorAll('.plot text')].map(t => t.textContent) })()"
+    )
+    assert set(DATASETS) < set(shown) and {"Embed", "Proj"} < set(shown)
 
 
 def test_values_show_on_hover_and_by_keyboard(tab: Tab, pages: dict[str, Path]) -> None:

@@ -246,7 +246,7 @@
     const every = Math.max(1, Math.ceil(14 / cell));
     names.forEach((name, r) => {
       if (!spec.square || r % Math.ceil(13 / tall) === 0) svg.append(node("text", { x: left - 8, y: top + (r + 0.5) * tall + 4, "text-anchor": "end", fill: "#55555E" },
-        name.length > fit && fit > 3 ? `${name.slice(0, fit - 1)}…` : title(name)));
+        name.length > fit && fit > 3 ? `${name.slice(0, fit - 1)}…` : spec.square ? title(name) : name));
       spec.columns.forEach((column, c) => {
         const value = spec.values[r][c];
         svg.append(node("rect", { x: left + c * cell, y: top + r * tall, width: cell + 0.3, height: tall + 0.3,
@@ -454,7 +454,7 @@
       const fits = pooled ? towers.filter((t) => DATA.fits?.[t]?.[metric]) : [];
       for (const tower of fits) series.push({ name: `${title(tower)}, fitted`, colour: TOWER[tower], dash: "6 4", bare: true,
         points: DATA.fits[tower][metric].map((value, b) => ({ x: axis.x(tower, String(b + 1)), label: `${title(tower)} block ${b + 1}`, value, low: null, high: null })) });
-      caption(figure, `${DATA.metrics[metric].caption} ${title(datasetLabel(c.dataset.value))}. Bands: 95 % interval over items and seeds. Under the axis: the chosen blocks, open ones pale.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
+      caption(figure, `${DATA.metrics[metric].caption} ${c.dataset.value === "*" ? title(datasetLabel("*")) : c.dataset.value}. Bands: 95 % interval over items and seeds. Under the axis: the chosen blocks, open ones pale.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
       if (!series.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
       lineChart(plot, { series, axis, yLabel: label, chance,
         shade: shade(axis, found.map(([t]) => t)), bands: c.bands.checked, alt: `${label} along depth, ${datasetLabel(c.dataset.value)}; the values are in the table below.` });
