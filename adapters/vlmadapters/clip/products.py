@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.remembered import lowered
 
-MOST_ROWS = 512  # bounds what timing costs; with more rows the other library may win
-ROUNDS = 3
+MOST_ROWS = 4096  # bounds what timing costs; a batch of a vision tower has about as many
+ROUNDS, LEAST_ROUNDS = 4, 2
+ENOUGH = 0.1  # seconds of timing, after which the least rounds suffice
 WORTH_IT = 0.97  # a tie within the spread of timings goes to torch
 _timed: dict[ShapeClass, TimedProduct] = {}
 
@@ -83,7 +84,8 @@ def forget_products() -> None:
 def onednn_pays(x: Tensor, weight: Tensor) -> bool:
     """Return whether oneDNN multiplies `x · weightᵀ` faster than torch does on this machine.
 
-    The first product of a class of shapes has both timed, which takes about as long as it does.
+    The first product of a class of shapes has both timed: some milliseconds, and for the largest
+    about as long as four such products.
     """
     shape = ShapeClass.of(x, weight)
     if shape not in _timed:
@@ -93,7 +95,7 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _time(shape: ShapeClass) -> TimedProduct:
-    """Time both libraries in turn, the best of some rounds each, after a round to warm up."""
+    """Time both libraries in turn, the best of some rounds each."""
     x, weight = torch.ones(shape.rows, shape.width_in), torch.ones(shape.width_out, shape.width_in)
     # As the backward pass has it: how the weight lies in memory decides which library wins.
     if shape.transposed:
@@ -102,14 +104,16 @@ def _time(shape: ShapeClass) -> TimedProduct:
         lambda: F.linear(x, weight),
         lambda: onednn_linear(x, weight, None),
     )
-    # In turn, so that another process's load falls on both; the minimum, since load only adds.
-    best = [float("inf")] * len(ways)
-    for count in range(ROUNDS + 1):
+    # In turn, so that another process's load falls on both; the minimum, since load and the first
+    # call only add.
+    best, began = [float("inf")] * len(ways), time.perf_counter()
+    for count in range(1, ROUNDS + 1):
         for number, multiply in enumerate(ways):
             start = time.perf_counter()
             multiply()
-            if count:
-                best[number] = min(best[number], time.perf_counter() - start)
+            best[number] = min(best[number], time.perf_counter() - start)
+        if count >= LEAST_ROUNDS and time.perf_counter() - began > ENOUGH:
+            break
     torchs, onednns = best
     library = "onednn" if onednns < WORTH_IT * torchs else "torch"
     return TimedProduct(torchs, onednns, library)

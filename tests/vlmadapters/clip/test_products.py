@@ -76,11 +76,22 @@ def test_the_faster_library_multiplies_and_is_recorded(
 def test_one_timing_speaks_for_inputs_of_about_as_many_rows(
     priced: Callable[[Costs], list[str]],
 ) -> None:
-    calls, weight = priced({}), torch.randn(6, 8)
-    for rows, classes in ((3, 1), (4, 1), (5, 2), (600, 3), (5000, 3)):
+    priced({})
+    weight = torch.randn(6, 8)
+    for rows, classes in ((3, 1), (4, 1), (5, 2), (600, 3), (1024, 3), (4000, 4), (50_000, 4)):
         frozen_linear(torch.randn(rows, 8), weight, None)
         assert len(timed_products()) == classes
-    assert calls.count("onednn") == 3 * (products.ROUNDS + 1)
+    assert [one["rows"] for one in timed_products()] == [4, 8, 1024, 4096]
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (0.015, 3), (0.3, 2)])
+def test_long_products_are_timed_less_often(
+    priced: Callable[[Costs], list[str]], seconds: float, rounds: int
+) -> None:
+    calls = priced({False: (seconds, 2 * seconds)})
+    frozen_linear(torch.randn(4, 8), torch.randn(6, 8), None)
+    assert calls == ["torch", "onednn"] * rounds + ["torch"]  # and then the product itself
 
 
 @pytest.mark.parametrize("onednn", [True, False])
