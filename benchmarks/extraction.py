@@ -1,10 +1,16 @@
 """Recording every position against a bare encode, one pass per layer, and full-length text.
 
     python benchmarks/extraction.py [cpu|cuda] [--pairs N] [--batch N] [--model NAME]
+    python benchmarks/extraction.py [cpu|cuda] --files 5000 [--data FOLDER] [--rounds N]
 
 ViT-B-32 at 224 px with random weights, on a GPU in fp32, fp16 and bf16. Tensors are made
 beforehand, so that decoding is outside.
 Writes benchmarks/results/extraction-<device>.csv. Memory is measured in processes of their own.
+
+With `--files` the whole way instead, from image files to a store on the disk, against decoding
+alone and encoding alone, of the same images in turn: extraction_files-<device>.csv. The images are
+those of a dataset, or photograph-sized JPEGs made for it. On a CPU both draw on the same cores, so
+no overlap hides the smaller of them.
 """
 
 from __future__ import annotations
@@ -12,14 +18,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from common import Pair, machine, measure_pair, peak_mib, reset_peak, resident_mib, write_table
+from PIL import Image
 
-from vlmlayers.models import VLM, Recorder, load_model
+from vlmlayers.manifests import Item, Manifest
+from vlmlayers.models import VLM, Recorder, extract, load_model
+from vlmlayers.models.decoding import batches_of, decode, decoding_processes
 from vlmlayers.models.recording import block_outputs
 from vlmlayers.models.work import autocast
 
@@ -41,6 +56,8 @@ NAMES = (
 
 
 def load(name: str, device: str) -> VLM:
+    if name.endswith(".json"):  # an architecture, such as a reduced tower for a rehearsal
+        return load_model("local", config=name, random_weights=True, device=device)
     return load_model(name, random_weights=name != "mini-clip", device=device)
 
 
@@ -222,6 +239,86 @@ def peak_of(work: str, name: str, device: str, batch: int) -> None:
     print(json.dumps({"peak memory": peak, "peak memory above the model": peak - before}))
 
 
+def make_photographs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> str:
+    """Write smooth JPEGs of the usual size of a photograph on the web; return their dataset."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        small = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        path = folder / "photographs" / "all" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+    return str(folder / "photographs")
+
+
+def from_files(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare extraction from files with its two halves, each part of the images in turn."""
+    model = load(options.model, options.device)
+    wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    with TemporaryDirectory() as there:
+        manifest = Manifest.load(options.data or make_photographs(Path(there), options.files))
+        items = [one for split in manifest.splits() for one in manifest.items(split)]
+        items = items[: options.files]
+        size = -(-len(items) // options.rounds)
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        ways = ("full", "nvjpeg") if options.device == "cuda" else ("full",)
+        return [files_row(model, manifest, parts, way, options, wait, there) for way in ways]
+
+
+def files_row(
+    model: VLM,
+    manifest: Manifest,
+    parts: list[list[Item]],
+    decoding: str,
+    options: argparse.Namespace,
+    wait: Callable[[], None],
+    there: str,
+) -> dict[str, Any]:
+    """Measure one way of decoding; the first batch of each side warms up."""
+    x = images(model, options.batch)
+    workers = decoding_processes(options.workers, len(parts[0]), model.device)
+
+    def decode_alone(part: list[Item]) -> None:
+        for _ in decode(
+            manifest, part, batches_of(len(part), options.batch), preprocess=model.preprocess,
+            root=None, size=model.image_size, workers=workers, decoding=decoding,
+            device=model.device,
+        ):  # fmt: skip
+            pass
+
+    def encode_alone(part: list[Item]) -> None:
+        for rows in batches_of(len(part), options.batch):
+            bare(model, x[: len(rows)])
+
+    def whole(part: list[Item]) -> None:
+        with TemporaryDirectory(dir=there) as store:
+            extract(
+                model, manifest, items=part, out=Path(store, "store"), batch_size=options.batch,
+                workers=workers, decoding=decoding, tower="vision", progress=False,
+            )  # fmt: skip
+
+    sides = [decode_alone, encode_alone, whole]
+    seconds: list[list[float]] = [[], [], []]
+    for number, part in enumerate([parts[0][: options.batch], *parts]):
+        for side in (0, 1, 2) if number % 2 else (2, 1, 0):
+            start = time.perf_counter()
+            sides[side](part)
+            wait()
+            if number:
+                seconds[side].append(time.perf_counter() - start)
+    decoded, encoded, wholes = seconds
+    larger = [c / max(a, b) for a, b, c in zip(decoded, encoded, wholes)]
+    both = [c / (a + b) for a, b, c in zip(decoded, encoded, wholes)]
+    return {
+        "work": "extraction from files", "against": "the larger of decoding and encoding alone",
+        "ratio": round(statistics.median(larger), 3), "ratio_low": round(min(larger), 3),
+        "ratio_high": round(max(larger), 3), "goal": "<= 1.1",
+        "ratio_to_both": round(statistics.median(both), 3), "images": sum(map(len, parts)),
+        "dataset": manifest.name, "rounds": len(parts), "batch": options.batch,
+        "workers": workers, "decoding": decoding, "seconds": round(sum(wholes), 2),
+        "seconds_decoding": round(sum(decoded), 2), "seconds_encoding": round(sum(encoded), 2),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,7 +327,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--memory", choices=("record", "bare"), help=argparse.SUPPRESS)
+    parser.add_argument("--files", type=int, default=0, help="image files to extract")
+    parser.add_argument("--data", help="dataset of them; made where absent")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, help="decoding processes; as `extract` where absent")
     options = parser.parse_args()
+    if options.files:
+        made = [{"model": options.model, **line} for line in from_files(options)]
+        print(*made, sep="\n")
+        place = machine(options.device)
+        write_table(f"extraction_files-{options.device}", [{**line, **place} for line in made])
+        return
     if options.memory:
         peak_of(options.memory, options.model, options.device, options.batch)
         return

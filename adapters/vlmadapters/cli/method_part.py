@@ -24,7 +24,7 @@ class MethodPart(Options):
         seeds: Of draw, initialisation, order and views.
         shots: Items per class; the recipe's where absent.
         together: Settings trained side by side.
-        workers: Threads that decode images.
+        workers: Threads that decode images; what suits the machine where absent.
         present_only: Leave out items whose image is not on disk; as in the extraction where absent.
         skip_unreadable: Leave out images that cannot be read; as in the extraction where absent.
     """

@@ -22,7 +22,12 @@ Limit = Annotated[
 ]
 Method = Annotated[str, typer.Option(help="Method to train, as in mma, maple or coop.")]
 CHOICE = "choice"  # stands for the choice of a study, or of --choice, among placements
-Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads that decode images; what the machine has where absent.", show_default=False
+    ),
+]
 RecipeName = Annotated[
     str | None,
     typer.Option(

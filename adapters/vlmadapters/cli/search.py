@@ -80,7 +80,7 @@ def search(
     settings: Settings = None,
     together: Together = 12,
     device: Device = "auto",
-    workers: Workers = 0,
+    workers: Workers = None,
     present_only: PresentOnly = False,
     skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,

@@ -30,7 +30,7 @@ class TrainPart(Options):
         seeds: Of draw, initialisation, order and views.
         together: Placements trained side by side.
         limit: Use at most so many test items of each dataset; 0 uses all.
-        workers: Threads that decode images.
+        workers: Threads that decode images; what suits the machine where absent.
         present_only: Leave out items whose image is not on disk; as in the extraction where None.
         skip_unreadable: Leave out images that cannot be read; as in the extraction where None.
     """
@@ -45,7 +45,7 @@ class TrainPart(Options):
     seeds: tuple[int, ...] = (1, 2, 3)
     together: int = 12
     limit: int = 0
-    workers: int = 0
+    workers: int | None = Field(None, ge=0)
     present_only: bool | None = None
     skip_unreadable: bool | None = None
 

@@ -89,7 +89,7 @@ def validate(
     together: Together = 12,
     device: Device = "auto",
     limit: Limit = 0,
-    workers: Workers = 0,
+    workers: Workers = None,
     present_only: PresentOnly = False,
     skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,

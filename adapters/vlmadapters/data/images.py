@@ -27,6 +27,7 @@ from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.models.decoding import WORTH_STARTING, decoding_processes
 from vlmlayers.models.devices import available_memory, placed
 
 T = TypeVar("T")
@@ -84,7 +85,8 @@ class Images:
         manifest: The dataset.
         root: The data root.
         room: Memory for decoded images; None takes `shared_room()`, which all datasets share.
-        workers: Threads that decode and crop; 0 works in the calling thread.
+        workers: Threads that decode and crop; 0 works in the calling thread. None takes one for
+            each core but one beside a GPU, and 0 on a CPU, whose cores the model keeps busy.
 
     Raises:
         UserError: `workers` is negative.
@@ -97,9 +99,9 @@ class Images:
         root: Any = None,
         *,
         room: Room | None = None,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> None:
-        if workers < 0:
+        if workers is not None and workers < 0:
             raise UserError(f"workers is {workers}; it must be 0 or more")
         self.manifest, self.root, self.room = manifest, root, room or shared_room()
         self.transform, self.device = model.preprocess, model.device
@@ -107,7 +109,8 @@ class Images:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.mean, self.std = _normalisation(model.preprocess)
         self._mean, self._std = (placed(one, self.device) for one in (self.mean, self.std))
-        self.pool = ThreadPoolExecutor(workers) if workers else None
+        threads = decoding_processes(workers, WORTH_STARTING, self.device)
+        self.pool = ThreadPoolExecutor(threads) if threads else None
         self._raw: dict[str, Tensor] = {}
         self._ready: dict[str, Tensor] = {}
         finalize(self, self.room.give_back, self._raw, self._ready)

@@ -85,7 +85,7 @@ class TaskData:
         name: Name or path of a manifest, or the manifest.
         model: The model.
         root: The data root.
-        workers: Threads that decode images.
+        workers: Threads that decode images; None takes what suits the machine.
         limit: Use at most so many test items, balanced over classes; 0 uses all.
         present_only: Leave out items whose image is not on disk; the log says how many.
         skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
@@ -99,7 +99,7 @@ class TaskData:
     name: str | Manifest
     model: Any
     root: Any = None
-    workers: int = 0
+    workers: int | None = None
     limit: int = 0
     present_only: bool = False
     skip_unreadable: bool = False

@@ -64,7 +64,7 @@ class Experiment:
         targets: Datasets tested by transfer.
         split: Split that is tested; `val` for tuning, never mixed with `test` in one folder.
         limit: Use at most so many test items of each dataset.
-        workers: Threads that decode images.
+        workers: Threads that decode images; None takes what suits the machine.
         present_only: As in `TaskData`.
         skip_unreadable: As in `TaskData`.
         save_adapters: Write trained adapters beside the cells.
@@ -85,7 +85,7 @@ class Experiment:
         targets: Iterable[str | Path | Manifest] = (),
         split: str = "test",
         limit: int = 0,
-        workers: int = 0,
+        workers: int | None = None,
         present_only: bool = False,
         skip_unreadable: bool = False,
         save_adapters: bool = False,

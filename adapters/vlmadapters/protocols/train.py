@@ -45,7 +45,7 @@ def train(
     root: str | Path | None = None,
     split: str = "test",
     limit: Natural = 0,
-    workers: Natural = 0,
+    workers: Natural | None = None,
     present_only: bool = False,
     skip_unreadable: bool = False,
     save_adapters: bool = False,
@@ -72,7 +72,7 @@ def train(
         root: The data root.
         split: Split that is tested.
         limit: Use at most so many test items of each dataset; 0 uses all.
-        workers: Threads that decode images.
+        workers: Threads that decode images; None takes what suits the machine.
         present_only: Leave out items whose image is not on disk; the log says how many.
         skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
             and which first.

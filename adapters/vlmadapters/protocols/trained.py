@@ -84,7 +84,7 @@ def evaluate_methods(
     root: Any = None,
     precision: str = "auto",
     limit: int = 0,
-    workers: int = 0,
+    workers: int | None = None,
     present_only: bool = False,
     skip_unreadable: bool = False,
     progress: bool = True,
@@ -100,7 +100,7 @@ def evaluate_methods(
         root: The data root.
         precision: As in `TrainConfig`.
         limit: Use at most so many test items of each dataset; 0 uses all.
-        workers: Threads that decode images.
+        workers: Threads that decode images; None takes what suits the machine.
         present_only: As in `TaskData`.
         skip_unreadable: As in `TaskData`.
         progress: Show bars.

@@ -32,7 +32,7 @@ from vlmadapters.validation.candidates import (
 )
 from vlmadapters.validation.judge import CRITERIA, Difference, difference, ranking
 from vlmadapters.validation.race import AS_IS, CELLS, Race, Track, label
-from vlmlayers.arguments import Count, Takes, checked
+from vlmlayers.arguments import Count, Natural, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import write_csv
 from vlmlayers.manifests import Manifest, distinct
@@ -95,7 +95,7 @@ def search(
     out: str | Path | None = None,
     root: str | Path | None = None,
     together: Count = 12,
-    workers: Annotated[int, Takes(least=0)] = 0,
+    workers: Natural | None = None,
     present_only: bool = False,
     skip_unreadable: bool = False,
     progress: bool = True,
@@ -122,7 +122,7 @@ def search(
             nothing. A stopped search resumes there.
         root: The data root.
         together: Settings trained side by side.
-        workers: Threads that decode images.
+        workers: Threads that decode images; None takes what suits the machine.
         present_only: Leave out items whose image is not on disk.
         skip_unreadable: Leave out images that cannot be read.
         progress: Show bars.

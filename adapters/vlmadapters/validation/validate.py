@@ -36,7 +36,7 @@ from vlmadapters.validation.ranking import predicted_outcomes, predictors, rank_
 from vlmadapters.validation.repeatability import repeatability
 from vlmadapters.validation.tuning import TUNING_FOLDS, size_warning, tune
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
-from vlmlayers.arguments import Count, Takes, checked
+from vlmlayers.arguments import Count, Natural, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import write_csv
 from vlmlayers.placement import ZERO_SHOT, Amount, Placement
@@ -126,7 +126,7 @@ def validate(
     seed: int = 0,
     together: Count = 12,
     limit: Annotated[int, Takes(least=0)] = 0,
-    workers: Annotated[int, Takes(least=0)] = 0,
+    workers: Natural | None = None,
     present_only: bool = False,
     skip_unreadable: bool = False,
     progress: bool = True,
@@ -160,7 +160,7 @@ def validate(
         seed: Seed of those and of the bootstrap.
         together: Placements trained side by side.
         limit: Use at most so many test items of each dataset; 0 uses all.
-        workers: Threads that decode images.
+        workers: Threads that decode images; None takes what suits the machine.
         present_only: Leave out items whose image is not on disk; the log says how many.
         skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
             and which first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,30 @@ def test_threads_and_a_full_memory_change_nothing() -> None:
     assert torch.equal(expected, threaded)
     assert torch.equal(expected, tight.augmented(items, draws, augmentation))
     assert tight.room.used == 0
+
+
+def test_threads_are_those_that_suit_the_machine_where_none_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, items, asked = shared_backbone(), MANIFEST.items("test")[:3], []
+
+    def suits(workers: int | None, images: int, device: torch.device) -> int:
+        asked.append((workers, device))
+        return 2 if workers is None else workers
+
+    monkeypatch.setattr("vlmadapters.data.images.decoding_processes", suits)
+    for workers, threads in ((None, "ThreadPoolExecutor"), (0, "MainThread")):
+        images, names = Images(model, MANIFEST, workers=workers, room=Room(0)), set()
+        own = images.transform
+
+        def transform(image: Any, names: set[str] = names, own: Any = own) -> Any:
+            names.add(threading.current_thread().name.partition("-")[0])
+            return own(image)
+
+        images.transform = transform
+        list(images.batches(items, 3))
+        assert names == {threads}
+    assert asked == [(None, model.device), (0, model.device)]
 
 
 def test_a_whole_image_view_is_the_image() -> None:
