@@ -1,7 +1,7 @@
 """Draw the pictures of the README from a run folder: `python docs/picture.py runs/demo`.
 
-`answer.png` is the answer box of the run's report as a browser shows it, and needs Chromium;
-`layers.png` holds two of its figures.
+`answer.png` is the answer box of the run's report without its list of facts, as a browser shows it,
+and needs Chromium; `layers.png` holds two of its figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import vlmlayers as vl
 IMAGES = Path(__file__).parent / "images"
 WIDTH, HEIGHT, SCALE, COLOURS = 920, 1600, 1.5, 64
 ALONE = (
-    "<style>body > :not(main), main > :not(#answer), #answer button { display: none !important }"
+    "<style>body > :not(main), main > :not(#answer), #answer button, #answer dl "
+    "{ display: none !important }"
     "main { padding: 8px !important; margin: 0; max-width: none } #answer { margin: 0 }</style>"
 )
 

@@ -50,6 +50,17 @@ def pages_of_code(repository: Path) -> ModuleType:
     return module
 
 
+def test_the_code_of_the_gallery_runs(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    page = (repository / "docs" / "gallery.md").read_text(encoding="utf-8")
+    cells = re.findall(r"```\{code-cell\} ipython3\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    for cell in cells:
+        exec(compile(cell, "docs/gallery.md", "exec"), names)
+    assert len(cells) > 10
+
+
 def test_each_metric_has_a_page_that_holds_its_declaration(
     pages_of_code: ModuleType, tmp_path: Path
 ) -> None:
