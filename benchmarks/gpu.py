@@ -1,6 +1,6 @@
 """All that wants a GPU, in one go: tests, benchmarks, and a small base-to-novel run.
 
-    python benchmarks/gpu.py [--minutes 8] [--only tests,extraction,training,run]
+    python benchmarks/gpu.py [--minutes 8] [--only tests,extraction,training,run,files]
 
 The parts run in order of value, each in a process of its own, and what the time does not suffice
 for is stopped and said. Tables go to benchmarks/results/, named by device; a short table is printed
@@ -30,7 +30,11 @@ from common import RESULTS, machine, write_table
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXTRACTION, TRAINING = f"extraction-{DEVICE}", f"training_{DEVICE}"
+TABLES = {  # of each part, and the column that says what a row is of
+    "extraction": (f"extraction-{DEVICE}", "work"),
+    "training": (f"training_{DEVICE}", "side"),
+    "files": (f"extraction_files-{DEVICE}", "work"),
+}
 SAMPLE = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
 
 
@@ -49,6 +53,10 @@ def commands(asked: argparse.Namespace) -> dict[str, list[str]]:
             "--placements", "5", "--rounds", str(asked.rounds),
         ],
         "run": [__file__, "--run", asked.dataset, "--limit", str(asked.limit)],
+        "files": [
+            str(HERE / "extraction.py"), DEVICE, "--model", asked.model, *batch,
+            "--files", str(asked.files), "--rounds", "2",
+        ],
     }  # fmt: skip
 
 
@@ -101,13 +109,14 @@ def summary(part: str, output: str) -> list[dict[str, Any]]:
             {"what": "base-to-novel run, s", "value": found["seconds"], "goal": ""},
             {"what": "  GPU busy, %", "value": found["busy"], "goal": ">= 80"},
         ]
-    name, key = {"extraction": (EXTRACTION, "work"), "training": (TRAINING, "side")}[part]
+    name, key = TABLES[part]
     with (RESULTS / f"{name}.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get("quantity", "time") == "time"]
+    words = (key, "against", "views", "precision", "decoding")
     goals = {"training": ">= 2.5"}
     return [
         {
-            "what": ", ".join(row[k] for k in (key, "against", "views", "precision") if row.get(k)),
+            "what": ", ".join(row[k] for k in words if row.get(k)),
             "value": row["ratio"],
             "goal": row.get("goal") or goals.get(part, ""),
         }
@@ -135,7 +144,7 @@ def main() -> int:
     """Run the parts one after the other and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", default="tests,extraction,training,run")
+    parser.add_argument("--only", default="tests,extraction,training,run,files")
     parser.add_argument("--tests", default="tests", help="files or folders with GPU tests")
     parser.add_argument("--model", default="ViT-B-16", help="of the extraction")
     parser.add_argument("--architecture", default="ViT-B-16-quickgelu", help="of the training step")
@@ -143,6 +152,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--dataset", default="textures", help="of the small run")
     parser.add_argument("--limit", type=int, default=0, help="test items of the small run")
+    parser.add_argument("--files", type=int, default=2000, help="JPEGs made to be extracted")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.run:

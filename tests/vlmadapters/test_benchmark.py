@@ -84,6 +84,7 @@ def test_the_session_on_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path, repository: 
     script = [sys.executable, str(repository / "benchmarks" / "gpu.py"), "--rounds", "2"]
     script += ["--model", "mini-clip", "--architecture", str(architecture), "--batch", "8"]
     script += ["--tests", "tests/vlmadapters/test_gpu.py", "--dataset", "flags", "--limit", "20"]
+    script += ["--files", "8"]
     environment = {**os.environ, "BENCH_RESULTS": str(tmp_path / "results")}
 
     def lines(*more: str) -> str:
@@ -93,13 +94,16 @@ def test_the_session_on_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path, repository: 
         assert done.returncode == 0, done.stderr
         return done.stdout.rpartition("torch ")[2]
 
-    told = lines("--only", "tests,extraction,training")
+    told = lines("--only", "tests,extraction,training,files")
     assert "GPU tests" in told and "skipped" in told
     assert "all positions, one pass, bare encode, fp32" in told
     assert "public recipe, fresh, fp32" in told
+    assert "the larger of decoding and encoding alone, full" in told
     assert "no time left" in lines("--only", "run", "--minutes", "0")
     tables = {path.name for path in (tmp_path / "results").iterdir()}
-    assert tables == {"extraction-cpu.csv", "training_cpu.csv", "gpu_session_cpu.csv"}
+    assert tables == {
+        "extraction-cpu.csv", "training_cpu.csv", "extraction_files-cpu.csv", "gpu_session_cpu.csv",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*own)
 
 
+@_few_collections()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several make a comparison.")],
     out: Annotated[
@@ -48,16 +49,15 @@ def report(
     """Write the report of a run, or a comparison of several."""
     for run in runs:
         Run.open(run)  # before what takes seconds to import
-    with _few_collections():
-        from vlmlayers.report import write_comparison, write_report
+    from vlmlayers.report import write_comparison, write_report
 
-        if len(runs) == 1:
-            made = write_report(runs[0], title=title)
-        else:
-            made = write_comparison(runs, out or Path(), title or "Comparison")
-    typer.echo(f"report {made}")
+    if len(runs) == 1:
+        typer.echo(f"report {write_report(runs[0], title=title)}")
+        return
+    typer.echo(f"report {write_comparison(runs, out or Path(), title or 'Comparison')}")
 
 
+@_few_collections()
 def figures(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     formats: Annotated[
