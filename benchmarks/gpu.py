@@ -87,10 +87,7 @@ def small_run(dataset: str, limit: int) -> None:
     model, recipe = load_model("mini-clip", device=DEVICE), va.load_recipe("mini", "mma")
     began = time.perf_counter()
     with utilisation() as busy:
-        table = va.train(
-            model, dataset, recipe, seeds=1, limit=limit, progress=False,
-            workers=min(8, os.cpu_count() or 1),
-        )  # fmt: skip
+        table = va.train(model, dataset, recipe, seeds=1, limit=limit, progress=False)
     seconds = time.perf_counter() - began
     share = round(statistics.mean(busy)) if busy else None
     print(json.dumps({"seconds": round(seconds, 1), "busy": share, "rows": len(table)}))
