@@ -85,7 +85,7 @@ def cell(model: Any, method: str, manifest: Manifest, seed: int, out: Path) -> d
     recipe = scaled(load_recipe("mini", method), depths).changed({"shots": SHOTS}, {})
     common: dict[str, Any] = {"recipe": recipe, "out": out, "seeds": (seed,), "progress": False}
     began = time.process_time()
-    found = va.search(model, [manifest], method, BUDGET, folds=FOLDS, **common)
+    found = va.search(model, [manifest], method, budget=BUDGET, folds=FOLDS, **common)
     published = Placement(recipe.method.vision, recipe.method.text)
     rivals = va.validate(model, published, [manifest], kinds=("paper", "all", "last"), **common)
     table = rivals.table[rivals.table["comparison"] == "tuned"]

@@ -23,6 +23,7 @@ import pandas as pd
 from record_sweep import HERE, facts_of
 
 import vlmlayers as vl
+from vlmadapters.data.options import DataOptions
 from vlmadapters.methods import BUILT_IN
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_METHODS
@@ -55,7 +56,7 @@ def search(asked: argparse.Namespace, model: vl.VLM) -> pd.DataFrame:
     rates = {(one.method.title, one.label): (one.method.name, one.train.lr) for one in trials}
     experiment = Experiment(
         "base-to-novel", model, recipes, asked.run, root=asked.data_root, split="val",
-        limit=asked.limit,
+        options=DataOptions(limit=asked.limit),
     )  # fmt: skip
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     table = experiment.run(asked.datasets.split(","), trials, seeds)

@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
@@ -20,6 +21,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -94,6 +96,41 @@ def _several(value: Any) -> Any:
 
 Several = Annotated[tuple[Value, ...], BeforeValidator(_several)]
 Word = Annotated[str, BeforeValidator(plain_number)]
+
+
+def at_key(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a check for a validator of pydantic, which then says the key that its error is of."""
+
+    def run(value: Any) -> Any:
+        # A UserError is no ValueError, which alone pydantic catches and puts a place to.
+        try:
+            return check(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    return run
+
+
+@dataclass(frozen=True)
+class Cli:
+    """How the command line takes a field, where its name and type do not say; in `Annotated`.
+
+    Attributes:
+        names: Names of the option in place of the field's own.
+        repeated: What one value stands for, where several are repeated: each may have commas.
+    """
+
+    names: tuple[str, ...] = ()
+    repeated: str = ""
+
+
+class ImageOptions(Options):
+    """Which images of a dataset are left out."""
+
+    present_only: bool = Field(default=False, description="Leave out items that are not on disk.")
+    skip_unreadable: bool = Field(
+        default=False, description="Leave unreadable images out instead of stopping, and say so."
+    )
 
 
 def validated(model: type[Parsed], values: Mapping[str, Any], where: str = "") -> Parsed:

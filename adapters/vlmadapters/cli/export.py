@@ -9,8 +9,9 @@ import typer
 
 from vlmadapters.cli.options import load_backbone
 from vlmlayers.architectures import check_model
-from vlmlayers.cli.options import Device, Model, Weights, several, with_weights
+from vlmlayers.cli.options import Device, Model, several, with_options
 from vlmlayers.errors import UserError, check_one_of, looked_for
+from vlmlayers.extraction import WeightsOptions
 
 FORMS = {
     "merged": "load it as weights of the same architecture",
@@ -19,12 +20,12 @@ FORMS = {
 }
 
 
-@with_weights
+@with_options
 def export(
     model: Model,
     adapter: Annotated[Path, typer.Argument(help="Trained adapter, .safetensors of ours.")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
-    weights: Weights,
+    weights: WeightsOptions,
     form: Annotated[
         str | None,
         typer.Option(

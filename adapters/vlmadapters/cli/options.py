@@ -12,22 +12,15 @@ import typer
 
 from vlmlayers.architectures import check_model
 from vlmlayers.arguments import taken
-from vlmlayers.cli.options import Weights, repeated, several
+from vlmlayers.cli.options import repeated
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.extraction import WeightsOptions
 from vlmlayers.progress import timed
 
 LOG = logging.getLogger(__name__)
-Limit = Annotated[
-    int, typer.Option("--items", "--limit", help="Test items per dataset, 0 for all.")
-]
+
 Method = Annotated[str, typer.Option(help="Method to train, as in mma, maple or coop.")]
 CHOICE = "choice"  # stands for the choice of a study, or of --choice, among placements
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        help="Threads that decode images; what the machine has where absent.", show_default=False
-    ),
-]
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -35,7 +28,6 @@ RecipeName = Annotated[
         "else published, where absent."
     ),
 ]
-Seeds = Annotated[list[str] | None, several("Seeds; 1,2,3 where absent.")]
 Settings = Annotated[
     list[str] | None,
     repeated(
@@ -45,10 +37,9 @@ Settings = Annotated[
         metavar="KEY=VALUE",
     ),
 ]
-Together = Annotated[int, typer.Option(help="Settings trained side by side.")]
 
 
-def load_backbone(model: str, weights: Weights, device: str) -> Any:
+def load_backbone(model: str, weights: WeightsOptions, device: str) -> Any:
     """Load the model that the arguments name; `auto` takes a GPU where there is one."""
     from vlmlayers.models import load_model
 
@@ -114,7 +105,9 @@ def _with_settings(recipe: Any, settings: Mapping[str, Any]) -> Any:
     return recipe.changed(train, values[id(recipe.method)])
 
 
-def check_inputs(model: str, weights: Weights, names: Sequence[str], root: Path | None) -> None:
+def check_inputs(
+    model: str, weights: WeightsOptions, names: Sequence[str], root: Path | None
+) -> None:
     """Check a model and datasets before torch is imported: a wrong name is said at once.
 
     Raises:
@@ -162,12 +155,3 @@ def read_placements(
     except UserError as error:
         more = "; name a placement for each, as in mma:5-12" if len(recipes) > 1 else ""
         raise UserError(f"{error}{more}") from None
-
-
-def read_seeds(words: Sequence[str] | None) -> dict[str, Any]:
-    """Return the argument `seeds`, of words such as 1, 2 and 3; nothing where they are absent."""
-    try:
-        return {} if words is None else {"seeds": [int(word) for word in words]}
-    except ValueError:
-        text = ",".join(words or ())
-        raise UserError(f"--seeds {text!r} is not a list of whole numbers such as 1,2,3") from None

@@ -12,29 +12,16 @@ from vlmadapters.cli.options import (
     Method,
     RecipeName,
     Settings,
-    Together,
-    Workers,
     check_inputs,
     load_backbone,
     read_recipes,
-    read_seeds,
 )
-from vlmlayers.cli.options import (
-    DataRoot,
-    Device,
-    Model,
-    PresentOnly,
-    SkipUnreadable,
-    Weights,
-    named,
-    repeated,
-    several,
-    with_weights,
-)
-from vlmlayers.errors import UserError, check_one_of
+from vlmadapters.validation.options import SearchOptions
+from vlmlayers.cli.options import DataRoot, Device, Model, named, with_options
+from vlmlayers.extraction import WeightsOptions
 
 
-@with_weights
+@with_options
 def search(
     model: Model,
     datasets: Annotated[
@@ -43,46 +30,12 @@ def search(
     out: Annotated[
         Path, typer.Option(help="Folder of search.csv, search.json and the cells; a run folder.")
     ],
-    weights: Weights,
+    weights: WeightsOptions,
+    options: SearchOptions,
     method: Method = "mma",
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Largest cost, in multiples of one full training; all where absent.",
-            show_default=False,
-        ),
-    ] = None,
-    placement: Annotated[
-        list[str] | None,
-        repeated(
-            "Blocks to try beside the default, as in 9-12; the usual ones where absent.",
-            metavar="PLACE",
-        ),
-    ] = None,
-    amount: Annotated[
-        list[str] | None,
-        repeated(
-            "Amount to try, as in scale=0.3,epochs=15; multiples of the recipe's where absent.",
-            metavar="AMOUNT",
-        ),
-    ] = None,
-    criterion: Annotated[
-        str, typer.Option(help="log_likelihood, base_log_likelihood or accuracy, held out.")
-    ] = "log_likelihood",
-    folds: Annotated[
-        int, typer.Option(help="Folds of each draw; more tell smaller differences.")
-    ] = 8,
-    novel: Annotated[
-        bool, typer.Option(help="Hold out half of the base classes whole as well.")
-    ] = True,
-    seeds: Annotated[list[str] | None, several("Seeds; 1 where absent.")] = None,
     recipe: RecipeName = None,
     settings: Settings = None,
-    together: Together = 12,
     device: Device = "auto",
-    workers: Workers = None,
-    present_only: PresentOnly = False,
-    skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
 ) -> None:
     """Find how much and where to train, from training shots of base classes alone.
@@ -90,42 +43,23 @@ def search(
     A stopped search resumes with the same command. `vlmlayers train --placement` takes the setting
     that it picks.
     """
-    from vlmadapters.validation.judge import CRITERIA
     from vlmlayers.options import parse_settings
-    from vlmlayers.placement import Amount, Placement
 
-    check_one_of("criterion", criterion, CRITERIA, where="--criterion")
-    if folds < 2 or (budget is not None and budget <= 0):
-        raise UserError("--folds takes 2 or more, --budget a number above 0")
-    for one in placement or []:
-        Placement.parse(one)
-    for one in amount or []:
-        Amount.parse(one)
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
-    drawn = read_seeds(seeds)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.cli.terminal import RANDOM
     from vlmadapters.validation.candidates import scaled
     from vlmadapters.validation.search import search as run
 
     loaded = load_backbone(model, weights, device)
+    depths = {name: tower.depth for name, tower in loaded.towers.items()}
     found = run(
         loaded,
         datasets,
-        budget=budget,
-        placement=placement,
-        amounts=amount,
-        criterion=criterion,
-        folds=folds,
-        novel=novel,
-        **drawn,
-        recipe=scaled(made, {name: tower.depth for name, tower in loaded.towers.items()}),
+        recipe=scaled(made, depths),
         out=out,
         root=data_root,
-        together=together,
-        workers=workers,
-        present_only=present_only,
-        skip_unreadable=skip_unreadable,
+        **dict(options),
     )
     if loaded.random_weights:
         typer.echo(RANDOM)

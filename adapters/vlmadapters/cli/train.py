@@ -1,4 +1,4 @@
-"""The verbs `train`, `evaluate` and `validate`; each is one call of the library."""
+"""The verbs `train` and `evaluate`; each is one call of the library."""
 
 from __future__ import annotations
 
@@ -10,48 +10,38 @@ import typer
 
 from vlmadapters.cli.options import (
     CHOICE,
-    Limit,
     RecipeName,
-    Seeds,
     Settings,
-    Together,
-    Workers,
     check_inputs,
     load_backbone,
     read_pairs,
     read_placements,
     read_recipes,
-    read_seeds,
 )
-from vlmadapters.cli.validate import validate
+from vlmadapters.data.options import DataOptions
+from vlmadapters.protocols.options import TrainOptions
 from vlmlayers.cli.options import (
     DataRoot,
     Device,
     Model,
-    PresentOnly,
-    SkipUnreadable,
-    Weights,
     named,
     repeated,
     several,
-    with_weights,
+    with_options,
 )
 from vlmlayers.errors import UserError, looked_for
+from vlmlayers.extraction import WeightsOptions
 
-__all__ = ["evaluate", "train", "validate"]
 
-
-@with_weights
+@with_options
 def train(
+    *,
     model: Model,
     datasets: Annotated[
         list[str], named("Datasets trained on: names, TOML files or image folders.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of cells, adapters and results.csv.")],
-    weights: Weights,
-    protocol: Annotated[
-        str, typer.Option(help="base-to-novel, few-shot, cross-dataset or domain-generalization.")
-    ] = "base-to-novel",
+    weights: WeightsOptions,
     target: Annotated[
         list[str] | None,
         several("Dataset tested by transfer."),
@@ -75,14 +65,9 @@ def train(
             "Vision and text block that share a projection, as in 5:7; equal numbers where absent."
         ),
     ] = None,
-    seeds: Seeds = None,
+    options: TrainOptions,
     settings: Settings = None,
-    together: Together = 12,
     device: Device = "auto",
-    limit: Limit = 0,
-    workers: Workers = None,
-    present_only: PresentOnly = False,
-    skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
     published: Annotated[
         bool, typer.Option("--published", help="Show published numbers beside ours.")
@@ -96,35 +81,31 @@ def train(
     from vlmadapters.protocols.table import protocol_of
     from vlmlayers.options import parse_settings
 
-    protocol_of(protocol, target or (), "--protocol")
+    protocol_of(options.protocol, target or (), "--protocol")
     made = read_recipes(recipe, parse_settings(settings or []), method or ["mma"], model)
     places = [*(placement or []), *([CHOICE] if choice is not None else [])]
     placed = read_placements(made, places, choice)
     if pairs is not None:
         placed = [_paired(one, read_pairs(pairs)) for one in placed]
-    drawn = read_seeds(seeds)
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
-    from vlmadapters.protocols.experiment import Experiment
+    from vlmadapters.protocols.train import train as run
     from vlmadapters.training import processes
     from vlmadapters.validation.methods import methods_verdict
 
     with processes.process_group() as (rank, _):
         loaded = load_backbone(model, weights, device)
-        experiment = Experiment(
-            protocol,
+        table = run(
             loaded,
+            datasets,
             made,
             out,
-            root=data_root,
+            configs=placed,
             targets=target or (),
-            limit=limit,
-            workers=workers,
-            present_only=present_only,
-            skip_unreadable=skip_unreadable,
+            root=data_root,
             save_adapters=True,
             progress=rank == 0,
+            **dict(options),
         )
-        table = experiment.run(datasets, placed, **drawn, together=together)
     if rank == 0:
         typer.echo(_text(table, published))
         if verdict := methods_verdict(table):
@@ -132,11 +113,12 @@ def train(
         typer.echo(f"results {out / 'results.csv'}")
 
 
-@with_weights
+@with_options
 def evaluate(
+    *,
     model: Model,
     datasets: Annotated[list[str], named("Datasets tested.")],
-    weights: Weights,
+    weights: WeightsOptions,
     out: Annotated[Path | None, typer.Option(help="results.csv to write.")] = None,
     adapter: Annotated[
         list[str] | None,
@@ -162,10 +144,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "auto",
-    limit: Limit = 0,
-    workers: Workers = None,
-    present_only: PresentOnly = False,
-    skip_unreadable: SkipUnreadable = False,
+    options: DataOptions,
     data_root: DataRoot = None,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
@@ -192,10 +171,7 @@ def evaluate(
         template=template,
         root=data_root,
         precision=precision,
-        limit=limit,
-        workers=workers,
-        present_only=present_only,
-        skip_unreadable=skip_unreadable,
+        **dict(options),
     )
     typer.echo(_text(table, False))
     if out is not None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from vlmadapters.data.fewshot import base_or_novel, few_shot, kind_labels
 from vlmadapters.data.images import Images
+from vlmadapters.data.options import ReadOptions
 from vlmadapters.data.prompts import TEMPLATE, class_prompts
 from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
@@ -85,11 +86,9 @@ class TaskData:
         name: Name or path of a manifest, or the manifest.
         model: The model.
         root: The data root.
-        workers: Threads that decode images; None takes what suits the machine.
+        options: How its images are read. The log says how many are left out, and which first;
+            others are drawn in the place of training images.
         limit: Use at most so many test items, balanced over classes; 0 uses all.
-        present_only: Leave out items whose image is not on disk; the log says how many.
-        skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
-            and which first. Others are drawn in the place of training images.
         descriptions: Class name to descriptions, for methods that use them.
 
     Attributes:
@@ -99,10 +98,8 @@ class TaskData:
     name: str | Manifest
     model: Any
     root: Any = None
-    workers: int | None = None
+    options: ReadOptions = field(default_factory=ReadOptions)
     limit: int = 0
-    present_only: bool = False
-    skip_unreadable: bool = False
     descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
     origin: str = field(init=False)
@@ -128,7 +125,7 @@ class TaskData:
     @cached_property
     def images(self) -> Images:
         """The images, decoded once."""
-        return Images(self.model, self.manifest, self.root, workers=self.workers)
+        return Images(self.model, self.manifest, self.root, workers=self.options.workers)
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -183,7 +180,7 @@ class TaskData:
         return self.manifest.splits(self.root)
 
     def _items(self, split: str) -> list[Item]:
-        return self.manifest.items(split, self.root, present_only=self.present_only)
+        return self.manifest.items(split, self.root, present_only=self.options.present_only)
 
     def shots(self, shots: int, seed: int, kind: str, split: str = "train") -> list[Item]:
         """Return few-shot items of one half, relabelled from 0; no other item is opened."""
@@ -195,7 +192,7 @@ class TaskData:
             return [item for item in few_shot(items, shots, seed) if item.label in wanted]
 
         drawn = draw()
-        if self.skip_unreadable:
+        if self.options.skip_unreadable:
             # Again without those that cannot be read, until a whole draw can: replacements may be
             # unreadable as well.
             faults: dict[Item, str] = {}
@@ -227,7 +224,7 @@ class TaskData:
         return base_or_novel(self._tested[split], kind, range(len(self.class_names)))
 
     def _readable(self, items: list[Item]) -> list[Item]:
-        if not self.skip_unreadable:
+        if not self.options.skip_unreadable:
             self.manifest.refuse_missing(items, self.root)
             return items
         found = self.images.unreadable(items, self.images.ready)

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import TaskData
 from vlmadapters.files import save_method
 from vlmadapters.methods.base import Method
@@ -63,10 +64,7 @@ class Experiment:
         root: The data root.
         targets: Datasets tested by transfer.
         split: Split that is tested; `val` for tuning, never mixed with `test` in one folder.
-        limit: Use at most so many test items of each dataset.
-        workers: Threads that decode images; None takes what suits the machine.
-        present_only: As in `TaskData`.
-        skip_unreadable: As in `TaskData`.
+        options: How images are read, and how many are tested.
         save_adapters: Write trained adapters beside the cells.
         table: Name of the table of all cells of the folder, written there; None writes none.
         stop_unmoved: Train nothing more once the first cells trained show that training changes
@@ -84,10 +82,7 @@ class Experiment:
         root: Any = None,
         targets: Iterable[str | Path | Manifest] = (),
         split: str = "test",
-        limit: int = 0,
-        workers: int | None = None,
-        present_only: bool = False,
-        skip_unreadable: bool = False,
+        options: DataOptions = DataOptions(),  # noqa: B008
         save_adapters: bool = False,
         table: str | None = "results.csv",
         stop_unmoved: bool = False,
@@ -102,8 +97,7 @@ class Experiment:
         # Zero-shot rows, precision and savings of evaluation are those of the first.
         self.model, self.train = model, resolved(recipes[0].train, model.device)
         self.out = Path(out) if out is not None else None
-        self.root, self.split, self.limit, self.workers = root, split, limit, workers
-        self.present_only, self.skip_unreadable = present_only, skip_unreadable
+        self.root, self.split, self.options = root, split, options
         self.save_adapters, self.table, self.progress = save_adapters, table, progress
         self.cells = CellFolder(self.out)
         self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
@@ -127,15 +121,7 @@ class Experiment:
             return self._datasets.setdefault(dataset.manifest.name, dataset)
         manifest = dataset if isinstance(dataset, Manifest) else Manifest.load(dataset)
         distinct([*(one.manifest for one in self._datasets.values()), manifest], self.root)
-        made = TaskData(
-            manifest,
-            self.model,
-            self.root,
-            self.workers,
-            self.limit,
-            self.present_only,
-            self.skip_unreadable,
-        )
+        made = TaskData(manifest, self.model, self.root, self.options, self.options.limit)
         return self._datasets.setdefault(manifest.name, made)
 
     def targets(self, source: str) -> list[Target]:
@@ -438,8 +424,8 @@ class Experiment:
             "protocol": self.protocol.name,
             "source": source,
             "split": self.split,
-            "limit": self.limit,
-            "left_out": [self.present_only, self.skip_unreadable],
+            "limit": self.options.limit,
+            "left_out": [self.options.present_only, self.options.skip_unreadable],
             "template": self.train.template,
             "model": self.model.identity(),
             "precision": self.evaluator.precision,

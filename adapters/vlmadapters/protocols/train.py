@@ -11,11 +11,13 @@ import pandas as pd
 
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe, settings_at
-from vlmlayers.arguments import Count, Natural, Takes, checked
+from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models.load import VLM
+from vlmlayers.options import takes, validated
 
 Model = Annotated[VLM, Takes("a model, as `load_model` returns it")]
 Placements = Annotated[
@@ -28,6 +30,7 @@ Datasets = Annotated[
 ]
 
 
+@takes(TrainOptions)
 @checked
 def train(
     model: Model,
@@ -35,21 +38,15 @@ def train(
     recipe: Sequence[Recipe | str | Path] | None = None,
     out: str | Path | None = None,
     *,
-    protocol: str = "base-to-novel",
     method: Sequence[str] = ("mma",),
     placement: Placements = None,
-    configs: Sequence[MethodConfig] | None = None,
-    seeds: Sequence[int] = (1, 2, 3),
-    together: Count = 12,
+    configs: Sequence[MethodConfig | Recipe] | None = None,
     targets: Datasets = (),
     root: str | Path | None = None,
     split: str = "test",
-    limit: Natural = 0,
-    workers: Natural | None = None,
-    present_only: bool = False,
-    skip_unreadable: bool = False,
     save_adapters: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> pd.DataFrame:
     """Train methods by a protocol and test them, beside zero-shot CLIP.
 
@@ -60,24 +57,18 @@ def train(
             `default_recipe` where None.
         out: Folder of cells, adapters and tables; None keeps everything in memory. A stopped run
             resumes there.
-        protocol: `base-to-novel`, `few-shot`, `cross-dataset` or `domain-generalization`.
         method: Name of the method, or several; `METHODS` lists them.
         placement: Blocks where it acts, such as `5-12` or `v5-12,t7-12`, with an amount as in
             `5-12@scale=0.3,epochs=15`, or `maple:1-9` for one of several methods, or a layer
             choice; several train side by side. The recipe's own where None.
-        configs: Settings of each method to train, in place of `method` and `placement`.
-        seeds: Seeds of draw, initialisation, order and views.
-        together: How many are trained side by side.
+        configs: Settings of each method to train, or recipes with them, in place of `method` and
+            `placement`.
         targets: Datasets tested by transfer.
         root: The data root.
         split: Split that is tested.
-        limit: Use at most so many test items of each dataset; 0 uses all.
-        workers: Threads that decode images; None takes what suits the machine.
-        present_only: Leave out items whose image is not on disk; the log says how many.
-        skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
-            and which first.
         save_adapters: Write what was trained beside the cells.
         progress: Show bars.
+        **options: Those of `TrainOptions`.
 
     Returns:
         The results table: one row per method, placement, dataset, half and seed.
@@ -85,28 +76,26 @@ def train(
     Raises:
         UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
+    asked = validated(TrainOptions, options, "train")
     recipes = _recipes(recipe or (), method, model.name)
-    settings: Sequence[MethodConfig | Recipe] | None = configs
+    settings = configs
     if configs is None and placement is not None:
         settings = settings_at(recipes, placement)
     elif placement is not None:
         raise UserError("train takes either configs or placement, not both")
     experiment = Experiment(
-        protocol,
+        asked.protocol,
         model,
         recipes,
         out,
         root=root,
         targets=targets,
         split=split,
-        limit=limit,
-        workers=workers,
-        present_only=present_only,
-        skip_unreadable=skip_unreadable,
+        options=asked,
         save_adapters=save_adapters,
         progress=progress,
     )
-    return experiment.run(datasets, settings, seeds, together=together)
+    return experiment.run(datasets, settings, asked.seeds, together=asked.together)
 
 
 def _recipes(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vlmadapters.data.options import DataOptions
 from vlmadapters.data.prompts import TEMPLATE
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.base import Method
@@ -24,6 +25,7 @@ from vlmadapters.protocols.results import (
     method_fields,
 )
 from vlmlayers.manifests import Manifest, distinct
+from vlmlayers.options import takes, validated
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ def result_row(
     }
 
 
+@takes(DataOptions)
 def evaluate_methods(
     model: Any,
     datasets: Iterable[Any],
@@ -83,11 +86,8 @@ def evaluate_methods(
     template: str = TEMPLATE,
     root: Any = None,
     precision: str = "auto",
-    limit: int = 0,
-    workers: int | None = None,
-    present_only: bool = False,
-    skip_unreadable: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> pd.DataFrame:
     """Test zero-shot CLIP and trained methods on datasets, without training anything.
 
@@ -99,11 +99,8 @@ def evaluate_methods(
         template: Prompt template of the methods and of the first zero-shot row.
         root: The data root.
         precision: As in `TrainConfig`.
-        limit: Use at most so many test items of each dataset; 0 uses all.
-        workers: Threads that decode images; None takes what suits the machine.
-        present_only: As in `TaskData`.
-        skip_unreadable: As in `TaskData`.
         progress: Show bars.
+        **options: Those of `DataOptions`.
 
     Returns:
         A results table; `source` is the method's file.
@@ -112,14 +109,12 @@ def evaluate_methods(
         UserError: Two datasets have one name; or one has no classes, one, or no test images of a
             kind; or an image cannot be read.
     """
+    asked = validated(DataOptions, options, "evaluate_methods")
     evaluator = Evaluator(model, precision=precision, progress=progress)
     plain = Method()
     rows = []
     manifests = (one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets)
-    known = [
-        TaskData(one, model, root, workers, limit, present_only, skip_unreadable)
-        for one in distinct(manifests, root)
-    ]
+    known = [TaskData(one, model, root, asked, asked.limit) for one in distinct(manifests, root)]
     for data, kind in product(known, kinds):
         data.check(kind, "test")
     for data in known:

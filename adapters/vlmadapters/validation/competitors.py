@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmadapters.methods.config import MethodConfig
+from vlmadapters.validation.options import DEFAULT_KINDS, KINDS
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement
 from vlmlayers.positions import TOWERS
@@ -16,19 +17,6 @@ from vlmlayers.selection import paper_blocks
 
 LOG = logging.getLogger(__name__)
 Blocks = tuple[int, ...]
-KINDS: dict[str, str] = {
-    "paper": "the method's published placement (of MMA blocks 5–12 of 12 of both towers)",
-    "all": "every block of both towers",
-    "lower": "lower half of both towers",
-    "upper": "upper half of both towers",
-    "last": "the last block of both towers",
-    "start": "every start block up to the last, both towers at equal relative depth",
-    "single": "one block of each tower at equal relative depth",
-    "random": "random blocks at the cost of the choice: as many in each tower, as many shared",
-    "vision": "the chosen vision blocks only",
-    "text": "the chosen text blocks only",
-}
-DEFAULT_KINDS = ("paper", "all", "lower", "upper", "last", "start", "random", "vision", "text")
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 
 from vlmadapters.clip.products import timed_products
 from vlmadapters.data.folds import folds as folds_of
 from vlmadapters.data.task import TaskData
-from vlmadapters.protocols.train import Datasets, Model, Placements
+from vlmadapters.protocols.train import Datasets, Model
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
 from vlmadapters.validation.candidates import (
@@ -31,11 +31,13 @@ from vlmadapters.validation.candidates import (
     tried_placements,
 )
 from vlmadapters.validation.judge import CRITERIA, Difference, difference, ranking
+from vlmadapters.validation.options import SearchOptions
 from vlmadapters.validation.race import AS_IS, CELLS, Race, Track, label
-from vlmlayers.arguments import Count, Natural, Takes, checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.arguments import checked
+from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv
 from vlmlayers.manifests import Manifest, distinct
+from vlmlayers.options import takes, validated
 from vlmlayers.placement import ZERO_SHOT, Amount, Placement
 from vlmlayers.runs import environment, write_json
 
@@ -77,81 +79,61 @@ class Search:
         write_json(Path(folder) / "search.json", dict(self.summary))
 
 
+@takes(SearchOptions)
 @checked
 def search(
     model: Model,
     datasets: Datasets,
     method: str = "mma",
-    budget: Annotated[float | None, Takes("multiples of one full training", above=0)] = None,
     *,
-    placement: Placements = None,
-    amounts: Sequence[str] | None = None,
-    criterion: str = "log_likelihood",
-    folds: Annotated[int, Takes(least=2)] = 8,
-    novel: bool = True,
-    seeds: Sequence[int] = (1,),
-    shots: Count | None = None,
     recipe: str | Path | Recipe | None = None,
     out: str | Path | None = None,
     root: str | Path | None = None,
-    together: Count = 12,
-    workers: Natural | None = None,
-    present_only: bool = False,
-    skip_unreadable: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> Search:
     """Choose how much and where a method is trained, from the base classes' training shots alone.
+
+    The budget counts full trainings of every dataset and seed by the recipe, in steps; what does
+    not fit is left out and named. Beyond four folds of a draw, inner classes and shots are drawn
+    anew; each costs two short trainings. A setting is trained on what the search saw of a seed.
 
     Args:
         model: The model, as `load_model` returns it.
         datasets: Datasets, by name, path or manifest; one pick for all of them.
         method: Name of the method, where the recipe is given by name.
-        budget: Largest cost, in multiples of one full training of every dataset and seed by the
-            recipe, counted in steps; what does not fit is left out and named. None runs all.
-        placement: Placements to try beside the default; the usual competitors where None.
-        amounts: Amounts to try, such as `scale=0.3,epochs=15`; multiples of the recipe's where
-            None.
-        criterion: `log_likelihood`, `base_log_likelihood` or `accuracy`, of what is held out.
-        folds: Folds of each draw. Beyond four they draw inner classes and shots anew; more of them
-            tell smaller differences apart, at the cost of two short trainings each.
-        novel: Hold out half of the base classes whole, beside shots of the others.
-        seeds: Seeds of the few-shot draws; a setting is trained on what the search saw of a seed.
-        shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
         out: Folder of `search.csv` and `search.json`, and of the cells under `folds`; None writes
             nothing. A stopped search resumes there.
         root: The data root.
-        together: Settings trained side by side.
-        workers: Threads that decode images; None takes what suits the machine.
-        present_only: Leave out items whose image is not on disk.
-        skip_unreadable: Leave out images that cannot be read.
         progress: Show bars.
+        **options: Those of `SearchOptions`.
 
     Raises:
         UserError: A name is unknown, the budget allows no comparison, or the data are too few.
     """
-    check_one_of("criterion", criterion, CRITERIA)
+    asked = validated(SearchOptions, options, "search")
     depths = {name: tower.depth for name, tower in model.towers.items()}
     if not isinstance(recipe, Recipe):
         recipe = scaled(load_recipe(recipe or default_recipe(model.name, method), method), depths)
-    default = recipe.changed({"shots": shots}, {})
+    default = recipe.changed({"shots": asked.shots}, {})
+    amounts, budget = asked.amounts, asked.budget
     rates = tried_amounts(default, None if amounts is None else map(Amount.parse, amounts))
-    asked = None if placement is None else [_as_placement(one) for one in placement]
-    placements, refused = tried_placements(default, depths, asked)
-    seeds = list(dict.fromkeys(seeds))
+    placements, refused = tried_placements(default, depths, asked.placement)
+    seeds = list(dict.fromkeys(asked.seeds))
     manifests = [one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets]
     if not manifests or not seeds:
         raise UserError(f"there is no {'seed' if manifests else 'dataset'} to search on; name one")
-    apart = novel and not default.method.class_bound
+    apart = asked.novel and not default.method.class_bound
     draws = {}
     for manifest in distinct(manifests, root):
-        data = TaskData(manifest, model, root, workers, 0, present_only, skip_unreadable)
+        data = TaskData(manifest, model, root, asked)
         for seed in seeds:
             count = default.train_for(manifest.name).shots
-            draws[manifest.name, seed] = folds_of(data, count, seed, folds, apart=apart)
+            draws[manifest.name, seed] = folds_of(data, count, seed, asked.folds, apart=apart)
     cells = None if out is None else Path(out) / CELLS
-    track = Track(draws, default, model, cells, together=together, progress=progress)
-    race = Race(track, criterion)
+    track = Track(draws, default, model, cells, together=asked.together, progress=progress)
+    race = Race(track, asked.criterion)
     for place, why in refused.items():
         race.skip("placement", place, why)
     limit = math.inf if budget is None else budget
@@ -162,7 +144,7 @@ def search(
         raise UserError(_too_little(race, default, [*rates, *placements], budget))
     summary = {
         **_answer(race, label(default)),
-        "criterion": {"name": criterion, "means": CRITERIA[criterion][1]},
+        "criterion": {"name": asked.criterion, "means": CRITERIA[asked.criterion][1]},
         "method": default.method.name,
         "recipe": {"name": default.name, **default.train.identity()},
         "settings": default.method.settings(),
@@ -259,9 +241,3 @@ def _statement(
     if plain.high < 0:
         return f"Do not train: {pick} is worse than zero-shot CLIP, {numbers}."
     return f"{advice} Whether training pays cannot be told: {numbers}."
-
-
-def _as_placement(place: Any) -> Placement:
-    """Return the placement that is text, a value, or a choice."""
-    found = Placement.parse(place) if isinstance(place, str) else place
-    return found if isinstance(found, Placement) else Placement(found.vision, found.text)

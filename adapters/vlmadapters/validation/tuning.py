@@ -14,7 +14,6 @@ from vlmadapters.validation.judge import ranking
 from vlmadapters.validation.race import Track, label
 from vlmlayers.placement import ZERO_SHOT, Amount, Placement
 
-TUNING_FOLDS = 4
 AMOUNT_COLUMNS = ("placement", "amount", "times", "base", "novel", "hm", "n")
 
 

@@ -7,11 +7,11 @@ before, and the last epoch is evaluated once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, get_args
 
 import pandas as pd
 
@@ -24,28 +24,27 @@ from vlmadapters.protocols.train import Datasets, Model
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
 from vlmadapters.validation.competitors import (
-    DEFAULT_KINDS,
-    KINDS,
     Competitor,
     chosen_placement,
     competitors,
 )
+from vlmadapters.validation.options import Comparison, ValidateOptions
 from vlmadapters.validation.predicting import judge_predictors, predictors_statement
 from vlmadapters.validation.race import CELLS, Track
 from vlmadapters.validation.ranking import predicted_outcomes, predictors, rank_correlation
 from vlmadapters.validation.repeatability import repeatability
-from vlmadapters.validation.tuning import TUNING_FOLDS, size_warning, tune
+from vlmadapters.validation.tuning import size_warning, tune
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
-from vlmlayers.arguments import Count, Natural, Takes, checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.arguments import checked
+from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv
+from vlmlayers.options import takes, validated
 from vlmlayers.placement import ZERO_SHOT, Amount, Placement
 from vlmlayers.runs import environment, write_json
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import predict
 
-REFERENCE = "paper"
-COMPARISONS = ("tuned", "given")
+COMPARISONS: tuple[str, ...] = get_args(Comparison)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,119 +104,92 @@ class Validation:
         write_json(Path(folder) / "validation.json", dict(self.summary))
 
 
+@takes(ValidateOptions)
 @checked
 def validate(
     model: Model,
     choice: Any,
-    manifests: Datasets,
+    datasets: Datasets,
     *,
     scores: pd.DataFrame | None = None,
-    kinds: Sequence[str] = DEFAULT_KINDS,
-    amount: str = "tuned",
-    amounts: Sequence[str] | None = None,
-    folds: Annotated[int, Takes(least=2)] = TUNING_FOLDS,
-    seeds: Sequence[int] = (1, 2, 3),
-    shots: Count | None = None,
     recipe: str | Path | Recipe | None = None,
     out: str | Path | None = None,
     root: Any = None,
-    reference: str = REFERENCE,
-    random_count: Annotated[int, Takes(least=0)] = 3,
     seed: int = 0,
-    together: Count = 12,
-    limit: Annotated[int, Takes(least=0)] = 0,
-    workers: Natural | None = None,
-    present_only: bool = False,
-    skip_unreadable: bool = False,
     progress: bool = True,
     notes: Mapping[str, Any] | None = None,
     method: str = "mma",
+    **options: Any,
 ) -> Validation:
     """Train a method at the chosen placement and at its competitors, and test each.
+
+    Amounts of scale alone are tuned side by side, on folds of the base classes' training shots of
+    the first seed. Competitors that the method cannot take are left out; the reference is always
+    among them.
 
     Args:
         model: The backbone (`vlmlayers.models.load_model`).
         choice: A `LayerChoice` or anything with `vision` and `text` blocks, of which those in the
             method's towers count; or a placement such as `5-12`, which has to fit the method.
-        manifests: Datasets, by name, path or manifest, each with two classes or more.
+        datasets: Datasets, by name, path or manifest, each with two classes or more.
         scores: Score table to predict outcomes from; None leaves predictions out.
-        kinds: Competitors, names of `competitors.KINDS`; those that the method cannot take are left
-            out. The reference is always among them.
-        amount: `tuned` compares each placement at its own amount, found on folds of the base
-            classes' training shots of the first seed, and at the recipe's beside it; `given` at the
-            recipe's alone.
-        amounts: Amounts that tuning tries beside the recipe's, such as `scale=0.3`; multiples of
-            the recipe's where None. Those of scale alone train side by side.
-        folds: Folds that amounts are tuned on.
-        seeds: Seeds of draw, initialisation, order and views.
-        shots: Items per class; the recipe's where None.
         recipe: Recipe or its name; `default_recipe` where None.
         out: Folder of `validation*` and of the cells under `cells`; None writes nothing. A stopped
             run resumes there, and several processes may work on it.
         root: The data root.
-        reference: Kind that the verdict compares with.
-        random_count: How many random placements the kind `random` adds.
-        seed: Seed of those and of the bootstrap.
-        together: Placements trained side by side.
-        limit: Use at most so many test items of each dataset; 0 uses all.
-        workers: Threads that decode images; None takes what suits the machine.
-        present_only: Leave out items whose image is not on disk; the log says how many.
-        skip_unreadable: Leave out images that are missing or cannot be read; the log says how many
-            and which first.
+        seed: Seed of random placements and of the bootstrap.
         progress: Show bars.
         notes: What else `validation.json` should say.
         method: Name of the method, where the recipe is given by name.
+        **options: Those of `ValidateOptions`.
 
     Raises:
         UserError: No dataset or seed is given, a name is unknown, a dataset has one class, or
             the choice does not fit the model.
     """
-    check_one_of("amount", amount, COMPARISONS)
-    tried = None if amounts is None else [Amount.parse(one) for one in amounts]
-    made = _recipe(model, recipe, shots, method)
-    placed = _competitors(model, made.method, choice, kinds, reference, random_count, seed)
-    seeds = _distinct(seeds)
+    asked = validated(ValidateOptions, options, "validate")
+    made = _recipe(model, recipe, asked.shots, method)
+    placed = _competitors(model, made.method, choice, asked, seed)
+    seeds = list(dict.fromkeys(asked.seeds))
     experiment = Experiment(
         "base-to-novel",
         model,
         made,
         out,
         root=root,
-        limit=limit,
-        workers=workers,
-        present_only=present_only,
-        skip_unreadable=skip_unreadable,
+        options=asked,
         table="results_validation.csv",  # `results.csv` of the folder may be that of a training
         stop_unmoved=True,
         progress=progress,
     )
-    data = [experiment.add(one) for one in manifests]
+    data = [experiment.add(one) for one in datasets]
     if not data or not seeds:
         raise UserError(f"there is no {'seed' if data else 'dataset'} to validate on; name one")
     trained = [one for one in placed if one.placement]
     settings = {"given": [made.at(one.placement) for one in trained]}
     tuning = None
-    if amount == "tuned":
+    if asked.amount == "tuned":
         draws = {
             (one.manifest.name, seeds[0]): folds_of(
-                one, made.train_for(one.manifest.name).shots, seeds[0], folds
+                one, made.train_for(one.manifest.name).shots, seeds[0], asked.folds
             )
             for one in data
         }
         cells = None if out is None else Path(out) / CELLS
-        track = Track(draws, made, model, cells, together=together, progress=progress)
+        track = Track(draws, made, model, cells, together=asked.together, progress=progress)
+        tried = None if asked.amounts is None else list(map(Amount.parse, asked.amounts))
         tuning = tune(track, settings["given"], tried)
         settings = {"tuned": list(tuning.settings), **settings}  # the first may be found void
     whole = [one for several in settings.values() for one in several]
     # Manifests alone: `Experiment` has the data of each already, with what was decoded.
     named = [one.manifest for one in data]
     # Where tuning kept the recipe's amount, both comparisons share the training.
-    results = experiment.run(named, list(dict.fromkeys(whole)), seeds, together=together)
+    results = experiment.run(named, list(dict.fromkeys(whole)), seeds, together=asked.together)
     recorded = {
         "method": made.method.name,
         "recipe": {"name": made.name, **made.train.identity()},
         "settings": made.method.settings(),
-        "limit": limit,
+        "limit": asked.limit,
         "device": str(model.device),
         "precision": experiment.evaluator.precision,
         "weights_hash": model.weights_hash,
@@ -229,7 +201,7 @@ def validate(
         recorded["tuning"] = {
             "amounts": {str(one.placement): str(setting.amount) or "recipe"
                         for one, setting in zip(trained, tuning.settings)},
-            "folds": folds, "seed": seeds[0], "trainings": round(tuning.trainings, 2),
+            "folds": asked.folds, "seed": seeds[0], "trainings": round(tuning.trainings, 2),
         }  # fmt: skip
     labels = {kind: [setting.label for setting in several] for kind, several in settings.items()}
     table = validation_table(results, trained, labels)
@@ -240,7 +212,7 @@ def validate(
         if out is not None and not processes.rank_and_size()[0]:
             found.write(out)
         return found
-    found = summarise(table, scores, reference=reference, seed=seed, notes=recorded)
+    found = summarise(table, scores, reference=asked.reference, seed=seed, notes=recorded)
     found = replace(found, amounts=None if tuning is None else tuning.table)
     if out is not None and not processes.rank_and_size()[0]:
         found.write(out)
@@ -278,20 +250,14 @@ def _competitors(
     model: Any,
     method: MethodConfig,
     choice: Any,
-    kinds: Iterable[str],
-    reference: str,
-    count: int,
+    asked: ValidateOptions,
     seed: int,
 ) -> list[Competitor]:
     chosen = chosen_placement(method, choice)
-    check_one_of("reference", reference, KINDS)
     depths = {name: tower.depth for name, tower in model.towers.items()}
-    wanted = dict.fromkeys([reference, *kinds])
+    wanted = dict.fromkeys([asked.reference, *asked.kinds])
+    count = asked.random_count
     return competitors(chosen, depths, wanted, method=method, random_count=count, seed=seed)
-
-
-def _distinct(seeds: Iterable[int]) -> list[int]:
-    return list(dict.fromkeys(seeds))
 
 
 def validation_table(
@@ -376,7 +342,7 @@ def summarise(
     table: pd.DataFrame,
     scores: pd.DataFrame | None = None,
     *,
-    reference: str = REFERENCE,
+    reference: str = "paper",
     seed: int = 0,
     notes: Mapping[str, Any] | None = None,
 ) -> Validation:

@@ -6,22 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field
 
 from vlmlayers.cli.options import (
     DataRoot,
-    Device,
     Model,
-    PresentOnly,
     Settings,
-    SkipUnreadable,
-    Weights,
     named,
-    poolings,
     several,
-    with_weights,
+    with_options,
 )
 from vlmlayers.errors import UserError
+from vlmlayers.extraction import WeightsOptions
 from vlmlayers.runs import Run, is_first_process
+from vlmlayers.study.schema import ExtractPart
 
 
 def models(
@@ -36,51 +34,25 @@ def models(
     typer.echo(models_text(names or None, check=check))
 
 
-@with_weights
+class ExtractEverything(ExtractPart):
+    """How the verb extracts: as a study does, but all items where no number is given."""
+
+    items: int = Field(default=0, ge=0, description="Items per dataset, 0 for all.")
+
+
+@with_options
 def extract(
+    *,
     model: Model,
     datasets: Annotated[list[str], named("Names, TOML files or image folders.")],
     out: Annotated[Path, typer.Option(help="Run folder.")],
-    weights: Weights,
+    weights: WeightsOptions,
     adapter: Annotated[
         Path | None,
         typer.Option(help="Trained adapter; the features are those of the adapted model."),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "train",
-    items: Annotated[int, typer.Option(help="Items per dataset, 0 for all.")] = 0,
-    text: Annotated[str, typer.Option(help="prompts or captions.")] = "prompts",
-    tower: Annotated[
-        str | None, typer.Option(help="vision or text; both where absent.", show_default=False)
-    ] = None,
-    spaces: Annotated[
-        list[str] | None,
-        several(
-            "native, normed, joint, attention_entropy, attention_distance; native and joint "
-            "where absent."
-        ),
-    ] = None,
-    pooling: Annotated[
-        list[str] | None,
-        several(
-            "cls, eot, mean, or tokens for every token of a few items; vision=mean for one "
-            "tower; each tower's own where absent."
-        ),
-    ] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = "fp32",
-    decoding: Annotated[
-        str, typer.Option(help="full; reduced: large JPEGs at 1/2, 1/4 or 1/8; nvjpeg: on the GPU.")
-    ] = "full",
-    device: Device = "auto",
-    batch_size: Annotated[int, typer.Option(help="Items per forward pass.")] = 64,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Decoding processes; what the machine has where absent.", show_default=False
-        ),
-    ] = None,
+    options: ExtractEverything,
     seed: Annotated[int, typer.Option(help="Seed of the draw of items.")] = 0,
-    present_only: PresentOnly = False,
-    skip_unreadable: SkipUnreadable = False,
     estimate: Annotated[
         bool,
         typer.Option("--estimate", help="Measure one batch, say what it will cost, and stop."),
@@ -113,19 +85,7 @@ def extract(
         weights.arguments(),
         adapter=adapter,
         seed=seed,
-        split=split,
-        items=items,
-        text=text,
-        tower=tower,
-        **({} if spaces is None else {"spaces": spaces}),
-        pooling=poolings(pooling or ()),
-        precision=precision,
-        decoding=decoding,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        present_only=present_only,
-        skip_unreadable=skip_unreadable,
+        extraction=options,
     )
     if estimate:
         typer.echo(estimate_study(made, out, data_root=data_root))

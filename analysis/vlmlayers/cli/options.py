@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
 from functools import wraps
 from os.path import exists
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
-from vlmlayers.errors import UserError
-from vlmlayers.positions import TOWERS
+from vlmlayers.options import Cli, Options, validated
 
 
 def several(help: str, *names: str) -> Any:
@@ -62,85 +62,72 @@ DataRoot = Annotated[
         "--data-root", help="Folder that the datasets lie in; else VLMLAYERS_DATA, else ./data."
     ),
 ]
-PresentOnly = Annotated[
-    bool, typer.Option("--present-only", help="Leave out items that are not on disk.")
-]
-SkipUnreadable = Annotated[
-    bool,
-    typer.Option(
-        "--skip-unreadable", help="Leave unreadable images out instead of stopping, and say so."
-    ),
-]
 Settings = Annotated[
     list[str] | None,
     repeated("An option of the rule or of scoring.", "--set", "-s", metavar="KEY=VALUE"),
 ]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Which weights a model gets, how images are prepared for them, and at what size."""
+def with_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the fields of each of its parameters that is a set of options, in its place.
 
-    pretrained: Annotated[str | None, typer.Option(help="Tag, or a file of weights.")] = None
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="An untrained model; every output says so.")
-    ] = False
-    like: Annotated[
-        str | None, typer.Option(metavar="TAG", help="Tag that a file was trained like.")
-    ] = None
-    mean: Annotated[
-        str | None, typer.Option(help="Mean of the channels, as in 0.5,0.5,0.5, for a file.")
-    ] = None
-    std: Annotated[str | None, typer.Option(help="Their standard deviation, likewise.")] = None
-    interpolation: Annotated[str | None, typer.Option(help="bicubic or bilinear.")] = None
-    resize_mode: Annotated[str | None, typer.Option(help="shortest, longest or squash.")] = None
-    image_size: Annotated[
-        int | None, typer.Option(help="Side of the images, where it is not the model's own.")
-    ] = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `load_model` that were given.
-
-        Raises:
-            UserError: Mean or standard deviation are no numbers.
-        """
-        found = {key: value for key, value in asdict(self).items() if value not in (None, False)}
-        for key in {"mean", "std"} & set(found):
-            try:
-                found[key] = [float(number) for number in found[key].split(",")]
-            except ValueError:
-                raise UserError(
-                    f"--{key} {found[key]!r} is not three numbers such as 0.5,0.5,0.5"
-                ) from None
-        return found
-
-
-def poolings(words: Sequence[str]) -> dict[str, str]:
-    """Return the pooling of each tower from words such as `mean` or `vision=cls`."""
-    pairs = [word.partition("=")[::2] if "=" in word else ("", word) for word in words]
-    both = {tower: name for key, name in pairs if not key for tower in TOWERS}
-    return both | {tower: name for tower, name in pairs if tower}
-
-
-def with_weights(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of `Weights` in place of its parameter `weights`."""
+    Type, default and help are those of the field. What is absent is left to its default; what is
+    wrong is said before the verb runs.
+    """
+    signature = inspect.signature(verb, eval_str=True)
+    parameters, sets = [], {}
+    for parameter in signature.parameters.values():
+        kind = parameter.annotation
+        if isinstance(kind, type) and issubclass(kind, Options):
+            sets[parameter.name] = kind
+            parameters += [_typed(name, kind.model_fields[name]) for name in _own_first(kind)]
+        else:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
 
     @wraps(verb)
     def run(**given: Any) -> None:
-        own = {part.name: given.pop(part.name) for part in fields(Weights)}
-        verb(**given, weights=Weights(**own))
+        for name, kind in sets.items():
+            own = {key: given.pop(key) for key in kind.model_fields}
+            told = {key: value for key, value in own.items() if value is not None}
+            given[name] = validated(kind, told, verb.__name__)
+        verb(**given)
 
-    hints = get_type_hints(Weights, include_extras=True)
-    signature = inspect.signature(verb, eval_str=True)
-    parameters = []
-    for parameter in signature.parameters.values():
-        if parameter.name != "weights":
-            parameters.append(parameter)
-            continue
-        parameters += [
-            parameter.replace(name=part.name, annotation=hints[part.name], default=part.default)
-            for part in fields(Weights)
-        ]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _own_first(kind: type[Options]) -> list[str]:
+    """Return the fields of a set of options; what it shares with others comes after its own."""
+    stated = (name for one in kind.__mro__ for name in inspect.get_annotations(one))
+    return [name for name in dict.fromkeys(stated) if name in kind.model_fields]
+
+
+def _typed(name: str, field: FieldInfo) -> inspect.Parameter:
+    """Return a field of a set of options as the parameter of a verb."""
+    cli = next((mark for mark in field.metadata if isinstance(mark, Cli)), Cli())
+    help, default, kind = field.description or "", field.default, _plain(field.annotation)
+    names = cli.names or (f"--{name.replace('_', '-')}",)
+    if cli.repeated:
+        kind, default = list[str], None
+        option = repeated(help, *names, metavar=cli.repeated)
+    elif kind is list:
+        kind, default = list[str], None  # help names what stands for those that are absent
+        option = several(help, *names)
+    else:
+        # One name alone: typer would add `--no-…`, which says nothing of what is off by default.
+        option = typer.Option(*(() if default is True else names), help=help)
+    taken: Any = kind if default is not None else kind | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[taken, option]
+    )
+
+
+def _plain(annotation: Any) -> Any:
+    """Return what typer reads for an annotation; text where pydantic does the reading."""
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    if get_origin(annotation) in (Union, UnionType):
+        return _plain(parts[0])
+    if get_origin(annotation) in (tuple, dict):
+        return list
+    return annotation if annotation in (bool, int, float, Path) else str

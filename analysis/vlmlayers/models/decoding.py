@@ -25,7 +25,6 @@ _DYING = 2.0
 CPU = torch.device("cpu")
 WORTH_STARTING = 512  # images that take longer to decode than processes to start
 MOST_PROCESSES = 16
-DECODINGS = ("full", "reduced", "nvjpeg")
 
 
 class _Images(Dataset[tuple[int, Any]]):

@@ -111,7 +111,7 @@ def examine(
         split,
         ExtractOptions(
             items=items,
-            root=root,
+            root=None if root is None else Path(root),
             template=template,
             batch_size=batch_size,
             seed=seed if isinstance(items, int) else 0,

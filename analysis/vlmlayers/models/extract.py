@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from vlmlayers.arguments import Count, Natural, checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.devices import resolve_precision
@@ -24,11 +24,13 @@ from vlmlayers.models.own_data import OwnData, own_data
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
+from vlmlayers.options import takes, validated
 
 LOG = logging.getLogger(__name__)
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
 
 
+@takes(RecordOptions)
 @checked
 def extract(
     model: LoadedModel,
@@ -41,22 +43,20 @@ def extract(
     name: str | None = None,
     items: Count | Sequence[Item] | None = None,
     root: str | Path | None = None,
-    spaces: Sequence[str] = ("native", "joint"),
-    pooling: str | Mapping[str, str] | None = None,
-    batch_size: Count = 64,
-    workers: Natural | None = None,
-    precision: str = "fp32",
-    decoding: str = "full",
     out: str | Path | None = None,
-    text: str = "prompts",
     template: str | None = None,
     seed: Natural = 0,
-    tower: str | None = None,
-    present_only: bool = False,
-    skip_unreadable: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> LayerFeatures:
     """Record every position of both towers for the items of a split.
+
+    Spaces of attention add what it does in each block, (item, head), as shares of uniform
+    attention. The pooling `tokens` keeps every token, (item, token, width): to look at, not to
+    score. Batch size and decoding are part of a store's identity: one fixes rounding, the other
+    changes pixels: `reduced` decodes a JPEG at the smallest scale whose sides the model can use,
+    `nvjpeg` on the CUDA device, where few cores would keep it waiting.
+    Features are float32 in every precision. The log says how many images were left out.
 
     Args:
         model: What `load_model` returns.
@@ -73,29 +73,11 @@ def extract(
         name: Name of data in memory in tables.
         items: A number of items to draw with balanced classes, a list of items, or None for all.
         root: Data root; see `Manifest`.
-        spaces: Among `native`, `normed`, `joint`; `attention_entropy` and `attention_distance` add
-            what attention does in each block, (item, head), as shares of uniform attention.
-        pooling: One pooling for both towers, one per tower, or None for each tower's own. `tokens`
-            keeps every token of a limited number of items, (item, token, width): to look at, not
-            to score.
-        batch_size: Items per forward pass; part of the store's identity, as it fixes rounding.
-        workers: Decoding processes; None takes as many as the machine has cores to spare beside
-            a GPU, and none where they do not pay.
-        precision: `fp32`, `tf32` (its products in TF32, on GPUs that have it), or autocast to
-            `bf16` or `fp16`; `auto` takes what suits the device. Features are float32 in each case.
-        decoding: `full`, or `reduced` to decode a JPEG at the smallest of 1/8, 1/4, 1/2 and whole
-            whose sides have the model's pixels: quicker for large photographs, with slightly other
-            pixels, so part of a store's identity. `nvjpeg` decodes and prepares JPEGs on the
-            CUDA device, where few cores would keep it waiting; part of the identity as well.
         out: Folder of the feature store; extraction resumes there. None keeps all in memory.
-        text: `prompts` (one per class) or `captions` (all of each image, with pairs).
         template: Prompt with `{}` for the class name; the manifest's common one where None.
         seed: Seed of the draw where `items` is a number.
-        tower: `vision` or `text` to record that one alone; None for all that the model has.
-        present_only: Leave out items whose image is not on disk; the log says how many.
-        skip_unreadable: Leave out images that are missing or cannot be read instead of stopping;
-            the log says how many and which first.
         progress: Show a progress bar.
+        **options: Those of `RecordOptions`.
 
     Returns:
         Features of images and texts; rows follow the items.
@@ -104,27 +86,12 @@ def extract(
         UserError: No items, unreadable images, NaN or Inf features, a store of another identity,
             or any argument that names nothing known.
     """
-    captions = texts if text == "captions" else None
+    captions = texts if options.get("text") == "captions" else None
     manifest = _manifest(data, labels, class_names, name, captions, progress)
-    options = ExtractOptions(
-        texts=None if captions else texts,
-        items=items,
-        root=root,
-        spaces=spaces,
-        pooling=pooling,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        decoding=decoding,
-        text=text,
-        template=template,
-        seed=seed,
-        tower=tower,
-        present_only=present_only,
-        skip_unreadable=skip_unreadable,
-        progress=progress,
-    )
-    work, header, identity = prepare(model, manifest, split, options)
+    own = {"items": items, "root": root, "template": template, "seed": seed, "progress": progress}
+    own["texts"] = None if captions else texts
+    asked = validated(ExtractOptions, {**own, **options}, "extract")
+    work, header, identity = prepare(model, manifest, split, asked)
     if out is None:
         return work.in_memory(header, identity)
     refuse_hooks(model)
@@ -139,7 +106,7 @@ def prepare(
     Errors are those of `extract`.
     """
     precision = resolve_precision(options.precision, model.device)
-    options = replace(options, precision=precision)
+    options = options.model_copy(update={"precision": precision})
     if options.decoding != "full" and not isinstance(manifest, Manifest):
         raise UserError(
             f"decoding {options.decoding} is for datasets on disk; images in memory are decoded "
@@ -147,10 +114,10 @@ def prepare(
         )
     items = _items(manifest, split, options)
     if options.decoding == "nvjpeg":
-        refuse_nvjpeg(model, manifest, items, options.place)
-    names = tuple(manifest.class_names(options.place))
+        refuse_nvjpeg(model, manifest, items, options.root)
+    names = tuple(manifest.class_names(options.root))
     recorders = {
-        tower: Recorder(model.towers[tower], options.spaces, options.pooling_of(tower))
+        tower: Recorder(model.towers[tower], options.spaces, options.pooling.get(tower))
         for tower in _towers(model, manifest, options)
     }
     texts = _texts(manifest, items, names, options) if "text" in recorders else None
@@ -238,7 +205,7 @@ def refuse_hooks(model: VLM) -> None:
 
 
 def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
-    items, root = options.items, options.place
+    items, root = options.items, options.root
     present = {"present_only": True} if options.present_only else {}
     if items is None:
         found = list(manifest.items(split, root=root, **present))

@@ -38,7 +38,8 @@ from vlmlayers.models.recording import Features
 from vlmlayers.models.reduce import merge_over_processes, summed
 from vlmlayers.models.vlm import LoadedModel
 from vlmlayers.models.work import Texts, Work, refuse_not_finite
-from vlmlayers.positions import SPACES, TOKENS, TOWERS
+from vlmlayers.options import validated
+from vlmlayers.positions import SPACES, TOKENS
 from vlmlayers.progress import bar
 from vlmlayers.scores.sums import DatasetSums, StreamingScores
 
@@ -74,8 +75,8 @@ def stream(
     Raises:
         UserError: As `extract`.
     """
-    given = ExtractOptions(**options)
-    if not {*given.spaces} <= {*SPACES} or TOKENS in map(given.pooling_of, TOWERS):
+    given = validated(ExtractOptions, options, "stream")
+    if not {*given.spaces} <= {*SPACES} or TOKENS in given.pooling.values():
         raise UserError(
             "streaming sums one vector per item: without pooling='tokens' and attention spaces; "
             "store those with extract(…, out=)"

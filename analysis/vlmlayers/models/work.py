@@ -68,7 +68,7 @@ class Work:
     @cached_property
     def data(self) -> DataIdentity:
         """The items as they lie on the disk when the work begins."""
-        found: DataIdentity = self.manifest.identity(self.items, self.options.place)
+        found: DataIdentity = self.manifest.identity(self.items, self.options.root)
         return found
 
     def in_memory(self, header: Mapping[str, Any], identity: Mapping[str, Any]) -> LayerFeatures:
@@ -110,7 +110,7 @@ class Work:
     def refuse_missing(self) -> None:
         """Refuse images that are not on disk, unless what cannot be read is to be left out."""
         if "vision" in self.recorders and not self.options.skip_unreadable:
-            self.manifest.refuse_missing(self.items, self.options.place)
+            self.manifest.refuse_missing(self.items, self.options.root)
 
     def plans(self) -> dict[str, TowerPlan]:
         """Return ids, labels, batches and shapes of both towers."""
@@ -204,7 +204,7 @@ class Work:
             self.manifest,
             self.items,
             [batches[b] for b in left],
-            root=self.options.place,
+            root=self.options.root,
             preprocess=self.model.preprocess,
             size=self.model.image_size,
             workers=decoding_processes(

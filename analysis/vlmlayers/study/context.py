@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
+from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
 from vlmlayers.files import HUB, find_weights, hub_folder
 from vlmlayers.identity import DataIdentity
@@ -76,15 +77,15 @@ class StageContext:
     force: bool = False
     _model: Any = field(default=None, repr=False)
 
+    def table(self, name: str) -> dict[str, Any]:
+        """Return the table `search` or `validate` of the study, for the stage that reads it."""
+        tables = {"search": self.study.search, "validate": self.study.validate_}
+        return tables[name] or {}
+
     def doing(self, line: str) -> None:
         """Say what is being done, where progress is shown."""
         if not is_hidden():
             self.echo(line)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The table `validate` of the study."""
-        return dict(self.study.validate_ or {})
 
     @property
     def seed(self) -> int:
@@ -152,21 +153,16 @@ class StageContext:
     def extract_options(self, data: StudyDataset) -> dict[str, Any]:
         """Return the keyword arguments of `extract` and `stream` for one dataset, but `out`."""
         options = self.study.extract
-        return {
+        common = {name: getattr(options, name) for name in RecordOptions.model_fields}
+        own = {
             "items": data.items,
             "root": self.data_root,
-            "spaces": options.spaces,
-            "pooling": {str(tower): pooling for tower, pooling in options.pooling.items()} or None,
-            "batch_size": options.batch_size,
-            "workers": options.workers,
-            "precision": options.precision,
-            "decoding": options.decoding,
             "text": data.options["text"],
-            "tower": options.tower,
             "template": data.options["template"] if data.options["text"] == "prompts" else None,
-            "skip_unreadable": options.skip_unreadable,
+            "present_only": False,  # those that are not there are not among the items
             "progress": self.progress,
         }
+        return common | own
 
     @property
     def leaving_out(self) -> dict[str, bool]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 
 from vlmlayers.architectures import check_model
 from vlmlayers.study.context import StageContext
-from vlmlayers.study.stages import stage_entry
+from vlmlayers.study.stages import installed_stage
 from vlmlayers.user_code import is_user_code
 
 
 def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> None:
     """Check datasets, models, rule and the tables of stages that train, without a model.
-
-    A package that offers one of these stages may have a function `check` beside it, which gets
-    the context.
 
     Args:
         contexts: One per model.
@@ -34,7 +30,7 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
     tables = {"search": study.search, "train": study.train or None, "validate": study.validate_}
     for stage, table in tables.items():
         if stage in picked and table is not None:
-            _check_stage(contexts[0], stage)
+            installed_stage(stage).check(contexts[0])
 
 
 def _check_own_code(context: StageContext) -> None:
@@ -47,9 +43,3 @@ def _check_own_code(context: StageContext) -> None:
         from vlmlayers.selection.making import make_rule
 
         make_rule(context.rule, context.study.select.options)
-
-
-def _check_stage(context: StageContext, stage: str) -> None:
-    check = getattr(import_module(stage_entry(stage).module), "check", None)
-    if check is not None:
-        check(context)

@@ -11,13 +11,12 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.extraction import RecordOptions, WeightsOptions
 from vlmlayers.files import shipped
 from vlmlayers.options import Options, validated
 from vlmlayers.user_code import is_user_code
 
 Split = Literal["train", "val", "test", "all"]
-Space = Literal["native", "normed", "joint", "attention_entropy", "attention_distance"]
-Pooling = Literal["model", "cls", "eot", "mean", "tokens"]
 TEMPLATE = Path(__file__).with_name("template.toml")
 DEFAULT_METRICS = (
     "dataset_accuracy",
@@ -32,40 +31,24 @@ DEFAULT_METRICS = (
 )
 
 
-class ModelPart(Options):
-    """One backbone.
+class ModelPart(WeightsOptions):
+    """One backbone, with its weights.
 
     Attributes:
         name: open_clip architecture, `mini-clip`, `hf-hub:organisation/name`, or `local` with
             `config` and `checkpoint`.
         path: Folder with `open_clip_config.json` or `config.json` and weights, instead of a name;
             relative to the study file, else to the data root.
-        pretrained: Tag of the hub, or a file of weights.
         config: Configuration file for `local`.
         checkpoint: A file of weights.
-        random_weights: Use an untrained model; every output says so.
-        like: Tag that a file of weights was trained like.
-        mean: Mean of the images' channels, one number or three; goes before what is known.
-        std: Their standard deviations, likewise.
-        interpolation: `bicubic` or `bilinear`, likewise.
-        resize_mode: `shortest`, `longest` or `squash`, likewise.
-        image_size: Side, or height and width, of the images in place of the model's own.
         adapter: Trained adapter to attach: features are those of the adapted model.
         label: Name of the run folder where a study has several models.
     """
 
     name: str = ""
     path: str = ""
-    pretrained: str | None = None
     config: str | None = None
     checkpoint: str | None = None
-    random_weights: bool = False
-    like: str | None = None
-    mean: float | tuple[float, ...] | None = None
-    std: float | tuple[float, ...] | None = None
-    interpolation: str | None = None
-    resize_mode: str | None = None
-    image_size: int | tuple[int, int] | None = None
     adapter: str = ""
     label: str = ""
 
@@ -95,48 +78,15 @@ class DatasetPart(Options):
     text: Literal["prompts", "captions"] | None = None
 
 
-class ExtractPart(Options):
-    """How features are recorded.
+class ExtractPart(RecordOptions):
+    """How features are recorded, and of what."""
 
-    Attributes:
-        split: Split to record.
-        items: Items per dataset, balanced over classes; 0 takes all.
-        present_only: Leave out items whose image is not on disk, for partial copies.
-        template: Common prompt template of all datasets.
-        spaces: Among `native`, `normed`, `joint`; `attention_entropy` and `attention_distance` add
-            what the heads of each block attend to.
-        pooling: `cls`, `eot`, `mean`, or `tokens` for every token of a few items: one for both
-            towers, or a table with one for each; each tower's own where absent.
-        text: `prompts` or `captions`.
-        tower: `vision` or `text` to record that one alone; all that the model has where absent.
-        batch_size: Items per forward pass.
-        workers: Decoding processes; what the machine has where absent.
-        precision: `fp32`, `tf32`, `bf16` or `fp16`; `auto` takes what suits the device.
-        decoding: `full`; `reduced` for JPEGs at the smallest scale that the model can use; `nvjpeg`
-            for JPEGs decoded on the GPU.
-        device: `cpu`, `cuda`, …; `auto` takes a GPU where there is one.
-        skip_unreadable: Leave unreadable images out instead of stopping.
-    """
-
-    split: Split = "train"
-    items: int = Field(default=300, ge=0)
-    present_only: bool = False
-    template: str = "a photo of a {}."
-    spaces: tuple[Space, ...] = Field(default=("native", "joint"), min_length=1)
-    pooling: dict[Literal["vision", "text"], Pooling] = Field(default_factory=dict)
-    text: Literal["prompts", "captions"] = "prompts"
-    tower: Literal["vision", "text"] | None = None
-    batch_size: int = Field(default=64, ge=1)
-    workers: int | None = Field(default=None, ge=0)
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
-    decoding: Literal["full", "reduced", "nvjpeg"] = "full"
-    device: str = "auto"
-    skip_unreadable: bool = False
-
-    @field_validator("pooling", mode="before")
-    @classmethod
-    def _one_for_both(cls, value: Any) -> Any:
-        return dict.fromkeys(("vision", "text"), value) if isinstance(value, str) else value
+    split: Split = Field(default="train", description="train, val, test or all.")
+    items: int = Field(default=300, ge=0, description="Items per dataset, 0 for all.")
+    template: str = Field(
+        default="a photo of a {}.", description="Prompt around the names of classes."
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda, …")
 
     @field_validator("template")
     @classmethod

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vlmlayers.errors import DataFault, OtherExtraction, UserError
+from vlmlayers.manifests import Manifest
 from vlmlayers.runs import environment, file_mark
 from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.user_code import is_user_code
@@ -227,7 +227,7 @@ def _search_inputs(context: StageContext) -> dict[str, Any]:
 def _validate_inputs(context: StageContext) -> dict[str, Any]:
     return {
         "choice": file_mark(context.run.choice),
-        "options": {**context.leaving_out, **context.options},
+        "options": {**context.leaving_out, **context.table("validate")},
         "scores": file_mark(context.run.scores),
         **_trained_on(context, "validate"),
     }
@@ -244,12 +244,9 @@ def _train_inputs(context: StageContext) -> dict[str, Any]:
 
 
 def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
-    """Return what a stage that trains depends on beside its table.
-
-    The package of the stage has functions beside it that name its datasets and files.
-    """
-    module = import_module(stage_entry(stage).module)
-    data, files = module.datasets(context), module.files(context)
+    """Return what a stage that trains depends on beside its table: data and files, as it says."""
+    work = installed_stage(stage)
+    data, files = work.datasets(context), work.files(context)
     return {
         "model": context.model_fingerprint(),
         "device": context.device_kind,
@@ -263,15 +260,31 @@ def _installed(stage: str, line: str = "") -> Callable[[StageContext], None]:
     """Return what runs a stage of an installed package, after a line that says so."""
 
     def run(context: StageContext) -> None:
-        point = stage_entry(stage)
+        work = installed_stage(stage)
         if line:
             context.doing(line)
-        point.load()(context)
+        work(context)
 
     return run
 
 
-def stage_entry(stage: str) -> EntryPoint:
+class InstalledStage(Protocol):
+    """A stage of another package, offered by its name among the entry points of `GROUP`."""
+
+    def check(self, context: StageContext) -> None:
+        """Check all that it is told before the study's first stage."""
+
+    def datasets(self, context: StageContext) -> list[Manifest]:
+        """Return the datasets that its result depends on."""
+
+    def files(self, context: StageContext) -> list[Path]:
+        """Return the files that its result depends on."""
+
+    def __call__(self, context: StageContext) -> None:
+        """Do the work."""
+
+
+def installed_stage(stage: str) -> InstalledStage:
     """Return the stage `search`, `train` or `validate` that an installed package offers.
 
     Raises:
@@ -283,7 +296,8 @@ def stage_entry(stage: str) -> EntryPoint:
             f"no package offers the stage {stage!r}; install vlmadapters, or drop the "
             f"table [{stage}] from the study"
         )
-    return found[stage]
+    made: InstalledStage = found[stage].load()
+    return made
 
 
 def _report_inputs(context: StageContext) -> dict[str, Any]:

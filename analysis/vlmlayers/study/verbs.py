@@ -11,7 +11,7 @@ from typing import Any
 from vlmlayers.errors import check_one_of
 from vlmlayers.options import validated
 from vlmlayers.runs import Run, environment, score_table
-from vlmlayers.study.schema import DEFAULT_METRICS, Study, check_study
+from vlmlayers.study.schema import DEFAULT_METRICS, ExtractPart, Study, check_study
 from vlmlayers.user_code import is_user_code
 
 
@@ -22,7 +22,7 @@ def study_of(
     *,
     adapter: Path | None,
     seed: int,
-    **extraction: Any,
+    extraction: ExtractPart,
 ) -> Study:
     """Return the study that the arguments of `vlmlayers extract` describe.
 
@@ -32,7 +32,7 @@ def study_of(
         weights: Which weights it gets; keyword arguments of `load_model`.
         adapter: Trained adapter to attach.
         seed: Seed of the draw of items.
-        **extraction: Keys of the table `[extract]`.
+        extraction: The table `[extract]`.
     """
     local = Path(model).is_dir()
     part = {
@@ -40,7 +40,8 @@ def study_of(
         **weights,
         "adapter": str(adapter.resolve()) if adapter else "",
     }
-    content = {"models": [part], "datasets": datasets, "seed": seed, "extract": extraction}
+    content = {"models": [part], "datasets": datasets, "seed": seed}
+    content["extract"] = extraction.model_dump()
     return check_study(content, "the command line")
 
 

@@ -1,30 +1,51 @@
-"""What the command line does by default is what Python does by default."""
+"""An option is the same from Python, the command line and a study file: type, default and words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from vlmadapters.cli.search import search as search_verb
-from vlmadapters.cli.validate import validate as validate_verb
-from vlmadapters.validation.search import search
-from vlmadapters.validation.validate import validate
+import vlmadapters as va
+import vlmlayers as vl
+from vlmadapters.cli.search import search
+from vlmadapters.cli.search_stage import SearchPart
+from vlmadapters.cli.train import train
+from vlmadapters.cli.train_stage import TrainPart
+from vlmadapters.cli.validate import validate
+from vlmadapters.cli.validate_stage import ValidatePart
+from vlmlayers.cli.measure import extract
+from vlmlayers.options import Options
+from vlmlayers.study.schema import ExtractPart
 
-OTHERWISE = {"model", "datasets", "manifests", "choice", "placement", "out", "method", "scores"}
+# A study asks for the same items and prompts of every dataset, Python for one split of one.
+OWN = {"items", "template", "split"}
 
 
-@pytest.mark.parametrize(("verb", "function"), [(search_verb, search), (validate_verb, validate)])
-def test_defaults_are_those_of_the_function(
-    verb: Callable[..., Any], function: Callable[..., Any]
+@pytest.mark.parametrize(
+    ("verb", "function", "table", "some"),
+    [
+        (extract, vl.extract, ExtractPart, {"spaces", "pooling", "decoding", "workers"}),
+        (search, va.search, SearchPart, {"amounts", "criterion", "novel", "seeds"}),
+        (train, va.train, TrainPart, {"protocol", "seeds", "together", "limit"}),
+        (validate, va.validate, ValidatePart, {"kinds", "amount", "folds", "limit"}),
+    ],
+)
+def test_an_option_is_the_same_everywhere(
+    verb: Callable[..., Any], function: Callable[..., Any], table: type[Options], some: set[str]
 ) -> None:
     typed, called = signature(verb).parameters, signature(function).parameters
-    common = set(typed) & set(called) - OTHERWISE
-    assert {"seeds", "recipe", "together", "workers"} <= common
+    described = {name for name, field in table.model_fields.items() if field.description}
+    common = set(typed) & set(called) & described - OWN
+    assert {*some, "present_only", "skip_unreadable"} <= common
+    documented = " ".join((function.__doc__ or "").split())
     for name in common:
-        given = typed[name].default
-        if given is None and called[name].default is not None:
-            continue  # left to the function
-        assert given == called[name].default, name
+        field = table.model_fields[name]
+        _, option = get_args(typed[name].annotation)
+        assert option.help.startswith(field.description)
+        assert f"{name}: {field.description}" in documented
+        assert called[name].default == field.default
+        # Where several are taken at the command line, help says what stands for those not given.
+        assert typed[name].default in (field.default, None)

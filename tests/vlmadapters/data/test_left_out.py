@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlmadapters.cli import train_stage, validate_stage
+from vlmadapters.data.options import ReadOptions
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.train import base_to_novel
@@ -30,6 +31,7 @@ RECIPE = Recipe(
     "tiny", TrainConfig(lr=0.05, epochs=1, batch_size=4, shots=2), MMAConfig.span(3, 3, dim=4)
 )
 CHOICE = LayerChoice((3,), (3,), "explicit")
+SKIP = ReadOptions(skip_unreadable=True)
 NAMES = ("ant", "bee", "cat", "dog")
 
 
@@ -107,19 +109,19 @@ def test_absent_images_stop_the_work_or_are_left_out(
 
 
 def test_other_images_are_drawn_for_broken_ones(broken: Path) -> None:
-    data = TaskData(str(broken), shared_backbone(), skip_unreadable=True)
+    data = TaskData(str(broken), shared_backbone(), options=SKIP)
     for seed in range(5):
         drawn = data.shots(3, seed, "all")
         assert len(drawn) == 12 and "train/ant/2.png" not in {item.path for item in drawn}
     shutil.rmtree(broken / "train/bee")
     for number in range(4):
         (broken / f"train/ant/{number}.png").write_bytes(b"")
-    fewer = TaskData(str(broken), shared_backbone(), skip_unreadable=True)
+    fewer = TaskData(str(broken), shared_backbone(), options=SKIP)
     assert {item.class_name for item in fewer.shots(3, 0, "all")} == {"cat", "dog"}
     for path in broken.glob("train/*/*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="12 of 12 images of pets cannot be read"):
-        TaskData(str(broken), shared_backbone(), skip_unreadable=True).shots(4, 0, "all")
+        TaskData(str(broken), shared_backbone(), options=SKIP).shots(4, 0, "all")
 
 
 @pytest.mark.parametrize("work", WORK)

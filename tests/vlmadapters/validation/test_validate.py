@@ -291,7 +291,7 @@ def context(folder: Path, manifest: Manifest, said: list[str], **options: Any) -
     data = SimpleNamespace(manifest=manifest, options={"split": "train"})
     asked = {"shots": 2, "seeds": [1], "set": small, "amount": "given"} | options
     return SimpleNamespace(
-        run=Run(folder), options=asked,
+        run=Run(folder), table=lambda name: asked,
         datasets=[data], manifests=[manifest], extracted_manifests=[manifest], data_root=None,
         load_model=lambda: shared_backbone("clip"),
         scores=scores(), choice=CHOICE, seed=0, echo=said.append, progress=False, base=folder,

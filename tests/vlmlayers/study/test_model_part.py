@@ -92,7 +92,7 @@ def test_wrong_weights_are_one_line_without_torch(tmp_path: Path) -> None:
             f"checkpoint nowhere.pt does not exist (looked for {Path('nowhere.pt').absolute()}); "
             "mini-clip has no tags, its weights are named by a file",
         ),
-        (("--mean", "grey"), "--mean 'grey' is not three numbers such as 0.5,0.5,0.5"),
+        (("--mean", "grey"), "extract: 'mean': 'grey' is not three numbers such as 0.5,0.5,0.5"),
     ):
         code, errors = vlmlayers("extract", "mini-clip", *out, *words)
         assert (code, errors.splitlines()) == (2, [f"Error: {expected}", "False"])

@@ -1,0 +1,27 @@
+"""How the images of a dataset are read, and how many are tested: the options of every verb here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vlmlayers.options import Cli, ImageOptions
+
+
+class ReadOptions(ImageOptions):
+    """How images are read."""
+
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Threads that decode images; what the machine has where absent.",
+    )
+
+
+class DataOptions(ReadOptions):
+    """How images are read, and how many of them test."""
+
+    limit: Annotated[int, Cli(("--items", "--limit"))] = Field(
+        default=0, ge=0, description="Test items per dataset, 0 for all."
+    )

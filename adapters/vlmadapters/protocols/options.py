@@ -1,0 +1,32 @@
+"""The options of whatever trains, defined once for Python, the command line and study files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from vlmadapters.data.options import DataOptions, ReadOptions
+from vlmadapters.protocols.table import PROTOCOLS
+from vlmlayers.errors import check_one_of
+from vlmlayers.options import Several, at_key
+
+
+class RunOptions(ReadOptions):
+    """What every run of trainings takes."""
+
+    seeds: Several[int] = Field(default=(1, 2, 3), description="Seeds; 1,2,3 where absent.")
+    together: int = Field(default=12, ge=1, description="Settings trained side by side.")
+
+
+def _protocol(name: str) -> Any:
+    return check_one_of("protocol", name, PROTOCOLS)
+
+
+class TrainOptions(RunOptions, DataOptions):
+    """The options of `train`."""
+
+    protocol: Annotated[str, AfterValidator(at_key(_protocol))] = Field(
+        default="base-to-novel",
+        description="base-to-novel, few-shot, cross-dataset or domain-generalization.",
+    )

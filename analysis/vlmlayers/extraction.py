@@ -1,0 +1,105 @@
+"""What is extracted with which weights: options of Python, the command line and study files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from vlmlayers.arguments import Precision
+from vlmlayers.errors import check_one_of
+from vlmlayers.options import ImageOptions, Options, Several, at_key
+from vlmlayers.positions import ATTENTION, POOLINGS, SPACES, TOKENS, TOWERS
+
+
+def _space(name: str) -> str:
+    return check_one_of("space", name, SPACES + ATTENTION)
+
+
+def _tower(name: str) -> str:
+    return check_one_of("tower", name, TOWERS)
+
+
+def _pooling(name: str) -> str:
+    return check_one_of("pooling", name, (*POOLINGS, TOKENS))
+
+
+def _of_each_tower(given: Any) -> Any:
+    """Return the pooling of each tower, of words such as `mean` or `vision=cls`, or of a table."""
+    words = [given] if isinstance(given, str) else given
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        return {} if given is None else given  # a table, or what is none
+    pairs = [word.partition("=")[::2] if "=" in word else ("", word) for word in words]
+    both = {tower: name for key, name in pairs if not key for tower in TOWERS}
+    return both | {tower: name for tower, name in pairs if tower}
+
+
+class RecordOptions(ImageOptions):
+    """How features are recorded."""
+
+    text: Literal["prompts", "captions"] = Field(
+        default="prompts", description="prompts or captions."
+    )
+    tower: Annotated[str, AfterValidator(at_key(_tower))] | None = Field(
+        default=None, description="vision or text; both where absent."
+    )
+    spaces: Several[Annotated[str, AfterValidator(at_key(_space))]] = Field(
+        default=("native", "joint"),
+        min_length=1,
+        description="native, normed, joint, attention_entropy, attention_distance; native and "
+        "joint where absent.",
+    )
+    pooling: Annotated[
+        dict[
+            Annotated[str, AfterValidator(at_key(_tower))],
+            Annotated[str, AfterValidator(at_key(_pooling))],
+        ],
+        BeforeValidator(_of_each_tower),
+    ] = Field(
+        default={},
+        description="cls, eot, mean, or tokens for every token of a few items; vision=mean for one "
+        "tower; each tower's own where absent.",
+    )
+    precision: Precision = Field(default="fp32", description="auto, fp32, tf32, bf16 or fp16.")
+    decoding: Literal["full", "reduced", "nvjpeg"] = Field(
+        default="full",
+        description="full; reduced: large JPEGs at 1/2, 1/4 or 1/8; nvjpeg: on the GPU.",
+    )
+    batch_size: int = Field(default=64, ge=1, description="Items per forward pass.")
+    workers: int | None = Field(
+        default=None, ge=0, description="Decoding processes; what the machine has where absent."
+    )
+
+
+def _numbers(given: Any) -> Any:
+    """Return the numbers of a text such as 0.5,0.5,0.5; anything else as it is."""
+    try:
+        return tuple(map(float, given.split(","))) if isinstance(given, str) else given
+    except ValueError:
+        raise ValueError(f"{given!r} is not three numbers such as 0.5,0.5,0.5") from None
+
+
+Channels = Annotated[float | tuple[float, ...], BeforeValidator(_numbers)]
+
+
+class WeightsOptions(Options):
+    """Which weights a model gets, how images are prepared for them, and at what size."""
+
+    pretrained: str | None = Field(default=None, description="Tag, or a file of weights.")
+    random_weights: bool = Field(
+        default=False, description="An untrained model; every output says so."
+    )
+    like: str | None = Field(default=None, description="Tag that a file was trained like.")
+    mean: Channels | None = Field(
+        default=None, description="Mean of the channels, as in 0.5,0.5,0.5, for a file."
+    )
+    std: Channels | None = Field(default=None, description="Their standard deviation, likewise.")
+    interpolation: str | None = Field(default=None, description="bicubic or bilinear.")
+    resize_mode: str | None = Field(default=None, description="shortest, longest or squash.")
+    image_size: int | tuple[int, int] | None = Field(
+        default=None, description="Side of the images, where it is not the model's own."
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `load_model` that were given."""
+        return self.model_dump(exclude_defaults=True)
