@@ -133,7 +133,7 @@ def test_the_other_studies_run_the_same_way(table: str, tmp_path: Path) -> None:
         ({"placements": ["12-5-1"]}, "placement"),
         ({"recipe": {"mma": "publishd"}}, "did you mean 'published'"),
         ({"recipe": {"mmma": "mini"}}, "unknown method 'mmma' in recipe of .*'mma'"),
-        ({"seeds": ["one"]}, r"\[\[train\]\]: seeds.0 is 'one'; a whole number"),
+        ({"seeds": ["one"]}, r"\[\[train\]\]: seeds\[0\] is 'one'; a whole number"),
     ],
 )
 def test_a_wrong_table_is_refused_before_anything_runs(
