@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
-from threading import Lock
+from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakSet, finalize
 
@@ -45,7 +45,8 @@ class Room:
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
         self._idle: WeakSet[Images] = WeakSet()
-        self._lock = Lock()  # images are decoded by several threads
+        # Several threads decode; reentrant, as images may be collected, and give back, at any time.
+        self._lock = RLock()
 
     def take(self, owner: Images, size: int) -> bool:
         """Return whether `size` more bytes fit, and count them; idle images make way."""
