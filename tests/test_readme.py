@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -123,8 +124,16 @@ def test_make_targets_exist(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("page", "code"), _blocks("python"))
-def test_python_blocks_compile(page: str, code: str) -> None:
-    compile(code if not code.startswith('"') else f"METRICS = {{\n{code}\n}}", page, "exec")
+def test_python_blocks_name_what_there_is(page: str, code: str) -> None:
+    """What they import of the two packages, and name behind `vl.` and `va.`, is there."""
+    named = []
+    for node in ast.walk(ast.parse(f"{{{code}}}" if code.startswith('"') else code, page)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("vlm", "mini")):
+            named += [(str(node.module), one.name) for one in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            package = {"vl": "vlmlayers", "va": "vlmadapters"}.get(node.value.id)
+            named += [(package, node.attr)] if package else []
+    assert [one for one in named if not hasattr(import_module(one[0]), one[1])] == []
 
 
 @pytest.mark.parametrize(("page", "text"), _blocks("toml"))

@@ -20,8 +20,7 @@ class MethodConfig:
     """Settings of a method: where it acts and how large it is. Subclasses add their fields.
 
     Class attributes describe the method and are no settings: `name` is its key in `METHODS`,
-    `title` its name in tables, `towers` those whose blocks a placement may name, and
-    `extensions` says in words what of a placement goes beyond the publication.
+    `title` its name in tables, and `towers` those whose blocks a placement may name.
 
     Attributes:
         vision: Vision blocks at which the method acts, counted from 1, rising.
@@ -38,7 +37,6 @@ class MethodConfig:
     name: ClassVar[str] = "zero-shot"
     title: ClassVar[str] = "zero-shot CLIP"
     towers: ClassVar[tuple[str, ...]] = ()
-    extensions: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         placed = Placement(self.vision, self.text)

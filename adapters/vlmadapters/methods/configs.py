@@ -54,7 +54,6 @@ class TextConfig(MethodConfig):
     text: tuple[int, ...] = (1,)
 
     towers: ClassVar[tuple[str, ...]] = ("text",)
-    extensions: ClassVar[str] = "every set of text blocks but the first block alone"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,7 +207,6 @@ class LASPConfig(WordsConfig):
     name: ClassVar[str] = "lasp"
     title: ClassVar[str] = "LASP"
     towers: ClassVar[tuple[str, ...]] = ("vision",)
-    extensions: ClassVar[str] = "every set of vision blocks but all and none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -403,9 +401,6 @@ class IVLPConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "ivlp"
     title: ClassVar[str] = "IVLP"
-    extensions: ClassVar[str] = (
-        "sets that leave out block 1 or have gaps; published are blocks 1 to a depth of each tower"
-    )
 
 
 @checked
@@ -456,10 +451,6 @@ class MaPLeConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "maple"
     title: ClassVar[str] = "MaPLe"
-    extensions: ClassVar[str] = (
-        "sets that leave out block 1, have gaps or differ between the towers; published are blocks "
-        "1 to one depth of both"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -504,10 +495,6 @@ class CLIPLoRAConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "cliplora"
     title: ClassVar[str] = "CLIP-LoRA"
-    extensions: ClassVar[str] = (
-        "sets other than the named ones (a third, half or the top 3 of the blocks), and other ones "
-        "in either tower"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -553,7 +540,6 @@ class LwEIBConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "lweib"
     title: ClassVar[str] = "LwEIB"
-    extensions: ClassVar[str] = "sets with gaps, and other ones in either tower"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -646,9 +632,6 @@ class RPOConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "rpo"
     title: ClassVar[str] = "RPO"
-    extensions: ClassVar[str] = (
-        "every set but all blocks: prompts pass blocks at which they do not read unchanged"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,13 +54,12 @@ def test_last_block_through_the_head_is_what_the_model_encodes(family, side):
 def test_text_blocks_agree_with_open_clip_forward_intermediates(family):
     clip = tiny.build(family)
     tower, ids = find_towers(clip)["text"], tiny.token_ids()
-    owner = clip.text if hasattr(clip, "text") else clip
-    key = {} if hasattr(clip, "text") else {"image": None}
     if hasattr(clip, "text"):
-        oracle = owner.forward_intermediates(ids, output_fmt="NLC", output_extra_tokens=True)
+        oracle = clip.text.forward_intermediates(ids, output_fmt="NLC", output_extra_tokens=True)
     else:
-        oracle = clip.forward_intermediates(text=ids, **key)
+        oracle = clip.forward_intermediates(image=None, text=ids)
     native = _record(tower, ids)["native"]
+    assert len(oracle["text_intermediates"]) == tower.depth
     rows = torch.arange(len(ids))
     for block, tokens in enumerate(oracle["text_intermediates"], start=1):
         if tower.suffix:

@@ -37,7 +37,6 @@ class MMAConfig(MethodConfig):
     name: ClassVar[str] = "mma"
     title: ClassVar[str] = "MMA"
     towers: ClassVar[tuple[str, ...]] = ("vision", "text")
-    extensions: ClassVar[str] = "sets with gaps, unequal towers and pairs of unequal blocks"
 
     def __post_init__(self) -> None:
         super().__post_init__()
