@@ -80,4 +80,4 @@ methods: setup ## Compare all methods on the miniature CLIP again (resumable; ha
 	$(RUN) figures/record_methods.py
 
 clean: ## Remove what the targets made, but not runs/
-	rm -rf .venv .venv-lowest .venv-peers .venv-thingsvision site .jupyter_cache docs/reference build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-lowest .venv-peers .venv-thingsvision site .jupyter_cache jupyter_execute docs/reference build dist .mypy_cache .ruff_cache .pytest_cache

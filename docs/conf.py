@@ -22,6 +22,7 @@ include_patterns = [
     "docs/**",
     "notebooks/*.ipynb",
     "figures/tables/*.md",
+    "benchmarks/registered_search.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]

@@ -41,9 +41,10 @@ def write_metrics(folder: Path) -> None:
 def _metric_page(name: str, row: dict[str, object]) -> str:
     function = METRICS[name].function
     home = f"{function.__module__}.{function.__qualname__}"
+    label = str(row["axis label"])
     facts = [f"| {word} | {_cell(row[key])} |" for word, key in COLUMNS.items() if row[key]]
     return "\n".join([
-        f"# `{name}`", "", f"{str(row['axis label']).capitalize()}: {row['meaning']}", "",
+        f"# `{name}`", "", f"{label[:1].upper()}{label[1:]}: {row['meaning']}", "",
         "| | |", "|---|---|", *facts, "",
         "```sh", f"vlmlayers score runs/demo --metric {name}", "```", "",
         "## The function", "",
