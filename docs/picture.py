@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 import vlmlayers as vl
 
 IMAGES = Path(__file__).parent / "images"
-WIDTH, HEIGHT, SCALE, COLOURS = 920, 1600, 1.5, 64
+WIDTH, HEIGHT, SCALE, COLOURS = 1080, 1600, 1.5, 64
 ALONE = (
     "<style>body > :not(main), main > :not(#answer), #answer button, #answer dl "
     "{ display: none !important }"

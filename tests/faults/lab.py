@@ -145,7 +145,7 @@ def content(folder: Path) -> dict[str, bytes]:
             found[name] = kept.to_csv(index=False).encode()
         elif path.name == "search.json":
             summary = json.loads(path.read_text())
-            del summary["cost"]["seconds"]
+            del summary["cost"]["seconds"], summary["environment"]  # what was timed, and when
             found[name] = json.dumps(summary).encode()
         elif path.suffix in (".npy", ".safetensors") or name.startswith(("store/", "scores")):
             found[name] = path.read_bytes()
