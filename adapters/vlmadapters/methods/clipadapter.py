@@ -20,7 +20,7 @@ from vlmadapters.clip.walk import State
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import CLIPAdapterConfig
+from vlmadapters.methods.head_configs import CLIPAdapterConfig
 from vlmadapters.methods.official import check_keys
 from vlmlayers.errors import UserError
 

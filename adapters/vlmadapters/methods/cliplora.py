@@ -26,7 +26,7 @@ from vlmadapters.clip.walk import Inside, at
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import CLIPLoRAConfig
+from vlmadapters.methods.deep_configs import CLIPLoRAConfig
 from vlmadapters.methods.official import check_keys, check_settings
 from vlmlayers.errors import UserError
 

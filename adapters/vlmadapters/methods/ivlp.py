@@ -15,8 +15,8 @@ from torch import Tensor
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import IVLPConfig
 from vlmadapters.methods.deep import DeepPrompts, drawn_prompts, with_fitting_words
+from vlmadapters.methods.deep_configs import IVLPConfig
 from vlmadapters.methods.official import check_keys, check_settings
 
 FIRST = {"vision": "image_encoder.VPT", "text": "prompt_learner.ctx"}

@@ -16,7 +16,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import scaled_cosines, single
 from vlmadapters.data.task import Task, places
 from vlmadapters.methods.base import FitData, Method
-from vlmadapters.methods.configs import LinearProbeConfig
+from vlmadapters.methods.head_configs import LinearProbeConfig
 from vlmlayers.errors import UserError
 
 

@@ -27,7 +27,8 @@ from vlmadapters.data.prompts import class_prompts
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import LwEIBConfig, read_descriptions, spelled
+from vlmadapters.methods.deep_configs import LwEIBConfig
+from vlmadapters.methods.descriptions import read_descriptions, spelled
 from vlmadapters.methods.official import check_keys, check_settings, is_prompt
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import placed

@@ -19,7 +19,7 @@ from vlmadapters.clip.logits import scaled_cosines, single
 from vlmadapters.data.prompts import TEMPLATE
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Step
-from vlmadapters.methods.configs import PromptSRCConfig
+from vlmadapters.methods.deep_configs import PromptSRCConfig
 from vlmadapters.methods.ivlp import IVLP
 
 TEMPLATES = 60

@@ -21,8 +21,8 @@ from vlmadapters.clip.walk import State
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import VIT_B_16, MethodConfig
-from vlmadapters.methods.configs import RPOConfig
 from vlmadapters.methods.context import word_embedding
+from vlmadapters.methods.deep_configs import RPOConfig
 from vlmadapters.methods.official import check_keys, check_settings, is_prompt
 from vlmlayers.errors import UserError
 

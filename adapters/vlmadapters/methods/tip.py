@@ -21,7 +21,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import single
 from vlmadapters.data.task import Task, places
 from vlmadapters.methods.base import FitData, Method
-from vlmadapters.methods.configs import TipConfig, TipFConfig
+from vlmadapters.methods.head_configs import TipConfig, TipFConfig
 
 LOG = logging.getLogger(__name__)
 SCALE = 100.0  # the authors' constant, whatever the backbone's own scale is

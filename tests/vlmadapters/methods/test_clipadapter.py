@@ -16,7 +16,7 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods.clipadapter import CLIPAdapter
-from vlmadapters.methods.configs import CLIPAdapterConfig
+from vlmadapters.methods.head_configs import CLIPAdapterConfig
 from vlmlayers.errors import UserError
 
 CONFIGS = [

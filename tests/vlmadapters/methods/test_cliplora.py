@@ -17,7 +17,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods.cliplora import CLIPLoRA
-from vlmadapters.methods.configs import CLIPLoRAConfig
+from vlmadapters.methods.deep_configs import CLIPLoRAConfig
 from vlmadapters.training.optimization import learning_rate
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError

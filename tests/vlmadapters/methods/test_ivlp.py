@@ -15,7 +15,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
-from vlmadapters.methods.configs import IVLPConfig
+from vlmadapters.methods.deep_configs import IVLPConfig
 from vlmadapters.methods.ivlp import IVLP
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.training.recipes import load_recipe

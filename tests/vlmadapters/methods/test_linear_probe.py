@@ -16,7 +16,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, save_method
 from vlmadapters.methods.base import FitData
-from vlmadapters.methods.configs import LinearProbeConfig
+from vlmadapters.methods.head_configs import LinearProbeConfig
 from vlmadapters.methods.linear_probe import LinearProbe
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError

@@ -17,7 +17,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
-from vlmadapters.methods.configs import LwEIBConfig
+from vlmadapters.methods.deep_configs import LwEIBConfig
 from vlmadapters.methods.lweib import LwEIB
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError

@@ -13,7 +13,7 @@ from stepping import TASK, assert_same_step, first_step
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.files import load_method, load_official, save_method, save_official
-from vlmadapters.methods.configs import IVLPConfig, MaPLeConfig
+from vlmadapters.methods.deep_configs import IVLPConfig, MaPLeConfig
 from vlmadapters.methods.ivlp import IVLP
 from vlmadapters.methods.maple import MaPLe
 from vlmadapters.training.recipes import load_recipe

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.files import load_method, load_official, save_method, save_official
-from vlmadapters.methods.configs import PromptSRCConfig
+from vlmadapters.methods.deep_configs import PromptSRCConfig
 from vlmadapters.methods.promptsrc import PromptSRC, default_templates
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError

@@ -7,20 +7,16 @@ from typing import Any
 import pytest
 
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import (
-    CLIPAdapterConfig,
+from vlmadapters.methods.configs import CoOpConfig, LASPConfig, ProDAConfig
+from vlmadapters.methods.deep_configs import (
     CLIPLoRAConfig,
-    CoOpConfig,
     IVLPConfig,
-    LASPConfig,
-    LinearProbeConfig,
     LwEIBConfig,
     MaPLeConfig,
-    ProDAConfig,
     PromptSRCConfig,
     RPOConfig,
-    TipConfig,
 )
+from vlmadapters.methods.head_configs import CLIPAdapterConfig, LinearProbeConfig, TipConfig
 from vlmlayers.errors import UserError
 
 

@@ -18,7 +18,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, save_method
-from vlmadapters.methods.configs import TipConfig, TipFConfig
+from vlmadapters.methods.head_configs import TipConfig, TipFConfig
 from vlmadapters.methods.tip import Tip, TipF
 from vlmadapters.training.recipes import TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer

@@ -13,12 +13,9 @@ from replays.runs import Run, runs_of, sgd
 
 from vlmadapters.data.task import Task
 from vlmadapters.methods.cliplora import CLIPLoRA
-from vlmadapters.methods.configs import (
-    CLIPAdapterConfig,
-    LwEIBConfig,
-    PromptSRCConfig,
-    blocks_to,
-)
+from vlmadapters.methods.configs import blocks_to
+from vlmadapters.methods.deep_configs import LwEIBConfig, PromptSRCConfig
+from vlmadapters.methods.head_configs import CLIPAdapterConfig
 from vlmadapters.training.recipes import TrainConfig
 
 # Logits are a hundred times the cosines. In double precision the losses lie up to 1.3e-5 from the

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import FitData, Step
-from vlmadapters.methods.configs import TipConfig, TipFConfig
+from vlmadapters.methods.head_configs import TipConfig, TipFConfig
 from vlmadapters.methods.tip import SCALE, Tip, TipF
 from vlmadapters.training.optimization import learning_rate, new_optimizer, set_rate
 from vlmadapters.training.recipes import load_recipe

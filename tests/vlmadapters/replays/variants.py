@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vlmadapters.data.task import Task
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import IVLPConfig, LASPConfig, MaPLeConfig, RPOConfig, blocks_to
+from vlmadapters.methods.configs import LASPConfig, blocks_to
+from vlmadapters.methods.deep_configs import IVLPConfig, MaPLeConfig, RPOConfig
 
 Hyper = Mapping[str, Any]
 PARTS = {"cross_entropy": "ce", "text_to_text": "t2t"}

@@ -1,0 +1,236 @@
+"""Settings of the methods that act inside blocks of both towers; they import no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.configs import blocks_to
+from vlmadapters.methods.descriptions import with_hash
+from vlmlayers.arguments import Count, NotNegative, Positive, Share, Takes, checked
+from vlmlayers.errors import UserError
+
+Matrix = Literal["q", "k", "v", "o"]
+
+
+@dataclass(frozen=True)
+class TwoTowerConfig(MethodConfig):
+    """What methods that act in both towers have in common: a block, and blocks from 1 on.
+
+    Raises:
+        UserError: There is no block in either tower.
+    """
+
+    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
+    depth_share: ClassVar[float] = 1.0  # how far down each tower the published placement goes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.vision and not self.text:
+            raise UserError(f"{self.name} has no block in either tower; name at least one")
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Act in the blocks of both towers from 1 on, to the published share of their depths."""
+        vision, text = (
+            blocks_to(max(1, round(cls.depth_share * depths[tower]))) for tower in cls.towers
+        )
+        return cls(vision, text, **options)
+
+
+@checked
+@dataclass(frozen=True)
+class IVLPConfig(TwoTowerConfig):
+    """Settings of IVLP: free prompts at blocks of either tower.
+
+    Without text blocks it is the vision-only control of the same authors (VPT), without vision
+    blocks their text-only one.
+
+    Attributes:
+        vision: Vision blocks that get new prompts, counted from 1, rising.
+        text: Text blocks that get new prompts, counted from 1, rising.
+        vision_length: Prompts per vision block.
+        text_length: Prompts per text block.
+        words: Words before the class name, whose first `text_length` tokens the prompts replace
+            and those of block 1 start from; empty for random ones.
+    """
+
+    vision_length: Count = 2
+    text_length: Count = 2
+    words: str = "a photo of a"
+
+    name: ClassVar[str] = "ivlp"
+    title: ClassVar[str] = "IVLP"
+
+
+@checked
+@dataclass(frozen=True)
+class PromptSRCConfig(IVLPConfig):
+    """Settings of PromptSRC, beside those of `IVLPConfig`.
+
+    Attributes:
+        vision_length: Prompts per vision block.
+        text_length: Prompts per text block.
+        text_weight: NotNegative of the distance of class features to the frozen ones.
+        image_weight: NotNegative of the distance of image features to the frozen ones.
+        templates: Templates over which frozen class features are averaged; empty takes the 60
+            published ones.
+        centre: Epoch that weighs most in the mean of the prompts, counted from 1.
+        spread: Standard deviation of the weights, in epochs.
+    """
+
+    vision_length: Count = 4
+    text_length: Count = 4
+    text_weight: NotNegative = 25.0
+    image_weight: NotNegative = 10.0
+    templates: tuple[str, ...] = ()
+    centre: float = 15.0
+    spread: Positive = 1.0
+
+    name: ClassVar[str] = "promptsrc"
+    title: ClassVar[str] = "PromptSRC"
+    depth_share: ClassVar[float] = 0.75  # 9 blocks of 12
+
+
+@checked
+@dataclass(frozen=True)
+class MaPLeConfig(TwoTowerConfig):
+    """Settings of MaPLe: text prompts at blocks, from which vision prompts are projected.
+
+    Attributes:
+        vision: Vision blocks that get new prompts, counted from 1, rising. Each is projected from
+            the text prompts of the same number.
+        text: Text blocks that get new prompts, counted from 1, rising.
+        length: Prompts per block.
+        words: Words before the class name, whose first `length` tokens the prompts replace and
+            those of block 1 start from; empty for random ones.
+    """
+
+    length: Count = 2
+    words: str = "a photo of a"
+
+    name: ClassVar[str] = "maple"
+    title: ClassVar[str] = "MaPLe"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.vision:
+            raise UserError(
+                "maple projects text prompts into the vision tower; name vision blocks, or take "
+                "ivlp for prompts in the text tower alone"
+            )
+
+    @classmethod
+    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
+        """Put prompts into the first three quarters of the shallower tower: 9 blocks of 12."""
+        blocks = blocks_to(max(1, round(0.75 * min(depths.values()))))
+        return cls(blocks, blocks, **options)
+
+
+@checked
+@dataclass(frozen=True)
+class CLIPLoRAConfig(TwoTowerConfig):
+    """Settings of CLIP-LoRA.
+
+    Attributes:
+        vision: Vision blocks whose attention is changed, counted from 1, rising.
+        text: Text blocks whose attention is changed, counted from 1, rising.
+        rank: Rank of a change.
+        alpha: A change is scaled by alpha / √rank.
+        dropout: Chance that an input of a change is dropped in training.
+        matrices: What is changed: maps to queries `q`, keys `k` and values `v`, and that of what
+            they give, `o`.
+        as_published: Do as the public code does at a dropout of 0: it hands no gradient down
+            through the changes, so that those of lower blocks are wrong.
+
+    Raises:
+        UserError: There is no block or no matrix, a matrix stands twice, or all is dropped.
+    """
+
+    rank: Count = 2
+    alpha: Positive = 1.0
+    dropout: Share = 0.25
+    matrices: tuple[Matrix, ...] = ("q", "k", "v")
+    as_published: bool = False
+
+    name: ClassVar[str] = "cliplora"
+    title: ClassVar[str] = "CLIP-LoRA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.matrices or len(set(self.matrices)) < len(self.matrices):
+            raise UserError(
+                f"matrices is {', '.join(self.matrices) or 'empty'}; name some of "
+                f"{', '.join(get_args(Matrix))}, each once"
+            )
+        object.__setattr__(self, "matrices", self.ordered(self.matrices))
+        if self.dropout == 1:
+            raise UserError("dropout is 1, which drops all that is learned; lower it")
+
+    @staticmethod
+    def ordered(matrices: Collection[str]) -> tuple[str, ...]:
+        """Return matrices in the order q, k, v, o."""
+        return tuple(one for one in get_args(Matrix) if one in matrices)
+
+
+@checked
+@dataclass(frozen=True)
+class LwEIBConfig(TwoTowerConfig):
+    """Settings of LwEIB.
+
+    Attributes:
+        vision: Vision blocks with convolutions, counted from 1, rising.
+        text: Text blocks with convolutions, counted from 1, rising.
+        alpha: Share of a convolution in what it acts on.
+        factor: What multiplies alpha in a fast block.
+        slow: Chance that a block is slow in a step.
+        negatives: Other classes in a step, for each class of its images; -1 takes all.
+        descriptions: JSON file, class name to descriptions, both as people write them; empty has
+            some general sentences for every class. What the file held is kept as `FILE#hash`.
+
+    Raises:
+        UserError: There is no block, or the file cannot be read, is no such JSON, or has changed.
+    """
+
+    alpha: Positive = 0.025
+    factor: Positive = 2.5
+    slow: Share = 0.8
+    negatives: Annotated[int, Takes(least=-1)] = 7
+    descriptions: str = ""
+
+    name: ClassVar[str] = "lweib"
+    title: ClassVar[str] = "LwEIB"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.descriptions:
+            object.__setattr__(self, "descriptions", with_hash(self.descriptions))
+
+
+@checked
+@dataclass(frozen=True)
+class RPOConfig(TwoTowerConfig):
+    """Settings of RPO: prompts that read the frozen tokens of both towers and change none.
+
+    Attributes:
+        vision: Vision blocks at which the prompts read, counted from 1, rising.
+        text: Text blocks at which they read, counted from 1, rising.
+        pairs: Pairs of an image and a text prompt.
+        as_published: Keep underscores of class names, as the public code does.
+    """
+
+    pairs: Count = 24
+    as_published: bool = False
+
+    name: ClassVar[str] = "rpo"
+    title: ClassVar[str] = "RPO"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for tower in self.towers:
+            if not getattr(self, tower):
+                raise UserError(
+                    f"rpo has no {tower} block; its prompts read in both towers: name one in each"
+                )

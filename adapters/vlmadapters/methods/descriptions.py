@@ -1,0 +1,50 @@
+"""Descriptions of classes, as some methods read them: a JSON file named by path and content."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vlmlayers.errors import UserError
+from vlmlayers.files import checksum
+
+
+def with_hash(where: str) -> str:
+    """Return the name of a file of descriptions with the hash of what it holds."""
+    path, _, then = where.partition("#")
+    now = checksum(repr(sorted(read_descriptions(path).items())))[:12]
+    if then not in ("", now):
+        raise UserError(
+            f"{path} has changed since it was used ({then} then, {now} now); restore it"
+        )
+    return f"{path}#{now}"
+
+
+def spelled(name: str) -> str:
+    """Return a class name as descriptions are looked up by: lower case, underscores as spaces."""
+    return name.replace("_", " ").lower()
+
+
+def read_descriptions(where: str) -> dict[str, tuple[str, ...]]:
+    """Return descriptions by class name, as `spelled`.
+
+    Args:
+        where: A JSON file, class name to a list of texts; `#` and a hash may follow.
+
+    Raises:
+        UserError: The file cannot be read, or is no such JSON.
+    """
+    path = Path(where.partition("#")[0])
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the descriptions {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    right = isinstance(found, dict) and all(
+        isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)
+        for texts in found.values()
+    )
+    if not right or not found:
+        raise UserError(f"{path} must hold an object, each class name with a list of texts")
+    return {spelled(name): tuple(texts) for name, texts in found.items()}
