@@ -64,7 +64,7 @@ def shared_root(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             'layout = "folder"\ncolumns = { pth = "x" }',
             "unknown key 'columns.pth'; did you mean 'path'?",
         ),
-        ('layout = "folder"\nsplit_sha256 = "abc"', "'split_sha256.0'"),
+        ('layout = "folder"\nsplit_sha256 = "abc"', "split_sha256 is 'abc'"),
         ('layout = "builtin"', "layout 'builtin' is for datasets that are drawn by code"),
         ("layout = ", "cannot be read as TOML"),
         ("x = " + "[" * 5000, "is not valid TOML: nested too deeply"),
