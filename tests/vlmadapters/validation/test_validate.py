@@ -23,7 +23,8 @@ from vlmadapters.cli import validate_stage
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.training.recipes import Recipe, TrainConfig
-from vlmadapters.validation.validate import label_of, summarise, validate
+from vlmadapters.validation.outcome import label_of, summarise
+from vlmadapters.validation.validate import validate
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
