@@ -191,12 +191,13 @@ class Trainer:
             self._prepared(method),
             self._optimizer(method),
             scaler,
-            method.official_state_dict(),
+            method.official_state_dict(),  # by which the result tells how far training went
         )
 
     def _optimizer(self, method: Method) -> torch.optim.Optimizer | None:
         """Return an optimizer of what a method trains; None where that is nothing."""
         groups = method.parameter_groups()
+        # Optimizers refuse an empty list, and some methods are fitted without a gradient.
         return new_optimizer(groups, self.train) if any(g["params"] for g in groups) else None
 
     def _prepared(self, method: Method) -> Any:
@@ -278,6 +279,7 @@ class Trainer:
             UserError: A loss is not finite; names the step that it was in.
         """
         for run in self.runs:
+            # All at once: the host waits for the device once a look instead of once a step.
             found = torch.cat(run.unread).tolist() if run.unread else []
             for number, loss in enumerate(found, len(run.losses)):
                 if not math.isfinite(loss):
@@ -412,10 +414,8 @@ class Trainer:
         return self.images, tuple(item.path for item in items), self.train.precision
 
     def _view_features(self, number: int) -> Tensor:
-        """Return joint features of the plain backbone of a view of all items, (item, joint).
-
-        In batches of one size, so that they are to the bit the same for every method.
-        """
+        """Return joint features of the plain backbone of a view of all items, (item, joint)."""
+        # In batches of one size, so that they are to the bit the same for every method.
         drawn = self.seed, number, self.train.augmentation, self.train.device_crops
         batches = np.split(np.arange(len(self.items)), range(BATCH, len(self.items), BATCH))
 

@@ -49,11 +49,9 @@ def _span(start: int, last: int) -> Blocks:
 def _random_blocks(
     generator: random.Random, chosen: Placement, depths: Mapping[str, int]
 ) -> Placement:
-    """Draw as many blocks per tower as chosen, as many of them in both towers as chosen.
-
-    A block that is adapted in both towers shares parameters in MMA and in MaPLe, so equal counts
-    alone would not be an equal number of parameters.
-    """
+    """Draw as many blocks per tower as chosen, as many of them in both towers as chosen."""
+    # A block that is adapted in both towers shares parameters in MMA and in MaPLe, so equal counts
+    # alone would not be an equal number of parameters.
     shallow, deep = sorted(depths, key=lambda tower: depths[tower])
     both = set(chosen.vision) & set(chosen.text)
     common = range(1, depths[shallow] + 1)

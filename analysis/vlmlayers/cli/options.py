@@ -82,12 +82,14 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
             sets[parameter.name] = kind
             parameters += [_typed(name, kind.model_fields[name]) for name in _own_first(kind)]
         else:
+            # By name alone, or one without a default could not stand behind one that has some.
             parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
 
     @wraps(verb)
     def run(**given: Any) -> None:
         for name, kind in sets.items():
             own = {key: given.pop(key) for key in kind.model_fields}
+            # typer hands on None where nothing was typed; the default is the options' own.
             told = {key: value for key, value in own.items() if value is not None}
             given[name] = validated(kind, told, verb.__name__)
         verb(**given)

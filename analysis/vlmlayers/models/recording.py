@@ -341,10 +341,8 @@ class Recorder:
         return tower.norm_after(pooled)
 
     def _pool(self, tokens: Tensor, pooling: str) -> Tensor:
-        """Return (item, width) from (item, token, width), in storage of its own.
-
-        A view of one token would keep the whole activation until the pass ends.
-        """
+        """Return (item, width) from (item, token, width), in storage of its own."""
+        # A view of one token would keep the whole activation until the pass ends: hence `clone`.
         tower = self.tower
         if pooling == TOKENS:
             return tokens.clone()
