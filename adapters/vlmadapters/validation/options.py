@@ -68,6 +68,11 @@ class FoldOptions(RunOptions):
     shots: int | None = Field(
         default=None, ge=1, description="Items per class; the recipe's where absent."
     )
+    amounts: Annotated[Amounts, Cli(repeated="AMOUNT")] = Field(
+        default=None,
+        description="Amount to try beside the recipe's, as in scale=0.3,epochs=15; multiples of it "
+        "where absent.",
+    )
 
 
 class SearchOptions(FoldOptions):
@@ -84,11 +89,6 @@ class SearchOptions(FoldOptions):
     ] = Field(
         default=None,
         description="Blocks to try beside the default, as in 9-12; the usual ones where absent.",
-    )
-    amounts: Annotated[Amounts, Cli(("--amount",), "AMOUNT")] = Field(
-        default=None,
-        description="Amount to try, as in scale=0.3,epochs=15; multiples of the recipe's where "
-        "absent.",
     )
     criterion: Criterion = Field(
         default="log_likelihood",
@@ -114,11 +114,6 @@ class ValidateOptions(FoldOptions, DataOptions):
         default="tuned",
         description="tuned: each placement at its own amount, found on training shots, and at the "
         "recipe's beside it; given: at the recipe's alone, several times as fast.",
-    )
-    amounts: Annotated[Amounts, Cli(repeated="AMOUNT")] = Field(
-        default=None,
-        description="Amount that tuning tries, as in scale=0.3,epochs=15; multiples of the "
-        "recipe's where absent.",
     )
     folds: int = Field(default=4, ge=2, description="Folds that amounts are tuned on.")
     reference: Annotated[str, AfterValidator(at_key(_reference))] = Field(
