@@ -62,7 +62,7 @@ def test_the_authors_layout_is_written_and_read(tmp_path: Path) -> None:
 def test_what_is_no_part_of_the_adapter_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "vlmlayers")
+    caplog.set_level("INFO", "vlmadapters")
     model = shared_backbone()
     adapter = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4), seed=5)
     state = {**adapter.official_state_dict(), "token_prefix": torch.zeros(2)}

@@ -202,7 +202,7 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
     torch.save({"ctx": torch.zeros(5, 4, 32)}, path)
     with pytest.raises(UserError, match="contexts of 5 classes, and the task has 3"):
         load_official(path, model, method="coop", task=TASK)
-    with pytest.raises(UserError, match="give the task with their names"):
+    with pytest.raises(UserError, match="name the classes"):
         load_official(path, model, method="coop")
 
 

@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from vlmadapters.data.images import Room
+from vlmadapters.data.options import DataOptions
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.cells import Cell, CellFolder
 from vlmadapters.protocols.experiment import Experiment
@@ -87,7 +88,13 @@ def test_a_sweep_decodes_each_test_image_once_where_those_of_one_dataset_fit(
         room = Room(images_that_fit * 3 * 32 * 32)
         monkeypatch.setattr("vlmadapters.data.images.shared_room", lambda room=room: room)
         opened.clear()
-        experiment = Experiment("base-to-novel", shared_backbone(), RECIPE, **QUICK | {"limit": 16})
+        experiment = Experiment(
+            "base-to-novel",
+            shared_backbone(),
+            RECIPE,
+            options=DataOptions(limit=16),
+            progress=False,
+        )
         table = experiment.run(names, several, seeds=(1, 2), together=1)
         assert {opened[one] for one in tested} == times  # without room: 4 cells and zero-shot
         assert room.used <= room.limit
@@ -393,7 +400,7 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
         (["--set", "lr"], "is not KEY=VALUE"),
         (["--set", "epochs=many"], "--set: epochs takes a whole number from 1, not 'many'"),
         (["--set", "ebochs=1"], "did you mean 'epochs'"),
-        (["--seeds", "one"], "not a list of whole numbers"),
+        (["--seeds", "one"], r"seeds\[0\] is 'one'; a whole number is needed"),
         (["--placement", "low"], "cannot read the placement"),
         (["--recipe", "publishd"], "did you mean 'published'"),
         (["--set", "fused=maybe"], "--set: fused takes True or False, not 'maybe'"),

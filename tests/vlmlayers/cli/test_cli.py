@@ -354,7 +354,6 @@ def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
         "1",  # slow enough to be met while it works
         "--out",
         str(tmp_path / "run"),
-        "--quiet",
     ]
     process = subprocess.Popen(
         command,

@@ -645,7 +645,7 @@ def test_nan_and_inf_name_dataset_tower_and_position(value: float) -> None:
         ({"positions": ["prj"]}, "unknown position 'prj'; did you mean 'proj'"),
         ({"bootstrap": 1}, "bootstrap is 1; at least 2 is needed"),
         ({"folds": 2}, "folds is 2; at least 3 is needed"),
-        ({"seeds": ()}, r"seeds is \(\); at least 1 is needed"),
+        ({"seeds": ()}, r"seeds is \(\); a list of at least 1 is needed"),
         ({"balance": "equl"}, "unknown balance 'equl'; did you mean 'equal'"),
         ({"normalise": "row"}, "unknown normalise 'row'; did you mean 'rows'"),
         ({"vision_split": "clas"}, "unknown vision_split 'clas'; did you mean 'class'"),

@@ -472,7 +472,7 @@ def test_the_report_is_there_before_the_long_stages(
     found = []
     stage = replace(
         STAGES["validate"],
-        inputs=lambda context: "",
+        inputs=lambda context: {},
         run=lambda context: found.append(context.run.report.exists()),
         outputs=lambda context: [],
         wanted=lambda context: True,
