@@ -102,4 +102,5 @@ class WeightsOptions(Options):
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `load_model` that were given."""
+        # `load_model` refuses what does not apply to a model, so what was not given stays out.
         return self.model_dump(exclude_defaults=True)

@@ -257,6 +257,7 @@ def _cleaned(text: str) -> str:
 def _token(token: str, text: str, what: str, examples: str) -> tuple[str, tuple[int, ...]]:
     """Return the letter of a tower, or none, and the blocks of one part of a placement."""
     found = _TOKEN.fullmatch(token)
+    # \d also matches the digits of other scripts, and int() would read them.
     if found is None or not token.isascii():
         raise UserError(f"cannot read {what} {text[:80]!r}; write {examples}")
     letter, first, last = found.groups()

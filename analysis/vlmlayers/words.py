@@ -47,6 +47,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) ->
 def escape_markdown(text: str) -> str:
     """Return text that Markdown shows as it is, HTML included."""
     plain = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
+    # The backslash first, or those that escape the other marks would be escaped in turn.
     for mark in "\\|*_`[]":
         plain = plain.replace(mark, "\\" + mark)
     return plain

@@ -72,6 +72,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            # Otherwise click would print its own errors and exit before those below are reached.
             sys.exit(app(standalone_mode=False, prog_name="vlmlayers") or 0)
     except typer.Abort:
         sys.exit(1)

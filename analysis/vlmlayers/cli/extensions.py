@@ -85,6 +85,7 @@ def _extension(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         reason = str(error)
 
+        # A verb all the same: a broken extension must not take the help of the others with it.
         def function() -> None:
             raise UserError(
                 f"the verb {name!r} cannot be loaded: {reason}; "

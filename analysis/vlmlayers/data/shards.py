@@ -101,6 +101,7 @@ def _index(
     path: str, changed: int, size: int, members: Members
 ) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
     try:
+        # Only `r:`: in a compressed tar no member can be reached by its offset.
         with Path(path).open("rb") as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
             found, others = _keyed(tar, path, size)
             samples = []

@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted and listed, then refused or left out with a word."""
+"""Images that cannot be read: counted and listed, then refused or left out with a warning."""
 
 from __future__ import annotations
 

@@ -161,6 +161,7 @@ class TowerFeatures:
             if array.ndim == 3:
                 head["token"] = np.tile(self.tokens, len(self))
             found = pd.concat([pd.DataFrame(head), values], axis=1)
+            # NaN stands for tokens behind the end of a text, which get no row.
             parts.append(found[found["x0"].notna()])
         return pd.concat(parts, ignore_index=True)
 
@@ -441,6 +442,7 @@ def _numbers(values: Any, where: str) -> NDArray[np.float32]:
     if not np.isfinite(array).all():
         row, column = np.argwhere(~np.isfinite(array))[0]
         raise UserError(f"NaN or Inf in {where}, first at item {row}, column {column}")
+    # The cast would make it Inf with no more than a warning.
     if abs(array).max() > FLOAT32:
         raise UserError(f"{where} has values beyond {FLOAT32:.0e}, the largest of float32")
     return array.astype(np.float32)

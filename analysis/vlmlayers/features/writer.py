@@ -297,6 +297,7 @@ class StoreWriter:
     def _without(self, bad: Mapping[int, str]) -> Path:
         """Copy the arrays, leaving out the rows of unreadable images."""
         kept = self.partial / "kept"
+        # What an earlier, interrupted call may have left.
         shutil.rmtree(kept, ignore_errors=True)
         for name, plan in self.towers.items():
             for space, position, shape in plan.places():
@@ -495,5 +496,6 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folders(folder: Path) -> None:
+    # A rename may reach the disk before the entries of what it renames.
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
         _sync(path)

@@ -54,6 +54,7 @@ def finish(ax: Axes, title: str, *, last: bool = True, first: bool = True, pad: 
 
 def legend_of_choice(ax: Axes) -> None:
     """Name the strips of chosen blocks, which have the colours of the towers, in the legend."""
+    # An empty band draws nothing and gives the legend its patch.
     ax.fill_between([], [], color="#8C8C8C", linewidth=0, label="Chosen blocks")
 
 

@@ -231,6 +231,7 @@ def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
     """Return one row per tower and position: mean over seeds, interval ± one sd over seeds."""
     keys = [name for name in scores.columns if name not in
             ("value", "low", "high", "null", "n", "seed", "options")]  # fmt: skip
+    # pandas would drop groups with a missing value among their keys.
     groups = scores.groupby(keys, sort=False, dropna=False)
     frame = groups.agg(value=("value", "mean"), sd=("value", "std"), null=("null", "mean"),
                        n=("n", "first"), seeds=("seed", "nunique")).reset_index()  # fmt: skip

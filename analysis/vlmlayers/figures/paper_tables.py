@@ -75,6 +75,7 @@ def averages(folders: Folders) -> PaperTable:
     several = published("three_benchmarks", folders).query("benchmark == 'base_to_novel'")
     for table in (published("base_to_novel", folders), several):
         printed = as_numbers(table[table.dataset == AVERAGE])
+        # The paper's own numbers stay; other sources fill in what it does not print.
         numbers |= {key: cell for key, cell in printed.items() if key not in numbers}
     datasets = _unique(published("base_to_novel", folders).dataset)
     datasets.remove(AVERAGE)

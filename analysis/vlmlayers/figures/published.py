@@ -59,6 +59,7 @@ def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
         return pd.DataFrame(columns=[*RESULT_COLUMNS, "setting"])
     kept = table[table.protocol.str.replace("-", "_") == protocol].copy()
     kept = kept if "settings" in kept else kept.assign(settings="")
+    # A training that was repeated stands twice: its last row counts.
     kept = kept.drop_duplicates([*RESULT_COLUMNS[:-1], "settings"], keep="last")
     kept["accuracy"] = 100 * kept.accuracy.astype(float)
     pairs = [(_setting(row), row["settings"]) for row in kept.to_dict("records")]

@@ -135,6 +135,7 @@ class PaperTable:
         """Write `name`.csv (tidy), .md and .tex into the folder `out`."""
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / f"{self.name}{suffix}" for suffix in (".csv", ".md", ".tex")]
+        # The same line ends on every system, so that recorded tables compare byte by byte.
         self.tidy().to_csv(paths[0], index=False, lineterminator="\n")
         paths[1].write_text(self.markdown(), encoding="utf-8")
         paths[2].write_text(self.latex(), encoding="utf-8")

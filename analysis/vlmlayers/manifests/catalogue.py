@@ -26,6 +26,7 @@ def _files() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders():
         for path in sorted(folder.glob("*.toml")):
+            # The user's folders come first: an own manifest goes before a shipped one.
             found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
 
@@ -99,6 +100,7 @@ def _folder_spec(path: Path) -> Spec:
     tables = {
         split: f"{folder}/{file}"
         for split, folder in splits.items()
+        # The last entry of a key stays, so that the first of METADATA wins.
         for file in reversed(METADATA)
         if (path / folder / file).is_file()
     }

@@ -78,6 +78,7 @@ def built_in(name: str, spec: Spec) -> CheckResult:
 
 def not_listed(name: str, spec: Spec, error: UserError) -> CheckResult:
     """Return the state of a dataset whose items could not be listed."""
+    # Without the advice, which `line` adds for every state.
     note = str(error).removeprefix(f"{name}: ").split("; get it:")[0]
     state = "missing" if isinstance(error, MissingData) else "altered"
     known = isinstance(error, MissingData | AlteredData)
@@ -131,6 +132,7 @@ def compare(
 
 
 def _state(found: int, missing: int, odd: bool, unreadable: bool) -> str:
+    # First: where no image is here, lists that differ are not worth a word.
     if found == 0:
         return "missing"
     if odd or unreadable:

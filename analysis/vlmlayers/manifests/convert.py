@@ -72,6 +72,7 @@ def write_shards(
             name = f"{part}-{number:05d}.tar"
             batch = items[start : start + per_shard]
             state = replace(data[part], items=data[part].items[start : start + per_shard]).hash
+            # The note alone does not do: a shard may have been deleted or cut since.
             if done.get(name) != state or not _whole(target / name, len(batch)):
                 write_shard(target / name, _samples(manifest, batch, start, root))
                 done[name] = state

@@ -59,6 +59,7 @@ class Manifest:
     source: Path | None = None
 
     def __hash__(self) -> int:
+        # A spec holds dictionaries, which have no hash; that of its content stands for it.
         return hash((self.name, self.spec.hash, self.source))
 
     @classmethod
@@ -152,6 +153,7 @@ class Manifest:
 
     def prompt(self, class_name: str, template: str | None = None) -> str:
         """Return the prompt of one class. Braces in the name stay as they are."""
+        # Not `format`, which would read braces in a class name.
         return (template or self.template).replace("{}", class_name.replace("_", " "))
 
     @checked

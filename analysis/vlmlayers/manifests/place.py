@@ -73,6 +73,7 @@ class Place:
             MissingData: None of them exists.
         """
         for candidate in candidates:
+            # Beside the TOML file first: who brings a manifest brings its lists along.
             for base in (self.beside, self.root) if self.beside else (self.root,):
                 if (base / candidate).is_file():
                     return base / candidate
@@ -119,6 +120,7 @@ def known_checksum(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _checksum(stamp: tuple[str, int, int]) -> str:
+    # Time and size are in the key, so that a file that changed is read again.
     return file_checksum(Path(stamp[0]))
 
 
@@ -133,6 +135,7 @@ def read_text(path: Path) -> str:
             raise UserError(f"{path} is larger than {LARGEST_LIST:,} bytes; no list of items")
         content = path.read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        # `utf-8-sig` drops the mark that spreadsheets write before the name of the first column.
         text = content.decode("utf-16" if wide else "utf-8-sig")
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:

@@ -42,6 +42,7 @@ def rbf_kernel(x: Array, *, sigma: float = 0.5) -> Array:
     The median is over all n² pairs, as published: an item with itself counts.
     """
     squares = squared_distances(_spread_out(x))
+    # Relative to the data: with an absolute width the norm of a layer would decide, not its shape.
     median = float(np.median(squares))
     if median <= 0.0:
         raise UserError("half of all pairs of items coincide; the kernel has no width")
@@ -58,6 +59,7 @@ def cosine_kernel(x: Array) -> Array:
 
 def distance_kernel(x: Array) -> Array:
     """Return squared Euclidean distances between rows, (n, n)."""
+    # Ranks are all that RSA reads, and a root does not change them.
     return squared_distances(_spread_out(x))
 
 
@@ -71,6 +73,7 @@ def _spread_out(x: Array) -> Array:
 
 def biased_signature(kernel: Array) -> Array:
     """Return the doubly centred kernel at norm 1: inner products are biased CKA."""
+    # Centred features do not suffice: an RBF kernel of centred rows is not centred itself.
     rows = kernel.mean(axis=0)
     return _normalised(kernel - rows[None, :] - rows[:, None] + rows.mean())
 
@@ -87,6 +90,7 @@ def debiased_signature(kernel: Array) -> Array:
     hollow = kernel.copy()
     np.fill_diagonal(hollow, 0.0)
     rows = hollow.sum(axis=0)
+    # With these divisors every row sums to zero off its diagonal; plain means would not do.
     hollow -= (rows[None, :] + rows[:, None]) / (n - 2)
     hollow += rows.sum() / ((n - 1) * (n - 2))
     np.fill_diagonal(hollow, 0.0)
@@ -100,6 +104,7 @@ def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
     # A copy: one kernel serves the value, its null and every jackknife group.
     similarity = kernel.copy()
     np.fill_diagonal(similarity, -np.inf)
+    # Only who is near counts, not in which order: a partition is cheaper than a sort.
     near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
     result = np.zeros((n, n))
     # n·k equal entries: the product of two signatures is the mean share of common neighbours.
@@ -165,6 +170,7 @@ def cka(
     """
     check_one_of("kernel", kernel, ("linear", "rbf"))
     check_one_of("form", form, ("auto", "gram", "feature"))
+    # Unbiased HSIC divides by n − 3.
     x, y = paired(x, y, 4 if debiased else 2)
     if kernel == "linear" and (form == "feature" or (form == "auto" and prefers_features(x, y))):
         return _feature_cka(x, y, debiased)
@@ -223,6 +229,7 @@ def rsa(x: Given, y: Given) -> float:
 
     Reference: Kriegeskorte et al. 2008.
     """
+    # Three items have three distances, and Spearman's correlation then only ±½ or ±1.
     x, y = paired(x, y, 4)
     first, second = distance_kernel(x), distance_kernel(y)
     return float((rank_signature(first) * rank_signature(second)).sum())
@@ -280,6 +287,7 @@ def shape_angles(first: Array, second: Array, *, half: bool = False) -> Array:
 
 def _compact(x: Array) -> Array:
     """Return x rotated into its span where items are fewer than columns."""
+    # Singular values of XᵀY do not see rotations of the columns, so that n columns suffice.
     n, width = x.shape
     return x if n >= width else triangle(x.T).T
 
@@ -302,5 +310,6 @@ def calibrated(value: Any, shuffled: Given, best: float) -> Array:
 
     Reference: Hubert and Arabie 1985 (adjustment for chance), with a permutation null.
     """
+    # Not clamped: agreement below chance is a finding and comes out negative.
     chance = shuffled.mean(axis=0)
     return (value - chance) / (best - chance)

@@ -68,6 +68,7 @@ def _by_gram(xs: Sequence[Any], ys: Sequence[Any], debiased: bool) -> Array:
     def stacked(side: Sequence[Any]) -> Array:
         return np.stack([signature(linear_kernel(matrix(z))).ravel() for z in side])
 
+    # The same object, not equal arrays: within a tower every signature is made once.
     first = stacked(xs)
     return first @ (first if ys is xs else stacked(ys)).T
 
@@ -75,6 +76,7 @@ def _by_gram(xs: Sequence[Any], ys: Sequence[Any], debiased: bool) -> Array:
 def _by_features(xs: Sequence[Any], ys: Sequence[Any], debiased: bool, block: int) -> Array:
     n = len(xs[0])
     means = [[_mean(z, block) for z in side] for side in (xs, ys)]
+    # Own HSIC first: it refuses constant layers before the many cells are computed.
     own = [
         np.array([_hsic(z, [z], m, [m], block, debiased)[0] for z, m in zip(side, centres)])
         for side, centres in zip((xs, ys), means)

@@ -36,6 +36,7 @@ def fisher_ratio(x: Given, labels: Any) -> float:
     """
     x = centred(x, smallest_n=3)
     y = classes(labels, len(x))
+    # tr S_w is what S_b leaves of the total: deviations from class means are never formed.
     total = np.square(x).sum()
     between = np.bincount(y) @ np.square(_means(x, y)).sum(axis=1)
     if total - between <= 1e-12 * total:
@@ -133,6 +134,7 @@ def overlap_values(x: Any, labels: Any, *, k: int = 10) -> Array:
     x = unit(x, smallest_n=3)
     y = classes(labels, len(x))
     k = min(k, len(x) - 1)
+    # Cosines and not distances: norms grow along the residual stream and would pick the neighbours.
     similarity = x @ x.T
     np.fill_diagonal(similarity, -np.inf)
     near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
@@ -186,6 +188,7 @@ def fisher_null(n: int, labels: Labels) -> float:
 def same_label_null(n: int, labels: Labels) -> float:
     """Return the chance that another item has the same label, Σ n_c(n_c − 1)/(n(n − 1))."""
     counts = np.unique(labels, return_counts=True)[1]
+    # Without the item itself: Σ p_c² is right for draws with replacement only.
     return float((counts * (counts - 1)).sum() / (n * (n - 1)))
 
 
@@ -214,12 +217,14 @@ def _shrunk_inverse(x: Array, width: int | None) -> Callable[[Array], Array]:
     covariance = x.T @ x / n
     shrinkage, size = shrinkage_of(x, covariance, max(width or 0, x.shape[1]))
     ridge = shrinkage * size
+    # Fully shrunk, Σ is a multiple of the identity and needs no factor.
     if shrinkage >= 1.0:
         return lambda columns: columns / size
     if ridge <= 0.0:
         raise UserError("covariance is singular and shrinkage is zero; use more items")
     covariance *= 1.0 - shrinkage
     covariance.flat[:: len(covariance) + 1] += ridge
+    # Solved and never inverted: an inverse costs more and loses the digits of small eigenvalues.
     factor = scipy.linalg.cho_factor(covariance, lower=True, overwrite_a=True)
     return lambda columns: np.asarray(scipy.linalg.cho_solve(factor, columns))
 

@@ -96,6 +96,7 @@ class Metric:
     of_parts: Callable[..., Any] | None = None
     parts: tuple[Callable[..., Any], ...] = ()
     takes: tuple[str, ...] = ()
+    # Read-only, and made by a factory: a dataclass refuses defaults that have no hash.
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     base: str = ""
 

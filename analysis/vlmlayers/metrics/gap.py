@@ -36,6 +36,7 @@ def centroid_gap(x: Given, y: Given, pairs: Any = None) -> float:
 def centroid_gap_weighted(x: Any, y: Any, pairs: Any, wx: Array, wy: Array) -> Array:
     """Return the centroid gap under each row of item weights, (draw,)."""
     x, y = _clouds(x, y)
+    # `pairs` do not matter here; the protocol calls every gap metric with the same arguments.
     means = [w @ rows / w.sum(axis=1, keepdims=True) for w, rows in ((wx, x), (wy, y))]
     return np.linalg.norm(means[0] - means[1], axis=1)
 
@@ -114,6 +115,7 @@ def frechet_gap(x: Given, y: Given, pairs: Any = None) -> float:
 
 def nuclear_norm(x: Array, y: Array) -> float:
     """Return the sum of the singular values of X Yᵀ; for rows ≫ width at the cost of width³."""
+    # The orthogonal factor of QR leaves singular values as they are.
     if len(x) > x.shape[1]:
         x = triangle(x)
     if len(y) > y.shape[1]:
@@ -123,6 +125,7 @@ def nuclear_norm(x: Array, y: Array) -> float:
 
 def auc_weighted(scores_x: Array, scores_y: Array, wx: Array, wy: Array) -> Array:
     """Return the chance that an image scores above a text under item weights, (draw,)."""
+    # Ranks by binary search, so that images × texts comparisons are never held at once.
     order = np.sort(scores_y)
     below = np.searchsorted(order, scores_x, "left"), np.searchsorted(order, scores_x, "right")
     rank = np.argsort(scores_y, kind="stable")
@@ -141,12 +144,14 @@ def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
     similarity = x @ y.T
     match = np.zeros(similarity.shape, dtype=bool)
     match[pairs[:, 0], pairs[:, 1]] = True
+    # A query without a match could only ever miss.
     asked = match.any(axis=1)
     similarity, match = similarity[asked], match[asked]
     # Equal cosines differ by rounding, which must not decide between them: hence the margin.
     best = np.where(match, similarity, -np.inf).max(axis=1, keepdims=True)
     above = ((similarity > best + 1e-12) & ~match).sum(axis=1)
     tied = ((np.abs(similarity - best) <= 1e-12) & ~match).sum(axis=1)
+    # In a random order of tied candidates the match is equally likely at each of tied + 1 places.
     return np.clip((k - above) / (tied + 1.0), 0.0, 1.0)
 
 
@@ -198,6 +203,7 @@ def _ones(x: Any, y: Any) -> tuple[Array, Array]:
 
 def centroid_gap_null(x: Any, y: Any, pairs: Any = None) -> float:
     """Return √(1/n_x + 1/n_y), the centroid gap of two samples of one cloud."""
+    # For clouds that cover the sphere (variance 1). A narrow cone gives less: conservative.
     return float(np.sqrt(1.0 / len(x) + 1.0 / len(y)))
 
 

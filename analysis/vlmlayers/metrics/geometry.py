@@ -32,6 +32,7 @@ def spectrum(x: Any) -> Array:
     # Both products have the same eigenvalues but for zeros; the smaller one costs less.
     small = x @ x.T if len(x) <= x.shape[1] else x.T @ x
     values = np.linalg.eigvalsh(small)[::-1]
+    # Zero eigenvalues come out as ±1e-16, which a root or a logarithm would turn into directions.
     return values[values > 1e-12 * values[0]]
 
 
@@ -46,6 +47,7 @@ def effective_rank(x: Given) -> float:
 
 def rank_of(eigenvalues: Array) -> float:
     """Return the effective rank from the eigenvalues of the scatter."""
+    # Singular values, as in RankMe; the entropy of eigenvalues is `spectral_entropy`.
     return float(np.exp(_entropy(np.sqrt(eigenvalues))))
 
 
@@ -106,6 +108,7 @@ def mean_cosine_centred(x: Given) -> float:
 
 def mean_cosine_centred_weighted(x: Any, weights: Array) -> Array:
     """Return the centred mean cosine under each row of item weights, (draw,)."""
+    # Centred on all items and not on those of each draw, so that all draws share one matrix.
     return mean_cosine_weighted(centred(x), weights)
 
 
@@ -123,6 +126,7 @@ def uniformity_weighted(x: Any, weights: Array) -> Array:
     kernel = np.exp(-2.0 * squared_distances(unit(x, smallest_n=2)))
     own = np.square(weights).sum(axis=1)
     total = np.square(weights.sum(axis=1)) - own
+    # An item has kernel 1 with itself and with its copies in a draw: these pairs are left out.
     sums = ((weights @ kernel) * weights).sum(axis=1) - own
     return np.log(ratio(sums, total))
 
@@ -188,24 +192,30 @@ def twonn(x: Given, *, discard: Annotated[float, Takes(least=0, most=0.9)] = 0.1
     if (n := int((~same).sum())) < 10:
         raise UserError(f"{n} distinct items; TwoNN needs at least 10")
     squares = squares[np.ix_(~same, ~same)]
+    # Items are not their own neighbours. Coinciding ones had to go before: μ would be infinite.
     np.fill_diagonal(squares, np.inf)
     first, second = np.sqrt(np.partition(squares, 1, axis=1)[:, :2]).T
     log_ratio = np.sort(np.log(second / first))
     keep = min(int(n * (1.0 - discard)), n - 1)  # at F = 1 the logarithm is infinite
+    # i from 1: counted from 0 the estimate is 0.85 of the published one at n = 20.
     height = -np.log1p(-np.arange(1, keep + 1) / n)
+    # Least squares through the origin, since F(1) = 0: an intercept would tilt the slope.
     return float((log_ratio[:keep] @ height) / np.square(log_ratio[:keep]).sum())
 
 
 def uniformity_null(n: int, width: int) -> float:
     """Return uniformity of directions drawn evenly, −4 + 8/width to second order."""
+    # ‖x − y‖² = 2 − 2 cos, and cos has variance 1/width, so that log E exp(4 cos) ≈ 8/width.
     return -4.0 + 8.0 / width
 
 
 def centred_null(n: int, width: int) -> float:
     """Return the mean centred cosine of items without structure, −1/(n − 1)."""
+    # Centred rows sum to zero: each has to point away from the others a little.
     return -1.0 / (n - 1)
 
 
 def _entropy(values: Array) -> float:
+    # 0 log 0 is 0 in the limit but NaN in floating point.
     share = values[values > 0.0] / values.sum()
     return float(-(share * np.log(share)).sum())

@@ -15,7 +15,7 @@ SMALL = 5  # resampling m items underestimates the variance by 1/m, and one item
 
 
 def small_strata(sizes: Labels) -> Labels:
-    """Return the strata to resample together: those below five items, with company if need be.
+    """Return the strata to resample together: those below five items, or more where these are few.
 
     Strata that are drawn as one keep the variance between them: intervals are too wide rather
     than too narrow.
@@ -58,6 +58,7 @@ def percentile(draws: Array) -> tuple[float, float]:
     known = draws[~np.isnan(draws)]
     if 2 * len(known) <= len(draws):
         raise UserError("too few items for a bootstrap interval: most draws have no pair")
+    # Percentiles and not value ± 1.96 s: draws of a share near 0 or 1 are skewed.
     tail = 50.0 * (1.0 - LEVEL)
     low, high = np.percentile(known, [tail, 100.0 - tail])
     return float(low), float(high)
@@ -128,6 +129,7 @@ def jackknife_interval(value: float | Array, left_out: Array) -> tuple[Array, Ar
     Reference: Kott 2001, The delete-a-group jackknife.
     """
     groups = len(left_out)
+    # Left-out statistics share most of their items and vary little: the factor is (g − 1)/g.
     spread = np.square(left_out - left_out.mean(axis=0)).sum(axis=0)
     # Few groups estimate the error itself with error, so that a normal quantile is too narrow.
     error = scipy.stats.t.ppf(0.5 + LEVEL / 2, max(groups - 1, 1)) * np.sqrt(

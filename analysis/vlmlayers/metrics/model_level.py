@@ -51,6 +51,7 @@ def contribution_shares(part: Given, x: Given) -> Array:
     Reference: Gandelsman, Efros and Steinhardt 2024.
     """
     part, x = matrix(part, "part"), matrix(x)
+    # By ‖x‖² and not by both norms as a cosine: so the shares of all parts sum to 1.
     return np.asarray((part * x).sum(axis=1) / np.square(x).sum(axis=1))
 
 

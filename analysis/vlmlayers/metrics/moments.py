@@ -17,6 +17,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import Array, Labels
 
 
+# eq=False here and below: comparing arrays gives an array, which has no single truth value.
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Moments of rows a = x − mean.
@@ -188,6 +189,7 @@ def cka_from(x: Moments, y: Moments, cross: CrossMoments, *, debiased: bool = Tr
 
 def biased_cka_null(x: Moments, y: Moments) -> float:
     """Return the mean of biased CKA over all permutations of the pairs, tr K tr L / (n − 1)."""
+    # The mean over all permutations is known exactly, so that none has to be drawn.
     traces = np.trace(x.scatter) * np.trace(y.scatter) / (x.n - 1)
     return float(traces / (np.linalg.norm(x.scatter) * np.linalg.norm(y.scatter)))
 
@@ -198,6 +200,7 @@ def frechet_from(x: Moments, y: Moments) -> float:
     values, vectors = np.linalg.eigh(first)
     # Zero eigenvalues come out slightly negative.
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    # Of the symmetric product: Σ_x Σ_y has the same eigenvalues but not the stable solver.
     middle = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ second @ root), 0.0)).sum()
     return float(np.sqrt(max(np.trace(first) + np.trace(second) - 2.0 * middle, 0.0)))
 
@@ -245,4 +248,5 @@ def hsic(n: int, cross: Array, xx: float, yy: float, x2y2: float, debiased: bool
     total = float(np.square(cross).sum())
     if not debiased:
         return total
+    # Rows of K sum to zero where features are centred, and so those of K̃ to −‖x‖².
     return total - n / (n - 2) * x2y2 + float(xx * yy) / ((n - 1) * (n - 2))

@@ -32,7 +32,7 @@ from vlmlayers.metrics.checks import (
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NORMALISE = ("columns", "rows", "none")
 SIDE_BY_SIDE = 1_000_000  # Numbers in the products of regressions that are fitted side by side.
-WORTH_LEAVING = 0.75  # Share of problems still at work below which copying them pays.
+WORTH_LEAVING = 0.75  # Share of unconverged problems below which copying them out pays.
 Kept = NDArray[np.bool_]
 Part = tuple[Array, Labels, Array, Labels, Array]  # as the arguments of a read-out
 
@@ -41,6 +41,7 @@ def standardiser(fit: Array) -> tuple[Array, Array]:
     """Return mean and factor per column; columns that are constant up to rounding get 0."""
     mean = fit.mean(axis=0)
     spread = fit.std(axis=0)
+    # Scaling a column of pure rounding to variance 1 would make noise as loud as signal.
     constant = spread <= SAME * np.abs(mean)
     return mean, np.where(constant, 0.0, 1.0 / np.where(spread > 0.0, spread, 1.0))
 
@@ -160,6 +161,7 @@ def nearest_mean(
     Reference: Mensink et al. 2013 (nearest class mean).
     """
     fit_labels = class_ids(fit_labels, len(fit), classes, "fit_labels")
+    # Nothing is chosen here, so the validation part goes unused: all read-outs are called alike.
     scaled, x = normalised(fit, x, how=normalise)
     means = class_means(scaled, fit_labels, classes)
     return squared_distances(x, means).argmin(axis=1)
@@ -208,6 +210,7 @@ def _balanced_weights(labels: Labels, classes: int) -> Array:
     counts = np.bincount(labels, minlength=classes)
     # Classes without an item in this part share no weight.
     present = np.count_nonzero(counts)
+    # Unweighted, ImageNet would be 45.6 % of the fit on the paper's 11 datasets at 16 shots.
     return len(labels) / (present * counts[labels])
 
 
@@ -228,6 +231,7 @@ def _rotate(fit: Array, others: list[Array]) -> tuple[Array, list[Array]]:
 
 
 def _best_c(logits: Array, labels: Labels, classes: int) -> int:
+    # Balanced as in the fit, or the largest class would choose C.
     weights = _balanced_weights(labels, classes)
     right = (logits.argmax(axis=2) == labels) @ weights
     loss = (_log_sum_exp(logits) - logits[:, np.arange(len(labels)), labels]) @ weights
@@ -236,6 +240,7 @@ def _best_c(logits: Array, labels: Labels, classes: int) -> int:
 
 
 def _log_sum_exp(logits: Array) -> Array:
+    # Less the largest logit, so that exp cannot overflow.
     top = logits.max(axis=-1, keepdims=True)
     return np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
 
@@ -260,6 +265,7 @@ def _solve(
     value, gradient = problems.value_and_gradient(w)
     curvature = _Curvature(gradient)
     for _ in range(steps):
+        # The loss is a weighted mean, so that one tolerance suits every number of items.
         active = np.abs(_flat(gradient)).max(axis=1) > tolerance
         if not active.any():
             break
@@ -355,6 +361,7 @@ class _Problems:
         for x, run in runs:  # one product for all problems of a split
             np.matmul(w[run].reshape(-1, width), x.T, out=share[run].reshape(-1, len(x)))
         weights = self.weights[self.owner]
+        # Less the largest logit, so that exp cannot overflow.
         top = share.max(axis=1, keepdims=True)
         np.exp(np.subtract(share, top, out=share), out=share)
         total = share.sum(axis=1, keepdims=True)

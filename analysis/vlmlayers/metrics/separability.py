@@ -54,6 +54,7 @@ def modality_auc_weighted(
         if dims:
             fit, held = _principal(fit, held, dims)
         fits.append((fit, labels, [held]))
+    # One C: choosing it would need one more split, and an AUC reads only the order of the scores.
     found = logistic_logits(fits, classes=2, c_grid=(1.0,))
     total, sums = 0.0, np.zeros(len(wx))
     for fold, [[logits]] in enumerate(found):
@@ -101,5 +102,6 @@ def _principal(fit: Array, held: Array, dims: int) -> tuple[Array, Array]:
         length = np.sqrt(np.maximum(values[-dims:], 1e-300))
         basis = spread.T @ (vectors[:, -dims:] / length)
     else:
+        # Ascending, unlike an SVD: the last directions are the largest.
         basis = np.linalg.eigh(spread.T @ spread)[1][:, -dims:]
     return (fit - mean) @ basis, (held - mean) @ basis

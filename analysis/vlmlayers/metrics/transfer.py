@@ -58,6 +58,7 @@ class WithinScatter:
         beta = (self.fourth / self.n - frobenius) / self.n
         # At least 1e-4, or fewer items than columns would leave the covariance singular.
         shrinkage = 1.0 if delta <= 0.0 else float(np.clip(beta / delta, 1e-4, 1.0))
+        # In place: of a wide tower this is the largest array here.
         covariance *= 1.0 - shrinkage
         covariance.flat[:: width + 1] += shrinkage * size
         return scipy.linalg.cho_factor(covariance, lower=True, overwrite_a=True)
@@ -89,6 +90,7 @@ def few_shot_predict(
 
 def discriminant_predict(factor: Any, means: Array, x: Array) -> Labels:
     """Return the class of each row whose mean is nearest under a factored covariance."""
+    # The distance less its term in x alone, which all classes share; all priors are equal.
     solved = scipy.linalg.cho_solve(factor, means.T)  # (width, class)
     return (x @ solved - 0.5 * (means.T * solved).sum(axis=0)).argmax(axis=1)
 

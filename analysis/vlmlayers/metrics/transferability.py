@@ -52,6 +52,7 @@ def _spectrum(x: Array, target: Array) -> tuple[Array, Array, Array]:
     values, vectors = values[keep], vectors[:, keep]
     left = vectors if len(x) <= x.shape[1] else x @ vectors / np.sqrt(values)
     projected = np.square(left.T @ target)
+    # Rounding can take a target that lies in the span below zero, where ln Q does not exist.
     outside = np.maximum(np.square(target).sum(axis=0) - projected.sum(axis=0), 1e-12)
     return values, projected, outside
 

@@ -37,6 +37,8 @@ class AttentionWatch(TorchFunctionMode):
             self.look(attention_weights(*args, **given))
         elif function is functional.multi_head_attention_forward:
             asked = {**given, "need_weights": True, "average_attn_weights": False}
+            # A second call: one that gives out weights takes another path, of other rounding.
+            # Inside here the mode is off, so that the attention within is not seen twice.
             weights: Any = function(*args, **asked)[1]
             self.look(weights)
         return function(*args, **given)
@@ -77,6 +79,7 @@ def entropy_share(weights: Tensor, tower: Tower, counted: Tensor | None) -> Tens
         counted: (item, token) tokens that are asked, all of them where None.
     """
     weights = weights.float()
+    # xlogy is 0 at masked keys, where x · log x would be NaN.
     found = -torch.special.xlogy(weights, weights).sum(-1)  # (item, head, query)
     return _of_queries(found, (weights > 0).sum(-1).log(), counted)
 

@@ -87,6 +87,7 @@ def build_clip(
     if image_size is not None:
         settings["vision_cfg"]["image_size"] = image_size
     with text_config_offline(settings) as hugging_face, _quiet():
+        # timm would download weights of the trunk, which are overwritten in any case.
         settings["vision_cfg"]["timm_model_pretrained"] = False
         kind: Any = CustomTextCLIP if custom or hugging_face else CLIP
         if "multimodal_cfg" in settings:
@@ -108,6 +109,7 @@ def build_clip(
             try:
                 # open_clip's own step: in half precision it leaves norms in float32.
                 _set_model_device_and_precision(clip, place, precision, timm)
+            # A RuntimeError as well, but for `memory_errors` around it to word.
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, AssertionError) as error:

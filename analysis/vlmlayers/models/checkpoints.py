@@ -82,6 +82,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         elif is_archive(path):
             found = read_archive(path)
         else:
+            # Unpickling runs any code that a file names; tensors alone cannot.
             found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
@@ -114,6 +115,7 @@ def load_checkpoint(clip: nn.Module, checkpoint: Checkpoint) -> None:
     try:
         state = _converted(clip, state)
         resized = _resize_positions(clip, state)
+        # Strict: a tower left at its random values still gives features that look plausible.
         clip.load_state_dict(state, strict=True)
     except (RuntimeError, KeyError, AttributeError, TypeError, IndexError, AssertionError) as error:
         raise UserError(

@@ -73,6 +73,7 @@ class Tokens:
         """Return token ids, (text, context)."""
         found = self.tokenizer(
             list(texts),
+            # SigLIP pools the last token, mostly padding: shorter padding gives other embeddings.
             padding="max_length",
             truncation=True,
             max_length=self.length,

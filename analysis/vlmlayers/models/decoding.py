@@ -102,6 +102,7 @@ def decode(
     )
     loader: DataLoader[Any] = DataLoader(
         images,
+        # Whole batches in a fixed order: a batch by its number is what a store resumes.
         batch_sampler=batches,  # type: ignore
         num_workers=workers,
         collate_fn=list if on_device else _collate,

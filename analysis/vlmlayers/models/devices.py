@@ -34,6 +34,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             return found
         if found.index is None:
             found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Libraries that allocate on the current device would all meet on GPU 0 otherwise.
         torch.cuda.set_device(found)
     except RuntimeError as error:
         raise UserError(
@@ -55,6 +56,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     on_gpu = device.type == "cuda"
     if precision == "auto":
         return "fp16" if on_gpu else "fp32"
+    # False leaves emulation out, which torch would count as support.
     if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
         raise UserError(
             f"{torch.cuda.get_device_name(device)} only emulates bf16, slowly; use fp16 or fp32"

@@ -168,6 +168,7 @@ def measure_costs(
     advice = f"lower batch_size ({batch_size}; --batch-size), or take another device"
     precision = resolve_precision(precision, model.device)
     with memory_errors(model.device, advice), recorder, autocast(model.device, precision):
+        # The first run also loads kernels and fills caches, and is not timed.
         features = recorder(batch)
         # The fastest run: what makes others slower is not the model.
         forward = min(_timed(lambda: recorder(batch))[1] for _ in range(repeats))

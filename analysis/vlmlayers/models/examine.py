@@ -195,6 +195,7 @@ def _linear_norm(tower: Tower, norm: Apply, x: Tensor) -> tuple[Apply, Tensor | 
             f"the {tower.name} tower ({tower.family}) ends in {type(norm).__name__}; only a layer "
             "norm is taken apart; leave `contribution` out"
         )
+    # Biased, as a layer norm computes it. With the scale of the whole stream held, parts add up.
     scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
     gain = 1.0 if norm.weight is None else norm.weight.float()
     shift = 0.0 if norm.bias is None else norm.bias.float()
@@ -233,6 +234,7 @@ def changed(tower: Tower, block: int, change: Change) -> Iterator[None]:
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        # A hook that returns a value replaces the output, which recording must never do.
         if isinstance(output, tuple):
             return (change(x, output[0]), *output[1:])
         return change(x, output)
@@ -426,6 +428,7 @@ def _intervene(table: _Rows, name: str) -> None:
 
 def _change(means: list[Tensor] | None) -> Change:
     """Return the change that leaves a block out, or lets it add a mean batch by batch."""
+    # A mean keeps later blocks on inputs like those of training; skipping also takes a bias away.
     if means is None:
         return lambda x, out: x
     # Means were made batch by batch, and the pass meets the batches in the same order.
@@ -537,6 +540,7 @@ def _shift_gradients(
     prompts = inputs.batches["text"][0][torch.from_numpy(classes)]
     scale = getattr(inputs.model.clip, "logit_scale", None)
     with torch.enable_grad(), ExitStack() as stack:
+        # All shifts are zero, so that one backward pass gives the gradients of every block.
         shifts = []
         for tower, block in places:
             width = towers[tower].widths[str(block)]
@@ -548,6 +552,7 @@ def _shift_gradients(
             for tower, batch in (("vision", images), ("text", prompts))
         ]
         logits = unit[0] @ unit[1].T * (100.0 if scale is None else scale.exp().float())
+        # A sum: gradients of groups add up, whatever their sizes.
         loss = nn.functional.cross_entropy(logits, truth.to(logits.device), reduction="sum")
         return torch.autograd.grad(loss, shifts)
 

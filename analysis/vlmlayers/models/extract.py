@@ -65,7 +65,7 @@ def extract(
             an array (image, height, width, channel); a torch `Dataset`, or the `DataLoader` of one;
             torchvision's `ImageFolder`; a `datasets.Dataset` of Hugging Face. Floating tensors
             count as prepared for the model; all else is prepared as the model wants it.
-        split: `train`, `val` or `test`; but a name in tables for data in memory.
+        split: `train`, `val` or `test`; only a name in tables for data in memory.
         labels: (image,) classes of images in memory: numbers from 0, or names.
         class_names: Their names by label; what the data say where None.
         texts: Texts as they are: one per class where `text` is `prompts`; for images in memory and
@@ -145,7 +145,7 @@ def _manifest(
     """Return the dataset of any data.
 
     Raises:
-        UserError: The data are none, or say themselves what was given beside them.
+        UserError: The object is not a dataset, or states itself what was given beside it.
     """
     if not isinstance(data, str | os.PathLike) and not is_manifest(data):
         return own_data(data, labels, class_names, name, captions, progress)
@@ -261,6 +261,7 @@ def identity_of(work: Work) -> dict[str, Any]:
         "pooling": {name: recorder.pooling for name, recorder in recorders.items()},
         "joint_pooling": {name: recorder.joint_pooling for name, recorder in recorders.items()},
         "spaces": list(dict.fromkeys(s for r in recorders.values() for s in r.spaces)),
+        # Kernels sum in another order at another batch size: the last bits differ.
         "batch_size": work.options.batch_size,
         "dataset": work.manifest.name,
         "split": work.split,

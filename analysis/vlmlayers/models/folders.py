@@ -31,12 +31,13 @@ def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.M
         seed: Seed of the values.
 
     Raises:
-        UserError: The configuration is none, its model or weights cannot be loaded, weights are
-            missing, or it would have to run code of its own.
+        UserError: Configuration, model or weights cannot be loaded, weights are missing, or it
+            would have to run code of its own.
     """
     try:
         settings = json.loads((folder / FOREIGN_CONFIG).read_text(encoding="utf-8"))
         kind = "architecture" if "architecture" in settings else "model_type"
+        # Raises where the file has neither key, for the message below.
         settings[kind]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -71,6 +72,7 @@ def _transformers(folder: Path, random_weights: bool) -> Any:
     if random_weights:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         return AutoModel.from_config(config)
+    # transformers only warns of missing weights and leaves them random: hence the loading report.
     model, found = AutoModel.from_pretrained(
         folder, local_files_only=True, output_loading_info=True
     )

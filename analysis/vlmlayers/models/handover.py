@@ -30,6 +30,7 @@ def module_names(model: Any, placement: Placement) -> dict[str, tuple[str, ...]]
 def block_names(model: Any) -> dict[str, tuple[str, ...]]:
     """Return the names of all blocks in `model.named_modules()`, by tower."""
     module = _module(model)
+    # By identity: towers are found inside a wrapper, and names are those seen from outside.
     names = {id(part): name for name, part in module.named_modules(remove_duplicate=False)}
     towers = find_towers(unwrapped(module))
     return {name: tuple(names[id(b)] for b in tower.blocks) for name, tower in towers.items()}
@@ -82,6 +83,7 @@ def parameter_groups(
         weights = [w for block in blocks for w in block.parameters() if w.requires_grad]
         matrices = [weight for weight in weights if weight.ndim > 1]
         rest = [weight for weight in weights if weight.ndim <= 1]
+        # Norms and biases: decay would pull scales to 0 and does not regularise a product.
         plain = {**options, "weight_decay": 0.0}
         for name, params, given in ((tower, matrices, options), (f"{tower} 1d", rest, plain)):
             if params:

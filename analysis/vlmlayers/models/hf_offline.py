@@ -126,6 +126,7 @@ def text_config_offline(config: dict[str, Any]) -> Iterator[bool]:
         yield True
         return
     with TemporaryDirectory(prefix="vlmlayers-") as folder:
+        # transformers takes a folder for a repository, and then asks nothing of the network.
         (Path(folder) / "config.json").write_text(json.dumps(KNOWN[name]), encoding="utf-8")
         text["hf_model_name"] = folder
         yield True

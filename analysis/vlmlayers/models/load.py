@@ -132,6 +132,7 @@ def load_model(
             f"like={like!r} (--like) says what a file of weights of an architecture with tags was "
             f"trained like; {f'{source.name} has no tags' if file else 'this is not a file'}"
         )
+    # Before the model is built: a file that cannot be read shows at once.
     weights = None if file is None else read_checkpoint(file)
     known = _known(source, tag, weights, like, set(given))
     if tag is not None:

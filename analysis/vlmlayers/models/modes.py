@@ -19,6 +19,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         if any(before.values()):
             model.train(before[model])  # as a whole, for modules that do more than keep the flag
+        # One by one as well: a model in training may hold some of its parts in eval mode.
         for module, training in before.items():
             module.training = training
 

@@ -98,6 +98,7 @@ def _pixels(contents: Sequence[bytes], device: torch.device) -> list[Tensor]:
     """Return decoded images, (3, height, width), uint8."""
     if not contents:
         return []
+    # A copy, since torch warns of tensors over read-only bytes.
     encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
     with warnings.catch_warnings():  # torchvision names another package for the years to come
         warnings.simplefilter("ignore")
@@ -149,6 +150,7 @@ class OnPixels:
         place = next((i for i, step in enumerate(steps) if isinstance(step, ToTensor)), None)
         shape, rest = Compose(steps[:place]), Compose(steps[(place or 0) + 1 :])
         try:
+            # Not square, so that steps that resize or crop have something to do.
             tried = shape(torch.zeros(3, size, size + 1, dtype=torch.uint8, device=device))
         except (AttributeError, RuntimeError, TypeError, ValueError):
             tried = None

@@ -37,7 +37,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: Where they come from, for the message.
 
     Raises:
-        UserError: A value is none.
+        UserError: A value is not valid.
     """
     found = {key: value for key, value in settings.items() if value is not None}
     for key in ("mean", "std"):
@@ -76,6 +76,7 @@ def of_tag(name: str, tag: str) -> dict[str, Any]:
     """
     check_one_of("pretrained tag", tag, tags_of(name), where=f"model {name}")
     stated = dict(open_clip.get_pretrained_cfg(name, tag))
+    # Tags state what differs from open_clip's defaults; compared are whole settings.
     whole = merge_preprocess_dict(asdict(PreprocessCfg()), stated)
     return {
         **{key: tuple(v) if isinstance(v := whole[key], list) else v for key in whole},
@@ -100,6 +101,7 @@ def of_file(
             the weights were trained with the other activation.
     """
     tags, file = tags_of(name), weights.path.name
+    # OpenAI's own files are known by the sizes that they store as tensors.
     if like is None and weights.openai and "openai" in tags:
         like = "openai"
     if like is not None:
@@ -190,6 +192,7 @@ def refuse_quickgelu_mismatch(
     hint = "use another architecture"
     if other in known:
         hint = f"use {other!r}"
+    # A configuration of the user's own: there is no other name to advise.
     elif name not in known:
         hint = f"set quick_gelu to {str(right).lower()} in its configuration"
     raise UserError(

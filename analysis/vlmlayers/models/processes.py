@@ -32,11 +32,13 @@ class Processes:
         if not distributed.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
                 return cls()
+            # gloo works on host memory, where the sums lie; NCCL would need a GPU for each process.
             distributed.init_process_group("gloo", timeout=_PATIENCE)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     def share(self, batches: int) -> range:
         """Return the batches of this process; together all of them, none twice."""
+        # In turn and not in runs: images of one class lie together and may all be large.
         return range(self.rank, batches, self.world)
 
     def barrier(self) -> None:

@@ -56,6 +56,7 @@ def block_outputs(tower: Tower, look: Any) -> Iterator[None]:
     handles = []
     try:
         first = tower.blocks[0]
+        # With keywords: some families pass the activation to their blocks by name.
         handles.append(first.register_forward_pre_hook(before, with_kwargs=True))
         for number, block in enumerate(tower.blocks, start=1):
             handles.append(block.register_forward_hook(after(str(number))))
@@ -225,6 +226,7 @@ class Recorder:
     def _require_agreement(self, found: Features) -> None:
         """Compare the last block through the head with what the model gives out."""
         tower = self.tower
+        # Of another pooling the model gives out nothing to compare with.
         if not (self._attends or self.pooling == tower.pooling):
             return
         if tower.joint and JOINT in found:
@@ -269,6 +271,7 @@ class Recorder:
         self._seen, self._ids = {}, None
         with torch.inference_mode():
             if self.tower.valid is not None:
+                # All texts keep the same number of tokens where every token is stored.
                 batch = batch if self.pooling == TOKENS else self.tower.cut(batch)
                 self._ids = batch
             with AttentionWatch(self._measure) if self._measures else nullcontext():
@@ -353,6 +356,7 @@ class Recorder:
         if pooling == "eot":
             assert tower.ends is not None and self._ids is not None
             rows = torch.arange(len(tokens), device=tokens.device)
+            # No clone: indexing by tensors copies.
             return tokens[rows, tower.ends(self._ids)]
         return tokens[:, -1].clone()  # the model's own last token
 

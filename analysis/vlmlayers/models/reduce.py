@@ -33,7 +33,7 @@ def merge_over_processes(sums: DatasetSums, widths: Widths, processes: Processes
     Raises:
         UserError: Two processes were given the same item.
     """
-    # Every process sorts the same hashes, so that all agree on the sample without talking more.
+    # Every process sorts the same hashes, so that all agree on the sample without more messages.
     every = _gathered(sums.hashes, processes)
     kept = every[: sums.sample_size]
     if len(np.unique(kept)) < len(kept):

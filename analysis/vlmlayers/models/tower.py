@@ -38,6 +38,7 @@ def until(ends: Apply) -> Apply:
 
 def before_trailing_run(ids: Tensor) -> Tensor:
     """Return the mask of tokens before the run of equal ids that pads a text on the right."""
+    # By the run itself: which id pads depends on the tokenizer, which a tower does not know.
     differs = ids != ids[:, -1:]
     last = ids.shape[1] - 1 - differs.flip(1).int().argmax(1)
     last = torch.where(differs.any(1), last, ids.shape[1] - 1)
@@ -181,6 +182,7 @@ class Tower:
         count = tokens - self.prefix - self.suffix
         shape = self.example(1).shape
         if self.name == "vision" and len(shape) == 4:
+            # Patches are square, so that their grid has the aspect of the image.
             rows = round((count * shape[2] / shape[3]) ** 0.5)
             if rows and count % rows == 0:
                 return [(1 + i // (count // rows), 1 + i % (count // rows)) for i in range(count)]

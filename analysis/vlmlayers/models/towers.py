@@ -240,6 +240,7 @@ def _text_run(module: Any, tower: Tower, pool: str) -> Apply:
         if tower.suffix:
             x, mask = module._embeds(ids)
         else:
+            # Not `encode_text`, which in CLIP adds the positions of the full context.
             kind = module.transformer.get_cast_dtype()
             columns = ids.shape[1]
             x = module.token_embedding(ids).to(kind)

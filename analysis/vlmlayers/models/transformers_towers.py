@@ -36,6 +36,7 @@ def find_vision(model: Any) -> Tower:
         pooling="cls",
         run=lambda images: _embedding(model.get_image_features(pixel_values=images)),
         example=_pixels(vision),
+        # Spelled so in transformers.
         norm_in=getattr(vision, "pre_layrnorm", same),
         norm=vision.post_layernorm,
         project=getattr(model, "visual_projection", same),
@@ -149,7 +150,7 @@ def _embedding(output: Any) -> Tensor:
 
 
 def _end_of_text(end: int) -> Apply:
-    """Return transformers' rule; configurations older than its mending say 2 and mean the most."""
+    """Return transformers' rule; configurations from before its fix say 2 and mean the largest."""
     if end == 2:
         return lambda ids: ids.int().argmax(-1)
     return lambda ids: (ids == end).int().argmax(-1)

@@ -155,6 +155,7 @@ def hash_weights(state: Mapping[str, Tensor]) -> str:
         for key in sorted(state):
             value = state[key].detach().cpu().contiguous()
             yield f"{key} {value.dtype} {tuple(value.shape)}"
+            # As bytes: numpy has no bfloat16, and a conversion would hash other values.
             yield value.reshape(-1).view(torch.uint8).numpy().data
 
     return checksum(parts())

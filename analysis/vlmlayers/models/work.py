@@ -33,7 +33,7 @@ from vlmlayers.positions import TOKENS
 from vlmlayers.progress import bar
 
 LOG = logging.getLogger(__name__)
-MOST_TOKEN_BYTES = 8_000_000_000  # of all tokens of a tower: what is looked at, not a data set
+MOST_TOKEN_BYTES = 8_000_000_000  # of all tokens of a tower: samples to look at, not whole datasets
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -229,6 +229,7 @@ class Work:
     def record(self, recorder: Recorder, batch: Tensor) -> Features:
         """Return the features of one batch of images or token ids."""
         device, size = self.model.device, self.options.batch_size
+        # Token ids stay whole numbers; only images take the type of the weights.
         kind = self.model.input_dtype if batch.is_floating_point() else None
         advice = f"lower batch_size ({size}; --batch-size), or take another device"
         with memory_errors(device, advice), autocast(device, self.options.precision):

@@ -119,6 +119,7 @@ def _parts(
     if hue == "model" and scores.groupby("model")["weights"].nunique().max() > 1:
         names += " (" + scores["weights"].astype(str) + ")"
     rows = scores["metric"] == metric if "metric" in scores.columns else names == names
+    # Where no row is of this metric, `curves` is called all the same, for its refusal.
     return {
         str(name): over_datasets(curves(part, metric, dataset, space))
         for name, part in scores[rows].groupby(names[rows], sort=False)
@@ -265,6 +266,7 @@ def legend(ax: Axes) -> None:
 def _hides(ax: Axes) -> bool:
     """Whether the legend lies over a line or a band, of which matplotlib's `best` knows lines."""
     figure: Any = ax.figure
+    # Extents are known after a layout only.
     figure.draw_without_rendering()
     made: Any = ax.get_legend()
     box = made.get_window_extent()
@@ -333,10 +335,12 @@ def strip(ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: Sequence[str])
     ax.tick_params(axis="x", pad=2.5 + (height + 1) * len(towers))
     for lane, tower in enumerate(towers):
         standing = choice.standing(tower, axis.blocks[tower])
+        # In points below the axes, which neither the data nor the size of the figure moves.
         down = ScaledTranslation(0, -(2 + (height + 1) * lane) / 72, ax.figure.dpi_scale_trans)
         for block, how in enumerate(standing, 1):
             if how != "frozen":
                 ax.plot(
+                    # The underscore of the label keeps it out of the legend.
                     axis.span(tower, block), (0, 0), color=TOWER_COLOURS[tower], linewidth=height,
                     alpha=OPEN_ALPHA if how == "open" else 1.0,
                     solid_capstyle="butt", clip_on=False,

@@ -101,6 +101,7 @@ def _rows(
     )
     for axis in ("x", "y"):
         low, high = table[axis].min(), table[axis].max()
+        # Finer than a pixel; the page holds every position times every projection.
         table[axis] = ((table[axis] - low) / ((high - low) or 1)).round(4)
     table["key"] = table["dataset"] + "/" + table["item"]
     kept = table[["x", "y", "dataset", "class", "modality", "key"]]

@@ -164,6 +164,7 @@ def neighbours(
             _thumbnail(ax, pictures[images.ids[item]], 0, line, "#333333")
             for rank, name, same in zip(rows["rank"], rows["item"], rows["same_class"]):
                 _thumbnail(ax, pictures[name], rank + 0.25, line, "#007E5D" if same else "#C9C9C9")
+        # After the thumbnails, since every imshow sets the limits anew.
         ax.set(xlim=(-0.55, count + 0.8), ylim=(len(shown) - 0.45, -0.55), aspect="equal")
         ax.set_xticks([0, *(rank + 0.25 for rank in range(1, count + 1))],
                       ["Item", *map(str, range(1, count + 1))])  # fmt: skip

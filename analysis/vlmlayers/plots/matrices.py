@@ -135,6 +135,8 @@ def _labels(names: list[str], most: int) -> list[str]:
 
 
 def _image(ax: Axes, grid: np.ndarray, label: str) -> None:
+    # Masked cells take no part in the range of colours; `nearest`, since matplotlib would blend
+    # neighbouring cells wherever it shrinks an image.
     image = ax.imshow(
         np.ma.masked_invalid(grid), aspect="auto", cmap=SEQUENTIAL, interpolation="nearest"
     )

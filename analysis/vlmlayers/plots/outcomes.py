@@ -132,7 +132,7 @@ def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[
                         label=Placement.parse(str(name)).label)  # fmt: skip
             if len(trained):
                 ax.set_xscale("log")
-                # by hand: an outcome that no row has, as novel classes may lack, sets no limits
+                # By hand: an outcome that no row has, as novel classes may lack, sets no limits
                 ax.set_xlim(trained.min() / 1.2, trained.max() * 1.2)
             ax.set_title(title)
             ax.set_xlabel("Amount, times the recipe's")
@@ -203,6 +203,7 @@ def cost(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
 def drop_overlapping_texts(ax: Axes) -> Axes:
     """Remove labels of points that would cover a point or an earlier label, or leave the axes."""
     figure: Any = ax.figure
+    # Extents are known after a layout only.
     figure.draw_without_rendering()
     frame = ax.get_window_extent()
     kept: list[Any] = []

@@ -48,6 +48,7 @@ def save_figure(
     drawn: Any = figure.figure if isinstance(figure, Axes) else figure
     folder, name = Path(stem).parent, Path(stem).name
     written = []
+    # Each format stamps files in a field of its own.
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
     with style(), mpl.rc_context(NO_LAYOUT):
         for kind in formats:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMN_WIDTH = 3.35
-NAME = 18  # letters of a name beside or above axes that leave room for what is drawn
+NAME = 18  # most letters of a name beside or above axes; longer ones crowd out the plot
 _UNSEEN: ContextVar[bool] = ContextVar("unseen", default=False)
 TOWER_COLOURS = {"vision": "#0072B2", "text": "#B34700"}
 TOWER_MARKERS = {"vision": "o", "text": "s"}
@@ -34,7 +34,7 @@ CATEGORY_COLOURS = (
     "#5B7F00",
 )
 CATEGORY_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-SCRIPTS = (  # fonts with other letters, where they are installed
+SCRIPTS = (  # fonts of other scripts, used where they are installed
     "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP",
     "WenQuanYi Zen Hei", "Arial Unicode MS", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
     "Malgun Gothic", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari",
@@ -43,6 +43,7 @@ SCRIPTS = (  # fonts with other letters, where they are installed
 )  # fmt: skip
 OPEN_ALPHA = 0.3  # of marks of blocks on which resamples disagree
 CHANCE_COLOUR = "#6B6B6B"
+# Even in lightness: it reads the same in grey and for colour-blind readers.
 SEQUENTIAL = "cividis"
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -70,8 +71,10 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 220,
     "figure.constrained_layout.use": True,
+    # Text stays text, to be searched and edited; without a salt the ids of two files would differ.
     "svg.fonttype": "none",
     "svg.hashsalt": "vlmlayers",
+    # TrueType, since many publishers refuse Type 3, the default.
     "pdf.fonttype": 42,
 }
 
@@ -108,6 +111,7 @@ def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
+    # Without pyplot nothing else gives the figure a canvas that can draw.
     FigureCanvasAgg(figure)
     return figure.subplots()
 
@@ -129,7 +133,7 @@ def new_grid(panels: int, side: float) -> Any:
 
 @lru_cache(maxsize=1)
 def _fonts() -> tuple[str, ...]:
-    """Return the families that text is drawn with: the first, then those of other scripts here."""
+    """Return the font families: the default, then those of other scripts that are installed."""
     from matplotlib import font_manager
 
     there = {font.name for font in font_manager.fontManager.ttflist}
@@ -180,7 +184,7 @@ def unseen() -> Iterator[None]:
 def _is_interactive() -> bool:
     """Tell a notebook or an interactive session from a script or a command.
 
-    A notebook is not asked for `isinteractive()` alone: it is False there until pyplot has made
+    `isinteractive()` alone does not tell a notebook: it is False there until pyplot has made
     its first figure.
     """
     import matplotlib as mpl
@@ -207,7 +211,7 @@ def sparse_labels(positions: Iterable[str], most: int = 14) -> list[str]:
 
 
 def category(index: int) -> dict[str, Any]:
-    """Return colour and dash of the n-th category; both differ, so that print in grey reads."""
+    """Return colour and dash of the n-th category; both differ, for prints in grey."""
     return {
         "color": CATEGORY_COLOURS[index % len(CATEGORY_COLOURS)],
         "linestyle": CATEGORY_DASHES[(index // 2) % len(CATEGORY_DASHES)],

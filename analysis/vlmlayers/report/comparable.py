@@ -15,7 +15,7 @@ ASIDE = {"batch_size", "workers", "device", "precision", "skip_unreadable", "pre
 
 
 def comparability(runs: Sequence[tuple[str, Answer]]) -> list[str]:
-    """Return what stands against comparing the numbers of runs; one good sentence where nothing.
+    """Return what speaks against comparing the numbers of runs; one sentence where nothing does.
 
     Args:
         runs: Name and answer of each run.

@@ -108,6 +108,7 @@ def _shared(runs: Sequence[Compared]) -> list[str]:
     shared = [name for name in found[0] if all(name in other for other in found[1:])]
     if not shared:
         raise UserError("these runs have no metric with a curve in common; score the same metrics")
+    # False sorts before True: the read-out of the dataset comes first.
     return sorted(shared, key=lambda name: name != dataset_readout(shared))
 
 

@@ -206,6 +206,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
         "Joined: the sweep of the first adapted block. Shaded: the chosen placement. Intervals "
         f"stand in the table; they are wide because datasets differ.{warning}",
         lambda: mark_random(
+            # Without bands, which span the datasets and would hide the lines.
             plots.placement_sweep(frame.drop(columns=["hm_low", "hm_high"], errors="ignore")),
             answer.random_weights,
         ),

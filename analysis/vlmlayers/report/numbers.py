@@ -137,6 +137,7 @@ class RecordedValidation:
         frame = self.placements.set_index("placement").reindex(names).reset_index()
         swept = ["start" in self.kind(name).split("+") for name in frame["placement"]]
         frame = frame.assign(chosen=frame["placement"] == self.chosen, sweep=swept)
+        # Stable, so that the order by first block is kept within both parts.
         return frame.sort_values("sweep", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -149,6 +150,7 @@ def void_verdict(run: Run) -> str:
 
 def _table(path: Path) -> pd.DataFrame:
     try:
+        # As text: pandas would read some placements as numbers.
         return pd.read_csv(path, dtype={"placement": str}) if path.exists() else pd.DataFrame()
     except (ValueError, OSError) as error:
         raise UserError(
@@ -173,6 +175,7 @@ def _kind(cells: pd.DataFrame, kind: str) -> str:
 
 def _means(cells: pd.DataFrame) -> pd.DataFrame:
     values = [name for name in ("base", "novel", "hm", "parameters") if name in cells.columns]
+    # By dataset first, so that one with more seeds does not weigh more.
     per_dataset = cells.groupby(["placement", "dataset"], sort=False)[values].mean()
     return per_dataset.groupby("placement", sort=False).mean().reset_index()
 
@@ -355,6 +358,7 @@ class Answer:
         """Return how far the datasets are from the pretraining, the farthest first, if scored."""
         rows = self.scores[self.scores["metric"] == "zero_shot_margin"].sort_values("value")
         listed = [
+            # `z` shows −0.000 as 0.000.
             f"{row['dataset']} {row['value']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}], chance "
             f"{row['null']:z.3f}"
             for row in rows.head(FARTHEST).to_dict("records")

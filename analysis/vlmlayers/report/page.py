@@ -113,6 +113,7 @@ def write_report(
 def render(template: str, title: str, data: Any, values: dict[str, Any]) -> str:
     """Return a page: everything is escaped, except the package's own script, style and SVG."""
     script = (TEMPLATES / "charts.js").read_text(encoding="utf-8")
+    # The page's security policy allows this one script by its hash, and none that data could bring.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     css = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     return (
@@ -135,6 +136,7 @@ def _environment() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
+        # A name that a template misspells fails here instead of leaving a gap in the page.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -204,6 +206,7 @@ def _predictors(answer: Answer) -> list[tuple[str, str]]:
 def _downloads(answer: Answer) -> list[tuple[str, str]]:
     table = answer.scores.to_csv(index=False).encode()
     found = [
+        # Without a time, so that a report written again is the same to the byte.
         ("scores.csv.gz", data_uri(gzip.compress(table, mtime=0), "application/gzip")),
         ("choice.json", data_uri(answer.run.choice.read_bytes(), "application/json")),
     ]

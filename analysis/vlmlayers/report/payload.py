@@ -13,6 +13,7 @@ from vlmlayers.report.numbers import Answer, RecordedValidation
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.summaries import curves, dataset_names, how_made, metrics_by_shape
 
+# More than a chart can show, and far fewer than a float has, for the size of the page.
 DIGITS = 5
 OUTCOMES = ("base", "novel", "hm", "difference", "parameters")  # and their intervals
 
@@ -20,6 +21,7 @@ OUTCOMES = ("base", "novel", "hm", "difference", "parameters")  # and their inte
 def script_json(content: Any) -> str:
     """Return JSON that can stand in a script element: no markup in it can end the element."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # U+2028 and U+2029 ended a line of JavaScript even inside a string, before 2019.
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

@@ -35,6 +35,7 @@ def _lane(answer: Answer, tower: str) -> str:
         words += f", chosen in {percent(found[block - 1])} of resamples" if found else ""
         kind = how + (" paper" if block in answer.paper.blocks(tower) else "")
         cells.append(f'<i class="{kind}" title="{words}">{block}</i>')
+    # Beyond 16 blocks their numbers do not fit at full size.
     size = " dense" if depth > 16 else ""
     return (
         f'<div class="lane {tower}{size}"><b>{tower.capitalize()}</b>'

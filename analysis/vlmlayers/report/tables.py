@@ -59,6 +59,7 @@ def _column(values: Sequence[Any]) -> list[str]:
     largest = max(map(abs, numbers), default=0.0)
     if not alike or len(numbers) < 2 or not 1e-4 <= largest < 1e5:
         return [words(value) for value in values]
+    # From the largest number: a column of one precision can be compared at a glance.
     decimals = max(0, 2 - floor(log10(largest)))
     shown = [None if value is None or not isfinite(value) else value for value in values]
     return [words(None) if value is None else f"{value:z.{decimals}f}" for value in shown]
@@ -211,6 +212,7 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
     frame = pd.concat([validation.placements, validation.zero_shot], ignore_index=True)
     frame = frame.sort_values("hm", ascending=False)
     tables = [
+        # First: a ranking that does not repeat is not worth reading.
         *_repeatability_tables(validation.repeatability),
         tabular(
             "Placements, best first, with 95 % intervals over datasets and seeds",

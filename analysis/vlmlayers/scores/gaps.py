@@ -48,6 +48,7 @@ class Matching:
     def text_weights(self, image_weights: Array) -> Array:
         """Return weights of the texts: captions go with their image, class prompts stay."""
         if self.kind == "class_prompts":
+            # The prompts are all classes of the dataset, not a sample of them.
             return np.ones((len(image_weights), len(self.texts)))
         # A caption is drawn as often as its image: the image is what was sampled.
         owner = np.zeros(len(self.texts), dtype=np.int64)
@@ -185,6 +186,7 @@ def _gap_value(
         return float(draws[0]), percentile(draws[1:]), "bootstrap"
     if metric.per_item is not None:
         values = metric.per_item(x, y, pairs, **arguments)
+        # A pair weighs as its image does: captions of one image are not independent draws.
         interval = mean_interval(values, weights[:, pairs[:, 0]], metric.is_share)
         return float(values.mean()), interval, "bootstrap"
     value = float(metric.function(x, y, pairs, **arguments))
@@ -207,6 +209,7 @@ def _gap_null(point: Point, x: Array, y: Array, pairs: Labels) -> float:
     rng = generator(Draw.SHUFFLED_PAIRS)
     values = []
     for _ in range(point.options.shuffles):
+        # Shuffled partners leave both clouds as they are and break only who belongs to whom.
         shuffled = np.stack([pairs[:, 0], rng.permutation(pairs[:, 1])], axis=1)
         values.append(metric.function(x, y, shuffled, **point.arguments()))
     return float(np.mean(values))
@@ -228,6 +231,7 @@ def _add_retrieval(point: Point, text: TowerFeatures, matching: Matching) -> Non
     for asking, x, y, pairs, w in ways:
         if len(y) < metric.smallest_n:
             reason = f"{len(y)} candidates; at least {metric.smallest_n} are needed"
+            # Without a position: all of them have the same candidates, and one refusal says so.
             replace(asking, position="").refuse(reason)
             continue
         arguments = asking.arguments()

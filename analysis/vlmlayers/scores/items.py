@@ -63,6 +63,7 @@ def run_heads(scoring: Scoring) -> None:
                             point.add(
                                 value,
                                 interval,
+                                # Shares of uniform attention: 1 is a head without preference.
                                 1.0,
                                 len(x),
                                 interval="bootstrap",

@@ -49,6 +49,7 @@ def _gaps(
             yield name, refused[0]["reason"] if refused else _undefined(metric, options)
             continue
         scored = {row["dataset"] for row in rows}
+        # Reversed, so that of several reasons the first one stays.
         missed = {note["dataset"]: note["reason"] for note in reversed(refused)}
         for dataset in sorted(set(missed) - scored):
             yield f"{name} of {dataset.replace('*', 'all datasets')}", missed[dataset]

@@ -50,6 +50,7 @@ UNKEYED = 0  # seed of draws made before purposes had numbers; recorded values d
 
 def generator(purpose: Draw, seed: int = 0) -> np.random.Generator:
     """Return a private generator for one purpose."""
+    # Two words of entropy: with seed + purpose, seed 2 of one purpose would be seed 1 of the next.
     return np.random.default_rng([int(seed), int(purpose)])
 
 

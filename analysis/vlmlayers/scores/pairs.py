@@ -156,6 +156,7 @@ def _aligned(features: TowerFeatures, other: TowerFeatures, share: int) -> Calla
     common = common[some(len(common))]
     kept = np.flatnonzero(np.isin(features.labels, common))
     member = np.searchsorted(common, features.labels[kept])
+    # Means of classes: a class prompt has no image of its own to be paired with.
     means = np.eye(len(common))[member].T
 
     def mean_of_classes(x: Array) -> Array:
@@ -181,6 +182,7 @@ def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) 
     engine = (_Signatures if metric.parts else _Cells)(metric, pairing, labels, options)
     rng = generator(Draw.PERMUTATIONS)
     value = engine.values(None)
+    # One order of the rows for all cells: the largest cell of a permutation is then a fair null.
     shuffled = np.stack(
         [engine.permuted(rng.permutation(pairing.n)) for _ in range(engine.permutations)]
     )
@@ -190,6 +192,7 @@ def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) 
     left_out = np.stack([engine.values(rows) for rows in kept]) if kept else value[None]
     noted = {"pairs": pairing.kind, "interval": "jackknife", **engine.options}
     noted["permutations"] = len(shuffled)
+    # Inner products of signatures grow with agreement, distances fall to 0.
     best = 1.0 if metric.parts else 0.0
     matrix = _Matrix(point, pairing, labels, value, left_out, shuffled, best, noted)
     for name in sorted(names):
@@ -205,6 +208,7 @@ def _usable(side: Side, point: Point) -> list[str]:
     for position, x in side.arrays.items():
         with replace(point, features=side.features, position=position).attempt():
             if metric.parts:
+                # One by one: in the stack a single constant position would fail all.
                 kernel, signature = metric.parts
                 signature(kernel(x), **point.arguments() if metric.takes else {})
             else:
@@ -242,6 +246,7 @@ class _Matrix:
         sign = 1.0 if self.best > 0 else -1.0
         # Equal up to rounding counts as at least as good: the cautious side.
         better = (sign * shuffled >= sign * value - 1e-12).sum(axis=0)
+        # The identity is a permutation as well; without it p could be 0.
         return (1.0 + better) / (1.0 + len(shuffled))
 
     def cell(self, name: str, i: int, j: int) -> Point:

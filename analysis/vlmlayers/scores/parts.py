@@ -67,6 +67,7 @@ def deal(
         }
         free = sorted(_shuffled(free, rng), key=lambda g: rank[order[by_group[g][0]]])
         for group in free:
+            # The emptiest fold next: sizes then differ by one group at most.
             fold = int(load.argmin())
             fold_of[group] = fold
             load[fold] += len(by_group[group])
@@ -75,6 +76,7 @@ def deal(
 
 def evaluated_folds(fold: Labels, folds: int, held_out: int) -> range:
     """Return the folds to hold out in turn: as few as give `held_out` items, at most all."""
+    # Small datasets are held out whole for the sake of n; of large ones one fold is enough.
     sizes = np.cumsum(np.bincount(fold, minlength=folds))
     return range(min(folds, int(np.searchsorted(sizes, held_out)) + 1))
 

@@ -152,6 +152,7 @@ def _plane(values: NDArray[np.float32], method: str, seed: int) -> NDArray[np.fl
     if np.abs(centred).max() <= SAME * np.abs(values).max():
         return np.zeros((len(values), 2))  # such as `embed` under `cls`: the same for every item
     if method == "pca":
+        # In float64, where nearly equal singular values keep their order on every machine.
         left, size, _ = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
         flip = np.sign(left[np.abs(left[:, :2]).argmax(axis=0), [0, 1]])  # a sign that repeats
         plane: NDArray[np.float64] = left[:, :2] * size[:2] * flip
@@ -160,6 +161,7 @@ def _plane(values: NDArray[np.float32], method: str, seed: int) -> NDArray[np.fl
     if method == "tsne":
         from sklearn.manifold import TSNE
 
+        # scikit-learn refuses a perplexity that is not below the number of items.
         made = TSNE(perplexity=min(30, (len(values) - 1) / 3), init="pca", random_state=seed)
     else:
         if find_spec("umap") is None:
@@ -168,6 +170,7 @@ def _plane(values: NDArray[np.float32], method: str, seed: int) -> NDArray[np.fl
             )
         from umap import UMAP
 
+        # A seed makes UMAP use one thread anyway; unless told, it warns of that.
         made = UMAP(n_neighbors=min(15, len(values) - 1), random_state=seed, n_jobs=1)
     found: NDArray[np.float64] = np.asarray(made.fit_transform(centred), dtype=np.float64)
     return found

@@ -82,6 +82,7 @@ def _refuse_repeats(scores: pd.DataFrame) -> None:
     twice = scores[scores.duplicated(place, keep=False)]
     if twice.empty:
         return
+    # Options are text: only those of rows that look alike without them are parsed.
     keys = [";".join(w for w in str(o).split(";") if w.split("=")[0] in ROW_KEYS)
             for o in twice["options"]]  # fmt: skip
     again = twice[twice.assign(_key=keys).duplicated([*place, "_key"], keep=False)]
@@ -200,6 +201,7 @@ class _Choice:
             return rows
         rank = present.map([*self.order, *sorted(names - set(self.order))].index)
         if self.column == "split":
+            # A dataset without the first split is read at its own first one, not dropped.
             return rows[rank == rank.groupby(rows["dataset"]).transform("min")]
         return rows[rank == rank.min()]
 
@@ -250,6 +252,7 @@ def partner_block(block: int, own: int, other: int) -> int:
         own: Number of blocks of this tower.
         other: Number of blocks of the other tower.
     """
+    # round() takes halves to the even number, and steps between partners would be uneven.
     return min(max(int(np.floor(block * other / own + 0.5)), 1), other)
 
 

@@ -64,6 +64,7 @@ def run_datasets(scoring: Scoring, towers: tuple[str, ...] = TOWERS) -> None:
                             add_accuracy(
                                 point, counts, split.seed, **split.options, **point.arguments()
                             )
+                        # From the same counts, so that they add up to the accuracy.
                         for other, entry in follow.items():
                             derived_point = replace(point, name=other, metric=entry)
                             _add_derived(derived_point, names, counts, split)
@@ -113,6 +114,7 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
             name = member.class_names[features.labels[row]].casefold().strip()
             together: Any = (number, int(row))
             if by_class:
+                # A prompt of a class must not lie on both sides of the split.
                 together = name
             elif features.pairs is not None:
                 together = (number, int(features.pairs[row]))
@@ -280,6 +282,7 @@ def _add_derived(point: Point, datasets: list[str], counts: Array, split: Split)
             continue
         own = {"predicted": datasets[index[1]]} if len(index) == 2 else {}
         n = int(counts[index[0]].sum()) if index else int(counts.sum())
+        # A single share is binomial: Wilson's interval. Means of several are resampled.
         share = bool(index) and metric.is_share
         low, high = wilson(value[index], n) if share else percentile(draws[(..., *index)])
         place = replace(point, dataset=datasets[index[0]]) if index else point

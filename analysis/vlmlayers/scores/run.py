@@ -157,6 +157,7 @@ def results_of(tasks: list[ScoreTask], options: ScoreOptions, jobs: int) -> Iter
     if jobs == 1:
         return (task.run(options) for task in tasks)
     table = dict(METRICS)
+    # In the order of the tasks: which process is quicker must not show in the table.
     done: Iterator[Collector] = Parallel(n_jobs=jobs, return_as="generator")(
         delayed(_run_elsewhere)(task, options, table) for task in tasks
     )

@@ -58,9 +58,11 @@ def write_scores(scores: Scores, folder: Path) -> tuple[Path, Path]:
     folder = Path(folder)
     paths = folder / "scores.parquet", folder / "scores.csv"
     bare = scores.copy()
+    # pandas writes attributes into Parquet and fails on some; here they go to the sidecar.
     bare.attrs = {}
     atomically(paths[0], lambda part: bare.to_parquet(part, index=False))
     write_csv(paths[1], bare)
+    # Last: if writing stops before it, the old checksums do not match and reading says so.
     sidecar = {
         "sha256": {path.name: file_checksum(path) for path in paths},
         **{name: scores.attrs[name] for name in ATTRIBUTES if name in scores.attrs},
@@ -148,6 +150,7 @@ def score_matrix(
     ]
     if chosen.empty:
         raise UserError(f"no {metric} between {tower} and {other_tower} for dataset {dataset!r}")
+    # Checked first: pivot_table averages whatever shares a cell, two models included.
     grid = check_scores(chosen).pivot_table(
         index="position", columns="other_position", values="value"
     )

@@ -111,6 +111,7 @@ class Point:
         null: float,
         n: int,
         seed: int = -1,
+        # Positional only: the options that follow may be called `n` or `seed` themselves.
         /,
         **options: Any,
     ) -> None:
@@ -205,6 +206,7 @@ class Collector:
     def take(self, other: Collector) -> None:
         """Add all that another one holds."""
         self.rows += other.rows
+        # Tasks of one group may meet the same obstacle in different processes.
         self.refused += [note for note in other.refused if note not in self.refused]
         for metric, seconds in other.cost.items():
             self.cost[metric] = self.cost.get(metric, 0.0) + seconds

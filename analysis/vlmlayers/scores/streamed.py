@@ -295,6 +295,7 @@ class _Scorer:
                     value = float(np.linalg.norm(x.mean - y.mean))
                     null = float(np.sqrt(1.0 / x.n + 1.0 / y.n))
                 else:
+                    # The null mixes rows, which only the sample still has.
                     value, null = frechet_from(x, y), gap.frechet_null(image_rows, text_rows)
                 kind = "captions" if texts is None else "class_prompts"
                 self._add(point, value, null, on_sample, pairs=kind, texts=y.n)
@@ -317,6 +318,7 @@ class _Scorer:
                 x, y = (self.full.moments[key] for key in keys)
                 cross = self.full.cross[space, position, other]
                 value = cka_from(x, y, cross, debiased=debiased)
+                # Shuffled pairs have mean 0 if unbiased, else a known mean above it.
                 null = 0.0 if debiased else biased_cka_null(x, y)
                 rows_x, rows_y = (self.sums.sample[key] for key in keys)
 

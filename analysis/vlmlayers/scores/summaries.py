@@ -53,6 +53,7 @@ ROW_OPTIONS = (
     "head",
     "ceiling",
 )  # differ by row, not by run
+# The normal quantile of 97.5 %, written out: reading a table should not import scipy.
 _Z = 1.959963984540054
 
 

@@ -139,6 +139,7 @@ def _add_cross_style(point: Point, source: Source, target: Source, shared: list[
     if len(np.unique(fit_labels)) < len(shared) or len(np.unique(labels)) < len(shared):
         raise UserError("a shared class has no item in one of the styles")
     fit, x = point.at(source).rows(fit_rows), point.at(target).rows(rows)
+    # The fit stands in for the validation part, from which a nearest mean chooses nothing.
     predicted = point.metric.function(
         fit, fit_labels, fit, fit_labels, x, classes=len(shared), **point.arguments()
     )

@@ -35,6 +35,7 @@ class LayerChoice:
     vision: tuple[int, ...]
     text: tuple[int, ...]
     rule: str
+    # Not compared: the same blocks are the same choice, however they were found.
     evidence: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class LayerChoice:
         Raises:
             UserError: It is no such model, or has no such block.
         """
+        # Late, here and below: models bring torch, which reading a choice does not need.
         from vlmlayers.models import handover
 
         return handover.module_names(model, self.placement)
@@ -104,13 +106,13 @@ class LayerChoice:
         return handover.lora_config(model, self.placement, options)
 
     def freeze(self, model: Any) -> dict[str, int]:
-        """Leave the chosen blocks of a model alone trainable, and return how many numbers they are.
+        """Leave the chosen blocks of a model alone trainable, and count their parameters.
 
         Args:
             model: As for `module_names`; its `requires_grad` flags are set.
 
         Returns:
-            Trainable numbers by tower.
+            Trainable parameters by tower.
         """
         from vlmlayers.models import handover
 
@@ -182,6 +184,7 @@ class LayerChoice:
     @checked
     def save(self, path: str | Path) -> Path:
         """Write `choice.json`; a half-written file never appears under the final name."""
+        # NaN is no JSON, and readers other than Python's refuse it.
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         return write_text(Path(path), text)
 
@@ -227,7 +230,7 @@ class LayerChoice:
             raise UserError(f"{where}: {error}") from None
 
     def __repr__(self) -> str:
-        # The evidence would fill screens; what it comes to is the statement.
+        # The evidence would fill screens; the statement sums it up.
         said = textwrap.wrap(self.statement, WIDTH, max_lines=8, placeholder=" …")
         return "\n".join([f"LayerChoice({self})", *said])
 

@@ -30,6 +30,7 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
         return OwnRule(name_of(rule, "rule", RULES), rule, dict(options))
     if is_user_code(rule):
         return OwnRule(rule, load_user_code(rule, "rule"), dict(options))
+    # A package cannot replace a shipped rule: its name would then stand for other blocks.
     if rule in plugins and rule not in RULES:
         return OwnRule(rule, plugins[rule].load(), dict(options))
     check_one_of("rule", rule, [*RULES, *plugins])

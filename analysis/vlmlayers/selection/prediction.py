@@ -208,6 +208,7 @@ def available_scores(scores: Scores) -> list[str]:
 
 def _complete(table: BlockTable, name: str) -> bool:
     try:
+        # By trying: which blocks lack a value shows only where the values are read.
         metric_by_tower(table, name)
     except UserError:
         return False

@@ -2,7 +2,7 @@
 
 A rule returns a `Pick` per tower: the blocks, and the numbers that led to them. `select` adds how
 stable the pick is. High dataset accuracy marks blocks whose features are specific to a dataset;
-high agreement marks blocks where the towers speak of the same thing. MMA adapts blocks that are
+high agreement marks blocks where the towers represent the same content. MMA adapts blocks that are
 both and leaves the general lower blocks frozen; the rules `threshold`, `knee` and `budget` state
 that in three ways.
 """
@@ -48,6 +48,7 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     widths = table.interval_widths(metric, tower)
     widths = widths[~np.isnan(widths)]
     span = float(np.ptp(table.curve(metric, tower)))
+    # The median: a single wide interval says little of the curve.
     width = float(np.median(widths)) if len(widths) else 0.0
     if not 0 < span < width:
         return []
@@ -178,6 +179,7 @@ def fit_knee(curve: Array) -> dict[str, Any]:
     line, _, _ = _least_squares(np.stack([np.ones(depth), x], axis=1), curve)
     # A perfect fit has no logarithm of its error.
     floor = 1e-12 * max(float(np.var(curve)) * depth, 1e-12)
+    # The criterion charges two parameters more than a line: the second slope and the knee.
     gain = depth * np.log((line + floor) / (error + floor)) - 2 * np.log(depth)
     return {
         "knee": int(knee),

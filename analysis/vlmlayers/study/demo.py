@@ -33,6 +33,7 @@ def demo_study(random_weights: bool = False) -> Study:
 def demo_source(random_weights: bool = False) -> str:
     """Return the demo's study file as it is run: `vlmlayers study` runs it as well."""
     source = FILE.read_text(encoding="utf-8")
+    # In the text, so that the study file kept in the run is the one that ran.
     trained = '{ name = "mini-clip" }'
     return source.replace(trained, '{ name = "mini-clip", random_weights = true }', random_weights)
 

@@ -81,6 +81,7 @@ class OpenedRun:
             raise UserError(
                 f"{self.run.folder} holds no validation.csv; make one with `vlmlayers validate`"
             )
+        # As text: pandas would read some placements as numbers.
         return pd.read_csv(self.run.validation, dtype={"placement": str})
 
     @property

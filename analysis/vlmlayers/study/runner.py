@@ -137,12 +137,14 @@ def run_stages(context: StageContext, picked: Sequence[str]) -> None:
             context.doing(f"{name:8} unchanged")
             continue
         LOG.debug("%s runs: %s", name, reason)
+        # Before it runs: a stage that is stopped must not count as done on its earlier inputs.
         _forget(context, name)
         if name in LONG and "report" in picked and _can_report(context):
             STAGES["report"].run(context)  # what is known so far; it is written again at the end
         began = time.monotonic()
         try:
             stage.run(context)
+        # On Ctrl-C as well: the next run of the stage adds to this time.
         except BaseException:
             _keep_time(context, name, time.monotonic() - began)
             raise

@@ -64,6 +64,7 @@ class ModelPart(WeightsOptions):
         base = self.label or (Path(self.path).name if self.path else self.name)
         if not self.label:
             base += "-random" * self.random_weights + "-adapted" * bool(self.adapter)
+        # The title names a folder: a slash in it would make two.
         return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "model"
 
 
@@ -169,6 +170,7 @@ class Study(Options):
     search: dict[str, Any] | None = None
     select: SelectPart = SelectPart()
     train: tuple[dict[str, Any], ...] = ()
+    # With an underscore, because pydantic's models have a method of that name.
     validate_: dict[str, Any] | None = Field(default=None, alias="validate")
     report: ReportPart = ReportPart()
 

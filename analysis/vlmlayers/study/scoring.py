@@ -60,6 +60,7 @@ def scores_of(
     if inside:
         tables += _examined(context(), inside, options)
     whole = pd.concat(tables, ignore_index=True)
+    # concat keeps attributes only where those of all parts are equal.
     whole.attrs.update(tables[0].attrs)
     whole.attrs["refused"] = [one for table in tables for one in table.attrs.get("refused", ())]
     return whole

@@ -161,6 +161,7 @@ def _score_inputs(context: StageContext) -> dict[str, Any]:
         "metrics": context.study.score.metrics,
         "options": context.study.score.options,
         "own_metrics": [_own_code(name) for name in context.metrics],
+        # Another version may compute other values from the same features.
         "version": version("vlm-layers"),
     }
 

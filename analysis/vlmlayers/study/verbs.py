@@ -148,6 +148,7 @@ def select_run(
     folder = source if source.is_dir() else source.parent
     if rule == "search":
         options = {"file": str(Run(folder).search)} | options
+    # Before the imports that take seconds: a misspelt name shows at once.
     make_rule(rule, options)
     score_table(source)
     from vlmlayers.scores import read_scores  # all that can be wrong by then takes a table

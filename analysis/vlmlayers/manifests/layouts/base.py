@@ -37,6 +37,7 @@ def expect_hash(place: Place, path: Path) -> None:
     Raises:
         AlteredData: The file differs from all of them.
     """
+    # Labels follow from this file: another split under its name would train and test unnoticed.
     known = place.spec.split_sha256
     if known and (found := known_checksum(path)) not in known:
         raise AlteredData(

@@ -255,6 +255,7 @@ def _open_stored(folder: str, stamps: tuple[tuple[str, int, int], ...]) -> dict[
     saved = Path(stamps[0][0]).name in _SAVED
     found = datasets.load_from_disk(folder) if saved else datasets.load_dataset(folder)
     parts = found if isinstance(found, dict) else {found.split or "train": found}
+    # A format that the dataset was saved with would turn values into tensors.
     return {str(name): _undecoded(data.with_format(None)) for name, data in parts.items()}
 
 
@@ -283,6 +284,7 @@ def _stored_rows(
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Return a path and the columns of every row, without reading the images."""
     names = [f"{columns[0]}.path", *(column for column in columns[1:] if column)]
+    # Flattened, paths are a column of their own and the bytes beside them stay on the disk.
     listed = data.flatten().select_columns(names)
     rows = []
     for number, row in enumerate(listed):

@@ -230,6 +230,7 @@ def _csv(path: Path, columns: Columns) -> Iterator[Row]:
     # By the column of paths, not by csv.Sniffer, which guesses from the data and errs on paths.
     head, marks = text.partition("\n")[0], DELIMITERS[path.suffix.lower()]
     mark = next((m for m in marks if columns.path.casefold() in _cells(head, m)), marks[0])
+    # Line ends inside quoted cells are for the csv module to see.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
     header = next(reader, [])
     _refuse_twice([name.strip() for name in header], columns)
