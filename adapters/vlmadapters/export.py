@@ -98,6 +98,7 @@ def merged_weights(method: Method, model: VLM) -> dict[str, Tensor]:
             "its authors' layout (form='classes', 'official'; --form)"
         )
     state = {key: value.detach().cpu().clone() for key, value in model.clip.state_dict().items()}
+    # In the backbone's own precision, from which a half-precision CLIP was widened to compute.
     return state | {key: changed[key].to("cpu", state[key].dtype) for key in changed}
 
 
@@ -118,6 +119,7 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
         "classifier; test it with `vlmlayers evaluate --adapter`, or export its authors' layout "
         "(form='official', --form official)"
     )
+    # Either way image features would differ from those of the backbone that the file is for.
     own_images = type(method).image_features is not Method.image_features
     if own_images or method.start("vision", depth) <= depth:
         raise refused
@@ -139,6 +141,7 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
 
 
 def _write(path: Path, state: dict[str, Tensor], told: dict[str, Any]) -> None:
+    # safetensors refuses tensors that are not contiguous, as transposed ones are.
     whole = {key: value.contiguous() for key, value in state.items()}
     data = save(whole, metadata={"description": json.dumps(told)})
     atomically(path, lambda part: part.write_bytes(data))

@@ -78,6 +78,7 @@ def save_method(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
+        # Not `with_suffix`, which would take `.5` of a name such as `scale-0.5` for a suffix.
         path = path.with_name(f"{path.name}.safetensors")
     info = {
         "format": FORMAT,
@@ -200,6 +201,7 @@ def load_official(
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds no trained method: its state_dict is not a dictionary")
     state = {
+        # Whole models hold counters and names too; a parameter is a tensor.
         key.removeprefix("module."): value
         for key, value in state.items()
         if isinstance(key, str) and isinstance(value, Tensor)
@@ -216,6 +218,7 @@ def load_official(
         made = kind.build(kind.config_of_official(own, str(path), config), backbone, classes)
         made.load_official_state_dict(own)
     except UserError as error:
+        # Looked for after a refusal only, as it builds every method there is.
         writers, title = _writers(state, backbone, classes, len(own)), kind.Config.title
         if not writers or title in writers:
             raise
@@ -279,9 +282,11 @@ def _parts(content: Any) -> Iterator[str | memoryview]:
     if isinstance(content, Tensor):
         whole = content.detach().cpu().contiguous()
         yield f"tensor {whole.dtype} {tuple(whole.shape)}\n"
+        # By way of bytes, since numpy has no bfloat16.
         yield whole.reshape(-1).view(torch.uint8).numpy().data
     elif isinstance(content, Mapping):
         yield f"mapping {len(content)}\n"
+        # By repr: an optimizer's state has numbers and words as keys, which do not compare.
         for key in sorted(content, key=repr):
             yield from (*_parts(key), *_parts(content[key]))
     elif isinstance(content, (list, tuple)):
@@ -289,5 +294,6 @@ def _parts(content: Any) -> Iterator[str | memoryview]:
         for value in content:
             yield from _parts(value)
     else:
+        # Lengths stand before contents, or two different nestings could give the same bytes.
         text = repr(content)
         yield f"value {len(text.encode('utf-8', 'surrogatepass'))}\n{text}\n"

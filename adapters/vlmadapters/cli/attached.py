@@ -31,6 +31,7 @@ def attach_for_good(model: Any, path: str | Path) -> Any:
         raise UserError(f"there is no adapter {path}; `vlmlayers train` writes them to adapters/")
     adapter = load_method(path, model) if path.suffix == OURS else load_official(path, model)
     words = _words(path, adapter.config)
+    # The checksum of the file enters `weights_hash`, which every stored feature is filed under.
     model.adapt(adapter.attached(model.clip), words, file_checksum(path))
     return model
 

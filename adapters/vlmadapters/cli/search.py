@@ -47,6 +47,7 @@ def search(
 
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
     check_inputs(model, weights, datasets, data_root)
+    # Not before the checks, as torch takes seconds to import.
     from vlmadapters.cli.terminal import RANDOM
     from vlmadapters.validation.candidates import scaled
     from vlmadapters.validation.search import search as run

@@ -15,7 +15,7 @@ from vlmlayers.options import Options, Several, validated
 
 
 class MethodPart(Options):
-    """What the table of a stage that trains one method says beside the options of the library.
+    """What the table of a stage that trains one method holds besides the library's options.
 
     Attributes:
         datasets: Trained on; those of the study where absent.
@@ -99,7 +99,7 @@ def _recipe(context: Any, part: MethodPart, model: str = "") -> Any:
 def library_options(context: Any, part: Options, options: type[Options]) -> dict[str, Any]:
     """Return the options of the library that a table has; images are left out as in extraction."""
     found = {name: getattr(part, name) for name in options.model_fields}
-    said = part.model_fields_set  # a `false` that is written there goes before the extraction's
+    said = part.model_fields_set  # a `false` written there overrides the extraction's
     return found | {key: own for key, own in context.leaving_out.items() if key not in said}
 
 

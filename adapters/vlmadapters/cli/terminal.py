@@ -80,5 +80,6 @@ def _padded(label: str, cells: str) -> str:
 def _cell(row: Any) -> str:
     if row is None:
         return ""
+    # NaN, the deviation of a single seed, does not equal itself.
     spread = f" ±{100 * row['sd']:5.2f}" if row["sd"] == row["sd"] else ""
     return f"{100 * row['mean']:6.2f}{spread}"

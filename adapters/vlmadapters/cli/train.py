@@ -88,6 +88,7 @@ def train(
     if pairs is not None:
         placed = [_paired(one, read_pairs(pairs)) for one in placed]
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
+    # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.protocols.train import train as run
     from vlmadapters.training import processes
     from vlmadapters.validation.methods import methods_verdict

@@ -64,6 +64,7 @@ def parts(tables: Any) -> list[TrainPart]:
         if not isinstance(part.recipe, str):
             for method in part.recipe:
                 check_one_of("method", method, part.methods, where="recipe of [[train]]")
+        # A TOML file may lie beside the study, whose folder is not known here.
         if not any(name.endswith(".toml") for name in part.recipes.values()):
             recipes = read_recipes(part.recipes, part.set, part.methods)
             read_placements(recipes, [one for one in part.placements if not _is_choice(one)])

@@ -57,6 +57,7 @@ def validate(
     same command twice.
     """
     chosen = _choice(choice, placement)
+    # The scores that a choice was made from are those whose predictions are of interest.
     if scores is None and choice is not None and choice.is_dir():
         scores = choice
     if scores is not None:
@@ -92,6 +93,7 @@ def validate(
         typer.echo(RANDOM)
     if found.void:
         typer.echo(found.verdict)
+        # No mistake of the user's, but a script should not take it for a result.
         raise typer.Exit(2)
     typer.echo(_text(found, out))
 

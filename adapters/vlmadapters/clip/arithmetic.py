@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vlmadapters.clip.products import frozen_linear, product, suits
 from vlmadapters.clip.remembered import is_causal, lowered
 
+# OpenAI trained its models with this approximation of GELU; exact GELU gives other features.
 QUICK = 1.702
 
 
@@ -34,6 +35,7 @@ def is_standard(block: nn.Module) -> bool:
         type(block.ln_1) is LayerNorm
         and type(block.ln_2) is LayerNorm
         and attention.batch_first
+        # Without it torch keeps three projections, and `in_proj_weight` is None.
         and attention._qkv_same_embed_dim
         and attention.in_proj_bias is not None
         and attention.bias_k is None
@@ -60,7 +62,7 @@ def attend(block: Any, x: Tensor, u: Tensor, mask: Tensor | None, onednn: bool =
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    """Return the heads' means of values side by side, (item, query, width).
+    """Return multi-head attention before its output projection, (item, query, width).
 
     Args:
         q: Queries, (item, query, width).
@@ -103,6 +105,7 @@ def attend_one(
     to_k, to_v = (weight[i * width : (i + 1) * width].view(heads, size, width) for i in (1, 2))
     picked = u[torch.arange(n, device=u.device), rows]
     q = frozen_linear(picked, weight[:width], bias[:width], onednn).view(n, heads, size)
+    # The scale goes to the query, the smallest of the factors.
     asked = torch.einsum("nhd,hdw->nhw", q * size**-0.5, to_k)  # (item, head, width)
     scores = asked @ u.transpose(1, 2)  # (item, head, token)
     if mask is not None:
@@ -135,9 +138,9 @@ def attend_others(
 
     Args:
         block: A standard block.
-        x: The tokens that look, (item, token, width).
-        keys: Of the tokens looked at, as `keys_values` gives them.
-        values: Likewise.
+        x: The tokens that attend, (item, token, width).
+        keys: Keys of the tokens attended to, as `keys_values` returns them.
+        values: Their values, likewise.
         seen: Which of these an item's tokens see, (item, token); None is all.
         onednn: Use oneDNN where it suits and is faster.
     """
@@ -145,6 +148,7 @@ def attend_others(
     weight, bias = lowered(attention.in_proj_weight)[:width], attention.in_proj_bias[:width]
     q = frozen_linear(block.ln_1(x), weight, bias, onednn)
     q = q.view(n, tokens, heads, width // heads).transpose(1, 2)
+    # True means seen here; `nn.MultiheadAttention` takes boolean masks in the opposite sense.
     mask = None if seen is None else seen[:, None, None]
     out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask)
     return _leave(block, x, out.transpose(1, 2).reshape(n, tokens, width), onednn)
@@ -173,6 +177,8 @@ class _FrozenMLP(torch.autograd.Function):
         t = product(n, mlp.c_fc.weight, mlp.c_fc.bias * factor, onednn)
         if ctx.needs_input_grad[0]:
             ctx.parts = norm, mlp, quick, onednn
+            # t and not h: the activation's derivative reads its input, and h would be needed for
+            # the gradient of a weight only.
             ctx.save_for_backward(x, mean, rstd, t)
             h = F.silu(t) if quick else F.gelu(t)
         else:  # t is read no more

@@ -20,6 +20,7 @@ from vlmadapters.clip.walk import State, Walk
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import available_memory, placed
 
+# A view at a block of ViT-B/16 takes 0.6 MB (197 × 768 floats): 4 GiB hold 7,000 of them.
 VIEW_BYTES, FEATURE_BYTES = 4 << 30, 512 << 20
 DEVICE_SHARE = 4  # a cache of views takes at most this part of a GPU's free memory
 
@@ -50,6 +51,7 @@ class Backbone:
         # Both or neither: a method acts on the two towers in one way, by steps or by hooks.
         self.steps = self.vision.steps and self.text.steps
         self.vision.steps = self.text.steps = self.steps
+        # Kept here and not with a trainer: every training and test on this backbone reads them.
         self._features: dict[Hashable, Tensor] = {}
 
     @property
@@ -114,6 +116,8 @@ class Backbone:
         Returns:
             (image, joint), not normalised.
         """
+        # Taken out and put in again below: dictionaries keep the order of insertion, so that the
+        # first key is the one that was not used for longest.
         found = self._features.pop(key, None)
         if found is None:
             end = self.vision.tower.depth + 1
@@ -121,6 +125,7 @@ class Backbone:
                 made = [self.features("vision", self.images(x, [end])[end]) for x in batches()]
                 found = torch.cat(made) if made else torch.empty(0, self.joint, device=self.device)
         self._features[key] = found  # behind the others: those in front go first
+        # The last one stays however large it is: the caller holds it anyway.
         while len(self._features) > 1 and self._kept_bytes() > FEATURE_BYTES:
             self._features.pop(next(iter(self._features)))
         return found
@@ -175,6 +180,7 @@ def climb(
     Block depth + 1 stands for the joint embedding. Without `shared` every other block asked for
     gets the state before block 1: nothing is saved.
     """
+    # In rising order: a walk cannot go back, and each state is made from the one below it.
     wanted = sorted(set(starts))
     with torch.no_grad():
         state = enter(inputs)
@@ -253,6 +259,7 @@ class ViewCache:
             raise NotImplementedError("a backbone that runs whole has no frozen prefix to keep")
         if self.form is None:
             first = states[self.starts[0]]
+            # Cloned: a slice would keep the pixels of the whole first batch alive.
             self.form = replace(first, inputs=first.inputs[:1].clone())
             views = len(self.filled)
             size = views * sum(x[0].numel() * x.element_size() for x in made.values())
@@ -260,6 +267,8 @@ class ViewCache:
             keep: Sequence[int] = self.starts if size <= self.limit else self.starts[:1]
             size = views * sum(made[b][0].numel() * made[b].element_size() for b in keep)
             self._place = self._where(size)
+            # Empty, not zeros: in main memory pages are then provided as rows are written, so that
+            # views which are never seen take no room.
             self.stored = {
                 block: torch.empty(
                     (views, *made[block].shape[1:]), dtype=made[block].dtype, **self._place
@@ -269,10 +278,12 @@ class ViewCache:
         index = placed(torch.from_numpy(rows), self._place["device"])
         for block, store in self.stored.items():
             store[index] = made[block].detach().to(store.device)
+        # Last, so that a batch which fails on the way is computed again.
         self.filled[rows] = True
 
     def _where(self, size: int) -> dict[str, Any]:
         device = self.backbone.device
         if device.type == "cpu" or size <= available_memory(device) // DEVICE_SHARE:
             return {"device": device}
+        # Copies from pinned memory overlap with the GPU's work; from pageable memory they wait.
         return {"device": torch.device("cpu"), "pin_memory": device.type == "cuda"}

@@ -27,7 +27,9 @@ def scaled_products(clip: Any, image_features: Tensor, texts: Tensor) -> Tensor:
     """
     with torch.autocast(image_features.device.type, enabled=False):
         images = F.normalize(single(image_features), dim=-1)
+        # `.mT`, not `.T`: texts may differ by image and then have an axis before their two.
         logits = single(clip.logit_scale).exp() * images @ single(texts).mT
+        # Models trained with a sigmoid loss (SigLIP) have one; in others it is None or missing.
         bias = getattr(clip, "logit_bias", None)
         return logits if bias is None else logits + single(bias)
 

@@ -24,12 +24,13 @@ MOST_ROWS = 4096  # bounds what timing costs; a batch of a vision tower has abou
 ROUNDS, LEAST_ROUNDS = 4, 2
 ENOUGH = 0.1  # seconds of timing, after which the least rounds suffice
 WORTH_IT = 0.97  # a tie within the spread of timings goes to torch
+# Not kept on disk: what is faster depends on the threads and the load of a process.
 _timed: dict[ShapeClass, TimedProduct] = {}
 
 
 @dataclass(frozen=True)
 class ShapeClass:
-    """Products that one timing speaks for.
+    """Products that one timing stands for.
 
     Attributes:
         rows: Rows of the input, up to the next power of two, at most `MOST_ROWS`.
@@ -96,6 +97,7 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
 @torch.no_grad()
 def _time(shape: ShapeClass) -> TimedProduct:
     """Time both libraries in turn, the best of some rounds each."""
+    # Ones, not uninitialised memory: subnormal numbers in it would multiply many times slower.
     x, weight = torch.ones(shape.rows, shape.width_in), torch.ones(shape.width_out, shape.width_in)
     # As the backward pass has it: how the weight lies in memory decides which library wins.
     if shape.transposed:
@@ -135,6 +137,8 @@ def has_onednn() -> bool:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x · weightᵀ + bias` multiplied by oneDNN."""
+    # A private operator, which torch's own compiler uses on CPUs. It may change between versions;
+    # `has_onednn` compares its result before anything relies on it.
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made
 
@@ -168,6 +172,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # Not by `save_for_backward`: a frozen weight outlives the graph and is never changed.
         ctx.weight = weight
         return product(x, weight, bias, True)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
+# torch's own dictionary compares keys by identity; one of the standard library would call `==`,
+# which compares tensors element by element.
 _CASTS, _CAUSAL = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 

@@ -101,6 +101,7 @@ class Walk:
         self.tower, self.cut, self.last_token, self.onednn = tower, cut, last_token, onednn
         self.fused = [fused and is_standard(block) for block in tower.blocks]
         self.steps = True
+        # In evaluation mode, or dropout would make the two passes differ.
         with torch.no_grad(), eval_mode(tower.model):
             self.steps = self.agrees()
 
@@ -112,8 +113,10 @@ class Walk:
         if example.is_floating_point():
             inputs = torch.rand(example.shape, generator=generator).to(example)
         else:
+            # From 1, since 0 is padding; below 50, since every vocabulary has these ids.
             inputs = torch.randint(1, 50, example.shape, generator=generator).to(example)
         try:
+            # By way of block 2, so that a stop between blocks is tried as well as the end.
             walked = self.finish(self.advance(self.enter(inputs), 2))
             expected = self.tower.run(inputs)
         except torch.OutOfMemoryError:
@@ -121,6 +124,7 @@ class Walk:
         except (RuntimeError, TypeError, IndexError, AttributeError):
             return False  # a forward that cannot be taken apart runs whole
         error = (walked - expected).norm() / expected.norm().clamp_min(1e-12)
+        # Half precision rounds in every block; an error of 5 % is still far below a wrong layout's.
         low = expected.dtype in (torch.float16, torch.bfloat16)
         return bool(error < (0.05 if low else TOLERANCE))
 
@@ -151,6 +155,7 @@ class Walk:
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0]
+            # Blocks add to what they are given: a float32 input keeps the whole stream in float32.
             if torch.is_autocast_enabled(x.device.type):
                 x = x.float()
             items_first = self.tower.layout == "tokens" and self.tower.batch_axis in (None, 0)
@@ -192,6 +197,7 @@ class Walk:
         if whole or state.block > tower.depth:
             state = self.advance(state, tower.depth + 1, method)
             assert state.x is not None
+            # Prompts that a method appended are dropped: the head pools the tower's own tokens.
             x = state.x if method is None or not state.length else state.x[:, : state.length]
             return self.head(x, rows)
         state = self.advance(state, tower.depth, method)
@@ -216,6 +222,8 @@ class Walk:
     def _is_plain(self, state: State) -> bool:
         """Whether blocks are given nothing but tokens and one mask for all heads and items."""
         mask = state.kwargs.get("attn_mask")
+        # A mask with further axes differs by head or item; the fused attention picks rows of one
+        # (token, token) mask.
         known = set(state.kwargs) <= {"attn_mask"} and not state.args
         return known and (mask is None or mask.ndim == 2)
 
@@ -232,6 +240,7 @@ class Walk:
         name, mask = self.tower.name, state.kwargs.get("attn_mask")
         inside, beside = None, False
         if method is not None:
+            # First of all: new prompts of a block are part of what its norm and attention read.
             x = method.before(x, name, number, state)
             inside, beside = method.inside(name, number), method.reads_norm(name, number)
         u = x
@@ -244,6 +253,7 @@ class Walk:
                 )
             out = inside(module, x, mask, rows)
             if beside:
+                # Computed again: what `inside` normed stays inside it.
                 u = first_norm(module, self.tower)(x)
                 u = u if rows is None else at(u, rows)
         elif not self._is_fused(number, state):

@@ -18,8 +18,8 @@ class Augmentation:
 
     Attributes:
         crop_scale: Range of the crop's share of the image's area.
-        crop_ratio: Range of the crop's aspect ratio, drawn evenly in its logarithm.
-        flip: Chance of a horizontal flip.
+        crop_ratio: Range of the crop's aspect ratio, drawn uniformly in its logarithm.
+        flip: Probability of a horizontal flip.
 
     Reference: torchvision's RandomResizedCrop, whose distribution this is.
     """
@@ -48,6 +48,7 @@ class Augmentation:
         w = np.round(np.sqrt(area * ratio)).astype(int)
         h = np.round(np.sqrt(area / ratio)).astype(int)
         flip = bool(draw[-1] < self.flip)
+        # The first try that fits counts, as in torchvision, which makes no further ones.
         for i in np.flatnonzero((w > 0) & (w <= width) & (h > 0) & (h <= height)):
             top, left = int(u[i, 2] * (height - h[i] + 1)), int(u[i, 3] * (width - w[i] + 1))
             return top, left, int(h[i]), int(w[i]), flip

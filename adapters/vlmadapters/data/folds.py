@@ -55,6 +55,7 @@ class Fold(TaskData):
         )
         self.origin, self.apart, self.held_out = data.origin, apart, held_out
         self.class_names = tuple(class_names)
+        # The dataset's own, so that an image is decoded once for all folds.
         self.images = data.images
         self._held = {"train": list(train), "test": list(test)}
 
@@ -138,6 +139,7 @@ def folds(
                 test += items
                 continue
             for place, item in enumerate(items):
+                # A single item is trained on: held out, it would test a class that was not trained.
                 held = place % parts == number % parts and len(items) > 1
                 (test if held else train).append(item)
         ordered = [names[original] for original in order]

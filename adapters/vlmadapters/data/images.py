@@ -49,7 +49,7 @@ class Room:
         self._lock = RLock()
 
     def take(self, owner: Images, size: int) -> bool:
-        """Return whether `size` more bytes fit, and count them; idle images make way."""
+        """Return whether `size` more bytes fit, and count them; idle images are dropped."""
         with self._lock:
             self._idle.discard(owner)
             while self.used + size > self.limit and self._idle:
@@ -59,11 +59,11 @@ class Room:
             return fits
 
     def rest(self, owner: Images) -> None:
-        """Let the images of a dataset make way once others need their room."""
+        """Allow the images of a dataset to be dropped once others need their room."""
         self._idle.add(owner)
 
     def give_back(self, *stores: dict[str, Tensor]) -> None:
-        """Count images as gone that nothing holds any more."""
+        """Free the room of images that nothing refers to any more."""
         with self._lock:
             self.used -= sum(image.numel() for store in stores for image in store.values())
 
@@ -111,9 +111,12 @@ class Images:
         self.mean, self.std = _normalisation(model.preprocess)
         self._mean, self._std = (placed(one, self.device) for one in (self.mean, self.std))
         threads = decoding_processes(workers, WORTH_STARTING, self.device)
+        # Threads and not processes: decoding and cropping release the interpreter's lock, and
+        # what threads make need not be copied.
         self.pool = ThreadPoolExecutor(threads) if threads else None
         self._raw: dict[str, Tensor] = {}
         self._ready: dict[str, Tensor] = {}
+        # With the stores as arguments: a callback that held `self` would keep it alive for ever.
         finalize(self, self.room.give_back, self._raw, self._ready)
 
     def identity(self, items: Sequence[Item]) -> DataIdentity:
@@ -126,7 +129,7 @@ class Images:
         return image
 
     def rest(self) -> None:
-        """Say that these images are not needed for now: they make way where others need room."""
+        """Mark these images as not needed for now: they are dropped where others need room."""
         self.room.rest(self)
 
     def forget(self) -> int:
@@ -183,6 +186,7 @@ class Images:
 
     def normalised(self, pixels: Sequence[Tensor]) -> Tensor:
         """Stack images of one size and normalise them as the model expects, on its device."""
+        # To the device as bytes, a quarter of the transfer of floats.
         batch = placed(torch.stack(list(pixels)), self.device).float().div_(255)
         return batch.sub_(self._mean).div_(self._std)
 
@@ -206,6 +210,8 @@ class Images:
         def view(item: Item, draw: NDArray[np.float64]) -> Tensor:
             raw = placed(self.raw(item), self.device) if on_device else self.raw(item)
             top, left, h, w, flip = augmentation.box(draw, raw.shape[1], raw.shape[2])
+            # PIL's resize, which the published recipe uses, is always antialiased; for tensors
+            # torchvision leaves the choice.
             crop = V.resized_crop(
                 raw, top, left, h, w, list(self.size), InterpolationMode.BICUBIC, antialias=True
             )
@@ -222,6 +228,8 @@ class Images:
             yield from map(make, parts)
             return
         parts = iter(parts)
+        # A thread of its own: a batch that waits in the pool for crops of the same pool would, with
+        # one worker, wait for itself.
         with ThreadPoolExecutor(1) as maker:
             # One ahead and no more, since each is a whole batch in memory.
             pending = [maker.submit(make, part) for part in islice(parts, 1)]
@@ -259,6 +267,7 @@ def epoch_batches(
     others is dropped, or kept without `drop_last`.
     """
     order = np.random.default_rng([seed, epoch, ORDER]).permutation(n)
+    # As in Dassl: the last partial batch is dropped, but never the only one.
     size = min(batch_size, n)
     end = n - size + 1 if drop_last else n
     return [order[start : start + size] for start in range(0, end, size)]

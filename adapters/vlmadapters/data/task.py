@@ -212,10 +212,13 @@ class TaskData:
         """Return few-shot items of the validation split, at most 4 a class; none without one."""
         if "val" not in self.splits():
             return []
+        # At most 4, as CoOp's code draws them: a large validation set would be no few-shot setting.
         return self.shots(min(shots, 4), seed, kind, "val")
 
     def test(self, kind: str, split: str = "test") -> list[Item]:
         """Return the test items of one half, relabelled from 0."""
+        # Sampled over all classes and then halved: base and novel items are the same whichever of
+        # them is tested.
         if split not in self._tested:
             items = self._items(split)
             self._tested[split] = self._readable(

@@ -62,6 +62,7 @@ class Methods(Mapping[str, "type[Method]"]):
         return method
 
     def _offered(self) -> dict[str, str]:
+        # Read at every use: a package may be installed while a notebook is open.
         return {point.name: point.value for point in entry_points(group=GROUP)}
 
     def __iter__(self) -> Iterator[str]:
@@ -92,6 +93,7 @@ class Methods(Mapping[str, "type[Method]"]):
             raise UserError(
                 f"{where} is not a method; it has to be a subclass of vlmadapters.Method"
             )
+        # In place of an earlier one, which `register` refuses: a file may be edited and read again.
         self._registered[found.Config.name] = found
         return found
 

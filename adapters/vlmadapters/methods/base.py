@@ -102,7 +102,7 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     loss_weights: Mapping[str, float] = {"cross_entropy": 1.0}
-    # Whether a step depends on its number or on random draws beside parameters, images and labels.
+    # Whether a step depends on its number or on random draws besides parameters, images and labels.
     varies: ClassVar[bool] = False
 
     def __init__(
@@ -123,6 +123,7 @@ class Method(nn.Module):
         Raises:
             UserError: It does not fit the backbone or the classes.
         """
+        # Before the constructor, where a missing block would be a bare IndexError.
         config.check_depths({name: walk.tower.depth for name, walk in backbone.walks.items()})
         return cls(config, backbone, task, seed).to(backbone.device)
 
@@ -199,6 +200,7 @@ class Method(nn.Module):
         images = self.image_features(step.backbone, step.images)
         classes = self.class_features(step.backbone, step.classes)
         logits = self.logits(step.backbone, images, classes)
+        # A user's own method may return logits in half precision, too coarse for a log-softmax.
         return {"cross_entropy": F.cross_entropy(logits.float(), step.labels)}
 
     def loss(self, step: Step) -> Tensor:
@@ -260,6 +262,7 @@ class Method(nn.Module):
         Raises:
             UserError: Keys or shapes belong to another method, placement, width or backbone.
         """
+        # DataParallel, in which some authors wrap their models, puts `module.` before every key.
         state = {key.removeprefix("module."): value for key, value in state.items()}
         own = dict(self.named_official_parameters())
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -275,6 +278,7 @@ class Method(nn.Module):
                     f"{key} has shape {tuple(state[key].shape)} in the checkpoint and "
                     f"{tuple(parameter.shape)} for this backbone; load the backbone it was made for"
                 )
+        # After all checks, so that a refused checkpoint leaves the method as it was.
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(state[key])
@@ -295,6 +299,7 @@ class Method(nn.Module):
                 f"{self.config.name} has no layout of its authors to write; use save_method"
             )
         state = {key: value.cpu() for key, value in self.official_state_dict().items()}
+        # Dassl's files have these entries too; there is no training to resume, so they are None.
         rest = dict.fromkeys(("optimizer", "scheduler", "val_result"))
         return {"state_dict": state, "epoch": epoch, **rest}
 

@@ -90,6 +90,7 @@ class CLIPAdapter(Method):
             raise UserError(f"{where} lacks the first weight of {cls.Config.title}; copy it again")
         inner, width = shapes[0]
         if config is None:
+            # 0.2 is a constant of the public code, which does not store it.
             shares = [0.2 if side in sides else 0.0 for side in SIDES]
             return cls.Config(
                 ratio=shares[0], text_ratio=shares[1], reduction=width // max(inner, 1)
@@ -112,12 +113,14 @@ def _perceptron(width: int, inner: int, generator: torch.Generator) -> nn.Sequen
     """Return two linear maps with a ReLU behind each, without biases."""
 
     def linear(width_in: int, width_out: int) -> nn.Linear:
+        # Leaves the global random state alone: the weights are drawn from the private generator.
         made = torch.nn.utils.skip_init(nn.Linear, width_in, width_out, bias=False)
         bound = 1 / sqrt(width_in)
         fresh = torch.empty(made.weight.shape).uniform_(-bound, bound, generator=generator)
         made.weight = nn.Parameter(fresh)
         return made
 
+    # The public code has the last ReLU as well: what is mixed in is never negative.
     return nn.Sequential(linear(width, inner), nn.ReLU(), linear(inner, width), nn.ReLU())
 
 

@@ -30,6 +30,7 @@ from vlmadapters.methods.deep_configs import CLIPLoRAConfig
 from vlmadapters.methods.official import check_keys, check_settings
 from vlmlayers.errors import UserError
 
+# A constant of the public code. OpenAI's models have exp(logit scale) = 100 as well, others not.
 SCALE = 100.0
 # In the order of the authors' files.
 RESBLOCKS = {"text": "transformer.resblocks", "vision": "visual.transformer.resblocks"}
@@ -73,13 +74,15 @@ class Factors(nn.Module):
 
     def __init__(self, width: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
+        # What `kaiming_uniform_` with a = √5 comes to, which is how the public code draws A.
         bound = 1 / sqrt(width)
         drawn = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+        # B = 0 makes the start plain CLIP; the first gradient of A is therefore 0.
         self.down, self.up = nn.Parameter(drawn), nn.Parameter(torch.zeros(width, rank))
 
 
 class CLIPLoRA(Method):
-    """Changes W + s · B A of the maps to queries, keys and values, and of the one behind them.
+    """Low-rank changes W + s · B A of the query, key, value and output projections.
 
         y = W x + b + s · B A dropout(x),  s = alpha / √rank
 
@@ -133,6 +136,7 @@ class CLIPLoRA(Method):
             q, k, v = linear(u, weight, bias).chunk(3, -1)
         else:
             x, asking = at(x, rows), at(u, rows)
+            # (item, 1, 1, token): one query an item, alike for all heads.
             mask = None if mask is None else mask[rows][:, None, None]
             # One token is read after the last block: it alone needs a query.
             q = linear(asking, weight[:width], bias[:width])
@@ -152,8 +156,11 @@ class CLIPLoRA(Method):
         scale, dropout = self.config.alpha / sqrt(self.config.rank), self.config.dropout
         if self._dropping is not None and self.training and dropout:
             kept = _kept(self._dropping, _linear(tower, number, matrix), x, 1 - dropout, rows)
+            # Inverted dropout: the factor 1 / (1 − p) is applied to the scale, which is one number.
             x, scale = x * kept, scale / (1 - dropout)
         elif self.config.as_published and not dropout:
+            # Without dropout the public code merges the change into the weights and takes it out
+            # again before the backward pass, so that no gradient reaches x through it.
             x = x.detach()
         factors = getattr(self, tower)[str(number)][matrix]
         return y + scale * F.linear(F.linear(x, factors.down), factors.up)
@@ -169,6 +176,7 @@ class CLIPLoRA(Method):
         # The step's generator is on the CPU, as everywhere; masks are drawn where they are used.
         seed = int(torch.randint(2**62, (), generator=step.generator))
         generator = torch.Generator(step.labels.device).manual_seed(seed)
+        # An attribute, since the walk that calls `inside` knows nothing of the step.
         self._dropping = Dropping(generator, step.draws)
         try:
             return super().loss_parts(step)
@@ -177,6 +185,7 @@ class CLIPLoRA(Method):
 
     def merged(self, backbone: Backbone) -> dict[str, Tensor]:
         """Return W + s · B A of the changed maps, and the scale of the logits."""
+        # By identity: a module does not know the name that it has in the whole model.
         names = {id(value): key for key, value in backbone.clip.named_parameters()}
         scale = self.config.alpha / sqrt(self.config.rank)
         found: dict[str, Tensor] = {}
@@ -188,6 +197,7 @@ class CLIPLoRA(Method):
                     changed = {id(one): one.detach().float().clone() for one in (stacked, out)}
                     thirds = dict(zip("qkv", changed[id(stacked)].chunk(3)), o=changed[id(out)])
                     for matrix, factors in getattr(self, tower)[str(number)].items():
+                        # In place: the thirds are views of the copy that is returned.
                         thirds[matrix] += scale * factors.up @ factors.down
                     found |= {names[key]: value for key, value in changed.items()}
         return found | {"logit_scale": torch.tensor(log(SCALE))}
@@ -273,6 +283,7 @@ class CLIPLoRA(Method):
             "vision": tuple(sorted({int(m[2]) + 1 for m in parts if m[1]})),
             "text": tuple(sorted({int(m[2]) + 1 for m in parts if not m[1]})),
             "matrices": cls.Config.ordered({short[m[3]] for m in parts}),
+            # A is (rank, width), B is (width, rank).
             "rank": min(state[keys[0]].shape, default=1),
         }
         if ALPHA in state:
@@ -302,6 +313,7 @@ def _kept(dropping: Dropping, linear: str, x: Tensor, share: float, rows: Tensor
         empty = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         return empty.bernoulli_(share, generator=dropping.generator)
     kept = dropping.kept[linear].transpose(0, 1)[..., : x.shape[-1]]
+    # Recorded for all 77 tokens, where the prompts here may be cut.
     return at(kept, rows) if x.shape[1] == 1 and rows is not None else kept[:, : x.shape[1]]
 
 
@@ -327,6 +339,7 @@ def _layers(metadata: Mapping[str, Any], count: int) -> list[tuple[str, int]]:
     else:
         visions, encoder = _visions(metadata["position"]), metadata["encoder"]
         text = visions[0] if encoder in ("both", "text") else ()
+        # The file does not say how deep the vision tower is; the number of its layers does.
         fitting = (one for one in [(), *visions] if len(text) + len(one) == count)
         blocks = {"text": text, "vision": next(fitting)}
     return [(tower, int(block)) for tower in RESBLOCKS for block in blocks[tower]]

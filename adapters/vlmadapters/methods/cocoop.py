@@ -66,6 +66,7 @@ class CoCoOp(CoOp):
         at_once = max(1, TEXTS // count)
         parts = []
         for some, shift in zip(images.split(at_once), self.meta_net(images).split(at_once)):
+            # All prompts of the first image, then those of the next: what `view` below relies on.
             rows = torch.arange(count, device=images.device).repeat(len(some))
             state = some_prompts(classes, rows)
             note = replace(state.note, shift=shift.repeat_interleave(count, 0))
@@ -78,6 +79,7 @@ class CoCoOp(CoOp):
 def _meta_net(joint: int, width: int, seed: int) -> nn.Sequential:
     """Return the network from image feature to shift, drawn as torch draws linear layers."""
     generator = torch.Generator().manual_seed(seed)
+    # A sixteenth, as published; at least 1 on miniature backbones.
     hidden = max(1, joint // 16)
     linears = []
     for inner, outer in ((joint, hidden), (hidden, width)):

@@ -41,6 +41,7 @@ class MethodConfig:
     def __post_init__(self) -> None:
         placed = Placement(self.vision, self.text)
         for tower in TOWERS:
+            # As `Placement` holds them, so that settings at equal placements are equal.
             object.__setattr__(self, tower, placed.blocks(tower))
             if placed.blocks(tower) and tower not in self.towers:
                 raise UserError(self._refused_tower(tower))
@@ -111,7 +112,7 @@ class MethodConfig:
 
     @property
     def advantage(self) -> str:
-        """What training sees beside the shots and names of its classes, in words; mostly empty."""
+        """What training sees besides the shots and names of its classes, in words; often empty."""
         return ""
 
     @property
@@ -153,5 +154,6 @@ def placements_of(methods: Sequence[str], placements: Iterable[Any]) -> dict[str
     return {name: named or for_all for name, named in found.items()}
 
 
+# JSON has no tuples: what is written has to equal what is read back.
 def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, tuple) else value

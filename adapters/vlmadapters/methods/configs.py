@@ -13,6 +13,7 @@ from vlmadapters.methods.config import MethodConfig
 from vlmlayers.arguments import Count, Natural, NotNegative, checked
 from vlmlayers.errors import UserError
 
+# CoOp's. Any word of one token would do, since its embedding is overwritten.
 PLACEHOLDER = "X"
 ClassAt = Literal["end", "middle", "front"]
 
@@ -23,7 +24,7 @@ def split_words(text: str) -> list[str]:
 
 
 def blocks_to(depth: int) -> tuple[int, ...]:
-    """Return the blocks from 1 on."""
+    """Return the blocks 1 to `depth`."""
     return tuple(range(1, depth + 1))
 
 
@@ -77,6 +78,7 @@ class WordsConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # The public code ignores a length that disagrees; here that would hide a mistake.
         count = len(split_words(self.words))
         if count and self.length not in (0, count):
             raise UserError(
@@ -109,12 +111,12 @@ class ContextConfig(TextConfig, WordsConfig):
 @checked
 @dataclass(frozen=True)
 class CoOpConfig(ContextConfig):
-    """Settings of CoOp, beside those of `ContextConfig`.
+    """Settings of CoOp, in addition to those of `ContextConfig`.
 
     Attributes:
         class_specific: Learn a context for each class instead of one for all.
         class_at: Where the class name stands in the prompt: `end`, `middle` or `front`.
-        as_published: Do as the public code does, which ignores `class_specific` beside words.
+        as_published: Do as the public code, which ignores `class_specific` where words are given.
     """
 
     class_specific: bool = False
@@ -148,20 +150,22 @@ class CoCoOpConfig(ContextConfig):
 @checked
 @dataclass(frozen=True)
 class KgCoOpConfig(CoOpConfig):
-    """Settings of KgCoOp, beside those of `CoOpConfig`.
+    """Settings of KgCoOp, in addition to those of `CoOpConfig`.
 
     Attributes:
-        weight: NotNegative of the distance to the hand-made prompts.
-        as_published: Do as the public code does, which reads every choice of words as "a photo of
-            a", ignores `class_specific` beside words, and `class_at`.
+        weight: Weight of the distance to the hand-made prompts, 0 or more.
+        as_published: Do as the public code, which reads any words as "a photo of a", ignores
+            `class_specific` where words are given, and always ignores `class_at`.
     """
 
+    # λ = 4 in the paper: for unit vectors 1 − cos is half the squared distance used there.
     weight: NotNegative = 8.0
 
     name: ClassVar[str] = "kgcoop"
     title: ClassVar[str] = "KgCoOp"
 
     def __post_init__(self) -> None:
+        # Before the parent's checks, which have to see the words that really count.
         if self.as_published:
             object.__setattr__(self, "class_at", "end")
             if split_words(self.words):
@@ -175,13 +179,13 @@ OtherNames = Literal["none", "text", "virtual"]
 @checked
 @dataclass(frozen=True)
 class LASPConfig(WordsConfig):
-    """Settings of LASP, beside those of `WordsConfig`.
+    """Settings of LASP, in addition to those of `WordsConfig`.
 
     Attributes:
         vision: Vision blocks whose two norms are tuned, counted from 1, rising.
         text: No block: the context stands before the first.
         correction: Learn a vector that is added to the features of all classes.
-        weight: NotNegative of the text-to-text loss; 0 leaves it out.
+        weight: Weight of the text-to-text loss; 0 leaves it out.
         templates: Hand-made prompts of that loss, a `{}` in each; empty takes the 35 published.
         other_names: Where names of the dataset's other classes are used: nowhere, in the
             text-to-text loss, or as virtual classes in the cross-entropy too (LASP-V).
@@ -230,7 +234,7 @@ class ProDAConfig(TextConfig):
             around it, half before it. A multiple of 4, or 1.
         group: Contexts that a step uses for the classes; it divides `prompts`.
         length: Words of a context.
-        weight: NotNegative of the overlap of the prompts without a class.
+        weight: Weight of the overlap of the prompts without a class, 0 or more.
         as_published: Do as the public code does, which leaves underscores in class names and
             places context as if they were spaces.
 

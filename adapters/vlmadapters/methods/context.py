@@ -1,4 +1,4 @@
-"""Class prompts with learned context: their token ids, the slots of the context, what fills them.
+"""Class prompts with learned context: token ids, slots of the context, and what is written there.
 
 Words stand in the token ids where the learned context will be. At the input of a block the tokens
 in these slots are overwritten; at block 1 positional embeddings are added, as to any word.
@@ -51,6 +51,7 @@ class Slots:
         if block == 1:
             context = context + self.positional
         context = context.to(x.dtype).expand_as(self.positional)
+        # Not in place: x may be the frozen state, which every later step starts from again.
         return x.scatter(1, self.index[..., None].expand_as(context), context)
 
 
@@ -98,14 +99,17 @@ def context_prompts(
     written = list(names) if underscores else spaced
     tokens = backbone.tokens([f"{before} {name}." if name else f"{before}." for name in written])
     _check_room(backbone, written, before, slots, tokens.shape[1])
+    # Counted without the full stop, which stays behind context and name in any order.
     ends = first + _counts(backbone, [f"{before} {name}" for name in spaced]) - special
     head = {"end": slots, "middle": slots // 2, "front": 0}[class_at]
     # By moving tokens: text put together anew might be split into other tokens.
     order = torch.arange(tokens.shape[1]).repeat(len(names), 1)  # (class, token)
     for row, end in zip(order, ends.tolist()):
         context, name = row[first : first + slots], row[first + slots : end]
+        # `cat` copies: context and name are views of the row that is written.
         row[first:end] = torch.cat([context[:head], name, context[head:]])
     order = order.to(tokens.device)
+    # The argsort of a permutation is its inverse: it tells where the context's tokens went.
     return tokens.gather(1, order), order.argsort(1)[:, first : first + slots]
 
 
@@ -115,6 +119,8 @@ def _check_room(
     context = int(_counts(backbone, [before])) - _special(backbone)[1]
     if context < slots:
         raise UserError(f"{before!r} has {context} tokens, too few for a context of {slots}")
+    # Name and context are counted apart: tokenizers cut a text that is too long without a word,
+    # and a prompt counted whole would always seem to fit.
     for name, own in zip(names, _counts(backbone, [f"{name}." for name in names]).tolist()):
         if own + context > limit:
             fits = limit - own
@@ -219,6 +225,7 @@ def starting_context(
 def drawn_context(blocks: Sequence[int], *shape: int, seed: int) -> dict[int, Tensor]:
     """Return random context of a shape for each of some blocks."""
     drawn = random_vectors(len(blocks), *shape, seed=seed)
+    # Cloned: torch writes whole storages, and a view of `drawn` would be saved with all of it.
     return {block: one.clone() for block, one in zip(blocks, drawn)}
 
 

@@ -27,7 +27,7 @@ CONTEXT = re.compile(r"ctx(?:\.(\d+))?")
 
 
 class LearnedContext(Method):
-    """Context that is learned at the input of text blocks: what CoOp and its kin have in common.
+    """Context that is learned at the input of text blocks: what CoOp and related methods share.
 
     That of block 1 is the authors' `ctx`, and positions are added to it; that of a later block,
     which is ours, overwrites the same tokens there.
@@ -130,6 +130,7 @@ class CoOp(LearnedContext):
 
     def _own(self, names: Sequence[str]) -> list[int]:
         """Return the number of each class among those trained on."""
+        # By name and not by number: a test may list the classes in another order.
         own = places(names, self.class_names)
         if -1 in own:
             raise UserError(
@@ -143,6 +144,7 @@ class CoOp(LearnedContext):
     def settings_of(cls, shape: Sequence[int]) -> dict[str, Any]:
         """Return the settings that the shape of a context tells."""
         each = {"class_specific": True} if len(shape) == 3 else {}
+        # The first words are not in the file; without words any length is valid.
         return {"words": "", "length": shape[-2], **each}
 
     def load_official_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -151,6 +153,7 @@ class CoOp(LearnedContext):
         Raises:
             UserError: They are of another method, placement, width, backbone or class list.
         """
+        # Before the general check, which would speak of shapes where the class list is wrong.
         for value in state.values():
             if self.class_names and value.ndim == 3 and len(value) != len(self.class_names):
                 raise UserError(

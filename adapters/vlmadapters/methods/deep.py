@@ -19,6 +19,7 @@ from vlmadapters.methods.context import context_prompts, context_state, word_vec
 from vlmadapters.methods.official import is_prompt
 from vlmlayers.errors import UserError
 
+# CoOp's, which is also that of CLIP's token embeddings before their training.
 STD = 0.02
 C = TypeVar("C", bound=Any)
 
@@ -35,6 +36,8 @@ def prompt_state(
         length: Number of slots.
         block: Number of the block.
     """
+    # Words beyond the slots stay frozen between prompts and name, as in MaPLe: with 2 prompts
+    # and "a photo of a" the text goes on with "of a".
     context = split_words(words) or [PLACEHOLDER] * length
     return context_state(backbone, *context_prompts(backbone, names, context, length), block)
 

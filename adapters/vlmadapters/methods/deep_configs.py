@@ -17,14 +17,14 @@ Matrix = Literal["q", "k", "v", "o"]
 
 @dataclass(frozen=True)
 class TwoTowerConfig(MethodConfig):
-    """What methods that act in both towers have in common: a block, and blocks from 1 on.
+    """What methods that act in both towers have in common: they need a block in one of them.
 
     Raises:
         UserError: There is no block in either tower.
     """
 
     towers: ClassVar[tuple[str, ...]] = ("vision", "text")
-    depth_share: ClassVar[float] = 1.0  # how far down each tower the published placement goes
+    depth_share: ClassVar[float] = 1.0  # share of each tower's blocks in the published placement
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,13 +68,13 @@ class IVLPConfig(TwoTowerConfig):
 @checked
 @dataclass(frozen=True)
 class PromptSRCConfig(IVLPConfig):
-    """Settings of PromptSRC, beside those of `IVLPConfig`.
+    """Settings of PromptSRC, in addition to those of `IVLPConfig`.
 
     Attributes:
         vision_length: Prompts per vision block.
         text_length: Prompts per text block.
-        text_weight: NotNegative of the distance of class features to the frozen ones.
-        image_weight: NotNegative of the distance of image features to the frozen ones.
+        text_weight: Weight of the distance of class features to the frozen ones.
+        image_weight: Weight of the distance of image features to the frozen ones.
         templates: Templates over which frozen class features are averaged; empty takes the 60
             published ones.
         centre: Epoch that weighs most in the mean of the prompts, counted from 1.
@@ -125,6 +125,7 @@ class MaPLeConfig(TwoTowerConfig):
     @classmethod
     def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
         """Put prompts into the first three quarters of the shallower tower: 9 blocks of 12."""
+        # One depth for both towers: a vision prompt is projected from its block's text prompt.
         blocks = blocks_to(max(1, round(0.75 * min(depths.values()))))
         return cls(blocks, blocks, **options)
 
@@ -139,11 +140,10 @@ class CLIPLoRAConfig(TwoTowerConfig):
         text: Text blocks whose attention is changed, counted from 1, rising.
         rank: Rank of a change.
         alpha: A change is scaled by alpha / √rank.
-        dropout: Chance that an input of a change is dropped in training.
-        matrices: What is changed: maps to queries `q`, keys `k` and values `v`, and that of what
-            they give, `o`.
-        as_published: Do as the public code does at a dropout of 0: it hands no gradient down
-            through the changes, so that those of lower blocks are wrong.
+        dropout: Dropout probability on the input of a change, in training.
+        matrices: Projections that are changed: queries `q`, keys `k`, values `v`, output `o`.
+        as_published: Do as the public code at a dropout of 0, which passes no gradient down
+            through the changes, so that the gradients of lower blocks are wrong.
 
     Raises:
         UserError: There is no block or no matrix, a matrix stands twice, or all is dropped.
@@ -165,6 +165,7 @@ class CLIPLoRAConfig(TwoTowerConfig):
                 f"matrices is {', '.join(self.matrices) or 'empty'}; name some of "
                 f"{', '.join(get_args(Matrix))}, each once"
             )
+        # In one order: initial values are drawn in it, so that equal sets start equal.
         object.__setattr__(self, "matrices", self.ordered(self.matrices))
         if self.dropout == 1:
             raise UserError("dropout is 1, which drops all that is learned; lower it")
@@ -183,9 +184,9 @@ class LwEIBConfig(TwoTowerConfig):
     Attributes:
         vision: Vision blocks with convolutions, counted from 1, rising.
         text: Text blocks with convolutions, counted from 1, rising.
-        alpha: Share of a convolution in what it acts on.
-        factor: What multiplies alpha in a fast block.
-        slow: Chance that a block is slow in a step.
+        alpha: Weight of a convolution's output beside its input.
+        factor: Factor on alpha in a fast block.
+        slow: Probability that a block is slow in a step.
         negatives: Other classes in a step, for each class of its images; -1 takes all.
         descriptions: JSON file, class name to descriptions, both as people write them; empty has
             some general sentences for every class. What the file held is kept as `FILE#hash`.

@@ -12,6 +12,7 @@ from vlmlayers.files import checksum
 def with_hash(where: str) -> str:
     """Return the name of a file of descriptions with the hash of what it holds."""
     path, _, then = where.partition("#")
+    # Of what is read, not of the bytes: layout and order of the file change no result.
     now = checksum(repr(sorted(read_descriptions(path).items())))[:12]
     if then not in ("", now):
         raise UserError(

@@ -18,13 +18,13 @@ class TipConfig(MethodConfig):
     """Settings of Tip-Adapter.
 
     Attributes:
-        alpha: NotNegative of the cache before the search.
-        beta: Sharpness of the cache before the search.
+        alpha: Weight of the cache before the search, 0 or more.
+        beta: Sharpness of the cache before the search, 0 or more.
         views: Augmented views of every item, of whose features the cache holds the mean.
         templates: Hand-made prompts, a `{}` in each, of whose features a class has the mean; empty
-            takes the dataset's own one.
+            takes the dataset's own.
         search: Choose alpha and beta on few-shot items of the validation split, where there is one.
-        alpha_end: End of the values tried for alpha, which is not reached.
+        alpha_end: Upper end of the values tried for alpha, itself excluded.
         beta_end: The same for beta.
         alpha_steps: Number of values tried for alpha, from 0.1 on.
         beta_steps: The same for beta.
@@ -33,6 +33,7 @@ class TipConfig(MethodConfig):
         UserError: A template has no `{}`.
     """
 
+    # The public code's values for ImageNet; the recipe holds those of other datasets.
     alpha: NotNegative = 1.17
     beta: NotNegative = 1.0
     views: Count = 10
@@ -66,10 +67,10 @@ class LinearProbeConfig(MethodConfig):
     """Settings of the linear probe.
 
     Attributes:
-        inverse_penalties: Values of scikit-learn's `C` tried; the one with most hits on few-shot
-            items of the validation split is taken, the first of equals, and the middle one where
-            there are no such items.
-        iterations: Iterations of its solver at most.
+        inverse_penalties: Values of scikit-learn's `C` tried; the one with the highest accuracy
+            on few-shot items of the validation split is taken, the first of equals; without such
+            items the middle one.
+        iterations: Largest number of iterations of its solver.
 
     Raises:
         UserError: There is no value to try, or one is not above 0.

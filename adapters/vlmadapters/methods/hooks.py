@@ -68,9 +68,12 @@ class _BlockHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
+        # Taken and dropped at once: a kept activation would keep its graph until the next step.
         seen, self.seen = self.seen, None
         if self.inside is not None:
+            # The block has run in vain: a hook can replace its output, not its forward.
             output = self.inside(module, x, kwargs.get("attn_mask"), None)
+            # Calling the norm has set this again, through the norm's own hook.
             self.seen = None
         if not self.method.reads_norm(self.tower, self.block):
             return output
@@ -90,5 +93,6 @@ class _BlockHooks:
 
 
 def _is_adapted(block: nn.Module) -> bool:
+    # By their owner: hooks that a user registered are no method.
     hooks = block._forward_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), _BlockHooks) for hook in hooks)

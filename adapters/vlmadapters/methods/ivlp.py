@@ -19,6 +19,7 @@ from vlmadapters.methods.deep import DeepPrompts, drawn_prompts, with_fitting_wo
 from vlmadapters.methods.deep_configs import IVLPConfig
 from vlmadapters.methods.official import check_keys, check_settings
 
+# In the public code block 1 has its prompts outside the transformer, and is block 0.
 FIRST = {"vision": "image_encoder.VPT", "text": "prompt_learner.ctx"}
 ENCODERS = {"vision": "image_encoder", "text": "text_encoder"}
 OFFICIAL = re.compile(

@@ -70,6 +70,7 @@ class KgCoOp(CoOp):
         classes = self.class_features(step.backbone, step.classes)
         logits = self.logits(step.backbone, images, classes)
         hand_made = step.classes.hand_made
+        # Over all classes of the run at every step, not over those of the batch; eps as published.
         cosines = F.cosine_similarity(single(classes), single(hand_made), eps=1e-7)
         return {
             "cross_entropy": F.cross_entropy(logits, step.labels),

@@ -158,6 +158,7 @@ class LASP(LearnedContext):
                 x = attend(module, x, u, mask, self.onednn)
             else:
                 x = attend_one(module, at(x, rows), u, rows, mask, self.onednn)
+            # Not `feed_forward`: its fused form has no gradient for the norm's weights.
             return feed_normed(module, x, norms.ln_2(x), self.onednn)
 
         return tuned
@@ -200,6 +201,7 @@ class LASP(LearnedContext):
         if self.config.weight:
             logits = self.reference_logits(backbone, texts, self._references(step))
             own = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+            # The softmax runs over axis 1, the learned classes: references are classified by them.
             parts["text_to_text"] = F.cross_entropy(logits, own)
         return parts
 
@@ -211,6 +213,8 @@ class LASP(LearnedContext):
             texts: Learned features, (class, joint).
             references: Hand-made ones, (template, class, joint), taken as they are.
         """
+        # Texts take the place of images, since only those are normalised there: references with
+        # noise are not normalised again, as published.
         return scaled_products(backbone.clip, texts, references)
 
     def _references(self, step: Step) -> Tensor:
@@ -283,5 +287,6 @@ def _norms(backbone: Backbone, block: int) -> nn.ModuleDict:
             f"lasp tunes the norms of open_clip's standard blocks, and vision block {block} of "
             f"{tower.family} is none; name no vision block, or choose another backbone"
         )
+    # Copies: other methods are trained beside this one on the same backbone.
     norms = {name: deepcopy(getattr(module, name)) for name in ("ln_1", "ln_2")}
     return nn.ModuleDict(norms).requires_grad_(True)

@@ -56,6 +56,7 @@ class LinearProbe(Method):
         super().__init__(config)
         self.class_names = task.class_names
         count = len(task.class_names)
+        # Parameters, so that they are saved and moved with the method; no optimizer gets them.
         self.weight = nn.Parameter(torch.zeros(count, backbone.joint), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(count), requires_grad=False)
 
@@ -99,6 +100,7 @@ class LinearProbe(Method):
 
     def _fitted(self, c: float, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and biases of every class at one penalty."""
+        # Below scikit-learn's tolerance of 1e-4, at which weakly penalised fits end early.
         probe: Any = LogisticRegression(C=c, max_iter=self.config.iterations, tol=1e-6)
         with warnings.catch_warnings():  # a fit that is not at its end is judged by its hits
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -122,4 +124,5 @@ class LinearProbe(Method):
 
 
 def _unit(features: Tensor) -> Tensor:
+    # In double precision: the solver does not reach its tolerance in float32.
     return F.normalize(features.detach().double().cpu(), dim=-1)

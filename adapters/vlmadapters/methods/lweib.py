@@ -39,6 +39,7 @@ OFFICIAL = re.compile(r"(text|visual)_adapter\.(\d+)\.(?:att|mlp)_conv\.conv\.we
 KERNELS = {"text": (3,), "vision": (3, 3)}
 GROUP = 512  # prompts encoded at once at a test
 # Where nothing describes the classes: what may be said of any of them.
+# Twenty, as many as a class has in the published tables.
 GENERIC = (
     "Seen from close by.",
     "Seen from far away.",
@@ -86,7 +87,7 @@ class Described:
         )
 
     def rows(self, classes: Tensor, description: Tensor) -> Tensor:
-        """Return the numbers of the prompts with a description, by its number, of each class."""
+        """Return the row of each class's prompt with the description of the given number."""
         return (self.counts.cumsum(0) - self.counts)[classes] + description
 
 
@@ -154,6 +155,8 @@ class LwEIB(Method):
             # is 0 and not missing, so that weight decay still acts on it.
             x = attend_one(block, at(x, rows), u, rows, mask, self.onednn)
             return feed_forward(block, x, self.onednn) + 0 * kernels["mlp"].sum()
+        # Text takes all tokens to the last block's end, where the convolution of the hidden layer
+        # still mixes end-of-text with its neighbours.
         x = attend(block, x, u, mask, self.onednn)
         mlp, linear = block.mlp, partial(frozen_linear, onednn=self.onednn)
         hidden = adapted(linear(block.ln_2(x), mlp.c_fc.weight, mlp.c_fc.bias), kernels["mlp"])
@@ -187,6 +190,7 @@ class LwEIB(Method):
         """
         texts = self._descriptions(task)
         names, start = class_prompts(task.class_names, task.template), self.first(backbone, "text")
+        # Without the template's full stop, behind which the description would start a new sentence.
         prompts = [
             f"{name.removesuffix('.')}, {text}"
             for name, described in zip(names, texts)
@@ -223,6 +227,7 @@ class LwEIB(Method):
         units = torch.cat(made)
         owner, counts = placed(owner, units.device), placed(counts, units.device)
         total = units.new_zeros(len(counts), units.shape[-1]).index_add(0, owner, units)
+        # The mean of unit vectors is shorter than 1; `logits` normalises it.
         return total / counts[:, None]
 
     # Training
@@ -245,6 +250,8 @@ class LwEIB(Method):
 
     def _draws(self, step: Step) -> dict[str, Tensor]:
         """Draw columns of the logits, a description of each, and which blocks are fast."""
+        # In the public code's order: classes, descriptions, text blocks, vision blocks. All blocks
+        # draw, with or without convolutions: a placement does not change another block's draw.
         labels, counts = step.labels_on_cpu, step.classes.counts
         columns, negatives = torch.arange(len(counts)), self.config.negatives
         if negatives >= 0 and len(counts) > len(labels):

@@ -15,6 +15,7 @@ def is_prompt(key: str) -> bool:
 
     Those of any method count, so that another's checkpoint is refused.
     """
+    # `token_prefix` and `token_suffix` are frozen embeddings of the words of trained classes.
     return (key.startswith("prompt_learner.") and "token_" not in key) or "VPT" in key
 
 

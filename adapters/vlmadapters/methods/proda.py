@@ -50,7 +50,7 @@ class ProDATexts:
 
 
 class ProDA(LearnedContext):
-    """Many contexts; the class features they give are taken for samples of a Gaussian.
+    """Many contexts; the class features they give are treated as samples of a Gaussian.
 
     A step takes a group of B prompts. With μ their mean features and, for the squared image feature
     f², q[i, j] = Σ f² · covariance of the classes i and j, its logits for an image of class y are
@@ -123,6 +123,7 @@ class ProDA(LearnedContext):
 
     def bare_features(self, backbone: Backbone, texts: ProDATexts) -> Tensor:
         """Return unit features of all prompts without a class, (prompt, joint)."""
+        # One text for all: prompts without a class differ in their context alone.
         rows = torch.zeros(self.config.prompts, dtype=torch.long, device=backbone.device)
         which = torch.arange(self.config.prompts)
         return self._features(backbone, some_prompts(texts.bare, rows), which)
@@ -138,6 +139,7 @@ class ProDA(LearnedContext):
         # In the groups of training: all prompts of a thousand classes at once would not fit.
         for numbers in torch.arange(self.config.prompts).split(self.config.group):
             total = total + self.prompt_features(backbone, classes, numbers).sum(0)
+        # Not normalised again, as published: where prompts disagree a class weighs less.
         return total / self.config.prompts
 
     def logits(self, backbone: Backbone, images: Tensor, classes: Tensor) -> Tensor:
@@ -161,11 +163,14 @@ class ProDA(LearnedContext):
             mean = prompts.mean(0)
             apart = (prompts - mean).transpose(0, 1)  # (class, prompt, joint)
             squared = F.normalize(single(images), dim=-1).square()
+            # q from products of deviations: the covariances of all pairs of classes, (class, class,
+            # joint), are never formed.
             own = squared[:, None] * apart[labels]  # (image, prompt, joint)
             across = own.flatten(1) @ apart.flatten(1).t()  # q[y, k], (image, class)
             alone = squared @ apart.square().sum(1).t()  # q[k, k], (image, class)
             spread = alone.gather(1, labels[:, None]) + alone - 2 * across
             scale = single(clip.logit_scale).exp()
+            # B + 1, neither B nor B − 1: so it is in every public version of the code.
             added = scale.square() / 2 * spread / (len(prompts) + 1)
             return self.logits(backbone, images, mean) + added
 
@@ -184,6 +189,7 @@ class ProDA(LearnedContext):
             return torch.arange(count)
         if step.draws is not None:
             return step.draws["prompts"]
+        # A function of seed and pass, not of a generator's state: a resumed training goes on in it.
         number, place = divmod(step.number, count // group)
         key = np.random.SeedSequence([self.seed, number, PASSES]).generate_state(1)[0]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(int(key)))

@@ -27,6 +27,7 @@ TEMPLATES = 60
 
 def default_templates() -> tuple[str, ...]:
     """Return the published templates: 60 of OpenAI's for ImageNet, the common one first."""
+    # The common template is among OpenAI's 80 and moves to the front; the last 20 are left out.
     known = dict.fromkeys((TEMPLATE, *(fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES)))
     return tuple(known)[:TEMPLATES]
 
@@ -51,6 +52,7 @@ class Regulated:
     def frozen(self) -> Tensor:
         """Mean over templates of the plain features, (class, joint); a test does not need it."""
         end = self.backbone.text.tower.depth + 1
+        # Features are averaged as they are, and normalised in the loss: so the public code does.
         total = torch.zeros(())
         for template in self.templates:  # one at a time: all of ImageNet's would be 60,000 texts
             tokens = self.backbone.tokens(self.task.prompts(template))
@@ -122,6 +124,7 @@ class PromptSRC(IVLP):
             "cross_entropy": F.cross_entropy(logits, step.labels),
             "text": _distance(texts, frozen_texts),
             "image": _distance(images, frozen_images),
+            # Over all images × classes, as published; `batchmean` would divide by images alone.
             "logits": F.kl_div(learned, plain, reduction="none", log_target=True).mean(),
         }
 
@@ -134,6 +137,7 @@ class PromptSRC(IVLP):
     def end_epoch(self, epoch: int, epochs: int) -> None:
         """Add the epoch's prompts to the mean; after the last one, put it in their place."""
         weight = epoch_weights(epochs, self.config.centre, self.config.spread)[epoch - 1]
+        # Prompts alone: the public code averages frozen weights too, which only adds rounding.
         self.average += weight * nn.utils.parameters_to_vector(self.parameters())
         if epoch == epochs:
             sizes = [value.numel() for value in self.parameters()]
@@ -145,6 +149,7 @@ class PromptSRC(IVLP):
 def epoch_weights(epochs: int, centre: float, spread: float) -> list[float]:
     """Return the share of each epoch in the mean: a normal curve over epochs from 1 on."""
     number = torch.arange(1, epochs + 1, dtype=torch.float64)
+    # The softmax of the exponents is the Gaussian with a sum of 1, and does not underflow.
     shares: list[float] = (-(((number - centre) / spread) ** 2) / 2).softmax(0).tolist()
     return shares
 

@@ -26,6 +26,7 @@ from vlmadapters.methods.deep_configs import RPOConfig
 from vlmadapters.methods.official import check_keys, check_settings, is_prompt
 from vlmlayers.errors import UserError
 
+# Length of each prompt's noise, not its size in a coordinate.
 NOISE = 0.1
 OFFICIAL = re.compile(r"prompt_learner\.(?:text|img)_prompt")
 PARTS = {"vision": "img_prompt", "text": "text_prompt"}
@@ -48,7 +49,7 @@ class Frozen:
 
 
 class RPO(Method):
-    """Pairs of prompts that attend to frozen tokens and that nothing attends to.
+    """Pairs of prompts that attend to frozen tokens and are attended to by none.
 
     A prompt p at a chosen block, with the block's input x of the frozen tokens:
 
@@ -95,9 +96,12 @@ class RPO(Method):
         self._check_room(tokens.shape[1], ends, texts)
         state = backbone.prompts(tokens, [1])[1]
         seen = torch.arange(state.inputs.shape[1], device=ends.device) <= ends[:, None]
+        # A list: every step reads the class prompts again, where those of images are read once.
         return Frozen(list(self._keys_values(backbone, "text", state)), len(texts), seen)
 
     def _check_room(self, limit: int, ends: Tensor, texts: list[str]) -> None:
+        # Prompts take no tokens here. The authors' overwrite padding, and what would not fit there
+        # is no setting of the method.
         longest = int(ends.argmax())
         room = limit - 1 - int(ends[longest])
         if self.config.pairs > room:
@@ -131,6 +135,7 @@ class RPO(Method):
     def _read(self, backbone: Backbone, tower: str, frozen: Frozen) -> Tensor:
         walk, blocks = backbone.walks[tower], getattr(self.config, tower)
         prompts: Tensor = getattr(self, PARTS[tower])
+        # Prompts of block 1 pass the input norm, as published; those that join later do not.
         if blocks[0] == 1:
             prompts = walk.tower.norm_in(prompts)
         x = prompts.expand(frozen.items, -1, -1)  # (item, pair, width)
@@ -145,6 +150,7 @@ class RPO(Method):
 
     def logits(self, backbone: Backbone, images: Tensor, classes: Tensor) -> Tensor:
         """Return exp(logit scale) · the mean cosine of the pairs, (image, class)."""
+        # Unit vectors side by side: the cosine of two such rows is the mean over their pairs.
         pairs = (F.normalize(x, dim=-1).flatten(1) for x in (images, classes))
         return scaled_cosines(backbone.clip, *pairs)
 

@@ -90,6 +90,7 @@ class Tip(Method):
     def fit(self, data: FitData) -> None:
         """Fill the cache with the few-shot items."""
         views = torch.stack([single(data.view(number)) for number in range(self.config.views)])
+        # Views are averaged before they are normalised: so the public code does.
         self.fill(F.normalize(views.mean(0), dim=-1), data.labels)
 
     def fill(self, keys: Tensor, labels: Tensor) -> None:
@@ -161,7 +162,9 @@ class Tip(Method):
 
     def _cached(self, affinity: Tensor, beta: Tensor | float, classes: CachedClasses) -> Tensor:
         """Return the cache's votes, (image, class), from cosines to its items, (image, item)."""
+        # One-hot by comparison: a class that the cache lacks has column -1, which no item equals.
         values = (self.labels[:, None] == classes.columns).to(affinity)
+        # β is the sharpness and α the weight; early versions of paper and code have them swapped.
         return torch.exp(-beta * (1 - affinity)) @ values
 
 

@@ -99,6 +99,8 @@ class CellFolder:
         if path is None or rank:
             return
         content: dict[str, Any] = {"identity": cell.identity, "rows": rows}
+        # Recorded, but no part of the identity: libraries differ by rounding, and a cell must not
+        # depend on which was faster that day.
         content["products"] = timed_products()
         # Of what a reader will see, where tuples are lists and keys are text.
         content["checksum"] = record_checksum(json.loads(json.dumps(content)))
@@ -134,7 +136,7 @@ class CellFolder:
         return handle is not None
 
     def see(self, name: str, split: str, data: DataIdentity) -> None:
-        """Keep what a split of a dataset is, and say what changed since an earlier command."""
+        """Record the identity of a split, and warn of what changed since an earlier command."""
         rank, _ = processes.rank_and_size()
         # Every process of a torchrun sees the same data; one writes and warns.
         if self.out is None or rank:
@@ -234,6 +236,7 @@ def _setup(identity: dict[str, Any]) -> Any:
 
 def digest(identity: dict[str, Any]) -> str:
     """Return twelve hexadecimal digits of everything that a cell depends on."""
+    # Sorted, so that the order in which an identity was put together does not matter.
     return checksum(json.dumps(identity, sort_keys=True))[:12]
 
 
@@ -244,6 +247,7 @@ def _content(path: Path) -> dict[str, Any]:
         _ = content["rows"], content["identity"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it to run the cell again") from error
+    # A hand-edited cell would enter every table from then on.
     if record_checksum(content) != expected:
         raise UserError(f"{path} is altered: its checksum differs; remove it to run the cell again")
     return content

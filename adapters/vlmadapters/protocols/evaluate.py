@@ -75,6 +75,7 @@ class Evaluator:
             model,
             backbone or Backbone(model.clip, tokenizer=model.tokenizer),
         )
+        # 100 is the test batch of most public code; the size changes nothing but rounding.
         self.batch_size = batch_size or (500 if model.device.type == "cuda" else 100)
         self.progress = progress
         self.precision = resolve_precision(precision, model.device)
@@ -145,6 +146,8 @@ class Evaluator:
             )
 
         if self.backbone.is_plain(starts):
+            # With the batch size: products of another shape round differently, and a resumed run
+            # has to give the same table.
             key = images, tuple(item.path for item in items), self.precision, self.batch_size
             with self.autocast():
                 features = self.backbone.plain_features(key, batches)
@@ -179,6 +182,7 @@ class Evaluator:
                 )
             made.append(found)
         empty = np.zeros((len(cases), 3, 0))
+        # A process without a share still has to take part in the exchange below.
         whole = np.concatenate(made, axis=-1) if made else empty
 
         def gathered(values: NDArray[Any]) -> NDArray[Any]:

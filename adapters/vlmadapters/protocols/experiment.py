@@ -179,6 +179,7 @@ class Experiment:
                 found[source, seed] = self._cells(source, seed, recipes, together, shown)
                 if self.stopped:
                     break
+                # Not those of targets, which every further source is tested on.
                 if seed == seeds[-1] and source not in self.target_names:
                     self._datasets[source].images.rest()
             # Behind the first training, which refuses at once classes that a method cannot take.
@@ -355,6 +356,7 @@ class Experiment:
                     | {"placement": settings[index].label}
                 )
         for index, result in enumerate(trained):
+            # By predictions, not accuracy: changes both ways may leave accuracy as it was.
             share = differing[index] / max(total, 1)
             note = UNMOVED if result.method.parameter_count() else UNMOVED_FIT
             note = note if share < EFFECT else ""
@@ -369,7 +371,7 @@ class Experiment:
         return rows
 
     def _say_unmoved(self, result: TrainResult, note: str) -> None:
-        """Say that training changed nothing: once of a method, since each row notes its own."""
+        """Warn that training changed nothing: once for each method, since every row notes it."""
         title = result.config.title
         level = logging.INFO if title in self._unmoved else logging.WARNING
         self._unmoved.add(title)
@@ -383,6 +385,8 @@ class Experiment:
         """Return zero-shot answers with the common and with the dataset's own template."""
         key = (target.dataset.manifest.name, target.kind)
         if key not in self._zero:
+            # Papers print zero-shot CLIP with a template for each dataset; most methods start from
+            # the common one. A gain over either is a claim of its own.
             templates = self.train.template, target.dataset.manifest.zero_shot_template
             cases = [
                 Case(self._plain, target.dataset.task(target.kind, template))

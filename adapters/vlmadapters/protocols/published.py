@@ -38,6 +38,7 @@ def with_published(
                 {
                     "protocol": protocol,
                     "method": row["method"],
+                    # All published tables that ship are of this backbone and three seeds.
                     "model": "ViT-B/16",
                     "weights": "openai",
                     "source": "",

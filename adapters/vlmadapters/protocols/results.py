@@ -75,7 +75,7 @@ def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]
 def half_fields(truth: NDArray[np.int64], correct: NDArray[np.bool_]) -> dict[str, float]:
     """Return accuracy on two halves of the test items, as fields of a row.
 
-    The items of each class are dealt in turn, so that both halves have the same classes.
+    The items of each class go to the halves in turn, so that both have the same classes.
 
     Args:
         truth: (item,) labels.
@@ -120,6 +120,7 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     table = results.assign(source=_comparable_source(results))
     # What tables lack that were written before there were several methods.
     table = table.assign(**{key: value for key, value in ADDED.items() if key not in table})
+    # Empty fields of a table read from a file are NaN, whose groups pandas drops by default.
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
         cost = {"parameters": int(part["parameters"].max()), "seconds": part["seconds"].mean()}

@@ -26,6 +26,7 @@ class Protocol:
     transfer: bool = False
 
 
+# The last two differ in their targets alone, and are reported in different tables.
 PROTOCOLS = {
     p.name: p
     for p in (

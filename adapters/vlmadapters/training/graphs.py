@@ -36,8 +36,8 @@ class StepGraph:
         """Return what a step gives for some inputs.
 
         Args:
-            step: The function, always the same: whatever it depends on beside its inputs has to
-                stay at its place in memory.
+            step: The function, always the same: whatever it depends on besides its inputs has to
+                stay at its address in memory.
             inputs: Tensors on the GPU.
 
         Raises:
@@ -45,6 +45,7 @@ class StepGraph:
         """
         if not self.inputs:
             self.inputs = tuple(one.clone() for one in inputs)
+        # A recording holds the shapes of its kernels; another shape needs the ordinary way.
         if [one.shape for one in inputs] != [one.shape for one in self.inputs]:
             return step(*inputs)
         for kept, new in zip(self.inputs, inputs):
@@ -72,6 +73,7 @@ class StepGraph:
         try:
             with torch.cuda.graph(graph):
                 self.outputs = step(*self.inputs)
+        # A RuntimeError too, but no reason to advise against graphs.
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -14,7 +14,7 @@ from vlmadapters.methods.base import Method, Step
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import available_memory
 
-# What autograd keeps is measured; what a step needs beside it and gives back at once is not:
+# What autograd keeps is measured; what a step needs besides and frees at once is not:
 # gradients on their way down, and the hidden layer of the block that is being computed.
 TRANSIENT = 1.5
 
@@ -45,6 +45,7 @@ def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, clas
     labels = torch.zeros(images, dtype=torch.long, device=backbone.device)
     state = backbone.images(example, [start])[start]
     step = Step(backbone, state, labels, prepared, torch.Generator().manual_seed(0))
+    # Autograd saves weights as well, which are in memory whether or not a step runs.
     frozen = {p.untyped_storage().data_ptr() for p in backbone.clip.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         method.loss(step)
@@ -52,7 +53,7 @@ def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, clas
 
 
 def step_bytes(backbone: Backbone, method: Method, task: Task, batch_size: int) -> int:
-    """Return the bytes that one training step takes at the peak, about.
+    """Return about how many bytes one training step takes at its peak.
 
     What is kept grows with images, with classes, and with both where the text depends on the
     image: four small steps tell the four coefficients.

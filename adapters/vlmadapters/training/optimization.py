@@ -18,8 +18,10 @@ def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch
     On a GPU it is the fused one: one launch for all parameters, and it looks itself whether loss
     scaling found a gradient that is not finite, where others make the host wait for that.
     """
+    # Copies, since rates are written into them. A method may have a group without parameters.
     made = [dict(group) for group in groups if group["params"]]
     device = made[0]["params"][0].device
+    # None, not False: with False torch does not use its `foreach` kernels either.
     fused = device.type == "cuda" or None
     if train.cuda_graph:  # a recorded step reads its rate from the device
         for group in made:

@@ -68,7 +68,7 @@ def gathered(mine: NDArray[N], n: int, device: torch.device) -> NDArray[N]:
     Args:
         mine: (share,) numbers of this process's items.
         n: Number of items in all.
-        device: Device that the processes speak through.
+        device: Device that the processes communicate through.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -87,6 +87,7 @@ def average(parameters: Iterable[nn.Parameter]) -> None:
     if size == 1:
         return
     # In one message: the adapters have hundreds of small tensors, and latency would dominate.
+    # The same parameters have a gradient in every process, so the flat vectors match.
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)

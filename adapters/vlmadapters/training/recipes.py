@@ -60,7 +60,7 @@ class TrainConfig:
             stream, logits and loss stay in single precision.
         crop_scale: Range of the random crop's share of the area.
         crop_ratio: Range of its aspect ratio.
-        flip: Chance of a horizontal flip.
+        flip: Probability of a horizontal flip.
         cached_views: 0 draws a fresh view at every epoch, as published. A positive number fixes
             that many views per image, whose frozen activations are then computed once.
         device_crops: Crop decoded images on the GPU; pixels differ by rounding from a CPU's crops.
@@ -127,6 +127,7 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """Return the values that a result depends on."""
         values = self.to_dict()
+        # How a number is computed and kept does not change which number it is.
         for key in ("savings", "save_every", "cuda_graph"):
             values.pop(key)
         if not self.device_crops:  # what was trained before there was a choice stays valid
@@ -160,6 +161,7 @@ class Recipe:
     train: TrainConfig
     method: MethodConfig
     source: str = ""
+    # A mapping has no hash, and recipes are keys of the cells that they train.
     datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     amount: Amount = field(default_factory=Amount)
 
@@ -179,7 +181,7 @@ class Recipe:
         Args:
             place: A placement, as text or value, or a layer choice or its path, of which what lies
                 in the method's towers counts. An amount without blocks keeps the recipe's own
-                blocks; one in epochs goes before steps per shot.
+                blocks; one in epochs replaces steps per shot.
 
         Raises:
             UserError: The method cannot act there, or has no scale; or its epochs are all warm-up.
@@ -359,6 +361,7 @@ def _recipe(
         train = replace(parent.train, **values, savings=replace(parent.train.savings, **savings))
         config = METHODS.config(method).from_dict(settings)
         made = Recipe(name, train, config, source, datasets)
+        # Tried at once: a wrong value of one dataset would else show after others have trained.
         for dataset, own in datasets.items():
             made.train_for(dataset)
             config.from_dict({**config.to_dict(), **own.get("settings", {})})

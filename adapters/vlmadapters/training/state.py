@@ -37,6 +37,7 @@ def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
         raise UserError(
             f"{path} is altered: its checksum differs; remove it to train this group again"
         )
+    # By way of JSON, in which tuples become lists and keys text, as in what was stored.
     theirs, ours = json.loads(content["identity"]), json.loads(json.dumps(identity))
     difference = _difference(theirs, ours)
     if difference is not None:

@@ -135,6 +135,7 @@ class Trainer:
         self.plain = self.backbone.is_plain(self.starts) and processes.rank_and_size()[1] == 1
         self.steps_per_epoch = len(self.batches(0))
         self.total_steps = count_steps(self.train, len(self.items))
+        # Rounded up, since schedules and `end_epoch` count whole epochs, begun ones too.
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self._check_warmup()
         self._check_memory()
@@ -169,6 +170,7 @@ class Trainer:
     def _check_memory(self) -> None:
         _, size = processes.rank_and_size()
         cached = self.backbone.steps and not self.plain
+        # Plain features are joint embeddings, whose size does not matter here.
         views = self.train.cached_views * len(self.items) if cached else 0
         kept = min(VIEW_BYTES, view_bytes(self.backbone, views, self.starts)) if views else 0
         trained = [run.method for run in self.runs if run.optimizer is not None]
@@ -226,6 +228,7 @@ class Trainer:
         resumed = self._resume()
         self._started, done = time.perf_counter() - self.spent, self._steps_done()
         for run in self.runs:
+            # The methods alone: the backbone stays in evaluation mode.
             run.method.train()
             if not resumed:
                 # A fit may replace parameters by others, which the optimizer then has to hold.
@@ -267,6 +270,7 @@ class Trainer:
         self._look(shown)
         for run in self.runs:
             run.method.end_epoch(self.epoch + 1, self.epochs)
+        # A training that is counted in steps may end within an epoch.
         if self.step == self.steps_per_epoch:
             self.epoch, self.step = self.epoch + 1, 0
         if not self.train.save_every or self._steps_done() == self.total_steps:
@@ -367,6 +371,8 @@ class Trainer:
             run.classes = self._prepared(run.method)
         losses = []
         for repeat in range(self.train.updates_per_batch):
+            # None, not 0: weight decay and momentum move a parameter whose gradient is 0, and leave
+            # one that has none. LwEIB relies on the difference.
             run.optimizer.zero_grad(set_to_none=True)
             number = self._steps_done() * self.train.updates_per_batch + repeat
             # A generator for each update: methods trained together must not share its state.
@@ -382,6 +388,7 @@ class Trainer:
             # all, and all of them skip the step.
             processes.average(run.method.parameters())
             if self.train.max_norm:
+                # The norm to clip at is one of true gradients.
                 run.scaler.unscale_(run.optimizer)
                 nn.utils.clip_grad_norm_(run.method.parameters(), self.train.max_norm)
             run.scaler.step(run.optimizer)
@@ -410,7 +417,7 @@ class Trainer:
         return FitData(self.backbone, run.classes, self.labels, self._view_features, given)
 
     def _images_of(self, items: Sequence[Item]) -> tuple[Any, ...]:
-        """Return what features of some images depend on beside their augmentation."""
+        """Return what features of some images depend on besides their augmentation."""
         return self.images, tuple(item.path for item in items), self.train.precision
 
     def _view_features(self, number: int) -> Tensor:
@@ -484,6 +491,7 @@ class Trainer:
 
     def _save(self) -> None:
         rank, _ = processes.rank_and_size()
+        # Processes hold equal parameters and counters; two would write one file at a time.
         if self.folder is None or rank:
             return
         save_training_state(
@@ -510,6 +518,7 @@ class Trainer:
             run.method.touch()
             run.optimizer = self._optimizer(run.method)
             if run.optimizer is not None:
+                # New groups: with `cuda_graph`, which may have been switched, rates are tensors.
                 own = {"param_groups": run.optimizer.state_dict()["param_groups"]}
                 run.optimizer.load_state_dict(saved["optimizer"] | own)  # rates are set each step
             run.scaler.load_state_dict(saved["scaler"])

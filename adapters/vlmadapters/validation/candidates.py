@@ -19,10 +19,11 @@ KINDS = ("paper", "all", "upper", "last", "vision", "text")
 
 def scaled(recipe: Recipe, depths: Mapping[str, int]) -> Recipe:
     """Return a recipe at its published placement, scaled to a backbone of other depths."""
+    # The shipped recipes name blocks of ViT-B/16, and another backbone may lack them.
     if dict(depths) == VIT_B_16 or not recipe.method.towers:
         return recipe
     method = type(recipe.method).published(depths, **recipe.method.settings())
-    return recipe.with_method(method)  # so that no value of a dataset goes before the placement
+    return recipe.with_method(method)  # so that no dataset's own value overrides the placement
 
 
 def tried_amounts(default: Recipe, amounts: Iterable[Amount] | None = None) -> list[Recipe]:
@@ -59,6 +60,7 @@ def tried_placements(
             setting = default.at(place)
             setting.method.check_depths(depths)
         except UserError as error:
+            # What the user names has to work; of the usual ones each method takes what it can.
             if not usual:
                 raise
             refused[str(place)] = str(error)

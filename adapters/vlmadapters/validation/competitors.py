@@ -99,6 +99,7 @@ def _placements(
                 (scaled_block(block, max(v, t), v),), (scaled_block(block, max(v, t), t),)
             )
     elif kind == "random":
+        # Drawn in one sequence: more random placements leave the first ones as they were.
         generator = random.Random(seed)
         for _ in range(count):
             yield _random_blocks(generator, chosen, depths)
@@ -161,6 +162,8 @@ def competitors(
     Raises:
         UserError: A kind is unknown, or the choice names a block that a tower lacks.
     """
+    # The choice stands first: a competitor at the same blocks adds its kind and is not trained
+    # a second time.
     found = {chosen.check(depths, "the choice"): ["chosen"]}
     for kind in kinds:
         check_one_of("kind of placement", kind, KINDS)

@@ -42,6 +42,7 @@ def _log_likelihood(table: pd.DataFrame) -> pd.Series:
 def _accuracy(table: pd.DataFrame) -> pd.Series:
     base, novel = table["base"], table["novel"]
     both = (2 * base * novel / (base + novel)).where(base + novel > 0, 0.0)
+    # Folds without held-out classes have base accuracy alone.
     return both.where(novel.notna(), base)
 
 
@@ -130,6 +131,7 @@ def difference(table: pd.DataFrame, setting: str, other: str, criterion: str) ->
     shared = {key: held[key] / (1 - held[key]) for key in groups}
     terms = [part.var(ddof=1) * (1 / len(part) + shared[key]) for key, part in groups.items()]
     spread = float(np.sqrt(np.sum(terms)) / len(groups))
+    # Summed over draws, which is right where their variances are equal.
     freedom = sum(len(part) - 1 for part in groups.values())
     half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, freedom)) * spread
     keys: list[Any] = list(paired.index)

@@ -43,6 +43,7 @@ def compare_methods(results: pd.DataFrame, *, draws: int = 2000, seed: int = 0) 
             "the results hold no training tested on base and novel classes; train one with the "
             "protocol base-to-novel"
         )
+    # For the order alone, which takes no bootstrap.
     order = compare(cells, str(cells["placement"].iloc[0]), draws=1)["placement"]
     found = compare(cells, str(order.iloc[0]), draws=draws, seed=seed)
     names = found["placement"].replace({ZERO_SHOT: ZERO_SHOT_CLIP})

@@ -110,6 +110,7 @@ def validation_table(
         for row in results[~results["method"].isin(ZERO_SHOT_METHODS)].to_dict("records")
     }
     rows = []
+    # In the order of training, where a set would reorder the table from run to run.
     cells = dict.fromkeys(key[:2] for key in trained)
     for comparison, (dataset, seed) in product(labels, cells):
         for one, label in zip(placed, labels[comparison]):
@@ -233,6 +234,7 @@ def summarise(
 
 def compared_parts(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the comparisons of a validation table, the tuned one first; older ones are given."""
+    # Written before amounts were tuned.
     if "comparison" not in table.columns:
         return {"given": table}
     found = {name: table[table["comparison"] == name] for name in COMPARISONS}

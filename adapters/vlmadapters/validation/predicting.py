@@ -136,6 +136,7 @@ def _guesses(names: list[str], predicted: pd.DataFrame | None) -> dict[str, tupl
         for name, group in predicted.groupby("score", sort=False):
             known = group.drop_duplicates("placement").set_index("placement")["predicted"]
             guess = known.reindex(names).to_numpy(np.float64)
+            # A score that lacks placements would be judged on other pairs than the rest.
             if np.isfinite(guess).all():
                 found[str(name)] = ("baseline" if name in FREE else "score", guess)
     return found
@@ -168,9 +169,11 @@ def _ranks(values: Array, guess: Array, cells: Cells, seed: int) -> dict[str, fl
     """Return the mean τ of a guess with every cell's ranking; (cell or 1, placement)."""
     ranked = signs(values)
     taus = cells.mean((ranked * signs(guess)).sum(-1))
+    # Datasets weigh the same, however many seeds each has.
     size = 1 / np.bincount(cells.of)[cells.of]
     null = (ranked * signs(permuted(guess, cells.draws, seed))).sum(-1) @ size / size.sum()
     low, high = interval(taus[1:])
+    # Permutations that tie with what was found count against it, also where rounding differs.
     p = (1 + np.sum(np.abs(null) >= abs(taus[0]) - 1e-12)) / (len(null) + 1)
     return {"tau": float(taus[0]), "low": low, "high": high, "p": float(p)}
 

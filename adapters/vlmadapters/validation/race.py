@@ -58,6 +58,7 @@ class Track:
         self.rounds = max(len(folds) for folds in draws.values())
         whole = {key: count_steps(recipe.train_for(key[0]), folds[0].drawn)
                  for key, folds in draws.items()}  # fmt: skip
+        # Cost in steps, not seconds: a budget has to cut the same settings on every machine.
         self.steps_of_one = sum(whole.values())
         self._known = {
             fold.manifest.name: (dataset, seed, number, fold.held_out)
@@ -215,8 +216,9 @@ class Race:
 
         Rivals are left out from the end until the heat fits the budget, in full trainings.
         """
+        # A rival at the default's own setting would be compared with itself.
         known = {label(one): one for one in rivals if label(one) != label(default)}
-        # The likeliest rivals come first; a hair above the budget is rounding.
+        # The likeliest rivals come first; a price barely above the budget is rounding.
         while known and self.price(default, list(known.values())) > budget + 1e-9:
             self.skip(stage, known.popitem()[0], "budget")
         if not known:

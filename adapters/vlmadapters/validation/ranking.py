@@ -86,6 +86,7 @@ def holm(p: Array) -> Array:
 
 def _tau(guess: Array, trained: Array) -> Array:
     """Return Kendall's τ-b of one ranking with many, (draw,), by the signs of all pairs."""
+    # One product for all draws, where scipy's `kendalltau` takes one pair of rankings at a time.
     upper = np.triu_indices(len(guess), 1)
     a = np.sign(guess[upper[0]] - guess[upper[1]])  # (pair,)
     b = np.sign(trained[:, upper[0]] - trained[:, upper[1]])  # (draw, pair)

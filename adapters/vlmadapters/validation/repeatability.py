@@ -20,7 +20,7 @@ from scipy import stats
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
 
 HALVES = ("hm_first_half", "hm_second_half")
-POINT, POWER = 1.0, 0.8  # what is to be seen, in points, and how surely
+POINT, POWER = 1.0, 0.8  # difference to be detected, in points, and with what power
 MOST_CELLS = 100_000
 
 
@@ -67,7 +67,7 @@ class Variance:
 
 @dataclass(frozen=True)
 class CellsNeeded:
-    """How many independent cells show a difference of one point between two placements.
+    """How many independent cells detect a difference of one point between two placements.
 
     Attributes:
         cells: With a paired t-test at a level of 5 % and a power of 80 %.
@@ -145,6 +145,8 @@ class Cells:
 
     def _weights(self) -> Array:
         generator = np.random.default_rng(self._seed)
+        # A bootstrap draw as counts: resampled rows would need one pass for each draw, weights need
+        # one product for all.
         weights = np.ones((self.draws + 1, len(self.of)))
         for draw in range(1, self.draws + 1):
             picked = generator.multinomial(self.count, np.full(self.count, 1 / self.count))
@@ -206,6 +208,7 @@ def _repeats(taus: Array, null: Array, n: int) -> Repeats:
     # A draw of one dataset or one seed has no pair.
     drawn = taus[1:][np.isfinite(taus[1:])]
     low, high = interval(drawn) if len(drawn) else (math.nan, math.nan)
+    # One-sided: rankings that agree less than by chance do not repeat either.
     p = (1 + np.sum(null >= taus[0] - 1e-12)) / (len(null) + 1)
     return Repeats(float(taus[0]), low, high, float(p), n)
 
@@ -296,22 +299,24 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
 def cells_needed(
     sd: float, difference: float = POINT, *, power: float = POWER, level: float = SIGNIFICANCE
 ) -> int:
-    """Return how many pairs a two-sided paired t-test takes to show a difference.
+    """Return how many pairs a two-sided paired t-test needs to detect a difference.
 
     Args:
         sd: Standard deviation of the paired differences.
-        difference: Mean difference to be shown.
-        power: Chance of showing it.
-        level: Chance of showing one where there is none.
+        difference: Mean difference to be detected.
+        power: Probability of detecting it.
+        level: Probability of detecting one where there is none.
     """
 
     def shown(n: int) -> bool:
+        # The other tail is left out: with a power of 80 % it adds next to nothing.
         limit = stats.t.ppf(1 - level / 2, n - 1)
         found = stats.nct.sf(limit, n - 1, math.sqrt(n) * difference / sd)
         return bool(found >= power)
 
     if sd <= 0:
         return 2
+    # The normal approximation is slightly too low: counting up from it takes few steps.
     rough = (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) ** 2 * (sd / difference) ** 2
     n = max(2, math.floor(rough))
     if n > MOST_CELLS:  # where t and normal are one
@@ -327,6 +332,7 @@ def _needed(found: Variance | None, placements: int) -> CellsNeeded | None:
     freedom = (found.n - 1) * (placements - 1)
     sds = [
         found.sd_of_difference * math.sqrt(freedom / float(stats.chi2.ppf(q, freedom)))
+        # The upper quantile gives the lower end.
         for q in (0.975, 0.025)
     ]
     low, high = (cells_needed(sd) for sd in sds)

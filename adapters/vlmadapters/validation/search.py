@@ -70,7 +70,7 @@ class Search:
 
     @property
     def statement(self) -> str:
-        """What to do and how sure that is, in a few sentences."""
+        """What to do and how certain that is, in a few sentences."""
         return str(self.summary["statement"])
 
     def write(self, folder: str | Path) -> None:
@@ -124,6 +124,7 @@ def search(
     manifests = [one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets]
     if not manifests or not seeds:
         raise UserError(f"there is no {'seed' if manifests else 'dataset'} to search on; name one")
+    # What is learned for each class cannot be tested on classes that were held out.
     apart = asked.novel and not default.method.class_bound
     draws = {}
     for manifest in distinct(manifests, root):

@@ -1,4 +1,4 @@
-"""The amount of each placement, tuned on training shots, so that placements compare in place."""
+"""The amount of each placement, tuned on training shots, so that only places are compared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tune(
     amounts: Sequence[Amount] | None = None,
     criterion: str = "log_likelihood",
 ) -> Tuning:
-    """Return each setting at the best amount that folds of training shots know.
+    """Return each setting at the amount that does best on folds of training shots.
 
     By successive halving over folds, as a search does, but for each placement by itself, and the
     best mean is taken even where it cannot be told from the next: a comparison of places needs an
@@ -53,6 +53,7 @@ def tune(
     """
     alive = {label(one): tried_amounts(one, amounts) for one in settings}
     tried = {name: [own, *rivals] for own, (name, rivals) in zip(settings, alive.items())}
+    # All placements in one call for each fold, so that they train side by side.
     for number in range(1, track.rounds + 1):
         track.run("tuning", [*settings, *(one for rest in alive.values() for one in rest)], number)
         for name, rivals in alive.items():

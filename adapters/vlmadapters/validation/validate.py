@@ -179,6 +179,7 @@ def _competitors(
 ) -> list[Competitor]:
     chosen = chosen_placement(method, choice)
     depths = {name: tower.depth for name, tower in model.towers.items()}
+    # The verdict compares with the reference, so it is trained even where it is not asked for.
     wanted = dict.fromkeys([asked.reference, *asked.kinds])
     count = asked.random_count
     return competitors(chosen, depths, wanted, method=method, random_count=count, seed=seed)

@@ -193,6 +193,7 @@ def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 
                 },
             )
             row |= {outcome: found.means[i], f"{outcome}_low": low, f"{outcome}_high": high}
+            # Differences of the same draws: how hard the drawn datasets are cancels out.
             low, high = interval(resampled[:, i] - resampled[:, anchor])
             name = "difference" if outcome == "hm" else f"{outcome}_difference"
             row |= {
@@ -206,7 +207,7 @@ def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 
 
 @dataclass(frozen=True)
 class Regret:
-    """How much harmonic mean the choice leaves on the table, in points.
+    """How far the choice's harmonic mean is below the best placement's, in points.
 
     Attributes:
         value: Best mean minus the chosen one's mean. The best is picked with hindsight, so this
@@ -249,6 +250,7 @@ def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0
     low, high = interval(resampled[:, best] - resampled[:, anchor])
     lead = float(found.means[best] - found.means[anchor])
     in_sample = Regret(lead, low, high, found.placements[best])
+    # A single cell leaves no other one to judge its best in.
     if len(found.values) == 1:
         return in_sample
     honest = found.leads_left_out(anchor, draws, seed)
@@ -302,6 +304,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
 def _tied(compared: dict[str, dict[Hashable, Any]], value: float) -> list[str]:
     """Return the trained placements whose mean is equal to a value."""
     trained = (label for label in compared if label != ZERO_SHOT)
+    # Means of the same accuracies in another order differ by rounding.
     return [label for label in trained if abs(compared[label]["hm"] - value) < 1e-9]
 
 

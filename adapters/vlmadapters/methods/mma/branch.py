@@ -21,12 +21,14 @@ class _Branch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, u: Tensor, scale: float, *parameters: Tensor) -> Tensor:
         kind = u.device.type
+        # Autocast does not reach into a custom function, so the casts are made here.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else u.dtype
         onednn = suits(u, parameters[0])
         ctx.dtypes = out.dtype, u.dtype, [p.dtype for p in parameters]
         u, *cast = (value.to(dtype) for value in (u, *parameters))
         down, down_bias, shared, shared_bias, up, up_bias = cast
         with torch.autocast(kind, enabled=False):
+            # In place: the derivative of relu can be read from its output.
             first = F.relu(product(u, down, down_bias, onednn), inplace=True)
             second = F.relu(product(first, shared, shared_bias, onednn), inplace=True)
             y = product(second, up, up_bias, onednn)
@@ -46,7 +48,9 @@ class _Branch(torch.autograd.Function):
         to_second = torch.ops.aten.threshold_backward(back(grad, up), second, 0)
         to_first = torch.ops.aten.threshold_backward(back(to_second, shared), first, 0)
         to_u = None
+        # In the lowest adapted block nothing below u is trained.
         if ctx.needs_input_grad[1]:
+            # The only α of the backward pass: parameters get the gradient as if it were 1.
             to_u = back(to_first * ctx.scale, down).to(u_dtype)
         steps = ((to_first, u), (to_second, first), (grad, second))
         made = [part for left, right in steps for part in _linear_gradients(left, right)]

@@ -1,4 +1,4 @@
-"""Where a Multi-Modal Adapter sits, how wide it is, and how strongly it speaks."""
+"""Placement, inner width and scale of a Multi-Modal Adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MMAConfig(MethodConfig):
     Attributes:
         vision: Adapted vision blocks, counted from 1, rising.
         text: Adapted text blocks, counted from 1, rising.
-        dim: Width of the adapter's inner space.
+        dim: Inner width of the adapter.
         scale: The factor α on the adapter's output; 0 is the plain backbone.
         pairs: (vision block, text block) pairs that share a projection. None pairs equal numbers.
             Blocks outside every pair have a projection of their own.
@@ -44,6 +44,7 @@ class MMAConfig(MethodConfig):
             raise UserError("the adapter has no block in either tower; name at least one")
         if self.dim < 1:
             raise UserError(f"the adapter's dim is {self.dim}; it must be 1 or more")
+        # Negated, so that NaN is refused as well.
         if not self.scale >= 0:
             raise UserError(f"the adapter's scale is {self.scale}; it must be 0 or more")
         if self.pairs is not None:
@@ -63,6 +64,7 @@ class MMAConfig(MethodConfig):
 
     def with_placement(self, vision: Iterable[int], text: Iterable[int]) -> MMAConfig:
         """Return the same adapter at other blocks, paired by number."""
+        # Pairs name blocks, which the new placement may lack.
         return replace(self, vision=tuple(vision), text=tuple(text), pairs=None)
 
     def parameters(self, widths: Mapping[str, int]) -> int:

@@ -71,6 +71,7 @@ class Adapter(Method):
         self.text_adapter = nn.ModuleDict(
             {str(b): _Projections(widths["text"], config.dim) for b in config.text}
         )
+        # Both blocks of a pair have one name here, so that their projection is made once.
         self._shared_names = config.shared_names()
         self.shared_adapter = nn.ModuleDict(
             {
@@ -99,10 +100,13 @@ class Adapter(Method):
     def reset_parameters(self, seed: int) -> None:
         """Draw all weights anew from a private generator."""
         generator = torch.Generator().manual_seed(seed)
+        # In the order of registration, which decides who gets which draw. `up` is drawn as well and
+        # not 0 as in LoRA: at the start α alone keeps the branch small, as published.
         for parameter in self.parameters():
             if parameter.ndim == 1:
                 nn.init.zeros_(parameter)
                 continue
+            # On the CPU, so that a seed gives the same weights on every device.
             fresh = torch.empty(parameter.shape)
             nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
             with torch.no_grad():

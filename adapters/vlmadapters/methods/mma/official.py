@@ -34,6 +34,7 @@ def placement_of(state: Mapping[str, Tensor], where: str) -> MMAConfig:
     blocks: dict[str, set[int]] = {part: set() for part in PARTS}
     pairs, dim = set(), 0
     for key, value in state.items():
+        # Padded, since a key of another file may have fewer parts.
         part, number, rest = (key.split(".", 2) + ["", ""])[:3]
         if part not in PARTS or not rest:
             continue
@@ -49,6 +50,7 @@ def placement_of(state: Mapping[str, Tensor], where: str) -> MMAConfig:
     vision, text = (tuple(sorted(blocks[part])) for part in ("visual_adapter", "text_adapter"))
     pairs |= {(block, block) for block in blocks["shared_adapter"]}
     config = MMAConfig(vision, text, dim)
+    # None where they follow from the blocks, so that settings read equal those written.
     if pairs != set(config.shared_pairs()):
         return replace(config, pairs=tuple(sorted(pairs)))
     return config
