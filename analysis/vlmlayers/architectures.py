@@ -1,6 +1,6 @@
 """Names of models, their tags and weights, known without importing torch or open_clip.
 
-A misspelt name is said in a moment, not after the seconds that these libraries take to import.
+A misspelt name is reported at once, not after the seconds that these libraries take to import.
 """
 
 from __future__ import annotations

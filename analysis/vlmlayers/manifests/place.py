@@ -132,7 +132,9 @@ def read_text(path: Path) -> str:
     """
     try:
         if path.stat().st_size > LARGEST_LIST:
-            raise UserError(f"{path} is larger than {LARGEST_LIST:,} bytes; no list of items")
+            raise UserError(
+                f"{path} is larger than {LARGEST_LIST:,} bytes; it is not a list of items"
+            )
         content = path.read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         # `utf-8-sig` drops the mark that spreadsheets write before the name of the first column.

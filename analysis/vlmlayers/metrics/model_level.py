@@ -19,7 +19,7 @@ def accuracy_drops(right: Given, changed: Given) -> Array:
     """Return the zero-shot accuracy of each item that a change of one block takes away.
 
     Args:
-        right: Whether each item is classified rightly, (item,), 0 to 1.
+        right: Whether each item is classified correctly, (item,), 0 to 1.
         changed: The same with the block skipped, or with what it adds replaced by its mean.
 
     Reference: Veit, Wilber and Belongie 2016 (skip); Wang et al. 2023 (mean).

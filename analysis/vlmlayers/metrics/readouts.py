@@ -1,4 +1,4 @@
-"""Read-outs: a classifier fitted on some items says the class of others.
+"""Read-outs: a classifier fitted on some items predicts the class of others.
 
 Each takes (fitting features, their classes, validation features, their classes, features) and
 returns the predicted class of each row. Every class weighs the same, whatever its size.

@@ -274,7 +274,7 @@ def estimate(
     formats = {name: f"{{:.{digits}f}}".format for name, digits in DIGITS.items()}
     lines = [
         f"{model.name} in one process on {costs[0].device}, batches of {costs[0].batch_size}",
-        f"{costs[0].bytes_per_image} bytes of an image in a store; milliseconds of it to:\n",
+        f"{costs[0].bytes_per_image} bytes per image in a store; milliseconds per image to:\n",
         table.to_string(index=False, formatters=formats, na_rep=""),
     ]
     if disk is not None:

@@ -360,7 +360,7 @@ class _Rows:
         self.refused.append({"metric": metric, **place, "reason": reason})
 
     def zero_shot(self, instead: Mapping[str, Array]) -> Array:
-        """Return of each image whether it is classified rightly, with features put in place."""
+        """Return for each image whether it is classified correctly, with some features replaced."""
         # One tower changes at a time, so that a drop belongs to its block.
         side = {**self.base, **instead}
         return zero_shot_values(side["vision"], side["text"], self.inputs.labels)

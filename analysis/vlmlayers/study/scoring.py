@@ -1,4 +1,4 @@
-"""The scores of a run: of its stored features, and of the model where a metric needs it itself."""
+"""The scores of a run: of its stored features, and of the model itself where a metric needs it."""
 
 from __future__ import annotations
 
