@@ -1,4 +1,4 @@
-"""A trained method handed over to other code: merged into its backbone, or as a classifier."""
+"""Export of a trained method for other code: merged into its backbone, or as a classifier."""
 
 from __future__ import annotations
 

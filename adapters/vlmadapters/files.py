@@ -36,7 +36,7 @@ MMA_FORMAT = "vlmadapters-2"  # before there were other methods
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What our own checkpoints say about themselves.
+    """Metadata of a checkpoint of ours.
 
     Attributes:
         config: The method's settings; their class says which method.
@@ -100,7 +100,7 @@ def save_method(
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
-    """Return what a checkpoint of ours says about itself.
+    """Return the metadata of a checkpoint of ours.
 
     Raises:
         UserError: It cannot be read, is not an adapter of ours, or was altered since.

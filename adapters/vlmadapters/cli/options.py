@@ -123,7 +123,11 @@ def check_inputs(
 
 
 def read_pairs(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Read pairs of blocks that share a projection, such as 5:7 and 6:8 (vision:text)."""
+    """Read pairs of blocks that share a projection, such as 5:7 and 6:8 (vision:text).
+
+    Raises:
+        UserError: A word is not two block numbers with a colon between.
+    """
     try:
         pairs = tuple(tuple(int(n) for n in pair.split(":")) for pair in words)
     except ValueError:

@@ -103,7 +103,7 @@ def _choice(choice: Path | None, placement: str | None) -> Any:
     from vlmlayers.selection import LayerChoice
 
     if (choice is None) == (placement is None):
-        raise UserError("name either --choice or --placement, not both and not neither")
+        raise UserError("name exactly one of --choice and --placement")
     if placement is not None:
         return Placement.parse(placement)
     assert choice is not None

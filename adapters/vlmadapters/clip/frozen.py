@@ -31,8 +31,8 @@ class Backbone:
     Where either tower cannot be taken apart, both run whole, and only methods that can be attached
     by hooks act on it.
 
-    A CLIP whose weights are in half precision is copied into single precision, in which residual
-    stream and trainable parameters are kept; how fast it multiplies is autocast's concern.
+    A CLIP whose weights are in half precision is copied into single precision: the residual stream
+    and trainable parameters stay in it, and autocast lowers the products alone.
 
     Args:
         clip: The CLIP.
@@ -75,7 +75,7 @@ class Backbone:
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Return token ids of texts, (text, token), on the backbone's device."""
         if self.tokenizer is None:
-            raise UserError("this backbone has no tokenizer; give Backbone the model's")
+            raise UserError("this backbone has no tokenizer; pass the model's to Backbone")
         made: Tensor = self.tokenizer(list(texts))
         return made.to(self.device)
 

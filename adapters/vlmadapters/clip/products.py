@@ -1,8 +1,8 @@
 """Products with frozen weights, by the faster of the libraries that torch brings along.
 
-On a CPU torch hands float32 matrices to MKL, which keeps its best code for processors of its own
-maker; oneDNN takes half the time or twice as long, by processor, by shape and by whether the weight
-is transposed, as it is on the way back. So both are timed once for each class of shapes; the
+On a CPU torch passes float32 matrices to MKL, which runs its fastest code on Intel's processors
+only; oneDNN takes half the time or twice as long, by processor, by shape and by whether the weight
+is transposed, as it is in the backward pass. So both are timed once for each class of shapes; the
 result is the same to float32 rounding (benchmarks/training.py has what it brings).
 """
 

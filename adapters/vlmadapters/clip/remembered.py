@@ -1,7 +1,7 @@
-"""What is worked out once of a frozen tensor: its copy in low precision, and whether it is causal.
+"""What is computed once for a frozen tensor: its copy in low precision, and whether it is causal.
 
 Under autocast torch keeps casts of trained weights only and casts a frozen one at every use; and
-to read a mask the host has to wait for the device. Both are kept here for as long as the tensor
+to read a mask, the host has to wait for the device. Both are kept here for as long as the tensor
 lives and is not changed.
 """
 

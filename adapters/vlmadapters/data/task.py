@@ -22,7 +22,7 @@ LOG = logging.getLogger(__name__)
 
 
 def places(names: Sequence[str], among: Sequence[str]) -> list[int]:
-    """Return the number of each name among others, -1 where it is not there.
+    """Return the index of each name among others, -1 where it is missing.
 
     Two classes may have the same name; they are told apart by their order.
     """
@@ -86,8 +86,8 @@ class TaskData:
         name: Name or path of a manifest, or the manifest.
         model: The model.
         root: The data root.
-        options: How its images are read. The log says how many are left out, and which first;
-            others are drawn in the place of training images.
+        options: How its images are read. The log names the first of those that are left out
+            and their number; training images among them are replaced by others.
         limit: Use at most so many test items, balanced over classes; 0 uses all.
         descriptions: Class name to descriptions, for methods that use them.
 
@@ -176,7 +176,7 @@ class TaskData:
             LOG.warning("%s has one %s class: every answer is right there", name, kind)
 
     def splits(self) -> tuple[str, ...]:
-        """Return the splits that there are."""
+        """Return the names of the splits that exist."""
         return self.manifest.splits(self.root)
 
     def _items(self, split: str) -> list[Item]:

@@ -72,6 +72,9 @@ class MethodConfig:
         Args:
             choice: A `LayerChoice`, its dictionary, or the path of a `choice.json`.
             **options: Other fields, such as `scale`.
+
+        Raises:
+            UserError: The method has no placement, the file cannot be read, or a tower is missing.
         """
         if isinstance(choice, (str, Path)):
             from vlmlayers.selection import LayerChoice

@@ -285,7 +285,7 @@ def _norms(backbone: Backbone, block: int) -> nn.ModuleDict:
     if not (backbone.steps and is_standard(module)):
         raise UserError(
             f"lasp tunes the norms of open_clip's standard blocks, and vision block {block} of "
-            f"{tower.family} is none; name no vision block, or choose another backbone"
+            f"{tower.family} is not one; name no vision block, or choose another backbone"
         )
     # Copies: other methods are trained beside this one on the same backbone.
     norms = {name: deepcopy(getattr(module, name)) for name in ("ln_1", "ln_2")}

@@ -103,8 +103,8 @@ class LwEIB(Method):
     were 1, activations the true one.
 
     In a training step a block is fast by chance, by a draw of its own: α is then multiplied by
-    `factor`. The step tells apart the classes of its images and some others, each by one of its
-    descriptions, drawn anew. A test takes the mean of all of a class's unit features.
+    `factor`. The step classifies among the classes of its images and some others, each in one of
+    its descriptions, drawn anew. A test takes the mean of all of a class's unit features.
 
     Args:
         config: Blocks, α, what is drawn.
@@ -310,8 +310,8 @@ def _hidden(block: Any) -> int:
         return int(block.mlp.c_fc.out_features)
     except AttributeError:
         raise UserError(
-            f"lweib works inside open_clip's standard blocks, and {type(block).__name__} is none; "
-            "choose another backbone, or a method that acts beside blocks"
+            f"lweib works inside open_clip's standard blocks, and {type(block).__name__} is not "
+            "one; choose another backbone, or a method that acts beside blocks"
         ) from None
 
 

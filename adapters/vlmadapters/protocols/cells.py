@@ -1,9 +1,9 @@
 """Cells of a sweep: one file each when done, one lock while they are trained.
 
-A cell is what one set of settings gave: the rows of one source, seed and placement, or those of
-zero-shot CLIP. Several processes may work on one folder. A cell is trained by the process that
-holds its lock; a process that was killed holds nothing, so its cells are free again. The empty lock
-files stay: removing one while another process waits for it would let two hold the same cell.
+A cell holds the results of one set of settings: the rows of one source, seed and placement, or
+those of zero-shot CLIP. Several processes may work on one folder. A cell is trained by the process
+that holds its lock; a process that was killed holds nothing, so its cells are free again. The empty
+lock files stay: removing one while another process waits for it would let two hold the same cell.
 """
 
 from __future__ import annotations

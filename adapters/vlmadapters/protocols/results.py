@@ -44,7 +44,7 @@ COLUMNS = (
     "random_weights",
     "note",
 )
-KEY = COLUMNS[: COLUMNS.index("accuracy")]  # what a row is of; the rest is what came out
+KEY = COLUMNS[: COLUMNS.index("accuracy")]  # what identifies a row; the rest are results
 ZERO_SHOT_CLIP, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
 ZERO_SHOT_METHODS = (ZERO_SHOT_CLIP, ZERO_SHOT_OWN)
 UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"
@@ -113,6 +113,9 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
         Columns protocol, method, model, weights, source, placement, settings, shots, dataset,
         metric (`base`, `novel`, `hm`, `all`), mean, sd, seeds, note, parameters, and seconds of one
         training on average.
+
+    Raises:
+        UserError: The table is empty.
     """
     if results.empty:
         raise UserError("the results table is empty; run `vlmlayers evaluate` first")

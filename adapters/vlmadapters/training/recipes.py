@@ -1,4 +1,4 @@
-"""How an adapter is trained: every value in one frozen record, read from TOML."""
+"""Training recipes: every value in one frozen record, read from TOML."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class Recipe:
     def with_method(self, method: MethodConfig) -> Recipe:
         """Return the recipe with other settings of its method.
 
-        What differs in them from the recipe's is so on every dataset.
+        Settings that differ from the recipe's also replace values of single datasets.
         """
         asked, own = method.to_dict(), self.method.to_dict()
         new = {key: value for key, value in asked.items() if value != own[key]}

@@ -45,7 +45,7 @@ from vlmlayers.progress import bar
 LOG = logging.getLogger(__name__)
 DRAWS = 0xD5  # key of the random draws inside training steps
 BATCH = 32  # views whose frozen features are computed at a time
-LOOK_EVERY = 20  # steps between two looks at the losses, for which the host waits for the device
+LOOK_EVERY = 20  # steps between two readings of the losses, for which the host waits for the device
 
 
 @dataclass(eq=False)
@@ -277,13 +277,13 @@ class Trainer:
             self._save()
 
     def _look(self, shown: Any) -> None:
-        """Read the losses since the last look, refuse one that is not finite, and show the last.
+        """Read the losses of the steps since the last call and show the last one.
 
         Raises:
             UserError: A loss is not finite; names the step that it was in.
         """
         for run in self.runs:
-            # All at once: the host waits for the device once a look instead of once a step.
+            # All at once: the host waits for the device once for many steps, not at each.
             found = torch.cat(run.unread).tolist() if run.unread else []
             for number, loss in enumerate(found, len(run.losses)):
                 if not math.isfinite(loss):
@@ -535,7 +535,7 @@ def count_steps(train: TrainConfig, items: int) -> int:
 
 
 def resolved(train: TrainConfig, device: torch.device) -> TrainConfig:
-    """Return a recipe with the precision that it stands for on a device.
+    """Return a recipe with its precision resolved for a device.
 
     Raises:
         UserError: It asks for what the device does not have.

@@ -182,6 +182,9 @@ def summarise(
         reference: Kind of placement that the verdict compares with.
         seed: Seed of the bootstrap.
         notes: What else to record; the verdict ends with the statement of a `search` among it.
+
+    Raises:
+        UserError: No placement is of the reference's kind, or no dataset and seed holds all.
     """
     whole, parts = table, compared_parts(table)
     comparison, table = next(iter(parts.items()))

@@ -175,7 +175,7 @@ def search(
 
 def _too_little(race: Race, default: Recipe, rivals: Sequence[Recipe], budget: float | None) -> str:
     if not rivals:
-        return f"{default.method.name}: there is nothing to try beside the default; name amounts"
+        return f"{default.method.name}: there is nothing to try besides the default; name amounts"
     least = min(race.price(default, [one]) for one in rivals)
     return (
         f"the budget of {budget:g} full trainings allows no comparison; one with the default takes "

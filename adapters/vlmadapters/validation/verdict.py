@@ -266,6 +266,9 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         chosen: Label of the chosen placement.
         reference: Label of the default to compare with, usually the paper's.
         seed: Seed of the bootstrap.
+
+    Raises:
+        UserError: The choice is not in the table, or no dataset and seed holds every placement.
     """
     if not table["changed"].any():
         return "VOID: training changed no prediction, so nothing is shown about the choice"

@@ -165,6 +165,9 @@ def attach(clip: nn.Module, config: MMAConfig, seed: int = 0) -> Iterator[Adapte
         clip: A transformer CLIP of open_clip.
         config: Placement, inner width, α.
         seed: Seed of the initialisation.
+
+    Raises:
+        UserError: The backbone has fewer blocks, or a method is attached to it already.
     """
     with new_adapter(clip, config, seed).attached(clip) as adapter:
         yield adapter

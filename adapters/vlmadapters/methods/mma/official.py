@@ -30,7 +30,11 @@ def agreed(config: MMAConfig | None, found: MMAConfig, where: str) -> MMAConfig:
 
 
 def placement_of(state: Mapping[str, Tensor], where: str) -> MMAConfig:
-    """Read placement and inner width from the keys of an adapter's state."""
+    """Read placement and inner width from the keys of an adapter's state.
+
+    Raises:
+        UserError: No key is an adapter's.
+    """
     blocks: dict[str, set[int]] = {part: set() for part in PARTS}
     pairs, dim = set(), 0
     for key, value in state.items():
