@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from pydantic import (
@@ -52,6 +53,7 @@ NEEDED = {
     "model_": "a table {{ key = value }}",
     "dict_": "a table {{ key = value }}",
 }
+PLAIN = (bool, int, float, str, Path, Literal)
 KEY = "[key]"  # stands in a place of pydantic's where the key is wrong, not its value
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -65,14 +67,40 @@ class Options(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse True where a number is meant: pydantic and Python take it for 1."""
-        kinds = list(_kinds(cls.model_fields[str(info.field_name)].annotation))
-        parts = value if isinstance(value, list | tuple) else [value]
-        wrong = any(isinstance(part, bool) for part in parts) and not {bool, Any} & set(kinds)
-        if wrong and {int, float} & set(kinds):
-            raise PydanticKnownError("int_type" if int in kinds else "float_type")
+    def _of_the_kind_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse True, 3.0 and "3" where 3 is meant, and 1 and "yes" for True.
+
+        pydantic would convert them, and a call would be checked less than `vlmlayers.arguments`
+        checks the others. A command line has nothing but text (`validated(…, words=True)`).
+        """
+        field = cls.model_fields[str(info.field_name)]
+        kinds = [*field.metadata, *_kinds(field.annotation)]
+        reads = any(isinstance(one, BeforeValidator) and one.func is not _several for one in kinds)
+        taken = {one for one in kinds if one in PLAIN}
+        if Any in kinds or not taken & {bool, int, float}:
+            return value
+        text_too = reads or info.context or taken & {str, Path, Literal}
+        for part in value if isinstance(value, list | tuple) else [value]:
+            # What pydantic refuses by itself is left to it: it names the place in a list.
+            if isinstance(part, str):
+                wrong = not text_too and (_is_number(part) or taken <= {bool})
+            elif isinstance(part, bool):
+                wrong = bool not in taken
+            elif isinstance(part, float):
+                wrong = part.is_integer() and float not in taken
+            else:
+                wrong = isinstance(part, int) and taken <= {bool}
+            if wrong:
+                name = next(one for one in (int, float, bool) if one in taken).__name__
+                raise PydanticKnownError(cast(Any, f"{name}_type"))
         return value
+
+
+def _is_number(text: str) -> bool:
+    with suppress(ValueError):
+        float(text)
+        return True
+    return False
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
@@ -133,14 +161,22 @@ class ImageOptions(Options):
     )
 
 
-def validated(model: type[Parsed], values: Mapping[str, Any], where: str = "") -> Parsed:
+def validated(
+    model: type[Parsed], values: Mapping[str, Any], where: str = "", *, words: bool = False
+) -> Parsed:
     """Return values as a model.
+
+    Args:
+        model: The model.
+        values: By name.
+        where: What messages begin with.
+        words: Take text for numbers, as a command line gives them.
 
     Raises:
         UserError: A name is unknown (with the nearest one) or missing, or a value is wrong.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=words or None)
     except ValidationError as error:
         problem = _explain(error, model, values)
     except RecursionError:

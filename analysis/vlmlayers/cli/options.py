@@ -91,7 +91,7 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
             own = {key: given.pop(key) for key in kind.model_fields}
             # typer hands on None where nothing was typed; the default is the options' own.
             told = {key: value for key, value in own.items() if value is not None}
-            given[name] = validated(kind, told, verb.__name__)
+            given[name] = validated(kind, told, verb.__name__, words=True)
         verb(**given)
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
