@@ -22,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def extraction(place: Path, out: Path, *more: object) -> list[object]:
     return [
         "extract", place / "model", place / "colours", "--random-weights", "--out", out,
-        "--batch-size", 1, "--quiet", *more,
+        "--batch-size", 1, *more,
     ]  # fmt: skip
 
 
