@@ -401,5 +401,5 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     assert recorded["validate"]["seeds"] == [1] and recorded["validate"]["set"]["shots"] == 2
     assert recorded["validate"]["kinds"] == ["all", "lower"]
     for wrong in ([], ["--placement", "2-3", "--choice", "x"]):
-        with pytest.raises(UserError, match="either --choice or --placement"):
+        with pytest.raises(UserError, match="exactly one of --choice and --placement"):
             CliRunner().invoke(app, words + wrong, catch_exceptions=False)
