@@ -34,6 +34,17 @@ def test_environment_yml_has_the_bounds_of_pyproject(repository: Path) -> None:
     assert listed == declared
 
 
+def _uv() -> str | None:
+    return shutil.which("uv", path=f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+def _solved(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    if done.returncode and re.search("connect|network|dns error|Timeout", done.stderr):
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_environment_yml_can_be_made(repository: Path, tmp_path: Path) -> None:
     """By a solver of conda where there is one, else by what pip would take in each one's place."""
@@ -41,9 +52,7 @@ def test_environment_yml_can_be_made(repository: Path, tmp_path: Path) -> None:
     if solver := next(filter(None, map(shutil.which, ("micromamba", "mamba", "conda"))), None):
         verb = ["create", "--name", "tried"] if "micromamba" in solver else ["env", "create"]
         command = [solver, *verb, "--yes", "--dry-run", "--file", str(file)]
-    elif uv := shutil.which(
-        "uv", path=f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    ):
+    elif uv := _uv():
         named = re.findall(r"^ +- ([^-\s]\S*>=\S+)$", file.read_text(), re.MULTILINE)
         lines = [name.replace("pytorch>=", "torch>=") for name in named if "python>=" not in name]
         (tmp_path / "named.txt").write_text("\n".join(lines))
@@ -51,10 +60,20 @@ def test_environment_yml_can_be_made(repository: Path, tmp_path: Path) -> None:
         command += ["--constraint", str(repository / "constraints.txt")]
     else:
         pytest.skip("neither micromamba, mamba, conda nor uv is installed")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    if done.returncode and re.search("connect|network|dns error|Timeout", done.stderr):
-        pytest.skip("no package index can be reached")
-    assert done.returncode == 0, done.stderr
+    _solved(command, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["3.11.0", "3.13.0"])
+def test_the_pinned_versions_install_on_every_python(
+    repository: Path, tmp_path: Path, python: str
+) -> None:
+    """A pinned package may ask for a later patch release than the one at hand here."""
+    if not (uv := _uv()):
+        pytest.skip("uv is not installed")
+    command = [uv, "pip", "compile", "--quiet", "--python-version", python, "--all-extras"]
+    command += ["--constraint", "constraints.txt", "pyproject.toml"]
+    _solved([*command, "--output-file", str(tmp_path / "found.txt")], repository)
 
 
 def test_every_dependency_has_a_lower_bound_and_a_pinned_version(repository: Path) -> None:
