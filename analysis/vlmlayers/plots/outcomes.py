@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.ticker import LogLocator, NullLocator
 
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import Placement
-from vlmlayers.plots.style import CATEGORY_COLOURS, axes, new_grid, style
+from vlmlayers.plots.style import CATEGORY_COLOURS, axes, axis_label, new_grid, style
 
 Outcomes = Annotated[pd.DataFrame, Takes("a table of trained placements", "such tables")]
 OUTCOMES = {
@@ -19,6 +21,7 @@ OUTCOMES = {
     "novel": ("Novel classes", "#B34700", "^"),
     "hm": ("Harmonic mean", "#222222", "o"),
 }
+INTERVAL: dict[str, Any] = {"color": "#222222", "alpha": 0.4, "linewidth": 0.8}
 CHOSEN_COLOUR, PUBLISHED_COLOUR = "#007E5D", "#7A3E9D"
 
 
@@ -75,7 +78,7 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
             low, high = outcomes["hm_low"], outcomes["hm_high"]
             ax.fill_between(x[swept], low[swept], high[swept], color="#222222", alpha=0.14,
                             linewidth=0)  # fmt: skip
-            ax.vlines(x[~swept], low[~swept], high[~swept], color="#222222", alpha=0.5, linewidth=1)
+            ax.vlines(x[~swept], low[~swept], high[~swept], **INTERVAL)
         if "chosen" in outcomes.columns:
             for place in x[outcomes["chosen"].astype(bool)]:
                 ax.axvspan(place - 0.4, place + 0.4, color=CHOSEN_COLOUR, alpha=0.14, linewidth=0)
@@ -132,6 +135,9 @@ def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[
                         label=Placement.parse(str(name)).label)  # fmt: skip
             if len(trained):
                 ax.set_xscale("log")
+                ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                ax.xaxis.set_major_formatter("{x:g}")
+                ax.xaxis.set_minor_locator(NullLocator())
                 # By hand: an outcome that no row has, as novel classes may lack, sets no limits
                 ax.set_xlim(trained.min() / 1.2, trained.max() * 1.2)
             ax.set_title(title)
@@ -149,8 +155,8 @@ def predicted_vs_trained(
 
     Args:
         outcomes: One row per placement: `placement`, `hm`, the predicted score, and where known
-            `chosen` and `published`.
-        predicted: Column of the predicted score.
+            `hm_low`, `hm_high`, `chosen` and `published`.
+        predicted: Column of the predicted score, `metric:NAME` for the mean of a metric.
         ax: Axes to draw on.
 
     Raises:
@@ -169,6 +175,8 @@ def predicted_vs_trained(
             if len(part):
                 ax.scatter(part[predicted], part["hm"], s=size, label=label, color=colour,
                            marker=marker, zorder=3)  # fmt: skip
+        if {"hm_low", "hm_high"} <= set(outcomes.columns):
+            ax.vlines(outcomes[predicted], outcomes["hm_low"], outcomes["hm_high"], **INTERVAL)
         for _, row in outcomes.iterrows():
             ax.annotate(
                 Placement.parse(row["placement"]).label,
@@ -178,10 +186,10 @@ def predicted_vs_trained(
                 textcoords="offset points",
                 color="#444444",
             )
-        words = predicted.replace("metric:", "mean of ").replace("_", " ")
-        ax.set_xlabel(words[:1].upper() + words[1:])
+        _, of_metric, name = predicted.rpartition("metric:")
+        ax.set_xlabel(axis_label(name) + (", mean of blocks" if of_metric else ""))
         ax.set_ylabel("Trained harmonic mean (%)")
-        ax.legend(loc="best")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
         return ax
 
 
@@ -201,16 +209,23 @@ def cost(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
 
 
 def drop_overlapping_texts(ax: Axes) -> Axes:
-    """Remove labels of points that would cover a point or an earlier label, or leave the axes."""
+    """Remove labels of points that would cover a point or an earlier label, or leave the axes.
+
+    One that would leave them on the right is put to the left of its point first.
+    """
     figure: Any = ax.figure
     # Extents are known after a layout only.
     figure.draw_without_rendering()
     frame = ax.get_window_extent()
     kept: list[Any] = []
-    dots = [ax.transData.transform(drawn.get_offsets()) for drawn in ax.collections]
+    points_of = (drawn for drawn in ax.collections if isinstance(drawn, PathCollection))
+    dots = [ax.transData.transform(drawn.get_offsets()) for drawn in points_of]
     points = [tuple(point) for offsets in dots for point in offsets]
     for text in list(ax.texts):
         box = text.get_window_extent()
+        if box.x1 > frame.x1:
+            text.set(ha="right", x=-text.get_position()[0])
+            box = text.get_window_extent()
         covers = any(box.padded(3).contains(*point) for point in points)
         if covers or box.x1 > frame.x1 or any(box.overlaps(other) for other in kept):
             text.remove()

@@ -203,13 +203,10 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
     yield Plan(
         "placement-sweep",
         f"Trained accuracy at each placement, {_source(answer)}. Means over datasets and seeds. "
-        "Joined: the sweep of the first adapted block. Shaded: the chosen placement. Intervals "
-        f"stand in the table; they are wide because datasets differ.{warning}",
-        lambda: mark_random(
-            # Without bands, which span the datasets and would hide the lines.
-            plots.placement_sweep(frame.drop(columns=["hm_low", "hm_high"], errors="ignore")),
-            answer.random_weights,
-        ),
+        "Joined: the sweep of the first adapted block. Shaded: the chosen placement. Lines and "
+        "bands: 95 % interval of the harmonic mean, wide because datasets differ; differences to "
+        f"the chosen placement stand in the table.{warning}",
+        lambda: mark_random(plots.placement_sweep(frame), answer.random_weights),
         lambda: frame,
     )
     if len(validation.amounts):
@@ -224,7 +221,8 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
     if "parameters" in frame.columns:
         yield Plan(
             "cost",
-            f"Trained harmonic mean against trainable parameters, {_source(answer)}.{warning}",
+            f"Trained harmonic mean against trainable parameters, {_source(answer)}. Lines: 95 % "
+            f"interval.{warning}",
             lambda: mark_random(drop_overlapping_texts(plots.cost(frame)), answer.random_weights),
             lambda: frame,
         )
@@ -238,7 +236,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
             yield Plan(
                 "predicted-trained",
                 f"Placement score {best} against the trained harmonic mean, {_source(answer)}. "
-                "One point per placement.",
+                "One point per placement; lines: 95 % interval.",
                 lambda: mark_random(
                     drop_overlapping_texts(plots.predicted_vs_trained(merged, best)),
                     answer.random_weights,

@@ -90,6 +90,7 @@ class RecordedValidation:
         notes_file = run.folder / "validation.json"
         notes = read_json(notes_file) if notes_file.exists() else {}
         beside = notes.get("untuned", {})
+        warned = beside.get("warning")
         chosen = str(notes.get("chosen") or _kind(cells, "chosen"))
         reference = str(notes.get("reference") or _kind(cells, "paper"))
         placements = _table(run.folder / "validation_placements.csv")
@@ -112,7 +113,7 @@ class RecordedValidation:
             dict(notes.get("repeatability", {})),
             str(notes.get("warning", "")),
             _table(run.folder / "validation_untuned.csv"),
-            ". Warning: ".join(filter(None, [beside.get("verdict"), beside.get("warning")])),
+            " ".join(filter(None, [beside.get("verdict"), warned and f"Warning: {warned}."])),
             _table(run.folder / "validation_amounts.csv"),
         )
 

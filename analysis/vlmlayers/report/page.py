@@ -198,8 +198,9 @@ def _predictors(answer: Answer) -> list[tuple[str, str]]:
     if "parameters" in answer.validation.placements.columns:
         names.append("parameters")
     return [
-        (name, name.replace("_", " ").replace("metric:", "mean of "))
+        (name, name.replace("_", " ") if metric == name else f"{_label(metric)}, mean of blocks")
         for name in dict.fromkeys(names)
+        for metric in [name.removeprefix("metric:")]
     ]
 
 

@@ -150,6 +150,9 @@ def test_the_figure_has_a_line_per_placement(tuned: Path) -> None:
     line = axes[2].get_lines()[0]
     one = amounts[amounts["placement"] == "v2-3,t2-3"].groupby("times")["hm"].mean()
     assert np.allclose(line.get_xdata(), one.index) and np.allclose(line.get_ydata(), one)
+    axes[0].figure.canvas.draw()
+    words = [label.get_text() for label in axes[0].get_xticklabels(which="both")]
+    assert {"0.3", "1", "3"} <= set(words) and not any("10^" in word for word in words)
     with pytest.raises(UserError, match="lacks times"):
         vl.plots.amount_curves(amounts.drop(columns="times"))
 

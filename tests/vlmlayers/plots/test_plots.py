@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from score_tables import DATASETS, curve_rows, full, pair_rows, planted, step, table
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError
+from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import slug
 from vlmlayers.scores.summaries import (
     agreement,
@@ -114,6 +116,22 @@ def test_only_the_sweep_is_joined() -> None:
     ax = plots.placement_sweep(frame.assign(sweep=False, placement="v1-12,t1-12").head(1))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1–12"]
     assert len(ax.get_legend_handles_labels()[1]) == 3
+
+
+def test_points_of_trained_placements_have_intervals_and_keep_a_label_at_the_edge() -> None:
+    few = OUTCOMES.iloc[[0, 5, 11]].assign(hm_low=[68.0, 69.0, 70.0])
+    ax = drop_overlapping_texts(plots.cost(few))
+    segments = next(one for one in ax.collections if isinstance(one, LineCollection))
+    assert [one[:, 1].tolist() for one in segments.get_segments()] == [
+        [low, 72.0] for low in (68.0, 69.0, 70.0)
+    ]
+    labels = {text.get_text(): text.get_ha() for text in ax.texts}
+    assert set(labels) == {"v1–12", "v6–12", "v12"}  # the first has the most parameters
+    assert labels["v1–12"] == "right" and labels["v12"] == "left"
+    named = plots.predicted_vs_trained(
+        few.rename(columns={"predicted": "metric:class_accuracy"}), "metric:class_accuracy"
+    )
+    assert named.get_xlabel() == "Class accuracy (linear probe), mean of blocks"
 
 
 def test_unequal_towers_share_relative_depth() -> None:
