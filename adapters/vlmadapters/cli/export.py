@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlmadapters.cli.options import load_backbone
+from vlmadapters.cli.inputs import load_backbone
 from vlmlayers.architectures import check_model
 from vlmlayers.cli.options import Device, Model, several, with_options
 from vlmlayers.errors import UserError, check_one_of, looked_for

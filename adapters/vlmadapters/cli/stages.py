@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import Field
 
-from vlmadapters.cli.options import read_recipes
+from vlmadapters.cli.inputs import read_recipes
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, Several, validated
 

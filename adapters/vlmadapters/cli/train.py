@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmadapters.cli.options import (
+from vlmadapters.cli.inputs import (
     CHOICE,
     RecipeName,
     Settings,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from vlmadapters.cli.options import CHOICE, read_placements, read_recipes
+from vlmadapters.cli.inputs import CHOICE, read_placements, read_recipes
 from vlmadapters.cli.stages import library_options, load, recipe_files, recipe_name
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of

@@ -184,7 +184,8 @@ def summarise(
         notes: What else to record; the verdict ends with the statement of a `search` among it.
 
     Raises:
-        UserError: No placement is of the reference's kind, or no dataset and seed holds all.
+        UserError: The table is empty, no placement is of the reference's kind, or no dataset and
+            seed holds all.
     """
     whole, parts = table, compared_parts(table)
     comparison, table = next(iter(parts.items()))
@@ -236,12 +237,22 @@ def summarise(
 
 
 def compared_parts(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the comparisons of a validation table, the tuned one first; older ones are given."""
+    """Return the comparisons of a validation table, the tuned one first; older ones are given.
+
+    Raises:
+        UserError: There is none, since the table is empty or its comparisons have other names.
+    """
     # Written before amounts were tuned.
     if "comparison" not in table.columns:
         return {"given": table}
     found = {name: table[table["comparison"] == name] for name in COMPARISONS}
-    return {name: part.reset_index(drop=True) for name, part in found.items() if len(part)}
+    parts = {name: part.reset_index(drop=True) for name, part in found.items() if len(part)}
+    if not parts:
+        raise UserError(
+            f"the validation table has no row of a comparison ({', '.join(COMPARISONS)}); finish "
+            "the sweep (start `vlmlayers validate` again, it resumes)"
+        )
+    return parts
 
 
 def _how(comparison: str, warning: str) -> str:

@@ -268,11 +268,13 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         seed: Seed of the bootstrap.
 
     Raises:
-        UserError: The choice is not in the table, or no dataset and seed holds every placement.
+        UserError: The choice or the reference is not in the table, or no dataset and seed holds
+            every placement.
     """
-    if not table["changed"].any():
+    if len(table) and not table["changed"].any():
         return "VOID: training changed no prediction, so nothing is shown about the choice"
     compared = _by_placement(compare(table, chosen, seed=seed))
+    check_one_of("placement", reference, compared, where="the validation table")
     left = regret(table, chosen, seed=seed)
     ours = compared[chosen]["hm"]
     equal = len(_tied(compared, ours)) - 1

@@ -13,7 +13,7 @@ from backbones import shared_backbone
 from typer.testing import CliRunner
 
 import vlmadapters as va
-from vlmadapters.cli.options import read_placements, read_recipes
+from vlmadapters.cli.inputs import read_placements, read_recipes
 from vlmadapters.cli.train_stage import parts
 from vlmadapters.methods import METHODS
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, summarise

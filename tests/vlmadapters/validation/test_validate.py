@@ -369,6 +369,9 @@ def test_nothing_to_test_on_is_named(manifest: Manifest, tmp_path: Path) -> None
     table = run(manifest, seeds=(1,))
     with pytest.raises(UserError, match="no placement of kind 'lower'"):
         summarise(table, reference="lower")
+    for empty in (table[:0], table.assign(comparison="both"), table[:0].drop(columns="comparison")):
+        with pytest.raises(UserError, match="validation table"):
+            summarise(empty)
 
 
 def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

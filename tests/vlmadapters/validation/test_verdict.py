@@ -182,8 +182,13 @@ def test_incomplete_cells_are_left_out_and_an_empty_table_is_refused() -> None:
     assert len(outcomes(part).values) == 14
     with pytest.raises(UserError, match="finish the sweep"):
         outcomes(cells[cells["placement"] == "none"])
+    with pytest.raises(UserError, match="finish the sweep"):
+        verdict(cells[:0], PLACEMENTS[0], PLACEMENTS[1])
     with pytest.raises(UserError, match="unknown placement"):
         compare(cells, "v5-12,t5-13")
+    for chosen, reference in (("v5-12,t5-13", PLACEMENTS[1]), (PLACEMENTS[0], "v5-12,t5-13")):
+        with pytest.raises(UserError, match="unknown placement 'v5-12,t5-13'"):
+            verdict(cells, chosen, reference)
 
 
 def test_a_tie_is_called_one() -> None:

@@ -1,4 +1,4 @@
-"""Options of the verbs that train or test alone, and what they mean."""
+"""What the verbs that train or test take: how it is typed, read and checked before torch."""
 
 from __future__ import annotations
 
