@@ -22,7 +22,8 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.runs import Run, read_json
+from vlmlayers.files import read_json
+from vlmlayers.runs import Run
 from vlmlayers.study import read_study, run_study
 from vlmlayers.words import markdown_table
 

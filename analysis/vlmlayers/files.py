@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -69,6 +71,48 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
 def write_text(path: Path, text: str) -> Path:
     """Write a text file as UTF-8, whole or not at all; see `atomically` for errors."""
     return atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def read_json(
+    path: Path, what: str = "", advice: str = "delete it and run the stage again"
+) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Args:
+        path: The file.
+        what: What it is, for messages, such as "the choice".
+        advice: What to do where it is wrong.
+
+    Raises:
+        UserError: It cannot be read, is not JSON, or holds no object.
+    """
+    content = _parsed(path, json.loads, "JSON", what, advice)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold an object; {advice}")
+    return content
+
+
+def read_toml(path: Path, what: str = "") -> dict[str, Any]:
+    """Return the content of a TOML file; see `read_json` for arguments and errors."""
+    content: dict[str, Any] = _parsed(path, tomllib.loads, "TOML", what)
+    return content
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], kind: str, what: str, advice: str = "") -> Any:
+    then = f"; {advice}" if advice else ""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        name = f"{what} {path}".strip()
+        raise UserError(f"cannot read {name}: {error.strerror}{then}") from None
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise UserError(f"{path} is not valid {kind}: {why}{then}") from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a JSON file that appears whole or not at all."""
+    return write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> Path:

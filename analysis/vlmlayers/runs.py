@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, looked_for
-from vlmlayers.files import checksum, file_checksum, write_text
+from vlmlayers.files import checksum, file_checksum, read_json, write_json
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
 PACKAGES = (
@@ -119,28 +118,6 @@ def is_first_process() -> bool:
 def processes_launched() -> int:
     """Return how many processes torchrun started, 1 where it did not."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object from a JSON file.
-
-    Raises:
-        UserError: The file cannot be read or holds no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON; delete it and run the stage again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no object; delete it and run the stage again")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write a JSON file that appears whole or not at all."""
-    return write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def fingerprint(content: Any) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from score_tables import DATASETS, full, planted
 
-from vlmlayers.runs import Run, write_json
+from vlmlayers.files import write_json
+from vlmlayers.runs import Run
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import predict, select
 

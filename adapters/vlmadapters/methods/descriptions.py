@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import checksum
+from vlmlayers.files import checksum, read_json
 
 
 def with_hash(where: str) -> str:
@@ -36,13 +35,8 @@ def read_descriptions(where: str) -> dict[str, tuple[str, ...]]:
         UserError: The file cannot be read, or is no such JSON.
     """
     path = Path(where.partition("#")[0])
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the descriptions {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    right = isinstance(found, dict) and all(
+    found = read_json(path, "the descriptions", "name a file of class names with lists of texts")
+    right = all(
         isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)
         for texts in found.values()
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from vlmlayers.arguments import (
     checked,
 )
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import read_toml
 from vlmlayers.placement import Amount, Placement
 
 SHIPPED = Path(__file__).with_name("recipe_files")
@@ -314,7 +314,7 @@ def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
     """
     path = Path(name)
     if path.suffix == ".toml":
-        values = _read_toml(path)
+        values = read_toml(path, "the recipe")
         method = values.pop("method", method)
         return _recipe(path.stem, method, values, _shipped(method), str(path))
     shipped = _shipped(method)
@@ -325,16 +325,7 @@ def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
 def _shipped(method: str) -> dict[str, Any]:
     method = METHODS.config(method).name
     path = SHIPPED / f"{method}.toml"
-    return _read_toml(path) if path.exists() else {"published": {}}
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from error
+    return read_toml(path, "the recipe") if path.exists() else {"published": {}}
 
 
 def _recipe(

@@ -21,9 +21,9 @@ from vlmadapters.validation.repeatability import repeatability
 from vlmadapters.validation.tuning import size_warning
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
 from vlmlayers.errors import UserError
-from vlmlayers.files import write_csv
+from vlmlayers.files import write_csv, write_json
 from vlmlayers.placement import ZERO_SHOT, Placement
-from vlmlayers.runs import environment, write_json
+from vlmlayers.runs import environment
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import predict
 

@@ -35,11 +35,11 @@ from vlmadapters.validation.options import SearchOptions
 from vlmadapters.validation.race import AS_IS, CELLS, Race, Track, label
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
-from vlmlayers.files import write_csv
+from vlmlayers.files import write_csv, write_json
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import ZERO_SHOT, Amount, Placement
-from vlmlayers.runs import environment, write_json
+from vlmlayers.runs import environment
 
 AMOUNT_SHARE = 0.6  # of the budget, where placements are searched as well
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -244,9 +243,9 @@ def choice_of(scores: pd.DataFrame, tables: Folders) -> LayerChoice | None:
     model = tuple(scores[["model", "weights"]].iloc[0])
     for folder in as_folders(tables):
         for path in sorted(folder.glob("choice*.json")):
-            seen = json.loads(path.read_text(encoding="utf-8")).get("evidence", {})
-            if (seen.get("model"), seen.get("weights")) == model:
-                return LayerChoice.load(path)
+            choice = LayerChoice.load(path)
+            if (choice.evidence.get("model"), choice.evidence.get("weights")) == model:
+                return choice
     return None
 
 

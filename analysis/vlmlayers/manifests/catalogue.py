@@ -11,7 +11,7 @@ from vlmlayers.files import shipped
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS
 from vlmlayers.manifests.layouts import builtin
 from vlmlayers.manifests.layouts.huggingface import METADATA, holds_tables
-from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_toml
+from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_manifest
 
 MANIFESTS_VARIABLE = "VLMLAYERS_MANIFESTS"
 
@@ -50,7 +50,7 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
     """
     text = os.fspath(name)
     if text in (files := _files()):
-        return text, parse_spec(read_toml(files[text]), str(files[text])), files[text]
+        return text, parse_spec(read_manifest(files[text]), str(files[text])), files[text]
     if text in builtin.names():
         return text, _builtin_spec(text), None
     path = Path(text).expanduser()
@@ -63,7 +63,7 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
         return path.resolve().name, _folder_spec(path), path
     path = path / "manifest.toml" if path.is_dir() else path
     stem = path.resolve().parent.name if path.stem == "manifest" else path.stem
-    spec = parse_spec(read_toml(path), str(path))
+    spec = parse_spec(read_manifest(path), str(path))
     if spec.layout == "builtin":
         raise UserError(f"{path}: layout 'builtin' is for datasets that are drawn by code")
     return stem, spec, path

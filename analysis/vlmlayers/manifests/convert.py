@@ -19,12 +19,12 @@ from vlmlayers.data.shards import (
     write_shard,
 )
 from vlmlayers.errors import UserError
-from vlmlayers.files import write_text
+from vlmlayers.files import read_json, write_json, write_text
 from vlmlayers.manifests.items import Item
 from vlmlayers.manifests.layouts.huggingface import stored_image
 from vlmlayers.manifests.manifest import Manifest
 from vlmlayers.progress import track
-from vlmlayers.runs import fingerprint, read_json, write_json
+from vlmlayers.runs import fingerprint
 
 NOTE = ".conversion.json"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +13,8 @@ from pydantic import (
 )
 
 from vlmlayers.data.shards import Members
-from vlmlayers.errors import UserError, one_line
-from vlmlayers.files import checksum
+from vlmlayers.errors import UserError
+from vlmlayers.files import checksum, read_toml
 from vlmlayers.manifests.items import SPLITS, checked_path
 from vlmlayers.options import Options, Several, validated
 
@@ -167,22 +166,15 @@ class Spec(Options):
         return checksum(json.dumps(self.model_dump(mode="json"), sort_keys=True))[:16]
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file of moderate size.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the content of a manifest's TOML file.
 
     Raises:
-        UserError: The file is absent, too large, not UTF-8 or not TOML.
+        UserError: The file cannot be read, is too large, or is not TOML.
     """
-    try:
-        if path.stat().st_size > LARGEST_TOML:
-            raise UserError(f"{path} is larger than {LARGEST_TOML:,} bytes; not a manifest")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except RecursionError:
-        raise UserError(f"{path} is not valid TOML: nested too deeply") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as TOML: {one_line(error)}") from None
+    if path.is_file() and path.stat().st_size > LARGEST_TOML:
+        raise UserError(f"{path} is larger than {LARGEST_TOML:,} bytes; not a manifest")
+    return read_toml(path, "the manifest")
 
 
 def parse_spec(content: dict[str, Any], where: str) -> Spec:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from vlmlayers.errors import UserError, one_line
+from vlmlayers.files import read_json
 from vlmlayers.models.devices import memory_errors, resolve_device
 from vlmlayers.models.hf_offline import text_config_offline
 
@@ -41,13 +41,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: The file is missing, is not JSON, or lacks a required part.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read model configuration {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    model = found.get("model_cfg", found) if isinstance(found, dict) else {}
+    found = read_json(path, "model configuration", "name a configuration file of open_clip")
+    model = found.get("model_cfg", found)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model]
     if missing:
         raise UserError(f"{path} is not an open_clip configuration: it lacks {', '.join(missing)}")

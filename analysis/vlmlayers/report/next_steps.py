@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlmlayers.files import read_json
 from vlmlayers.report.handover import handover_text
 from vlmlayers.report.numbers import Answer
-from vlmlayers.runs import read_json
 
 SEEDS, SHOTS, EPOCHS = (1, 2, 3), 16, 5  # of `vlmlayers validate` and the published recipe
 # A step goes forward once, the frozen blocks below shared by all placements, and backward, at about

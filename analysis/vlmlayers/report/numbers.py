@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import read_json
 from vlmlayers.placement import ZERO_SHOT, Placement, describe_blocks
 from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
-from vlmlayers.runs import Run, read_json
+from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores
 from vlmlayers.scores.reading import POOLED, bare, depths
 from vlmlayers.scores.summaries import curves, over_datasets

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import write_text
+from vlmlayers.files import read_json, write_text
 from vlmlayers.placement import DEEPEST, Amount, Placement, describe_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.words import WIDTH
@@ -197,19 +197,8 @@ class LayerChoice:
             UserError: The file is absent, not JSON, has unknown or missing keys, or its blocks
                 are not positive whole numbers.
         """
-        source = Path(path)
-        try:
-            content = json.loads(source.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(
-                f"cannot read the choice {source}: {error.strerror}; "
-                "write it with `vlmlayers select`"
-            ) from None
-        except ValueError as error:
-            raise UserError(
-                f"{source} is not valid JSON ({error}); write it again with `vlmlayers select`"
-            ) from None
-        return cls.from_dict(content, where=str(source))
+        content = read_json(Path(path), "the choice", "write it with `vlmlayers select`")
+        return cls.from_dict(content, where=str(path))
 
     @classmethod
     def from_dict(cls, content: Any, where: str = "the choice") -> LayerChoice:

@@ -17,8 +17,8 @@ import numpy as np
 
 from vlmlayers.arguments import Natural, Share, checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import read_json
 from vlmlayers.placement import Placement, parse_blocks
-from vlmlayers.runs import read_json
 from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
 from vlmlayers.selection.per_block import score_blocks
 
@@ -344,10 +344,11 @@ class Searched:
                 f"rule 'search' reads {path}, which does not exist; run `vlmlayers search` with "
                 "this run folder as --out, or name another with file="
             )
-        found = read_json(path)
+        found = read_json(path, "the search", "run `vlmlayers search` again")
         missing = {"pick", "decided", "statement", "to_zero_shot", "method"} - set(found)
         if missing:
-            raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run the search again")
+            lacks = ", ".join(sorted(missing))
+            raise UserError(f"{path} lacks {lacks}; run `vlmlayers search` again")
         return found
 
 

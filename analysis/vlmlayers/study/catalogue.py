@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmlayers.architectures import CONFIG_FILE, MINI, MINI_FOLDER, configuration_files
 from vlmlayers.errors import check_one_of
+from vlmlayers.files import read_json
 from vlmlayers.words import text_table
 
 
@@ -64,7 +64,7 @@ def configurations(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _row(name: str, path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     config = content.get("model_cfg", content)
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     return {

@@ -13,11 +13,11 @@ from typing import Any
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
-from vlmlayers.files import HUB, find_weights, hub_folder
+from vlmlayers.files import HUB, find_weights, hub_folder, read_json
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.progress import is_hidden, timed
-from vlmlayers.runs import Run, device_kind, file_mark, read_json, versions
+from vlmlayers.runs import Run, device_kind, file_mark, versions
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.schema import DatasetPart, ModelPart, Study
 from vlmlayers.user_code import is_user_code

@@ -12,15 +12,9 @@ from typing import Annotated, Any
 
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import write_text
+from vlmlayers.files import write_json, write_text
 from vlmlayers.manifests.place import DATA_VARIABLE
-from vlmlayers.runs import (
-    Run,
-    fingerprint,
-    is_first_process,
-    processes_launched,
-    write_json,
-)
+from vlmlayers.runs import Run, fingerprint, is_first_process, processes_launched
 from vlmlayers.study.context import StageContext, silent
 from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import ModelPart, Study

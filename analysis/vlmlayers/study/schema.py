@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import RecordOptions, WeightsOptions
-from vlmlayers.files import shipped
+from vlmlayers.files import read_toml, shipped
 from vlmlayers.options import Options, validated
 from vlmlayers.user_code import is_user_code
 
@@ -240,13 +239,7 @@ def read_study(path: str | Path) -> Study:
             has a wrong value; a metric, rule or dataset is unknown.
     """
     source = study_file(path)
-    try:
-        content = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{source} cannot be read as TOML: {' '.join(str(error).split())}"
-        ) from None
-    return check_study(content, str(source))
+    return check_study(read_toml(source), str(source))
 
 
 @checked

@@ -272,7 +272,7 @@ def test_without_descriptions_every_class_has_the_same_twenty() -> None:
 def test_a_file_of_another_kind_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "said.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"said.json (is not JSON|must hold an object)"):
+    with pytest.raises(UserError, match=r"said.json (is not valid JSON|must hold an object)"):
         LwEIBConfig((1,), (1,), descriptions=str(path))
 
 

@@ -301,7 +301,7 @@ def test_a_recipe_file_extends_a_shipped_one(tmp_path: Path) -> None:
         ("settings = { skale = 1 }", "did you mean 'scale'"),
         ("savings = { fuzed = true }", "did you mean 'fused'"),
         ('extends = "publisched"', "did you mean 'published'"),
-        ("lr = ", "is not TOML"),
+        ("lr = ", "is not valid TOML"),
         ('lr = "high"', "recipe.toml: TrainConfig: lr takes a number above 0, not 'high'"),
         ("epochs = 1.5", "epochs takes a whole number from 1, not 1.5"),
         ("momentum = 2", "momentum takes a number from 0 to 1, not 2"),

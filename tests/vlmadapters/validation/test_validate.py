@@ -27,10 +27,11 @@ from vlmadapters.validation.outcome import label_of, summarise
 from vlmadapters.validation.validate import validate
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
+from vlmlayers.files import write_json
 from vlmlayers.manifests import Manifest
 from vlmlayers.report.numbers import RecordedValidation as reported
 from vlmlayers.report.numbers import void_verdict
-from vlmlayers.runs import Run, write_json
+from vlmlayers.runs import Run
 from vlmlayers.scores.schema import SCORE_COLUMNS
 from vlmlayers.selection import LayerChoice
 

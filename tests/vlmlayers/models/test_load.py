@@ -276,8 +276,9 @@ def test_configurations_that_are_wrong(tmp_path):
     with pytest.raises(UserError, match="cannot read model configuration"):
         load_model("local", config=file, random_weights=True)
     for text, expected in (
-        ("{", "is not JSON"),
-        ("[]", "lacks embed_dim, vision_cfg, text_cfg"),
+        ("{", "is not valid JSON"),
+        ("[]", "must hold an object"),
+        ("{}", "lacks embed_dim, vision_cfg, text_cfg"),
         (json.dumps({**CONFIG, "text_cfg": {"depth": 2}}), "unexpected keyword argument 'depth'"),
         (json.dumps({**CONFIG, "colour": 2}), "unexpected keyword argument 'colour'"),
         (json.dumps({**CONFIG, "vision_cfg": 3}), "vision_cfg is not a table"),

@@ -19,7 +19,8 @@ from run_folders import tiny_clip
 
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import take_lock
-from vlmlayers.runs import Run, fingerprint, read_json
+from vlmlayers.files import read_json
+from vlmlayers.runs import Run, fingerprint
 from vlmlayers.scores import read_scores
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.demo import demo_source, demo_study, position_table
@@ -61,7 +62,7 @@ def test_study_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_study(tmp_path / "absent.toml")
     file = tmp_path / "s.toml"
     file.write_text("models = [")
-    with pytest.raises(UserError, match="cannot be read as TOML"):
+    with pytest.raises(UserError, match="is not valid TOML"):
         read_study(file)
 
 

@@ -1,0 +1,41 @@
+"""Documents that are read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmlayers.errors import UserError
+from vlmlayers.files import read_json, read_toml, write_json
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    content = {"of": Path("é/x"), "rows": [1, 2.5, None], "deep": {"a": True}}
+    assert read_json(write_json(tmp_path / "new" / "a.json", content)) == {**content, "of": "é/x"}
+
+
+@pytest.mark.parametrize("read", [read_json, read_toml])
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"x = " + b"[" * 9000, b"[" * 99_000])
+def test_what_is_no_document_is_one_line(
+    read: Callable[..., dict[str, Any]], text: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=r"a\.txt is not valid (JSON|TOML): ") as caught:
+        read(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    with pytest.raises(UserError, match=r"cannot read the thing .*absent: No such file"):
+        read(tmp_path / "absent", "the thing")
+    with pytest.raises(UserError, match=r"cannot read the thing .*: Is a directory"):
+        read(tmp_path, "the thing")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"text"'])
+def test_json_that_is_no_object(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"a\.json must hold an object; write it anew$"):
+        read_json(path, advice="write it anew")
