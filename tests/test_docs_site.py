@@ -131,12 +131,12 @@ def test_every_link_and_module_is_there_and_nothing_is_from_afar(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the path")
 @pytest.mark.parametrize("width", [1400, 390])
 def test_pages_open_from_the_disk_without_a_request_and_without_a_bar_below(
     site: Path, tmp_path: Path, width: int
 ) -> None:
-    pytest.importorskip("websocket", reason="needs websocket-client")
+    pytest.importorskip("websocket", reason="needs websocket-client, which jupyterlab brings")
     with chromium(tmp_path) as tab:
         for name in ("index", "guide", "howto/lora", "reference/metrics/silhouette", "gallery"):
             tab.open(site / "docs" / f"{name}.html", width)

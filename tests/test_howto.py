@@ -14,19 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 import vlmlayers as vl
-from vlmlayers.models.load import MINI_FOLDER
 
 transformers_models = pytest.importorskip("transformers_models", reason="needs the extra 'hf'")
 pytest.importorskip("peft", reason="needs the extra 'peft'")
 HOWTO = Path(__file__).parents[1] / "docs" / "howto"
 PAGES = sorted(page for page in HOWTO.glob("*.md") if page.stem != "index")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (MINI_FOLDER / "model.safetensors").is_file(), reason="mini-clip is not shipped"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

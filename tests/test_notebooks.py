@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from vlmlayers.models.load import MINI_FOLDER
-
 nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebooks'")
 nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebooks'")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -46,9 +44,6 @@ def test_every_plot_is_shown_in_a_notebook_and_none_of_those_only_saved() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (MINI_FOLDER / "model.safetensors").is_file(), reason="the miniature CLIP is not shipped"
-)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)

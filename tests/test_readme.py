@@ -17,7 +17,6 @@ import pytest
 import typer
 
 from vlmlayers.manifests import Manifest
-from vlmlayers.models.load import MINI_FOLDER
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -26,7 +25,6 @@ PAGES = (
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SHIPPED = (MINI_FOLDER / "model.safetensors").is_file()
 
 
 def _blocks(kind: str) -> list[Any]:
@@ -174,13 +172,11 @@ def test_the_block_on_own_features_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHIPPED, reason="the miniature CLIP is not shipped")
 def test_the_first_screen_of_the_readme_runs(tmp_path: Path) -> None:
     assert _fault(str(_blocks("python")[0].values[1]), tmp_path) == ""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHIPPED, reason="the miniature CLIP is not shipped")
 def test_the_stages_of_the_readme_run_as_they_are_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

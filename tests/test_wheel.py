@@ -31,7 +31,7 @@ def run(*command: object, cwd: Path, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def installed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The command of a wheel in an environment of its own; dependencies come from this one."""
-    pytest.importorskip("hatchling", reason="the build backend belongs to the extra `dev`")
+    pytest.importorskip("hatchling", reason="needs the extra 'dev'")
     folder = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", folder)

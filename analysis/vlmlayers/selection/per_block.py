@@ -74,20 +74,30 @@ BLOCK_SCORES: dict[str, BlockScore] = {
 }
 
 
+def metrics_of(name: str) -> tuple[str, ...]:
+    """Return the metrics that a block score needs.
+
+    Raises:
+        UserError: There is no such block score.
+    """
+    if name.startswith("metric:"):
+        return (name.removeprefix("metric:"),)
+    return BLOCK_SCORES[check_one_of("block score", name, [*BLOCK_SCORES, "metric:NAME"])].metrics
+
+
 def score_blocks(table: BlockTable, name: str, *, partial: bool = False) -> dict[str, Array]:
     """Return what `block_scores` does, of a table that has been prepared."""
-    if name.startswith("metric:"):
-        by_tower = metric_by_tower(table, name.removeprefix("metric:"))
+    needed = metrics_of(name)
+    if name not in BLOCK_SCORES:
+        by_tower = metric_by_tower(table, needed[0])
     else:
-        check_one_of("block score", name, [*BLOCK_SCORES, "metric:NAME"])
-        score = BLOCK_SCORES[name]
-        for metric in score.metrics:
+        for metric in needed:
             if metric not in table.metric_names():
                 raise UserError(
                     f"block score {name!r} needs the metric {metric!r}, which the "
                     "score table lacks; score it or name another block score"
                 )
-        by_tower = score.compute(table)
+        by_tower = BLOCK_SCORES[name].compute(table)
     lacking = [tower for tower in table.blocks if tower not in by_tower]
     if lacking and not (partial and by_tower):
         raise UserError(f"block score {name!r} has no value on the {lacking[0]} tower")

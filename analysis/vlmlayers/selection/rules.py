@@ -9,9 +9,10 @@ that in three ways.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_json
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
-from vlmlayers.selection.per_block import score_blocks
+from vlmlayers.selection.per_block import metrics_of, score_blocks
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Pick:
 
 
 Picks = dict[str, Pick]
+
+
+class Rule:
+    """What all rules have; each is called with a table of blocks."""
+
+    def reads(self, towers: Collection[str]) -> tuple[str, ...]:
+        """Return the metrics without which the rule fails on these towers, as far as it says."""
+        return ()
 
 
 def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
@@ -64,7 +73,7 @@ def _passing(mask: Array) -> tuple[int, ...]:
 
 @checked
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Rule):
     """Blocks whose dataset accuracy and cross-tower agreement both pass a share of their range.
 
     The range of each curve is that of the tower's blocks 1..L, since `embed` cannot be adapted and
@@ -79,7 +88,6 @@ class Threshold:
         fill: Whether blocks between chosen ones are chosen as well.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("metric", "agreement_metric")
     accuracy: Share = 0.5
     agreement: Share = 0.5
     metric: str = "dataset_accuracy"
@@ -90,11 +98,15 @@ class Threshold:
     def __post_init__(self) -> None:
         check_one_of("partner", self.partner, ("depth", "max"))
 
+    def reads(self, towers: Collection[str]) -> tuple[str, ...]:
+        """Return both metrics, or the first alone where there is nothing to agree with."""
+        alone = self.agreement_metric == "none" or len(towers) < 2
+        return (self.metric,) if alone else (self.metric, self.agreement_metric)
+
     def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
-        matrix = None
-        if self.agreement_metric != "none" and len(table.blocks) == 2:
-            matrix = table.agreement(self.agreement_metric)
+        agree = self.reads(table.blocks)[1:]
+        matrix = table.agreement(self.agreement_metric) if agree else None
         return {tower: self._pick(table, tower, matrix) for tower in table.blocks}
 
     def _pick(self, table: BlockTable, tower: str, matrix: Array | None) -> Pick:
@@ -127,15 +139,18 @@ class Threshold:
 
 @checked
 @dataclass(frozen=True)
-class Knee:
+class Knee(Rule):
     """Blocks from the change point of a curve on, by two joined straight lines.
 
     Attributes:
         metric: Curve to fit.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("metric",)
     metric: str = "dataset_accuracy"
+
+    def reads(self, towers: Collection[str]) -> tuple[str, ...]:
+        """Return the metric of the curve."""
+        return (self.metric,)
 
     def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
@@ -201,7 +216,7 @@ def _least_squares(design: Array, curve: Array) -> tuple[float, Array, Array]:
 
 @checked
 @dataclass(frozen=True)
-class Budget:
+class Budget(Rule):
     """The best `n` blocks of each tower, or its best span of `n` blocks, by a block score.
 
     Attributes:
@@ -210,10 +225,13 @@ class Budget:
         score: Name of a block score, see `vlmlayers.selection.BLOCK_SCORES`, or `metric:NAME`.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ()
     n: Natural = 0
     span: bool = True
     score: str = "accuracy_x_agreement"
+
+    def reads(self, towers: Collection[str]) -> tuple[str, ...]:
+        """Return the metrics of the block score."""
+        return metrics_of(self.score)
 
     def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
@@ -239,10 +257,8 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Paper:
+class Paper(Rule):
     """The upper two thirds of each tower: 5–12 of 12, as MMA hard-codes, scaled to any depth."""
-
-    metrics: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
@@ -255,10 +271,8 @@ def paper_blocks(depth: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class All:
+class All(Rule):
     """Every block."""
-
-    metrics: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
@@ -266,7 +280,7 @@ class All:
 
 
 @dataclass(frozen=True)
-class Explicit:
+class Explicit(Rule):
     """Blocks named by the user.
 
     Attributes:
@@ -274,7 +288,6 @@ class Explicit:
         text: The same for the text tower.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ()
     vision: Any = "none"
     text: Any = "none"
 
@@ -287,7 +300,7 @@ class Explicit:
 
 @checked
 @dataclass(frozen=True)
-class Searched:
+class Searched(Rule):
     """The placement that a search on training shots picked, or none where training does not pay.
 
     `vlmlayers search` finds it, and says whether it can be told from the default; see there.
@@ -296,7 +309,6 @@ class Searched:
         file: The `search.json` to read; that of the run where a verb or a study selects.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ()
     file: str = "search.json"
 
     def __call__(self, table: BlockTable) -> Picks:

@@ -10,13 +10,9 @@ import pandas as pd
 import pytest
 
 from vlmlayers.errors import UserError
-from vlmlayers.models.load import MINI_FOLDER
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study import check_study, run_study
 
-needs_mini = pytest.mark.skipif(
-    not (MINI_FOLDER / "model.safetensors").is_file(), reason="the miniature CLIP is not shipped"
-)
 STUDY: dict[str, Any] = {
     "models": [{"name": "mini-clip"}],
     "datasets": ["shapes_filled", "digits"],
@@ -34,7 +30,6 @@ STUDY: dict[str, Any] = {
 }
 
 
-@needs_mini
 def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
     validated = {
         "set": {"epochs": 1, "lr": 0.3, "scale": 1.0},

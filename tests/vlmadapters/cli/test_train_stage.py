@@ -14,7 +14,6 @@ from vlmadapters.cli.train_stage import parts
 from vlmadapters.methods import BUILT_IN
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
-from vlmlayers.models.load import MINI_FOLDER
 from vlmlayers.study import check_study, read_study, run_study
 
 STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
@@ -24,9 +23,6 @@ ELEVEN = {
     "fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101",
 }  # fmt: skip
 SHIFTED = {"imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r"}
-needs_mini = pytest.mark.skipif(
-    not (MINI_FOLDER / "model.safetensors").is_file(), reason="the miniature CLIP is not shipped"
-)
 
 
 def study_of(table: str) -> Any:
@@ -97,7 +93,6 @@ def small(table: str) -> Any:
     return check_study(content)
 
 
-@needs_mini
 def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path) -> None:
     study = small("cross_dataset")
     said: list[str] = []
@@ -112,7 +107,6 @@ def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path
 
 
 @pytest.mark.slow
-@needs_mini
 @pytest.mark.parametrize("table", ["base_to_novel", "domain_generalization"])
 def test_the_other_studies_run_the_same_way(table: str, tmp_path: Path) -> None:
     run_study(small(table), tmp_path, progress=False)

@@ -16,7 +16,6 @@ import pytest
 from run_folders import make_run, tiny_clip
 from synthetic import make_features
 
-from vlmlayers import cli
 from vlmlayers.cli import extensions
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import write_features
@@ -40,23 +39,6 @@ VERBS = (
     "report",
     "figures",
 )
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
-    """Run `vlmlayers WORDS` in this process: exit code, output, errors."""
-
-    def of(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlmlayers", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        read = capsys.readouterr()
-        return code, read.out, read.err
-
-    return of
 
 
 def test_a_metric_of_ones_own_and_one_line_for_what_was_not_computed(call, tmp_path: Path) -> None:
@@ -217,7 +199,7 @@ def test_full_disk_is_one_line(call, monkeypatch) -> None:  # type: ignore[no-un
     assert code == 2 and "cannot write scores.csv: No space left on device; free space" in err
 
 
-@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs owners of files")
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs a system whose files have owners")
 @pytest.mark.parametrize(
     ("closed", "touched", "words"),
     [

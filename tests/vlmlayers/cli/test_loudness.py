@@ -35,23 +35,6 @@ VERBS = [words for words, command in TREE.items() if not hasattr(command, "list_
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `vlmlayers WORDS` in this process: exit code, output, errors."""
-
-    def of(*words: object) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["vlmlayers", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        read = capsys.readouterr()
-        return code, read.out, read.err.splitlines()
-
-    return of
-
-
-@pytest.fixture
 def study(tmp_path: Path) -> Path:
     """A study of an untrained model small enough to run in a second."""
     tiny_clip(tmp_path / "tiny")
@@ -89,17 +72,17 @@ def test_every_verb_logs_when_asked_and_leaves_the_loggers_as_they_were(
     Path("file").touch()
     before = [logging.getLogger(name).handlers[:] for name in ("vlmlayers", "vlmadapters")]
     for said in ((*words, "-v", *given), ("-v", *words, "-v", *given)):
-        _, _, err = call(*said)
+        err = call(*said)[2].splitlines()
         assert LINE.fullmatch(err[-1 if err[-1][:5] != "Error" else -2]), err
         assert sum("all took" in line for line in err) == 1
     assert before == [logging.getLogger(n).handlers for n in ("vlmlayers", "vlmadapters")]
-    assert all("all took" not in line for line in call(*words, *given)[2])
+    assert "all took" not in call(*words, *given)[2]
 
 
 def test_both_at_once_are_refused(call: Any) -> None:
     assert call("-q", "data", "list", "-v")[0] == 2
     assert call("models", "-q", "-v")[::2] == (
-        2, ["Error: --quiet and --verbose contradict each other; give one"],
+        2, "Error: --quiet and --verbose contradict each other; give one\n",
     )  # fmt: skip
 
 
@@ -128,23 +111,22 @@ def test_hidden_holds_within_and_not_after(
 def test_verbose_says_files_caches_and_seconds(call: Any, study: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     _, shown, err = call("study", study, "--out", out, "-v")
-    assert all(map(LINE.fullmatch, err)) and "DEBUG" not in shown
-    text = "\n".join(err)
+    assert all(map(LINE.fullmatch, err.splitlines())) and "DEBUG" not in shown
     for stage in ("extract", "score", "select", "report"):
-        assert f"{stage} runs: has not finished before" in text
-        assert re.search(rf"runner: {stage} took \d+\.\d\d s", text)
+        assert f"{stage} runs: has not finished before" in err
+        assert re.search(rf"runner: {stage} took \d+\.\d\d s", err)
     size = (out / "choice.json").stat().st_size
-    assert f"wrote {out / 'choice.json'} ({size:,} bytes)" in text
-    assert f"read {out / 'scores.parquet'} (" in text
-    assert "dataset_accuracy took" in text and "0 of 1 batches are there" in text
+    assert f"wrote {out / 'choice.json'} ({size:,} bytes)" in err
+    assert f"read {out / 'scores.parquet'} (" in err
+    assert "dataset_accuracy took" in err and "0 of 1 batches are there" in err
 
     study.write_text(study.read_text().replace("resamples = 5", "resamples = 6"))
-    text = "\n".join(call("study", study, "--out", out, "-v")[2])
+    text = call("study", study, "--out", out, "-v")[2]
     assert "select runs: changed since: select" in text and "extract runs" not in text
     Run(out).scores.unlink()
-    text = "\n".join(call("study", study, "--out", out, "-v")[2])
+    text = call("study", study, "--out", out, "-v")[2]
     assert f"score runs: not there: {out / 'scores.parquet'}" in text
-    text = "\n".join(call("study", study, "--out", out, "-v", "--force", "--only", "select")[2])
+    text = call("study", study, "--out", out, "-v", "--force", "--only", "select")[2]
     assert "select runs: asked for with --force" in text
 
 
@@ -152,5 +134,4 @@ def test_verbs_of_one_stage_say_what_they_read(call: Any, tmp_path: Path) -> Non
     run = make_run(tmp_path / "run", small=True)
     for verb in (("select", run.folder), ("figures", run.folder, "--format", "svg")):
         code, _, err = call(*verb, "-v")
-        assert code == 0 and any(f"read {run.scores}" in line for line in err)
-        assert any("wrote" in line for line in err)
+        assert code == 0 and f"read {run.scores}" in err and "wrote" in err

@@ -155,7 +155,7 @@ def test_writing_without_the_library_says_what_to_install(
 
 
 def test_webdataset_itself_reads_what_is_written(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    webdataset = pytest.importorskip("webdataset", reason="needs the extra 'shards'")
     manifest = source(tmp_path / "from")
     write_shards(manifest, "train", tmp_path / "to", 4, progress=False)
     files = sorted(str(path) for path in (tmp_path / "to").glob("train-*.tar"))
@@ -217,7 +217,7 @@ def test_keys_that_repeat_lose_no_sample(tmp_path: Path) -> None:
     for item, (label, number) in zip(items, seeds, strict=True):
         pixels = np.asarray(picture(10 * label + number))
         np.testing.assert_array_equal(np.asarray(manifest.open_image(item)), pixels)
-    webdataset = pytest.importorskip("webdataset")
+    webdataset = pytest.importorskip("webdataset", reason="needs the extra 'shards'")
     theirs = webdataset.WebDataset(str(path), shardshuffle=False).to_tuple("cls")
     assert [int(label) for (label,) in theirs] == [item.label for item in items]
 

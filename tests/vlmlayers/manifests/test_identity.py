@@ -138,7 +138,7 @@ def test_what_is_drawn_has_the_version_of_its_code() -> None:
 
 
 def test_a_stored_dataset_is_marked_by_its_tables(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'datasets'")
     rows = {"image": [picture(i) for i in range(3)], "label": ["a", "b", "a"]}
     data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "saved"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -495,6 +496,16 @@ def test_hugging_face_image_folder(tmp_path: Path) -> None:
     (tmp_path / "hf/train/metadata.jsonl").unlink()
     with pytest.raises(UserError, match=r"no table .*train/metadata.jsonl"):
         manifest.items("train")
+
+
+def test_without_the_library_of_hugging_face_its_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "set", ["train/ant/1.png"])
+    text = 'folder = "./set"\nlayout = "huggingface"'
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"needs the package datasets; .*vlm-layers\[datasets\]"):
+        Manifest.load(write_manifest(tmp_path, text)).items("train")
 
 
 # Plain lists and captions

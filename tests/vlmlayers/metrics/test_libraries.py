@@ -26,7 +26,7 @@ from vlmlayers.metrics.dataset_level import recall
 from vlmlayers.metrics.gap import auc_weighted, pair_cosines, pair_distances
 from vlmlayers.metrics.intervals import wilson
 
-skdim = pytest.importorskip("skdim", reason="scikit-dimension is not installed")
+skdim = pytest.importorskip("skdim", reason="needs the extra 'dev'")
 Array = np.ndarray
 
 

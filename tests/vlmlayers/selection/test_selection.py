@@ -115,7 +115,8 @@ def test_resamples_are_those_of_tables_read_by_hand(
     ]  # fmt: skip
     pairs = pair_rows("cka_debiased", 12, 12, lambda i, j: 0.05 * min(i, j), half=0.1)
     (tmp_path / "plain.py").write_text(PLAIN_RULES, encoding="utf-8")
-    scores = table(*curves_of, pairs)
+    # Alone what the rule reads: the draws depend on the rows, and a rule in pandas gets them all.
+    scores = table(*curves_of, *([pairs] if rule == "threshold" else []))
     ours = select(scores, rule, resamples=40, seed=3, **options)
     theirs = select(scores, f"{tmp_path / 'plain.py'}:{plain}", resamples=40, seed=3,
                     **plain_options)  # fmt: skip

@@ -27,7 +27,10 @@ from vlmlayers.study.demo import demo_source, demo_study, position_table
 from vlmlayers.study.runner import pick_stages
 from vlmlayers.study.verbs import score_run
 
-BASE: dict[str, Any] = {"models": [{"name": "mini-clip"}], "datasets": ["digits"]}
+BASE: dict[str, Any] = {
+    "models": [{"name": "mini-clip"}],
+    "datasets": ["digits", "shapes_filled"],
+}
 STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
 
 
@@ -164,6 +167,24 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
             "config no.json does not exist",
         ),
         ({"select": {"rule": "lost.py:rule"}}, "lost.py"),
+        ({"score": {"metrics": ["cka_debiased"]}}, "'threshold' reads dataset_accuracy, which the"),
+        ({"score": {"metrics": ["dataset_accuracy"]}}, "'threshold' reads cka_debiased, which the"),
+        ({"select": {"options": {"metric": "twonn"}}}, "'threshold' reads twonn"),
+        ({"select": {"rule": "knee", "options": {"metric": "twonn"}}}, "'knee' reads twonn"),
+        ({"select": {"rule": "budget", "options": {"score": "metric:twonn"}}}, "reads twonn"),
+        (
+            {"select": {"rule": "budget", "options": {"score": "accuracy_x_novel"}}},
+            "'budget' reads novel_class_accuracy",
+        ),
+        (
+            {"select": {"rule": "budget", "options": {"score": "acuracy"}}},
+            "unknown block score 'acuracy'; did you mean 'accuracy'",
+        ),
+        ({"datasets": ["digits"]}, "dataset_accuracy, which needs at least two datasets, where"),
+        (
+            {"extract": {"tower": "text"}, "select": {"rule": "budget"}},
+            "reads cka_debiased, which needs both towers, where the study records the text tower",
+        ),
         ({"validate": {"sedes": [1]}}, r"\[validate\]: unknown key 'sedes'; did you mean 'seeds'"),
         ({"validate": {"recipe": "publishd"}}, "publishd"),
         ({"validate": {"set": {"lrr": 1}}}, "did you mean 'lr'"),
@@ -176,6 +197,42 @@ def test_what_fails_late_is_told_before_the_first_stage(
     with pytest.raises(UserError, match=message):
         run_study(check_study({**BASE, **change}), tmp_path / "run", base=tmp_path, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score": {"metrics": ["dataset_accuracy"]}, "extract": {"tower": "vision"}},
+        {
+            "score": {"metrics": ["dataset_accuracy"]},
+            "select": {"options": {"agreement_metric": "none"}},
+        },
+        {
+            "score": {"metrics": ["own.py:norm"]},
+            "select": {"rule": "knee", "options": {"metric": "norm"}},
+        },
+        {"score": {"metrics": ["twonn"]}, "select": {"rule": "own.py:rule"}},
+        {"score": {"metrics": ["twonn"]}, "select": {"rule": "paper"}},
+        {"score": {"metrics": ["twonn"]}, "search": {}},
+        {"datasets": ["digits"], "select": {"options": {"metric": "class_accuracy"}}},
+    ],
+    ids=str,
+)
+def test_a_rule_that_finds_all_it_reads_is_taken(change: dict[str, Any], tmp_path: Path) -> None:
+    """Only the next thing to be checked stops this study: a table that is wrong."""
+    (tmp_path / "own.py").write_text(
+        "def norm(x):\n    return float((x**2).sum())\n\ndef rule(scores):\n    return [1], [1]\n"
+    )
+    study = check_study({**BASE, **change, "validate": {"sedes": [1]}})
+    with pytest.raises(UserError, match="did you mean 'seeds'"):
+        run_study(study, tmp_path / "run", base=tmp_path, progress=False)
+
+
+def test_what_is_scored_is_only_compared_where_both_stages_run(tmp_path: Path) -> None:
+    study = check_study({**BASE, "score": {"metrics": ["twonn"]}, "validate": {"sedes": [1]}})
+    for only in (["score", "validate"], ["select", "validate"]):
+        with pytest.raises(UserError, match="did you mean 'seeds'"):
+            run_study(study, tmp_path / "run", base=tmp_path, only=only, progress=False)
 
 
 def test_a_changed_rule_beside_the_study_is_run_again(
@@ -457,11 +514,11 @@ def test_a_dataset_that_fails_is_left_out_with_a_note(study_file: Path, tmp_path
     run_study(study, tmp_path / "out", base=tmp_path, progress=False)
     assert run.read_provenance()["left_out"] == {}
     assert "Left out" not in run.report.read_text()
-    alone = check_study(content | {"datasets": [{"name": "lost", "split": "all"}]})
+    alone = {"datasets": [{"name": "lost", "split": "all"}], "select": {"rule": "paper"}}
     (tmp_path / "lost" / "cat").mkdir(parents=True)
     (tmp_path / "lost" / "cat" / "1.png").write_text("no image")
     with pytest.raises(UserError, match="1.png"):
-        run_study(alone, tmp_path / "alone", base=tmp_path, progress=False)
+        run_study(check_study(content | alone), tmp_path / "alone", base=tmp_path, progress=False)
 
 
 def test_the_report_is_there_before_the_long_stages(
