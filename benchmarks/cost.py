@@ -24,10 +24,10 @@ from common import machine, write_table
 from training import BATCH, CLASSES, TEMPLATE, peak, stepper
 
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.data.prompts import class_prompts
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
 from vlmlayers.models.load import build_clip, load_model
+from vlmlayers.prompts import class_prompts
 
 MODELS = ("mini-clip", "ViT-B-16-quickgelu")
 

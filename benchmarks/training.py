@@ -34,7 +34,6 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
-from vlmadapters.data.prompts import class_prompts
 from vlmadapters.device import precision_of
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
@@ -42,6 +41,7 @@ from vlmadapters.training.graphs import StepGraph
 from vlmadapters.training.optimization import new_optimizer
 from vlmadapters.training.recipes import TrainConfig
 from vlmlayers.models.load import build_clip
+from vlmlayers.prompts import class_prompts
 
 BATCH, ARCHITECTURE, TEMPLATE = 16, "ViT-B-16-quickgelu", "a photo of a {}."
 PUBLIC, OURS, PLAIN = "public recipe", "ours", "ours, torch's products"

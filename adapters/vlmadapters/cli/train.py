@@ -20,6 +20,7 @@ from vlmadapters.cli.inputs import (
 )
 from vlmadapters.data.options import DataOptions
 from vlmadapters.protocols.options import TrainOptions
+from vlmlayers.arguments import taken
 from vlmlayers.cli.options import (
     DataRoot,
     Device,
@@ -31,6 +32,7 @@ from vlmlayers.cli.options import (
 )
 from vlmlayers.errors import UserError, looked_for
 from vlmlayers.extraction import WeightsOptions
+from vlmlayers.prompts import TEMPLATE, Template
 
 
 @with_options
@@ -135,7 +137,7 @@ def evaluate(
     method: Annotated[
         str | None, typer.Option(help="Method of a file in its authors' layout; mma where absent.")
     ] = None,
-    template: Annotated[str, typer.Option(help="Prompt template.")] = "a photo of a {}.",
+    template: Annotated[str, typer.Option(help="Prompt template.")] = TEMPLATE,
     scale: Annotated[
         float | None,
         typer.Option(
@@ -153,6 +155,7 @@ def evaluate(
     for path in files:
         if not path.is_file():
             raise UserError(f"adapter {path} does not exist{looked_for(path)}")
+    taken("evaluate", "template", Template, template)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.data.task import TaskData
     from vlmadapters.protocols.trained import evaluate_methods

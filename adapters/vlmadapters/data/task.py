@@ -11,12 +11,12 @@ from typing import Any, Self
 from vlmadapters.data.fewshot import base_or_novel, few_shot, kind_labels
 from vlmadapters.data.images import Images
 from vlmadapters.data.options import ReadOptions
-from vlmadapters.data.prompts import TEMPLATE, class_prompts
 from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample
+from vlmlayers.prompts import TEMPLATE, class_prompts
 
 LOG = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from vlmadapters.data.prompts import class_prompts
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.arguments import Count, Natural, NotNegative, checked
 from vlmlayers.errors import UserError
+from vlmlayers.prompts import Template
 
 # CoOp's. Any word of one token would do, since its embedding is overwritten.
 PLACEHOLDER = "X"
@@ -26,12 +26,6 @@ def split_words(text: str) -> list[str]:
 def blocks_to(depth: int) -> tuple[int, ...]:
     """Return the blocks 1 to `depth`."""
     return tuple(range(1, depth + 1))
-
-
-def check_templates(templates: tuple[str, ...]) -> None:
-    """Raise a UserError where a template has no `{}`."""
-    for template in templates:
-        class_prompts([], template)
 
 
 @dataclass(frozen=True)
@@ -191,24 +185,17 @@ class LASPConfig(WordsConfig):
             text-to-text loss, or as virtual classes in the cross-entropy too (LASP-V).
         as_published: With virtual classes, let them compete at tests as well, as the public code
             does; no other method is tested so.
-
-    Raises:
-        UserError: A template has no `{}`.
     """
 
     correction: bool = True
     weight: NotNegative = 5.0
-    templates: tuple[str, ...] = ()
+    templates: tuple[Template, ...] = ()
     other_names: OtherNames = "text"
     as_published: bool = False
 
     name: ClassVar[str] = "lasp"
     title: ClassVar[str] = "LASP"
     towers: ClassVar[tuple[str, ...]] = ("vision",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_templates(self.templates)
 
     @property
     def advantage(self) -> str:

@@ -11,6 +11,7 @@ from vlmadapters.methods.configs import blocks_to
 from vlmadapters.methods.descriptions import with_hash
 from vlmlayers.arguments import Count, NotNegative, Positive, Share, Takes, checked
 from vlmlayers.errors import UserError
+from vlmlayers.prompts import Template
 
 Matrix = Literal["q", "k", "v", "o"]
 
@@ -85,7 +86,7 @@ class PromptSRCConfig(IVLPConfig):
     text_length: Count = 4
     text_weight: NotNegative = 25.0
     image_weight: NotNegative = 10.0
-    templates: tuple[str, ...] = ()
+    templates: tuple[Template, ...] = ()
     centre: float = 15.0
     spread: Positive = 1.0
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import check_templates
 from vlmlayers.arguments import Count, NotNegative, Share, checked
 from vlmlayers.errors import UserError
+from vlmlayers.prompts import Template
 
 
 @checked
@@ -28,16 +28,13 @@ class TipConfig(MethodConfig):
         beta_end: The same for beta.
         alpha_steps: Number of values tried for alpha, from 0.1 on.
         beta_steps: The same for beta.
-
-    Raises:
-        UserError: A template has no `{}`.
     """
 
     # The public code's values for ImageNet; the recipe holds those of other datasets.
     alpha: NotNegative = 1.17
     beta: NotNegative = 1.0
     views: Count = 10
-    templates: tuple[str, ...] = ()
+    templates: tuple[Template, ...] = ()
     search: bool = True
     alpha_end: NotNegative = 3.0
     beta_end: NotNegative = 7.0
@@ -46,10 +43,6 @@ class TipConfig(MethodConfig):
 
     name: ClassVar[str] = "tip"
     title: ClassVar[str] = "Tip-Adapter"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_templates(self.templates)
 
 
 @checked

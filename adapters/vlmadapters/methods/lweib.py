@@ -23,7 +23,6 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import single
 from vlmadapters.clip.products import frozen_linear
 from vlmadapters.clip.walk import Inside, State, at
-from vlmadapters.data.prompts import class_prompts
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig
@@ -32,6 +31,7 @@ from vlmadapters.methods.descriptions import read_descriptions, spelled
 from vlmadapters.methods.official import check_keys, check_settings, is_prompt
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import placed
+from vlmlayers.prompts import class_prompts
 
 LOG = logging.getLogger(__name__)
 ADAPTERS = {"text": "text_adapter", "vision": "visual_adapter"}

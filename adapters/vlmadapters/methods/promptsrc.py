@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import scaled_cosines, single
-from vlmadapters.data.prompts import TEMPLATE
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Step
 from vlmadapters.methods.deep_configs import PromptSRCConfig
 from vlmadapters.methods.ivlp import IVLP
+from vlmlayers.prompts import TEMPLATE
 
 TEMPLATES = 60
 

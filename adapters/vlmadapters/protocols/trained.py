@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters.data.options import DataOptions
-from vlmadapters.data.prompts import TEMPLATE
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.base import Method
 from vlmadapters.protocols.evaluate import Answers, Case, Evaluator, Labels
@@ -26,6 +25,7 @@ from vlmadapters.protocols.results import (
 )
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import takes, validated
+from vlmlayers.prompts import TEMPLATE
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from vlmlayers.arguments import (
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_toml
 from vlmlayers.placement import Amount, Placement
+from vlmlayers.prompts import TEMPLATE, Template
 
 SHIPPED = Path(__file__).with_name("recipe_files")
 OPTIMIZERS = ("sgd", "adamw")
@@ -87,7 +88,7 @@ class TrainConfig:
     batch_size: Count = 16
     drop_last: bool = True
     shots: Count = 16
-    template: str = "a photo of a {}."
+    template: Template = TEMPLATE
     precision: str = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)

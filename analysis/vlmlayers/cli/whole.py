@@ -32,11 +32,11 @@ def init(
 ) -> None:
     """Write a study file with comments, which runs as it is."""
     from vlmlayers.files import write_text
-    from vlmlayers.study.schema import TEMPLATE
+    from vlmlayers.study.schema import STUDY_TEMPLATE
 
     if file.exists() and not force:
         raise UserError(f"{file} is there already; name another, or replace it with --force")
-    write_text(file, TEMPLATE.read_text(encoding="utf-8").replace("{file}", str(file)))
+    write_text(file, STUDY_TEMPLATE.read_text(encoding="utf-8").replace("{file}", str(file)))
     typer.echo(f"{file}\nvlmlayers study {file}")
 
 

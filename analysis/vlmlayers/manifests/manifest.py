@@ -30,6 +30,7 @@ from vlmlayers.manifests.layouts.huggingface import is_stored, stored_image
 from vlmlayers.manifests.place import MissingData, Place, data_root
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.progress import track
+from vlmlayers.prompts import class_prompts
 from vlmlayers.runs import is_first_process
 
 if TYPE_CHECKING:
@@ -153,8 +154,7 @@ class Manifest:
 
     def prompt(self, class_name: str, template: str | None = None) -> str:
         """Return the prompt of one class. Braces in the name stay as they are."""
-        # Not `format`, which would read braces in a class name.
-        return (template or self.template).replace("{}", class_name.replace("_", " "))
+        return class_prompts([class_name], template or self.template)[0]
 
     @checked
     def items(self, split: str, root: Root = None, *, present_only: bool = False) -> list[Item]:

@@ -17,16 +17,9 @@ from vlmlayers.errors import UserError
 from vlmlayers.files import checksum, read_toml
 from vlmlayers.manifests.items import SPLITS, checked_path
 from vlmlayers.options import Options, Several, validated
+from vlmlayers.prompts import TEMPLATE, Template
 
-DEFAULT_TEMPLATE = "a photo of a {}."
 LARGEST_TOML = 4_000_000  # bytes; a manifest is some hundred lines, never megabytes
-
-
-def _template(text: str) -> str:
-    rest = text.replace("{}", "", 1)
-    if "{}" not in text or "{" in rest or "}" in rest:
-        raise ValueError(f"{text!r} must hold '{{}}' exactly once and no other brace")
-    return text
 
 
 def _split_names(table: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +42,6 @@ def _folder(path: str) -> str:
     return path
 
 
-Template = Annotated[str, AfterValidator(_template)]
 RelativePath = Annotated[str, AfterValidator(_inside)]
 FolderPath = Annotated[str, AfterValidator(_folder)]
 Paths = Several[RelativePath]
@@ -135,7 +127,7 @@ class Spec(Options):
     renames: dict[str, str] = {}
     drop_classes: tuple[str, ...] = ()
     only_classes: tuple[str, ...] = ()
-    template: Template = DEFAULT_TEMPLATE
+    template: Template = TEMPLATE
     zero_shot_template: Template | None = None
     licence: str = ""
     citation: str = ""

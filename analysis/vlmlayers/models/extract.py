@@ -231,9 +231,7 @@ def _texts(
             options.text, tuple(options.texts), np.arange(len(names), dtype=np.int64), template=""
         )
     if options.text == "prompts":
-        pattern = manifest.template if options.template is None else options.template
-        if "{}" not in pattern:
-            raise UserError(f"template {pattern!r} has no {{}} where the class name goes")
+        pattern = options.template or manifest.template
         if not names:
             raise UserError(
                 f"{manifest.name} has no classes to make prompts of; use "

@@ -14,6 +14,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.own_data import own_data
+from vlmlayers.prompts import Template
 
 
 def dataset_of(given: Any) -> Any:
@@ -47,7 +48,7 @@ class ExtractOptions(RecordOptions):
 
     items: Annotated[Any, BeforeValidator(_items)] = None
     root: Path | None = None
-    template: str | None = None
+    template: Template | None = None
     seed: int = Field(default=0, ge=0)
     texts: Sequence[str] | None = None
     progress: bool = True

@@ -19,9 +19,9 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests.items import Item, balanced_sample
 from vlmlayers.progress import track
+from vlmlayers.prompts import TEMPLATE, class_prompts
 
 NAME = "own data"
-TEMPLATE = "a photo of a {}."
 _IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 _LABELS = ("label", "labels", "target", "fine_label", "cls")
 _SEVERAL = ", ".join(("PIL images", "arrays", "(image, label) pairs"))
@@ -60,7 +60,7 @@ class OwnData:
 
     def prompt(self, class_name: str, template: str | None = None) -> str:
         """Return the prompt of one class."""
-        return (template or self.template).replace("{}", class_name.replace("_", " "))
+        return class_prompts([class_name], template or self.template)[0]
 
     def items(self, split: str, root: Any = None, present_only: bool = False) -> list[Item]:
         """Return all items: the split is but a name here."""

@@ -13,10 +13,11 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import RecordOptions, WeightsOptions
 from vlmlayers.files import read_toml, shipped
 from vlmlayers.options import Options, validated
+from vlmlayers.prompts import TEMPLATE, Template
 from vlmlayers.user_code import is_user_code
 
 Split = Literal["train", "val", "test", "all"]
-TEMPLATE = Path(__file__).with_name("template.toml")
+STUDY_TEMPLATE = Path(__file__).with_name("template.toml")
 DEFAULT_METRICS = (
     "dataset_accuracy",
     "dataset_accuracy_ncm",
@@ -72,9 +73,9 @@ class DatasetPart(Options):
 
     name: str
     split: Split | None = None
-    items: int | None = Field(default=None, ge=1)
+    items: int | None = Field(default=None, ge=0)
     present_only: bool | None = None
-    template: str | None = None
+    template: Template | None = None
     text: Literal["prompts", "captions"] | None = None
 
 
@@ -83,17 +84,8 @@ class ExtractPart(RecordOptions):
 
     split: Split = Field(default="train", description="train, val, test or all.")
     items: int = Field(default=300, ge=0, description="Items per dataset, 0 for all.")
-    template: str = Field(
-        default="a photo of a {}.", description="Prompt around the names of classes."
-    )
+    template: Template = Field(default=TEMPLATE, description="Prompt around the names of classes.")
     device: str = Field(default="auto", description="auto, cpu, cuda, …")
-
-    @field_validator("template")
-    @classmethod
-    def _one_place(cls, text: str) -> str:
-        if text.count("{}") != 1:
-            raise ValueError("template must hold '{}' exactly once")
-        return text
 
 
 class ScorePart(Options):
@@ -203,12 +195,8 @@ class Study(Options):
 
     def part(self, dataset: DatasetPart) -> dict[str, Any]:
         """Return the extraction options of one dataset."""
-        own = {
-            name: getattr(dataset, name)
-            for name in ("split", "items", "present_only", "template", "text")
-        }
-        common = {name: getattr(self.extract, name) for name in own}
-        return {name: common[name] if value is None else value for name, value in own.items()}
+        common = self.extract.model_dump(include=set(DatasetPart.model_fields))
+        return common | dataset.model_dump(exclude={"name"}, exclude_none=True)
 
 
 @checked

@@ -17,6 +17,7 @@ from vlmadapters.cli.train_stage import TrainPart
 from vlmadapters.cli.validate import validate
 from vlmadapters.cli.validate_stage import ValidatePart
 from vlmlayers.cli.measure import extract
+from vlmlayers.extraction import WeightsOptions
 from vlmlayers.options import Options
 from vlmlayers.study.schema import ExtractPart
 
@@ -49,3 +50,9 @@ def test_an_option_is_the_same_everywhere(
         assert called[name].default == field.default
         # Where several are taken at the command line, help says what stands for those not given.
         assert typed[name].default in (field.default, None)
+
+
+def test_weights_are_the_same_from_python_and_in_documents() -> None:
+    called = signature(vl.load_model).parameters
+    defaults = {name: field.default for name, field in WeightsOptions.model_fields.items()}
+    assert defaults == {name: called[name].default for name in defaults}

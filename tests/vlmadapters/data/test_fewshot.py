@@ -14,9 +14,9 @@ from vlmadapters.data.fewshot import (
     few_shot,
     kind_labels,
 )
-from vlmadapters.data.prompts import class_prompts
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.prompts import class_prompts
 
 
 @pytest.mark.parametrize("dataset", ["caltech101", "dtd", "oxford_pets"])
@@ -86,5 +86,5 @@ def test_mistakes_are_named() -> None:
         few_shot([], 1, 1)
     with pytest.raises(UserError, match="did you mean 'novel'"):
         kind_labels("novle", [1])
-    with pytest.raises(UserError, match="exactly one"):
+    with pytest.raises(UserError, match="exactly once"):
         class_prompts(["x"], "no place")

@@ -53,7 +53,7 @@ from vlmlayers.errors import UserError
         (IVLPConfig, {"text": (1, 1)}, "twice"),
         (LASPConfig, {"text": (1,)}, "lasp acts at no text block; name vision blocks only"),
         (LASPConfig, {"weight": -1.0}, "weight takes a number from 0"),
-        (LASPConfig, {"templates": ("a photo",)}, "needs exactly one"),
+        (LASPConfig, {"templates": ("a photo",)}, "templates takes .* exactly once"),
         (LASPConfig, {"other_names": "all"}, "other_names"),
         (LASPConfig, {"length": 3}, "starts from 4 words"),
         (LinearProbeConfig, {"vision": (1,)}, "linear-probe has no placement"),
@@ -79,6 +79,7 @@ from vlmlayers.errors import UserError
         (ProDAConfig, {"length": 0}, "length takes a whole number from 1, not 0"),
         (ProDAConfig, {"vision": (1,)}, "proda acts at no vision block"),
         (PromptSRCConfig, {}, "promptsrc has no block in either tower"),
+        (PromptSRCConfig, {"text": (1,), "templates": ("a", "{}")}, "templates takes .*, not 'a'"),
         (PromptSRCConfig, {"text": (1,), "spread": 0}, "spread takes a number above 0, not 0"),
         (PromptSRCConfig, {"text": (1,), "image_weight": -1}, "image_weight takes a number from 0"),
         (RPOConfig, {"vision": (1,)}, "rpo has no text block"),
@@ -91,7 +92,7 @@ from vlmlayers.errors import UserError
         (TipConfig, {"vision": (1,)}, "tip has no placement: it acts at no block of either tower"),
         (TipConfig, {"alpha": -1.0}, "alpha takes a number from 0"),
         (TipConfig, {"views": 0}, "views takes a whole number from 1"),
-        (TipConfig, {"templates": ("a photo",)}, "needs exactly one"),
+        (TipConfig, {"templates": ("a photo",)}, "templates takes .* exactly once"),
     ],
 )
 def test_bad_settings_are_one_line(

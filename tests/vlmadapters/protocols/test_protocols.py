@@ -389,6 +389,7 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
     for option, message in (
         ("--method=maple", "is of mma; --method says maple"),
         ("--scale=0.1", "holds its settings; --scale is for authors' layouts"),
+        ("--template=plain", "template takes .* exactly once .*, not 'plain'"),
     ):
         with pytest.raises(UserError, match=message):
             CliRunner().invoke(app, [*test, option], catch_exceptions=False)

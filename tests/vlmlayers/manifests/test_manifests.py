@@ -14,7 +14,7 @@ from data_fixtures import coop_dataset, folder_dataset, write_manifest
 
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
-from vlmlayers.manifests.schema import DEFAULT_TEMPLATE
+from vlmlayers.prompts import TEMPLATE
 
 SHIPPED = sorted(path.stem for path in Path(__file__).parents[3].glob("data_manifests/*.toml"))
 PAPER = {
@@ -126,7 +126,7 @@ def test_shipped_manifests_agree_with_the_papers_table(shared_paper: Path) -> No
         assert manifest.title == title
         assert manifest.spec.classes == int(row["classes"])
         assert manifest.spec.folder + "/" == row["folder"]
-        assert manifest.template == DEFAULT_TEMPLATE == row["mma_public_config_template"]
+        assert manifest.template == TEMPLATE == row["mma_public_config_template"]
         assert manifest.zero_shot_template == row["zero_shot_template(CoOp zsclip.py)"]
         expected = {split: row[split] for split in ("train", "val", "test") if row[split] != "-"}
         if name == "imagenet":

@@ -210,7 +210,8 @@ def test_features_that_are_not_finite_stop_the_run(value):
         ({"decoding": "half"}, "unknown decoding 'half'; valid: 'full', 'reduced' or 'nvjpeg'"),
         ({"decoding": "reduced"}, "decoding reduced is for datasets on disk"),
         ({"batch_size": 0}, "batch_size is 0; at least 1 is needed"),
-        ({"template": "a photo"}, "has no {} where the class name goes"),
+        ({"template": "a photo"}, "must hold '{}' exactly once"),
+        ({"template": "{} or {}"}, "must hold '{}' exactly once"),
         ({"items": []}, "drawn has no items in split 'train'"),
         (
             {"pooling": {"visual": "cls"}},

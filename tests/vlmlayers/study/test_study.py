@@ -20,6 +20,7 @@ from run_folders import tiny_clip
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import take_lock
 from vlmlayers.files import read_json
+from vlmlayers.manifests import Manifest
 from vlmlayers.runs import Run, fingerprint
 from vlmlayers.scores import read_scores
 from vlmlayers.study import STAGES, check_study, read_study, run_study
@@ -46,6 +47,7 @@ STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
         ({"models": [{"name": "a"}, {"name": "a"}]}, "named twice; give each a label"),
         ({"datasets": ["digits", "digits"]}, "named twice"),
         ({"extract": {"template": "photo"}}, "exactly once"),
+        ({"datasets": [{"name": "digits", "template": "photo"}]}, "exactly once"),
         ({"extract": {"precision": "fp8"}}, "fp32"),
         ({"score": {"metrics": ["dataset_acuracy"]}}, "did you mean 'dataset_accuracy'"),
         ({"score": {"options": {"bootstraps": 3}}}, "did you mean 'bootstrap'"),
@@ -141,7 +143,7 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(folder / name)
 
-    def count(*names: str) -> list[int]:
+    def count(*names: Any) -> list[int]:
         study = check_study({**BASE, "datasets": list(names), "extract": {"split": "all"}})
         context = StageContext(
             Run(tmp_path / "out"), study, study.models[0], tmp_path / "base", tmp_path / "data"
@@ -151,6 +153,8 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
     draw(tmp_path / "data/mine", 3)
     draw(tmp_path / "base/digits", 3)
     assert count("mine", "digits") == [6, 300]
+    every = Manifest.load("digits").items("all")
+    assert count("mine", {"name": "digits", "items": 0}) == [6, len(every)]
     draw(tmp_path / "base/mine", 5)
     assert count("mine") == [10]
     with pytest.raises(UserError, match="no folder of that name is here"):

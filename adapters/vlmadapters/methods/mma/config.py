@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from vlmadapters.methods.config import MethodConfig
-from vlmlayers.arguments import checked
+from vlmadapters.methods.deep_configs import TwoTowerConfig
+from vlmlayers.arguments import Count, NotNegative, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import Placement
 
 
 @checked
 @dataclass(frozen=True)
-class MMAConfig(MethodConfig):
+class MMAConfig(TwoTowerConfig):
     """Placement and size of a Multi-Modal Adapter.
 
     Attributes:
@@ -30,23 +30,15 @@ class MMAConfig(MethodConfig):
             below 1, `scale` is negative, or a pair names a block that is not adapted.
     """
 
-    dim: int = 32
-    scale: float = 0.001
+    dim: Count = 32
+    scale: NotNegative = 0.001
     pairs: Any = None
 
     name: ClassVar[str] = "mma"
     title: ClassVar[str] = "MMA"
-    towers: ClassVar[tuple[str, ...]] = ("vision", "text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.vision and not self.text:
-            raise UserError("the adapter has no block in either tower; name at least one")
-        if self.dim < 1:
-            raise UserError(f"the adapter's dim is {self.dim}; it must be 1 or more")
-        # Negated, so that NaN is refused as well.
-        if not self.scale >= 0:
-            raise UserError(f"the adapter's scale is {self.scale}; it must be 0 or more")
         if self.pairs is not None:
             object.__setattr__(self, "pairs", _pairs(self.pairs, self.vision, self.text))
 

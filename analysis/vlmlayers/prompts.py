@@ -1,0 +1,39 @@
+"""Prompts of classes: a template around the name of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from vlmlayers.arguments import Takes, checked
+
+TEMPLATE = "a photo of a {}."
+
+
+def _one_place(text: Any) -> Any:
+    # Other braces are left from a formatting language that is not spoken here: `{0}`, `{name}`.
+    if isinstance(text, str) and (text.count("{}") != 1 or set("{}") & set(text.replace("{}", ""))):
+        raise ValueError(f"{text!r} must hold '{{}}' exactly once and no other brace")
+    return text
+
+
+_WORDS = "holding '{}' exactly once and no other brace"
+# One type for both: `Takes` is read where calls are checked, the validator where documents are.
+Template = Annotated[
+    str,
+    Takes(f"a template {_WORDS}", f"templates {_WORDS}", convert=_one_place),
+    AfterValidator(_one_place),
+]
+
+
+@checked
+def class_prompts(class_names: Iterable[str], template: Template = TEMPLATE) -> list[str]:
+    """Fill a template with class names; underscores become spaces.
+
+    Raises:
+        UserError: The template does not hold `{}` exactly once, or holds another brace.
+    """
+    # Not `format`, which would read braces in a class name.
+    return [template.replace("{}", name.replace("_", " ")) for name in class_names]
