@@ -114,6 +114,8 @@ Count = Annotated[int, Takes(least=1)]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 Natural = Annotated[int, Takes(least=0)]
+LARGEST_SEED = 2**63 - 1  # that torch takes
+Seed = Annotated[int, Takes(least=0, most=LARGEST_SEED)]
 Positive = Annotated[float, Takes(above=0)]
 NotNegative = Annotated[float, Takes(least=0)]
 Share = Annotated[float, Takes(least=0, most=1)]

@@ -29,7 +29,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from vlmlayers.arguments import plain_number
+from vlmlayers.arguments import LARGEST_SEED, plain_number
+from vlmlayers.arguments import Seed as WholeSeed
 from vlmlayers.errors import UserError, check_one_of, nearest, shortened
 
 Value = TypeVar("Value")
@@ -53,6 +54,7 @@ NEEDED = {
     "model_": "a table {{ key = value }}",
     "dict_": "a table {{ key = value }}",
 }
+Seed = Annotated[WholeSeed, Field(ge=0, le=LARGEST_SEED)]
 PLAIN = (bool, int, float, str, Path, Literal)
 KEY = "[key]"  # stands in a place of pydantic's where the key is wrong, not its value
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}

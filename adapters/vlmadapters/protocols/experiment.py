@@ -149,8 +149,8 @@ class Experiment:
             together: Placements trained side by side.
 
         Raises:
-            UserError: A seed is negative, `together` is below 1, two datasets have one name, or one
-                cannot be trained or tested on.
+            UserError: `together` is below 1, two datasets have one name, or one cannot be trained
+                or tested on.
         """
         # All that can be wrong is looked for before the first training: an error in the last
         # dataset would otherwise show after hours.
@@ -159,8 +159,6 @@ class Experiment:
         self._check_configs([one.method for one in recipes])
         sources = list(dict.fromkeys(self.add(one).manifest.name for one in datasets))
         seeds = list(seeds)
-        if any(seed < 0 for seed in seeds):
-            raise UserError(f"seed {min(seeds)} is below 0; seeds count from 0")
         if together < 1:
             raise UserError(f"together is {together}; train at least 1 placement at a time")
         for source in sources:

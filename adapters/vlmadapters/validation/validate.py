@@ -25,7 +25,7 @@ from vlmadapters.validation.options import ValidateOptions
 from vlmadapters.validation.outcome import Validation, summarise, validation_table
 from vlmadapters.validation.race import CELLS, Track
 from vlmadapters.validation.tuning import tune
-from vlmlayers.arguments import checked
+from vlmlayers.arguments import Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import Amount
@@ -42,7 +42,7 @@ def validate(
     recipe: str | Path | Recipe | None = None,
     out: str | Path | None = None,
     root: Any = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
     notes: Mapping[str, Any] | None = None,
     method: str = "mma",

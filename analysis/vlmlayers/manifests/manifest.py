@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmlayers.arguments import Count, Natural, checked
+from vlmlayers.arguments import Count, Seed, checked
 from vlmlayers.errors import NotJPEG, UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import catalogue
@@ -277,7 +277,7 @@ class Manifest:
         self,
         split: str,
         n: Count,
-        seed: Natural = 0,
+        seed: Seed = 0,
         root: Root = None,
         *,
         present_only: bool = False,

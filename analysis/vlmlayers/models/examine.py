@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vlmlayers.arguments import Count, Natural, checked
+from vlmlayers.arguments import Count, Seed, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Item
 from vlmlayers.metrics.checks import Array
@@ -69,7 +69,7 @@ def examine(
     root: str | Path | None = None,
     template: str | None = None,
     batch_size: Count = 32,
-    seed: Natural = 0,
+    seed: Seed = 0,
     bootstrap: Count = 200,
     progress: bool = True,
 ) -> pd.DataFrame:

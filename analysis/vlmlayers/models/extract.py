@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmlayers.arguments import Count, Natural, checked
+from vlmlayers.arguments import Count, Seed, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
@@ -45,7 +45,7 @@ def extract(
     root: str | Path | None = None,
     out: str | Path | None = None,
     template: str | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress: bool = True,
     **options: Any,
 ) -> LayerFeatures:

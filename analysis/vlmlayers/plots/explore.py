@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from vlmlayers.arguments import Count, Natural, Position, checked
+from vlmlayers.arguments import Count, Position, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.plots.features import thumbnails
@@ -33,7 +33,7 @@ def explore(
     space: Space | None = None,
     data: Any = None,
     thumbnail: bool = True,
-    seed: Natural = 0,
+    seed: Seed = 0,
     limit: Count = 100,
 ) -> Any:
     """Return an interactive view of features for Jupyter, made with Altair.

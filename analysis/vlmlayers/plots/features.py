@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vlmlayers.arguments import Count, Natural, Position, checked
+from vlmlayers.arguments import Count, Natural, Position, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
@@ -40,7 +40,7 @@ def scatter(
     tower: ShownTower | None = None,
     space: Space | None = None,
     palette: Any = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     limit: Count = 500,
     ax: Axes | None = None,
 ) -> Axes | np.ndarray:

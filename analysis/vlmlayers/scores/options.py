@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from vlmlayers.errors import check_one_of
-from vlmlayers.options import Options, Several, Word
+from vlmlayers.options import Options, Seed, Several, Word
 from vlmlayers.positions import ATTENTION, EMBED, FINAL, PROJ, SPACES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ScoreOptions(Options):
     spaces: Several[Annotated[str, AfterValidator(_space)]] | None = Field(
         default=None, description="Spaces to score in; None for the default of each metric."
     )
-    seeds: Several[Annotated[int, Field(ge=0)]] = Field(
+    seeds: Several[Seed] = Field(
         default=(1, 2, 3), min_length=1, description="Seeds of splits and shots; one row per seed."
     )
     bootstrap: int = Field(default=200, ge=2, description="Draws of each bootstrap interval.")

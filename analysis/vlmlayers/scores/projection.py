@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vlmlayers.arguments import Count, Natural, Position, checked
+from vlmlayers.arguments import Count, Natural, Position, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.positions import is_block
@@ -33,7 +33,7 @@ def project(
     method: Projection = "pca",
     tower: ShownTower = "vision",
     space: Space = "native",
-    seed: Natural = 0,
+    seed: Seed = 0,
     limit: Count = 2000,
 ) -> pd.DataFrame:
     """Return items as points of a plane, computed over all datasets together.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmlayers.arguments import Natural, checked
+from vlmlayers.arguments import Natural, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.positions import TOWERS
@@ -30,7 +30,7 @@ def select(
     rule: str | Callable[..., Any] = "threshold",
     *,
     resamples: Natural = 200,
-    seed: Natural = 0,
+    seed: Seed = 0,
     **options: Any,
 ) -> LayerChoice:
     """Choose the layers to adapt from a score table.

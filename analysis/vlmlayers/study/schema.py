@@ -12,7 +12,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import RecordOptions, WeightsOptions
 from vlmlayers.files import read_toml, shipped
-from vlmlayers.options import Options, validated
+from vlmlayers.options import Options, Seed, validated
 from vlmlayers.prompts import TEMPLATE, Template
 from vlmlayers.user_code import is_user_code
 
@@ -150,7 +150,7 @@ class Study(Options):
 
     title: str = "Layer analysis"
     data_root: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     stages: tuple[
         Literal["extract", "score", "search", "select", "train", "validate", "report"], ...
     ] = ()

@@ -407,7 +407,7 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
         (["--set", "fused=maybe"], "--set: fused takes True or False, not 'maybe'"),
         (["--set", "crop_ratio=1"], "--set: crop_ratio takes 2 numbers, not 1"),
         (["--pairs", "5-7"], "cannot read --pairs"),
-        (["--placement", "2-3", "--seeds=1,-1"], "seed -1 is below 0"),
+        (["--placement", "2-3", "--seeds=1,-1"], r"seeds\[1\] is '-1'; at least 0 is needed"),
         (["--placement", "2-3", "--together", "0"], "together is 0"),
         (["--placement", "2-3", "--workers=-1"], "workers"),
         (["--placement", "2-3", "--pairs", "1:2"], "names a block that is not adapted"),
