@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -147,6 +147,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return largest(found, expected) / max(float(expected.abs().max()), 1e-12)
 
 
+def worst(differences: Iterable[float]) -> float:
+    """Return the largest difference; NaN, which `max` may pass over, where one is."""
+    return float(np.max([*differences]))
+
+
 def replay(path: Path) -> Iterator[Check]:
     """Yield the checks of one file."""
     recording = Recording(path)
@@ -162,7 +167,10 @@ def main(paths: list[str]) -> int:
     torch.set_num_threads(1)
     failed = 0
     for path in map(Path, paths):
-        for check in replay(path):
+        checks = [*replay(path)]
+        if not checks:
+            sys.exit(f"{path}: no run is recorded in it")
+        for check in checks:
             mark = "ok  " if check.passed else "FAIL"
             failed += not check.passed
             print(

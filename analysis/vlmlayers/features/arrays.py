@@ -349,6 +349,8 @@ class LayerFeatures:
     def save(self, path: str | Path) -> Path:
         """Write a feature store, as `extract(…, out=)` does; `LayerFeatures.load` reads it.
 
+        A store that holds just these features already stays as it is.
+
         Raises:
             UserError: The folder holds something else, or cannot be written.
         """

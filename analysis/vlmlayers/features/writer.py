@@ -345,12 +345,44 @@ class StoreWriter:
 
 
 def write_features(folder: Path, features: LayerFeatures) -> None:
-    """Write features that are in memory as a store.
+    """Write features that are in memory as a store; a store that holds just these stays as it is.
 
     Raises:
         UserError: The folder holds something else, or cannot be written.
     """
-    plans = {
+    plans, header = _plans(features), _header(features)
+    first = features.towers[0]
+    rows = tuple((item, int(label), "") for item, label in zip(first.ids, first.labels))
+    data = DataIdentity(features.class_names, rows)
+    identity = {"data": data.summary(), **features.identity}
+    if FeatureStore.exists(folder):
+        there = FeatureStore.open(folder)
+        refuse_other_identity(folder, there.identity, identity, data)
+        same = (_header(there), _plans(there)) == (header, plans)
+        if not same or not _same_values(there, features):
+            raise UserError(
+                f"feature store {folder} holds other features; choose another folder, or delete "
+                "this one"
+            )
+        return
+    writer = StoreWriter(folder, header, identity, plans, data)
+    try:
+        writer.start()
+        for tower in features.towers:
+            writer.put(tower.tower, 0, range(len(tower)), tower.arrays, {})
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _header(features: LayerFeatures) -> dict[str, Any]:
+    names = ("model", "weights", "dataset", "split", "random_weights")
+    header = {name: getattr(features, name) for name in names}
+    return header | {"class_names": list(features.class_names)}
+
+
+def _plans(features: LayerFeatures) -> dict[str, TowerPlan]:
+    return {
         tower.tower: TowerPlan(
             tower.blocks,
             tower.pooling,
@@ -365,21 +397,16 @@ def write_features(folder: Path, features: LayerFeatures) -> None:
         )
         for tower in features.towers
     }
-    first = features.towers[0]
-    rows = tuple((item, int(label), "") for item, label in zip(first.ids, first.labels))
-    names = ("model", "weights", "dataset", "split", "random_weights")
-    header = {name: getattr(features, name) for name in names}
-    data = DataIdentity(features.class_names, rows)
-    identity = {"data": data.summary(), **features.identity}
-    header["class_names"] = list(features.class_names)
-    writer = StoreWriter(folder, header, identity, plans, data)
-    try:
-        writer.start()
-        for tower in features.towers:
-            writer.put(tower.tower, 0, range(len(tower)), tower.arrays, {})
-        writer.finish()
-    finally:
-        writer.close()
+
+
+def _same_values(stored: LayerFeatures, features: LayerFeatures) -> bool:
+    """Return whether features of equal plans agree in every value, in the precision of stores."""
+    return all(
+        np.array_equal(stored[tower.tower][position, space], values.astype("<f4"), equal_nan=True)
+        for tower in features.towers
+        for space, by_position in tower.arrays.items()
+        for position, values in by_position.items()
+    )
 
 
 def _lines(journal: Path) -> Iterator[dict[str, Any]]:

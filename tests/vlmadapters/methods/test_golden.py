@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from shutil import copy
 
@@ -53,17 +54,35 @@ def test_a_whole_record_is_followed(shared_golden: Path, name: str) -> None:
     assert failed == []
 
 
+def altered_copy(folder: Path, name: str, changes: dict[str, np.ndarray]) -> str:
+    """Copy an extract with other values of some arrays; return where its arrays lie."""
+    np.savez(folder / f"{name}.npz", **{**np.load(HERE / f"{name}.npz"), **changes})
+    for path in (HERE / f"{name}.json", HERE / "text_tower.npz"):
+        copy(path, folder)
+    return str(folder / f"{name}.npz")
+
+
 @pytest.mark.parametrize("key", ["random_end/losses", "random_end/grad/ctx", "random_end/lrs"])
 def test_what_differs_from_a_record_is_told(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arrays = dict(np.load(HERE / "coop.npz"))
-    arrays[key] = arrays[key] * 1.001
-    np.savez(tmp_path / "coop.npz", **arrays)
-    for name in ("coop.json", "text_tower.npz"):
-        copy(HERE / name, tmp_path)
-    assert golden.main([str(tmp_path / "coop.npz")]) == 1
+    assert golden.main([altered_copy(tmp_path, "coop", {key: arrays[key] * 1.001})]) == 1
     told = capsys.readouterr().out.splitlines()
     failed = [line for line in told if line.startswith("FAIL")]
     assert {line.split()[2] for line in failed} == {"random_end"}
     assert told[-1] == f"{len(failed)} outside their tolerance"
+
+
+def test_no_number_among_numbers_is_told(tmp_path: Path) -> None:
+    """Of the last of several gradients, which Python's `max` would pass over."""
+    key = "words_batch4/grad/meta_net.linear2.bias"
+    path = altered_copy(tmp_path, "cocoop", {key: np.load(HERE / "cocoop.npz")[key] * np.nan})
+    assert golden.main([path]) == 1
+
+
+def test_a_record_without_a_run_is_told(tmp_path: Path) -> None:
+    path = Path(altered_copy(tmp_path, "coop", {})).with_suffix(".json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"variants": {}}))
+    with pytest.raises(SystemExit, match="coop.npz: no run is recorded in it"):
+        golden.main([str(path.with_suffix(".npz"))])

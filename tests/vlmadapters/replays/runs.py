@@ -14,9 +14,8 @@ from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
-from golden import TOLERANCES, Check, Recording, largest, relative
+from golden import TOLERANCES, Check, Recording, largest, relative, worst
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,7 +105,7 @@ class Run:
             found.setdefault(quantity, []).append(difference)
         allowed = ALLOWED | dict(self.tolerances)
         for quantity, differences in found.items():
-            yield Check(self.name, quantity, float(np.max(differences)), allowed[quantity])
+            yield Check(self.name, quantity, worst(differences), allowed[quantity])
 
     def before(self, steps: Steps) -> Differences:
         """Yield what else is recorded before the start is loaded."""
@@ -190,13 +189,13 @@ class Run:
 
     def _parameters(self, steps: Steps, key: str) -> float:
         recorded, own = self.group(key), steps.method.official_state_dict()
-        return max(largest(value, recorded[name]) for name, value in own.items())
+        return worst(largest(value, recorded[name]) for name, value in own.items())
 
     def _gradients(self, steps: Steps) -> float:
         own = dict(steps.method.named_official_parameters())
         recorded = self.group("grad/")
         assert own.keys() == recorded.keys()
-        return max(relative(own[name].grad, value) for name, value in recorded.items())
+        return worst(relative(own[name].grad, value) for name, value in recorded.items())
 
 
 class Steps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
@@ -187,8 +189,26 @@ def test_features_are_read_by_position_as_array_and_as_table(tmp_path):
             values = saved[tower][position, "joint"]
             np.testing.assert_array_equal(values, found[tower][position, "joint"])
     assert (saved.class_names, saved.vision.ids) == (found.class_names, found.vision.ids)
-    with pytest.raises(vl.UserError, match="exists and is not a feature store|belongs to another"):
+    with pytest.raises(vl.UserError, match="exists and is not a feature store"):
         found.save(tmp_path)
+
+
+def test_features_are_saved_again_where_they_lie_and_others_are_refused(tmp_path):
+    arrays = {1: np.arange(6.0).reshape(3, 2) / 7, 2: np.ones((3, 2))}
+    found = vl.LayerFeatures.from_arrays(arrays, labels=[0, 1, 1])
+    files = {path: path.read_bytes() for path in found.save(tmp_path / "s").rglob("*.*")}
+    for again in (found, vl.LayerFeatures.load(tmp_path / "s")):
+        again.save(tmp_path / "s")
+    for other, labels in (
+        ({**arrays, 2: np.zeros((3, 2))}, [0, 1, 1]),
+        ({1: arrays[1]}, [0, 1, 1]),
+        (arrays, [0, 1, 0]),
+    ):
+        with pytest.raises(vl.UserError, match="feature store .*s .*; choose another folder, or"):
+            vl.LayerFeatures.from_arrays(other, labels=labels).save(tmp_path / "s")
+    with pytest.raises(vl.UserError, match="holds other features"):
+        replace(found, dataset="another").save(tmp_path / "s")
+    assert files == {path: path.read_bytes() for path in (tmp_path / "s").rglob("*.*")}
 
 
 def test_captions_are_saved_with_their_pairs(tmp_path):
