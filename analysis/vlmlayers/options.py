@@ -11,23 +11,21 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     ValidationError,
-    ValidationInfo,
-    field_validator,
 )
-from pydantic_core import PydanticKnownError
+from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 from vlmlayers.arguments import LARGEST_SEED, plain_number
 from vlmlayers.arguments import Seed as WholeSeed
@@ -55,9 +53,25 @@ NEEDED = {
     "dict_": "a table {{ key = value }}",
 }
 Seed = Annotated[WholeSeed, Field(ge=0, le=LARGEST_SEED)]
-PLAIN = (bool, int, float, str, Path, Literal)
 KEY = "[key]"  # stands in a place of pydantic's where the key is wrong, not its value
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def _strict(schema: Any) -> Any:
+    """Return a schema of pydantic's that takes numbers and truths for what they are alone."""
+    # Scalars alone: a strict model would refuse lists for tuples and tables for models as well.
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_strict, schema))
+    if not isinstance(schema, dict) or schema.get("strict"):
+        return schema
+    if schema.get("type") in ("bool", "int", "float"):
+        return no_info_before_validator_function(_unboxed, {**schema, "strict": True})
+    return {key: part if key == "default" else _strict(part) for key, part in schema.items()}
+
+
+def _unboxed(value: Any) -> Any:
+    """Return Python's own number or truth of an array's, and a list of an array."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 class Options(BaseModel):
@@ -67,50 +81,14 @@ class Options(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
 
-    @field_validator("*", mode="before")
     @classmethod
-    def _of_the_kind_meant(cls, value: Any, info: ValidationInfo) -> Any:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Refuse True, 3.0 and "3" where 3 is meant, and 1 and "yes" for True.
 
         pydantic would convert them, and a call would be checked less than `vlmlayers.arguments`
         checks the others. A command line has nothing but text (`validated(…, words=True)`).
         """
-        field = cls.model_fields[str(info.field_name)]
-        kinds = [*field.metadata, *_kinds(field.annotation)]
-        reads = any(isinstance(one, BeforeValidator) and one.func is not _several for one in kinds)
-        taken = {one for one in kinds if one in PLAIN}
-        if Any in kinds or not taken & {bool, int, float}:
-            return value
-        text_too = reads or info.context or taken & {str, Path, Literal}
-        for part in value if isinstance(value, list | tuple) else [value]:
-            # What pydantic refuses by itself is left to it: it names the place in a list.
-            if isinstance(part, str):
-                wrong = not text_too and (_is_number(part) or taken <= {bool})
-            elif isinstance(part, bool):
-                wrong = bool not in taken
-            elif isinstance(part, float):
-                wrong = part.is_integer() and float not in taken
-            else:
-                wrong = isinstance(part, int) and taken <= {bool}
-            if wrong:
-                name = next(one for one in (int, float, bool) if one in taken).__name__
-                raise PydanticKnownError(cast(Any, f"{name}_type"))
-        return value
-
-
-def _is_number(text: str) -> bool:
-    with suppress(ValueError):
-        float(text)
-        return True
-    return False
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """Yield a type and all types inside it."""
-    yield get_origin(annotation) or annotation
-    if get_origin(annotation) is not Literal:  # which holds values
-        for part in get_args(annotation):
-            yield from _kinds(part)
+        return cast(CoreSchema, _strict(handler(source)))
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -119,8 +97,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _several(value: Any) -> Any:
     """Take a bare value where several are meant, and any sequence, such as an array."""
-    # An array, whose numbers are then Python's, which pydantic takes and JSON can write.
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = _unboxed(value)
     return (value,) if isinstance(value, str | bytes | int | float) else value
 
 
@@ -178,7 +155,7 @@ def validated(
         UserError: A name is unknown (with the nearest one) or missing, or a value is wrong.
     """
     try:
-        return model.model_validate(values, context=words or None)
+        return model.model_validate(values, strict=False if words else None)
     except ValidationError as error:
         problem = _explain(error, model, values)
     except RecursionError:

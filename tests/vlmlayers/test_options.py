@@ -69,11 +69,14 @@ def test_a_bare_value_is_taken_where_several_are_meant(given: object) -> None:
         ({"mean": "a"}, "mean is 'a'; a number or a list is needed$"),
         ({"mean": [0.5, "a", 0.5]}, r"file: mean\[1\] is 'a'; a number is needed$"),
         ({"mean": float("nan")}, "mean is nan; a finite number is needed$"),
-        ({"mean": [True, 0, 0]}, r"mean is \[True, 0, 0\]; a number is needed$"),
+        ({"mean": [True, 0, 0]}, r"mean\[0\] is True; a number is needed$"),
         ({"size": 1.5}, "size is 1.5; a whole number or a list is needed$"),
-        ({"size": True}, "size is True; a whole number is needed$"),
+        ({"size": True}, "size is True; a whole number or a list is needed$"),
         ({"size": [1, 2, 3]}, r"size is \[1, 2, 3\]; a list of at most 2 is needed$"),
         ({"size": [1, None]}, r"size\[1\] is None; a whole number is needed$"),
+        ({"size": [1, 2.0]}, r"size\[1\] is 2.0; a whole number is needed$"),
+        ({"size": ["1", 2]}, r"size\[0\] is '1'; a whole number is needed$"),
+        ({"size": np.array([1.0, 2.0])}, r"size\[0\] is 1.0; a whole number is needed"),
         ({"size": [1]}, r"the key 'size\[1\]' is missing$"),
         ({"many": []}, r"many is \[\]; a list of at least 1 is needed$"),
         ({"many": [{}, {"width": "x"}]}, r"many\[1\].width is 'x'; a whole number is needed$"),
@@ -88,6 +91,31 @@ def test_what_is_wrong_is_said_in_one_line(given: dict[str, object], message: st
     with pytest.raises(UserError, match=message) as caught:
         validated(Outer, given, "file")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"size": np.int64(3)}, 3),
+        ({"size": list(np.arange(2))}, (0, 1)),
+        ({"size": np.arange(2)}, (0, 1)),
+        ({"mean": np.float32(0.5)}, 0.5),
+        ({"mean": [np.float32(0.5), 1]}, (0.5, 1.0)),
+        ({"towers": {"vision": np.int16(3)}}, {"vision": 3}),
+    ],
+)
+def test_numbers_of_arrays_are_numbers(given: dict[str, object], taken: object) -> None:
+    (key,) = given
+    found = getattr(validated(Outer, given), key)
+    assert found == taken and "numpy" not in repr(found)
+
+
+def test_a_command_line_gives_text() -> None:
+    words = {"size": "3", "share": "0.25", "towers": {"vision": "2"}}
+    found = validated(Outer, words, words=True)
+    assert (found.size, found.share, found.towers) == (3, 0.25, {"vision": 2})
+    with pytest.raises(UserError, match="a whole number"):
+        validated(Outer, words)
 
 
 THEIRS = re.compile(

@@ -46,8 +46,7 @@ RelativePath = Annotated[str, AfterValidator(_inside)]
 FolderPath = Annotated[str, AfterValidator(_folder)]
 Paths = Several[RelativePath]
 Hashes = Several[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
-# Strict: pydantic would otherwise take true for 1 and "12" for 12.
-Count = Annotated[int, Field(ge=0, le=10**12, strict=True)]
+Count = Annotated[int, Field(ge=0, le=10**12)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 BySplit = AfterValidator(_split_names)
 
