@@ -72,6 +72,7 @@ def _text(found: Any, out: Path) -> str:
     means = found.table.groupby("setting", sort=False)[
         ["base", "novel", "base_log_likelihood", "novel_log_likelihood"]
     ].mean()
+    means = means.dropna(axis=1, how="all")  # no class was held out whole
     means.insert(0, "folds", found.table["setting"].value_counts())
     means["difference"] = means.index.map(summary["mean_differences"])
     means = means.sort_values("difference", ascending=False).rename_axis(None)

@@ -105,18 +105,22 @@ def folds(
             would be nothing to tell apart in one half.
 
     Raises:
-        UserError: There is one base class, one shot, or one fold.
+        UserError: There is one base class, one shot or one fold, or no training image.
     """
     name, names = data.manifest.name, data.names("base")
-    if len(names) < 2:
-        raise UserError(f"{name} has one base class; a search needs two or more to tell apart")
+    if len(data.class_names) == 2:
+        raise UserError(
+            f"{name} has one base class of two, and folds need two base classes to tell apart; "
+            "name data of three classes or more"
+        )
+    data.check("base", "train")
     drawn = data.shots(shots, seed, "base")
     by_class = [[item for item in drawn if item.label == label] for label in range(len(names))]
     parts = min(count, PARTS, max(map(len, by_class)))
     if parts < 2:
         raise UserError(
-            f"a search holds out some shots of each class in turn; {name} needs two shots and two "
-            "folds at least"
+            f"folds hold out some shots of each class in turn; {name} needs two training images of "
+            "a class, two shots and two folds at least"
         )
     generator = np.random.default_rng([seed, FOLDS])
     apart = apart and len(names) >= LEAST_APART

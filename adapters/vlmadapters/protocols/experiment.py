@@ -358,7 +358,8 @@ class Experiment:
             share = differing[index] / max(total, 1)
             note = UNMOVED if result.method.parameter_count() else UNMOVED_FIT
             note = note if share < EFFECT else ""
-            if note:
+            # A fold has too few items to tell by their classes: its log-likelihood does.
+            if note and self._datasets[source].share == 1:
                 self._say_unmoved(result, note)
             others = (
                 self._datasets[source].task(self.protocol.train_kind, train.template).other_names

@@ -138,13 +138,17 @@ def search(
     for place, why in refused.items():
         race.skip("placement", place, why)
     limit = math.inf if budget is None else budget
-    tuned = race.run("amount", default, rates, limit * (AMOUNT_SHARE if placements else 1))
+    # Amount comes first: where the budget allows one comparison, it is one of amounts.
+    share = max(limit * AMOUNT_SHARE, race.price(default, rates[:1])) if placements else limit
+    tuned = race.run("amount", default, rates, min(share, limit))
     # What amounts left of the budget is spent on placements.
     race.run("placement", tuned, crossed(tuned, placements), limit - track.cost)
     if not race.heats:
         raise UserError(_too_little(race, default, [*rates, *placements], budget))
+    answer = _answer(race, label(default))
+    answer["statement"] += _how(race, default, asked.novel)
     summary = {
-        **_answer(race, label(default)),
+        **answer,
         "criterion": {"name": asked.criterion, "means": CRITERIA[asked.criterion][1]},
         "method": default.method.name,
         "recipe": {"name": default.name, **default.train.identity()},
@@ -188,33 +192,42 @@ def _answer(race: Race, default: str) -> dict[str, Any]:
     table, criterion = race.track.table, race.criterion
     pick = race.heats[-1].pick
     order = ranking(table, default, criterion)
-    others = [one for one in order if one not in (pick, ZERO_SHOT)]
+    ran = table["setting"].value_counts()
+    # What dropped out ran in few folds, and may have been lucky there.
+    second = next(one for one in order if one not in (pick, ZERO_SHOT) and ran[one] == ran[default])
     plain = difference(table, pick, ZERO_SHOT, criterion)
     adapt = "yes" if plain.low > 0 else "no" if plain.high < 0 else "unknown"
-    to_default = difference(table, pick, default, criterion) if pick != default else None
+    gains = {
+        one: difference(table, one, default, criterion) for one in (pick, second) if one != default
+    }
+    beside = {one: found.to_dict() for one, found in gains.items()}
     answer = {
         "default": default,
         "pick": ZERO_SHOT if adapt == "no" else pick,
         "decided": adapt == "no" or pick != default,
-        "runner_up": others[0] if others else None,
-        "difference": to_default.to_dict() if to_default else None,
-        "runner_up_difference": _to_default(race, others, default),
+        "runner_up": second,
+        "difference": beside.get(pick),
+        "runner_up_difference": beside.get(second),
         "to_zero_shot": {"setting": pick, "adapt": adapt, **plain.to_dict()},
         "heats": [heat.to_dict() for heat in race.heats],
         "mean_differences": order,
     }
-    tail = f" {len(race.skipped)} settings were left out." if race.skipped else ""
-    return answer | {"statement": _statement(race, pick, default, to_default, plain) + tail}
+    return answer | {"statement": _statement(race, pick, default, gains.get(pick), plain)}
 
 
-def _to_default(race: Race, settings: Sequence[str], default: str) -> dict[str, Any] | None:
-    """Return the difference of the first of some settings, where it ran in two folds of a draw."""
-    if not settings or settings[0] == default:
-        return None
-    try:
-        return difference(race.track.table, settings[0], default, race.criterion).to_dict()
-    except UserError:  # it dropped out after one fold
-        return None
+def _how(race: Race, default: Recipe, novel: bool) -> str:
+    """Return what the numbers of a statement are of, and what was not tried."""
+    said = f" Compared by {CRITERIA[race.criterion][1]}."
+    if novel and default.method.class_bound:
+        said += f" No class was held out whole: {default.method.name} learns each by itself."
+    elif novel:
+        draws = race.track.draws.items()
+        few = dict.fromkeys(name for (name, _), folds in draws if not folds[0].apart)
+        if few:
+            said += f" {', '.join(few)}: too few base classes to hold any out whole."
+    if race.skipped:
+        said += f" {len(race.skipped)} settings were left out."
+    return said
 
 
 def _statement(
@@ -223,20 +236,20 @@ def _statement(
     over = f"over {len(plain.folds)} folds"
     if gain is not None:
         advice = (
-            f"Train {pick}: {gain.mean:+.3f} [{gain.low:.3f}, {gain.high:.3f}] against the default "
-            f"{default}, better in {gain.wins} of {len(gain.folds)} folds."
+            f"Train {pick}: {gain.mean:+z.3f} [{gain.low:z.3f}, {gain.high:z.3f}] against the "
+            f"default {default}, better in {gain.wins} of {len(gain.folds)} folds."
         )
     else:
         best = max(race.heats, key=lambda heat: heat.difference.mean)
         found = best.difference
         advice = (
             f"Keep the default {default}: the best rival, {best.best}, cannot be told from it "
-            f"({found.mean:+.3f} [{found.low:.3f}, {found.high:.3f}] {over})."
+            f"({found.mean:+z.3f} [{found.low:z.3f}, {found.high:z.3f}] {over})."
             if found.high > 0
             else f"Keep the default {default}: every rival that was followed is worse, the best by "
-            f"{-found.mean:.3f} [{-found.high:.3f}, {-found.low:.3f}] {over}."
+            f"{-found.mean:z.3f} [{-found.high:z.3f}, {-found.low:z.3f}] {over}."
         )
-    numbers = f"{plain.mean:+.3f} [{plain.low:.3f}, {plain.high:.3f}] against zero-shot CLIP"
+    numbers = f"{plain.mean:+z.3f} [{plain.low:z.3f}, {plain.high:z.3f}] against zero-shot CLIP"
     if plain.low > 0:
         return f"{advice} Training pays: {numbers}."
     if plain.high < 0:

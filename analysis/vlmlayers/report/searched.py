@@ -54,7 +54,7 @@ def _pairs(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]
 
 
 def _difference(one: Mapping[str, Any]) -> str:
-    return f"{one['mean']:+.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+    return f"{one['mean']:+z.3f} [{one['low']:z.3f}, {one['high']:z.3f}]"
 
 
 def _wins(one: Mapping[str, Any]) -> str:

@@ -44,13 +44,13 @@ QUICK: dict[str, Any] = {
 }
 
 
-def dataset(base: Path, *, hidden: bool = False) -> Manifest:
+def dataset(base: Path, *, hidden: bool = False, classes: int = 8, images: int = 6) -> Manifest:
     """Write eight classes listed in a table; `hidden` leaves only base training images there."""
     rows = []
     generator = np.random.default_rng(3)
     for split, count in (("train", 6), ("val", 2), ("test", 3)):
-        for label, name in enumerate(NAMES):
-            for i in range(count):
+        for label, name in enumerate(NAMES[:classes]):
+            for i in range(images if split == "train" and label < 2 else count):
                 path = f"{split}-{name}-{i}.png"
                 rows.append(f"{path},{label},{name},{split}")
                 noise = generator.integers(0, 200, (4, 4, 3)).astype(np.uint8)
@@ -61,7 +61,8 @@ def dataset(base: Path, *, hidden: bool = False) -> Manifest:
     (base / "items.csv").write_text("path,label,class_name,split\n" + "\n".join(rows) + "\n")
     (base / "manifest.toml").write_text(
         'title = "Colours"\nkind = "colours"\nfolder = "."\nimages = "images"\n'
-        'layout = "table"\nsplit_file = "items.csv"\nclasses = 8\n'
+        'layout = "table"\nsplit_file = "items.csv"\n'
+        f"classes = {classes}\n"
     )
     return Manifest.load(base / "manifest.toml")
 
@@ -124,9 +125,48 @@ def test_folds_hold_out_every_shot_once_and_half_of_the_classes_in_turn(
     assert {item.path for fold in whole for item in fold.test("all")} == drawn
 
 
-def test_folds_need_two_classes_and_two_shots(manifest: Manifest) -> None:
-    with pytest.raises(UserError, match="needs two shots"):
-        folds(TaskData(manifest, shared_backbone()), 1, 1)
+@pytest.mark.parametrize(
+    ("classes", "images", "message"),
+    [
+        (8, 6, "needs two training images of a class, two shots"),
+        (2, 6, "has one base class of two"),
+        (1, 6, "has one class, 'red'"),
+        (3, 0, "has no image of its base classes in split 'train'"),
+    ],
+)
+def test_folds_need_two_base_classes_and_two_shots(
+    tmp_path: Path, classes: int, images: int, message: str
+) -> None:
+    made = dataset(tmp_path, classes=classes, images=images)
+    with pytest.raises(UserError, match=message):
+        search(shared_backbone(), [made], **QUICK, shots=1)
+
+
+def test_too_few_classes_to_hold_out_are_said_and_small_folds_warn_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    still = RECIPE.changed({"lr": 1e-9}, {})
+    made = dataset(tmp_path, classes=6)
+    found = search(shared_backbone(), [made], **QUICK | {"recipe": still, "placement": ()})
+    assert ": too few base classes to hold any out whole." in found.statement
+    assert "Compared by held-out log-likelihood" in found.statement
+    assert "-0.000" not in found.statement
+    assert not caplog.messages
+    quiet = search(shared_backbone(), [made], **QUICK | {"placement": ()}, novel=False)
+    assert "too few" not in quiet.statement
+
+
+def test_the_runner_up_ran_in_every_fold(manifest: Manifest) -> None:
+    found = search(shared_backbone(), [manifest], **QUICK | {"folds": 4})
+    said, folds_of = found.summary, found.table["setting"].value_counts()
+    dropped = [one for one in folds_of.index if folds_of[one] < 4]
+    second = said["runner_up"]
+    assert dropped and second not in (said["pick"], "zero-shot", *dropped)
+    if second == said["default"]:
+        assert said["runner_up_difference"] is None
+    else:
+        expected = difference(found.table, second, said["default"], "log_likelihood")
+        assert said["runner_up_difference"] == expected.to_dict()
 
 
 def test_log_likelihood_of_zero_shot_is_that_of_the_model(manifest: Manifest) -> None:
@@ -179,6 +219,8 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     assert skipped and set(skipped.values()) == {"budget"}
     assert not set(skipped) & set(found.table["setting"])
     assert f"{len(skipped)} settings were left out" in found.statement
+    least = search(shared_backbone(), [manifest], budget=1.2, **QUICK).summary
+    assert [heat["stage"] for heat in least["heats"]] == ["amount"], "amount comes first"
     with pytest.raises(UserError, match=r"0\.1 full trainings allows no comparison; one .* takes"):
         search(shared_backbone(), [manifest], budget=0.1, **QUICK)
 
