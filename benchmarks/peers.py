@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MODEL, TIMM_MODEL, BATCH, BLOCKS = "ViT-B-32", "vit_base_patch32_clip_224", 16, 12
 ITEMS, WIDTH = 1_000, 768
-ROUNDS = 3
+ROUNDS = 5
 Work = Callable[[], Any]
 
 

@@ -68,9 +68,10 @@ def _by_gram(xs: Sequence[Any], ys: Sequence[Any], debiased: bool) -> Array:
     def stacked(side: Sequence[Any]) -> Array:
         return np.stack([signature(linear_kernel(matrix(z))).ravel() for z in side])
 
-    # The same object, not equal arrays: within a tower every signature is made once.
+    # The same arrays, not equal ones: within a tower every signature is made once.
+    same = len(xs) == len(ys) and all(x is y for x, y in zip(xs, ys, strict=True))
     first = stacked(xs)
-    return first @ (first if ys is xs else stacked(ys)).T
+    return first @ (first if same else stacked(ys)).T
 
 
 def _by_features(xs: Sequence[Any], ys: Sequence[Any], debiased: bool, block: int) -> Array:

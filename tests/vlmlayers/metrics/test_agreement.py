@@ -220,6 +220,26 @@ def test_the_cheaper_form_is_chosen() -> None:
     assert cka_matrix([x], [x])[0, 0] == pytest.approx(1.0)
 
 
+def test_within_a_tower_each_layer_is_read_once() -> None:
+    class Stored:
+        """A layer on a disk."""
+
+        shape, reads = (20, 3), 0
+
+        def __len__(self) -> int:
+            return 20
+
+        def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+            self.reads += 1
+            return np.random.default_rng(9).normal(size=self.shape)
+
+    layer = Stored()
+    cka_matrix([layer], [layer], form="gram")
+    assert layer.reads == 1
+    cka_matrix([layer], [Stored()], form="gram")
+    assert layer.reads == 2
+
+
 def test_bad_layers_are_refused() -> None:
     x = np.random.default_rng(8).normal(size=(20, 3))
     with pytest.raises(UserError, match=r"layers have \[19, 20\] items"):
