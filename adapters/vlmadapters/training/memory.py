@@ -38,7 +38,9 @@ def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, clas
         # By storage: views of one tensor are saved many times and held once.
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Alive until all are counted, so that no place is taken twice; but not with its own graph,
+        # which a tensor that an operation saves of its result would keep alive for ever.
+        return tensor.detach()
 
     with torch.no_grad():
         prepared = method.prepare(backbone, some)
