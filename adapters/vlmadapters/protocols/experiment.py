@@ -356,7 +356,8 @@ class Experiment:
         for index, result in enumerate(trained):
             # By predictions, not accuracy: changes both ways may leave accuracy as it was.
             share = differing[index] / max(total, 1)
-            note = UNMOVED if result.method.parameter_count() else UNMOVED_FIT
+            in_steps = any(group["params"] for group in result.method.parameter_groups())
+            note = UNMOVED if in_steps else UNMOVED_FIT
             note = note if share < EFFECT else ""
             # A fold has too few items to tell by their classes: its log-likelihood does.
             if note and self._datasets[source].share == 1:

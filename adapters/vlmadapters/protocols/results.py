@@ -48,7 +48,7 @@ KEY = COLUMNS[: COLUMNS.index("accuracy")]  # what identifies a row; the rest ar
 ZERO_SHOT_CLIP, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
 ZERO_SHOT_METHODS = (ZERO_SHOT_CLIP, ZERO_SHOT_OWN)
 UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"
-UNMOVED_FIT = "the fit changed nothing: it weighs too little beside zero-shot predictions"
+UNMOVED_FIT = "the fit changed nothing: its answers are those of zero-shot CLIP"
 GROUP = ["protocol", "method", "model", "weights", "source", "placement", "settings", "shots"]
 ADDED: dict[str, Any] = {"settings": "", "parameters": 0, "seconds": 0.0}
 

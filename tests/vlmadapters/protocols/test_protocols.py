@@ -25,6 +25,7 @@ from vlmadapters.protocols.published import with_published
 from vlmadapters.protocols.results import (
     COLUMNS,
     UNMOVED,
+    UNMOVED_FIT,
     ZERO_SHOT_CLIP,
     accuracy_fields,
     summarise,
@@ -219,6 +220,20 @@ def test_a_training_that_changed_nothing_says_so(caplog: pytest.LogCaptureFixtur
     assert (trained.changed == 0).all()
     assert sum(UNMOVED in one.getMessage() for one in caplog.records) == 1  # of two cells
     assert summarise(found).query("method == 'MMA'").note.eq(UNMOVED).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "note"),
+    [("tip", UNMOVED_FIT), ("linear-probe", UNMOVED_FIT), ("clipadapter", UNMOVED)],
+)
+def test_what_has_no_rate_is_not_told_to_raise_it(
+    method: str, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmadapters.protocols.experiment.EFFECT", 2.0)  # no change is as large
+    recipe = load_recipe("mini", method).changed({"shots": 2, "epochs": 1}, {})
+    found = train(shared_backbone(), ["shapes_filled"], recipe, protocol="few-shot", seeds=(1,),
+                  **QUICK)  # fmt: skip
+    assert set(found[found.seed == 1].note) == {note}
 
 
 def rows(**columns: Any) -> pd.DataFrame:
