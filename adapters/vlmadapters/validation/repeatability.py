@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
+from vlmadapters.validation.verdict import DIGITS, SIGNIFICANCE, Array, interval, outcomes
 
 HALVES = ("hm_first_half", "hm_second_half")
 POINT, POWER = 1.0, 0.8  # difference to be detected, in points, and with what power
@@ -231,7 +231,7 @@ def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats
 
 def _aligned(table: pd.DataFrame, column: str, placements: list[str]) -> Array:
     wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values=column)
-    return wide[placements].dropna().to_numpy(np.float64)
+    return wide[placements].dropna().to_numpy(np.float64).round(DIGITS)
 
 
 def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | None:

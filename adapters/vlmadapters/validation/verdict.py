@@ -47,6 +47,7 @@ VALIDATION_COLUMNS = (
 )
 SIGNIFICANCE = 0.05  # of tests
 OUTCOMES = ("hm", "base", "novel")
+DIGITS = 9  # of percentages: the same ones in another order differ later, and a tie has to be one
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class Outcomes:
     @property
     def means(self) -> Array:
         """Mean over datasets of the mean over seeds, (placement,)."""
-        return np.mean([self.values[self.datasets == d].mean(0) for d in self._names], axis=0)
+        return self._mean_of([np.flatnonzero(self.datasets == name) for name in self._names])
 
     @property
     def _names(self) -> list[str]:
@@ -90,7 +91,7 @@ class Outcomes:
             yield [generator.choice(cells[i], size=len(cells[i])) for i in picked]
 
     def _mean_of(self, rows: list[NDArray[np.int64]]) -> Array:
-        return np.mean([self.values[r].mean(0) for r in rows], axis=0)
+        return np.mean([self.values[r].mean(0) for r in rows], axis=0).round(DIGITS)
 
     def leads_left_out(self, anchor: int, draws: int, seed: int) -> Array:
         """Return how far the best of resampled cells leads a placement in the cells left out."""
@@ -131,7 +132,7 @@ def outcomes(table: pd.DataFrame, outcome: str = "hm") -> Outcomes:
             "(start `vlmlayers validate` again, it resumes)"
         )
     return Outcomes(
-        complete.to_numpy(np.float64),
+        complete.to_numpy(np.float64).round(DIGITS),
         complete.index.get_level_values("dataset").to_numpy(dtype=str),
         tuple(map(str, complete.columns)),
     )
@@ -309,8 +310,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
 def _tied(compared: dict[str, dict[Hashable, Any]], value: float) -> list[str]:
     """Return the trained placements whose mean is equal to a value."""
     trained = (label for label in compared if label != ZERO_SHOT)
-    # Means of the same accuracies in another order differ by rounding.
-    return [label for label in trained if abs(compared[label]["hm"] - value) < 1e-9]
+    return [label for label in trained if compared[label]["hm"] == value]
 
 
 def _against_zero_shot(plain: dict[Hashable, Any] | None) -> str:

@@ -195,3 +195,22 @@ def test_a_tie_is_called_one() -> None:
     cells = table((60, 60, 57, 50), noise=0)
     said = verdict(cells, PLACEMENTS[0], PLACEMENTS[2])
     assert "no placement did better, and 1 came out equal" in said
+
+
+def test_equal_accuracies_stay_a_tie_however_their_mean_was_computed() -> None:
+    """36 and 31 of 45 right everywhere: percent of shares, or shares in percent, is rounding."""
+    base, novel = 36 / 45, 31 / 45
+    cells = table((0, 0, 0, 0)).assign(
+        base=100 * base,
+        novel=100 * novel,
+        hm=100 * (2 * base * novel / (base + novel)),
+        zero_shot_base=100 * base,
+        zero_shot_novel=100 * novel,
+    )
+    lower = cells["seed"].eq(1) & cells["placement"].ne(PLACEMENTS[0])
+    cells.loc[lower, "hm"] -= 1
+    compared = compare(cells, PLACEMENTS[0]).set_index("placement")
+    plain = compared.loc["zero-shot"]
+    assert (plain.difference, plain.difference_low, plain.difference_high) == (0, 0, 0)
+    assert compared["difference_high"].max() == 0
+    assert "zero-shot CLIP cannot be told from it" in verdict(cells, *PLACEMENTS[:2])
