@@ -59,8 +59,8 @@ def read_recipes(
     methods have is set for those.
 
     Args:
-        name: Name or TOML file of the recipe, or one for each method; where None that of the method
-            for the model.
+        name: Name or TOML file of the recipe, or one for each method; where None or empty that of
+            the method for the model.
         settings: Values to set, by key.
         methods: Names of methods.
         model: Name of the model.

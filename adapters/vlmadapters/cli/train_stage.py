@@ -24,8 +24,8 @@ class TrainPart(TrainOptions):
         datasets: Trained on, each by itself; those of the study where empty.
         targets: Tested by transfer.
         method: Name of a method, or several, each trained with its own recipe.
-        recipe: Name of a recipe, or a TOML file beside the study; or one for each method that does
-            not take `published`, as in `{ maple = "transfer" }`.
+        recipe: Name of a recipe, or a TOML file beside the study; or one for each of some methods,
+            as in `{ maple = "transfer" }`; the backbone's where absent.
         set: Values of the recipes or methods.
         placements: Such as `5-12`, or `maple:1-9` for one of several methods; `choice` is the
             study's own choice; the recipe's where empty.
@@ -34,7 +34,7 @@ class TrainPart(TrainOptions):
     datasets: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     method: str | tuple[str, ...] = "mma"
-    recipe: str | dict[str, str] = "published"
+    recipe: str | dict[str, str] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     placements: tuple[str, ...] = ()
 
@@ -45,10 +45,10 @@ class TrainPart(TrainOptions):
 
     @property
     def recipes(self) -> dict[str, str]:
-        """The recipe of each method."""
+        """The recipe of each method; empty for the one that the method has for the backbone."""
         if isinstance(self.recipe, str):
             return dict.fromkeys(self.methods, self.recipe)
-        return {method: self.recipe.get(method, "published") for method in self.methods}
+        return {method: (self.recipe or {}).get(method, "") for method in self.methods}
 
 
 def parts(tables: Any) -> list[TrainPart]:
@@ -61,7 +61,7 @@ def parts(tables: Any) -> list[TrainPart]:
     for table in tables:
         part = validated(TrainPart, table, "[[train]]")
         protocol_of(part.protocol, part.targets, "[[train]]")
-        if not isinstance(part.recipe, str):
+        if isinstance(part.recipe, dict):
             for method in part.recipe:
                 check_one_of("method", method, part.methods, where="recipe of [[train]]")
         # A TOML file may lie beside the study, whose folder is not known here.
@@ -127,7 +127,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     from vlmadapters.protocols.train import train as library
 
     names = {method: recipe_name(context, name) for method, name in part.recipes.items()}
-    recipes = read_recipes(names, part.set, part.methods)
+    recipes = read_recipes(names, part.set, part.methods, model.name)
     choice = context.run.choice if any(map(_is_choice, part.placements)) else None
     own = [load(context, name) for name in part.datasets]
     sources = own or context.extracted_manifests

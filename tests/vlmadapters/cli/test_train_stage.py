@@ -67,7 +67,7 @@ def test_a_study_of_every_method_names_published_recipes_first(table: str) -> No
         assert part.protocol == table.replace("_", "-") and part.seeds == (1, 2, 3)
         assert not part.set and not part.placements
         for method, recipe in part.recipes.items():
-            assert load_recipe(recipe, method).source or method == "mma"
+            assert load_recipe(recipe or "published", method).source or method == "mma"
         named = {"few_shot": (), "base_to_novel": (), "domain_generalization": SHIFTED}
         assert set(part.targets) == set(named.get(table, ELEVEN - {"imagenet"}))
     trained = {one.name for one in study.datasets}
@@ -76,9 +76,20 @@ def test_a_study_of_every_method_names_published_recipes_first(table: str) -> No
 
 def test_each_method_of_a_table_may_have_a_recipe_of_its_own() -> None:
     part = {"method": ["maple", "coop"], "recipe": {"maple": "transfer"}}
-    assert parts([part])[0].recipes == {"maple": "transfer", "coop": "published"}
+    assert parts([part])[0].recipes == {"maple": "transfer", "coop": ""}
     assert parts([{"method": ["mma", "coop"], "recipe": "mini"}])[0].recipes["coop"] == "mini"
     assert load_recipe("published").train_for("imagenet").batch_size == 128
+
+
+def test_a_table_without_a_recipe_takes_that_of_the_backbone(tmp_path: Path) -> None:
+    """As the verb `train` does; an epoch of CoOp's published recipe is warm-up, and refused."""
+    part = {"method": ["coop"], "set": {"epochs": 1, "shots": 1}, "seeds": [1], "limit": 8}
+    content = {"models": [{"name": "mini-clip"}], "datasets": ["digits"], "stages": ["train"]}
+    run_study(check_study(content | {"train": [part]}), tmp_path, progress=False)
+    assert "CoOp" in set(pd.read_csv(tmp_path / "results.csv")["method"])
+    part |= {"recipe": "published"}
+    with pytest.raises(UserError, match="all of them warm-up"):
+        run_study(check_study(content | {"train": [part]}), tmp_path, progress=False)
 
 
 def small(table: str) -> Any:
