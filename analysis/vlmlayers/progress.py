@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from logging import Logger
 from typing import Any, TypeVar
@@ -15,13 +15,18 @@ _HIDDEN = ContextVar("hidden", default=False)
 
 
 @contextmanager
-def hidden() -> Iterator[None]:
-    """Hide all progress meanwhile, whatever the functions that are called would show."""
-    token = _HIDDEN.set(True)
+def switched_on(switch: ContextVar[bool]) -> Iterator[None]:
+    """Have a switch on meanwhile."""
+    token = switch.set(True)
     try:
         yield
     finally:
-        _HIDDEN.reset(token)
+        switch.reset(token)
+
+
+def hidden() -> AbstractContextManager[None]:
+    """Hide all progress meanwhile, whatever the functions that are called would show."""
+    return switched_on(_HIDDEN)
 
 
 def is_hidden() -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from vlmlayers.arguments import checked
 from vlmlayers.positions import is_block
+from vlmlayers.progress import switched_on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,33 +102,26 @@ def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     A new figure is known to pyplot only in a notebook or an interactive session: elsewhere pyplot
     would keep every figure alive.
     """
-    if ax is not None:
-        return ax
-    if _is_interactive():
-        import matplotlib.pyplot as plt
-
-        return plt.subplots(figsize=size)[1]
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    # Without pyplot nothing else gives the figure a canvas that can draw.
-    FigureCanvasAgg(figure)
-    return figure.subplots()
+    return _new_axes(1, size)[0] if ax is None else ax
 
 
 def new_grid(panels: int, side: float) -> Any:
     """Return axes of a new figure side by side, (panel,), each `side` inches wide."""
-    size = (side * panels + 0.8, side + 0.3)
+    return _new_axes(panels, (side * panels + 0.8, side + 0.3))
+
+
+def _new_axes(panels: int, size: tuple[float, float] | None) -> Any:
     if _is_interactive():
         import matplotlib.pyplot as plt
 
-        return plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")[1][0]
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+        figure = plt.figure(figsize=size, layout="constrained")
+    else:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+        figure = Figure(figsize=size, layout="constrained")
+        # Without pyplot nothing else gives the figure a canvas that can draw.
+        FigureCanvasAgg(figure)
     return figure.subplots(1, panels, squeeze=False)[0]
 
 
@@ -171,14 +165,9 @@ def label_text(text: str, among: Iterable[str] = ()) -> str:
     return made.replace("$", r"\$").lstrip("_") or "□"
 
 
-@contextmanager
-def unseen() -> Iterator[None]:
+def unseen() -> AbstractContextManager[None]:
     """Draw figures to be saved, not shown, also in a notebook."""
-    token = _UNSEEN.set(True)
-    try:
-        yield
-    finally:
-        _UNSEEN.reset(token)
+    return switched_on(_UNSEEN)
 
 
 def _is_interactive() -> bool:
