@@ -176,6 +176,14 @@ class Recipe:
         """The placement as tables write it; empty where there is neither block nor amount."""
         return str(self.placement) if self.placement or self.amount else ""
 
+    def described(self) -> dict[str, Any]:
+        """Return what the files of a run say of the recipe, as JSON values."""
+        return {
+            "method": self.method.name,
+            "recipe": {"name": self.name, **self.train.identity()},
+            "settings": self.method.settings(),
+        }
+
     def at(self, place: Any) -> Recipe:
         """Return the recipe with its method at other blocks, by the amount that they name.
 

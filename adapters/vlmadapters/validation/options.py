@@ -74,6 +74,11 @@ class FoldOptions(RunOptions):
         "where absent.",
     )
 
+    @property
+    def given_amounts(self) -> list[Amount] | None:
+        """The amounts to try, None where none were given."""
+        return None if self.amounts is None else list(map(Amount.parse, self.amounts))
+
 
 class SearchOptions(FoldOptions):
     """The options of `search`."""

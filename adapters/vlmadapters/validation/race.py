@@ -10,17 +10,17 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.data.folds import Fold
+from vlmadapters.data.folds import Fold, folds
+from vlmadapters.data.task import TaskData
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_OWN
 from vlmadapters.training.recipes import Recipe
 from vlmadapters.training.trainer import count_steps
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
+from vlmadapters.validation.options import SearchOptions, ValidateOptions
 from vlmlayers.placement import ZERO_SHOT
 
-CELLS = "folds"  # folder of cells of folds in a run: search and tuning share them
 AS_IS = "recipe"  # a method without placement, by the amount of its recipe
-Draws = Mapping[tuple[str, int], Sequence[Fold]]
 
 
 def label(setting: Recipe) -> str:
@@ -36,43 +36,61 @@ class Track:
     """Trains settings on folds, each once, and keeps what came out and what it cost.
 
     Args:
-        draws: The folds of each dataset and seed.
+        data: The datasets, each drawn from for every seed.
         recipe: The default setting: one full training of every draw by it is the unit of cost.
         model: The model.
-        out: Folder of the cells; None keeps everything in memory.
-        together: Settings trained side by side.
+        seeds: Seeds of the few-shot draws.
+        options: How many folds of each draw, and how many settings are trained side by side.
+        out: Folder of a run, whose cells of folds are under `folds`; None keeps all in memory.
+        apart: Whether folds hold out whole classes as well; see `folds`.
         progress: Show bars.
+
+    Attributes:
+        draws: The folds of each dataset and seed.
+        rounds: Number of folds of the draw that has most.
+        steps_of_one: Steps of one full training of every draw.
     """
 
     def __init__(
         self,
-        draws: Draws,
+        data: Iterable[TaskData],
         recipe: Recipe,
         model: Any,
-        out: str | Path | None = None,
+        seeds: Sequence[int],
+        options: SearchOptions | ValidateOptions,
+        out: str | Path | None,
         *,
-        together: int = 12,
+        apart: bool = True,
         progress: bool = True,
     ) -> None:
-        self.draws, self.together = draws, together
-        self.rounds = max(len(folds) for folds in draws.values())
-        whole = {key: count_steps(recipe.train_for(key[0]), folds[0].drawn)
-                 for key, folds in draws.items()}  # fmt: skip
+        self.together = options.together
+        self.draws = draws = {
+            (one.manifest.name, seed): folds(
+                one, recipe.train_for(one.manifest.name).shots, seed, options.folds, apart=apart
+            )
+            for one in data
+            for seed in seeds
+        }
+        self.rounds = max(map(len, draws.values()))
+        whole = {key: count_steps(recipe.train_for(key[0]), parts[0].drawn)
+                 for key, parts in draws.items()}  # fmt: skip
         # Cost in steps, not seconds: a budget has to cut the same settings on every machine.
         self.steps_of_one = sum(whole.values())
         self._known = {
             fold.manifest.name: (dataset, seed, number, fold.held_out)
-            for (dataset, seed), folds in draws.items()
-            for number, fold in enumerate(folds, 1)
+            for (dataset, seed), parts in draws.items()
+            for number, fold in enumerate(parts, 1)
         }
         # Folds with whole classes held out are tested on two halves, others on one.
-        kinds = dict.fromkeys(fold.apart for folds in draws.values() for fold in folds)
+        kinds = dict.fromkeys(fold.apart for parts in draws.values() for fold in parts)
+        # One folder for search and tuning: what one has trained on a fold the other reads.
+        cells = None if out is None else Path(out) / "folds"
         self._experiments = {
             apart: Experiment(
                 "base-to-novel" if apart else "few-shot",
                 model,
                 recipe,
-                out,
+                cells,
                 table=None,
                 progress=progress,
             )
@@ -93,19 +111,19 @@ class Track:
     def price(self, setting: Recipe, number: int) -> float:
         """Return what a setting costs on one fold of every draw, 0 where it has run there."""
         missing = [
-            (dataset, folds[number - 1])
-            for (dataset, _), folds in self.draws.items()
-            if number <= len(folds)
-            and (folds[number - 1].manifest.name, label(setting)) not in self._rows
+            (dataset, parts[number - 1])
+            for (dataset, _), parts in self.draws.items()
+            if number <= len(parts)
+            and (parts[number - 1].manifest.name, label(setting)) not in self._rows
         ]
         return sum(_steps(setting, *one) for one in missing) / self.steps_of_one
 
     def run(self, stage: str, settings: Sequence[Recipe], number: int) -> None:
         """Train settings on the fold of a number of every draw, where they have not run yet."""
-        for (dataset, seed), folds in self.draws.items():
-            if number > len(folds):
+        for (dataset, seed), parts in self.draws.items():
+            if number > len(parts):
                 continue
-            fold = folds[number - 1]
+            fold = parts[number - 1]
             name = fold.manifest.name
             # Amounts and placements meet in some settings, and folds are resumed from their cells.
             new = {label(one): one for one in settings if (name, label(one)) not in self._rows}

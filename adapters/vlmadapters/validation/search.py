@@ -19,7 +19,6 @@ from typing import Any
 import pandas as pd
 
 from vlmadapters.clip.products import timed_products
-from vlmadapters.data.folds import folds as folds_of
 from vlmadapters.data.task import TaskData
 from vlmadapters.protocols.train import Datasets, Model
 from vlmadapters.training import processes
@@ -32,13 +31,13 @@ from vlmadapters.validation.candidates import (
 )
 from vlmadapters.validation.judge import CRITERIA, Difference, difference, ranking
 from vlmadapters.validation.options import SearchOptions
-from vlmadapters.validation.race import AS_IS, CELLS, Race, Track, label
+from vlmadapters.validation.race import AS_IS, Race, Track, label
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv, write_json
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import takes, validated
-from vlmlayers.placement import ZERO_SHOT, Amount, Placement
+from vlmlayers.placement import ZERO_SHOT, Placement
 from vlmlayers.runs import environment
 
 AMOUNT_SHARE = 0.6  # of the budget, where placements are searched as well
@@ -117,8 +116,7 @@ def search(
     if not isinstance(recipe, Recipe):
         recipe = scaled(load_recipe(recipe or default_recipe(model.name, method), method), depths)
     default = recipe.changed({"shots": asked.shots}, {})
-    amounts, budget = asked.amounts, asked.budget
-    rates = tried_amounts(default, None if amounts is None else map(Amount.parse, amounts))
+    rates = tried_amounts(default, asked.given_amounts)
     placements, refused = tried_placements(default, depths, asked.placement)
     seeds = list(dict.fromkeys(asked.seeds))
     manifests = [one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets]
@@ -126,52 +124,20 @@ def search(
         raise UserError(f"there is no {'seed' if manifests else 'dataset'} to search on; name one")
     # What is learned for each class cannot be tested on classes that were held out.
     apart = asked.novel and not default.method.class_bound
-    draws = {}
-    for manifest in distinct(manifests, root):
-        data = TaskData(manifest, model, root, asked)
-        for seed in seeds:
-            count = default.train_for(manifest.name).shots
-            draws[manifest.name, seed] = folds_of(data, count, seed, asked.folds, apart=apart)
-    cells = None if out is None else Path(out) / CELLS
-    track = Track(draws, default, model, cells, together=asked.together, progress=progress)
+    data = [TaskData(one, model, root, asked) for one in distinct(manifests, root)]
+    track = Track(data, default, model, seeds, asked, out, apart=apart, progress=progress)
     race = Race(track, asked.criterion)
     for place, why in refused.items():
         race.skip("placement", place, why)
-    limit = math.inf if budget is None else budget
+    limit = math.inf if asked.budget is None else asked.budget
     # Amount comes first: where the budget allows one comparison, it is one of amounts.
     share = max(limit * AMOUNT_SHARE, race.price(default, rates[:1])) if placements else limit
     tuned = race.run("amount", default, rates, min(share, limit))
     # What amounts left of the budget is spent on placements.
     race.run("placement", tuned, crossed(tuned, placements), limit - track.cost)
     if not race.heats:
-        raise UserError(_too_little(race, default, [*rates, *placements], budget))
-    answer = _answer(race, label(default))
-    answer["statement"] += _how(race, default, asked.novel)
-    summary = {
-        **answer,
-        "criterion": {"name": asked.criterion, "means": CRITERIA[asked.criterion][1]},
-        "method": default.method.name,
-        "recipe": {"name": default.name, **default.train.identity()},
-        "settings": default.method.settings(),
-        "datasets": list(dict.fromkeys(name for name, _ in draws)),
-        "seeds": seeds,
-        "folds": track.rounds,
-        "novel_held_out": any(one[0].apart for one in draws.values()),
-        "cost": {
-            "trainings": round(track.cost, 2),
-            "budget": budget,
-            "steps": int(track.table["steps"].sum()),
-            "steps_of_one": track.steps_of_one,
-            "seconds": round(float(track.table["seconds"].sum()), 1),
-        },
-        "skipped": race.skipped,
-        "towers": depths,
-        "model": model.name,
-        "weights_hash": model.weights_hash,
-        "random_weights": bool(model.random_weights),
-        "environment": {**environment(), "products": timed_products()},
-    }
-    found = Search(track.table, summary)
+        raise UserError(_too_little(race, default, [*rates, *placements], asked.budget))
+    found = Search(track.table, _summary(race, default, model, asked))
     if out is not None and not processes.rank_and_size()[0]:
         found.write(out)
     return found
@@ -185,6 +151,34 @@ def _too_little(race: Race, default: Recipe, rivals: Sequence[Recipe], budget: f
         f"the budget of {budget:g} full trainings allows no comparison; one with the default takes "
         f"{least:.1f}; raise the budget, or take fewer folds"
     )
+
+
+def _summary(race: Race, default: Recipe, model: Any, asked: SearchOptions) -> dict[str, Any]:
+    """Return the content of `search.json`."""
+    track, answer = race.track, _answer(race, label(default))
+    answer["statement"] += _how(race, default, asked.novel)
+    return {
+        **answer,
+        "criterion": {"name": race.criterion, "means": CRITERIA[race.criterion][1]},
+        **default.described(),
+        "datasets": list(dict.fromkeys(name for name, _ in track.draws)),
+        "seeds": list(dict.fromkeys(seed for _, seed in track.draws)),
+        "folds": track.rounds,
+        "novel_held_out": any(parts[0].apart for parts in track.draws.values()),
+        "cost": {
+            "trainings": round(track.cost, 2),
+            "budget": asked.budget,
+            "steps": int(track.table["steps"].sum()),
+            "steps_of_one": track.steps_of_one,
+            "seconds": round(float(track.table["seconds"].sum()), 1),
+        },
+        "skipped": race.skipped,
+        "towers": {name: tower.depth for name, tower in model.towers.items()},
+        "model": model.name,
+        "weights_hash": model.weights_hash,
+        "random_weights": bool(model.random_weights),
+        "environment": {**environment(), "products": timed_products()},
+    }
 
 
 def _answer(race: Race, default: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.data.folds import folds as folds_of
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.train import Datasets, Model
@@ -23,12 +22,11 @@ from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
 from vlmadapters.validation.competitors import Competitor, chosen_placement, competitors
 from vlmadapters.validation.options import ValidateOptions
 from vlmadapters.validation.outcome import Validation, summarise, validation_table
-from vlmadapters.validation.race import CELLS, Track
+from vlmadapters.validation.race import Track
 from vlmadapters.validation.tuning import tune
 from vlmlayers.arguments import Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.options import takes, validated
-from vlmlayers.placement import Amount
 
 
 @takes(ValidateOptions)
@@ -96,16 +94,8 @@ def validate(
     settings = {"given": [made.at(one.placement) for one in trained]}
     tuning = None
     if asked.amount == "tuned":
-        draws = {
-            (one.manifest.name, seeds[0]): folds_of(
-                one, made.train_for(one.manifest.name).shots, seeds[0], asked.folds
-            )
-            for one in data
-        }
-        cells = None if out is None else Path(out) / CELLS
-        track = Track(draws, made, model, cells, together=asked.together, progress=progress)
-        tried = None if asked.amounts is None else list(map(Amount.parse, asked.amounts))
-        tuning = tune(track, settings["given"], tried)
+        track = Track(data, made, model, seeds[:1], asked, out, progress=progress)
+        tuning = tune(track, settings["given"], asked.given_amounts)
         settings = {"tuned": list(tuning.settings), **settings}  # the first may be found void
     whole = [one for several in settings.values() for one in several]
     # Manifests alone: `Experiment` has the data of each already, with what was decoded.
@@ -113,9 +103,7 @@ def validate(
     # Where tuning kept the recipe's amount, both comparisons share the training.
     results = experiment.run(named, list(dict.fromkeys(whole)), seeds, together=asked.together)
     recorded = {
-        "method": made.method.name,
-        "recipe": {"name": made.name, **made.train.identity()},
-        "settings": made.method.settings(),
+        **made.described(),
         "limit": asked.limit,
         "device": str(model.device),
         "precision": experiment.evaluator.precision,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError
@@ -147,24 +148,7 @@ def measure_costs(
     shapes = recorder.shapes()
     text = None if tower == "vision" else model.towers.get("text")
     texts = {} if text is None else Recorder(text, spaces, None).shapes()
-    (_, batch, bad), decoding_seconds = _timed(
-        lambda: next(
-            decode(
-                manifest,
-                items,
-                [range(min(batch_size, len(items)))],
-                preprocess=model.preprocess,
-                root=root,
-                size=model.image_size,
-                workers=0,
-                decoding=decoding,
-                device=model.device,
-            )
-        )
-    )
-    if batch is None:
-        raise UserError(f"the first images cannot be read: {bad[0]}")
-    batch = batch.to(model.device, model.input_dtype)
+    batch, decoding_seconds = _decoded(model, manifest, items[:batch_size], root, decoding)
     advice = f"lower batch_size ({batch_size}; --batch-size), or take another device"
     precision = resolve_precision(precision, model.device)
     with memory_errors(model.device, advice), recorder, autocast(model.device, precision):
@@ -191,6 +175,27 @@ def measure_costs(
         # Both towers and their pairs are added at the rate of the vision tower.
         _add_seconds(added, repeats) / len(batch) * sums / own if added else 0.0,
     )
+
+
+def _decoded(
+    model: VLM, manifest: Any, items: Sequence[Any], root: Path | None, decoding: str
+) -> tuple[Tensor, float]:
+    """Return the images of items as the model takes them, and the time to decode them."""
+    batches = decode(
+        manifest,
+        items,
+        [range(len(items))],
+        preprocess=model.preprocess,
+        root=root,
+        size=model.image_size,
+        workers=0,
+        decoding=decoding,
+        device=model.device,
+    )
+    (_, batch, bad), seconds = _timed(lambda: next(batches))
+    if batch is None:
+        raise UserError(f"the first images cannot be read: {bad[0]}")
+    return batch.to(model.device, model.input_dtype), seconds
 
 
 def _write_seconds(rows: NDArray[np.floating], repeats: int, disk: Path | None) -> float:
