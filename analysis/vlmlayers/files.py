@@ -105,6 +105,7 @@ def _parsed(path: Path, parse: Callable[[str], Any], kind: str, what: str, advic
     except OSError as error:
         name = f"{what} {path}".strip()
         raise UserError(f"cannot read {name}: {error.strerror}{then}") from None
+    # Both parsers call themselves for what is nested: some kilobytes of brackets end in that.
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise UserError(f"{path} is not valid {kind}: {why}{then}") from None

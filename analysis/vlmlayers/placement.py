@@ -233,6 +233,7 @@ def module_pattern(blocks: Iterable[str], layers: Iterable[str]) -> str:
     Returns:
         str: One such as `visual\.transformer\.resblocks\.(?:4|5)\.(?:attn|mlp\.c_fc)`.
     """
+    # Per parent: block 4 of one tower must not match block 4 of the other.
     by_parent: dict[str, list[str]] = {}
     for name in blocks:
         parent, _, last = name.rpartition(".")
@@ -291,6 +292,7 @@ def _checked(blocks: Any, tower: str = "") -> tuple[int, ...]:
         )
     found: dict[int, None] = {}
     for block in blocks:
+        # By `__index__`, which arrays' whole numbers have too; so has True, never meant as block 1.
         if isinstance(block, bool) or not hasattr(block, "__index__") or index(block) < 1:
             raise UserError(f"{tower}block {shortened(repr(block))} is not a whole number from 1")
         if index(block) in found:

@@ -60,7 +60,7 @@ def result_row(
         "placement": "",
         "settings": "",
         "shots": 0,
-        "seed": -1,
+        "seed": -1,  # none was drawn; NaN would make fractions of the column
         "parameters": 0,
         "seconds": 0.0,
         "template": template,

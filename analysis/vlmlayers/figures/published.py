@@ -58,6 +58,7 @@ def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
     except MissingTable:
         return pd.DataFrame(columns=[*RESULT_COLUMNS, "setting"])
     kept = table[table.protocol.str.replace("-", "_") == protocol].copy()
+    # Tables written before settings were recorded lack the column.
     kept = kept if "settings" in kept else kept.assign(settings="")
     # A training that was repeated stands twice: its last row counts.
     kept = kept.drop_duplicates([*RESULT_COLUMNS[:-1], "settings"], keep="last")

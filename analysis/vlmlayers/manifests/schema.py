@@ -163,6 +163,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read, is too large, or is not TOML.
     """
+    # Before it is read: the path may be of anything, such as the images' archive.
     if path.is_file() and path.stat().st_size > LARGEST_TOML:
         raise UserError(f"{path} is larger than {LARGEST_TOML:,} bytes; not a manifest")
     return read_toml(path, "the manifest")

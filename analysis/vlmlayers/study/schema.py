@@ -195,6 +195,7 @@ class Study(Options):
 
     def part(self, dataset: DatasetPart) -> dict[str, Any]:
         """Return the extraction options of one dataset."""
+        # None means absent here; `items = 0` and `present_only = false` are said.
         common = self.extract.model_dump(include=set(DatasetPart.model_fields))
         return common | dataset.model_dump(exclude={"name"}, exclude_none=True)
 
