@@ -296,7 +296,8 @@ class Method(nn.Module):
         """
         if type(self).config_of_official.__func__ is Method.config_of_official.__func__:  # type: ignore[attr-defined]
             raise UserError(
-                f"{self.config.name} has no layout of its authors to write; use save_method"
+                f"{self.config.name} has no layout of its authors to write; keep the "
+                ".safetensors of `vlmlayers train`, or use save_method"
             )
         state = {key: value.cpu() for key, value in self.official_state_dict().items()}
         # Dassl's files have these entries too; there is no training to resume, so they are None.

@@ -116,11 +116,13 @@ def context_prompts(
 def _check_room(
     backbone: Backbone, names: Sequence[str], before: str, slots: int, limit: int
 ) -> None:
-    context = int(_counts(backbone, [before])) - _special(backbone)[1]
-    if context < slots:
-        raise UserError(f"{before!r} has {context} tokens, too few for a context of {slots}")
     # Name and context are counted apart: tokenizers cut a text that is too long without a word,
     # and a prompt counted whole would always seem to fit.
+    whole = int(_counts(backbone, [before]))
+    context = whole - _special(backbone)[1]
+    if context < slots and whole < limit:
+        raise UserError(f"{before!r} has {context} tokens, too few for a context of {slots}")
+    context = max(context, slots)  # of words that were cut, as many as there are to be
     for name, own in zip(names, _counts(backbone, [f"{name}." for name in names]).tolist()):
         if own + context > limit:
             fits = limit - own

@@ -86,6 +86,9 @@ def test_a_name_without_room_is_refused_with_the_limit() -> None:
     context_prompts(backbone, ["cat"], ["X"] * 73)
     with pytest.raises(UserError, match=r"'cat' takes 4 tokens .* context 74; .* 77 at most.* 73"):
         context_prompts(backbone, ["cat"], ["X"] * 74)
+    # The tokenizer cuts these words themselves.
+    with pytest.raises(UserError, match=r"'cat' takes 4 tokens .* context 80; .* 77 at most.* 73"):
+        context_prompts(backbone, ["cat"], ["X"] * 80)
     with pytest.raises(UserError, match="shorten the name"):
         context_prompts(backbone, ["cat " * 90], ["X"])
 
