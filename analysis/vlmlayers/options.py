@@ -183,9 +183,10 @@ def _explain(error: ValidationError, model: type[BaseModel], values: Any) -> str
     steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in where)
     place = "".join(steps).removeprefix(".")[:120]
     if first["type"] == "extra_forbidden":
-        fields = _names(model, first["loc"][:-1])
-        close = nearest(str(first["loc"][-1]), fields)
-        hint = f"did you mean {close!r}?" if close else f"valid: {', '.join(fields)}"
+        keys = _keys(model, first["loc"][:-1])
+        close = nearest(str(first["loc"][-1]), keys)
+        valid = ", ".join(dict.fromkeys(keys.values()))
+        hint = f"did you mean {keys[close]!r}?" if close else f"valid: {valid}"
         return f"unknown key {place!r}; {hint}{tail}"
     if first["type"] == "missing":
         return f"the key {place!r} is missing{tail}"
@@ -232,13 +233,21 @@ def _needed(problems: Sequence[Mapping[str, Any]]) -> str:
     return " or ".join(dict.fromkeys(words)) if all(words) else ""
 
 
-def _names(model: type[BaseModel], place: Sequence[Any]) -> list[str]:
-    """Return the names that are valid at a place inside a model."""
+def _keys(model: type[BaseModel], place: Sequence[Any]) -> dict[str, str]:
+    """Return the keys at a place inside a model by themselves and by their words as options."""
     for key in place:
         named = {field.alias or name: field for name, field in model.model_fields.items()}
         if key in named:
             model = _inner(named[key].annotation) or model
-    return [field.alias or name for name, field in model.model_fields.items()]
+    keys = {field.alias or name: field for name, field in model.model_fields.items()}
+    options = {
+        option.removeprefix("--"): key
+        for key, field in keys.items()
+        for cli in field.metadata
+        if isinstance(cli, Cli)
+        for option in cli.names
+    }
+    return options | {key: key for key in keys}
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
