@@ -130,13 +130,20 @@ def _duration(answer: Answer, seeds: int) -> str:
 
 def _longer(answer: Answer, trained: tuple[int, ...]) -> str:
     """Return how long as many seeds again take, from what they took here; empty where unknown."""
-    ledger = answer.run.folder / "stages.json"
+    if not trained:
+        return ""
+    ledger, found = (answer.run.folder / name for name in ("stages.json", "validation.json"))
     seconds = read_json(ledger).get("validate", {}).get("seconds", 0) if ledger.exists() else 0
-    if not trained or not seconds:
+    tail = ""
+    if not seconds and found.exists():  # the verb alone, which is no stage of a study
+        seconds = read_json(found).get("training_seconds", 0)
+        tail = "; testing comes on top"
+    if not seconds:
         return ""
     return (
-        f"As many seeds again: about {_time(seconds)}, as long as the {len(trained)} took here. "
-        "What is trained is not trained again; a stopped run resumes with the same command."
+        f"As many seeds again: about {_time(seconds)}, as long as the {len(trained)} took here"
+        f"{tail}. What is trained is not trained again; a stopped run resumes with the same "
+        "command."
     )
 
 

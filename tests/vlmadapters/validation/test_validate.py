@@ -375,6 +375,15 @@ def test_nothing_to_test_on_is_named(manifest: Manifest, tmp_path: Path) -> None
             summarise(empty)
 
 
+def test_a_training_that_both_comparisons_share_is_counted_once(manifest: Manifest) -> None:
+    given = run(manifest, seeds=(1,)).query("comparison == 'given'")
+    slower = given.assign(comparison="tuned")
+    slower.loc[slower.index[0], "seconds"] += 100
+    both = pd.concat([slower, given], ignore_index=True)
+    expected = given["seconds"].sum() + slower["seconds"].iloc[0]
+    assert summarise(both).summary["training_seconds"] == pytest.approx(expected, abs=0.1)
+
+
 def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlmadapters.cli import validate as validate_verb
     from vlmlayers.cli import app

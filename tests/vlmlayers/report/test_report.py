@@ -19,6 +19,7 @@ from run_folders import make_run
 from score_tables import DATASETS
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import read_json
 from vlmlayers.placement import describe_blocks
 from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.comparable import ALIKE, comparability
@@ -29,7 +30,7 @@ from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.several import summary_table
 from vlmlayers.report.tables import comparison_table, tabular
-from vlmlayers.runs import Run
+from vlmlayers.runs import Run, write_json
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import LayerChoice, select
 from vlmlayers.words import escape_markdown, markdown_table, text_table
@@ -370,6 +371,10 @@ def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
         "--set", "shots=8", "--amounts", "scale=0.3", "--kinds", "paper,all", "--items", "90",
         "--seeds", "1,2,3,4,5,6",
     ]  # fmt: skip
+    summary = validated.folder / "validation.json"
+    write_json(summary, read_json(summary) | {"training_seconds": 600.0})
+    again = next_steps(read_answer(validated.folder))[0].text
+    assert "about 10 min, as long as the 3 took here; testing comes on top" in again
     assert "choice.to_peft(clip" in adapt.code
     compile(adapt.code, "next", "exec")
 
