@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -46,6 +47,16 @@ def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
     return outcomes[name].astype(bool)
 
 
+def _label_axis(ax: Axes, words: str, outcomes: pd.DataFrame) -> None:
+    """Label the horizontal axis; under it stands what is wrong with the comparison, if anything.
+
+    Figures travel without their captions.
+    """
+    said: Any = outcomes["warning"].dropna().unique() if "warning" in outcomes.columns else []
+    lines = [line for one in said if one for line in textwrap.wrap(f"Warning: {one}", 48)]
+    ax.set_xlabel("\n".join(filter(None, [words, *lines])))
+
+
 @checked
 def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
     """Draw base, novel and HM of each placement, in the order of the table.
@@ -55,7 +66,7 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
 
     Args:
         outcomes: One row per placement: `placement`, `base`, `novel`, `hm`, and where known
-            `hm_low`, `hm_high`, `chosen`, and `sweep` or `kind`.
+            `hm_low`, `hm_high`, `chosen`, `warning`, and `sweep` or `kind`.
         ax: Axes to draw on.
 
     Raises:
@@ -87,6 +98,7 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
         slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
         ax.set_xticks(x, labels, **({} if fits else slanted))
         ax.set_ylabel("Accuracy (%)")
+        _label_axis(ax, "", outcomes)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
         return ax
 
@@ -155,7 +167,7 @@ def predicted_vs_trained(
 
     Args:
         outcomes: One row per placement: `placement`, `hm`, the predicted score, and where known
-            `hm_low`, `hm_high`, `chosen` and `published`.
+            `hm_low`, `hm_high`, `chosen`, `published` and `warning`.
         predicted: Column of the predicted score, `metric:NAME` for the mean of a metric.
         ax: Axes to draw on.
 
@@ -187,7 +199,7 @@ def predicted_vs_trained(
                 color="#444444",
             )
         _, of_metric, name = predicted.rpartition("metric:")
-        ax.set_xlabel(axis_label(name) + (", mean of blocks" if of_metric else ""))
+        _label_axis(ax, axis_label(name) + (", mean of blocks" if of_metric else ""), outcomes)
         ax.set_ylabel("Trained harmonic mean (%)")
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
         return ax
@@ -203,7 +215,7 @@ def cost(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
     _need(outcomes, "hm", "parameters")
     with style():
         ax = predicted_vs_trained(outcomes, "parameters", ax)
-        ax.set_xlabel("Trainable parameters (thousands)")
+        _label_axis(ax, "Trainable parameters (thousands)", outcomes)
         ax.xaxis.set_major_formatter(lambda value, place: f"{value / 1000:g}")
         return ax
 

@@ -236,7 +236,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
             yield Plan(
                 "predicted-trained",
                 f"Placement score {best} against the trained harmonic mean, {_source(answer)}. "
-                "One point per placement; lines: 95 % interval.",
+                f"One point per placement; lines: 95 % interval.{warning}",
                 lambda: mark_random(
                     drop_overlapping_texts(plots.predicted_vs_trained(merged, best)),
                     answer.random_weights,

@@ -367,3 +367,15 @@ def test_heat_maps_mark_open_blocks_pale() -> None:
     ):
         marks = [(one.get_label().split(" ", 1)[1], one.get_alpha()) for one in ax.lines]
         assert sorted(marks) == sorted([("5-8 open", 0.3), ("9-12 firm", 1.0)] * towers)
+
+
+def test_figures_carry_the_warning_of_their_comparison_under_the_axis() -> None:
+    warned = OUTCOMES.assign(warning="placements of 1 to 9 blocks are compared at one amount")
+    for draw, words in (
+        (plots.placement_sweep, "Warning: placements"),
+        (plots.cost, "Trainable parameters (thousands) Warning: placements"),
+    ):
+        said = " ".join(draw(warned).get_xlabel().split("\n"))
+        assert said == f"{words} of 1 to 9 blocks are compared at one amount"
+        assert "Warning" not in draw(OUTCOMES.assign(warning="")).get_xlabel()
+        assert "Warning" not in draw(OUTCOMES.assign(warning=None)).get_xlabel()
