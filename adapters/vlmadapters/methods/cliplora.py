@@ -30,8 +30,6 @@ from vlmadapters.methods.deep_configs import CLIPLoRAConfig
 from vlmadapters.methods.official import check_keys, check_settings
 from vlmlayers.errors import UserError
 
-# A constant of the public code. OpenAI's models have exp(logit scale) = 100 as well, others not.
-SCALE = 100.0
 # In the order of the authors' files.
 RESBLOCKS = {"text": "transformer.resblocks", "vision": "visual.transformer.resblocks"}
 LINEARS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "proj"}
@@ -169,7 +167,7 @@ class CLIPLoRA(Method):
         """Return 100 · cosine, (image, class), in single precision."""
         with torch.autocast(images.device.type, enabled=False):
             unit = [F.normalize(single(one), dim=-1) for one in (images, classes)]
-            return SCALE * unit[0] @ unit[1].T
+            return self.config.own_scale * unit[0] @ unit[1].T
 
     def loss_parts(self, step: Step) -> dict[str, Tensor]:
         """Return the cross-entropy, with dropout in training."""
@@ -200,7 +198,7 @@ class CLIPLoRA(Method):
                         # In place: the thirds are views of the copy that is returned.
                         thirds[matrix] += scale * factors.up @ factors.down
                     found |= {names[key]: value for key, value in changed.items()}
-        return found | {"logit_scale": torch.tensor(log(SCALE))}
+        return found | {"logit_scale": torch.tensor(log(self.config.own_scale))}
 
     def official_names(self) -> dict[str, str]:
         """Return our parameter names to the authors'."""

@@ -20,7 +20,8 @@ class MethodConfig:
     """Settings of a method: where it acts and how large it is. Subclasses add their fields.
 
     Class attributes describe the method and are no settings: `name` is its key in `METHODS`,
-    `title` its name in tables, and `towers` those whose blocks a placement may name.
+    `title` its name in tables, `towers` those whose blocks a placement may name, and `own_scale`
+    the factor of its cosines where it is not the backbone's, else 0.
 
     Attributes:
         vision: Vision blocks at which the method acts, counted from 1, rising.
@@ -37,6 +38,7 @@ class MethodConfig:
     name: ClassVar[str] = "zero-shot"
     title: ClassVar[str] = "zero-shot CLIP"
     towers: ClassVar[tuple[str, ...]] = ()
+    own_scale: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         placed = Placement(self.vision, self.text)

@@ -158,6 +158,8 @@ class CLIPLoRAConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "cliplora"
     title: ClassVar[str] = "CLIP-LoRA"
+    # A constant of the public code. OpenAI's models have exp(logit scale) = 100 too, others not.
+    own_scale: ClassVar[float] = 100.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,6 +43,7 @@ class TipConfig(MethodConfig):
 
     name: ClassVar[str] = "tip"
     title: ClassVar[str] = "Tip-Adapter"
+    own_scale: ClassVar[float] = 100.0  # the authors' constant
 
 
 @checked

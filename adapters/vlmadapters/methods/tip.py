@@ -24,7 +24,6 @@ from vlmadapters.methods.base import FitData, Method
 from vlmadapters.methods.head_configs import TipConfig, TipFConfig
 
 LOG = logging.getLogger(__name__)
-SCALE = 100.0  # the authors' constant, whatever the backbone's own scale is
 LEAST = 0.1  # of the values tried for α and β
 
 
@@ -138,7 +137,7 @@ class Tip(Method):
         alphas = _grid(config.alpha_end, config.alpha_steps)
         betas = _grid(config.beta_end, config.beta_steps)
         f = F.normalize(single(images), dim=-1)
-        plain, affinity = SCALE * f @ classes.weights.T, f @ self.keys.T
+        plain, affinity = config.own_scale * f @ classes.weights.T, f @ self.keys.T
         for beta in betas:
             cached = self._cached(affinity, beta, classes)
             hits = [((plain + alpha * cached).argmax(1) == labels).sum() for alpha in alphas]
@@ -158,7 +157,7 @@ class Tip(Method):
         with torch.autocast(images.device.type, enabled=False):
             f = F.normalize(single(images), dim=-1)
             cached = self._cached(f @ self.keys.T, self.beta, classes)
-            return SCALE * f @ classes.weights.T + self.alpha * cached
+            return self.config.own_scale * f @ classes.weights.T + self.alpha * cached
 
     def _cached(self, affinity: Tensor, beta: Tensor | float, classes: CachedClasses) -> Tensor:
         """Return the cache's votes, (image, class), from cosines to its items, (image, item)."""

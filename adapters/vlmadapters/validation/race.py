@@ -104,6 +104,12 @@ class Track:
         return pd.DataFrame(self._rows.values(), columns=list(SEARCH_COLUMNS))
 
     @property
+    def logit_scale(self) -> float:
+        """The backbone's factor of cosines."""
+        clip: Any = next(iter(self._experiments.values())).backbone.clip
+        return float(clip.logit_scale.exp())
+
+    @property
     def cost(self) -> float:
         """What has been trained, in full trainings."""
         return sum(row["steps"] for row in self._rows.values()) / self.steps_of_one

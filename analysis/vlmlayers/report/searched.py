@@ -50,7 +50,11 @@ def _pairs(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]
             setting = found["pick"] if key == "difference" else found["runner_up"]
             pairs.append((f"{label} against the default", setting, found[key]))
     plain = found["to_zero_shot"]
-    return [*pairs, ("Against zero-shot CLIP: whether to adapt", plain["setting"], plain)]
+    whether = "Against zero-shot CLIP: whether to adapt"
+    # Searches of earlier versions judged everything by one criterion and named it once.
+    if plain.get("criterion", own := found["criterion"]["name"]) != own:
+        whether += f", by {plain['criterion']}"
+    return [*pairs, (whether, plain["setting"], plain)]
 
 
 def _difference(one: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ import vlmadapters as va
 from vlmadapters.data.folds import folds
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.deep_configs import CLIPLoRAConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
@@ -201,6 +202,24 @@ def test_what_it_writes(finished: Path) -> None:
         found = difference(table, heat["best"], heat["default"], "log_likelihood")
         assert heat["difference"]["mean"] == pytest.approx(found.mean)
         assert heat["pick"] == (heat["best"] if found.low > 0 else heat["default"])
+
+
+@pytest.mark.parametrize(("scale", "judged"), [(20.0, "accuracy"), (100.0, "log_likelihood")])
+def test_at_another_scale_of_cosines_accuracy_says_whether_training_pays(
+    manifest: Manifest, scale: float, judged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shared_backbone()
+    monkeypatch.setattr(model.clip.logit_scale, "data", torch.tensor(scale).log())
+    recipe = Recipe("tiny", RECIPE.train, CLIPLoRAConfig((2, 3), (2, 3)))
+    options = QUICK | {"recipe": recipe, "amounts": ["lr=0.5"], "placement": ["3"]}
+    found = search(model, [manifest], **options)
+    said = found.summary["to_zero_shot"]
+    expected = difference(found.table, said["setting"], "zero-shot", judged)
+    assert said["criterion"] == judged
+    assert (said["mean"], said["low"]) == pytest.approx((expected.mean, expected.low))
+    apart = judged == "accuracy"
+    assert ("scales cosines by 100, this backbone by 20," in found.statement) is apart
+    assert ("zero-shot" in found.summary["mean_differences"]) is not apart
 
 
 def test_a_finished_search_trains_nothing_again(
