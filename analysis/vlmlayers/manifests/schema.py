@@ -164,6 +164,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         UserError: The file cannot be read, is too large, or is not TOML.
     """
     # Before it is read: the path may be of anything, such as the images' archive.
+    if not path.exists():
+        # What was meant may be an image folder or a name: no talk of manifests.
+        raise UserError(f"{path} does not exist")
     if path.is_file() and path.stat().st_size > LARGEST_TOML:
         raise UserError(f"{path} is larger than {LARGEST_TOML:,} bytes; not a manifest")
     return read_toml(path, "the manifest")

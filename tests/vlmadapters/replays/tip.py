@@ -23,7 +23,7 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import FitData, Step
 from vlmadapters.methods.head_configs import TipConfig, TipFConfig
-from vlmadapters.methods.tip import SCALE, Tip, TipF
+from vlmadapters.methods.tip import Tip, TipF
 from vlmadapters.training.optimization import learning_rate, new_optimizer, set_rate
 from vlmadapters.training.recipes import load_recipe
 
@@ -150,7 +150,7 @@ class _Trained(_Run):
                 with torch.no_grad():
                     images = self.method.image_features(self.backbone, step.images)
                     logits = self.method.logits(self.backbone, images, self.classes)
-                key, within = "tipf/train_logits", SCALE * FEATURES
+                key, within = "tipf/train_logits", TipConfig.own_scale * FEATURES
                 yield self.compare("training logits", key, logits, within)
             optimizer.zero_grad()
             loss = self.method.loss(step)

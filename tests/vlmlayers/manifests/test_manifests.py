@@ -80,7 +80,7 @@ def test_a_wrong_manifest_is_refused_in_one_line(tmp_path: Path, text: str, mess
 
 
 def test_files_that_are_no_manifests(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the manifest .*absent\.toml: No such file"):
+    with pytest.raises(UserError, match=r"absent\.toml does not exist"):
         Manifest.load(tmp_path / "absent.toml")
     (tmp_path / "large.toml").write_bytes(b"#" * 4_000_001)
     with pytest.raises(UserError, match="is larger than 4,000,000 bytes"):
