@@ -155,7 +155,7 @@ def worst(differences: Iterable[float]) -> float:
 def replay(path: Path) -> Iterator[Check]:
     """Yield the checks of one file."""
     recording = Recording(path)
-    name = recording.info["method"].lower().replace("-", "").replace("_", "")
+    name = recording.info.get("method", "such").lower().replace("-", "").replace("_", "")
     if name not in REPLAYS:
         sys.exit(f"{path}: no replay of {name} files; known are {'; '.join(sorted(REPLAYS))}")
     module = import_module(f"replays.{REPLAYS[name]}")
