@@ -42,11 +42,12 @@ def _uv() -> str | None:
     return shutil.which("uv", path=f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
 
-def _solved(command: list[str], folder: Path) -> None:
+def _refusal(command: list[str], folder: Path) -> str:
+    """Return why a solver finds no versions, nothing where it does; skip without an index."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     if done.returncode and re.search(OFFLINE, done.stderr):
         pytest.skip("no package index can be reached")
-    assert done.returncode == 0, done.stderr
+    return done.stderr or "no reason given" if done.returncode else ""
 
 
 @pytest.mark.slow
@@ -64,7 +65,7 @@ def test_environment_yml_can_be_made(repository: Path, tmp_path: Path) -> None:
         command += ["--constraint", str(repository / "constraints.txt")]
     else:
         pytest.skip("neither micromamba, mamba, conda nor uv is installed")
-    _solved(command, tmp_path)
+    assert _refusal(command, tmp_path) == ""
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_the_pinned_versions_install_on_every_python(
         pytest.skip("uv is not installed")
     command = [uv, "pip", "compile", "--quiet", "--python-version", python, "--all-extras"]
     command += ["--constraint", "constraints.txt", "pyproject.toml"]
-    _solved([*command, "--output-file", str(tmp_path / "found.txt")], repository)
+    assert _refusal([*command, "--output-file", str(tmp_path / "found.txt")], repository) == ""
 
 
 def test_every_dependency_has_a_lower_bound_and_a_pinned_version(repository: Path) -> None:

@@ -46,10 +46,20 @@ def test_what_is_wrong_with_a_model_is_told_by_its_names(arguments: dict, messag
         check_model(**arguments)
 
 
+def _refusal(name: str, pretrained: str | None = None) -> str:
+    """Return what is said against a model, nothing where it passes."""
+    try:
+        check_model(name, pretrained=pretrained)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def test_models_that_are_there_pass(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    check_model("mini-clip")
-    check_model("ViT-B-16", pretrained="openai")
-    check_model("ViT-B-16-quickgelu", pretrained="openai")
-    check_model("hf-hub:someone/something")
-    check_model(str(tmp_path))
+    assert _refusal("mini-clip") == ""
+    assert _refusal("ViT-B-16", "openai") == ""
+    assert _refusal("ViT-B-16-quickgelu", "openai") == ""
+    assert _refusal("hf-hub:someone/something") == ""
+    assert _refusal(str(tmp_path)) == ""
+    assert "is not a folder" in _refusal(str(tmp_path / "absent"))

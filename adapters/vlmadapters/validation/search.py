@@ -157,7 +157,8 @@ def _too_little(race: Race, default: Recipe, rivals: Sequence[Recipe], budget: f
 def _summary(race: Race, default: Recipe, model: Any, asked: SearchOptions) -> dict[str, Any]:
     """Return the content of `search.json`."""
     track, answer = race.track, _answer(race, default)
-    answer["statement"] += _how(race, default, asked.novel)
+    judged = answer["to_zero_shot"]["criterion"]
+    answer["statement"] += _how(race, default, asked.novel, judged)
     return {
         **answer,
         "criterion": {"name": race.criterion, "means": CRITERIA[race.criterion][1]},
@@ -229,10 +230,9 @@ def _answer(race: Race, recipe: Recipe) -> dict[str, Any]:
     return answer | {"statement": _statement(race, pick, default, gains.get(pick), plain)}
 
 
-def _how(race: Race, default: Recipe, novel: bool) -> str:
+def _how(race: Race, default: Recipe, novel: bool, judged: str) -> str:
     """Return what the numbers of a statement are of, and what was not tried."""
     said = f" Compared by {CRITERIA[race.criterion][1]}."
-    judged = _against_plain(race, default.method)
     if judged != race.criterion:
         said += (
             f" With zero-shot CLIP by {CRITERIA[judged][1]}: {default.method.title} scales cosines "
