@@ -19,7 +19,7 @@ from run_folders import make_run
 from score_tables import DATASETS
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import read_json
+from vlmlayers.files import read_json, write_json
 from vlmlayers.placement import describe_blocks
 from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.comparable import ALIKE, comparability
@@ -30,9 +30,10 @@ from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.several import summary_table
 from vlmlayers.report.tables import comparison_table, tabular
-from vlmlayers.runs import Run, write_json
+from vlmlayers.runs import Run
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import LayerChoice, select
+from vlmlayers.study.demo import summary
 from vlmlayers.words import escape_markdown, markdown_table, text_table
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -274,6 +275,8 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     run.choice.write_text(json.dumps(content))
     answer = read_answer(run.folder)
     assert answer.lead == "What the data leave open:"
+    told = " ".join(summary(run))
+    assert "What the data leave open: vision block 5" in told and "do not decide" not in told
     assert read_answer(make_run(tmp_path / "sure", small=True).folder).lead.endswith("this).")
     assert dict(answer.facts())["Firm blocks"].startswith("vision 6–12, text 5–12 (")
     assert dict(answer.facts())["Open blocks"] == "vision 5, text none"
