@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -239,15 +240,17 @@ def peak_of(work: str, name: str, device: str, batch: int) -> None:
     print(json.dumps({"peak memory": peak, "peak memory above the model": peak - before}))
 
 
-def make_photographs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> str:
-    """Write smooth JPEGs of the usual size of a photograph on the web; return their dataset."""
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        small = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        path = folder / "photographs" / "all" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
-    return str(folder / "photographs")
+def make_photographs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
+    """Write smooth JPEGs of the usual size of a photograph on the web."""
+    folder.mkdir(parents=True)
+    small = np.random.default_rng(0).integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)
+
+    def write(number: int) -> None:
+        image = Image.fromarray(small[number]).resize(size, Image.Resampling.BICUBIC)
+        image.save(folder / f"{number}.jpg", quality=90)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(count)))
 
 
 def from_files(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -255,7 +258,10 @@ def from_files(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = load(options.model, options.device)
     wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     with TemporaryDirectory() as there:
-        manifest = Manifest.load(options.data or make_photographs(Path(there), options.files))
+        made = Path(there, "photographs")
+        if not options.data:
+            make_photographs(made / "all", options.files)
+        manifest = Manifest.load(options.data or str(made))
         items = [one for split in manifest.splits() for one in manifest.items(split)]
         items = items[: options.files]
         size = -(-len(items) // options.rounds)

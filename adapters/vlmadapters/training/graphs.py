@@ -71,7 +71,9 @@ class StepGraph:
     def _recorded(self, step: Callable[..., Sequence[Tensor]]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Of this thread alone: others prepare the next images meanwhile, and what that asks of
+            # the driver would, by default, break the recording off.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = step(*self.inputs)
         # A RuntimeError too, but no reason to advise against graphs.
         except torch.OutOfMemoryError:

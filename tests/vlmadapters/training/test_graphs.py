@@ -45,7 +45,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             seen.append("replay")
 
     @contextmanager
-    def graph(made: Graph) -> Iterator[None]:
+    def graph(made: Graph, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # other threads prepare images meanwhile
         seen.append("record")
         yield
 
