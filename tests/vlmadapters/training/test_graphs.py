@@ -125,7 +125,7 @@ def test_a_training_of_replays_is_the_training(
         return run(noted, *inputs)
 
     @contextmanager
-    def recording(_: Any) -> Iterator[None]:
+    def recording(_: Any, **options: str) -> Iterator[None]:
         before = state_of(made)
         yield
         for tensor, value in before:
