@@ -158,6 +158,8 @@ def compare(
         for index, side in enumerate(sides) if number % 2 else reversed(list(enumerate(sides))):
             with counting(counted, index) if not number else nullcontext():
                 side.run(wait)
+            if not number:
+                side.forget_times()
     where = {"batch": batch, "classes": len(CLASSES), "rounds": rounds}
     return [
         {

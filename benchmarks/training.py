@@ -37,7 +37,7 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.device import precision_of
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
-from vlmadapters.training.graphs import StepGraph
+from vlmadapters.training.graphs import WARM_UP, StepGraph
 from vlmadapters.training.optimization import new_optimizer
 from vlmadapters.training.recipes import TrainConfig
 from vlmlayers.models.load import build_clip
@@ -77,6 +77,11 @@ class Side:
         self.seconds.append(time.perf_counter() - wall)
         self.cpu.append(time.process_time() - cpu)
         self.losses.append(loss)
+
+    def forget_times(self) -> None:
+        """Drop the times measured so far, which warmed up; losses stay, to be compared."""
+        self.seconds.clear()
+        self.cpu.clear()
 
 
 def stepper(
@@ -185,8 +190,12 @@ def compare(
     ours = [our_side(name, views, *given) for name in names for views in ("fresh", "cached")]
     sides = [public_side(*given), *ours]
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for number in range(rounds + 1):  # the first round warms up
+    # Rounds that warm up: on a GPU those before a recording, and that of the recording.
+    warm = WARM_UP + 1 if device == "cuda" else 1
+    for number in range(-warm, rounds):
         for side in sides if number % 2 else reversed(sides):
+            if not number:
+                side.forget_times()
             side.run(wait)
     where = {
         "placement": given[1].placement, "precision": precision,
@@ -197,9 +206,9 @@ def compare(
 
 def row(side: Side, public: Side, device: str, batch: int = BATCH) -> dict[str, Any]:
     """Return what was measured of one side, beside the public recipe."""
-    middle = statistics.median(side.seconds[1:])
-    ratios = [a / b for a, b in zip(public.seconds[1:], side.seconds[1:])]
-    cpu = [a / b for a, b in zip(public.cpu[1:], side.cpu[1:])]
+    middle = statistics.median(side.seconds)
+    ratios = [a / b for a, b in zip(public.seconds, side.seconds)]
+    cpu = [a / b for a, b in zip(public.cpu, side.cpu)]
     difference = max(abs(float(a) - float(b)) for a, b in zip(side.losses, public.losses))
     made = {
         "side": side.name, "views": side.views, "seconds": round(middle, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import vlmadapters as va
 from vlmadapters.data.fewshot import base_or_novel, few_shot
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
+from vlmadapters.methods.base import MethodConfig
 from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.trainer import Trainer, TrainResult
@@ -37,11 +39,13 @@ def model_on(device: str) -> Any:
     return model
 
 
-def trainer(model: Any, train: TrainConfig, **options: Any) -> Trainer:
+def trainer(
+    model: Any, train: TrainConfig, configs: Sequence[MethodConfig] = (CONFIG,), **options: Any
+) -> Trainer:
     items = base_or_novel(few_shot(MANIFEST.items("train"), train.shots, 1), "base", LABELS)
     names = MANIFEST.class_names()[: max(item.label for item in items) + 1]
     images = Images(model, MANIFEST)
-    return Trainer(model, images, items, names, [CONFIG], train, progress=False, **options)
+    return Trainer(model, images, items, names, configs, train, progress=False, **options)
 
 
 def state(result: TrainResult) -> dict[str, torch.Tensor]:
@@ -83,7 +87,7 @@ def test_a_recorded_step_trains_as_the_step_itself(
         TRAIN, precision=precision, optimizer=optimizer, cached_views=views, epochs=6, lr=0.005
     )
     model = model_on("cuda")
-    expected = trainer(model, train).fit()[0]
+    expected = trainer(model, replace(train, cuda_graph=False)).fit()[0]
     found = trainer(model, replace(train, cuda_graph=True)).fit()[0]
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-3, atol=1e-3)
     for key, value in state(expected).items():
@@ -115,7 +119,7 @@ def test_tf32_trains_close_to_single_precision() -> None:
 
 def test_a_step_does_not_wait_for_the_gpu() -> None:
     """Torch itself refuses what would wait."""
-    made = trainer(model_on("cuda"), replace(TRAIN, precision="fp16"))
+    made = trainer(model_on("cuda"), replace(TRAIN, precision="fp16", cuda_graph=False))
     batches = made.batches(0)
     made.update(batches[0])
     torch.cuda.set_sync_debug_mode("error")
@@ -147,14 +151,37 @@ def test_a_stopped_training_goes_on_where_it_was(precision: str, tmp_path: Path)
     np.testing.assert_allclose(resumed.losses, whole.losses, atol=1e-4)
 
 
+def small_recipe(method: str) -> Any:
+    recipe = va.load_recipe("published", method)
+    short = {"epochs": 1, "warmup_epochs": 0, "shots": 2, "batch_size": 4, "steps_per_shot": 0}
+    recipe = recipe.changed(short, {})
+    config = type(recipe.method).published({"vision": 3, "text": 3}, **recipe.method.settings())
+    return replace(recipe, method=config)
+
+
+FIXED = sorted(name for name, method in va.METHODS.items() if not method.varies)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("method", FIXED)
+def test_steps_are_recorded_by_themselves_where_none_varies(method: str, precision: str) -> None:
+    recipe = small_recipe(method)
+    results = []
+    for recorded in (False, None):
+        train = replace(recipe.train, precision=precision, cuda_graph=recorded)
+        made = trainer(model_on("cuda"), train, configs=[recipe.method])
+        results.append(made.fit()[0])
+        assert (made.graph is None) == (recorded is False)
+        if made.graph is not None and made.runs[0].optimizer is not None:
+            assert made.graph.outputs  # of the recording
+    np.testing.assert_allclose(results[1].losses, results[0].losses, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("method", sorted(set(va.METHODS) - {"zero-shot"}))
 def test_every_method_trains_and_predicts_on_the_gpu(method: str) -> None:
-    recipe = va.load_recipe("published", method)
-    recipe = recipe.changed({"epochs": 1, "shots": 2, "batch_size": 4, "steps_per_shot": 0}, {})
-    depths = {"vision": 3, "text": 3}
-    config = type(recipe.method).published(depths, **recipe.method.settings())
+    recipe = small_recipe(method)
     found = va.train(
-        model_on("cuda"), "shapes_filled", replace(recipe, method=config), protocol="few-shot",
+        model_on("cuda"), "shapes_filled", recipe, protocol="few-shot",
         seeds=1, limit=40, progress=False,
     )  # fmt: skip
     assert found["accuracy"].between(0, 1).all() and len(found) == 3

@@ -102,8 +102,9 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     loss_weights: Mapping[str, float] = {"cross_entropy": 1.0}
-    # Whether a step depends on its number or on random draws besides parameters, images and labels.
-    varies: ClassVar[bool] = False
+    # Whether a step may depend on its number or on random draws besides parameters, images and
+    # labels. A method says that none does: then its steps are recorded on a GPU and replayed.
+    varies: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class CLIPAdapter(Method):
     """
 
     Config = CLIPAdapterConfig
+    varies = False
     config: CLIPAdapterConfig
 
     def __init__(

@@ -95,7 +95,6 @@ class CLIPLoRA(Method):
     """
 
     Config = CLIPLoRAConfig
-    varies = True
     config: CLIPLoRAConfig
 
     def __init__(

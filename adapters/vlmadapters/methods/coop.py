@@ -103,6 +103,7 @@ class CoOp(LearnedContext):
     """
 
     Config: ClassVar[type[ContextConfig]] = CoOpConfig
+    varies = False
     config: ContextConfig
     axes: ClassVar[tuple[int, ...]] = (2, 3)
 

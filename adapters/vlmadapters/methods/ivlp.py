@@ -39,6 +39,7 @@ class IVLP(DeepPrompts):
     """
 
     Config = IVLPConfig
+    varies = False
     config: IVLPConfig
 
     def __init__(self, config: IVLPConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:

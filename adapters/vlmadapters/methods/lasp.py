@@ -127,7 +127,6 @@ class LASP(LearnedContext):
     """
 
     Config = LASPConfig
-    varies = True
     config: LASPConfig
 
     def __init__(self, config: LASPConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:

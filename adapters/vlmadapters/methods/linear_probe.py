@@ -48,6 +48,7 @@ class LinearProbe(Method):
     """
 
     Config = LinearProbeConfig
+    varies = False
     config: LinearProbeConfig
 
     def __init__(

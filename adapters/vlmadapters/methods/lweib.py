@@ -114,7 +114,6 @@ class LwEIB(Method):
     """
 
     Config = LwEIBConfig
-    varies = True
     config: LwEIBConfig
 
     def __init__(self, config: LwEIBConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:

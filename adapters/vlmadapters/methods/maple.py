@@ -46,6 +46,7 @@ class MaPLe(DeepPrompts):
     """
 
     Config = MaPLeConfig
+    varies = False
 
     def __init__(self, config: MaPLeConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:
         super().__init__(config, backbone)

@@ -70,7 +70,6 @@ class ProDA(LearnedContext):
     """
 
     Config = ProDAConfig
-    varies = True
     config: ProDAConfig
     axes = (3,)
 

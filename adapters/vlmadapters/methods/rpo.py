@@ -69,6 +69,7 @@ class RPO(Method):
     """
 
     Config = RPOConfig
+    varies = False
     config: RPOConfig
 
     def __init__(self, config: RPOConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:

@@ -60,6 +60,7 @@ class Tip(Method):
     """
 
     Config: ClassVar[type[TipConfig]] = TipConfig
+    varies = False
     config: TipConfig
     trained: ClassVar[bool] = False
     labels: Tensor

@@ -34,15 +34,21 @@ def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch
             eps=train.eps,
             weight_decay=train.weight_decay,
             fused=fused,
-            capturable=train.cuda_graph,
+            capturable=bool(train.cuda_graph),
         )
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         made,
         lr=train.lr,
         momentum=train.momentum,
         weight_decay=train.weight_decay,
         fused=fused,
     )
+    if fused and train.momentum:
+        # The fused kernel makes them uninitialised, and leaves them so where it skips the first
+        # step for a gradient that is not finite, as loss scaling has it do: NaN from then on.
+        for parameter in (one for group in sgd.param_groups for one in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def learning_rate(train: TrainConfig, epoch: int, epochs: int, step: int, steps: int) -> float:

@@ -65,8 +65,9 @@ class TrainConfig:
         cached_views: 0 draws a fresh view at every epoch, as published. A positive number fixes
             that many views per image, whose frozen activations are then computed once.
         device_crops: Crop decoded images on the GPU; pixels differ by rounding from a CPU's crops.
-        cuda_graph: Record a step as a CUDA graph and replay it, for methods whose steps do not
-            vary; it changes nothing but time.
+        cuda_graph: Record a step as a CUDA graph and replay it; it changes nothing but time. None
+            records wherever it can be done: in one process on a GPU, of methods whose steps do not
+            vary.
         save_every: Steps between checkpoints; 0 saves after every epoch.
         savings: What is skipped.
     """
@@ -95,7 +96,7 @@ class TrainConfig:
     flip: Share = 0.5
     cached_views: Natural = 0
     device_crops: bool = False
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
     save_every: Natural = 0
     savings: Savings = field(default_factory=Savings)
 

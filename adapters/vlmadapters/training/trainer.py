@@ -122,6 +122,7 @@ class Trainer:
         self.task, self.validation = task, list(validation)
         self.folder, self.progress = folder, progress
         self.configs = list(configs)
+        self.train = replace(self.train, cuda_graph=self._records())
         self._check_items()
         self.known_labels = self._labels(self.items)
         self.labels = placed(self.known_labels, self.device)
@@ -139,7 +140,6 @@ class Trainer:
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self._check_warmup()
         self._check_memory()
-        self._check_graph()
         self.epoch = self.step = 0
         self.spent = 0.0  # seconds of earlier runs of this training
         self.views: ViewCache | None = None
@@ -177,12 +177,16 @@ class Trainer:
         if trained:
             check_memory(self.backbone, trained, self.task, self.batch_size // size, kept)
 
-    def _check_graph(self) -> None:
-        varying = [run.method.config.title for run in self.runs if run.method.varies]
+    def _records(self) -> bool:
+        """Return whether steps are recorded: as asked for, or wherever they can be."""
+        varying = [config.title for config in self.configs if METHODS[config.name].varies]
         _, size = processes.rank_and_size()
+        if self.train.cuda_graph is None:
+            return self.device.type == "cuda" and not varying and size == 1
         if self.train.cuda_graph and (varying or size > 1):
             why = f"steps of {varying[0]} vary" if varying else f"there are {size} processes"
             raise UserError(f"cuda_graph records steps that stay the same, but {why}; leave it off")
+        return self.train.cuda_graph
 
     def _new_run(self, config: MethodConfig) -> _Training:
         method = METHODS[config.name].build(config, self.backbone, self.task, self.seed)

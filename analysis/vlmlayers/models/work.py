@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,9 +169,19 @@ class Work:
             len(batches[b]) for b in left
         )
         recorder = self.recorders["vision"]
+
+        def put(batch: int, rows: Sequence[int], features: Features, bad: Mapping[int, str]) -> int:
+            refuse_not_finite(features, rows, recorder, self.items)
+            sink.put("vision", batch, rows, features, bad)
+            return len(batches[batch])
+
+        # Written by a thread while the model computes the next batch, else a GPU waits for disks;
+        # one batch at a time, so that memory and what a stopped run has to redo stay small.
+        pending: Future[int] | None = None
         with (
             dead_workers_named(),
             recorder,
+            ThreadPoolExecutor(1) as writer,
             bar(
                 total=finished + sum(len(batches[b]) for b in left),
                 initial=finished,
@@ -181,9 +192,11 @@ class Work:
         ):
             for batch, rows, images, bad in self.images(batches, left):
                 features = {} if images is None else self.record(recorder, images)
-                refuse_not_finite(features, rows, recorder, self.items)
-                sink.put("vision", batch, rows, recorder.without_padding(features), bad)
-                shown.update(len(batches[batch]))
+                if pending is not None:
+                    shown.update(pending.result())
+                pending = writer.submit(put, batch, rows, features, bad)
+            if pending is not None:
+                shown.update(pending.result())
 
     def _fill_texts(self, sink: Sink, processes: Processes, texts: Sequence[str]) -> None:
         recorder, batches = self.recorders["text"], self._batches(len(texts))

@@ -162,7 +162,7 @@ def test_a_recorded_step_reads_its_rate_from_the_device(optimizer: str) -> None:
 def test_what_needs_a_gpu_is_refused_without_one(option: str) -> None:
     with pytest.raises(UserError, match=f"{option} needs a GPU, and the model is on cpu"):
         trainer_of(CONFIG, replace(TRAIN, **{option: True}))
-    with pytest.raises(UserError, match=f"{option} takes True or False, not 2"):
+    with pytest.raises(UserError, match=f"{option} takes True or False.*, not 2"):
         replace(TRAIN, **{option: 2})
 
 

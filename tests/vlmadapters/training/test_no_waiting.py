@@ -132,6 +132,25 @@ def test_the_optimizer_is_fused_on_a_gpu_alone(optimizer: str) -> None:
         assert made.param_groups[0]["lr"] == 0.5
 
 
+def test_momentum_is_there_before_a_step_that_loss_scaling_skips() -> None:
+    """The fused kernel would leave it as uninitialised memory; here on the CPU's."""
+    with FakeTensorMode():
+        parameter = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+    state = new_optimizer([{"params": [parameter]}], TRAIN).state[parameter]
+    assert set(state) == {"momentum_buffer"} and state["momentum_buffer"].shape == (3,)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    sgd = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
+    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor in (float("inf"), 1.0, 1.0):
+        sgd.zero_grad()
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(sgd)
+        scaler.update()
+    # One step skipped, then two of gradient 1: momentum 1 and 1.9.
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 1 - 0.1 - 0.19))
+
+
 def test_a_test_batch_is_read_once_for_all_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer()
     cases = [Case(made.runs[0].method, made.task)] * 3

@@ -60,6 +60,7 @@ class Adapter(Method):
     """
 
     Config = MMAConfig
+    varies = False
     config: MMAConfig
 
     def __init__(self, config: MMAConfig, widths: Mapping[str, int], seed: int = 0) -> None:
