@@ -37,7 +37,9 @@ TABLES = {  # of each part, and the column that says what a row is of
     "training": (f"training_{DEVICE}", "side"),
     "files": (f"extraction_files-{DEVICE}", "work"),
 }
-TESTED = 50  # images of each class of the base-to-novel run
+TESTED = (
+    25  # images of each class of the base-to-novel run, which is then of the size of Caltech101
+)
 SAMPLE = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
 
 
@@ -171,7 +173,7 @@ def main() -> int:
     )
     parser.add_argument("--batch", type=int, default=128, help="images of the extraction's batch")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--classes", type=int, default=40, help="of the base-to-novel run")
+    parser.add_argument("--classes", type=int, default=100, help="of the base-to-novel run")
     parser.add_argument("--seeds", type=int, default=3, help="of the base-to-novel run")
     parser.add_argument("--files", type=int, default=2000, help="JPEGs made to be extracted")
     parser.add_argument("--run", help=argparse.SUPPRESS)
