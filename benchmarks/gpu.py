@@ -37,9 +37,7 @@ TABLES = {  # of each part, and the column that says what a row is of
     "training": (f"training_{DEVICE}", "side"),
     "files": (f"extraction_files-{DEVICE}", "work"),
 }
-TESTED = (
-    25  # images of each class of the base-to-novel run, which is then of the size of Caltech101
-)
+TESTED = 25  # images a class of the base-to-novel run, which is then of the size of Caltech101
 SAMPLE = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
 
 
