@@ -43,7 +43,7 @@ SAMPLE = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loo
 
 def commands(asked: argparse.Namespace) -> dict[str, list[str]]:
     """Return what each part runs, in order of value."""
-    tests = ["-m", "pytest", "-n", "0", "-m", "gpu", *asked.tests.split(",")]
+    tests = ["-m", "pytest", "-n", "4", "-m", "gpu", *asked.tests.split(",")]
     batch = ["--batch", str(asked.batch)]
     return {
         "tests": tests,
