@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 from mini_clip.loop import Recipe, load_recipe
-
-needs_muon = pytest.mark.skipif(
-    not hasattr(torch.optim, "Muon"), reason="this torch has no Muon, which pretraining needs"
-)
 
 
 def tiny_recipe(**changes: object) -> Recipe:

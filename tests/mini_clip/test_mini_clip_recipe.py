@@ -11,19 +11,21 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
-from mini_recipe import needs_muon, tiny_recipe
+from mini_recipe import tiny_recipe
 from open_clip.tokenizer import default_bpe
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from mini_clip import __main__ as command
-from mini_clip import card
-from mini_clip.data import Batch, Source, augment, load_source, sample_batch
+from mini_clip import card, data, loop
+from mini_clip.data import Source, Views, load_source, sample_batch
 from mini_clip.loop import (
+    PatchDropout,
     Training,
     contrastive_loss,
     dropped,
-    encode_texts,
+    encode_tokens,
+    inputs_from,
     load_recipe,
     optimizers,
     rate,
@@ -45,11 +47,16 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def steps(run: Training, sources: list[Source], count: int) -> list[float]:
+    """Take steps; return their losses."""
+    feed, images = run.feed(sources), torch.from_numpy(np.concatenate([s.images for s in sources]))
+    return [float(run.train_step(images, feed[run.step])) for _ in range(count)]
+
+
 def weights(run: Training) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
-@needs_muon
 def test_two_runs_and_a_resumed_one_are_the_same_bit_for_bit(
     tmp_path: Path, sources: list[Source]
 ) -> None:
@@ -58,35 +65,31 @@ def test_two_runs_and_a_resumed_one_are_the_same_bit_for_bit(
         Training(tiny_recipe(), tmp_path / "b"),
     )
     start = weights(straight).clone()
-    templates = straight.recipe["templates"]
-    losses = [straight.train_step(sources, templates) for _ in range(4)]
-    for _ in range(2):
-        again.train_step(sources, templates)
+    losses = steps(straight, sources, 4)
+    steps(again, sources, 2)
     again.save()
     torch.manual_seed(99)  # the global state is no part of the run
     resumed = Training(tiny_recipe(), tmp_path / "b")
     assert resumed.resume()
     assert resumed.step == 2
-    assert [resumed.train_step(sources, templates) for _ in range(2)] == losses[2:]
+    assert steps(resumed, sources, 2) == losses[2:]
     assert torch.equal(weights(resumed), weights(straight))
     assert not torch.equal(start, weights(straight))
 
 
-@needs_muon
 def test_training_leaves_global_random_state_alone(tmp_path: Path, sources: list[Source]) -> None:
     run = Training(tiny_recipe(), tmp_path)
     before = torch.get_rng_state()
-    run.train_step(sources, run.recipe["templates"])
+    steps(run, sources, 1)
     assert torch.equal(before, torch.get_rng_state())
 
 
-@needs_muon
 def test_train_logs_exports_and_the_export_loads(tmp_path: Path, sources: list[Source]) -> None:
     run = Training(tiny_recipe(steps=25, batch_size=6), tmp_path)
     train(run, sources, show=False)
     log = (tmp_path / "log.csv").read_text().splitlines()
-    assert log[0].startswith("step,loss,rate")
-    assert log[1].startswith("25,")
+    assert log[0].startswith("step,steps,loss,rate")
+    assert log[1].startswith("25,25,")
     ours = load_model(str(tmp_path / "export"))
     plain, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
     for key, value in plain.state_dict().items():
@@ -100,7 +103,28 @@ def test_train_logs_exports_and_the_export_loads(tmp_path: Path, sources: list[S
     assert torch.equal(average, ours.clip.state_dict()["visual.proj"])
 
 
-@needs_muon
+def test_minutes_set_the_number_of_steps_and_the_log_tells_it(
+    tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOGGED", 2)
+    run = Training(tiny_recipe(steps=10**6, batch_size=4), tmp_path)
+    train(run, sources, minutes=0.01, show=False)
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert run.step == run.recipe["steps"] == log["steps"].iloc[-1] < 10**4
+    assert log["rate"].iloc[-1] < log["rate"].max()
+    assert Training(tiny_recipe(steps=run.step, batch_size=4), tmp_path).resume()
+
+
+def test_workers_prepare_the_same_inputs(tmp_path: Path, sources: list[Source]) -> None:
+    feed = Training(tiny_recipe(), tmp_path).feed(sources)
+    ahead = inputs_from(feed, 3, workers=2)
+    for step in (3, 4, 5):
+        here, there = feed[step], next(ahead)
+        assert torch.equal(here.rows, there.rows)
+        assert here.photographs == there.photographs
+        assert all(torch.equal(a, b) for a, b in zip(here.tokens, there.tokens, strict=True))
+
+
 def test_a_changed_recipe_is_refused_but_a_longer_one_goes_on(tmp_path: Path) -> None:
     Training(tiny_recipe(), tmp_path).save()
     assert Training(tiny_recipe(steps=9), tmp_path).resume()
@@ -110,7 +134,6 @@ def test_a_changed_recipe_is_refused_but_a_longer_one_goes_on(tmp_path: Path) ->
         load_recipe(batch_sizes=3)
 
 
-@needs_muon
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path, sources: list[Source]) -> None:
     run = Training(tiny_recipe(), tmp_path)
     with torch.no_grad():
@@ -130,30 +153,35 @@ def test_loss_agrees_with_plain_clip_where_all_groups_differ() -> None:
     scale = torch.tensor(9.0)
     logits, labels = scale * image @ text.t(), torch.arange(7)
     plain = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
-    ours = contrastive_loss(image, text, [str(i) for i in range(7)], scale)
+    ours = contrastive_loss(image, text, torch.arange(7), scale)
     torch.testing.assert_close(ours, plain)
 
 
 def test_members_of_a_group_do_not_repel() -> None:
     same = F.normalize(torch.ones(4, 3), dim=-1)
-    loss = contrastive_loss(same, same, ["cat"] * 4, torch.tensor(20.0))
+    cats = torch.zeros(4, dtype=torch.int64)
+    loss = contrastive_loss(same, same, cats, torch.tensor(20.0))
     assert float(loss) == pytest.approx(np.log(4))  # uniform over positives: the least it can be
     tilted = same.clone()
     tilted[0] = torch.tensor([1.0, 0, 0])
-    assert (
-        float(contrastive_loss(tilted, same, ["cat"] * 4, torch.tensor(20.0))) >= np.log(4) - 1e-6
-    )
+    assert float(contrastive_loss(tilted, same, cats, torch.tensor(20.0))) >= np.log(4) - 1e-6
 
 
-@needs_muon
-def test_texts_in_buckets_are_what_open_clip_encodes(tmp_path: Path) -> None:
+def test_texts_in_pieces_are_what_open_clip_encodes(tmp_path: Path) -> None:
     run = Training(tiny_recipe(), tmp_path)
     texts = ["a cat", "{}", "a photo of a red flag with a diagonal band in the wind.", "a cat", "x"]
     texts += [f"a long caption number {i} of a man beside the sea" for i in range(6)]
     with torch.no_grad():
-        ours = encode_texts(run.model, run.tokenizer, texts)
+        pieces, places = run.feed([]).tokens(texts)
+        ours = encode_tokens(run.model, pieces)[places]
         plain = run.model.encode_text(run.tokenizer(texts), normalize=True)
     torch.testing.assert_close(ours, plain, atol=2e-6, rtol=0)
+    assert sum(map(len, pieces)) == len(set(texts))
+    assert max(p.shape[1] for p in pieces) == max(len(run.tokenizer.encode(t)) + 2 for t in texts)
+    assert sum(p.numel() for p in pieces) < len(set(texts)) * max(p.shape[1] for p in pieces)
+    one, places = run.feed([]).tokens(["a cat"] * 3)
+    assert len(one) == 1
+    assert places.tolist() == [0, 0, 0]
 
 
 def test_schedule_is_a_trapezoid_and_sees_every_patch_at_the_end() -> None:
@@ -181,9 +209,9 @@ def test_gpu_preset_is_bigger() -> None:
 def test_batches_are_a_function_of_seed_and_step(sources: list[Source]) -> None:
     templates = load_recipe()["templates"]
     first, again, later = (sample_batch(sources, 8, templates, 1, step) for step in (5, 5, 6))
-    assert torch.equal(first.images, again.images)
+    assert np.array_equal(first.rows, again.rows)
     assert first.texts == again.texts
-    assert not torch.equal(first.images, later.images)
+    assert not np.array_equal(first.rows, later.rows)
     for text, group in zip(first.texts, first.groups):
         assert group in text
 
@@ -213,7 +241,6 @@ def test_a_source_is_drawn_as_often_as_its_weight_says(sources: list[Source]) ->
     assert seen.mean() == pytest.approx(0.25, abs=0.04)  # 3600 images of 1200 draws: sd 0.0125
 
 
-@needs_muon
 def test_every_parameter_has_one_optimizer_and_muon_takes_the_matrices_of_blocks(
     tmp_path: Path,
 ) -> None:
@@ -232,29 +259,37 @@ def test_every_parameter_has_one_optimizer_and_muon_takes_the_matrices_of_blocks
     assert not {"visual.proj", "text_projection"} & spared
 
 
-def test_a_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(UserError, match="has no Muon"):
-        optimizers(torch.nn.Linear(2, 2), load_recipe())
-
-
 def test_drawings_are_not_mirrored_and_photographs_are() -> None:
     ramp = torch.arange(80, dtype=torch.uint8).mul(3).expand(64, 3, 80, 80).contiguous()
-    texts = ["x"] * 64
-    for drawn in (True, False):
-        batch = Batch(ramp, torch.full((64,), drawn), texts, texts)
-        views = augment(batch, 64, torch.Generator().manual_seed(0))
+    for photographs in (0, 64):
+        views = Views(ramp, photographs, torch.Generator().manual_seed(0)).augmented(64)
         falls = (views[..., -8:].mean((1, 2, 3)) < views[..., :8].mean((1, 2, 3))).float().mean()
-        assert float(falls) == 0 if drawn else 0.2 < float(falls) < 0.8
+        assert 0.2 < float(falls) < 0.8 if photographs else float(falls) == 0
 
 
 def test_no_strength_is_the_plain_resized_image() -> None:
     images = (torch.rand(2, 3, 80, 80, generator=torch.Generator().manual_seed(1)) * 255).byte()
-    batch = Batch(images, torch.tensor([False, True]), ["x", "y"], ["x", "y"])
-    views = augment(batch, 80, torch.Generator().manual_seed(0), strength=0.0)
+    views = Views(images, 1, torch.Generator().manual_seed(0), strength=0.0).augmented(80)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
     std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
     torch.testing.assert_close(views, (images.float() / 255 - mean) / std, atol=1e-3, rtol=0)
+
+
+def test_the_same_crop_is_seen_at_any_size() -> None:
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.rand(8, 3, 5, 5, generator=generator) * 255
+    images = F.interpolate(coarse, size=(80, 80), mode="bicubic").clamp(0, 255).byte()
+    views = Views(images, 8, generator)
+    small, big = views.crops(32), views.crops(128, slice(2, 5))
+    torch.testing.assert_close(F.avg_pool2d(big, 4), small[2:5], atol=0.01, rtol=0)
+
+
+def test_dropout_passes_the_class_token_and_the_patches_kept() -> None:
+    tokens = torch.arange(2 * 5, dtype=torch.float32).reshape(2, 5, 1)
+    dropout = PatchDropout()
+    assert torch.equal(dropout(tokens), tokens)
+    dropout.kept = torch.tensor([[3, 0], [1, 2]])
+    assert dropout(tokens)[..., 0].tolist() == [[0, 4, 1], [5, 7, 8]]
 
 
 def test_cache_is_drawn_once_and_holds_the_train_split(tmp_path: Path) -> None:
@@ -267,7 +302,13 @@ def test_cache_is_drawn_once_and_holds_the_train_split(tmp_path: Path) -> None:
     assert all(item.path.startswith("train/") for item in source.items)
 
 
-@needs_muon
+def test_processes_decode_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = load_source("signs", 1.0, tmp_path / "one", None, 7, show=False)
+    monkeypatch.setattr(data, "CHUNK", 3)
+    many = load_source("signs", 1.0, tmp_path / "many", None, 7, show=False)
+    assert np.array_equal(one.images, many.images)
+
+
 def test_tokenizer_keeps_the_first_merges_of_open_clip(tmp_path: Path) -> None:
     run = Training(tiny_recipe(), tmp_path)
     ours = gzip.decompress((tmp_path / "merges.txt.gz").read_bytes()).decode().split("\n")
@@ -277,7 +318,6 @@ def test_tokenizer_keeps_the_first_merges_of_open_clip(tmp_path: Path) -> None:
     assert run.tokenizer.eot_token_id == run.tokenizer.vocab_size - 1
 
 
-@needs_muon
 def test_command_trains_resumes_and_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +342,6 @@ def test_wilson_interval_matches_published_values() -> None:
     assert card.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
-@needs_muon
 def test_card_measures_test_items_only_and_writes_its_tables(tmp_path: Path) -> None:
     run = Training(tiny_recipe(), tmp_path)
     run.export(tmp_path / "export")

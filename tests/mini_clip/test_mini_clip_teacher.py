@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from mini_recipe import needs_muon, tiny_recipe
+from mini_recipe import tiny_recipe
+from torch.nn import functional as F
 
-from mini_clip import teacher
-from mini_clip.data import Batch, Source, augment, load_source, sample_batch
+from mini_clip import loop
+from mini_clip.data import Source, Views, load_source, sample_batch
 from mini_clip.loop import Training
 from mini_clip.teacher import (
+    CONCEPTS,
+    SIDE,
     WIDTH,
-    Lesson,
     Teacher,
     caption_loss,
-    choose_concepts,
     concept_of,
     concepts,
+    draw_kinds,
     draw_text,
-    teach,
+    kinds,
+    with_own,
 )
 from vlmlayers.errors import UserError
-from vlmlayers.manifests import Manifest
+from vlmlayers.manifests import Item, Manifest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,20 +37,26 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def lesson_of(items: int, seed: int = 0) -> Lesson:
-    generator = np.random.default_rng(seed)
-    shares = generator.dirichlet(np.full(1000, 0.01), size=items)
-    return Lesson(
-        shares.astype(np.float16), generator.normal(size=(items, WIDTH)).astype(np.float16)
-    )
+class Pupil:
+    """Stands in for the teacher: names the brightest of ten strips; records what it saw."""
+
+    def __init__(self, device: object = "cpu") -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.append(images)
+        strips = F.adaptive_avg_pool2d(images.mean(1), (10, 1)).flatten(1)
+        shares = F.pad((20 * strips).softmax(1), (0, CONCEPTS - 10))
+        return shares, F.layer_norm(F.pad(strips, (0, WIDTH - 10)), (WIDTH,))
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
-    """One set that the teacher was asked about, one that it was not."""
-    folder = tmp_path_factory.mktemp("cache")
-    taught, plain = (load_source(n, 1.0, folder, None, 16, show=False) for n in ("flags", "digits"))
-    return [replace(taught, drawn=False, lesson=lesson_of(16)), plain]
+    """Photographs of two classes, one of which is a concept's name, and drawings."""
+    images = (np.random.default_rng(0).random((16, 3, 80, 80)) * 255).astype(np.uint8)
+    items = [Item(f"train/{i}", i % 2, ("goldfish", "thing")[i % 2]) for i in range(16)]
+    drawn = load_source("digits", 1.0, tmp_path_factory.mktemp("cache"), None, 16, show=False)
+    return [drawn, Source("photographs", 1.0, False, images, items)]
 
 
 # Names
@@ -87,70 +95,114 @@ def test_texts_of_a_concept_are_mostly_its_first_name_and_never_another_ones() -
 def test_caption_loss_is_the_divergence_over_the_concepts_compared_with() -> None:
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.randn(n, 8, generator=generator) for n in (5, 7))
-    shares = torch.rand(5, 7, generator=generator) * 0.1  # part of a row over 1000
+    shares = torch.rand(5, 7, generator=generator).softmax(1)
     said = (3 * image.double() @ text.double().T).numpy()
     said = np.exp(said) / np.exp(said).sum(1, keepdims=True)
-    target = shares.double().numpy() / shares.double().numpy().sum(1, keepdims=True)
+    target = shares.double().numpy()
     by_hand = (target * np.log(target / said)).sum(1).mean()
     found = caption_loss(image, text, shares, torch.tensor(3.0))
     assert float(found) == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_who_says_what_the_teacher_says_has_no_loss() -> None:
-    shares = torch.tensor([[0.2, 0.1, 0.0], [0.05, 0.05, 0.3]])
+    shares = torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.1, 0.8]])
     image = torch.eye(2)
-    text = (shares / shares.sum(1, keepdim=True)).clamp(min=1e-30).log().T
+    text = shares.clamp(min=1e-30).log().T
     assert float(caption_loss(image, text, shares, torch.tensor(1.0))) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_step_compares_with_the_first_concept_of_every_image() -> None:
-    lesson = lesson_of(20)
-    chosen = choose_concepts(lesson, 64, np.random.default_rng(0))
-    assert len(set(chosen)) == len(chosen) == 64
-    assert set(lesson.shares.argmax(1)) <= set(chosen)
-    assert set(choose_concepts(lesson, 5, np.random.default_rng(0))) == set(
-        lesson.shares.argmax(1)
-    )  # fewer are asked for than are needed
+def test_an_own_class_takes_half_where_it_names_a_concept() -> None:
+    shares = F.one_hot(torch.tensor([0, 0, 404]), CONCEPTS).float()
+    given = with_own(shares, torch.tensor([1, -1, 404]))
+    assert given[0, [0, 1]].tolist() == [0.5, 0.5]
+    assert torch.equal(given[1:], shares[1:])
+    assert torch.equal(given.sum(1), torch.ones(3))
+
+
+# Kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "members"),  # published runs of the ILSVRC 2012 list
+    [("dog", set(range(151, 269))), ("bird", {*range(7, 25), *range(80, 101), *range(127, 147)}),
+     ("true cat", set(range(281, 287))), ("animal", set(range(398)))],
+)  # fmt: skip
+def test_kinds_hold_the_concepts_that_are_of_them(name: str, members: set[int]) -> None:
+    (kind,) = [kind for kind in kinds() if name in kind.names]
+    assert members <= set(kind.concepts)
+    assert len(kind.concepts) <= len(members) + 1  # WordNet's cats hold the cougar, too
+
+
+def test_kinds_take_each_concept_apart_or_together_with_others_of_its_kind() -> None:
+    generator, by_name = np.random.default_rng(0), {k.names: set(k.concepts) for k in kinds()}
+    counts, dogs = [], 0
+    for _ in range(200):
+        texts, places = draw_kinds("a photo of a {}.", generator)
+        assert places.shape == (CONCEPTS,)
+        assert set(places) == set(range(len(texts)))
+        counts.append(len(texts))
+        dogs += "a photo of a dog." in texts
+        together = np.flatnonzero(places == np.bincount(places).argmax())
+        assert len(together) == 1 or any(set(together) <= some for some in by_name.values())
+    assert min(counts) < 300
+    assert max(counts) > 900
+    assert dogs > 2
 
 
 # Batches and steps
 
 
-def test_a_batch_carries_what_was_said_of_its_images(sources: list[Source]) -> None:
+def test_a_batch_has_photographs_first_and_their_own_concepts(sources: list[Source]) -> None:
     batch = sample_batch(sources, 12, tiny_recipe()["templates"], 1, 0)
-    taught = sources[0]
-    assert batch.lesson is not None
-    assert taught.lesson is not None
-    assert list(batch.taught) == [r for r, g in enumerate(batch.groups) if "flag" in g]
-    for place, row in enumerate(batch.taught):
-        index = next(
-            i for i, image in enumerate(taught.images) if np.array_equal(image, batch.images[row])
-        )
-        assert np.array_equal(batch.lesson.shares[place], taught.lesson.shares[index])
-        assert np.array_equal(batch.lesson.features[place], taught.lesson.features[index])
-    assert sample_batch(sources[1:], 4, tiny_recipe()["templates"], 1, 0).lesson is None
+    p = batch.photographs
+    assert 0 < p < 12
+    assert (batch.rows[:p] >= 16).all()  # the drawings' rows come first among all images
+    assert (batch.rows[p:] < 16).all()
+    assert set(batch.groups[:p]) == {"goldfish", "thing"}
+    assert [own == 1 for own in batch.own] == [group == "goldfish" for group in batch.groups]
+    assert set(batch.own) == {1, -1}
 
 
-@needs_muon
-def test_a_taught_run_learns_what_the_teacher_says_and_resumes_bit_for_bit(
-    tmp_path: Path, sources: list[Source]
+def test_the_teacher_is_asked_about_the_crops_of_photographs_that_the_student_sees(
+    tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny_recipe(steps=40, mixed_precision=False, patch_dropout=0.0, mixed_textures=0.0)
-    recipe["teacher"] = {"taught": True, "concepts": 20, "captions": 1.0, "features": 1.0}
+    monkeypatch.setattr(loop, "Teacher", Pupil)
+    recipe = tiny_recipe(teacher={"taught": True, "captions": 1.0, "features": 1.0})
     run = Training(recipe, tmp_path)
-    losses = [run.train_step(sources[:1], recipe["templates"]) for _ in range(12)]
+    inputs = run.feed(sources)[0]
+    images = torch.from_numpy(np.concatenate([source.images for source in sources]))
+    run.train_step(images, inputs)
+    (seen,) = run.teacher.seen
+    assert seen.shape == (inputs.photographs, 3, SIDE, SIDE)
+    generator = torch.Generator().manual_seed(recipe["seed"] * 1_000_003)
+    views = Views(images[inputs.rows], inputs.photographs, generator)
+    assert torch.equal(seen, views.crops(SIDE)[: inputs.photographs])
+
+
+def test_a_taught_run_learns_what_the_teacher_says_and_resumes_bit_for_bit(
+    tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "Teacher", Pupil)
+    recipe = tiny_recipe(steps=40, mixed_precision=False, patch_dropout=0.0, mixed_textures=0.0)
+    recipe["teacher"] = {"taught": True, "captions": 1.0, "features": 1.0}
+    images = torch.from_numpy(sources[1].images)
+
+    def steps(run: Training, count: int) -> list[float]:
+        feed = run.feed(sources[1:])
+        return [float(run.train_step(images, feed[run.step])) for _ in range(count)]
+
+    run = Training(recipe, tmp_path)
+    losses = steps(run, 12)
     run.save()
     resumed = Training(recipe, tmp_path)
     assert resumed.resume()
     assert torch.equal(resumed.matcher.weight, run.matcher.weight)
-    later = [one.train_step(sources[:1], recipe["templates"]) for one in (run, resumed)]
-    assert later[0] == later[1]
+    assert steps(run, 1) == steps(resumed, 1)
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.3
-    untaught = Training(recipe | {"teacher": recipe["teacher"] | {"captions": 0.0}}, tmp_path / "b")
-    assert untaught.train_step(sources[:1], recipe["templates"]) < losses[0]
+    silent = recipe["teacher"] | {"captions": 0.0}
+    assert steps(Training(recipe | {"teacher": silent}, tmp_path / "b"), 1)[0] < losses[0]
 
 
-@needs_muon
 def test_a_run_starts_from_exported_weights(tmp_path: Path) -> None:
     first = Training(tiny_recipe(seed=3), tmp_path / "a")
     first.export(tmp_path / "export")
@@ -170,10 +222,10 @@ def test_a_run_starts_from_exported_weights(tmp_path: Path) -> None:
 def test_mixed_textures_keep_the_phases_of_photographs_and_leave_drawings_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     images = (torch.rand(6, 3, 64, 64, generator=generator) * 25 + 115).byte()
-    texts = ["x"] * 6
-    batch = Batch(images, torch.tensor([False] * 4 + [True] * 2), texts, texts)
     plain, mixed = (
-        augment(batch, 64, torch.Generator().manual_seed(1), strength=0.0, mixed=share).double()
+        Views(images, 4, torch.Generator().manual_seed(1), strength=0.0)
+        .augmented(64, share)
+        .double()
         for share in (0.0, 1.0)
     )
     assert torch.equal(plain[4:], mixed[4:])
@@ -184,33 +236,6 @@ def test_mixed_textures_keep_the_phases_of_photographs_and_leave_drawings_alone(
 
 
 # The network
-
-
-def test_each_image_is_asked_about_once_and_its_own_class_takes_half(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-
-    class Sure:
-        """Says that everything is a tench."""
-
-        def __call__(self, images: np.ndarray) -> Lesson:
-            asked.append(len(images))
-            shares = np.zeros((len(images), 1000), np.float16)
-            shares[:, 0] = 1
-            return Lesson(shares, np.ones((len(images), WIDTH), np.float16))
-
-    monkeypatch.setattr(teacher, "Teacher", Sure)
-    images, names = np.zeros((5, 3, 8, 8), np.uint8), ["goldfish", "", "tench", "flag", "airliner"]
-    for _ in range(2):
-        lesson = teach("x", images, names, tmp_path, "k", show=False, batch_size=2)
-    assert asked == [2, 2, 1]
-    assert lesson.shares[0, [0, 1]].tolist() == [0.5, 0.5]
-    assert lesson.shares[[1, 2, 3], 0].tolist() == [1, 1, 1]
-    assert lesson.shares[4, 404] == 0.5
-    assert np.array_equal(lesson.shares.sum(1), np.ones(5))
-    teach("x", images, names, tmp_path, "other images", show=False)
-    assert asked == [2, 2, 1, 5]
 
 
 def test_a_teacher_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +262,11 @@ def test_the_teacher_knows_photographs(shared_data: Path) -> None:
     images = np.stack(
         [np.asarray(manifest.open_image(item, shared_data)).transpose(2, 0, 1) for item in items]
     )
-    lesson = Teacher()(images)
-    own = [concept_of(item.class_name) for item in items]
-    assert np.mean(lesson.shares.argmax(1) == own) > 0.2  # chance is 0.001
-    assert lesson.shares.sum(1) == pytest.approx(1, abs=0.02)
-    assert lesson.features.astype(float).std(1) == pytest.approx(1, abs=0.01)
+    pixels = F.interpolate(torch.from_numpy(images) / 255, (SIDE, SIDE), mode="bicubic")
+    teacher = Teacher()
+    shares, features = teacher(pixels)
+    own = torch.tensor([concept_of(item.class_name) for item in items])
+    assert float((shares.argmax(1) == own).float().mean()) > 0.2  # chance is 0.001
+    torch.testing.assert_close(shares.sum(1), torch.ones(len(items)))
+    torch.testing.assert_close(features.std(1), torch.ones(len(items)), atol=0.01, rtol=0)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.net.modules())

@@ -23,6 +23,9 @@ def main(
         Path | None, typer.Option(help="open_clip folder whose weights a new run starts from.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Train for so long: sets the number of steps.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them.")] = 0,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
@@ -37,7 +40,7 @@ def main(
     if not run.resume() and start:
         run.start_from(start)
     sources = load_sources(run.recipe, out / "cache", data_root, not quiet)
-    train(run, sources, show=not quiet)
+    train(run, sources, minutes=minutes, show=not quiet)
     typer.echo(f"{run.step} steps, {run.seconds / 60:.0f} minutes; exported to {out / 'export'}")
 
 

@@ -8,16 +8,18 @@ import gzip
 import itertools
 import json
 import math
+import os
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
 import torch
+from numpy.typing import NDArray
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors import SafetensorError
@@ -25,16 +27,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 
-from mini_clip.data import Batch, Source, augment, draw_template, load_source, sample_batch
-from mini_clip.teacher import WIDTH, caption_loss, choose_concepts, draw_text
+from mini_clip.data import Source, Views, draw_template, load_source, sample_batch
+from mini_clip.muon import Muon
+from mini_clip.teacher import (
+    CONCEPTS,
+    SIDE,
+    WIDTH,
+    Teacher,
+    caption_loss,
+    draw_kinds,
+    draw_text,
+    with_own,
+)
 from vlmlayers.data import builtin
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.progress import bar
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 TOKENIZER = "merges.txt.gz"
-TEXT_CUTS = (0.4, 0.75, 0.95)  # shares of the texts, by length, at which a batch is cut
+LOGGED = 25  # steps between rows of the log; the device is not waited for in between
+SAVED = 120  # seconds between checkpoints
+WHOLE = 1.15  # seconds of a mean step over one that drops patches, where the last eighth drops none
 Recipe = dict[str, Any]
 
 
@@ -71,16 +86,31 @@ def build(recipe: Recipe, folder: Path) -> tuple[CLIP, SimpleTokenizer]:
         write_tokenizer(path, recipe["merges"])
     text = dict(recipe["model"]["text_cfg"])
     tokenizer = SimpleTokenizer(str(path), context_length=text["context_length"])
-    vision = recipe["model"]["vision_cfg"] | {"patch_dropout": 0.01}
     with torch.random.fork_rng():
         torch.manual_seed(recipe["seed"])
         model = CLIP(
             embed_dim=recipe["model"]["embed_dim"],
             quick_gelu=recipe["model"]["quick_gelu"],
-            vision_cfg=vision,
+            vision_cfg=recipe["model"]["vision_cfg"],
             text_cfg=text | {"vocab_size": tokenizer.vocab_size},
         )
+    model.visual.patch_dropout = PatchDropout()
     return model, tokenizer
+
+
+class PatchDropout(nn.Module):
+    """Passes the class token and the patches that were kept: (item, patch) `kept`, None for all.
+
+    open_clip's own draws them on the CPU, which a GPU would wait for.
+    """
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (item, 1 + kept, width) of (item, 1 + patch, width)."""
+        if self.kept is None:
+            return x
+        return torch.cat([x[:, :1], x[:, 1:].take_along_dim(self.kept[..., None], 1)], 1)
 
 
 def rate(step: int, recipe: Recipe) -> float:
@@ -95,52 +125,128 @@ def dropped(step: int, recipe: Recipe) -> float:
     return float(recipe["patch_dropout"]) if step / recipe["steps"] < 0.875 else 0.0
 
 
-def contrastive_loss(image: Tensor, text: Tensor, groups: Sequence[str], scale: Tensor) -> Tensor:
+def contrastive_loss(image: Tensor, text: Tensor, groups: Tensor, scale: Tensor) -> Tensor:
     """Return the symmetric cross-entropy in which members of one group are positives.
 
     Args:
         image: (item, joint) unit rows.
         text: (item, joint) unit rows.
-        groups: (item,) group of each pair.
+        groups: (item,) number of each pair's group.
         scale: Factor on the cosines.
     """
-    order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    index = torch.tensor([order[group] for group in groups], device=image.device)
-    target = (index[:, None] == index[None, :]).float()
+    target = (groups[:, None] == groups[None, :]).float()
     target = target / target.sum(1, keepdim=True)  # symmetric: rows and columns alike
     logits = scale * image.float() @ text.float().t()  # (item, item)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
-def encode_texts(model: CLIP, tokenizer: SimpleTokenizer, texts: Sequence[str]) -> Tensor:
-    """Return unit text embeddings, each distinct text encoded once.
+class Inputs(NamedTuple):
+    """What a step needs beside the images, ready for the device.
 
-    Texts of like length go together, cut after the longest end-of-text among them: the mask is
-    causal, so what follows it changes nothing. Most texts are prompts of ten tokens beside a few
-    captions of forty.
+    Attributes:
+        rows: (item,) places among the images, photographs first.
+        photographs: Number of photographs.
+        groups: (item,) number of each item's group.
+        own: (item,) the teacher's concept that an item's class names; -1 for none.
+        tokens: Distinct texts in pieces of like length, each (text, token).
+        places: Rows of the texts: of the items, then, with a teacher, of its concepts and kinds.
+        kinds: (concept,) place of each concept's kind among the kinds.
     """
-    distinct = list(dict.fromkeys(texts))
-    device = model.logit_scale.device
-    tokens = tokenizer(distinct)  # (text, token)
-    order = tokens.argmax(1).argsort(stable=True)  # end-of-text has the highest id
-    cuts = [0, *(round(share * len(order)) for share in TEXT_CUTS), len(order)]
-    parts = [
-        _encode_tokens(model, tokens[order[low:high]].to(device))
-        for low, high in itertools.pairwise(cuts)
-        if high > low
-    ]
-    place = {distinct[i]: row for row, i in enumerate(order.tolist())}
-    return F.normalize(torch.cat(parts), dim=-1)[[place[text] for text in texts]]
+
+    rows: Tensor
+    photographs: int
+    groups: Tensor
+    own: Tensor
+    tokens: Sequence[Tensor]
+    places: Tensor
+    kinds: Tensor
+
+    def to(self, device: torch.device) -> Inputs:
+        """Copy to a device, without waiting for it."""
+
+        def moved(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return part.to(device, non_blocking=True)
+            return part if isinstance(part, int) else [moved(piece) for piece in part]
+
+        return Inputs(*map(moved, self))
 
 
-def _encode_tokens(model: CLIP, tokens: Tensor) -> Tensor:
-    ends = tokens.argmax(1)
-    longest = int(ends.max()) + 1
-    x = model.token_embedding(tokens[:, :longest]) + model.positional_embedding[:longest]
+class Feed(Dataset[Inputs]):
+    """The inputs of a run: `feed[step]` is a function of seed and step alone.
+
+    Args:
+        sources: Training sets.
+        recipe: Settings of the run.
+        tokenizer: Of the model.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], recipe: Recipe, tokenizer: SimpleTokenizer
+    ) -> None:
+        self.sources, self.recipe, self.tokenizer = sources, recipe, tokenizer
+        self._known: dict[str, NDArray[np.int32]] = {}
+
+    def __getitem__(self, step: int) -> Inputs:
+        recipe = self.recipe
+        templates, seed = recipe["templates"], recipe["seed"]
+        batch = sample_batch(
+            self.sources, recipe["batch_size"], templates, seed, step, recipe["sources_per_batch"]
+        )
+        texts, kinds = list(batch.texts), np.empty(0, np.int64)
+        if recipe["teacher"]["taught"]:
+            generator = np.random.default_rng((seed, step, 1))
+            template = draw_template(templates, generator)
+            texts += [draw_text(concept, template, generator) for concept in range(CONCEPTS)]
+            names, kinds = draw_kinds(template, generator)
+            texts += names
+        order = {group: i for i, group in enumerate(dict.fromkeys(batch.groups))}
+        tokens, places = self.tokens(texts)
+        return Inputs(
+            torch.from_numpy(batch.rows),
+            batch.photographs,
+            torch.tensor([order[group] for group in batch.groups]),
+            torch.from_numpy(batch.own),
+            tokens,
+            places,
+            torch.from_numpy(kinds),
+        )
+
+    def tokens(self, texts: Sequence[str]) -> tuple[list[Tensor], Tensor]:
+        """Return the tokens of the distinct texts in two pieces, and the row of each text in them.
+
+        The texts are sorted by length and cut where the two pieces, each as long as its longest
+        text, hold the fewest tokens: most are prompts of ten beside a few captions of forty.
+        """
+        distinct = dict.fromkeys(texts)
+        for text in distinct:
+            if text not in self._known:
+                self._known[text] = self.tokenizer(text)[0].numpy().astype(np.int32)
+        tokens = np.stack([self._known[text] for text in distinct])  # (text, token)
+        lengths = tokens.argmax(1) + 1  # end-of-text has the highest id
+        order = lengths.argsort(kind="stable")
+        lengths, count = lengths[order], np.arange(1, len(order) + 1)
+        cut = int((count * lengths + count[::-1] * lengths[-1]).argmin()) + 1
+        pieces = [tokens[order[:cut], : lengths[cut - 1]], tokens[order[cut:], : lengths[-1]]]
+        row = dict(zip(np.array(list(distinct), dtype=object)[order], itertools.count()))
+        places = torch.tensor([row[text] for text in texts])
+        return [torch.from_numpy(piece) for piece in pieces if len(piece)], places
+
+
+def encode_tokens(model: CLIP, pieces: Sequence[Tensor]) -> Tensor:
+    """Return the unit embeddings of texts, (text, joint), piece after piece.
+
+    The mask is causal, so what was cut off after the end of a text changes nothing.
+    """
+    return F.normalize(torch.cat([_encode_piece(model, piece) for piece in pieces]), dim=-1)
+
+
+def _encode_piece(model: CLIP, tokens: Tensor) -> Tensor:
+    longest = tokens.shape[1]
+    x = model.token_embedding(tokens) + model.positional_embedding[:longest]
     assert model.attn_mask is not None
-    mask = model.attn_mask[:longest, :longest].to(tokens.device)
-    x = model.transformer(x, attn_mask=mask)  # (text, token, width)
-    last = model.ln_final(x[torch.arange(len(tokens), device=tokens.device), ends])
+    x = model.transformer(x, attn_mask=model.attn_mask[:longest, :longest])  # (text, token, width)
+    last = model.ln_final(x[torch.arange(len(tokens), device=tokens.device), tokens.argmax(1)])
     embedding: Tensor = last @ model.text_projection
     return embedding
 
@@ -150,16 +256,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
     Muon takes steps whose root mean square is that of AdamW, so one schedule serves both; norms,
     biases and embeddings do not decay.
-
-    Raises:
-        UserError: This torch has no Muon.
-
-    Reference:
-        Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks; Liu et al.
-        2025, Muon is scalable for LLM training (the size of a step).
     """
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"torch {torch.__version__} has no Muon; pretraining needs torch >= 2.9")
     named = dict(model.named_parameters())
     hidden = {n for n, p in named.items() if "resblocks" in n and p.ndim == 2}
     plain = {n for n, p in named.items() if p.ndim < 2 or "embedding" in n}
@@ -168,11 +265,8 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
         {"params": [p for n, p in named.items() if n not in hidden | plain]},
         {"params": [named[n] for n in sorted(plain)], "weight_decay": 0.0},
     ]
-    matrices = [{"params": [named[n] for n in sorted(hidden)]}]
-    adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay)
-    muon = torch.optim.Muon(
-        matrices, momentum=0.95, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-    )
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay, fused=True)
+    muon = Muon([named[n] for n in sorted(hidden)], weight_decay=decay)
     for optimizer, factor in ((adam, 1.0), (muon, recipe["muon_factor"])):
         for group in optimizer.param_groups:
             group["factor"] = factor
@@ -192,6 +286,7 @@ class Training:
         self.recipe, self.folder, self.device = recipe, folder, torch.device(device)
         self.model, self.tokenizer = build(recipe, folder)
         self.model.to(self.device)
+        self.teacher = Teacher(self.device) if recipe["teacher"]["taught"] else None
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         with torch.random.fork_rng():
             torch.manual_seed(recipe["seed"])
@@ -254,73 +349,75 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
         return True
 
-    def train_step(self, sources: Sequence[Source], templates: Mapping[str, Any]) -> float:
-        """Take one step, a function of seed and step number alone; return the loss."""
-        recipe = self.recipe
-        batch = sample_batch(
-            sources,
-            recipe["batch_size"],
-            templates,
-            recipe["seed"],
-            self.step,
-            recipe["sources_per_batch"],
-        )
-        generator = torch.Generator().manual_seed(recipe["seed"] * 1_000_003 + self.step)
-        size = recipe["model"]["vision_cfg"]["image_size"]
-        mixed = recipe["mixed_textures"]
-        images = augment(batch, size, generator, mixed=mixed).to(self.device)
+    def feed(self, sources: Sequence[Source]) -> Feed:
+        """Return the inputs of the run's steps."""
+        return Feed(sources, self.recipe, self.tokenizer)
+
+    def train_step(self, images: Tensor, inputs: Inputs) -> Tensor:
+        """Take one step, a function of seed and step number alone.
+
+        Args:
+            images: (image, 3, SIDE, SIDE) uint8 of all sources, on the device of the run.
+            inputs: Of this step.
+
+        Returns:
+            The loss, on the device: reading it waits for the step.
+        """
+        recipe, inputs = self.recipe, inputs.to(self.device)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(recipe["seed"] * 1_000_003 + self.step)
+        views = Views(images[inputs.rows], inputs.photographs, generator)
+        vision = recipe["model"]["vision_cfg"]
+        pixels = views.augmented(vision["image_size"], recipe["mixed_textures"])
+        patches = (vision["image_size"] // vision["patch_size"]) ** 2
+        share = dropped(self.step, recipe)
+        drawn = torch.rand(len(pixels), patches, generator=generator, device=self.device)
+        kept = drawn.topk(max(1, round(patches * (1 - share)))).indices if share else None
+        self.model.visual.patch_dropout.kept = kept
+        answers = None
+        if self.teacher is not None and inputs.photographs:
+            answers = self.teacher(views.crops(SIDE, slice(inputs.photographs)))
         for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * rate(self.step, recipe)
-        self.model.train()
-        self.model.visual.patch_dropout.prob = dropped(self.step, recipe)
-        half = bool(recipe["mixed_precision"])
-        cuda = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if cuda else []):
-            torch.manual_seed(recipe["seed"] * 1_000_003 + self.step)  # patch dropout draws here
-            # on a CPU the flash kernel's backward pass alone takes a third of a step
-            attention = nullcontext() if cuda else sdpa_kernel(SDPBackend.MATH)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=half), attention:
-                loss = self._loss(images, batch)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        loss = self._loss(pixels, inputs, answers)
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
             keep = min(recipe["averaging"], (1 + self.step) / (10 + self.step))
-            for slow, fast in zip(self.average.parameters(), self.model.parameters()):
-                slow.lerp_(fast, 1 - keep)
+            fast = list(self.model.parameters())
+            torch._foreach_lerp_(list(self.average.parameters()), fast, 1 - keep)
         self.step += 1
-        return float(loss.detach())
+        return loss.detach()
 
-    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+    def _loss(
+        self, pixels: Tensor, inputs: Inputs, answers: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """Return the contrastive loss and, with a teacher, how far the student is from it."""
-        recipe, lesson = self.recipe["teacher"], batch.lesson
-        if dropped(self.step, self.recipe) == 0:
-            self.model.visual.patch_dropout.eval()  # a share of 0 would still reorder patches
-        embedding = self.model.encode_image(images)
-        image = F.normalize(embedding, dim=-1)
-        scale = self.model.logit_scale.exp()
-        captions, chosen = [], []
-        if lesson is not None:
-            generator = np.random.default_rng((self.recipe["seed"], self.step, 1))
-            chosen = choose_concepts(lesson, recipe["concepts"], generator)
-            template = draw_template(self.recipe["templates"], generator)
-            captions = [draw_text(concept, template, generator) for concept in chosen]
-        text = encode_texts(self.model, self.tokenizer, [*batch.texts, *captions])
-        own, concepts = text.split([len(batch.texts), len(captions)])
-        loss = contrastive_loss(image, own, batch.groups, scale)
-        if lesson is None:
+        kind, half = self.device.type, bool(self.recipe["mixed_precision"])
+        # on a CPU the flash kernel's backward pass alone takes a third of a step
+        attention = sdpa_kernel(SDPBackend.MATH) if kind == "cpu" else nullcontext()
+        with torch.autocast(kind, torch.bfloat16, enabled=half), attention:
+            embedding = self.model.encode_image(pixels)
+            text = encode_tokens(self.model, inputs.tokens)
+        embedding, text = embedding.float(), text.float()[inputs.places]
+        image, scale = F.normalize(embedding, dim=-1), self.model.logit_scale.exp()
+        n, p = len(pixels), inputs.photographs
+        loss = contrastive_loss(image, text[:n], inputs.groups, scale)
+        if answers is None:
             return loss
-        shares = torch.from_numpy(lesson.shares[:, chosen]).float().to(self.device)
-        features = torch.from_numpy(lesson.features).float().to(self.device)
-        rows = torch.tensor(batch.taught, device=self.device)
-        matched = F.mse_loss(self.matcher(embedding[rows]).float(), features)
-        said = caption_loss(image[rows], concepts, shares, scale)
-        return loss + recipe["captions"] * said + recipe["features"] * matched
+        weights = self.recipe["teacher"]
+        shares = with_own(answers[0], inputs.own[:p])
+        concepts, kinds = text[n : n + CONCEPTS], text[n + CONCEPTS :]
+        coarse = shares.new_zeros(p, len(kinds)).index_add_(1, inputs.kinds, shares)
+        said = caption_loss(image[:p], concepts, shares, scale)
+        said = (said + caption_loss(image[:p], kinds, coarse, scale)) / 2
+        matched = F.mse_loss(self.matcher(embedding[:p]), answers[1])
+        return loss + weights["captions"] * said + weights["features"] * matched
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as an open_clip folder: config, weights, tokenizer."""
@@ -349,59 +446,91 @@ def load_sources(
     recipe: Recipe, folder: Path, root: Path | None, show: bool = True
 ) -> list[Source]:
     """Decode the training splits of every share and of every built-in set but unseen ones."""
-    taught = recipe["teacher"]["taught"]
-    real = [
-        load_source(n, w, folder, root, None, show, taught) for n, w in recipe["shares"].items()
-    ]
+    real = [load_source(n, w, folder, root, None, show) for n, w in recipe["shares"].items()]
     names = [name for name in builtin.names() if not builtin.get(name).unseen]
     share = recipe["drawn_share"] / max(1, len(names))
     return real + [load_source(n, share, folder, root, recipe["drawn_items"], show) for n in names]
 
 
+def inputs_from(feed: Feed, step: int, workers: int) -> Iterator[Inputs]:
+    """Yield the inputs of a step and all after it, prepared ahead by worker processes."""
+    many: dict[str, Any] = {}
+    if workers:
+        many = {"prefetch_factor": 4, "multiprocessing_context": "fork", "pin_memory": True}
+    return iter(
+        DataLoader(
+            feed,
+            batch_size=None,
+            sampler=itertools.count(step),
+            num_workers=workers,
+            generator=torch.Generator(),  # the global one is no part of the run
+            **many,
+        )
+    )
+
+
 def train(
-    run: Training, sources: Sequence[Source], *, save_every: int = 50, show: bool = True
+    run: Training, sources: Sequence[Source], *, minutes: float | None = None, show: bool = True
 ) -> None:
     """Train to the last step of the recipe; writes `log.csv`, checkpoints and the export.
 
     Ctrl-C saves and stops; the next start continues at the same step.
 
+    Args:
+        run: The run.
+        sources: Its training sets.
+        minutes: Set the recipe's number of steps to what fits in this time, by the speed measured
+            until the rate begins to fall; the log and the checkpoint tell it.
+        show: Whether to show progress.
+
     Raises:
         UserError: The loss is not finite.
     """
-    log = run.folder / "log.csv"
+    log, recipe = run.folder / "log.csv", run.recipe
     started = log.exists()
-    shown = bar(
-        None, "pretrain", total=run.recipe["steps"], initial=run.step, unit="step", show=show
-    )
+    images = torch.from_numpy(np.concatenate([source.images for source in sources])).to(run.device)
+    workers = min(12, os.cpu_count() or 1) if run.device.type == "cuda" else 0
+    feed = inputs_from(run.feed(sources), run.step, workers)
+    shown = bar(None, "pretrain", total=recipe["steps"], initial=run.step, unit="step", show=show)
     with log.open("a", newline="") as handle, shown as progress:
         writer = csv.writer(handle)
         if not started:
-            writer.writerow(["step", "loss", "rate", "dropped", "images_per_second", "seconds"])
-        mean, begun = 0.0, time.perf_counter()
+            writer.writerow(
+                ["step", "steps", "loss", "rate", "dropped", "images_per_second", "seconds"]
+            )
+        losses: list[Tensor] = []
+        begun = saved = time.perf_counter()
         try:
-            while run.step < run.recipe["steps"]:
-                loss = run.train_step(sources, run.recipe["templates"])
+            while run.step < recipe["steps"]:
+                losses.append(run.train_step(images, next(feed)))
+                progress.update()
+                if run.step % LOGGED and run.step < recipe["steps"]:
+                    continue
+                loss = float(torch.stack(losses).mean())
                 if not math.isfinite(loss):
                     raise UserError(f"the loss is {loss} at step {run.step}; lower the rate")
-                mean += loss / 25
-                progress.update()
-                if run.step % 25 == 0:
-                    spent, begun = time.perf_counter() - begun, time.perf_counter()
-                    run.seconds += spent
-                    writer.writerow(
-                        [
-                            run.step,
-                            f"{mean:.4f}",
-                            f"{rate(run.step, run.recipe):.2e}",
-                            dropped(run.step, run.recipe),
-                            f"{25 * run.recipe['batch_size'] / spent:.1f}",
-                            f"{run.seconds:.0f}",
-                        ]
-                    )
-                    handle.flush()
-                    mean = 0.0
-                if run.step % save_every == 0:
+                spent, begun = time.perf_counter() - begun, time.perf_counter()
+                run.seconds += spent
+                if minutes is not None and run.step < (1 - recipe["decay"]) * recipe["steps"]:
+                    left = (60 * minutes - run.seconds) / (spent / len(losses))
+                    recipe["steps"] = run.step + max(1, int(left / WHOLE))
+                    progress.total = recipe["steps"]
+                writer.writerow(
+                    [
+                        run.step,
+                        recipe["steps"],
+                        f"{loss:.4f}",
+                        f"{rate(run.step, recipe):.2e}",
+                        dropped(run.step, recipe),
+                        f"{len(losses) * recipe['batch_size'] / spent:.1f}",
+                        f"{run.seconds:.0f}",
+                    ]
+                )
+                handle.flush()
+                losses = []
+                if begun - saved > SAVED:
                     run.save()
+                    saved = time.perf_counter()
         finally:
             run.save()
     run.export(run.folder / "export")

