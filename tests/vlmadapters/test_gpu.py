@@ -94,16 +94,19 @@ def test_a_recorded_step_trains_as_the_step_itself(
         torch.testing.assert_close(state(found)[key], value, atol=1e-3, rtol=1e-2)
 
 
-def test_crops_of_the_device_are_those_of_the_cpu_but_for_rounding() -> None:
-    images = Images(model_on("cuda"), MANIFEST)
+def test_crops_of_the_gpu_are_those_of_the_same_function_on_the_cpu() -> None:
     augmentation, items = TRAIN.augmentation, MANIFEST.items("train")[:8]
     draws = augmentation.draws(len(items), 1, 0)
-    host, device = (
-        images.augmented(items, draws, augmentation, on_device=d) for d in (False, True)
+    images = {device: Images(model_on(device), MANIFEST) for device in ("cpu", "cuda")}
+    cpu, cuda = (
+        images[device].augmented(items, draws, augmentation, on_device=True) for device in images
     )
-    assert device.device.type == "cuda"
-    level = 1 / 255 / images.std.min()
-    assert (device - host).abs().max() <= 2.01 * level
+    assert cuda.device.type == "cuda"
+    level = 255 * images["cpu"].std
+    assert ((cuda.cpu() - cpu).abs() * level).max() <= 1.01
+    # The CPU's own rounds and clamps between columns and rows too, which shows at sharp edges.
+    host = images["cpu"].augmented(items, draws, augmentation)
+    assert ((cuda.cpu() - host).abs() * level).mean() < 0.5
     found = trainer(model_on("cuda"), replace(TRAIN, device_crops=True)).fit()[0]
     assert np.isfinite(found.losses).all()
 

@@ -23,6 +23,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from vlmadapters.data.augmentation import Augmentation
+from vlmadapters.data.crops import resized_crops
 from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.identity import DataIdentity
@@ -31,12 +32,13 @@ from vlmlayers.models.decoding import WORTH_STARTING, decoding_processes
 from vlmlayers.models.devices import available_memory, placed
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 KEEP_SHARE = 4  # the rest of memory is for training
 ORDER = 0x0D  # key of the order of items in an epoch
 
 
 class Room:
-    """Memory for decoded images of many datasets together.
+    """Memory for images of many datasets together.
 
     Args:
         limit: Bytes that they may take.
@@ -44,11 +46,11 @@ class Room:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self._idle: WeakSet[Images] = WeakSet()
+        self._idle: WeakSet[Kept] = WeakSet()
         # Several threads decode; reentrant, as images may be collected, and give back, at any time.
         self._lock = RLock()
 
-    def take(self, owner: Images, size: int) -> bool:
+    def take(self, owner: Kept, size: int) -> bool:
         """Return whether `size` more bytes fit, and count them; idle images are dropped."""
         with self._lock:
             self._idle.discard(owner)
@@ -58,24 +60,56 @@ class Room:
                 self.used += size
             return fits
 
-    def rest(self, owner: Images) -> None:
-        """Allow the images of a dataset to be dropped once others need their room."""
+    def rest(self, owner: Kept) -> None:
+        """Allow images to be dropped once others need their room."""
         self._idle.add(owner)
 
-    def give_back(self, *stores: dict[str, Tensor]) -> None:
+    def give_back(self, images: dict[str, Tensor]) -> None:
         """Free the room of images that nothing refers to any more."""
         with self._lock:
-            self.used -= sum(image.numel() for store in stores for image in store.values())
+            self.used -= sum(image.numel() for image in images.values())
 
 
 @cache
-def shared_room() -> Room:
-    """Return the room of this process: a quarter of what the machine has left at first use.
+def shared_room(device: torch.device) -> Room:
+    """Return the room of this process on a device: a quarter of what is left there at first use.
 
-    Processes that `torchrun` started on this machine share that quarter.
+    Processes that `torchrun` started on this machine share that quarter of main memory.
     """
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Room(available_memory(torch.device("cpu")) // (KEEP_SHARE * sharing))
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return Room(available_memory(device) // (KEEP_SHARE * sharing))
+
+
+class Kept:
+    """Images of one dataset, uint8, by their path, for as long as a room has space for them.
+
+    Args:
+        room: The room.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self._images: dict[str, Tensor] = {}
+        # With the images as argument: a callback that held `self` would keep it alive for ever.
+        finalize(self, room.give_back, self._images)
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._images
+
+    def get(self, path: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return an image, made where it is not kept."""
+        image = self._images.get(path)
+        if image is None:
+            image = make()
+            if self.room.take(self, image.numel()):
+                self._images[path] = image
+        return image
+
+    def forget(self) -> int:
+        """Drop all images, and return how many bytes they took."""
+        size = sum(image.numel() for image in self._images.values())
+        self._images.clear()
+        return size
 
 
 class Images:
@@ -85,7 +119,7 @@ class Images:
         model: The model, for its preprocessing.
         manifest: The dataset.
         root: The data root.
-        room: Memory for decoded images; None takes `shared_room()`, which all datasets share.
+        room: Memory for decoded images; None takes the `shared_room` that all datasets share.
         workers: Threads that decode and crop; 0 works in the calling thread. None takes one for
             each core but one beside a GPU, and 0 on a CPU, whose cores the model keeps busy.
 
@@ -104,7 +138,7 @@ class Images:
     ) -> None:
         if workers is not None and workers < 0:
             raise UserError(f"workers is {workers}; it must be 0 or more")
-        self.manifest, self.root, self.room = manifest, root, room or shared_room()
+        self.manifest, self.root, self.room = manifest, root, room or shared_room(CPU)
         self.transform, self.device = model.preprocess, model.device
         size = model.clip.visual.image_size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
@@ -114,50 +148,51 @@ class Images:
         # Threads and not processes: decoding and cropping release the interpreter's lock, and
         # what threads make need not be copied.
         self.pool = ThreadPoolExecutor(threads) if threads else None
-        self._raw: dict[str, Tensor] = {}
-        self._ready: dict[str, Tensor] = {}
-        # With the stores as arguments: a callback that held `self` would keep it alive for ever.
-        finalize(self, self.room.give_back, self._raw, self._ready)
+        self._raw, self._ready = Kept(self.room), Kept(self.room)
+        self._uploaded = Kept(shared_room(self.device))
 
     def identity(self, items: Sequence[Item]) -> DataIdentity:
         """Return what some items are at this moment."""
         return self.manifest.identity(items, self.root)
 
-    def _keep(self, store: dict[str, Tensor], path: str, image: Tensor) -> Tensor:
-        if self.room.take(self, image.numel()):
-            store[path] = image
-        return image
-
     def rest(self) -> None:
         """Mark these images as not needed for now: they are dropped where others need room."""
-        self.room.rest(self)
-
-    def forget(self) -> int:
-        """Drop all decoded images, and return how many bytes they took."""
-        size = sum(image.numel() for store in (self._raw, self._ready) for image in store.values())
-        self._raw.clear()
-        self._ready.clear()
-        return size
+        for kept in (self._raw, self._ready, self._uploaded):
+            kept.room.rest(kept)
 
     def raw(self, item: Item) -> Tensor:
         """Return the image as decoded, (3, height, width), uint8."""
-        found = self._raw.get(item.path)
-        if found is not None:
-            return found
-        # As bytes, a quarter of floats; contiguous, or every crop would gather across channels.
-        image = self.manifest.open_image(item, self.root, size=max(self.size))
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-        return self._keep(self._raw, item.path, pixels)
+
+        def make() -> Tensor:
+            # As bytes, a quarter of floats; contiguous, or crops would gather across channels.
+            image = self.manifest.open_image(item, self.root, size=max(self.size)).convert("RGB")
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+        return self._raw.get(item.path, make)
 
     def ready(self, item: Item) -> Tensor:
         """Return the image resized and cropped for evaluation, (3, height, width), uint8."""
-        found = self._ready.get(item.path)
-        if found is not None:
-            return found
-        image = self.transform(self.manifest.open_image(item, self.root, size=max(self.size)))
-        # Normalisation is undone to keep a byte a value; 8-bit input makes this exact.
-        pixels = (image * self.std + self.mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-        return self._keep(self._ready, item.path, pixels)
+
+        def make() -> Tensor:
+            image = self.transform(self.manifest.open_image(item, self.root, size=max(self.size)))
+            # Normalisation is undone to keep a byte a value; 8-bit input makes this exact.
+            return (image * self.std + self.mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+        return self._ready.get(item.path, make)
+
+    def uploaded(self, items: Sequence[Item]) -> list[Tensor]:
+        """Return images as decoded on the model's device, (3, height, width) each, uint8.
+
+        They stay there while they fit into `shared_room` of the device.
+        """
+
+        def upload(item: Item) -> Tensor:
+            return self._uploaded.get(item.path, lambda: placed(self.raw(item), self.device))
+
+        # Workers decode what is not there; to ask them for the rest would cost more than it is.
+        lacking = [item for item in items if item.path not in self._uploaded]
+        made = dict(zip((item.path for item in lacking), self._map(upload, lacking)))
+        return [made[item.path] if item.path in made else upload(item) for item in items]
 
     def _map(self, function: Any, *arguments: Iterable[Any]) -> list[Any]:
         try:
@@ -187,8 +222,10 @@ class Images:
     def normalised(self, pixels: Sequence[Tensor]) -> Tensor:
         """Stack images of one size and normalise them as the model expects, on its device."""
         # To the device as bytes, a quarter of the transfer of floats.
-        batch = placed(torch.stack(list(pixels)), self.device).float().div_(255)
-        return batch.sub_(self._mean).div_(self._std)
+        return self._normalised(placed(torch.stack(list(pixels)), self.device).float())
+
+    def _normalised(self, batch: Tensor) -> Tensor:
+        return batch.div_(255).sub_(self._mean).div_(self._std)
 
     def augmented(
         self,
@@ -204,11 +241,15 @@ class Images:
             items: The items.
             draws: (item, numbers) random numbers, of `Augmentation.draws`.
             augmentation: What the numbers mean.
-            on_device: Crop on the model's device instead of the CPU.
+            on_device: Crop on the model's device, by `resized_crops`, instead of the CPU.
         """
+        if on_device:
+            images = self.uploaded(items)
+            boxes = [augmentation.box(draw, *image.shape[1:]) for draw, image in zip(draws, images)]
+            return self._normalised(resized_crops(images, np.array(boxes, np.int64), self.size))
 
         def view(item: Item, draw: NDArray[np.float64]) -> Tensor:
-            raw = placed(self.raw(item), self.device) if on_device else self.raw(item)
+            raw = self.raw(item)
             top, left, h, w, flip = augmentation.box(draw, raw.shape[1], raw.shape[2])
             # PIL's resize, which the published recipe uses, is always antialiased; for tensors
             # torchvision leaves the choice.

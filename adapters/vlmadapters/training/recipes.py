@@ -64,7 +64,8 @@ class TrainConfig:
         flip: Probability of a horizontal flip.
         cached_views: 0 draws a fresh view at every epoch, as published. A positive number fixes
             that many views per image, whose frozen activations are then computed once.
-        device_crops: Crop decoded images on the GPU; pixels differ by rounding from a CPU's crops.
+        device_crops: Crop decoded images on the GPU. A CPU's crops differ, as it rounds between its
+            two passes: by less than half a level of 255 on average, by some ten at sharp edges.
         cuda_graph: Record a step as a CUDA graph and replay it; it changes nothing but time. None
             records wherever it can be done: in one process on a GPU, of methods whose steps do not
             vary.

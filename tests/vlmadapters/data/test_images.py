@@ -167,19 +167,35 @@ def test_every_step_sees_other_items_and_the_rest_is_dropped() -> None:
     assert [len(b) for b in epoch_batches(3, 16, 1, 0)] == [3]
 
 
-def test_crops_on_the_device_are_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoded pixels go there first; where it is a CPU, nothing changes."""
-    model = shared_backbone()
-    images, asked = Images(model, MANIFEST), []
-    items, augmentation = MANIFEST.items("train")[:3], Augmentation()
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_on_the_device_are_close_to_those_of_the_cpu(workers: int) -> None:
+    images = Images(shared_backbone(), MANIFEST, workers=workers)
+    items, augmentation = MANIFEST.items("train")[:8], Augmentation()
     draws = augmentation.draws(len(items), 1, 0)
-    expected = images.augmented(items, draws, augmentation)
+    host, device = (
+        images.augmented(items, draws, augmentation, on_device=there) for there in (False, True)
+    )
+    levels = (device - host).abs() * images.std * 255
+    assert levels.mean() < 0.5
+
+
+@pytest.mark.parametrize(("free", "uploads"), [(1 << 30, [3, 0]), (0, [3, 3])])
+def test_decoded_images_stay_on_the_device_while_it_has_room(
+    free: int, uploads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.images.available_memory", lambda device: free)
+    shared_room.cache_clear()
+    images, counts = Images(shared_backbone(), MANIFEST, room=Room(1 << 30)), []
+    items, uploaded = MANIFEST.items("train")[:3], []
 
     def noted(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        asked.append(tensor.shape)
+        uploaded.append(tensor.shape)
         return tensor
 
     monkeypatch.setattr("vlmadapters.data.images.placed", noted)
-    found = images.augmented(items, draws, augmentation, on_device=True)
-    assert torch.equal(found, expected)
-    assert asked == [*(images.raw(item).shape for item in items), expected.shape]
+    for _ in range(2):
+        found = images.uploaded(items)
+        assert all(map(torch.equal, found, map(images.raw, items)))
+        counts.append(len(uploaded) - sum(counts))
+    assert counts == uploads
+    shared_room.cache_clear()

@@ -87,7 +87,7 @@ def test_a_sweep_decodes_each_test_image_once_where_those_of_one_dataset_fit(
     tables = []
     for images_that_fit, times in ((1000, {1}), (60, {1}), (0, {5})):
         room = Room(images_that_fit * 3 * 32 * 32)
-        monkeypatch.setattr("vlmadapters.data.images.shared_room", lambda room=room: room)
+        monkeypatch.setattr("vlmadapters.data.images.shared_room", lambda device, room=room: room)
         opened.clear()
         experiment = Experiment(
             "base-to-novel",

@@ -84,6 +84,16 @@ def test_a_step_of_mma_reads_nothing(
     assert waits == []
 
 
+def test_crops_on_the_device_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+    items, augmentation = made.items[:4], TRAIN.augmentation
+    draws = augmentation.draws(len(items), 1, 0)
+    made.images.uploaded(items)
+    with watched(monkeypatch) as waits:
+        made.images.augmented(items, draws, augmentation, on_device=True)
+    assert waits == []
+
+
 def test_reading_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watch itself can fail."""
     with watched(monkeypatch) as waits:
