@@ -49,7 +49,7 @@ RECIPE = Path(__file__).with_name("recipe.toml")
 TOKENIZER = "merges.txt.gz"
 LOGGED = 25  # steps between rows of the log; the device is not waited for in between
 SAVED = 120  # seconds between checkpoints
-WHOLE = 1.15  # seconds of a mean step over one that drops patches, where the last eighth drops none
+SLOWER = 1.2  # mean step to come over the last ones: the last eighth of the run drops no patches
 Recipe = dict[str, Any]
 
 
@@ -513,7 +513,7 @@ def train(
                 run.seconds += spent
                 if minutes is not None and run.step < (1 - recipe["decay"]) * recipe["steps"]:
                     left = (60 * minutes - run.seconds) / (spent / len(losses))
-                    recipe["steps"] = run.step + max(1, int(left / WHOLE))
+                    recipe["steps"] = run.step + max(1, int(left / SLOWER))
                     progress.total = recipe["steps"]
                 writer.writerow(
                     [

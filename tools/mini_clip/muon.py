@@ -69,7 +69,7 @@ class Muon(Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(gradients)
             mean = state["momentum"].lerp_(gradients, 1 - group["momentum"])
-            update = orthogonalise(gradients.lerp(mean, group["momentum"])).to(gradients.dtype)
+            update = orthogonalise(gradients.lerp(mean, group["momentum"])).float().contiguous()
             size = 0.2 * max(update.shape[1:]) ** 0.5
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, update.unbind(), alpha=-group["lr"] * size)
