@@ -143,6 +143,7 @@ class Trainer:
         self.epoch = self.step = 0
         self.spent = 0.0  # seconds of earlier runs of this training
         self.views: ViewCache | None = None
+        self._drawn: tuple[int, NDArray[np.float64]] | None = None
         self.graph = StepGraph() if self.train.cuda_graph else None
 
     def _check_items(self) -> None:
@@ -448,13 +449,19 @@ class Trainer:
 
     def _augmented(self, batch: NDArray[np.int64], view: int | None = None) -> Tensor:
         """Return a view of some items, this epoch's by default, (item, 3, height, width)."""
-        # Drawn for all items and then picked: an item's crop does not depend on its batch.
-        augmentation = self.train.augmentation
-        number = self._view() if view is None else view
-        draws = augmentation.draws(len(self.items), self.seed, number)
+        draws = self._draws(self._view() if view is None else view)
         items = [self.items[i] for i in batch]
-        on_device = self.train.device_crops
-        return self.images.augmented(items, draws[batch], augmentation, on_device=on_device)
+        given = items, draws[batch], self.train.augmentation
+        return self.images.augmented(*given, on_device=self.train.device_crops)
+
+    def _draws(self, view: int) -> NDArray[np.float64]:
+        """Return the random numbers of a view of all items, (item, numbers)."""
+        # Of all items at once: an item's crop does not depend on its batch. Kept for the view's
+        # other batches, which most steps ask for.
+        if self._drawn is None or self._drawn[0] != view:
+            made = self.train.augmentation.draws(len(self.items), self.seed, view)
+            self._drawn = view, made
+        return self._drawn[1]
 
     def _kept_states(self, batch: NDArray[np.int64]) -> dict[int, State]:
         """Return frozen states that are kept: of cached views, or of images that end frozen."""
