@@ -415,7 +415,7 @@ class Training:
         concepts, kinds = text[n : n + CONCEPTS], text[n + CONCEPTS :]
         coarse = shares.new_zeros(p, len(kinds)).index_add_(1, inputs.kinds, shares)
         said = caption_loss(image[:p], concepts, shares, scale)
-        said = (said + caption_loss(image[:p], kinds, coarse, scale)) / 2
+        said = said + caption_loss(image[:p], kinds, coarse, scale)
         matched = F.mse_loss(self.matcher(embedding[:p]), answers[1])
         return loss + weights["captions"] * said + weights["features"] * matched
 
