@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from common import RESULTS, machine, write_table
 from extraction import load, make_photographs
-from training import PUBLIC
+from training import RECORDED
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,7 +130,7 @@ def summary(part: str, output: str) -> list[dict[str, Any]]:
     with (RESULTS / f"{name}.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get("quantity", "time") == "time"]
     words = (key, "against", "placement", "views", "precision", "decoding")
-    amp = [row for row in rows if row.get("side", PUBLIC) != PUBLIC and row["precision"] != "fp32"]
+    amp = [row for row in rows if row.get("side") == RECORDED and row["precision"] != "fp32"]
     return [
         {
             "what": ", ".join(row[k] for k in words if row.get(k)),

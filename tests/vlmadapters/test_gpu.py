@@ -73,8 +73,23 @@ def test_single_precision_trains_and_predicts_as_on_the_cpu() -> None:
 def test_half_precision_trains_close_to_single(precision: str) -> None:
     model = model_on("cuda")
     single = trainer(model, TRAIN).fit()[0].losses
-    half = trainer(model, replace(TRAIN, precision=precision)).fit()[0].losses
-    np.testing.assert_allclose(half, single, rtol=0.05)
+    made = trainer(model, replace(TRAIN, precision=precision))
+    for run in made.runs:
+        # From torch's first scale on, 65536, steps are skipped until it suits the gradients.
+        run.scaler = torch.amp.GradScaler(init_scale=64.0, enabled=precision == "fp16")
+    np.testing.assert_allclose(made.fit()[0].losses, single, rtol=0.05)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_steps_that_loss_scaling_skips_change_nothing(recorded: bool) -> None:
+    made = trainer(model_on("cuda"), replace(TRAIN, precision="fp16", cuda_graph=recorded))
+    (run,) = made.runs
+    run.scaler = torch.amp.GradScaler(init_scale=2.0**40)  # no gradient of a step is finite
+    before = {key: one.clone() for key, one in run.method.official_state_dict().items()}
+    made.fit()
+    for key, one in run.method.official_state_dict().items():
+        assert torch.equal(one, before[key])
+    assert run.scaler.get_scale() < 2.0**40
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
