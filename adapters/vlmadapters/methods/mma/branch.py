@@ -8,6 +8,7 @@ few and narrow: two activations of the inner width are kept, and the sum is made
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class _Branch(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else u.dtype
         onednn = suits(u, parameters[0])
         ctx.dtypes = out.dtype, u.dtype, [p.dtype for p in parameters]
-        u, *cast = (value.to(dtype) for value in (u, *parameters))
+        u, cast = u.to(dtype), _cast(parameters, [dtype] * len(parameters))
         down, down_bias, shared, shared_bias, up, up_bias = cast
         with torch.autocast(kind, enabled=False):
             # In place: the derivative of relu can be read from its output.
@@ -54,9 +55,18 @@ class _Branch(torch.autograd.Function):
             to_u = back(to_first * ctx.scale, down).to(u_dtype)
         steps = ((to_first, u), (to_second, first), (grad, second))
         made = [part for left, right in steps for part in _linear_gradients(left, right)]
-        to_parameters = [part.to(dtype) for part, dtype in zip(made, dtypes)]
+        to_parameters = _cast(made, dtypes)
         to_out = grads[0].to(out_dtype) if ctx.needs_input_grad[0] else None
         return to_out, to_u, None, *to_parameters
+
+
+def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Return tensors in other dtypes: on a GPU by one kernel, where a step waits for launches."""
+    if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes)):
+        return list(tensors)
+    made = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes)]
+    torch._foreach_copy_(made, tensors)
+    return made
 
 
 def _linear_gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
