@@ -65,7 +65,7 @@ def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tens
     if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes)):
         return list(tensors)
     made = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes)]
-    torch._foreach_copy_(made, tensors)
+    torch._foreach_copy_(made, list(tensors))
     return made
 
 
