@@ -69,7 +69,7 @@ peers: setup ## The same work by other libraries, in environments of their own
 	$(BIN)/uv pip install --quiet --python .venv-thingsvision/bin/python -r benchmarks/peers_thingsvision.txt
 	$(RUN) benchmarks/peers.py
 
-mini-clip: setup ## Train the miniature CLIP again (resumable; hours on a CPU)
+mini-clip: setup ## Train a miniature CLIP again (resumable; hours on a CPU, minutes on a GPU)
 	$(BIN)/uv pip install --quiet --python $(RUN) -r tools/mini_clip/requirements.txt
 	PYTHONPATH=tools $(RUN) -m mini_clip --out runs/mini-clip
 

@@ -165,12 +165,19 @@ def analyse(cells: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def report(source: Path) -> str:
-    """Return what the cells of a folder, or of one table, say, as Markdown."""
+def report(source: Path, method: str | None = None) -> str:
+    """Return what the cells of a folder, or of one table, say, as Markdown.
+
+    Args:
+        source: The folder or the table.
+        method: The method whose comparisons are corrected by themselves; None takes all together.
+    """
     files = [source] if source.is_file() else sorted((source / "cells").glob("*.csv"))
     if not files:
         raise UserError(f"{source.resolve()} holds no cells; run the study first")
     cells = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    if method is not None:
+        cells = cells[cells["method"] == method]
     found = analyse(cells)
     rows = [
         (row["method"], row["against"],
@@ -205,12 +212,13 @@ def main(words: Sequence[str] | None = None) -> None:
     running.add_argument("--data-root", type=Path, default=None)
     reading = verbs.add_parser("analyse")
     reading.add_argument("cells", type=Path, nargs="?", help="a table; else those of --out")
+    reading.add_argument("--method", help="one method, a family of its own; else all together")
     asked = parser.parse_args(words)
     try:
         if asked.verb == "run":
             run(asked)
         else:
-            print(report(asked.cells or asked.out))
+            print(report(asked.cells or asked.out, asked.method))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -56,7 +56,17 @@ def test_a_seed_draws_other_classes_of_any_folder(script: dict, tmp_path: Path) 
     assert again.class_names() == names[0]
 
 
-def test_the_outcome_is_what_the_recorded_cells_say(script: dict) -> None:
+@pytest.mark.parametrize(
+    ("table", "method"),
+    [
+        ("registered_search", None),
+        ("registered_search_taught", "mma"),
+        ("registered_search_taught", "cliplora"),
+    ],
+)
+def test_the_outcome_is_what_the_recorded_cells_say(
+    script: dict, table: str, method: str | None
+) -> None:
     folder = SCRIPT.parent
-    said = script["report"](folder / "results" / "registered_search.csv")
+    said = script["report"](folder / "results" / f"{table}.csv", method)
     assert said in (folder / "registered_search.md").read_text("utf-8")

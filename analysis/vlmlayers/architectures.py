@@ -19,12 +19,13 @@ from typing import Any
 from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.files import HUB, WEIGHT_SUFFIXES, find_weights
 
-MINI = "mini-clip"
 LOCAL = "local"
 CONFIG_FILE = "open_clip_config.json"
 FOREIGN_CONFIG = "config.json"  # of transformers or timm
 UNLIKE = (OSError, SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError)
-MINI_FOLDER = Path(__file__).parent / "models" / "mini_clip"
+_MODELS = Path(__file__).parent / "models"
+# The models that ship with the package, and where.
+MINIATURES = {"mini-clip": _MODELS / "mini_clip", "mini-clip-taught": _MODELS / "mini_clip_taught"}
 
 
 def architectures() -> list[str]:
@@ -91,7 +92,7 @@ def check_architecture(name: str) -> str:
     Raises:
         UserError: It is none; the nearest one is named, or what a folder has to hold.
     """
-    known = [*architectures(), MINI, LOCAL]
+    known = [*architectures(), *MINIATURES, LOCAL]
     if name not in known and ("/" in name or Path(name).expanduser().exists()):
         raise UserError(
             f"{name}{looked_for(name)} is not a folder with {CONFIG_FILE} (or {FOREIGN_CONFIG}) "
@@ -169,8 +170,8 @@ def check_model(
             raise UserError(f"model 'local' needs config=, the path of an {CONFIG_FILE}")
         if not Path(config).expanduser().is_file():
             raise UserError(f"config {config} does not exist{looked_for(config)}")
-    elif name == MINI:
-        shipped = MINI_FOLDER
+    elif name in MINIATURES:
+        shipped = MINIATURES[name]
     elif name.startswith(HUB) or (shipped is None and (folder / FOREIGN_CONFIG).is_file()):
         return
     elif shipped is None:

@@ -58,11 +58,12 @@ class Evaluation:
         self.model, self.root, self.limit, self.fit, self.show = model, root, limit, fit, show
 
     def features(self, name: str, split: str, n: int | None, **options: Any) -> LayerFeatures:
-        """Extract a split with the one prompt that all figures use."""
+        """Extract a split with the one prompt that all figures use, or with captions."""
+        if options.get("text") != "captions":
+            options["template"] = ONE_PROMPT
         return extract(
             self.model, Manifest.load(name), split, items=self._present(name, split, n),
-            root=self.root, spaces=("native", "joint"), template=ONE_PROMPT, batch_size=128,
-            progress=False, **options,
+            root=self.root, spaces=("native", "joint"), batch_size=128, progress=False, **options,
         )  # fmt: skip
 
     def _present(self, name: str, split: str, n: int | None) -> list[Item]:

@@ -12,6 +12,7 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.config import VIT_B_16, MethodConfig, placements_of
+from vlmlayers.architectures import MINIATURES
 from vlmlayers.arguments import (
     PRECISIONS,
     Count,
@@ -304,8 +305,8 @@ def settings_at(
 
 
 def default_recipe(model: str, method: str = "mma") -> str:
-    """Return the recipe for a backbone: `mini` for the shipped miniature, else `published`."""
-    return "mini" if model == "mini-clip" and "mini" in _shipped(method) else "published"
+    """Return the recipe for a backbone: `mini` for the shipped miniatures, else `published`."""
+    return "mini" if model in MINIATURES and "mini" in _shipped(method) else "published"
 
 
 @checked

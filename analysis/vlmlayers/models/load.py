@@ -16,8 +16,7 @@ from torch import nn
 from vlmlayers.architectures import (
     CONFIG_FILE,
     LOCAL,
-    MINI,
-    MINI_FOLDER,
+    MINIATURES,
     check_architecture,
     tags_of,
     weights_of,
@@ -46,7 +45,7 @@ WEIGHT_TYPES = ("fp32", "bf16", "fp16")
 
 def list_models() -> list[str]:
     """Return the architecture names that `load_model` knows."""
-    return [*open_clip.list_models(), MINI]
+    return [*open_clip.list_models(), *MINIATURES]
 
 
 AnyModel = Annotated[
@@ -78,10 +77,11 @@ def load_model(
     architecture agree on; where they differ, `like` or explicit values have to say.
 
     Args:
-        name: open_clip architecture; "mini-clip" (ships with the package); "local" with `config`
-            and a file of weights; a folder that holds weights and `open_clip_config.json`, or the
-            `config.json` of transformers or timm; "hf-hub:organisation/name" for such a folder of
-            the hub, read from its cache; or what `wrap_model` takes, by itself.
+        name: open_clip architecture; "mini-clip" or "mini-clip-taught", which ship with the
+            package; "local" with `config` and a file of weights; a folder that holds weights and
+            `open_clip_config.json`, or the `config.json` of transformers or timm;
+            "hf-hub:organisation/name" for such a folder of the hub, read from its cache; or what
+            `wrap_model` takes, by itself.
         pretrained: Tag of the hub, or a file of weights: safetensors, a torch file of tensors
             alone, or a TorchScript archive as OpenAI ships it.
         config: open_clip configuration file for `name="local"`.
@@ -297,10 +297,11 @@ def _source(name: str, config: str | Path | None, folder: Path | None, title: st
             raise UserError("model 'local' needs config=, the path of an open_clip_config.json")
         path = Path(config).expanduser()
         return _Source(path.absolute().parent.name, *_read(path), path.parent)
-    if name == MINI:
-        if not (MINI_FOLDER / CONFIG_FILE).is_file():
-            raise UserError(f"{MINI} is not part of this installation: {MINI_FOLDER} is missing")
-        return _Source(MINI, *_read(MINI_FOLDER / CONFIG_FILE), MINI_FOLDER, shipped=True)
+    if name in MINIATURES:
+        folder = MINIATURES[name]
+        if not (folder / CONFIG_FILE).is_file():
+            raise UserError(f"{name} is not part of this installation: {folder} is missing")
+        return _Source(name, *_read(folder / CONFIG_FILE), folder, shipped=True)
     check_architecture(name)
     return _Source(name, open_clip.get_model_config(name), {})
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.architectures import CONFIG_FILE, MINI, MINI_FOLDER, configuration_files
+from vlmlayers.architectures import CONFIG_FILE, MINIATURES, configuration_files
 from vlmlayers.errors import check_one_of
 from vlmlayers.files import read_json
 from vlmlayers.words import text_table
@@ -56,8 +56,8 @@ def configurations(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     how many blocks they have is for `check` to find.
     """
     files = configuration_files()
-    if (MINI_FOLDER / CONFIG_FILE).is_file():
-        files[MINI] = MINI_FOLDER / CONFIG_FILE
+    shipped = {name: folder / CONFIG_FILE for name, folder in MINIATURES.items()}
+    files |= {name: file for name, file in shipped.items() if file.is_file()}
     for name in names or ():
         check_one_of("model", name, files)
     return [_row(name, path) for name, path in files.items() if not names or name in names]

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from vlmlayers.architectures import MINIATURES
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
@@ -243,8 +244,8 @@ class StageContext:
         folder = hub or Path(name)
         inside = folder if self.part.path or hub else None
         # Its files lie in the package; a new version of it has new weights under the same name.
-        if folder.name == "mini-clip":
-            inside = Path(__file__).parents[1] / "models" / "mini_clip"
+        if folder.name in MINIATURES:
+            inside = MINIATURES[folder.name]
         if inside is not None and inside.is_dir():
             # Configurations and tokenizers change values as much as weights do.
             files |= {path.name: path for path in sorted(inside.glob("*.json"))}

@@ -12,6 +12,8 @@ import pytest
 from vlmadapters import load_recipe
 from vlmadapters.cli.train_stage import parts
 from vlmadapters.methods import BUILT_IN
+from vlmadapters.training.recipes import default_recipe
+from vlmlayers.architectures import MINIATURES
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.study import check_study, read_study, run_study
@@ -90,6 +92,12 @@ def test_a_table_without_a_recipe_takes_that_of_the_backbone(tmp_path: Path) -> 
     part |= {"recipe": "published"}
     with pytest.raises(UserError, match="all of them warm-up"):
         run_study(check_study(content | {"train": [part]}), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("name", list(MINIATURES))
+def test_both_miniatures_take_the_recipe_for_small_backbones(name: str) -> None:
+    assert default_recipe(name) == default_recipe(name, "coop") == "mini"
+    assert default_recipe("ViT-B-16") == "published"
 
 
 def small(table: str) -> Any:

@@ -15,6 +15,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from vlmlayers.architectures import MINIATURES
 from vlmlayers.errors import UserError
 from vlmlayers.models import list_models, load, load_model, vlm
 from vlmlayers.models.build import build_clip
@@ -294,7 +295,7 @@ def test_a_folder_without_weights_and_a_missing_mini_clip(folder, monkeypatch):
     (folder / "one.safetensors").unlink()
     with pytest.raises(UserError, match="holds no weights, none named open_clip_model.safetensors"):
         load_model(str(folder))
-    monkeypatch.setattr(load, "MINI_FOLDER", folder / "nowhere")
+    monkeypatch.setitem(MINIATURES, "mini-clip", folder / "nowhere")
     with pytest.raises(UserError, match="mini-clip is not part of this installation"):
         load_model("mini-clip")
 

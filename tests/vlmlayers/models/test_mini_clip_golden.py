@@ -1,4 +1,4 @@
-"""The shipped miniature CLIP: ten pinned items, plain open_clip, size, and what its card says.
+"""The shipped miniature CLIPs: ten pinned items, plain open_clip, size, and what its card says.
 
 `python tests/vlmlayers/models/test_mini_clip_golden.py` writes the pinned values again; do so only
 with new weights. The ten images are eight surface textures and two digits: numpy makes them, so
@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlmlayers.architectures import MINIATURES
 from vlmlayers.data import builtin
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import extract, load_model
-from vlmlayers.models.load import MINI_FOLDER, VLM
+from vlmlayers.models.load import VLM
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "mini_clip.npz"
-FOLDER = MINI_FOLDER
+GOLDEN = Path(__file__).parents[2] / "golden"
 POSITIONS = ("1", "6", "12", "proj")
 NAMES = (
     "shapes_filled", "shapes_outline", "textures", "letters", "charts", "flags", "signs", "aerial",
@@ -37,9 +37,13 @@ SIZE = 96  # larger than the model's 64, so that resizing is pinned too
 COSINE, COMPONENT = 0.99999, 0.001
 
 
-@pytest.fixture(scope="module")
-def model() -> VLM:
-    return load_model("mini-clip")
+@pytest.fixture(scope="module", params=list(MINIATURES))
+def model(request: pytest.FixtureRequest) -> VLM:
+    return load_model(request.param)
+
+
+def golden_of(name: str) -> Path:
+    return GOLDEN / f"{MINIATURES[name].name}.npz"
 
 
 def encode(model: VLM) -> dict[str, NDArray[np.float32]]:
@@ -85,7 +89,7 @@ def close(first: NDArray[np.float32], second: NDArray[np.float32]) -> bool:
 
 def test_ten_items_have_the_pinned_features(model: VLM) -> None:
     found = encode(model)
-    with np.load(GOLDEN, allow_pickle=False) as golden:
+    with np.load(golden_of(model.name), allow_pickle=False) as golden:
         assert sorted(golden.files) == sorted(found)
         moved = [key for key in found if not close(found[key], golden[key])]
     assert moved == []
@@ -96,7 +100,7 @@ def test_another_preprocessing_is_seen() -> None:
     steps = model.preprocess.transforms
     bilinear = Image.Resampling.BILINEAR
     model.preprocess = lambda image: steps[-1](steps[-2](image.resize((64, 64), bilinear)))
-    with np.load(GOLDEN, allow_pickle=False) as golden:
+    with np.load(golden_of(model.name), allow_pickle=False) as golden:
         assert not close(encode(model)["vision.proj"], golden["vision.proj"])
 
 
@@ -105,7 +109,7 @@ def test_another_activation_is_seen() -> None:
     for block in model.clip.visual.transformer.resblocks:
         block.mlp.gelu = open_clip.transformer.QuickGELU()
     found = encode(model)
-    with np.load(GOLDEN, allow_pickle=False) as golden:
+    with np.load(golden_of(model.name), allow_pickle=False) as golden:
         assert not close(found["vision.proj"], golden["vision.proj"])
         assert close(found["text.proj"], golden["text.proj"])
 
@@ -119,15 +123,16 @@ def test_extract_gives_the_pinned_features(model: VLM) -> None:
     assert features.text is not None
     row = features.text.ids.index("a photo of a handwritten three.")
     vector = features.text.array("proj", "joint")[row]
-    with np.load(GOLDEN, allow_pickle=False) as golden:
+    with np.load(golden_of(model.name), allow_pickle=False) as golden:
         pinned = golden["text.proj"][NAMES.index(name)]
     assert float(vector @ pinned) / np.linalg.norm(vector) > COSINE
 
 
 def test_plain_open_clip_loads_the_shipped_folder(model: VLM) -> None:
-    plain, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{FOLDER}")
+    folder = MINIATURES[model.name]
+    plain, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(
-        f"local-dir:{FOLDER}", bpe_path=str(FOLDER / "merges.txt.gz")
+        f"local-dir:{folder}", bpe_path=str(folder / "merges.txt.gz")
     )
     text = "a photo of a red flag with a star."
     assert torch.equal(tokenizer([text]), model.tokenizer([text]))
@@ -141,8 +146,8 @@ def test_plain_open_clip_loads_the_shipped_folder(model: VLM) -> None:
 def test_towers_and_size_are_what_the_issue_asks(model: VLM) -> None:
     assert {name: tower.depth for name, tower in model.towers.items()} == {"vision": 12, "text": 12}
     assert model.towers["vision"].width != model.towers["text"].width
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 12e6
-    config = json.loads((FOLDER / "open_clip_config.json").read_text())["model_cfg"]
+    assert sum(path.stat().st_size for path in MINIATURES[model.name].iterdir()) <= 12e6
+    config = json.loads((MINIATURES[model.name] / "open_clip_config.json").read_text())["model_cfg"]
     assert config["text_cfg"]["vocab_size"] == model.tokenizer.vocab_size
     assert model.tokenizer.eot_token_id == model.tokenizer.vocab_size - 1
 
@@ -162,5 +167,5 @@ def test_zero_shot_is_at_least_five_times_chance(model: VLM, name: str) -> None:
 
 
 if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN, **encode(load_model("mini-clip")))
+    for shipped in MINIATURES:
+        np.savez_compressed(golden_of(shipped), **encode(load_model(shipped)))

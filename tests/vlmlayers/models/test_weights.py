@@ -17,12 +17,12 @@ from open_clip.pretrained import _PRETRAINED
 from safetensors.torch import save_file
 from torch import nn
 
+from vlmlayers.architectures import MINIATURES
 from vlmlayers.errors import UserError
 from vlmlayers.models import load_model
 from vlmlayers.models.archives import read_archive
 from vlmlayers.models.build import build_clip
 from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
-from vlmlayers.models.load import MINI_FOLDER
 from vlmlayers.models.preprocessing import of_file
 from vlmlayers.models.vlm import hash_weights
 
@@ -177,7 +177,7 @@ def test_a_configuration_file_is_held_to_the_same(tmp_path, file):
 
 
 def test_a_file_beside_a_folder_or_the_miniature_is_honoured(tmp_path):
-    shutil.copytree(MINI_FOLDER, tmp_path / "mine")
+    shutil.copytree(MINIATURES["mini-clip"], tmp_path / "mine")
     whole = read_checkpoint(tmp_path / "mine" / "model.safetensors").state
     other = tmp_path / "epoch_9.pt"
     torch.save({"state_dict": {f"module.{k}": v * 1.1 for k, v in whole.items()}}, other)
