@@ -68,7 +68,10 @@ class TowerFeatures:
         for what, given in (("pairs", self.pairs), ("labels", self.labels)):
             if given is not None and len(given) != n:
                 raise UserError(f"{self.tower} features have {n} ids but {len(given)} {what}")
-        _check_range(f"{self.tower} labels", self.labels, MOST_CLASSES, "classes counted from 0")
+        # -1 throughout stands for captioned images, which have no classes.
+        if not (self.labels == -1).all():
+            what = "classes counted from 0"
+            _check_range(f"{self.tower} labels", self.labels, MOST_CLASSES, what)
         for space, by_position in self.arrays.items():
             by_token = (len(self.tokens),) if self.tokens and space not in ATTENTION else ()
             for position, array in by_position.items():

@@ -14,10 +14,12 @@ from PIL import Image
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
+from vlmlayers.manifests import Manifest
 from vlmlayers.models import extract
 from vlmlayers.models.decoding import batches_of, decoding_processes
 from vlmlayers.models.work import autocast
 from vlmlayers.runs import cores
+from vlmlayers.scores import score
 
 MODEL = tiny.model()
 
@@ -60,6 +62,26 @@ def test_captions_are_all_of_each_image_with_their_pairs():
     assert found.text.ids[:3] == ("first 0", "second 0", "first 1")
     assert found.text.pairs.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert found.text.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1]
+
+
+def test_captioned_images_without_classes_are_recorded_and_scored(tmp_path):
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number in range(12):
+        name = f"{number}.png"
+        Image.new("RGB", (32, 32), (20 * number, 90, 200)).save(tmp_path / "images" / name)
+        lines += [f"{name}\tcaption {number} {word}" for word in ("a", "b")]
+    (tmp_path / "captions.tsv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "set.toml").write_text(
+        'title = "Mine"\nfolder = "."\nimages = "images"\nlayout = "captions"\n'
+        'split_file = "captions.tsv"\nclasses = 0\n'
+    )
+    found = run(Manifest.load(tmp_path / "set.toml"), text="captions")
+    assert found.vision.labels.tolist() == [-1] * 12 and len(found.text) == 24
+    table = score(found, ["matched_cosine"], positions=["proj"], bootstrap=5)
+    assert set(table["n"]) == {24}
+    with pytest.raises(UserError, match="class_accuracy_ncm"):
+        score(found, ["class_accuracy_ncm"], bootstrap=5)
 
 
 @pytest.mark.parametrize(
