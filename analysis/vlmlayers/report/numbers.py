@@ -263,7 +263,7 @@ class Answer:
         for tower in self.depths:
             fixed = "fixed" in self.standing(tower)
             if not fixed and not self.choice.firm(tower):
-                if self._resampled(tower):
+                if self._resampled(tower) or self.choice.open(tower):
                     default[tower] = _blocks(self.paper.blocks(tower))
                 continue
             blocks = self.choice.blocks(tower) if fixed else self.choice.firm(tower)

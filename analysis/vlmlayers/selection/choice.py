@@ -48,7 +48,7 @@ class LayerChoice:
 
     @property
     def decided(self) -> bool:
-        """Whether the data decide; False where the choice would change on resampled scores."""
+        """Whether the data decide all of it; `firm` says for which blocks they do."""
         return bool(self.evidence.get("decided", True))
 
     @property
@@ -143,15 +143,19 @@ class LayerChoice:
         """Return how each block of a tower stands, from block 1 on.
 
         `firm`: chosen, here and in most resamples; `open`: the resamples disagree with each other
-        or with this choice; `frozen`: left out, here and in most resamples; `fixed`: chosen by a
-        rule that reads no measurement.
+        or with this choice, or the rule itself doubts the tower, whatever they say: noise can be
+        chosen again and again; `frozen`: left out, here and in most resamples; `fixed`: chosen
+        without resamples.
 
         Args:
             tower: `vision` or `text`.
             depth: Number of its blocks; None takes what the evidence says, 0 where it says nothing.
         """
         depth = depth or _depth(self.evidence, tower) or 0
-        share = self.evidence.get("towers", {}).get(tower, {}).get("frequency")
+        found = self.evidence.get("towers", {}).get(tower, {})
+        if found.get("notes"):
+            return ("open",) * depth
+        share = found.get("frequency")
         if share is None:
             chosen = self.blocks(tower)
             return tuple("fixed" if b in chosen else "frozen" for b in range(1, depth + 1))
@@ -161,12 +165,12 @@ class LayerChoice:
 
     @checked
     def firm(self, tower: str) -> tuple[int, ...]:
-        """Return the blocks of a tower that are chosen here and in most resamples."""
+        """Return the blocks of a tower that the data decide for; see `standing`."""
         return self._that_stand(tower, "firm")
 
     @checked
     def open(self, tower: str) -> tuple[int, ...]:
-        """Return the blocks of a tower on which resamples disagree with each other or with this."""
+        """Return the blocks of a tower on which the data do not decide; see `standing`."""
         return self._that_stand(tower, "open")
 
     def _that_stand(self, tower: str, how: str) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pandas as pd
@@ -65,7 +65,9 @@ def select(
     found = stability(chooser, seen, moves, seed) if moves else {}
     evidence = _evidence(table, chooser, blocks, picks, found)
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
-    return LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
+    choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
+    # A search brings a statement of its own.
+    return replace(choice, evidence={"statement": _statement(choice)} | evidence)
 
 
 def _used(scores: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -93,6 +95,7 @@ def _evidence(
         towers[tower] = {
             "depth": depth,
             "values": pick.values,
+            "notes": list(pick.notes),
             **pick.details,
             **found.get(tower, {}),
         }
@@ -112,35 +115,35 @@ def _evidence(
         "towers": towers,
         "decided": not any(reasons.values()),
         "doubts": [reason for one in reasons.values() for reason in one],
-        "statement": _statement(picks, found, reasons),
         **(chooser.evidence() if isinstance(chooser, Searched) else {}),
     }
 
 
-def _statement(
-    picks: Picks, found: dict[str, dict[str, Any]], reasons: dict[str, list[str]]
-) -> str:
-    open_questions = "; ".join(reason for one in reasons.values() for reason in one)
-    if not found:
-        if open_questions:
-            return f"The data do not decide: {open_questions}."
-        return "Fixed by the rule, not by the measurements; nothing was resampled."
+def _statement(choice: LayerChoice) -> str:
+    doubts = "; ".join(choice.evidence["doubts"])
+    towers = choice.evidence["towers"]
     firm = " and ".join(
-        _firm(tower, picks[tower], one) for tower, one in found.items() if not reasons[tower]
+        _firm(tower, choice, found) for tower, found in towers.items() if choice.firm(tower)
     )
-    if not open_questions:
-        return f"The data decide for {firm}."
+    if not doubts:
+        return (
+            f"The data decide for {firm}."
+            if firm
+            else "Fixed by the rule, not by the measurements; nothing was resampled."
+        )
     if firm:
-        return f"The data decide for {firm}. They do not decide for the rest: {open_questions}."
-    return f"The data do not decide: {open_questions}."
+        return f"The data decide for {firm}. They do not decide for the rest: {doubts}."
+    return f"The data do not decide: {doubts}."
 
 
-def _firm(tower: str, pick: Pick, found: dict[str, Any]) -> str:
+def _firm(tower: str, choice: LayerChoice, found: dict[str, Any]) -> str:
+    firm = f"{tower} {describe_blocks(choice.firm(tower))}"
+    if choice.open(tower):
+        return firm  # where the resamples start, and how often, is of the whole choice
     low, high = found["start"]["low"], found["start"]["high"]
     start = str(low) if low == high else f"{low}–{high}"
     return (
-        f"{tower} {describe_blocks(pick.blocks)} (95 % of resamples start at {start}; "
-        f"{percent(found['same'])} choose exactly this)"
+        f"{firm} (95 % of resamples start at {start}; {percent(found['same'])} choose exactly this)"
     )
 
 

@@ -65,7 +65,6 @@ def summary(run: Run) -> list[str]:
     lines = ["", text_table(position_table(answer).to_dict("records")), ""]
     if answer.random_weights:
         lines.append("RANDOM WEIGHTS: this says nothing about a trained model.")
-    # As the report puts it: the rule's own statement may say of firm blocks that nothing decides.
     doubts = f" {'; '.join(answer.doubts)}." if answer.doubts else ""
     for sentence in (answer.headline, answer.lead + doubts):
         lines += textwrap.wrap(sentence, 80)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from vlmlayers.errors import DataFault, OtherExtraction, UserError
 from vlmlayers.manifests import Manifest
+from vlmlayers.positions import TOWERS
 from vlmlayers.runs import environment, file_mark
 from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.user_code import is_user_code
@@ -214,7 +215,8 @@ def _select(context: StageContext) -> None:
     if not choice.decided:
         count = len(choice.evidence.get("doubts", ()))
         reasons = f"{count} doubt{'s' * (count != 1)}"
-        context.echo(f"         the data do not decide: {reasons}, listed in the report")
+        most = " all of it" if any(map(choice.firm, TOWERS)) else ""
+        context.echo(f"         the data do not decide{most}: {reasons}, listed in the report")
 
 
 def _search_inputs(context: StageContext) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def test_a_start_outside_its_own_interval_is_a_doubt(tmp_path: Path) -> None:
         "95 % of the resamples that choose any vision block start at 6, not at 7 as here"
         in choice.statement
     )
-    assert "The data decide for text 5–12" in choice.statement
+    assert "The data decide for vision 7–12 and text 5–12 (" in choice.statement
     assert "vision block 6 left out here, but chosen in 100 % of the resamples" in choice.statement
 
 
@@ -230,7 +230,8 @@ def test_a_block_that_resamples_seldom_choose_is_a_doubt(tmp_path: Path) -> None
     assert choice.evidence["doubts"] == [
         "vision blocks 3–4 chosen here, but in only 0 % of the resamples"
     ]
-    assert not choice.decided and "The data decide for text 5–12" in choice.statement
+    assert not choice.decided
+    assert choice.statement.startswith("The data decide for vision 1, 9–12 and text 5–12 (")
 
 
 def test_flat_curve_is_undecided_and_chooses_nothing() -> None:
@@ -250,6 +251,33 @@ def test_a_curve_within_its_interval_is_undecided() -> None:
         choice = select(scores, agreement_metric="none", resamples=0)
         assert choice.decided is decided
         assert ("varies by 0.02 over its blocks" in choice.statement) is not decided
+
+
+def test_no_block_is_firm_in_a_tower_that_the_rule_doubts() -> None:
+    """One wide interval moves nothing else: the resamples agree, and yet the curve is noise."""
+    rows = []
+    for tower, half in (("vision", 0.004), ("text", 0.0001)):
+        rows += curve_rows("dataset_accuracy", tower, [0.98] * 6 + [0.985] * 6, half=half)
+    choice = select(table(rows), agreement_metric="none", accuracy=0.01, resamples=50)
+    late = span(7, 12)
+    assert set(late) <= set(choice.vision)
+    assert min(choice.evidence["towers"]["vision"]["frequency"][6:]) >= 0.75
+    assert choice.firm("vision") == () and choice.open("vision") == span(1, 12)
+    assert choice.firm("text") == late
+    assert choice.statement.startswith(
+        "The data decide for text 7–12. They do not decide for the rest: dataset_accuracy of the vision "
+    )
+
+
+def test_the_statement_names_the_blocks_that_are_firm() -> None:
+    """Vision 5 is chosen in about half of the resamples; the rest of its tower is firm."""
+    values = [0.5] * 4 + [0.75] + [1.0] * 7
+    rows = curve_rows("dataset_accuracy", "vision", values, half=0.02)
+    choice = select(table(rows), agreement_metric="none", resamples=50)
+    assert choice.firm("vision") == span(6, 12) and choice.open("vision") == (5,)
+    assert choice.statement.startswith(
+        "The data decide for vision 6–12. They do not decide for the rest: vision block 5 "
+    )
 
 
 def test_same_seed_same_evidence() -> None:
