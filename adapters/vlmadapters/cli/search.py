@@ -46,10 +46,12 @@ def search(
     from vlmlayers.options import parse_settings
 
     (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
+    from vlmadapters.validation.candidates import check_searchable, scaled
+
+    check_searchable(made.method)
     check_inputs(model, weights, datasets, data_root)
     # Not before the checks, as torch takes seconds to import.
     from vlmadapters.cli.terminal import RANDOM
-    from vlmadapters.validation.candidates import scaled
     from vlmadapters.validation.search import search as run
 
     loaded = load_backbone(model, weights, device)

@@ -117,10 +117,15 @@ def folds(
     drawn = data.shots(shots, seed, "base")
     by_class = [[item for item in drawn if item.label == label] for label in range(len(names))]
     parts = min(count, PARTS, max(map(len, by_class)))
+    if shots < 2:
+        raise UserError(
+            "shots is 1, and a fold trains on some shots of a class and holds out others; give 2 shots "
+            "or more (validate also goes without folds, with the amount given)"
+        )
     if parts < 2:
         raise UserError(
             f"folds hold out some shots of each class in turn; {name} needs two training images of "
-            "a class, two shots and two folds at least"
+            "a class and two folds at least"
         )
     generator = np.random.default_rng([seed, FOLDS])
     apart = apart and len(names) >= LEAST_APART

@@ -111,6 +111,11 @@ class MethodConfig:
         return {k: v for k, v in self.to_dict().items() if k not in ("vision", "text")}
 
     @property
+    def in_steps(self) -> bool:
+        """Whether steps train it; what is fitted in closed form reads neither rate nor epochs."""
+        return type(self) is not MethodConfig  # zero-shot CLIP, of which nothing is trained
+
+    @property
     def class_bound(self) -> bool:
         """Whether it learns something of each class, so that no other class can be tested."""
         return False

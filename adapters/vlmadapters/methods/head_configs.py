@@ -45,6 +45,11 @@ class TipConfig(MethodConfig):
     title: ClassVar[str] = "Tip-Adapter"
     own_scale: ClassVar[float] = 100.0  # the authors' constant
 
+    @property
+    def in_steps(self) -> bool:
+        """False: the cache is filled, and alpha and beta are searched."""
+        return False
+
 
 @checked
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class TipFConfig(TipConfig):
 
     name: ClassVar[str] = "tip-f"
     title: ClassVar[str] = "Tip-Adapter-F"
+
+    @property
+    def in_steps(self) -> bool:
+        """True: steps train the keys of the cache."""
+        return True
 
 
 @checked
@@ -75,6 +85,11 @@ class LinearProbeConfig(MethodConfig):
 
     name: ClassVar[str] = "linear-probe"
     title: ClassVar[str] = "linear probe"
+
+    @property
+    def in_steps(self) -> bool:
+        """False: a solver fits it."""
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()

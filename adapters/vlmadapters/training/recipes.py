@@ -196,7 +196,8 @@ class Recipe:
                 blocks; one in epochs replaces steps per shot.
 
         Raises:
-            UserError: The method cannot act there, or has no scale; or its epochs are all warm-up.
+            UserError: The method cannot act there, has no scale or reads neither rate nor epochs;
+                or its epochs are all warm-up.
         """
         if isinstance(place, str):
             place = Placement.parse(place)
@@ -208,6 +209,11 @@ class Recipe:
         scale = {key: train.pop(key) for key in ("scale",) if key in train}
         if scale and "scale" not in self.method.settings():
             raise UserError(f"{self.method.name} has no scale; name an amount by lr and epochs")
+        if train and not self.method.in_steps:
+            raise UserError(
+                f"{place}: {self.method.name} is fitted in closed form and does not read "
+                f"{' or '.join(train)}; leave {'it' if len(train) == 1 else 'them'} out"
+            )
         if "epochs" in train:
             # Refused here, a search or sweep says so before it has trained other settings.
             if train["epochs"] <= self.train.warmup_epochs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vlmadapters.methods.config import VIT_B_16
+from vlmadapters.methods.config import VIT_B_16, MethodConfig
 from vlmadapters.training.recipes import Recipe
 from vlmadapters.validation.competitors import competitors
 from vlmlayers.errors import UserError
@@ -26,10 +26,23 @@ def scaled(recipe: Recipe, depths: Mapping[str, int]) -> Recipe:
     return recipe.with_method(method)  # so that no dataset's own value overrides the placement
 
 
+def check_searchable(method: MethodConfig) -> None:
+    """Raise a UserError where every setting that a search tries would be the same training."""
+    if not method.in_steps and not method.towers:
+        raise UserError(
+            f"{method.name} has nothing to search: no step trains it, so that it reads neither rate "
+            "nor epochs, and it acts at no block; train it as it is"
+        )
+
+
 def tried_amounts(default: Recipe, amounts: Iterable[Amount] | None = None) -> list[Recipe]:
-    """Return the default's placement by other amounts: those given, else multiples of its own."""
+    """Return the default's placement by other amounts: those given, else multiples of its own.
+
+    A method that no step trains reads none.
+    """
     if amounts is None:
-        amounts = [amount_times(default, rate, steps) for rate, steps in GRID]
+        grid = GRID if default.method.in_steps else ()
+        amounts = [amount_times(default, rate, steps) for rate, steps in grid]
     return [_by(default, amount) for amount in amounts]
 
 
@@ -81,7 +94,9 @@ def crossed(tuned: Recipe, placements: Sequence[Recipe]) -> list[Recipe]:
     """Return placements by the amount of a setting and by a larger one, or by their own."""
     found = []
     for one in placements:
-        amounts = [one.amount] if one.amount else [tuned.amount, amount_times(tuned, MORE, 1)]
+        amounts = [one.amount or tuned.amount]
+        if not one.amount and tuned.method.in_steps:
+            amounts.append(amount_times(tuned, MORE, 1))
         found += [_by(one, amount) for amount in amounts]
     return found
 

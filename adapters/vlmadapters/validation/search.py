@@ -25,6 +25,7 @@ from vlmadapters.protocols.train import Datasets, Model
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
 from vlmadapters.validation.candidates import (
+    check_searchable,
     crossed,
     scaled,
     tried_amounts,
@@ -116,6 +117,7 @@ def search(
     depths = {name: tower.depth for name, tower in model.towers.items()}
     if not isinstance(recipe, Recipe):
         recipe = scaled(load_recipe(recipe or default_recipe(model.name, method), method), depths)
+    check_searchable(recipe.method)
     default = recipe.changed({"shots": asked.shots}, {})
     rates = tried_amounts(default, asked.given_amounts)
     placements, refused = tried_placements(default, depths, asked.placement)

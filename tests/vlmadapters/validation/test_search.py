@@ -24,6 +24,7 @@ from vlmadapters.methods.deep_configs import CLIPLoRAConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
+from vlmadapters.validation.candidates import crossed, tried_amounts
 from vlmadapters.validation.judge import SEARCH_COLUMNS, difference, ranking
 from vlmadapters.validation.search import search
 from vlmlayers.errors import UserError
@@ -127,20 +128,21 @@ def test_folds_hold_out_every_shot_once_and_half_of_the_classes_in_turn(
 
 
 @pytest.mark.parametrize(
-    ("classes", "images", "message"),
+    ("classes", "images", "shots", "message"),
     [
-        (8, 6, "needs two training images of a class, two shots"),
-        (2, 6, "has one base class of two"),
-        (1, 6, "has one class, 'red'"),
-        (3, 0, "has no image of its base classes in split 'train'"),
+        (8, 6, 1, "^shots is 1, and a fold .*; give 2 shots or more"),
+        (3, 1, 4, "needs two training images of a class"),
+        (2, 6, 4, "has one base class of two"),
+        (1, 6, 4, "has one class, 'red'"),
+        (3, 0, 4, "has no image of its base classes in split 'train'"),
     ],
 )
 def test_folds_need_two_base_classes_and_two_shots(
-    tmp_path: Path, classes: int, images: int, message: str
+    tmp_path: Path, classes: int, images: int, shots: int, message: str
 ) -> None:
     made = dataset(tmp_path, classes=classes, images=images)
     with pytest.raises(UserError, match=message):
-        search(shared_backbone(), [made], **QUICK, shots=1)
+        search(shared_backbone(), [made], **QUICK, shots=shots)
 
 
 def test_too_few_classes_to_hold_out_are_said_and_small_folds_warn_of_nothing(
@@ -271,6 +273,29 @@ def test_a_method_without_placement_searches_its_amount(manifest: Manifest) -> N
     assert {heat["stage"] for heat in found.summary["heats"]} == {"amount"}
     tried = {"@lr=0.15", "@lr=0.15,epochs=3", "@epochs=3", "@lr=0.5", "@lr=0.0167"}
     assert set(found.table["setting"]) == {"zero-shot", "recipe"} | tried
+
+
+@pytest.mark.parametrize("method", ["linear-probe", "tip", "zero-shot"])
+def test_what_no_step_trains_has_no_amount_to_search(method: str, manifest: Manifest) -> None:
+    recipe = load_recipe("published", method)
+    with pytest.raises(UserError, match=f"{method} has nothing to search"):
+        search(shared_backbone(), [manifest], **QUICK | {"recipe": recipe})
+    with pytest.raises(UserError, match="does not read lr or epochs; leave them out"):
+        recipe.at("@lr=0.1,epochs=3")
+
+
+class FittedConfig(MMAConfig):
+    """As MMA, said to be fitted in closed form."""
+
+    @property
+    def in_steps(self) -> bool:
+        return False
+
+
+def test_placements_of_what_no_step_trains_are_tried_at_one_amount() -> None:
+    recipe = Recipe("fitted", RECIPE.train, FittedConfig((2, 3), (2, 3)))
+    assert tried_amounts(recipe) == []
+    assert [one.label for one in crossed(recipe, [recipe.at("3")])] == ["v3,t3"]
 
 
 def test_placements_of_a_method_of_one_tower_lie_there(manifest: Manifest) -> None:
