@@ -119,8 +119,8 @@ def folds(
     parts = min(count, PARTS, max(map(len, by_class)))
     if shots < 2:
         raise UserError(
-            "shots is 1, and a fold trains on some shots of a class and holds out others; give 2 shots "
-            "or more (validate also goes without folds, with the amount given)"
+            "shots is 1, and a fold trains on some shots of a class and holds out others; give 2 "
+            "shots or more (validate also goes without folds, with the amount given)"
         )
     if parts < 2:
         raise UserError(

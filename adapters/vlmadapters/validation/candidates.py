@@ -30,8 +30,8 @@ def check_searchable(method: MethodConfig) -> None:
     """Raise a UserError where every setting that a search tries would be the same training."""
     if not method.in_steps and not method.towers:
         raise UserError(
-            f"{method.name} has nothing to search: no step trains it, so that it reads neither rate "
-            "nor epochs, and it acts at no block; train it as it is"
+            f"{method.name} has nothing to search: no step trains it, so that it reads neither "
+            "rate nor epochs, and it acts at no block; train it as it is"
         )
 
 

@@ -265,7 +265,8 @@ def test_no_block_is_firm_in_a_tower_that_the_rule_doubts() -> None:
     assert choice.firm("vision") == () and choice.open("vision") == span(1, 12)
     assert choice.firm("text") == late
     assert choice.statement.startswith(
-        "The data decide for text 7–12. They do not decide for the rest: dataset_accuracy of the vision "
+        "The data decide for text 7–12. They do not decide for the rest: dataset_accuracy of the "
+        "vision "
     )
 
 
