@@ -41,6 +41,7 @@ from vlmlayers.models.vlm import VLM
 from vlmlayers.models.wrappers import unwrapped
 
 WEIGHT_TYPES = ("fp32", "bf16", "fp16")
+MINI_FOLDER = MINIATURES["mini-clip"]  # by this name scripts know it
 
 
 def list_models() -> list[str]:
