@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmlayers.models.load import VLM, build_clip, wrap_model
@@ -73,6 +76,15 @@ def backbone(name: str = "clip") -> VLM:
         weights="random",
         random_weights=True,
     )
+
+
+def saved_backbone(folder: Path) -> Path:
+    """Write the shared backbone as a local model, and return its folder."""
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config()}))
+    state = {k: v.clone().contiguous() for k, v in shared_backbone().clip.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    return folder
 
 
 def some_images(model: VLM, n: int = 2, seed: int = 0) -> Tensor:

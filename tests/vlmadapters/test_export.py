@@ -8,21 +8,26 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from backbones import shared_backbone, some_images
+from backbones import saved_backbone, shared_backbone, some_images
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stepping import TASK
 from torch import Tensor
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.task import TaskData
 from vlmadapters.export import class_embeddings, export, merged_weights
 from vlmadapters.files import save_method
 from vlmadapters.methods import BUILT_IN, METHODS
 from vlmlayers import cli
 from vlmlayers.errors import UserError
+from vlmlayers.models import load_model
+from vlmlayers.prompts import TEMPLATE
 
 MERGED = {"cliplora"}
 TEXT_ALONE = {"zero-shot", "coop", "kgcoop", "proda"}  # LASP trains norms of the vision tower
@@ -122,6 +127,55 @@ def test_the_first_form_that_a_method_allows_is_written_with_names(tmp_path: Pat
     with pytest.raises(UserError, match="unknown form 'merge'; did you mean 'merged'"):
         export(mma, model, tmp_path / "x", form="merge")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "needed"),
+    [
+        ("mma", {"scale": 0.3}, ["scale=0.3"]),
+        ("coop", {"class_at": "front"}, ["class_at=front"]),
+        ("lweib", {"alpha": 0.5}, ["alpha=0.5"]),
+        ("clipadapter", {"ratio": 0.7}, ["ratio=0.7", "text_ratio=0.0"]),
+        ("cocoop", {}, []),
+    ],
+)
+def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
+    name: str,
+    settings: dict[str, Any],
+    needed: list[str],
+    tmp_path: Path,
+) -> None:
+    """The same file answers as ours does where what it leaves out is given beside it."""
+    ours, theirs = tmp_path / "a.safetensors", tmp_path / "a.pth.tar"
+    folder = saved_backbone(tmp_path / "model")
+    model = load_model(str(folder))
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    depths = {tower: walk.tower.depth for tower, walk in backbone.walks.items()}
+    task = TaskData("shapes_filled", model).task("base", TEMPLATE)
+    config = METHODS.config(name).published(depths, **settings)
+    method = METHODS[name].build(config, backbone, task, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in method.parameters():
+            value.add_(0.3 * torch.randn(value.shape, generator=generator))
+    save_method(ours, method, model, task)
+    said = _called("export", folder, ours, "--form", "official", "--out", theirs)
+    assert said.split(" beside it: ")[1:] == [
+        " ".join(f"--set {one}" for one in needed)
+    ] * bool(needed)
+    test = ["evaluate", folder, "shapes_filled", "--kind", "base", "--limit", "16"]
+    beside = [part for one in needed for part in ("--set", one)]
+    _called(*test, "--adapter", ours, "--out", tmp_path / "ours.csv")
+    _called(*test, "--adapter", theirs, "--method", name, *beside, "--out", tmp_path / "theirs.csv")
+    tables = [pd.read_csv(tmp_path / f"{one}.csv") for one in ("ours", "theirs")]
+    left, right = (one["log_likelihood"] for one in tables)
+    assert left.tolist() == pytest.approx(right.tolist(), abs=1e-5)
+
+
+def _called(*words: Any) -> str:
+    result = CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout.strip()
 
 
 def test_what_is_wrong_on_the_command_line_is_one_line(

@@ -49,5 +49,12 @@ def export(
     check_model(model, **weights.arguments())
     from vlmadapters.export import export as write
 
+    from vlmadapters.files import read_info
+
     written = write(adapter, load_backbone(model, weights, device), out, form=form, classes=classes)
-    typer.echo(f"{written} {out}: {FORMS[written]}")
+    config = read_info(adapter).config
+    left_out = [f"--set {name}={getattr(config, name)}" for name in config.unstored]
+    note = FORMS[written]
+    if written == "official" and left_out:
+        note += f", without what `evaluate` and their code need beside it: {' '.join(left_out)}"
+    typer.echo(f"{written} {out}: {note}")

@@ -34,6 +34,8 @@ from vlmlayers.errors import UserError, looked_for
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.prompts import TEMPLATE, Template
 
+OURS = ".safetensors"
+
 
 @with_options
 def train(
@@ -142,7 +144,17 @@ def evaluate(
         float | None,
         typer.Option(
             help="Scale of an adapter in the authors' layout, which does not store it; the "
-            "published one where absent."
+            "published one where absent. Short for --set scale=."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        repeated(
+            "What else the authors' layout does not store, as in class_at=front of CoOp or "
+            "ratio=0.6 of CLIP-Adapter.",
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
         ),
     ] = None,
     device: Device = "auto",
@@ -151,10 +163,18 @@ def evaluate(
     data_root: DataRoot = None,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
+    from vlmlayers.options import parse_settings
+
     files = [Path(one) for one in adapter or ()]
+    given = parse_settings(settings or []) | ({} if scale is None else {"scale": scale})
+    option = "--set" if scale is None else "--scale"
+    if given and not files:
+        raise UserError(f"{option} is for an adapter in its authors' layout; name it by --adapter")
     for path in files:
         if not path.is_file():
             raise UserError(f"adapter {path} does not exist{looked_for(path)}")
+        if given and path.suffix == OURS:
+            raise UserError(f"{path} holds its settings; {option} is for authors' layouts")
     taken("evaluate", "template", Template, template)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.data.task import TaskData
@@ -166,7 +186,7 @@ def evaluate(
     task = None
     if len(datasets) == len(kinds) == 1:  # the authors' layouts leave class names out
         task = TaskData(datasets[0], loaded, data_root).task(kinds[0], template)
-    adapters = {path: _trained(path, loaded, method, scale, task) for path in files}
+    adapters = {path: _trained(path, loaded, method, given, task) for path in files}
     table = evaluate_methods(
         loaded,
         datasets,
@@ -190,24 +210,22 @@ def _paired(recipe: Any, pairs: Any) -> Any:
     return recipe.changed({}, {"pairs": pairs})
 
 
-def _trained(path: Path, model: Any, method: str | None, scale: float | None, task: Any) -> Any:
+def _trained(
+    path: Path, model: Any, method: str | None, given: dict[str, Any], task: Any
+) -> Any:
     from vlmadapters.files import load_method, load_official
 
-    if path.suffix == ".safetensors":
+    if path.suffix == OURS:
         made = load_method(path, model)
         if method not in (None, made.config.name):
             raise UserError(f"{path} is of {made.config.name}; --method says {method}")
-        if scale is not None:
-            raise UserError(f"{path} holds its settings; --scale is for authors' layouts")
         return made
     made = load_official(path, model, method=method or "mma", task=task)
-    if scale is not None:
-        if "scale" not in made.config.settings():
-            raise UserError(
-                f"{path} is of {made.config.name}, which has no scale; leave --scale out"
-            )
-        made.config = made.config.from_dict({**made.config.to_dict(), "scale": scale})
-    return made
+    if not given:
+        return made
+    # Read again, so that what the file does hold is checked against what is asked for.
+    config = made.config.from_dict({**made.config.to_dict(), **given})
+    return load_official(path, model, config, task=task)
 
 
 def _text(table: Any, published: bool) -> str:

@@ -20,8 +20,9 @@ class MethodConfig:
     """Settings of a method: where it acts and how large it is. Subclasses add their fields.
 
     Class attributes describe the method and are no settings: `name` is its key in `METHODS`,
-    `title` its name in tables, `towers` those whose blocks a placement may name, and `own_scale`
-    the factor of its cosines where it is not the backbone's, else 0.
+    `title` its name in tables, `towers` those whose blocks a placement may name, `own_scale` the
+    factor of its cosines where it is not the backbone's, else 0, and `unstored` the settings that
+    its answers depend on and its authors' files leave out.
 
     Attributes:
         vision: Vision blocks at which the method acts, counted from 1, rising.
@@ -39,6 +40,7 @@ class MethodConfig:
     title: ClassVar[str] = "zero-shot CLIP"
     towers: ClassVar[tuple[str, ...]] = ()
     own_scale: ClassVar[float] = 0.0
+    unstored: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         placed = Placement(self.vision, self.text)

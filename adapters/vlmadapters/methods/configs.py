@@ -119,6 +119,7 @@ class CoOpConfig(ContextConfig):
 
     name: ClassVar[str] = "coop"
     title: ClassVar[str] = "CoOp"
+    unstored: ClassVar[tuple[str, ...]] = ("class_at",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

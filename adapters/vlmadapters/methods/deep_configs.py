@@ -206,6 +206,7 @@ class LwEIBConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "lweib"
     title: ClassVar[str] = "LwEIB"
+    unstored: ClassVar[tuple[str, ...]] = ("alpha",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -120,6 +120,7 @@ class CLIPAdapterConfig(MethodConfig):
 
     name: ClassVar[str] = "clipadapter"
     title: ClassVar[str] = "CLIP-Adapter"
+    unstored: ClassVar[tuple[str, ...]] = ("ratio", "text_ratio")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,3 +48,11 @@ def test_long_placements_notes_and_published_rows_stay_within_80_columns() -> No
     assert "MMA (published)" in text
     assert "training changed nothing" in text
     assert "published averages are those of all datasets of the paper" in text
+
+
+def test_a_note_names_the_methods_that_it_is_of() -> None:
+    moved = results(method="CoOp", placement="t1")
+    still = [results(method=name, note=UNMOVED) for name in ("MMA", "MaPLe")]
+    text = " ".join(results_text(summarise(pd.concat([moved, *still]))).split())
+    assert f"ucf101, MMA, MaPLe: {UNMOVED}" in text
+    assert text.count(UNMOVED) == 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from backbones import shared_backbone
+from backbones import saved_backbone, shared_backbone
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
@@ -361,17 +361,7 @@ def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    from safetensors.torch import save_file
-
-    model = shared_backbone()
-    folder = tmp_path / "model"
-    folder.mkdir()
-    from backbones import config
-
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config()}))
-    state = {k: v.clone().contiguous() for k, v in model.clip.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    return folder
+    return saved_backbone(tmp_path / "model")
 
 
 def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Path) -> None:
@@ -404,6 +394,7 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
     for option, message in (
         ("--method=maple", "is of mma; --method says maple"),
         ("--scale=0.1", "holds its settings; --scale is for authors' layouts"),
+        ("--set=class_at=front", "holds its settings; --set is for authors' layouts"),
         ("--template=plain", "template takes .* exactly once .*, not 'plain'"),
     ):
         with pytest.raises(UserError, match=message):

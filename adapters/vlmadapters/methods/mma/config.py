@@ -36,6 +36,7 @@ class MMAConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "mma"
     title: ClassVar[str] = "MMA"
+    unstored: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
