@@ -160,9 +160,9 @@ def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
             value.add_(0.3 * torch.randn(value.shape, generator=generator))
     save_method(ours, method, model, task)
     said = _called("export", folder, ours, "--form", "official", "--out", theirs)
-    assert said.split(" beside it: ")[1:] == [
-        " ".join(f"--set {one}" for one in needed)
-    ] * bool(needed)
+    assert said.split(" beside it: ")[1:] == [" ".join(f"--set {one}" for one in needed)] * bool(
+        needed
+    )
     test = ["evaluate", folder, "shapes_filled", "--kind", "base", "--limit", "16"]
     beside = [part for one in needed for part in ("--set", one)]
     _called(*test, "--adapter", ours, "--out", tmp_path / "ours.csv")

@@ -48,7 +48,6 @@ def export(
         raise UserError(f"adapter {adapter} does not exist{looked_for(adapter)}")
     check_model(model, **weights.arguments())
     from vlmadapters.export import export as write
-
     from vlmadapters.files import read_info
 
     written = write(adapter, load_backbone(model, weights, device), out, form=form, classes=classes)

@@ -210,9 +210,7 @@ def _paired(recipe: Any, pairs: Any) -> Any:
     return recipe.changed({}, {"pairs": pairs})
 
 
-def _trained(
-    path: Path, model: Any, method: str | None, given: dict[str, Any], task: Any
-) -> Any:
+def _trained(path: Path, model: Any, method: str | None, given: dict[str, Any], task: Any) -> Any:
     from vlmadapters.files import load_method, load_official
 
     if path.suffix == OURS:

@@ -221,26 +221,45 @@ def cost(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
 
 
 def drop_overlapping_texts(ax: Axes) -> Axes:
-    """Remove labels of points that would cover a point or an earlier label, or leave the axes.
+    """Put labels of points where they cover no other point's marker, no label and no edge.
 
-    One that would leave them on the right is put to the left of its point first.
+    Each stands to the right of its point, or else to the left; what fits at neither is removed.
     """
     figure: Any = ax.figure
     # Extents are known after a layout only.
     figure.draw_without_rendering()
     frame = ax.get_window_extent()
+    markers = [
+        (at, radius)
+        for drawn in ax.collections
+        if isinstance(drawn, PathCollection)
+        for at, radius in zip(ax.transData.transform(drawn.get_offsets()), _radii(drawn))
+    ]
     kept: list[Any] = []
-    points_of = (drawn for drawn in ax.collections if isinstance(drawn, PathCollection))
-    dots = [ax.transData.transform(drawn.get_offsets()) for drawn in points_of]
-    points = [tuple(point) for offsets in dots for point in offsets]
     for text in list(ax.texts):
-        box = text.get_window_extent()
-        if box.x1 > frame.x1:
-            text.set(ha="right", x=-text.get_position()[0])
+        own = ax.transData.transform(text.xy)  # type: ignore[attr-defined]
+        others = [(at, radius) for at, radius in markers if not np.allclose(at, own)]
+        for side in ("left", "right"):
+            if side == "right":
+                text.set(ha=side, x=-text.get_position()[0])
             box = text.get_window_extent()
-        covers = any(box.padded(3).contains(*point) for point in points)
-        if covers or box.x1 > frame.x1 or any(box.overlaps(other) for other in kept):
-            text.remove()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
+            free = not any(_covers(box, at, radius) for at, radius in others)
+            if inside and free and not any(box.overlaps(other) for other in kept):
+                kept.append(box)
+                break
         else:
-            kept.append(box)
+            text.remove()
     return ax
+
+
+def _radii(drawn: PathCollection) -> Any:
+    """Return the radius of each marker in pixels; sizes are squares of diameters in points."""
+    figure: Any = drawn.figure
+    sizes = np.resize(drawn.get_sizes(), len(drawn.get_offsets()))
+    return np.sqrt(sizes) / 2 * figure.dpi / 72
+
+
+def _covers(box: Any, at: Any, radius: float) -> bool:
+    nearest = np.clip(at, (box.x0, box.y0), (box.x1, box.y1))
+    return bool(np.hypot(*(at - nearest)) < radius)

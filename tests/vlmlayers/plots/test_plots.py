@@ -134,6 +134,31 @@ def test_points_of_trained_placements_have_intervals_and_keep_a_label_at_the_edg
     assert named.get_xlabel() == "Class accuracy (linear probe), mean of blocks"
 
 
+@pytest.mark.parametrize("gap", [100, 300, 600, 1200, 2400])
+def test_no_label_of_the_cost_figure_covers_another_points_marker(gap: int) -> None:
+    """The rim of a marker counts, not its centre alone."""
+    points = OUTCOMES.iloc[[0, 4, 5, 6, 11]].assign(
+        parameters=[1000, 6000, 6000 + gap, 6000 + 2 * gap, 12000], hm=[70.0, 70.5, 70.5, 70.5, 71.0]
+    )
+    ax = drop_overlapping_texts(plots.cost(points.drop(columns=["hm_low", "hm_high"])))
+    figure: Any = ax.figure
+    figure.canvas.draw()
+    dots = [
+        (ax.transData.transform(at), np.sqrt(size) / 2 * figure.dpi / 72)
+        for drawn in ax.collections
+        if isinstance(drawn, PathCollection)
+        for at, size in zip(drawn.get_offsets(), np.resize(drawn.get_sizes(), len(points)))
+    ]
+    assert len(dots) == len(points) and ax.texts
+    for text in ax.texts:
+        box = text.get_window_extent()
+        own: Any = text
+        for at, radius in dots:
+            if not np.allclose(at, ax.transData.transform(own.xy)):
+                rim = [at + 0.9 * radius * np.array([np.cos(a), np.sin(a)]) for a in range(7)]
+                assert not any(box.contains(*one) for one in [at, *rim]), text.get_text()
+
+
 def test_unequal_towers_share_relative_depth() -> None:
     ax = plots.layer_curves(full(24, 12), "class_accuracy")
     assert ax.get_xlabel() == "Relative depth"
