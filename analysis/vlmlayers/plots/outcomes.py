@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
