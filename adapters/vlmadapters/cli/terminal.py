@@ -37,8 +37,8 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False) -> str:
             lines.append(_line(rows, metrics))
     lines += _costs(summary[(summary["origin"] == "ours") & (summary["parameters"] > 0)])
     noted = summary[(summary["origin"] == "ours") & summary["note"].astype(bool)]
-    for (dataset, note), part in noted.groupby(["dataset", "note"], sort=False):
-        about = f"{dataset}, {', '.join(dict.fromkeys(part['method']))}: {note}"
+    for (name, note), part in noted.groupby(["dataset", "note"], sort=False):
+        about = f"{name}, {', '.join(dict.fromkeys(part['method']))}: {note}"
         lines += textwrap.wrap(about, WIDTH, subsequent_indent="  ")
     if not summary[(summary["origin"] == "published") & (summary["dataset"] == "average")].empty:
         lines.append("published averages are those of all datasets of the paper")

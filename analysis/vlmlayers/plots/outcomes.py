@@ -234,7 +234,7 @@ def drop_overlapping_texts(ax: Axes) -> Axes:
         (at, radius)
         for drawn in ax.collections
         if isinstance(drawn, PathCollection)
-        for at, radius in zip(ax.transData.transform(drawn.get_offsets()), _radii(drawn))
+        for at, radius in _circles(ax, drawn)
     ]
     kept: list[Any] = []
     for text in list(ax.texts):
@@ -254,11 +254,13 @@ def drop_overlapping_texts(ax: Axes) -> Axes:
     return ax
 
 
-def _radii(drawn: PathCollection) -> Any:
-    """Return the radius of each marker in pixels; sizes are squares of diameters in points."""
-    figure: Any = drawn.figure
-    sizes = np.resize(drawn.get_sizes(), len(drawn.get_offsets()))
-    return np.sqrt(sizes) / 2 * figure.dpi / 72
+def _circles(ax: Axes, drawn: PathCollection) -> list[tuple[Any, float]]:
+    """Return centre and radius of each marker in pixels."""
+    figure: Any = ax.figure
+    centres = ax.transData.transform(drawn.get_offsets())
+    # Sizes are squares of diameters in points; one may be that of all.
+    radii = np.sqrt(np.resize(drawn.get_sizes(), len(centres))) / 2 * figure.dpi / 72
+    return list(zip(centres, radii))
 
 
 def _covers(box: Any, at: Any, radius: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points, version
@@ -54,7 +55,9 @@ def _extract_inputs(context: StageContext) -> dict[str, Any]:
 
 def _extract(context: StageContext) -> None:
     _refuse_missing(context)
+    began = time.monotonic()
     model = context.load_model()
+    load_seconds = time.monotonic() - began
     options = context.study.extract
     record, left_out = {}, {}
     for data in context.datasets:
@@ -90,6 +93,7 @@ def _extract(context: StageContext) -> None:
         model=model_record(model),
         datasets=record,
         left_out=left_out,
+        load_seconds=round(load_seconds, 2),
         given=_given(context),
         extract={**options.model_dump(mode="json"), "device": str(model.device)},
         seed=context.seed,

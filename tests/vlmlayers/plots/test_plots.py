@@ -139,7 +139,8 @@ def test_points_of_trained_placements_have_intervals_and_keep_a_label_at_the_edg
 def test_no_label_of_the_cost_figure_covers_another_points_marker(gap: int) -> None:
     """The rim of a marker counts, not its centre alone."""
     points = OUTCOMES.iloc[[0, 4, 5, 6, 11]].assign(
-        parameters=[1000, 6000, 6000 + gap, 6000 + 2 * gap, 12000], hm=[70.0, 70.5, 70.5, 70.5, 71.0]
+        parameters=[1000, 6000, 6000 + gap, 6000 + 2 * gap, 12000],
+        hm=[70.0, 70.5, 70.5, 70.5, 71.0],
     )
     ax = drop_overlapping_texts(plots.cost(points.drop(columns=["hm_low", "hm_high"])))
     figure: Any = ax.figure

@@ -382,6 +382,19 @@ def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
     compile(adapt.code, "next", "exec")
 
 
+def test_the_time_of_a_proof_is_that_of_images_and_not_of_loading_the_model(tmp_path: Path) -> None:
+    """640 images in 20 s beside a load of 40 s: 32 a second, not 11."""
+    run = make_run(tmp_path / "run", small=True)
+    run.record(datasets={"toy": {"items": 640, "classes": 4}}, load_seconds=40.0)
+    write_json(run.folder / "stages.json", {"extract": {"seconds": 60.0}})
+    text = next_steps(read_answer(run.folder))[0].text
+    # 20 placements, 2 base classes, 16 shots, 5 epochs, 3 seeds, 1.5 passes
+    minutes = 1.5 * 20 * 2 * 16 * 5 * 3 / 32 / 60
+    assert f"or {minutes:.0f} min with --amount given, at the 32 images a second" in text
+    write_json(run.folder / "stages.json", {"extract": {"seconds": 39.0}})
+    assert "images a second" not in next_steps(read_answer(run.folder))[0].text
+
+
 def test_title_and_note_of_the_study_are_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", small=True)
     run.record(report={"title": "My study", "note": "Of my own."}, left_out={"birds-val": "lost"})

@@ -325,6 +325,7 @@ def test_run_folder_holds_what_the_contract_names(done: Run) -> None:
         assert "RANDOM WEIGHTS" in (done.folder / name).read_text()
     assert set(record["datasets"]) == {"digits", "letters", "flags"}
     assert record["environment"]["versions"]["torch"] and record["extract"]["device"] == "cpu"
+    assert 0 < record["load_seconds"] < read_json(done.folder / "stages.json")["extract"]["seconds"]
     assert all(one["manifest_hash"] for one in record["datasets"].values())
 
 
