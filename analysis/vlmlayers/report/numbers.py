@@ -315,11 +315,14 @@ class Answer:
     @property
     def lead(self) -> str:
         """The statement up to its doubts, for where these follow as a list."""
-        doubts = self.choice.evidence.get("doubts", ())
-        tail = f" {'; '.join(map(str, doubts))}." if doubts else ""
-        if tail and any(self.choice.firm(tower) for tower in self.depths):
+        doubts, statement = self.choice.evidence.get("doubts", ()), self.choice.statement
+        tail = f" {'; '.join(map(str, doubts))}."
+        if not doubts or not statement.endswith(tail):
+            return statement
+        # Not the headline's words again, which stand right above.
+        if any(self.choice.firm(tower) for tower in self.depths):
             return "What the data leave open:"
-        return self.choice.statement.removesuffix(tail)
+        return "Why the data do not decide:"
 
     @property
     def parameters(self) -> int | None:

@@ -298,7 +298,7 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     assert undecided.headline == (
         "The data do not decide: the default stands, blocks 5–12 of the vision and text towers."
     )
-    assert undecided.lead == "The data do not decide:"
+    assert undecided.lead == "Why the data do not decide:"
     assert not any(firm for _, firm in undecided.headline_parts), "nothing to be bold about"
     write_report(run.folder)
     page = Page(run.report.read_text())
