@@ -97,7 +97,7 @@ def test_the_session_on_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path, repository: 
     told = lines("--only", "tests,extraction,training,files")
     assert "GPU tests" in told and "skipped" in told
     assert "all positions, one pass, bare encode, fp32" in told
-    assert "public recipe, fresh, fp32" in told
+    assert "public recipe, v5-12,t5-12, fresh, fp32" in told
     assert "the larger of decoding and encoding alone, full" in told
     assert "no time left" in lines("--only", "run", "--minutes", "0")
     tables = {path.name for path in (tmp_path / "results").iterdir()}
