@@ -41,6 +41,7 @@ from vlmlayers.models.work import autocast
 
 MODEL = "ViT-B-32"
 SPACES = ("native", "joint")
+IN_A_ROW = 4  # batches that a GPU is given one after the other
 # glibc then gives each tensor pages of its own and returns them at once, so that the resident set
 # of a CPU run is what is alive and not what the heap holds back in gaps.
 RETURN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "32768"}
@@ -68,9 +69,11 @@ def images(model: VLM, batch: int) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=generator).to(model.device)
 
 
-def bare(model: VLM, batch: torch.Tensor) -> None:
+def bare(model: VLM, batch: torch.Tensor, times: int = 1) -> None:
+    """Encode a batch some times; the host waits once, for all embeddings."""
     with torch.inference_mode():
-        model.clip.encode_image(batch).cpu()  # type: ignore[operator]
+        made = [model.clip.encode_image(batch) for _ in range(times)]  # type: ignore[operator]
+        torch.stack(made).cpu()
 
 
 def one_pass_per_layer(model: VLM, batch: torch.Tensor) -> None:
@@ -131,10 +134,21 @@ def times_of(model: VLM, device: str, pairs: int, batch: int) -> list[dict[str, 
         with recorder:
             recorder(x)
 
-    found = measure_pair(record, lambda: bare(model, x), pairs=pairs, wait=wait)
-    rows.append(
-        row("all positions, one pass", "bare encode", found, "<= 1.05", "cost", batch=batch)
-    )
+    # A GPU goes on with the next batch while features are copied, as in an extraction.
+    batches = IN_A_ROW if device == "cuda" else 1
+
+    def record_in_a_row() -> None:
+        with recorder:
+            made = recorder.start(x)
+            for _ in range(batches - 1):
+                following = recorder.start(x)
+                made()
+                made = following
+            made()
+
+    found = measure_pair(record_in_a_row, lambda: bare(model, x, batches), pairs=pairs, wait=wait)
+    more = {"batch": batch, "batches": batches}
+    rows.append(row("all positions, one pass", "bare encode", found, "<= 1.05", "cost", **more))
     few = max(2, pairs // 4)
     found = measure_pair(record, lambda: one_pass_per_layer(model, x), pairs=few, wait=wait)
     rows.append(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -93,6 +94,34 @@ def placed(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def copied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
+    """Return tensors of one device in main memory, and what waits until they are there.
+
+    A GPU copies them on a stream of its own, beside what it is asked to compute next.
+    """
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    if not devices:
+        return [tensor.cpu() for tensor in tensors], lambda: None
+    (device,) = devices
+    stream = _copies(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        hosts = []
+        for tensor in tensors:
+            # Pinned, or the copy would be waited for, and at a fraction of the rate.
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            hosts.append(host.copy_(tensor, non_blocking=True))
+            # Else its memory could be given to the next batch before it is copied.
+            tensor.record_stream(stream)
+        done = stream.record_event()
+    return hosts, done.synchronize
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

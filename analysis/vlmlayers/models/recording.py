@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.attention import MEASURES, AttentionWatch, refuse_unseen
+from vlmlayers.models.devices import copied
 from vlmlayers.models.modes import eval_mode
 from vlmlayers.models.towers import Tower, refuse_compiled
 from vlmlayers.positions import (
@@ -266,6 +267,18 @@ class Recorder:
             HookDidNotFire: A block was not called.
             RuntimeError: Called outside the `with` block.
         """
+        return self.start(batch)()
+
+    def start(self, batch: Tensor) -> Callable[[], Features]:
+        """Run the tower on one batch; return a function that gives its features.
+
+        A GPU may still be computing: the function waits for the copy to the host, from any thread,
+        also when the next batch has been started.
+
+        Raises:
+            HookDidNotFire: A block was not called.
+            RuntimeError: Called outside the `with` block.
+        """
         if self._hooks is None:
             raise RuntimeError("a Recorder records inside its `with` block only")
         self._seen, self._ids = {}, None
@@ -395,16 +408,23 @@ class Recorder:
         return result
 
 
-def _to_host(features: dict[str, dict[str, Tensor]]) -> Features:
-    """Copy to the host as float32: one copy for all positions of one shape."""
+def _to_host(features: dict[str, dict[str, Tensor]]) -> Callable[[], Features]:
+    """Copy to the host as float32, one copy for all positions of one shape; return how to wait."""
     flat = [(s, p, x) for s, by in features.items() for p, x in by.items()]
-    result: Features = {space: {} for space in features}
+    groups, copies = [], []
     for shape in dict.fromkeys(x.shape for _, _, x in flat):
         group = [entry for entry in flat if entry[2].shape == shape]
+        groups.append([(space, position) for space, position, _ in group])
         # Widened on the device: numpy knows no bfloat16.
-        block = torch.stack([x.float() for _, _, x in group])
-        # Pinned for a GPU, which writes into other memory at a fraction of the rate.
-        host = torch.empty(block.shape, pin_memory=block.device.type == "cuda")
-        for (space, position, _), array in zip(group, host.copy_(block).numpy()):
-            result[space][position] = array
-    return result
+        copies.append(torch.stack([x.float() for _, _, x in group]))
+    hosts, wait = copied(copies)
+
+    def finished() -> Features:
+        wait()
+        result: Features = {space: {} for space in features}
+        for names, host in zip(groups, hosts):
+            for (space, position), array in zip(names, host.numpy()):
+                result[space][position] = array
+        return result
+
+    return finished

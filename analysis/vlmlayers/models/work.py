@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -170,13 +170,17 @@ class Work:
         )
         recorder = self.recorders["vision"]
 
-        def put(batch: int, rows: Sequence[int], features: Features, bad: Mapping[int, str]) -> int:
+        def put(
+            batch: int, rows: Sequence[int], made: Callable[[], Features], bad: Mapping[int, str]
+        ) -> int:
+            features = made()
             refuse_not_finite(features, rows, recorder, self.items)
             sink.put("vision", batch, rows, features, bad)
             return len(batches[batch])
 
-        # Written by a thread while the model computes the next batch, else a GPU waits for disks;
-        # one batch at a time, so that memory and what a stopped run has to redo stay small.
+        # Waited for and written by a thread while the model computes the next batch, else a GPU
+        # waits for launches and disks; one batch at a time, so that memory and what a stopped run
+        # has to redo stay small.
         pending: Future[int] | None = None
         with (
             dead_workers_named(),
@@ -191,10 +195,12 @@ class Work:
             ) as shown,
         ):
             for batch, rows, images, bad in self.images(batches, left):
-                features = {} if images is None else self.record(recorder, images)
+                made: Callable[[], Features] = (
+                    dict if images is None else self.start(recorder, images)
+                )
                 if pending is not None:
                     shown.update(pending.result())
-                pending = writer.submit(put, batch, rows, features, bad)
+                pending = writer.submit(put, batch, rows, made, bad)
             if pending is not None:
                 shown.update(pending.result())
 
@@ -241,13 +247,17 @@ class Work:
 
     def record(self, recorder: Recorder, batch: Tensor) -> Features:
         """Return the features of one batch of images or token ids."""
+        return self.start(recorder, batch)()
+
+    def start(self, recorder: Recorder, batch: Tensor) -> Callable[[], Features]:
+        """Return what gives the features of one batch of images or token ids, see `Recorder`."""
         device, size = self.model.device, self.options.batch_size
         # Token ids stay whole numbers; only images take the type of the weights.
         kind = self.model.input_dtype if batch.is_floating_point() else None
         advice = f"lower batch_size ({size}; --batch-size), or take another device"
         with memory_errors(device, advice), autocast(device, self.options.precision):
             # From pinned memory, which `decode` was asked for, the copy runs beside the model.
-            return recorder(batch.to(device, kind, non_blocking=True))
+            return recorder.start(batch.to(device, kind, non_blocking=True))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from tests.vlmlayers import tiny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vlmlayers.models import recording
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.tower import Tower
 from vlmlayers.models.towers import find_towers
@@ -35,6 +36,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(  # what leaves the device is its shape
         torch.Tensor, "numpy", lambda self, **_: np.zeros(self.shape, str(self.dtype)[6:])
+    )
+    monkeypatch.setattr(  # there is no stream to copy on
+        recording, "copied", lambda made: ([one.cpu() for one in made], lambda: None)
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -100,6 +101,22 @@ def test_a_block_that_falls_silent_later_is_an_error():
             [transformer.resblocks[0], transformer.resblocks[2]]
         )
         recorder(tiny.images(clip))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_features_of_a_batch_are_its_own_when_the_next_ones_are_started(device):
+    clip = tiny.build("clip").to(device)
+    batches = [tiny.images(clip, 8, seed=seed).to(device) for seed in range(6)]
+    with Recorder(find_towers(clip)["vision"]) as recorder:
+        alone = [recorder(batch) for batch in batches]
+        started = [recorder.start(batch) for batch in batches]
+        together = [features() for features in reversed(started)][::-1]
+    for first, second in zip(alone, together):
+        for space, by_position in first.items():
+            for position, values in by_position.items():
+                np.testing.assert_allclose(second[space][position], values, rtol=1e-5, atol=1e-6)
+    last = [by["native"]["3"] for by in together]
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(last, last[1:]))
 
 
 def test_a_tower_that_mixes_items_is_refused():
