@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmadapters.clip.products import frozen_linear, product, suits
-from vlmadapters.clip.remembered import is_causal, lowered
+from vlmadapters.clip.remembered import is_causal, lowered, scaled
 
 # OpenAI trained its models with this approximation of GELU; exact GELU gives other features.
 QUICK = 1.702
@@ -163,37 +163,49 @@ def _leave(block: Any, x: Tensor, out: Tensor, onednn: bool) -> Tensor:
 
 
 class _FrozenMLP(torch.autograd.Function):
-    """x + c_proj(act(c_fc(norm(x)))) with the gradient of x only."""
+    """x + c_proj(act(c_fc(norm(x)))) with the gradient of x only; under autocast low products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Any, mlp: Any, quick: bool, onednn: bool) -> Tensor:
         # QuickGELU is x · σ(1.702 x) = silu(1.702 x) / 1.702. The factor goes into the norm, which
         # is linear in its weight and bias, and out again with the sum at the end.
         factor = QUICK if quick else 1.0
-        # n itself is not saved for the way back: only the gradient of a weight would need it.
-        n, mean, rstd = torch.native_layer_norm(
-            x, norm.normalized_shape, norm.weight * factor, norm.bias * factor, norm.eps
-        )
-        t = product(n, mlp.c_fc.weight, mlp.c_fc.bias * factor, onednn)
-        if ctx.needs_input_grad[0]:
-            ctx.parts = norm, mlp, quick, onednn
-            # t and not h: the activation's derivative reads its input, and h would be needed for
-            # the gradient of a weight only.
-            ctx.save_for_backward(x, mean, rstd, t)
-            h = F.silu(t) if quick else F.gelu(t)
-        else:  # t is read no more
-            h = F.silu(t, inplace=True) if quick else F.gelu(t)
-        y = product(h, mlp.c_proj.weight, mlp.c_proj.bias * factor, onednn)
-        return torch.add(x, y, alpha=1 / factor, out=y)
+        kind, first, last = x.device.type, mlp.c_fc, mlp.c_proj
+        # Autocast does not reach into a custom function, so the casts are made here; those of
+        # frozen weights are there already.
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weights = [lowered(linear.weight).to(low) for linear in (first, last)]
+        biases = [lowered(scaled(linear.bias, factor)).to(low) for linear in (first, last)]
+        with torch.autocast(kind, enabled=False):
+            # n itself is not saved for the way back: only the gradient of a weight would need it.
+            n, mean, rstd = torch.native_layer_norm(
+                x,
+                norm.normalized_shape,
+                scaled(norm.weight, factor),
+                scaled(norm.bias, factor),
+                norm.eps,
+            )
+            t = product(n.to(low), weights[0], biases[0], onednn)
+            if ctx.needs_input_grad[0]:
+                ctx.parts = norm, weights, quick, onednn
+                # t and not h: the activation's derivative reads its input, and h would be needed
+                # for the gradient of a weight only.
+                ctx.save_for_backward(x, mean, rstd, t)
+                h = F.silu(t) if quick else F.gelu(t)
+            else:  # t is read no more
+                h = F.silu(t, inplace=True) if quick else F.gelu(t)
+            y = product(h, weights[1], biases[1], onednn)
+            out = y if y.dtype == x.dtype else None  # the sum keeps the stream's precision
+            return torch.add(x, y, alpha=1 / factor, out=out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        (norm, mlp, quick, onednn), (x, mean, rstd, t) = ctx.parts, ctx.saved_tensors
-        to_h = product(grad, mlp.c_proj.weight.t(), None, onednn)
+        (norm, (first, last), quick, onednn), (x, mean, rstd, t) = ctx.parts, ctx.saved_tensors
+        to_h = product(grad.to(last.dtype), last.t(), None, onednn)
         # The two factors 1.702 and 1 / 1.702 cancel.
         backward = torch.ops.aten.silu_backward if quick else torch.ops.aten.gelu_backward
-        to_n = product(backward(to_h, t), mlp.c_fc.weight.t(), None, onednn)
+        to_n = product(backward(to_h, t), first.t(), None, onednn).to(x.dtype)
         to_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             to_n, x, norm.normalized_shape, mean, rstd, norm.weight, norm.bias, [True, False, False]
         )
@@ -210,9 +222,8 @@ def feed_forward(block: Any, x: Tensor, onednn: bool = True, fused: bool = True)
         fused: Use fewer passes over memory, which round otherwise than the block's own forward.
     """
     weight = block.mlp.c_fc.weight
-    # Layer scale would stand between product and sum, and autocast would cast inside the function.
-    plain = isinstance(block.ls_2, nn.Identity) and x.dtype == weight.dtype
-    if fused and plain and not torch.is_autocast_enabled(x.device.type):
+    # Layer scale would stand between product and sum.
+    if fused and isinstance(block.ls_2, nn.Identity) and x.dtype == weight.dtype:
         quick = isinstance(block.mlp.gelu, QuickGELU)
         use = onednn and suits(x, weight)
         made: Tensor = _FrozenMLP.apply(x, block.ln_2, block.mlp, quick, use)

@@ -1,4 +1,4 @@
-"""What is computed once for a frozen tensor: its copy in low precision, and whether it is causal.
+"""What is computed once for a frozen tensor: its copy in low precision or by a factor, its mask.
 
 Under autocast torch keeps casts of trained weights only and casts a frozen one at every use; and
 to read a mask, the host has to wait for the device. Both are kept here for as long as the tensor
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 T = TypeVar("T")
 # torch's own dictionary compares keys by identity; one of the standard library would call `==`,
 # which compares tensors element by element.
-_CASTS, _CAUSAL = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+_CASTS, _SCALED, _CAUSAL = (WeakTensorKeyDictionary() for _ in range(3))
 
 
 def lowered(weight: Tensor) -> Tensor:
@@ -29,11 +29,19 @@ def lowered(weight: Tensor) -> Tensor:
         return weight
     dtype = torch.get_autocast_dtype(kind)
 
-    def cast() -> Tensor:
-        with torch.inference_mode(False):  # else training could not use what a test made
-            return weight.to(dtype)
+    return _once(_CASTS, weight, dtype, lambda: _usable(weight.to, dtype))
 
-    return _once(_CASTS, weight, dtype, cast)
+
+def scaled(weight: Tensor, factor: float) -> Tensor:
+    """Return a frozen tensor times a number."""
+    if factor == 1.0:
+        return weight
+    return _once(_SCALED, weight, factor, lambda: _usable(weight.detach().mul, factor))
+
+
+def _usable(make: Callable[[Any], Tensor], of: Any) -> Tensor:
+    with torch.inference_mode(False):  # else training could not use what a test made
+        return make(of)
 
 
 def is_causal(mask: Tensor) -> bool:

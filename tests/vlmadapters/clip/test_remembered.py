@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vlmadapters.clip.arithmetic import mix
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.products import frozen_linear
-from vlmadapters.clip.remembered import is_causal, lowered
+from vlmadapters.clip.remembered import is_causal, lowered, scaled
 
 INFINITY = float("inf")
 
@@ -61,6 +61,14 @@ def test_a_weight_that_changes_is_cast_again(weight: torch.Tensor, change: str) 
         else:
             weight.data = weight * 2
         assert torch.equal(lowered(weight), 2 * before)
+
+
+def test_a_product_with_a_number_is_made_once_and_follows_the_tensor(weight: torch.Tensor) -> None:
+    assert scaled(weight, 1.0) is weight
+    assert scaled(weight, 2.0) is scaled(weight, 2.0)
+    assert torch.equal(scaled(weight, 3.0), 3 * weight)
+    weight.mul_(2)
+    assert torch.equal(scaled(weight, 3.0), 3 * weight)
 
 
 def test_trained_and_half_weights_are_left_to_autocast(weight: torch.Tensor) -> None:

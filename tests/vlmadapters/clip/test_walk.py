@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backbones import FAMILIES, shared_backbone, some_images, some_tokens
+from backbones import FAMILIES, backbone, shared_backbone, some_images, some_tokens
+from open_clip.transformer import QuickGELU
+from torch import nn
 
-from vlmadapters.clip.arithmetic import is_standard
+from vlmadapters.clip.arithmetic import feed_forward, is_standard
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import class_logits
 from vlmadapters.clip.savings import Savings
@@ -39,6 +41,30 @@ def test_logits_and_gradients_of_the_walk_are_those_of_the_hooks(family: str) ->
         if key in gradients:
             error = (parameter.grad - gradients[key]).norm() / gradients[key].norm()
             assert error < 1e-4, key
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_perceptron_rounds_no_more_than_the_blocks_own_under_autocast(
+    dtype: torch.dtype, quick: bool
+) -> None:
+    block = backbone("clip").towers["vision"].blocks[0]
+    block.requires_grad_(False)
+    block.mlp.gelu = QuickGELU() if quick else nn.GELU()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 50, block.ln_2.normalized_shape[0], generator=generator, requires_grad=True)
+    weights = torch.randn(x.shape, generator=generator)
+
+    def run(fused: bool, low: bool) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=dtype, enabled=low):
+            out = feed_forward(block, x, fused=fused)
+        (gradient,) = torch.autograd.grad(out, x, weights)
+        assert out.dtype == gradient.dtype == torch.float32
+        return torch.stack([out - x, gradient - weights]).detach()
+
+    exact = run(False, False)
+    own, fused = ((run(way, True) - exact).flatten(1).norm(dim=1) for way in (False, True))
+    assert (fused > 0).all() and (fused < 1.1 * own).all()
 
 
 def test_standard_blocks_are_recognised_and_others_left_to_themselves() -> None:
