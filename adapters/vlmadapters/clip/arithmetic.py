@@ -45,6 +45,12 @@ def is_standard(block: nn.Module) -> bool:
     )
 
 
+def at(x: Tensor, rows: Tensor) -> Tensor:
+    """Return one token of each item, (item, 1, width)."""
+    # Not by an index of tensors: its gradient sorts on a GPU, by ten kernels, in case rows repeat.
+    return x.gather(1, rows[:, None, None].expand(-1, 1, x.shape[-1]))
+
+
 def attend(block: Any, x: Tensor, u: Tensor, mask: Tensor | None, onednn: bool = True) -> Tensor:
     """Return x plus the block's attention, (item, token, width).
 
@@ -103,8 +109,7 @@ def attend_one(
     size = width // heads
     weight, bias = lowered(attention.in_proj_weight), attention.in_proj_bias
     to_k, to_v = (weight[i * width : (i + 1) * width].view(heads, size, width) for i in (1, 2))
-    picked = u[torch.arange(n, device=u.device), rows]
-    q = frozen_linear(picked, weight[:width], bias[:width], onednn).view(n, heads, size)
+    q = frozen_linear(at(u, rows)[:, 0], weight[:width], bias[:width], onednn).view(n, heads, size)
     # The scale goes to the query, the smallest of the factors.
     asked = torch.einsum("nhd,hdw->nhw", q * size**-0.5, to_k)  # (item, head, width)
     scores = asked @ u.transpose(1, 2)  # (item, head, token)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vlmadapters.clip.arithmetic import attend, attend_one, feed_forward, is_standard
+from vlmadapters.clip.arithmetic import at, attend, attend_one, feed_forward, is_standard
 from vlmadapters.clip.towers import first_norm
 from vlmlayers.errors import UserError
 from vlmlayers.models.modes import eval_mode
@@ -289,8 +289,3 @@ class Walk:
             x = tower.norm(x)
             pooled = tower.attend(x) if tower.attend is not None else x[:, tower.prefix :].mean(1)
             return tower.project(tower.norm_after(pooled))
-
-
-def at(x: Tensor, rows: Tensor) -> Tensor:
-    """Return one token of each item, (item, 1, width)."""
-    return x[torch.arange(len(x), device=x.device), rows][:, None]

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmadapters.clip.arithmetic import feed_forward, mix
+from vlmadapters.clip.arithmetic import at, feed_forward, mix
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import single
 from vlmadapters.clip.products import frozen_linear
 from vlmadapters.clip.remembered import lowered
-from vlmadapters.clip.walk import Inside, at
+from vlmadapters.clip.walk import Inside
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmadapters.clip.arithmetic import attend, attend_one, feed_normed, is_standard
+from vlmadapters.clip.arithmetic import at, attend, attend_one, feed_normed, is_standard
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import scaled_products, single
-from vlmadapters.clip.walk import Inside, State, at
+from vlmadapters.clip.walk import Inside, State
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Step
 from vlmadapters.methods.config import MethodConfig

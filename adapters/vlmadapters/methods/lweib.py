@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmadapters.clip.arithmetic import attend, attend_one, feed_forward
+from vlmadapters.clip.arithmetic import at, attend, attend_one, feed_forward
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import single
 from vlmadapters.clip.products import frozen_linear
-from vlmadapters.clip.walk import Inside, State, at
+from vlmadapters.clip.walk import Inside, State
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig
