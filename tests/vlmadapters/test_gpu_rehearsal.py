@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.cuda.amp.common
 from backbones import FAMILIES, backbone, shared_backbone, some_images
@@ -46,6 +47,8 @@ SAVINGS = {"all savings": Savings(), "none": Savings.none()}
 @contextmanager
 def pretended(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
     """Make tensors on a device that is not there, and let torch believe in it."""
+    if device == "cuda":
+        tiny.skip_without_fake_gpus()
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(walk.Walk, "agrees", lambda self: True)  # compares values

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmlayers.errors import UnreadableImage
 from vlmlayers.identity import DataIdentity
@@ -175,3 +178,19 @@ class DrawnManifest:
             raise UnreadableImage(f"{item.path} is cut short")
         rng = np.random.default_rng(int(item.path[-7:-4]))
         return Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+@cache
+def fakes_gpus() -> bool:
+    """Return whether fake CUDA tensors take random numbers; torch 2.6 asks a driver for them."""
+    try:
+        with FakeTensorMode():
+            torch.empty(2, device="cuda").uniform_()
+    except RuntimeError:
+        return False
+    return True
+
+
+def skip_without_fake_gpus() -> None:
+    if not fakes_gpus():
+        pytest.skip(f"torch {torch.__version__} fakes no GPU where there is no driver")

@@ -146,7 +146,12 @@ class OnPixels:
         Raises:
             UserError: It is of other steps.
         """
-        steps = list(getattr(preprocess, "transforms", ()))
+        # A function of Pillow's images alone, in open_clip 3.1; these pixels are RGB already.
+        steps = [
+            step
+            for step in getattr(preprocess, "transforms", ())
+            if getattr(step, "__name__", "") != "_convert_to_rgb"
+        ]
         place = next((i for i, step in enumerate(steps) if isinstance(step, ToTensor)), None)
         shape, rest = Compose(steps[:place]), Compose(steps[(place or 0) + 1 :])
         try:

@@ -32,6 +32,7 @@ CUDA = torch.device("cuda")
 @contextmanager
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make tensors on a GPU that is not there, and let torch believe in it."""
+    tiny.skip_without_fake_gpus()
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(  # what leaves the device is its shape

@@ -96,6 +96,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_decoded(tmp_path: Pat
     manifest = jpegs(tmp_path, [picture(0, (40, 40))])
     with pytest.raises(UserError, match="decodes on a CUDA device, and the model is on cpu"):
         extract(tiny.model(), manifest, decoding="nvjpeg", progress=False)
+    tiny.skip_without_fake_gpus()
     model: Any = SimpleNamespace(device=CUDA, preprocess=PREPARE, image_size=SIDE)
     with FakeTensorMode():
         refuse_nvjpeg(model, manifest, manifest.items("train"))
