@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS
 from vlmadapters.validation.tuning import size_warning
-from vlmadapters.validation.verdict import compare
+from vlmadapters.validation.verdict import bracketed, compare, runs
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import ZERO_SHOT
@@ -64,7 +64,8 @@ def methods_verdict(results: pd.DataFrame, *, seed: int = 0) -> str:
     if _cells(results)["placement"].nunique() < 2:
         return ""
     first, *others = compare_methods(results, seed=seed).to_dict("records")
-    said = [f"{first['method']} did best (harmonic mean {first['hm']:.1f} over {first['n']} runs)"]
+    over = f"harmonic mean {first['hm']:.1f} over {runs(first['n'])}"
+    said = [f"{first['method']} did best ({over})"]
     compared = "; ".join([*said, *map(_against_the_best, others)]) + "."
     return " ".join([*_warned(results), compared, *_noted(results)])
 
@@ -95,7 +96,7 @@ def _noted(results: pd.DataFrame) -> list[str]:
 def _against_the_best(row: dict[Hashable, Any]) -> str:
     low, high = row["difference_low"], row["difference_high"]
     did = "did worse" if high < 0 else "cannot be told from it"
-    return f"{row['method']} {did} ({row['difference']:+z.1f} [{low:z.1f}, {high:z.1f}])"
+    return f"{row['method']} {did} ({row['difference']:+z.1f}{bracketed(low, high)})"
 
 
 def _cells(results: pd.DataFrame) -> pd.DataFrame:

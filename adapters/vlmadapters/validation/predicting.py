@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from vlmadapters.validation.ranking import holm
 from vlmadapters.validation.repeatability import Cells, permuted, signs
-from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes, with_zero_shot
+from vlmadapters.validation.verdict import (
+    SIGNIFICANCE,
+    Array,
+    bracketed,
+    interval,
+    outcomes,
+    with_zero_shot,
+)
 from vlmlayers.placement import ZERO_SHOT, Placement
 
 PREDICTOR_COLUMNS = (
@@ -121,7 +128,7 @@ def predictors_statement(judged: pd.DataFrame, reference: str) -> str:
 
 def _tau(rows: pd.DataFrame) -> str:
     row = rows.iloc[0]
-    return f"{row['tau']:.2f} [{row['low']:z.2f}, {row['high']:z.2f}]".replace("-", "−")
+    return f"{row['tau']:.2f}{bracketed(row['low'], row['high'], 2)}".replace("-", "−")
 
 
 def _guesses(names: list[str], predicted: pd.DataFrame | None) -> dict[str, tuple[str, Array]]:
@@ -179,10 +186,15 @@ def _ranks(values: Array, guess: Array, cells: Cells, seed: int) -> dict[str, fl
 
 
 def _gain(differences: Array, cells: Cells) -> dict[str, float]:
-    """Return a mean difference with interval and two-sided bootstrap p; none where it is 0."""
+    """Return a mean difference with interval and two-sided bootstrap p; none where it is 0.
+
+    Resamples of few cells all have the sign that these have, which n cells without any effect share
+    with a chance of 2 / 2ⁿ: p is at least that.
+    """
     means = cells.mean(differences)
     low, high = interval(means[1:])
     side = min(np.sum(means[1:] <= 0), np.sum(means[1:] >= 0))
+    drawn = max(2 * (1 + side) / len(means), 2.0 ** (1 - len(differences)))
     # The reference against itself has no test.
-    p = min(1.0, 2 * (1 + side) / len(means)) if differences.any() else np.nan
+    p = min(1.0, drawn) if differences.any() else np.nan
     return {"gain": float(means[0]), "gain_low": low, "gain_high": high, "gain_p_holm": float(p)}

@@ -155,6 +155,8 @@ class Cells:
                 seeds = generator.multinomial(own.sum(), np.full(own.sum(), 1 / own.sum()))
                 # One dataset is not resampled: its seeds then are all there is.
                 weights[draw, own] = seeds * (picked[dataset] if self.count > 1 else 1)
+        if len(self.of) == 1:  # every draw is that cell, which says nothing of its spread
+            weights[1:] = np.nan
         return weights
 
     @property
@@ -214,11 +216,11 @@ def _repeats(taus: Array, null: Array, n: int) -> Repeats:
 
 
 def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats | None:
-    """Return how far rankings on two halves of the test items of a cell agree."""
+    """Return how far rankings on two halves of the test items agree; None of a single cell."""
     if not set(HALVES) <= set(table.columns) or table[list(HALVES)].isna().any(axis=None):
         return None
     first, second = (_aligned(table, half, placements) for half in HALVES)
-    if len(first) != len(cells.of) or len(placements) < 2:
+    if len(first) != len(cells.of) or min(len(placements), len(first)) < 2:
         return None
 
     def taus(other: Array) -> Array:

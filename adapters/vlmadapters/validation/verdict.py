@@ -77,8 +77,10 @@ class Outcomes:
         """Return the means under resampled datasets and seeds, (draw, placement).
 
         With one dataset only the seeds are resampled; the interval then says nothing about other
-        datasets.
+        datasets. One run says nothing about how far runs spread: its draws are NaN.
         """
+        if len(self.values) == 1:
+            return np.full((draws, len(self.placements)), np.nan)
         drawn = self.resampled_cells(draws, seed)
         return np.array([self._mean_of(rows) for rows in drawn])
 
@@ -144,9 +146,19 @@ def _by_placement(table: pd.DataFrame) -> dict[str, dict[Hashable, Any]]:
 
 
 def interval(draws: Array) -> tuple[float, float]:
-    """Return the 95 % interval of bootstrap draws."""
+    """Return the 95 % interval of bootstrap draws; NaN where they are."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
+
+
+def bracketed(low: float, high: float, digits: int = 1) -> str:
+    """Return an interval in words after a blank; nothing where there is none."""
+    return "" if np.isnan(low) else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
+
+
+def runs(n: int) -> str:
+    """Return a number of trainings in words; that one has no interval is said."""
+    return f"{n} runs" if n > 1 else "one run, which has no interval"
 
 
 def with_zero_shot(table: pd.DataFrame) -> pd.DataFrame:
@@ -174,7 +186,7 @@ def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 
         One row per placement and one for zero-shot CLIP, best harmonic mean first: placement,
         kind, parameters; base, novel and hm with `_low`, `_high`; `difference` (hm minus the
         chosen one's, in the same dataset and seed), `base_difference` and `novel_difference`, each
-        with `_low`, `_high`; n (datasets × seeds).
+        with `_low`, `_high`, which are NaN where n is 1; n (datasets × seeds).
     """
     table = with_zero_shot(table)
     first = _by_placement(table.drop_duplicates("placement"))
@@ -213,7 +225,8 @@ class Regret:
     Attributes:
         value: Best mean minus the chosen one's mean. The best is picked with hindsight, so this
             flatters the best placement (the winner's curse).
-        low, high: Bootstrap interval of that difference for the placement that is best overall.
+        low, high: Bootstrap interval of that difference for the placement that is best overall;
+            None of a single cell.
         best: Label of the best placement.
         honest: The same with the best picked on resampled cells and compared in the cells that the
             resample left out; None of a single cell.
@@ -221,8 +234,8 @@ class Regret:
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     best: str
     honest: float | None = None
     honest_low: float | None = None
@@ -231,15 +244,13 @@ class Regret:
     @property
     def words(self) -> str:
         """How far the best placement leads, and how far one that was picked on other runs does."""
-        lead = (
-            f"the best placement ({self.best}) is {self.value:.1f} points above it "
-            f"[{self.low:z.1f}, {self.high:z.1f}]"
-        )
+        lead = f"the best placement ({self.best}) is {self.value:.1f} points above it"
         if self.honest is None:
             return f"{lead}, which flatters it: it was picked on this one run"
         return (
-            f"{lead}, which flatters it: picked on other runs, the best leads by "
-            f"{self.honest:z.1f} [{self.honest_low:z.1f}, {self.honest_high:z.1f}]"
+            f"{lead} [{self.low:z.1f}, {self.high:z.1f}], which flatters it: "
+            f"picked on other runs, the best leads by {self.honest:z.1f} "
+            f"[{self.honest_low:z.1f}, {self.honest_high:z.1f}]"
         )
 
 
@@ -247,13 +258,13 @@ def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0
     """Return the regret of the chosen placement, which may be `zero-shot`."""
     found = outcomes(with_zero_shot(table) if chosen == ZERO_SHOT else table, "hm")
     anchor, best = found.column(chosen), int(np.argmax(found.means))
+    lead = float(found.means[best] - found.means[anchor])
+    # A single cell has no interval, and leaves no other one to judge its best in.
+    if len(found.values) == 1:
+        return Regret(lead, None, None, found.placements[best])
     resampled = found.resampled_means(draws, seed)
     low, high = interval(resampled[:, best] - resampled[:, anchor])
-    lead = float(found.means[best] - found.means[anchor])
     in_sample = Regret(lead, low, high, found.placements[best])
-    # A single cell leaves no other one to judge its best in.
-    if len(found.values) == 1:
-        return in_sample
     honest = found.leads_left_out(anchor, draws, seed)
     low, high = interval(honest)
     return replace(in_sample, honest=float(honest.mean()), honest_low=low, honest_high=high)
@@ -302,8 +313,8 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         did = "cannot be told from"
     return (
         f"The chosen placement ({chosen}, harmonic mean {ours:.1f}) {did} the default "
-        f"({reference}) by {gain:+z.1f} points [{low:z.1f}, {high:z.1f}] over "
-        f"{compared[chosen]['n']} runs; {tail}."
+        f"({reference}) by {gain:+z.1f} points{bracketed(low, high)} over "
+        f"{runs(compared[chosen]['n'])}; {tail}."
     )
 
 
@@ -320,5 +331,5 @@ def _against_zero_shot(plain: dict[Hashable, Any] | None) -> str:
     side = "above" if plain["difference"] > 0 else "below"
     where = f"{abs(plain['difference']):.1f} points {side}"
     if low > 0 or high < 0:
-        return f"; zero-shot CLIP is {where} it [{low:z.1f}, {high:z.1f}]"
-    return f"; zero-shot CLIP cannot be told from it ({where}) [{low:z.1f}, {high:z.1f}]"
+        return f"; zero-shot CLIP is {where} it{bracketed(low, high)}"
+    return f"; zero-shot CLIP cannot be told from it ({where}){bracketed(low, high)}"

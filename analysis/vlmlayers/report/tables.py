@@ -174,7 +174,8 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     how = "each placement at its own tuned amount, beside all at the recipe's, " if untuned else ""
     caption = (
         f"Test accuracy in percent, {how}mean of {len(count)} dataset{'s' * (len(count) > 1)} and "
-        f"{int(count.max())} seed{'s' * (int(count.max()) > 1)}, 95 % intervals"
+        f"{int(count.max())} seed{'s' * (int(count.max()) > 1)}, "
+        + ("95 % intervals" if count.sum() > 1 else "without intervals, as one run has none")
         + (f". Warning: {validation.warning}" if validation.warning else "")
     )
     return tabular(caption, ["Placement", *headings], rows)
@@ -308,7 +309,9 @@ def _predictors_table(judged: pd.DataFrame) -> Table:
 def _bracketed(row: Any, key: str, low: str, high: str, digits: int) -> str:
     if row[key] != row[key]:
         return "–"
-    return f"{row[key]:z.{digits}f} [{row[low]:z.{digits}f}, {row[high]:z.{digits}f}]"
+    known = row[low] == row[low]  # one run has no interval
+    tail = f" [{row[low]:z.{digits}f}, {row[high]:z.{digits}f}]" if known else ""
+    return f"{row[key]:z.{digits}f}{tail}"
 
 
 CORRELATION_HEADINGS = {
@@ -352,7 +355,7 @@ def _interval(row: pd.Series, key: str) -> str:
     if value is None or value != value:
         return "–"
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    if key == "difference" and not any((value, low, high)):
+    if key == "difference" and not any(one for one in (value, low, high) if one == one):
         return "–"  # the chosen placement against itself
     tail = f" [{low:z.1f}, {high:z.1f}]" if low is not None and low == low else ""
     return f"{value:+z.1f}{tail}" if key == "difference" else f"{value:.1f}{tail}"

@@ -54,6 +54,13 @@ def test_the_verdict_says_who_did_best_and_who_cannot_be_told_from_it() -> None:
     assert last.startswith("zero-shot CLIP did worse (-")
 
 
+def test_of_one_run_nothing_is_said_to_be_worse() -> None:
+    table = results()
+    said = methods_verdict(table[(table.dataset == "d0") & table.seed.isin([1, -1])])
+    assert "over one run, which has no interval" in said and "did worse" not in said
+    assert said.count("cannot be told from it (-") == 3 and "[" not in said
+
+
 def test_one_method_has_nothing_to_be_compared_with() -> None:
     table = results()
     assert methods_verdict(table[table.method.isin(["MMA", ZERO_SHOT_CLIP])]) == ""

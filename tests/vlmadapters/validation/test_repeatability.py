@@ -167,3 +167,17 @@ def test_where_nothing_repeats_no_predictor_is_said_to_pick_better() -> None:
         trained = judged[judged["predictor"] != "zero-shot"]
         wrong += int(((trained["gain_p_holm"] < 0.05) & (trained["kind"] != "ceiling")).any())
     assert wrong <= 3
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_few_cells_show_no_predictor_to_pick_better(seeds: int) -> None:
+    """Few cells without any effect often have one sign: resamples of them prove nothing."""
+    table = simulated(0, 0, 2, datasets=1, seeds=seeds)
+    judged = judge_predictors(table, predicted(table), PLACEMENTS[0])
+    known = judged["gain_p_holm"].dropna()
+    assert len(known) and (known > 0.05).all()
+    assert "After correction none picks better" in predictors_statement(judged, PLACEMENTS[0])
+    if seeds == 1:
+        bounds = judged.filter(regex="low$|high$")
+        assert bounds.isna().all(axis=None)
+        assert "nan" not in predictors_statement(judged, PLACEMENTS[0])

@@ -77,6 +77,18 @@ def test_a_lead_that_is_noise_is_gone_where_the_best_is_picked_on_other_runs() -
     assert "it was picked on this one run" in verdict(one, PLACEMENTS[0], PLACEMENTS[1])
 
 
+def test_one_run_has_no_interval_and_decides_nothing() -> None:
+    one = table((60, 40, 63, 50)).query("dataset == 'd0' and seed == 1")
+    compared = compare(one, PLACEMENTS[0])
+    assert compared.filter(regex="_low$|_high$").isna().all(axis=None)
+    said = verdict(one, PLACEMENTS[0], PLACEMENTS[1])
+    assert (
+        "cannot be told from the default" in said and "over one run, which has no interval" in said
+    )
+    assert "[" not in said and "nan" not in said
+    assert regret(one, PLACEMENTS[0]).low is None
+
+
 def test_rank_correlation_agrees_with_scipy_and_flags_chance() -> None:
     cells = table((60, 58, 63, 50))
     guess = {"right": (3, 2, 4, 1), "wrong": (2, 3, 1, 4), "ties": (1, 1, 2, 0), "flat": (1,) * 4}
