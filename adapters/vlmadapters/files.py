@@ -179,6 +179,7 @@ def load_official(
     config: MethodConfig | None = None,
     *,
     method: str = "mma",
+    settings: Mapping[str, Any] | None = None,
     task: Task | None = None,
 ) -> Method:
     """Read a method in its authors' layout for a backbone, in evaluation mode.
@@ -189,15 +190,60 @@ def load_official(
         config: Its settings. What the file does not hold, such as MMA's scale, has its published
             value where there is no configuration, and the placement is read from the keys.
         method: Name of the method, where no configuration says it.
+        settings: Settings by name, over those of `config` or of the file.
         task: The classes it was trained on, for methods that keep something of each.
 
     Raises:
         UserError: The file holds more than tensors and is refused, is of another method, or does
             not fit.
     """
-    content = read_tensors_only(path)
     kind = METHODS[config.name if config is not None else method]
-    state = kind.official_state(content, str(path))
+    state, own = _official_states(path, kind)
+    others = sorted(state.keys() - own.keys())
+    if others:
+        LOG.info("%s: %d entries are no part of the method: %.80s", path, len(others), others)
+    backbone, classes = Backbone(model.clip, tokenizer=model.tokenizer), task or Task()
+    try:
+        asked = kind.config_of_official(own, str(path), config)
+        if settings:
+            asked = asked.from_dict({**asked.to_dict(), **settings})
+            # Again, so that what the file does hold is checked against what is asked for.
+            asked = kind.config_of_official(own, str(path), asked)
+        made = kind.build(asked, backbone, classes)
+        made.load_official_state_dict(own)
+    except UserError as error:
+        # Looked for after a refusal only, as it builds every method there is.
+        writers, title = _writers(state, backbone, classes, len(own)), kind.Config.title
+        if not writers or title in writers:
+            raise
+        raise UserError(
+            f"{path} is of another method than {title}: it holds {' or '.join(writers)}; name that"
+        ) from error
+    return made.eval()
+
+
+def unstored_settings(path: str | Path, config: MethodConfig) -> dict[str, Any]:
+    """Return what a file in the authors' layout does not tell of the settings it was written with.
+
+    Args:
+        path: The file.
+        config: Those settings.
+
+    Returns:
+        The settings by name without which the file would be read as another method, as
+        `load_official` takes them.
+    """
+    kind = METHODS[config.name]
+    read = kind.config_of_official(_official_states(path, kind)[1], str(path)).to_dict()
+    own = config.to_dict()
+    return {name: own[name] for name in config.unstored if own[name] != read[name]}
+
+
+def _official_states(
+    path: str | Path, kind: type[Method]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return all tensors of a file in the authors' layout, and those that are the method's."""
+    state = kind.official_state(read_tensors_only(path), str(path))
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds no trained method: its state_dict is not a dictionary")
     state = {
@@ -209,23 +255,7 @@ def load_official(
     for key, value in state.items():  # a small file may claim a view larger than memory
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path} holds less data than the shape of {key[:80]!a} asks for")
-    own = {key: value for key, value in state.items() if kind.is_official_key(key)}
-    others = sorted(state.keys() - own.keys())
-    if others:
-        LOG.info("%s: %d entries are no part of the method: %.80s", path, len(others), others)
-    backbone, classes = Backbone(model.clip, tokenizer=model.tokenizer), task or Task()
-    try:
-        made = kind.build(kind.config_of_official(own, str(path), config), backbone, classes)
-        made.load_official_state_dict(own)
-    except UserError as error:
-        # Looked for after a refusal only, as it builds every method there is.
-        writers, title = _writers(state, backbone, classes, len(own)), kind.Config.title
-        if not writers or title in writers:
-            raise
-        raise UserError(
-            f"{path} is of another method than {title}: it holds {' or '.join(writers)}; name that"
-        ) from error
-    return made.eval()
+    return state, {key: value for key, value in state.items() if kind.is_official_key(key)}
 
 
 def _writers(state: Mapping[str, Tensor], backbone: Backbone, task: Task, least: int) -> list[str]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from backbones import saved_backbone, shared_backbone, some_images
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stepping import TASK
@@ -27,10 +31,10 @@ from vlmadapters.methods import BUILT_IN, METHODS
 from vlmlayers import cli
 from vlmlayers.errors import UserError
 from vlmlayers.models import load_model
-from vlmlayers.prompts import TEMPLATE
 
 MERGED = {"cliplora"}
 TEXT_ALONE = {"zero-shot", "coop", "kgcoop", "proda"}  # LASP trains norms of the vision tower
+NAMED = ("golden_retriever", "grey_owl", "red_bus", "sea_lion")
 NAMES = [name for name in BUILT_IN if name not in ("tip", "tip-f", "linear-probe")]
 
 
@@ -132,11 +136,32 @@ def test_the_first_form_that_a_method_allows_is_written_with_names(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "settings", "needed"),
     [
-        ("mma", {"scale": 0.3}, ["scale=0.3"]),
-        ("coop", {"class_at": "front"}, ["class_at=front"]),
-        ("lweib", {"alpha": 0.5}, ["alpha=0.5"]),
-        ("clipadapter", {"ratio": 0.7}, ["ratio=0.7", "text_ratio=0.0"]),
-        ("cocoop", {}, []),
+        ("mma", {"scale": 0.3, "pairs": [(2, 3)]}, ["scale=0.3"]),
+        ("coop", {"text": (2,), "class_at": "front"}, ["words=a photo of a", "class_at=front"]),
+        ("coop", {"words": "", "length": 2, "class_specific": True}, []),
+        ("cocoop", {"text": (2,)}, ["words=a photo of a"]),
+        ("kgcoop", {"words": "", "class_at": "middle"}, ["class_at=middle"]),
+        ("proda", {"prompts": 8, "length": 2, "as_published": True}, ["as_published=true"]),
+        ("lasp", {"words": "", "length": 3, "correction": False}, []),
+        (
+            "lasp",
+            {"words": "itap of", "other_names": "virtual", "as_published": True},
+            ["words=itap of", "other_names=virtual", "as_published=true"],
+        ),
+        ("ivlp", {"words": "an origami of one", "text_length": 3}, ["words=an origami of one"]),
+        ("promptsrc", {"words": "", "text_length": 2}, ["words="]),
+        ("maple", {"vision": (1, 2), "text": (1,), "words": ""}, ["text=[1]", "words="]),
+        ("maple", {"vision": (1, 2), "text": (), "length": 3}, ["text=[]"]),
+        ("cliplora", {"rank": 3, "alpha": 2.0, "matrices": ("v",)}, []),
+        ("lweib", {"alpha": 0.5, "descriptions": "FILE"}, ["alpha=0.5", "descriptions=FILE"]),
+        ("rpo", {"pairs": 3}, ["vision=[1,2,3]", "text=[1,2,3]"]),
+        (
+            "rpo",
+            {"vision": (1, 2), "text": (2,), "as_published": True},
+            ["vision=[1,2]", "text=[2]", "as_published=true"],
+        ),
+        ("clipadapter", {"ratio": 0.7}, ["ratio=0.7"]),
+        ("clipadapter", {"ratio": 0.2, "text_ratio": 0.5}, ["text_ratio=0.5"]),
     ],
 )
 def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
@@ -145,14 +170,19 @@ def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
     needed: list[str],
     tmp_path: Path,
 ) -> None:
-    """The same file answers as ours does where what it leaves out is given beside it."""
+    """The same file answers as ours does where all that is said of it is given beside it."""
     ours, theirs = tmp_path / "a.safetensors", tmp_path / "a.pth.tar"
     folder = saved_backbone(tmp_path / "model")
     model = load_model(str(folder))
     backbone = Backbone(model.clip, tokenizer=model.tokenizer)
     depths = {tower: walk.tower.depth for tower, walk in backbone.walks.items()}
-    task = TaskData("shapes_filled", model).task("base", TEMPLATE)
-    config = METHODS.config(name).published(depths, **settings)
+    if "descriptions" in settings:
+        (tmp_path / "said.json").write_text(json.dumps({one: [f"{one} one."] for one in NAMED}))
+        settings = settings | {"descriptions": str(tmp_path / "said.json")}
+    config = replace(METHODS.config(name).published(depths), **settings)
+    needed = [one.replace("FILE", str(getattr(config, "descriptions", ""))) for one in needed]
+    data = _dataset(tmp_path / "data")
+    task = TaskData(str(data), model).task("base", "an image of {}.")
     method = METHODS[name].build(config, backbone, task, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -160,16 +190,26 @@ def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
             value.add_(0.3 * torch.randn(value.shape, generator=generator))
     save_method(ours, method, model, task)
     said = _called("export", folder, ours, "--form", "official", "--out", theirs)
-    assert said.split(" beside it: ")[1:] == [" ".join(f"--set {one}" for one in needed)] * bool(
-        needed
-    )
-    test = ["evaluate", folder, "shapes_filled", "--kind", "base", "--limit", "16"]
-    beside = [part for one in needed for part in ("--set", one)]
-    _called(*test, "--adapter", ours, "--out", tmp_path / "ours.csv")
-    _called(*test, "--adapter", theirs, "--method", name, *beside, "--out", tmp_path / "theirs.csv")
+    beside = shlex.split(said.partition(" takes it with ")[2].partition(";")[0])
+    template = ["--template", task.template]
+    assert beside == ["--method", name, *template, *(w for one in needed for w in ("--set", one))]
+    test = ["evaluate", folder, data, "--kind", "base", "--adapter"]
+    _called(*test, ours, *template, "--out", tmp_path / "ours.csv")
+    _called(*test, theirs, *beside, "--out", tmp_path / "theirs.csv")
     tables = [pd.read_csv(tmp_path / f"{one}.csv") for one in ("ours", "theirs")]
-    left, right = (one["log_likelihood"] for one in tables)
-    assert left.tolist() == pytest.approx(right.tolist(), abs=1e-5)
+    left, right = (one["log_likelihood"].tolist() for one in tables)
+    assert left == pytest.approx(right, abs=1e-5)
+
+
+def _dataset(folder: Path) -> Path:
+    """Draw test images of classes whose names have underscores, and return their folder."""
+    generator = np.random.default_rng(0)
+    for name in NAMED:
+        (folder / "test" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "test" / name / f"{number}.png")
+    return folder
 
 
 def _called(*words: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from vlmlayers.architectures import check_model
 from vlmlayers.cli.options import Device, Model, several, with_options
 from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.extraction import WeightsOptions
+from vlmlayers.prompts import TEMPLATE
 
 FORMS = {
     "merged": "load it as weights of the same architecture",
@@ -48,12 +51,19 @@ def export(
         raise UserError(f"adapter {adapter} does not exist{looked_for(adapter)}")
     check_model(model, **weights.arguments())
     from vlmadapters.export import export as write
-    from vlmadapters.files import read_info
+    from vlmadapters.files import read_info, unstored_settings
 
     written = write(adapter, load_backbone(model, weights, device), out, form=form, classes=classes)
-    config = read_info(adapter).config
-    left_out = [f"--set {name}={getattr(config, name)}" for name in config.unstored]
     note = FORMS[written]
-    if written == "official" and left_out:
-        note += f", without what `evaluate` and their code need beside it: {' '.join(left_out)}"
+    if written == "official":
+        info = read_info(adapter)
+        words = ["--method", info.config.name]
+        if info.task.template != TEMPLATE:
+            words += ["--template", info.task.template]
+        for name, value in unstored_settings(out, info.config).items():
+            text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            words += ["--set", f"{name}={text}"]
+        note += f"; `evaluate` takes it with {shlex.join(words)}"
+        if len(words) > 2:
+            note += "; their code has to be told that too"
     typer.echo(f"{written} {out}: {note}")

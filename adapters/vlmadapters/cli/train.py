@@ -218,12 +218,7 @@ def _trained(path: Path, model: Any, method: str | None, given: dict[str, Any], 
         if method not in (None, made.config.name):
             raise UserError(f"{path} is of {made.config.name}; --method says {method}")
         return made
-    made = load_official(path, model, method=method or "mma", task=task)
-    if not given:
-        return made
-    # Read again, so that what the file does hold is checked against what is asked for.
-    config = made.config.from_dict({**made.config.to_dict(), **given})
-    return load_official(path, model, config, task=task)
+    return load_official(path, model, method=method or "mma", settings=given, task=task)
 
 
 def _text(table: Any, published: bool) -> str:

@@ -90,6 +90,8 @@ class WordsConfig(MethodConfig):
 class ContextConfig(TextConfig, WordsConfig):
     """Settings of context at text blocks that may start from words: both of their fields."""
 
+    unstored: ClassVar[tuple[str, ...]] = ("words",)
+
     @property
     def class_at(self) -> str:
         """Where the class name stands in the prompt."""
@@ -119,7 +121,7 @@ class CoOpConfig(ContextConfig):
 
     name: ClassVar[str] = "coop"
     title: ClassVar[str] = "CoOp"
-    unstored: ClassVar[tuple[str, ...]] = ("class_at",)
+    unstored: ClassVar[tuple[str, ...]] = ("words", "class_at")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,6 +199,7 @@ class LASPConfig(WordsConfig):
     name: ClassVar[str] = "lasp"
     title: ClassVar[str] = "LASP"
     towers: ClassVar[tuple[str, ...]] = ("vision",)
+    unstored: ClassVar[tuple[str, ...]] = ("words", "other_names", "as_published")
 
     @property
     def advantage(self) -> str:
@@ -238,6 +241,7 @@ class ProDAConfig(TextConfig):
 
     name: ClassVar[str] = "proda"
     title: ClassVar[str] = "ProDA"
+    unstored: ClassVar[tuple[str, ...]] = ("as_published",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,6 +64,7 @@ class IVLPConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "ivlp"
     title: ClassVar[str] = "IVLP"
+    unstored: ClassVar[tuple[str, ...]] = ("words",)
 
 
 @checked
@@ -114,6 +115,7 @@ class MaPLeConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "maple"
     title: ClassVar[str] = "MaPLe"
+    unstored: ClassVar[tuple[str, ...]] = ("text", "words")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,7 +208,7 @@ class LwEIBConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "lweib"
     title: ClassVar[str] = "LwEIB"
-    unstored: ClassVar[tuple[str, ...]] = ("alpha",)
+    unstored: ClassVar[tuple[str, ...]] = ("alpha", "descriptions")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,6 +233,7 @@ class RPOConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "rpo"
     title: ClassVar[str] = "RPO"
+    unstored: ClassVar[tuple[str, ...]] = ("vision", "text", "as_published")
 
     def __post_init__(self) -> None:
         super().__post_init__()
