@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmlayers.files import read_json
+from vlmlayers.files import read_json, read_toml
 from vlmlayers.report.handover import handover_text
 from vlmlayers.report.numbers import Answer
 
@@ -39,12 +39,14 @@ class NextStep:
 
 def next_steps(answer: Answer) -> list[NextStep]:
     """Return what to do with a run: prove the choice by training, and adapt with it."""
-    trained = _seeds(answer)
-    more = tuple(range(max(trained) + 1, max(trained) + 1 + len(trained))) if trained else SEEDS
+    trained, asked = _seeds(answer), _asked(answer)
+    more = tuple(_several(asked.pop("seeds", SEEDS)))
+    if trained:
+        more = tuple(range(max(trained) + 1, max(trained) + 1 + len(trained)))
     proof = "Train more seeds" if trained else "Prove the choice by training"
-    time = _longer(answer, trained) or _duration(answer, len(more))
+    time = _longer(answer, trained) or _duration(answer, len(more), asked)
     return [
-        NextStep(proof, time, _validate(answer, (*trained, *more))),
+        NextStep(proof, time, _validate(answer, (*trained, *more), asked)),
         NextStep(
             "Fine-tune these layers",
             "Text to copy, for peft and for training the blocks themselves.",
@@ -60,17 +62,28 @@ def _seeds(answer: Answer) -> tuple[int, ...]:
     return tuple(sorted(map(int, answer.validation.cells["seed"].unique())))
 
 
-def _validate(answer: Answer, seeds: tuple[int, ...]) -> str:
+def _asked(answer: Answer) -> dict[str, Any]:
+    """Return what the training was asked for, or will be by the study's table `[validate]`."""
+    if answer.validation is not None:
+        return dict(answer.provenance.get("validate", {}))
+    study = answer.run.study
+    return dict(read_toml(study).get("validate", {})) if study.exists() else {}
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _validate(answer: Answer, seeds: tuple[int, ...], asked: dict[str, Any]) -> str:
     given = answer.provenance.get("given", {})
     words = ["vlmlayers", "validate", *_model_words(answer)]
-    asked = dict(answer.provenance.get("validate", {})) if answer.validation is not None else {}
     scored = sorted(set(answer.scores["dataset"]) - {"*"})
-    names = asked.pop("datasets", None) or given.get("datasets") or scored
+    names = asked.get("datasets") or given.get("datasets") or scored
     folder = str(answer.run.folder)
-    words += [*names, "--choice", folder, "--out", folder]
+    words += [*_several(names), "--choice", folder, "--out", folder]
     if given.get("data_root"):
         words += ["--data-root", given["data_root"]]
-    words += _as_asked(asked)
+    words += _as_asked({key: value for key, value in asked.items() if key != "datasets"})
     return shlex.join([*map(str, words), "--seeds", ",".join(map(str, seeds))])
 
 
@@ -79,15 +92,11 @@ def _as_asked(part: dict[str, Any]) -> list[str]:
 
     Cells that are there are then found again.
     """
-    settings = dict(part.pop("set", {}))
-    if "shots" in part:
-        settings["shots"] = part.pop("shots")
+    settings = part.pop("set", {})
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    for one in part.pop("amounts", ()):
+    for one in _several(part.pop("amounts", ())):
         words += ["--amounts", one]
-    named = {"items" if key == "limit" else key: value for key, value in part.items()}
-    named.pop("seeds", None)
-    return words + _options(named)
+    return words + _options({"items" if key == "limit" else key: v for key, v in part.items()})
 
 
 def _model_words(answer: Answer) -> list[str]:
@@ -109,24 +118,32 @@ def _options(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _duration(answer: Answer, seeds: int) -> str:
-    """Return how long the training takes, at the pace of the extraction, and how that is known."""
+def _duration(answer: Answer, seeds: int, asked: dict[str, Any]) -> str:
+    """Return how long the training takes, at the pace of the extraction, and how that is known.
+
+    Without a time where epochs and placements are not those of MMA's recipe and the usual kinds.
+    """
     what = (
         "Trains at the chosen blocks, at the paper's and at others on the same shots, and says "
         "whether the choice was good; a stopped run resumes with the same command."
     )
     pace, classes = _pace(answer), _classes(answer)
-    if not pace or not classes:
+    usual = asked.get("method", "mma") == "mma" and not {"recipe", "kinds"} & asked.keys()
+    if not pace or not classes or not usual:
         return what
+    settings = {"shots": SHOTS, "epochs": EPOCHS} | asked.get("set", {})
+    shots, epochs = asked.get("shots", settings["shots"]), settings["epochs"]
     placements = max(answer.depths.values()) + BESIDE
-    images = placements * sum(SHOTS * max(1, -(-c // 2)) * EPOCHS for c in classes)
+    images = placements * sum(shots * max(1, -(-c // 2)) * epochs for c in classes)
     given = PASSES * images * seeds / pace
     tuned = PASSES * images * (seeds * (1 + TUNED) + TUNING) / pace
+    times = f"{_time(tuned)}, or {_time(given)} with --amount given"
+    if asked.get("amount") == "given":
+        times = _time(given)
     return (
-        f"{what} About {_time(tuned)}, or {_time(given)} with --amount given, at the {pace:.0f} "
-        f"images a second of the extraction: {placements} placements, {seeds} seeds, {SHOTS} shots "
-        f"of each base class, {EPOCHS} epochs, a step at the cost of {PASSES} passes; testing "
-        "comes on top."
+        f"{what} About {times}, at the {pace:.0f} images a second of the extraction: {placements} "
+        f"placements, {_number(seeds, 'seed')}, {_number(shots, 'shot')} of each base class, "
+        f"{_number(epochs, 'epoch')}, a step at the cost of {PASSES} passes; testing comes on top."
     )
 
 
@@ -165,6 +182,10 @@ def _classes(answer: Answer) -> list[int]:
 
 def _datasets(answer: Answer) -> list[dict[str, Any]]:
     return list(answer.provenance.get("datasets", {}).values())
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _time(seconds: float) -> str:

@@ -391,6 +391,23 @@ def test_the_time_of_a_proof_is_that_of_images_and_not_of_loading_the_model(tmp_
     # 20 placements, 2 base classes, 16 shots, 5 epochs, 3 seeds, 1.5 passes
     minutes = 1.5 * 20 * 2 * 16 * 5 * 3 / 32 / 60
     assert f"or {minutes:.0f} min with --amount given, at the 32 images a second" in text
+    # What the study will ask for when its turn comes: 4 shots, 10 epochs, 5 seeds
+    run.study.write_text(
+        '[validate]\ndatasets = "toy"\nset = { epochs = 10, lr = 0.1 }\nshots = 4\n'
+        'amounts = "scale=0.3"\namount = "given"\nseeds = [1, 2, 3, 4, 5]\n'
+    )
+    proof = next_steps(read_answer(run.folder))[0]
+    minutes = 1.5 * 20 * 2 * 4 * 10 * 5 / 32 / 60
+    assert f"About {minutes:.0f} min, at the 32 images a second" in proof.text
+    assert "20 placements, 5 seeds, 4 shots of each base class, 10 epochs" in proof.text
+    folder = str(run.folder)
+    assert shlex.split(proof.code)[3:] == [
+        "toy", "--choice", folder, "--out", folder, "--set", "epochs=10", "--set", "lr=0.1",
+        "--amounts", "scale=0.3", "--shots", "4", "--amount", "given", "--seeds", "1,2,3,4,5",
+    ]  # fmt: skip
+    run.study.write_text('[validate]\nmethod = "coop"\n')  # of another number of epochs
+    assert "images a second" not in next_steps(read_answer(run.folder))[0].text
+    run.study.unlink()
     write_json(run.folder / "stages.json", {"extract": {"seconds": 39.0}})
     assert "images a second" not in next_steps(read_answer(run.folder))[0].text
 
