@@ -24,6 +24,16 @@ OUTCOMES = {
     "hm": ("Harmonic mean", "#222222", "o"),
 }
 INTERVAL: dict[str, Any] = {"color": "#222222", "alpha": 0.4, "linewidth": 0.8}
+# Where the label of a point may stand: its offset in points, and its edges there.
+PLACES: tuple[tuple[tuple[float, float], str, str], ...] = (
+    ((3, 2), "left", "baseline"),
+    ((-3, 2), "right", "baseline"),
+    ((0, 5), "center", "bottom"),
+    ((0, -5), "center", "top"),
+    ((4, -2), "left", "top"),
+    ((-4, -2), "right", "top"),
+)
+KEPT = 4  # order of drawing of labels that stay in any crowd, above all others
 CHOSEN_COLOUR, PUBLISHED_COLOUR = "#007E5D", "#7A3E9D"
 
 
@@ -190,14 +200,16 @@ def predicted_vs_trained(
                            marker=marker, zorder=3)  # fmt: skip
         if {"hm_low", "hm_high"} <= set(outcomes.columns):
             ax.vlines(outcomes[predicted], outcomes["hm_low"], outcomes["hm_high"], **INTERVAL)
-        for _, row in outcomes.iterrows():
+        for must, (_, row) in zip(chosen | outcomes["hm"].eq(outcomes["hm"].max()),
+                                  outcomes.iterrows()):  # fmt: skip
             ax.annotate(
                 Placement.parse(row["placement"]).label,
                 (row[predicted], row["hm"]),
                 fontsize=5.5,
-                xytext=(3, 2),
+                xytext=PLACES[0][0],
                 textcoords="offset points",
                 color="#444444",
+                zorder=KEPT if must else None,
             )
         _, of_metric, name = predicted.rpartition("metric:")
         _label_axis(ax, axis_label(name) + (", mean of blocks" if of_metric else ""), outcomes)
@@ -225,6 +237,7 @@ def drop_overlapping_texts(ax: Axes) -> Axes:
     """Put labels of points where they cover no other point's marker, no label and no edge.
 
     Each stands to the right of its point, or else to the left; what fits at neither is removed.
+    Labels of the order `KEPT` choose first, may stand elsewhere around their point, and stay.
     """
     figure: Any = ax.figure
     # Extents are known after a layout only.
@@ -237,21 +250,31 @@ def drop_overlapping_texts(ax: Axes) -> Axes:
         for at, radius in _circles(ax, drawn)
     ]
     kept: list[Any] = []
-    for text in list(ax.texts):
+    for text in sorted(ax.texts, key=lambda one: -one.get_zorder()):
         own = ax.transData.transform(text.xy)  # type: ignore[attr-defined]
         others = [(at, radius) for at, radius in markers if not np.allclose(at, own)]
-        for side in ("left", "right"):
-            if side == "right":
-                text.set(ha=side, x=-text.get_position()[0])
+        must = text.get_zorder() == KEPT
+        found = []
+        for place in PLACES if must else PLACES[:2]:
+            _put(text, *place)
             box = text.get_window_extent()
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
-            free = not any(_covers(box, at, radius) for at, radius in others)
-            if inside and free and not any(box.overlaps(other) for other in kept):
-                kept.append(box)
-                break
-        else:
+            wrong = (
+                box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1,
+                any(box.overlaps(other) for other in kept),
+                any(_covers(box, at, radius) for at, radius in others),
+            )
+            found.append((wrong, place, box))
+        wrong, place, box = min(found, key=lambda one: one[0])  # the first of equals
+        if any(wrong) and not must:
             text.remove()
+        else:
+            _put(text, *place)
+            kept.append(box)
     return ax
+
+
+def _put(text: Any, offset: tuple[float, float], ha: str, va: str) -> None:
+    text.set(position=offset, ha=ha, va=va)
 
 
 def _circles(ax: Axes, drawn: PathCollection) -> list[tuple[Any, float]]:

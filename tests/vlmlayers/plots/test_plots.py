@@ -161,6 +161,20 @@ def test_no_label_of_the_cost_figure_covers_another_points_marker(gap: int) -> N
                 assert not any(box.contains(*one) for one in [at, *rim]), text.get_text()
 
 
+def test_the_chosen_and_the_best_placement_keep_their_labels_in_any_crowd() -> None:
+    """Eleven points on a spot, the chosen among them, the best at the upper right corner."""
+    points = OUTCOMES.assign(chosen=[i == 3 for i in range(12)], hm_low=None, hm_high=None)
+    points["predicted"] = [0.5 + i / 500 for i in range(11)] + [1.0]
+    points["hm"] = [70 + i / 500 for i in range(11)] + [71.0]
+    ax = drop_overlapping_texts(plots.predicted_vs_trained(points.drop(columns="hm_low")))
+    boxes = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    assert {"v4–12", "v12"} <= boxes.keys() and len(boxes) < 12
+    assert not any(a is not b and a.overlaps(b) for a in boxes.values() for b in boxes.values())
+    frame = ax.get_window_extent()
+    for name in ("v4–12", "v12"):
+        assert frame.x0 <= boxes[name].x0 and boxes[name].x1 <= frame.x1
+
+
 def test_unequal_towers_share_relative_depth() -> None:
     ax = plots.layer_curves(full(24, 12), "class_accuracy")
     assert ax.get_xlabel() == "Relative depth"
