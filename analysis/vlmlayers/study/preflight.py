@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmlayers.architectures import check_model
-from vlmlayers.errors import UserError
-from vlmlayers.positions import TOWERS
 from vlmlayers.study.context import StageContext
-from vlmlayers.study.schema import Study
+from vlmlayers.study.schema import check_reads
 from vlmlayers.study.stages import installed_stage
 from vlmlayers.user_code import is_user_code
-
-# What metrics need, of the keys of `vlmlayers.metrics.declare.NEEDS`.
-OF_DATASETS = ("datasets", "dataset confusion", "styles", "style classes", "other datasets")
-OF_TOWERS = ("pairs", "pair matrix", "prompts", "modalities", "queries")
 
 
 def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> None:
@@ -50,28 +44,6 @@ def _check_names(context: StageContext, *, both: bool) -> None:
         from vlmlayers.scores.run import chosen_metrics
 
         scored |= set(chosen_metrics(own))
-    rule, tower = context.study.select, context.study.extract.tower
-    read = make_rule(context.rule, rule.options).reads([tower] if tower else TOWERS)
-    for name in read if both else ():
-        if name not in scored:
-            what = "which the study does not score; add it to the metrics of [score]"
-        elif needed := _out_of_reach(name, context.study):
-            what = f"which needs {needed}"
-        else:
-            continue
-        raise UserError(
-            f"the rule {rule.rule!r} reads {name}, {what}, or choose another in the options of "
-            "[select]"
-        )
-
-
-def _out_of_reach(metric: str, study: Study) -> str:
-    """Return what a metric needs and a study does not have, empty where it has it."""
-    from vlmlayers.metrics import METRICS
-
-    needs = METRICS[metric].needs if metric in METRICS else ""
-    if needs in OF_DATASETS and len(study.datasets) < 2:
-        return "at least two datasets, where the study has one; add one"
-    if needs in OF_TOWERS and study.extract.tower:
-        return f"both towers, where the study records the {study.extract.tower} tower; record both"
-    return ""
+    rule = make_rule(context.rule, context.study.select.options)
+    if both:
+        check_reads(context.study, rule, scored)

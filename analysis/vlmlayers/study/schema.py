@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,15 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import RecordOptions, WeightsOptions
 from vlmlayers.files import read_toml, shipped
 from vlmlayers.options import Options, Seed, validated
+from vlmlayers.positions import TOWERS
 from vlmlayers.prompts import TEMPLATE, Template
 from vlmlayers.user_code import is_user_code
 
 Split = Literal["train", "val", "test", "all"]
 STUDY_TEMPLATE = Path(__file__).with_name("template.toml")
+# What metrics need, of the keys of `vlmlayers.metrics.declare.NEEDS`.
+OF_DATASETS = ("datasets", "dataset confusion", "styles", "style classes", "other datasets")
+OF_TOWERS = ("pairs", "pair matrix", "prompts", "modalities", "queries")
 DEFAULT_METRICS = (
     "dataset_accuracy",
     "dataset_accuracy_ncm",
@@ -225,7 +230,8 @@ def read_study(path: str | Path) -> Study:
 
     Raises:
         UserError: The file is absent or not TOML; a key is unknown (with the nearest), missing or
-            has a wrong value; a metric, rule or dataset is unknown.
+            has a wrong value; a metric, rule or dataset is unknown; the rule of its table
+            `[select]` reads a metric that it does not score.
     """
     source = study_file(path)
     return check_study(read_toml(source), str(source))
@@ -251,6 +257,45 @@ def _check_names(study: Study, where: str) -> None:
     rule = study.select.rule
     if not is_user_code(rule):
         try:
-            make_rule(rule, study.select.options)
+            made = make_rule(rule, study.select.options)
+            # A study that names no rule may be meant for scores alone. What functions of the user's
+            # own score is known once their file is looked for, before the first stage.
+            named = "select" in study.model_fields_set and "select" in (study.stages or ["select"])
+            if named and not any(map(is_user_code, study.score.metrics)):
+                check_reads(study, made, study.score.metrics)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+
+
+def check_reads(study: Study, rule: Any, scored: Collection[str]) -> None:
+    """Raise a UserError where a study will not have a metric that its rule reads.
+
+    Args:
+        study: The study.
+        rule: The rule, as `make_rule` gives it.
+        scored: Names of the metrics that the study scores.
+    """
+    tower = study.extract.tower
+    for name in rule.reads([tower] if tower else TOWERS):
+        if name not in scored:
+            what = "which the study does not score; add it to the metrics of [score]"
+        elif needed := _out_of_reach(name, study):
+            what = f"which needs {needed}"
+        else:
+            continue
+        raise UserError(
+            f"the rule {study.select.rule!r} reads {name}, {what}, or choose another in the "
+            "options of [select]"
+        )
+
+
+def _out_of_reach(metric: str, study: Study) -> str:
+    """Return what a metric needs and a study does not have, empty where it has it."""
+    from vlmlayers.metrics import METRICS
+
+    needs = METRICS[metric].needs if metric in METRICS else ""
+    if needs in OF_DATASETS and len(study.datasets) < 2:
+        return "at least two datasets, where the study has one; add one"
+    if needs in OF_TOWERS and study.extract.tower:
+        return f"both towers, where the study records the {study.extract.tower} tower; record both"
+    return ""

@@ -232,6 +232,15 @@ def test_a_rule_that_finds_all_it_reads_is_taken(change: dict[str, Any], tmp_pat
         run_study(study, tmp_path / "run", base=tmp_path, progress=False)
 
 
+def test_a_study_that_names_its_rule_is_refused_as_it_is_read_whatever_stage_is_meant() -> None:
+    """Extraction alone may take hours, on another machine than the choice."""
+    knee = {"select": {"rule": "knee", "options": {"metric": "twonn"}}}
+    with pytest.raises(UserError, match=r"^s.toml: the rule 'knee' reads twonn, which the study"):
+        check_study({**BASE, **knee}, "s.toml")
+    check_study({**BASE, **knee, "stages": ["extract", "score"]})  # it never selects
+    check_study({**BASE, **knee, "score": {"metrics": ["twonn"]}})
+
+
 def test_what_is_scored_is_only_compared_where_both_stages_run(tmp_path: Path) -> None:
     study = check_study({**BASE, "score": {"metrics": ["twonn"]}, "validate": {"sedes": [1]}})
     for only in (["score", "validate"], ["select", "validate"]):
