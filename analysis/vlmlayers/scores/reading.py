@@ -44,8 +44,8 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the table with the optional columns filled in.
 
     Raises:
-        UserError: Columns are missing, the table is empty, or it holds more than one model, or
-            more than one scoring of the same features.
+        UserError: Columns are missing, the table is empty, a value is no number, or it holds more
+            than one model, or more than one scoring of the same features.
     """
     scores = bare(scores)
     missing = [name for name in REQUIRED if name not in scores.columns]
@@ -56,6 +56,15 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
         )
     if scores.empty:
         raise UserError("the score table is empty; there is nothing to read from it")
+    import pandas as pd
+
+    values = scores["value"]
+    wrong = values[pd.to_numeric(values, errors="coerce").isna() & values.notna()]
+    if len(wrong):
+        raise UserError(
+            f"the score table holds {wrong.iloc[0]!r} in the column value, where a number is "
+            "needed; write it with `vlmlayers score`"
+        )
     for name in ("other_tower", "other_position", "options"):
         if name not in scores.columns:
             scores = scores.assign(**{name: ""})

@@ -467,6 +467,7 @@ def test_bad_tables() -> None:
     for table_, message in (
         (scores.drop(columns="value"), "lacks the columns value"),
         (scores.iloc[:0], "is empty"),
+        (scores.assign(value="high"), "holds 'high' in the column value, where a number is"),
         (scores.assign(model=["a", *["b"] * (len(scores) - 1)]), "holds 2 models"),
         (scores[scores.position != "7"], "has no value at block 7"),
         (scores[scores.metric != "cka_debiased"], "unknown metric 'cka_debiased'"),
