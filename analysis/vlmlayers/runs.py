@@ -86,9 +86,14 @@ class Run:
             )
         return found
 
+    def read(self, name: str) -> dict[str, Any]:
+        """Return what a JSON file of the folder holds; empty where there is none."""
+        path = self.folder / name
+        return read_json(path) if path.exists() else {}
+
     def read_provenance(self) -> dict[str, Any]:
         """Return what is recorded of how the run was made; empty where nothing is."""
-        return read_json(self.provenance) if self.provenance.exists() else {}
+        return self.read(self.provenance.name)
 
     def record(self, **parts: Any) -> None:
         """Add to `provenance.json`; of several processes the first one does."""

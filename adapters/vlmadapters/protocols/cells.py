@@ -94,9 +94,8 @@ class CellFolder:
 
     def write(self, cell: Cell, rows: Rows) -> None:
         """Write a finished cell, whole or not at all; the first process of several writes."""
-        rank, _ = processes.rank_and_size()
         path = self.path(cell)
-        if path is None or rank:
+        if path is None or not processes.is_first():
             return
         content: dict[str, Any] = {"identity": cell.identity, "rows": rows}
         # Recorded, but no part of the identity: libraries differ by rounding, and a cell must not
@@ -137,9 +136,8 @@ class CellFolder:
 
     def see(self, name: str, split: str, data: DataIdentity) -> None:
         """Record the identity of a split, and warn of what changed since an earlier command."""
-        rank, _ = processes.rank_and_size()
         # Every process of a torchrun sees the same data; one writes and warns.
-        if self.out is None or rank:
+        if self.out is None or not processes.is_first():
             return
         file = self._data_file(name, split)
         then = DataIdentity.read(file)

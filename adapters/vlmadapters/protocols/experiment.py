@@ -21,7 +21,7 @@ import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.options import DataOptions
-from vlmadapters.data.task import TaskData
+from vlmadapters.data.task import Task, TaskData
 from vlmadapters.files import save_method
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
@@ -167,10 +167,10 @@ class Experiment:
                 target.dataset.check(target.kind, target.split)
         for name, split in {pair: None for one in sources for pair in self._read(one)}:
             self.cells.see(name, split, self._datasets[name].identity(split))
-        rank, _ = processes.rank_and_size()
+        first = processes.is_first()
         total = len(sources) * len(seeds) * len(recipes)
         with bar(
-            description="cells", total=total, unit="cell", show=self.progress and rank == 0
+            description="cells", total=total, unit="cell", show=self.progress and first
         ) as shown:
             found: dict[tuple[str, int], Rows | None] = {}
             for source, seed in product(sources, seeds):
@@ -188,7 +188,7 @@ class Experiment:
                     cells = self._cells(source, seed, recipes, together, shown, wait=True)
                 rows += cells or []
         table = _table(rows)
-        if self.out is not None and self.table is not None and not rank and rows:
+        if self.out is not None and self.table is not None and first and rows:
             # Any seed will do: cells of all seeds belong in the table.
             like = [self._cell(one, 0, setting).identity for one in sources for setting in recipes]
             write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
@@ -278,12 +278,12 @@ class Experiment:
         data = self._datasets[source]
         kind = self.protocol.train_kind
         train = self._train_of(settings[0], source)
-        items = data.shots(train.shots, seed, kind)
+        task = data.task(kind, train.template)
         trainer = Trainer(
             self.model,
             data.images,
-            items,
-            data.task(kind, train.template),
+            data.shots(train.shots, seed, kind),
+            task,
             [one.method_for(data.origin) for one in settings],
             train,
             seed,
@@ -293,16 +293,15 @@ class Experiment:
             progress=self.progress,
         )
         trained = trainer.fit()
-        rows = self._test(source, settings, trained)
-        rank, _ = processes.rank_and_size()
-        if self.save_adapters and self.out is not None and not rank:
+        rows = self._test(source, settings, trained, train, task)
+        if self.save_adapters and self.out is not None and processes.is_first():
             for one, result in zip(settings, trained):
                 cell = self._cell(source, seed, one)
                 save_method(
                     self.out / "adapters" / cell.key,
                     result.method,
                     self.model,
-                    data.task(kind, train.template),
+                    task,
                     cell.identity,  # nothing timed: a resumed run leaves the same file
                 )
         return rows
@@ -317,21 +316,25 @@ class Experiment:
     def _forget_state(self, source: str, seed: int, settings: Sequence[Recipe]) -> None:
         # Once the cells are written, not before: a process killed in between would train again.
         folder = self._state_folder(source, seed, settings)
-        if folder is not None and not processes.rank_and_size()[0]:
+        if folder is not None and processes.is_first():
             rmtree(folder, ignore_errors=True)
 
     def _test(
-        self, source: str, settings: Sequence[Recipe], trained: Sequence[TrainResult]
+        self,
+        source: str,
+        settings: Sequence[Recipe],
+        trained: Sequence[TrainResult],
+        train: TrainConfig,
+        task: Task,
     ) -> list[Rows]:
-        train = self._train_of(settings[0], source)
         rows: list[Rows] = [[] for _ in trained]
         differing = [0] * len(trained)
         total = 0
         for target in self.targets(source):
             items, truth = self._items(target)
             plain = self._zero_shot(target)[0]
-            task = target.dataset.task(target.kind, train.template)
-            cases = [Case(result.method, task) for result in trained]
+            tested = target.dataset.task(target.kind, train.template)
+            cases = [Case(result.method, tested) for result in trained]
             found = self.evaluator.answers(target.dataset.images, items, cases)
             total += len(items)
             for index, (result, answers) in enumerate(zip(trained, found)):
@@ -362,10 +365,7 @@ class Experiment:
             # A fold has too few items to tell by their classes: its log-likelihood does.
             if note and self._datasets[source].share == 1:
                 self._say_unmoved(result, note)
-            others = (
-                self._datasets[source].task(self.protocol.train_kind, train.template).other_names
-            )
-            advantage = result.config.advantage if others else ""
+            advantage = result.config.advantage if task.other_names else ""
             for row in rows[index]:
                 row |= {"changed": share, "note": "; ".join(filter(None, (note, advantage)))}
         return rows

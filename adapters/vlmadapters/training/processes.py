@@ -46,6 +46,11 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
+def is_first() -> bool:
+    """Whether this process writes files and shows progress: the first of the group, or alone."""
+    return rank_and_size()[0] == 0
+
+
 def check_divides(batch_size: int) -> None:
     """Raise a UserError unless every process gets an equal share of a batch."""
     _, size = rank_and_size()

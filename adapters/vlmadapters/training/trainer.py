@@ -242,13 +242,12 @@ class Trainer:
                 run.initial = run.method.official_state_dict()
         if resumed:
             LOG.debug("going on from step %d of %d in %s", done, self.total_steps, self.folder)
-        rank, _ = processes.rank_and_size()
         if any(run.optimizer is not None for run in self.runs):
             with bar(
                 description="train",
                 total=self.total_steps,
                 unit="step",
-                show=self.progress and rank == 0,
+                show=self.progress and processes.is_first(),
                 initial=done,
             ) as shown:
                 while self._steps_done() < self.total_steps:
@@ -501,9 +500,8 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        rank, _ = processes.rank_and_size()
         # Processes hold equal parameters and counters; two would write one file at a time.
-        if self.folder is None or rank:
+        if self.folder is None or not processes.is_first():
             return
         save_training_state(
             self.folder,

@@ -141,7 +141,7 @@ def search(
     if not race.heats:
         raise UserError(_too_little(race, default, [*rates, *placements], asked.budget))
     found = Search(track.table, _summary(race, default, model, asked))
-    if out is not None and not processes.rank_and_size()[0]:
+    if out is not None and processes.is_first():
         found.write(out)
     return found
 

@@ -126,7 +126,7 @@ def validate(
     else:
         summary = {"verdict": _void(made, model), **recorded, "void": True}
         found = Validation(table, pd.DataFrame(), summary)
-    if out is not None and not processes.rank_and_size()[0]:
+    if out is not None and processes.is_first():
         found.write(out)
     return found
 

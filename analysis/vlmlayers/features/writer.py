@@ -68,6 +68,11 @@ class TowerPlan:
     pairs: Sequence[int] | None = None
     tokens: tuple[str, ...] = ()
 
+    def batches_of(self, rows: Sequence[int]) -> set[int]:
+        """Return the numbers of the batches that hold some rows."""
+        wanted = set(rows)
+        return {n for n, batch in enumerate(self.batches) if not wanted.isdisjoint(batch)}
+
     def places(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Yield space, position and shape of a row, in order."""
         for space, by_position in self.shapes.items():
@@ -164,8 +169,7 @@ class StoreWriter:
 
     def _forget(self, tower: str, rows: Sequence[int]) -> None:
         """Take the batches of some rows out of the journals."""
-        wanted = set(rows)
-        gone = {n for n, rows in enumerate(self.towers[tower].batches) if wanted & set(rows)}
+        gone = self.towers[tower].batches_of(rows)
         for file in sorted(self.partial.glob("journal.*.jsonl")):
             kept = [
                 json.dumps(line)
@@ -243,10 +247,7 @@ class StoreWriter:
 
     def redo(self, tower: str, rows: Sequence[int]) -> None:
         """Forget the batches of some rows, so that they are done again."""
-        wanted = set(rows)
-        for batch, members in enumerate(self.towers[tower].batches):
-            if wanted & set(members):
-                self.done[tower].discard(batch)
+        self.done[tower] -= self.towers[tower].batches_of(rows)
 
     def finish(self) -> LayerFeatures:
         """Turn the finished work into a store and return its features, memory-mapped.

@@ -40,7 +40,7 @@ from vlmlayers.models.tokenizers import make_tokenizer
 from vlmlayers.models.vlm import VLM
 from vlmlayers.models.wrappers import unwrapped
 
-WEIGHT_TYPES = ("fp32", "bf16", "fp16")
+WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MINI_FOLDER = MINIATURES["mini-clip"]  # by this name scripts know it
 
 
@@ -199,7 +199,7 @@ def wrap_model(
         random_weights,
         preprocess_config=found.settings,
     )
-    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    kinds = {kind: name for name, kind in WEIGHT_TYPES.items()}
     model.precision = kinds.get(model.input_dtype, "fp32")
     return model
 
@@ -229,9 +229,8 @@ def _load_folder(
     """Return the model of a folder of transformers or timm."""
     module, weights = load_folder(folder, random_weights)
     place = resolve_device(device)
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     with memory_errors(place, "the weights do not fit; use another device or a smaller model"):
-        module = module.to(place, kind).requires_grad_(False)
+        module = module.to(place, WEIGHT_TYPES[precision]).requires_grad_(False)
     found = companions_of(module, folder=folder)
     model = VLM(
         module,

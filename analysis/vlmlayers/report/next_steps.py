@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmlayers.files import read_json, read_toml
+from vlmlayers.files import read_toml
 from vlmlayers.report.handover import handover_text
 from vlmlayers.report.numbers import Answer
 
@@ -151,11 +151,9 @@ def _longer(answer: Answer, trained: tuple[int, ...]) -> str:
     """Return how long as many seeds again take, from what they took here; empty where unknown."""
     if not trained:
         return ""
-    ledger, found = (answer.run.folder / name for name in ("stages.json", "validation.json"))
-    seconds = read_json(ledger).get("validate", {}).get("seconds", 0) if ledger.exists() else 0
-    tail = ""
-    if not seconds and found.exists():  # the verb alone, which is no stage of a study
-        seconds = read_json(found).get("training_seconds", 0)
+    seconds, tail = answer.run.read("stages.json").get("validate", {}).get("seconds", 0), ""
+    if not seconds:  # the verb alone, which is no stage of a study
+        seconds = answer.run.read("validation.json").get("training_seconds", 0)
         tail = "; testing comes on top"
     if not seconds:
         return ""
@@ -168,8 +166,7 @@ def _longer(answer: Answer, trained: tuple[int, ...]) -> str:
 
 def _pace(answer: Answer) -> float:
     """Return the images a second of the extraction; 0 where it was not timed."""
-    ledger = answer.run.folder / "stages.json"
-    seconds = read_json(ledger).get("extract", {}).get("seconds", 0) if ledger.exists() else 0
+    seconds = answer.run.read("stages.json").get("extract", {}).get("seconds", 0)
     # Of a small run loading the model is most, and it grows with no number of images.
     seconds -= answer.provenance.get("load_seconds", 0)
     images = sum(one.get("items") or 0 for one in _datasets(answer))

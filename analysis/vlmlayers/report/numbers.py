@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import read_json
 from vlmlayers.placement import ZERO_SHOT, Placement, describe_blocks
 from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
@@ -88,8 +87,7 @@ class RecordedValidation:
         if "comparison" in cells:  # the tuned comparison is what is shown, the other stands beside
             first = "tuned" if (cells["comparison"] == "tuned").any() else "given"
             cells = cells[cells["comparison"] == first].reset_index(drop=True)
-        notes_file = run.folder / "validation.json"
-        notes = read_json(notes_file) if notes_file.exists() else {}
+        notes = run.read("validation.json")
         beside = notes.get("untuned", {})
         warned = beside.get("warning")
         chosen = str(notes.get("chosen") or _kind(cells, "chosen"))
@@ -145,8 +143,7 @@ class RecordedValidation:
 
 def void_verdict(run: Run) -> str:
     """Return the verdict of a validation in which training changed nothing, else nothing."""
-    notes_file = run.folder / "validation.json"
-    notes = read_json(notes_file) if notes_file.exists() else {}
+    notes = run.read("validation.json")
     return str(notes.get("verdict", "")) if notes.get("void") else ""
 
 
@@ -242,7 +239,7 @@ class Answer:
     @cached_property
     def search(self) -> dict[str, Any]:
         """What a search on training shots found, as `search.json` says; empty without one."""
-        return read_json(self.run.search) if self.run.search.exists() else {}
+        return self.run.read(self.run.search.name)
 
     @property
     def headline(self) -> str:

@@ -14,7 +14,7 @@ from vlmlayers.architectures import MINIATURES
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
-from vlmlayers.files import HUB, find_weights, hub_folder, read_json
+from vlmlayers.files import HUB, find_weights, hub_folder
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.progress import is_hidden, timed
@@ -310,8 +310,7 @@ class StageContext:
 
     def ledger(self) -> dict[str, Any]:
         """Return which stages are done and on what inputs."""
-        path = self.run.folder / "stages.json"
-        return read_json(path) if path.exists() else {}
+        return self.run.read("stages.json")
 
 
 def _attacher(adapter: str) -> Callable[[Any, Path], Any]:
