@@ -284,6 +284,11 @@ def runs(blocks: Iterable[int]) -> list[tuple[int, ...]]:
     return runs
 
 
+def of_kind(table: Any, kind: str) -> Any:
+    """Return which rows of a validation table are placements of a kind, as one of `start+paper`."""
+    return table["kind"].astype(str).str.split("+").map(lambda kinds: kind in kinds).astype(bool)
+
+
 def _checked(blocks: Any, tower: str = "") -> tuple[int, ...]:
     """Return blocks in rising order, each a whole number from 1 and there once."""
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):

@@ -285,10 +285,7 @@ class CLIPLoRA(Method):
         }
         if ALPHA in state:
             found["alpha"] = float(state[ALPHA])
-        if config is None:
-            return cls.Config(**found)
-        check_settings(config, found, where)
-        return config
+        return cls.Config(**found) if config is None else check_settings(config, found, where)
 
 
 def _linear(tower: str, block: int, matrix: str) -> str:

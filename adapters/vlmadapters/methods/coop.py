@@ -82,9 +82,9 @@ class LearnedContext(Method):
         if len(shape) not in cls.axes:
             raise UserError(f"{where} holds no {kind.title}: its ctx has the shape {shape}")
         found = kind(text=tuple(sorted(shapes)), **cls.settings_of(shape))
-        if config is not None:
-            check_settings(config, {"text": found.text, "size": found.size}, where)
-        return config or found
+        if config is None:
+            return found
+        return check_settings(config, {"text": found.text, "size": found.size}, where)
 
 
 class CoOp(LearnedContext):

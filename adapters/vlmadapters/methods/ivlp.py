@@ -82,7 +82,6 @@ class IVLP(DeepPrompts):
         for tower in ENCODERS:
             found[tower] = tuple(sorted(found[tower]))
         if config is not None:
-            check_settings(config, found, where)
-            return config
+            return check_settings(config, found, where)
         made = cls.Config(**found)
         return with_fitting_words(made, made.text_length)

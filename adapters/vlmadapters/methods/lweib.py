@@ -297,10 +297,7 @@ class LwEIB(Method):
             tower: tuple(sorted({int(m[2]) for m in parts if ADAPTERS[tower].startswith(m[1])}))
             for tower in ADAPTERS
         }
-        if config is None:
-            return cls.Config(**found)
-        check_settings(config, found, where)
-        return config
+        return cls.Config(**found) if config is None else check_settings(config, found, where)
 
 
 def _hidden(block: Any) -> int:

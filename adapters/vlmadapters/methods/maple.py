@@ -98,8 +98,7 @@ class MaPLe(DeepPrompts):
             raise UserError(f"{where} is of another method than MaPLe: it holds no projection")
         vision = tuple(sorted(blocks["projections"]))
         if config is not None:
-            check_settings(config, {"vision": vision, "length": length}, where)
-            return config
+            return check_settings(config, {"vision": vision, "length": length}, where)
         made = cls.Config(vision, tuple(sorted(blocks["prompts"])), length=length)
         return with_fitting_words(made, length)
 

@@ -36,15 +36,19 @@ def check_keys(keys: Iterable[str], known: re.Pattern[str], where: str, title: s
         raise UserError(f"{where} holds no parameter of {title}; name the method that wrote it")
 
 
-def check_settings(config: MethodConfig, found: Mapping[str, Any], where: str) -> None:
-    """Raise a UserError where a checkpoint has other settings than those asked for.
+def check_settings(config: MethodConfig, found: Mapping[str, Any], where: str) -> MethodConfig:
+    """Return the settings asked for, which are those of a checkpoint as far as it tells them.
 
     Args:
         config: The settings asked for.
         found: Setting to its value in the checkpoint.
         where: The file, for messages.
+
+    Raises:
+        UserError: The checkpoint has others.
     """
     for name, value in found.items():
         asked = getattr(config, name)
         if asked != value:
             raise UserError(f"{where} has {name} {value}, asked for is {asked}; change one of them")
+    return config

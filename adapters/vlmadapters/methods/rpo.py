@@ -173,8 +173,7 @@ class RPO(Method):
         pairs = max(value.shape[0] if value.ndim else 1 for value in state.values())
         if config is None:
             return cls.Config.published(VIT_B_16, pairs=pairs)
-        check_settings(config, {"pairs": pairs}, where)
-        return config
+        return check_settings(config, {"pairs": pairs}, where)
 
 
 def _check_backbone(config: RPOConfig, backbone: Backbone) -> None:

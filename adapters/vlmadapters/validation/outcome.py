@@ -22,7 +22,7 @@ from vlmadapters.validation.tuning import size_warning
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv, write_json
-from vlmlayers.placement import ZERO_SHOT, Placement
+from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
 from vlmlayers.runs import environment
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import predict
@@ -158,7 +158,7 @@ def label_of(table: pd.DataFrame, kind: str) -> str:
     Raises:
         UserError: No placement of the table is of that kind.
     """
-    rows = table[[kind in str(one).split("+") for one in table["kind"]]]
+    rows = table[of_kind(table, kind)]
     if rows.empty and kind == "chosen":
         return ZERO_SHOT
     if rows.empty:

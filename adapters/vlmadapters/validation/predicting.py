@@ -24,7 +24,7 @@ from vlmadapters.validation.verdict import (
     outcomes,
     with_zero_shot,
 )
-from vlmlayers.placement import ZERO_SHOT, Placement
+from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
 
 PREDICTOR_COLUMNS = (
     "predictor",
@@ -153,7 +153,7 @@ def _fixed(table: pd.DataFrame, placements: tuple[str, ...]) -> Mapping[str, str
     """Return the placement of each baseline that names one, where it was trained."""
     found = {}
     for kind, words in FIXED.items():
-        rows = table[[kind in str(one).split("+") for one in table["kind"]]]
+        rows = table[of_kind(table, kind)]
         if len(rows):
             found[words] = str(rows["placement"].iloc[0])
     return found | ({ZERO_SHOT: ZERO_SHOT} if ZERO_SHOT in placements else {})

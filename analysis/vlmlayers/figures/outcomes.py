@@ -8,7 +8,7 @@ import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import MissingTable
-from vlmlayers.placement import Placement
+from vlmlayers.placement import Placement, of_kind
 from vlmlayers.selection import available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
@@ -40,12 +40,11 @@ def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
     for name in ("parameters", "seconds"):
         if name in kept.columns:
             frame[name] = kept.groupby("placement", sort=False)[name].mean()
-    kinds = first.kind.str.split("+")
     frame = frame.assign(
         kind=first.kind,
         start=[start_block(name) for name in frame.index],
-        chosen=["chosen" in kind for kind in kinds],
-        published=["paper" in kind for kind in kinds],
+        chosen=of_kind(first, "chosen"),
+        published=of_kind(first, "paper"),
         runs=kept.groupby("placement", sort=False).size(),
     )
     return frame.reset_index()
@@ -72,8 +71,7 @@ def sweep(means: pd.DataFrame) -> pd.DataFrame:
     Raises:
         MissingTable: No placement of the kind `start` was trained.
     """
-    kinds = means.kind.str.split("+")
-    spans = means[["start" in kind for kind in kinds]].sort_values("start")
+    spans = means[of_kind(means, "start")].sort_values("start")
     if spans.empty:
         raise MissingTable("the validation holds no sweep of the start block; validate with the "
                            "kind 'start' to draw it")  # fmt: skip

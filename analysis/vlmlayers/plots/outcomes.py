@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
-from vlmlayers.placement import Placement
+from vlmlayers.placement import Placement, of_kind
 from vlmlayers.plots.style import CATEGORY_COLOURS, axes, axis_label, new_grid, style
 
 Outcomes = Annotated[pd.DataFrame, Takes("a table of trained placements", "such tables")]
@@ -119,7 +119,7 @@ def _swept(outcomes: pd.DataFrame) -> pd.Series:
     if "sweep" in outcomes.columns:
         return outcomes["sweep"].astype(bool)
     if "kind" in outcomes.columns:
-        return outcomes["kind"].astype(str).str.split("+").map(lambda kinds: "start" in kinds)
+        return of_kind(outcomes, "start")
     return pd.Series(True, index=outcomes.index)
 
 

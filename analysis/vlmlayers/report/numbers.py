@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.placement import ZERO_SHOT, Placement, describe_blocks
+from vlmlayers.placement import ZERO_SHOT, Placement, describe_blocks, of_kind
 from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run
@@ -168,7 +168,7 @@ def _place(placement: str) -> tuple[float, float]:
 def _kind(cells: pd.DataFrame, kind: str) -> str:
     if "kind" not in cells.columns:
         return ""
-    rows = cells[[kind in str(one).split("+") for one in cells["kind"]]]
+    rows = cells[of_kind(cells, kind)]
     return str(rows["placement"].iloc[0]) if len(rows) else ""
 
 
