@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.table import Metric
 from vlmlayers.scores.options import ScoreOptions
-from vlmlayers.scores.scoring import Collector
+from vlmlayers.scores.scoring import POOLED, Collector
 
 _SHOWN = 4  # gaps that are named
 _CALLER = 5  # frames up to the line that called `score`, over two that check its arguments
@@ -53,6 +53,11 @@ def _gaps(
         missed = {note["dataset"]: note["reason"] for note in reversed(refused)}
         for dataset in sorted(set(missed) - scored):
             yield f"{name} of {dataset.replace('*', 'all datasets')}", missed[dataset]
+        # Of single datasets a tower often has nothing by its nature, as prompts have one per class.
+        pooled = [note for note in refused if note["dataset"] == POOLED and not note["position"]]
+        lost = {note["tower"]: note["reason"] for note in reversed(pooled)}
+        for tower in sorted(set(lost) - {row["tower"] for row in rows} - {""}):
+            yield f"{name} of the {tower} tower", lost[tower]
         where = {row["position"] for row in rows} | {row["other_position"] for row in rows}
         reasons = {note["position"]: note["reason"] for note in reversed(refused)}
         if not name.endswith("_max"):  # which is scored at the closest pair of positions alone

@@ -46,9 +46,11 @@ def run_datasets(scoring: Scoring, towers: tuple[str, ...] = TOWERS) -> None:
         readouts[base] = METRICS[base]
     for tower in towers:
         sources = scoring.group.sources(tower)
+        if not sources:
+            continue
         try:
             if len(sources) < 2:
-                raise UserError(f"{len(sources)} datasets; at least 2 are needed")
+                raise UserError(scoring.group.too_few(len(sources)))
             splits = [dataset_split(sources, options, seed) for seed in options.seeds]
         except UserError as error:
             scoring.refuse(POOLED, tower, str(error))

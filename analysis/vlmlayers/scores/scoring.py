@@ -28,12 +28,27 @@ Source = tuple[LayerFeatures, TowerFeatures]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Features of several datasets by one model, split and pooling: what may be pooled."""
+    """Features of several datasets by one model, split and pooling: what may be pooled.
+
+    Attributes:
+        model: Architecture.
+        weights: Its weights.
+        split: Split.
+        members: The features, one of each dataset.
+        apart: How many more features there are, in groups of their own.
+    """
 
     model: str
     weights: str
     split: str
     members: tuple[LayerFeatures, ...]
+    apart: int = 0
+
+    def too_few(self, count: int) -> str:
+        """Return why so many datasets cannot be told apart, and where the others are."""
+        more = "; those of another split, weights, pooling or without the other tower are apart"
+        plural = "s" if count > 1 else ""
+        return f"{count} dataset{plural}; at least 2 are needed{more if self.apart else ''}"
 
     def sources(self, tower: str) -> list[Source]:
         """Return the datasets that have features of a tower."""
@@ -255,7 +270,11 @@ def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> lis
         check_finite(group[-1])
     if not groups:
         raise UserError("no features to score; extract some first")
-    return [Group(key[0], key[1], key[2], tuple(members)) for key, members in groups.items()]
+    count = sum(map(len, groups.values()))
+    return [
+        Group(key[0], key[1], key[2], tuple(members), apart=count - len(members))
+        for key, members in groups.items()
+    ]
 
 
 def check_finite(features: LayerFeatures) -> None:

@@ -139,7 +139,7 @@ def _add_dataset_accuracy(scoring: Scoring, all_sums: list[DatasetSums]) -> None
     """
     only = replace(scoring, metrics={LDA: METRICS[LDA]})
     if len(all_sums) < 2:
-        only.refuse(POOLED, "", f"{len(all_sums)} datasets; at least 2 are needed")
+        only.refuse(POOLED, "", scoring.group.too_few(len(all_sums)))
         return
     prompts = [sums.prompts is not None for sums in all_sums]
     if all(prompts):

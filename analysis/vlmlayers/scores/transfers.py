@@ -37,8 +37,9 @@ def run_left_out(scoring: Scoring) -> None:
         for tower in metric.towers:
             sources = scoring.group.sources(tower)
             if len(sources) < 2:
-                reason = f"{len(sources)} datasets; at least 2 are needed"
-                scoring.out.refuse(name, POOLED, tower, "", reason)
+                if sources:
+                    reason = scoring.group.too_few(len(sources))
+                    scoring.out.refuse(name, POOLED, tower, "", reason)
                 continue
             for pooled in scoring.points(name, metric, sources):
                 points = [pooled.at(source) for source in sources]

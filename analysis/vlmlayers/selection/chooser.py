@@ -56,7 +56,8 @@ def select(
     chooser = make_rule(rule, options)
     name = rule if isinstance(rule, str) else chooser.name
     blocks = depths(table)
-    seen = BlockTable.of(_used(table, chooser.reads(blocks)), blocks)
+    refused = scores.attrs.get("refused", ())
+    seen = BlockTable.of(_used(table, chooser.reads(blocks)), blocks, refused)
     picks = chooser(seen)
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")

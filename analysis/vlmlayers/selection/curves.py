@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +26,7 @@ from vlmlayers.scores.reading import (
 if TYPE_CHECKING:
     import pandas as pd
 
+OTHERWISE = "choose by another metric or rule"
 Places = NDArray[np.int64]
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ class BlockTable:
         rows: (drawn,) row numbers; one that was drawn twice stands here twice.
         values: (drawn,) value of each.
         found: What was looked up.
+        refused: What was not computed, and why, as `refusals` has it.
     """
 
     scores: pd.DataFrame
@@ -50,13 +52,20 @@ class BlockTable:
     rows: NDArray[np.int64]
     values: Array
     found: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
+    refused: Sequence[Mapping[str, str]] = ()
 
     @classmethod
-    def of(cls, scores: pd.DataFrame, blocks: Mapping[str, int]) -> BlockTable:
+    def of(
+        cls,
+        scores: pd.DataFrame,
+        blocks: Mapping[str, int],
+        refused: Sequence[Mapping[str, str]] = (),
+    ) -> BlockTable:
         """Return a table as it was measured."""
         # Row numbers index arrays from here on.
         table = bare(scores).reset_index(drop=True)
-        return cls(table, blocks, np.arange(len(table)), table["value"].to_numpy(float))
+        values = table["value"].to_numpy(float)
+        return cls(table, blocks, np.arange(len(table)), values, refused=refused)
 
     def frame(self) -> pd.DataFrame:
         """Return the rows as a score table."""
@@ -82,9 +91,11 @@ class BlockTable:
         what = f"{metric} of the {tower} tower"
         missing = [str(block + 1) for block in np.flatnonzero(count == 0)]
         if missing:
+            why = self._reason(metric, tower)
             raise UserError(
                 f"{what} has no value at block {', '.join(missing[:6])}"
-                f"{', …' if len(missing) > 6 else ''}; score every block first"
+                f"{', …' if len(missing) > 6 else ''}"
+                + (f": {why}; {OTHERWISE}" if why else "; score every block first")
             )
         if not np.isfinite(curve).all():
             raise UserError(
@@ -118,6 +129,19 @@ class BlockTable:
             )
         return matrix.reshape(shape)
 
+    def _check(self, metric: str) -> None:
+        """Raise a UserError where the table has no such metric; says why, where that is known."""
+        names = self.metric_names()
+        if metric not in names and (why := self._reason(metric)):
+            raise UserError(f"{metric} was not computed: {why}; {OTHERWISE}")
+        check_one_of("metric", metric, names, where="the score table")
+
+    def _reason(self, metric: str, tower: str = "") -> str:
+        """Return why a metric has no value in a tower, or in none; empty where nothing is known."""
+        whole = (note for note in self.refused if note["metric"] == metric and not note["position"])
+        reasons = (note["reason"] for note in whole if not tower or note["tower"] in ("", tower))
+        return next(reasons, "")
+
     def _once(self, key: tuple[str, ...], look: Callable[[], T]) -> T:
         if key not in self.found:
             self.found[key] = look()
@@ -137,7 +161,7 @@ class BlockTable:
 
     def _block_of(self, metric: str, tower: str) -> Places:
         """Return for each row of the table the block whose value it helps to make, or −1."""
-        check_one_of("metric", metric, self.metric_names(), where="the score table")
+        self._check(metric)
         depth = self.blocks[tower]
         rows = partnered(Reading().rows(self.scores, metric, tower), tower, depth)
         place = np.full(len(self.scores), -1)
@@ -146,7 +170,7 @@ class BlockTable:
 
     def _pair_of(self, metric: str, shape: tuple[int, int]) -> Places:
         """Return for each row of the table the pair of blocks that it relates, or −1."""
-        check_one_of("metric", metric, self.metric_names(), where="the score table")
+        self._check(metric)
         place = np.full(len(self.scores), -1)
         for tower in TOWERS:
             rows = Reading().rows(self.scores, metric, tower)

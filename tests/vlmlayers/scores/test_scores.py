@@ -36,6 +36,7 @@ from vlmlayers.scores.readouts import dataset_split
 from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
 from vlmlayers.scores.scoring import make_groups
 from vlmlayers.scores.transfers import families
+from vlmlayers.selection import select
 
 # Those of blocks run the model, and those of heads need spaces that extraction adds where asked.
 OF_FEATURES = {name for name, entry in METRICS.items() if entry.needs not in (MODEL, "heads")}
@@ -567,7 +568,7 @@ def test_other_spaces_on_request() -> None:
     [
         (
             {"metrics": ["dataset_accuracy", "left_out_accuracy", "style_accuracy"]},
-            r"dataset_accuracy \(1 datasets; at least 2 are needed\); left_out_accuracy \(1 data.*"
+            r"dataset_accuracy \(1 dataset; at least 2 are needed\); left_out_accuracy \(1 data.*"
             r"style_accuracy \(no two datasets share four or more class names\)",
         ),
         (
@@ -607,6 +608,26 @@ def test_what_was_asked_for_and_not_computed_is_named() -> None:
         warnings.simplefilter("error")
         score(many(2), positions=3, **QUICK)  # of all metrics some always do not apply
         score(many(2), ["cka_debiased", "cka_debiased_max"], positions=3, **QUICK)
+
+
+def test_a_dataset_of_two_classes_leaves_the_text_tower_out_and_says_so() -> None:
+    two = make_features("two", number=1, classes=2)
+    with pytest.warns(UserWarning) as said:
+        table = score([*many(2), two], ["dataset_accuracy", "cka_debiased"], **QUICK)
+    reason = "two has 2 independent items; at least 3 are needed to split"
+    assert str(said[0].message) == f"not computed: dataset_accuracy of the text tower ({reason})"
+    with pytest.raises(UserError, match=f"no value at block 1, .*: {reason}; choose by another"):
+        select(table)
+    alone = score(make_features(), ["dataset_accuracy", "cka_debiased"], **QUICK)
+    with pytest.raises(UserError, match="dataset_accuracy was not computed: 1 dataset; at least 2"):
+        select(alone)
+
+
+def test_features_that_are_scored_apart_are_said_to_be() -> None:
+    first, second = many(2)
+    apart = [first, replace(second, split="test")]
+    with pytest.raises(UserError, match="1 dataset; at least 2 are needed; those of another split"):
+        score(apart, "dataset_accuracy", **QUICK)
 
 
 def test_too_few_items_are_refused_not_guessed() -> None:
