@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
-from vlmadapters.files import load_method, read_info, save_official
+from vlmadapters.files import OURS, load_method, read_info, save_official
 from vlmadapters.methods.base import Method
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
@@ -37,7 +37,7 @@ def export(
     Args:
         adapter: `.safetensors` that `vlmlayers train` wrote.
         model: The backbone that it was trained on.
-        out: The file: `.safetensors`, or what the authors' code reads.
+        out: The file: `.safetensors`, or for `official` any other name, such as `.pth.tar`.
         form: `merged`, a state dict of the backbone's architecture with the method in its weights;
             `classes`, the embeddings of classes for the backbone's own image features, with scale
             and names; `official`, the authors' layout. None takes the first that the method allows.
@@ -47,7 +47,8 @@ def export(
         The form that was written.
 
     Raises:
-        UserError: The method does not allow the form, or the file cannot be read or written.
+        UserError: The method does not allow the form, the name of the file says another format, or
+            a file cannot be read or written.
     """
     if form is not None:
         check_one_of("form", form, FORMS)
@@ -69,6 +70,7 @@ def export(
                 told |= {"class_names": list(names)}
                 _write(Path(out), class_embeddings(method, model, task), told)
             else:
+                _check_name(out, method.config.title, safetensors=False)
                 save_official(out, method)
             return one
         except CannotExport:
@@ -140,7 +142,21 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
     return {"class_embeddings": (rows / scale).cpu().clone(), "scale": scale.cpu().clone()}
 
 
+def _check_name(path: str | Path, title: str, *, safetensors: bool) -> None:
+    """Refuse a file whose name says another format than it gets: readers go by the name."""
+    path = Path(path)
+    if (path.suffix == OURS) == safetensors:
+        return
+    if safetensors:
+        raise UserError(f"{path}: {title} is written as safetensors; name the file *{OURS}")
+    raise UserError(
+        f"{path}: {title} can be written in its authors' layout alone, a torch file; name it "
+        f"{path.stem}.pth.tar"
+    )
+
+
 def _write(path: Path, state: dict[str, Tensor], told: dict[str, Any]) -> None:
+    _check_name(path, told["method"], safetensors=True)
     # safetensors refuses tensors that are not contiguous, as transposed ones are.
     whole = {key: value.contiguous() for key, value in state.items()}
     data = save(whole, metadata={"description": json.dumps(told)})

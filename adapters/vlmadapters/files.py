@@ -30,6 +30,7 @@ from vlmlayers.files import atomically, checksum, write_text
 from vlmlayers.models.checkpoints import BROKEN
 
 LOG = logging.getLogger(__name__)
+OURS = ".safetensors"  # other names are the authors' layouts
 FORMAT = "vlmadapters-3"
 MMA_FORMAT = "vlmadapters-2"  # before there were other methods
 
@@ -77,9 +78,9 @@ def save_method(
         provenance: Recipe, seed, dataset, versions; anything JSON.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
+    if path.suffix != OURS:
         # Not `with_suffix`, which would take `.5` of a name such as `scale-0.5` for a suffix.
-        path = path.with_name(f"{path.name}.safetensors")
+        path = path.with_name(f"{path.name}{OURS}")
     info = {
         "format": FORMAT,
         "method": method.config.name,
@@ -254,7 +255,7 @@ def _official_states(
     }
     for key, value in state.items():  # a small file may claim a view larger than memory
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise UserError(f"{path} holds less data than the shape of {key[:80]!a} asks for")
+            raise UserError(f"{path} holds less data than the shape of {key[:80]!r} asks for")
     return state, {key: value for key, value in state.items() if kind.is_official_key(key)}
 
 

@@ -235,3 +235,14 @@ def test_what_is_wrong_on_the_command_line_is_one_line(
             cli.main()
         err = capsys.readouterr().err
         assert stopped.value.code == 2 and err.count("\n") == 1 and message in err, err
+
+
+def test_a_file_is_not_named_for_another_format_than_it_gets(tmp_path: Path) -> None:
+    model = shared_backbone()
+    mma = save_method(tmp_path / "mma", _built("mma"), model, TASK)
+    with pytest.raises(UserError, match="MMA can be written in its .* name it m.pth.tar"):
+        export(mma, model, tmp_path / "m.safetensors")
+    coop = save_method(tmp_path / "coop", _built("coop"), model, TASK)
+    with pytest.raises(UserError, match=r"CoOp is written as safetensors; .*\*.safetensors"):
+        export(coop, model, tmp_path / "m.pt")
+    assert {path.stem for path in tmp_path.iterdir()} == {"mma", "coop"}

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmadapters.files import load_method, load_official, read_info
+from vlmadapters.files import OURS, load_method, load_official, read_info
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError
 from vlmlayers.files import file_checksum
-
-OURS = ".safetensors"
 
 
 def attach_for_good(model: Any, path: str | Path) -> Any:
