@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from vlmlayers.data.readers import eight_bit, open_image, upright
 from vlmlayers.errors import UserError, check_one_of
@@ -158,6 +159,7 @@ def _held(data: Any, progress: bool) -> _Held:
     if hasattr(data, "samples") and hasattr(data, "class_to_idx"):
         return _image_folder(data)
     if hasattr(data, "dataset") and hasattr(data, "batch_sampler"):
+        _refuse_part(data)
         return _held(data.dataset, progress)  # in its own order: extraction makes its own batches
     if isinstance(data, Mapping):
         raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
@@ -171,6 +173,24 @@ def _held(data: Any, progress: bool) -> _Held:
             f"{type(data).__name__}"
         )
     return _sequence(data, progress)
+
+
+def _refuse_part(loader: Any) -> None:
+    """Refuse a DataLoader whose sampler draws other rows than each of its dataset once.
+
+    Raises:
+        UserError: Says how to hand over a part.
+    """
+    sampler, dataset = getattr(loader, "sampler", None), loader.dataset
+    # Of these two, in order or shuffled, the rows are known without drawing any.
+    whole = isinstance(sampler, SequentialSampler | RandomSampler) and len(sampler) == len(dataset)
+    if sampler is None or whole or not hasattr(dataset, "__len__"):
+        return
+    raise UserError(
+        f"the DataLoader draws by a {type(sampler).__name__} ({len(sampler):,} of {len(dataset):,} "
+        "images), which extraction does not follow; give the images themselves, such as "
+        "torch.utils.data.Subset(dataset, indices)"
+    )
 
 
 def _sequence(data: Any, progress: bool) -> _Held:
@@ -329,6 +349,10 @@ def _mark(image: Any) -> str:
         return f"{image} {status.st_size} {status.st_mtime_ns}"
     if isinstance(image, Image.Image):
         content, head = image.tobytes(), f"{image.mode} {image.size}"
+        # What turns or colours the same bytes in another way; most images have none of it.
+        turned = image.getexif().get(ExifTags.Base.Orientation)
+        beside = (turned, image.getpalette(), image.info.get("transparency"))
+        head += f" {beside}" if any(one is not None for one in beside) else ""
     else:
         array = np.ascontiguousarray(image.numpy() if isinstance(image, Tensor) else image)
         content, head = array.tobytes(), f"{array.dtype} {array.shape}"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import ImageFolder
 
@@ -139,6 +139,27 @@ def test_a_store_of_data_in_memory_belongs_to_their_content(tmp_path):
     images[4].putpixel((0, 0), (1, 2, 3))
     with pytest.raises(vl.UserError, match="of other data: .*1 altered, first '4'"):
         vl.extract(MODEL, images, labels=LABELS, out=tmp_path / "store", **QUIET)
+
+
+def test_a_store_knows_palette_and_orientation_of_the_same_bytes(tmp_path):
+    plain = [Image.fromarray(pixels).quantize(8) for pixels in PIXELS]
+    vl.extract(MODEL, plain, labels=LABELS, out=tmp_path / "store", **QUIET)
+    recoloured, turned = ([image.copy() for image in plain] for _ in range(2))
+    recoloured[4].putpalette([255 - value for value in recoloured[4].getpalette()])
+    turned[4].getexif()[ExifTags.Base.Orientation] = 3
+    for images in (recoloured, turned):
+        with pytest.raises(vl.UserError, match="of other data: .*1 altered, first '4'"):
+            vl.extract(MODEL, images, labels=LABELS, out=tmp_path / "store", **QUIET)
+
+
+def test_a_loader_of_a_part_is_refused_not_taken_whole():
+    def loader(**options):
+        return torch.utils.data.DataLoader(Pairs(), batch_size=2, **options)
+
+    assert len(vl.extract(MODEL, loader(shuffle=True), **QUIET).vision) == len(PIXELS)
+    part = torch.utils.data.SubsetRandomSampler([0, 2, 4])
+    with pytest.raises(vl.UserError, match="a SubsetRandomSampler .3 of 9 images.*Subset"):
+        vl.extract(MODEL, loader(sampler=part), **QUIET)
 
 
 def test_workers_decode_data_in_memory(expected):
