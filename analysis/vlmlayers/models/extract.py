@@ -134,6 +134,17 @@ def prepare(
     return work, header, identity_of(work)
 
 
+def refuse_textless(model: VLM, manifest: Any, items: Sequence[Item], **options: Any) -> None:
+    """Refuse a dataset without what texts are made of, before others are extracted.
+
+    Raises:
+        UserError: It has no classes to make prompts of, or no captions.
+    """
+    asked = validated(ExtractOptions, {**options, "items": items}, "extract")
+    if "text" in _towers(model, manifest, asked):
+        _texts(manifest, items, tuple(manifest.class_names(asked.root)), asked)
+
+
 def _manifest(
     data: Any,
     labels: Sequence[Any] | None,

@@ -54,10 +54,14 @@ def _extract_inputs(context: StageContext) -> dict[str, Any]:
 
 
 def _extract(context: StageContext) -> None:
+    from vlmlayers.models.extract import refuse_textless
+
     _refuse_missing(context)
     began = time.monotonic()
     model = context.load_model()
     load_seconds = time.monotonic() - began
+    for data in context.datasets:
+        refuse_textless(model, data.manifest, **context.extract_options(data))
     options = context.study.extract
     record, left_out = {}, {}
     for data in context.datasets:

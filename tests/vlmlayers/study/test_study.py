@@ -132,6 +132,20 @@ def test_models_are_looked_up_beside_the_study_then_under_the_data_root(tmp_path
         context.model_arguments()
 
 
+def test_a_dataset_without_classes_is_refused_before_others_are_extracted(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+    (tmp_path / "c.tsv").write_text("0.png\ta dot\n")
+    (tmp_path / "set.toml").write_text(
+        'title = "Mine"\nfolder = "."\nlayout = "captions"\nsplit_file = "c.tsv"\nclasses = 0\n'
+    )
+    study = check_study({**BASE, "datasets": ["digits", "set.toml"], "extract": {"items": 20}})
+    with pytest.raises(UserError, match="set has no classes to make prompts of; use text="):
+        run_study(study, tmp_path / "run", base=tmp_path, only=["extract"], progress=False)
+    assert not (tmp_path / "run" / "features").exists()
+
+
 def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
     """A bare name is a folder where no dataset is called so: the README names `my_images`."""
     from PIL import Image
