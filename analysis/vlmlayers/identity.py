@@ -92,13 +92,13 @@ class DataIdentity:
             "altered": [path for path in new if old.get(path, new[path]) != new[path]],
         }
         found = [
-            f"{len(paths):,} {kind}, first {paths[0]!a}" for kind, paths in kinds.items() if paths
+            f"{len(paths):,} {kind}, first {paths[0]!r}" for kind, paths in kinds.items() if paths
         ]
         if len(then.classes) != len(self.classes):
             found.append(f"classes {len(then.classes)} then, {len(self.classes)} now")
         elif then.classes != self.classes:
             label = next(i for i, name in enumerate(then.classes) if name != self.classes[i])
-            found.append(f"class {label} {then.classes[label]!a} then, {self.classes[label]!a} now")
+            found.append(f"class {label} {then.classes[label]!r} then, {self.classes[label]!r} now")
         counts = f"{len(then.items):,} images then, {len(self.items):,} now"
         return f"{counts}: {'; '.join(found) or 'in another order'}"
 

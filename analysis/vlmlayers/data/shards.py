@@ -126,7 +126,7 @@ def _keyed(tar: tarfile.TarFile, path: str, size: int) -> tuple[list[_Member], l
         if not member.isreg():
             continue
         if member.offset_data + member.size > size:
-            raise UserError(f"{path} is truncated in the member {member.name[:200]!a}")
+            raise UserError(f"{path} is truncated in the member {member.name[:200]!r}")
         folder, slash, name = member.name.rpartition("/")
         stem, dot, ending = name.partition(".")
         if not dot or any(is_foreign(part) for part in member.name.split("/")):
@@ -171,7 +171,7 @@ def _sample(parts: _Parts, members: Members, handle: BinaryIO, path: str) -> Sam
         if target is None:
             return None
         key = next(iter(parts.values())).key
-        raise UserError(f"{path}: the sample {key[:200]!a} has no image among {sorted(parts)}")
+        raise UserError(f"{path}: the sample {key[:200]!r} has no image among {sorted(parts)}")
     captions = _text(parts, members.caption, handle, path)
     lines = tuple(line for line in (captions or "").split("\n") if line.strip())
     cls = None if target is None else target.strip()
@@ -190,7 +190,7 @@ def _image(parts: _Parts, members: Members, path: str) -> _Member | None:
     if len(images) > 1:
         key = parts[images[0]].key
         raise UserError(
-            f"{path}: the sample {key[:200]!a} has the images {', '.join(sorted(images))}; say in "
+            f"{path}: the sample {key[:200]!r} has the images {', '.join(sorted(images))}; say in "
             f'the manifest which one counts, as in members = {{ image = "{images[0]}" }}'
         )
     return parts[images[0]] if images else None
@@ -206,12 +206,12 @@ def _text(parts: _Parts, endings: Sequence[str], handle: BinaryIO, path: str) ->
     if member is None:
         return None
     if member.size > LARGEST_TEXT:
-        raise UserError(f"{path}: the member {member.name[:200]!a} is too large for text")
+        raise UserError(f"{path}: the member {member.name[:200]!r} is too large for text")
     handle.seek(member.offset)
     try:
         return handle.read(member.size).decode()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: the member {member.name[:200]!a} is not UTF-8 text") from None
+        raise UserError(f"{path}: the member {member.name[:200]!r} is not UTF-8 text") from None
 
 
 @lru_cache(maxsize=4096)
@@ -228,12 +228,12 @@ def read_member(path: Path, image: str, members: Members = USUAL) -> bytes:
     """
     sample = _by_image(*_stamp(path), members).get(image)
     if sample is None:
-        raise UserError(f"{path} holds no image {image[:200]!a}")
+        raise UserError(f"{path} holds no image {image[:200]!r}")
     with path.open("rb") as handle:
         handle.seek(sample.offset)
         content = handle.read(sample.size)
     if len(content) != sample.size:
-        raise UnreadableImage(f"{path}: the image {image[:200]!a} is cut off")
+        raise UnreadableImage(f"{path}: the image {image[:200]!r} is cut off")
     return content
 
 

@@ -55,6 +55,10 @@ def test_nothing_changes_where_nothing_changed(tmp_path: Path) -> None:
             "6 images then, 7 now: 1 added, first 'train/ant/0.png'; classes 2 then, 3 now",
         ),
         (
+            lambda base: write_pictures(base, ["train/café/0.png"]),
+            "6 images then, 7 now: 1 added, first 'train/café/0.png'; classes 2 then, 3 now",
+        ),
+        (
             lambda base: (base / "train/cat/1.png").unlink(),
             "6 images then, 5 now: 1 removed, first 'train/cat/1.png'",
         ),

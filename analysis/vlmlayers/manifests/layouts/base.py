@@ -103,5 +103,5 @@ def checked_name(name: object, where: str) -> str:
         UserError: It is not text that UTF-8 can hold.
     """
     if not is_text(name):
-        raise UserError(f"{where} has {str(name)[:80]!a} where text is expected")
+        raise UserError(f"{where} has {str(name)[:80]!r} where text is expected")
     return str(name)

@@ -70,11 +70,11 @@ def _items(entries: Any, path: Path, split: str, images: Path) -> tuple[Item, ..
 
 def _item(entry: Any, where: str, images: Path, beside: Path) -> Item:
     if not isinstance(entry, list) or len(entry) != 3:
-        raise UserError(f"{where} is {str(entry)[:80]!a}; expected [path, label, class name]")
+        raise UserError(f"{where} is {str(entry)[:80]!r}; expected [path, label, class name]")
     path, label, name = entry
     if not isinstance(path, str):
-        raise UserError(f"{where} has {str(path)[:80]!a} where a path is expected")
+        raise UserError(f"{where} has {str(path)[:80]!r} where a path is expected")
     if type(label) is not int or label < 0:
-        raise UserError(f"{where} has label {str(label)[:80]!a}; labels are whole numbers from 0")
+        raise UserError(f"{where} has label {str(label)[:80]!r}; labels are whole numbers from 0")
     listed = listed_path(path, where, images, beside)
     return Item(listed, label, checked_name(name, where))

@@ -61,7 +61,7 @@ class FolderLayout(Layout):
             for entry in _entries(self.place.images / base):
                 if not is_text(entry.name):
                     raise UserError(
-                        f"{self.place.name}: a folder name is not UTF-8: {entry.name!a}"
+                        f"{self.place.name}: a folder name is not UTF-8: {entry.name!r}"
                     )
                 if entry.is_dir() and not self._is_left_out(entry.name, base + entry.name):
                     found.add(entry.name)
@@ -179,14 +179,14 @@ class FolderLayout(Layout):
             elif suffix in SUFFIXES and not self._is_left_out(entry.name, path):
                 if not is_text(entry.name):
                     raise UserError(
-                        f"{self.place.name}: a file name in {folder!r} is not UTF-8: {path!a}"
+                        f"{self.place.name}: a file name in {folder!r} is not UTF-8: {path!r}"
                     )
                 yield path
 
     def remarks(self) -> tuple[str, ...]:
         """Return what was left out, by what it is."""
         return tuple(
-            f"left out: {kind} ({len(set(paths)):,}), first {paths[0]!a}"
+            f"left out: {kind} ({len(set(paths)):,}), first {paths[0]!r}"
             for kind, paths in self._left_out.items()
             if paths
         )

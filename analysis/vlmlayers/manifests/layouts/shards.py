@@ -72,5 +72,5 @@ class ShardsLayout(Layout):
         others = [f"{f.name}/{name}" for f in files for name in other_members(f, members)]
         found = [self._classes.remark] if self._classes.remark else []
         if others:
-            found.append(f"left out: members of no sample ({len(others):,}), first {others[0]!a}")
+            found.append(f"left out: members of no sample ({len(others):,}), first {others[0]!r}")
         return tuple(found)
