@@ -185,7 +185,7 @@ def _amounts(cells: pd.DataFrame) -> dict[str, str]:
     """Return the amount that each placement was trained by, in words."""
     if "amount" not in cells:
         return {}
-    given = cells.set_index("placement")["amount"].fillna("").astype(str).to_dict()
+    given = cells.set_index("placement")["amount"].astype(object).fillna("").astype(str).to_dict()
     return {str(name): f"by {one or 'the recipe’s amount'}" for name, one in given.items()}
 
 
@@ -211,31 +211,25 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
     if validation is None:
         return []
     frame = pd.concat([validation.placements, validation.zero_shot], ignore_index=True)
-    frame = frame.sort_values("hm", ascending=False)
+
+    def outcomes(caption: str, frame: pd.DataFrame) -> Table:
+        rows = [
+            _outcome_row(row, _why(validation, str(row["placement"])))
+            for _, row in frame.iterrows()
+        ]
+        return tabular(caption, ["Placement", *OUTCOME_HEADINGS], rows)
+
     tables = [
         # First: a ranking that does not repeat is not worth reading.
         *_repeatability_tables(validation.repeatability),
-        tabular(
+        outcomes(
             "Placements, best first, with 95 % intervals over datasets and seeds",
-            ["Placement", *OUTCOME_HEADINGS],
-            [
-                _outcome_row(row, _why(validation, str(row["placement"])))
-                for _, row in frame.iterrows()
-            ],
+            frame.sort_values("hm", ascending=False),
         ),
     ]
     if len(validation.untuned):
-        tables.append(
-            tabular(
-                "All at the recipe's amount, beside the tuned comparison. "
-                f"{validation.untuned_words}",
-                ["Placement", *OUTCOME_HEADINGS],
-                [
-                    _outcome_row(row, _why(validation, str(row["placement"])))
-                    for _, row in validation.untuned.iterrows()
-                ],
-            )
-        )
+        caption = "All at the recipe's amount, beside the tuned comparison. "
+        tables.append(outcomes(caption + validation.untuned_words, validation.untuned))
     if len(validation.judged):
         tables.append(_predictors_table(validation.judged))
     if len(validation.correlations):
