@@ -167,8 +167,8 @@ def evaluate(
 
     files = [Path(one) for one in adapter or ()]
     given = parse_settings(settings or []) | ({} if scale is None else {"scale": scale})
-    option = "--set" if scale is None else "--scale"
-    if given and not files:
+    option = "--scale" if scale is not None else "--set" if given else "--method"
+    if (given or method is not None) and not files:
         raise UserError(f"{option} is for an adapter in its authors' layout; name it by --adapter")
     for path in files:
         if not path.is_file():

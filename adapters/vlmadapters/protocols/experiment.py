@@ -89,6 +89,7 @@ class Experiment:
         progress: bool = True,
     ) -> None:
         self.stop_unmoved, self.stopped = stop_unmoved, False
+        targets = list(targets)
         self.protocol = protocol_of(protocol, targets)
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
         self.recipes = {one.method.name: one for one in recipes}

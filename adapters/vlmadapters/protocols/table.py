@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ PROTOCOLS = {
 }
 
 
-def protocol_of(name: str, targets: Iterable[Any], where: str = "") -> Protocol:
+def protocol_of(name: str, targets: Sequence[Any], where: str = "") -> Protocol:
     """Return a protocol by its name.
 
     Args:
@@ -47,9 +47,16 @@ def protocol_of(name: str, targets: Iterable[Any], where: str = "") -> Protocol:
         where: Where the name stands, for messages.
 
     Raises:
-        UserError: The name is unknown, or the protocol tests other datasets and none is named.
+        UserError: The name is unknown, the protocol tests other datasets and none is named, or it
+            tests none and some are.
     """
     protocol = PROTOCOLS[check_one_of("protocol", name, PROTOCOLS, where=where)]
     if protocol.transfer and not targets:
         raise UserError(f"the protocol {name} needs target datasets; name them")
+    if targets and not protocol.transfer:
+        known = ", ".join(name for name, one in PROTOCOLS.items() if one.transfer)
+        raise UserError(
+            f"the protocol {name} tests the datasets that it trains on and no target; leave "
+            f"targets out, or take one of {known}"
+        )
     return protocol

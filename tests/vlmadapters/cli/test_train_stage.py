@@ -141,6 +141,7 @@ def test_the_other_studies_run_the_same_way(table: str, tmp_path: Path) -> None:
         ({"protocl": "few-shot"}, "did you mean 'protocol'"),
         ({"protocol": "few_shot"}, "did you mean 'few-shot'"),
         ({"protocol": "cross-dataset"}, "needs target datasets"),
+        ({"targets": ["signs"]}, "tests the datasets that it trains on and no target"),
         ({"items": 8}, "unknown key 'items'; did you mean 'limit'"),
         ({"recipe": "publishd"}, "did you mean 'published'"),
         ({"datasets": ["digts"]}, "did you mean 'digits'"),
