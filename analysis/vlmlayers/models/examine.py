@@ -261,6 +261,11 @@ class _Inputs:
             raise UserError(f"{model.name} has no text tower: there is no zero-shot to examine")
         for tower in model.towers.values():
             _require_stream(tower)
+        if not data.class_names(options.root):
+            raise UserError(
+                f"{data.name} has no classes, by prompts of which a model is examined; leave out "
+                "the metrics that `vlmlayers score --list` marks with +"
+            )
         work, _, _ = prepare(model, data, split, options)
         work.refuse_missing()
         plan = work.plans()["vision"].batches

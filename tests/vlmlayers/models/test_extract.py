@@ -15,7 +15,7 @@ from PIL import Image
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
-from vlmlayers.models import extract
+from vlmlayers.models import examine, extract, load_model
 from vlmlayers.models.decoding import batches_of, decoding_processes
 from vlmlayers.models.work import autocast
 from vlmlayers.runs import cores
@@ -82,6 +82,9 @@ def test_captioned_images_without_classes_are_recorded_and_scored(tmp_path):
     assert set(table["n"]) == {24}
     with pytest.raises(UserError, match="class_accuracy_ncm"):
         score(found, ["class_accuracy_ncm"], bootstrap=5)
+    # The advice to record captions, which they are, would lead nowhere.
+    with pytest.raises(UserError, match="set has no classes, by prompts of which.*marks with"):
+        examine(load_model("mini-clip"), tmp_path / "set.toml", items=4, progress=False)
 
 
 @pytest.mark.parametrize(
