@@ -1,8 +1,8 @@
-"""What is computed once for a frozen tensor: its copy in low precision or by a factor, its mask.
+"""What is computed once for a frozen tensor: copies, and whether a mask is causal.
 
 Under autocast torch keeps casts of trained weights only and casts a frozen one at every use; and
-to read a mask, the host has to wait for the device. Both are kept here for as long as the tensor
-lives and is not changed.
+to read whether a mask is causal, the host has to wait for the device. All of it is kept here for as
+long as the tensor lives and is not changed.
 """
 
 from __future__ import annotations
