@@ -23,7 +23,10 @@ from vlmadapters.clip.remembered import lowered
 MOST_ROWS = 4096  # bounds what timing costs; a batch of a vision tower has about as many
 ROUNDS, LEAST_ROUNDS = 4, 2
 ENOUGH = 0.1  # seconds of timing, after which the least rounds suffice
-WORTH_IT = 0.97  # a tie within the spread of timings goes to torch
+# A tie within the spread of timings goes to torch, and so does what is too small to be timed: else
+# noise would choose, and a run that is resumed in another process would round otherwise.
+WORTH_IT = 0.9
+LEAST = 1 << 20  # multiplications of a product, some 50 µs
 # Not kept on disk: what is faster depends on the threads and the load of a process.
 _timed: dict[ShapeClass, TimedProduct] = {}
 
@@ -85,10 +88,12 @@ def forget_products() -> None:
 def onednn_pays(x: Tensor, weight: Tensor) -> bool:
     """Return whether oneDNN multiplies `x · weightᵀ` faster than torch does on this machine.
 
-    The first product of a class of shapes has both timed: some milliseconds, and for the largest
-    about as long as four such products.
+    Small products are torch's. The first one of a class of larger shapes has both timed: some
+    milliseconds, and for the largest about as long as four such products.
     """
     shape = ShapeClass.of(x, weight)
+    if shape.rows * shape.width_in * shape.width_out < LEAST:
+        return False
     if shape not in _timed:
         _timed[shape] = _time(shape)
     return _timed[shape].library == "onednn"
