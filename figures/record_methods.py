@@ -62,7 +62,7 @@ def _page(run: Run, results: pd.DataFrame, command: str) -> str:
         markdown_table(("what", "value"), facts), "",
         "## Averages over datasets", "",
         "Percent; the interval is that of the paired difference of harmonic means to the best, "
-        "over datasets and seeds. Seconds are those of one training; all of them took "
+        "over datasets. Seconds are those of one training; all of them took "
         f"{hours:.1f} h. What is frozen is shared: features of images count for the first method "
         "that asked for them, so that the others seem faster than they are alone.", "",
         _averages(results), "",

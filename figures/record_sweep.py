@@ -84,7 +84,7 @@ def _page(run: Run, command: str) -> str:
         "Written by `figures/record_sweep.py`; nothing here is edited by hand.", "",
         notes["verdict"], "", notes.get("predictors", ""), "",
         markdown_table(("what", "value"), facts), "",
-        "## Placements", "", "Percent, with 95 % intervals over datasets and seeds; the difference "
+        "## Placements", "", "Percent, with 95 % intervals over datasets; the difference "
         "is that of the harmonic mean to the chosen placement, in pairs.", "",
         _rows(placements, ["placement", "kind"], ["base", "novel", "hm", "difference"]), "",
         "## Rank correlation of placement scores with the trained harmonic mean", "",

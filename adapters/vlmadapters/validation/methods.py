@@ -19,7 +19,7 @@ KEYS = ["placement", "dataset", "seed"]
 
 
 @checked
-def compare_methods(results: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+def compare_methods(results: pd.DataFrame) -> pd.DataFrame:
     """Return each method's outcomes and its paired difference to the best one.
 
     Every method at a placement counts as one; without placements named these are the published
@@ -27,8 +27,6 @@ def compare_methods(results: pd.DataFrame, *, draws: int = 2000, seed: int = 0) 
 
     Args:
         results: A results table with base and novel accuracies of one model.
-        draws: Bootstrap draws over datasets and seeds.
-        seed: Seed of the private generator.
 
     Returns:
         As `vlmadapters.validation.verdict.compare`, one row per method such as `MaPLe v1-9,t1-9`
@@ -43,15 +41,15 @@ def compare_methods(results: pd.DataFrame, *, draws: int = 2000, seed: int = 0) 
             "the results hold no training tested on base and novel classes; train one with the "
             "protocol base-to-novel"
         )
-    # For the order alone, which takes no bootstrap.
-    order = compare(cells, str(cells["placement"].iloc[0]), draws=1)["placement"]
-    found = compare(cells, str(order.iloc[0]), draws=draws, seed=seed)
+    # The first time for the order alone.
+    best = compare(cells, str(cells["placement"].iloc[0]))["placement"].iloc[0]
+    found = compare(cells, str(best))
     names = found["placement"].replace({ZERO_SHOT: ZERO_SHOT_CLIP})
     found.insert(0, "method", names)
     return found.drop(columns=["placement", "kind"])
 
 
-def methods_verdict(results: pd.DataFrame, *, seed: int = 0) -> str:
+def methods_verdict(results: pd.DataFrame) -> str:
     """Return in words how methods compare; empty where there are not two to compare.
 
     What the table notes of a method, such as names of untrained classes that it saw, is said too,
@@ -59,15 +57,15 @@ def methods_verdict(results: pd.DataFrame, *, seed: int = 0) -> str:
 
     Args:
         results: A results table.
-        seed: Seed of the bootstrap.
     """
     if _cells(results)["placement"].nunique() < 2:
         return ""
-    first, *others = compare_methods(results, seed=seed).to_dict("records")
-    over = f"harmonic mean {first['hm']:.1f} over {runs(first['n'])}"
+    compared = compare_methods(results)
+    first, *others = compared.to_dict("records")
+    over = f"harmonic mean {first['hm']:.1f} over {runs(compared)}"
     said = [f"{first['method']} did best ({over})"]
-    compared = "; ".join([*said, *map(_against_the_best, others)]) + "."
-    return " ".join([*_warned(results), compared, *_noted(results)])
+    sentence = "; ".join([*said, *map(_against_the_best, others)]) + "."
+    return " ".join([*_warned(results), sentence, *_noted(results)])
 
 
 def _warned(results: pd.DataFrame) -> list[str]:

@@ -227,12 +227,12 @@ def summarise(
         **(notes or {}),
         "environment": {**environment(), "products": timed_products()},
     }
-    placements = compare(table, chosen, seed=seed).assign(warning=warning)
+    placements = compare(table, chosen).assign(warning=warning)
     untuned = None
     if comparison == "tuned" and "given" in parts:
         given = parts["given"]
         beside = size_warning(list(given["placement"]))
-        untuned = compare(given, chosen, seed=seed).assign(warning=beside)
+        untuned = compare(given, chosen).assign(warning=beside)
         told = verdict(given, chosen, other, seed=seed)
         summary["untuned"] = {"verdict": told, "warning": beside}
     return Validation(whole, placements, summary, correlations, outcomes, judged, untuned)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from vlmadapters.validation.means import Mean
 from vlmadapters.validation.ranking import holm
 from vlmadapters.validation.repeatability import Cells, permuted, signs
 from vlmadapters.validation.verdict import (
@@ -77,17 +78,18 @@ def judge_predictors(
     ceiling = _others(values, cells)
     rows = [] if ceiling is None else [
         {"predictor": "other cells", "kind": "ceiling", **_ranks(values, ceiling, cells, seed),
-         "pick": "by cell", **_gain(_at_best(values, ceiling) - anchor[:, 0], cells)}
+         "pick": "by cell", **_gain(_at_best(values, ceiling) - anchor[:, 0], found.datasets)}
     ]  # fmt: skip
     for name, (kind, guess) in _guesses(names, predicted).items():
         if np.ptp(guess) > 0:
             first = guess == guess.max()
             pick = names[int(np.argmax(guess))] if first.sum() == 1 else f"{first.sum()} tied"
-            gain = _gain((values[:, first] - anchor).mean(1), cells)
+            gain = _gain((values[:, first] - anchor).mean(1), found.datasets)
             ranks = _ranks(values, guess[None], cells, seed)
             rows.append({"predictor": name, "kind": kind, **ranks, "pick": pick, **gain})
     for name, label in _fixed(table, found.placements).items():
-        gain = _gain((found.values[:, [found.column(label)]] - anchor)[:, 0], cells)
+        apart = found.values[:, found.column(label)] - anchor[:, 0]
+        gain = _gain(apart, found.datasets)
         rows.append({"predictor": name, "kind": "baseline", "pick": label, **gain})
     judged = pd.DataFrame(rows, columns=list(PREDICTOR_COLUMNS)).assign(n=len(values))
     for column, corrected in (("p", "p_holm"), ("gain_p_holm", "gain_p_holm")):
@@ -185,16 +187,7 @@ def _ranks(values: Array, guess: Array, cells: Cells, seed: int) -> dict[str, fl
     return {"tau": float(taus[0]), "low": low, "high": high, "p": float(p)}
 
 
-def _gain(differences: Array, cells: Cells) -> dict[str, float]:
-    """Return a mean difference with interval and two-sided bootstrap p; none where it is 0.
-
-    Resamples of few cells all have the sign that these have, which n cells without any effect share
-    with a chance of 2 / 2ⁿ: p is at least that.
-    """
-    means = cells.mean(differences)
-    low, high = interval(means[1:])
-    side = min(np.sum(means[1:] <= 0), np.sum(means[1:] >= 0))
-    drawn = max(2 * (1 + side) / len(means), 2.0 ** (1 - len(differences)))
-    # The reference against itself has no test.
-    p = min(1.0, drawn) if differences.any() else np.nan
-    return {"gain": float(means[0]), "gain_low": low, "gain_high": high, "gain_p_holm": float(p)}
+def _gain(differences: Array, datasets: NDArray[Any]) -> dict[str, float]:
+    """Return a mean difference with interval and p."""
+    gain = Mean.of(differences, datasets)
+    return {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "gain_p_holm": gain.p}

@@ -107,7 +107,7 @@ class Track:
     def logit_scale(self) -> float:
         """The backbone's factor of cosines."""
         clip: Any = next(iter(self._experiments.values())).backbone.clip
-        return float(clip.logit_scale.exp())
+        return float(clip.logit_scale.detach().exp())
 
     @property
     def cost(self) -> float:

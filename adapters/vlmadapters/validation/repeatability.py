@@ -17,7 +17,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmadapters.validation.verdict import DIGITS, SIGNIFICANCE, Array, interval, outcomes
+from vlmadapters.validation.means import DIGITS
+from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
 
 HALVES = ("hm_first_half", "hm_second_half")
 POINT, POWER = 1.0, 0.8  # difference to be detected, in points, and with what power

@@ -1,12 +1,12 @@
 """What training says about a choice: differences, regret, and one sentence.
 
-Everything here reads the validation table (one row per dataset, seed and placement) and draws from
-private generators. The unit that is resampled is the dataset, then the seed within it: two seeds of
-one dataset are not two datasets.
+Everything here reads the validation table (one row per dataset, seed and placement). Resamples are
+of datasets, then of seeds within them: two seeds of one dataset are not two datasets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from vlmadapters.validation.means import DIGITS, SAMPLE, Mean
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import Array
 from vlmlayers.placement import ZERO_SHOT
@@ -47,7 +48,6 @@ VALIDATION_COLUMNS = (
 )
 SIGNIFICANCE = 0.05  # of tests
 OUTCOMES = ("hm", "base", "novel")
-DIGITS = 9  # of percentages: the same ones in another order differ later, and a tie has to be one
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,10 @@ class Outcomes:
     @property
     def _names(self) -> list[str]:
         return sorted(set(self.datasets.tolist()))
+
+    def mean_difference(self, column: int, anchor: int) -> Mean:
+        """Return how far one placement is above another in the same cells, in points."""
+        return Mean.of(self.values[:, column] - self.values[:, anchor], self.datasets)
 
     def resampled_means(self, draws: int, seed: int) -> Array:
         """Return the means under resampled datasets and seeds, (draw, placement).
@@ -153,12 +157,24 @@ def interval(draws: Array) -> tuple[float, float]:
 
 def bracketed(low: float, high: float, digits: int = 1) -> str:
     """Return an interval in words after a blank; nothing where there is none."""
-    return "" if np.isnan(low) else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
+    return "" if math.isnan(low) else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
 
 
-def runs(n: int) -> str:
-    """Return a number of trainings in words; that one has no interval is said."""
-    return f"{n} runs" if n > 1 else "one run, which has no interval"
+def runs(compared: pd.DataFrame) -> str:
+    """Return in words how many trainings are behind a table of `compare`, and what they speak of.
+
+    Args:
+        compared: Its columns `n`, `datasets` and `difference_low`.
+    """
+    n, datasets = int(compared["n"].iloc[0]), int(compared["datasets"].iloc[0])
+    if n == 1:
+        return "one run, which has no interval"
+    known = compared["difference_low"].notna().any()
+    none = "" if known else ", which give no interval"
+    if datasets >= SAMPLE:
+        return f"{n} runs of {datasets} datasets{none}"
+    of = "one dataset" if datasets == 1 else "two datasets"
+    return f"{n} runs of {of}{none or ', which speak of no other'}"
 
 
 def with_zero_shot(table: pd.DataFrame) -> pd.DataFrame:
@@ -173,30 +189,27 @@ def with_zero_shot(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, plain.assign(base=base, novel=novel, hm=hm)])
 
 
-def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+def compare(table: pd.DataFrame, chosen: str) -> pd.DataFrame:
     """Return every placement's outcomes and its paired difference to the chosen one.
 
     Args:
         table: Validation table.
         chosen: Label of the chosen placement.
-        draws: Bootstrap draws over datasets and seeds.
-        seed: Seed of the private generator.
 
     Returns:
         One row per placement and one for zero-shot CLIP, best harmonic mean first: placement,
         kind, parameters; base, novel and hm with `_low`, `_high`; `difference` (hm minus the
         chosen one's, in the same dataset and seed), `base_difference` and `novel_difference`, each
-        with `_low`, `_high`, which are NaN where n is 1; n (datasets × seeds).
+        with `_low`, `_high`; n (datasets × seeds); datasets. Intervals are those of `means.Mean`,
+        NaN where it has none.
     """
     table = with_zero_shot(table)
     first = _by_placement(table.drop_duplicates("placement"))
     rows: dict[str, dict[str, object]] = {}
     for outcome in ("base", "novel", "hm"):
         found = outcomes(table, outcome)
-        resampled = found.resampled_means(draws, seed)
         anchor = found.column(chosen)
         for i, label in enumerate(found.placements):
-            low, high = interval(resampled[:, i])
             row = rows.setdefault(
                 label,
                 {
@@ -205,16 +218,13 @@ def compare(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 
                     "parameters": int(first[label]["parameters"]),
                 },
             )
-            row |= {outcome: found.means[i], f"{outcome}_low": low, f"{outcome}_high": high}
-            # Differences of the same draws: how hard the drawn datasets are cancels out.
-            low, high = interval(resampled[:, i] - resampled[:, anchor])
+            own = Mean.of(found.values[:, i], found.datasets).within(0.0, 100.0)
+            # Pairs of the same cells: how hard a dataset and a draw are cancels out.
+            apart = found.mean_difference(i, anchor)
             name = "difference" if outcome == "hm" else f"{outcome}_difference"
-            row |= {
-                name: found.means[i] - found.means[anchor],
-                f"{name}_low": low,
-                f"{name}_high": high,
-                "n": len(found.values),
-            }
+            row |= {outcome: own.value, f"{outcome}_low": own.low, f"{outcome}_high": own.high}
+            row |= {name: apart.value, f"{name}_low": apart.low, f"{name}_high": apart.high}
+            row |= {"n": len(found.values), "datasets": len(set(found.datasets))}
     return pd.DataFrame(rows.values()).sort_values("hm", ascending=False, ignore_index=True)
 
 
@@ -225,8 +235,8 @@ class Regret:
     Attributes:
         value: Best mean minus the chosen one's mean. The best is picked with hindsight, so this
             flatters the best placement (the winner's curse).
-        low, high: Bootstrap interval of that difference for the placement that is best overall;
-            None of a single cell.
+        low, high: Interval of that difference for the placement that is best overall; None where
+            `means.Mean` has none.
         best: Label of the best placement.
         honest: The same with the best picked on resampled cells and compared in the cells that the
             resample left out; None of a single cell.
@@ -247,8 +257,9 @@ class Regret:
         lead = f"the best placement ({self.best}) is {self.value:.1f} points above it"
         if self.honest is None:
             return f"{lead}, which flatters it: it was picked on this one run"
+        low, high = (math.nan if end is None else end for end in (self.low, self.high))
         return (
-            f"{lead} [{self.low:z.1f}, {self.high:z.1f}], which flatters it: "
+            f"{lead}{bracketed(low, high)}, which flatters it: "
             f"picked on other runs, the best leads by {self.honest:z.1f} "
             f"[{self.honest_low:z.1f}, {self.honest_high:z.1f}]"
         )
@@ -258,16 +269,15 @@ def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0
     """Return the regret of the chosen placement, which may be `zero-shot`."""
     found = outcomes(with_zero_shot(table) if chosen == ZERO_SHOT else table, "hm")
     anchor, best = found.column(chosen), int(np.argmax(found.means))
-    lead = float(found.means[best] - found.means[anchor])
-    # A single cell has no interval, and leaves no other one to judge its best in.
+    lead = found.mean_difference(best, anchor)
+    low, high = (None if math.isnan(end) else end for end in (lead.low, lead.high))
+    in_sample = Regret(lead.value, low, high, found.placements[best])
+    # A single cell leaves no other one to judge its best in.
     if len(found.values) == 1:
-        return Regret(lead, None, None, found.placements[best])
-    resampled = found.resampled_means(draws, seed)
-    low, high = interval(resampled[:, best] - resampled[:, anchor])
-    in_sample = Regret(lead, low, high, found.placements[best])
+        return in_sample
     honest = found.leads_left_out(anchor, draws, seed)
-    low, high = interval(honest)
-    return replace(in_sample, honest=float(honest.mean()), honest_low=low, honest_high=high)
+    first, last = interval(honest)
+    return replace(in_sample, honest=float(honest.mean()), honest_low=first, honest_high=last)
 
 
 def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) -> str:
@@ -277,7 +287,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         table: Validation table.
         chosen: Label of the chosen placement.
         reference: Label of the default to compare with, usually the paper's.
-        seed: Seed of the bootstrap.
+        seed: Seed of the resamples behind the regret.
 
     Raises:
         UserError: The choice or the reference is not in the table, or no dataset and seed holds
@@ -285,7 +295,8 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     """
     if len(table) and not table["changed"].any():
         return "VOID: training changed no prediction, so nothing is shown about the choice"
-    compared = _by_placement(compare(table, chosen, seed=seed))
+    rows = compare(table, chosen)
+    compared = _by_placement(rows)
     check_one_of("placement", reference, compared, where="the validation table")
     left = regret(table, chosen, seed=seed)
     ours = compared[chosen]["hm"]
@@ -314,7 +325,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     return (
         f"The chosen placement ({chosen}, harmonic mean {ours:.1f}) {did} the default "
         f"({reference}) by {gain:+z.1f} points{bracketed(low, high)} over "
-        f"{runs(compared[chosen]['n'])}; {tail}."
+        f"{runs(rows)}; {tail}."
     )
 
 

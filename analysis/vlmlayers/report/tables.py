@@ -171,11 +171,12 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     if untuned:
         headings.insert(-1, UNTUNED_HEADING)
     count = validation.cells.groupby("dataset")["seed"].nunique()
+    known = any(pd.notna(row.get("hm_low")) for row, _ in shown)
     how = "each placement at its own tuned amount, beside all at the recipe's, " if untuned else ""
     caption = (
         f"Test accuracy in percent, {how}mean of {len(count)} dataset{'s' * (len(count) > 1)} and "
         f"{int(count.max())} seed{'s' * (int(count.max()) > 1)}, "
-        + ("95 % intervals" if count.sum() > 1 else "without intervals, as one run has none")
+        + ("95 % intervals" if known else "without intervals: too few runs, or all the same")
         + (f". Warning: {validation.warning}" if validation.warning else "")
     )
     return tabular(caption, ["Placement", *headings], rows)
@@ -223,7 +224,7 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
         # First: a ranking that does not repeat is not worth reading.
         *_repeatability_tables(validation.repeatability),
         outcomes(
-            "Placements, best first, with 95 % intervals over datasets and seeds",
+            "Placements, best first, with 95 % intervals",
             frame.sort_values("hm", ascending=False),
         ),
     ]

@@ -49,7 +49,7 @@ def test_planted_gains_are_found_in_pairs() -> None:
 def test_the_verdict_says_who_did_best_and_who_cannot_be_told_from_it() -> None:
     said = methods_verdict(results())
     first, second, third, last = said.split("; ")
-    assert " did best (harmonic mean " in first and first.endswith("over 12 runs)")
+    assert " did best (harmonic mean " in first and first.endswith("over 12 runs of 6 datasets)")
     assert " cannot be told from it (" in second and "CoOp v-,t1 did worse (-" in third
     assert last.startswith("zero-shot CLIP did worse (-")
 

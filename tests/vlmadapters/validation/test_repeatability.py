@@ -175,7 +175,8 @@ def test_few_cells_show_no_predictor_to_pick_better(seeds: int) -> None:
     table = simulated(0, 0, 2, datasets=1, seeds=seeds)
     judged = judge_predictors(table, predicted(table), PLACEMENTS[0])
     known = judged["gain_p_holm"].dropna()
-    assert len(known) and (known > 0.05).all()
+    # One run has no test at all.
+    assert bool(len(known)) == (seeds > 1) and (known > 0.05).all()
     assert "After correction none picks better" in predictors_statement(judged, PLACEMENTS[0])
     if seeds == 1:
         bounds = judged.filter(regex="low$|high$")
