@@ -25,6 +25,7 @@ from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.positions import TOWERS
 
 ZERO_SHOT = "zero-shot"
+SAMPLE = 3  # as many datasets are a sample of datasets; fewer stand for themselves
 DEEPEST = 9999  # no tower is that deep, and a longer range would fill memory
 _TOKEN = re.compile(r"([vt]?)(?:(\d+)(?:-(\d+))?|-|none)")
 

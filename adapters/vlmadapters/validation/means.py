@@ -12,9 +12,9 @@ from scipy import stats
 
 from vlmlayers.metrics.checks import Array
 from vlmlayers.metrics.intervals import LEVEL
+from vlmlayers.placement import SAMPLE
 
 DIGITS = 9  # of percentages: the same ones in another order differ later, and a tie has to be one
-SAMPLE = 3  # as many datasets are a sample of datasets; fewer stand for themselves
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vlmadapters.validation.means import DIGITS, SAMPLE, Mean
+from vlmadapters.validation.means import DIGITS, Mean
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import Array
-from vlmlayers.placement import ZERO_SHOT
+from vlmlayers.placement import SAMPLE, ZERO_SHOT
 
 VALIDATION_COLUMNS = (
     "model",

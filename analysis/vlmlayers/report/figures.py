@@ -204,7 +204,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
         "placement-sweep",
         f"Trained accuracy at each placement, {_source(answer)}. Means over datasets and seeds. "
         "Joined: the sweep of the first adapted block. Shaded: the chosen placement. Lines and "
-        "bands: 95 % interval of the harmonic mean, wide because datasets differ; differences to "
+        "bands: 95 % interval of the harmonic mean, wide where datasets differ; differences to "
         f"the chosen placement stand in the table.{warning}",
         lambda: mark_random(plots.placement_sweep(frame), answer.random_weights),
         lambda: frame,

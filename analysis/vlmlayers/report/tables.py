@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from vlmlayers.placement import SAMPLE
 from vlmlayers.plots.saving import slug
 from vlmlayers.report.numbers import Answer, RecordedValidation, join
 from vlmlayers.report.payload import metric_entry
@@ -172,11 +173,12 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
         headings.insert(-1, UNTUNED_HEADING)
     count = validation.cells.groupby("dataset")["seed"].nunique()
     known = any(pd.notna(row.get("hm_low")) for row, _ in shown)
+    units = "datasets" if len(count) >= SAMPLE else "runs of these datasets alone"
     how = "each placement at its own tuned amount, beside all at the recipe's, " if untuned else ""
     caption = (
         f"Test accuracy in percent, {how}mean of {len(count)} dataset{'s' * (len(count) > 1)} and "
         f"{int(count.max())} seed{'s' * (int(count.max()) > 1)}, "
-        + ("95 % intervals" if known else "without intervals: too few runs, or all the same")
+        + (f"95 % intervals over {units}" if known else "without intervals: runs too few or alike")
         + (f". Warning: {validation.warning}" if validation.warning else "")
     )
     return tabular(caption, ["Placement", *headings], rows)

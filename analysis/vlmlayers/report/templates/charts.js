@@ -521,7 +521,7 @@
       const place = ([k], n) => (p) => ({ x: p.i + (against ? 0.16 * (n - (names.length - 1) / 2) : 0), label: p.placement, apart: !p.sweep, value: p[key(k)],
         low: p[`${key(k)}_low`] ?? null, high: p[`${key(k)}_high`] ?? null });
       const levels = plain ? names.filter(([k]) => Number.isFinite(plain[key(k)])).map(([k, , tint]) => ({ value: plain[key(k)], colour: tint })) : [];
-      caption(figure, `${against ? "Test accuracy minus that of the chosen placement, in pairs of dataset and seed, with 95 % intervals." : "Mean test accuracy over datasets and seeds; its intervals stand in the table, and are wide because datasets differ."} Joined: the sweep of the first adapted block up to the last. Apart: other placements. Green: the chosen one.${plain ? " Dashed: CLIP without an adapter." : ""}`);
+      caption(figure, `${against ? "Test accuracy minus that of the chosen placement, in pairs of dataset and seed, with 95 % intervals." : "Mean test accuracy over datasets and seeds; its intervals stand in the table, and are wide where datasets differ."} Joined: the sweep of the first adapted block up to the last. Apart: other placements. Green: the chosen one.${plain ? " Dashed: CLIP without an adapter." : ""}`);
       const plot = figure.querySelector(".plot");
       if (!names.length) { plot.querySelectorAll("svg").forEach((old) => old.remove()); table(figure, ["nothing to show"], []); return; }
       lineChart(plot, { axis, slanted: true, yLabel: against ? "Difference (points)" : "Accuracy (%)", levels, bands: false, whiskers: against,
