@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vlmlayers.runs import processor
+
 # BENCH_RESULTS names another folder, for runs that are not to replace what is recorded.
 RESULTS = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
 VERSIONS = ("torch", "open_clip_torch", "timm", "numpy")
@@ -95,7 +97,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """Return what a timing depends on: hardware, threads, load, versions."""
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return {
         "device": device,
         "hardware": name,
@@ -105,13 +107,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},
     }
-
-
-def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

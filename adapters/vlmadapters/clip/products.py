@@ -9,8 +9,8 @@ result is the same to float32 rounding (benchmarks/training.py has what it bring
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmadapters.clip.remembered import lowered
+from vlmlayers.runs import processor
 
 MOST_ROWS = 4096  # bounds what timing costs; a batch of a vision tower has about as many
 ROUNDS, LEAST_ROUNDS = 4, 2
@@ -27,7 +28,7 @@ ENOUGH = 0.1  # seconds of timing, after which the least rounds suffice
 # noise would choose, and a run that is resumed in another process would round otherwise.
 WORTH_IT = 0.9
 LEAST = 1 << 20  # multiplications of a product, some 50 µs
-# Not kept on disk: what is faster depends on the threads and the load of a process.
+# What is faster depends on the threads and the load of a process: no other folder's are taken.
 _timed: dict[ShapeClass, TimedProduct] = {}
 
 
@@ -76,8 +77,24 @@ class TimedProduct:
 
 
 def timed_products() -> list[dict[str, Any]]:
-    """Return what was timed in this process and which library was taken, as JSON values."""
-    return [asdict(shape) | asdict(timed) for shape, timed in _timed.items()]
+    """Return what was timed and which library was taken on which processor, as JSON values."""
+    here = {"processor": processor()}
+    return [asdict(shape) | asdict(timed) | here for shape, timed in _timed.items()]
+
+
+def adopt_products(recorded: Iterable[Mapping[str, Any]]) -> None:
+    """Take the libraries that another process took on such a processor, and round as it did.
+
+    A run that goes on ends with the bytes of one that was never stopped, whichever library would
+    win a new timing by a hair.
+
+    Args:
+        recorded: What `timed_products` returned there.
+    """
+    for one in recorded:
+        if one.get("processor") == processor():
+            shape = ShapeClass(**{field.name: one[field.name] for field in fields(ShapeClass)})
+            _timed[shape] = TimedProduct(one["torch"], one["onednn"], one["library"])
 
 
 def forget_products() -> None:

@@ -17,7 +17,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from vlmadapters.clip.products import timed_products
+from vlmadapters.clip.products import adopt_products, timed_products
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import differing_field, record_checksum
@@ -69,7 +69,9 @@ class CellFolder:
         path = self.path(cell)
         if path is None or not path.exists():
             return None
-        rows: Rows = _content(path)["rows"]
+        content = _content(path)
+        adopt_products(content.get("products", []))  # the cells that are missing round alike
+        rows: Rows = content["rows"]
         LOG.debug("cell %s is taken from %s", cell.key, path)
         return rows
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmadapters.clip.frozen import VIEW_BYTES, Backbone, ViewCache
+from vlmadapters.clip.products import adopt_products, timed_products
 from vlmadapters.clip.walk import State
 from vlmadapters.data.images import Images, epoch_batches
 from vlmadapters.data.task import Task
@@ -510,6 +511,7 @@ class Trainer:
                 "epoch": self.epoch,
                 "step": self.step,
                 "seconds": time.perf_counter() - self._started,
+                "products": timed_products(),
                 "runs": [_saved(run) for run in self.runs],
             },
         )
@@ -521,6 +523,7 @@ class Trainer:
             state = load_training_state(self.folder, self._identity)
         if state is None:
             return False
+        adopt_products(state.get("products", []))
         self.epoch, self.step, self.spent = state["epoch"], state["step"], state["seconds"]
         for run, saved in zip(self.runs, state["runs"]):
             run.method.load_state_dict(saved["method"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip import products
 from vlmadapters.clip.products import (
+    adopt_products,
     forget_products,
     frozen_linear,
     has_onednn,
@@ -17,6 +19,7 @@ from vlmadapters.clip.products import (
     suits,
     timed_products,
 )
+from vlmadapters.protocols.cells import Cell, CellFolder
 
 Costs = dict[bool, tuple[float, float]]  # transposed or not: seconds of torch and of oneDNN
 
@@ -93,6 +96,27 @@ def test_long_products_are_timed_less_often(
     calls = priced({False: (seconds, 2 * seconds)})
     frozen_linear(torch.randn(4, 8), torch.randn(6, 8), None)
     assert calls == ["torch", "onednn"] * rounds + ["torch"]  # and then the product itself
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
+def test_what_another_process_of_this_processor_took_is_taken(
+    priced: Callable[[Costs], list[str]], tmp_path: Path
+) -> None:
+    """As a run that goes on reads it from its finished cells; another processor's says nothing."""
+    calls = priced({False: (2.0, 1.0)})
+    x, weight = torch.randn(5, 8), torch.randn(6, 8)
+    frozen_linear(x, weight, None)
+    cell, folder = Cell("a", {}), CellFolder(tmp_path)
+    folder.write(cell, [])
+    priced({False: (1.0, 2.0)})
+    assert folder.read(cell) == []
+    calls.clear()
+    frozen_linear(x, weight, None)
+    assert calls == ["onednn"]
+    told = timed_products()
+    forget_products()
+    adopt_products([told[0] | {"processor": "another"}, {"library": "onednn"}])
+    assert timed_products() == []
 
 
 def test_what_is_too_small_to_be_timed_is_multiplied_by_torch_in_every_process() -> None:

@@ -17,7 +17,9 @@ import pytest
 import torch
 from backbones import shared_backbone
 
+from vlmadapters.clip import products
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.products import TimedProduct, has_onednn
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.fewshot import base_or_novel, few_shot
 from vlmadapters.data.images import Images
@@ -165,6 +167,38 @@ def test_a_stopped_training_goes_on_exactly(at: int, save_every: int, tmp_path: 
     for key, value in resumed.method.official_state_dict().items():
         assert torch.equal(value, whole.method.official_state_dict()[key])
     assert resumed.change == whole.change
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
+def test_a_training_that_goes_on_multiplies_by_the_library_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the process that goes on the other library would win the timing."""
+    faster = ["onednn"]
+    monkeypatch.setattr(products, "LEAST", 0)
+    monkeypatch.setattr(products, "_time", lambda shape: TimedProduct(1.0, 1.0, faster[0]))
+    products.forget_products()
+    try:
+        train = replace(TRAIN, save_every=1)
+        whole = fit(train)
+        first = trainer(train, folder=tmp_path)
+        update, left = first.update, [2]
+
+        def failing(*arguments: Any) -> list[float]:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stop
+            return update(*arguments)
+
+        first.update = failing
+        with pytest.raises(Stop):
+            first.fit()
+        products.forget_products()
+        faster[0] = "torch"
+        assert fit(train, folder=tmp_path).losses == whole.losses
+        assert {one["library"] for one in products.timed_products()} == {"onednn"}
+    finally:
+        products.forget_products()
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
