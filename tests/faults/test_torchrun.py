@@ -56,8 +56,7 @@ def test_a_killed_process_ends_all_and_the_next_start_completes(
     assert code != 0
     assert "SIGKILL" in said or "Signal 9" in said
     assert list((out / "features").iterdir()) == [journal.parent]
-    before = len(journal.read_text().split())
-    assert 0 < before < 120
+    assert journal.read_text().split()  # a quick one may have done its whole share
     done(*extraction(place, out), processes=then)
     assert content(out / "features") == single
 
