@@ -84,7 +84,7 @@ def study(
         device=device,
         echo=typer.echo,
     )
-    from vlmlayers.report.numbers import void_verdict
+    from vlmlayers.report.validation import void_verdict
 
     if any(void_verdict(run) for run in runs):
         raise typer.Exit(2)  # the verdict stands in the terminal and in the report

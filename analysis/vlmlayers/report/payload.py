@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.positions import sort_key
-from vlmlayers.report.numbers import Answer, RecordedValidation
+from vlmlayers.report.numbers import Answer
+from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.summaries import curves, dataset_names, how_made, metrics_by_shape
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from vlmlayers.placement import describe_blocks
 from vlmlayers.report.made import model_table
-from vlmlayers.report.numbers import Answer, RecordedValidation, join
+from vlmlayers.report.numbers import Answer, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular, words
+from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
 from vlmlayers.words import inside
 

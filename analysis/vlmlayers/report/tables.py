@@ -13,8 +13,9 @@ import pandas as pd
 
 from vlmlayers.placement import SAMPLE
 from vlmlayers.plots.saving import slug
-from vlmlayers.report.numbers import Answer, RecordedValidation, join
+from vlmlayers.report.numbers import Answer, join
 from vlmlayers.report.payload import metric_entry
+from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.scores.summaries import metrics_by_shape
 from vlmlayers.selection import PLACEMENT_SCORES
 from vlmlayers.words import inside, percent

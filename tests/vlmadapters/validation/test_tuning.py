@@ -21,8 +21,8 @@ from vlmadapters.validation.validate import validate
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Placement
-from vlmlayers.report.numbers import RecordedValidation
 from vlmlayers.report.tables import comparison_table, validation_tables
+from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.runs import Run
 
 RECIPE = Recipe(

@@ -29,8 +29,8 @@ from vlmadapters.validation.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_json
 from vlmlayers.manifests import Manifest
-from vlmlayers.report.numbers import RecordedValidation as reported
-from vlmlayers.report.numbers import void_verdict
+from vlmlayers.report.validation import RecordedValidation as reported
+from vlmlayers.report.validation import void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores.schema import SCORE_COLUMNS
 from vlmlayers.selection import LayerChoice

@@ -1,0 +1,163 @@
+"""What training found, as the stage `validate` wrote it into a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlmlayers.errors import UserError
+from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
+from vlmlayers.runs import Run
+
+TIE = 1e-9  # means of the same cells differ by rounding where they are equal
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedValidation:
+    """What training found, as the stage `validate` wrote it.
+
+    Attributes:
+        cells: One row per dataset, seed and placement.
+        placements: One row per placement: means and intervals of base, novel, hm.
+        zero_shot: The same of CLIP without an adapter, one row; empty where it was not compared.
+        correlations: Kendall's τ of each placement score with trained HM.
+        predicted: Predicted and trained value of each placement and score.
+        verdict: The one sentence, or empty.
+        chosen: Label of the chosen placement.
+        reference: Label of the placement it is compared with.
+        best: Label of the placement with the highest harmonic mean.
+        predictors: In words, which placement scores predicted the outcome; or empty.
+        judged: Scores and free baselines as predictors in single cells, beside the ceiling.
+        repeatability: How far the ranking repeats, as `validation.json` says; or empty.
+        warning: What is wrong with the comparison, or empty.
+        untuned: Placements compared at the recipe's amount, beside the tuned comparison, or empty.
+        untuned_words: What that comparison says, with its warning.
+        amounts: Held-out accuracy of each placement over amount; or empty.
+    """
+
+    cells: pd.DataFrame
+    placements: pd.DataFrame
+    zero_shot: pd.DataFrame
+    correlations: pd.DataFrame
+    predicted: pd.DataFrame
+    verdict: str = ""
+    chosen: str = ""
+    reference: str = ""
+    best: str = ""
+    predictors: str = ""
+    judged: pd.DataFrame = field(default_factory=pd.DataFrame)
+    repeatability: dict[str, Any] = field(default_factory=dict)
+    warning: str = ""
+    untuned: pd.DataFrame = field(default_factory=pd.DataFrame)
+    untuned_words: str = ""
+    amounts: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @classmethod
+    def read(cls, run: Run) -> RecordedValidation | None:
+        """Read the validation of a run; None where there is none, or it shows nothing."""
+        if not run.validation.exists() or void_verdict(run):
+            return None
+        cells = _table(run.validation)
+        needed = {"placement", "dataset", "seed", "base", "novel", "hm"}
+        if not needed <= set(cells.columns) or cells.empty:
+            raise UserError(
+                f"{run.validation} lacks rows or the columns "
+                f"{', '.join(sorted(needed - set(cells.columns))) or '–'}; "
+                "run `vlmlayers validate` again"
+            )
+        if "comparison" in cells:  # the tuned comparison is what is shown, the other stands beside
+            first = "tuned" if (cells["comparison"] == "tuned").any() else "given"
+            cells = cells[cells["comparison"] == first].reset_index(drop=True)
+        notes = run.read("validation.json")
+        beside = notes.get("untuned", {})
+        warned = beside.get("warning")
+        chosen = str(notes.get("chosen") or _kind(cells, "chosen"))
+        reference = str(notes.get("reference") or _kind(cells, "paper"))
+        placements = _table(run.folder / "validation_placements.csv")
+        # A run of an earlier version, or one that was stopped, has its cells alone.
+        placements = placements if len(placements) else _means(cells)
+        trained = placements["placement"] != ZERO_SHOT
+        means = placements[trained].set_index("placement")["hm"]
+        return cls(
+            cells,
+            placements[trained].reset_index(drop=True),
+            placements[~trained].reset_index(drop=True),
+            _table(run.folder / "validation_correlations.csv"),
+            _table(run.folder / "validation_predicted.csv"),
+            str(notes.get("verdict", "")),
+            chosen,
+            reference,
+            str(means.idxmax()) if means.notna().any() else "",
+            str(notes.get("predictors", "")),
+            _table(run.folder / "validation_predictors.csv"),
+            dict(notes.get("repeatability", {})),
+            str(notes.get("warning", "")),
+            _table(run.folder / "validation_untuned.csv"),
+            " ".join(filter(None, [beside.get("verdict"), warned and f"Warning: {warned}."])),
+            _table(run.folder / "validation_amounts.csv"),
+        )
+
+    @property
+    def best_words(self) -> str:
+        """What the placement with the highest mean is called; a tie is called one."""
+        means = self.placements["hm"]
+        tied = int((means > means.max() - TIE).sum())
+        return f"best of all trained, with {tied - 1} equal" if tied > 1 else "best of all trained"
+
+    def kind(self, placement: str) -> str:
+        """Return why a placement was trained, such as `start+paper`; empty where unknown."""
+        rows = self.cells[self.cells["placement"] == placement]
+        return str(rows["kind"].iloc[0]) if len(rows) and "kind" in rows.columns else ""
+
+    def outcomes(self) -> pd.DataFrame:
+        """Return one row per placement: the sweep of the start block, then the others by start.
+
+        Added columns: chosen, and sweep, whether the placement belongs to that sweep.
+        """
+        names = sorted(dict.fromkeys(self.cells["placement"]), key=_place)
+        frame = self.placements.set_index("placement").reindex(names).reset_index()
+        swept = ["start" in self.kind(name).split("+") for name in frame["placement"]]
+        frame = frame.assign(chosen=frame["placement"] == self.chosen, sweep=swept)
+        # Stable, so that the order by first block is kept within both parts.
+        return frame.sort_values("sweep", ascending=False, kind="stable", ignore_index=True)
+
+
+def void_verdict(run: Run) -> str:
+    """Return the verdict of a validation in which training changed nothing, else nothing."""
+    notes = run.read("validation.json")
+    return str(notes.get("verdict", "")) if notes.get("void") else ""
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        # As text: pandas would read some placements as numbers.
+        return pd.read_csv(path, dtype={"placement": str}) if path.exists() else pd.DataFrame()
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as a table ({type(error).__name__}); "
+            "run `vlmlayers validate` again"
+        ) from None
+
+
+def _place(placement: str) -> tuple[float, float]:
+    """Return first block and number of blocks; what names no block stands last."""
+    vision, text = Placement.parse(placement)
+    blocks = [*vision, *text]
+    return (min(blocks), -len(blocks)) if blocks else (float("inf"), 0.0)
+
+
+def _kind(cells: pd.DataFrame, kind: str) -> str:
+    if "kind" not in cells.columns:
+        return ""
+    rows = cells[of_kind(cells, kind)]
+    return str(rows["placement"].iloc[0]) if len(rows) else ""
+
+
+def _means(cells: pd.DataFrame) -> pd.DataFrame:
+    values = [name for name in ("base", "novel", "hm", "parameters") if name in cells.columns]
+    # By dataset first, so that one with more seeds does not weigh more.
+    per_dataset = cells.groupby(["placement", "dataset"], sort=False)[values].mean()
+    return per_dataset.groupby("placement", sort=False).mean().reset_index()
