@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vlmadapters.validation.means import DIGITS
-from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
+from vlmadapters.validation.verdict import SIGNIFICANCE, Array, bracketed, interval, outcomes
+from vlmlayers.placement import SAMPLE
 
 HALVES = ("hm_first_half", "hm_second_half")
 POINT, POWER = 1.0, 0.8  # difference to be detected, in points, and with what power
@@ -31,14 +32,14 @@ class Repeats:
 
     Attributes:
         tau: The mean over pairs of rankings, datasets weighing the same.
-        low, high: 95 % bootstrap interval over datasets and seeds.
+        low, high: 95 % bootstrap interval over datasets and seeds; None of fewer than three cells.
         p: One-sided, by permuting placements within every cell.
         n: Pairs of rankings.
     """
 
     tau: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     n: int
 
@@ -156,7 +157,7 @@ class Cells:
                 seeds = generator.multinomial(own.sum(), np.full(own.sum(), 1 / own.sum()))
                 # One dataset is not resampled: its seeds then are all there is.
                 weights[draw, own] = seeds * (picked[dataset] if self.count > 1 else 1)
-        if len(self.of) == 1:  # every draw is that cell, which says nothing of its spread
+        if len(self.of) < SAMPLE:  # resamples of one cell or two say next to nothing of a spread
             weights[1:] = np.nan
         return weights
 
@@ -210,7 +211,7 @@ def permuted(values: Array, draws: int, seed: int) -> Array:
 def _repeats(taus: Array, null: Array, n: int) -> Repeats:
     # A draw of one dataset or one seed has no pair.
     drawn = taus[1:][np.isfinite(taus[1:])]
-    low, high = interval(drawn) if len(drawn) else (math.nan, math.nan)
+    low, high = interval(drawn) if len(drawn) else (None, None)
     # One-sided: rankings that agree less than by chance do not repeat either.
     p = (1 + np.sum(null >= taus[0] - 1e-12)) / (len(null) + 1)
     return Repeats(float(taus[0]), low, high, float(p), n)
@@ -356,7 +357,7 @@ def _statement(measured: dict[str, Any]) -> str:
     if variance is None or not known:
         return "How far the ranking repeats cannot be told from one cell: train more seeds."
     taus = ", ".join(
-        f"{one.tau:.2f} [{one.low:z.2f}, {one.high:z.2f}] {words} (n = {one.n})"
+        f"{one.tau:.2f}{bracketed(one.low, one.high, 2)} {words} (n = {one.n})"
         for words, one in known
     )
     needed: CellsNeeded = measured["cells_for_one_point"]

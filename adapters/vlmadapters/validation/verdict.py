@@ -81,9 +81,9 @@ class Outcomes:
         """Return the means under resampled datasets and seeds, (draw, placement).
 
         With one dataset only the seeds are resampled; the interval then says nothing about other
-        datasets. One run says nothing about how far runs spread: its draws are NaN.
+        datasets. One run or two say next to nothing of how far runs spread: draws are NaN.
         """
-        if len(self.values) == 1:
+        if len(self.values) < SAMPLE:
             return np.full((draws, len(self.placements)), np.nan)
         drawn = self.resampled_cells(draws, seed)
         return np.array([self._mean_of(rows) for rows in drawn])
@@ -155,9 +155,11 @@ def interval(draws: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bracketed(low: float, high: float, digits: int = 1) -> str:
+def bracketed(low: float | None, high: float | None, digits: int = 1) -> str:
     """Return an interval in words after a blank; nothing where there is none."""
-    return "" if math.isnan(low) else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
+    if low is None or high is None or math.isnan(low):
+        return ""
+    return f" [{low:z.{digits}f}, {high:z.{digits}f}]"
 
 
 def runs(compared: pd.DataFrame) -> str:
@@ -257,9 +259,8 @@ class Regret:
         lead = f"the best placement ({self.best}) is {self.value:.1f} points above it"
         if self.honest is None:
             return f"{lead}, which flatters it: it was picked on this one run"
-        low, high = (math.nan if end is None else end for end in (self.low, self.high))
         return (
-            f"{lead}{bracketed(low, high)}, which flatters it: "
+            f"{lead}{bracketed(self.low, self.high)}, which flatters it: "
             f"picked on other runs, the best leads by {self.honest:z.1f} "
             f"[{self.honest_low:z.1f}, {self.honest_high:z.1f}]"
         )

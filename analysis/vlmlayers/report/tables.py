@@ -258,7 +258,7 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
 def _repeatability_tables(found: dict[str, Any]) -> list[Table]:
     """Return how far the ranking of placements repeats, before any ranking is shown."""
     rows = [
-        [f"Kendall's τ {words}", f"{one['tau']:z.2f} [{one['low']:z.2f}, {one['high']:z.2f}]",
+        [f"Kendall's τ {words}", _bracketed(one, "tau", "low", "high", 2),
          "0", f"{one['p']:.3f}", f"{one['n']} pairs"]
         for key, words in REPEATS.items() if (one := found.get(key))
     ]  # fmt: skip
@@ -307,7 +307,7 @@ def _predictors_table(judged: pd.DataFrame) -> Table:
 def _bracketed(row: Any, key: str, low: str, high: str, digits: int) -> str:
     if row[key] != row[key]:
         return "–"
-    known = row[low] == row[low]  # one run has no interval
+    known = pd.notna(row[low])  # too few runs have no interval
     tail = f" [{row[low]:z.{digits}f}, {row[high]:z.{digits}f}]" if known else ""
     return f"{row[key]:z.{digits}f}{tail}"
 

@@ -15,6 +15,7 @@ from vlmadapters.validation.predicting import (
     judge_predictors,
     predictors_statement,
 )
+from vlmadapters.validation.ranking import rank_correlation
 from vlmadapters.validation.repeatability import (
     cells_needed,
     repeatability,
@@ -115,6 +116,19 @@ def test_without_an_effect_nothing_is_said_to_repeat() -> None:
     strong = repeatability(simulated(3, 0.1, 0.1), draws=60)
     assert strong["between_datasets"]["low"] > 0.5 and strong["variance"]["low"] > 0.8
     assert strong["statement"].startswith("The ranking repeats in part")
+
+
+@pytest.mark.parametrize(("datasets", "seeds", "pairs"), [(1, 2, "seeds"), (2, 1, "datasets")])
+def test_of_two_cells_a_tau_has_no_interval(datasets: int, seeds: int, pairs: str) -> None:
+    """Their one pair resampled is that pair again: the interval would have no width."""
+    table = simulated(1, 1, 1, datasets=datasets, seeds=seeds)
+    found = repeatability(table, draws=20)
+    for key in (f"between_{pairs}", "between_halves"):
+        assert found[key]["low"] is None and found[key]["high"] is None
+    said = found["statement"]
+    assert f" between {pairs} (n = 1)" in said and "None" not in said and "nan" not in said
+    assert "Kendall's τ is" in said and "[" in said  # the shares of variance keep theirs
+    assert rank_correlation(table, predicted(table))[["low", "high"]].isna().all(axis=None)
 
 
 def test_one_cell_says_that_nothing_is_known() -> None:
