@@ -150,7 +150,8 @@ def test_the_table_holds_the_cells_of_earlier_commands(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def stored() -> pd.DataFrame:
-        return pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
+        file = tmp_path / "results.csv"
+        return pd.read_csv(file, keep_default_na=False, float_precision="round_trip")
 
     low, high = (CONFIG.with_placement(blocks, blocks) for blocks in ((2,), (3,)))
     first = run(tmp_path, configs=[low], seeds=(1,))
