@@ -103,8 +103,8 @@ def test_wrong_usage_exits_2_and_faults_are_not_hidden(call, monkeypatch) -> Non
 def test_wrong_usage_is_one_line_that_names_the_help(call) -> None:  # type: ignore[no-untyped-def]
     for words, message in (
         (("demo", "--bad"), "--bad"),
-            (("demo", "--bad"), "No such option"),
-            (("demo", "--bad"), ". See `vlmlayers demo --help`."),
+        (("demo", "--bad"), "No such option"),
+        (("demo", "--bad"), ". See `vlmlayers demo --help`."),
         (("selekt",), "Did you mean 'select'? See `vlmlayers --help`."),
         (
             ("select", "here", "--resamples", "many"),
