@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -69,6 +70,15 @@ class RecordOptions(ImageOptions):
     workers: int | None = Field(
         default=None, ge=0, description="Decoding processes; what the machine has where absent."
     )
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Yield what is of the tower that is not recorded."""
+        if self.tower == "vision":
+            yield "text", "says what texts are; tower='vision' records none"
+        if self.tower == "text":
+            yield "decoding", "is of images; tower='text' records none"
+        if self.tower is not None and self.tower not in self.pooling:
+            yield "pooling", f"is of another tower; tower={self.tower!r} alone is recorded"
 
 
 def _numbers(given: Any) -> Any:

@@ -11,11 +11,11 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
-from typing import Annotated, Any, TypeVar, cast, get_args
+from typing import Annotated, Any, Self, TypeVar, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     ValidationError,
+    model_validator,
 )
 from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
@@ -89,6 +90,18 @@ class Options(BaseModel):
         checks the others. A command line has nothing but text (`validated(…, words=True)`).
         """
         return cast(CoreSchema, _strict(handler(source)))
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Yield each option that does nothing beside the others, and why."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> Self:
+        for name, why in self.idle():
+            # By value: the command line hands on what nobody typed as well.
+            if getattr(self, name) != type(self).model_fields[name].get_default():
+                raise ValueError(f"{name} {why}")
+        return self
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)

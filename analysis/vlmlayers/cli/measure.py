@@ -73,6 +73,8 @@ def extract(
     Several processes share the work, one per GPU:
     `torchrun --nproc-per-node N -m vlmlayers extract …`.
     """
+    if estimate and streaming:
+        raise UserError("--estimate is of features that are stored; --streaming stores none")
     from vlmlayers.study import run_study
     from vlmlayers.study.context import silent
     from vlmlayers.study.estimating import estimate_study
@@ -93,7 +95,7 @@ def extract(
     first = is_first_process()
     echo = typer.echo if first else silent
     if streaming:
-        done = stream_study(made, out, data_root=data_root, echo=echo)
+        done = stream_study(made, out, data_root=data_root, force=force, echo=echo)
         if first:
             typer.echo(done)
         return

@@ -112,6 +112,10 @@ def prepare(
             f"decoding {options.decoding} is for datasets on disk; images in memory are decoded "
             "already: give a name, a TOML file or a folder, or leave decoding out"
         )
+    if isinstance(manifest, OwnData):
+        for name in ("root", "present_only"):
+            if getattr(options, name):
+                raise UserError(f"{name} is for datasets on disk; images in memory have none of it")
     items = _items(manifest, split, options)
     if options.decoding == "nvjpeg":
         refuse_nvjpeg(model, manifest, items, options.root)
@@ -183,11 +187,16 @@ def _towers(model: VLM, manifest: Any, options: ExtractOptions) -> tuple[str, ..
     """Return the towers to record.
 
     Raises:
-        UserError: The model has none of that name.
+        UserError: The model has none of that name, or a template is for classes without names.
     """
     if options.tower is None:
         unnamed = isinstance(manifest, OwnData) and not manifest.named and options.texts is None
         if unnamed and options.text == "prompts" and "text" in model.towers:
+            if options.template is not None:
+                raise UserError(
+                    f"template makes prompts of class names, and {manifest.name} has none; give "
+                    "class_names="
+                )
             LOG.warning("%s: no text features; give class_names= or texts=", manifest.name)
             return ("vision",)
         return tuple(model.towers)
@@ -224,6 +233,8 @@ def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
         found = list(manifest.sample(split, items, seed=options.seed, root=root, **present))
     else:
         found = manifest.present(items, root, split) if present else list(items)
+        if isinstance(manifest, OwnData):
+            manifest.refuse_others(found)
     if not found:
         raise UserError(f"{manifest.name} has no items in split {split!r}")
     return found

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from vlmlayers.arguments import Count, Takes, taken
-from vlmlayers.errors import UserError
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.own_data import own_data
@@ -53,12 +52,15 @@ class ExtractOptions(RecordOptions):
     texts: Sequence[str] | None = None
     progress: bool = True
 
-    @model_validator(mode="after")
-    def _apply(self) -> ExtractOptions:
-        if self.template is not None and self.text == "captions":
-            raise UserError("template makes prompts of class names; text='captions' has none")
-        if self.seed and not isinstance(self.items, int):
-            raise UserError("seed draws items; it needs items as a number (--items)")
-        if self.texts is not None and self.template is not None:
-            raise UserError("template makes prompts of class names; texts are given as they are")
-        return self
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Yield what makes prompts where there are none, and a seed without a draw."""
+        yield from super().idle()
+        if self.tower == "vision":
+            yield "template", "makes prompts; tower='vision' records no texts"
+            yield "texts", "are for the text tower; tower='vision' records no texts"
+        if self.text == "captions":
+            yield "template", "makes prompts of class names; text='captions' has none"
+        if self.texts is not None:
+            yield "template", "makes prompts of class names; texts are given as they are"
+        if not isinstance(self.items, int):
+            yield "seed", "draws items; it needs items as a number (--items)"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from vlmlayers.data.readers import eight_bit, open_image, upright
 from vlmlayers.errors import UserError, check_one_of
@@ -80,6 +80,19 @@ class OwnData:
     def refuse_missing(self, items: Sequence[Item], root: Any = None) -> None:
         """Refuse nothing: what is in memory is there."""
 
+    def refuse_others(self, items: Sequence[Item]) -> None:
+        """Refuse items of other data.
+
+        Raises:
+            UserError: Names the first.
+        """
+        for item in items:
+            if item.path not in self.rows:
+                raise UserError(
+                    f"{self.name} has no item {item.path!r}; name items of these data: in memory "
+                    f"each is its number, from 0 to {len(self.listed) - 1}, or its file"
+                )
+
     def identity(self, items: Sequence[Item], root: Any = None) -> DataIdentity:
         """Return what the items are, by their content."""
         return DataIdentity(
@@ -114,7 +127,8 @@ def own_data(
         progress: Whether to show a bar while a dataset is read for labels and identity.
 
     Raises:
-        UserError: The object holds no images, or labels or captions are not one for each.
+        UserError: The object holds no images, labels or captions are not one for each, or there are
+            names of classes and no labels.
     """
     held = _held(data, progress)
     if labels is not None:
@@ -126,6 +140,8 @@ def own_data(
     for what, several in (("labels", given), ("captions", captions)):
         if several is not None and len(several) != count:
             raise UserError(f"{count} images, but {len(several)} {what}; one for each is needed")
+    if class_names is not None and held.labels is None:
+        raise UserError("class_names are of labels, and the images have none; give labels as well")
     names = tuple(class_names or held.names)
     numbers, names = _numbered(given, names, held.labels is not None)
     named = bool(names)
@@ -176,21 +192,39 @@ def _held(data: Any, progress: bool) -> _Held:
 
 
 def _refuse_part(loader: Any) -> None:
-    """Refuse a DataLoader whose sampler draws other rows than each of its dataset once.
+    """Refuse a DataLoader that does not draw each image of its dataset once.
 
     Raises:
         UserError: Says how to hand over a part.
     """
-    sampler, dataset = getattr(loader, "sampler", None), loader.dataset
+    batches, dataset = loader.batch_sampler, loader.dataset
+    if batches is not None and type(batches) is not BatchSampler:
+        drawn = f"by a {type(batches).__name__} of its own"  # whose rows nothing tells beforehand
+    elif isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        drawn = "whole batches alone (drop_last=True)" if loader.drop_last else ""
+    else:
+        # A batch sampler of the user's own has a sampler of its own, which the loader ignores.
+        drawn = _other_rows(loader.sampler if batches is None else batches.sampler, len(dataset))
+        left = len(dataset) % batches.batch_size if batches is not None and batches.drop_last else 0
+        if left and not drawn:
+            drawn = f"all but the last {left} of {len(dataset):,} images (drop_last=True)"
+    if drawn:
+        raise UserError(
+            f"the DataLoader draws {drawn}, which extraction does not follow; give its dataset, or "
+            "a part of it, such as torch.utils.data.Subset(dataset, indices)"
+        )
+
+
+def _other_rows(sampler: Any, count: int) -> str:
+    """Return what a sampler draws; empty where that is each row of a dataset once."""
     # Of these two, in order or shuffled, the rows are known without drawing any.
-    whole = isinstance(sampler, SequentialSampler | RandomSampler) and len(sampler) == len(dataset)
-    if sampler is None or whole or not hasattr(dataset, "__len__"):
-        return
-    raise UserError(
-        f"the DataLoader draws by a {type(sampler).__name__} ({len(sampler):,} of {len(dataset):,} "
-        "images), which extraction does not follow; give the images themselves, such as "
-        "torch.utils.data.Subset(dataset, indices)"
-    )
+    known = type(sampler) in (SequentialSampler, RandomSampler)
+    if getattr(sampler, "replacement", False):
+        return f"with replacement, by a {type(sampler).__name__}"
+    if known and len(sampler) == count:
+        return ""
+    size = f" ({len(sampler):,} of {count:,} images)" if hasattr(sampler, "__len__") else ""
+    return f"by a {type(sampler).__name__}{size}"
 
 
 def _sequence(data: Any, progress: bool) -> _Held:

@@ -84,6 +84,11 @@ def stream(
     if given.tower is not None or len(model.towers) < 2:
         raise UserError("streaming sums both towers; extract the features of one, and score them")
     work, header, identity = prepare(model, manifest, split, given)
+    if "text" not in work.recorders:
+        raise UserError(
+            f"streaming sums both towers, and {work.manifest.name} has no names of classes for the "
+            "text tower; give texts=, or extract the features, and score them"
+        )
     if out is not None:
         refuse_hooks(model)
     run = _Stream(

@@ -155,11 +155,12 @@ class StageContext:
         """Return the keyword arguments of `extract` and `stream` for one dataset, but `out`."""
         options = self.study.extract
         common = {name: getattr(options, name) for name in RecordOptions.model_fields}
+        prompts = data.options["text"] == "prompts" and options.tower != "vision"
         own = {
             "items": data.items,
             "root": self.data_root,
             "text": data.options["text"],
-            "template": data.options["template"] if data.options["text"] == "prompts" else None,
+            "template": data.options["template"] if prompts else None,
             "present_only": False,  # those that are not there are not among the items
             "progress": self.progress,
         }

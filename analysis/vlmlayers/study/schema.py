@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ STUDY_TEMPLATE = Path(__file__).with_name("template.toml")
 # What metrics need, of the keys of `vlmlayers.metrics.declare.NEEDS`.
 OF_DATASETS = ("datasets", "dataset confusion", "styles", "style classes", "other datasets")
 OF_TOWERS = ("pairs", "pair matrix", "prompts", "modalities", "queries")
+NO_PROMPTS = "makes prompts of class names; text = 'captions' and tower = 'vision' have none"
 DEFAULT_METRICS = (
     "dataset_accuracy",
     "dataset_accuracy_ncm",
@@ -91,6 +92,12 @@ class ExtractPart(RecordOptions):
     items: int = Field(default=300, ge=0, description="Items per dataset, 0 for all.")
     template: Template = Field(default=TEMPLATE, description="Prompt around the names of classes.")
     device: str = Field(default="auto", description="auto, cpu, cuda, …")
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Yield what is of the tower that is not recorded."""
+        yield from super().idle()
+        if self.tower == "vision":
+            yield "template", "makes prompts; tower='vision' records no texts"
 
 
 class ScorePart(Options):
@@ -196,6 +203,16 @@ class Study(Options):
             if twice:
                 hint = "; give each a label" if kind == "model" else ""
                 raise ValueError(f"{kind} {twice[0]!r} is named twice{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _templates_apply(self) -> Study:
+        of_captions = [self.part(dataset)["text"] == "captions" for dataset in self.datasets]
+        for dataset, captions in zip(self.datasets, of_captions):
+            if dataset.template and (captions or self.extract.tower == "vision"):
+                raise ValueError(f"template of dataset {dataset.name!r} {NO_PROMPTS}")
+        if all(of_captions) and self.extract.template != TEMPLATE:
+            raise ValueError(f"template of [extract] {NO_PROMPTS}")
         return self
 
     def part(self, dataset: DatasetPart) -> dict[str, Any]:

@@ -20,6 +20,7 @@ def stream_study(
     base: str | Path = ".",
     data_root: str | Path | None = None,
     device: str | None = None,
+    force: bool = False,
     progress: bool = True,
     echo: Callable[[str], None] = silent,
 ) -> str:
@@ -35,6 +36,7 @@ def stream_study(
         base: Folder that relative paths in the study start from.
         data_root: Data root.
         device: Device; None takes the study's.
+        force: Start anew where sums are saved, whatever they are of.
         progress: Whether to show progress bars.
         echo: Says one line.
 
@@ -59,6 +61,9 @@ def stream_study(
     folder = context.run.folder / "streams"
     for data in context.datasets:
         context.doing(f"stream   {data.manifest.name}: {len(data.items)} items ({data.folder})")
+        # Other processes read what is saved once the first one has looked at it.
+        if force and not Processes.current().rank:
+            shutil.rmtree(folder / data.folder, ignore_errors=True)
         found = stream(
             model,
             data.manifest,

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import validated
 from vlmlayers.runs import Run, environment, score_table
 from vlmlayers.study.schema import DEFAULT_METRICS, ExtractPart, Study, check_study
@@ -33,7 +33,12 @@ def study_of(
         adapter: Trained adapter to attach.
         seed: Seed of the draw of items.
         extraction: The table `[extract]`.
+
+    Raises:
+        UserError: A seed without a draw, or what `check_study` refuses.
     """
+    if seed and not extraction.items:
+        raise UserError("--seed draws items; it needs a number of them (--items)")
     local = Path(model).is_dir()
     part = {
         "path" if local else "name": str(Path(model).resolve()) if local else model,

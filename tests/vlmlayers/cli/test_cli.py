@@ -16,6 +16,7 @@ import pytest
 from run_folders import make_run, tiny_clip
 from synthetic import make_features
 
+import vlmlayers as vl
 from vlmlayers.cli import extensions
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import write_features
@@ -257,6 +258,18 @@ def test_extract_refuses_another_extraction_until_forced(call, tmp_path: Path) -
     assert call(*words, 12, "--force")[0] == 0
     record = json.loads((out / "provenance.json").read_text())
     assert record["datasets"]["digits"]["items"] == 12
+
+
+def test_a_forced_stream_replaces_the_sums_of_another(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, out = tiny_clip(tmp_path / "tiny-clip"), tmp_path / "run"
+    vl.models.stream(
+        vl.load_model(str(model), random_weights=True), "digits", "train", items=8,
+        out=out / "streams" / "digits-train", progress=False,
+    )  # fmt: skip
+    words = ("extract", model, "digits", "--random-weights", "--out", out, "--quiet", "--streaming")
+    assert call(*words, "--items", 10)[0] == 2
+    assert call(*words, "--items", 10, "--force")[0] == 0
+    assert set(vl.read_scores(out)["n"]) <= {10}
 
 
 def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-untyped-def]

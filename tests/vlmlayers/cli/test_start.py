@@ -39,6 +39,11 @@ extract ViT-B-16 faces --out here --pretrained nosuch
 extract mini-clip faces --out here --split nosuch
 extract mini-clip faces --out here --adapter nosuch
 extract mini-clip faces --out here --estimate --tower text
+extract mini-clip faces --out here --estimate --streaming
+extract mini-clip faces --out here --seed 3
+extract mini-clip faces --out here --tower vision --text captions
+extract mini-clip faces --out here --tower vision --pooling text=mean
+extract mini-clip faces --out here --text captions --template {}!
 train nosuch faces --out here
 train mini-clip nosuch --out here
 train mini-clip faces --out here --method nosuch

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import ImageFolder
 
 import vlmlayers as vl
+from vlmlayers.manifests import Item
 
 NAMES = ("ant", "bee", "cat")
 LABELS = [row % 3 for row in range(9)]
@@ -152,14 +153,78 @@ def test_a_store_knows_palette_and_orientation_of_the_same_bytes(tmp_path):
             vl.extract(MODEL, images, labels=LABELS, out=tmp_path / "store", **QUIET)
 
 
-def test_a_loader_of_a_part_is_refused_not_taken_whole():
-    def loader(**options):
-        return torch.utils.data.DataLoader(Pairs(), batch_size=2, **options)
+PART = torch.utils.data.SubsetRandomSampler([0, 2, 4])
+IN_ORDER = torch.utils.data.SequentialSampler(PIXELS)
 
-    assert len(vl.extract(MODEL, loader(shuffle=True), **QUIET).vision) == len(PIXELS)
-    part = torch.utils.data.SubsetRandomSampler([0, 2, 4])
-    with pytest.raises(vl.UserError, match="a SubsetRandomSampler .3 of 9 images.*Subset"):
-        vl.extract(MODEL, loader(sampler=part), **QUIET)
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 2, "sampler": PART}, "a SubsetRandomSampler .3 of 9 images.*Subset"),
+        ({"batch_sampler": torch.utils.data.BatchSampler(PART, 2, False)}, "a SubsetRandomSampler"),
+        ({"batch_sampler": [[0, 1], [1, 2]]}, "a list of its own.*Subset"),
+        (
+            {"batch_sampler": torch.utils.data.BatchSampler(IN_ORDER, 4, True)},
+            "all but the last 1 of 9 images .drop_last",
+        ),
+        ({"batch_size": 2, "drop_last": True}, "all but the last 1 of 9 images .drop_last"),
+        (
+            {"sampler": torch.utils.data.RandomSampler(PIXELS, replacement=True)},
+            "with replacement, by a RandomSampler",
+        ),
+        (
+            {"sampler": torch.utils.data.WeightedRandomSampler([1.0] * 9, 9)},
+            "with replacement, by a WeightedRandomSampler",
+        ),
+    ],
+)  # fmt: skip
+def test_a_loader_of_other_rows_than_its_dataset_is_refused(options, message):
+    with pytest.raises(vl.UserError, match=f"the DataLoader draws .*{message}"):
+        vl.extract(MODEL, DataLoader(Pairs(), **options), **QUIET)
+
+
+def test_a_loader_of_whole_batches_alone_is_refused_where_its_stream_has_no_length():
+    with pytest.raises(vl.UserError, match="whole batches alone"):
+        vl.extract(MODEL, DataLoader(Stream(), batch_size=2, drop_last=True), **QUIET)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 2, "shuffle": True},
+        {"batch_size": 3, "drop_last": True},
+        {"batch_sampler": torch.utils.data.BatchSampler(IN_ORDER, 2, False)},
+    ],
+)
+def test_a_loader_of_each_row_once_is_its_dataset(options):
+    assert vl.extract(MODEL, DataLoader(Pairs(), **options), **QUIET).vision.labels.tolist() == (
+        LABELS
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"root": "/data"}, "root is for datasets on disk"),
+        ({"present_only": True}, "present_only is for datasets on disk"),
+        ({"class_names": NAMES}, "class_names are of labels, and the images have none"),
+        ({"template": "a {}"}, "template makes prompts of class names, and own data has none"),
+        ({"texts": ["one"], "tower": "vision"}, "texts are for the text tower"),
+        ({"texts": ["a"] * 9, "text": "captions", "tower": "vision"}, "text says what texts are"),
+        ({"template": "a {}", "tower": "vision"}, "template makes prompts; tower='vision'"),
+        ({"pooling": {"text": "mean"}, "tower": "vision"}, "pooling is of another tower"),
+        ({"decoding": "reduced", "tower": "text"}, "decoding is of images"),
+        ({"items": [Item("there.png", 0, "a")]}, "own data has no item 'there.png'"),
+    ],
+)
+def test_what_does_nothing_beside_images_in_memory_is_refused(given, message):
+    with pytest.raises(vl.UserError, match=message):
+        vl.extract(MODEL, list(PIXELS), **given, **QUIET)
+
+
+def test_streaming_says_that_images_without_names_have_no_texts():
+    with pytest.raises(vl.UserError, match="own data has no names of classes"):
+        vl.models.stream(MODEL, Pairs(), "train", **QUIET)
 
 
 def test_workers_decode_data_in_memory(expected):

@@ -48,6 +48,15 @@ STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
         ({"datasets": ["digits", "digits"]}, "named twice"),
         ({"extract": {"template": "photo"}}, "exactly once"),
         ({"datasets": [{"name": "digits", "template": "photo"}]}, "exactly once"),
+        (
+            {"datasets": [{"name": "digits", "text": "captions", "template": "a {}"}]},
+            "template of dataset 'digits' makes prompts of class names; text = 'captions'",
+        ),
+        (
+            {"extract": {"text": "captions", "template": "a {}"}},
+            r"template of \[extract\] makes prompts of class names",
+        ),
+        ({"extract": {"tower": "vision", "template": "a {}"}}, "template makes prompts; tower"),
         ({"extract": {"precision": "fp8"}}, "fp32"),
         ({"score": {"metrics": ["dataset_acuracy"]}}, "did you mean 'dataset_accuracy'"),
         ({"score": {"options": {"bootstraps": 3}}}, "did you mean 'bootstrap'"),
