@@ -5,6 +5,7 @@ The parameters after a step are those of one process with the whole batch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -36,6 +37,9 @@ def process_group() -> Iterator[tuple[int, int]]:
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
+        # A thread of gloo that still gives back the tensors of the last exchange needs the
+        # interpreter, which torch 2.6 holds while it waits for that thread: neither would end.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 

@@ -18,9 +18,9 @@ from vlmlayers.cli.whole import demo, init, study
 from vlmlayers.errors import DISK, UserError, disk_trouble, printable
 
 WRONG_USAGE: Any = typer.BadParameter.__bases__[0]  # click's, which typer brings along
-# What typer says of a value that is not a number, in pydantic's words, and in ours.
-NUMBER = re.compile("Input should be a valid (integer|number).*")
-NUMBERS = {"integer": "a whole number is needed", "number": "a number is needed"}
+# What typer says of a value that is not a number, in pydantic's words or its own, and in ours.
+NUMBER = re.compile("(?:Input should be|'[^']*' is not) a valid (int|integer|number|float)\\b.*")
+WHOLE = ("int", "integer")
 
 app = typer.Typer(
     cls=Verbs,
@@ -63,7 +63,9 @@ def _usage(error: Any) -> str:
     if "\n" in message.strip():
         return str(message)
     verb = "vlmlayers" if error.ctx is None else error.ctx.command_path
-    line = NUMBER.sub(lambda found: NUMBERS[found[1]], printable(message))
+    line = NUMBER.sub(
+        lambda found: f"a {'whole ' * (found[1] in WHOLE)}number is needed", printable(message)
+    )
     return f"Error: {line}{'' if line.endswith(('.', '?')) else '.'} See `{verb} --help`."
 
 

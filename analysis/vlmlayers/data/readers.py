@@ -22,7 +22,9 @@ T = TypeVar("T")
 
 # Only formats whose decoders are in wide use: EPS, for one, would start another program.
 _ALWAYS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO opens as JPEG
-FORMATS = (*_ALWAYS, "AVIF") if features.check("avif") else _ALWAYS
+# Pillow before 11.3 has never heard of it, and warns where it is asked.
+_HAS_AVIF = "avif" in features.modules and features.check("avif")
+FORMATS = (*_ALWAYS, "AVIF") if _HAS_AVIF else _ALWAYS
 LARGEST = 89_478_485  # pixels; Pillow's own bound for a warning, about 0.25 GiB as RGB
 # A long strip would explode when its short side is resized to a model's input.
 LONGEST = 256  # times the short side
