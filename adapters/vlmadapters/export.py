@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
-from vlmadapters.files import OURS, load_method, read_info, save_official
+from vlmadapters.files import OURS, load_method, read_info, save_whole
 from vlmadapters.methods.base import Method
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
@@ -55,32 +56,53 @@ def export(
     elif classes is not None:
         form = "classes"
     method, info = load_method(adapter, model), read_info(adapter)
-    told: dict[str, Any] = {
-        "model": model.name,
-        "weights": model.weights,
-        "method": method.config.title,
+    names = info.task.class_names if classes is None else tuple(classes)
+    task, title = Task(names, info.task.template), method.config.title
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "merged": partial(merged_weights, method, model),
+        "classes": partial(class_embeddings, method, model, task),
+        "official": partial(_official, method),
     }
+    refused: dict[str, str] = {}
     for one in FORMS if form is None else (form,):
         try:
-            if one == "merged":
-                _write(Path(out), merged_weights(method, model), told)
-            elif one == "classes":
-                names = info.task.class_names if classes is None else tuple(classes)
-                task = Task(names, info.task.template)
-                told |= {"class_names": list(names)}
-                _write(Path(out), class_embeddings(method, model, task), told)
-            else:
-                _check_name(out, method.config.title, safetensors=False)
-                save_official(out, method)
-            return one
-        except CannotExport:
-            if form is not None:
-                raise
-    raise AssertionError("the last form is every method's")
+            content = makers[one]()
+        except CannotExport as error:
+            refused[one] = str(error)
+            continue
+        _check_name(out, title, one)
+        if one == "official":
+            save_whole(Path(out), content)
+        else:
+            told: dict[str, Any] = {"model": model.name, "weights": model.weights, "method": title}
+            told |= {"class_names": list(names)} if one == "classes" else {}
+            _write(Path(out), content, told)
+        return one
+    left = [one for one in FORMS if one not in refused and _allows(makers[one])]
+    other = f"export it as {' or '.join(left)} (form=, --form), or " if left else ""
+    more = "" if left else "; no form of export is left"
+    raise CannotExport(
+        f"{title} {', and '.join(refused.values())}{more}; {other}test it with `vlmlayers evaluate "
+        "--adapter`"
+    )
+
+
+def _official(method: Method) -> dict[str, Any]:
+    if not method.has_official_layout():
+        raise CannotExport("has no layout of its authors")
+    return method.official_content()
+
+
+def _allows(make: Callable[[], Any]) -> bool:
+    try:
+        make()
+    except CannotExport:
+        return False
+    return True
 
 
 class CannotExport(UserError):
-    """A method does not allow a form of export."""
+    """A method does not allow a form of export; the message goes on after the method's name."""
 
 
 def merged_weights(method: Method, model: VLM) -> dict[str, Tensor]:
@@ -94,11 +116,7 @@ def merged_weights(method: Method, model: VLM) -> dict[str, Tensor]:
     backbone = Backbone(model.clip, tokenizer=model.tokenizer)
     changed = method.merged(backbone)
     if not changed:
-        raise CannotExport(
-            f"{method.config.title} computes beside the backbone's weights, so that it cannot be "
-            "merged into them; test it with `vlmlayers evaluate --adapter`, or export classes or "
-            "its authors' layout (form='classes', 'official'; --form)"
-        )
+        raise CannotExport("computes beside the backbone's weights, and cannot be merged into them")
     state = {key: value.detach().cpu().clone() for key, value in model.clip.state_dict().items()}
     # In the backbone's own precision, from which a half-precision CLIP was widened to compute.
     return state | {key: changed[key].to("cpu", state[key].dtype) for key in changed}
@@ -116,11 +134,7 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
     """
     backbone = Backbone(model.clip, tokenizer=model.tokenizer)
     depth = backbone.vision.tower.depth
-    refused = CannotExport(
-        f"{method.config.title} changes more than the classes' embeddings, which alone would be no "
-        "classifier; test it with `vlmlayers evaluate --adapter`, or export its authors' layout "
-        "(form='official', --form official)"
-    )
+    refused = CannotExport("changes more than the classes' embeddings, no classifier by themselves")
     # Either way image features would differ from those of the backbone that the file is for.
     own_images = type(method).image_features is not Method.image_features
     if own_images or method.start("vision", depth) <= depth:
@@ -142,21 +156,22 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
     return {"class_embeddings": (rows / scale).cpu().clone(), "scale": scale.cpu().clone()}
 
 
-def _check_name(path: str | Path, title: str, *, safetensors: bool) -> None:
+def _check_name(path: str | Path, title: str, form: str) -> None:
     """Refuse a file whose name says another format than it gets: readers go by the name."""
-    path = Path(path)
+    path, safetensors = Path(path), form != "official"
     if (path.suffix == OURS) == safetensors:
         return
     if safetensors:
-        raise UserError(f"{path}: {title} is written as safetensors; name the file *{OURS}")
+        raise UserError(
+            f"{path}: {title} is written as safetensors in the form {form}; name the file *{OURS}"
+        )
     raise UserError(
-        f"{path}: {title} can be written in its authors' layout alone, a torch file; name it "
+        f"{path}: {title} is written in its authors' layout, a torch file; name it "
         f"{path.stem}.pth.tar"
     )
 
 
 def _write(path: Path, state: dict[str, Tensor], told: dict[str, Any]) -> None:
-    _check_name(path, told["method"], safetensors=True)
     # safetensors refuses tensors that are not contiguous, as transposed ones are.
     whole = {key: value.contiguous() for key, value in state.items()}
     data = save(whole, metadata={"description": json.dumps(told)})

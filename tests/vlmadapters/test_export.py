@@ -126,7 +126,7 @@ def test_the_first_form_that_a_method_allows_is_written_with_names(tmp_path: Pat
     assert export(mma, model, tmp_path / "m.pth.tar") == "official"
     keys = torch.load(tmp_path / "m.pth.tar", weights_only=True)["state_dict"]
     assert any(key.startswith("shared_adapter") for key in keys)
-    with pytest.raises(UserError, match="MMA computes beside"):
+    with pytest.raises(UserError, match="MMA computes beside .* export it as official .form="):
         export(mma, model, tmp_path / "x", form="merged")
     with pytest.raises(UserError, match="unknown form 'merge'; did you mean 'merged'"):
         export(mma, model, tmp_path / "x", form="merge")
@@ -237,12 +237,25 @@ def test_what_is_wrong_on_the_command_line_is_one_line(
         assert stopped.value.code == 2 and err.count("\n") == 1 and message in err, err
 
 
+@pytest.mark.parametrize("name", ["tip", "linear-probe"])
+@pytest.mark.parametrize("form", [None, "classes"])
+@pytest.mark.parametrize("file", ["m.safetensors", "m.pth.tar"])
+def test_what_has_no_form_of_export_is_said_in_one_go(
+    name: str, form: str | None, file: str, tmp_path: Path
+) -> None:
+    model = shared_backbone()
+    method = METHODS[name].build(METHODS[name].Config(), Backbone(model.clip), TASK)
+    path = save_method(tmp_path / name, method, model, TASK)
+    with pytest.raises(UserError, match="no form of export is left; test it with"):
+        export(path, model, tmp_path / file, form=form)
+
+
 def test_a_file_is_not_named_for_another_format_than_it_gets(tmp_path: Path) -> None:
     model = shared_backbone()
     mma = save_method(tmp_path / "mma", _built("mma"), model, TASK)
-    with pytest.raises(UserError, match="MMA can be written in its .* name it m.pth.tar"):
+    with pytest.raises(UserError, match="MMA is written in its .* name it m.pth.tar"):
         export(mma, model, tmp_path / "m.safetensors")
     coop = save_method(tmp_path / "coop", _built("coop"), model, TASK)
-    with pytest.raises(UserError, match=r"CoOp is written as safetensors; .*\*.safetensors"):
+    with pytest.raises(UserError, match=r"CoOp is written as safetensors .*\*.safetensors"):
         export(coop, model, tmp_path / "m.pt")
     assert {path.stem for path in tmp_path.iterdir()} == {"mma", "coop"}

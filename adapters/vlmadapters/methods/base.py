@@ -289,13 +289,20 @@ class Method(nn.Module):
         placement = self.config.placement
         return f"{self.config.title} at {placement}" if placement else self.config.title
 
+    @classmethod
+    def has_official_layout(cls) -> bool:
+        """Return whether files in a layout of its authors can be read, and so written."""
+        own: Any = cls.config_of_official
+        base: Any = Method.config_of_official
+        return own.__func__ is not base.__func__
+
     def official_content(self, epoch: int = 0) -> dict[str, Any]:
         """Return what a file in the authors' layout holds: the tensors, under state_dict.
 
         Raises:
             UserError: There is no such layout: `config_of_official` could not read the file.
         """
-        if type(self).config_of_official.__func__ is Method.config_of_official.__func__:  # type: ignore[attr-defined]
+        if not self.has_official_layout():
             raise UserError(
                 f"{self.config.name} has no layout of its authors to write; keep the "
                 ".safetensors of `vlmlayers train`, or use save_method"
