@@ -31,6 +31,9 @@ def _of_each_tower(given: Any) -> Any:
     if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
         return {} if given is None else given  # a table, or what is none
     pairs = [word.partition("=")[::2] if "=" in word else ("", word) for word in words]
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError("names two poolings of one tower; name one, or vision=cls and text=mean")
     both = {tower: name for key, name in pairs if not key for tower in TOWERS}
     return both | {tower: name for tower, name in pairs if tower}
 

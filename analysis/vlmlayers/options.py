@@ -316,13 +316,15 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     `yes`, `no`, `True` and `False` are true and false.
 
     Raises:
-        UserError: A word has no `=`.
+        UserError: A word has no `=`, or two set the same key.
     """
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UserError(f"--set {word!r} is not KEY=VALUE")
+        if key in found:
+            raise UserError(f"--set {word!r}: {key} is set already; set it once")
         found[key] = TRUTH.get(value.casefold(), value)
         for text in (value, f"[{value}]") if "," in value else (value,):
             with suppress(ValueError):

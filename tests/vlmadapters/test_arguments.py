@@ -59,12 +59,35 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: va.attach(shared_backbone(), va.MMAConfig.span(2, 3)).__enter__(), "clip takes"),
         (lambda: va.attach(shared_backbone().clip, "2-3").__enter__(), "config takes MMAConfig"),
         (lambda: va.METHODS["mmma"], "did you mean 'mma'"),
+        (
+            lambda: va.load_recipe("published", "cliplora").changed({"epochs": 3}, {}),
+            "epochs is not read: steps_per_shot counts the steps",
+        ),
+        (lambda: va.load_recipe().changed({"eps": 1e-4}, {}), "eps is not read: the optimizer is"),
+        (lambda: va.load_recipe().changed({"warmup_lr": 1e-4}, {}), "there is no warm-up"),
+        (
+            lambda: va.load_recipe().changed({"schedule": "constant", "final_lr": 1e-4}, {}),
+            "final_lr is not read: the schedule is constant",
+        ),
+        (lambda: va.load_recipe(method="tip").changed({"lr": 1}, {}), "fitted in closed form"),
+        (lambda: train(placement=["mma:2", "3"]), "the placement '3' is for no method"),
+        (
+            lambda: va.validate(shared_backbone(), "2", "faces", amount="given", folds=3),
+            "folds is of amounts that are tuned",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
         call()
     assert "\n" not in str(refused.value)
+
+
+def test_values_that_are_read_beside_others_are_taken() -> None:
+    lora = va.load_recipe("published", "cliplora")
+    assert lora.changed({"epochs": 3, "steps_per_shot": 0}, {}).train.epochs == 3
+    assert va.load_recipe().changed({"optimizer": "adamw", "eps": 1e-4}, {}).train.eps == 1e-4
+    assert lora.at("5-12@epochs=3").train.steps_per_shot == 0
 
 
 def test_a_bare_value_and_numpy_numbers_are_taken_as_meant() -> None:
@@ -86,6 +109,7 @@ def test_a_bare_value_and_numpy_numbers_are_taken_as_meant() -> None:
         ["train", "mini-clip", "faces", "--out", "x", "--set", "ebochs=1"],
         ["evaluate", "mini-clip", "nosuch/folder"],
         ["evaluate", "mini-clip", "digits", "--method", "coop"],
+        ["evaluate", "mini-clip", "digits", "--adapter", "x.pth", "--scale", "1", "--set=scale=2"],
         ["train", "mini-clip", "digits", "--out", "x", "--target", "signs"],
         ["validate", "mini-clip", "nosuch/folder", "--placement", "5-12", "--out", "x"],
     ],

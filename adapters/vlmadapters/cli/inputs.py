@@ -66,7 +66,8 @@ def read_recipes(
         model: Name of the model.
 
     Raises:
-        UserError: A name or key is unknown, a value is wrong, or a method is named twice.
+        UserError: A name or key is unknown, a value is wrong or not read beside the others, or a
+            method is named twice.
     """
     from vlmadapters.training.recipes import default_recipe, load_recipe
 
@@ -79,7 +80,12 @@ def read_recipes(
     known = list(dict.fromkeys(key for one in recipes for key in _holders(one)))
     for key in settings:
         check_one_of("key", key, known, where="--set")
-    return [_with_settings(one, settings) for one in recipes]
+    made = [_with_settings(one, settings) for one in recipes]
+    for key in settings:
+        why = [one.unread().get(key, "") for one in made if key in _holders(one)]
+        if all(why):  # one that only some of the methods read is set for those
+            raise UserError(f"--set {key} is not read: {why[0]}")
+    return made
 
 
 def _holders(recipe: Any) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def _with_settings(recipe: Any, settings: Mapping[str, Any]) -> Any:
             kind = get_type_hints(type(holders[key]), include_extras=True)[key]
             values[id(holders[key])][key] = taken("--set", key, kind, value)
     train = {**values[id(recipe.train)], "savings": replace(savings, **values[id(savings)])}
-    return recipe.changed(train, values[id(recipe.method)])
+    return recipe.replaced(train, values[id(recipe.method)])
 
 
 def check_inputs(

@@ -166,7 +166,7 @@ def evaluate(
     from vlmlayers.options import parse_settings
 
     files = [Path(one) for one in adapter or ()]
-    given = parse_settings(settings or []) | ({} if scale is None else {"scale": scale})
+    given = parse_settings([*(settings or []), *([] if scale is None else [f"scale={scale!r}"])])
     option = "--scale" if scale is not None else "--set" if given else "--method"
     if (given or method is not None) and not files:
         raise UserError(f"{option} is for an adapter in its authors' layout; name it by --adapter")

@@ -152,7 +152,7 @@ def placements_of(methods: Sequence[str], placements: Iterable[Any]) -> dict[str
         placements: Placements as text, or as anything else, which names no method.
 
     Raises:
-        UserError: A placement names another method.
+        UserError: A placement names another method, or no method is left for one without a name.
     """
     found: dict[str, list[Any]] = {name: [] for name in methods}
     for_all = []
@@ -163,6 +163,11 @@ def placements_of(methods: Sequence[str], placements: Iterable[Any]) -> dict[str
             found[name].append(blocks)
         else:
             for_all.append(blocks)
+    if for_all and all(found.values()):
+        raise UserError(
+            f"the placement {str(for_all[0])!r} is for no method, as each has one that names it; "
+            "leave it out, or name its method"
+        )
     return {name: named or for_all for name, named in found.items()}
 
 

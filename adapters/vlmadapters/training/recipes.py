@@ -30,6 +30,12 @@ from vlmlayers.prompts import TEMPLATE, Template
 SHIPPED = Path(__file__).with_name("recipe_files")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step", "constant")
+# What only training in steps reads.
+OF_STEPS = (
+    "optimizer", "lr", "momentum", "beta2", "eps", "weight_decay", "max_norm", "schedule",
+    "warmup_epochs", "warmup_lr", "final_lr", "epochs", "steps_per_shot", "updates_per_batch",
+    "batch_size", "drop_last", "cached_views", "cuda_graph", "save_every",
+)  # fmt: skip
 
 
 @checked
@@ -209,11 +215,6 @@ class Recipe:
         scale = {key: train.pop(key) for key in ("scale",) if key in train}
         if scale and "scale" not in self.method.settings():
             raise UserError(f"{self.method.name} has no scale; name an amount by lr and epochs")
-        if train and not self.method.in_steps:
-            raise UserError(
-                f"{place}: {self.method.name} is fitted in closed form and does not read "
-                f"{' or '.join(train)}; leave {'it' if len(train) == 1 else 'them'} out"
-            )
         if "epochs" in train:
             # Refused here, a search or sweep says so before it has trained other settings.
             if train["epochs"] <= self.train.warmup_epochs:
@@ -221,7 +222,7 @@ class Recipe:
                     f"{place} is all warm-up: {self.method.name} warms up for "
                     f"{self.train.warmup_epochs} epochs; name more or set warmup_epochs=0"
                 )
-            train = {"steps_per_shot": 0} | train
+            train.setdefault("steps_per_shot", 0)
         kept = place.amount and not place
         method = self.method if kept else self.method.with_placement(*place)
         return replace(self.with_method(method).changed(train, scale), amount=place.amount)
@@ -240,8 +241,38 @@ class Recipe:
         """Return the recipe with some values replaced, for every dataset; None keeps a value.
 
         Raises:
-            UserError: The method has no such setting, with the nearest one.
+            UserError: The method has no such setting, with the nearest one, or nothing reads a
+                value beside the others.
         """
+        made = self.replaced(train, method)
+        made.refuse_unread(key for key, value in train.items() if value is not None)
+        return made
+
+    def refuse_unread(self, keys: Iterable[str]) -> None:
+        """Raise a UserError where nothing reads one of some values of `train`."""
+        unread = self.unread()
+        for key in keys:
+            if key in unread:
+                raise UserError(f"{key} is not read: {unread[key]}")
+
+    def unread(self) -> dict[str, str]:
+        """Return each value of `train` that nothing reads beside the others, and why."""
+        train, found = self.train, {}
+        if train.steps_per_shot:
+            found["epochs"] = "steps_per_shot counts the steps; set that, or steps_per_shot=0 too"
+        if train.optimizer != "adamw":
+            found |= dict.fromkeys(("beta2", "eps"), "the optimizer is sgd; set optimizer=adamw")
+        if train.schedule == "constant":
+            found["final_lr"] = "the schedule is constant; set schedule=epoch or step"
+        if not train.warmup_epochs:
+            found["warmup_lr"] = "there is no warm-up; set warmup_epochs"
+        if not self.method.in_steps:
+            why = f"{self.method.name} is fitted in closed form, not trained in steps"
+            found |= dict.fromkeys(OF_STEPS, why)
+        return found
+
+    def replaced(self, train: Mapping[str, Any], method: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with some values replaced as `changed` does, read or not."""
         new_train = {key: value for key, value in train.items() if value is not None}
         new_method = {key: value for key, value in method.items() if value is not None}
         for key in new_method:
@@ -328,7 +359,8 @@ def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
         method: Name of the method, for a recipe given by name.
 
     Raises:
-        UserError: The name or a key is unknown (with the nearest), or a value is wrong.
+        UserError: The name or a key is unknown (with the nearest), or a value is wrong or not read
+            beside the others.
     """
     path = Path(name)
     if path.suffix == ".toml":
@@ -370,6 +402,7 @@ def _recipe(
         train = replace(parent.train, **values, savings=replace(parent.train.savings, **savings))
         config = METHODS.config(method).from_dict(settings)
         made = Recipe(name, train, config, source, datasets)
+        made.refuse_unread(values)
         # Tried at once: a wrong value of one dataset would else show after others have trained.
         for dataset, own in datasets.items():
             made.train_for(dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -125,3 +126,12 @@ class ValidateOptions(FoldOptions, DataOptions):
         default="paper", description="Kind that the verdict compares with."
     )
     random_count: int = Field(default=3, ge=0, description="Random placements of equal size.")
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Yield what is of amounts that are not tuned, and of placements that are not drawn."""
+        yield from super().idle()
+        if self.amount == "given":
+            for name in ("folds", "amounts"):
+                yield name, "is of amounts that are tuned; amount given takes the recipe's"
+        if "random" not in (*self.kinds, self.reference):
+            yield "random_count", "is of the kind random, which is not among the kinds"

@@ -319,6 +319,8 @@ def test_settings() -> None:
     }
     with pytest.raises(UserError, match="KEY=VALUE"):
         parse_settings(["=1"])
+    with pytest.raises(UserError, match="'a=2': a is set already; set it once"):
+        parse_settings(["a=1", "b=3", "a=2"])
 
 
 def test_a_broken_extension_says_so(call, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -44,11 +44,20 @@ extract mini-clip faces --out here --seed 3
 extract mini-clip faces --out here --tower vision --text captions
 extract mini-clip faces --out here --tower vision --pooling text=mean
 extract mini-clip faces --out here --text captions --template {}!
+extract mini-clip faces --out here --pooling cls,mean
 train nosuch faces --out here
 train mini-clip nosuch --out here
 train mini-clip faces --out here --method nosuch
 train mini-clip faces --out here --protocol nosuch
 train mini-clip faces --out here --placement nosuch
+train mini-clip faces --out here --set epochs=1 --set epochs=2
+train mini-clip faces --out here --set beta2=0.9
+train mini-clip faces --out here --method cliplora --recipe published --set epochs=3
+train mini-clip faces --out here --method tip,linear-probe --set lr=3
+train mini-clip faces --out here --method mma --placement mma:5-12 --placement 9-12
+validate mini-clip faces --out here --placement 5-12 --amount given --folds 3
+validate mini-clip faces --out here --placement 5-12 --amount given --amounts lr=1
+validate mini-clip faces --out here --placement 5-12 --kinds all --random-count 5
 evaluate nosuch faces
 evaluate mini-clip nosuch
 evaluate mini-clip faces --adapter nosuch
