@@ -10,6 +10,12 @@ from pydantic import AfterValidator
 from vlmlayers.arguments import Takes, checked
 
 TEMPLATE = "a photo of a {}."
+# What classes are for, after "has no classes".
+PROMPTED = " to make prompts of; use text='captions' (--text captions)"
+EXAMINED = (
+    ", by prompts of which a model is examined; leave out the metrics that "
+    "`vlmlayers score --list` marks with +"
+)
 
 
 def _one_place(text: Any) -> Any:

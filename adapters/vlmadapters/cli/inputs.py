@@ -117,13 +117,14 @@ def check_inputs(
     """Check a model and datasets before torch is imported: a wrong name is said at once.
 
     Raises:
-        UserError: The model or its weights are unknown, or a dataset is unknown or not listed, or
-            two have one name.
+        UserError: The model or its weights are unknown, or a dataset is unknown, not listed or
+            without classes, or two have one name.
     """
     from vlmlayers.manifests import Manifest, distinct
 
     check_model(model, **weights.arguments())
     for manifest in distinct(map(Manifest.load, names), root):
+        manifest.require_classes(" to tell apart", root)
         for split in manifest.splits(root):
             manifest.items(split, root=root)
 

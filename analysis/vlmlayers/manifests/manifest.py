@@ -131,6 +131,20 @@ class Manifest:
         """Return the class names by label, after renames and filters; () without classes."""
         return tuple(name for name in self._names(root) if name is not None)
 
+    def require_classes(self, purpose: str, root: Root = None) -> None:
+        """Refuse captioned images without classes.
+
+        Args:
+            purpose: What the classes are for, after "no classes".
+            root: Data root.
+
+        Raises:
+            UserError: There are none.
+        """
+        if not self.class_names(root):
+            why = "; ".join(("", *self.remarks(root)))
+            raise UserError(f"{self.name} has no classes{purpose}{why}")
+
     def _names(self, root: Root) -> list[str | None]:
         """Return the final name of every class of the files, None for one that is left out."""
         spec = self.spec

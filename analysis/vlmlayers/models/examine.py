@@ -45,6 +45,7 @@ from vlmlayers.models.tower import Apply, Tower, same
 from vlmlayers.models.vlm import LoadedModel
 from vlmlayers.positions import EMBED, JOINT, PROJ, relative_depth
 from vlmlayers.progress import bar
+from vlmlayers.prompts import EXAMINED
 from vlmlayers.scores.schema import score_frame
 
 if TYPE_CHECKING:
@@ -262,10 +263,7 @@ class _Inputs:
         for tower in model.towers.values():
             _require_stream(tower)
         if not data.class_names(options.root):
-            raise UserError(
-                f"{data.name} has no classes, by prompts of which a model is examined; leave out "
-                "the metrics that `vlmlayers score --list` marks with +"
-            )
+            raise UserError(f"{data.name} has no classes{EXAMINED}")
         work, _, _ = prepare(model, data, split, options)
         work.refuse_missing()
         plan = work.plans()["vision"].batches

@@ -25,6 +25,7 @@ from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.options import takes, validated
+from vlmlayers.prompts import PROMPTED
 
 LOG = logging.getLogger(__name__)
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
@@ -255,10 +256,7 @@ def _texts(
     if options.text == "prompts":
         pattern = options.template or manifest.template
         if not names:
-            raise UserError(
-                f"{manifest.name} has no classes to make prompts of; use "
-                "text='captions' (--text captions)"
-            )
+            raise UserError(f"{manifest.name} has no classes{PROMPTED}")
         prompts = tuple(manifest.prompt(name, pattern) for name in names)
         return Texts(options.text, prompts, np.arange(len(names), dtype=np.int64), pattern)
     rows = [(row, caption) for row, item in enumerate(items) for caption in item.captions]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmlayers.architectures import check_model
+from vlmlayers.architectures import MINIATURES, architectures, check_model
+from vlmlayers.manifests import Manifest
+from vlmlayers.prompts import EXAMINED, PROMPTED
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.schema import check_reads
+from vlmlayers.study.scoring import needs_model
 from vlmlayers.study.stages import installed_stage
 from vlmlayers.user_code import is_user_code
 
@@ -25,13 +28,35 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
     for context in contexts:
         if "extract" in picked:
             check_model(**context.model_arguments())
+            _check_texts(context)
     if "score" in picked or "select" in picked:
         _check_names(contexts[0], both={"score", "select"} <= set(picked))
     study = contexts[0].study
     tables = {"search": study.search, "train": study.train or None, "validate": study.validate_}
+    if "score" in picked and any(map(needs_model, study.score.metrics)):
+        for manifest in captioned(contexts[0].manifests):
+            manifest.require_classes(EXAMINED, contexts[0].data_root)
     for stage, table in tables.items():
         if stage in picked and table is not None:
             installed_stage(stage).check(contexts[0])
+
+
+def captioned(manifests: Sequence[Manifest]) -> list[Manifest]:
+    """Return the datasets that are known to have no classes before their files are read."""
+    return [one for one in manifests if one.spec.classes == 0]
+
+
+def _check_texts(context: StageContext) -> None:
+    """Check that there are classes where prompts are made of them.
+
+    The text tower of other models is known once they are loaded.
+    """
+    name, study = context.model_arguments()["name"], context.study
+    if study.extract.tower == "vision" or name not in (*MINIATURES, *architectures()):
+        return
+    for manifest, part in zip(context.manifests, study.datasets):
+        if captioned([manifest]) and study.part(part)["text"] == "prompts":
+            manifest.require_classes(PROMPTED, context.data_root)
 
 
 def _check_names(context: StageContext, *, both: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,13 @@ def _examined(
     ]
 
 
+def _kept(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a study says of a dataset, of what a run recorded of it."""
+    keys = ["split", "text", "present_only"]
+    # Captions have no template, whatever stood in the study for other datasets.
+    return {key: notes[key] for key in keys + ["template"] * (notes["text"] == "prompts")}
+
+
 def recorded_context(run: Run, **options: Any) -> StageContext:
     """Return the model and datasets that a run was extracted from, as its provenance names them.
 
@@ -114,13 +121,12 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
     model = dict(given["model"])
     name = model.pop("name")
     kind = "path" if Path(name).is_dir() else "name"
-    kept = ("split", "text", "template", "present_only")
     own = ("split", "device", "streaming")  # split stands with each dataset; devices differ
     study = check_study(
         {
             "models": [{kind: name, **model, "adapter": given.get("adapter", "")}],
             "datasets": [
-                {"name": one, **{key: notes["datasets"][known][key] for key in kept}}
+                {"name": one, **_kept(notes["datasets"][known])}
                 for one in given["datasets"]
                 if (known := Manifest.load(one).name) in notes["datasets"]
             ],

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import validated
+from vlmlayers.prompts import EXAMINED
 from vlmlayers.runs import Run, environment, score_table
 from vlmlayers.study.schema import DEFAULT_METRICS, ExtractPart, Study, check_study
 from vlmlayers.user_code import is_user_code
@@ -115,11 +116,16 @@ def score_run(
             check_one_of("option of streamed scores", name, ("sample",))
     else:
         validated(ScoreOptions, options, "--set")
+    from vlmlayers.study.scoring import needs_model, recorded_context, scores_of
+
+    if any(map(needs_model, metrics or ())):
+        context = recorded_context(run)
+        for manifest in context.extracted_manifests:
+            manifest.require_classes(EXAMINED, context.data_root)
     from vlmlayers.features.store import open_features
     from vlmlayers.scores import score_streaming, write_scores
     from vlmlayers.scores.run import chosen_metrics
     from vlmlayers.scores.streamed import STREAMED
-    from vlmlayers.study.scoring import needs_model, recorded_context, scores_of
 
     chosen_metrics([name for name in metrics or () if not needs_model(name)])
     if streaming:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from run_folders import make_run, tiny_clip
 from synthetic import make_features
 
@@ -270,6 +271,24 @@ def test_a_forced_stream_replaces_the_sums_of_another(call, tmp_path: Path) -> N
     assert call(*words, "--items", 10)[0] == 2
     assert call(*words, "--items", 10, "--force")[0] == 0
     assert set(vl.read_scores(out)["n"]) <= {10}
+
+
+def test_metrics_of_the_model_refuse_captions_before_it_is_loaded(
+    call, monkeypatch, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    for number in range(6):
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "c.tsv").write_text("".join(f"{n}.png\ta dot {n}\n" for n in range(6)))
+    (tmp_path / "set.toml").write_text(
+        'title = "Told"\nfolder = "."\nlayout = "captions"\nsplit_file = "c.tsv"\nclasses = 0\n'
+        "tail = { val = 1, test = 1 }\n"
+    )
+    model, out = tiny_clip(tmp_path / "tiny-clip"), tmp_path / "run"
+    words = (model, tmp_path / "set.toml", "--random-weights", "--data-root", tmp_path, "--quiet")
+    assert call("extract", *words, "--text", "captions", "--out", out)[0] == 0
+    monkeypatch.setattr("vlmlayers.models.load_model", None)
+    code, _, err = call("score", out, "--metric", "skip_joint_change")
+    assert (code, err.count("\n")) == (2, 1) and "set has no classes, by prompts of" in err, err
 
 
 def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-untyped-def]

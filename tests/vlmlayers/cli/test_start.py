@@ -16,9 +16,15 @@ STUDIES = {
     "option": STUDY + "[score]\noptions = { sds = 3 }\n",
     "dataset": STUDY.replace("faces", "nosuch"),
     "model": STUDY.replace("mini-clip", "nosuch"),
+    "captions": STUDY.replace("faces", "set.toml")
+    + '[extract]\ntext = "captions"\n[score]\nmetrics = ["cka_debiased", "skip_joint_change"]\n',
     "recipe": STUDY + '[[train]]\nrecipe = "nosuch"\n',
 }
+CAPTIONS = 'title = "Told"\nfolder = "."\nlayout = "captions"\nsplit_file = "c.tsv"\nclasses = 0\n'
 WRONG = """
+extract mini-clip set.toml --out here --data-root .
+train mini-clip set.toml --out here --data-root .
+evaluate mini-clip set.toml --data-root .
 score nosuch
 score --list --metric nosuch
 select nosuch
@@ -97,6 +103,8 @@ for words in commands:
 
 def test_an_error_that_needs_no_model_imports_nothing_large(tmp_path: Path) -> None:
     commands = [line.split() for line in WRONG.strip().splitlines()]
+    (tmp_path / "set.toml").write_text(CAPTIONS)
+    (tmp_path / "c.tsv").write_text("0.png\ta dot\n" * 4)
     for name, text in STUDIES.items():
         (tmp_path / f"{name}.toml").write_text(text)
         commands.append(["study", f"{name}.toml"])
