@@ -131,6 +131,8 @@ def score(
     from vlmlayers.study import verbs
 
     if show:
+        if settings or streaming or jobs is not None:
+            raise UserError("--list says what metrics are and scores nothing; name metrics alone")
         typer.echo(verbs.metrics_text(metrics))
         return
     if run is None:

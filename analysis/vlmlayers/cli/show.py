@@ -47,6 +47,10 @@ def report(
     ] = False,
 ) -> None:
     """Write the report of a run, or a comparison of several."""
+    if out is not None and len(runs) == 1:
+        raise UserError(
+            f"--out is for a comparison of several runs; the report of {runs[0]} goes into it"
+        )
     for run in runs:
         Run.open(run)  # before what takes seconds to import
     from vlmlayers.report import write_comparison, write_report
@@ -72,6 +76,8 @@ def figures(
     """Draw the figures of runs again, each with its table."""
     for one in formats or ():
         check_one_of("format", one, FORMATS, where="--format")
+    if formats and paper is not None:
+        raise UserError("--format is for the figures of a run; --paper draws in formats of its own")
     for run in runs:
         if paper is None:
             Run.open(run)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import Options, Seed, Several, Word
 from vlmlayers.positions import ATTENTION, EMBED, FINAL, PROJ, SPACES
 
@@ -121,6 +122,27 @@ class ScoreOptions(Options):
         description="What read-outs do to features first: `columns` (standardise on the fitting "
         "part), `rows` (length 1) or `none`.",
     )
+
+    def refuse_unread(self, metrics: Iterable[Metric], where: str = "score") -> None:
+        """Refuse an option of metrics' functions that none of some metrics takes.
+
+        Args:
+            metrics: Those that are scored.
+            where: What messages begin with.
+
+        Raises:
+            UserError: Names the option and the metrics that take it.
+        """
+        from vlmlayers.metrics import METRICS
+
+        read = {name for metric in metrics for name in metric.takes}
+        for name in ("k", "shots", "normalise"):
+            if name not in read and getattr(self, name) != type(self).model_fields[name].default:
+                takers = ", ".join(key for key, metric in METRICS.items() if name in metric.takes)
+                raise UserError(
+                    f"{where}: {name} is an option of {takers}, none of which is scored; leave it "
+                    "out"
+                )
 
     def spaces_of(self, metric: Metric) -> tuple[str, ...]:
         """Return the spaces in which a metric is asked for."""

@@ -117,6 +117,7 @@ def score(
     """
     settled = validated(ScoreOptions, options)
     chosen = chosen_metrics(metrics)
+    settled.refuse_unread(chosen.values())
     given = [features] if isinstance(features, LayerFeatures) else list(features)
     groups = make_groups(given, settled)
     _check_positions(given, settled)

@@ -21,6 +21,7 @@ from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
 
 LOG = logging.getLogger(__name__)
+_UNWANTED = "the study has no table of that name, or its models have an adapter, not to be trained"
 LONG = (
     "search",
     "train",
@@ -89,7 +90,11 @@ def run_study(
         run = Run(Path(out) / part.title if many else Path(out))
         return StageContext(run, study, part, Path(base), root, say, progress, device, force)
 
-    check_before([context_of(part) for part in study.models], picked)
+    contexts = [context_of(part) for part in study.models]
+    for name in only or study.stages:
+        if name in picked and not any(STAGES[name].wanted(one) for one in contexts):
+            raise UserError(f"the stage {name!r} has nothing to do: {_UNWANTED}")
+    check_before(contexts, picked)
     runs = []
     for part in study.models:
         context = context_of(part)  # one at a time: it holds the loaded model
@@ -117,7 +122,10 @@ def pick_stages(only: Sequence[str], start: str | None, skip: Sequence[str] = ()
         raise UserError("give either --only or --from, not both")
     first = names.index(start) if start else 0
     wanted = only or names[first:]
-    return [name for name in names if name in wanted and name not in skip]
+    picked = [name for name in names if name in wanted and name not in skip]
+    if not picked:
+        raise UserError(f"no stage is left to run: {', '.join(wanted)} without {', '.join(skip)}")
+    return picked
 
 
 def run_stages(context: StageContext, picked: Sequence[str]) -> None:

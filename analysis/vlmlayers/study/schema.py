@@ -270,7 +270,10 @@ def _check_names(study: Study, where: str) -> None:
     for metric in study.score.metrics:
         if not is_user_code(metric):
             check_one_of("metric", metric, METRICS, where=where)
-    validated(ScoreOptions, study.score.options, f"{where}, options of score")
+    options = f"{where}, options of score"
+    asked = validated(ScoreOptions, study.score.options, options)
+    if not any(map(is_user_code, study.score.metrics)):
+        asked.refuse_unread((METRICS[name] for name in study.score.metrics), options)
     rule = study.select.rule
     if not is_user_code(rule):
         try:

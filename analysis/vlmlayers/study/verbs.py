@@ -114,8 +114,12 @@ def score_run(
     if streaming:
         for name in options:
             check_one_of("option of streamed scores", name, ("sample",))
+        if jobs is not None:
+            raise UserError("--jobs share the scoring of features; --streaming takes one process")
     else:
-        validated(ScoreOptions, options, "--set")
+        asked = validated(ScoreOptions, options, "--set")
+        if not any(map(is_user_code, metrics or ())):
+            asked.refuse_unread(METRICS[name] for name in metrics or DEFAULT_METRICS)
     from vlmlayers.study.scoring import needs_model, recorded_context, scores_of
 
     if any(map(needs_model, metrics or ())):

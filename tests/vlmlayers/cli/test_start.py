@@ -27,6 +27,11 @@ train mini-clip set.toml --out here --data-root .
 evaluate mini-clip set.toml --data-root .
 score nosuch
 score --list --metric nosuch
+score --list --jobs 2
+report . --out here
+figures . --paper here --format pdf
+study small_demo --only score --skip score
+study small_demo --only search
 select nosuch
 select /nosuch --rule nosuch
 report nosuch

@@ -60,6 +60,10 @@ STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
         ({"extract": {"precision": "fp8"}}, "fp32"),
         ({"score": {"metrics": ["dataset_acuracy"]}}, "did you mean 'dataset_accuracy'"),
         ({"score": {"options": {"bootstraps": 3}}}, "did you mean 'bootstrap'"),
+        (
+            {"score": {"metrics": ["cka_debiased"], "options": {"shots": 3}}},
+            "shots is an option of .*, none of which is scored",
+        ),
         ({"select": {"rule": "treshold"}}, "did you mean 'threshold'"),
         ({"select": {"options": {"acuracy": 1}}}, "did you mean 'accuracy'"),
         ({"report": {"formats": ["gif"]}}, "svg"),
@@ -523,6 +527,15 @@ def test_stages_are_picked_and_skipped() -> None:
     assert pick_stages((), None) == list(STAGES)
     assert pick_stages((), None, ["validate"]) == [name for name in STAGES if name != "validate"]
     assert pick_stages((), "select", ["train", "validate"]) == ["select", "report"]
+    with pytest.raises(UserError, match="no stage is left to run: score without score"):
+        pick_stages(["score"], None, ["score"])
+
+
+@pytest.mark.parametrize("stage", ["search", "train", "validate"])
+def test_a_stage_that_is_asked_for_and_has_no_table_is_refused(stage: str, tmp_path: Path) -> None:
+    for content, only in ((BASE, [stage]), ({**BASE, "stages": [stage]}, [])):
+        with pytest.raises(UserError, match=f"the stage '{stage}' has nothing to do"):
+            run_study(check_study(content), tmp_path / "out", only=only)
     assert pick_stages(["report", "score"], None) == ["score", "report"]
     with pytest.raises(UserError, match="did you mean 'validate'"):
         pick_stages((), None, ["validat"])
