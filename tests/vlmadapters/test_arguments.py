@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,21 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
             "final_lr is not read: the schedule is constant",
         ),
         (lambda: va.load_recipe(method="tip").changed({"lr": 1}, {}), "fitted in closed form"),
+        (lambda: train(recipe=va.load_recipe(), method="coop"), "recipe is of mma, not of coop"),
+        (
+            lambda: va.search(shared_backbone(), "faces", recipe=va.load_recipe(), method="coop"),
+            "recipe is of mma, not of coop",
+        ),
+        (
+            lambda: va.validate(
+                shared_backbone(), "2", "faces", recipe=va.load_recipe(), method="coop"
+            ),
+            "recipe is of mma, not of coop",
+        ),
+        (
+            lambda: train(configs=va.MMAConfig.span(2, 3), method="coop"),
+            "either configs or method, not both",
+        ),
         (lambda: train(placement=["mma:2", "3"]), "the placement '3' is for no method"),
         (
             lambda: va.validate(shared_backbone(), "2", "faces", amount="given", folds=3),
@@ -88,6 +104,14 @@ def test_values_that_are_read_beside_others_are_taken() -> None:
     assert lora.changed({"epochs": 3, "steps_per_shot": 0}, {}).train.epochs == 3
     assert va.load_recipe().changed({"optimizer": "adamw", "eps": 1e-4}, {}).train.eps == 1e-4
     assert lora.at("5-12@epochs=3").train.steps_per_shot == 0
+
+
+def test_a_recipe_file_of_another_method_than_is_named_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('method = "maple"\nextends = "published"\nlr = 0.1\n')
+    assert va.load_recipe(tmp_path / "mine.toml").method.name == "maple"
+    assert va.load_recipe(tmp_path / "mine.toml", "maple").train.lr == 0.1
+    with pytest.raises(UserError, match="is a recipe of maple, not of coop"):
+        va.load_recipe(tmp_path / "mine.toml", "coop")
 
 
 def test_a_bare_value_and_numpy_numbers_are_taken_as_meant() -> None:

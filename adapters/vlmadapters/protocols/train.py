@@ -12,7 +12,14 @@ import pandas as pd
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.options import TrainOptions
-from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe, settings_at
+from vlmadapters.training.recipes import (
+    DEFAULT_METHOD,
+    Recipe,
+    check_methods,
+    default_recipe,
+    load_recipe,
+    settings_at,
+)
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
@@ -83,6 +90,8 @@ def train(
         settings = settings_at(recipes, placement)
     elif placement is not None:
         raise UserError("train takes either configs or placement, not both")
+    if configs is not None and list(method) != [DEFAULT_METHOD]:
+        raise UserError("train takes either configs or method, not both")
     experiment = Experiment(
         asked.protocol,
         model,
@@ -104,6 +113,7 @@ def _recipes(
     """Return one recipe per method: those given, or what a name stands for."""
     recipes = [one for one in given if isinstance(one, Recipe)]
     if given and len(recipes) == len(given):
+        check_methods(recipes, methods)
         return recipes
     if len(given) > 1:
         raise UserError(

@@ -27,6 +27,7 @@ from vlmlayers.files import read_toml
 from vlmlayers.placement import Amount, Placement
 from vlmlayers.prompts import TEMPLATE, Template
 
+DEFAULT_METHOD = "mma"  # where it is named, it may as well be nobody's choice
 SHIPPED = Path(__file__).with_name("recipe_files")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step", "constant")
@@ -346,8 +347,18 @@ def default_recipe(model: str, method: str = "mma") -> str:
     return "mini" if model in MINIATURES and "mini" in _shipped(method) else "published"
 
 
+def check_methods(recipes: Sequence[Recipe], methods: Sequence[str]) -> None:
+    """Raise a UserError where methods are named beside recipes, which are of others."""
+    own = [one.method.name for one in recipes]
+    if list(methods) != [DEFAULT_METHOD] and [METHODS.config(one).name for one in methods] != own:
+        raise UserError(
+            f"the recipe is of {', '.join(own)}, not of {', '.join(methods)}; leave method out, or "
+            "name a recipe"
+        )
+
+
 @checked
-def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
+def load_recipe(name: str | Path = "published", method: str = DEFAULT_METHOD) -> Recipe:
     """Return a recipe by name (`published`, `mini`, …) or from a TOML file.
 
     A file holds the keys of one recipe at its top level; `extends` names a shipped one of the same
@@ -359,13 +370,16 @@ def load_recipe(name: str | Path = "published", method: str = "mma") -> Recipe:
         method: Name of the method, for a recipe given by name.
 
     Raises:
-        UserError: The name or a key is unknown (with the nearest), or a value is wrong or not read
-            beside the others.
+        UserError: The name or a key is unknown (with the nearest), a value is wrong or not read
+            beside the others, or the file is of another method than is asked for.
     """
     path = Path(name)
     if path.suffix == ".toml":
         values = read_toml(path, "the recipe")
-        method = values.pop("method", method)
+        own = METHODS.config(values.pop("method", method)).name
+        if method != DEFAULT_METHOD and METHODS.config(method).name != own:
+            raise UserError(f"{path} is a recipe of {own}, not of {method}; name one of the two")
+        method = own
         return _recipe(path.stem, method, values, _shipped(method), str(path))
     shipped = _shipped(method)
     check_one_of(f"recipe of {method}", str(name), shipped)

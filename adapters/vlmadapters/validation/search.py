@@ -23,7 +23,7 @@ from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.train import Datasets, Model
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
+from vlmadapters.training.recipes import Recipe, check_methods, default_recipe, load_recipe
 from vlmadapters.validation.candidates import (
     check_searchable,
     crossed,
@@ -117,6 +117,8 @@ def search(
     depths = {name: tower.depth for name, tower in model.towers.items()}
     if not isinstance(recipe, Recipe):
         recipe = scaled(load_recipe(recipe or default_recipe(model.name, method), method), depths)
+    else:
+        check_methods([recipe], [method])
     check_searchable(recipe.method)
     default = recipe.changed({"shots": asked.shots}, {})
     rates = tried_amounts(default, asked.given_amounts)

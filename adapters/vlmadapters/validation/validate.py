@@ -18,7 +18,7 @@ from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.train import Datasets, Model
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import Recipe, default_recipe, load_recipe
+from vlmadapters.training.recipes import Recipe, check_methods, default_recipe, load_recipe
 from vlmadapters.validation.competitors import Competitor, chosen_placement, competitors
 from vlmadapters.validation.options import ValidateOptions
 from vlmadapters.validation.outcome import Validation, summarise, validation_table
@@ -155,6 +155,8 @@ def _recipe(
 ) -> Recipe:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe or default_recipe(model.name, method), method)
+    else:
+        check_methods([recipe], [method])
     return recipe.changed({"shots": shots}, {})
 
 

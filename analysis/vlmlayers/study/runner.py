@@ -21,7 +21,7 @@ from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
 
 LOG = logging.getLogger(__name__)
-_UNWANTED = "the study has no table of that name, or its models have an adapter, not to be trained"
+_UNWANTED = "the study has no table of that name"
 LONG = (
     "search",
     "train",

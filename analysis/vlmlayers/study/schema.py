@@ -215,6 +215,16 @@ class Study(Options):
             raise ValueError(f"template of [extract] {NO_PROMPTS}")
         return self
 
+    @model_validator(mode="after")
+    def _some_model_is_trained(self) -> Study:
+        for name, table in (("search", self.search), ("validate", self.validate_)):
+            if table is not None and all(model.adapter for model in self.models):
+                raise ValueError(
+                    f"the table [{name}] is for backbones, and every model has an adapter; leave "
+                    "it out, or name a model without one"
+                )
+        return self
+
     def part(self, dataset: DatasetPart) -> dict[str, Any]:
         """Return the extraction options of one dataset."""
         # None means absent here; `items = 0` and `present_only = false` are said.

@@ -64,6 +64,10 @@ STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
             {"score": {"metrics": ["cka_debiased"], "options": {"shots": 3}}},
             "shots is an option of .*, none of which is scored",
         ),
+        (
+            {"models": [{"name": "a", "adapter": "b.safetensors"}], "validate": {}},
+            r"the table \[validate\] is for backbones, and every model has an adapter",
+        ),
         ({"select": {"rule": "treshold"}}, "did you mean 'threshold'"),
         ({"select": {"options": {"acuracy": 1}}}, "did you mean 'accuracy'"),
         ({"report": {"formats": ["gif"]}}, "svg"),
