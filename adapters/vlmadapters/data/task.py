@@ -163,7 +163,9 @@ class TaskData:
             UserError: There are no classes or one, or the split has no image of these classes.
         """
         name, names = self.manifest.name, self.class_names
-        self.manifest.require_classes(" to tell apart", self.root)
+        if not names:  # as `Manifest.require_classes`, which reads files that folds do not have
+            why = "; ".join(("", *self.manifest.remarks(self.root)))
+            raise UserError(f"{name} has no classes to tell apart{why}")
         if len(names) == 1:
             raise UserError(f"{name} has one class, {names[0]!r}; name data of two or more")
         labels = set(self._labels(kind))

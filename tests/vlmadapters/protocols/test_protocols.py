@@ -231,7 +231,7 @@ def test_what_has_no_rate_is_not_told_to_raise_it(
     method: str, note: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlmadapters.protocols.experiment.EFFECT", 2.0)  # no change is as large
-    recipe = load_recipe("mini", method).changed({"shots": 2, "epochs": 1}, {})
+    recipe = load_recipe("mini", method).replaced({"shots": 2, "epochs": 1}, {})
     found = train(shared_backbone(), ["shapes_filled"], recipe, protocol="few-shot", seeds=(1,),
                   **QUICK)  # fmt: skip
     assert set(found[found.seed == 1].note) == {note}
