@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+RESUME = "Stopped. Start the same command again to continue where it was."  # after Ctrl-C
 LONGEST = 1500  # characters of a message: a file may hold a name of any length
 DISK = {
     errno.ENOSPC: "free space",

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from vlmlayers.cli.data import data_app
-from vlmlayers.cli.extensions import RESUME, Verb, Verbs
+from vlmlayers.cli.extensions import Verb, Verbs
 from vlmlayers.cli.measure import extract, models, score, select
 from vlmlayers.cli.show import figures, report
 from vlmlayers.cli.whole import demo, init, study
-from vlmlayers.errors import DISK, UserError, disk_trouble, printable
+from vlmlayers.errors import DISK, RESUME, UserError, disk_trouble, printable
 
 WRONG_USAGE: Any = typer.BadParameter.__bases__[0]  # click's, which typer brings along
 # What typer says of a value that is not a number, in pydantic's words or its own, and in ours.

@@ -10,11 +10,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vlmlayers.cli.loudness import Loudness
-from vlmlayers.errors import UserError
+from vlmlayers.errors import RESUME, UserError
 
 LIST = re.compile(r"<list\[(\w+)\]>")  # how typer shows the type of several
 VERBS = "vlmlayers.verbs"
-RESUME = "Stopped. Start the same command again to continue where it was."
 ORDER = (
     "demo",
     "init",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 LARGE = ("torch", "open_clip", "sklearn", "pandas", "pyarrow", "matplotlib", "scipy.stats")
 STUDY = 'models = [{ name = "mini-clip" }]\ndatasets = ["faces"]\n'
@@ -134,3 +137,19 @@ def test_tables_and_help_import_nothing_large(tmp_path: Path) -> None:
     )  # fmt: skip
     for words, line in zip(commands, done.stdout.splitlines()):
         assert json.loads(json.loads(line)[-1]) == [0, []], words
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_interrupt_while_the_command_is_imported_is_one_line(
+    installed: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")  # Ctrl-C in the first 0.3 s
+    script = [str(Path(sys.executable).with_name("vlmlayers"))]
+    done = subprocess.run(
+        [*(script if installed else [sys.executable, "-m", "vlmlayers"]), "models"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr.strip().startswith("Stopped. Start the same command again")
+    assert len(done.stderr.strip().splitlines()) == 1
