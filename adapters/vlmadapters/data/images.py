@@ -140,8 +140,14 @@ class Images:
             raise UserError(f"workers is {workers}; it must be 0 or more")
         self.manifest, self.root, self.room = manifest, root, room or shared_room(CPU)
         self.transform, self.device = model.preprocess, model.device
-        size = model.clip.visual.image_size
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        # Of what the tower takes: open_clip's and transformers' models name their sizes differently.
+        shape = model.towers["vision"].example(0).shape
+        if len(shape) != 4:
+            raise UserError(
+                f"{model.name} takes patches, not images of one size, which training crops and "
+                "tests; choose a backbone of one image size"
+            )
+        self.size = (int(shape[2]), int(shape[3]))
         self.mean, self.std = _normalisation(model.preprocess)
         self._mean, self._std = (placed(one, self.device) for one in (self.mean, self.std))
         threads = decoding_processes(workers, WORTH_STARTING, self.device)
@@ -292,11 +298,17 @@ def _normalisation(preprocess: Any) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation that a transform normalises with, (3, 1, 1) each."""
     for step in getattr(preprocess, "transforms", ()):
         if hasattr(step, "mean") and hasattr(step, "std"):
-            mean, std = torch.tensor(step.mean), torch.tensor(step.std)
-            return mean.view(3, 1, 1), std.view(3, 1, 1)
+            return _channels(step.mean), _channels(step.std)
+    processor = getattr(preprocess, "processor", None)  # of transformers
+    if getattr(processor, "do_normalize", False):
+        return _channels(processor.image_mean), _channels(processor.image_std)
     raise UserError(
         "the model's preprocessing has no normalisation step; load the model with load_model"
     )
+
+
+def _channels(values: Any) -> Tensor:
+    return torch.as_tensor(values).view(3, 1, 1)
 
 
 def epoch_batches(

@@ -1,0 +1,57 @@
+"""Models of transformers are trained on and tested as their own code answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vlmadapters.data.images import Images
+from vlmadapters.data.task import TaskData
+from vlmlayers import cli
+from vlmlayers.errors import UserError
+from vlmlayers.manifests import Manifest
+from vlmlayers.models import load_model, wrap_model
+from vlmlayers.prompts import class_prompts
+
+transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'")
+made = pytest.importorskip("transformers_models", reason="needs the extra 'hf'")
+
+
+def test_a_folder_of_transformers_is_trained_and_its_zero_shot_is_transformers(
+    tmp_path: Path,
+) -> None:
+    folder, out = made.clip_folder(tmp_path / "my_clip"), tmp_path / "run"
+    words = f"train {folder} signs --method mma,coop --placement mma:1-2 --out {out} --seeds 1"
+    settings = "--items 20 --set shots=1 --set epochs=2 --set scale=1 --set template=a{}"
+    done = CliRunner().invoke(cli.app, [*words.split(), *settings.split()])
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(out / "results.csv")
+    assert set(table["method"]) >= {"zero-shot CLIP", "MMA", "CoOp"}
+    row = table[(table["method"] == "zero-shot CLIP") & (table["split_kind"] == "base")].iloc[0]
+
+    task = TaskData("signs", load_model(folder), limit=20)
+    items, names = task.test("base"), task.task("base", "a{}").class_names
+    clip = transformers.CLIPModel.from_pretrained(folder)
+    pixels = transformers.CLIPImageProcessor.from_pretrained(folder)(
+        images=[task.manifest.open_image(item, size=32) for item in items], return_tensors="pt"
+    )
+    tokens = transformers.CLIPTokenizer.from_pretrained(folder)(
+        class_prompts(names, "a{}"), padding="max_length", max_length=77, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = clip(**pixels, input_ids=tokens["input_ids"]).logits_per_image
+    truth = torch.tensor([item.label for item in items])
+    found = logits.log_softmax(-1)[torch.arange(len(truth)), truth].mean()
+    assert float(found) == pytest.approx(row["log_likelihood"], abs=2e-3)
+    assert float((logits.argmax(-1) == truth).float().mean()) == pytest.approx(row["accuracy"])
+
+
+def test_a_model_of_patches_is_refused_in_one_line() -> None:
+    model = wrap_model(made.build("Siglip2"), preprocess=np.asarray, random_weights=True)
+    with pytest.raises(UserError, match="takes patches, not images of one size"):
+        Images(model, Manifest.load("signs"))
