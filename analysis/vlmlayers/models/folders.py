@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,20 @@ def _timm(folder: Path, random_weights: bool) -> nn.Module:
     return made
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' progress bars meanwhile: it draws them into log files as well."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _transformers(folder: Path, random_weights: bool) -> Any:
     try:
         from transformers import AutoConfig, AutoModel
@@ -73,9 +89,10 @@ def _transformers(folder: Path, random_weights: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         return AutoModel.from_config(config)
     # transformers only warns of missing weights and leaves them random: hence the loading report.
-    model, found = AutoModel.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True
-    )
+    with _without_bars():
+        model, found = AutoModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
     # The pooler of a classification that the weights were made for is no part of the features.
     lacks = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
     lacks += [str(entry[0]) for entry in found.get("mismatched_keys", ())]
