@@ -52,10 +52,11 @@ def search(
     check_inputs(model, weights, datasets, data_root)
     # Not before the checks, as torch takes seconds to import.
     from vlmadapters.cli.terminal import RANDOM
+    from vlmadapters.clip.towers import backbone_depths
     from vlmadapters.validation.search import search as run
 
     loaded = load_backbone(model, weights, device)
-    depths = {name: tower.depth for name, tower in loaded.towers.items()}
+    depths = backbone_depths(loaded.clip)
     found = run(
         loaded,
         datasets,

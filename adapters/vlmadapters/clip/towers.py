@@ -15,9 +15,15 @@ def backbone_towers(clip: nn.Module) -> dict[str, Tower]:
     """Return both towers of a CLIP whose blocks an adapter can stand beside.
 
     Raises:
-        UserError: A tower has no transformer blocks, or its blocks have no first norm.
+        UserError: There is no text tower, a tower has no transformer blocks, or its blocks have no
+            first norm.
     """
     towers = find_towers(clip)
+    if "text" not in towers:
+        raise UserError(
+            f"the model has no text tower ({towers['vision'].family}), which its classes are told "
+            "by; choose a CLIP or one of its like"
+        )
     for tower in towers.values():
         if tower.kind != "blocks":
             raise UserError(
@@ -26,6 +32,11 @@ def backbone_towers(clip: nn.Module) -> dict[str, Tower]:
             )
         first_norm(tower.blocks[0], tower)
     return towers
+
+
+def backbone_depths(clip: nn.Module) -> dict[str, int]:
+    """Return the number of blocks of both towers; see `backbone_towers` for errors."""
+    return {name: tower.depth for name, tower in backbone_towers(clip).items()}
 
 
 def first_norm(block: nn.Module, tower: Tower) -> nn.Module:

@@ -140,7 +140,7 @@ class Images:
             raise UserError(f"workers is {workers}; it must be 0 or more")
         self.manifest, self.root, self.room = manifest, root, room or shared_room(CPU)
         self.transform, self.device = model.preprocess, model.device
-        # Of what the tower takes: open_clip's and transformers' models name their sizes differently.
+        # Of what the tower takes: open_clip and transformers name their sizes differently.
         shape = model.towers["vision"].example(0).shape
         if len(shape) != 4:
             raise UserError(
@@ -300,7 +300,7 @@ def _normalisation(preprocess: Any) -> tuple[Tensor, Tensor]:
         if hasattr(step, "mean") and hasattr(step, "std"):
             return _channels(step.mean), _channels(step.std)
     processor = getattr(preprocess, "processor", None)  # of transformers
-    if getattr(processor, "do_normalize", False):
+    if processor is not None and processor.do_normalize:
         return _channels(processor.image_mean), _channels(processor.image_std)
     raise UserError(
         "the model's preprocessing has no normalisation step; load the model with load_model"

@@ -376,7 +376,8 @@ class Experiment:
         title = result.config.title
         level = logging.INFO if title in self._unmoved else logging.WARNING
         self._unmoved.add(title)
-        LOG.log(level, "%s %s, seed %d: %s", title, result.config.placement, result.seed, note)
+        where = f"{title} {result.config.placement}".strip()  # some methods have no placement
+        LOG.log(level, "%s, seed %d: %s", where, result.seed, note)
 
     def _items(self, target: Target) -> tuple[list[Item], Labels]:
         items = target.dataset.test(target.kind, target.split)

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from vlmadapters.clip.products import timed_products
+from vlmadapters.clip.towers import backbone_depths
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.train import Datasets, Model
@@ -114,7 +115,7 @@ def search(
         UserError: A name is unknown, the budget allows no comparison, or the data are too few.
     """
     asked = validated(SearchOptions, options, "search")
-    depths = {name: tower.depth for name, tower in model.towers.items()}
+    depths = backbone_depths(model.clip)
     if not isinstance(recipe, Recipe):
         recipe = scaled(load_recipe(recipe or default_recipe(model.name, method), method), depths)
     else:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from vlmadapters.clip.towers import backbone_depths
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.train import Datasets, Model
@@ -168,7 +169,7 @@ def _competitors(
     seed: int,
 ) -> list[Competitor]:
     chosen = chosen_placement(method, choice)
-    depths = {name: tower.depth for name, tower in model.towers.items()}
+    depths = backbone_depths(model.clip)
     # The verdict compares with the reference, so it is trained even where it is not asked for.
     wanted = dict.fromkeys([asked.reference, *asked.kinds])
     count = asked.random_count

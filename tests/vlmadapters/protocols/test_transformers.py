@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from vlmadapters.data.images import Images
@@ -50,6 +53,20 @@ def test_a_folder_of_transformers_is_trained_and_its_zero_shot_is_transformers(
     found = logits.log_softmax(-1)[torch.arange(len(truth)), truth].mean()
     assert float(found) == pytest.approx(row["log_likelihood"], abs=2e-3)
     assert float((logits.argmax(-1) == truth).float().mean()) == pytest.approx(row["accuracy"])
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "validate", "search"])
+def test_a_model_without_texts_is_refused_in_one_line(verb: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my_vit"
+    folder.mkdir()
+    vit = timm.create_model("test_vit", pretrained=False)
+    save_file(vit.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "test_vit", "num_classes": 1000, "pretrained_cfg": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    placed = ["--placement", "1-2"] if verb == "validate" else []
+    done = CliRunner().invoke(cli.app, [verb, str(folder), "signs", "--out", "run", *placed])
+    assert isinstance(done.exception, UserError), done.exception
+    assert "has no text tower" in str(done.exception)
 
 
 def test_a_model_of_patches_is_refused_in_one_line() -> None:
