@@ -132,9 +132,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         advice = DISK.get(error.errno or 0, "choose a folder that can be written")
+        # Arrow gives the number alone, and a message that names our draft.
+        reason = error.strerror or (os.strerror(error.errno) if error.errno else error)
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; {advice} and start again, what is "
-            "done so far is kept"
+            f"cannot write {path}: {reason}; {advice} and start again, what is done so far is kept"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import read_json, read_toml, write_json
+from vlmlayers.files import read_json, read_toml, write_json, writing
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -39,3 +40,13 @@ def test_json_that_is_no_object(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=r"a\.json must hold an object; write it anew$"):
         read_json(path, advice="write it anew")
+
+
+def test_an_error_that_has_a_number_alone_is_told_in_the_systems_words(tmp_path: Path) -> None:
+    error = OSError("Failed to open local file '.x.12-34.part'. Detail: [errno 13]")  # Arrow's
+    error.errno = errno.EACCES
+    with (
+        pytest.raises(UserError, match=r"cannot write \S+/x: Permission denied; choose a folder"),
+        writing(tmp_path / "x"),
+    ):
+        raise error

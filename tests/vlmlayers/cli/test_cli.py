@@ -301,6 +301,8 @@ def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-unt
     assert len(choice["vision"]) == 3 and choice["rule"] == "budget"
     code, out, _ = call("report", run.folder, "--title", "By hand")
     assert code == 0 and "By hand" in run.report.read_text()
+    code, _, err = call("report", run.folder, "--out", run.folder / "elsewhere")
+    assert code == 2 and "--out is for a comparison" in err
     code, out, _ = call("figures", run.folder, "--format", "svg")
     assert code == 0 and all(Path(line).exists() for line in out.split())
     code, _, err = call("select", run.folder, "-s", "n")
