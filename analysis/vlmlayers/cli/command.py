@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import warnings
@@ -12,6 +13,7 @@ import typer
 
 from vlmlayers.cli.data import data_app
 from vlmlayers.cli.extensions import Verb, Verbs
+from vlmlayers.cli.loudness import Lines
 from vlmlayers.cli.measure import extract, models, score, select
 from vlmlayers.cli.show import figures, report
 from vlmlayers.cli.whole import demo, init, study
@@ -71,6 +73,8 @@ def _usage(error: Any) -> str:
 
 def main() -> None:
     """Run the command line: 0 done, 2 the user's input is wrong, 1 a fault, 130 stopped."""
+    # Python's own last resort writes into the row of a bar, at whatever column that ended.
+    logging.lastResort = Lines(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -35,7 +35,7 @@ def data_list(data_root: DataRoot = None) -> None:
         }
         for row in list_rows(data_root)
     ]
-    typer.echo(text_table(rows, widths={"title": 15, "licence": 8}))
+    typer.echo(text_table(rows, widths={"title": 12, "licence": 8}))
 
 
 @data_app.command("check", cls=Verb)

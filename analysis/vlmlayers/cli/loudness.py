@@ -50,7 +50,7 @@ def _setting(long: str, mode: Callable[[], AbstractContextManager[None]], help: 
     return typer.Option(long, long[1:3], callback=set_mode, expose_value=False, help=help)
 
 
-class _Lines(logging.Handler):
+class Lines(logging.Handler):
     """Writes each record on a line of standard error, above a bar that is shown there."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -66,7 +66,7 @@ def spoken() -> Iterator[None]:
     if not is_first_process():
         yield
         return
-    lines = _Lines()
+    lines = Lines()
     lines.setFormatter(logging.Formatter(FORM, "%H:%M:%S"))
     loggers = [logging.getLogger(name) for name in PACKAGES]
     levels = [logger.level for logger in loggers]

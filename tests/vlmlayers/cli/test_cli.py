@@ -317,6 +317,7 @@ def test_tables_read_well_at_80_columns(call) -> None:  # type: ignore[no-untype
     assert max(map(len, out.splitlines())) <= 80
     code, out, _ = call("data", "list")
     assert code == 0 and "caltech101" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_data_check_exits_2_for_what_was_asked_for_and_is_missing(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

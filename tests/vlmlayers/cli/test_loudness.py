@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
@@ -14,6 +15,7 @@ import typer
 from run_folders import make_run, tiny_clip
 
 from vlmlayers import cli
+from vlmlayers.cli import command
 from vlmlayers.progress import bar, hidden
 from vlmlayers.runs import Run
 
@@ -135,3 +137,21 @@ def test_verbs_of_one_stage_say_what_they_read(call: Any, tmp_path: Path) -> Non
     for verb in (("select", run.folder), ("figures", run.folder, "--format", "svg")):
         code, _, err = call(*verb, "-v")
         assert code == 0 and f"read {run.scores}" in err and "wrote" in err
+
+
+def test_a_warning_beside_bars_has_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(logging, "lastResort", logging.lastResort)
+    monkeypatch.setattr(logging.getLogger("vlmlayers"), "propagate", False)  # pytest's handlers
+
+    def verb(**_: Any) -> None:
+        with bar(total=2, description="cells"):
+            list(bar(range(3), "train"))  # below; it ends at the right edge of its row
+            logging.getLogger("vlmlayers.x").warning("nothing changed")
+
+    monkeypatch.setattr(command, "app", verb)
+    with pytest.raises(SystemExit):
+        command.main()
+    assert re.search(r"[\r\n]nothing changed\n", terminal.getvalue())
