@@ -280,7 +280,7 @@ def test_what_no_step_trains_has_no_amount_to_search(method: str, manifest: Mani
     recipe = load_recipe("published", method)
     with pytest.raises(UserError, match=f"{method} has nothing to search"):
         search(shared_backbone(), [manifest], **QUICK | {"recipe": recipe})
-    with pytest.raises(UserError, match="does not read lr or epochs; leave them out"):
+    with pytest.raises(UserError, match=f"lr is not read: {method} is fitted in closed form"):
         recipe.at("@lr=0.1,epochs=3")
 
 
