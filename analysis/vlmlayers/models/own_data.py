@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+)
 
 from vlmlayers.data.readers import eight_bit, open_image, upright
 from vlmlayers.errors import UserError, check_one_of
@@ -192,12 +199,17 @@ def _held(data: Any, progress: bool) -> _Held:
 
 
 def _refuse_part(loader: Any) -> None:
-    """Refuse a DataLoader that does not draw each image of its dataset once.
+    """Refuse a DataLoader that does not draw each image of its dataset once, as it is.
 
     Raises:
         UserError: Says how to hand over a part.
     """
     batches, dataset = loader.batch_sampler, loader.dataset
+    if loader.collate_fn not in (default_collate, default_convert):
+        raise UserError(
+            "the DataLoader has a collate_fn of its own, which extraction does not run; give its "
+            "dataset, whose images are prepared as the model wants them"
+        )
     if batches is not None and type(batches) is not BatchSampler:
         drawn = f"by a {type(batches).__name__} of its own"  # whose rows nothing tells beforehand
     elif isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):

@@ -61,14 +61,22 @@ def select(
     picks = chooser(seen)
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
-    # A rule that reads no score would give the same choice every time.
-    moves = resamples if name not in UNSAMPLED else 0
+    moves = resampled(name, resamples)
+    if seed and not moves:
+        why = f"rule {name!r} reads no score" if name in UNSAMPLED else "resamples is 0"
+        raise UserError(f"seed is of the resampling, and {why}; leave seed out")
     found = stability(chooser, seen, moves, seed) if moves else {}
     evidence = _evidence(table, chooser, blocks, picks, found)
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
     # A search brings a statement of its own.
     return replace(choice, evidence={"statement": _statement(choice)} | evidence)
+
+
+def resampled(rule: str, resamples: int) -> int:
+    """Return on how many resampled tables `select` runs a rule of this name again."""
+    # One that reads no score would choose the same every time.
+    return 0 if rule in UNSAMPLED else resamples
 
 
 def _used(scores: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from vlmlayers.arguments import Natural, Share, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_json
 from vlmlayers.placement import Placement, parse_blocks
+from vlmlayers.positions import TOWERS
 from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
 from vlmlayers.selection.per_block import metrics_of, score_blocks
 
@@ -97,11 +98,21 @@ class Threshold(Rule):
 
     def __post_init__(self) -> None:
         check_one_of("partner", self.partner, ("depth", "max"))
+        self.reads(TOWERS)
 
     def reads(self, towers: Collection[str]) -> tuple[str, ...]:
-        """Return both metrics, or the first alone where there is nothing to agree with."""
-        alone = self.agreement_metric == "none" or len(towers) < 2
-        return (self.metric,) if alone else (self.metric, self.agreement_metric)
+        """Return both metrics, or the first alone where there is nothing to agree with.
+
+        Raises:
+            UserError: There is nothing to agree with, and an option of the agreement is set.
+        """
+        if self.agreement_metric != "none" and len(towers) > 1:
+            return self.metric, self.agreement_metric
+        why = "agreement_metric is none" if len(towers) > 1 else "there is one tower alone"
+        for name in ("agreement", "partner"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{name} is of agreement between towers, and {why}; leave it out")
+        return (self.metric,)
 
     def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""

@@ -208,13 +208,15 @@ def _select_inputs(context: StageContext) -> dict[str, Any]:
 
 def _select(context: StageContext) -> None:
     from vlmlayers.selection import select
+    from vlmlayers.selection.chooser import resampled
 
     part = context.study.select
     choice = select(
         context.scores,
         context.rule,
         resamples=part.resamples,
-        seed=context.seed,
+        # The study's seed draws items as well; `select` refuses one that draws nothing.
+        seed=context.seed if resampled(context.rule, part.resamples) else 0,
         **context.rule_options,
     )
     choice.save(context.run.choice)

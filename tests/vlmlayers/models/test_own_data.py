@@ -183,6 +183,13 @@ def test_a_loader_of_other_rows_than_its_dataset_is_refused(options, message):
         vl.extract(MODEL, DataLoader(Pairs(), **options), **QUIET)
 
 
+@pytest.mark.parametrize("batch_size", [2, None])
+def test_a_loader_that_makes_its_batches_itself_is_refused(batch_size):
+    loader = DataLoader(Pairs(), batch_size=batch_size, collate_fn=lambda batch: batch)
+    with pytest.raises(vl.UserError, match="a collate_fn of its own, .*; give its dataset"):
+        vl.extract(MODEL, loader, **QUIET)
+
+
 def test_a_loader_of_whole_batches_alone_is_refused_where_its_stream_has_no_length():
     with pytest.raises(vl.UserError, match="whole batches alone"):
         vl.extract(MODEL, DataLoader(Stream(), batch_size=2, drop_last=True), **QUIET)
@@ -193,6 +200,7 @@ def test_a_loader_of_whole_batches_alone_is_refused_where_its_stream_has_no_leng
     [
         {"batch_size": 2, "shuffle": True},
         {"batch_size": 3, "drop_last": True},
+        {"batch_size": None},
         {"batch_sampler": torch.utils.data.BatchSampler(IN_ORDER, 2, False)},
     ],
 )

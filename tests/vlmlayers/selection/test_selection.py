@@ -451,6 +451,13 @@ def test_a_choice_shows_itself_in_ten_lines() -> None:
         ({"rule": "budget", "score": "acuracy"}, "did you mean 'accuracy'"),
         ({"rule": "budget", "score": "accuracy_x_novel"}, "needs the metric"),
         ({"rule": "explicit"}, "names no block"),
+        ({"seed": 3, "resamples": 0}, "seed is of the resampling, and resamples is 0"),
+        ({"seed": 3, "rule": "paper"}, "rule 'paper' reads no score; leave seed out"),
+        (
+            {"agreement": 0.7, "agreement_metric": "none"},
+            "agreement is of agreement between towers, and agreement_metric is none",
+        ),
+        ({"partner": "max", "agreement_metric": "none"}, "partner is of agreement between towers"),
         (
             {"rule": "explicit", "vision": "1-13"},
             "vision block 13, but the vision tower has 12 blocks",
@@ -460,6 +467,14 @@ def test_a_choice_shows_itself_in_ten_lines() -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         select(planted(), **options)  # type: ignore[arg-type]
+
+
+def test_agreement_has_no_options_where_one_tower_is_scored() -> None:
+    scores = planted()
+    alone = scores[(scores.tower == "vision") & (scores.metric == "dataset_accuracy")]
+    assert select(alone, resamples=0).vision == select(scores, resamples=0).vision
+    with pytest.raises(UserError, match="partner is of .*, and there is one tower alone"):
+        select(alone, partner="max")
 
 
 def test_bad_tables() -> None:

@@ -303,6 +303,7 @@ def test_fingerprint_sees_every_change() -> None:
 
 TINY = """
 title = "Tiny"
+seed = 3
 models = [{ path = "tiny-clip", random_weights = true }]
 datasets = ["digits", "letters", "flags"]
 [extract]
@@ -427,6 +428,7 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(
     copy = tmp_path / "copy"
     shutil.copytree(done.folder, copy)
     changed = study_file.read_text().replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
+    # The seed that draws items stays, although this rule draws nothing.
     changed = changed.replace("resamples = 5", 'rule = "paper"\nresamples = 4')
     file = tmp_path / "s.toml"
     file.write_text(changed)
