@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vlmadapters.clip.frozen import VIEW_BYTES, Backbone, ViewCache
+from vlmadapters.clip.frozen import VIEW_BYTES, Backbone
 from vlmadapters.clip.products import adopt_products, timed_products
 from vlmadapters.clip.walk import State
 from vlmadapters.data.images import Images, epoch_batches
@@ -37,6 +37,7 @@ from vlmadapters.training.memory import check_memory, view_bytes
 from vlmadapters.training.optimization import learning_rate, new_optimizer, set_rate
 from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.state import load_training_state, save_training_state
+from vlmadapters.training.views import Views
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item
 from vlmlayers.models.devices import memory_errors, placed, products_in, resolve_precision
@@ -45,7 +46,6 @@ from vlmlayers.progress import bar
 
 LOG = logging.getLogger(__name__)
 DRAWS = 0xD5  # key of the random draws inside training steps
-BATCH = 32  # views whose frozen features are computed at a time
 LOOK_EVERY = 20  # steps between two readings of the losses, for which the host waits for the device
 
 
@@ -133,8 +133,9 @@ class Trainer:
         self.autocast, _ = precision_of(self.train.precision, self.device)
         self.runs = [self._new_run(config) for config in self.configs]
         self.starts = [run.method.first(self.backbone, "vision") for run in self.runs]
-        # Several processes each see a share of the images: none needs the features of all.
-        self.plain = self.backbone.is_plain(self.starts) and processes.rank_and_size()[1] == 1
+        self.views = Views(
+            self.images, self.items, self.train, seed, self.backbone, self.starts, self.autocast
+        )
         self.steps_per_epoch = len(self.batches(0))
         self.total_steps = count_steps(self.train, len(self.items))
         # Rounded up, since schedules and `end_epoch` count whole epochs, begun ones too.
@@ -143,8 +144,6 @@ class Trainer:
         self._check_memory()
         self.epoch = self.step = 0
         self.spent = 0.0  # seconds of earlier runs of this training
-        self.views: ViewCache | None = None
-        self._drawn: tuple[int, NDArray[np.float64]] | None = None
         self.graph = StepGraph() if self.train.cuda_graph else None
 
     def _check_items(self) -> None:
@@ -171,7 +170,7 @@ class Trainer:
 
     def _check_memory(self) -> None:
         _, size = processes.rank_and_size()
-        cached = self.backbone.steps and not self.plain
+        cached = self.backbone.steps and not self.views.plain
         # Plain features are joint embeddings, whose size does not matter here.
         views = self.train.cached_views * len(self.items) if cached else 0
         kept = min(VIEW_BYTES, view_bytes(self.backbone, views, self.starts)) if views else 0
@@ -316,11 +315,12 @@ class Trainer:
         self, batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[NDArray[np.int64], Tensor | None]]:
         """Yield batches with their images, which worker threads prepare one batch ahead."""
-        if self.train.cached_views or self.plain:  # most views are there already
+        if self.views.kept:  # most views are there already
             yield from ((batch, None) for batch in batches)
             return
         mine = [processes.share(batch) for batch in batches]
-        yield from zip(batches, self.images.ahead(self._augmented, mine))
+        view = partial(self.views.images_of, epoch=self.epoch)
+        yield from zip(batches, self.images.ahead(view, mine))
 
     def update(self, batch: NDArray[np.int64], images: Tensor | None = None) -> None:
         """Update every method on one global batch; the host does not wait for the device.
@@ -333,11 +333,11 @@ class Trainer:
         mine = processes.share(batch)
         rows = torch.from_numpy(mine)
         labels = self.labels[placed(rows, self.device)]
-        kept = self._kept_states(mine)
+        kept = self.views.states(mine, self.epoch)
         if kept:
             inputs = [state.x for state in kept.values() if state.x is not None]
         else:
-            inputs = [self._augmented(mine) if images is None else images]
+            inputs = [self.views.images_of(mine, self.epoch) if images is None else images]
         step = partial(self._step, kept, self.known_labels[rows])
         run_step = step if self.graph is None else partial(self.graph.run, step)
         trained = [run for run in self.runs if run.optimizer is not None]
@@ -412,71 +412,16 @@ class Trainer:
 
     def _fit_data(self, run: _Training) -> FitData:
         def validation() -> tuple[Tensor, Tensor]:
-            key = self._images_of(self.validation)
-            batches = partial(self.images.batches, self.validation, BATCH)
-            with self.autocast():
-                features = self.backbone.plain_features(key, batches)
+            features = self.views.features_unchanged(self.validation)
             return features, placed(self._labels(self.validation), self.device)
 
         given = validation if self.validation else None
-        return FitData(self.backbone, run.classes, self.labels, self._view_features, given)
-
-    def _images_of(self, items: Sequence[Item]) -> tuple[Any, ...]:
-        """Return what features of some images depend on besides their augmentation."""
-        return self.images, tuple(item.path for item in items), self.train.precision
-
-    def _view_features(self, number: int) -> Tensor:
-        """Return joint features of the plain backbone of a view of all items, (item, joint)."""
-        # In batches of one size, so that they are to the bit the same for every method.
-        drawn = self.seed, number, self.train.augmentation, self.train.device_crops
-        batches = np.split(np.arange(len(self.items)), range(BATCH, len(self.items), BATCH))
-
-        def make() -> Iterator[Tensor]:
-            return self.images.ahead(lambda rows: self._augmented(rows, number), batches)
-
-        with self.autocast():
-            return self.backbone.plain_features((*self._images_of(self.items), *drawn), make)
+        return FitData(self.backbone, run.classes, self.labels, self.views.features, given)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """Return the items of each step of an epoch, by their index."""
         size, drop = self.batch_size, self.train.drop_last
         return epoch_batches(len(self.items), size, self.seed, epoch, drop_last=drop)
-
-    def _view(self) -> int:
-        """Return the number of the view that this epoch sees of every image."""
-        views = self.train.cached_views
-        return self.epoch % views if views else self.epoch
-
-    def _augmented(self, batch: NDArray[np.int64], view: int | None = None) -> Tensor:
-        """Return a view of some items, this epoch's by default, (item, 3, height, width)."""
-        draws = self._draws(self._view() if view is None else view)
-        items = [self.items[i] for i in batch]
-        given = items, draws[batch], self.train.augmentation
-        return self.images.augmented(*given, on_device=self.train.device_crops)
-
-    def _draws(self, view: int) -> NDArray[np.float64]:
-        """Return the random numbers of a view of all items, (item, numbers)."""
-        # Of all items at once: an item's crop does not depend on its batch. Kept for the view's
-        # other batches, which most steps ask for.
-        if self._drawn is None or self._drawn[0] != view:
-            made = self.train.augmentation.draws(len(self.items), self.seed, view)
-            self._drawn = view, made
-        return self._drawn[1]
-
-    def _kept_states(self, batch: NDArray[np.int64]) -> dict[int, State]:
-        """Return frozen states that are kept: of cached views, or of images that end frozen."""
-        if self.plain:
-            features = self._view_features(self._view())
-            own = features[placed(torch.from_numpy(batch), features.device)]
-            return {self.starts[0]: self.backbone.plain_state(own)}
-        views = self.train.cached_views
-        if not views or not self.backbone.steps:
-            return {}
-        if self.views is None:
-            self.views = ViewCache(self.backbone, self.starts, views * len(self.items))
-        rows = self._view() * len(self.items) + batch
-        with self.autocast():
-            return self.views.states(rows, lambda missing: self._augmented(batch[missing]))
 
     def _steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step

@@ -118,8 +118,8 @@ def test_a_small_view_cache_keeps_the_lowest_block_only(monkeypatch: pytest.Monk
     monkeypatch.setattr("vlmadapters.clip.frozen.VIEW_BYTES", 0)
     made = trainer(train, configs)
     losses = [result.losses for result in made.fit()]
-    assert made.views is not None
-    assert list(made.views.stored) == [1]
+    assert made.views.cache is not None
+    assert list(made.views.cache.stored) == [1]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
