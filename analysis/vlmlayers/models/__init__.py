@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from vlmlayers.models.check import models_check, summary
 from vlmlayers.models.estimate import estimate
-from vlmlayers.models.examine import contributions, examine
+from vlmlayers.models.examine import examine
 from vlmlayers.models.extract import extract
 from vlmlayers.models.load import list_models, load_model, wrap_model
 from vlmlayers.models.recording import Recorder
+from vlmlayers.models.residual import contributions
 from vlmlayers.models.stream import stream
 from vlmlayers.models.towers import Tower, find_towers
 from vlmlayers.models.vlm import VLM
