@@ -173,6 +173,14 @@ def test_threshold_needs_both_accuracy_and_agreement() -> None:
     assert both.vision == span(5, 8)  # (i − 1)/7 ≥ 0.5 first holds at block 5
 
 
+def test_threshold_fills_the_gap_between_blocks_that_pass_where_asked_to() -> None:
+    high = [0.1, 0.1, 0.9, 0.1, 0.8, 0.1, 0.9, 0.1]
+    scores = table(curve_rows("dataset_accuracy", "vision", high))
+    asked = {"agreement_metric": "none", "resamples": 0}
+    assert select(scores, fill=False, **asked).vision == (3, 5, 7)
+    assert select(scores, fill=True, **asked).vision == (3, 4, 5, 6, 7)
+
+
 def test_resampling_finds_the_noise_that_was_put_in() -> None:
     """Block 5 sits exactly on the threshold, so that half of all resamples choose it."""
     values = [0.4, 0.4, 0.4, 0.4, 0.65, 0.9, 0.9, 0.9]
@@ -301,6 +309,12 @@ def test_knee_recovers_the_change_point(knee: int) -> None:
     choice = select(scores, "knee", resamples=0)
     assert choice.vision == span(knee, 12)
     assert choice.evidence["towers"]["vision"]["knee"]["knee"] == knee
+
+
+def test_four_blocks_suffice_for_a_knee_and_three_do_not() -> None:
+    assert fit_knee(np.array([0.1, 0.2, 0.8, 0.8]))["knee"] in (2, 3)
+    with pytest.raises(UserError, match="at least 4 blocks, not 3"):
+        fit_knee(np.array([0.1, 0.2, 0.8]))
 
 
 def test_knee_on_a_straight_line_is_undecided() -> None:
