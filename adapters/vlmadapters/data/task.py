@@ -163,9 +163,8 @@ class TaskData:
             UserError: There are no classes or one, or the split has no image of these classes.
         """
         name, names = self.manifest.name, self.class_names
-        if not names:  # as `Manifest.require_classes`, which reads files that folds do not have
-            why = "; ".join(("", *self.manifest.remarks(self.root)))
-            raise UserError(f"{name} has no classes to tell apart{why}")
+        if not names:  # asked first: the manifest of a fold has no files to read
+            self.manifest.require_classes(" to tell apart", self.root)
         if len(names) == 1:
             raise UserError(f"{name} has one class, {names[0]!r}; name data of two or more")
         labels = set(self._labels(kind))
