@@ -11,21 +11,23 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from vlmadapters.clip.products import adopt_products, timed_products
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import differing_field, record_checksum
-from vlmlayers.files import checksum, lock, write_text
+from vlmlayers.files import checksum, lock, write_json, write_text
 from vlmlayers.identity import DataIdentity
 
 LOG = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
+MEMBERS = "cells.json"  # in the folder of an unfinished training: keys of its cells
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,29 @@ class CellFolder:
         # Of what a reader will see, where tuples are lists and keys are text.
         content["checksum"] = record_checksum(json.loads(json.dumps(content)))
         write_text(path, json.dumps(content, indent=1))
+
+    def begin(self, cells: Sequence[Cell]) -> Path | None:
+        """Return the folder for the state of a training of some cells, which names them."""
+        if self.out is None:
+            return None
+        keys = [cell.key for cell in cells]
+        folder = self.out / "unfinished" / checksum("-".join(keys))[:16]
+        if processes.is_first():
+            write_json(folder / MEMBERS, {"cells": keys})
+        return folder
+
+    def forget(self) -> None:
+        """Remove the states of trainings whose cells are all finished, if in other groups.
+
+        Called once cells are written, not before: a process killed in between would train again.
+        """
+        if self.out is None or not processes.is_first():
+            return
+        for file in (self.out / "unfinished").glob(f"*/{MEMBERS}"):
+            with suppress(OSError, ValueError):  # another process may be removing it
+                keys = json.loads(file.read_text(encoding="utf-8"))["cells"]
+                if all((self.out / "cells" / f"{key}.json").exists() for key in keys):
+                    rmtree(file.parent, ignore_errors=True)
 
     def claim(self, cells: Sequence[Cell], most: int, held: ExitStack, wait: bool) -> list[Cell]:
         """Return up to `most` cells that no other process holds, locked until `held` closes.

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.trainer import Trainer, TrainResult, resolved
 from vlmlayers.errors import UserError
-from vlmlayers.files import checksum, write_csv
+from vlmlayers.files import write_csv
 from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.progress import bar, timed
 
@@ -249,11 +248,11 @@ class Experiment:
                 for one, rows in zip(group, trained):
                     self.cells.write(cells[one], rows)
                     done[one] = rows
-                self._forget_state(source, seed, group)
             self._notice_unmoved(done.values())
             if self.stopped:
                 break
             shown.update(sum(done[one] is not None for one in missing))
+        self.cells.forget()
         return [row for one in settings for row in done[one] or []]
 
     def _trains_with(self, first: Recipe, other: Recipe, source: str) -> bool:
@@ -290,7 +289,7 @@ class Experiment:
             seed,
             validation=data.validation(train.shots, seed, kind),
             backbone=self.backbone,
-            folder=self._state_folder(source, seed, settings),
+            folder=self.cells.begin([self._cell(source, seed, one) for one in settings]),
             progress=self.progress,
         )
         trained = trainer.fit()
@@ -306,19 +305,6 @@ class Experiment:
                     cell.identity,  # nothing timed: a resumed run leaves the same file
                 )
         return rows
-
-    def _state_folder(self, source: str, seed: int, settings: Sequence[Recipe]) -> Path | None:
-        """Return where the state of an unfinished training of some settings is kept."""
-        if self.out is None or not settings:
-            return None
-        key = "-".join(self._cell(source, seed, one).key for one in settings)
-        return self.out / "unfinished" / checksum(key)[:16]
-
-    def _forget_state(self, source: str, seed: int, settings: Sequence[Recipe]) -> None:
-        # Once the cells are written, not before: a process killed in between would train again.
-        folder = self._state_folder(source, seed, settings)
-        if folder is not None and processes.is_first():
-            rmtree(folder, ignore_errors=True)
 
     def _test(
         self,

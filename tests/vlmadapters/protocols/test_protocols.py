@@ -108,6 +108,26 @@ def trained_cells(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "cells").iterdir() if "zero-shot" not in p.name)
 
 
+def test_a_stop_between_the_files_of_a_group_leaves_no_state_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(folder: CellFolder, cell: Cell, rows: Any) -> None:
+        if trained_cells(tmp_path):
+            raise KeyboardInterrupt
+        write(folder, cell, rows)
+
+    write = CellFolder.write
+    (tmp_path / "cells").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CellFolder, "write", stop)
+        run(tmp_path, seeds=1, placement=["2", "3"])
+    assert len(trained_cells(tmp_path)) == 1
+    assert list((tmp_path / "unfinished").glob("*/training.pt"))
+    run(tmp_path, seeds=1, placement=["2", "3"])
+    assert len(trained_cells(tmp_path)) == 2
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
 def test_a_finished_cell_is_not_trained_again(tmp_path: Path) -> None:
     first = run(tmp_path)
     cells = {p: p.stat().st_mtime_ns for p in trained_cells(tmp_path)}
