@@ -79,10 +79,9 @@ def cell(model: Any, method: str, manifest: Manifest, seed: int, out: Path) -> d
     """Return what search and its rivals reach in one cell, each at its own amount."""
     import vlmadapters as va
     from vlmadapters.training.recipes import load_recipe
-    from vlmadapters.validation.candidates import scaled
 
     depths = {name: tower.depth for name, tower in model.towers.items()}
-    recipe = scaled(load_recipe("mini", method), depths).changed({"shots": SHOTS}, {})
+    recipe = load_recipe("mini", method, depths).changed({"shots": SHOTS}, {})
     common: dict[str, Any] = {"recipe": recipe, "out": out, "seeds": (seed,), "progress": False}
     began = time.process_time()
     found = va.search(model, [manifest], method, budget=BUDGET, folds=FOLDS, **common)

@@ -51,7 +51,7 @@ def read_recipes(
     name: str | Mapping[str, str] | None,
     settings: Mapping[str, Any],
     methods: Sequence[str],
-    model: str = "",
+    model: Any = "",
 ) -> list[Any]:
     """Return one recipe per method with some values set.
 
@@ -63,7 +63,7 @@ def read_recipes(
             the method for the model.
         settings: Values to set, by key.
         methods: Names of methods.
-        model: Name of the model.
+        model: Name of the model, or the loaded one, whose depth the placements of recipes follow.
 
     Raises:
         UserError: A name or key is unknown, a value is wrong or not read beside the others, or a
@@ -72,7 +72,14 @@ def read_recipes(
     from vlmadapters.training.recipes import default_recipe, load_recipe
 
     named = dict.fromkeys(methods, name) if name is None or isinstance(name, str) else name
-    recipes = [load_recipe(named[one] or default_recipe(model, one), one) for one in methods]
+    depths = None
+    if not isinstance(model, str):
+        from vlmadapters.clip.towers import backbone_depths  # brings torch
+
+        model, depths = model.name, backbone_depths(model.clip)
+    recipes = [
+        load_recipe(named[one] or default_recipe(model, one), one, depths) for one in methods
+    ]
     names = [one.method.name for one in recipes]
     for one in names:
         if names.count(one) > 1:

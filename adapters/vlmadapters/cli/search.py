@@ -45,22 +45,22 @@ def search(
     """
     from vlmlayers.options import parse_settings
 
-    (made,) = read_recipes(recipe, parse_settings(settings or []), [method], model)
-    from vlmadapters.validation.candidates import check_searchable, scaled
+    values = parse_settings(settings or [])
+    (made,) = read_recipes(recipe, values, [method], model)
+    from vlmadapters.validation.candidates import check_searchable
 
     check_searchable(made.method)
     check_inputs(model, weights, datasets, data_root)
     # Not before the checks, as torch takes seconds to import.
     from vlmadapters.cli.terminal import RANDOM
-    from vlmadapters.clip.towers import backbone_depths
     from vlmadapters.validation.search import search as run
 
     loaded = load_backbone(model, weights, device)
-    depths = backbone_depths(loaded.clip)
+    (made,) = read_recipes(recipe, values, [method], loaded)
     found = run(
         loaded,
         datasets,
-        recipe=scaled(made, depths),
+        recipe=made,
         out=out,
         root=data_root,
         **dict(options),

@@ -14,12 +14,9 @@ class SearchPart(MethodPart, SearchOptions):
 
 def _search(context: Any, part: SearchPart, given: dict[str, Any]) -> None:
     """Write `search.csv` and `search.json` into the run folder."""
-    from vlmadapters.clip.towers import backbone_depths
-    from vlmadapters.validation.candidates import scaled
     from vlmadapters.validation.search import search as library
 
-    depths = backbone_depths(given["model"].clip)
-    found = library(**given | {"recipe": scaled(given["recipe"], depths)})
+    found = library(**given)
     context.echo(f"search   {found.statement}")
 
 

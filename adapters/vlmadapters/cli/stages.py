@@ -81,7 +81,7 @@ class MethodStage(Generic[Part]):
         given = {
             "model": model,
             "datasets": self.datasets(context),
-            "recipe": _recipe(context, part, model.name),
+            "recipe": _recipe(context, part, model),
             "out": context.run.folder,
             "root": context.data_root,
             "progress": context.progress,
@@ -90,7 +90,7 @@ class MethodStage(Generic[Part]):
         self.work(context, part, given)
 
 
-def _recipe(context: Any, part: MethodPart, model: str = "") -> Any:
+def _recipe(context: Any, part: MethodPart, model: Any = "") -> Any:
     """Return the recipe of a table with its values set; that of a model where none is named."""
     name = recipe_name(context, part.recipe) if part.recipe else None
     return read_recipes(name, part.set, [part.method], model)[0]

@@ -86,11 +86,19 @@ def train(
     from vlmlayers.options import parse_settings
 
     protocol_of(options.protocol, target or (), "--protocol")
-    made = read_recipes(recipe, parse_settings(settings or []), method or ["mma"], model)
+    values = parse_settings(settings or [])
     places = [*(placement or []), *([CHOICE] if choice is not None else [])]
-    placed = read_placements(made, places, choice)
-    if pairs is not None:
-        placed = [_paired(one, read_pairs(pairs)) for one in placed]
+
+    paired = None if pairs is None else read_pairs(pairs)
+
+    def read(backbone: Any) -> tuple[list[Any], list[Any]]:
+        made = read_recipes(recipe, values, method or ["mma"], backbone)
+        placed = read_placements(made, places, choice)
+        # Without a placement the blocks, and which may be paired, follow from the backbone.
+        known = places or backbone is not model
+        return made, [_paired(one, paired) for one in placed] if paired and known else placed
+
+    read(model)
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.protocols.train import train as run
@@ -99,6 +107,7 @@ def train(
 
     with processes.process_group() as (rank, _):
         loaded = load_backbone(model, weights, device)
+        made, placed = read(loaded)
         table = run(
             loaded,
             datasets,

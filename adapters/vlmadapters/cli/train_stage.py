@@ -127,7 +127,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     from vlmadapters.protocols.train import train as library
 
     names = {method: recipe_name(context, name) for method, name in part.recipes.items()}
-    recipes = read_recipes(names, part.set, part.methods, model.name)
+    recipes = read_recipes(names, part.set, part.methods, model)
     choice = context.run.choice if any(map(_is_choice, part.placements)) else None
     own = [load(context, name) for name in part.datasets]
     sources = own or context.extracted_manifests

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 
+from vlmadapters.clip.towers import backbone_depths
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.options import TrainOptions
@@ -84,7 +85,7 @@ def train(
         UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
     asked = validated(TrainOptions, options, "train")
-    recipes = _recipes(recipe or (), method, model.name)
+    recipes = _recipes(recipe or (), method, model)
     settings = configs
     if configs is None and placement is not None:
         settings = settings_at(recipes, placement)
@@ -108,7 +109,7 @@ def train(
 
 
 def _recipes(
-    given: Sequence[Recipe | str | Path], methods: Sequence[str], model: str
+    given: Sequence[Recipe | str | Path], methods: Sequence[str], model: VLM
 ) -> list[Recipe]:
     """Return one recipe per method: those given, or what a name stands for."""
     recipes = [one for one in given if isinstance(one, Recipe)]
@@ -120,7 +121,8 @@ def _recipes(
             "train takes one name of a recipe, or recipes as `load_recipe` returns them"
         )
     name = next((one for one in given if not isinstance(one, Recipe)), None)
-    return [load_recipe(name or default_recipe(model, one), one) for one in methods]
+    depths = backbone_depths(model.clip)
+    return [load_recipe(name or default_recipe(model.name, one), one, depths) for one in methods]
 
 
 base_to_novel = partial(train, protocol="base-to-novel")

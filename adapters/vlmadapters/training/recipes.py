@@ -358,16 +358,22 @@ def check_methods(recipes: Sequence[Recipe], methods: Sequence[str]) -> None:
 
 
 @checked
-def load_recipe(name: str | Path = "published", method: str = DEFAULT_METHOD) -> Recipe:
+def load_recipe(
+    name: str | Path = "published",
+    method: str = DEFAULT_METHOD,
+    depths: Mapping[str, int] | None = None,
+) -> Recipe:
     """Return a recipe by name (`published`, `mini`, …) or from a TOML file.
 
     A file holds the keys of one recipe at its top level; `extends` names a shipped one of the same
     method, and `method` another method. A method without shipped recipes has `published` alone:
-    its own settings with the default `TrainConfig`.
+    its own settings with the default `TrainConfig`. A recipe that names no blocks acts at those
+    published for its method, scaled to the depth of the backbone.
 
     Args:
         name: Name of a shipped recipe, or a TOML file.
         method: Name of the method, for a recipe given by name.
+        depths: Number of blocks of each tower of the backbone; those of ViT-B/16 where None.
 
     Raises:
         UserError: The name or a key is unknown (with the nearest), a value is wrong or not read
@@ -379,11 +385,12 @@ def load_recipe(name: str | Path = "published", method: str = DEFAULT_METHOD) ->
         own = METHODS.config(values.pop("method", method)).name
         if method != DEFAULT_METHOD and METHODS.config(method).name != own:
             raise UserError(f"{path} is a recipe of {own}, not of {method}; name one of the two")
-        method = own
-        return _recipe(path.stem, method, values, _shipped(method), str(path))
+        start = METHODS.config(own).published(depths or VIT_B_16)
+        return _recipe(path.stem, start, values, _shipped(own), str(path))
     shipped = _shipped(method)
     check_one_of(f"recipe of {method}", str(name), shipped)
-    return _recipe(str(name), method, shipped[str(name)], shipped, f"{method}.toml")
+    start = METHODS.config(method).published(depths or VIT_B_16)
+    return _recipe(str(name), start, shipped[str(name)], shipped, f"{method}.toml")
 
 
 def _shipped(method: str) -> dict[str, Any]:
@@ -393,15 +400,20 @@ def _shipped(method: str) -> dict[str, Any]:
 
 
 def _recipe(
-    name: str, method: str, values: Mapping[str, Any], shipped: Mapping[str, Any], where: str
+    name: str,
+    start: MethodConfig,
+    values: Mapping[str, Any],
+    shipped: Mapping[str, Any],
+    where: str,
 ) -> Recipe:
+    """Return a recipe whose method has the settings of `start` where it says nothing else."""
     values = dict(values)
     base = values.pop("extends", None)
     if base is not None:
-        check_one_of(f"recipe of {method}", base, shipped, where=where)
-        parent = _recipe(base, method, shipped[base], shipped, where)
+        check_one_of(f"recipe of {start.name}", base, shipped, where=where)
+        parent = _recipe(base, start, shipped[base], shipped, where)
     else:
-        parent = Recipe(name, TrainConfig(), METHODS.config(method).published(VIT_B_16))
+        parent = Recipe(name, TrainConfig(), start)
     settings = {**parent.method.to_dict(), **values.pop("settings", {})}
     savings, datasets = values.pop("savings", {}), values.pop("datasets", parent.datasets)
     source = values.pop("source", parent.source)
@@ -414,7 +426,7 @@ def _recipe(
         check_one_of("saving", key, [f.name for f in fields(Savings)], where=where)
     try:
         train = replace(parent.train, **values, savings=replace(parent.train.savings, **savings))
-        config = METHODS.config(method).from_dict(settings)
+        config = start.from_dict(settings)
         made = Recipe(name, train, config, source, datasets)
         made.refuse_unread(values)
         # Tried at once: a wrong value of one dataset would else show after others have trained.

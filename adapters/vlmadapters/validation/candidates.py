@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vlmadapters.methods.config import VIT_B_16, MethodConfig
+from vlmadapters.methods.config import MethodConfig
 from vlmadapters.training.recipes import Recipe
 from vlmadapters.validation.competitors import competitors
 from vlmlayers.errors import UserError
@@ -15,15 +15,6 @@ from vlmlayers.placement import Amount, Placement
 GRID = ((3.0, 1), (3.0, 3), (1.0, 3), (10.0, 1), (1 / 3, 1))
 MORE = 3.0  # a placement is also tried at so many times the rate: few blocks need more of it
 KINDS = ("paper", "all", "upper", "last", "vision", "text")
-
-
-def scaled(recipe: Recipe, depths: Mapping[str, int]) -> Recipe:
-    """Return a recipe at its published placement, scaled to a backbone of other depths."""
-    # The shipped recipes name blocks of ViT-B/16, and another backbone may lack them.
-    if dict(depths) == VIT_B_16 or not recipe.method.towers:
-        return recipe
-    method = type(recipe.method).published(depths, **recipe.method.settings())
-    return recipe.with_method(method)  # so that no dataset's own value overrides the placement
 
 
 def check_searchable(method: MethodConfig) -> None:

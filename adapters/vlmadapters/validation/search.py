@@ -28,7 +28,6 @@ from vlmadapters.training.recipes import Recipe, check_methods, default_recipe, 
 from vlmadapters.validation.candidates import (
     check_searchable,
     crossed,
-    scaled,
     tried_amounts,
     tried_placements,
 )
@@ -117,7 +116,7 @@ def search(
     asked = validated(SearchOptions, options, "search")
     depths = backbone_depths(model.clip)
     if not isinstance(recipe, Recipe):
-        recipe = scaled(load_recipe(recipe or default_recipe(model.name, method), method), depths)
+        recipe = load_recipe(recipe or default_recipe(model.name, method), method, depths)
     else:
         check_methods([recipe], [method])
     check_searchable(recipe.method)

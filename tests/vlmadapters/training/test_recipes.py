@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from backbones import shared_backbone
 
+import vlmadapters as va
+from vlmadapters.cli.inputs import read_recipes
 from vlmadapters.methods.configs import KgCoOpConfig
 from vlmadapters.training.recipes import Recipe, load_recipe
 from vlmlayers.errors import UserError
@@ -26,6 +29,44 @@ def recipe(tmp_path: Path) -> Recipe:
     path = tmp_path / "own.toml"
     path.write_text(TEXT)
     return load_recipe(path)
+
+
+DEEP = {"vision": 24, "text": 12}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "placement"),
+    [
+        ("published", "cliplora", "v1-24,t1-12"),
+        ("mini", "mma", "v9-24,t5-12"),
+        ("published", "maple", "v1-9,t1-9"),
+        ("published-text", "ivlp", "v-,t1-12"),
+        ("published-transfer", "mma", "v9-12,t9-12"),
+        ("published", "coop", "v-,t1"),
+        ("published", "tip", ""),
+    ],
+)
+def test_a_recipe_acts_at_the_published_blocks_of_any_depth(
+    name: str, method: str, placement: str
+) -> None:
+    assert load_recipe(name, method, DEEP).method.placement == placement
+    assert read_recipes(name, {}, [method], "mini-clip")[0] == load_recipe(name, method)
+
+
+def test_blocks_that_a_file_names_stay(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('method = "mma"\nextends = "mini"\nsettings = { vision = [5, 6], text = [] }\n')
+    assert load_recipe(path, "mma", DEEP).method.placement == "v5-6,t-"
+
+
+def test_training_acts_at_the_published_blocks_of_the_backbone(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('method = "cliplora"\nextends = "mini"\nepochs = 1\nshots = 1\n')
+    model = shared_backbone()
+    found = va.train(model, "faces", path, method="cliplora", seeds=1, limit=4, progress=False)
+    assert set(found["placement"]) == {"", "v1-3,t1-3"}
+    (read,) = read_recipes(str(path), {"lr": 0.1}, ["cliplora"], model)
+    assert (read.label, read.train.lr) == ("v1-3,t1-3", 0.1)
 
 
 def test_training_and_settings_follow_the_dataset(recipe: Recipe) -> None:
