@@ -1,4 +1,4 @@
-"""What README, guide and CONTRIBUTING tell people to type exists and agrees with the code."""
+"""What the pages tell people to type exists and agrees with the code."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
-    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
 )
+OF_THE_READER = ("photos",)  # folders that pages take for granted
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -49,7 +50,7 @@ def _identity(words: list[str]) -> str:
 
 def test_no_block_is_of_an_unknown_kind() -> None:
     kinds = {m[1] for page in PAGES for m in FENCE.finditer((ROOT / page).read_text("utf-8"))}
-    assert kinds == {"sh", "python", "toml"}
+    assert kinds == {"sh", "python", "toml", "json"}
 
 
 def test_the_commands_are_found() -> None:
@@ -75,7 +76,7 @@ def test_vlmlayers_commands_parse(words: list[str]) -> None:
     command, values = _parse(words[1:])
     assert command.name == next(w for w in reversed(words[1:3]) if w == command.name)
     for name in values.get("datasets") or []:
-        assert "/" in name or name in Manifest.names(), name
+        assert "/" in name or name in (*OF_THE_READER, *Manifest.names()), name
     for name in values.get("target") or []:
         assert name in Manifest.names()
     if values.get("pretrained") == "openai":
@@ -99,6 +100,29 @@ def test_vlmlayers_commands_parse(words: list[str]) -> None:
         assert values["protocol"] in PROTOCOLS
         for text in values["placement"] or []:
             assert Placement.parse(text.rpartition(":")[2])
+
+
+def _spans() -> list[Any]:
+    """Return the commands within sentences, which may be cut short."""
+    texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    spans = [(page, s) for page, text in texts.items() for s in re.findall(r"`(vlml[^`]+)`", text)]
+    return [pytest.param(*one, id=" ".join(one)) for one in dict.fromkeys(spans) if " " in one[1]]
+
+
+@pytest.mark.parametrize(("page", "span"), _spans())
+def test_commands_within_sentences_name_verbs_and_options_that_exist(page: str, span: str) -> None:
+    from vlmlayers.cli import app
+
+    command: Any = typer.main.get_command(app)
+    words = span.split()[1:]
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        name = words.pop(0)
+        command = command.get_command(
+            command.make_context("vlmlayers", [], resilient_parsing=True), name
+        )
+        assert command is not None, name
+    known = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+    assert {word for word in words if word.startswith("-")} <= known, page
 
 
 @pytest.mark.parametrize("wrong", ["scoer runs/x", "train --nothing", "extract mini-clip --out x"])
@@ -148,6 +172,14 @@ def test_toml_blocks_are_studies_recipes_or_manifests(page: str, text: str, tmp_
         assert load_recipe(tmp_path / "my_recipe.toml").train.cached_views == 4
     else:
         assert parse_spec(content, page).classes == 12
+
+
+@pytest.mark.parametrize(("page", "text"), _blocks("json"))
+def test_json_blocks_are_descriptions_of_classes(page: str, text: str, tmp_path: Path) -> None:
+    from vlmadapters.methods.descriptions import read_descriptions
+
+    (tmp_path / "sentences.json").write_text(text, encoding="utf-8")
+    assert read_descriptions(str(tmp_path / "sentences.json"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data_manifests/studies").glob("*.toml")))
