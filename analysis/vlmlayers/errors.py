@@ -46,6 +46,13 @@ def looked_for(path: str | os.PathLike[str]) -> str:
     return "" if found.is_absolute() else f" (looked for {found.absolute()})"
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """Return the error that the others were raised from."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line, shortened; its class where it has none."""
     return shortened(" ".join(str(error).split()), 200) or type(error).__name__

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import get_ident
 from typing import IO, TYPE_CHECKING, Any
 
-from vlmlayers.errors import DISK, UserError, one_line
+from vlmlayers.errors import DISK, UserError, first_cause, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,7 +203,7 @@ def hub_folder(repo: str) -> Path:
     except Exception as error:  # noqa: BLE001 of the network, in any of its forms
         raise UserError(
             f"hf-hub:{repo} is not in the local cache and cannot be fetched "
-            f"({one_line(error)[:120]}); give the folder of a copy instead"
+            f"({one_line(first_cause(error))}); give the folder of a copy instead"
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from vlmlayers.architectures import (
     weights_of,
 )
 from vlmlayers.arguments import Count, Takes, checked
-from vlmlayers.errors import UserError, check_one_of, one_line
+from vlmlayers.errors import UserError, check_one_of, first_cause, one_line
 from vlmlayers.files import HUB, hub_folder
 from vlmlayers.models.build import ImageSize, build_clip, read_config
 from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
@@ -379,12 +380,17 @@ def _refuse_impossible(model: VLM, image_size: ImageSize | None) -> None:
 
 
 def _download(name: str, tag: str) -> str:
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it warns of each retry, a dozen lines before the one that counts
     try:
         return str(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
     # The hub's client and its network libraries share no base of their errors.
     except Exception as error:
         raise UserError(
             f"weights {tag!r} of {name} are not on this machine and cannot be downloaded "
-            f"({one_line(error)}); give a local file (--pretrained FILE, checkpoint=), or "
-            "random_weights=True"
+            f"({one_line(first_cause(error))}); give a local file (--pretrained FILE, "
+            "checkpoint=), or random_weights=True"
         ) from error
+    finally:
+        hub.setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import pickle
 import random
 from pathlib import Path
@@ -201,6 +202,26 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
     monkeypatch.setattr(load.open_clip, "download_pretrained", offline)
     with pytest.raises(UserError, match="be downloaded .no route to host.; give a local file"):
         load_model("ViT-B-32", "laion2b_s34b_b79k")
+
+
+def test_a_failed_download_names_its_first_cause_and_no_retries(monkeypatch, caplog):
+    """open_clip's own message is too long for a line, and says no cause."""
+    hub = logging.getLogger("huggingface_hub.utils._http")
+
+    def offline(_config):
+        for retry in range(5):
+            hub.warning("Retrying in %d s", retry)
+        try:
+            raise OSError("Name or service not known")
+        except OSError as error:
+            raise FileNotFoundError("Failed to download file " + 300 * "x") from error
+
+    monkeypatch.setattr(load.open_clip, "download_pretrained", offline)
+    with pytest.raises(UserError, match="be downloaded .Name or service not known.; give"):
+        load_model("ViT-B-32", "laion2b_s34b_b79k")
+    assert "Retrying" not in caplog.text
+    hub.warning("Retrying with another")
+    assert "Retrying with another" in caplog.text
 
 
 def _error(folder, **options):
