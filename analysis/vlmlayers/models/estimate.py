@@ -33,7 +33,7 @@ SAMPLE = 200  # items of a dataset that streaming keeps where nothing else is sa
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 ADDED = ["images", "hours", "store_gb", "stream_mb"]
 DIGITS = {
-    "images": 0, "encode": 2, "decode": 2, "write": 3, "sum": 3, "hours": 3, "store_gb": 3,
+    "images": 0, "encode": 2, "decode": 2, "write": 3, "add": 3, "hours": 3, "store_gb": 3,
     "stream_mb": 1,
 }  # fmt: skip
 _ENOUGH = 8_000_000  # bytes whose writing is timed
@@ -265,7 +265,7 @@ def estimate(
             "encode": 1e3 * one.forward,
             "decode": 1e3 * one.decode,
             "write": 1e3 * one.write,
-            "sum": 1e3 * one.add,
+            "add": 1e3 * one.add,
             "hours": one.seconds(len(items), decoding_processes(workers, len(items), model.device))
             / 3600,
             "store_gb": len(items) * one.bytes_per_image / 1e9,
@@ -279,7 +279,8 @@ def estimate(
     formats = {name: f"{{:.{digits}f}}".format for name, digits in DIGITS.items()}
     lines = [
         f"{model.name} in one process on {costs[0].device}, batches of {costs[0].batch_size}",
-        f"{costs[0].bytes_per_image} bytes per image in a store; milliseconds per image to:\n",
+        f"{costs[0].bytes_per_image} bytes per image in a store; milliseconds per image to encode,",
+        "decode, write, and add to sums (--streaming, which keeps stream_mb in memory):\n",
         table.to_string(index=False, formatters=formats, na_rep=""),
     ]
     if disk is not None:

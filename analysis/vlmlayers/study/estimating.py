@@ -7,7 +7,8 @@ from pathlib import Path
 from vlmlayers.errors import UserError
 from vlmlayers.runs import Run
 from vlmlayers.study.context import StageContext
-from vlmlayers.study.schema import Study
+from vlmlayers.study.preflight import check_before
+from vlmlayers.study.schema import ModelPart, Study
 
 
 def estimate_study(
@@ -30,12 +31,19 @@ def estimate_study(
         raise UserError(
             "--estimate measures images, and --tower text encodes none; leave one of them out"
         )
+    root = None if data_root is None else Path(data_root)
+
+    def context_of(part: ModelPart) -> StageContext:
+        return StageContext(Run(Path(out)), study, part, Path(base), root, device=device)
+
+    contexts = [context_of(part) for part in study.models]
+    check_before(contexts, ["extract"])
+    _ = contexts[0].datasets  # missing images are said before a model is loaded
     from vlmlayers.models import estimate
 
     parts = []
-    root = None if data_root is None else Path(data_root)
     for part in study.models:
-        context = StageContext(Run(Path(out)), study, part, Path(base), root, device=device)
+        context = context_of(part)  # one at a time: it holds the loaded model
         model, options = context.load_model(), study.extract
         parts.append(
             estimate(

@@ -53,6 +53,8 @@ extract ViT-B-16 faces --out here --pretrained nosuch
 extract mini-clip faces --out here --split nosuch
 extract mini-clip faces --out here --adapter nosuch
 extract mini-clip faces --out here --estimate --tower text
+extract mini-clip caltech101 --out here --estimate --data-root .
+extract nosuch faces --out here --estimate
 extract mini-clip faces --out here --estimate --streaming
 extract mini-clip faces --out here --seed 3
 extract mini-clip faces --out here --tower vision --text captions
