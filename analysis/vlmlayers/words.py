@@ -34,6 +34,11 @@ def text_table(rows: Sequence[Mapping[Any, Any]], widths: Mapping[str, int] | No
     return "\n".join(lines)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, which is in the singular after 1 alone."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table with every cell escaped."""
 

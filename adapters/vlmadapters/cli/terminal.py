@@ -14,12 +14,13 @@ METRICS = {"base": "base", "novel": "novel", "hm": "HM", "all": "all classes"}
 RANDOM = "The backbone has RANDOM weights: these numbers say nothing about a model."
 
 
-def results_text(summary: pd.DataFrame, random_weights: bool = False) -> str:
+def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: bool = True) -> str:
     """Return a summary as text: per dataset a line for each method, accuracies in percent.
 
     Args:
         summary: From `summarise` or `with_published`.
         random_weights: Whether the backbone has random weights, which is then said first.
+        noted: Whether to say what the table notes of a method, as its verdict does too.
     """
     if "origin" not in summary:
         summary = summary.assign(origin="ours")
@@ -35,9 +36,11 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False) -> str:
         keys = ["method", "source", "placement", "origin", "model"]
         for _, rows in part.groupby(keys, sort=False, dropna=False):
             lines.append(_line(rows, metrics))
-    lines += _costs(summary[(summary["origin"] == "ours") & (summary["parameters"] > 0)])
-    noted = summary[(summary["origin"] == "ours") & summary["note"].astype(bool)]
-    for (name, note), part in noted.groupby(["dataset", "note"], sort=False):
+    own = summary["origin"] == "ours"
+    # No second where nothing was trained: `evaluate` tests what there is.
+    lines += _costs(summary[own & (summary["parameters"] > 0) & (summary["seconds"] > 0)])
+    notes = summary[own & noted & summary["note"].astype(bool)]
+    for (name, note), part in notes.groupby(["dataset", "note"], sort=False):
         about = f"{name}, {', '.join(dict.fromkeys(part['method']))}: {note}"
         lines += textwrap.wrap(about, WIDTH, subsequent_indent="  ")
     if not summary[(summary["origin"] == "published") & (summary["dataset"] == "average")].empty:

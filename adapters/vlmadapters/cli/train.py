@@ -121,8 +121,9 @@ def train(
             **dict(options),
         )
     if rank == 0:
-        typer.echo(_text(table, published))
-        if verdict := methods_verdict(table):
+        verdict = methods_verdict(table)
+        typer.echo(_text(table, published, noted=not verdict))
+        if verdict:
             typer.echo(textwrap.fill(verdict, 80))
         typer.echo(f"results {out / 'results.csv'}")
 
@@ -230,7 +231,7 @@ def _trained(path: Path, model: Any, method: str | None, given: dict[str, Any], 
     return load_official(path, model, method=method or "mma", settings=given, task=task)
 
 
-def _text(table: Any, published: bool) -> str:
+def _text(table: Any, published: bool, *, noted: bool = True) -> str:
     from vlmadapters.cli.terminal import results_text
     from vlmadapters.protocols.published import with_published
     from vlmadapters.protocols.results import summarise
@@ -240,4 +241,4 @@ def _text(table: Any, published: bool) -> str:
     if published:
         names = set(summary["dataset"]) & set(Manifest.names())
         summary = with_published(summary, {name: Manifest.load(name).title for name in names})
-    return results_text(summary, bool(table["random_weights"].any()))
+    return results_text(summary, bool(table["random_weights"].any()), noted=noted)

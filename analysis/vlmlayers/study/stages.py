@@ -16,6 +16,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.runs import environment, file_mark
 from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.user_code import is_user_code
+from vlmlayers.words import counted
 
 GROUP = "vlmlayers.stages"
 
@@ -181,7 +182,8 @@ def _score(context: StageContext) -> None:
 
     features = list(context.features())
     part = context.study.score
-    context.doing(f"score    {len(part.metrics)} metrics on {len(features)} datasets")
+    sizes = counted(len(part.metrics), "metric"), counted(len(features), "dataset")
+    context.doing(f"score    {sizes[0]} on {sizes[1]}")
     scores = scores_of(
         features, context.metrics, lambda: context, progress=context.progress, **part.options
     )
@@ -223,8 +225,7 @@ def _select(context: StageContext) -> None:
     context.run.record(select=part.model_dump(mode="json"))
     context.echo(f"select   {choice}")
     if not choice.decided:
-        count = len(choice.evidence.get("doubts", ()))
-        reasons = f"{count} doubt{'s' * (count != 1)}"
+        reasons = counted(len(choice.evidence.get("doubts", ())), "doubt")
         most = " all of it" if any(map(choice.firm, TOWERS)) else ""
         context.echo(f"         the data do not decide{most}: {reasons}, listed in the report")
 

@@ -14,6 +14,7 @@ from vlmlayers.prompts import EXAMINED
 from vlmlayers.runs import Run, environment, score_table
 from vlmlayers.study.schema import DEFAULT_METRICS, ExtractPart, Study, check_study
 from vlmlayers.user_code import is_user_code
+from vlmlayers.words import counted
 
 
 def study_of(
@@ -145,7 +146,7 @@ def score_run(
         score={"metrics": used, "options": options, "streaming": streaming},
         environment=environment(),
     )
-    return f"{len(table)} scores of {table['metric'].nunique()} metrics: {text}"
+    return f"{len(table)} scores of {counted(table['metric'].nunique(), 'metric')}: {text}"
 
 
 def select_run(

@@ -21,9 +21,11 @@ def results(**columns: Any) -> pd.DataFrame:
         "placement": "v5-12,t5-12",
         "source": "ucf101",
         "note": "",
+        "parameters": 1280,
+        "seconds": 2.5,
     } | columns
     plain = {"method": ZERO_SHOT_OWN, "split_kind": ["base", "novel"], "seed": -1, "accuracy": 0.5}
-    plain |= {"placement": "", "source": "", "note": ""}
+    plain |= {"placement": "", "source": "", "note": "", "parameters": 0, "seconds": 0.0}
     both = pd.concat([pd.DataFrame(plain), pd.DataFrame(trained)])
     fixed = {"protocol": "base-to-novel", "model": "m", "weights": "w", "dataset": "ucf101"}
     return both.assign(shots=16, **fixed)
@@ -56,3 +58,10 @@ def test_a_note_names_the_methods_that_it_is_of() -> None:
     text = " ".join(results_text(summarise(pd.concat([moved, *still]))).split())
     assert f"ucf101, MMA, MaPLe: {UNMOVED}" in text
     assert text.count(UNMOVED) == 1
+    assert UNMOVED not in results_text(summarise(pd.concat([moved, *still])), noted=False)
+
+
+def test_the_cost_of_a_training_is_shown_where_there_was_one() -> None:
+    trained = results_text(summarise(results()))
+    assert "one training" in trained and "1,280         2.5" in trained
+    assert "one training" not in results_text(summarise(results(seconds=0.0)))

@@ -48,7 +48,7 @@ def test_a_metric_of_ones_own_and_one_line_for_what_was_not_computed(call, tmp_p
     write_features(run.features / "alpha", make_features())
     file.write_text("def mean_norm(x):\n    return (x**2).sum(axis=1).mean() ** 0.5\n")
     code, out, err = call("score", run.folder, "-m", f"{file}:mean_norm", "-m", "style_accuracy")
-    assert code == 0 and "scores of 1 metrics" in out
+    assert code == 0 and "scores of 1 metric: " in out
     (line,) = [line for line in err.splitlines() if "not computed" in line]
     assert line == (
         "Warning: not computed: style_accuracy (no two datasets share four or more class names)"
