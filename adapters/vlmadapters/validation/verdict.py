@@ -176,7 +176,7 @@ def runs(compared: pd.DataFrame) -> str:
     if datasets >= SAMPLE:
         return f"{n} runs of {datasets} datasets{none}"
     of = "one dataset" if datasets == 1 else "two datasets"
-    return f"{n} runs of {of}{none or ', which speak of no other'}"
+    return f"{n} runs of {of}{none or ', which speak of their test images alone'}"
 
 
 def with_zero_shot(table: pd.DataFrame) -> pd.DataFrame:

@@ -54,6 +54,13 @@ def test_the_verdict_says_who_did_best_and_who_cannot_be_told_from_it() -> None:
     assert last.startswith("zero-shot CLIP did worse (-")
 
 
+def test_runs_of_one_dataset_are_said_to_speak_of_its_test_images_alone() -> None:
+    table = results()
+    said = methods_verdict(table[table.dataset == "d0"])
+    assert "2 runs of one dataset, which speak of their test images alone" in said
+    assert "test images alone" not in methods_verdict(table)
+
+
 def test_of_one_run_nothing_is_said_to_be_worse() -> None:
     table = results()
     said = methods_verdict(table[(table.dataset == "d0") & table.seed.isin([1, -1])])
