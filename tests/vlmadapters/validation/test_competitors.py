@@ -43,6 +43,16 @@ def test_every_placement_lies_in_its_towers_and_is_listed_once(vision: int, text
         assert c.placement.check(depths)
 
 
+def test_the_halves_of_both_towers_share_no_block_and_leave_none_out() -> None:
+    asked = ["lower", "upper", "last", "vision", "text"]
+    chosen = Placement((20, 21), (5, 6))
+    found = competitors(chosen, {"vision": 24, "text": 7}, asked)
+    assert {c.kind: str(c.placement) for c in found if c.kind != "chosen"} == {
+        "lower": "v1-12,t1-3", "upper": "v13-24,t4-7", "last": "v24,t7",
+        "vision": "v20-21,t-", "text": "v-,t5-6",
+    }  # fmt: skip
+
+
 def test_paper_scales_to_24_blocks_and_unequal_towers() -> None:
     paper = [
         c for c in competitors(CHOSEN, {"vision": 24, "text": 12}, ["paper"]) if "paper" in c.kind
