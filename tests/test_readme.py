@@ -295,6 +295,33 @@ def test_the_guide_says_where_to_get_every_part_as_the_manifests_do() -> None:
             assert part in rows[spec.title], (name, part)
 
 
+def _recipe_rows(page: str) -> dict[str, list[str]]:
+    """Return the cells of a table of recipes behind their names."""
+    text = (ROOT / "docs/methods" / page).read_text(encoding="utf-8")
+    lines = text[text.index("| recipe |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {re.findall("`([^`]+)`", name)[0]: cells for name, *cells in rows}
+
+
+def test_the_tables_of_recipes_hold_what_the_recipes_do() -> None:
+    from vlmadapters import load_recipe
+
+    for name, (blocks, epochs, weights) in _recipe_rows("promptsrc.md").items():
+        recipe = load_recipe(name, "promptsrc")
+        centre, spread = weights.partition(";")[0].split(", ")
+        first, last = map(int, blocks.split("–"))
+        assert recipe.method.vision == recipe.method.text == tuple(range(first, last + 1)), name
+        assert recipe.train.epochs == int(epochs), name
+        assert (recipe.method.centre, recipe.method.spread) == (float(centre), float(spread)), name
+    for name, (rate, epochs, batch, scales, negatives) in _recipe_rows("lweib.md").items():
+        recipe = load_recipe(name, "lweib")
+        told = (recipe.train.lr, recipe.train.epochs, recipe.train.batch_size)
+        assert told == (float(rate), int(epochs), int(batch)), name
+        config = recipe.method
+        assert [config.alpha, config.factor, config.slow] == [*map(float, scales.split(", "))], name
+        assert config.negatives == (-1 if negatives == "all classes" else int(negatives)), name
+
+
 MARKDOWN = [
     path for folder in (".", "docs", "docs/howto", "docs/methods", "figures/tables", "benchmarks")
     for path in sorted((ROOT / folder).glob("*.md"))
