@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +70,8 @@ def search(
 
 
 def _text(found: Any, out: Path) -> str:
+    from vlmadapters.cli.terminal import wrapped
+
     summary = found.summary
     means = found.table.groupby("setting", sort=False)[
         ["base", "novel", "base_log_likelihood", "novel_log_likelihood"]
@@ -85,5 +86,5 @@ def _text(found: Any, out: Path) -> str:
     left_out = [f"left out: {one['setting']} ({one['why']})" for one in summary["skipped"]]
     cost = summary["cost"]
     spent = f"cost {cost['trainings']:.1f} full trainings, {cost['seconds']:.0f} s of training"
-    statement = textwrap.fill(found.statement, 80, break_on_hyphens=False)
+    statement = wrapped(found.statement)
     return "\n".join([shown, *left_out, statement, f"{spent}, {out / 'search.json'}"])

@@ -14,6 +14,11 @@ METRICS = {"base": "base", "novel": "novel", "hm": "HM", "all": "all classes"}
 RANDOM = "The backbone has RANDOM weights: these numbers say nothing about a model."
 
 
+def wrapped(text: str) -> str:
+    """Return a statement in lines of the terminal's width; placements and paths stay whole."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
 def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: bool = True) -> str:
     """Return a summary as text: per dataset a line for each method, accuracies in percent.
 

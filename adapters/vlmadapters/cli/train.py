@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,6 +100,7 @@ def train(
     read(model)
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
+    from vlmadapters.cli.terminal import wrapped
     from vlmadapters.protocols.train import train as run
     from vlmadapters.training import processes
     from vlmadapters.validation.methods import methods_verdict
@@ -124,7 +124,7 @@ def train(
         verdict = methods_verdict(table)
         typer.echo(_text(table, published, noted=not verdict))
         if verdict:
-            typer.echo(textwrap.fill(verdict, 80))
+            typer.echo(wrapped(verdict))
         typer.echo(f"results {out / 'results.csv'}")
 
 

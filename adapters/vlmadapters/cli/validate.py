@@ -69,7 +69,7 @@ def validate(
     (made,) = read_recipes(recipe, values, [method], model)
     chosen_placement(made.method, chosen)  # refused before torch is imported
     check_inputs(model, weights, datasets, data_root)
-    from vlmadapters.cli.terminal import RANDOM
+    from vlmadapters.cli.terminal import RANDOM, wrapped
     from vlmadapters.validation.validate import validate as run
     from vlmlayers.scores import read_scores
 
@@ -92,7 +92,7 @@ def validate(
     if loaded.random_weights:
         typer.echo(RANDOM)
     if found.void:
-        typer.echo(found.verdict)
+        typer.echo(wrapped(found.verdict))
         # No mistake of the user's, but a script should not take it for a result.
         raise typer.Exit(2)
     typer.echo(_text(found, out))
@@ -111,14 +111,17 @@ def _choice(choice: Path | None, placement: str | None) -> Any:
 
 
 def _text(found: Any, out: Path) -> str:
+    from vlmadapters.cli.terminal import wrapped
+
     columns = ["placement", "kind", "base", "novel", "hm", "difference", "parameters"]
     shown = {"index": False, "float_format": lambda value: f"{value:.2f}"}
-    lines = [found.verdict]  # how far a ranking repeats is said before it is shown
+    lines = [wrapped(found.verdict)]  # how far a ranking repeats is said before it is shown
     lines.append(found.placements[columns].to_string(**shown))
+    lines.append("difference: of the harmonic mean (hm) to the chosen placement, in points")
     if found.untuned is not None:
         told = found.summary["untuned"]
         warning = f" WARNING: {told['warning']}." if told["warning"] else ""
-        lines.append(f"All at the recipe's amount: {told['verdict']}{warning}")
+        lines.append(wrapped(f"All at the recipe's amount: {told['verdict']}{warning}"))
     if found.correlations is not None:
         best = found.correlations.head(5)[["score", "tau", "low", "high", "p"]]
         lines.append(best.to_string(**shown))

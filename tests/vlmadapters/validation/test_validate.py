@@ -402,7 +402,10 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     done = CliRunner().invoke(app, [*words, "--placement", "2-3"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "RANDOM weights" in done.output
-    assert json.loads((tmp_path / "validation.json").read_text())["verdict"] in done.output
+    said = json.loads((tmp_path / "validation.json").read_text())["verdict"]
+    assert said in " ".join(done.output.split())
+    shown = [line for line in done.output.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, shown)) <= 80
     CHOICE.save(tmp_path / "choice.json")
     scores().to_csv(tmp_path / "scores.csv", index=False)
     write_json(tmp_path / "provenance.json", {"validate": {"seeds": [9]}, "seed": 3})  # a study's
