@@ -108,6 +108,17 @@ def test_a_point_takes_the_cells_that_a_paired_test_takes() -> None:
     assert np.mean(np.abs(t) > 2.03) == pytest.approx(0.8, abs=0.03)
 
 
+def test_the_interval_of_the_cells_for_a_point_holds_the_true_number() -> None:
+    """Runs that differ by noise of 2 points, so that differences have a deviation of √2 · 2."""
+    true = cells_needed(2 * math.sqrt(2))
+    found = [
+        repeatability(simulated(1, 0, 2, datasets=4, seed=seed), draws=20)["cells_for_one_point"]
+        for seed in range(60)
+    ]
+    assert np.mean([one["low"] <= true <= one["high"] for one in found]) >= 0.88
+    assert all(true / 4 < one["low"] < one["cells"] < one["high"] < 4 * true for one in found)
+
+
 def test_without_an_effect_nothing_is_said_to_repeat() -> None:
     null = [repeatability(simulated(0, 0, 1, seed=s), draws=60) for s in range(40)]
     assert np.mean([one["between_seeds"]["p"] < 0.05 for one in null]) <= 0.15

@@ -36,6 +36,7 @@ from vlmlayers.metrics.gap import (
 )
 from vlmlayers.metrics.geometry import (
     alignment_weighted,
+    centred_null,
     mean_cosine_weighted,
     uniformity_null,
     uniformity_weighted,
@@ -186,6 +187,13 @@ def test_spectral_measures_of_a_planted_spectrum() -> None:
     assert effective_rank(x + 1000) == pytest.approx(np.exp(-(singular * np.log(singular)).sum()))
     assert spectral_entropy(x) == pytest.approx(-(eigen * np.log(eigen)).sum())
     assert participation_ratio(x) == pytest.approx(1 / (eigen**2).sum())
+
+
+@pytest.mark.parametrize("n", [5, 12, 40])
+def test_centred_items_without_structure_point_a_little_away_from_each_other(n: int) -> None:
+    rng = np.random.default_rng(n)
+    values = [mean_cosine_centred(rng.normal(size=(n, 300))) for _ in range(20)]
+    assert centred_null(n, 300) == pytest.approx(np.mean(values), rel=0.02)
 
 
 def test_pairwise_geometry_by_loops() -> None:
