@@ -529,6 +529,20 @@ def test_placement_scores_prefer_the_planted_placement() -> None:
     assert "metric:dataset_accuracy" in frame.columns
 
 
+def test_placement_scores_are_what_they_say_of_blocks_in_the_middle() -> None:
+    """Blocks of one tower scale to 0, 0.2 … 1, those of the other to 0, 0.5 and 1."""
+    scores = table(
+        curve_rows("dataset_accuracy", "vision", [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
+        curve_rows("dataset_accuracy", "text", [0.2, 0.5, 0.8]),
+    )
+    taken, left = [0.2, 0.4, 0.5], [0, 0.6, 0.8, 1, 0, 1]
+    found = placement_score(scores, (2, 3), (2,), "contrast_accuracy")
+    assert found == pytest.approx(np.mean(taken) - np.mean(left))
+    everywhere = placement_score(scores, span(1, 6), span(1, 3), "contrast_accuracy")
+    assert everywhere == pytest.approx(np.mean([*taken, *left]))  # nothing is left to compare with
+    assert placement_score(scores, (2, 3), (2,), "blocks_adapted") == pytest.approx(3 / 9)
+
+
 def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
     scores = full(24, 12)
     assert "mean_accuracy_x_novel" not in available_scores(scores)
