@@ -110,6 +110,8 @@ def read_info(path: str | Path) -> CheckpointInfo:
 
 
 def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    if Path(path).suffix == ".json":
+        raise UserError(f"{path} only describes an adapter; give the .safetensors beside it")
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {}).get("description", "{}"))

@@ -160,6 +160,9 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "y.safetensors")
     with pytest.raises(UserError, match="is not an adapter of this toolkit"):
         read_info(tmp_path / "y.safetensors")
+    (tmp_path / "y.json").write_text("{}")
+    with pytest.raises(UserError, match="only describes an adapter; give the .safetensors"):
+        read_info(tmp_path / "y.json")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

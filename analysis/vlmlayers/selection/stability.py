@@ -136,6 +136,9 @@ def doubts(tower: str, depth: int, chosen: tuple[int, ...], found: Mapping[str, 
             f"95 % of the resamples that choose any {tower} block start at {at}, "
             f"not at {value} as here"
         )
-    if found["empty"] > 0.05:
+    if chosen and found["empty"] > 0.05:
         reasons.append(f"{percent(found['empty'])} of the resamples choose no {tower} block")
+    if not chosen and found["empty"] < 0.95:
+        some = percent(1 - found["empty"])
+        reasons.append(f"{some} of the resamples choose a {tower} block, and here none is chosen")
     return reasons

@@ -389,7 +389,7 @@ def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Start the same command again" in err and "Traceback" not in err
 
 

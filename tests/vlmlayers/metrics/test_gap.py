@@ -196,6 +196,21 @@ def test_centred_items_without_structure_point_a_little_away_from_each_other(n: 
     assert centred_null(n, 300) == pytest.approx(np.mean(values), rel=0.02)
 
 
+@pytest.mark.parametrize(("n", "width"), [(60, 8), (30, 200)])
+def test_modality_auc_on_components_sees_the_gap_once_its_direction_is_among_them(
+    n: int, width: int
+) -> None:
+    """The largest spread is the same in both modalities, the second one tells them apart."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(2, n, width)) * 0.02
+    for side, gap in ((x, 0.3), (y, -0.3)):
+        side[:, 0] += gap
+        side[:, 1] += rng.normal(size=n)
+        side[:, 2] += 3
+    assert 0.3 < modality_auc(x, y, dims=1) < 0.7
+    assert modality_auc(x, y, dims=2) > 0.95
+
+
 def test_pairwise_geometry_by_loops() -> None:
     rng = np.random.default_rng(7)
     x, y = rng.normal(size=(9, 4)) + 1, np.arange(9) % 2

@@ -225,6 +225,21 @@ def test_a_start_outside_its_own_interval_is_a_doubt(tmp_path: Path) -> None:
     assert "vision block 6 left out here, but chosen in 100 % of the resamples" in choice.statement
 
 
+def test_that_no_block_is_chosen_is_a_doubt_where_resamples_say_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def fragile(scores):\n"
+        "    moved = (scores['value'] * 10 % 1).clip(lower=1e-6).round(9).nunique() > 2\n"
+        "    return range(5, 13), range(5, 13) if moved else ()\n"
+    )
+    apart = select(planted(), f"{file}:fragile", resamples=20)
+    said = "100 % of the resamples choose a text block, and here none is chosen"
+    assert said in apart.evidence["doubts"] and not apart.decided
+    file.write_text("def never(scores):\n    return range(5, 13), ()\n")
+    agreed = select(planted(), f"{file}:never", resamples=20)
+    assert agreed.evidence["towers"]["text"]["empty"] == 1 and agreed.evidence["doubts"] == []
+
+
 def test_a_block_that_resamples_seldom_choose_is_a_doubt(tmp_path: Path) -> None:
     """Block 3 is chosen on the values as measured only, beside a start that nothing moves."""
     file = tmp_path / "mine.py"
