@@ -102,6 +102,8 @@ def examine(
             computed, or what `extract` raises.
     """
     names = tuple(_MEASURES) if metrics is None else tuple(metrics)
+    if not names:
+        raise UserError("examine needs a metric; name one, or leave metrics out for all of them")
     for name in names:
         check_one_of("metric", name, _MEASURES)
     inputs = _Inputs.of(

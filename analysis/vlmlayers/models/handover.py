@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 from torch import nn
 
+from vlmlayers.arguments import taken
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.towers import find_towers
 from vlmlayers.models.vlm import VLM
@@ -78,6 +79,9 @@ def parameter_groups(
     model: Any, placement: Placement, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters of the chosen blocks; see `LayerChoice.parameter_groups`."""
+    for name in ("name", "params"):
+        if name in options:
+            raise UserError(f"parameter_groups gives each group its {name}; leave {name} out")
     groups = []
     for tower, blocks in _chosen(_module(model), placement).items():
         weights = [w for block in blocks for w in block.parameters() if w.requires_grad]
@@ -142,7 +146,7 @@ def _wanted(layers: Mapping[str, list[str]], wanted: Any) -> dict[str, list[str]
     Raises:
         UserError: One is in no block, or a tower's blocks have none of them.
     """
-    several = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    several = taken("to_peft", "target_modules", Sequence[str], wanted)
     last = {name.rpartition(".")[2]: None for names in layers.values() for name in names}
     for name in several:
         if "." not in name:

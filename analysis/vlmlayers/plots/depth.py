@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like
 from matplotlib.transforms import ScaledTranslation
 
 from vlmlayers.arguments import checked
@@ -22,6 +23,7 @@ from vlmlayers.plots.style import (
     axes,
     axis_label,
     category,
+    colours_of,
     label_text,
     mark_random,
     style,
@@ -75,9 +77,13 @@ def layer_curves(
         ax: Axes to draw on; a new figure where None.
 
     Raises:
-        UserError: The metric is not in the table or not on this tower, or the table holds several
-            models or scorings.
+        UserError: The metric is not in the table or not on this tower, the table holds several
+            models or scorings, or colours are wrong or do nothing.
     """
+    if palette is not None and (hue is None or color is not None):
+        raise UserError("palette colours the values of hue; name a hue, and no color beside it")
+    if color is not None and not is_color_like(color):
+        raise UserError(f"color is {color!r}, which is no colour; write it as 'red' or '#2F8FC4'")
     with style():
         parts = _parts(scores, metric, hue, dataset, space)
         if tower is not None:
@@ -154,15 +160,11 @@ def _looks(parts: dict[str, pd.DataFrame], color: str | None, palette: Any) -> d
     names = list(parts)
     if color is not None:
         return dict.fromkeys(names, color)
-    if names == [""] and palette is None:
+    if names == [""]:
         return {}
-    if isinstance(palette, Mapping):
-        return dict(palette)
     if palette is None:
         return {name: category(number)["color"] for number, name in enumerate(names)}
-    import seaborn as sns
-
-    return dict(zip(names, sns.color_palette(palette, len(names))))
+    return colours_of(palette, names)
 
 
 def _look(

@@ -67,6 +67,9 @@ def explore(
     parts = [features] if isinstance(features, LayerFeatures) else list(features)
     if not (parts and methods):
         raise UserError("explore needs features and at least one projection")
+    pictured = thumbnail and tower != "text"
+    if data is not None and not pictured:
+        raise UserError("data are for thumbnails, and none are shown; leave data out")
     space = space or ("joint" if tower == "both" else "native")
     shown = list(
         positions or parts[0].tower("vision" if tower == "both" else tower).positions(space)
@@ -77,7 +80,7 @@ def explore(
         for place, name in enumerate(shown)
         for row in _rows(parts, name, place, method, tower, space, seed, limit)
     ]
-    pictures = _pictures(parts, rows, data) if thumbnail and tower != "text" else []
+    pictures = _pictures(parts, rows, data) if pictured else []
     return _chart(rows, pictures, [_title(name) for name in shown], list(methods))
 
 

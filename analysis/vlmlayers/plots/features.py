@@ -17,6 +17,7 @@ from vlmlayers.manifests import Manifest
 from vlmlayers.plots.style import (
     CATEGORY_COLOURS,
     axes,
+    colours_of,
     label_text,
     mark_random,
     new_grid,
@@ -108,8 +109,8 @@ def _points(ax: Axes, table: pd.DataFrame, colour: str, palette: Any, *, legend:
             if len(names) <= len(CATEGORY_COLOURS)
             else sns.color_palette("husl", len(names))
         )
-    elif isinstance(palette, Mapping):
-        palette = {shown[name]: palette[name] for name in names}
+    else:
+        palette = {shown[name]: one for name, one in colours_of(palette, names).items()}
     both = table["modality"].nunique() > 1
     named = legend and len(names) <= MOST_NAMED
     sns.scatterplot(
@@ -193,13 +194,18 @@ def thumbnails(
     """
     from PIL import Image, ImageOps
 
-    if isinstance(data, Mapping):
-        found = {name: data[name] for name in ids}
-    else:
+    manifest = None
+    if not isinstance(data, Mapping):
         manifest = data if isinstance(data, Manifest) else Manifest.load(features.dataset)
-        wanted = set(ids)
-        items = {one.path: one for one in manifest.items(features.split) if one.path in wanted}
-        found = {name: manifest.open_image(items[name], size=size) for name in wanted}
+        data = {one.path: one for one in manifest.items(features.split)}
+    for name in ids:
+        if name not in data:
+            where = "data" if manifest is None else manifest.name
+            raise UserError(f"{where} has no image {name!r} of the features; give theirs as data")
+    found = {
+        name: manifest.open_image(data[name], size=size) if manifest else data[name]
+        for name in set(ids)
+    }
     return {
         name: np.asarray(ImageOps.fit(image if isinstance(image, Image.Image)
                                       else Image.fromarray(np.asarray(image)), (size, size))

@@ -142,6 +142,8 @@ def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[
     missing = [name for name in ("placement", "times", *OUTCOMES) if name not in amounts.columns]
     if missing or amounts.empty:
         raise UserError(f"the table of amounts lacks {', '.join(missing) or 'rows'}")
+    if axs is not None and len(axs) != len(OUTCOMES):
+        raise UserError(f"axs takes {len(OUTCOMES)} axes, not {len(axs)}")
     with style():
         if axs is None:
             axs = list(new_grid(len(OUTCOMES), 2.0))

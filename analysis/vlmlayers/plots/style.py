@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from vlmlayers.arguments import checked
+from vlmlayers.errors import UserError, shortened
 from vlmlayers.positions import is_block
 from vlmlayers.progress import switched_on
 
@@ -94,6 +95,29 @@ def style() -> Iterator[None]:
             # leaving the context must not turn it off, or no later figure is shown.
             interactive = mpl.is_interactive()
     mpl.interactive(interactive)
+
+
+def colours_of(palette: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return the colour of each name in a palette as seaborn takes it.
+
+    Raises:
+        UserError: It is no palette, or a mapping without one of the names.
+    """
+    import seaborn as sns
+
+    if isinstance(palette, Mapping):
+        for name in names:
+            if name not in palette:
+                known = shortened(", ".join(map(str, palette)))
+                raise UserError(f"palette has no colour for {name!r}; it has {known}")
+        palette = [palette[name] for name in names]
+    try:
+        return dict(zip(names, sns.color_palette(palette, len(names))))
+    except (TypeError, ValueError):
+        raise UserError(
+            "palette takes the name of one of seaborn's, colours, or a mapping to colours, not "
+            f"{shortened(repr(palette))}"
+        ) from None
 
 
 def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:

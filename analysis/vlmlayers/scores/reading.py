@@ -58,13 +58,16 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
         raise UserError("the score table is empty; there is nothing to read from it")
     import pandas as pd
 
-    values = scores["value"]
-    wrong = values[pd.to_numeric(values, errors="coerce").isna() & values.notna()]
-    if len(wrong):
-        raise UserError(
-            f"the score table holds {wrong.iloc[0]!r} in the column value, where a number is "
-            "needed; write it with `vlmlayers score`"
-        )
+    for name in ("value", "low", "high", "null"):
+        values = scores[name]
+        if values.dtype.kind in "fiu":
+            continue
+        wrong = values[pd.to_numeric(values, errors="coerce").isna() & values.notna()]
+        if len(wrong):
+            raise UserError(
+                f"the score table holds {wrong.iloc[0]!r} in the column {name}, where a number is "
+                "needed; write it with `vlmlayers score`"
+            )
     for name in ("other_tower", "other_position", "options"):
         if name not in scores.columns:
             scores = scores.assign(**{name: ""})

@@ -236,6 +236,7 @@ def test_rules_read_them_as_any_metric(silenced) -> None:
     ("family", "options", "message"),
     [
         ("clip", {"metrics": "skip_accuracy"}, "unknown metric 'skip_accuracy'; did you mean"),
+        ("clip", {"metrics": []}, "examine needs a metric"),
         ("resnet", {}, "has stages, not residual blocks"),
         ("coca", {"metrics": "contribution"}, "attention pool"),
     ],

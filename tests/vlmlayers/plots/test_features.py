@@ -122,6 +122,15 @@ def test_umap_is_refused_in_one_line_where_it_is_not_there(monkeypatch: pytest.M
         (lambda f: vl.plots.scatter([], 1), "one model, not 0"),
         (lambda f: vl.plots.scatter(f, [1, 2], space="joint", ax=Figure().subplots()), "ax"),
         (lambda f: vl.plots.scatter(planted(n=4), 1, space="joint"), "4 items; at least 5"),
+        (
+            lambda f: vl.plots.scatter(f, 1, space="joint", palette={"x": "r"}),
+            "no colour for",
+        ),
+        (lambda f: vl.plots.neighbours(f, space="joint", data={}), "data has no image '"),
+        (
+            lambda f: vl.explore(f, space="joint", data={}, thumbnail=False),
+            "data are for thumbnails, and none are shown",
+        ),
     ],
 )
 def test_bad_input(call: Callable[[vl.LayerFeatures], object], message: str) -> None:

@@ -329,11 +329,28 @@ def test_summaries_know_shapes_and_datasets() -> None:
         (lambda: plots.placement_sweep(OUTCOMES.drop(columns="hm")), "lacks hm"),
         (lambda: plots.placement_sweep(pd.concat([OUTCOMES] * 2)), "several rows per placement"),
         (lambda: plots.cost(OUTCOMES.iloc[:0]), "lacks rows"),
+        (lambda: by_dataset(palette={"digit": "red"}), "no colour for 'digits'; it has digit"),
+        (lambda: by_dataset(palette="tab11"), "palette takes the name .*, not 'tab11'"),
+        (lambda: by_dataset(palette=["rde"]), r"palette takes .*, not \['rde'\]"),
+        (lambda: by_dataset(palette=3), "palette takes .*, not 3"),
+        (lambda: by_dataset(palette="tab10", color="red"), "name a hue, and no color beside it"),
+        (lambda: by_dataset(palette="tab10", hue=None), "palette colours the values of hue"),
+        (lambda: by_dataset(color="rde"), "color is 'rde', which is no colour"),
+        (
+            lambda: plots.amount_curves(OUTCOMES.assign(times=1), [by_dataset()] * 2),
+            "3 axes, not 2",
+        ),
+        (lambda: plots.layer_curves(full().assign(low="x")), "'x' in the column low, where a num"),
     ],
 )
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()  # type: ignore[operator]
+
+
+def by_dataset(**options: Any) -> Any:
+    given: dict[str, Any] = {"hue": "dataset"} | options
+    return plots.layer_curves(full(), "class_accuracy", **given)
 
 
 def test_importing_plots_imports_no_torch() -> None:

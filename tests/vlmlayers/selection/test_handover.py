@@ -110,6 +110,8 @@ def test_a_loaded_model_is_handed_over_as_its_module():
     model.clip.requires_grad_(False)
     with pytest.raises(vl.UserError, match=r"call choice\.freeze\(model\) first"):
         choice.parameter_groups(model)
+    with pytest.raises(vl.UserError, match="gives each group its params; leave params out"):
+        choice.parameter_groups(model, params=[])
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,7 @@ def test_a_loaded_model_is_handed_over_as_its_module():
         (vl.LayerChoice((9,), (), "own"), {}, "vision block 9, but the vision tower has 4 blocks"),
         (vl.LayerChoice((), (), "own"), {}, "names no block; there is nothing to adapt"),
         (CHOICE, {"target_modules": ["q_projj"]}, "unknown layer 'q_projj'.*did you mean 'q_proj'"),
+        (CHOICE, {"target_modules": 3}, "to_peft: target_modules takes strings, not 3"),
         (CHOICE, {"layers_to_transform": [1]}, "unknown option 'layers_to_transform'"),
         (CHOICE, {"init_lora_weights": "loftq"}, "peft refuses these options of LoraConfig"),
     ],
