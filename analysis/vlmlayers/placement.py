@@ -23,6 +23,7 @@ from typing import Any
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.positions import TOWERS
+from vlmlayers.words import counted
 
 ZERO_SHOT = "zero-shot"
 SAMPLE = 3  # as many datasets are a sample of datasets; fewer stand for themselves
@@ -195,7 +196,7 @@ class Placement:
                 if block > depth:
                     raise UserError(
                         f"{what or f'the placement {self}'} names {tower} block {block}, but the "
-                        f"{tower} tower has {depth} blocks"
+                        f"{tower} tower has {counted(depth, 'block')}"
                     )
         return self
 

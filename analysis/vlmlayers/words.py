@@ -35,8 +35,9 @@ def text_table(rows: Sequence[Mapping[Any, Any]], widths: Mapping[str, int] | No
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number and its noun, which is in the singular after 1 alone."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    """Return a number of things in words: `1 step`, `2 steps`, `1,000 classes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

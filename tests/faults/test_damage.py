@@ -224,7 +224,7 @@ def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(
         assert "1 of 60 images of drawn cannot be read and are left out, first train/005" in (
             caplog.text
         )
-    with pytest.raises(UserError, match="leaves out 1 unreadable images; allow it with skip_unr"):
+    with pytest.raises(UserError, match="leaves out 1 unreadable image; allow it with skip_unr"):
         stream(tiny.model(), broken, "train", **skipping | {"skip_unreadable": False})
 
 

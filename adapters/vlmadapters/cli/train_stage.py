@@ -15,6 +15,7 @@ from vlmadapters.protocols.table import protocol_of
 from vlmlayers.errors import check_one_of
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import validated
+from vlmlayers.words import counted
 
 
 class TrainPart(TrainOptions):
@@ -120,7 +121,7 @@ class TrainStage:
         context.run.record(train={"model": model_record(model), "environment": environment()})
         if verdict := methods_verdict(table):
             context.echo(f"train    {verdict}")
-        context.echo(f"train    {len(table)} results: {path}")
+        context.echo(f"train    {counted(len(table), 'result')}: {path}")
 
 
 def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:

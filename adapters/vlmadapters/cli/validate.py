@@ -21,6 +21,7 @@ from vlmlayers.cli.options import DataRoot, Device, Model, named, with_options
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.runs import Run, score_table
+from vlmlayers.words import counted
 
 
 @with_options
@@ -125,4 +126,4 @@ def _text(found: Any, out: Path) -> str:
     if found.correlations is not None:
         best = found.correlations.head(5)[["score", "tau", "low", "high", "p"]]
         lines.append(best.to_string(**shown))
-    return "\n".join([*lines, f"{len(found.table)} cells, {out / 'validation.csv'}"])
+    return "\n".join([*lines, f"{counted(len(found.table), 'cell')}, {out / 'validation.csv'}"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlmadapters.cli.stages import MethodPart, MethodStage
 from vlmadapters.validation.options import ValidateOptions
+from vlmlayers.words import counted
 
 
 class ValidatePart(MethodPart, ValidateOptions):
@@ -26,7 +27,8 @@ def _validate(context: Any, part: ValidatePart, given: dict[str, Any]) -> None:
         **given,
     )
     context.run.record(validate=part.model_dump(exclude_unset=True))
-    cells = f"{found.table['placement'].nunique()} placements, {len(found.table)} cells"
+    placements = counted(found.table["placement"].nunique(), "placement")
+    cells = f"{placements}, {counted(len(found.table), 'cell')}"
     context.echo(f"validate {cells}: {found.verdict}")
 
 

@@ -24,6 +24,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.features.store import differing_field, record_checksum
 from vlmlayers.files import checksum, lock, write_json, write_text
 from vlmlayers.identity import DataIdentity
+from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
@@ -213,17 +214,17 @@ class CellFolder:
                 rows += content["rows"]
         if other:
             LOG.warning(
-                "%s: the table leaves out %d finished cells of another recipe, method, setting, "
+                "%s: the table leaves out %s of another recipe, method, setting, "
                 "split, limit, template, precision, device, backbone or version; give these a "
                 "folder of their own",
                 self.out,
-                other,
+                counted(other, "finished cell"),
             )
         if changed:
             LOG.warning(
-                "%s: the table leaves out %d finished cells of data that have changed since",
+                "%s: the table leaves out %s of data that have changed since",
                 self.out,
-                changed,
+                counted(changed, "finished cell"),
             )
         return rows
 

@@ -26,6 +26,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_toml
 from vlmlayers.placement import Amount, Placement
 from vlmlayers.prompts import TEMPLATE, Template
+from vlmlayers.words import counted
 
 DEFAULT_METHOD = "mma"  # where it is named, it may as well be nobody's choice
 SHIPPED = Path(__file__).with_name("recipe_files")
@@ -221,7 +222,8 @@ class Recipe:
             if train["epochs"] <= self.train.warmup_epochs:
                 raise UserError(
                     f"{place} is all warm-up: {self.method.name} warms up for "
-                    f"{self.train.warmup_epochs} epochs; name more or set warmup_epochs=0"
+                    f"{counted(self.train.warmup_epochs, 'epoch')}; name more or set "
+                    "warmup_epochs=0"
                 )
             train.setdefault("steps_per_shot", 0)
         kept = place.amount and not place

@@ -43,6 +43,7 @@ from vlmlayers.manifests import Item
 from vlmlayers.models.devices import memory_errors, placed, products_in, resolve_precision
 from vlmlayers.models.modes import at_rest, eval_mode
 from vlmlayers.progress import bar
+from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 DRAWS = 0xD5  # key of the random draws inside training steps
@@ -162,8 +163,8 @@ class Trainer:
         if trains and self.train.warmup_epochs >= self.epochs:
             name = self.runs[0].method.config.name
             raise UserError(
-                f"{name} would train {self.total_steps} steps, all of them warm-up at a rate of "
-                f"{self.train.warmup_lr:g} (epochs {self.epochs}, warmup_epochs "
+                f"{name} would train {counted(self.total_steps, 'step')}, all of them warm-up at a "
+                f"rate of {self.train.warmup_lr:g} (epochs {self.epochs}, warmup_epochs "
                 f"{self.train.warmup_epochs}); train {self.train.warmup_epochs + 1} epochs or more "
                 "or set warmup_epochs=0"
             )

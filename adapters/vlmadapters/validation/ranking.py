@@ -15,6 +15,7 @@ import pandas as pd
 
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
+from vlmlayers.words import counted
 
 
 def rank_correlation(
@@ -110,9 +111,9 @@ def predictors(correlations: pd.DataFrame) -> str:
     wrong = [row for row in firm if row["high"] < 0]
     outcome = {"hm": "harmonic mean"}.get(rows[0]["outcome"], f"{rows[0]['outcome']} accuracy")
     parts = [
-        f"Of {len(judged)} scores that read a measurement, {len(right) or 'none'} predicted the "
-        f"trained {outcome} (interval of Kendall's τ above 0, p below {SIGNIFICANCE} after Holm's "
-        f"correction){_named(right)}."
+        f"Of {counted(len(judged), 'score')} that read a measurement, {len(right) or 'none'} "
+        f"predicted the trained {outcome} (interval of Kendall's τ above 0, p below {SIGNIFICANCE} "
+        f"after Holm's correction){_named(right)}."
     ]
     if wrong:
         parts.append(f"{len(wrong)} ranked the placements in reverse{_named(wrong)}.")

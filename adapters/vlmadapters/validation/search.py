@@ -41,6 +41,7 @@ from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import ZERO_SHOT, Placement
 from vlmlayers.runs import environment
+from vlmlayers.words import counted
 
 AMOUNT_SHARE = 0.6  # of the budget, where placements are searched as well
 
@@ -251,7 +252,7 @@ def _how(race: Race, default: Recipe, novel: bool, judged: str) -> str:
         if few:
             said += f" {', '.join(few)}: too few base classes to hold any out whole."
     if race.skipped:
-        said += f" {len(race.skipped)} settings were left out."
+        said += f" Left out: {counted(len(race.skipped), 'setting')}."
     return said
 
 

@@ -33,6 +33,7 @@ from vlmlayers.features.store import (
 )
 from vlmlayers.files import DRAFTS, file_checksum, take_lock, write_text, writing
 from vlmlayers.identity import DATA, DataIdentity
+from vlmlayers.words import counted
 
 Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -433,9 +434,10 @@ def reuse(
     record = read_sidecar(folder)
     refuse_other_identity(folder, record["identity"], identity, data)
     if record["skipped"] and not skip_unreadable:
+        left = counted(len(record["skipped"]), "unreadable image")
         raise UserError(
-            f"feature store {folder} leaves out {len(record['skipped'])} unreadable images; allow "
-            "it with skip_unreadable=True (--skip-unreadable), or repair them and delete the store"
+            f"feature store {folder} leaves out {left}; allow it "
+            "with skip_unreadable=True (--skip-unreadable), or repair them and delete the store"
         )
     shutil.rmtree(partial_folder(folder), ignore_errors=True)
     found = FeatureStore.open(folder)

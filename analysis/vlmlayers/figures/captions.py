@@ -9,6 +9,7 @@ import pandas as pd
 from vlmlayers.figures.render import escape_latex
 from vlmlayers.plots.style import axis_label
 from vlmlayers.scores.summaries import how_made
+from vlmlayers.words import counted
 
 Caption = tuple[str, str]
 JOINT = (
@@ -50,7 +51,7 @@ def trained(opening: str, validation: pd.DataFrame) -> Caption:
     """
     datasets = list(dict.fromkeys(map(str, validation["dataset"])))
     seeds = ", ".join(str(seed) for seed in sorted(validation["seed"].unique()))
-    runs = f"Trained on {len(datasets)} datasets ({', '.join(datasets)}), seeds {seeds}"
+    runs = f"Trained on {counted(len(datasets), 'dataset')} ({', '.join(datasets)}), seeds {seeds}"
     return _caption(opening, validation, [runs])
 
 

@@ -9,6 +9,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import Item
 from vlmlayers.manifests.place import AlteredData, MissingData
 from vlmlayers.manifests.schema import Spec
+from vlmlayers.words import counted
 
 SHOWN = 3  # missing or unreadable files that are named
 
@@ -156,7 +157,7 @@ def _compare(
         elif have != count:
             notes.append(f"{split} lists {have:,} items where {count:,} are expected")
     if classes is not None and found != classes:
-        notes.append(f"{found} classes where {classes} are expected")
+        notes.append(f"{counted(found, 'class')} where {classes} are expected")
     return short, tuple(notes)
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError
+from vlmlayers.words import counted
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -64,7 +65,9 @@ def matrix(x: Any, name: str = "x", smallest_n: int = 1) -> Array:
     if array.ndim != 2:
         raise UserError(f"{name} has shape {array.shape}; expected (item, width)")
     if len(array) < smallest_n:
-        raise UserError(f"{name} has {len(array)} items; at least {smallest_n} are needed")
+        raise UserError(
+            f"{name} has {counted(len(array), 'item')}; at least {smallest_n} are needed"
+        )
     if not np.isfinite(array).all():
         row, column = np.argwhere(~np.isfinite(array))[0]
         raise UserError(f"{name} has NaN or Inf, first at item {row}, column {column}")
@@ -139,7 +142,8 @@ def classes(labels: Any, n: int, smallest_class: int = 1) -> Labels:
         raise UserError(f"labels name {len(counts)} class; at least 2 are needed")
     if counts.min() < smallest_class:
         raise UserError(
-            f"a class has {counts.min()} items; at least {smallest_class} per class are needed"
+            f"a class has {counted(counts.min(), 'item')}; at least {smallest_class} per class are "
+            "needed"
         )
     return numbered.astype(np.int64)
 

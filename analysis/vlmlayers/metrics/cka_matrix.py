@@ -11,6 +11,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.agreement import biased_signature, debiased_signature, linear_kernel
 from vlmlayers.metrics.checks import Array, matrix, varies
+from vlmlayers.words import counted
 
 GRAM_BYTES = 2**29  # kept Gram matrices may take half a gigabyte, else features are summed
 
@@ -47,7 +48,7 @@ def cka_matrix(
         raise UserError(f"layers have {sorted(sizes)} items; rows must be paired")
     n = sizes.pop()
     if n < 4:
-        raise UserError(f"{n} items; at least 4 are needed")
+        raise UserError(f"{counted(n, 'item')}; at least 4 are needed")
     if form == "auto":
         form = cheaper_form(n, [z.shape[1] for z in xs], [z.shape[1] for z in ys])
     return _by_gram(xs, ys, debiased) if form == "gram" else _by_features(xs, ys, debiased, block)

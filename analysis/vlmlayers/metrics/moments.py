@@ -15,6 +15,7 @@ import numpy as np
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.words import counted
 
 
 # eq=False here and below: comparing arrays gives an array, which has no single truth value.
@@ -174,7 +175,7 @@ def cka_from(x: Moments, y: Moments, cross: CrossMoments, *, debiased: bool = Tr
     """
     n = cross.n
     if n < 4:
-        raise UserError(f"{n} pairs; at least 4 are needed")
+        raise UserError(f"{counted(n, 'pair')}; at least 4 are needed")
     both = hsic(n, cross.cross, cross.sizes[0], cross.sizes[1], cross.x2y2, debiased)
     own = [
         hsic(n, m.scatter, np.trace(m.scatter), np.trace(m.scatter), m.fourth, debiased)

@@ -26,6 +26,7 @@ from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.options import takes, validated
 from vlmlayers.prompts import PROMPTED
+from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
@@ -247,8 +248,9 @@ def _texts(
     if options.texts is not None:
         if len(options.texts) != len(names):
             raise UserError(
-                f"{len(options.texts)} texts, but {manifest.name} has {len(names)} classes; give "
-                "one per class, or one per image with text='captions'"
+                f"{counted(len(options.texts), 'text')}, but {manifest.name} has "
+                f"{counted(len(names), 'class')}; give one per class, or one per image with "
+                "text='captions'"
             )
         return Texts(
             options.text, tuple(options.texts), np.arange(len(names), dtype=np.int64), template=""

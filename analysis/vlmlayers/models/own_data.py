@@ -28,6 +28,7 @@ from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests.items import Item, balanced_sample
 from vlmlayers.progress import track
 from vlmlayers.prompts import TEMPLATE, class_prompts
+from vlmlayers.words import counted
 
 NAME = "own data"
 _IMAGES = ("image", "img", "pixel_values", "jpg", "png")
@@ -146,7 +147,9 @@ def own_data(
     given = held.labels if held.labels is not None else [0] * count
     for what, several in (("labels", given), ("captions", captions)):
         if several is not None and len(several) != count:
-            raise UserError(f"{count} images, but {len(several)} {what}; one for each is needed")
+            raise UserError(
+                f"{counted(count, 'image')}, but {len(several)} {what}; one for each is needed"
+            )
     if class_names is not None and held.labels is None:
         raise UserError("class_names are of labels, and the images have none; give labels as well")
     names = tuple(class_names or held.names)

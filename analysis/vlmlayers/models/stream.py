@@ -42,6 +42,7 @@ from vlmlayers.options import validated
 from vlmlayers.positions import SPACES, TOKENS
 from vlmlayers.progress import bar
 from vlmlayers.scores.sums import DatasetSums, StreamingScores
+from vlmlayers.words import counted
 
 CHUNK = 1024  # images between two updates of the sums, whose cost does not depend on the images
 _PARTS: dict[str, Any] = {"moments": Moments, "classes": ClassMoments, "cross": CrossMoments}
@@ -201,8 +202,9 @@ class _Stream:
             self.own |= batches
             self.left_out |= {int(row) for row in _read(file)["left_out"]}
         if self.left_out and not self.work.options.skip_unreadable:
+            left = counted(len(self.left_out), "unreadable image")
             raise UserError(
-                f"{folder} leaves out {len(self.left_out)} unreadable images; allow it with "
+                f"{folder} leaves out {left}; allow it with "
                 "skip_unreadable=True (--skip-unreadable), or repair them and delete the folder"
             )
         self._save(folder)

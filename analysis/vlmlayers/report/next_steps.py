@@ -10,6 +10,7 @@ from typing import Any
 from vlmlayers.files import read_toml
 from vlmlayers.report.handover import handover_text
 from vlmlayers.report.numbers import Answer
+from vlmlayers.words import counted
 
 SEEDS, SHOTS, EPOCHS = (1, 2, 3), 16, 5  # of `vlmlayers validate` and the published recipe
 # A step goes forward and backward through the adapted blocks, on average over a sweep of the first
@@ -142,8 +143,8 @@ def _duration(answer: Answer, seeds: int, asked: dict[str, Any]) -> str:
         times = _time(given)
     return (
         f"{what} About {times}, at the {pace:.0f} images a second of the extraction: {placements} "
-        f"placements, {_number(seeds, 'seed')}, {_number(shots, 'shot')} of each base class, "
-        f"{_number(epochs, 'epoch')}, a step at the cost of {PASSES} passes; testing comes on top."
+        f"placements, {counted(seeds, 'seed')}, {counted(shots, 'shot')} of each base class, "
+        f"{counted(epochs, 'epoch')}, a step at the cost of {PASSES} passes; testing comes on top."
     )
 
 
@@ -179,10 +180,6 @@ def _classes(answer: Answer) -> list[int]:
 
 def _datasets(answer: Answer) -> list[dict[str, Any]]:
     return list(answer.provenance.get("datasets", {}).values())
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _time(seconds: float) -> str:

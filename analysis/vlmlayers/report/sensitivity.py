@@ -19,7 +19,7 @@ from vlmlayers.report.tables import Table, tabular
 from vlmlayers.scores.reading import POOLED, Reading, has_curve
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
 from vlmlayers.selection import select
-from vlmlayers.words import inside
+from vlmlayers.words import counted, inside
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 READING_RULES = ("threshold", "knee", "budget")  # those that read the measurements
@@ -112,8 +112,8 @@ def _datasets(answer: Answer) -> Iterator[list[str]]:
     if others := ordered[MOST:]:
         count = sum(len(same) for _, same in others)
         yield [
-            f"{count} more datasets alone",
-            *(f"{len(others)} more answers" for _ in answer.depths),
+            f"{counted(count, 'more dataset')} alone",
+            *(counted(len(others), "more answer") for _ in answer.depths),
         ]
 
 

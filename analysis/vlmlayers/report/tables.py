@@ -18,7 +18,7 @@ from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.scores.summaries import metrics_by_shape
 from vlmlayers.selection import PLACEMENT_SCORES
-from vlmlayers.words import inside, percent
+from vlmlayers.words import counted, inside, percent
 
 NUMBER = re.compile(r"–|[+-]?[\d.,]+( %)?( \[[^\]]*\])?")
 
@@ -177,8 +177,8 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     units = "datasets" if len(count) >= SAMPLE else "runs of these datasets alone"
     how = "each placement at its own tuned amount, beside all at the recipe's, " if untuned else ""
     caption = (
-        f"Test accuracy in percent, {how}mean of {len(count)} dataset{'s' * (len(count) > 1)} and "
-        f"{int(count.max())} seed{'s' * (int(count.max()) > 1)}, "
+        f"Test accuracy in percent, {how}mean of {counted(len(count), 'dataset')} and "
+        f"{counted(int(count.max()), 'seed')}, "
         + (f"95 % intervals over {units}" if known else "without intervals: runs too few or alike")
         + (f". Warning: {validation.warning}" if validation.warning else "")
     )

@@ -16,6 +16,7 @@ from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.positions import is_block
 from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.reading import partner_block
+from vlmlayers.words import counted
 
 Projection = Literal["pca", "tsne", "umap"]
 ShownTower = Literal["vision", "text", "both"]
@@ -67,7 +68,9 @@ def project(
              for part in parts for name in names]  # fmt: skip
     values = np.concatenate([array for array, _ in found])  # (item, width)
     if len(values) < LEAST:
-        raise UserError(f"{len(values)} items; at least {LEAST} are needed for a picture of them")
+        raise UserError(
+            f"{counted(len(values), 'item')}; at least {LEAST} are needed for a picture of them"
+        )
     table = pd.concat([frame for _, frame in found], ignore_index=True)
     x, y = _plane(values, method, seed).T
     return table.assign(x=x, y=y, position=position)

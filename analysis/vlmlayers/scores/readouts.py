@@ -20,6 +20,7 @@ from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.scoring import Point, Scoring, Source
+from vlmlayers.words import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,9 @@ def class_split(features: TowerFeatures, options: ScoreOptions, seed: int) -> Sp
     sizes = {c: len(set(groups[features.labels == c])) for c in np.unique(features.labels)}
     usable = [c for c, size in sizes.items() if size >= 3]
     if len(usable) < 2:
-        raise UserError(f"{len(usable)} classes have 3 items or more; at least 2 are needed")
+        raise UserError(
+            f"{counted(len(usable), 'class')} with 3 items or more; at least 2 are needed"
+        )
     # Three items of a class are one each to fit, to choose and to test.
     rows = np.flatnonzero(np.isin(features.labels, usable))
     labels = np.searchsorted(np.array(usable), features.labels[rows])

@@ -19,6 +19,7 @@ from vlmlayers.scores.options import UNKEYED, ScoreOptions
 from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.schema import score_frame
+from vlmlayers.words import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,8 +48,7 @@ class Group:
     def too_few(self, count: int) -> str:
         """Return why so many datasets cannot be told apart, and where the others are."""
         more = "; those of another split, weights, pooling or without the other tower are apart"
-        plural = "s" if count > 1 else ""
-        return f"{count} dataset{plural}; at least 2 are needed{more if self.apart else ''}"
+        return f"{counted(count, 'dataset')}; at least 2 are needed{more if self.apart else ''}"
 
     def sources(self, tower: str) -> list[Source]:
         """Return the datasets that have features of a tower."""

@@ -24,6 +24,7 @@ from vlmlayers.scores.gaps import partner_positions
 from vlmlayers.scores.items import prompt_matrix
 from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.scoring import check_finite
+from vlmlayers.words import counted
 
 Key = tuple[str, str, str]  # tower, space, position
 
@@ -129,7 +130,9 @@ class DatasetSums:
         # A small dataset is all sample, and would leave nothing to fit on.
         most = min(len(self.hashes), self.n // 2)
         if most < 1:
-            raise UserError(f"{self.head.dataset}: {self.n} items; at least 2 are needed")
+            raise UserError(
+                f"{self.head.dataset}: {counted(self.n, 'item')}; at least 2 are needed"
+            )
         order = np.argsort(self.hashes, kind="stable")
         held, rest = (self.sample[key][np.sort(part)] for part in (order[:most], order[most:]))
         parts = [self.moments[key]] if key in self.moments else []

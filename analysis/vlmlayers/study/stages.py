@@ -69,7 +69,9 @@ def _extract(context: StageContext) -> None:
         # A whole store of the same identity would otherwise be taken as it is.
         if context.force:
             shutil.rmtree(context.run.features / data.folder, ignore_errors=True)
-        context.doing(f"extract  {data.manifest.name}: {len(data.items)} items ({data.folder})")
+        context.doing(
+            f"extract  {data.manifest.name}: {counted(len(data.items), 'item')} ({data.folder})"
+        )
         try:
             features = _extract_one(context, model, data)
         except DataFault as error:  # a full disk or a held lock would fail the next one too

@@ -61,7 +61,9 @@ def stream_study(
     model, total = context.load_model(), StreamingScores()
     folder = context.run.folder / "streams"
     for data in context.datasets:
-        context.doing(f"stream   {data.manifest.name}: {len(data.items)} items ({data.folder})")
+        context.doing(
+            f"stream   {data.manifest.name}: {counted(len(data.items), 'item')} ({data.folder})"
+        )
         # Other processes read what is saved once the first one has looked at it.
         if force and not Processes.current().rank:
             shutil.rmtree(folder / data.folder, ignore_errors=True)

@@ -30,6 +30,7 @@ from vlmadapters.validation.search import search
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Amount, Placement
+from vlmlayers.words import counted
 
 RECIPE = Recipe(
     "tiny",
@@ -239,7 +240,7 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     skipped = {one["setting"]: one["why"] for one in found.summary["skipped"]}
     assert skipped and set(skipped.values()) == {"budget"}
     assert not set(skipped) & set(found.table["setting"])
-    assert f"{len(skipped)} settings were left out" in found.statement
+    assert f"Left out: {counted(len(skipped), 'setting')}." in found.statement
     least = search(shared_backbone(), [manifest], budget=1.2, **QUICK).summary
     assert [heat["stage"] for heat in least["heats"]] == ["amount"], "amount comes first"
     with pytest.raises(UserError, match=r"0\.1 full trainings allows no comparison; one .* takes"):
@@ -369,7 +370,7 @@ def test_recipes_take_the_amount_that_a_placement_names() -> None:
     assert made.label == "v3,t3@scale=0.3,epochs=15" and made.amount == Amount(0.3, epochs=15)
     with pytest.raises(UserError, match="coop has no scale"):
         load_recipe("published", "coop").at(Placement.parse("@scale=0.3"))
-    with pytest.raises(UserError, match="@epochs=1 is all warm-up: coop warms up for 1 epochs"):
+    with pytest.raises(UserError, match="@epochs=1 is all warm-up: coop warms up for 1 epoch;"):
         load_recipe("published", "coop").at("@epochs=1")
 
 

@@ -634,7 +634,7 @@ def test_too_few_items_are_refused_not_guessed() -> None:
     tiny = make_features(items=8, classes=4)
     table = score([tiny, make_features("other", number=1, items=8, classes=2)], **QUICK)
     refused = refusals(table)
-    assert "0 classes have 3 items or more; at least 2 are needed" in refused["reason"].tolist()
+    assert "0 classes with 3 items or more; at least 2 are needed" in refused["reason"].tolist()
     assert "8 items; at least 20 are needed" in refused["reason"].tolist()
     assert refused["reason"].str.contains("has 2 independent items; at least 3").any()
     assert np.isfinite(table[["value", "low", "high", "null"]]).all().all()
