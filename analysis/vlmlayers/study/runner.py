@@ -14,7 +14,7 @@ from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import write_json, write_text
 from vlmlayers.manifests.place import DATA_VARIABLE
-from vlmlayers.runs import Run, fingerprint, is_first_process, processes_launched
+from vlmlayers.runs import Run, file_mark, fingerprint, is_first_process, processes_launched
 from vlmlayers.study.context import StageContext, silent
 from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import ModelPart, Study
@@ -168,13 +168,23 @@ def _why(context: StageContext, stage: Stage, inputs: Mapping[str, str]) -> str:
     """Return why a stage has to run; empty where it finished on these inputs."""
     if context.force:
         return "asked for with --force"
-    done = context.ledger().get(stage.name, {}).get("inputs")
+    entry = context.ledger().get(stage.name, {})
+    done = entry.get("inputs")
     if not isinstance(done, dict):
         return "has not finished before"
     if changed := [name for name in {**done, **inputs} if done.get(name) != inputs.get(name)]:
         return f"changed since: {', '.join(changed)}"
-    missing = [str(path) for path in stage.outputs(context) if not path.exists()]
-    return f"not there: {', '.join(missing)}" if missing else ""
+    if missing := [str(path) for path in stage.outputs(context) if not path.exists()]:
+        return f"not there: {', '.join(missing)}"
+    # By a verb, such as `select` with another rule: what follows would go on from that.
+    now = _output_marks(context, stage)
+    other = [name for name, mark in entry.get("outputs", now).items() if now.get(name) != mark]
+    return f"written by another command since: {', '.join(other)}" if other else ""
+
+
+def _output_marks(context: StageContext, stage: Stage) -> dict[str, str]:
+    """Return the mark of each file that a stage writes; stores know themselves what they are of."""
+    return {path.name: file_mark(path) for path in stage.outputs(context) if path.is_file()}
 
 
 def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> None:
@@ -209,6 +219,7 @@ def _remember(context: StageContext, name: str, inputs: Mapping[str, str], secon
     earlier = ledger.get("unfinished", {}).pop(name, 0.0)
     ledger[name] = {
         "inputs": dict(inputs),
+        "outputs": _output_marks(context, STAGES[name]),
         "seconds": round(earlier + seconds, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -26,7 +26,7 @@ from vlmlayers.scores import read_scores
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.demo import demo_source, demo_study, position_table
 from vlmlayers.study.runner import pick_stages
-from vlmlayers.study.verbs import score_run
+from vlmlayers.study.verbs import score_run, select_run
 
 BASE: dict[str, Any] = {
     "models": [{"name": "mini-clip"}],
@@ -303,7 +303,6 @@ def test_fingerprint_sees_every_change() -> None:
 
 TINY = """
 title = "Tiny"
-seed = 3
 models = [{ path = "tiny-clip", random_weights = true }]
 datasets = ["digits", "letters", "flags"]
 [extract]
@@ -428,7 +427,6 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(
     copy = tmp_path / "copy"
     shutil.copytree(done.folder, copy)
     changed = study_file.read_text().replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
-    # The seed that draws items stays, although this rule draws nothing.
     changed = changed.replace("resamples = 5", 'rule = "paper"\nresamples = 4')
     file = tmp_path / "s.toml"
     file.write_text(changed)
@@ -440,6 +438,33 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(
     assert any(line.startswith("select   vision") for line in said)
     assert read_json(run.choice)["rule"] == "paper"
     assert "Fixed by the rule" in run.report.read_text()
+
+
+def test_what_a_verb_wrote_since_is_not_taken_for_the_studys_own(
+    done: Run, study_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(done.folder, copy)
+    select_run(copy, "paper", {}, 200, 0)
+    said: list[str] = []
+    options: dict[str, Any] = {"base": study_file.parent, "progress": False, "echo": said.append}
+    run_study(read_study(study_file), copy, only=["report"], **options)
+    assert read_json(copy / "choice.json")["rule"] == "paper"  # what is not picked stays
+    run_study(read_study(study_file), copy, **options)
+    assert read_json(copy / "choice.json") == read_json(done.choice)
+    assert "score    unchanged" in said and "select   unchanged" not in said
+
+
+def test_a_seed_of_items_goes_with_a_rule_that_draws_nothing(
+    done: Run, study_file: Path, tmp_path: Path
+) -> None:
+    copy, file = tmp_path / "copy", tmp_path / "s.toml"
+    shutil.copytree(done.folder, copy)
+    source = study_file.read_text().replace("resamples = 5", 'rule = "paper"')
+    source = source.replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
+    file.write_text("seed = 3\n" + source)
+    run_study(read_study(file), copy, base=study_file.parent, progress=False, only=["select"])
+    assert read_json(copy / "choice.json")["rule"] == "paper"
 
 
 def test_stages_can_be_picked_and_say_what_they_need(study_file: Path, tmp_path: Path) -> None:
