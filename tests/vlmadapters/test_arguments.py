@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from backbones import shared_backbone
 
 import vlmadapters as va
+from vlmadapters.protocols.results import COLUMNS
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 
 FACES = Manifest.load("faces")
 QUICK: dict[str, Any] = {"limit": 10, "progress": False}
+
+
+RESULTS = pd.DataFrame([dict.fromkeys(COLUMNS, 0)])
 
 
 def train(datasets: Any = "faces", **options: Any) -> Any:
@@ -86,6 +91,16 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
             lambda: train(configs=va.MMAConfig.span(2, 3), method="coop"),
             "either configs or method, not both",
         ),
+        (lambda: train([]), "there is no dataset to train"),
+        (lambda: train(seeds=[]), "there is no seed to train"),
+        (lambda: train(configs=[]), "there is no setting in configs to train"),
+        (lambda: va.load_recipe(depths={"vision": 12}), "depths needs the blocks of vision and"),
+        (lambda: va.MMAConfig.from_choice(3), "needs the keys 'vision' and 'text'"),
+        (lambda: va.METHODS.register(dict), "not a method; it has to be a subclass"),  # type: ignore[type-var]
+        (lambda: va.summarise(3), "results takes a results table, as `train` returns it, not 3"),
+        (lambda: va.summarise(RESULTS.drop(columns="accuracy")), "lacks accuracy"),
+        (lambda: va.summarise(RESULTS.assign(accuracy="high")), "text in the column accuracy"),
+        (lambda: va.class_logits(shared_backbone(), None, None), "clip takes Module"),
         (lambda: train(placement=["mma:2", "3"]), "the placement '3' is for no method"),
         (
             lambda: va.validate(shared_backbone(), "2", "faces", amount="given", folds=3),

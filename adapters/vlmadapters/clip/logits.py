@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vlmlayers.arguments import checked
 
 
 def scaled_cosines(clip: Any, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -39,7 +41,8 @@ def single(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def class_logits(clip: Any, images: Tensor, tokens: Tensor) -> Tensor:
+@checked
+def class_logits(clip: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
     """Return exp(logit scale) · cosine between images and class prompts, differentiable.
 
     Args:
@@ -50,4 +53,5 @@ def class_logits(clip: Any, images: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (image, class).
     """
-    return scaled_cosines(clip, clip.encode_image(images), clip.encode_text(tokens))
+    backbone: Any = clip
+    return scaled_cosines(clip, backbone.encode_image(images), backbone.encode_text(tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError, check_one_of
@@ -53,8 +53,9 @@ class Methods(Mapping[str, "type[Method]"]):
         """Make a method known under its config's name; usable as a decorator.
 
         Raises:
-            UserError: The name is taken by another method.
+            UserError: It is no method, or its name is taken by another one.
         """
+        _check(method, "what is registered")
         name = method.Config.name
         if name in BUILT_IN or self._registered.get(name, method) is not method:
             raise UserError(f"a method named {name!r} is known already; choose another name")
@@ -86,13 +87,8 @@ class Methods(Mapping[str, "type[Method]"]):
 
     def _from_file(self, where: str) -> type[Method]:
         """Return a method of a user's file, registered under its own name from then on."""
-        from vlmadapters.methods.base import Method
-
         found = load_user_code(where, "method")
-        if not (isinstance(found, type) and issubclass(found, Method)):
-            raise UserError(
-                f"{where} is not a method; it has to be a subclass of vlmadapters.Method"
-            )
+        _check(found, where)
         # In place of an earlier one, which `register` refuses: a file may be edited and read again.
         self._registered[found.Config.name] = found
         return found
@@ -103,6 +99,13 @@ class Methods(Mapping[str, "type[Method]"]):
             found: type[MethodConfig] = _load(f"vlmadapters.methods.{BUILT_IN[name][1]}")
             return found
         return self[name].Config
+
+
+def _check(found: Any, where: str) -> None:
+    from vlmadapters.methods.base import Method  # brings torch
+
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(f"{where} is not a method; it has to be a subclass of vlmadapters.Method")
 
 
 def _load(where: str):  # type: ignore[no-untyped-def]

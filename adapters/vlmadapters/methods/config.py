@@ -86,7 +86,7 @@ class MethodConfig:
             choice = LayerChoice.load(choice)
         if not cls.towers:
             raise UserError(cls._no_placement())
-        found = choice if isinstance(choice, Mapping) else vars(choice)
+        found = choice if isinstance(choice, Mapping) else getattr(choice, "__dict__", {})
         if not {"vision", "text"} <= set(found):
             raise UserError("a layer choice needs the keys 'vision' and 'text'")
         return cls(**{tower: tuple(found[tower]) for tower in cls.towers}, **options)

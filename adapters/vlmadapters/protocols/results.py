@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.intervals import wilson
 from vlmlayers.scores.summaries import harmonic_mean
@@ -51,6 +52,9 @@ UNMOVED = "training changed nothing: raise lr, or the method's scale, for this b
 UNMOVED_FIT = "the fit changed nothing: its answers are those of zero-shot CLIP"
 GROUP = ["protocol", "method", "model", "weights", "source", "placement", "settings", "shots"]
 ADDED: dict[str, Any] = {"settings": "", "parameters": 0, "seconds": 0.0}
+# What a summary reads.
+READ = [*(k for k in GROUP if k not in ADDED), "dataset", "split_kind", "seed", "accuracy", "note"]
+Results = Annotated[pd.DataFrame, Takes("a results table, as `train` returns it", "such tables")]
 
 
 def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]:
@@ -99,7 +103,8 @@ def accuracy_fields(correct: int, n: int) -> dict[str, Any]:
     return {"accuracy": correct / n, "n": n, "low": float(low), "high": float(high)}
 
 
-def summarise(results: pd.DataFrame) -> pd.DataFrame:
+@checked
+def summarise(results: Results) -> pd.DataFrame:
     """Return mean and sd over seeds per dataset, harmonic means, and averages over datasets.
 
     The harmonic mean of a dataset is that of its mean base and novel accuracy, its sd that of the
@@ -115,10 +120,14 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
         training on average.
 
     Raises:
-        UserError: The table is empty.
+        UserError: The table is empty, lacks a column, or its accuracies are no numbers.
     """
+    if missing := [name for name in READ if name not in results.columns]:
+        raise UserError(f"the results table lacks {', '.join(missing)}; is it one of `train`?")
     if results.empty:
         raise UserError("the results table is empty; run `vlmlayers evaluate` first")
+    if not pd.api.types.is_numeric_dtype(results["accuracy"]):
+        raise UserError("the results table holds text in the column accuracy; read it as numbers")
     rows: list[dict[str, Any]] = []
     table = results.assign(source=_comparable_source(results))
     # What tables lack that were written before there were several methods.

@@ -85,6 +85,10 @@ def train(
         UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
     asked = validated(TrainOptions, options, "train")
+    given = {"dataset": datasets, "seed": asked.seeds, "setting in configs": configs}
+    for what, several in given.items():
+        if several is not None and not several:
+            raise UserError(f"there is no {what} to train; name one")
     recipes = _recipes(recipe or (), method, model)
     settings = configs
     if configs is None and placement is not None:

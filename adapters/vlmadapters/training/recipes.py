@@ -25,6 +25,7 @@ from vlmlayers.arguments import (
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_toml
 from vlmlayers.placement import Amount, Placement
+from vlmlayers.positions import TOWERS
 from vlmlayers.prompts import TEMPLATE, Template
 from vlmlayers.words import counted
 
@@ -381,17 +382,20 @@ def load_recipe(
         UserError: The name or a key is unknown (with the nearest), a value is wrong or not read
             beside the others, or the file is of another method than is asked for.
     """
+    depths = VIT_B_16 if depths is None else depths
+    if set(depths) != set(TOWERS):
+        raise UserError("load_recipe: depths needs the blocks of vision and text, and of no other")
     path = Path(name)
     if path.suffix == ".toml":
         values = read_toml(path, "the recipe")
         own = METHODS.config(values.pop("method", method)).name
         if method != DEFAULT_METHOD and METHODS.config(method).name != own:
             raise UserError(f"{path} is a recipe of {own}, not of {method}; name one of the two")
-        start = METHODS.config(own).published(depths or VIT_B_16)
+        start = METHODS.config(own).published(depths)
         return _recipe(path.stem, start, values, _shipped(own), str(path))
     shipped = _shipped(method)
     check_one_of(f"recipe of {method}", str(name), shipped)
-    start = METHODS.config(method).published(depths or VIT_B_16)
+    start = METHODS.config(method).published(depths)
     return _recipe(str(name), start, shipped[str(name)], shipped, f"{method}.toml")
 
 

@@ -17,7 +17,7 @@ from vlmlayers.plots import save_figure, unseen
 from vlmlayers.plots.comparison import run_curves
 from vlmlayers.plots.saving import slug, with_source
 from vlmlayers.report.comparable import comparability
-from vlmlayers.report.figures import Drawn
+from vlmlayers.report.figures import Drawn, check_shown
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.page import RANDOM, _safe, render
 from vlmlayers.report.payload import curve_entries, metric_entry
@@ -62,6 +62,7 @@ def write_comparison(
     """
     if len(folders) < 2:
         raise UserError("a comparison needs at least two run folders")
+    check_shown(formats)
     out = Path(out)
     runs = [_run(name, Path(folder), out) for name, folder in zip(_names(folders), folders)]
     shared = _shared(runs)

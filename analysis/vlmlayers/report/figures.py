@@ -124,9 +124,16 @@ def draw_figures(
     Raises:
         UserError: A format is unknown, or a page can show none of them.
     """
+    check_shown(formats)
+    return list(_drawn(answer, formats, metrics))
+
+
+def check_shown(formats: Sequence[str]) -> None:
+    """Raise a UserError where a format is unknown, or a page can show none of them."""
+    for name in formats:
+        check_one_of("figure format", name, plots.FORMATS)
     if not {"svg", "png"} & set(formats):
         raise UserError("the report shows figures as svg or png; name one of them")
-    return list(_drawn(answer, formats, metrics))
 
 
 def _drawn(answer: Answer, formats: Sequence[str], metrics: Sequence[str]) -> Iterator[Drawn]:

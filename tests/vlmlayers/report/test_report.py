@@ -570,6 +570,8 @@ def test_comparison_of_unequal_runs(validated: Run, random_run: Run, tmp_path: P
     assert (tmp_path / "both" / "report.md").read_text().startswith("# Two")
     with pytest.raises(UserError, match="at least two"):
         write_comparison([validated.folder], tmp_path)
+    with pytest.raises(UserError, match="shows figures as svg or png"):
+        write_comparison([validated.folder, random_run.folder], tmp_path, formats="pdf")
 
 
 def test_reading_is_computed_from_the_table(validated: Run) -> None:
