@@ -40,7 +40,7 @@ def test_altered_lists_are_told(tmp_path: Path) -> None:
     assert counts.state == "altered"
     assert counts.notes == ("train lists 10 items where 12 are expected",)
     classes = coop_dataset(tmp_path, {"train": ROWS[:5]}, expect(5)).check()
-    assert classes.notes == ("1 classes where 2 are expected",)
+    assert classes.notes == ("1 class where 2 are expected",)
     twice = coop_dataset(tmp_path, {"train": ROWS, "val": ROWS[:2]}).check()
     assert twice.notes == ("2 paths are listed more than once",)
     digest = f'split_sha256 = "{"a" * 64}"\n' + expect(10)
