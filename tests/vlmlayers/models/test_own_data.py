@@ -247,7 +247,7 @@ def test_workers_decode_data_in_memory(expected):
         (PIXELS, {"labels": [0.5] * 9}, "label 0.5 of image 0 is not a class"),
         (PIXELS, {"labels": LABELS, "class_names": ["a"]}, "label 1 of image 1, but there are 1"),
         (PIXELS, {"labels": ["antt"] * 9, "class_names": NAMES}, "unknown class 'antt' .*'ant'"),
-        (PIXELS, {"texts": ["one", "two"]}, "2 texts, but own data has 1 classes; give one per"),
+        (PIXELS, {"texts": ["one", "two"]}, "2 texts, but own data has 1 class; give one per"),
         ([np.zeros((4, 4, 7), np.uint8)], {}, r"image 0 is a ndarray of shape \(4, 4, 7\)"),
         ([], {}, "the data hold no images"),
         (5, {}, "data takes a dataset's name, path or Manifest, .*not a value of type int"),
