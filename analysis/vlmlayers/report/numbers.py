@@ -28,7 +28,7 @@ from vlmlayers.selection.choice import OFTEN
 from vlmlayers.words import inside, percent
 
 FARTHEST = 4  # datasets whose zero-shot margin the answer lists
-FIRM = f"in at least {percent(OFTEN)} of the resamples"
+FIRM = f"in at least {percent(OFTEN)} of the resamples; none of a tower in doubt"
 
 
 @dataclass(frozen=True, eq=False)
