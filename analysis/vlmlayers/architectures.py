@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 import runpy
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,28 @@ def architectures() -> list[str]:
 def configuration_files() -> dict[str, Path]:
     """Return the configuration file of each architecture that open_clip ships."""
     return {path.stem: path for path in sorted((_open_clip() / "model_configs").glob("*.json"))}
+
+
+def known_depths(name: str) -> dict[str, int]:
+    """Return how many blocks the towers of a model have, as far as open_clip's configuration says.
+
+    Towers that timm or transformers make are left out, and so are all of a hub's models: only the
+    loaded model tells.
+    """
+    folder = MINIATURES.get(name, Path(name).expanduser())
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        file = configuration_files().get(name, file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        parts = content.get("model_cfg", content)
+        towers = {"vision": parts["vision_cfg"], "text": parts["text_cfg"]}
+        made = [key for key in towers if {"timm_model_name", "hf_model_name"} & {*towers[key]}]
+        # Absent where it is open_clip's own default.
+        depths = {key: tower.get("layers", 12) for key, tower in towers.items() if key not in made}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # loading says what it is
+        return {}
+    return {key: depth for key, depth in depths.items() if isinstance(depth, int)}
 
 
 def tags_of(architecture: str) -> list[str]:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
 
-from vlmlayers.architectures import check_model
+from vlmlayers.architectures import CONFIG_FILE, check_model, known_depths
 from vlmlayers.errors import UserError
+from vlmlayers.models import find_towers
 
 
 def test_names_and_tags_without_torch_are_those_of_open_clip() -> None:
@@ -25,6 +28,28 @@ def test_names_and_tags_without_torch_are_those_of_open_clip() -> None:
     expected = {name: open_clip.list_pretrained_tags_by_model(name) for name in names}
     assert json.loads(done.stdout) == expected
     assert sum(map(len, expected.values())) > 100
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "RN50", "ViT-B-16-SigLIP", "ViTamin-S"])
+def test_the_depths_that_configurations_tell_are_those_of_the_towers(name: str) -> None:
+    told = known_depths(name)
+    config = open_clip.get_model_config(name)
+    made = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+    with torch.device("meta"):
+        towers = find_towers(made(**config))
+    assert told == {tower: towers[tower].depth for tower in told}
+    assert set(told) == ({"vision", "text"} if name in ("ViT-B-32", "ViT-L-14") else {"text"})
+
+
+def test_depths_are_told_of_folders_and_not_of_what_is_unknown(tmp_path: Path) -> None:
+    assert known_depths("mini-clip") == {"vision": 12, "text": 12}
+    assert known_depths("hf-hub:some/where") == known_depths("nosuch") == {}
+    file = tmp_path / CONFIG_FILE
+    file.write_text(json.dumps({"model_cfg": {"vision_cfg": {"layers": 7}, "text_cfg": {}}}))
+    assert known_depths(str(tmp_path)) == {"vision": 7, "text": 12}
+    for damaged in ("{", "[]", '{"model_cfg": {"vision_cfg": 3}}'):
+        file.write_text(damaged)
+        assert known_depths(str(tmp_path)) == {}
 
 
 @pytest.mark.parametrize(

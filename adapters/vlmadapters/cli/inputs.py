@@ -10,11 +10,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from vlmlayers.architectures import check_model
+from vlmlayers.architectures import check_model, known_depths
 from vlmlayers.arguments import taken
 from vlmlayers.cli.options import repeated
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import WeightsOptions
+from vlmlayers.placement import Placement
+from vlmlayers.positions import TOWERS
 from vlmlayers.progress import timed
 
 LOG = logging.getLogger(__name__)
@@ -134,6 +136,21 @@ def check_inputs(
         manifest.require_classes(" to tell apart", root)
         for split in manifest.splits(root):
             manifest.items(split, root=root)
+
+
+def check_blocks(model: str, placed: Any) -> None:
+    """Check before a model is loaded that it has the blocks of a placement, where that is known.
+
+    Args:
+        model: Its name.
+        placed: Anything with `vision` and `text` blocks.
+
+    Raises:
+        UserError: Names the first block beyond its tower.
+    """
+    depths, whole = known_depths(model), Placement(placed.vision, placed.text)
+    vision, text = (whole.blocks(tower) if tower in depths else () for tower in TOWERS)
+    Placement(vision, text).check(depths, f"the placement {whole}")
 
 
 def read_pairs(words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

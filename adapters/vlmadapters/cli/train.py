@@ -11,6 +11,7 @@ from vlmadapters.cli.inputs import (
     CHOICE,
     RecipeName,
     Settings,
+    check_blocks,
     check_inputs,
     load_backbone,
     read_pairs,
@@ -97,8 +98,10 @@ def train(
         known = places or backbone is not model
         return made, [_paired(one, paired) for one in placed] if paired and known else placed
 
-    read(model)
+    _, asked = read(model)
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
+    for one in asked if places else ():  # without a placement the blocks follow from the backbone
+        check_blocks(model, one.method)
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.cli.terminal import wrapped
     from vlmadapters.protocols.train import train as run

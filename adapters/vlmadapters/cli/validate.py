@@ -11,6 +11,7 @@ from vlmadapters.cli.inputs import (
     Method,
     RecipeName,
     Settings,
+    check_blocks,
     check_inputs,
     load_backbone,
     read_recipes,
@@ -68,8 +69,9 @@ def validate(
 
     values = parse_settings(settings or [])
     (made,) = read_recipes(recipe, values, [method], model)
-    chosen_placement(made.method, chosen)  # refused before torch is imported
+    placed = chosen_placement(made.method, chosen)  # refused before torch is imported
     check_inputs(model, weights, datasets, data_root)
+    check_blocks(model, placed)
     from vlmadapters.cli.terminal import RANDOM, wrapped
     from vlmadapters.validation.validate import validate as run
     from vlmlayers.scores import read_scores

@@ -66,6 +66,9 @@ train mini-clip nosuch --out here
 train mini-clip faces --out here --method nosuch
 train mini-clip faces --out here --protocol nosuch
 train mini-clip faces --out here --placement nosuch
+train mini-clip faces --out here --placement 5-13
+train ViT-L-14 faces --random-weights --out here --method mma,cliplora --placement mma:v9-25
+validate mini-clip faces --out here --placement t13
 train mini-clip faces --out here --set epochs=1 --set epochs=2
 train mini-clip faces --out here --set beta2=0.9
 train mini-clip faces --out here --method cliplora --recipe published --set epochs=3
