@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,28 +80,26 @@ def train(
 ) -> None:
     """Train methods by a protocol of the paper, beside zero-shot CLIP.
 
-    A stopped run resumes with the same command. Several GPUs:
-    `torchrun --nproc-per-node N -m vlmlayers train …`.
+    A stopped run resumes with the same command. Several processes may share
+    the work: start the same command on each GPU.
     """
     from vlmadapters.protocols.table import protocol_of
     from vlmlayers.options import parse_settings
 
     protocol_of(options.protocol, target or (), "--protocol")
-    values = parse_settings(settings or [])
     places = [*(placement or []), *([CHOICE] if choice is not None else [])]
-
-    paired = None if pairs is None else read_pairs(pairs)
-
-    def read(backbone: Any) -> tuple[list[Any], list[Any]]:
-        made = read_recipes(recipe, values, method or ["mma"], backbone)
-        placed = read_placements(made, places, choice)
-        # Without a placement the blocks, and which may be paired, follow from the backbone.
-        known = places or backbone is not model
-        return made, [_paired(one, paired) for one in placed] if paired and known else placed
-
-    _, asked = read(model)
+    read = partial(
+        _read,
+        recipe=recipe,
+        values=parse_settings(settings or []),
+        methods=method or ["mma"],
+        places=places,
+        choice=choice,
+        pairs=None if pairs is None else read_pairs(pairs),
+    )
+    _, named_at = read(model)
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
-    for one in asked if places else ():  # without a placement the blocks follow from the backbone
+    for one in named_at if places else ():
         check_blocks(model, one.method)
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.cli.terminal import wrapped
@@ -110,7 +109,7 @@ def train(
 
     with processes.process_group() as (rank, _):
         loaded = load_backbone(model, weights, device)
-        made, placed = read(loaded)
+        made, placed = read(loaded)  # without a placement the blocks follow from the backbone
         table = run(
             loaded,
             datasets,
@@ -214,6 +213,25 @@ def evaluate(
     if out is not None:
         write_csv(out, table)
         typer.echo(f"results {out}")
+
+
+def _read(
+    model: Any,
+    *,
+    recipe: str | None,
+    values: dict[str, Any],
+    methods: list[str],
+    places: list[str],
+    choice: Path | None,
+    pairs: tuple[tuple[int, ...], ...] | None,
+) -> tuple[list[Any], list[Any]]:
+    """Return the recipes and what is trained by them, for a model's name or the loaded one."""
+    made = read_recipes(recipe, values, methods, model)
+    placed = read_placements(made, places, choice)
+    # A name does not tell which blocks may be paired where no placement does.
+    if pairs is None or not (places or not isinstance(model, str)):
+        return made, placed
+    return made, [_paired(one, pairs) for one in placed]
 
 
 def _paired(recipe: Any, pairs: Any) -> Any:

@@ -125,7 +125,7 @@ def _text(found: Any, out: Path) -> str:
         told = found.summary["untuned"]
         warning = f" WARNING: {told['warning']}." if told["warning"] else ""
         lines.append(wrapped(f"All at the recipe's amount: {told['verdict']}{warning}"))
-    if found.correlations is not None:
+    if found.correlations is not None and len(found.correlations):
         best = found.correlations.head(5)[["score", "tau", "low", "high", "p"]]
         lines.append(best.to_string(**shown))
     return "\n".join([*lines, f"{counted(len(found.table), 'cell')}, {out / 'validation.csv'}"])

@@ -17,6 +17,8 @@ from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcom
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 from vlmlayers.words import counted
 
+LEAST_RANKED = 3  # placements
+
 
 def rank_correlation(
     table: pd.DataFrame,
@@ -39,7 +41,8 @@ def rank_correlation(
         One row per score, best first: score, outcome, tau, low, high, p (two-sided, by
         permutation; the null is 0), p_holm (the same, corrected for the number of scores by
         Holm's method), n (placements). A score that is the same for every placement has no ranks
-        and is left out.
+        and is left out; of fewer than three placements all are, as any score ranks two as trained
+        or in reverse.
     """
     found = outcomes(table, outcome)
     resampled = found.resampled_means(draws, seed)
@@ -47,7 +50,8 @@ def rank_correlation(
     # One set of permutations for all scores: their p values differ by the scores alone.
     order = np.array([generator.permutation(len(found.placements)) for _ in range(draws)])
     rows = []
-    for name, group in predicted.groupby("score", sort=False):
+    ranked = len(found.placements) >= LEAST_RANKED
+    for name, group in predicted.groupby("score", sort=False) if ranked else ():
         values = group.drop_duplicates("placement").set_index("placement")["predicted"]
         guess = values.reindex(list(found.placements)).to_numpy(np.float64)
         if not np.isfinite(guess).all() or np.ptp(guess) == 0 or np.ptp(found.means) == 0:
@@ -102,7 +106,10 @@ def predictors(correlations: pd.DataFrame) -> str:
         correlations: What `rank_correlation` returns.
     """
     if correlations.empty:
-        return "No score could be compared with the outcome: each is the same at every placement."
+        return (
+            "No score could be compared with the outcome: there are fewer than three placements, "
+            "or each score is the same at all."
+        )
     rows: list[Mapping[Any, Any]] = list(correlations.to_dict("records"))
     blind = {name for name, score in PLACEMENT_SCORES.items() if not score.block_score}
     judged = [row for row in rows if row["score"] not in blind]

@@ -110,6 +110,20 @@ def test_rank_correlation_agrees_with_scipy_and_flags_chance() -> None:
     assert "flat" not in found.index
 
 
+def test_of_two_placements_no_ranking_is_told() -> None:
+    """Any score ranks two as trained or in reverse, with the interval [1, 1] for a τ of 1."""
+    rows = [
+        {"dataset": "a", "seed": s, "placement": name, "kind": "start", "hm": value + s}
+        for s in range(4)
+        for name, value in zip(PLACEMENTS[:2], (50.0, 60.0))
+    ]
+    predicted = pd.DataFrame(
+        {"placement": PLACEMENTS[:2], "score": "mean_accuracy", "predicted": [0.1, 0.2]}
+    )
+    found = rank_correlation(pd.DataFrame(rows), predicted)
+    assert found.empty and "fewer than three placements" in predictors(found)
+
+
 def test_holm_on_a_worked_example() -> None:
     """0.005 × 4, 0.01 × 3, 0.03 × 2, then not less than before: Holm 1979, by hand."""
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])

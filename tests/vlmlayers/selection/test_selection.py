@@ -206,15 +206,21 @@ def test_seeds_that_disagree_widen_the_start() -> None:
     assert "the vision start lies anywhere in 3–10" in choice.statement
 
 
+def rule_of(folder: Path, picks: str) -> str:
+    """A rule of `planted` scores, which may pick otherwise on values that were `moved`."""
+    file = folder / "mine.py"
+    file.write_text(
+        "def mine(scores):\n"
+        "    moved = (scores['value'] * 10 % 1).clip(lower=1e-6).round(9).nunique() > 2\n"
+        f"    return {picks}\n"
+    )
+    return f"{file}:mine"
+
+
 def test_a_start_outside_its_own_interval_is_a_doubt(tmp_path: Path) -> None:
     """The rule starts at 7 on the values as measured and at 6 on any that were moved."""
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "def fragile(scores):\n"
-        "    moved = (scores['value'] * 10 % 1).clip(lower=1e-6).round(9).nunique() > 2\n"
-        "    return range(6 if moved else 7, 13), range(5, 13)\n"
-    )
-    choice = select(planted(), f"{file}:fragile", resamples=20)
+    rule = rule_of(tmp_path, "range(6 if moved else 7, 13), range(5, 13)")
+    choice = select(planted(), rule, resamples=20)
     assert choice.evidence["towers"]["vision"]["start"] == {"value": 7, "low": 6, "high": 6}
     assert not choice.decided
     assert (
@@ -226,29 +232,18 @@ def test_a_start_outside_its_own_interval_is_a_doubt(tmp_path: Path) -> None:
 
 
 def test_that_no_block_is_chosen_is_a_doubt_where_resamples_say_otherwise(tmp_path: Path) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "def fragile(scores):\n"
-        "    moved = (scores['value'] * 10 % 1).clip(lower=1e-6).round(9).nunique() > 2\n"
-        "    return range(5, 13), range(5, 13) if moved else ()\n"
-    )
-    apart = select(planted(), f"{file}:fragile", resamples=20)
+    rule = rule_of(tmp_path, "range(5, 13), range(5, 13) if moved else ()")
+    apart = select(planted(), rule, resamples=20)
     said = "100 % of the resamples choose a text block, and here none is chosen"
     assert said in apart.evidence["doubts"] and not apart.decided
-    file.write_text("def never(scores):\n    return range(5, 13), ()\n")
-    agreed = select(planted(), f"{file}:never", resamples=20)
+    agreed = select(planted(), rule_of(tmp_path, "range(5, 13), ()"), resamples=20)
     assert agreed.evidence["towers"]["text"]["empty"] == 1 and agreed.evidence["doubts"] == []
 
 
 def test_a_block_that_resamples_seldom_choose_is_a_doubt(tmp_path: Path) -> None:
     """Block 3 is chosen on the values as measured only, beside a start that nothing moves."""
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "def fragile(scores):\n"
-        "    moved = (scores['value'] * 10 % 1).clip(lower=1e-6).round(9).nunique() > 2\n"
-        "    return [1] + [3, 4] * (not moved) + [9, 10, 11, 12], range(5, 13)\n"
-    )
-    choice = select(planted(), f"{file}:fragile", resamples=20)
+    rule = rule_of(tmp_path, "[1] + [3, 4] * (not moved) + [9, 10, 11, 12], range(5, 13)")
+    choice = select(planted(), rule, resamples=20)
     assert choice.evidence["towers"]["vision"]["frequency"][:4] == [1, 0, 0, 0]
     assert choice.evidence["doubts"] == [
         "vision blocks 3–4 chosen here, but in only 0 % of the resamples"
