@@ -75,6 +75,11 @@ def test_pages_stand_alone_and_fit(tab: Tab, pages: dict[str, Path], name: str, 
     assert tab.run("document.documentElement.scrollWidth") <= width
     cut = "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth + 1)"
     assert tab.run(f"{cut}.map(s => s.getAttribute('aria-label'))") == []
+    outside = """[...document.querySelectorAll('.plot svg text')].filter(text => {
+        const [a, b] = [text, text.ownerSVGElement].map(one => one.getBoundingClientRect());
+        return a.width && (a.left < b.left - 1 || a.right > b.right + 1);
+    }).map(text => text.textContent)"""
+    assert tab.run(outside) == []
     lines = "[...document.querySelectorAll('.whole')].map(part => part.getClientRects().length)"
     assert set(tab.run(lines)) <= {1}, "a placement's part stands on one line"
     assert tab.run(

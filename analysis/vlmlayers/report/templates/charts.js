@@ -332,7 +332,9 @@
     for (const p of spec.points) {
       svg.append(node("circle", { cx: X(p.x), cy: Y(p.y), r: p.chosen ? 8 : 5.5, fill: p.chosen ? "#007E5D" : p.reference ? "#B5568F" : "#0072B2",
         stroke: "#fff", "stroke-width": 1.5, class: "point" }));
-      if (p.chosen || p.reference) svg.append(node("text", { x: X(p.x) + 10, y: Y(p.y) - 8, fill: "#1B1B1F" }, p.chosen ? "chosen" : "paper"));
+      const away = X(p.x) > right - 40 ? -10 : 10; // to the left where the page would end within the word
+      if (p.chosen || p.reference) svg.append(node("text", { x: X(p.x) + away, y: Y(p.y) - 8, "text-anchor": away < 0 ? "end" : "start", fill: "#1B1B1F" },
+        p.chosen ? "chosen" : "paper"));
     }
     explore(plot, area, spec.points.length, (x, y) => {
       const far = spec.points.map((p) => Math.hypot(X(p.x) - x, Y(p.y) - y)), near = far.indexOf(Math.min(...far));
