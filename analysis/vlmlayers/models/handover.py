@@ -48,8 +48,6 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
         check_one_of("option", name, known, where="LoraConfig with the layers of a choice")
     module = _module(model)
     chosen = {tower: blocks for tower, blocks in _chosen(module, placement).items() if blocks}
-    if not chosen:
-        raise UserError("the choice names no block; there is nothing to adapt")
     linear = bool(options.get("use_dora"))  # peft has no DoRA of fused attention
     layers = {tower: layers_of(blocks, linear) for tower, blocks in chosen.items()}
     if options.get("target_modules") is not None:
@@ -132,6 +130,8 @@ def _module(model: Any) -> nn.Module:
 
 
 def _chosen(module: nn.Module, placement: Placement) -> dict[str, list[nn.Module]]:
+    if not placement:
+        raise UserError("the choice names no block; there is nothing to adapt")
     towers = find_towers(unwrapped(module))
     placement.check({name: tower.depth for name, tower in towers.items()}, "the choice")
     return {

@@ -98,8 +98,8 @@ class LayerChoice:
                 block, such as `q_proj`; every linear layer and fused attention where absent.
 
         Raises:
-            UserError: peft is not installed or refuses an option, no chosen block has such a layer,
-                or what `module_names` raises.
+            UserError: peft is not installed or refuses an option, no block is chosen or none has
+                such a layer, or what `module_names` raises.
         """
         from vlmlayers.models import handover
 
@@ -113,6 +113,10 @@ class LayerChoice:
 
         Returns:
             Trainable parameters by tower.
+
+        Raises:
+            UserError: No block is chosen, which would freeze the whole model, or what
+                `module_names` raises.
         """
         from vlmlayers.models import handover
 
@@ -132,7 +136,7 @@ class LayerChoice:
             dimension, `vision 1d` and `text 1d`; those that would be empty are left out.
 
         Raises:
-            UserError: Nothing in the chosen blocks is trainable.
+            UserError: No block is chosen, or nothing in those chosen is trainable.
         """
         from vlmlayers.models import handover
 

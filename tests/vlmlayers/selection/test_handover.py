@@ -114,6 +114,14 @@ def test_a_loaded_model_is_handed_over_as_its_module():
         choice.parameter_groups(model, params=[])
 
 
+def test_a_choice_of_no_block_freezes_nothing():
+    clip, nothing = tiny.build("clip"), vl.LayerChoice((), (), "own")
+    for use in (nothing.freeze, nothing.parameter_groups):
+        with pytest.raises(vl.UserError, match="names no block; there is nothing to adapt"):
+            use(clip)
+    assert all(weight.requires_grad for weight in clip.parameters())
+
+
 @pytest.mark.parametrize(
     ("choice", "options", "message"),
     [
