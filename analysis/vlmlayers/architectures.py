@@ -10,7 +10,7 @@ import copy
 import json
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -67,12 +67,12 @@ def tags_of(architecture: str) -> list[str]:
     """Return the tags of an architecture; none where it is no name of open_clip."""
     if "open_clip" in sys.modules:
         return list(import_module("open_clip").list_pretrained_tags_by_model(architecture))
-    return _tags().get(architecture, [])
+    return list(_tags().get(architecture, ()))
 
 
 @cache
-def _tags() -> dict[str, list[str]]:
-    """Return the tags of each architecture.
+def _tags() -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the tags of each architecture, and what open_clip says of the weights of each.
 
     Of the module that lists them only the tables are run: its imports take seconds.
     """
@@ -82,12 +82,15 @@ def _tags() -> dict[str, list[str]]:
     except UNLIKE:  # another open_clip, which keeps its tables in another way: it is asked itself
         open_clip = import_module("open_clip")
         return {
-            name: list(open_clip.list_pretrained_tags_by_model(name))
+            name: {
+                tag: open_clip.get_pretrained_cfg(name, tag)
+                for tag in open_clip.list_pretrained_tags_by_model(name)
+            }
             for name in open_clip.list_models()
         }
 
 
-def _tables_alone(file: Path, constants: Path) -> dict[str, list[str]]:
+def _tables_alone(file: Path, constants: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
     # The tables are built by assignments, loops and small helpers; without the imports above them
     # nothing of torch is needed.
     source = ast.parse(file.read_text(encoding="utf-8"))
@@ -99,7 +102,7 @@ def _tables_alone(file: Path, constants: Path) -> dict[str, list[str]]:
     ]
     names: dict[str, Any] = {**runpy.run_path(str(constants)), "copy": copy}
     exec(compile(source, str(file), "exec"), names)
-    return {name: list(tags) for name, tags in names["_PRETRAINED"].items()}
+    return {name: dict(tags) for name, tags in names["_PRETRAINED"].items()}
 
 
 def _open_clip() -> Path:
@@ -179,12 +182,14 @@ def check_model(
     config: str | None = None,
     checkpoint: str | None = None,
     random_weights: bool = False,
+    like: str | None = None,
     **_: Any,
 ) -> None:
     """Check the arguments of `load_model` as far as names and files go; a hub's are not looked at.
 
     Raises:
-        UserError: Name, tag or file is unknown, or no weights are named.
+        UserError: Name, tag or file is unknown, no weights are named, or a tag was trained with the
+            other activation.
     """
     folder, tags = Path(name).expanduser(), []
     shipped = folder if (folder / CONFIG_FILE).is_file() else None
@@ -199,4 +204,43 @@ def check_model(
         return
     elif shipped is None:
         tags = tags_of(check_architecture(name))
-    weights_of(name, tags, shipped, pretrained, checkpoint, random_weights)
+    tag, _file = weights_of(name, tags, shipped, pretrained, checkpoint, random_weights)
+    trained, file = _tags().get(name, {}).get(tag or like or ""), configuration_files().get(name)
+    if trained is not None and file is not None:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        refuse_quickgelu_mismatch(name, tag or like or "", config, trained)
+
+
+def refuse_quickgelu_mismatch(
+    name: str, weights: str, config: Mapping[str, Any], trained: Mapping[str, Any]
+) -> None:
+    """Refuse weights trained with the other activation; open_clip only warns.
+
+    Args:
+        name: Architecture.
+        weights: Tag or file.
+        config: Configuration of the architecture.
+        trained: What is known of the weights.
+
+    Raises:
+        UserError: Names the architecture that fits the weights.
+
+    Reference:
+        ImageNet zero-shot of OpenAI's ViT-B/16 falls from 68.3 to 64.4 with plain GELU.
+    """
+    model, right = bool(config.get("quick_gelu")), bool(trained.get("quick_gelu"))
+    if model == right:
+        return
+    other = name.removesuffix("-quickgelu") if model else f"{name}-quickgelu"
+    known = architectures()
+    hint = "use another architecture"
+    if other in known:
+        hint = f"use {other!r}"
+    # A configuration of the user's own: there is no other name to advise.
+    elif name not in known:
+        hint = f"set quick_gelu to {str(right).lower()} in its configuration"
+    raise UserError(
+        f"QuickGELU mismatch: weights {weights!r} were trained with "
+        f"{'QuickGELU' if right else 'GELU'}, model {name!r} has "
+        f"{'QuickGELU' if model else 'GELU'}; {hint}"
+    )

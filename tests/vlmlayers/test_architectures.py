@@ -59,6 +59,8 @@ def test_depths_are_told_of_folders_and_not_of_what_is_unknown(tmp_path: Path) -
         ({"name": "ViT-B-16"}, "needs a pretrained tag, a file of weights, or random_weights"),
         ({"name": "ViT-B-16", "pretrained": "opnai"}, "did you mean 'openai'"),
         ({"name": "ViT-B-16", "pretrained": "openai", "random_weights": True}, "and not both"),
+        ({"name": "ViT-B-16", "pretrained": "openai"}, "QuickGELU.*use 'ViT-B-16-quickgelu'"),
+        ({"name": "ViT-B-16", "checkpoint": __file__, "like": "openai"}, "QuickGELU mismatch"),
         ({"name": "ViT-B-16", "checkpoint": "no.pt"}, "no.pt does not exist .looked for /"),
         ({"name": "local", "checkpoint": "no.pt"}, "needs config="),
         ({"name": "local", "config": "no.json"}, "config no.json does not exist .looked for /"),
@@ -83,7 +85,7 @@ def _refusal(name: str, pretrained: str | None = None) -> str:
 def test_models_that_are_there_pass(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert _refusal("mini-clip") == ""
-    assert _refusal("ViT-B-16", "openai") == ""
+    assert _refusal("ViT-B-16", "laion400m_e32") == ""
     assert _refusal("ViT-B-16-quickgelu", "openai") == ""
     assert _refusal("hf-hub:someone/something") == ""
     assert _refusal(str(tmp_path)) == ""

@@ -19,6 +19,7 @@ from vlmlayers.architectures import (
     LOCAL,
     MINIATURES,
     check_architecture,
+    refuse_quickgelu_mismatch,
     tags_of,
     weights_of,
 )
@@ -30,12 +31,7 @@ from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_check
 from vlmlayers.models.companions import companions_of
 from vlmlayers.models.devices import memory_errors, resolve_device
 from vlmlayers.models.folders import is_model_folder, load_folder
-from vlmlayers.models.preprocessing import (
-    check_settings,
-    of_file,
-    of_tag,
-    refuse_quickgelu_mismatch,
-)
+from vlmlayers.models.preprocessing import check_settings, of_file, of_tag
 from vlmlayers.models.recording import probe
 from vlmlayers.models.tokenizers import make_tokenizer
 from vlmlayers.models.vlm import VLM

@@ -16,7 +16,7 @@ from typing import Any
 import open_clip
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-from vlmlayers.architectures import tags_of
+from vlmlayers.architectures import refuse_quickgelu_mismatch, tags_of
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.checkpoints import Checkpoint
 
@@ -165,38 +165,3 @@ def _words(key: str, value: Any) -> str:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-
-
-def refuse_quickgelu_mismatch(
-    name: str, weights: str, config: Mapping[str, Any], trained: Mapping[str, Any]
-) -> None:
-    """Refuse weights trained with the other activation; open_clip only warns.
-
-    Args:
-        name: Architecture.
-        weights: Tag or file.
-        config: Configuration of the architecture.
-        trained: What is known of the weights.
-
-    Raises:
-        UserError: Names the architecture that fits the weights.
-
-    Reference:
-        ImageNet zero-shot of OpenAI's ViT-B/16 falls from 68.3 to 64.4 with plain GELU.
-    """
-    model, right = bool(config.get("quick_gelu")), bool(trained.get("quick_gelu"))
-    if model == right:
-        return
-    other = name.removesuffix("-quickgelu") if model else f"{name}-quickgelu"
-    known = open_clip.list_models()
-    hint = "use another architecture"
-    if other in known:
-        hint = f"use {other!r}"
-    # A configuration of the user's own: there is no other name to advise.
-    elif name not in known:
-        hint = f"set quick_gelu to {str(right).lower()} in its configuration"
-    raise UserError(
-        f"QuickGELU mismatch: weights {weights!r} were trained with "
-        f"{'QuickGELU' if right else 'GELU'}, model {name!r} has "
-        f"{'QuickGELU' if model else 'GELU'}; {hint}"
-    )

@@ -16,11 +16,10 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from vlmlayers.architectures import MINIATURES
+from vlmlayers.architectures import MINIATURES, refuse_quickgelu_mismatch
 from vlmlayers.errors import UserError
 from vlmlayers.models import list_models, load, load_model, vlm
 from vlmlayers.models.build import build_clip
-from vlmlayers.models.preprocessing import refuse_quickgelu_mismatch
 from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.vlm import hash_weights
 
