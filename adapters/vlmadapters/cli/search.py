@@ -24,7 +24,7 @@ from vlmlayers.extraction import WeightsOptions
 def search(
     model: Model,
     datasets: Annotated[
-        list[str], named("Datasets searched on: names, TOML files or image folders.")
+        list[str], named("Datasets searched on: names, image folders, tables or TOML files.")
     ],
     out: Annotated[
         Path, typer.Option(help="Folder of search.csv, search.json and the cells; a run folder.")

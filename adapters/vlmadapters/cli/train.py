@@ -43,7 +43,7 @@ def train(
     *,
     model: Model,
     datasets: Annotated[
-        list[str], named("Datasets trained on: names, TOML files or image folders.")
+        list[str], named("Datasets trained on: names, image folders, tables or TOML files.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of cells, adapters and results.csv.")],
     weights: WeightsOptions,

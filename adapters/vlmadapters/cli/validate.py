@@ -30,7 +30,7 @@ def validate(
     *,
     model: Model,
     datasets: Annotated[
-        list[str], named("Datasets trained on: names, TOML files or image folders.")
+        list[str], named("Datasets trained on: names, image folders, tables or TOML files.")
     ],
     out: Annotated[
         Path, typer.Option(help="Folder of validation.csv and the cells; a run folder will do.")

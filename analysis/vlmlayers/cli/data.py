@@ -57,7 +57,7 @@ def data_check(
 
 @data_app.command("shards", cls=Verb)
 def data_shards(
-    name: Annotated[str, typer.Argument(help="Dataset: a name, TOML file or image folder.")],
+    name: Annotated[str, typer.Argument(help="Dataset: a name, image folder, table or TOML file.")],
     out: Annotated[Path, typer.Option(help="Folder of the shards and their manifest.toml.")],
     splits: Annotated[
         list[str] | None,

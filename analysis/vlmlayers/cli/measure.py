@@ -44,7 +44,7 @@ class ExtractEverything(ExtractPart):
 def extract(
     *,
     model: Model,
-    datasets: Annotated[list[str], named("Names, TOML files or image folders.")],
+    datasets: Annotated[list[str], named("Names, image folders, tables or TOML files.")],
     out: Annotated[Path, typer.Option(help="Run folder.")],
     weights: WeightsOptions,
     adapter: Annotated[

@@ -1,4 +1,4 @@
-"""Which manifests there are: shipped ones, the user's own, built-in datasets, plain folders."""
+"""Which manifests there are: shipped ones, the user's own, built-in datasets, folders, tables."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from vlmlayers.files import shipped
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS
 from vlmlayers.manifests.layouts import builtin
 from vlmlayers.manifests.layouts.huggingface import METADATA, holds_tables
+from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_manifest
 
 MANIFESTS_VARIABLE = "VLMLAYERS_MANIFESTS"
+_HUB_COLUMNS = Columns(path="file_name", caption="text")  # of the files in METADATA
 
 
 def folders() -> list[Path]:
@@ -53,7 +55,15 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
         return text, parse_spec(read_manifest(files[text]), str(files[text])), files[text]
     if text in builtin.names():
         return text, _builtin_spec(text), None
+    if not text.strip():
+        raise UserError(
+            "a dataset has no name; name one, a folder of images, a table or a TOML file"
+        )
     path = Path(text).expanduser()
+    if path.suffix.lower() in READERS and path.is_file():
+        columns = _HUB_COLUMNS if path.name in METADATA else Columns()
+        spec = Spec(title=path.stem, layout="table", split_file=(path.name,), columns=columns)
+        return path.stem, spec, path
     if not (is_path(text) or path.is_dir()):
         try:
             check_one_of("dataset", text, names())
@@ -104,11 +114,10 @@ def _folder_spec(path: Path) -> Spec:
         for file in reversed(METADATA)
         if (path / folder / file).is_file()
     }
-    columns = Columns(path="file_name", caption="text")
     if tables:
-        return Spec(**content, layout="table", split_files=tables, columns=columns)
+        return Spec(**content, layout="table", split_files=tables, columns=_HUB_COLUMNS)
     for file in METADATA:
         if (path / file).is_file():
-            return Spec(**content, layout="table", split_file=(file,), columns=columns)
+            return Spec(**content, layout="table", split_file=(file,), columns=_HUB_COLUMNS)
     ordered = {split: splits[split] for split in SPLITS if split in splits}
     return Spec(**content, layout="folder", split_folders=ordered)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import Item
-from vlmlayers.manifests.place import AlteredData, MissingData
+from vlmlayers.manifests.place import AlteredData, MissingData, Place
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.words import counted
 
@@ -31,6 +31,7 @@ class CheckResult:
         remarks: What reading leaves out, or takes otherwise than it is written.
         get: Where to get the dataset.
         content: Hash of all lists and files, the same for every copy (full check only).
+        folder: Where the images were looked for.
     """
 
     name: str
@@ -45,6 +46,7 @@ class CheckResult:
     remarks: tuple[str, ...] = ()
     get: tuple[str, ...] = ()
     content: str = ""
+    folder: str = ""
 
     @property
     def ok(self) -> bool:
@@ -59,7 +61,7 @@ class CheckResult:
         text += f", {self.found:,} of {self.found + self.missing:,} images here"
         if self.first_missing:
             more = ", …" if self.missing > len(self.first_missing) else ""
-            text += f"; missing: {', '.join(self.first_missing)}{more}"
+            text += f"; not in {self.folder}: {', '.join(self.first_missing)}{more}"
         if self.unreadable:
             text += f"; {len(self.unreadable)} unreadable: {'; '.join(self.unreadable[:SHOWN])}"
         if self.notes or self.remarks:
@@ -89,8 +91,7 @@ def not_listed(name: str, spec: Spec, error: UserError) -> CheckResult:
 
 
 def compare(
-    name: str,
-    spec: Spec,
+    place: Place,
     by_split: Mapping[str, Sequence[Item]],
     classes: int,
     missing: Sequence[Item],
@@ -101,8 +102,7 @@ def compare(
     """Compare what is on disk with what a manifest expects.
 
     Args:
-        name: Name of the manifest.
-        spec: Its content.
+        place: Where the dataset lies, and the content of its manifest.
         by_split: The items that the files list.
         classes: Number of classes that the files list.
         missing: The items whose image is not on disk.
@@ -110,14 +110,14 @@ def compare(
         remarks: What reading leaves out, or takes otherwise than it is written.
         content: Hash of lists and files, where they were read.
     """
-    expected = dict(spec.counts)
+    spec, expected = place.spec, dict(place.spec.counts)
     listed = {split: len(items) for split, items in by_split.items()}
     items = [item for part in by_split.values() for item in part]
     short, notes = _compare(expected, listed, spec.classes, classes, spec.layout)
     notes += _repeated(items)
     present, lost = len(items) - len(missing), len(missing) + short
     return CheckResult(
-        name,
+        place.name,
         _state(present, lost, bool(notes), bool(unreadable)),
         expected,
         listed,
@@ -129,6 +129,7 @@ def compare(
         remarks,
         spec.get,
         content,
+        str(place.images),
     )
 
 

@@ -27,6 +27,7 @@ from vlmlayers.manifests.items import (
 from vlmlayers.manifests.layouts import layout_of
 from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
 from vlmlayers.manifests.layouts.huggingface import is_stored, stored_image
+from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.place import MissingData, Place, data_root
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.progress import track
@@ -52,7 +53,7 @@ class Manifest:
     Attributes:
         name: Short name, as in score tables.
         spec: Content of the manifest.
-        source: The TOML file or folder it came from; None for built-in datasets.
+        source: The TOML file, folder or table it came from; None for built-in datasets.
     """
 
     name: str
@@ -66,13 +67,16 @@ class Manifest:
     @classmethod
     @checked
     def load(cls, name: str | os.PathLike[str]) -> Manifest:
-        """Return the manifest of a name, a TOML file, or a folder of images.
+        """Return the manifest of a name, a TOML file, a folder of images, or a table of them.
 
         A folder is taken as an image folder: its `train`, `val` and `test` folders are the
-        splits where there are any. A `manifest.toml` or `metadata.*` in it is respected.
+        splits where there are any. A `manifest.toml` or `metadata.*` in it is respected. A table
+        (`.csv`, `.tsv`, `.jsonl`, `.parquet`) has the columns `path`, seen from its folder, `label`
+        and, where known, `class_name`, `split` and `caption`.
 
         Raises:
-            UserError: The name is unknown (with the nearest), or the manifest is not valid.
+            UserError: The name is empty or unknown (with the nearest), or the manifest is not
+                valid.
         """
         return cls(*catalogue.find(name))
 
@@ -116,7 +120,8 @@ class Manifest:
         beside = self.source
         if beside is not None and not beside.is_dir():
             # A folder of images that has disappeared since is still that folder.
-            beside = beside.parent if beside.is_file() or beside.suffix == ".toml" else beside
+            is_file = beside.is_file() or beside.suffix.lower() in (".toml", *READERS)
+            beside = beside.parent if is_file else beside
         return Place(self.name, self.spec, data_root(root), beside)
 
     @checked
@@ -402,12 +407,10 @@ class Manifest:
         items = [item for part in by_split.values() for item in part]
         missing = self.missing(items, root)
         if not full:
-            return compare(self.name, self.spec, by_split, classes, missing, remarks=remarks)
+            return compare(self.place(root), by_split, classes, missing, remarks=remarks)
         unreadable = self._unreadable(items, set(missing), root)
         content = self.identity(items, root, content=True).hash
-        return compare(
-            self.name, self.spec, by_split, classes, missing, unreadable, remarks, content
-        )
+        return compare(self.place(root), by_split, classes, missing, unreadable, remarks, content)
 
     def _unreadable(self, items: list[Item], missing: set[Item], root: Root) -> list[str]:
         faults = []

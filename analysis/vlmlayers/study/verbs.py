@@ -30,7 +30,7 @@ def study_of(
 
     Args:
         model: Architecture, or a folder with a model.
-        datasets: Names, TOML files or image folders.
+        datasets: Names, image folders, tables or TOML files.
         weights: Which weights it gets; keyword arguments of `load_model`.
         adapter: Trained adapter to attach.
         seed: Seed of the draw of items.

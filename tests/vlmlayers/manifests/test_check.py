@@ -26,8 +26,8 @@ def test_states_of_a_split_file(tmp_path: Path) -> None:
     assert (partly.state, partly.found, partly.missing) == ("incomplete", 6, 4)
     assert partly.first_missing == ("b/1.png", "b/2.png", "b/3.png")
     assert partly.line() == (
-        "sample: incomplete, 6 of 10 images here; missing: b/1.png, b/2.png, b/3.png, …; "
-        "get it: https://example.org"
+        f"sample: incomplete, 6 of 10 images here; not in {tmp_path}: b/1.png, b/2.png, b/3.png, "
+        "…; get it: https://example.org"
     )
     write_pictures(tmp_path, [row[0] for row in ROWS[6:]])  # type: ignore[misc]
     assert manifest.check().line() == "sample: complete, 10 of 10 images here"

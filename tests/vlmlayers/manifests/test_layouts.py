@@ -280,6 +280,8 @@ def test_a_plain_folder_needs_no_manifest(tmp_path: Path, monkeypatch: pytest.Mo
     assert Manifest.load("digits").layout == "builtin"  # a name that is known stays what it is
     with pytest.raises(UserError, match="unknown dataset 'pest'.*no folder of that name is here"):
         Manifest.load("pest")
+    with pytest.raises(UserError, match="a dataset has no name"):
+        Manifest.load("")
 
 
 # Tables
@@ -318,6 +320,31 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path, suffix: str) -> None:
         Item("a.jpg", 0, "NA", ("an ant",)),
     ]
     assert manifest.items("test") == [Item("c.jpg", 0, "NA")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_plain_table_needs_no_manifest(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(tmp_path / f"zoo.{suffix}", ROWS)
+    write_pictures(tmp_path, ["a.jpg", "b.jpg"])
+    manifest = Manifest.load(tmp_path / f"zoo.{suffix}")
+    assert manifest.name == "zoo" and manifest.class_names() == ("NA", "zebra, plain")
+    assert manifest.open_image(manifest.items("train")[1]).size == (12, 8)
+    found = manifest.check().line()
+    assert f"zoo: incomplete, 2 of 3 images here; not in {tmp_path}: c.jpg" in found
+    monkeypatch.chdir(tmp_path)
+    assert Manifest.load(f"zoo.{suffix}").splits() == ("train", "test")
+    hub = [{"file_name": "a.jpg", "label": "ant"}, {"file_name": "b.jpg", "label": "bee"}]
+    write_table(tmp_path / "metadata.jsonl", hub)  # type: ignore[arg-type]
+    assert Manifest.load("metadata.jsonl").class_names() == ("ant", "bee")
+
+
+def test_a_folder_of_one_class_names_the_table_beside_it(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "zoo", ["images/a.jpg", "images/b.jpg"])
+    assert Manifest.load(tmp_path / "zoo").remarks() == ()
+    write_table(tmp_path / "zoo/items.csv", ROWS)
+    assert "one class, 'images'; if items.csv says" in Manifest.load(tmp_path / "zoo").remarks()[0]
 
 
 def test_table_with_numbers_and_names(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, Item, is_text, stratified_split
 from vlmlayers.manifests.layouts.base import Layout, class_keys
 from vlmlayers.manifests.layouts.classes import class_word
+from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.place import MissingData, Place
 
 SUFFIXES = IMAGE_SUFFIXES | {"pgm", "pbm", "pnm", "mpo"}
@@ -184,12 +185,20 @@ class FolderLayout(Layout):
                 yield path
 
     def remarks(self) -> tuple[str, ...]:
-        """Return what was left out, by what it is."""
-        return tuple(
+        """Return what was left out, by what it is, and a table that may say the classes."""
+        found = [
             f"left out: {kind} ({len(set(paths)):,}), first {paths[0]!r}"
             for kind, paths in self._left_out.items()
             if paths
-        )
+        ]
+        if len(self._class_folders) == 1:
+            folder = self.place.images
+            for table in sorted(e.name for e in _entries(folder) if Path(e.name).suffix in READERS):
+                found.append(
+                    f"one class, {self._class_folders[0]!r}; if {table} says the classes, give it "
+                    f"in place of its folder: {folder / table}"
+                )
+        return tuple(found)
 
 
 def _is_image(name: str) -> bool:

@@ -182,11 +182,10 @@ def _split(row: Row, columns: Columns, where: str) -> str:
 def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
     path = Path(stamp[0])
     suffix = path.suffix.lower()
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".parquet": _parquet}
-    if suffix not in readers:
-        raise UserError(f"{path} is not a table; its suffix must be one of {', '.join(readers)}")
+    if suffix not in READERS:
+        raise UserError(f"{path} is not a table; its suffix must be one of {', '.join(READERS)}")
     try:
-        rows = tuple(_renamed(list(readers[suffix](path, columns)), columns))
+        rows = tuple(_renamed(list(READERS[suffix](path, columns)), columns))
     except (
         ValueError,
         OSError,
@@ -259,3 +258,6 @@ def _parquet(path: Path, columns: Columns) -> Iterable[Row]:
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(path).to_pylist()
+
+
+READERS = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".parquet": _parquet}
