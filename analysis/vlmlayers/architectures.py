@@ -205,10 +205,11 @@ def check_model(
     elif shipped is None:
         tags = tags_of(check_architecture(name))
     tag, _file = weights_of(name, tags, shipped, pretrained, checkpoint, random_weights)
-    trained, file = _tags().get(name, {}).get(tag or like or ""), configuration_files().get(name)
+    trained = _tags().get(name, {}).get(tag or like or "")
+    file = configuration_files().get(name)
     if trained is not None and file is not None:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        refuse_quickgelu_mismatch(name, tag or like or "", config, trained)
+        built = json.loads(file.read_text(encoding="utf-8"))
+        refuse_quickgelu_mismatch(name, tag or like or "", built, trained)
 
 
 def refuse_quickgelu_mismatch(
