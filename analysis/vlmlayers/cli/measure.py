@@ -19,6 +19,7 @@ from vlmlayers.cli.options import (
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.runs import Run, is_first_process
+from vlmlayers.selection.resampling import RESAMPLES
 from vlmlayers.study.schema import ExtractPart
 
 
@@ -158,7 +159,9 @@ def select(
         ),
     ] = "threshold",
     settings: Settings = None,
-    resamples: Annotated[int, typer.Option(help="Resampled tables behind the stability.")] = 200,
+    resamples: Annotated[
+        int, typer.Option(help="Resampled tables behind the stability.")
+    ] = RESAMPLES,
     seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The choice.json to write.")] = None,
 ) -> None:

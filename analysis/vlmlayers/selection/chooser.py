@@ -17,11 +17,10 @@ from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable
 from vlmlayers.selection.making import OwnRule, make_rule
+from vlmlayers.selection.resampling import RESAMPLES, check_resampling, resampled
 from vlmlayers.selection.rules import Pick, Picks, Searched
 from vlmlayers.selection.stability import HOW, doubts, stability
 from vlmlayers.words import percent
-
-UNSAMPLED = ("paper", "all", "explicit", "search")  # rules that read no score
 
 
 @checked
@@ -29,7 +28,7 @@ def select(
     scores: Scores,
     rule: str | Callable[..., Any] = "threshold",
     *,
-    resamples: Natural = 200,
+    resamples: Natural = RESAMPLES,
     seed: Seed = 0,
     **options: Any,
 ) -> LayerChoice:
@@ -42,7 +41,8 @@ def select(
             a `LayerChoice`, a (vision, text) pair or a mapping with these keys; each holds blocks
             from 1, or text such as "5-12". It is called again on every resampled table, and the
             choice names the rule as its `def` does.
-        resamples: Resampled tables on which the rule is run again; 0 skips that.
+        resamples: Resampled tables on which the rule is run again; 0 skips that. Rules that read no
+            score take none.
         seed: Seed of the resampling.
         **options: Fields of the rule, such as `accuracy=0.7` for `threshold`.
 
@@ -50,11 +50,13 @@ def select(
         The choice with its evidence.
 
     Raises:
-        UserError: Rule or option is unknown, or the table lacks what the rule needs.
+        UserError: Rule or option is unknown, resamples or their seed change nothing, or the table
+            lacks what the rule needs.
     """
     table = check_scores(scores)
     chooser = make_rule(rule, options)
     name = rule if isinstance(rule, str) else chooser.name
+    check_resampling(name, resamples, seed)
     blocks = depths(table)
     refused = scores.attrs.get("refused", ())
     seen = BlockTable.of(_used(table, chooser.reads(blocks)), blocks, refused)
@@ -62,21 +64,12 @@ def select(
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
     moves = resampled(name, resamples)
-    if seed and not moves:
-        why = f"rule {name!r} reads no score" if name in UNSAMPLED else "resamples is 0"
-        raise UserError(f"seed is of the resampling, and {why}; leave seed out")
     found = stability(chooser, seen, moves, seed) if moves else {}
     evidence = _evidence(table, chooser, blocks, picks, found)
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
     # A search brings a statement of its own.
     return replace(choice, evidence={"statement": _statement(choice)} | evidence)
-
-
-def resampled(rule: str, resamples: int) -> int:
-    """Return on how many resampled tables `select` runs a rule of this name again."""
-    # One that reads no score would choose the same every time.
-    return 0 if rule in UNSAMPLED else resamples
 
 
 def _used(scores: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

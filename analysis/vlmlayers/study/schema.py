@@ -16,6 +16,7 @@ from vlmlayers.files import read_toml, shipped
 from vlmlayers.options import Options, Seed, validated
 from vlmlayers.positions import TOWERS
 from vlmlayers.prompts import TEMPLATE, Template
+from vlmlayers.selection.resampling import RESAMPLES, check_resampling
 from vlmlayers.user_code import is_user_code
 
 Split = Literal["train", "val", "test", "all"]
@@ -116,7 +117,7 @@ class SelectPart(Options):
     """Which rule, and its options; `search` where the study has a table of that name."""
 
     rule: str = "threshold"
-    resamples: int = Field(default=200, ge=0)
+    resamples: int = Field(default=RESAMPLES, ge=0)
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -258,7 +259,7 @@ def read_study(path: str | Path) -> Study:
     Raises:
         UserError: The file is absent or not TOML; a key is unknown (with the nearest), missing or
             has a wrong value; a metric, rule or dataset is unknown; the rule of its table
-            `[select]` reads a metric that it does not score.
+            `[select]` reads a metric that it does not score, or has resamples and reads none.
     """
     source = study_file(path)
     return check_study(read_toml(source), str(source))
@@ -288,6 +289,7 @@ def _check_names(study: Study, where: str) -> None:
     if not is_user_code(rule):
         try:
             made = make_rule(rule, study.select.options)
+            check_resampling(rule, study.select.resamples)
             # A study that names no rule may be meant for scores alone. What functions of the user's
             # own score is known once their file is looked for, before the first stage.
             named = "select" in study.model_fields_set and "select" in (study.stages or ["select"])

@@ -212,7 +212,7 @@ def _select_inputs(context: StageContext) -> dict[str, Any]:
 
 def _select(context: StageContext) -> None:
     from vlmlayers.selection import select
-    from vlmlayers.selection.chooser import resampled
+    from vlmlayers.selection.resampling import resampled
 
     part = context.study.select
     choice = select(

@@ -12,6 +12,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import validated
 from vlmlayers.prompts import EXAMINED
 from vlmlayers.runs import Run, environment, score_table
+from vlmlayers.selection.resampling import check_resampling
 from vlmlayers.study.schema import DEFAULT_METRICS, ExtractPart, Study, check_study
 from vlmlayers.user_code import is_user_code
 from vlmlayers.words import counted
@@ -166,6 +167,7 @@ def select_run(
         options = {"file": str(Run(folder).search)} | options
     # Before the imports that take seconds: a misspelt name shows at once.
     make_rule(rule, options)
+    check_resampling(rule, resamples, seed)
     score_table(source)
     from vlmlayers.scores import read_scores  # all that can be wrong by then takes a table
     from vlmlayers.selection import select

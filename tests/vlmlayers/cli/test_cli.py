@@ -307,6 +307,8 @@ def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-unt
     assert code == 0 and all(Path(line).exists() for line in out.split())
     code, _, err = call("select", run.folder, "-s", "n")
     assert code == 2 and "is not KEY=VALUE" in err
+    code, _, err = call("select", "nowhere", "--rule", "paper", "--resamples", 5)
+    assert code == 2 and "rule 'paper' reads no score; leave resamples out" in err
 
 
 def test_tables_read_well_at_80_columns(call) -> None:  # type: ignore[no-untyped-def]

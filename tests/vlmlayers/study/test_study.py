@@ -70,6 +70,11 @@ STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
         ),
         ({"select": {"rule": "treshold"}}, "did you mean 'threshold'"),
         ({"select": {"options": {"acuracy": 1}}}, "did you mean 'accuracy'"),
+        (
+            {"select": {"rule": "paper", "resamples": 4}},
+            "rule 'paper' reads no score; leave resamples out",
+        ),
+        ({"search": {}, "select": {"resamples": 4}}, "rule 'search' reads no score"),
         ({"report": {"formats": ["gif"]}}, "svg"),
     ],
 )
@@ -427,7 +432,7 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(
     copy = tmp_path / "copy"
     shutil.copytree(done.folder, copy)
     changed = study_file.read_text().replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
-    changed = changed.replace("resamples = 5", 'rule = "paper"\nresamples = 4')
+    changed = changed.replace("resamples = 5", 'rule = "paper"')
     file = tmp_path / "s.toml"
     file.write_text(changed)
     said: list[str] = []
