@@ -25,6 +25,14 @@ QUICK: dict[str, Any] = {"limit": 10, "progress": False}
 RESULTS = pd.DataFrame([dict.fromkeys(COLUMNS, 0)])
 
 
+def logits(images: Callable[[Any], Any], tokens: Callable[[Any], Any] = lambda ids: ids) -> Any:
+    """Return class logits of what fits, changed."""
+    clip, towers = shared_backbone().clip, shared_backbone().towers
+    return va.class_logits(
+        clip, images(towers["vision"].example(2)), tokens(towers["text"].example(2))
+    )
+
+
 def train(datasets: Any = "faces", **options: Any) -> Any:
     return va.train(shared_backbone(), datasets, **QUICK | options)
 
@@ -101,6 +109,18 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: va.summarise(RESULTS.drop(columns="accuracy")), "lacks accuracy"),
         (lambda: va.summarise(RESULTS.assign(accuracy="high")), "text in the column accuracy"),
         (lambda: va.class_logits(shared_backbone(), None, None), "clip takes Module"),
+        (
+            lambda: logits(lambda x: x[:, :1]),
+            r"vision tower takes one item or more as \(item, 3, .*, not \(2, 1, .* of float32 on",
+        ),
+        (lambda: logits(lambda x: x.byte()), r"of float32 on cpu, not \(2, 3, .* of uint8 on cpu"),
+        (lambda: logits(lambda x: x[:0]), r"one item or more as .*, not \(0, 3, "),
+        (lambda: logits(lambda x: x, lambda ids: ids[0]), r"text tower takes one .* as \(item, "),
+        (
+            lambda: logits(lambda x: x, lambda ids: ids.float()),
+            "of int64 on cpu, not .* of float32",
+        ),
+        (lambda: logits(lambda x: x, lambda ids: -ids), "take the tokenizer of the model"),
         (lambda: train(placement=["mma:2", "3"]), "the placement '3' is for no method"),
         (
             lambda: va.validate(shared_backbone(), "2", "faces", amount="given", folds=3),

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmlayers.arguments import checked
+from vlmlayers.models.towers import find_towers
+from vlmlayers.models.wrappers import unwrapped
 
 
 def scaled_cosines(clip: Any, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -52,6 +54,19 @@ def class_logits(clip: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
 
     Returns:
         (image, class).
+
+    Raises:
+        UserError: Images or tokens are none, or of another shape, type or device than the backbone
+            takes.
     """
-    backbone: Any = clip
-    return scaled_cosines(clip, backbone.encode_image(images), backbone.encode_text(tokens))
+    return scaled_cosines(clip, _encoded(clip, "vision", images), _encoded(clip, "text", tokens))
+
+
+def _encoded(clip: Any, tower: str, batch: Tensor) -> Tensor:
+    try:
+        return clip.encode_image(batch) if tower == "vision" else clip.encode_text(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError):
+        find_towers(unwrapped(clip))[tower].refuse_misfit(batch)
+        raise

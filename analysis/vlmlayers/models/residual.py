@@ -33,7 +33,8 @@ def contributions(tower: Tower, batch: Tensor) -> dict[str, Tensor]:
         batch: Its input.
 
     Raises:
-        UserError: The tower has stages, an attention pool, or a head that is not linear.
+        UserError: The tower has stages, an attention pool, or a head that is not linear; or the
+            batch is empty, or of another shape, type or device than the tower takes.
 
     Reference: Elhage et al. 2021; Gandelsman et al. 2024.
     """
@@ -43,6 +44,16 @@ def contributions(tower: Tower, batch: Tensor) -> dict[str, Tensor]:
             f"the {tower.name} tower ({tower.family}) ends in an attention pool, which is not "
             "linear; leave `contribution` out"
         )
+    try:
+        return _parts(tower, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError):
+        tower.refuse_misfit(batch)
+        raise
+
+
+def _parts(tower: Tower, batch: Tensor) -> dict[str, Tensor]:
     stream: dict[str, Tensor] = {}
     with torch.inference_mode(), block_outputs(tower, stream.__setitem__):
         output = tower.run(batch).float()

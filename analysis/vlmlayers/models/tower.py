@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -170,6 +170,30 @@ class Tower:
         """Whether the pooling picks one token, so that a per-token norm commutes with it."""
         return pooling in ("cls", "eot") or (pooling == "model" and self.attend is None)
 
+    def refuse_misfit(self, batch: Tensor) -> None:
+        """Say what is wrong with a batch that the tower failed on, where that can be told.
+
+        Not for other batches: some towers take images of other sizes too.
+
+        Raises:
+            UserError: The batch is empty, differs in shape, type or device from those that fit, or
+                holds tokens beyond the vocabulary.
+        """
+        if batch.numel() and isinstance(self.embed, nn.Embedding):
+            low, high, known = batch.min().item(), batch.max().item(), self.embed.num_embeddings
+            if low < 0 or high >= known:
+                raise UserError(
+                    f"the {self.name} tower knows tokens 0 to {known - 1}, and these run from "
+                    f"{low} to {high}; take the tokenizer of the model"
+                )
+        fits = self.example(1)
+        needed = _described(["item", *fits.shape[1:]], fits)
+        if not batch.numel() or _described(["item", *batch.shape[1:]], batch) != needed:
+            raise UserError(
+                f"the {self.name} tower takes one item or more as {needed}, not "
+                f"{_described(batch.shape, batch)}"
+            )
+
     def places(self, tokens: int) -> list[tuple[int, ...]]:
         """Return where each token stands that is no class token or register, from 1.
 
@@ -237,6 +261,11 @@ class Tower:
             f"{space} space is defined at the last of the {self.depth} stages only: final norm "
             f"and projection take {self.width} channels, the earlier stages have fewer"
         )
+
+
+def _described(shape: Iterable[object], batch: Tensor) -> str:
+    words = ", ".join(map(str, shape))
+    return f"({words}) of {str(batch.dtype).removeprefix('torch.')} on {batch.device}"
 
 
 class Towers(dict[str, Tower]):

@@ -151,6 +151,25 @@ def test_contributions_sum_to_the_embedding(family: str) -> None:
         torch.testing.assert_close(sum(parts.values()), whole, rtol=1e-4, atol=1e-4)
 
 
+def test_a_batch_that_a_tower_cannot_take_apart_is_said_in_a_line() -> None:
+    model = tiny.model("clip")
+    images, ids = tiny.images(model.clip), tiny.token_ids()
+    for tower, batch, message in (
+        ("vision", images[0], r"takes one item or more as \(item, 3, .*, not \(3, "),
+        ("vision", images[:0], r", not \(0, 3, "),
+        ("vision", images.double(), "of float32 on cpu, not .* of float64"),
+        (
+            "text",
+            ids[0],
+            r"text tower takes one item or more as \(item, 12\) of int64 .*, not \(12\)",
+        ),
+        ("text", ids[:0], r"not \(0, 12\)"),
+        ("text", ids + 1000, "text tower knows tokens 0 to .*, and these run from 1000 to 1063"),
+    ):
+        with pytest.raises(UserError, match=message):
+            contributions(model.towers[tower], batch)
+
+
 def test_a_block_contributes_what_is_planted(silenced) -> None:
     """Shares of one tower and its bias sum to one, by the definition of a projection."""
     model, table = silenced
