@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.placement import Placement
+from vlmlayers.placement import Placement, runs
 from vlmlayers.positions import TOWERS
 
 # Blocks per tower of the backbone that public recipes and checkpoints are for.
@@ -68,6 +68,24 @@ class MethodConfig:
             **options: Other fields.
         """
         return cls(**options)
+
+    @classmethod
+    def placed_in(cls, depths: Mapping[str, int]) -> Mapping[str, int]:
+        """Return how many blocks of each tower of a backbone the method can be placed in."""
+        return depths
+
+    @classmethod
+    def scaled(cls, blocks: Iterable[int], tower: str, depths: Mapping[str, int]) -> list[int]:
+        """Return blocks of a tower of ViT-B/16 at the same share of a backbone's depth.
+
+        9 to 12 are 17 to 24 of 24; a run of blocks keeps one block at least.
+        """
+        share = cls.placed_in(depths)[tower] / VIT_B_16[tower]
+        found: set[int] = set()
+        for run in runs(blocks):
+            last = max(1, round(run[-1] * share))
+            found.update(range(min(last, 1 + round((run[0] - 1) * share)), last + 1))
+        return sorted(found)
 
     @classmethod
     def from_choice(cls, choice: Any, **options: Any) -> Self:

@@ -35,8 +35,9 @@ class TwoTowerConfig(MethodConfig):
     @classmethod
     def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
         """Act in the blocks of both towers from 1 on, to the published share of their depths."""
+        placed = cls.placed_in(depths)
         vision, text = (
-            blocks_to(max(1, round(cls.depth_share * depths[tower]))) for tower in cls.towers
+            blocks_to(max(1, round(cls.depth_share * placed[tower]))) for tower in cls.towers
         )
         return cls(vision, text, **options)
 
@@ -115,6 +116,7 @@ class MaPLeConfig(TwoTowerConfig):
 
     name: ClassVar[str] = "maple"
     title: ClassVar[str] = "MaPLe"
+    depth_share: ClassVar[float] = 0.75  # 9 blocks of 12
     unstored: ClassVar[tuple[str, ...]] = ("text", "words")
 
     def __post_init__(self) -> None:
@@ -126,11 +128,10 @@ class MaPLeConfig(TwoTowerConfig):
             )
 
     @classmethod
-    def published(cls, depths: Mapping[str, int], **options: Any) -> Self:
-        """Put prompts into the first three quarters of the shallower tower: 9 blocks of 12."""
-        # One depth for both towers: a vision prompt is projected from its block's text prompt.
-        blocks = blocks_to(max(1, round(0.75 * min(depths.values()))))
-        return cls(blocks, blocks, **options)
+    def placed_in(cls, depths: Mapping[str, int]) -> Mapping[str, int]:
+        """Return the depth of the shallower tower for both."""
+        # A vision prompt is projected from its block's text prompt.
+        return dict.fromkeys(depths, min(depths.values()))
 
 
 @checked

@@ -370,8 +370,8 @@ def load_recipe(
 
     A file holds the keys of one recipe at its top level; `extends` names a shipped one of the same
     method, and `method` another method. A method without shipped recipes has `published` alone:
-    its own settings with the default `TrainConfig`. A recipe that names no blocks acts at those
-    published for its method, scaled to the depth of the backbone.
+    its own settings with the default `TrainConfig`. A recipe acts at the blocks published for its
+    method or for itself, scaled to the depth of the backbone; those that a file names stay.
 
     Args:
         name: Name of a shipped recipe, or a TOML file.
@@ -392,17 +392,22 @@ def load_recipe(
         if method != DEFAULT_METHOD and METHODS.config(method).name != own:
             raise UserError(f"{path} is a recipe of {own}, not of {method}; name one of the two")
         start = METHODS.config(own).published(depths)
-        return _recipe(path.stem, start, values, _shipped(own), str(path))
-    shipped = _shipped(method)
+        return _recipe(path.stem, start, values, _shipped(own, depths), str(path))
+    shipped = _shipped(method, depths)
     check_one_of(f"recipe of {method}", str(name), shipped)
     start = METHODS.config(method).published(depths)
     return _recipe(str(name), start, shipped[str(name)], shipped, f"{method}.toml")
 
 
-def _shipped(method: str) -> dict[str, Any]:
-    method = METHODS.config(method).name
-    path = SHIPPED / f"{method}.toml"
-    return read_toml(path, "the recipe") if path.exists() else {"published": {}}
+def _shipped(method: str, depths: Mapping[str, int] = VIT_B_16) -> dict[str, Any]:
+    """Return the shipped recipes of a method, their blocks scaled to a backbone's depths."""
+    config = METHODS.config(method)
+    path = SHIPPED / f"{config.name}.toml"
+    recipes = read_toml(path, "the recipe") if path.exists() else {"published": {}}
+    for settings in (one.get("settings", {}) for one in recipes.values()):
+        for tower in settings.keys() & TOWERS:
+            settings[tower] = config.scaled(settings[tower], tower, depths)
+    return recipes
 
 
 def _recipe(

@@ -41,7 +41,9 @@ DEEP = {"vision": 24, "text": 12}
         ("mini", "mma", "v9-24,t5-12"),
         ("published", "maple", "v1-9,t1-9"),
         ("published-text", "ivlp", "v-,t1-12"),
-        ("published-transfer", "mma", "v9-12,t9-12"),
+        ("published-transfer", "mma", "v17-24,t9-12"),
+        ("transfer", "promptsrc", "v1-6,t1-3"),
+        ("transfer", "maple", "v1-3,t1-3"),
         ("published", "coop", "v-,t1"),
         ("published", "tip", ""),
     ],
@@ -57,6 +59,15 @@ def test_blocks_that_a_file_names_stay(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text('method = "mma"\nextends = "mini"\nsettings = { vision = [5, 6], text = [] }\n')
     assert load_recipe(path, "mma", DEEP).method.placement == "v5-6,t-"
+
+
+@pytest.mark.parametrize("depth", range(1, 33))
+def test_blocks_of_a_recipe_are_a_block_or_more_of_any_depth(depth: int) -> None:
+    depths = {"vision": depth, "text": 12}
+    upper = load_recipe("published-transfer", "mma", depths).method.vision
+    lower = load_recipe("transfer", "promptsrc", depths).method.vision
+    assert upper == tuple(range(upper[0], depth + 1)) and abs(len(upper) - depth / 3) <= 1
+    assert lower == tuple(range(1, lower[-1] + 1)) and abs(len(lower) - depth / 4) <= 1
 
 
 def test_training_acts_at_the_published_blocks_of_the_backbone(tmp_path: Path) -> None:
