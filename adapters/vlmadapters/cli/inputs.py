@@ -65,7 +65,8 @@ def read_recipes(
             the method for the model.
         settings: Values to set, by key.
         methods: Names of methods.
-        model: Name of the model, or the loaded one, whose depth the placements of recipes follow.
+        model: The loaded model, whose depth the placements of recipes follow, or its name; they
+            are those of ViT-B/16 where the name does not tell the depth.
 
     Raises:
         UserError: A name or key is unknown, a value is wrong or not read beside the others, or a
@@ -74,27 +75,34 @@ def read_recipes(
     from vlmadapters.training.recipes import default_recipe, load_recipe
 
     named = dict.fromkeys(methods, name) if name is None or isinstance(name, str) else name
-    depths = None
-    if not isinstance(model, str):
-        from vlmadapters.clip.towers import backbone_depths  # brings torch
-
-        model, depths = model.name, backbone_depths(model.clip)
+    title = model if isinstance(model, str) else model.name
     recipes = [
-        load_recipe(named[one] or default_recipe(model, one), one, depths) for one in methods
+        load_recipe(named[one] or default_recipe(title, one), one, depths_of(model))
+        for one in methods
     ]
     names = [one.method.name for one in recipes]
     for one in names:
         if names.count(one) > 1:
             raise UserError(f"the method {one} is named {names.count(one)} times; name it once")
-    known = list(dict.fromkeys(key for one in recipes for key in _holders(one)))
+    keys = list(dict.fromkeys(key for one in recipes for key in _holders(one)))
     for key in settings:
-        check_one_of("key", key, known, where="--set")
+        check_one_of("key", key, keys, where="--set")
     made = [_with_settings(one, settings) for one in recipes]
     for key in settings:
         why = [one.unread().get(key, "") for one in made if key in _holders(one)]
         if all(why):  # one that only some of the methods read is set for those
             raise UserError(f"--set {key} is not read: {why[0]}")
     return made
+
+
+def depths_of(model: Any) -> dict[str, int] | None:
+    """Return the number of blocks of a model's towers; None where it is a name that tells not."""
+    if isinstance(model, str):
+        told = known_depths(model)
+        return told if set(told) == set(TOWERS) else None
+    from vlmadapters.clip.towers import backbone_depths  # brings torch
+
+    return backbone_depths(model.clip)
 
 
 def _holders(recipe: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vlmadapters.cli.inputs import (
     Settings,
     check_blocks,
     check_inputs,
+    depths_of,
     load_backbone,
     read_pairs,
     read_placements,
@@ -228,17 +229,15 @@ def _read(
     """Return the recipes and what is trained by them, for a model's name or the loaded one."""
     made = read_recipes(recipe, values, methods, model)
     placed = read_placements(made, places, choice)
-    # A name does not tell which blocks may be paired where no placement does.
-    if pairs is None or not (places or not isinstance(model, str)):
+    if pairs is None:
         return made, placed
-    return made, [_paired(one, pairs) for one in placed]
-
-
-def _paired(recipe: Any, pairs: Any) -> Any:
-    method = recipe.method
-    if "pairs" not in method.settings():
-        raise UserError(f"--pairs is for mma; {method.name} shares nothing between its towers")
-    return recipe.changed({}, {"pairs": pairs})
+    for method in (one.method for one in placed):
+        if "pairs" not in method.settings():
+            raise UserError(f"--pairs is for mma; {method.name} shares nothing between its towers")
+    # Without a placement the depth tells which blocks there are to pair.
+    if not places and depths_of(model) is None:
+        return made, placed
+    return made, [one.changed({}, {"pairs": pairs}) for one in placed]
 
 
 def _trained(path: Path, model: Any, method: str | None, given: dict[str, Any], task: Any) -> Any:

@@ -438,13 +438,20 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
         (["--placement", "2-3", "--together", "0"], "together is 0"),
         (["--placement", "2-3", "--workers=-1"], "workers"),
         (["--placement", "2-3", "--pairs", "1:2"], "names a block that is not adapted"),
+        (["--pairs", "1:2"], "names a block that is not adapted"),
+        (["--method", "coop", "--pairs", "1:2"], "--pairs is for mma; coop shares nothing"),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(
-    extra: list[str], message: str, model_folder: Path, tmp_path: Path
+def test_mistakes_on_the_command_line_are_named_before_the_model_is_loaded(
+    extra: list[str],
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vlmlayers.cli import app
 
+    monkeypatch.setattr("vlmlayers.models.load_model", None)
     command = ["train", str(model_folder), "shapes_filled", "--out", str(tmp_path / "o"), *extra]
     with pytest.raises(UserError, match=message):
         CliRunner().invoke(app, command, catch_exceptions=False)
