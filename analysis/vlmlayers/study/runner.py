@@ -102,9 +102,7 @@ def run_study(
             echo(f"{part.title}{' (RANDOM WEIGHTS)' if part.random_weights else ''}")
         elif part.random_weights:
             echo(f"{part.title}: RANDOM WEIGHTS, nothing here says anything about a trained model")
-        if source and is_first_process():
-            write_text(context.run.study, source)
-        run_stages(context, picked)
+        run_stages(context, picked, source)
         runs.append(context.run)
     if many and "report" in picked:
         from vlmlayers.report import write_comparison
@@ -128,8 +126,12 @@ def pick_stages(only: Sequence[str], start: str | None, skip: Sequence[str] = ()
     return picked
 
 
-def run_stages(context: StageContext, picked: Sequence[str]) -> None:
-    """Run the picked stages of one model that are wanted and not up to date."""
+def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -> None:
+    """Run the picked stages of one model that are wanted and not up to date.
+
+    The text of the study is kept in the run folder as soon as that holds anything else.
+    """
+    _keep_source(context, source)
     for name, stage in STAGES.items():
         if name not in picked or not stage.wanted(context):
             continue
@@ -150,6 +152,8 @@ def run_stages(context: StageContext, picked: Sequence[str]) -> None:
         except BaseException:
             _keep_time(context, name, time.monotonic() - began)
             raise
+        finally:
+            _keep_source(context, source)
         seconds = time.monotonic() - began
         LOG.debug("%s took %.2f s", name, seconds)
         # Inputs are taken again: a stage may refine what it depends on, such as provenance.
@@ -203,9 +207,19 @@ def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> No
             )
 
 
+def _begun(context: StageContext) -> bool:
+    """Return whether the run folder holds anything; one without would pass for a run."""
+    return any(context.run.folder.glob("*"))
+
+
+def _keep_source(context: StageContext, source: str) -> None:
+    if source and is_first_process() and _begun(context):
+        write_text(context.run.study, source)
+
+
 def _keep_time(context: StageContext, name: str, seconds: float) -> None:
     """Keep the time of a stage that did not finish: its next run adds to it."""
-    if is_first_process():
+    if is_first_process() and _begun(context):
         ledger = context.ledger()
         unfinished = ledger.setdefault("unfinished", {})
         unfinished[name] = round(unfinished.get(name, 0.0) + seconds, 2)

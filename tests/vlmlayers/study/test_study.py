@@ -607,6 +607,19 @@ def test_a_dataset_that_fails_is_left_out_with_a_note(study_file: Path, tmp_path
         run_study(check_study(content | alone), tmp_path / "alone", base=tmp_path, progress=False)
 
 
+def test_a_study_that_fails_before_it_made_anything_leaves_no_run_folder(
+    study_file: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "damaged.safetensors"
+    weights.write_bytes(b"no weights")
+    source = study_file.read_text().replace("random_weights = true", f'checkpoint = "{weights}"')
+    study = check_study(tomllib.loads(source))
+    options: dict[str, Any] = {"base": study_file.parent, "progress": False}
+    with pytest.raises(UserError, match=r"damaged\.safetensors"):
+        run_study(study, tmp_path / "out", source=source, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_report_is_there_before_the_long_stages(
     done: Run, study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
