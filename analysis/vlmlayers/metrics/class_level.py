@@ -90,19 +90,22 @@ def h_score_relabelled(x: Any, labels: Labels, *, width: int | None = None) -> A
     return np.array([_explained(solve, _weighted_means(x, classes(y, len(x)))) for y in labels])
 
 
-def silhouette_values(x: Any, labels: Any) -> Array:
-    """Return (b − a)/max(a, b) of each item with Euclidean distance; 0 in classes of one."""
-    x = centred(x, smallest_n=3)
-    return _silhouettes(np.sqrt(squared_distances(x)), classes(labels, len(x)))
+def distances(x: Any) -> Array:
+    """Return the Euclidean distances between items, (item, item).
+
+    Raises:
+        UserError: Fewer than three items, or constant features.
+    """
+    return np.sqrt(squared_distances(centred(x, smallest_n=3)))
 
 
-def silhouette_relabelled(x: Any, labels: Labels) -> Array:
-    """Return the mean silhouette under each of several labellings, (draw, item) to (draw,)."""
-    distances = np.sqrt(squared_distances(centred(x, smallest_n=3)))
-    return np.array([_silhouettes(distances, classes(y, len(distances))).mean() for y in labels])
+def silhouette_values(distances: Array, labels: Any) -> Array:
+    """Return (b − a)/max(a, b) of each item from the distances between them; 0 in classes of one.
 
-
-def _silhouettes(distances: Array, y: Labels) -> Array:
+    Raises:
+        UserError: One class.
+    """
+    y = classes(labels, len(distances))
     member = one_hot(y)
     counts = member.sum(axis=0)
     sums = distances @ member  # (item, class)
@@ -117,6 +120,11 @@ def _silhouettes(distances: Array, y: Labels) -> Array:
     return np.where(counts[y] > 1, score, 0.0)
 
 
+def mean_silhouette(distances: Array, labels: Any) -> float:
+    """Return the mean silhouette from the distances between items, (item, item)."""
+    return float(silhouette_values(distances, labels).mean())
+
+
 @checked
 def silhouette(x: Given, labels: Any) -> float:
     """Return the mean silhouette with Euclidean distance.
@@ -126,19 +134,28 @@ def silhouette(x: Given, labels: Any) -> float:
 
     Reference: Rousseeuw 1987.
     """
-    return float(silhouette_values(x, labels).mean())
+    return mean_silhouette(distances(x), labels)
 
 
-def overlap_values(x: Any, labels: Any, *, k: int = 10) -> Array:
-    """Return for each item the share of its k nearest others (cosine) that has its label."""
+def cosines(x: Any) -> Array:
+    """Return the cosines between items, (item, item), an item with itself at −∞.
+
+    Raises:
+        UserError: Fewer than three items, or a row of zeros.
+    """
     x = unit(x, smallest_n=3)
-    y = classes(labels, len(x))
-    k = min(k, len(x) - 1)
     # Cosines and not distances: norms grow along the residual stream and would pick the neighbours.
     similarity = x @ x.T
     np.fill_diagonal(similarity, -np.inf)
+    return np.asarray(similarity)
+
+
+def same_label_share(similarity: Array, labels: Any, *, k: int = 10) -> float:
+    """Return the share of the k most similar others that have an item's label, over all items."""
+    y = classes(labels, len(similarity))
+    k = min(k, len(y) - 1)
     near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    return (y[near] == y[:, None]).mean(axis=1)
+    return float((y[near] == y[:, None]).mean())
 
 
 @checked
@@ -150,7 +167,7 @@ def neighbourhood_overlap(x: Given, labels: Any, *, k: Count = 10) -> float:
 
     Reference: Doimo et al. 2020.
     """
-    return float(overlap_values(x, labels, k=k).mean())
+    return same_label_share(cosines(x), labels, k=k)
 
 
 def zero_shot_values(x: Any, prompts: Any, labels: Any) -> Array:

@@ -59,6 +59,8 @@ class Metric:
         towers: Towers it is computed for.
         per_item: Function of the same arguments whose mean over items is the metric.
         weighted: Function that also takes item weights, (draw, item), and returns (draw,).
+        left_out: Function of the same arguments that returns the metric without each of the groups
+            that it makes of the items itself, (group,).
         matrix: Two functions: what the first makes of features at several positions, a list of
             (item, width), is an array (position, item, …) whose items may be permuted; the second
             takes two of these and returns every cell, (a, b), with `half=True` where both are of
@@ -68,7 +70,8 @@ class Metric:
         of_parts: Function of several (fitting features, their classes, validation features, their
             classes, features) that returns the predictions for each: many fits cost less at once.
         parts: Two functions whose chain is the metric: what the first makes of the features is
-            shared, between the positions of a matrix or with other metrics of one layer.
+            shared, between the positions of a matrix or with other metrics of one layer. Of a
+            metric with labels it is (item, item), and shared between subsets of the items.
         takes: Options of the protocol that the function accepts.
         settings: Fixed arguments.
         base: For derived metrics, the name of the metric they derive from.
@@ -91,6 +94,7 @@ class Metric:
     towers: tuple[str, ...] = BOTH
     per_item: Callable[..., Any] | None = None
     weighted: Callable[..., Any] | None = None
+    left_out: Callable[..., Any] | None = None
     matrix: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     relabelled: Callable[..., Any] | None = None
     of_parts: Callable[..., Any] | None = None

@@ -123,16 +123,12 @@ def nuclear_norm(x: Array, y: Array) -> float:
     return float(np.linalg.svd(x @ y.T, compute_uv=False).sum())
 
 
-def auc_weighted(scores_x: Array, scores_y: Array, wx: Array, wy: Array) -> Array:
-    """Return the chance that an image scores above a text under item weights, (draw,)."""
+def auc(scores_x: Array, scores_y: Array) -> float:
+    """Return the chance that an image scores above a text, ties counting half."""
     # Ranks by binary search, so that images × texts comparisons are never held at once.
     order = np.sort(scores_y)
-    below = np.searchsorted(order, scores_x, "left"), np.searchsorted(order, scores_x, "right")
-    rank = np.argsort(scores_y, kind="stable")
-    cumulative = np.concatenate([np.zeros((len(wy), 1)), np.cumsum(wy[:, rank], axis=1)], axis=1)
-    # The mean of what is below and what is not above: a tie counts half.
-    wins = 0.5 * (cumulative[:, below[0]] + cumulative[:, below[1]])
-    return (wx * wins).sum(axis=1) / (wx.sum(axis=1) * wy.sum(axis=1))
+    below, to = np.searchsorted(order, scores_x, "left"), np.searchsorted(order, scores_x, "right")
+    return float((below + to).mean() / (2 * len(order)))
 
 
 def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:

@@ -103,13 +103,7 @@ def mean_cosine_centred(x: Given) -> float:
 
     Reference: Ethayarajh 2019; centred: Cai et al. 2021.
     """
-    return float(mean_cosine_centred_weighted(x, np.ones((1, len(x))))[0])
-
-
-def mean_cosine_centred_weighted(x: Any, weights: Array) -> Array:
-    """Return the centred mean cosine under each row of item weights, (draw,)."""
-    # Centred on all items and not on those of each draw, so that all draws share one matrix.
-    return mean_cosine_weighted(centred(x), weights)
+    return mean_cosine(centred(x))
 
 
 @checked

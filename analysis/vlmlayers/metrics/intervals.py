@@ -11,7 +11,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import Array, Labels
 
 LEVEL = 0.95
-SMALL = 5  # resampling m items underestimates the variance by 1/m, and one item never varies
+SMALL = 5  # the resamples of fewer items are few in kind, and one item never varies
 
 
 def small_strata(sizes: Labels) -> Labels:
@@ -32,9 +32,11 @@ def small_strata(sizes: Labels) -> Labels:
 def bootstrap_weights(strata: Labels, draws: int, rng: np.random.Generator) -> Array:
     """Return how often each draw takes each item, (draw, item), resampling inside each stratum.
 
-    Strata of fewer than five items are resampled as one.
+    Of m items m − 1 are drawn, and each counts m / (m − 1): drawing m, the mean of a small stratum
+    varies less than it does over samples, by 1/m. Strata of fewer than five items are resampled as
+    one.
 
-    Reference: Efron and Tibshirani 1993, section 8.
+    Reference: Rao and Wu 1988, section 2 (rescaled bootstrap of stratified samples).
     """
     _, strata, sizes = np.unique(strata, return_inverse=True, return_counts=True)
     # A class of two, resampled within itself, varies far too little: small ones are pooled.
@@ -43,7 +45,9 @@ def bootstrap_weights(strata: Labels, draws: int, rng: np.random.Generator) -> A
     weights = np.zeros((draws, len(strata)))
     for stratum in np.unique(strata):
         rows = np.flatnonzero(strata == stratum)
-        weights[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), draws)
+        size = len(rows)
+        drawn = rng.multinomial(max(size - 1, 1), np.full(size, 1 / size), draws)
+        weights[:, rows] = drawn * (size / max(size - 1, 1))
     return weights
 
 
@@ -62,6 +66,20 @@ def percentile(draws: Array) -> tuple[float, float]:
     tail = 50.0 * (1.0 - LEVEL)
     low, high = np.percentile(known, [tail, 100.0 - tail])
     return float(low), float(high)
+
+
+def percentile_about(value: float, draws: Array) -> tuple[float, float]:
+    """Return the percentile interval of draws that are moved to have the value as their mean.
+
+    Sampling widens a distance; drawing from the sample widens it again, and all draws lie above
+    the value.
+
+    Raises:
+        UserError: More than half of the draws have no value.
+    """
+    low, high = percentile(draws)
+    shift = float(value - np.nanmean(draws))
+    return low + shift, high + shift
 
 
 def mean_interval(values: Array, weights: Array, share: bool = False) -> tuple[float, float]:
@@ -89,13 +107,14 @@ def wilson(share: Array | float, n: Array | float) -> tuple[Array, Array]:
 def mean_share_draws(hits: Array, sizes: Labels, draws: int, rng: np.random.Generator) -> Array:
     """Return bootstrap draws of the mean over classes of hits / size, (draw,).
 
-    Items are resampled inside each class; classes of fewer than five items together.
+    Items are resampled inside each class, one fewer than it has; classes of fewer than five items
+    together.
     """
     small = small_strata(sizes)
     large = np.setdiff1d(np.arange(len(sizes)), small)
     # How many hits a resample of a class holds is binomial: no item needs to be drawn.
-    shares = hits[large] / sizes[large]
-    total = (rng.binomial(sizes[large], shares, (draws, len(large))) / sizes[large]).sum(axis=1)
+    shares, drawn = hits[large] / sizes[large], sizes[large] - 1
+    total = (rng.binomial(drawn, shares, (draws, len(large))) / drawn).sum(axis=1)
     if len(small):
         each = 1.0 / np.repeat(sizes[small], sizes[small])
         hit = np.concatenate([np.arange(n) < h for h, n in zip(hits[small], sizes[small])])

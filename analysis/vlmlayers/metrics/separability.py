@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from vlmlayers.arguments import Natural, Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import FIXED, Array, Given, Labels, row_pairs, unit
-from vlmlayers.metrics.gap import auc_weighted
+from vlmlayers.metrics.gap import auc
 from vlmlayers.metrics.readouts import logistic_logits
 
 
@@ -33,45 +35,58 @@ def modality_auc(
 
     Reference: Shi et al. 2023; AUC: Hanley and McNeil 1982.
     """
-    ones = np.ones((1, len(x))), np.ones((1, len(y)))
-    return float(modality_auc_weighted(x, y, pairs, *ones, dims=dims, folds=folds)[0])
-
-
-def modality_auc_weighted(
-    x: Any, y: Any, pairs: Any, wx: Array, wy: Array, *, dims: int = 0, folds: int = 5
-) -> Array:
-    """Return the held-out AUC under each row of item weights, (draw,); the fits are shared."""
     x, y = unit(x), unit(y, "y")
     fold_x, fold_y = _folds(len(x), len(y), pairs, folds)
-    scores_x, scores_y = np.zeros(len(x)), np.zeros(len(y))
     count = int(fold_x.max()) + 1
+    of_fold = _aucs(x, y, fold_x, fold_y, [(fold,) for fold in range(count)], dims)
+    return float(np.bincount(fold_x) @ np.diagonal(of_fold) / len(x))
+
+
+def modality_auc_left_out(x: Any, y: Any, pairs: Any, *, dims: int = 0, folds: int = 5) -> Array:
+    """Return the held-out AUC without each of the folds, fitted without it as well, (fold,).
+
+    NaN where fewer than three folds leave nothing to fit on.
+    """
+    x, y = unit(x), unit(y, "y")
+    fold_x, fold_y = _folds(len(x), len(y), pairs, folds)
+    sizes = np.bincount(fold_x)
+    if len(sizes) < 3:
+        return np.full(len(sizes), np.nan)
+    # What is fitted without two folds serves twice: either is held out where the other is left out.
+    pairs_of_folds = list(combinations(range(len(sizes)), 2))
+    held = _aucs(x, y, fold_x, fold_y, pairs_of_folds, dims)  # (held out, left out)
+    weights = sizes[:, None] * ~np.eye(len(sizes), dtype=bool)
+    return np.asarray((weights * held).sum(axis=0) / weights.sum(axis=0))
+
+
+def _aucs(
+    x: Array,
+    y: Array,
+    fold_x: Labels,
+    fold_y: Labels,
+    absent: Sequence[tuple[int, ...]],
+    dims: int,
+) -> Array:
+    """Return the AUC of each fold by fits without some folds, (fold, the other fold or itself)."""
     fits = []
-    for fold in range(count):
-        inside_x, inside_y = fold_x == fold, fold_y == fold
-        fit = np.vstack([x[~inside_x], y[~inside_y]])
-        labels = np.repeat([0, 1], [int((~inside_x).sum()), int((~inside_y).sum())])
-        held = np.vstack([x[inside_x], y[inside_y]])
+    for folds in absent:
+        out_x, out_y = np.isin(fold_x, folds), np.isin(fold_y, folds)
+        fit = np.vstack([x[~out_x], y[~out_y]])
+        labels = np.repeat([0, 1], [int((~out_x).sum()), int((~out_y).sum())])
+        held = [np.vstack([x[fold_x == fold], y[fold_y == fold]]) for fold in folds]
         if dims:
             fit, held = _principal(fit, held, dims)
-        fits.append((fit, labels, [held]))
+        fits.append((fit, labels, held))
     # One C: choosing it would need one more split, and an AUC reads only the order of the scores.
     found = logistic_logits(fits, classes=2, c_grid=(1.0,))
-    total, sums = 0.0, np.zeros(len(wx))
-    for fold, [[logits]] in enumerate(found):
-        inside_x, inside_y = fold_x == fold, fold_y == fold
-        score = logits[:, 0] - logits[:, 1]
-        scores_x[inside_x], scores_y[inside_y] = np.split(score, [int(inside_x.sum())])
-        # Scores of different fits have different scales: AUC within the fold, then the mean.
-        weight_x, weight_y = wx[:, inside_x], wy[:, inside_y]
-        full = (weight_x.sum(axis=1) > 0) & (weight_y.sum(axis=1) > 0)
-        # A draw without an image, or without a text, of this fold says nothing: chance.
-        part = np.full(len(wx), 0.5)
-        part[full] = auc_weighted(
-            scores_x[inside_x], scores_y[inside_y], weight_x[full], weight_y[full]
-        )
-        sums += part * inside_x.sum()
-        total += inside_x.sum()
-    return sums / total
+    count = int(fold_x.max()) + 1
+    of_fold = np.zeros((count, count))
+    for folds, parts in zip(absent, found):
+        for fold, other, [logits] in zip(folds, folds[::-1], parts):
+            # Scores of different fits have different scales: AUC within the fold, then the mean.
+            images, texts = np.split(logits[:, 0] - logits[:, 1], [int((fold_x == fold).sum())])
+            of_fold[fold, other] = auc(images, texts)
+    return of_fold
 
 
 def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
@@ -93,7 +108,7 @@ def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
     return fold_x, fold_y
 
 
-def _principal(fit: Array, held: Array, dims: int) -> tuple[Array, Array]:
+def _principal(fit: Array, held: Sequence[Array], dims: int) -> tuple[Array, list[Array]]:
     mean = fit.mean(axis=0)
     spread = fit - mean
     if len(fit) < fit.shape[1]:
@@ -104,4 +119,4 @@ def _principal(fit: Array, held: Array, dims: int) -> tuple[Array, Array]:
     else:
         # Ascending, unlike an SVD: the last directions are the largest.
         basis = np.linalg.eigh(spread.T @ spread)[1][:, -dims:]
-    return (fit - mean) @ basis, (held - mean) @ basis
+    return spread @ basis, [(part - mean) @ basis for part in held]

@@ -126,8 +126,7 @@ METRICS: dict[str, Metric] = {
     "silhouette": Metric(
         cl.silhouette, "class", "labels", "silhouette (Euclidean)", "Rousseeuw 1987",
         bounds=(-1.0, 1.0), null="shuffle", smallest_n=6, largest_n=2000,
-        per_item=cl.silhouette_values, relabelled=cl.silhouette_relabelled,
-        invariances=SIMILARITY, sensitive="columns",
+        parts=(cl.distances, cl.mean_silhouette), invariances=SIMILARITY, sensitive="columns",
     ),
     "h_score": Metric(
         cl.h_score, "class", "labels", "H-score (shrunk)", "Ibrahim et al. 2021", bounds=(0.0, INF),
@@ -142,7 +141,8 @@ METRICS: dict[str, Metric] = {
     "neighbourhood_overlap": Metric(
         cl.neighbourhood_overlap, "class", "labels",
         "neighbours of the same class (share of items)", "Doimo et al. 2020",
-        null=cl.same_label_null, smallest_n=6, largest_n=2000, per_item=cl.overlap_values,
+        null=cl.same_label_null, smallest_n=6, largest_n=2000,
+        parts=(cl.cosines, cl.same_label_share),
         invariances=("rotation", "scale", "row order"), sensitive="translation", takes=("k",),
     ),
     # Agreement between positions and towers
@@ -211,12 +211,12 @@ METRICS: dict[str, Metric] = {
     "modality_auc": Metric(
         separability.modality_auc, "gap", "modalities", "image against text (held-out AUC)",
         "Shi et al. 2023", direction="wider gap", null=0.5, spaces=JOINT, smallest_n=4,
-        weighted=separability.modality_auc_weighted, invariances=("scale",), sensitive="rotation",
+        left_out=separability.modality_auc_left_out, invariances=("scale",), sensitive="rotation",
     ),
     "modality_auc_low": Metric(
         separability.modality_auc, "gap", "modalities", "image against text, 2 dimensions (AUC)",
         "Shi et al. 2023", direction="wider gap", null=0.5, spaces=JOINT, smallest_n=4,
-        weighted=separability.modality_auc_weighted, settings={"dims": 2}, invariances=("scale",),
+        left_out=separability.modality_auc_left_out, settings={"dims": 2}, invariances=("scale",),
         sensitive="rotation",
     ),
     "retrieval_r1": Metric(
@@ -260,13 +260,12 @@ METRICS: dict[str, Metric] = {
         geometry.mean_cosine, "geometry", "features", "mean cosine of items (raw)",
         "Ethayarajh 2019", bounds=(-1.0, 1.0), direction="more anisotropic", null=0.0,
         weighted=geometry.mean_cosine_weighted, invariances=("rotation", "scale", "row order"),
-        sensitive="translation",
+        sensitive="translation", smallest_n=3,
     ),
     "mean_cosine_centred": Metric(
         geometry.mean_cosine_centred, "geometry", "features", "mean cosine of items (centred)",
         "Cai et al. 2021", bounds=(-1.0, 1.0), direction="more anisotropic",
-        null=geometry.centred_null, weighted=geometry.mean_cosine_centred_weighted, smallest_n=3,
-        invariances=SIMILARITY, sensitive="columns",
+        null=geometry.centred_null, smallest_n=3, invariances=SIMILARITY, sensitive="columns",
     ),
     "uniformity": Metric(
         geometry.uniformity, "geometry", "features", "uniformity (log potential)",

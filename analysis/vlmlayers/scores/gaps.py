@@ -15,8 +15,10 @@ from vlmlayers.metrics.intervals import (
     bootstrap_weights,
     jackknife,
     jackknife_groups,
+    jackknife_interval,
     mean_interval,
-    percentile,
+    percentile_about,
+    wilson,
 )
 from vlmlayers.metrics.table import Metric
 from vlmlayers.positions import relative_depth
@@ -183,13 +185,20 @@ def _gap_value(
         # The value is the draw in which every item counts once: one call for it and for all draws.
         every = np.vstack([np.ones((1, len(x))), weights])
         draws = metric.weighted(x, y, pairs, every, matching.text_weights(every), **arguments)
-        return float(draws[0]), percentile(draws[1:]), "bootstrap"
+        return float(draws[0]), percentile_about(draws[0], draws[1:]), "bootstrap"
     if metric.per_item is not None:
         values = metric.per_item(x, y, pairs, **arguments)
         # A pair weighs as its image does: captions of one image are not independent draws.
         interval = mean_interval(values, weights[:, pairs[:, 0]], metric.is_share)
         return float(values.mean()), interval, "bootstrap"
     value = float(metric.function(x, y, pairs, **arguments))
+    if metric.left_out is not None:
+        left_out = metric.left_out(x, y, pairs, **arguments)
+        if (left_out == value).all() and value in (0.0, 1.0):  # nothing varies, yet it could have
+            low, high = wilson(value, min(len(x), len(y)))
+            return value, (float(low), float(high)), "wilson"
+        low, high = jackknife_interval(value, left_out)
+        return value, (float(low), float(high)), "none" if np.isnan(low) else "jackknife"
 
     def statistic(rows: Labels) -> float:
         images, texts, left = matching.without(rows)

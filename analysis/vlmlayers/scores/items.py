@@ -17,7 +17,7 @@ from vlmlayers.metrics.intervals import (
     jackknife_groups,
     jackknife_interval,
     mean_interval,
-    percentile,
+    percentile_about,
 )
 from vlmlayers.metrics.own import OWN
 from vlmlayers.metrics.table import METRICS, Metric
@@ -144,7 +144,7 @@ def _run_single(scoring: Scoring, source: Source, labels: Labels | None) -> None
             given = () if labels is None else (labels[rows],)
             arguments = point.arguments(width=width)
             value, interval, how = value_and_interval(metric, (x, *given), arguments, shared)
-            null = _null(point, x, given, width)
+            null = _null(point, x, given, width, shared)
             noted = {k: v for k, v in point.arguments().items() if k != "width"}
             point.add(value, interval, null, len(x), interval=how, **noted)
 
@@ -158,14 +158,14 @@ def value_and_interval(
         # The value is the draw in which every item counts once: one call for it and for all draws.
         every = np.vstack([np.ones((1, weights.shape[1])), weights])
         draws = metric.weighted(*arrays, every, **arguments)
-        return float(draws[0]), percentile(draws[1:]), "bootstrap"
-    if metric.per_item is not None:
-        values = metric.per_item(*arrays, **arguments)
-        interval = mean_interval(values, shared.weights(metric), metric.is_share)
-        return float(values.mean()), interval, "bootstrap"
+        return float(draws[0]), percentile_about(draws[0], draws[1:]), "bootstrap"
 
     def statistic(rows: Labels | None, group: int) -> float:
         kept = arrays if rows is None else tuple(a[rows] for a in arrays)
+        if metric.parts and len(kept) == 2:
+            kernel = shared.kernel(metric, arrays[0])
+            part = kernel if rows is None else kernel[np.ix_(rows, rows)]
+            return float(metric.parts[1](part, kept[1], **arguments))
         if metric.parts:
             first, second = metric.parts
             # Metrics that share a first part, such as a spectrum, share it in each group too.
@@ -184,7 +184,7 @@ def value_and_interval(
     return value, (float(low), float(high)), "jackknife"
 
 
-def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int) -> float:
+def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int, shared: _Shared) -> float:
     """Return what chance gives for a metric of features, with or without labels."""
     metric = point.metric
     if isinstance(metric.null, (int, float)):
@@ -207,6 +207,9 @@ def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int) -> floa
     labels = np.stack([rng.permutation(given[0]) for _ in range(point.options.shuffles)])
     if metric.relabelled is not None:
         return float(metric.relabelled(x, labels, **arguments).mean())
+    if metric.parts:
+        kernel = shared.kernel(metric, x)
+        return float(np.mean([metric.parts[1](kernel, y, **arguments) for y in labels]))
     return float(np.mean([metric.function(x, y, **arguments) for y in labels]))
 
 
@@ -278,6 +281,12 @@ class _Shared:
         if self.at != (space, position):
             self.at, self.here = (space, position), {}
         return self.once_here((metric.largest_n, exact), make), width
+
+    def kernel(self, metric: Metric, x: Array) -> Array:
+        """Return the first part of a metric with labels, (item, item), at this position."""
+        first = metric.parts[0]
+        kernel: Array = self.once_here((first, metric.largest_n), lambda: first(x))
+        return kernel
 
     def once_here(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return what was made under a key at this position, or make it."""

@@ -23,6 +23,8 @@ from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.scoring import Point, Scoring, chosen_positions
 
+FEWEST = 4  # rows whose agreement can vary
+
 
 @dataclass(frozen=True, eq=False)
 class Side:
@@ -188,10 +190,11 @@ def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) 
     )
     alike = np.zeros(pairing.n, np.int64)
     kept = jackknife_groups(alike, options.jackknife, generator(Draw.ALIGNED_GROUPS))
-    kept = [rows for rows in kept if len(rows) >= metric.smallest_n]
-    left_out = np.stack([engine.values(rows) for rows in kept]) if kept else value[None]
-    noted = {"pairs": pairing.kind, "interval": "jackknife", **engine.options}
-    noted["permutations"] = len(shuffled)
+    # Three rows agree by construction: too few to leave any out have no interval.
+    enough = min(map(len, kept)) >= FEWEST
+    left_out = np.stack([engine.values(rows) if enough else value * np.nan for rows in kept])
+    noted: dict[str, Any] = {"pairs": pairing.kind, "interval": "jackknife" if enough else "none"}
+    noted |= engine.options | {"permutations": len(shuffled)}
     # Inner products of signatures grow with agreement, distances fall to 0.
     best = 1.0 if metric.parts else 0.0
     matrix = _Matrix(point, pairing, labels, value, left_out, shuffled, best, noted)

@@ -7,6 +7,8 @@ from math import comb
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from vlmlayers.errors import UserError
@@ -28,7 +30,6 @@ from vlmlayers.metrics import (
     uniformity,
 )
 from vlmlayers.metrics.gap import (
-    auc_weighted,
     centroid_gap_null,
     centroid_gap_weighted,
     retrieval_null,
@@ -41,6 +42,7 @@ from vlmlayers.metrics.geometry import (
     uniformity_null,
     uniformity_weighted,
 )
+from vlmlayers.metrics.separability import modality_auc_left_out
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -120,18 +122,6 @@ def test_retrieval_null_is_hypergeometric() -> None:
     assert retrieval_null(4, np.array([1]), 10) == pytest.approx(1.0)
 
 
-def test_auc_is_that_of_scikit_learn_and_weights_repeat_items() -> None:
-    rng = np.random.default_rng(3)
-    a, b = rng.normal(size=30).round(1), rng.normal(size=20).round(1)
-    truth = np.repeat([1, 0], [30, 20])
-    wa, wb = rng.integers(0, 3, 30), rng.integers(0, 3, 20)
-    plain, weighted = auc_weighted(a, b, np.stack([np.ones(30), wa]), np.stack([np.ones(20), wb]))
-    assert plain == pytest.approx(roc_auc_score(truth, np.concatenate([a, b])))
-    repeated = np.concatenate([np.repeat(a, wa), np.repeat(b, wb)])
-    truth = np.repeat([1, 0], [wa.sum(), wb.sum()])
-    assert weighted == pytest.approx(roc_auc_score(truth, repeated))
-
-
 def test_modality_auc_sees_a_planted_gap_and_nothing_else() -> None:
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(100, 10)), rng.normal(size=(100, 10))
@@ -209,6 +199,35 @@ def test_modality_auc_on_components_sees_the_gap_once_its_direction_is_among_the
         side[:, 2] += 3
     assert 0.3 < modality_auc(x, y, dims=1) < 0.7
     assert modality_auc(x, y, dims=2) > 0.95
+
+
+@pytest.mark.parametrize("dims", [0, 2])
+@pytest.mark.parametrize("prompts", [False, True])
+def test_modality_auc_without_a_fold_is_that_of_the_other_items(dims: int, prompts: bool) -> None:
+    """By scikit-learn: each other fold, told by what is fitted on neither of the two."""
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(40, 6)) + 0.4, rng.normal(size=(8 if prompts else 40, 6)) - 0.4
+    owner = np.arange(40) % len(y)
+    pairs = np.stack([np.arange(40), owner], axis=1)
+    folds = np.random.default_rng(0).permutation(len(y)) % 5
+    data, told = np.vstack([unit(x), unit(y)]), np.repeat([1, 0], [40, len(y)])
+    fold = np.concatenate([folds[owner], folds])
+    expected = []
+    for left in range(5):
+        parts, sizes = [], []
+        for held in set(range(5)) - {left}:
+            fit = (fold != left) & (fold != held)
+            z = PCA(dims).fit(data[fit]).transform(data) if dims else data
+            z = (z - z[fit].mean(axis=0)) / z[fit].std(axis=0)
+            # Two opposite columns of weights, as in our softmax, are half as long as one.
+            model = LogisticRegression(C=2.0, class_weight="balanced", tol=1e-8, max_iter=1000)
+            score = model.fit(z[fit], told[fit]).decision_function(z[fold == held])
+            parts.append(roc_auc_score(told[fold == held], score))
+            sizes.append(int((folds[owner] == held).sum()))
+        expected.append(np.average(parts, weights=sizes))
+    found = modality_auc_left_out(x, y, pairs, dims=dims)
+    assert found == pytest.approx(expected, abs=0.01)
+    assert np.ptp(found) > 0.01
 
 
 def test_pairwise_geometry_by_loops() -> None:

@@ -17,6 +17,7 @@ from vlmlayers.metrics.intervals import (
     mean_interval,
     mean_share_draws,
     percentile,
+    percentile_about,
     small_strata,
     wilson,
 )
@@ -34,11 +35,11 @@ def test_weights_resample_inside_strata_and_small_ones_together(sizes: list, see
     strata = np.repeat(np.arange(len(sizes)), sizes)
     weights = bootstrap_weights(strata, 30, np.random.default_rng(seed))
     small = small_strata(np.array(sizes))
-    assert (weights.sum(axis=1) == len(strata)).all()
+    assert weights.sum(axis=1) == pytest.approx(len(strata))
     for stratum, size in enumerate(sizes):
         if stratum not in small:
             assert size >= SMALL
-            assert (weights[:, strata == stratum].sum(axis=1) == size).all()
+            assert weights[:, strata == stratum].sum(axis=1) == pytest.approx(size)
     together = np.isin(strata, small).sum()
     assert together == 0 or together >= SMALL or together == len(strata)
 
@@ -53,6 +54,28 @@ def test_accuracy_over_classes_of_any_size_is_covered(size: int) -> None:
         low, high = percentile(mean_share_draws(hits, np.full(40, size), 200, rng))
         covered += low <= truth.mean() <= high
     assert covered / repeats >= 0.88
+
+
+@pytest.mark.parametrize("size", [5, 12])
+def test_resampled_means_vary_as_stratified_samples_do(size: int) -> None:
+    rng = np.random.default_rng(size)
+    strata = np.repeat(np.arange(8), size)
+    x = rng.normal(size=len(strata)) + strata
+    within = np.array([x[strata == c].var(ddof=1) for c in range(8)])
+    means = bootstrap_weights(strata, 20_000, rng) @ x / len(x)
+    # The textbook variance of a stratified mean; m draws of m items give (m − 1)/m of it.
+    assert means.var() == pytest.approx((within / size).mean() / 8, rel=0.05)
+    hits = rng.integers(1, size, 8)
+    shares = hits / size
+    draws = mean_share_draws(hits, np.full(8, size), 20_000, rng)
+    assert draws.mean() == pytest.approx(shares.mean(), abs=0.005)
+    assert draws.var() == pytest.approx((shares * (1 - shares)).mean() / (size - 1) / 8, rel=0.05)
+
+
+def test_draws_that_all_lie_above_the_value_are_moved_onto_it() -> None:
+    draws = np.random.default_rng(2).exponential(size=4000) + 5.0
+    low, high = percentile_about(3.0, draws)
+    assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]) - draws.mean() + 3.0)
 
 
 def test_unequal_classes_weigh_the_same() -> None:

@@ -145,5 +145,6 @@ def test_the_chain_of_the_parts_is_the_metric(name: str) -> None:
         first = entry.parts[0](geometry, rest[0]).factor()
         chained = entry.parts[1](first, support, rest[1], x, classes=3)
     else:
-        chained = entry.parts[1](entry.parts[0](*features))
+        options = {"k": 4} if "k" in entry.takes else {}
+        chained = entry.parts[1](entry.parts[0](*features), *rest, **options)
     np.testing.assert_array_equal(chained, metric_value(entry, features, rest))

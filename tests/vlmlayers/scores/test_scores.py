@@ -428,8 +428,8 @@ def test_what_read_outs_do_to_features_first_is_an_option_and_recorded(how: str)
 
 def test_each_smallest_n_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
     members = [
-        *many(2, items=12, classes=2),
-        make_features("captioned", number=9, items=12, classes=2, captions=1),
+        *many(2, items=12, classes=3),
+        make_features("captioned", number=9, items=12, classes=3, captions=1),
         make_features("restyled", number=5, names="set0", items=24, classes=4),
         make_features("again", number=6, names="set0", items=24, classes=4),
     ]
@@ -438,7 +438,7 @@ def test_each_smallest_n_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(METRICS, name, replace(entry, smallest_n=10_000))
     names = [name for name in METRICS if name in OF_FEATURES and not METRICS[name].base]
     names.remove("mean_cosine")
-    monkeypatch.setitem(METRICS, "mean_cosine", replace(METRICS["mean_cosine"], smallest_n=2))
+    monkeypatch.setitem(METRICS, "mean_cosine", replace(METRICS["mean_cosine"], smallest_n=3))
     table = score(members, [*names, "mean_cosine"], positions=["3", "proj"], **QUICK)
     assert set(table["metric"]) == {"mean_cosine"}
     words = refusals(table).groupby("metric")["reason"].agg(" ".join)
@@ -637,7 +637,12 @@ def test_too_few_items_are_refused_not_guessed() -> None:
     assert "0 classes with 3 items or more; at least 2 are needed" in refused["reason"].tolist()
     assert "8 items; at least 20 are needed" in refused["reason"].tolist()
     assert refused["reason"].str.contains("has 2 independent items; at least 3").any()
-    assert np.isfinite(table[["value", "low", "high", "null"]]).all().all()
+    assert np.isfinite(table[["value", "null"]]).all().all()
+    # Of four paired rows, or two groups, none can be left out: no interval, not one of width 0.
+    without = table["options"].str.contains("interval=none")
+    assert {"cka_debiased", "modality_auc"} <= set(table[without]["metric"])
+    assert table[without][["low", "high"]].isna().all().all()
+    assert np.isfinite(table[~without][["low", "high"]]).all().all()
 
 
 def _broken(value: float) -> LayerFeatures:
