@@ -70,7 +70,7 @@ def search(
 
 
 def _text(found: Any, out: Path) -> str:
-    from vlmadapters.cli.terminal import wrapped
+    from vlmadapters.cli.terminal import labelled, wrapped
 
     summary = found.summary
     means = found.table.groupby("setting", sort=False)[
@@ -81,9 +81,9 @@ def _text(found: Any, out: Path) -> str:
     means["difference"] = means.index.map(summary["mean_differences"])
     means = means.sort_values("difference", ascending=False).rename_axis(None)
     means.columns = [name.replace("log_likelihood", "LL") for name in means.columns]
-    shown = means.to_string(float_format=lambda value: f"{value:.3f}")
+    shown = labelled(means, 3)
     shown += "\nLL: held-out log-likelihood; difference: of the criterion to the default"
-    left_out = [f"left out: {one['setting']} ({one['why']})" for one in summary["skipped"]]
+    left_out = [wrapped(f"left out: {one['setting']} ({one['why']})") for one in summary["skipped"]]
     cost = summary["cost"]
     spent = f"cost {cost['trainings']:.1f} full trainings, {cost['seconds']:.0f} s of training"
     statement = wrapped(found.statement)

@@ -19,6 +19,15 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
+def labelled(numbers: pd.DataFrame, digits: int) -> str:
+    """Return a table of numbers beside its index; below an entry that leaves them no room."""
+    shown = numbers.to_string(index=False, float_format=lambda value: f"{value:.{digits}f}")
+    labels = [str(name) for name in (numbers.index.name or "", *numbers.index)]
+    rows = shown.splitlines()
+    width = min(max(map(len, labels)) + 1, WIDTH - len(rows[0]))
+    return "\n".join(_padded(wrapped(one), row, width) for one, row in zip(labels, rows))
+
+
 def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: bool = True) -> str:
     """Return a summary as text: per dataset a line for each method, accuracies in percent.
 
@@ -79,9 +88,9 @@ def _line(rows: pd.DataFrame, metrics: list[str]) -> str:
     return _padded(label, "".join(_cell(found.get(metric)).ljust(CELL) for metric in metrics))
 
 
-def _padded(label: str, cells: str) -> str:
+def _padded(label: str, cells: str, width: int = LABEL) -> str:
     """Return label and cells on one line, or on two where the label is long."""
-    gap = "\n" + " " * LABEL if len(label) >= LABEL else " " * (LABEL - len(label))
+    gap = "\n" + " " * width if len(label) >= width else " " * (width - len(label))
     return f"{label}{gap}{cells}".rstrip()
 
 

@@ -114,18 +114,18 @@ def _choice(choice: Path | None, placement: str | None) -> Any:
 
 
 def _text(found: Any, out: Path) -> str:
-    from vlmadapters.cli.terminal import wrapped
+    from vlmadapters.cli.terminal import labelled, wrapped
 
-    columns = ["placement", "kind", "base", "novel", "hm", "difference", "parameters"]
-    shown = {"index": False, "float_format": lambda value: f"{value:.2f}"}
+    named = found.placements["placement"] + " (" + found.placements["kind"] + ")"
+    columns = ["base", "novel", "hm", "difference", "parameters"]
     lines = [wrapped(found.verdict)]  # how far a ranking repeats is said before it is shown
-    lines.append(found.placements[columns].to_string(**shown))
+    lines.append(labelled(found.placements[columns].set_index(named.rename(None)), 2))
     lines.append("difference: of the harmonic mean (hm) to the chosen placement, in points")
     if found.untuned is not None:
         told = found.summary["untuned"]
         warning = f" WARNING: {told['warning']}." if told["warning"] else ""
         lines.append(wrapped(f"All at the recipe's amount: {told['verdict']}{warning}"))
     if found.correlations is not None and len(found.correlations):
-        best = found.correlations.head(5)[["score", "tau", "low", "high", "p"]]
-        lines.append(best.to_string(**shown))
+        best = found.correlations.head(5).set_index("score")[["tau", "low", "high", "p"]]
+        lines.append(labelled(best, 2))
     return "\n".join([*lines, f"{counted(len(found.table), 'cell')}, {out / 'validation.csv'}"])

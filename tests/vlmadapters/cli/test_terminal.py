@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from vlmadapters.cli.terminal import results_text
+from vlmadapters.cli.validate import _text as validation_text
 from vlmadapters.protocols.published import with_published
 from vlmadapters.protocols.results import UNMOVED, ZERO_SHOT_OWN, summarise
+from vlmadapters.validation.outcome import Validation
 
 
 def results(**columns: Any) -> pd.DataFrame:
@@ -50,6 +53,26 @@ def test_long_placements_notes_and_published_rows_stay_within_80_columns() -> No
     assert "MMA (published)" in text
     assert "training changed nothing" in text
     assert "published averages are those of all datasets of the paper" in text
+
+
+def test_scattered_blocks_of_a_validation_stay_within_80_columns() -> None:
+    """Numbers keep their columns, and stand below a placement that leaves them no room."""
+    placements = pd.DataFrame(
+        {
+            "placement": ["v1+3+5+7+9+11,t2+4+6+8+10+12", "v5-12,t5-12"],
+            "kind": ["chosen+random", "paper+start"],
+            **dict.fromkeys(("base", "novel", "hm"), 85.5),
+            "difference": [0.0, -1.25],
+            "parameters": 1_234_567,
+        }
+    )
+    found = Validation([0], placements, {"verdict": "Good."}, None)  # type: ignore[arg-type]
+    lines = validation_text(found, Path("runs/mine")).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split() == ["v1+3+5+7+9+11,t2+4+6+8+10+12", "(chosen+random)"]
+    assert lines[3].split() == ["85.50", "85.50", "85.50", "0.00", "1234567"]
+    assert lines[4].split()[:3] == ["v5-12,t5-12", "(paper+start)", "85.50"]
+    assert {line.index("85.50") for line in lines[3:5]} == {lines[1].index(" base")}
 
 
 def test_a_note_names_the_methods_that_it_is_of() -> None:
