@@ -15,6 +15,7 @@ from threading import get_ident
 from typing import IO, TYPE_CHECKING, Any
 
 from vlmlayers.errors import DISK, UserError, first_cause, one_line
+from vlmlayers.progress import say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,6 +196,7 @@ def hub_folder(repo: str) -> Path:
                 return found  # a tokenizer alone may have been fetched
         except LocalEntryNotFoundError:
             pass
+        say(f"fetching {HUB}{repo}")  # offline that is tried for most of a minute
         return Path(snapshot_download(repo, allow_patterns=wanted))
     except HFValidationError:
         raise UserError(

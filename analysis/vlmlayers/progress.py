@@ -34,6 +34,14 @@ def is_hidden() -> bool:
     return _HIDDEN.get()
 
 
+def say(line: str) -> None:
+    """Say on standard error what is waited for without a bar, unless progress is hidden."""
+    from tqdm import tqdm
+
+    if not is_hidden():
+        tqdm.write(line, file=sys.stderr)
+
+
 @contextmanager
 def timed(log: Logger, what: str) -> Iterator[None]:
     """Log at level DEBUG how many seconds something took, also where it failed."""

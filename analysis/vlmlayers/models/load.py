@@ -36,6 +36,7 @@ from vlmlayers.models.recording import probe
 from vlmlayers.models.tokenizers import make_tokenizer
 from vlmlayers.models.vlm import VLM
 from vlmlayers.models.wrappers import unwrapped
+from vlmlayers.progress import say
 
 WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MINI_FOLDER = MINIATURES["mini-clip"]  # by this name scripts know it
@@ -379,6 +380,8 @@ def _download(name: str, tag: str) -> str:
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)  # it warns of each retry, a dozen lines before the one that counts
+    # Offline the hub is tried for most of a minute, for what its cache holds too.
+    say(f"fetching weights {tag!r} of {name} from the cache or the hub")
     try:
         return str(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
     # The hub's client and its network libraries share no base of their errors.

@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from vlmlayers.architectures import MINIATURES, refuse_quickgelu_mismatch
@@ -22,6 +23,7 @@ from vlmlayers.models import list_models, load, load_model, vlm
 from vlmlayers.models.build import build_clip
 from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.vlm import hash_weights
+from vlmlayers.progress import hidden
 
 CONFIG = tiny.config(text={"vocab_size": 49408})  # as many as open_clip's tokenizer has
 tiny.FAMILIES["loaded"] = CONFIG
@@ -201,6 +203,33 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
     monkeypatch.setattr(load.open_clip, "download_pretrained", offline)
     with pytest.raises(UserError, match="be downloaded .no route to host.; give a local file"):
         load_model("ViT-B-32", "laion2b_s34b_b79k")
+
+
+def test_that_weights_are_fetched_is_said_before_the_wait_unless_progress_is_hidden(
+    monkeypatch, capsys
+):
+    said = []
+
+    def offline(*_, local_files_only=False, **__):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not in the cache")
+        said.append(capsys.readouterr().err)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(load.open_clip, "download_pretrained", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    names: tuple[tuple[str, ...], ...] = (("ViT-B-32", "laion2b_s34b_b79k"), ("hf-hub:some/where",))
+    for name in names:
+        with pytest.raises(UserError, match="no route to host"):
+            load_model(*name)
+    assert said == [
+        "fetching weights 'laion2b_s34b_b79k' of ViT-B-32 from the cache or the hub\n",
+        "fetching hf-hub:some/where\n",
+    ]
+    for name in names:
+        with hidden(), pytest.raises(UserError, match="no route to host"):
+            load_model(*name)
+    assert said[2:] == ["", ""]
 
 
 def test_a_failed_download_names_its_first_cause_and_no_retries(monkeypatch, caplog):
