@@ -49,8 +49,8 @@ def write_shards(
 
     Args:
         manifest: The dataset to convert.
-        split: One split or several.
-        folder: Where to write; it is made if need be.
+        split: One split or several; `all` for those that the dataset has.
+        folder: Where to write: a folder of its own, made if need be.
         per_shard: Items in one tar file.
         root: The data root of the dataset.
         progress: Whether to show progress.
@@ -59,7 +59,8 @@ def write_shards(
         UserError: An image cannot be read, or the folder holds something else.
     """
     target = Path(folder)
-    listed = {part: manifest.items(part, root) for part in split}
+    parts = manifest.splits(root) if "all" in split else split
+    listed = {part: manifest.items(part, root) for part in parts}
     data = {part: manifest.identity(items, root) for part, items in listed.items()}
     plan = fingerprint([manifest.hash, per_shard, {k: one.listed for k, one in data.items()}])
     done = _start(target, plan)
@@ -91,8 +92,13 @@ def _start(target: Path, plan: str) -> dict[str, str]:
     found: dict[str, Any] = read_json(note) if note.exists() else {"plan": plan}
     if found.get("plan") != plan:
         raise UserError(f"{target} holds another conversion; choose another folder, or delete it")
-    if not note.exists() and next(target.glob("*.tar"), None) is not None:
-        raise UserError(f"{target} holds shards of another origin; choose another folder")
+    # A manifest among them would be replaced, and a folder of images read as its shards from then.
+    others = [] if note.exists() else sorted(target.glob("[!.]*"))
+    if others:
+        raise UserError(
+            f"{target} holds {others[0].name}, which is of no conversion; shards go into a folder "
+            "of their own: choose another"
+        )
     return dict(found.get("shards", {}))
 
 

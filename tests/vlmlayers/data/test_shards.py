@@ -124,9 +124,16 @@ def test_a_conversion_adds_to_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds another conversion; choose another folder"):
         write_shards(manifest, "train", tmp_path / "to", 5, progress=False)
     write_tar(tmp_path / "mine/x.tar", [("a.png", png())])
-    with pytest.raises(UserError, match="holds shards of another origin; choose another"):
-        write_shards(manifest, "train", tmp_path / "mine", 4, progress=False)
+    for folder, held in (("mine", "x.tar"), ("from", "sample.toml")):
+        with pytest.raises(UserError, match=f"holds {held}, which is of no conversion"):
+            write_shards(manifest, "train", tmp_path / folder, 4, progress=False)
     assert len(index_shard(tmp_path / "mine/x.tar")) == 1
+    assert not (tmp_path / "from/manifest.toml").exists()
+
+
+def test_all_splits_are_converted_by_that_word(tmp_path: Path) -> None:
+    written = write_shards(source(tmp_path / "from"), "all", tmp_path / "to", progress=False)
+    assert Manifest.load(written).splits() == ("train", "test")
 
 
 def test_the_verb_converts_and_checks(tmp_path: Path) -> None:
