@@ -59,6 +59,13 @@ def _position(name: str) -> str:
     return name if name.isdecimal() else check_one_of("position", name, (EMBED, FINAL, PROJ))
 
 
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise ValueError(f"names {twice[0]} twice; a seed again is no new draw")
+    return seeds
+
+
 def _space(name: str) -> str:
     return check_one_of("space", name, SPACES + ATTENTION)
 
@@ -72,7 +79,7 @@ class ScoreOptions(Options):
     spaces: Several[Annotated[str, AfterValidator(_space)]] | None = Field(
         default=None, description="Spaces to score in; None for the default of each metric."
     )
-    seeds: Several[Seed] = Field(
+    seeds: Annotated[Several[Seed], AfterValidator(_each_once)] = Field(
         default=(1, 2, 3), min_length=1, description="Seeds of splits and shots; one row per seed."
     )
     bootstrap: int = Field(default=200, ge=2, description="Draws of each bootstrap interval.")

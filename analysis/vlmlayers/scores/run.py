@@ -17,6 +17,7 @@ from vlmlayers.metrics.declare import MODEL
 from vlmlayers.metrics.own import own_metric
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.options import takes, validated
+from vlmlayers.positions import sort_key
 from vlmlayers.progress import bar
 from vlmlayers.runs import cores
 from vlmlayers.scores.gaps import run_modalities, run_queries
@@ -217,6 +218,8 @@ def chosen_metrics(
             own = load_user_code(given, "metric") if isinstance(given, str) else given
             name, entry = own_metric(own, {*METRICS, *chosen})
             chosen[name] = entry
+    if not chosen:
+        raise UserError("no metric is named; leave metrics out to score all of them")
     return chosen
 
 
@@ -229,6 +232,6 @@ def _check_positions(features: list[LayerFeatures], options: ScoreOptions) -> No
         for position in by_position
     }
     for position in options.positions or ():
-        check_one_of("position", position, recorded, where="the features")
+        check_one_of("position", position, sorted(recorded, key=sort_key), where="the features")
     if not recorded:
         raise UserError("the features hold no position; extract again")

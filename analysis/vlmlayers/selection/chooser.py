@@ -128,11 +128,11 @@ def _statement(choice: LayerChoice) -> str:
         _firm(tower, choice, found) for tower, found in towers.items() if choice.firm(tower)
     )
     if not doubts:
-        return (
-            f"The data decide for {firm}."
-            if firm
-            else "Fixed by the rule, not by the measurements; nothing was resampled."
-        )
+        if firm:
+            return f"The data decide for {firm}."
+        if choice.rule in UNSAMPLED:
+            return "Fixed by the rule, not by the measurements; nothing was resampled."
+        return "Nothing was resampled: how far the data decide is not known."
     if firm:
         return f"The data decide for {firm}. They do not decide for the rest: {doubts}."
     return f"The data do not decide: {doubts}."

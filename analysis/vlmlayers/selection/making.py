@@ -10,6 +10,7 @@ from typing import Any
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
+from vlmlayers.positions import TOWERS
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable
 from vlmlayers.selection.rules import RULES, Pick, Picks, Rule
@@ -34,8 +35,11 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
     if rule in plugins and rule not in RULES:
         return OwnRule(rule, plugins[rule].load(), dict(options))
     check_one_of("rule", rule, [*RULES, *plugins])
+    valid = [f.name for f in fields(RULES[rule])]
+    if options and not valid:
+        raise UserError(f"the rule {rule!r} takes no options, and {next(iter(options))!r} is set")
     for name in options:
-        check_one_of("option", name, [f.name for f in fields(RULES[rule])], f"rule {rule!r}")
+        check_one_of("option", name, valid, f"rule {rule!r}")
     return RULES[rule](**options)
 
 
@@ -61,6 +65,8 @@ class OwnRule(Rule):
         if isinstance(made, LayerChoice):
             made = (made.vision, made.text)
         if isinstance(made, Mapping):
+            for tower in made:
+                check_one_of("tower", tower, TOWERS, f"what rule {self.name!r} returns")
             made = (made.get("vision", ()), made.get("text", ()))
         if not isinstance(made, Iterable) or isinstance(made, str) or len(pair := tuple(made)) != 2:
             raise UserError(

@@ -672,6 +672,8 @@ def test_nan_and_inf_name_dataset_tower_and_position(value: float) -> None:
         ({"bootstrap": 1}, "bootstrap is 1; at least 2 is needed"),
         ({"folds": 2}, "folds is 2; at least 3 is needed"),
         ({"seeds": ()}, r"seeds is \(\); a list of at least 1 is needed"),
+        ({"seeds": [1, 2, 1]}, "'seeds': names 1 twice"),
+        ({"metrics": []}, "no metric is named; leave metrics out"),
         ({"balance": "equl"}, "unknown balance 'equl'; did you mean 'equal'"),
         ({"normalise": "row"}, "unknown normalise 'row'; did you mean 'rows'"),
         ({"vision_split": "clas"}, "unknown vision_split 'clas'; did you mean 'class'"),

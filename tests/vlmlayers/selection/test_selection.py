@@ -355,6 +355,12 @@ def test_fixed_rules() -> None:
     explicit = select(scores, "explicit", vision="3,5-7", text=[2, 4])
     assert (explicit.vision, explicit.text) == ((3, 5, 6, 7), (2, 4))
     assert "Fixed by the rule" in explicit.statement
+    with pytest.raises(UserError, match="the rule 'all' takes no options, and 'n' is set"):
+        select(scores, "all", n=3)
+
+
+def test_a_measured_choice_without_resamples_is_not_called_fixed() -> None:
+    assert select(planted(), "knee", resamples=0).statement.startswith("Nothing was resampled")
 
 
 def test_own_rule_from_a_file(tmp_path: Path) -> None:
@@ -363,12 +369,14 @@ def test_own_rule_from_a_file(tmp_path: Path) -> None:
         "def last(scores, n=2):\n    return range(13 - n, 13), [12]\n"
         "def wrong(scores):\n    return 'all'\n"
         "def deep(scores):\n    return [99], []\n"
+        "def typo(scores):\n    return {'visoin': [1]}\n"
     )
     choice = select(planted(), f"{file}:last", n=3, resamples=3)
     assert (choice.vision, choice.text) == ((10, 11, 12), (12,))
     assert choice.evidence["towers"]["vision"]["frequency"][-3:] == [1, 1, 1]
     for name, message in (
         ("wrong", "must return a LayerChoice"),
+        ("typo", "unknown tower 'visoin'.*did you mean 'vision'"),
         ("deep", "vision block 99"),
         ("lost", "did you mean 'last'"),
     ):
