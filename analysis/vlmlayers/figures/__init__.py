@@ -74,4 +74,10 @@ def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> 
             found.append(Outcome(name, tuple(DRAWINGS[name](tables, out))))
         except MissingTable as error:
             found.append(Outcome(name, reason=str(error)))
+        except UserError as error:
+            if len(as_folders(tables)) == 1:
+                raise
+            raise UserError(
+                f"{name}: the tables of all folders are drawn as one, and {error}"
+            ) from error
     return found

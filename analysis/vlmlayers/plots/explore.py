@@ -49,8 +49,8 @@ def explore(
         positions: Those along the slider; all recorded ones where None.
         tower: `vision`, `text`, or `both` in the joint space.
         space: `native`, `normed` or `joint`; `joint` where both towers are shown.
-        data: By name of the dataset: its `Manifest`, where it is not known by name, or a mapping
-            from id to image. One of these itself where there is one dataset.
+        data: By name of the dataset: its `Manifest` or path, where it is not known by name, or a
+            mapping from id to image. One of these itself where there is one dataset.
         thumbnail: Whether images are shown; False where they are not at hand.
         seed: Seed of the draw of items and of `tsne` and `umap`.
         limit: Items at most of each dataset and tower.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
@@ -134,7 +135,7 @@ def neighbours(
     *,
     positions: Sequence[Position] | None = None,
     count: Count = 5,
-    data: Manifest | Mapping[str, Any] | None = None,
+    data: Manifest | str | Path | Mapping[str, Any] | None = None,
     space: Space = "native",
     ax: Axes | None = None,
 ) -> Axes:
@@ -147,7 +148,7 @@ def neighbours(
         item: Row of the image.
         positions: One row of thumbnails each; None takes six that span the tower.
         count: Neighbours.
-        data: The dataset, where it is not known by name; or images by id.
+        data: The dataset or its path, where it is not known by name; or images by id.
         space: `native`, `normed` or `joint`; nearness is the cosine there.
         ax: Axes to draw on; a new figure where None.
 
@@ -186,7 +187,7 @@ def thumbnails(
     Args:
         features: Features that name the dataset and split.
         ids: Ids of images.
-        data: The dataset, where it is not known by name; or images by id.
+        data: The dataset or its path, where it is not known by name; or images by id.
         size: Side in pixels.
 
     Raises:
@@ -196,7 +197,7 @@ def thumbnails(
 
     manifest = None
     if not isinstance(data, Mapping):
-        manifest = data if isinstance(data, Manifest) else Manifest.load(features.dataset)
+        manifest = data if isinstance(data, Manifest) else _pictured(features.dataset, data)
         data = {one.path: one for one in manifest.items(features.split)}
     for name in ids:
         if name not in data:
@@ -212,6 +213,19 @@ def thumbnails(
                          .convert("RGB"))
         for name, image in found.items()
     }  # fmt: skip
+
+
+def _pictured(name: str, data: Any) -> Manifest:
+    """Return the dataset of a path, or the one that features name."""
+    if data is not None:
+        return Manifest.load(data)
+    try:
+        return Manifest.load(name)
+    except UserError:
+        raise UserError(
+            f"no images are known of {name!r}, which the features name; give data: the dataset's "
+            "Manifest or path, or images by id"
+        ) from None
 
 
 def _thumbnail(ax: Axes, picture: np.ndarray, x: float, y: float, frame: str) -> None:

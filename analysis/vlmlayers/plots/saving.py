@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically, write_csv
 from vlmlayers.plots.style import style
 
@@ -43,8 +43,10 @@ def save_figure(
         The files written.
 
     Raises:
-        UserError: A format is unknown.
+        UserError: A format is unknown, or none is named.
     """
+    if not formats:
+        raise UserError(f"no format is named; leave formats out for all of {', '.join(FORMATS)}")
     drawn: Any = figure.figure if isinstance(figure, Axes) else figure
     folder, name = Path(stem).parent, Path(stem).name
     written = []

@@ -58,12 +58,22 @@ def write_comparison(
         Path of `report.html`.
 
     Raises:
-        UserError: Fewer than two runs, one of them incomplete, or no metric in common.
+        UserError: Fewer than two runs, one of them named twice, incomplete or the folder to write
+            to, or no metric in common.
     """
     if len(folders) < 2:
         raise UserError("a comparison needs at least two run folders")
     check_shown(formats)
     out = Path(out)
+    places = [Path(folder).resolve() for folder in folders]
+    for place, folder in zip(places, folders):
+        if places.count(place) > 1:
+            raise UserError(f"{folder} is named twice; a comparison is of different runs")
+        if place == out.resolve():
+            raise UserError(
+                f"{folder} is one of the runs, whose own report would be replaced; give the "
+                "comparison another folder (--out)"
+            )
     runs = [_run(name, Path(folder), out) for name, folder in zip(_names(folders), folders)]
     shared = _shared(runs)
     figures = list(_figures(runs, shared, out, formats))

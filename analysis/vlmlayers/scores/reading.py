@@ -48,12 +48,7 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
             than one model, or more than one scoring of the same features.
     """
     scores = bare(scores)
-    missing = [name for name in REQUIRED if name not in scores.columns]
-    if missing:
-        raise UserError(
-            f"the score table lacks the columns {', '.join(missing)}; "
-            "write it with `vlmlayers score`"
-        )
+    check_columns(scores)
     if scores.empty:
         raise UserError("the score table is empty; there is nothing to read from it")
     import pandas as pd
@@ -74,6 +69,20 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
     _refuse_models(scores)
     _refuse_repeats(scores)
     return scores
+
+
+def check_columns(scores: pd.DataFrame) -> None:
+    """Refuse a table that lacks columns which reading it takes.
+
+    Raises:
+        UserError: Names them.
+    """
+    missing = [name for name in REQUIRED if name not in scores.columns]
+    if missing:
+        raise UserError(
+            f"the score table lacks the columns {', '.join(missing)}; "
+            "write it with `vlmlayers score`"
+        )
 
 
 def _refuse_models(scores: pd.DataFrame) -> None:

@@ -15,11 +15,22 @@ from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, file_checksum, write_csv, write_text
 from vlmlayers.positions import sort_key
 from vlmlayers.runs import score_table
-from vlmlayers.scores.reading import check_scores
+from vlmlayers.scores.reading import check_columns, check_scores
+
+
+def _with_columns(table: Any) -> Any:
+    if isinstance(table, pd.DataFrame):
+        check_columns(table)
+    return table
+
 
 Scores = Annotated[
     pd.DataFrame,
-    Takes("a score table, as `score` makes and `read_scores` reads it", "score tables"),
+    Takes(
+        "a score table, as `score` makes and `read_scores` reads it",
+        "score tables",
+        convert=_with_columns,
+    ),
 ]
 CONTRACT_COLUMNS = (
     "model", "weights", "dataset", "split", "tower", "position", "depth", "space", "pooling",

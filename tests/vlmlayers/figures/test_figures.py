@@ -480,6 +480,12 @@ def test_a_script_without_its_table_says_so_in_one_line(repository: Path, tmp_pa
         draw_all(tmp_path, tmp_path, ["fig2_gaps"])
 
 
+def test_tables_of_several_folders_that_contradict_are_told(tables: Path, tmp_path: Path) -> None:
+    shutil.copytree(tables, tmp_path / "again")
+    with pytest.raises(UserError, match="fig2_gap: the tables of all folders are drawn as one"):
+        draw_all([tables, tmp_path / "again"], tmp_path / "out", ["fig2_gap"])
+
+
 def test_figure_1_shows_mean_and_sd_over_seeds(tables: Path, tmp_path: Path) -> None:
     paper_figures.fig1_dataset_recognition(tables, tmp_path)
     drawn = pd.read_csv(tmp_path / "fig1_dataset_recognition.csv", dtype={"position": str})

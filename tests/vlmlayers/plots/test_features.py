@@ -127,6 +127,12 @@ def test_umap_is_refused_in_one_line_where_it_is_not_there(monkeypatch: pytest.M
             "no colour for",
         ),
         (lambda f: vl.plots.neighbours(f, space="joint", data={}), "data has no image '"),
+        (lambda f: vl.plots.neighbours(f, space="joint", data="nowhere/pets"), "does not exist"),
+        (lambda f: vl.explore(f, space="joint", data=3), "name takes a string"),
+        (
+            lambda f: vl.plots.neighbours(planted("mine"), space="joint"),
+            "no images are known of 'mine'.*give data",
+        ),
         (
             lambda f: vl.explore(f, space="joint", data={}, thumbnail=False),
             "data are for thumbnails, and none are shown",

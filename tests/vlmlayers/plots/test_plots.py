@@ -340,6 +340,8 @@ def test_summaries_know_shapes_and_datasets() -> None:
             lambda: plots.amount_curves(OUTCOMES.assign(times=1), [by_dataset()] * 2),
             "3 axes, not 2",
         ),
+        (lambda: plots.dataset_curves(full()[["value"]], "x"), "lacks the columns model, weights"),
+        (lambda: plots.save_figure(plots.layer_curves(full()), "x", formats=()), "no format is"),
         (lambda: plots.layer_curves(full().assign(low="x")), "'x' in the column low, where a num"),
     ],
 )

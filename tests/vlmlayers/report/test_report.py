@@ -570,6 +570,10 @@ def test_comparison_of_unequal_runs(validated: Run, random_run: Run, tmp_path: P
     assert (tmp_path / "both" / "report.md").read_text().startswith("# Two")
     with pytest.raises(UserError, match="at least two"):
         write_comparison([validated.folder], tmp_path)
+    with pytest.raises(UserError, match="is named twice; a comparison is of different runs"):
+        write_comparison([validated.folder, f"{validated.folder}/."], tmp_path)
+    with pytest.raises(UserError, match="whose own report would be replaced"):
+        write_comparison([validated.folder, random_run.folder], random_run.folder)
     with pytest.raises(UserError, match="shows figures as svg or png"):
         write_comparison([validated.folder, random_run.folder], tmp_path, formats="pdf")
 
