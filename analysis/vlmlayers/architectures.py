@@ -118,6 +118,8 @@ def check_architecture(name: str) -> str:
     Raises:
         UserError: It is none; the nearest one is named, or what a folder has to hold.
     """
+    if not name.strip():
+        raise UserError("the model has no name; name an architecture, a folder or hf-hub:…")
     known = [*architectures(), *MINIATURES, LOCAL]
     if name not in known and ("/" in name or Path(name).expanduser().exists()):
         raise UserError(

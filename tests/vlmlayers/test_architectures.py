@@ -55,6 +55,7 @@ def test_depths_are_told_of_folders_and_not_of_what_is_unknown(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"name": ""}, "the model has no name"),
         ({"name": "ViT-B-61"}, "did you mean 'ViT-B-16'"),
         ({"name": "ViT-B-16"}, "needs a pretrained tag, a file of weights, or random_weights"),
         ({"name": "ViT-B-16", "pretrained": "opnai"}, "did you mean 'openai'"),

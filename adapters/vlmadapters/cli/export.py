@@ -63,7 +63,7 @@ def export(
         for name, value in unstored_settings(out, info.config).items():
             text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
             words += ["--set", f"{name}={text}"]
-        note += f"; `evaluate` takes it with {shlex.join(words)}"
+        note += f"\n`evaluate` takes it with {shlex.join(words)}"
         if len(words) > 2:
             note += "; their code has to be told that too"
     typer.echo(f"{written} {out}: {note}")

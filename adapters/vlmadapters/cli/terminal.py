@@ -41,7 +41,8 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     ours = summary[summary["origin"] == "ours"].iloc[0]
     metrics = [metric for metric in METRICS if metric in set(summary["metric"])]
     backbone = " ".join(dict.fromkeys((ours["model"], ours["weights"])))
-    head = f"{ours['protocol']}, {backbone}: accuracy in %, mean ± sd over seeds"
+    head = f"{ours['protocol']}, {backbone}: accuracy in %"
+    head += ", mean ± sd over seeds" if summary["sd"].notna().any() else ""
     lines = [RANDOM] if random_weights else []
     lines += [*textwrap.wrap(head, WIDTH), ""]
     columns = "".join(f"{METRICS[metric]:>6}".ljust(CELL) for metric in metrics)

@@ -361,16 +361,20 @@ def _statement(measured: dict[str, Any]) -> str:
         for words, one in known
     )
     needed: CellsNeeded = measured["cells_for_one_point"]
-    repeats = variance.low > 0
-    repeats_or_not = (
-        "The ranking repeats in part"
-        if repeats
-        else "That the ranking repeats is not shown, so no placement is shown to be best"
-    )
+    # First what decides it: intervals of τ may all be above 0 where that of the share is not.
     share, low, high = (100 * one for one in (variance.placement, variance.low, variance.high))
+    explains = (
+        f"placement explains {share:.0f} % [{low:.0f}, {high:.0f}] of the variance within a cell "
+        f"(n = {variance.n})"
+    )
+    repeats_or_not = (
+        f"The ranking repeats in part: {explains}"
+        if variance.low > 0
+        else "That the ranking repeats is not shown, so no placement is shown to be best: "
+        f"{explains}, which leaves 0 in"
+    )
     return (
-        f"{repeats_or_not}: Kendall's τ is {taus}; chance is 0. Placement explains {share:.0f} % "
-        f"[{low:.0f}, {high:.0f}] of the variance within a cell (n = {variance.n}). To see 1 point "
-        f"takes {needed.cells} independent cells [{needed.low}, {needed.high}]; here are "
+        f"{repeats_or_not}. Kendall's τ is {taus}; chance is 0. To see 1 point takes "
+        f"{needed.cells} independent cells [{needed.low}, {needed.high}]; here are "
         f"{measured['cells']}."
     )

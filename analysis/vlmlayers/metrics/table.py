@@ -147,7 +147,8 @@ METRICS: dict[str, Metric] = {
     ),
     # Agreement between positions and towers
     "cka_debiased": Metric(
-        ag.cka, "agreement", "pairs", "CKA (linear, debiased)", "Kornblith et al. 2019",
+        ag.cka, "agreement", "pairs", "CKA (linear, debiased)",
+        "Kornblith et al. 2019; debiased by Song et al. 2012",
         bounds=(-1.0, 1.0), direction="more alike", null="shuffle", smallest_n=4, largest_n=400,
         parts=(ag.linear_kernel, ag.debiased_signature), invariances=SIMILARITY,
         sensitive="columns",
@@ -159,7 +160,8 @@ METRICS: dict[str, Metric] = {
         settings={"debiased": False},
     ),
     "cka_rbf": Metric(
-        ag.cka, "agreement", "pairs", "CKA (RBF, debiased)", "Kornblith et al. 2019",
+        ag.cka, "agreement", "pairs", "CKA (RBF, debiased)",
+        "Kornblith et al. 2019; debiased by Song et al. 2012",
         bounds=(-1.0, 1.0), direction="more alike", null="shuffle", smallest_n=4, largest_n=400,
         parts=(ag.rbf_kernel, ag.debiased_signature), invariances=SIMILARITY, sensitive="columns",
         settings={"kernel": "rbf"},

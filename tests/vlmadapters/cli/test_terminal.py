@@ -45,6 +45,11 @@ def test_means_spreads_and_seeds_stand_in_one_line() -> None:
     assert ends == {"base", "50.00", "85.00"}
 
 
+def test_one_seed_speaks_of_no_spread() -> None:
+    lines = results_text(summarise(results().query("seed < 2"))).splitlines()
+    assert lines[0] == "base-to-novel, m w: accuracy in %"
+
+
 def test_long_placements_notes_and_published_rows_stay_within_80_columns() -> None:
     summary = summarise(results(placement="v1+3+5-8+10,t2+4+6-9+11", note=UNMOVED))
     text = results_text(with_published(summary, {"ucf101": "UCF101"}), random_weights=True)
