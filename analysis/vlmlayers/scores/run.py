@@ -118,6 +118,8 @@ def score(
     """
     settled = validated(ScoreOptions, options)
     chosen = chosen_metrics(metrics)
+    if not chosen:
+        raise UserError("no metric is named; leave metrics out to score all of them")
     settled.refuse_unread(chosen.values())
     given = [features] if isinstance(features, LayerFeatures) else list(features)
     groups = make_groups(given, settled)
@@ -218,8 +220,6 @@ def chosen_metrics(
             own = load_user_code(given, "metric") if isinstance(given, str) else given
             name, entry = own_metric(own, {*METRICS, *chosen})
             chosen[name] = entry
-    if not chosen:
-        raise UserError("no metric is named; leave metrics out to score all of them")
     return chosen
 
 
