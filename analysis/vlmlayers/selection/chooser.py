@@ -130,7 +130,7 @@ def _statement(choice: LayerChoice) -> str:
     if not doubts:
         if firm:
             return f"The data decide for {firm}."
-        if choice.rule in UNSAMPLED:
+        if not resampled(choice.rule, 1):
             return "Fixed by the rule, not by the measurements; nothing was resampled."
         return "Nothing was resampled: how far the data decide is not known."
     if firm:
