@@ -28,6 +28,7 @@ from vlmlayers.metrics.checks import (
 from vlmlayers.metrics.moments import hsic
 
 Signature = Callable[..., Array]
+ROUNDING = 1e-12  # of a kernel's norm, below which nothing is left of it
 
 
 def linear_kernel(x: Array) -> Array:
@@ -75,7 +76,8 @@ def biased_signature(kernel: Array) -> Array:
     """Return the doubly centred kernel at norm 1: inner products are biased CKA."""
     # Centred features do not suffice: an RBF kernel of centred rows is not centred itself.
     rows = kernel.mean(axis=0)
-    return _normalised(kernel - rows[None, :] - rows[:, None] + rows.mean())
+    centred = kernel - rows[None, :] - rows[:, None] + rows.mean()
+    return _normalised(centred, np.linalg.norm(kernel))
 
 
 def debiased_signature(kernel: Array) -> Array:
@@ -94,7 +96,7 @@ def debiased_signature(kernel: Array) -> Array:
     hollow -= (rows[None, :] + rows[:, None]) / (n - 2)
     hollow += rows.sum() / ((n - 1) * (n - 2))
     np.fill_diagonal(hollow, 0.0)
-    return _normalised(hollow)
+    return _normalised(hollow, np.linalg.norm(kernel))
 
 
 def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
@@ -292,9 +294,10 @@ def _compact(x: Array) -> Array:
     return x if n >= width else triangle(x.T).T
 
 
-def _normalised(signature: Array) -> Array:
+def _normalised(signature: Array, kernel_norm: Any = 0.0) -> Array:
     norm = np.linalg.norm(signature)
-    if norm <= 0.0:
+    # What rounding leaves of equal similarities is no signature.
+    if norm <= ROUNDING * kernel_norm:
         raise UserError("all items are equally similar; agreement is undefined")
     return signature / norm
 

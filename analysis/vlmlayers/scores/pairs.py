@@ -229,7 +229,8 @@ class _Matrix:
         pairing: Which rows belong together.
         labels: Positions of the rows and of the columns.
         value: (a, b).
-        left_out: (group, a, b), without the rows of each jackknife group.
+        left_out: (group, a, b), without the rows of each jackknife group; NaN where it is
+            undefined.
         shuffled: (permutation, a, b).
         best: The best value there is.
         noted: What is noted beside each value.
@@ -321,11 +322,13 @@ class _Signatures:
 
     def _stack(self, kernels: list[Array], rows: Labels | None) -> Array:
         arguments = self.given.arguments(self.metric) if self.metric.takes else {}
-        parts = kernels if rows is None else [k[np.ix_(rows, rows)] for k in kernels]
-        return np.stack([self.metric.parts[1](k, **arguments).ravel() for k in parts])
+        signature = partial(self.metric.parts[1], **arguments)
+        if rows is None:
+            return np.stack([signature(k).ravel() for k in kernels])
+        return np.stack([_or_nan(signature, k[np.ix_(rows, rows)]).ravel() for k in kernels])
 
     def values(self, rows: Labels | None) -> Array:
-        """Return the matrix on all rows or on some, (a, b)."""
+        """Return the matrix on all rows or on some, (a, b); NaN where some have no signature."""
         stacks = self.whole if rows is None else [self._stack(k, rows) for k in self.kernels]
         return stacks[0] @ stacks[-1].T
 
@@ -336,6 +339,14 @@ class _Signatures:
         moved = self.last.take((order[:, None] * n + order[None, :]).ravel(), axis=0)
         rows, columns = self.shape
         return (self.first @ moved)[:rows, :columns].astype(np.float64)
+
+
+def _or_nan(signature: Callable[[Array], Array], kernel: Array) -> Array:
+    """Return the signature of a kernel; NaN where its rows are all alike, as few of many may be."""
+    try:
+        return signature(kernel)
+    except UserError:
+        return np.full(kernel.shape, np.nan)
 
 
 def _padded(stack: Array) -> NDArray[np.float32]:
@@ -382,8 +393,13 @@ class _Cells:
         return result
 
     def values(self, rows: Labels | None) -> Array:
-        """Return the matrix on all rows or on some, (a, b)."""
-        return self._matrix(*(self.whole if rows is None else self._prepared(rows)))
+        """Return the matrix on all rows or on some, (a, b); NaN where it is undefined on some."""
+        if rows is None:
+            return self._matrix(*self.whole)
+        try:
+            return self._matrix(*self._prepared(rows))
+        except UserError:
+            return np.full([len(side) for side in self.arrays], np.nan)
 
     def permuted(self, order: Labels) -> Array:
         """Return the matrix with the second side's rows permuted, (a, b).

@@ -760,3 +760,18 @@ def test_a_folder_that_cannot_be_written_is_named(scores: pd.DataFrame, tmp_path
 def test_an_empty_table_is_a_table(tmp_path) -> None:
     write_scores(score_frame([]), tmp_path)
     assert read_scores(tmp_path).empty and read_scores(tmp_path / "scores.csv").empty
+
+
+@pytest.mark.parametrize("metric", ["cka_debiased", "cka_biased", "rsa", "procrustes"])
+def test_an_agreement_that_a_part_of_the_items_lacks_has_no_interval(metric: str) -> None:
+    """At `embed` two prompts of many differ from the rest; without them all are alike."""
+    rng = np.random.default_rng(0)
+    arrays = {str(block): rng.normal(size=(20, 6)) for block in (1, 2)}
+    features = LayerFeatures.from_arrays({"embed": np.eye(20, 6) * (np.arange(20) < 1)[:, None],
+                                             **arrays}, labels=np.zeros(20, int))  # fmt: skip
+    scores = score(features, metrics=[metric], progress=False)
+    at_embed = (scores[["position", "other_position"]] == "embed").any(axis=1)
+    assert scores["value"].notna().all()
+    assert scores.loc[at_embed, ["low", "high"]].isna().all(axis=None)
+    if metric != "procrustes":  # whose cells are made together
+        assert scores.loc[~at_embed, ["low", "high"]].notna().all(axis=None)
