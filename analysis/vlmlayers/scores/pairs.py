@@ -282,8 +282,9 @@ class _Matrix:
     def add_largest(self, name: str) -> None:
         """Add the closest pair of positions, calibrated by the closest pair of each permutation."""
         # The best of many cells is high by chance too: each permutation is searched as well.
-        extreme = np.max if self.best > 0 else np.min
-        value = np.asarray(extreme(self.value))
+        # By fmax, which passes over cells that are undefined without some rows.
+        extreme = (np.fmax if self.best > 0 else np.fmin).reduce
+        value = np.asarray(extreme(self.value, axis=None))
         shuffled = extreme(self.shuffled, axis=(1, 2))
         left_out = calibrated(extreme(self.left_out, axis=(1, 2)), shuffled, self.best)
         moved = calibrated(value, shuffled, self.best)

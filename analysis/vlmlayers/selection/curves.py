@@ -91,7 +91,7 @@ class BlockTable:
         what = f"{metric} of the {tower} tower"
         missing = [str(block + 1) for block in np.flatnonzero(count == 0)]
         if missing:
-            why = self._reason(metric, tower)
+            why = self._reason(metric, tower) or self._reason(metric, tower, missing[0])
             raise UserError(
                 f"{what} has no value at block {', '.join(missing[:6])}"
                 f"{', …' if len(missing) > 6 else ''}"
@@ -136,10 +136,13 @@ class BlockTable:
             raise UserError(f"{metric} was not computed: {why}; {OTHERWISE}")
         check_one_of("metric", metric, names, where="the score table")
 
-    def _reason(self, metric: str, tower: str = "") -> str:
-        """Return why a metric has no value in a tower, or in none; empty where nothing is known."""
-        whole = (note for note in self.refused if note["metric"] == metric and not note["position"])
-        reasons = (note["reason"] for note in whole if not tower or note["tower"] in ("", tower))
+    def _reason(self, metric: str, tower: str = "", position: str = "") -> str:
+        """Return why a metric has no value in a tower, or in none; empty where nothing is known.
+
+        Without a position only reasons count that are of the whole tower.
+        """
+        notes = (n for n in self.refused if (n["metric"], n["position"]) == (metric, position))
+        reasons = (note["reason"] for note in notes if not tower or note["tower"] in ("", tower))
         return next(reasons, "")
 
     def _once(self, key: tuple[str, ...], look: Callable[[], T]) -> T:

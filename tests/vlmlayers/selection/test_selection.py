@@ -511,6 +511,21 @@ def test_agreement_has_no_options_where_one_tower_is_scored() -> None:
         select(alone, partner="max")
 
 
+def test_why_a_metric_has_no_value_at_blocks_is_said_where_it_is_known() -> None:
+    """As of a text tower with fewer prompts than the metric needs: the note is of each block."""
+    scores = planted()
+    few = scores[(scores.tower != "text") | ~scores.metric.str.startswith("dataset_accuracy")]
+    few.attrs["refused"] = [
+        {"metric": "dataset_accuracy", "dataset": "*", "tower": "text", "position": str(block),
+         "reason": "11 items; at least 15 are needed"}
+        for block in range(1, 13)
+    ]  # fmt: skip
+    with pytest.raises(
+        UserError, match="block 1, 2.*: 11 items; at least 15 .*; choose by another"
+    ):
+        select(few)
+
+
 def test_bad_tables() -> None:
     scores = planted()
     for table_, message in (
