@@ -176,18 +176,8 @@ def evaluate(
     data_root: DataRoot = None,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
-    from vlmlayers.options import parse_settings
-
     files = [Path(one) for one in adapter or ()]
-    given = parse_settings([*(settings or []), *([] if scale is None else [f"scale={scale!r}"])])
-    option = "--scale" if scale is not None else "--set" if given else "--method"
-    if (given or method is not None) and not files:
-        raise UserError(f"{option} is for an adapter in its authors' layout; name it by --adapter")
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"adapter {path} does not exist{looked_for(path)}")
-        if given and path.suffix == OURS:
-            raise UserError(f"{path} holds its settings; {option} is for authors' layouts")
+    given = _unstored(files, method, scale, settings or [])
     taken("evaluate", "template", Template, template)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.data.task import TaskData
@@ -214,6 +204,28 @@ def evaluate(
     if out is not None:
         write_csv(out, table)
         typer.echo(f"results {out}")
+
+
+def _unstored(
+    files: list[Path], method: str | None, scale: float | None, settings: list[str]
+) -> dict[str, Any]:
+    """Return the settings that files in their authors' layout leave out.
+
+    Raises:
+        UserError: A file is not there, or what is given is for none of them.
+    """
+    from vlmlayers.options import parse_settings
+
+    given = parse_settings([*settings, *([] if scale is None else [f"scale={scale!r}"])])
+    option = "--scale" if scale is not None else "--set" if given else "--method"
+    if (given or method is not None) and not files:
+        raise UserError(f"{option} is for an adapter in its authors' layout; name it by --adapter")
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"adapter {path} does not exist{looked_for(path)}")
+        if given and path.suffix == OURS:
+            raise UserError(f"{path} holds its settings; {option} is for authors' layouts")
+    return given
 
 
 def _read(

@@ -7,7 +7,7 @@ before, and the last epoch is evaluated once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from vlmadapters.clip.towers import backbone_depths
+from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.train import Datasets, Model
@@ -24,7 +25,7 @@ from vlmadapters.validation.competitors import Competitor, chosen_placement, com
 from vlmadapters.validation.options import ValidateOptions
 from vlmadapters.validation.outcome import Validation, summarise, validation_table
 from vlmadapters.validation.race import Track
-from vlmadapters.validation.tuning import tune
+from vlmadapters.validation.tuning import Tuning, tune
 from vlmlayers.arguments import Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.options import takes, validated
@@ -103,22 +104,9 @@ def validate(
     named = [one.manifest for one in data]
     # Where tuning kept the recipe's amount, both comparisons share the training.
     results = experiment.run(named, list(dict.fromkeys(whole)), seeds, together=asked.together)
-    recorded = {
-        **made.described(),
-        "limit": asked.limit,
-        "device": str(model.device),
-        "precision": experiment.evaluator.precision,
-        "weights_hash": model.weights_hash,
-        "data": {one.manifest.name: one.identity("test").summary() for one in data},
-        **_searched(choice),
-        **(notes or {}),
-    }
+    recorded = _recorded(experiment, made, data) | _searched(choice) | dict(notes or {})
     if tuning is not None:
-        recorded["tuning"] = {
-            "amounts": {str(one.placement): str(setting.amount) or "recipe"
-                        for one, setting in zip(trained, tuning.settings)},
-            "folds": asked.folds, "seed": seeds[0], "trainings": round(tuning.trainings, 2),
-        }  # fmt: skip
+        recorded["tuning"] = _tuned(tuning, trained, asked.folds, seeds[0])
     labels = {kind: [setting.label for setting in several] for kind, several in settings.items()}
     table = validation_table(results, trained, labels)
     if table["changed"].any():
@@ -130,6 +118,31 @@ def validate(
     if out is not None and processes.is_first():
         found.write(out)
     return found
+
+
+def _recorded(experiment: Experiment, recipe: Recipe, data: Sequence[TaskData]) -> dict[str, Any]:
+    """Return what `validation.json` says of how placements were trained and tested, and on what."""
+    return {
+        **recipe.described(),
+        "limit": experiment.options.limit,
+        "device": str(experiment.model.device),
+        "precision": experiment.evaluator.precision,
+        "weights_hash": experiment.model.weights_hash,
+        "data": {one.manifest.name: one.identity("test").summary() for one in data},
+    }
+
+
+def _tuned(tuning: Tuning, trained: Sequence[Competitor], folds: int, seed: int) -> dict[str, Any]:
+    """Return the amount of each placement, and what finding them took."""
+    return {
+        "amounts": {
+            str(one.placement): str(setting.amount) or "recipe"
+            for one, setting in zip(trained, tuning.settings)
+        },
+        "folds": folds,
+        "seed": seed,
+        "trainings": round(tuning.trainings, 2),
+    }
 
 
 def _searched(choice: Any) -> dict[str, Any]:
