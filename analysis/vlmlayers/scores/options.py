@@ -80,7 +80,12 @@ class ScoreOptions(Options):
         default=None, description="Spaces to score in; None for the default of each metric."
     )
     seeds: Annotated[Several[Seed], AfterValidator(_each_once)] = Field(
-        default=(1, 2, 3), min_length=1, description="Seeds of splits and shots; one row per seed."
+        default=(1, 2, 3),
+        min_length=1,
+        description=(
+            "Seeds of splits and shots; one row per seed, whose interval is of its own split. What "
+            "is joined over seeds adds how they differ: have three."
+        ),
     )
     bootstrap: int = Field(default=200, ge=2, description="Draws of each bootstrap interval.")
     jackknife: int = Field(
