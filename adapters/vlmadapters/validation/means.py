@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vlmlayers.metrics.checks import Array
-from vlmlayers.metrics.intervals import LEVEL
+from vlmlayers.metrics.intervals import LEVEL, jackknife_interval
 from vlmlayers.placement import SAMPLE
 
 DIGITS = 9  # of percentages: the same ones in another order differ later, and a tie has to be one
@@ -73,3 +73,37 @@ class Mean:
         # NaN stays NaN: `max` and `min` of Python would depend on the order of their arguments.
         low, high = np.clip([self.low, self.high], least, most).tolist()
         return replace(self, low=low, high=high)
+
+
+def leave_one_out(datasets: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which cells stay when each unit is left out, (unit, cell).
+
+    Units are datasets from three on, else the runs of these alone, as for a `Mean`.
+
+    Args:
+        datasets: (cell,) dataset of each cell.
+    """
+    names = np.unique(datasets)
+    units = datasets if len(names) >= SAMPLE else np.arange(len(datasets))
+    return np.asarray(np.unique(units)[:, None] != units)
+
+
+def mean_correlation(correlations: Array, datasets: NDArray[Any]) -> Mean:
+    """Return the mean of one rank correlation per cell; no interval of fewer than three cells."""
+    found = Mean.of(correlations, datasets)
+    if len(correlations) < SAMPLE:
+        return replace(found, low=math.nan, high=math.nan)
+    return found.within(-1.0, 1.0)
+
+
+def correlation_interval(value: float, left_out: Array) -> tuple[float, float]:
+    """Return the jackknife interval of a rank correlation; NaN of fewer than three units.
+
+    Args:
+        value: Of all cells.
+        left_out: Without each unit (`leave_one_out`), (unit,).
+    """
+    if len(left_out) < SAMPLE or np.isnan(left_out).any():
+        return math.nan, math.nan
+    low, high = np.clip(jackknife_interval(value, left_out), -1.0, 1.0).tolist()
+    return low, high

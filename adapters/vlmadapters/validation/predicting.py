@@ -14,14 +14,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vlmadapters.validation.means import Mean
+from vlmadapters.validation.means import Mean, mean_correlation
 from vlmadapters.validation.ranking import holm
-from vlmadapters.validation.repeatability import Cells, permuted, signs
+from vlmadapters.validation.repeatability import ROUNDING, Cells, permuted, signs
 from vlmadapters.validation.verdict import (
     SIGNIFICANCE,
     Array,
     bracketed,
-    interval,
     outcomes,
     with_zero_shot,
 )
@@ -60,7 +59,7 @@ def judge_predictors(
         table: Validation table of one comparison.
         predicted: Columns placement, score, predicted; None judges baselines alone.
         reference: Label of the placement that picks are compared with.
-        draws: Bootstrap draws over datasets and seeds, and permutations of a ranking.
+        draws: Permutations of a ranking.
         seed: Seed of the private generators.
 
     Returns:
@@ -177,14 +176,13 @@ def _at_best(values: Array, guess: Array) -> Array:
 def _ranks(values: Array, guess: Array, cells: Cells, seed: int) -> dict[str, float]:
     """Return the mean τ of a guess with every cell's ranking; (cell or 1, placement)."""
     ranked = signs(values)
-    taus = cells.mean((ranked * signs(guess)).sum(-1))
+    tau = mean_correlation((ranked * signs(guess)).sum(-1), cells.of)
     # Datasets weigh the same, however many seeds each has.
     size = 1 / np.bincount(cells.of)[cells.of]
     null = (ranked * signs(permuted(guess, cells.draws, seed))).sum(-1) @ size / size.sum()
-    low, high = interval(taus[1:])
     # Permutations that tie with what was found count against it, also where rounding differs.
-    p = (1 + np.sum(np.abs(null) >= abs(taus[0]) - 1e-12)) / (len(null) + 1)
-    return {"tau": float(taus[0]), "low": low, "high": high, "p": float(p)}
+    p = (1 + np.sum(np.abs(null) >= abs(tau.value) - ROUNDING)) / (len(null) + 1)
+    return {"tau": tau.value, "low": tau.low, "high": tau.high, "p": float(p)}
 
 
 def _gain(differences: Array, datasets: NDArray[Any]) -> dict[str, float]:

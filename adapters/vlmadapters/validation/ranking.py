@@ -7,12 +7,14 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from vlmadapters.validation.means import correlation_interval
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 from vlmlayers.words import counted
@@ -38,14 +40,15 @@ def rank_correlation(
         seed: Seed of the private generator.
 
     Returns:
-        One row per score, best first: score, outcome, tau, low, high, p (two-sided, by
+        One row per score, best first: score, outcome, tau, low, high (the wider of
+        jackknife and percentiles at either end), p (two-sided, by
         permutation; the null is 0), p_holm (the same, corrected for the number of scores by
         Holm's method), n (placements). A score that is the same for every placement has no ranks
         and is left out; of fewer than three placements all are, as any score ranks two as trained
         or in reverse.
     """
     found = outcomes(table, outcome)
-    resampled = found.resampled_means(draws, seed)
+    left_out, resampled = found.means_left_out(), found.resampled_means(draws, seed)
     generator = np.random.default_rng(seed)
     # One set of permutations for all scores: their p values differ by the scores alone.
     order = np.array([generator.permutation(len(found.placements)) for _ in range(draws)])
@@ -57,7 +60,7 @@ def rank_correlation(
         if not np.isfinite(guess).all() or np.ptp(guess) == 0 or np.ptp(found.means) == 0:
             continue
         tau = _tau(guess, found.means[None])[0]
-        low, high = interval(_tau(guess, resampled))
+        low, high = _interval(tau, _tau(guess, left_out), _tau(guess, resampled))
         null = _tau(guess, found.means[order])
         # The identity counts as a permutation, so that p is never 0.
         p = (1 + np.sum(np.abs(null) >= abs(tau) - 1e-12)) / (draws + 1)
@@ -75,6 +78,22 @@ def rank_correlation(
     correlations = pd.DataFrame(rows, columns=["score", "outcome", "tau", "low", "high", "p", "n"])
     correlations.insert(6, "p_holm", holm(correlations["p"].to_numpy(np.float64)))
     return correlations.sort_values("tau", ascending=False, ignore_index=True)
+
+
+def _interval(tau: float, left_out: Array, resampled: Array) -> tuple[float, float]:
+    """Return the interval of the τ of mean outcomes; NaN of fewer than three units.
+
+    A mean over few datasets may rank placements either way by one of them. The jackknife, which
+    leaves out one, does not see that; percentiles do, but blur the ranking once more, so that they
+    lie too low. In simulations of 3 to 12 datasets with 6 and 17 placements, also such as differ in
+    one thing alone, percentiles held the truth 73 to 99 times in 100, the jackknife 32 to 99, the
+    wider of both at either end 81 to 100, and 91 and more in all but two of 30.
+    """
+    low, high = correlation_interval(tau, left_out)
+    if math.isnan(low):
+        return low, high
+    first, last = interval(resampled)
+    return min(low, first), max(high, last)
 
 
 def holm(p: Array) -> Array:

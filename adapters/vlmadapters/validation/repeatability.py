@@ -17,13 +17,18 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmadapters.validation.means import DIGITS
-from vlmadapters.validation.verdict import SIGNIFICANCE, Array, bracketed, interval, outcomes
-from vlmlayers.placement import SAMPLE
+from vlmadapters.validation.means import (
+    DIGITS,
+    correlation_interval,
+    leave_one_out,
+    mean_correlation,
+)
+from vlmadapters.validation.verdict import SIGNIFICANCE, Array, bracketed, outcomes
 
 HALVES = ("hm_first_half", "hm_second_half")
 POINT, POWER = 1.0, 0.8  # difference to be detected, in points, and with what power
 MOST_CELLS = 100_000
+ROUNDING = 10.0**-DIGITS  # what is no further apart is a tie
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Repeats:
 
     Attributes:
         tau: The mean over pairs of rankings, datasets weighing the same.
-        low, high: 95 % bootstrap interval over datasets and seeds; None of fewer than three cells.
+        low, high: 95 % interval over datasets, of one or two over runs; None of fewer than three
+            cells, and where no pair is left without one.
         p: One-sided, by permuting placements within every cell.
         n: Pairs of rankings.
     """
@@ -103,8 +109,8 @@ def repeatability(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> d
 
     Args:
         table: Validation table of one comparison.
-        draws: Bootstrap draws and permutations.
-        seed: Seed of the private generators.
+        draws: Permutations.
+        seed: Seed of the private generator.
 
     Returns:
         `between_seeds`, `between_halves` (of the test items) and `between_datasets` (`Repeats`),
@@ -130,11 +136,11 @@ def repeatability(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> d
 
 
 class Cells:
-    """Which dataset each cell is of, and the weights of resampled datasets and seeds.
+    """Which dataset each cell is of, and which pairs of cells there are.
 
     Args:
         datasets: (cell,) dataset of each cell.
-        draws: Number of resamples.
+        draws: Number of permutations.
         seed: Seed of the private generator.
     """
 
@@ -143,23 +149,6 @@ class Cells:
         self.count = len(names)
         self.draws = draws
         self._seed = seed
-        self.weights = self._weights()  # (draw, cell); the first draw is the data as they are
-
-    def _weights(self) -> Array:
-        generator = np.random.default_rng(self._seed)
-        # A bootstrap draw as counts: resampled rows would need one pass for each draw, weights need
-        # one product for all.
-        weights = np.ones((self.draws + 1, len(self.of)))
-        for draw in range(1, self.draws + 1):
-            picked = generator.multinomial(self.count, np.full(self.count, 1 / self.count))
-            for dataset in range(self.count):
-                own = self.of == dataset
-                seeds = generator.multinomial(own.sum(), np.full(own.sum(), 1 / own.sum()))
-                # One dataset is not resampled: its seeds then are all there is.
-                weights[draw, own] = seeds * (picked[dataset] if self.count > 1 else 1)
-        if len(self.of) < SAMPLE:  # resamples of one cell or two say next to nothing of a spread
-            weights[1:] = np.nan
-        return weights
 
     @property
     def seeds(self) -> Array:
@@ -173,12 +162,6 @@ class Cells:
         size = np.bincount(self.of)[self.of]
         # Every pair of datasets weighs the same, however many seeds they have.
         return (self.of[:, None] != self.of) / (size[:, None] * size)
-
-    def mean(self, values: Array) -> Array:
-        """Return means over cells, datasets weighing the same, under every resample, (draw, …)."""
-        size = np.bincount(self.of)[self.of]
-        weights = self.weights / size
-        return (weights @ values) / weights.sum(1).reshape(-1, *[1] * (values.ndim - 1))
 
     def repeats(self, values: Array, pairs: Array) -> Repeats | None:
         """Return how far rankings of pairs of cells agree; None where there is no pair.
@@ -197,9 +180,12 @@ class Cells:
             weight = weight.reshape(-1, *[1] * (total.ndim - 1))
             return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
 
-        taus = mean(signs(values), self.weights)
-        null = mean(signs(permuted(values, self.draws, self._seed)), self.weights[:1])[0]
-        return _repeats(taus, null, int((pairs > 0).sum()) // 2)
+        every = np.ones((1, len(self.of)))
+        tau = float(mean(signs(values), every)[0])
+        null = mean(signs(permuted(values, self.draws, self._seed)), every)[0]
+        left_out = mean(signs(values), leave_one_out(self.of).astype(np.float64))
+        interval = correlation_interval(tau, left_out)
+        return _repeats(tau, interval, null, int((pairs > 0).sum()) // 2)
 
 
 def permuted(values: Array, draws: int, seed: int) -> Array:
@@ -208,13 +194,11 @@ def permuted(values: Array, draws: int, seed: int) -> Array:
     return generator.permuted(np.broadcast_to(values, (draws, *values.shape)), axis=-1)
 
 
-def _repeats(taus: Array, null: Array, n: int) -> Repeats:
-    # A draw of one dataset or one seed has no pair.
-    drawn = taus[1:][np.isfinite(taus[1:])]
-    low, high = interval(drawn) if len(drawn) else (None, None)
+def _repeats(tau: float, interval: tuple[float, float], null: Array, n: int) -> Repeats:
+    low, high = (None if math.isnan(end) else end for end in interval)
     # One-sided: rankings that agree less than by chance do not repeat either.
-    p = (1 + np.sum(null >= taus[0] - 1e-12)) / (len(null) + 1)
-    return Repeats(float(taus[0]), low, high, float(p), n)
+    p = (1 + np.sum(null >= tau - ROUNDING)) / (len(null) + 1)
+    return Repeats(tau, low, high, float(p), n)
 
 
 def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats | None:
@@ -230,7 +214,8 @@ def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats
 
     null = taus(permuted(second, cells.draws, 1))
     size = 1 / np.bincount(cells.of)[cells.of]
-    return _repeats(cells.mean(taus(second)), null @ size / size.sum(), len(first))
+    tau = mean_correlation(taus(second), cells.of)
+    return _repeats(tau.value, (tau.low, tau.high), null @ size / size.sum(), len(first))
 
 
 def _aligned(table: pd.DataFrame, column: str, placements: list[str]) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vlmadapters.validation.means import DIGITS, Mean
+from vlmadapters.validation.means import DIGITS, Mean, leave_one_out
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import Array
 from vlmlayers.placement import SAMPLE, ZERO_SHOT
@@ -81,12 +81,19 @@ class Outcomes:
         """Return the means under resampled datasets and seeds, (draw, placement).
 
         With one dataset only the seeds are resampled; the interval then says nothing about other
-        datasets. One run or two say next to nothing of how far runs spread: draws are NaN.
+        datasets.
         """
-        if len(self.values) < SAMPLE:
-            return np.full((draws, len(self.placements)), np.nan)
         drawn = self.resampled_cells(draws, seed)
         return np.array([self._mean_of(rows) for rows in drawn])
+
+    def means_left_out(self) -> Array:
+        """Return the means without each unit (`leave_one_out`), (unit, placement)."""
+        found = [
+            self._mean_of([np.flatnonzero(kept & (self.datasets == name)) for name in names])
+            for kept in leave_one_out(self.datasets)
+            if (names := np.unique(self.datasets[kept])).size
+        ]
+        return np.reshape(found, (-1, len(self.placements)))
 
     def resampled_cells(self, draws: int, seed: int) -> Iterator[list[NDArray[np.int64]]]:
         """Yield draws of datasets with replacement and of cells within each, one array each."""
