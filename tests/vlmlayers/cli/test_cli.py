@@ -170,6 +170,7 @@ def test_commas_and_repetition_say_the_same(
     assert values[1] in "".join(both[1:])
     if option:
         assert "nothing is named" in call(*given, option, ",")[2]
+    assert "one of them is empty" in " ".join(call(*given, *repeated, *before, "")[2].split())
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "data"])

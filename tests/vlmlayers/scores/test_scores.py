@@ -773,5 +773,7 @@ def test_an_agreement_that_a_part_of_the_items_lacks_has_no_interval(metric: str
     at_embed = (scores[["position", "other_position"]] == "embed").any(axis=1)
     assert scores["value"].notna().all()
     assert scores.loc[at_embed, ["low", "high"]].isna().all(axis=None)
+    unknown = scores["options"].str.contains("interval=none")
+    assert (unknown == scores["low"].isna()).all()
     if metric != "procrustes":  # whose cells are made together
         assert scores.loc[~at_embed, ["low", "high"]].notna().all(axis=None)
