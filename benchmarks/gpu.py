@@ -97,7 +97,8 @@ def train_when_all_are_ready(
     model, recipe = load(name, DEVICE), va.load_recipe("published", "mma")
     recipe = recipe.changed(changed, {})
     ready.wait()  # imports and the making of the model are not what is measured
-    va.train(model, str(data), recipe, out, seeds=seeds, progress=False)
+    # A bare number would be one seed of that value.
+    va.train(model, str(data), recipe, out, seeds=range(1, seeds + 1), progress=False)
 
 
 def base_to_novel(name: str, classes: int, seeds: int) -> None:
