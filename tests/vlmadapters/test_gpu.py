@@ -172,7 +172,7 @@ def test_a_stopped_training_goes_on_where_it_was(precision: str, tmp_path: Path)
 def small_recipe(method: str) -> Any:
     recipe = va.load_recipe("published", method)
     short = {"epochs": 1, "warmup_epochs": 0, "shots": 2, "batch_size": 4, "steps_per_shot": 0}
-    recipe = recipe.changed(short, {})
+    recipe = recipe.replaced(short, {})  # methods that are fitted do not read all of it
     config = type(recipe.method).published({"vision": 3, "text": 3}, **recipe.method.settings())
     return replace(recipe, method=config)
 

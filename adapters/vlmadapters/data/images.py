@@ -7,8 +7,11 @@ run, a run over several processes and every placement of a sweep see the same vi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from threading import RLock
@@ -19,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, Normalize, ToTensor
 from torchvision.transforms.v2 import functional as V
 
 from vlmadapters.data.augmentation import Augmentation
@@ -28,12 +31,13 @@ from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
-from vlmlayers.models.decoding import WORTH_STARTING, decoding_processes
+from vlmlayers.models.decoding import WORTH_STARTING, decode_pixels, decoding_processes
 from vlmlayers.models.devices import available_memory, placed
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
 KEEP_SHARE = 4  # the rest of memory is for training
+THREADS = 4
 ORDER = 0x0D  # key of the order of items in an epoch
 
 
@@ -101,9 +105,15 @@ class Kept:
         image = self._images.get(path)
         if image is None:
             image = make()
-            if self.room.take(self, image.numel()):
-                self._images[path] = image
+            self.keep(path, image)
         return image
+
+    def keep(self, path: str, image: Tensor) -> bool:
+        """Keep an image and return True, unless there is no room."""
+        fits = self.room.take(self, image.numel())
+        if fits:
+            self._images[path] = image
+        return fits
 
     def forget(self) -> int:
         """Drop all images, and return how many bytes they took."""
@@ -120,8 +130,9 @@ class Images:
         manifest: The dataset.
         root: The data root.
         room: Memory for decoded images; None takes the `shared_room` that all datasets share.
-        workers: Threads that decode and crop; 0 works in the calling thread. None takes one for
-            each core but one beside a GPU, and 0 on a CPU, whose cores the model keeps busy.
+        workers: Processes that decode where there are many images, and threads that decode few of
+            them and crop; 0 works in the calling thread. None takes one for each core but one
+            beside a GPU, and 0 on a CPU, whose cores the model keeps busy.
 
     Raises:
         UserError: `workers` is negative.
@@ -150,10 +161,10 @@ class Images:
         self.size = (int(shape[2]), int(shape[3]))
         self.mean, self.std = _normalisation(model.preprocess)
         self._mean, self._std = (placed(one, self.device) for one in (self.mean, self.std))
-        threads = decoding_processes(workers, WORTH_STARTING, self.device)
-        # Threads and not processes: decoding and cropping release the interpreter's lock, and
-        # what threads make need not be copied.
-        self.pool = ThreadPoolExecutor(threads) if threads else None
+        self.workers = decoding_processes(workers, WORTH_STARTING, self.device)
+        # Few: threads hand the interpreter's lock around between short operations, and from some
+        # number on they wait for nothing else.
+        self.pool = ThreadPoolExecutor(min(self.workers, THREADS)) if self.workers else None
         self._raw, self._ready = Kept(self.room), Kept(self.room)
         self._uploaded = Kept(shared_room(self.device))
 
@@ -168,23 +179,40 @@ class Images:
 
     def raw(self, item: Item) -> Tensor:
         """Return the image as decoded, (3, height, width), uint8."""
-
-        def make() -> Tensor:
-            # As bytes, a quarter of floats; contiguous, or crops would gather across channels.
-            image = self.manifest.open_image(item, self.root, size=max(self.size)).convert("RGB")
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-        return self._raw.get(item.path, make)
+        return self._raw.get(item.path, lambda: _pixels(self._open(item)))
 
     def ready(self, item: Item) -> Tensor:
         """Return the image resized and cropped for evaluation, (3, height, width), uint8."""
+        return self._ready.get(item.path, lambda: self._resized(self._open(item)))
 
-        def make() -> Tensor:
-            image = self.transform(self.manifest.open_image(item, self.root, size=max(self.size)))
-            # Normalisation is undone to keep a byte a value; 8-bit input makes this exact.
-            return (image * self.std + self.mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    def _open(self, item: Item) -> Any:
+        return self.manifest.open_image(item, self.root, size=max(self.size))
 
-        return self._ready.get(item.path, make)
+    @property
+    def _resized(self) -> _Resized:
+        return _Resized(self.transform, self.mean, self.std)
+
+    def fetch(self, items: Sequence[Item], *, tested: bool = False) -> Generator[int]:
+        """Decode in processes what is not kept, while it fits; yield how many items are through.
+
+        Images that are few, or do not fit, are left to those who ask for them.
+
+        Args:
+            items: The items.
+            tested: Decode them as `ready` does, else as `raw` does.
+        """
+        kept, convert = (self._ready, self._resized) if tested else (self._raw, _pixels)
+        rows = [row for row, item in enumerate(items) if item.path not in kept]
+        if not self.workers or len(rows) < WORTH_STARTING:
+            return
+        made = decode_pixels(
+            self.manifest, [items[row] for row in rows], convert=convert, root=self.root,
+            size=max(self.size), workers=self.workers,
+        )  # fmt: skip
+        for row, image in zip(rows, made):
+            if image is not None and not kept.keep(items[row].path, image):
+                return
+            yield row + 1
 
     def uploaded(self, items: Sequence[Item]) -> list[Tensor]:
         """Return images as decoded on the model's device, (3, height, width) each, uint8.
@@ -207,17 +235,18 @@ class Images:
         except UnreadableImage as error:
             raise UnreadableImage(f"{error}; {WAY_OUT}") from None
 
-    def unreadable(self, items: Sequence[Item], decoded: Callable[[Item], Tensor]) -> Unreadable:
+    def unreadable(self, items: Sequence[Item], *, tested: bool) -> Unreadable:
         """Return which items cannot be read; the others are kept while they fit.
 
         Args:
             items: The items to try.
-            decoded: `ready` for evaluation, `raw` for training.
+            tested: Decode them for evaluation, else for training.
         """
+        deque(self.fetch(items, tested=tested), maxlen=0)
 
         def fault(item: Item) -> str:
             try:
-                decoded(item)
+                self.ready(item) if tested else self.raw(item)
             except (UserError, OSError) as error:
                 return reason(item.path, error)
             return ""
@@ -287,11 +316,43 @@ class Images:
 
     def batches(self, items: Sequence[Item], batch_size: int) -> Iterator[Tensor]:
         """Yield the items for evaluation, in order, (item, 3, height, width)."""
+        with closing(self.fetch(items, tested=True)) as fetched:
 
-        def make(start: int) -> Tensor:
-            return self.normalised(self._map(self.ready, items[start : start + batch_size]))
+            def make(start: int) -> Tensor:
+                part = items[start : start + batch_size]
+                next((through for through in fetched if through >= start + len(part)), None)
+                return self.normalised(self._map(self.ready, part))
 
-        yield from self.ahead(make, range(0, len(items), batch_size))
+            yield from self.ahead(make, range(0, len(items), batch_size))
+
+
+@dataclass(frozen=True, eq=False)
+class _Resized:
+    """Makes of a PIL image what evaluation resizes and crops, (3, height, width), uint8.
+
+    Without the images that are kept, as it is given to other processes.
+    """
+
+    transform: Any
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, image: Any) -> Tensor:
+        steps = getattr(self.transform, "transforms", ())
+        # What these two make of bytes is undone below: they need not be made floats at all.
+        if [type(step) for step in steps[-2:]] == [ToTensor, Normalize]:
+            for step in steps[:-2]:
+                image = step(image)
+            return _pixels(image)
+        # Normalisation is undone to keep a byte a value; 8-bit input makes this exact.
+        made: Tensor = self.transform(image) * self.std + self.mean
+        return made.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _pixels(image: Any) -> Tensor:
+    """Return a PIL image as (3, height, width), uint8."""
+    # As bytes, a quarter of floats; contiguous, or crops would gather across channels.
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def _normalisation(preprocess: Any) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ class ReadOptions(ImageOptions):
     workers: int | None = Field(
         default=None,
         ge=0,
-        description="Threads that decode images; what the machine has where absent.",
+        description="Processes that decode images, threads for few; by the machine if absent.",
     )
 
 

@@ -195,7 +195,7 @@ class TaskData:
             # Again without those that cannot be read, until a whole draw can: replacements may be
             # unreadable as well.
             faults: dict[Item, str] = {}
-            while found := self.images.unreadable(drawn, self.images.raw).reasons:
+            while found := self.images.unreadable(drawn, tested=False).reasons:
                 faults |= {drawn[row]: why for row, why in found.items()}
                 items = [item for item in items if item not in faults]
                 if not items:
@@ -229,6 +229,6 @@ class TaskData:
         if not self.options.skip_unreadable:
             self.manifest.refuse_missing(items, self.root)
             return items
-        found = self.images.unreadable(items, self.images.ready)
+        found = self.images.unreadable(items, tested=True)
         found.settle(self.manifest.name, len(items), skip=True)
         return [item for row, item in enumerate(items) if row not in found.reasons]

@@ -73,16 +73,16 @@ class Methods(Mapping[str, "type[Method]"]):
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        return name in list(iter(self))
+        return name in BUILT_IN or name in list(iter(self))
 
     def __getitem__(self, name: str) -> type[Method]:
         if is_user_code(name):
             return self._from_file(name)
-        check_one_of("method", name, list(self))
         if name in self._registered:
             return self._registered[name]
-        if name in BUILT_IN:
+        if name in BUILT_IN:  # without a look at all that is installed, ten milliseconds each time
             return _load(f"vlmadapters.methods.{BUILT_IN[name][0]}")
+        check_one_of("method", name, list(self))
         return _load(self._offered()[name])
 
     def _from_file(self, where: str) -> type[Method]:

@@ -79,7 +79,7 @@ class TrainConfig:
         cuda_graph: Record a step as a CUDA graph and replay it; it changes nothing but time. None
             records wherever it can be done: in one process on a GPU, of methods whose steps do not
             vary.
-        save_every: Steps between checkpoints; 0 saves after every epoch.
+        save_every: Steps between checkpoints; 0 saves at ends of epochs, at most every 5 seconds.
         savings: What is skipped.
     """
 

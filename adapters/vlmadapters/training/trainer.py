@@ -47,6 +47,9 @@ from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 DRAWS = 0xD5  # key of the random draws inside training steps
+# Seconds between the states saved at ends of epochs: on a GPU some epochs take a third of one, and
+# saving a fifth of that.
+SAVE_SECONDS = 5.0
 LOOK_EVERY = 20  # steps between two readings of the losses, for which the host waits for the device
 
 
@@ -145,6 +148,7 @@ class Trainer:
         self._check_memory()
         self.epoch = self.step = 0
         self.spent = 0.0  # seconds of earlier runs of this training
+        self._saved_at = time.perf_counter()
         self.graph = StepGraph() if self.train.cuda_graph else None
 
     def _check_items(self) -> None:
@@ -278,7 +282,8 @@ class Trainer:
         # A training that is counted in steps may end within an epoch.
         if self.step == self.steps_per_epoch:
             self.epoch, self.step = self.epoch + 1, 0
-        if not self.train.save_every or self._steps_done() == self.total_steps:
+        due = time.perf_counter() - self._saved_at >= SAVE_SECONDS
+        if (not self.train.save_every and due) or self._steps_done() == self.total_steps:
             self._save()
 
     def _look(self, shown: Any) -> None:
@@ -448,6 +453,7 @@ class Trainer:
 
     def _save(self) -> None:
         # Processes hold equal parameters and counters; two would write one file at a time.
+        self._saved_at = time.perf_counter()
         if self.folder is None or not processes.is_first():
             return
         save_training_state(

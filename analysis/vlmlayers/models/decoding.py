@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import ProcessError
 from pathlib import Path
@@ -23,6 +23,8 @@ from vlmlayers.runs import cores
 _BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
 _DYING = 2.0
 CPU = torch.device("cpu")
+EMPTY = torch.empty(0, dtype=torch.uint8)
+HANDED_OVER = 16  # images that a process hands over at a time
 WORTH_STARTING = 512  # images that take longer to decode than processes to start
 MOST_PROCESSES = 16
 
@@ -126,6 +128,66 @@ def decode(
         raise _death(error) from error
 
 
+class _Pixels(Dataset[Tensor | None]):
+    def __init__(
+        self, manifest: Any, items: Sequence[Any], root: Any, convert: Any, size: int
+    ) -> None:
+        self.manifest, self.items, self.root = manifest, items, root
+        self.convert, self.size = convert, size
+
+    def __getitem__(self, row: int) -> Tensor | None:
+        try:
+            found = self.manifest.open_image(self.items[row], self.root, size=self.size)
+            made: Tensor = self.convert(found)
+        except (UserError, OSError):
+            return None  # who needs the image opens it again and says why it cannot
+        return made
+
+
+def _end_to_end(images: list[Tensor | None]) -> tuple[list[Any], Tensor]:
+    # One tensor of a batch, whatever sizes it has: each that a process hands over is an open file.
+    shapes = [None if image is None else image.shape for image in images]
+    return shapes, torch.cat([image.flatten() for image in images if image is not None] or [EMPTY])
+
+
+def decode_pixels(
+    manifest: Any,
+    items: Sequence[Any],
+    *,
+    convert: Callable[[Any], Tensor],
+    root: Path | None,
+    size: int,
+    workers: int,
+) -> Iterator[Tensor | None]:
+    """Yield what each image is converted to, in order; None where it cannot be read.
+
+    Args:
+        manifest: Opens the images.
+        items: Items.
+        convert: PIL image → uint8 tensor of any shape.
+        root: Data root.
+        size: Pixels that the model takes, a hint for drawn images.
+        workers: Decoding processes, 1 or more.
+
+    Raises:
+        UserError: A decoding process died, mostly for lack of memory.
+    """
+    batches = batches_of(len(items), HANDED_OVER)
+    loader: DataLoader[Any] = DataLoader(
+        _Pixels(manifest, items, root, convert, size),
+        batch_sampler=batches,  # type: ignore
+        num_workers=min(workers, len(batches)),
+        collate_fn=_end_to_end,
+        generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
+    )
+    with dead_workers_named():
+        for shapes, pixels in loader:
+            own = pixels.clone()  # of this process, which closes the file that was handed over
+            sizes = [0 if shape is None else shape.numel() for shape in shapes]
+            for shape, part in zip(shapes, own.split(sizes)):
+                yield None if shape is None else part.view(shape)
+
+
 def decoding_processes(asked: int | None, images: int, device: torch.device) -> int:
     """Return how many processes decode: as many as asked for, else what pays on this machine.
 
@@ -165,5 +227,5 @@ def dead_workers_named() -> Iterator[None]:
 def _death(error: BaseException) -> UserError:
     return UserError(
         f"a decoding process died ({' '.join(str(error).split())[:120]}); what is done so far "
-        "is kept in the store, start again with fewer workers"
+        "is kept, start again with fewer workers"
     )

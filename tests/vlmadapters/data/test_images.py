@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from backbones import shared_backbone
+from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from vlmadapters.data.images import Augmentation, Images, Room, epoch_batches, shared_room
+from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 
 MANIFEST = Manifest.load("textures")
@@ -199,3 +202,45 @@ def test_decoded_images_stay_on_the_device_while_it_has_room(
         counts.append(len(uploaded) - sum(counts))
     assert counts == uploads
     shared_room.cache_clear()
+
+
+def test_many_images_are_decoded_in_processes_and_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 20)
+    model, items = shared_backbone(), MANIFEST.items("test")[:30]
+    here, there = (Images(model, MANIFEST, workers=n, room=Room(1 << 30)) for n in (0, 2))
+    opened = counted_opens(there)
+    for _ in range(2):  # decoded, then kept
+        for size in (7, 30):
+            assert all(map(torch.equal, here.batches(items, size), there.batches(items, size)))
+    assert opened == [0], "none was opened in this process"
+    assert list(there.fetch(items)) == list(range(1, 31))
+    assert all(torch.equal(here.raw(item), there._raw.get(item.path, none)) for item in items)
+    assert there.room.used == here.room.used > 0
+
+
+def none() -> torch.Tensor:
+    raise AssertionError("the image is not kept")
+
+
+def test_what_has_no_room_or_cannot_be_read_is_left_to_who_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    for number in range(6):
+        path = tmp_path / "test" / "ant" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (40 * number, 9, 9)).save(path)
+    (tmp_path / "test" / "ant" / "2.png").write_bytes(b"no image")
+    manifest, model = Manifest.load(str(tmp_path)), shared_backbone()
+    items = manifest.items("test")
+    size = 3 * 32 * 32
+    images = Images(model, manifest, workers=2, room=Room(3 * size))
+    assert list(images.fetch(items, tested=True)) == [1, 2, 3, 4], "the fifth has no room"
+    assert list(images.unreadable(items, tested=True).reasons) == [2]
+    with pytest.raises(UserError, match=r"2\.png"):
+        list(images.batches(items, 4))
+    readable = items[:2] + items[3:]
+    plain = Images(model, manifest, room=Room(0))
+    assert all(map(torch.equal, images.batches(readable, 2), plain.batches(readable, 2)))

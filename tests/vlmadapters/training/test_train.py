@@ -145,7 +145,10 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(("at", "save_every"), [(3, 1), (5, 2), (7, 0)])
-def test_a_stopped_training_goes_on_exactly(at: int, save_every: int, tmp_path: Path) -> None:
+def test_a_stopped_training_goes_on_exactly(
+    at: int, save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmadapters.training.trainer.SAVE_SECONDS", 0.0)
     train = replace(TRAIN, epochs=3, save_every=save_every)
     whole = fit(train)
     first = trainer(train, folder=tmp_path)
@@ -160,13 +163,30 @@ def test_a_stopped_training_goes_on_exactly(at: int, save_every: int, tmp_path: 
     first.update = failing
     with pytest.raises(Stop):
         first.fit()
-    second = trainer(train, folder=tmp_path)
+    second, again = trainer(train, folder=tmp_path), []
+    update = second.update
+    second.update = lambda *arguments: again.append(1) or update(*arguments)
     resumed = second.fit()[0]
-    assert 0 < len(calls) - 1 <= len(whole.losses)
+    assert 0 < len(again) < len(whole.losses) == len(resumed.losses)
     assert resumed.losses == whole.losses
     for key, value in resumed.method.official_state_dict().items():
         assert torch.equal(value, whole.method.official_state_dict()[key])
     assert resumed.change == whole.change
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(0.0, [1, 2, 3]), (1e9, [3])])
+def test_epochs_of_a_moment_are_saved_now_and_then(
+    seconds: float, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving each took a fifth of a GPU's epoch."""
+    found: list[int] = []
+    monkeypatch.setattr("vlmadapters.training.trainer.SAVE_SECONDS", seconds)
+    monkeypatch.setattr(
+        "vlmadapters.training.trainer.save_training_state",
+        lambda folder, identity, state: found.append(state["epoch"]),
+    )
+    trainer(replace(TRAIN, epochs=3), folder=tmp_path).fit()
+    assert found == saved
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
