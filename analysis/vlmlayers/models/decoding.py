@@ -175,7 +175,7 @@ def decode_pixels(
     batches = batches_of(len(items), HANDED_OVER)
     loader: DataLoader[Any] = DataLoader(
         _Pixels(manifest, items, root, convert, size),
-        batch_sampler=batches,  # type: ignore
+        batch_sampler=batches,
         num_workers=min(workers, len(batches)),
         collate_fn=_end_to_end,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
