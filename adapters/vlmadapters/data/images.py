@@ -6,17 +6,13 @@ run, a run over several processes and every placement of a sweep see the same vi
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from itertools import islice
-from threading import RLock
 from typing import Any, TypeVar
-from weakref import WeakSet, finalize
 
 import numpy as np
 import torch
@@ -27,99 +23,18 @@ from torchvision.transforms.v2 import functional as V
 
 from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.data.crops import resized_crops
+from vlmadapters.data.kept import Kept, Room, arriving, shared_room
 from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.decoding import WORTH_STARTING, decode_pixels, decoding_processes
-from vlmlayers.models.devices import available_memory, placed
+from vlmlayers.models.devices import placed
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-KEEP_SHARE = 4  # the rest of memory is for training
 THREADS = 4
 ORDER = 0x0D  # key of the order of items in an epoch
-
-
-class Room:
-    """Memory for images of many datasets together.
-
-    Args:
-        limit: Bytes that they may take.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-        self._idle: WeakSet[Kept] = WeakSet()
-        # Several threads decode; reentrant, as images may be collected, and give back, at any time.
-        self._lock = RLock()
-
-    def take(self, owner: Kept, size: int) -> bool:
-        """Return whether `size` more bytes fit, and count them; idle images are dropped."""
-        with self._lock:
-            self._idle.discard(owner)
-            while self.used + size > self.limit and self._idle:
-                self.used -= self._idle.pop().forget()
-            if fits := self.used + size <= self.limit:
-                self.used += size
-            return fits
-
-    def rest(self, owner: Kept) -> None:
-        """Allow images to be dropped once others need their room."""
-        self._idle.add(owner)
-
-    def give_back(self, images: dict[str, Tensor]) -> None:
-        """Free the room of images that nothing refers to any more."""
-        with self._lock:
-            self.used -= sum(image.numel() for image in images.values())
-
-
-@cache
-def shared_room(device: torch.device) -> Room:
-    """Return the room of this process on a device: a quarter of what is left there at first use.
-
-    Processes that `torchrun` started on this machine share that quarter of main memory.
-    """
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    return Room(available_memory(device) // (KEEP_SHARE * sharing))
-
-
-class Kept:
-    """Images of one dataset, uint8, by their path, for as long as a room has space for them.
-
-    Args:
-        room: The room.
-    """
-
-    def __init__(self, room: Room) -> None:
-        self.room = room
-        self._images: dict[str, Tensor] = {}
-        # With the images as argument: a callback that held `self` would keep it alive for ever.
-        finalize(self, room.give_back, self._images)
-
-    def __contains__(self, path: str) -> bool:
-        return path in self._images
-
-    def get(self, path: str, make: Callable[[], Tensor]) -> Tensor:
-        """Return an image, made where it is not kept."""
-        image = self._images.get(path)
-        if image is None:
-            image = make()
-            self.keep(path, image)
-        return image
-
-    def keep(self, path: str, image: Tensor) -> bool:
-        """Keep an image and return True, unless there is no room."""
-        fits = self.room.take(self, image.numel())
-        if fits:
-            self._images[path] = image
-        return fits
-
-    def forget(self) -> int:
-        """Drop all images, and return how many bytes they took."""
-        size = sum(image.numel() for image in self._images.values())
-        self._images.clear()
-        return size
 
 
 class Images:
@@ -192,27 +107,32 @@ class Images:
     def _resized(self) -> _Resized:
         return _Resized(self.transform, self.mean, self.std)
 
-    def fetch(self, items: Sequence[Item], *, tested: bool = False) -> Generator[int]:
-        """Decode in processes what is not kept, while it fits; yield how many items are through.
+    @contextmanager
+    def arriving(self, trained: Sequence[Item] = (), tested: Sequence[Item] = ()) -> Iterator[None]:
+        """Let processes decode ahead what is not kept, while it fits.
 
-        Images that are few, or do not fit, are left to those who ask for them.
+        They are started where it is worth it: threads decode images that are few.
 
         Args:
-            items: The items.
-            tested: Decode them as `ready` does, else as `raw` does.
+            trained: Items to decode as `raw` does.
+            tested: Items to decode as `ready` does, after these.
         """
-        kept, convert = (self._ready, self._resized) if tested else (self._raw, _pixels)
-        rows = [row for row, item in enumerate(items) if item.path not in kept]
-        if not self.workers or len(rows) < WORTH_STARTING:
+        ways = ((self._raw, _pixels, trained), (self._ready, self._resized, tested))
+        wanted = {
+            (kept, item.path): (item, convert)
+            for kept, convert, items in ways
+            for item in items
+            if kept.lacks(item.path)
+        }
+        if not self.workers or len(wanted) < WORTH_STARTING or self.room.full:
+            yield
             return
-        made = decode_pixels(
-            self.manifest, [items[row] for row in rows], convert=convert, root=self.root,
+        begin = partial(
+            decode_pixels, self.manifest, list(wanted.values()), root=self.root,
             size=max(self.size), workers=self.workers,
         )  # fmt: skip
-        for row, image in zip(rows, made):
-            if image is not None and not kept.keep(items[row].path, image):
-                return
-            yield row + 1
+        with arriving(list(wanted), begin):
+            yield
 
     def uploaded(self, items: Sequence[Item]) -> list[Tensor]:
         """Return images as decoded on the model's device, (3, height, width) each, uint8.
@@ -242,7 +162,6 @@ class Images:
             items: The items to try.
             tested: Decode them for evaluation, else for training.
         """
-        deque(self.fetch(items, tested=tested), maxlen=0)
 
         def fault(item: Item) -> str:
             try:
@@ -251,7 +170,8 @@ class Images:
                 return reason(item.path, error)
             return ""
 
-        faults = enumerate(self._map(fault, items))
+        with self.arriving(**{"tested" if tested else "trained": items}):
+            faults = enumerate(self._map(fault, items))
         return Unreadable({row: found for row, found in faults if found})
 
     def normalised(self, pixels: Sequence[Tensor]) -> Tensor:
@@ -316,13 +236,11 @@ class Images:
 
     def batches(self, items: Sequence[Item], batch_size: int) -> Iterator[Tensor]:
         """Yield the items for evaluation, in order, (item, 3, height, width)."""
-        with closing(self.fetch(items, tested=True)) as fetched:
 
-            def make(start: int) -> Tensor:
-                part = items[start : start + batch_size]
-                next((through for through in fetched if through >= start + len(part)), None)
-                return self.normalised(self._map(self.ready, part))
+        def make(start: int) -> Tensor:
+            return self.normalised(self._map(self.ready, items[start : start + batch_size]))
 
+        with self.arriving(tested=items):
             yield from self.ahead(make, range(0, len(items), batch_size))
 
 

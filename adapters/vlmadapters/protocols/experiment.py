@@ -279,21 +279,26 @@ class Experiment:
         kind = self.protocol.train_kind
         train = self._train_of(settings[0], source)
         task = data.task(kind, train.template)
-        trainer = Trainer(
-            self.model,
-            data.images,
-            data.shots(train.shots, seed, kind),
-            task,
-            [one.method_for(data.origin) for one in settings],
-            train,
-            seed,
-            validation=data.validation(train.shots, seed, kind),
-            backbone=self.backbone,
-            folder=self.cells.begin([self._cell(source, seed, one) for one in settings]),
-            progress=self.progress,
-        )
-        trained = trainer.fit()
-        rows = self._test(source, settings, trained, train, task)
+        shots = data.shots(train.shots, seed, kind)
+        own = [target for target in self.targets(source) if target.dataset is data]
+        tested = [item for target in own for item in self._items(target)[0]]
+        # Beside the training, which leaves a machine with a GPU its cores.
+        with data.images.arriving(shots, tested):
+            trainer = Trainer(
+                self.model,
+                data.images,
+                shots,
+                task,
+                [one.method_for(data.origin) for one in settings],
+                train,
+                seed,
+                validation=data.validation(train.shots, seed, kind),
+                backbone=self.backbone,
+                folder=self.cells.begin([self._cell(source, seed, one) for one in settings]),
+                progress=self.progress,
+            )
+            trained = trainer.fit()
+            rows = self._test(source, settings, trained, train, task)
         if self.save_adapters and self.out is not None and processes.is_first():
             for one, result in zip(settings, trained):
                 cell = self._cell(source, seed, one)

@@ -231,6 +231,7 @@ class Trainer:
             memory_errors(self.device, advice),
             at_rest(self.backbone.clip),
             products_in(self.train.precision),
+            self.images.arriving(self.items),
         ):
             return self._fit()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -58,7 +57,6 @@ class Views:
         self.plain = backbone.is_plain(starts) and processes.rank_and_size()[1] == 1
         self.cache: ViewCache | None = None
         self._drawn: tuple[int, NDArray[np.float64]] | None = None
-        self._fetched = False
 
     @property
     def kept(self) -> bool:
@@ -117,10 +115,6 @@ class Views:
         return self.images, tuple(item.path for item in items), self.train.precision
 
     def _augmented(self, batch: NDArray[np.int64], view: int) -> Tensor:
-        if not self._fetched:
-            # At the first view that has to be made: features of all may be there already.
-            deque(self.images.fetch(self.items), maxlen=0)
-            self._fetched = True
         items = [self.items[i] for i in batch]
         given = items, self._draws(view)[batch], self.train.augmentation
         return self.images.augmented(*given, on_device=self.train.device_crops)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import ProcessError
 from pathlib import Path
@@ -129,16 +129,13 @@ def decode(
 
 
 class _Pixels(Dataset[Tensor | None]):
-    def __init__(
-        self, manifest: Any, items: Sequence[Any], root: Any, convert: Any, size: int
-    ) -> None:
-        self.manifest, self.items, self.root = manifest, items, root
-        self.convert, self.size = convert, size
+    def __init__(self, manifest: Any, items: Sequence[Any], root: Any, size: int) -> None:
+        self.manifest, self.items, self.root, self.size = manifest, items, root, size
 
     def __getitem__(self, row: int) -> Tensor | None:
+        item, convert = self.items[row]
         try:
-            found = self.manifest.open_image(self.items[row], self.root, size=self.size)
-            made: Tensor = self.convert(found)
+            made: Tensor = convert(self.manifest.open_image(item, self.root, size=self.size))
         except (UserError, OSError):
             return None  # who needs the image opens it again and says why it cannot
         return made
@@ -147,24 +144,24 @@ class _Pixels(Dataset[Tensor | None]):
 def _end_to_end(images: list[Tensor | None]) -> tuple[list[Any], Tensor]:
     # One tensor of a batch, whatever sizes it has: each that a process hands over is an open file.
     shapes = [None if image is None else image.shape for image in images]
-    return shapes, torch.cat([image.flatten() for image in images if image is not None] or [EMPTY])
+    return shapes, torch.cat([EMPTY, *(one.flatten() for one in images if one is not None)])
 
 
 def decode_pixels(
     manifest: Any,
-    items: Sequence[Any],
+    items: Sequence[tuple[Any, Callable[[Any], Tensor]]],
     *,
-    convert: Callable[[Any], Tensor],
     root: Path | None,
     size: int,
     workers: int,
-) -> Iterator[Tensor | None]:
-    """Yield what each image is converted to, in order; None where it cannot be read.
+) -> Generator[Tensor | None]:
+    """Start to decode images in processes; return what each is converted to, in order.
+
+    None stands for an image that cannot be read.
 
     Args:
         manifest: Opens the images.
-        items: Items.
-        convert: PIL image → uint8 tensor of any shape.
+        items: Each item, and what makes of its PIL image a uint8 tensor of any shape.
         root: Data root.
         size: Pixels that the model takes, a hint for drawn images.
         workers: Decoding processes, 1 or more.
@@ -174,14 +171,18 @@ def decode_pixels(
     """
     batches = batches_of(len(items), HANDED_OVER)
     loader: DataLoader[Any] = DataLoader(
-        _Pixels(manifest, items, root, convert, size),
+        _Pixels(manifest, items, root, size),
         batch_sampler=batches,
         num_workers=min(workers, len(batches)),
         collate_fn=_end_to_end,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
+    return _apart(iter(loader))  # `iter` starts the processes
+
+
+def _apart(handed_over: Iterator[tuple[list[Any], Tensor]]) -> Generator[Tensor | None]:
     with dead_workers_named():
-        for shapes, pixels in loader:
+        for shapes, pixels in handed_over:
             own = pixels.clone()  # of this process, which closes the file that was handed over
             sizes = [0 if shape is None else shape.numel() for shape in shapes]
             for shape, part in zip(shapes, own.split(sizes)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_decoded_images_leave_the_machine_room(monkeypatch: pytest.MonkeyPatch) 
     model = shared_backbone()
     for free, processes in ((4_000_000, 1), (1 << 40, 2)):
         monkeypatch.setattr(
-            "vlmadapters.data.images.available_memory", lambda device, free=free: free
+            "vlmadapters.data.kept.available_memory", lambda device, free=free: free
         )
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         shared_room.cache_clear()
@@ -186,7 +187,7 @@ def test_crops_on_the_device_are_close_to_those_of_the_cpu(workers: int) -> None
 def test_decoded_images_stay_on_the_device_while_it_has_room(
     free: int, uploads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmadapters.data.images.available_memory", lambda device: free)
+    monkeypatch.setattr("vlmadapters.data.kept.available_memory", lambda device: free)
     shared_room.cache_clear()
     images, counts = Images(shared_backbone(), MANIFEST, room=Room(1 << 30)), []
     items, uploaded = MANIFEST.items("train")[:3], []
@@ -215,32 +216,89 @@ def test_many_images_are_decoded_in_processes_and_are_the_same(
         for size in (7, 30):
             assert all(map(torch.equal, here.batches(items, size), there.batches(items, size)))
     assert opened == [0], "none was opened in this process"
-    assert list(there.fetch(items)) == list(range(1, 31))
-    assert all(torch.equal(here.raw(item), there._raw.get(item.path, none)) for item in items)
+    monkeypatch.setattr(MANIFEST.__class__, "open_image", none)
+    with pytest.raises(AssertionError):
+        there.raw(items[0])
+    monkeypatch.undo()
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 20)
+    with there.arriving(items, items):
+        found = [there.raw(item) for item in items]
+    assert all(map(torch.equal, found, map(here.raw, items)))
     assert there.room.used == here.room.used > 0
 
 
-def none() -> torch.Tensor:
-    raise AssertionError("the image is not kept")
+def none(*given: Any, **options: Any) -> Any:
+    raise AssertionError("an image is opened here")
 
 
-def test_what_has_no_room_or_cannot_be_read_is_left_to_who_asks_for_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+@pytest.fixture
+def dots(tmp_path: Path) -> Manifest:
+    """Six images, the third of which cannot be read."""
     for number in range(6):
         path = tmp_path / "test" / "ant" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), (40 * number, 9, 9)).save(path)
     (tmp_path / "test" / "ant" / "2.png").write_bytes(b"no image")
-    manifest, model = Manifest.load(str(tmp_path)), shared_backbone()
-    items = manifest.items("test")
-    size = 3 * 32 * 32
-    images = Images(model, manifest, workers=2, room=Room(3 * size))
-    assert list(images.fetch(items, tested=True)) == [1, 2, 3, 4], "the fifth has no room"
+    return Manifest.load(str(tmp_path))
+
+
+def test_what_has_no_room_or_cannot_be_read_is_left_to_who_asks_for_it(
+    dots: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    model, items, size = shared_backbone(), dots.items("test"), 3 * 32 * 32
+    images = Images(model, dots, workers=2, room=Room(3 * size))
     assert list(images.unreadable(items, tested=True).reasons) == [2]
+    assert images.room.used == 3 * size and images.room.full
     with pytest.raises(UserError, match=r"2\.png"):
         list(images.batches(items, 4))
     readable = items[:2] + items[3:]
-    plain = Images(model, manifest, room=Room(0))
+    plain = Images(model, dots, room=Room(0))
     assert all(map(torch.equal, images.batches(readable, 2), plain.batches(readable, 2)))
+
+
+def test_a_death_of_the_processes_stops_nothing(
+    dots: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def dies(*given: Any, **options: Any) -> Iterator[torch.Tensor]:
+        yield torch.full((3, 32, 32), 7, dtype=torch.uint8)
+        raise UserError("a decoding process died")
+
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    monkeypatch.setattr("vlmadapters.data.images.decode_pixels", dies)
+    items = dots.items("test")[3:]
+    images = Images(shared_backbone(), dots, workers=2, room=Room(1 << 20))
+    with images.arriving(tested=items):
+        found = [images.ready(item) for item in items]
+    assert [int(image[0, 0, 0]) for image in found] == [7, 160, 200]
+    assert "goes on by threads" in caplog.text
+
+
+def test_an_image_on_its_way_is_waited_for_and_what_nobody_wants_is_not_made(
+    dots: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, made = threading.Event(), []
+
+    def slow(*given: Any, **options: Any) -> Iterator[torch.Tensor]:
+        for number in range(3):
+            asked.wait(60)
+            made.append(number)
+            yield torch.full((3, 32, 32), number, dtype=torch.uint8)
+
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    monkeypatch.setattr("vlmadapters.data.images.decode_pixels", slow)
+    items = dots.items("test")[3:]
+    images = Images(shared_backbone(), dots, workers=2, room=Room(1 << 20))
+    threading.Timer(0.3, asked.set).start()
+    with images.arriving(tested=items):
+        assert int(images.ready(items[0])[0, 0, 0]) == 0, "not made here"
+        with images.arriving(tested=items):  # nothing is lacking: all is on its way
+            pass
+        assert int(images.ready(items[1])[0, 0, 0]) == 1
+    asked.clear()
+    threading.Timer(0.3, asked.set).start()
+    images, made[:] = Images(shared_backbone(), dots, workers=2, room=Room(1 << 20)), []
+    with pytest.raises(KeyboardInterrupt), images.arriving(tested=items):
+        raise KeyboardInterrupt
+    assert len(made) == 1
+    assert int(images.ready(items[2])[0, 0, 0]) == 200, "made here, after all"
