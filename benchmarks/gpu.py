@@ -1,6 +1,6 @@
 """All that wants a GPU, in one go: tests, benchmarks, and a small base-to-novel run.
 
-    python benchmarks/gpu.py [--minutes 8] [--only tests,extraction,training,run,files]
+    python benchmarks/gpu.py [--minutes 8] [--only tests,run,extraction,training,files]
 
 The parts run in order of value, each in a process of its own, and what the time does not suffice
 for is stopped and said. Tables go to benchmarks/results/, named by device; a short table is printed
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -40,7 +41,7 @@ TABLES = {  # of each part, and the column that says what a row is of
     "files": (f"extraction_files-{DEVICE}", "work"),
 }
 SHOTS = 16  # images a class that MMA's published recipe trains on
-TESTED = 25  # images a class of the base-to-novel run, which is then of the size of Caltech101
+TESTED = 25  # images a class of the base-to-novel run, whose datasets are of Caltech101's size
 SAMPLE = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
 
 
@@ -50,6 +51,10 @@ def commands(asked: argparse.Namespace) -> dict[str, list[str]]:
     batch = ["--batch", str(asked.batch)]
     return {
         "tests": tests,
+        "run": [
+            __file__, "--run", asked.architecture, "--datasets", str(asked.datasets),
+            "--classes", str(asked.classes), "--seeds", str(asked.seeds),
+        ],
         "extraction": [
             str(HERE / "extraction.py"), DEVICE, "--model", asked.model, *batch,
             "--pairs", str(asked.rounds),
@@ -57,10 +62,6 @@ def commands(asked: argparse.Namespace) -> dict[str, list[str]]:
         "training": [
             str(HERE / "training.py"), "--architecture", asked.architecture,
             "--placements", "5,9", "--rounds", str(asked.rounds),
-        ],
-        "run": [
-            __file__, "--run", asked.architecture,
-            "--classes", str(asked.classes), "--seeds", str(asked.seeds),
         ],
         "files": [
             str(HERE / "extraction.py"), DEVICE, "--model", asked.model, *batch,
@@ -89,7 +90,7 @@ def utilisation() -> Iterator[list[float]]:
 
 
 def train_when_all_are_ready(
-    name: str, data: Path, out: Path, changed: dict[str, Any], seeds: int, ready: Barrier
+    name: str, data: list[str], out: Path, changed: dict[str, Any], seeds: int, ready: Barrier
 ) -> None:
     """Train in this process what no other one that shares the folder has claimed."""
     import vlmadapters as va
@@ -98,13 +99,13 @@ def train_when_all_are_ready(
     recipe = recipe.changed(changed, {})
     ready.wait()  # imports and the making of the model are not what is measured
     # A bare number would be one seed of that value.
-    va.train(model, str(data), recipe, out, seeds=range(1, seeds + 1), progress=False)
+    va.train(model, data, recipe, out, seeds=range(1, seeds + 1), progress=False)
 
 
-def base_to_novel(name: str, classes: int, seeds: int) -> None:
+def base_to_novel(name: str, datasets: int, classes: int, seeds: int) -> None:
     """Train and test MMA base to novel on images made for it; print what each way took.
 
-    Seeds are trained one after the other, or each in a process of its own on the same device.
+    Cells are trained one after the other, or in as many processes on the same device as seeds.
     """
     fast = {"device_crops": True, "cuda_graph": True} if DEVICE == "cuda" else {}
     ways: dict[str, tuple[dict[str, bool], int]] = {"as published": ({}, 1)}
@@ -115,10 +116,10 @@ def base_to_novel(name: str, classes: int, seeds: int) -> None:
     fresh = get_context("spawn")  # CUDA does not survive a fork
     found = []
     with TemporaryDirectory() as there:
-        data = Path(there, "photographs")
-        for number in range(classes):
-            make_photographs(data / "train" / f"class {number}", SHOTS)
-            make_photographs(data / "test" / f"class {number}", TESTED)
+        data = [str(Path(there, f"photographs {number}")) for number in range(datasets)]
+        for folder, number in product(data, range(classes)):
+            make_photographs(Path(folder, "train", f"class {number}"), SHOTS)
+            make_photographs(Path(folder, "test", f"class {number}"), TESTED)
         for way, (changed, count) in ways.items():
             out, ready = Path(there, way), fresh.Barrier(count + 1)
             work = [
@@ -140,7 +141,10 @@ def base_to_novel(name: str, classes: int, seeds: int) -> None:
             with (out / "results.csv").open(encoding="utf-8") as file:
                 rows = len(list(csv.DictReader(file)))
             share = round(statistics.mean(busy)) if busy else None
-            found.append({"way": way, "seconds": seconds, "busy": share, "rows": rows})
+            found.append(
+                {"way": way, "cells": datasets * seeds, "seconds": seconds, "busy": share,
+                 "rows": rows}
+            )  # fmt: skip
     print(json.dumps(found))
 
 
@@ -154,7 +158,7 @@ def summary(part: str, output: str) -> list[dict[str, Any]]:
     if part == "run":
         lines = []
         for one in json.loads(output.splitlines()[-1]):
-            what = f"base to novel, {one['way']}"
+            what = f"base to novel, {one['cells']} cells, {one['way']}"
             lines += [
                 {"what": f"{what}, s", "value": one["seconds"], "goal": ""},
                 {"what": f"{what}, GPU busy, %", "value": one["busy"], "goal": ">= 80"},
@@ -195,7 +199,7 @@ def main() -> int:
     """Run the parts one after the other and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", default="tests,extraction,training,run,files")
+    parser.add_argument("--only", default="tests,run,extraction,training,files")
     parser.add_argument("--tests", default="tests", help="files or folders with GPU tests")
     parser.add_argument("--model", default="ViT-B-16", help="of the extraction")
     parser.add_argument(
@@ -205,13 +209,14 @@ def main() -> int:
     )
     parser.add_argument("--batch", type=int, default=128, help="images of the extraction's batch")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--classes", type=int, default=100, help="of the base-to-novel run")
+    parser.add_argument("--datasets", type=int, default=2, help="of the base-to-novel run")
+    parser.add_argument("--classes", type=int, default=100, help="of each of these")
     parser.add_argument("--seeds", type=int, default=3, help="of the base-to-novel run")
     parser.add_argument("--files", type=int, default=2000, help="JPEGs made to be extracted")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.run:
-        base_to_novel(asked.run, asked.classes, asked.seeds)
+        base_to_novel(asked.run, asked.datasets, asked.classes, asked.seeds)
         return 0
     end, table, failed = time.monotonic() + 60 * asked.minutes, [], False
     for part, command in commands(asked).items():

@@ -113,10 +113,11 @@ def test_the_run_of_the_session_says_what_it_took(tmp_path: Path, repository: Pa
         json.dumps(config({"layers": 12, "width": 32, "head_width": 16}, {"layers": 12}))
     )
     script = str(repository / "benchmarks" / "gpu.py")
-    command = [sys.executable, script, "--run", str(architecture), "--classes", "4", "--seeds", "2"]
+    command = [sys.executable, script, "--run", str(architecture), "--datasets", "2"]
+    command += ["--classes", "4", "--seeds", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     alone, shared = json.loads(done.stdout.splitlines()[-1])
     assert shared["way"] == "likewise, 2 processes"
     assert alone["seconds"] > 0 and alone["busy"] is None
-    # Base and novel: zero-shot CLIP by two templates, and MMA by two seeds.
-    assert shared["rows"] == alone["rows"] == 2 * (2 + 2)
+    # Base and novel of each: zero-shot CLIP by two templates, and MMA by two seeds.
+    assert shared["rows"] == alone["rows"] == 2 * 2 * (2 + 2)
