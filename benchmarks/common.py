@@ -125,6 +125,13 @@ def read_table(name: str) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
+def replace_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write a table as `write_table`; rows of other hardware that it has stay below these."""
+    here = {row["hardware"] for row in rows}
+    others = [row for row in read_table(name) if row["hardware"] not in here]
+    return write_table(name, rows + others)
+
+
 def write_table(name: str, rows: list[dict[str, Any]]) -> Path:
     """Write a tidy table to benchmarks/results/ and show it."""
     RESULTS.mkdir(parents=True, exist_ok=True)

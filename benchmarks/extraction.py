@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Pair, machine, measure_pair, peak_mib, reset_peak, resident_mib, write_table
+from common import Pair, machine, measure_pair, peak_mib, replace_rows, reset_peak, resident_mib
 from PIL import Image
 
 from vlmlayers.manifests import Item, Manifest
@@ -358,7 +358,7 @@ def main() -> None:
         made = [{"model": options.model, **line} for line in from_files(options)]
         print(*made, sep="\n")
         place = machine(options.device)
-        write_table(f"extraction_files-{options.device}", [{**line, **place} for line in made])
+        replace_rows(f"extraction_files-{options.device}", [{**line, **place} for line in made])
         return
     if options.memory:
         peak_of(options.memory, options.model, options.device, options.batch)
@@ -371,7 +371,7 @@ def main() -> None:
             f"{line['work']} / {line['against']}, {line['quantity']}: {line['ratio']} "
             f"(to reach {line['goal']})"
         )
-    write_table(
+    replace_rows(
         f"extraction-{options.device}", [{"model": options.model, **line, **place} for line in rows]
     )
 

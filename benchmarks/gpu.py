@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import torch
-from common import RESULTS, machine, write_table
+from common import machine, read_table, write_table
 from extraction import load, make_photographs
 from training import RECORDED
 
@@ -103,7 +103,7 @@ def train_when_all_are_ready(
 
 
 def base_to_novel(name: str, datasets: int, classes: int, seeds: int) -> None:
-    """Train and test MMA base to novel on images made for it; print what each way took.
+    """Train and test MMA base to novel on images made for it; print a line on each way.
 
     Cells are trained one after the other, or in as many processes on the same device as seeds.
     """
@@ -114,7 +114,6 @@ def base_to_novel(name: str, datasets: int, classes: int, seeds: int) -> None:
     if seeds > 1:
         ways[f"likewise, {seeds} processes"] = fast, seeds
     fresh = get_context("spawn")  # CUDA does not survive a fork
-    found = []
     with TemporaryDirectory() as there:
         data = [str(Path(there, f"photographs {number}")) for number in range(datasets)]
         for folder, number in product(data, range(classes)):
@@ -141,11 +140,8 @@ def base_to_novel(name: str, datasets: int, classes: int, seeds: int) -> None:
             with (out / "results.csv").open(encoding="utf-8") as file:
                 rows = len(list(csv.DictReader(file)))
             share = round(statistics.mean(busy)) if busy else None
-            found.append(
-                {"way": way, "cells": datasets * seeds, "seconds": seconds, "busy": share,
-                 "rows": rows}
-            )  # fmt: skip
-    print(json.dumps(found))
+            found = {"way": way, "cells": datasets * seeds, "seconds": seconds, "busy": share}
+            print(json.dumps({**found, "rows": rows}), flush=True)
 
 
 def summary(part: str, output: str) -> list[dict[str, Any]]:
@@ -157,7 +153,7 @@ def summary(part: str, output: str) -> list[dict[str, Any]]:
         ]
     if part == "run":
         lines = []
-        for one in json.loads(output.splitlines()[-1]):
+        for one in map(json.loads, output.splitlines()):
             what = f"base to novel, {one['cells']} cells, {one['way']}"
             lines += [
                 {"what": f"{what}, s", "value": one["seconds"], "goal": ""},
@@ -165,8 +161,12 @@ def summary(part: str, output: str) -> list[dict[str, Any]]:
             ]
         return lines
     name, key = TABLES[part]
-    with (RESULTS / f"{name}.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("quantity", "time") == "time"]
+    here = machine(DEVICE)["hardware"]  # tables keep rows of other machines as well
+    rows = [
+        row
+        for row in read_table(name)
+        if row["hardware"] == here and row.get("quantity") in (None, "", "time")
+    ]
     words = (key, "against", "placement", "views", "precision", "decoding")
     amp = [row for row in rows if row.get("side") == RECORDED and row["precision"] != "fp32"]
     return [
@@ -180,19 +180,20 @@ def summary(part: str, output: str) -> list[dict[str, Any]]:
 
 
 def finished(command: list[str], seconds: float) -> tuple[int | None, str]:
-    """Return the exit code of a command, None where its time ran out, and what it printed."""
+    """Return the exit code of a command, None where its time ran out, and what it has printed."""
     process = subprocess.Popen(
         command, cwd=HERE.parent, text=True, stdout=subprocess.PIPE, start_new_session=True
     )
     try:
         output, _ = process.communicate(timeout=max(seconds, 0.0))
-    except subprocess.TimeoutExpired:
-        return None, ""
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
-            process.communicate()
-    return process.returncode, output
+        return process.returncode, output
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+        process.wait()
+        return None, (error.output or b"").decode()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def main() -> int:
@@ -225,16 +226,15 @@ def main() -> int:
         print(f"== {part}", flush=True)
         began = time.monotonic()
         code, output = finished([sys.executable, *command], end - began)
-        if code is None:
-            table.append({"what": part, "value": "no time left", "goal": ""})
-            continue
         print(output, flush=True)
         took = {"seconds": round(time.monotonic() - began, 1)}
-        failed |= code != 0
+        failed |= bool(code)
         if code and part != "tests":
             table.append({"what": part, "value": "failed", "goal": "", **took})
-        else:
+        elif code is not None or part == "run":  # which says what is done so far
             table += [{**line, **took} for line in summary(part, output)]
+        if code is None:
+            table.append({"what": part, "value": "no time left", "goal": "", **took})
     where = machine(DEVICE)
     write_table(f"gpu_session_{DEVICE}", [{**line, **where} for line in table])
     print(f"\n{where['hardware']}, torch {where['torch']}")

@@ -27,7 +27,7 @@ from typing import Any
 
 import open_clip
 import torch
-from common import machine, peak_mib, read_table, reset_peak, write_table
+from common import machine, peak_mib, replace_rows, reset_peak
 from public_recipe import PublicMMA
 from torch import Tensor
 from torch.nn import functional as F
@@ -238,9 +238,7 @@ def main() -> None:
         for first in map(int, asked.placements.split(","))
         for made in compare(architecture, first, precision, device, asked.rounds)
     ]
-    # What pays depends on the processor: rows of other ones stay.
-    here, name = machine(device)["hardware"], f"training_{device}"
-    write_table(name, rows + [row for row in read_table(name) if row["hardware"] != here])
+    replace_rows(f"training_{device}", rows)  # what pays depends on the processor
 
 
 if __name__ == "__main__":

@@ -106,6 +106,20 @@ def test_the_session_on_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path, repository: 
     }  # fmt: skip
 
 
+def test_what_a_part_has_said_before_its_time_ran_out_is_kept(
+    monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import gpu
+
+    said = json.dumps({"way": "as published", "cells": 6, "seconds": 20.1, "busy": 31})
+    sleeps = f"import time; print({said!r}, flush=True); time.sleep(600)"
+    code, output = gpu.finished([sys.executable, "-c", sleeps], 5.0)
+    assert code is None
+    assert [line["value"] for line in gpu.summary("run", output)] == [20.1, 31]
+    assert gpu.finished([sys.executable, "-c", "print(1); exit(3)"], 60.0) == (3, "1\n")
+
+
 @pytest.mark.slow
 def test_the_run_of_the_session_says_what_it_took(tmp_path: Path, repository: Path) -> None:
     architecture = tmp_path / "small.json"
@@ -116,7 +130,7 @@ def test_the_run_of_the_session_says_what_it_took(tmp_path: Path, repository: Pa
     command = [sys.executable, script, "--run", str(architecture), "--datasets", "2"]
     command += ["--classes", "4", "--seeds", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    alone, shared = json.loads(done.stdout.splitlines()[-1])
+    alone, shared = map(json.loads, done.stdout.splitlines())
     assert shared["way"] == "likewise, 2 processes"
     assert alone["seconds"] > 0 and alone["busy"] is None
     # Base and novel of each: zero-shot CLIP by two templates, and MMA by two seeds.

@@ -28,7 +28,12 @@ from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
-from vlmlayers.models.decoding import WORTH_STARTING, decode_pixels, decoding_processes
+from vlmlayers.models.decoding import (
+    FORKS,
+    WORTH_STARTING,
+    decode_pixels,
+    decoding_processes,
+)
 from vlmlayers.models.devices import placed
 
 T = TypeVar("T")
@@ -124,7 +129,8 @@ class Images:
             for item in items
             if kept.lacks(item.path)
         }
-        if not self.workers or len(wanted) < WORTH_STARTING or self.room.full:
+        worth_it = FORKS and self.workers and len(wanted) >= WORTH_STARTING
+        if not worth_it or self.room.full:
             yield
             return
         begin = partial(
@@ -256,9 +262,9 @@ class _Resized:
     std: Tensor
 
     def __call__(self, image: Any) -> Tensor:
-        steps = getattr(self.transform, "transforms", ())
+        steps: Sequence[Any] = getattr(self.transform, "transforms", ())
         # What these two make of bytes is undone below: they need not be made floats at all.
-        if [type(step) for step in steps[-2:]] == [ToTensor, Normalize]:
+        if len(steps) > 1 and isinstance(steps[-2], ToTensor) and isinstance(steps[-1], Normalize):
             for step in steps[:-2]:
                 image = step(image)
             return _pixels(image)

@@ -19,6 +19,7 @@ from vlmlayers.models.devices import available_memory
 
 LOG = logging.getLogger(__name__)
 KEEP_SHARE = 4  # the rest of memory is for training
+ENDING = 1.0  # seconds
 
 
 class Room:
@@ -152,8 +153,9 @@ def arriving(
                     if not kept.arrive(path, image) or stop.is_set():
                         break
         except (UserError, RuntimeError, OSError, EOFError, ProcessError) as error:
-            # Of processes that died: who asks for an image decodes it.
-            LOG.warning("%s; decoding goes on by threads, more slowly", one_line(error))
+            # Of processes that died; on Ctrl-C they do, a moment before the context ends.
+            if not stop.wait(ENDING):
+                LOG.warning("%s; threads decode the rest, more slowly", one_line(error))
         finally:
             begun.set()
             for kept, path in wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ _DYING = 2.0
 CPU = torch.device("cpu")
 EMPTY = torch.empty(0, dtype=torch.uint8)
 HANDED_OVER = 16  # images that a process hands over at a time
+# Processes that are not forked import all anew, for many seconds of every core: not worth it where
+# threads could decode. How Python starts them by itself depends on its version, and on how this
+# process was started.
+FORKS = sys.platform == "linux"
 WORTH_STARTING = 512  # images that take longer to decode than processes to start
 MOST_PROCESSES = 16
 
@@ -155,9 +160,9 @@ def decode_pixels(
     size: int,
     workers: int,
 ) -> Generator[Tensor | None]:
-    """Start to decode images in processes; return what each is converted to, in order.
+    """Fork processes that decode images; return what each is converted to, in order.
 
-    None stands for an image that cannot be read.
+    None stands for an image that cannot be read. Where `FORKS` is false there are no processes.
 
     Args:
         manifest: Opens the images.
@@ -175,6 +180,7 @@ def decode_pixels(
         batch_sampler=batches,
         num_workers=min(workers, len(batches)),
         collate_fn=_end_to_end,
+        multiprocessing_context="fork",
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
     return _apart(iter(loader))  # `iter` starts the processes

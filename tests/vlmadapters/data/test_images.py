@@ -268,10 +268,17 @@ def test_a_death_of_the_processes_stops_nothing(
     monkeypatch.setattr("vlmadapters.data.images.decode_pixels", dies)
     items = dots.items("test")[3:]
     images = Images(shared_backbone(), dots, workers=2, room=Room(1 << 20))
+    monkeypatch.setattr("vlmadapters.data.kept.ENDING", 0.0)
     with images.arriving(tested=items):
         found = [images.ready(item) for item in items]
     assert [int(image[0, 0, 0]) for image in found] == [7, 160, 200]
-    assert "goes on by threads" in caplog.text
+    assert "died; threads decode the rest" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("vlmadapters.data.kept.ENDING", 60.0)
+    other = Images(shared_backbone(), dots, workers=2, room=Room(1 << 20))
+    with pytest.raises(KeyboardInterrupt), other.arriving(tested=items):
+        raise KeyboardInterrupt
+    assert not caplog.text, "they died of Ctrl-C"
 
 
 def test_an_image_on_its_way_is_waited_for_and_what_nobody_wants_is_not_made(
