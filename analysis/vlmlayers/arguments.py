@@ -281,6 +281,8 @@ def _one_of(kinds: list[_Kind]) -> _Kind:
     def take(value: Any) -> Any:
         # The last complaint but that of None: of `X | None` it says what X would be.
         wrong = _Wrong(value)
+        if isinstance(value, str) and not value and _PATH in kinds:
+            raise wrong  # that text may stand for a path does not make the empty one a path
         for kind in kinds:
             try:
                 return kind.take(value)
@@ -393,7 +395,8 @@ def _str(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    if not isinstance(value, str | os.PathLike):
+    # The empty path would be the current folder, and is mostly a variable that was never set.
+    if not isinstance(value, str | os.PathLike) or value == "":
         raise _Wrong(value)
     return Path(os.fspath(value))
 

@@ -100,6 +100,8 @@ def test_what_is_taken_and_in_which_form(given: dict[str, Any], taken: Any) -> N
         ({"balance": "equl"}, "measure: balance takes 'equal' or 'weights', not 'equl'"),
         ({"folder": 5}, "measure: folder takes a path or None, not 5"),
         ({"name": 5}, "measure: name takes a string or a path, not 5"),
+        ({"folder": ""}, "measure: folder takes a path or None, not ''"),
+        ({"name": ""}, "measure: name takes a string or a path, not ''"),
         ({"widths": [1]}, "measure: widths takes a mapping from strings to whole numbers or None"),
         ({"items": 2.5}, "measure: items takes a whole number or paths or None, not 2.5"),
         ({"positions": 1.5}, "measure: positions takes positions or None, not 1.5"),

@@ -36,6 +36,14 @@ ORDER = (
 class Verb(Loudness, TyperCommand):
     """A verb whose help says what an argument takes without the words of Python."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; an empty one is refused, which as a path is the current folder."""
+        if any(not arg.strip() or (arg.startswith("--") and arg.endswith("=")) for arg in args):
+            raise typer.BadParameter(
+                "an argument is empty, as a shell variable that is not set", ctx
+            )
+        return super().parse_args(ctx, args)
+
     def get_help(self, ctx: Any) -> str:
         """Return the help, with `<str>` and `<path>` for arguments that may be several."""
         text = super().get_help(ctx)

@@ -40,8 +40,6 @@ def _words(given: list[str] | None) -> list[str] | None:
     """
     if given is None:
         return None
-    if not all(text.strip() for text in given):
-        raise typer.BadParameter("one of them is empty, as a shell variable that is not set")
     # Not `Path.exists`, which raises where a list is too long to be the name of a file.
     parts = [[text] if exists(text) else text.split(",") for text in given]  # noqa: PTH110
     words = [word for some in parts for part in some if (word := part.strip())]

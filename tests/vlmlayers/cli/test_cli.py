@@ -120,6 +120,22 @@ def test_wrong_usage_is_one_line_that_names_the_help(call) -> None:  # type: ign
         assert err.startswith("Error: ")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["select", ""],
+        ["report", " "],
+        ["extract", "mini-clip", "flags", "--out="],
+        ["train", "mini-clip", "flags", "--out", ""],
+        ["data", "check", ""],
+    ],
+)
+def test_a_variable_that_is_not_set_is_no_path(call, given: list[str]) -> None:  # type: ignore[no-untyped-def]
+    """As a path the empty text is the current folder, into which results were written."""
+    code, out, err = call(*given)
+    assert code == 2 and not out and "an argument is empty, as a shell variable" in err
+
+
 def test_version_and_short_help(call) -> None:  # type: ignore[no-untyped-def]
     assert call("--version")[:2] == (0, f"vlmlayers {version('vlm-layers')}\n")
     for verb in ((), ("select",), ("train",), ("data", "list")):
@@ -170,7 +186,7 @@ def test_commas_and_repetition_say_the_same(
     assert values[1] in "".join(both[1:])
     if option:
         assert "nothing is named" in call(*given, option, ",")[2]
-    assert "one of them is empty" in " ".join(call(*given, *repeated, *before, "")[2].split())
+    assert "an argument is empty" in " ".join(call(*given, *repeated, *before, "")[2].split())
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "data"])

@@ -280,7 +280,7 @@ def test_a_plain_folder_needs_no_manifest(tmp_path: Path, monkeypatch: pytest.Mo
     assert Manifest.load("digits").layout == "builtin"  # a name that is known stays what it is
     with pytest.raises(UserError, match="unknown dataset 'pest'.*no folder of that name is here"):
         Manifest.load("pest")
-    with pytest.raises(UserError, match="a dataset has no name"):
+    with pytest.raises(UserError, match="takes a string or a path, not ''"):
         Manifest.load("")
 
 
