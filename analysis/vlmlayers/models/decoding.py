@@ -26,9 +26,8 @@ _DYING = 2.0
 CPU = torch.device("cpu")
 EMPTY = torch.empty(0, dtype=torch.uint8)
 HANDED_OVER = 16  # images that a process hands over at a time
-# Processes that are not forked import all anew, for many seconds of every core: not worth it where
-# threads could decode. How Python starts them by itself depends on its version, and on how this
-# process was started.
+# Processes that are not forked import all anew, for many seconds of every core. How Python starts
+# them by itself depends on its version, and on how this process was started.
 FORKS = sys.platform == "linux"
 WORTH_STARTING = 512  # images that take longer to decode than processes to start
 MOST_PROCESSES = 16
@@ -113,6 +112,7 @@ def decode(
         batch_sampler=batches,  # type: ignore
         num_workers=workers,
         collate_fn=list if on_device else _collate,
+        multiprocessing_context="fork" if FORKS and workers else None,
         pin_memory=device.type == "cuda" and not on_device,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 
@@ -16,7 +17,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import examine, extract, load_model
-from vlmlayers.models.decoding import batches_of, decoding_processes
+from vlmlayers.models.decoding import FORKS, batches_of, decoding_processes
 from vlmlayers.models.work import autocast
 from vlmlayers.runs import cores
 from vlmlayers.scores import score
@@ -116,6 +117,21 @@ def test_workers_give_the_same_bytes():
     here, there = run(workers=0), run(workers=2)
     for position in here.vision.positions():
         assert (here.vision.array(position) == there.vision.array(position)).all()
+
+
+@pytest.mark.skipif(not FORKS, reason="this system does not fork")
+def test_workers_are_forked_however_python_would_start_them():
+    """Started anew, each imports everything: ten seconds instead of one in a spawned process."""
+
+    class Local(tiny.DrawnManifest):  # of this process alone: it cannot be sent to another
+        pass
+
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert len(run(Local(), workers=2).vision.ids) == len(run(workers=0).vision.ids)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_global_random_state_is_left_alone():
