@@ -203,3 +203,21 @@ def test_every_method_trains_and_predicts_on_the_gpu(method: str) -> None:
         seeds=1, limit=40, progress=False,
     )  # fmt: skip
     assert found["accuracy"].between(0, 1).all() and len(found) == 3
+
+
+@pytest.mark.parametrize("device_crops", [False, True])
+def test_processes_that_decode_beside_a_training_change_nothing(
+    device_crops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are forked from a process that computes on the GPU meanwhile."""
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 16)
+    recipe = small_recipe("mma").changed({"device_crops": device_crops}, {})
+    found = [
+        va.train(
+            model_on("cuda"), "shapes_filled", recipe,
+            seeds=(1, 2), limit=40, progress=False, workers=workers,
+        )
+        for workers in (0, 2)
+    ]  # fmt: skip
+    assert len(found[0]) == len(found[1]) == 8
+    np.testing.assert_allclose(found[1]["accuracy"], found[0]["accuracy"], atol=0.05)

@@ -212,6 +212,14 @@ def test_placements_in_one_group_are_those_of_single_runs() -> None:
     assert left.equals(single.set_index(columns).accuracy.sort_index())
 
 
+def test_processes_that_decode_beside_a_training_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 16)
+    told = [run(workers=workers).drop(columns="seconds") for workers in (0, 2)]
+    pd.testing.assert_frame_equal(*told)
+
+
 def test_transfer_tests_every_class_of_every_target() -> None:
     targets = ["shapes_outline", "textures"]
     for protocol in ("cross-dataset", "domain-generalization"):
