@@ -29,10 +29,10 @@ from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.decoding import (
-    FORKS,
     WORTH_STARTING,
     decode_pixels,
     decoding_processes,
+    forks,
 )
 from vlmlayers.models.devices import placed
 
@@ -129,7 +129,7 @@ class Images:
             for item in items
             if kept.lacks(item.path)
         }
-        worth_it = FORKS and self.workers and len(wanted) >= WORTH_STARTING
+        worth_it = forks() and self.workers and len(wanted) >= WORTH_STARTING
         if not worth_it or self.room.full:
             yield
             return

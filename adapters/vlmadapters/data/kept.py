@@ -14,7 +14,7 @@ from weakref import WeakSet, finalize
 import torch
 from torch import Tensor
 
-from vlmlayers.errors import UserError, one_line
+from vlmlayers.errors import one_line
 from vlmlayers.models.devices import available_memory
 
 LOG = logging.getLogger(__name__)
@@ -152,10 +152,14 @@ def arriving(
                 for (kept, path), image in zip(wanted, images):
                     if not kept.arrive(path, image) or stop.is_set():
                         break
-        except (UserError, RuntimeError, OSError, EOFError, ProcessError) as error:
+        except (RuntimeError, OSError, EOFError, ProcessError) as error:
             # Of processes that died; on Ctrl-C they do, a moment before the context ends.
             if not stop.wait(ENDING):
-                LOG.warning("%s; threads decode the rest, more slowly", one_line(error))
+                LOG.warning(
+                    "a decoding process died, mostly for lack of memory (%s); threads decode the "
+                    "rest, more slowly",
+                    one_line(error),
+                )
         finally:
             begun.set()
             for kept, path in wanted:

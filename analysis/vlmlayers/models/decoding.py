@@ -6,13 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import ProcessError
+from multiprocessing import ProcessError, current_process
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from vlmlayers.data.unreadable import reason
 from vlmlayers.errors import UserError
@@ -29,6 +31,7 @@ HANDED_OVER = 16  # images that a process hands over at a time
 # Processes that are not forked import all anew, for many seconds of every core. How Python starts
 # them by itself depends on its version, and on how this process was started.
 FORKS = sys.platform == "linux"
+SHARED_MEMORY = "/dev/shm"
 WORTH_STARTING = 512  # images that take longer to decode than processes to start
 MOST_PROCESSES = 16
 
@@ -58,11 +61,28 @@ class _Images(Dataset[tuple[int, Any]]):
             return row, reason(item.path, error)
 
 
-def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
+def _handed_over(pixels: Tensor) -> Any:
+    """Return a tensor in shared memory where that has room, else as an array.
+
+    Containers keep shared memory small, and where it is full torch fails in a thread that nobody
+    hears of: the batch would be waited for for ever. Arrays go through a pipe, more slowly.
+    """
+    if get_worker_info() is None:
+        return pixels
+    try:
+        memory = disk_usage(SHARED_MEMORY)
+        if memory.free - pixels.nbytes > memory.total // 2:  # others need some as well
+            return pixels.share_memory_()
+    except (OSError, RuntimeError):
+        pass
+    return pixels.numpy()
+
+
+def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Any, dict[int, str]]:
     # The batch keeps its place and its other images: batches are part of what a store is.
     good = [(row, image) for row, image in samples if isinstance(image, Tensor)]
     bad = {row: image for row, image in samples if not isinstance(image, Tensor)}
-    stacked = torch.stack([image for _, image in good]) if good else None
+    stacked = _handed_over(torch.stack([image for _, image in good])) if good else None
     return [row for row, _ in good], stacked, bad
 
 
@@ -119,7 +139,8 @@ def decode(
     try:
         with dead_workers_named():
             if not on_device:
-                yield from loader
+                for rows, pixels, bad in loader:
+                    yield rows, None if pixels is None else torch.as_tensor(pixels), bad
                 return
             prepare = OnPixels.of(preprocess, size, device)
             for samples in loader:
@@ -141,15 +162,16 @@ class _Pixels(Dataset[Tensor | None]):
         item, convert = self.items[row]
         try:
             made: Tensor = convert(self.manifest.open_image(item, self.root, size=self.size))
-        except (UserError, OSError):
-            return None  # who needs the image opens it again and says why it cannot
+        except Exception:  # noqa: BLE001 of any code; who needs the image meets it
+            return None
         return made
 
 
-def _end_to_end(images: list[Tensor | None]) -> tuple[list[Any], Tensor]:
+def _end_to_end(images: list[Tensor | None]) -> tuple[list[Any], Any]:
     # One tensor of a batch, whatever sizes it has: each that a process hands over is an open file.
     shapes = [None if image is None else image.shape for image in images]
-    return shapes, torch.cat([EMPTY, *(one.flatten() for one in images if one is not None)])
+    pixels = torch.cat([EMPTY, *(one.flatten() for one in images if one is not None)])
+    return shapes, _handed_over(pixels)
 
 
 def decode_pixels(
@@ -162,7 +184,7 @@ def decode_pixels(
 ) -> Generator[Tensor | None]:
     """Fork processes that decode images; return what each is converted to, in order.
 
-    None stands for an image that cannot be read. Where `FORKS` is false there are no processes.
+    None stands for an image that cannot be read. Where `forks` says no it fails.
 
     Args:
         manifest: Opens the images.
@@ -172,7 +194,7 @@ def decode_pixels(
         workers: Decoding processes, 1 or more.
 
     Raises:
-        UserError: A decoding process died, mostly for lack of memory.
+        RuntimeError: A decoding process died, mostly for lack of memory.
     """
     batches = batches_of(len(items), HANDED_OVER)
     loader: DataLoader[Any] = DataLoader(
@@ -183,16 +205,26 @@ def decode_pixels(
         multiprocessing_context="fork",
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
-    return _apart(iter(loader))  # `iter` starts the processes
+    handed_over: Any = iter(loader)  # starts the processes
+    # Or their death would, where a loader has once been used in the main thread, also be raised
+    # in whatever that one does.
+    _remove_worker_pids(id(handed_over))
+    handed_over._worker_pids_set = False
+    return _apart(handed_over)
 
 
-def _apart(handed_over: Iterator[tuple[list[Any], Tensor]]) -> Generator[Tensor | None]:
-    with dead_workers_named():
-        for shapes, pixels in handed_over:
-            own = pixels.clone()  # of this process, which closes the file that was handed over
-            sizes = [0 if shape is None else shape.numel() for shape in shapes]
-            for shape, part in zip(shapes, own.split(sizes)):
-                yield None if shape is None else part.view(shape)
+def _apart(handed_over: Iterator[tuple[list[Any], Any]]) -> Generator[Tensor | None]:
+    for shapes, pixels in handed_over:
+        # Of this process, which closes the file that was handed over.
+        own = torch.as_tensor(pixels).clone()
+        sizes = [0 if shape is None else shape.numel() for shape in shapes]
+        for shape, part in zip(shapes, own.split(sizes)):
+            yield None if shape is None else part.view(shape)
+
+
+def forks() -> bool:
+    """Return whether processes can be forked here: on Linux, and not by a daemonic process."""
+    return FORKS and not current_process().daemon
 
 
 def decoding_processes(asked: int | None, images: int, device: torch.device) -> int:

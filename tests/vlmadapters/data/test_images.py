@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import torch
 from backbones import shared_backbone
 from PIL import Image
 from scipy.stats import ks_2samp
+from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop
 
 from vlmadapters.data.images import Augmentation, Images, Room, epoch_batches, shared_room
@@ -262,7 +267,7 @@ def test_a_death_of_the_processes_stops_nothing(
 ) -> None:
     def dies(*given: Any, **options: Any) -> Iterator[torch.Tensor]:
         yield torch.full((3, 32, 32), 7, dtype=torch.uint8)
-        raise UserError("a decoding process died")
+        raise RuntimeError("worker exited")
 
     monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
     monkeypatch.setattr("vlmadapters.data.images.decode_pixels", dies)
@@ -272,13 +277,87 @@ def test_a_death_of_the_processes_stops_nothing(
     with images.arriving(tested=items):
         found = [images.ready(item) for item in items]
     assert [int(image[0, 0, 0]) for image in found] == [7, 160, 200]
-    assert "died; threads decode the rest" in caplog.text
+    assert "died, mostly for lack of memory (worker exited); threads decode" in caplog.text
     caplog.clear()
     monkeypatch.setattr("vlmadapters.data.kept.ENDING", 60.0)
     other = Images(shared_backbone(), dots, workers=2, room=Room(1 << 20))
     with pytest.raises(KeyboardInterrupt), other.arriving(tested=items):
         raise KeyboardInterrupt
     assert not caplog.text, "they died of Ctrl-C"
+
+
+def test_a_killed_process_stops_nothing_where_a_loader_was_used_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch raises the death of those that it watches in whatever the main thread does."""
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
+    monkeypatch.setattr("vlmadapters.data.kept.ENDING", 0.0)
+    before = signal.getsignal(signal.SIGCHLD)
+    list(DataLoader([0], num_workers=1))  # type: ignore
+    items, opens = MANIFEST.items("test")[:40], MANIFEST.__class__.open_image
+    monkeypatch.setattr(MANIFEST.__class__, "open_image", dying_at(items[20], opens))
+    images = Images(shared_backbone(), MANIFEST, workers=2, room=Room(1 << 30))
+    with images.arriving(tested=items):
+        for _ in range(6000):
+            if caplog.text:
+                break
+            time.sleep(0.01)
+    assert caplog.text.count("a decoding process died") == 1
+    signal.signal(signal.SIGCHLD, before)
+
+
+def dying_at(item: Any, opens: Any) -> Any:
+    here = os.getpid()
+
+    def open_image(manifest: Any, asked: Any, *given: Any, **options: Any) -> Any:
+        if asked == item and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opens(manifest, asked, *given, **options)
+
+    return open_image
+
+
+def raising(*given: Any, **options: Any) -> Any:
+    raise RuntimeError("No space left on device (28)")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("lacking", ["shared memory", "right to fork"])
+def test_images_come_where_processes_lack_something(
+    lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    if lacking == "shared memory":  # as where a container has 64 MB of it
+        monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", raising)
+    else:  # as in a pool of processes
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore
+    items, found = MANIFEST.items("test")[:40], []
+    here, there = (
+        Images(shared_backbone(), MANIFEST, workers=n, room=Room(1 << 30)) for n in (0, 2)
+    )
+    asking = threading.Thread(target=lambda: found.extend(there.batches(items, 40)), daemon=True)
+    asking.start()
+    asking.join(60)
+    assert torch.equal(found[0], next(here.batches(items, 40)))
+
+
+def test_what_code_of_the_user_raises_is_raised_to_who_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    items, opens = MANIFEST.items("test")[:20], MANIFEST.__class__.open_image
+
+    def broken(manifest: Any, item: Any, *given: Any, **options: Any) -> Any:
+        return {}["row"] if item == items[5] else opens(manifest, item, *given, **options)
+
+    monkeypatch.setattr(MANIFEST.__class__, "open_image", broken)
+    images = Images(shared_backbone(), MANIFEST, workers=2, room=Room(1 << 30))
+    with images.arriving(tested=items):
+        with pytest.raises(KeyError, match="row"):
+            images.ready(items[5])
+        monkeypatch.setattr(MANIFEST.__class__, "open_image", none)
+        assert images.ready(items[19]).shape == images.ready(items[0]).shape
 
 
 def test_an_image_on_its_way_is_waited_for_and_what_nobody_wants_is_not_made(

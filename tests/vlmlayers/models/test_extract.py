@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -132,6 +133,20 @@ def test_workers_are_forked_however_python_would_start_them():
         assert len(run(Local(), workers=2).vision.ids) == len(run(workers=0).vision.ids)
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_do_without_shared_memory(monkeypatch):
+    """Where a container had little of it, extraction waited for ever."""
+
+    def full(storage):
+        raise RuntimeError("No space left on device (28)")
+
+    monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", full)
+    found = []
+    asking = Thread(target=lambda: found.append(run(workers=2)), daemon=True)
+    asking.start()
+    asking.join(60)
+    assert np.array_equal(found[0].vision.array("proj"), run().vision.array("proj"))
 
 
 def test_global_random_state_is_left_alone():
