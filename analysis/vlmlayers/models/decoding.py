@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -174,6 +175,10 @@ def _end_to_end(images: list[Tensor | None]) -> tuple[list[Any], Any]:
     return shapes, _handed_over(pixels)
 
 
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def decode_pixels(
     manifest: Any,
     items: Sequence[tuple[Any, Callable[[Any], Tensor]]],
@@ -203,6 +208,8 @@ def decode_pixels(
         num_workers=min(workers, len(batches)),
         collate_fn=_end_to_end,
         multiprocessing_context="fork",
+        # Ctrl-C reaches them as well: who waits for their images would do so until a timeout.
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
     handed_over: Any = iter(loader)  # starts the processes

@@ -307,12 +307,27 @@ def test_a_killed_process_stops_nothing_where_a_loader_was_used_before(
     signal.signal(signal.SIGCHLD, before)
 
 
-def dying_at(item: Any, opens: Any) -> Any:
+def test_an_interrupt_leaves_the_processes_to_who_started_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ctrl-C took ten seconds, and a warning of lacking memory."""
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    items, opens = MANIFEST.items("test")[:40], MANIFEST.__class__.open_image
+    interrupted = dying_at(items[20], opens, signal.SIGINT)
+    monkeypatch.setattr(MANIFEST.__class__, "open_image", interrupted)
+    images = Images(shared_backbone(), MANIFEST, workers=2, room=Room(1 << 30))
+    opened = counted_opens(images)
+    assert len(torch.cat(list(images.batches(items, 10)))) == 40
+    assert opened == [0]
+    assert not caplog.text
+
+
+def dying_at(item: Any, opens: Any, of: int = signal.SIGKILL) -> Any:
     here = os.getpid()
 
     def open_image(manifest: Any, asked: Any, *given: Any, **options: Any) -> Any:
         if asked == item and os.getpid() != here:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), of)
         return opens(manifest, asked, *given, **options)
 
     return open_image
