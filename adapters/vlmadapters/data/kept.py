@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
 from multiprocessing import ProcessError
-from threading import Condition, Event, RLock, Thread
+from threading import Condition, Event, RLock, Thread, current_thread
 from weakref import WeakSet, finalize
 
 import torch
@@ -19,7 +19,6 @@ from vlmlayers.models.devices import available_memory
 
 LOG = logging.getLogger(__name__)
 KEEP_SHARE = 4  # the rest of memory is for training
-ENDING = 1.0  # seconds
 
 
 class Room:
@@ -153,13 +152,11 @@ def arriving(
                     if not kept.arrive(path, image) or stop.is_set():
                         break
         except (RuntimeError, OSError, EOFError, ProcessError) as error:
-            # Of processes that died; on Ctrl-C they do, a moment before the context ends.
-            if not stop.wait(ENDING):
-                LOG.warning(
-                    "a decoding process died, mostly for lack of memory (%s); threads decode the "
-                    "rest, more slowly",
-                    one_line(error),
-                )
+            LOG.warning(
+                "a decoding process died, mostly for lack of memory (%s); threads decode the rest, "
+                "more slowly",
+                one_line(error),
+            )
         finally:
             begun.set()
             for kept, path in wanted:
@@ -174,4 +171,5 @@ def arriving(
         yield
     finally:
         stop.set()
-        filler.join()
+        if current_thread() is not filler:  # in which a forgotten context may be collected
+            filler.join()

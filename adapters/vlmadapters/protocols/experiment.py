@@ -281,7 +281,8 @@ class Experiment:
         task = data.task(kind, train.template)
         shots = data.shots(train.shots, seed, kind)
         own = [target for target in self.targets(source) if target.dataset is data]
-        tested = [item for target in own for item in self._items(target)[0]]
+        # Of several processes each tests its share.
+        tested = [item for one in own for item in processes.share(self._items(one)[0])]
         # Beside the training, which leaves a machine with a GPU its cores.
         with data.images.arriving(shots, tested):
             trainer = Trainer(

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import ProcessError, current_process
 from pathlib import Path
 from shutil import disk_usage
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from vlmlayers.data.unreadable import reason
 from vlmlayers.errors import UserError
@@ -28,7 +27,9 @@ _BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
 _DYING = 2.0
 CPU = torch.device("cpu")
 EMPTY = torch.empty(0, dtype=torch.uint8)
-HANDED_OVER = 16  # images that a process hands over at a time
+# Images that a process hands over at a time. Twice as many are under way for each process, which of
+# large photographs is a lot of memory.
+HANDED_OVER = 4
 # Processes that are not forked import all anew, for many seconds of every core. How Python starts
 # them by itself depends on its version, and on how this process was started.
 FORKS = sys.platform == "linux"
@@ -213,11 +214,21 @@ def decode_pixels(
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
     handed_over: Any = iter(loader)  # starts the processes
-    # Or their death would, where a loader has once been used in the main thread, also be raised
-    # in whatever that one does.
-    _remove_worker_pids(id(handed_over))
-    handed_over._worker_pids_set = False
+    _do_not_interrupt(handed_over)
     return _apart(handed_over)
+
+
+def _do_not_interrupt(loader: Any) -> None:
+    """Let the death of a loader's processes reach who waits for their images, and nobody else.
+
+    Where a loader has once been used in the main thread, torch raises it in whatever that does.
+    """
+    # Torch's own list of those it looks after; a torch without it raises as before.
+    with suppress(ImportError, AttributeError):
+        from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
+        _remove_worker_pids(id(loader))
+        loader._worker_pids_set = False
 
 
 def _apart(handed_over: Iterator[tuple[list[Any], Any]]) -> Generator[Tensor | None]:
