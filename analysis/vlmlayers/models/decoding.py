@@ -27,9 +27,9 @@ _BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
 _DYING = 2.0
 CPU = torch.device("cpu")
 EMPTY = torch.empty(0, dtype=torch.uint8)
-# Images that a process hands over at a time. Twice as many are under way for each process, which of
-# large photographs is a lot of memory.
-HANDED_OVER = 4
+# Images that a process hands over at a time, fewer where they are large: twice as many are under
+# way for each process.
+HANDED_OVER, HANDED_BYTES = 16, 8 << 20
 # Processes that are not forked import all anew, for many seconds of every core. How Python starts
 # them by itself depends on its version, and on how this process was started.
 FORKS = sys.platform == "linux"
@@ -202,9 +202,12 @@ def decode_pixels(
     Raises:
         RuntimeError: A decoding process died, mostly for lack of memory.
     """
-    batches = batches_of(len(items), HANDED_OVER)
+    images = _Pixels(manifest, items, root, size)
+    first = images[0]
+    largest = max(HANDED_BYTES // first.nbytes, 1) if first is not None else 1
+    batches = batches_of(len(items), min(HANDED_OVER, largest))
     loader: DataLoader[Any] = DataLoader(
-        _Pixels(manifest, items, root, size),
+        images,
         batch_sampler=batches,
         num_workers=min(workers, len(batches)),
         collate_fn=_end_to_end,

@@ -24,6 +24,8 @@ from torchvision.transforms import RandomResizedCrop
 from vlmadapters.data.images import Augmentation, Images, Room, epoch_batches, shared_room
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
+from vlmlayers.models import decoding
+from vlmlayers.models.decoding import batches_of
 
 MANIFEST = Manifest.load("textures")
 
@@ -220,7 +222,7 @@ def test_many_images_are_decoded_in_processes_and_are_the_same(
     for _ in range(2):  # decoded, then kept
         for size in (7, 30):
             assert all(map(torch.equal, here.batches(items, size), there.batches(items, size)))
-    assert opened == [0], "none was opened in this process"
+    assert opened == [1], "in this process, to see how large they are"
     monkeypatch.setattr(MANIFEST.__class__, "open_image", none)
     with pytest.raises(AssertionError):
         there.raw(items[0])
@@ -230,6 +232,28 @@ def test_many_images_are_decoded_in_processes_and_are_the_same(
         found = [there.raw(item) for item in items]
     assert all(map(torch.equal, found, map(here.raw, items)))
     assert there.room.used == here.room.used > 0
+
+
+@pytest.mark.parametrize(("images", "at_a_time"), [(2.5, 2), (0.5, 1), (100, 16)])
+def test_fewer_images_are_under_way_where_they_are_large(
+    images: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty photographs of 36 MB for each of fifteen processes would be 17 GB."""
+    items, sizes = [(item, converted) for item in MANIFEST.items("test")[:20]], []
+
+    def divided(rows: int, size: int) -> list[list[int]]:
+        sizes.append(size)
+        return batches_of(rows, size)
+
+    monkeypatch.setattr(decoding, "batches_of", divided)
+    monkeypatch.setattr(decoding, "HANDED_BYTES", int(images * 300))
+    found = list(decoding.decode_pixels(MANIFEST, items, root=None, size=32, workers=2))
+    assert sizes == [at_a_time]
+    assert [image.nbytes for image in found] == [300] * 20
+
+
+def converted(image: Any) -> torch.Tensor:
+    return torch.full((3, 10, 10), image.getpixel((0, 0))[0], dtype=torch.uint8)
 
 
 def none(*given: Any, **options: Any) -> Any:
@@ -310,7 +334,7 @@ def test_an_interrupt_leaves_the_processes_to_who_started_them(
     images = Images(shared_backbone(), MANIFEST, workers=2, room=Room(1 << 30))
     opened = counted_opens(images)
     assert len(torch.cat(list(images.batches(items, 10)))) == 40
-    assert opened == [0]
+    assert opened == [1], "in this process, to see how large they are"
     assert not caplog.text
 
 
