@@ -28,17 +28,12 @@ from vlmlayers.data.unreadable import WAY_OUT, Unreadable, reason
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
-from vlmlayers.models.decoding import (
-    WORTH_STARTING,
-    decode_pixels,
-    decoding_processes,
-    forks,
-)
+from vlmlayers.models.decoding import WORTH_STARTING, decode_pixels, decoding_processes, forks
 from vlmlayers.models.devices import placed
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-THREADS = 4
+THREADS = 4  # that decode and crop
 ORDER = 0x0D  # key of the order of items in an epoch
 
 
@@ -129,8 +124,8 @@ class Images:
             for item in items
             if kept.lacks(item.path)
         }
-        worth_it = forks() and self.workers and len(wanted) >= WORTH_STARTING
-        if not worth_it or self.room.full:
+        few = len(wanted) < WORTH_STARTING
+        if few or not self.workers or not forks() or self.room.full:
             yield
             return
         begin = partial(
@@ -176,7 +171,7 @@ class Images:
                 return reason(item.path, error)
             return ""
 
-        with self.arriving(**{"tested" if tested else "trained": items}):
+        with self.arriving(tested=items) if tested else self.arriving(items):
             faults = enumerate(self._map(fault, items))
         return Unreadable({row: found for row, found in faults if found})
 
