@@ -136,7 +136,7 @@ def case_positions() -> list[dict[str, Any]]:
     from vlmlayers.scores import score, score_cost
 
     features = suite_features()
-    bare = {"bootstrap": 2, "jackknife": 2, "shuffles": 1, "permutations": 1}
+    bare = {"bootstrap": 20, "jackknife": 2, "shuffles": 1, "permutations": 1}
     cost = {
         (where, what): score_cost(score(features, jobs=1, positions=positions, **options))
         .set_index("metric")["seconds"]

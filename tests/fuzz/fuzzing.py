@@ -308,7 +308,7 @@ def score_tables(folder: Path) -> Target:
     def read(data: bytes) -> None:
         path = folder / ("t.parquet" if data[:4] == b"PAR1" else "t.csv")
         path.write_bytes(data)
-        select(read_scores(path), "threshold", resamples=2).to_dict()
+        select(read_scores(path), "threshold", resamples=20).to_dict()
 
     def damage(random: np.random.Generator, data: bytes) -> bytes:
         if data[:4] == b"PAR1":
@@ -325,7 +325,7 @@ def choices(folder: Path) -> Target:
     from vlmlayers.selection import LayerChoice, select
 
     path = folder / "choice.json"
-    select(full(), "threshold", resamples=4).save(path)
+    select(full(), "threshold", resamples=20).save(path)
 
     def read(data: bytes) -> None:
         path.write_bytes(data)

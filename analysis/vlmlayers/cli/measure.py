@@ -160,7 +160,7 @@ def select(
     ] = "threshold",
     settings: Settings = None,
     resamples: Annotated[
-        int, typer.Option(help="Resampled tables behind the stability, for rules that read scores.")
+        int, typer.Option(help="Resampled tables behind the stability, 0 for none.")
     ] = RESAMPLES,
     seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The choice.json to write.")] = None,

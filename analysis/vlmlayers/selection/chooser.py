@@ -41,8 +41,8 @@ def select(
             a `LayerChoice`, a (vision, text) pair or a mapping with these keys; each holds blocks
             from 1, or text such as "5-12". It is called again on every resampled table, and the
             choice names the rule as its `def` does.
-        resamples: Resampled tables on which the rule is run again; 0 skips that. Rules that read no
-            score take none.
+        resamples: Resampled tables on which the rule is run again, 20 at least; 0 skips that. Rules
+            that read no score take none.
         seed: Seed of the resampling.
         **options: Fields of the rule, such as `accuracy=0.7` for `threshold`.
 
@@ -50,8 +50,8 @@ def select(
         The choice with its evidence.
 
     Raises:
-        UserError: Rule or option is unknown, resamples or their seed change nothing, or the table
-            lacks what the rule needs.
+        UserError: Rule or option is unknown, resamples are too few, or they or their seed change
+            nothing, or the table lacks what the rule needs.
     """
     table = check_scores(scores)
     chooser = make_rule(rule, options)

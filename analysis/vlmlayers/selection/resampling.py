@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlmlayers.arguments import LEAST_DRAWS
 from vlmlayers.errors import UserError
 
 RESAMPLES = 200  # where nobody names a number
@@ -15,12 +16,17 @@ def resampled(rule: str, resamples: int) -> int:
 
 
 def check_resampling(rule: str, resamples: int, seed: int = 0) -> None:
-    """Raise a UserError where resamples, or their seed, change nothing for a rule of this name.
+    """Raise a UserError where resamples are too few, or change nothing for a rule of this name.
 
-    Resamples of 0 ask for what happens, and are taken for any rule.
+    So may their seed. Resamples of 0 ask for what happens, and are taken for any rule.
     """
     why = f"rule {rule!r} reads no score" if rule in UNSAMPLED else "resamples is 0"
     if resamples not in (0, RESAMPLES) and rule in UNSAMPLED:
         raise UserError(f"resamples draw scores anew, and {why}; leave resamples out")
+    if resamples and resamples < LEAST_DRAWS:
+        raise UserError(
+            f"resamples is {resamples}; at least {LEAST_DRAWS} are needed to say how often a block "
+            "is chosen, or 0 to skip that"
+        )
     if seed and not resampled(rule, resamples):
         raise UserError(f"seed is of the resampling, and {why}; leave seed out")

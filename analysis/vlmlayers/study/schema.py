@@ -286,17 +286,17 @@ def _check_names(study: Study, where: str) -> None:
     if not any(map(is_user_code, study.score.metrics)):
         asked.refuse_unread((METRICS[name] for name in study.score.metrics), options)
     rule = study.select.rule
-    if not is_user_code(rule):
-        try:
+    try:
+        check_resampling(rule, study.select.resamples)
+        if not is_user_code(rule):
             made = make_rule(rule, study.select.options)
-            check_resampling(rule, study.select.resamples)
             # A study that names no rule may be meant for scores alone. What functions of the user's
             # own score is known once their file is looked for, before the first stage.
             named = "select" in study.model_fields_set and "select" in (study.stages or ["select"])
             if named and not any(map(is_user_code, study.score.metrics)):
                 check_reads(study, made, study.score.metrics)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def check_reads(study: Study, rule: Any, scored: Collection[str]) -> None:

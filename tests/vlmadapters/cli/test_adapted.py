@@ -139,7 +139,7 @@ models = [
 items = 20
 [score]
 metrics = ["class_accuracy_ncm", "cka_debiased", "centroid_gap", "fisher_ratio"]
-options = {{ bootstrap = 5 }}
+options = {{ bootstrap = 20 }}
 [select]
 rule = "paper"
 [validate]

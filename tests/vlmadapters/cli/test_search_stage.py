@@ -17,7 +17,7 @@ STUDY: dict[str, Any] = {
     "models": [{"name": "mini-clip"}],
     "datasets": ["shapes_filled", "digits"],
     "extract": {"items": 40},
-    "score": {"metrics": ["dataset_accuracy_ncm"], "options": {"bootstrap": 2, "seeds": [1]}},
+    "score": {"metrics": ["dataset_accuracy_ncm"], "options": {"bootstrap": 20, "seeds": [1]}},
     "search": {
         "datasets": "shapes_filled",
         "set": {"epochs": 1},

@@ -310,7 +310,7 @@ def test_metrics_of_the_model_refuse_captions_before_it_is_loaded(
 
 def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = call(
-        "select", run.folder, "--rule", "budget", "-s", "n=3", "-s", "span=true", "--resamples", 5
+        "select", run.folder, "--rule", "budget", "-s", "n=3", "-s", "span=true", "--resamples", 20
     )
     assert code == 0 and out.startswith("adapt vision ")
     assert max(map(len, out.splitlines()[:-1])) <= 80
@@ -324,7 +324,7 @@ def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-unt
     assert code == 0 and all(Path(line).exists() for line in out.split())
     code, _, err = call("select", run.folder, "-s", "n")
     assert code == 2 and "is not KEY=VALUE" in err
-    code, _, err = call("select", "nowhere", "--rule", "paper", "--resamples", 5)
+    code, _, err = call("select", "nowhere", "--rule", "paper", "--resamples", 20)
     assert code == 2 and "rule 'paper' reads no score; leave resamples out" in err
 
 

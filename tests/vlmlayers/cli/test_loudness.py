@@ -46,7 +46,7 @@ models = [{ path = "tiny", random_weights = true }]
 datasets = ["digits", "shapes_filled"]
 extract = { items = 20, split = "val" }
 score = { metrics = ["dataset_accuracy", "cka_debiased"] }
-select = { resamples = 5 }
+select = { resamples = 20 }
 report = { formats = ["svg"] }
 """)
     return file
@@ -122,7 +122,7 @@ def test_verbose_says_files_caches_and_seconds(call: Any, study: Path, tmp_path:
     assert f"read {out / 'scores.parquet'} (" in err
     assert "dataset_accuracy took" in err and "0 of 1 batches are there" in err
 
-    study.write_text(study.read_text().replace("resamples = 5", "resamples = 6"))
+    study.write_text(study.read_text().replace("resamples = 20", "resamples = 21"))
     text = call("study", study, "--out", out, "-v")[2]
     assert "select runs: changed since: select" in text and "extract runs" not in text
     Run(out).scores.unlink()

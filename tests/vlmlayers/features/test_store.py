@@ -344,7 +344,7 @@ def test_many_stores_hold_few_files_open(whole, tmp_path):
             for tower in member.towers:
                 for space in tower.spaces:
                     total += sum(tower.array(p, space).sum() for p in tower.positions(space))
-        scored = score(features, ["class_accuracy_ncm"], jobs=1, bootstrap=5, progress=False)
+        scored = score(features, ["class_accuracy_ncm"], jobs=1, bootstrap=20, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
     assert np.isfinite(total) and len(scored)

@@ -179,7 +179,7 @@ def test_an_image_model_alone_goes_from_features_to_a_choice(tmp_path):
     again = vl.extract(model, tiny.DrawnManifest(name="one", count=40), "train", tower="vision",
                        out=tmp_path / "one", progress=False)  # fmt: skip
     np.testing.assert_array_equal(again.vision.array("1"), features[0].vision.array("1"))
-    scores = vl.score(features, ["dataset_accuracy", "fisher_ratio"], bootstrap=10, shuffles=2)
+    scores = vl.score(features, ["dataset_accuracy", "fisher_ratio"], bootstrap=20, shuffles=2)
     assert set(scores["tower"]) == {"vision"} and set(scores["metric"]) >= {"fisher_ratio"}
-    choice = vl.select(scores, "threshold", agreement_metric="none", resamples=5)
+    choice = vl.select(scores, "threshold", agreement_metric="none", resamples=20)
     assert choice.vision and choice.text == ()

@@ -53,7 +53,7 @@ def silenced() -> tuple[VLM, pd.DataFrame]:
     model = tiny.model("clip")
     silence(model, "vision", 2)
     silence(model, "text", 2)
-    return model, examine(model, drawn(), items=24, progress=False, bootstrap=50, batch_size=7)
+    return model, examine(model, drawn(), items=24, progress=False, bootstrap=200, batch_size=7)
 
 
 def test_a_block_that_is_the_identity_has_no_importance(silenced) -> None:
@@ -102,7 +102,7 @@ def test_models_of_transformers_and_timm_are_examined_as_any_other(kind: str) ->
     clip, short = build(kind), build(kind)
     seen = (resized, tiny.tokenizer) if timm else (tiny.preprocess, letters)
     model, other = (wrap_model(one, *seen, name=kind, weights="seed 0") for one in (clip, short))
-    table = examine(model, drawn(), items=12, progress=False, bootstrap=5)
+    table = examine(model, drawn(), items=12, progress=False, bootstrap=20)
     refused = {one["metric"] for one in table.attrs["refused"]}
     assert refused == ({"contribution"} if kind == "Siglip" else set())  # it ends in attention
     assert set(table["metric"]) | refused == {n for n, m in METRICS.items() if m.needs == MODEL}
@@ -234,7 +234,7 @@ def test_the_model_is_left_as_it_was() -> None:
     for parameter in model.clip.parameters():
         parameter.requires_grad_(True)
     before = model.weights_hash
-    examine(model, drawn(), items=24, progress=False, bootstrap=5)
+    examine(model, drawn(), items=24, progress=False, bootstrap=20)
     assert model.clip.training and model.weights_hash == before
     assert all(p.requires_grad and p.grad is None for p in model.clip.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.clip.modules())
@@ -243,11 +243,11 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_rules_read_them_as_any_metric(silenced) -> None:
     model, table = silenced
     features = vl.extract(model, drawn(), items=24, progress=False)
-    scores = pd.concat([vl.score(features, ["fisher_ratio"], bootstrap=5, jackknife=3), table])
+    scores = pd.concat([vl.score(features, ["fisher_ratio"], bootstrap=20, jackknife=3), table])
     choice = vl.select(scores, "budget", n=2, span=False, score="metric:skip_joint_change",
-                       resamples=5)  # fmt: skip
+                       resamples=20)  # fmt: skip
     assert 2 not in choice.vision and 2 not in choice.text
-    again = examine(model, drawn(), items=24, progress=False, bootstrap=50, batch_size=7)
+    again = examine(model, drawn(), items=24, progress=False, bootstrap=200, batch_size=7)
     pd.testing.assert_frame_equal(again, table)
 
 

@@ -80,10 +80,10 @@ def test_captioned_images_without_classes_are_recorded_and_scored(tmp_path):
     )
     found = run(Manifest.load(tmp_path / "set.toml"), text="captions")
     assert found.vision.labels.tolist() == [-1] * 12 and len(found.text) == 24
-    table = score(found, ["matched_cosine"], positions=["proj"], bootstrap=5)
+    table = score(found, ["matched_cosine"], positions=["proj"], bootstrap=20)
     assert set(table["n"]) == {24}
     with pytest.raises(UserError, match="class_accuracy_ncm"):
-        score(found, ["class_accuracy_ncm"], bootstrap=5)
+        score(found, ["class_accuracy_ncm"], bootstrap=20)
     # The advice to record captions, which they are, would lead nowhere.
     with pytest.raises(UserError, match="set has no classes, by prompts of which.*marks with"):
         examine(load_model("mini-clip"), tmp_path / "set.toml", items=4, progress=False)

@@ -54,7 +54,7 @@ def line(ax: Axes, label: str) -> np.ndarray:
 
 def test_curves_draw_the_values_of_the_table() -> None:
     scores = planted(seeds=(0, 1))
-    ax = plots.layer_curves(scores, choice=select(scores, resamples=2))
+    ax = plots.layer_curves(scores, choice=select(scores, resamples=20))
     xy = line(ax, "Vision")
     assert len(xy) == 14 and xy[1, 0] == 1 and np.all(np.diff(xy[:, 0]) > 0)
     assert xy[1:5, 1].tolist() == [0.4] * 4 and xy[5:, 1].tolist() == [0.9] * 9
@@ -210,7 +210,7 @@ def test_every_figure_draws_on_given_axes_and_returns_them() -> None:
     import matplotlib.pyplot as plt
 
     scores = full()
-    choice = select(scores, resamples=5)
+    choice = select(scores, resamples=20)
     for draw, arguments in (
         (plots.layer_curves, (scores,)),
         (plots.gap_curves, (scores,)),
@@ -234,7 +234,7 @@ def test_random_weights_are_announced_on_the_figure() -> None:
         plots.layer_curves(scores),
         plots.agreement_matrix(scores),
         plots.dataset_heatmap(scores),
-        plots.selection_frequency(select(scores, resamples=2)),
+        plots.selection_frequency(select(scores, resamples=20)),
         plots.dataset_curves(scores, "class_accuracy"),
     ):
         assert announced(ax)
@@ -388,7 +388,7 @@ def test_marks_of_chosen_blocks_never_cover_labels(count: int) -> None:
     names = [f"a dataset of a long name {number}" for number in range(count)]
     rows = scores[scores["dataset"] == DATASETS[0]]
     many = pd.concat([rows.assign(dataset=name) for name in names])
-    choice = select(scores, resamples=2)
+    choice = select(scores, resamples=20)
     for ax in (
         plots.dataset_heatmap(many, choice=choice),
         plots.agreement_matrix(many, choice=choice),

@@ -157,7 +157,7 @@ def test_the_sweep_is_told_apart_from_other_placements(validated: Run) -> None:
 
 def test_a_knee_is_drawn_over_its_curve(tmp_path: Path) -> None:
     run = make_run(tmp_path / "knee", small=True)
-    select(read_answer(run.folder).scores, "knee", resamples=3).save(run.choice)
+    select(read_answer(run.folder).scores, "knee", resamples=20).save(run.choice)
     answer = read_answer(run.folder)
     fit = answer.choice.evidence["towers"]["text"]["values"]["dataset_accuracy"]["fit"]
     assert payload(answer)["fits"]["text"]["dataset_accuracy"] == pytest.approx(fit, rel=1e-4)
@@ -502,7 +502,7 @@ def test_another_readout_of_the_dataset_is_drawn_and_compared(tmp_path: Path) ->
         scores = read_answer(run.folder).scores
         other = scores.replace({"metric": {"dataset_accuracy": "dataset_accuracy_ncm"}})
         write_scores(other, run.folder)
-        select(other, metric="dataset_accuracy_ncm", resamples=2).save(run.choice)
+        select(other, metric="dataset_accuracy_ncm", resamples=20).save(run.choice)
         folders.append(run.folder)
     write_report(folders[0])
     drawn = pd.read_csv(folders[0] / "figures" / "curves-dataset-accuracy-ncm.csv")

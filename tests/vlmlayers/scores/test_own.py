@@ -128,7 +128,7 @@ def test_a_function_chooses(scores: pd.DataFrame) -> None:
         depth = rows["position"].astype(int).max()
         return {"vision": range(depth - number + 1, depth + 1), "text": f"{depth}"}
 
-    choice = vl.select(scores, rule=last_blocks, number=2, resamples=4)
+    choice = vl.select(scores, rule=last_blocks, number=2, resamples=20)
     assert (choice.vision, choice.text, choice.rule) == ((2, 3), (3,), "last_blocks")
     assert choice.evidence["towers"]["vision"]["frequency"] == [0.0, 1.0, 1.0]
 

@@ -669,7 +669,7 @@ def test_nan_and_inf_name_dataset_tower_and_position(value: float) -> None:
         ({"spaces": ["jiont"]}, "unknown space 'jiont'; did you mean 'joint'"),
         ({"positions": ["17"]}, "unknown position '17' in the features"),
         ({"positions": ["prj"]}, "unknown position 'prj'; did you mean 'proj'"),
-        ({"bootstrap": 1}, "bootstrap is 1; at least 2 is needed"),
+        ({"bootstrap": 19}, "bootstrap is 19; at least 20 is needed"),
         ({"folds": 2}, "folds is 2; at least 3 is needed"),
         ({"seeds": ()}, r"seeds is \(\); a list of at least 1 is needed"),
         ({"seeds": [1, 2, 1]}, "'seeds': names 1 twice"),

@@ -62,7 +62,7 @@ def test_every_rule_on_every_depth(
 ) -> None:
     """The planted step leaves a share of each tower below it, which the rule has to find."""
     first = [1 + round(share * depth) for depth in depths]
-    resampled = {} if rule in ("paper", "all") else {"resamples": 5}
+    resampled = {} if rule in ("paper", "all") else {"resamples": 20}
     choice = select(planted(*depths, (first[0], first[1])), rule, **resampled, **options)
     assert (choice.vision, choice.text) == (span(first[0], depths[0]), span(first[1], depths[1]))
     for tower, depth in zip(("vision", "text"), depths):
@@ -136,7 +136,7 @@ def test_the_knee_of_each_tower_is_its_own(depths: tuple[int, int], knees: tuple
         curve_rows("dataset_accuracy", tower, list(0.2 + 0.04 * np.minimum(np.arange(d), k - 1)))
         for tower, d, k in zip(("vision", "text"), depths, knees)
     ]
-    choice = select(table(*parts), "knee", resamples=3)
+    choice = select(table(*parts), "knee", resamples=20)
     assert (choice.vision, choice.text) == (span(knees[0], depths[0]), span(knees[1], depths[1]))
     fit = choice.evidence["towers"]["vision"]["values"]["dataset_accuracy"]["fit"]
     assert len(fit) == depths[0] and fit[-1] == pytest.approx(0.2 + 0.04 * (knees[0] - 1))
@@ -158,7 +158,7 @@ def test_zero_shot_accuracy_is_a_curve_although_it_names_a_partner() -> None:
 
 
 def test_budget_finds_the_planted_span() -> None:
-    choice = select(planted(24, 12, (17, 5)), "budget", n=8, resamples=5)
+    choice = select(planted(24, 12, (17, 5)), "budget", n=8, resamples=20)
     assert (choice.vision, choice.text) == (span(17, 24), span(5, 12))
 
 
@@ -371,7 +371,7 @@ def test_own_rule_from_a_file(tmp_path: Path) -> None:
         "def deep(scores):\n    return [99], []\n"
         "def typo(scores):\n    return {'visoin': [1]}\n"
     )
-    choice = select(planted(), f"{file}:last", n=3, resamples=3)
+    choice = select(planted(), f"{file}:last", n=3, resamples=20)
     assert (choice.vision, choice.text) == ((10, 11, 12), (12,))
     assert choice.evidence["towers"]["vision"]["frequency"][-3:] == [1, 1, 1]
     for name, message in (
@@ -404,7 +404,7 @@ def test_own_rule_from_an_installed_package(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rules\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[vlmlayers.rules]\nends = my_rules:ends\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    choice = select(planted(), "ends", resamples=2, n=2)
+    choice = select(planted(), "ends", resamples=20, n=2)
     assert (choice.vision, choice.text, choice.rule) == ((1, 2), (12,), "ends")
     assert choice.evidence["towers"]["vision"]["frequency"][:3] == [1, 1, 0]
     with pytest.raises(UserError, match="did you mean 'ends'"):
@@ -450,7 +450,7 @@ def test_bad_choice_files(content: str, message: str, tmp_path: Path) -> None:
 
 
 def test_choice_round_trip(tmp_path: Path) -> None:
-    choice = select(planted(), resamples=5)
+    choice = select(planted(), resamples=20)
     again = LayerChoice.load(choice.save(tmp_path / "a" / "choice.json"))
     assert again == choice and again.evidence == choice.evidence
     assert json.loads((tmp_path / "a" / "choice.json").read_text())["vision"] == list(span(5, 12))
@@ -460,7 +460,7 @@ def test_choice_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_choice_shows_itself_in_ten_lines() -> None:
-    choice = select(planted(), resamples=5)
+    choice = select(planted(), resamples=20)
     first, *said = repr(choice).splitlines()
     assert first == f"LayerChoice({choice})" and " ".join(said) == choice.statement != ""
     assert repr(LayerChoice([1, 2], [3], "mine")) == "LayerChoice(vision 1–2, text 3 (rule mine))"
@@ -479,6 +479,8 @@ def test_a_choice_shows_itself_in_ten_lines() -> None:
         ({"partner": "dept"}, "did you mean 'depth'"),
         ({"metric": "dataset_acuracy"}, "did you mean 'dataset_accuracy'"),
         ({"resamples": -1}, "resamples takes a whole number from 0, not -1"),
+        ({"resamples": 1}, "resamples is 1; at least 20 are needed"),
+        ({"resamples": 19, "rule": "knee"}, "or 0 to skip that"),
         ({"rule": "budget", "n": 13}, "exceeds the 12 vision blocks"),
         ({"rule": "budget", "n": -1}, "n takes a whole number from 0, not -1"),
         ({"rule": "budget", "score": "acuracy"}, "did you mean 'accuracy'"),
@@ -486,7 +488,7 @@ def test_a_choice_shows_itself_in_ten_lines() -> None:
         ({"rule": "explicit"}, "names no block"),
         ({"seed": 3, "resamples": 0}, "seed is of the resampling, and resamples is 0"),
         ({"seed": 3, "rule": "paper"}, "rule 'paper' reads no score; leave seed out"),
-        ({"resamples": 5, "rule": "all"}, "rule 'all' reads no score; leave resamples out"),
+        ({"resamples": 20, "rule": "all"}, "rule 'all' reads no score; leave resamples out"),
         (
             {"agreement": 0.7, "agreement_metric": "none"},
             "agreement is of agreement between towers, and agreement_metric is none",

@@ -71,10 +71,11 @@ STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
         ({"select": {"rule": "treshold"}}, "did you mean 'threshold'"),
         ({"select": {"options": {"acuracy": 1}}}, "did you mean 'accuracy'"),
         (
-            {"select": {"rule": "paper", "resamples": 4}},
+            {"select": {"rule": "paper", "resamples": 20}},
             "rule 'paper' reads no score; leave resamples out",
         ),
-        ({"search": {}, "select": {"resamples": 4}}, "rule 'search' reads no score"),
+        ({"select": {"rule": "own.py:rule", "resamples": 1}}, "resamples is 1; at least 20 are needed"),
+        ({"search": {}, "select": {"resamples": 20}}, "rule 'search' reads no score"),
         ({"report": {"formats": ["gif"]}}, "svg"),
     ],
 )
@@ -292,7 +293,7 @@ def test_a_changed_rule_beside_the_study_is_run_again(
     shutil.copytree(study_file.parent, tmp_path / "base")
     text = study_file.read_text().replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
     file = tmp_path / "base" / "s.toml"
-    file.write_text(text.replace("resamples = 5", 'rule = "own.py:rule"\nresamples = 3'))
+    file.write_text(text.replace("resamples = 20", 'rule = "own.py:rule"\nresamples = 20'))
     for block in (1, 2):
         own = f"def rule(scores):\n    return [{block}], [{block}]\n"
         (tmp_path / "base" / "own.py").write_text(own)
@@ -317,10 +318,10 @@ batch_size = 8
 [score]
 metrics = ["dataset_accuracy_ncm", "cka_debiased", "centroid_gap", "class_accuracy_ncm",
   "skip_joint_change", "zero_shot_margin"]
-options = { seeds = [1], bootstrap = 5, permutations = 2 }
+options = { seeds = [1], bootstrap = 20, permutations = 2 }
 [select]
 options = { metric = "dataset_accuracy_ncm" }
-resamples = 5
+resamples = 20
 [report]
 formats = ["svg"]
 """
@@ -387,7 +388,7 @@ def test_metrics_of_the_model_stand_beside_those_of_features(done: Run, tmp_path
     copy = tmp_path / "copy"
     shutil.copytree(done.folder, copy)
     metrics = ["skip_joint_change", "class_accuracy_ncm"]
-    score_run(copy, metrics, {"seeds": [1], "bootstrap": 5}, progress=False)
+    score_run(copy, metrics, {"seeds": [1], "bootstrap": 20}, progress=False)
     again = read_scores(copy)
     assert set(again["metric"]) == set(metrics)
     alone = again[again["metric"] == "skip_joint_change"].reset_index(drop=True)
@@ -432,7 +433,7 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(
     copy = tmp_path / "copy"
     shutil.copytree(done.folder, copy)
     changed = study_file.read_text().replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
-    changed = changed.replace("resamples = 5", 'rule = "paper"')
+    changed = changed.replace("resamples = 20", 'rule = "paper"')
     file = tmp_path / "s.toml"
     file.write_text(changed)
     said: list[str] = []
@@ -465,7 +466,7 @@ def test_a_seed_of_items_goes_with_a_rule_that_draws_nothing(
 ) -> None:
     copy, file = tmp_path / "copy", tmp_path / "s.toml"
     shutil.copytree(done.folder, copy)
-    source = study_file.read_text().replace("resamples = 5", 'rule = "paper"')
+    source = study_file.read_text().replace("resamples = 20", 'rule = "paper"')
     source = source.replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
     file.write_text("seed = 3\n" + source)
     run_study(read_study(file), copy, base=study_file.parent, progress=False, only=["select"])
