@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like
@@ -238,7 +239,7 @@ def on_tower(frame: pd.DataFrame, metric: str, tower: str) -> pd.DataFrame:
     """
     check_one_of("tower", tower, TOWERS)
     rows = frame[frame["tower"] == tower]
-    if rows.empty:
+    if not np.isfinite(rows["value"].to_numpy(float)).any():
         raise UserError(f"metric {metric!r} has no value on the {tower} tower")
     return rows
 

@@ -51,6 +51,12 @@ def _need(frame: pd.DataFrame, *columns: str) -> None:
         )
 
 
+def _refuse_empty(frame: pd.DataFrame, *columns: str) -> None:
+    """Refuse a table that has no number in any of these columns."""
+    if not np.isfinite(frame[list(columns)].to_numpy(float)).any():
+        raise UserError(f"no row of the table has a number in {' or '.join(columns)}")
+
+
 def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
     """Return a column of yes and no; no where it is not there."""
     if name not in outcomes.columns:
@@ -81,9 +87,10 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
         ax: Axes to draw on.
 
     Raises:
-        UserError: A column is missing, there is no row, or a placement has several.
+        UserError: A column is missing or empty, there is no row, or a placement has several.
     """
     _need(outcomes, "base", "novel", "hm")
+    _refuse_empty(outcomes, "base", "novel", "hm")
     swept = _swept(outcomes)
     with style():
         ax = axes(ax, (3.35, 2.6))
@@ -137,11 +144,12 @@ def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[
         The axes of base, novel and harmonic mean.
 
     Raises:
-        UserError: A column is missing, or there is no row.
+        UserError: A column is missing, or there is no row or no number.
     """
     missing = [name for name in ("placement", "times", *OUTCOMES) if name not in amounts.columns]
     if missing or amounts.empty:
         raise UserError(f"the table of amounts lacks {', '.join(missing) or 'rows'}")
+    _refuse_empty(amounts, *OUTCOMES)
     if axs is not None and len(axs) != len(OUTCOMES):
         raise UserError(f"axs takes {len(OUTCOMES)} axes, not {len(axs)}")
     with style():
@@ -185,9 +193,11 @@ def predicted_vs_trained(
         ax: Axes to draw on.
 
     Raises:
-        UserError: A column is missing, there is no row, or a placement has several.
+        UserError: A column is missing or empty, there is no row, or a placement has several.
     """
     _need(outcomes, "hm", predicted)
+    for column in ("hm", predicted):
+        _refuse_empty(outcomes, column)
     with style():
         ax = axes(ax)
         published, chosen = _flag(outcomes, "published"), _flag(outcomes, "chosen")
@@ -225,7 +235,7 @@ def cost(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
     """Draw the trained HM against the trainable parameters, one point per placement.
 
     Raises:
-        UserError: A column is missing, there is no row, or a placement has several.
+        UserError: A column is missing or empty, there is no row, or a placement has several.
     """
     _need(outcomes, "hm", "parameters")
     with style():

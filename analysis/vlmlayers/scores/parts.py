@@ -7,7 +7,10 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from vlmlayers.errors import UserError
+from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Labels
 
 
@@ -25,6 +28,18 @@ def balanced_rows(labels: Labels, n: int, rng: np.random.Generator) -> Labels:
     # First the first item of every class, then the second, …: any number of them is balanced.
     ranked = order[np.argsort(turn[order], kind="stable")]
     return np.sort(ranked[:n])
+
+
+def refuse_not_finite(
+    array: NDArray[Any], features: LayerFeatures, tower: TowerFeatures, position: str, space: str
+) -> None:
+    """Raise a UserError that names dataset, tower, position and item of the first NaN or Inf."""
+    if not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0, 0])
+        raise UserError(
+            f"{features.dataset}, {tower.tower} at {position} ({space}) has NaN or Inf "
+            f"in item {row} ({tower.ids[row]}); extract again, in fp32"
+        )
 
 
 def deal(

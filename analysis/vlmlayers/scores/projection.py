@@ -14,7 +14,7 @@ from vlmlayers.arguments import Count, Natural, Position, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.positions import is_block
-from vlmlayers.scores.parts import balanced_rows
+from vlmlayers.scores.parts import balanced_rows, refuse_not_finite
 from vlmlayers.scores.reading import partner_block
 from vlmlayers.words import counted
 
@@ -55,8 +55,9 @@ def project(
         image's path or the text), `row` (its row in the features), `position`.
 
     Raises:
-        UserError: Several models, a position or space that was not recorded, towers of different
-            width, fewer than five items, or `umap` without the package umap-learn.
+        UserError: Several models, a dataset twice, a position or space that was not recorded, NaN
+            or Inf, towers of different width, fewer than five items, or `umap` without the package
+            umap-learn.
     """
     parts = [features] if isinstance(features, LayerFeatures) else list(features)
     _one_model(parts)
@@ -100,7 +101,7 @@ def nearest(
         `position`, `rank` from 1, `row`, `item`, `class`, `cosine`, `same_class`.
 
     Raises:
-        UserError: There is no such row, position or space.
+        UserError: There is no such row, position or space, or features are NaN or Inf.
     """
     part = features.tower(tower)
     part.require_vectors()
@@ -109,6 +110,7 @@ def nearest(
     rows = []
     for position in positions or part.positions(space):
         array = np.asarray(part.array(position, space), dtype=np.float64)
+        refuse_not_finite(array, features, part, position, space)
         unit = array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
         cosine = unit @ unit[item]
         order = [r for r in np.argsort(-cosine, kind="stable") if r != item][:count]
@@ -128,6 +130,13 @@ def _one_model(parts: Sequence[LayerFeatures]) -> None:
     if len(models) != 1:
         named = ", ".join(models) or "none"
         raise UserError(f"one picture shows features of one model, not {len(models)}: {named}")
+    names = [part.dataset for part in parts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"dataset {name!r} is given {names.count(name)} times, and its items would be "
+                "drawn as one; give it once, or `dataclasses.replace` its name"
+            )
 
 
 def _points(
@@ -146,7 +155,9 @@ def _points(
         "item": [tower.ids[row] for row in rows],
         "row": rows,
     })  # fmt: skip
-    return np.asarray(tower.array(position, space)[rows], dtype=np.float32), frame
+    array = tower.array(position, space)
+    refuse_not_finite(array, features, tower, position, space)
+    return np.asarray(array[rows], dtype=np.float32), frame
 
 
 def _plane(values: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from vlmlayers.metrics.checks import Array
 from vlmlayers.metrics.table import Metric
 from vlmlayers.positions import relative_depth, sort_key
 from vlmlayers.scores.options import UNKEYED, ScoreOptions
-from vlmlayers.scores.parts import balanced_rows
+from vlmlayers.scores.parts import balanced_rows, refuse_not_finite
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.schema import score_frame
 from vlmlayers.words import counted
@@ -287,12 +287,7 @@ def check_finite(features: LayerFeatures) -> None:
         tower.require_vectors()
         for space, by_position in tower.arrays.items():
             for position, array in by_position.items():
-                if not np.isfinite(array).all():
-                    row = int(np.argwhere(~np.isfinite(array))[0, 0])
-                    raise UserError(
-                        f"{features.dataset}, {tower.tower} at {position} ({space}) has NaN or Inf "
-                        f"in item {row} ({tower.ids[row]}); extract again, in fp32"
-                    )
+                refuse_not_finite(array, features, tower, position, space)
 
 
 def chosen_positions(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.reading import (
     POOLED,
@@ -73,8 +73,8 @@ def curves(
         space: Space to read; None takes the first present.
 
     Raises:
-        UserError: The metric or dataset is not in the table, or the table holds several models or
-            scorings.
+        UserError: The metric or dataset is not in the table or has no number there, or the table
+            holds several models or scorings.
     """
     blocks = depths(bare(scores))
     scores = of_metric(scores, metric)
@@ -90,6 +90,8 @@ def curves(
     joined = _summary(pd.concat(parts)) if any(map(len, parts)) else pd.DataFrame()
     # No rows have no columns either; what reads the curve counts on these.
     joined = joined.reindex(columns=CURVE_COLUMNS)
+    if len(joined):
+        refuse_empty(joined["value"], metric)
     least, most = _bounds(metric)
     return joined.assign(low=joined["low"].clip(lower=least), high=joined["high"].clip(upper=most))
 
@@ -104,6 +106,12 @@ def of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
         check_one_of("metric", metric, metric_names(scores), where="the score table")
         scores = bare(scores)[scores["metric"] == metric]
     return check_scores(scores)
+
+
+def refuse_empty(values: pd.Series, metric: str, where: str = "the score table") -> None:
+    """Raise a UserError where a metric has rows and no number in any of them."""
+    if not np.isfinite(values.to_numpy(float)).any():
+        raise UserError(f"every value of {metric!r} in {where} is missing or infinite")
 
 
 def _bounds(metric: str) -> tuple[float, float]:
@@ -188,6 +196,8 @@ def agreement(
     rows = rows[rows["other_tower"] == other_tower]
     grouped = rows.groupby(["position", "other_position"], sort=False)[["value", "null"]].mean()
     frame = grouped.reset_index()
+    if len(frame):
+        refuse_empty(frame["value"], metric)
     order = [
         (*sort_key(str(a)), *sort_key(str(b)))
         for a, b in zip(frame["position"], frame["other_position"])

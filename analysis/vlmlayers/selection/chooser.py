@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vlmlayers.arguments import Natural, Seed, checked
@@ -65,6 +66,8 @@ def select(
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
     moves = resampled(name, resamples)
     found = stability(chooser, seen, moves, seed) if moves else {}
+    if moves:
+        picks = {tower: _with_unmoved(pick, seen, tower) for tower, pick in picks.items()}
     evidence = _evidence(table, chooser, blocks, picks, found)
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
@@ -81,6 +84,23 @@ def _used(scores: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     # Agreement within a tower says nothing of blocks, and its matrices are most of a table.
     rows = scores[scores["metric"].isin(names) & (scores["other_tower"] != scores["tower"])]
     return pd.concat([Reading().rows(rows, name, tower) for name in names for tower in TOWERS])
+
+
+def _with_unmoved(pick: Pick, table: BlockTable, tower: str) -> Pick:
+    """Return a pick with a note for each metric that resamples leave as it is at some block.
+
+    A value without interval is the same in every resample, whose agreement then says nothing.
+    """
+    blocks = table.scores["position"].astype(str).str.isdecimal()
+    ours = (table.scores["tower"] == tower) | (table.scores["other_tower"] == tower)
+    rows = table.scores[blocks & ours]
+    still = rows[~np.isfinite((rows["high"] - rows["low"]).to_numpy(float))]
+    notes = (
+        f"{name} of the {tower} tower has no interval at {n} of its "
+        f"{(rows['metric'] == name).sum()} values, which no resample moves"
+        for name, n in still["metric"].value_counts(sort=False).items()
+    )
+    return replace(pick, notes=(*pick.notes, *notes))
 
 
 def _evidence(

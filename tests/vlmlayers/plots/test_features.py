@@ -40,6 +40,13 @@ def planted(dataset: str = "pets", shift: float = 0.0, n: int = 30) -> vl.LayerF
     )
 
 
+def broken() -> vl.LayerFeatures:
+    """The same with one number lost at block 2."""
+    features = planted()
+    features.tower("vision").array("2", "joint")[3, 0] = np.nan
+    return features
+
+
 def test_projection_keeps_planted_distances() -> None:
     table = project(planted(), 2, space="joint")
     means = table.groupby("class")["x"].mean().sort_values()
@@ -120,6 +127,9 @@ def test_umap_is_refused_in_one_line_where_it_is_not_there(monkeypatch: pytest.M
         (lambda f: vl.plots.scatter(f, 1), "unknown space 'native'"),
         (lambda f: vl.plots.scatter(f, 1, method="pcca"), "method"),
         (lambda f: vl.plots.scatter([], 1), "one model, not 0"),
+        (lambda f: vl.plots.scatter([f, f], 1, space="joint"), "dataset 'pets' is given 2 times"),
+        (lambda f: vl.plots.scatter(broken(), 2, space="joint"), "has NaN or Inf in item 3"),
+        (lambda f: nearest(broken(), 0, space="joint"), r"vision at 2 \(joint\) has NaN or Inf"),
         (lambda f: vl.plots.scatter(f, [1, 2], space="joint", ax=Figure().subplots()), "ax"),
         (lambda f: vl.plots.scatter(planted(n=4), 1, space="joint"), "4 items; at least 5"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,34 @@ def test_summaries_know_shapes_and_datasets() -> None:
         (lambda: plots.dataset_curves(full()[["value"]], "x"), "lacks the columns model, weights"),
         (lambda: plots.save_figure(plots.layer_curves(full()), "x", formats=()), "no format is"),
         (lambda: plots.layer_curves(full().assign(low="x")), "'x' in the column low, where a num"),
+        *(
+            (partial(draw, full().assign(value=np.nan), metric), f"every value of '{metric}'")
+            for draw, metric in (
+                (plots.layer_curves, "dataset_accuracy"),
+                (plots.dataset_curves, "class_accuracy"),
+                (plots.gap_curves, "centroid_gap"),
+                (plots.dataset_heatmap, "class_accuracy"),
+                (plots.agreement_matrix, "cka_debiased"),
+            )
+        ),
+        (
+            lambda: plots.dataset_curves(
+                (scores := full()).assign(value=scores["value"].where(scores["tower"] == "text")),
+                "class_accuracy",
+            ),
+            "'class_accuracy' has no value on the vision tower",
+        ),
+        (
+            lambda: plots.placement_sweep(OUTCOMES.assign(base=np.nan, novel=np.nan, hm=np.nan)),
+            "no row of the table has a number in base or novel or hm",
+        ),
+        (lambda: plots.cost(OUTCOMES.assign(parameters=np.inf)), "a number in parameters"),
+        (
+            lambda: plots.amount_curves(
+                OUTCOMES.assign(times=1, base=np.nan, novel=np.nan, hm=np.nan)
+            ),
+            "a number in base or novel or hm",
+        ),
     ],
 )
 def test_bad_input(call: object, message: str) -> None:

@@ -592,3 +592,15 @@ def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
         placement_score(scores, (25,), ())
     with pytest.raises(UserError, match="did you mean 'mean_accuracy'"):
         placement_score(scores, (1,), (), "mean_acuracy")
+
+
+@pytest.mark.parametrize("rule", ["threshold", "knee", "budget"])
+def test_values_that_no_resample_moves_leave_the_tower_open(rule: str) -> None:
+    """A table without intervals gives the same choice in every resample, which shows nothing."""
+    scores = planted()
+    one = (scores["metric"] == "dataset_accuracy") & (scores["tower"] == "vision")
+    scores.loc[one & (scores["position"] == "6"), ["low", "high"]] = np.nan
+    choice = select(scores, rule, resamples=20)
+    said = "dataset_accuracy of the vision tower has no interval at 3 of its 36 values"
+    assert f"{said}, which no resample moves" in choice.statement
+    assert not choice.evidence["decided"] and not choice.firm("vision") and choice.firm("text")
