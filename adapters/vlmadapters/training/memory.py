@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from vlmlayers.models.devices import available_memory
 # What autograd keeps is measured; what a step needs besides and frees at once is not:
 # gradients on their way down, and the hidden layer of the block that is being computed.
 TRANSIENT = 1.5
+# Trainings that differ in their seed or data alone take as much: measured once for a backbone.
+_MEASURED: WeakKeyDictionary[Backbone, dict[Any, int]] = WeakKeyDictionary()
 
 
 def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, classes: int) -> int:
@@ -60,6 +64,14 @@ def step_bytes(backbone: Backbone, method: Method, task: Task, batch_size: int) 
     What is kept grows with images, with classes, and with both where the text depends on the
     image: four small steps tell the four coefficients.
     """
+    known = _MEASURED.setdefault(backbone, {})
+    key = type(method), method.config, task, batch_size
+    if key not in known:
+        known[key] = _measured(backbone, method, task, batch_size)
+    return known[key]
+
+
+def _measured(backbone: Backbone, method: Method, task: Task, batch_size: int) -> int:
     classes = len(task.class_names)
     if classes < 3:  # too few to extrapolate from one and two
         return round(TRANSIENT * batch_size * kept_bytes(backbone, method, task, 1, classes))

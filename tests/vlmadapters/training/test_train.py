@@ -29,7 +29,7 @@ from vlmadapters.methods.configs import CoOpConfig, KgCoOpConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import Adapter
 from vlmadapters.protocols.evaluate import Case, Evaluator
-from vlmadapters.training.memory import step_bytes
+from vlmadapters.training.memory import kept_bytes, step_bytes
 from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.state import STATE_FILE
 from vlmadapters.training.trainer import Trainer, TrainResult
@@ -295,8 +295,31 @@ def test_measuring_a_step_leaves_nothing_behind() -> None:
 
     step_bytes(backbone, method, task, 8)  # what is kept once for a backbone
     before = tensors()
-    step_bytes(backbone, method, task, 8)
+    step_bytes(backbone, method, task, 9)
     assert tensors() <= before
+
+
+def test_a_step_is_measured_once_for_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[Any, ...]] = []
+
+    def count(*given: Any) -> int:
+        measured.append(given)
+        return kept_bytes(*given)
+
+    monkeypatch.setattr("vlmadapters.training.memory.kept_bytes", count)
+    model = shared_backbone()
+    backbone = Backbone(model.clip, Savings(), model.tokenizer)
+
+    def measures(train: TrainConfig = TRAIN, config: MMAConfig = CONFIG, seed: int = 1) -> bool:
+        measured.clear()
+        trainer(train, (config,), seed=seed, backbone=backbone)
+        return bool(measured)
+
+    assert measures() and not measures(seed=2)
+    assert measures(replace(TRAIN, batch_size=2))
+    assert measures(config=replace(CONFIG, dim=8))
+    assert measures(replace(TRAIN, template="a photo of my {}"))
+    assert not measures(replace(TRAIN, lr=0.01, epochs=3))
 
 
 @pytest.mark.parametrize(
