@@ -198,7 +198,7 @@ class Manifest:
             items = self._split_items(split, root)
         return self.present(items, root, split) if present_only else items
 
-    def _split_items(self, split: str, root: Root) -> list[Item]:
+    def _split_items(self, split: str, root: Root, *, quiet: bool = False) -> list[Item]:
         layout = layout_of(self.place(root))
         found = layout.splits()
         carve = self.spec.carve if "val" not in found and "train" in found else {}
@@ -213,7 +213,7 @@ class Manifest:
             items = stratified_split(self._named(layout.items("train"), root), shares)[split]
         else:
             items = self._named(layout.items(split), root)
-        for remark in layout.remarks():
+        for remark in () if quiet else layout.remarks():
             _say_once(f"{self.name}: {remark}")
         return items
 
@@ -400,7 +400,8 @@ class Manifest:
         if self.layout == "builtin":
             return built_in(self.name, self.spec)
         try:
-            by_split = {split: self.items(split, root) for split in self.splits(root)}
+            # The result has the remarks, which the log would say a second time.
+            by_split = {s: self._split_items(s, root, quiet=True) for s in self.splits(root)}
             classes, remarks = len(self.class_names(root)), self.remarks(root)
         except UserError as error:
             return not_listed(self.name, self.spec, error)

@@ -364,6 +364,7 @@ def test_table_with_numbers_and_names(tmp_path: Path) -> None:
     ("rows", "extra", "message"),
     [
         ([{"pth": "a.jpg"}], "", "has no column 'path' (it has: ['pth']); did you mean 'pth'?"),
+        ([{"a.JPG": "b.jpg", "a cat": "a dog"}], "", "write one of column names above it, as path,"),
         ([{"path": "../a.jpg"}], "", "row 1 of"),
         ([{"path": ""}], "", "no row of"),
         ([{"path": "", "label": "x"}], "", "row 1 of"),
@@ -424,6 +425,12 @@ def test_labels_of_a_table_are_closed_up(tmp_path: Path) -> None:
     manifest = table_dataset(tmp_path, "t.csv")
     assert manifest.class_names() == ("3", "7", "12")
     assert manifest.remarks() == ("its labels, 3 to 12, are counted from 0",)
+
+
+def test_a_check_says_a_remark_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_table(tmp_path / "t.csv", [{"path": f"{n}.jpg", "label": n} for n in (21, 22)])
+    remark = "its labels, 21 to 22, are counted from 0"
+    assert remark in table_dataset(tmp_path, "t.csv").check().line() and remark not in caplog.text
 
 
 PLAIN = ["path,class_name", "in/\u00e90.png,owl", "in/\u00e91.png,gull"]

@@ -11,7 +11,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlmlayers.errors import UserError, nearest
+from vlmlayers.data.names import IMAGE_SUFFIXES, suffix_of
+from vlmlayers.errors import UserError, nearest, shortened
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, listed_path, stratified_split
 from vlmlayers.manifests.layouts.base import (
     Layout,
@@ -199,7 +200,13 @@ def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
     if rows and columns.path not in found:
         close = nearest(columns.path, found)
         hint = f"; did you mean {close!r}?" if close else ""
-        raise UserError(f"{path} has no column {columns.path!r} (it has: {found}){hint}"[:500])
+        if any(suffix_of(str(name)) in IMAGE_SUFFIXES for name in found):
+            names = f"{columns.path}, {columns.label} or {columns.caption}"
+            hint = f"; its first line names an image: write one of column names above it, as {names}"
+        # Names of columns may be of any length; the advice stays whole.
+        raise UserError(
+            f"{path} has no column {columns.path!r} (it has: {shortened(str(found), 300)}){hint}"
+        )
     return rows
 
 
