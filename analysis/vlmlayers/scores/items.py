@@ -145,7 +145,8 @@ def _run_single(scoring: Scoring, source: Source, labels: Labels | None) -> None
             arguments = point.arguments(width=width)
             value, interval, how = value_and_interval(metric, (x, *given), arguments, shared)
             null = _null(point, x, given, width, shared)
-            noted = {k: v for k, v in point.arguments().items() if k != "width"}
+            # There are no more neighbours than other items.
+            noted = point.arguments(k=min(point.options.k, len(x) - 1))
             point.add(value, interval, null, len(x), interval=how, **noted)
 
 

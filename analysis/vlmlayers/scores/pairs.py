@@ -372,11 +372,10 @@ class _Cells:
         ]
         self.permutations = options.shuffles
         self.options: dict[str, Any] = {}
-        self.whole = self._prepared(None)
+        self.whole = self._prepared(self.arrays)
 
-    def _prepared(self, rows: Labels | None) -> list[Any]:
-        """Return what is made of each side once, on all rows or on some."""
-        sides = self.arrays if rows is None else [[x[rows] for x in side] for side in self.arrays]
+    def _prepared(self, sides: list[list[Array]]) -> list[Any]:
+        """Return what is made of each side once."""
         if self.metric.matrix is None:
             return sides
         prepare = self.metric.matrix[0]
@@ -397,10 +396,27 @@ class _Cells:
         """Return the matrix on all rows or on some, (a, b); NaN where it is undefined on some."""
         if rows is None:
             return self._matrix(*self.whole)
+        sides = [[x[rows] for x in side] for side in self.arrays]
         try:
-            return self._matrix(*self._prepared(rows))
+            return self._matrix(*self._prepared(sides))
+        except UserError:  # of some position; the others keep their values
+            return self._where_defined(sides)
+
+    def _where_defined(self, sides: list[list[Array]]) -> Array:
+        good = [[i for i, x in enumerate(side) if self._is_defined(x)] for side in sides]
+        found = np.full([len(side) for side in sides], np.nan)
+        if all(good):
+            kept = [[side[i] for i in places] for side, places in zip(sides, good)]
+            found[np.ix_(*good)] = self._matrix(*self._prepared(kept))
+        return found
+
+    def _is_defined(self, x: Array) -> bool:
+        """Return whether there is agreement with features, as there is not where all are alike."""
+        try:
+            self.metric.function(x, x)
         except UserError:
-            return np.full([len(side) for side in self.arrays], np.nan)
+            return False
+        return True
 
     def permuted(self, order: Labels) -> Array:
         """Return the matrix with the second side's rows permuted, (a, b).

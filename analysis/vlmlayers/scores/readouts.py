@@ -36,6 +36,19 @@ class Split:
     classes: int
     options: Mapping[str, Any]
 
+    def parts(self) -> Iterator[tuple[Labels, Labels, Labels]]:
+        """Yield which items fit, which choose and which are held out, in each turn."""
+        for held in self.held:
+            out = self.fold == held
+            # The next fold chooses the strength of the ridge: held-out items choose nothing.
+            val = self.fold == (held + 1) % self.folds
+            yield ~out & ~val, val, out
+
+    def noted(self, point: Point) -> dict[str, Any]:
+        """Return what is noted beside a value: neighbours as many as every turn had."""
+        fewest = min(int(np.bincount(self.labels[fit]).min()) for fit, _, _ in self.parts())
+        return {**self.options, **point.arguments(k=min(point.options.k, fewest))}
+
 
 def run_datasets(scoring: Scoring, towers: tuple[str, ...] = TOWERS) -> None:
     """Score how well read-outs tell from which dataset an item comes."""
@@ -64,9 +77,7 @@ def run_datasets(scoring: Scoring, towers: tuple[str, ...] = TOWERS) -> None:
                 with point.attempt():
                     for split, counts in zip(splits, found):
                         if name in metrics:
-                            add_accuracy(
-                                point, counts, split.seed, **split.options, **point.arguments()
-                            )
+                            add_accuracy(point, counts, split.seed, **split.noted(point))
                         # From the same counts, so that they add up to the accuracy.
                         for other, entry in follow.items():
                             derived_point = replace(point, name=other, metric=entry)
@@ -88,9 +99,7 @@ def run_classes(scoring: Scoring) -> None:
                 for point, found in held_out_counts(places, [source], splits):
                     with point.attempt():
                         for split, counts in zip(splits, found):
-                            add_accuracy(
-                                point, counts, split.seed, **split.options, **point.arguments()
-                            )
+                            add_accuracy(point, counts, split.seed, **split.noted(point))
 
 
 def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Split:
@@ -212,13 +221,11 @@ def _counts(batch: list[Point], sources: list[Source], splits: Sequence[Split]) 
         for split in splits:
             point.require(len(split.labels))
             x = np.concatenate([point.at(one).rows(rows) for one, rows in zip(sources, split.rows)])
-            for held in split.held:
-                out = split.fold == held
-                # The next fold chooses the strength of the ridge: held-out items choose nothing.
-                val = split.fold == (held + 1) % split.folds
-                fit = ~out & ~val
-                labels = split.labels
-                parts.append((x[fit], labels[fit], x[val], labels[val], x[out]))
+            labels = split.labels
+            parts += [
+                (x[fit], labels[fit], x[val], labels[val], x[out])
+                for fit, val, out in split.parts()
+            ]
     predicted = iter(_predictions(batch[0], parts, splits[0].classes))
     return [
         [

@@ -364,7 +364,11 @@ def test_table_with_numbers_and_names(tmp_path: Path) -> None:
     ("rows", "extra", "message"),
     [
         ([{"pth": "a.jpg"}], "", "has no column 'path' (it has: ['pth']); did you mean 'pth'?"),
-        ([{"a.JPG": "b.jpg", "a cat": "a dog"}], "", "write one of column names above it, as path,"),
+        (
+            [{"a.JPG": "b.jpg", "a cat": "a dog"}],
+            "",
+            "write one of column names above it, as path,",
+        ),
         ([{"path": "../a.jpg"}], "", "row 1 of"),
         ([{"path": ""}], "", "no row of"),
         ([{"path": "", "label": "x"}], "", "row 1 of"),

@@ -775,5 +775,24 @@ def test_an_agreement_that_a_part_of_the_items_lacks_has_no_interval(metric: str
     assert scores.loc[at_embed, ["low", "high"]].isna().all(axis=None)
     unknown = scores["options"].str.contains("interval=none")
     assert (unknown == scores["low"].isna()).all()
-    if metric != "procrustes":  # whose cells are made together
-        assert scores.loc[~at_embed, ["low", "high"]].notna().all(axis=None)
+    assert scores.loc[~at_embed, ["low", "high"]].notna().all(axis=None)
+
+
+def test_the_number_of_neighbours_is_noted_as_it_was_used() -> None:
+    """A class of five, one of them held out and one for validation, has three to vote for it."""
+    features = [make_features(items=30), make_features("beta", number=1, items=36)]
+    metrics = ["class_accuracy_knn", "dataset_accuracy_knn", "neighbourhood_overlap"]
+    asked = {"positions": ["1"], "seeds": [1], "progress": False}
+    many, same = (score(features, metrics, k=k, **asked) for k in (500, 3))
+
+    def noted(table: pd.DataFrame, metric: str, dataset: str) -> str:
+        rows = table[(table["metric"] == metric) & (table["dataset"] == dataset)]
+        options = rows.loc[rows["tower"] == "vision", "options"]
+        return str(options.str.extract(r"\bk=(\d+)")[0].unique().item())
+
+    assert noted(many, "neighbourhood_overlap", "alpha") == "29"
+    assert noted(many, "dataset_accuracy_knn", "*") == "18"
+    for table in (many, same):
+        assert noted(table, "class_accuracy_knn", "alpha") == "3"
+    classes = [t.loc[(t["metric"] == metrics[0]) & (t["dataset"] == "alpha")] for t in (many, same)]
+    pd.testing.assert_frame_equal(*classes)

@@ -202,7 +202,9 @@ def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
         hint = f"; did you mean {close!r}?" if close else ""
         if any(suffix_of(str(name)) in IMAGE_SUFFIXES for name in found):
             names = f"{columns.path}, {columns.label} or {columns.caption}"
-            hint = f"; its first line names an image: write one of column names above it, as {names}"
+            hint = (
+                f"; its first line names an image: write one of column names above it, as {names}"
+            )
         # Names of columns may be of any length; the advice stays whole.
         raise UserError(
             f"{path} has no column {columns.path!r} (it has: {shortened(str(found), 300)}){hint}"
