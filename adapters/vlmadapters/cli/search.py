@@ -12,6 +12,7 @@ from vlmadapters.cli.inputs import (
     RecipeName,
     Settings,
     check_inputs,
+    depths_of,
     load_backbone,
     read_recipes,
 )
@@ -55,7 +56,8 @@ def search(
     from vlmadapters.validation.search import search as run
 
     loaded = load_backbone(model, weights, device)
-    (made,) = read_recipes(recipe, values, [method], loaded)
+    if depths_of(loaded) != depths_of(model):  # from which blocks may follow
+        (made,) = read_recipes(recipe, values, [method], loaded)
     found = run(
         loaded,
         datasets,

@@ -98,9 +98,9 @@ def train(
         choice=choice,
         pairs=None if pairs is None else read_pairs(pairs),
     )
-    _, named_at = read(model)
+    made, placed = read(model)
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
-    for one in named_at if places else ():
+    for one in placed if places else ():
         check_blocks(model, one.method)
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.cli.terminal import wrapped
@@ -110,7 +110,8 @@ def train(
 
     with processes.process_group() as (rank, _):
         loaded = load_backbone(model, weights, device)
-        made, placed = read(loaded)  # without a placement the blocks follow from the backbone
+        if depths_of(loaded) != depths_of(model):  # from which blocks may follow
+            made, placed = read(loaded)
         table = run(
             loaded,
             datasets,

@@ -8,14 +8,17 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from vlmadapters import load_recipe
 from vlmadapters.cli.train_stage import parts
 from vlmadapters.methods import BUILT_IN
 from vlmadapters.training.recipes import default_recipe
 from vlmlayers.architectures import MINIATURES
+from vlmlayers.cli import app
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
+from vlmlayers.models import load_model
 from vlmlayers.study import check_study, read_study, run_study
 
 STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
@@ -110,6 +113,30 @@ def small(table: str) -> Any:
         if "targets" in part:
             part["targets"] = ["shapes_outline", "digits"]
     return check_study(content)
+
+
+@pytest.mark.parametrize("verb", ["train", "search"])
+def test_the_recipe_that_was_checked_is_trained(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe file that changes while the model is loaded is not read again."""
+    file, given = tmp_path / "mine.toml", []
+    file.write_text('extends = "mini"\nlr = 0.25\n')
+
+    def loaded(*_: Any) -> Any:
+        file.write_text("broken")
+        return load_model("mini-clip")
+
+    def run(model: Any, datasets: Any, recipes: Any = None, *_: Any, **named: Any) -> None:
+        given.append(recipes[0] if recipes else named["recipe"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"vlmadapters.cli.{verb}.load_backbone", loaded)
+    where = {"train": "protocols.train.train", "search": "validation.search.search"}[verb]
+    monkeypatch.setattr(f"vlmadapters.{where}", run)
+    words = [verb, "mini-clip", "faces", "--out", str(tmp_path), "--recipe", str(file)]
+    CliRunner().invoke(app, words)
+    assert [recipe.train.lr for recipe in given] == [0.25]
 
 
 def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path) -> None:
