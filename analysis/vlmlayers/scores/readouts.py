@@ -36,7 +36,7 @@ class Split:
     classes: int
     options: Mapping[str, Any]
 
-    def parts(self) -> Iterator[tuple[Labels, Labels, Labels]]:
+    def parts(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yield which items fit, which choose and which are held out, in each turn."""
         for held in self.held:
             out = self.fold == held
@@ -216,16 +216,14 @@ def held_out_counts(
 
 def _counts(batch: list[Point], sources: list[Source], splits: Sequence[Split]) -> list[Any]:
     """Return the confusion counts of each place and split, [place][split] (class, class)."""
-    parts: list[tuple[Array, ...]] = []
+    parts: list[tuple[Any, ...]] = []
     for point in batch:
         for split in splits:
             point.require(len(split.labels))
             x = np.concatenate([point.at(one).rows(rows) for one, rows in zip(sources, split.rows)])
             labels = split.labels
-            parts += [
-                (x[fit], labels[fit], x[val], labels[val], x[out])
-                for fit, val, out in split.parts()
-            ]
+            for fit, val, out in split.parts():
+                parts.append((x[fit], labels[fit], x[val], labels[val], x[out]))
     predicted = iter(_predictions(batch[0], parts, splits[0].classes))
     return [
         [
@@ -239,7 +237,7 @@ def _counts(batch: list[Point], sources: list[Source], splits: Sequence[Split]) 
     ]
 
 
-def _predictions(point: Point, parts: list[tuple[Array, ...]], classes: int) -> list[Labels]:
+def _predictions(point: Point, parts: list[tuple[Any, ...]], classes: int) -> list[Labels]:
     metric, arguments = point.metric, point.arguments()
     if metric.of_parts is not None:
         predicted: list[Labels] = metric.of_parts(parts, classes=classes, **arguments)

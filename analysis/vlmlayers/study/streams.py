@@ -48,7 +48,7 @@ def stream_study(
     from vlmlayers.models import stream
     from vlmlayers.models.processes import Processes
     from vlmlayers.scores import write_scores
-    from vlmlayers.scores.streamed import check_streamed, streamed_scores
+    from vlmlayers.scores.streamed import STREAMED, check_streamed, streamed_scores
     from vlmlayers.scores.sums import StreamingScores
 
     if len(study.models) > 1:
@@ -78,7 +78,7 @@ def stream_study(
     # Every process has the whole; one writes it.
     if Processes.current().rank:
         return ""
-    table = streamed_scores(total, metrics)
+    table = streamed_scores(total, metrics or STREAMED)
     _, text = write_scores(table, context.run.folder)
     context.run.record(
         extract={**study.extract.model_dump(mode="json"), "streaming": True},

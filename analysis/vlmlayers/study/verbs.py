@@ -135,8 +135,8 @@ def score_run(
 
     chosen_metrics([name for name in metrics or () if not needs_model(name)])
     if streaming:
-        table = score_streaming(stores, metrics, **options)
         used = list(metrics or STREAMED)
+        table = score_streaming(stores, used, **options)
     else:
         used = list(metrics or DEFAULT_METRICS)
         features = [open_features(path) for path in stores]
