@@ -81,7 +81,7 @@ class Images:
         # number on they wait for nothing else.
         self.pool = ThreadPoolExecutor(min(self.workers, THREADS)) if self.workers else None
         self._raw, self._ready = Kept(self.room), Kept(self.room)
-        self._uploaded = Kept(shared_room(self.device))
+        self._uploaded, self._tested = (Kept(shared_room(self.device)) for _ in range(2))
 
     def identity(self, items: Sequence[Item]) -> DataIdentity:
         """Return what some items are at this moment."""
@@ -89,7 +89,7 @@ class Images:
 
     def rest(self) -> None:
         """Mark these images as not needed for now: they are dropped where others need room."""
-        for kept in (self._raw, self._ready, self._uploaded):
+        for kept in (self._raw, self._ready, self._uploaded, self._tested):
             kept.room.rest(kept)
 
     def raw(self, item: Item) -> Tensor:
@@ -235,11 +235,26 @@ class Images:
                 pending += [maker.submit(make, part) for part in islice(parts, 1)]
                 yield ready
 
+    def _stacked(self, items: Sequence[Item]) -> Tensor:
+        """Return a batch as it is tested, on the model's device, uint8.
+
+        On a GPU it stays there, while it fits into the `shared_room`, for the next seed or method.
+        """
+
+        def stack() -> Tensor:
+            return placed(torch.stack(self._map(self.ready, items)), self.device)
+
+        if self.device.type == "cpu":  # whose memory has the images already
+            return stack()
+        return self._tested.get(tuple(item.path for item in items), stack)
+
     def batches(self, items: Sequence[Item], batch_size: int) -> Iterator[Tensor]:
         """Yield the items for evaluation, in order, (item, 3, height, width)."""
 
         def make(start: int) -> Tensor:
-            return self.normalised(self._map(self.ready, items[start : start + batch_size]))
+            part = items[start : start + batch_size]
+            # Not in place: the bytes may be kept.
+            return self._normalised(self._stacked(part).float())
 
         with self.arriving(tested=items):
             yield from self.ahead(make, range(0, len(items), batch_size))
@@ -291,6 +306,15 @@ def _channels(values: Any) -> Tensor:
     return torch.as_tensor(values).view(3, 1, 1)
 
 
+def as_first_seen(items: Sequence[T], seed: int) -> list[T]:
+    """Return items in the order in which the first epoch of a training sees them."""
+    return [items[i] for i in _order(len(items), seed, 0)]
+
+
+def _order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch, ORDER]).permutation(n)
+
+
 def epoch_batches(
     n: int, batch_size: int, seed: int, epoch: int, *, drop_last: bool = True
 ) -> list[NDArray[np.int64]]:
@@ -299,7 +323,7 @@ def epoch_batches(
     Fewer items than one batch make one batch of them all. A last batch that is smaller than the
     others is dropped, or kept without `drop_last`.
     """
-    order = np.random.default_rng([seed, epoch, ORDER]).permutation(n)
+    order = _order(n, seed, epoch)
     # As in Dassl: the last partial batch is dropped, but never the only one.
     size = min(batch_size, n)
     end = n - size + 1 if drop_last else n

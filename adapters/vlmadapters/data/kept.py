@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
 from multiprocessing import ProcessError
@@ -53,7 +53,7 @@ class Room:
         self._idle.add(owner)
         self.full = False
 
-    def give_back(self, images: dict[str, Tensor]) -> None:
+    def give_back(self, images: dict[Hashable, Tensor]) -> None:
         """Free the room of images that nothing refers to any more."""
         with self._lock:
             self.used -= sum(image.numel() for image in images.values())
@@ -73,13 +73,15 @@ def shared_room(device: torch.device) -> Room:
 class Kept:
     """Images of one dataset, uint8, by their path, for as long as a room has space for them.
 
+    Batches are kept as well, by the paths of their images.
+
     Args:
         room: The room.
     """
 
     def __init__(self, room: Room) -> None:
         self.room = room
-        self._images: dict[str, Tensor] = {}
+        self._images: dict[Hashable, Tensor] = {}
         self._coming: set[str] = set()  # by `arriving`
         self._changed = Condition()
         # With the images as argument: a callback that held `self` would keep it alive for ever.
@@ -92,7 +94,7 @@ class Kept:
         """Return whether an image is neither kept nor on its way."""
         return path not in self._images and path not in self._coming
 
-    def get(self, path: str, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, path: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """Return an image, made where it is not kept; one that is on its way is waited for."""
         if path in self._coming:
             with self._changed:
@@ -103,7 +105,7 @@ class Kept:
             self._keep(path, image)
         return image
 
-    def _keep(self, path: str, image: Tensor) -> bool:
+    def _keep(self, path: Hashable, image: Tensor) -> bool:
         fits = self.room.take(self, image.numel())
         if fits:
             self._images[path] = image

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.images import as_first_seen
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
 from vlmadapters.files import save_method
@@ -284,7 +285,7 @@ class Experiment:
         # Of several processes each tests its share.
         tested = [item for one in own for item in processes.share(self._items(one)[0])]
         # Beside the training, which leaves a machine with a GPU its cores.
-        with data.images.arriving(shots, tested):
+        with data.images.arriving(as_first_seen(shots, seed), tested):
             trainer = Trainer(
                 self.model,
                 data.images,

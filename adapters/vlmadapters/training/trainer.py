@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vlmadapters.clip.frozen import VIEW_BYTES, Backbone
 from vlmadapters.clip.products import adopt_products, timed_products
 from vlmadapters.clip.walk import State
-from vlmadapters.data.images import Images, epoch_batches
+from vlmadapters.data.images import Images, as_first_seen, epoch_batches
 from vlmadapters.data.task import Task
 from vlmadapters.device import precision_of
 from vlmadapters.methods import METHODS
@@ -231,7 +231,7 @@ class Trainer:
             memory_errors(self.device, advice),
             at_rest(self.backbone.clip),
             products_in(self.train.precision),
-            self.images.arriving(self.items),
+            self.images.arriving(as_first_seen(self.items, self.seed)),
         ):
             return self._fit()
 

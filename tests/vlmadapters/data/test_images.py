@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop
 
-from vlmadapters.data.images import Augmentation, Images, Room, epoch_batches, shared_room
+from vlmadapters.data.images import (
+    Augmentation,
+    Images,
+    Room,
+    as_first_seen,
+    epoch_batches,
+    shared_room,
+)
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import decoding
@@ -178,6 +186,12 @@ def test_every_step_sees_other_items_and_the_rest_is_dropped() -> None:
     assert [len(b) for b in epoch_batches(3, 16, 1, 0)] == [3]
 
 
+@pytest.mark.parametrize("n", [0, 1, 22])
+def test_items_as_first_seen_are_those_of_the_first_epoch(n: int) -> None:
+    batches = epoch_batches(n, 4, seed=3, epoch=0, drop_last=False) if n else []
+    assert as_first_seen(range(n), seed=3) == [i for batch in batches for i in batch]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crops_on_the_device_are_close_to_those_of_the_cpu(workers: int) -> None:
     images = Images(shared_backbone(), MANIFEST, workers=workers)
@@ -209,6 +223,28 @@ def test_decoded_images_stay_on_the_device_while_it_has_room(
         assert all(map(torch.equal, found, map(images.raw, items)))
         counts.append(len(uploaded) - sum(counts))
     assert counts == uploads
+    shared_room.cache_clear()
+
+
+@pytest.mark.parametrize(("free", "uploads"), [(1 << 30, 2), (0, 4)])
+def test_test_images_stay_on_a_gpu_while_it_has_room(
+    free: int, uploads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.kept.available_memory", lambda device: free)
+    shared_room.cache_clear()
+    items, uploaded = MANIFEST.items("test")[:8], []
+    expected = list(Images(shared_backbone(), MANIFEST, room=Room(1 << 30)).batches(items, 4))
+    images = Images(shared_backbone(), MANIFEST, room=Room(1 << 30))
+
+    def noted(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        uploaded.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr("vlmadapters.data.images.placed", noted)
+    images.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    for _ in range(2):  # a batch that is normalised in place would be another one the next time
+        assert all(map(torch.equal, images.batches(items, 4), expected))
+    assert len(uploaded) == uploads
     shared_room.cache_clear()
 
 

@@ -16,7 +16,7 @@ from backbones import saved_backbone, shared_backbone
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
-from vlmadapters.data.images import Room
+from vlmadapters.data.images import Images, Room
 from vlmadapters.data.options import DataOptions
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.cells import Cell, CellFolder
@@ -36,6 +36,7 @@ from vlmadapters.training.trainer import Trainer
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample
+from vlmlayers.models.decoding import decode_pixels
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
 RECIPE = Recipe("test", TrainConfig(lr=0.3, epochs=1, batch_size=8, shots=2), CONFIG)
@@ -218,6 +219,29 @@ def test_processes_that_decode_beside_a_training_change_nothing(
     monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 16)
     told = [run(workers=workers).drop(columns="seconds") for workers in (0, 2)]
     pd.testing.assert_frame_equal(*told)
+
+
+def test_the_images_of_the_first_steps_are_decoded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of their draw, the first batch would wait for nearly all of them."""
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 16)
+    decoded: list[str] = []
+    seen: list[str] = []
+
+    def noted(manifest: Any, items: Any, **options: Any) -> Any:
+        decoded.extend(item.path for item, _ in items)
+        return decode_pixels(manifest, items, **options)
+
+    def augmented(self: Images, items: Any, *given: Any, **options: Any) -> Any:
+        seen.extend(item.path for item in items)
+        return augments(self, items, *given, **options)
+
+    augments = Images.augmented
+    monkeypatch.setattr("vlmadapters.data.images.decode_pixels", noted)
+    monkeypatch.setattr(Images, "augmented", augmented)
+    run(seeds=(1,), workers=2)
+    first = list(dict.fromkeys(seen))
+    assert len(first) >= 8
+    assert decoded[: len(first)] == first
 
 
 def test_transfer_tests_every_class_of_every_target() -> None:
