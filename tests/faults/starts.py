@@ -106,3 +106,8 @@ def content(folder: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
     }
+
+
+def remount(mount: Path, options: str) -> None:
+    """Change a file system: `ro`, `rw`, `size=4m`."""
+    subprocess.run(["mount", "-o", f"remount,{options}", str(mount)], check=True)

@@ -19,7 +19,7 @@ import tiny
 import torch
 from backbones import shared_backbone
 from score_tables import full
-from starts import content, images
+from starts import content, images, remount
 from torch.utils.data import get_worker_info
 
 from vlmadapters.data.task import Task
@@ -226,27 +226,6 @@ def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(
         )
     with pytest.raises(UserError, match="leaves out 1 unreadable image; allow it with skip_unr"):
         stream(tiny.model(), broken, "train", **skipping | {"skip_unreadable": False})
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, to be filled or made read-only."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(mount)]
-    if (
-        sys.platform != "linux"
-        or subprocess.run(command, capture_output=True, check=False).returncode
-    ):
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        yield mount
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=False)
-
-
-def remount(mount: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(mount)], check=True)
 
 
 def test_training_on_a_disk_that_fills_up(small_disk: Path, tmp_path: Path) -> None:

@@ -475,8 +475,8 @@ def test_methods_on_one_backbone_share_the_features_of_frozen_images(
     items = base_or_novel(few_shot(MANIFEST.items("train"), 2, 1), "base", LABELS)
     task = Task(MANIFEST.class_names()[: max(item.label for item in items) + 1])
     made: list[int] = []
-    normalised = images.normalised
-    monkeypatch.setattr(images, "normalised", lambda x: (made.append(len(x)), normalised(x))[1])
+    normalised = images._normalised
+    monkeypatch.setattr(images, "_normalised", lambda x: (made.append(len(x)), normalised(x))[1])
 
     def fitted(backbone: Backbone, config: Any, batch_size: int) -> tuple[list[float], Any, int]:
         made.clear()

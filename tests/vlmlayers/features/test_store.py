@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from starts import remount
 
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import (
@@ -430,25 +431,15 @@ def test_too_little_space_shows_before_the_first_image(tmp_path, monkeypatch):
     assert manifest.opened == []
 
 
-def test_a_real_small_file_system_that_fills_up(tmp_path):
-    mount = tmp_path / "small"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        with pytest.raises(UserError, match="free space and start again"):
-            run(mount / "s")
-        subprocess.run(["mount", "-o", "remount,size=4m", mount], check=True)
-        assert len(run(mount / "s").vision) == 22
-        subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
-        assert len(run(mount / "s").vision) == 22  # a whole store needs no writing
-        with pytest.raises(UserError, match="Read-only file system; choose a folder that can"):
-            run(mount / "t")
-    finally:
-        subprocess.run(["umount", mount], check=False)
+def test_a_real_small_file_system_that_fills_up(small_disk, tmp_path):
+    with pytest.raises(UserError, match="free space and start again"):
+        run(small_disk / "s")
+    remount(small_disk, "size=4m")
+    assert len(run(small_disk / "s").vision) == 22
+    remount(small_disk, "ro")
+    assert len(run(small_disk / "s").vision) == 22  # a whole store needs no writing
+    with pytest.raises(UserError, match="Read-only file system; choose a folder that can"):
+        run(small_disk / "t")
 
 
 def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
