@@ -30,12 +30,15 @@ REQUIRED = (
     "dataset",
     "tower",
     "position",
+    "depth",
     "space",
     "pooling",
     "metric",
     "value",
     "low",
     "high",
+    "null",
+    "n",
     "seed",
 )
 
@@ -44,8 +47,9 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the table with the optional columns filled in.
 
     Raises:
-        UserError: Columns are missing, the table is empty, a value is no number, or it holds more
-            than one model, or more than one scoring of the same features.
+        UserError: Columns are missing, the table is empty, a value is no number, an interval or a
+            name is none, or it holds more than one model, or more than one scoring of the same
+            features.
     """
     scores = bare(scores)
     check_columns(scores)
@@ -63,12 +67,31 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
                 f"the score table holds {wrong.iloc[0]!r} in the column {name}, where a number is "
                 "needed; write it with `vlmlayers score`"
             )
+    _refuse_wrong_rows(scores)
     for name in ("other_tower", "other_position", "options"):
         if name not in scores.columns:
             scores = scores.assign(**{name: ""})
     _refuse_models(scores)
     _refuse_repeats(scores)
     return scores
+
+
+def _refuse_wrong_rows(scores: pd.DataFrame) -> None:
+    """Refuse what an edited table may say and no scoring does: rows without a name, for one."""
+    for name in ("metric", "dataset", "tower", "position"):
+        if scores[name].isna().any():
+            raise UserError(
+                f"{int(scores[name].isna().sum())} rows of the score table name no {name}"
+            )
+    for tower in scores["tower"].unique():
+        check_one_of("tower", str(tower), TOWERS, where="the score table")
+    low, high = (scores[name].to_numpy(float) for name in ("low", "high"))
+    if (crossed := low > high).any():
+        first = scores[crossed].iloc[0]
+        raise UserError(
+            f"the score table has an interval from {first['low']} to {first['high']}, of "
+            f"{first['metric']} at {first['tower']} {first['position']}; low must not exceed high"
+        )
 
 
 def check_columns(scores: pd.DataFrame) -> None:

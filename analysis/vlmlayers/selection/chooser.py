@@ -98,7 +98,7 @@ def _with_unmoved(pick: Pick, table: BlockTable, tower: str) -> Pick:
     notes = (
         f"{name} of the {tower} tower has no interval at {n} of its "
         f"{(rows['metric'] == name).sum()} values, which no resample moves"
-        for name, n in still["metric"].value_counts(sort=False).items()
+        for name, n in still["metric"].astype(str).value_counts(sort=False).items()
     )
     return replace(pick, notes=(*pick.notes, *notes))
 

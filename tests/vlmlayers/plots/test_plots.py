@@ -344,6 +344,16 @@ def test_summaries_know_shapes_and_datasets() -> None:
         (lambda: plots.dataset_curves(full()[["value"]], "x"), "lacks the columns model, weights"),
         (lambda: plots.save_figure(plots.layer_curves(full()), "x", formats=()), "no format is"),
         (lambda: plots.layer_curves(full().assign(low="x")), "'x' in the column low, where a num"),
+        (lambda: plots.layer_curves(full().drop(columns="null")), "lacks the columns null"),
+        (lambda: plots.layer_curves(full().assign(low=2.0)), "low must not exceed high"),
+        (
+            lambda: select(full().assign(tower="Vision")),
+            "unknown tower 'Vision' in the score table",
+        ),
+        (
+            lambda: select((one := full()).assign(metric=one["metric"].where(one.index > 2))),
+            "3 rows of the score table name no metric",
+        ),
         *(
             (partial(draw, full().assign(value=np.nan), metric), f"every value of '{metric}'")
             for draw, metric in (
