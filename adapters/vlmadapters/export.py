@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
 from vlmadapters.files import OURS, load_method, read_info, save_whole
 from vlmadapters.methods.base import Method
+from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
 from vlmlayers.models.vlm import VLM
@@ -25,10 +27,11 @@ FORMS = ("merged", "classes", "official")
 _ROUNDING = 1e-3  # of the largest logit: what products of another shape may differ by
 
 
+@checked
 def export(
-    adapter: str | Path,
+    adapter: Path,
     model: VLM,
-    out: str | Path,
+    out: Path,
     *,
     form: str | None = None,
     classes: Sequence[str] | None = None,
@@ -48,16 +51,22 @@ def export(
         The form that was written.
 
     Raises:
-        UserError: The method does not allow the form, the name of the file says another format, or
-            a file cannot be read or written.
+        UserError: The method does not allow the form, which embeds no classes that are named, a
+            class is named twice or not at all, the name of the file says another format or is that
+            of the adapter, or a file cannot be read or written.
     """
     if form is not None:
         check_one_of("form", form, FORMS)
-    elif classes is not None:
+    if classes is not None:
+        if form not in (None, "classes"):
+            raise UserError(f"classes are embedded, and form {form!r} embeds none; leave one out")
         form = "classes"
+        _check_classes(classes)
+    if out.exists() and out.samefile(adapter):
+        raise UserError(f"{out} is the adapter itself, which would be lost; name another file")
     method, info = load_method(adapter, model), read_info(adapter)
     names = info.task.class_names if classes is None else tuple(classes)
-    task, title = Task(names, info.task.template), method.config.title
+    task, title = replace(info.task, class_names=names), method.config.title
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "merged": partial(merged_weights, method, model),
         "classes": partial(class_embeddings, method, model, task),
@@ -72,11 +81,11 @@ def export(
             continue
         _check_name(out, title, one)
         if one == "official":
-            save_whole(Path(out), content)
+            save_whole(out, content)
         else:
             told: dict[str, Any] = {"model": model.name, "weights": model.weights, "method": title}
             told |= {"class_names": list(names)} if one == "classes" else {}
-            _write(Path(out), content, told)
+            _write(out, content, told)
         return one
     left = [one for one in FORMS if one not in refused and _allows(makers[one])]
     other = f"export it as {' or '.join(left)} (form=, --form), or " if left else ""
@@ -156,9 +165,18 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
     return {"class_embeddings": (rows / scale).cpu().clone(), "scale": scale.cpu().clone()}
 
 
-def _check_name(path: str | Path, title: str, form: str) -> None:
+def _check_classes(names: Sequence[str]) -> None:
+    """Refuse names of classes of which a prediction could not be told."""
+    if not names or not all(name.strip() for name in names):
+        raise UserError("classes name no class, or an empty one; leave them out for those trained")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"classes name {name!r} {names.count(name)} times; name each once")
+
+
+def _check_name(path: Path, title: str, form: str) -> None:
     """Refuse a file whose name says another format than it gets: readers go by the name."""
-    path, safetensors = Path(path), form != "official"
+    safetensors = form != "official"
     if (path.suffix == OURS) == safetensors:
         return
     if safetensors:

@@ -259,3 +259,27 @@ def test_a_file_is_not_named_for_another_format_than_it_gets(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"CoOp is written as safetensors .*\*.safetensors"):
         export(coop, model, tmp_path / "m.pt")
     assert {path.stem for path in tmp_path.iterdir()} == {"mma", "coop"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "official", "classes": NAMED}, "form 'official' embeds none; leave one out"),
+        ({"classes": ()}, "name no class, or an empty one"),
+        ({"classes": ("owl", " ")}, "name no class, or an empty one"),
+        ({"classes": ("owl", "bus", "owl")}, "classes name 'owl' 2 times"),
+        ({"classes": 3}, "classes takes strings or None, not 3"),
+    ],
+)
+def test_classes_that_cannot_be_told_apart_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = shared_backbone()
+    coop = save_method(tmp_path / "coop", _built("coop"), model, TASK)
+    with pytest.raises(UserError, match=message):
+        export(coop, model, tmp_path / "x.safetensors", **options)
+    with pytest.raises(UserError, match="is the adapter itself, which would be lost"):
+        export(coop, model, tmp_path / "." / coop.name)
+    assert export(coop, model, tmp_path / "x.safetensors", classes="grey_owl") == "classes"
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["description"])["class_names"] == ["grey_owl"]
