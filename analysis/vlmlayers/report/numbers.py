@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError
@@ -17,14 +18,16 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.report.validation import TIE, RecordedValidation, void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores
-from vlmlayers.scores.reading import POOLED, bare, depths
+from vlmlayers.scores.reading import POOLED, bare, check_scores, depths
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
     RULES,
     LayerChoice,
+    make_rule,
     paper_blocks,
 )
 from vlmlayers.selection.choice import OFTEN
+from vlmlayers.selection.curves import BlockTable
 from vlmlayers.words import inside, percent
 
 FARTHEST = 4  # datasets whose zero-shot margin the answer lists
@@ -159,7 +162,14 @@ class Answer:
     def doubts(self) -> list[str]:
         """Why the data do not decide, one reason each; empty where they do."""
         found = [str(one) for one in self.choice.evidence.get("doubts", ())]
-        return [*found, *filter(None, [void_verdict(self.run)])]
+        return [*filter(None, [self.stale]), *found, *filter(None, [void_verdict(self.run)])]
+
+    @cached_property
+    def stale(self) -> str:
+        """Why the choice is not of these scores, as after a new scoring; empty where it is."""
+        why = _not_of(self.choice, self.scores)
+        again = f"run `vlmlayers select {self.run.folder}` again"
+        return f"the choice was made from other scores than these ({why}); {again}" if why else ""
 
     @property
     def lead(self) -> str:
@@ -343,6 +353,32 @@ def _ends(low: float, high: float) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _not_of(choice: LayerChoice, scores: pd.DataFrame) -> str:
+    """Return in what the scores that a choice was made from differ from some; empty if in nothing.
+
+    Only of rules that ship are the values recorded that they read.
+    """
+    evidence, first = choice.evidence, scores.iloc[0]
+    for name in ("model", "weights"):
+        if evidence.get(name, first[name]) != first[name]:
+            return f"of {name} {evidence[name]}, not {first[name]}"
+    read = {t: one["values"] for t, one in evidence.get("towers", {}).items() if one.get("values")}
+    if choice.rule not in RULES or not read:
+        return ""
+    try:
+        rule = make_rule(choice.rule, evidence.get("options", {}))
+        picks = rule(BlockTable.of(check_scores(scores), depths(scores)))
+    except UserError as error:
+        return str(error)
+    for tower, values in read.items():
+        now = picks[tower].values if tower in picks else {}
+        for metric, column in values.items():
+            then, found = column.get("value", ()), now.get(metric, {}).get("value", ())
+            if len(found) != len(then) or not np.allclose(found, then):
+                return f"{inside(axis_label(metric))} of the {tower} tower differs"
+    return ""
 
 
 def read_answer(run: Run | str | Path) -> Answer:

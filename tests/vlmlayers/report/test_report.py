@@ -155,6 +155,26 @@ def test_the_sweep_is_told_apart_from_other_placements(validated: Run) -> None:
     assert entry["points"][0]["base_difference_low"] is not None
 
 
+@pytest.mark.parametrize("rule", ["threshold", "knee", "budget"])
+def test_a_choice_from_other_scores_is_told(tmp_path: Path, rule: str) -> None:
+    """A run that is scored anew keeps its choice, which is not of the new scores."""
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    select(scores, rule, resamples=20).save(run.choice)
+    assert not read_answer(run.folder).stale
+    told = "the choice was made from other scores than these"
+    for other, why in (
+        (scores.assign(value=1 - scores["value"]), "of the vision tower differs"),
+        (scores[scores["metric"] != "dataset_accuracy"], "'dataset_accuracy'"),
+        (scores.assign(model="another"), "of model toy, not another"),
+    ):
+        write_scores(other, run.folder)
+        answer = read_answer(run.folder)
+        assert answer.doubts[0].startswith(told) and why in answer.doubts[0]
+    write_report(run.folder)
+    assert told in run.report.read_text()
+
+
 def test_a_knee_is_drawn_over_its_curve(tmp_path: Path) -> None:
     run = make_run(tmp_path / "knee", small=True)
     select(read_answer(run.folder).scores, "knee", resamples=20).save(run.choice)
