@@ -152,6 +152,17 @@ class CellFolder:
             group = [cells[0]]
         return group
 
+    def others_hold(self, cells: Sequence[Cell]) -> bool:
+        """Return whether another process holds one of some cells at this moment."""
+        _, size = processes.rank_and_size()
+        if self.out is None or size > 1:
+            return False
+        for cell in cells:
+            with ExitStack() as held:  # each for itself: another process may be about to claim them
+                if not self._lock(cell, held):
+                    return True
+        return False
+
     def _lock(self, cell: Cell, held: ExitStack, *, wait: bool = False) -> bool:
         """Lock a cell until `held` closes and return whether it was free; always with `wait`."""
         assert self.out is not None

@@ -9,7 +9,7 @@ data decides nothing: the last epoch is evaluated, once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -174,26 +174,47 @@ class Experiment:
             description="cells", total=total, unit="cell", show=self.progress and first
         ) as shown:
             found: dict[tuple[str, int], Rows | None] = {}
-            for source, seed in product(sources, seeds):
+            for source, seed in self._in_turn(sources, seeds, recipes):
                 found[source, seed] = self._cells(source, seed, recipes, together, shown)
                 if self.stopped:
                     break
+                if found[source, seed] is not None:
+                    # Behind a training, which refuses at once classes that a method cannot take;
+                    # not later, or other processes would test the source as well.
+                    self._zero_shot_rows(source)
                 # Not those of targets, which every further source is tested on.
                 if seed == seeds[-1] and source not in self.target_names:
                     self._datasets[source].images.rest()
-            # Behind the first training, which refuses at once classes that a method cannot take.
-            rows = [row for source in sources for row in self._zero_shot_rows(source)]
             # First all that is free; then what others held at that time, who may have died since.
             for (source, seed), cells in found.items():
                 if cells is None and not self.stopped:
-                    cells = self._cells(source, seed, recipes, together, shown, wait=True)
-                rows += cells or []
+                    found[source, seed] = self._cells(
+                        source, seed, recipes, together, shown, wait=True
+                    )
+        rows = [row for source in sources for row in self._zero_shot_rows(source)]
+        rows += [row for pair in product(sources, seeds) for row in found.get(pair) or []]
         table = _table(rows)
         if self.out is not None and self.table is not None and first and rows:
             # Any seed will do: cells of all seeds belong in the table.
             like = [self._cell(one, 0, setting).identity for one in sources for setting in recipes]
             write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
         return table
+
+    def _in_turn(
+        self, sources: Sequence[str], seeds: Sequence[int], settings: Sequence[Recipe]
+    ) -> Iterator[tuple[str, int]]:
+        """Yield sources and seeds; last the sources that other processes work on when it is time.
+
+        Each process then decodes and tests the images of as few as possible.
+        """
+        busy = []
+        for source in sources:
+            cells = [self._cell(source, seed, one) for seed, one in product(seeds, settings)]
+            if self.cells.others_hold(cells):
+                busy.append(source)
+            else:
+                yield from product([source], seeds)
+        yield from product(busy, seeds)
 
     def _recipe_of(self, setting: MethodConfig | Recipe) -> Recipe:
         config = setting if isinstance(setting, MethodConfig) else setting.method

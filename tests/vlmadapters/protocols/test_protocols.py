@@ -34,6 +34,7 @@ from vlmadapters.protocols.train import base_to_novel, train
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
 from vlmlayers.errors import UserError
+from vlmlayers.files import lock
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample
 from vlmlayers.models.decoding import decode_pixels
@@ -242,6 +243,35 @@ def test_the_images_of_the_first_steps_are_decoded_first(monkeypatch: pytest.Mon
     first = list(dict.fromkeys(seen))
     assert len(first) >= 8
     assert decoded[: len(first)] == first
+
+
+def test_datasets_that_others_work_on_come_last_and_the_table_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process then decodes few datasets, where all of them once decoded all."""
+    names = ["shapes_filled", "shapes_outline", "textures"]
+
+    def table(out: Path) -> pd.DataFrame:
+        found = base_to_novel(shared_backbone(), names, RECIPE, out, seeds=(1, 2), **QUICK)
+        return found.drop(columns="seconds")
+
+    expected = table(tmp_path / "alone")
+    locks = sorted((tmp_path / "alone" / "locks").glob("shapes_filled-mma-*-s2-*"))
+    out, order = tmp_path / "shared", []
+    (out / "locks").mkdir(parents=True)
+    other = lock(out / "locks" / locks[0].name, wait=False)
+    trains = Experiment.train_and_test
+
+    def noted(self: Experiment, source: str, seed: int, settings: Any) -> Any:
+        order.append((source, seed))
+        if order == [("shapes_outline", 1)]:
+            assert other is not None
+            other.close()  # the other process dies, and leaves what it had not finished
+        return trains(self, source, seed, settings)
+
+    monkeypatch.setattr(Experiment, "train_and_test", noted)
+    pd.testing.assert_frame_equal(table(out), expected)
+    assert order == [(name, seed) for name in (*names[1:], names[0]) for seed in (1, 2)]
 
 
 def test_transfer_tests_every_class_of_every_target() -> None:
