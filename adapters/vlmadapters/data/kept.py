@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
-from multiprocessing import ProcessError
 from threading import Condition, Event, RLock, Thread, current_thread
 from weakref import WeakSet, finalize
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmlayers.errors import one_line
+from vlmlayers.models.decoding import BROKEN_OFF
 from vlmlayers.models.devices import available_memory
 
 LOG = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def arriving(
                 for (kept, path), image in zip(wanted, images):
                     if not kept.arrive(path, image) or stop.is_set():
                         break
-        except (RuntimeError, OSError, EOFError, ProcessError) as error:
+        except BROKEN_OFF as error:
             LOG.warning(
                 "a decoding process died, mostly for lack of memory (%s); threads decode the rest, "
                 "more slowly",
@@ -168,8 +168,8 @@ def arriving(
     # one waits, as a process that is forked while others compute inherits their locks.
     filler = Thread(target=fill, daemon=True)
     filler.start()
-    begun.wait()
     try:
+        begun.wait()
         yield
     finally:
         stop.set()

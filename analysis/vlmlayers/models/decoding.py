@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing import ProcessError, current_process
 from pathlib import Path
 from shutil import disk_usage
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vlmlayers.data.unreadable import reason
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, one_line
 from vlmlayers.models.nvjpeg import JPEGFiles, OnPixels, decoded
 from vlmlayers.runs import cores
 
-# Errors of the queue where a process dies while it hands a batch over, and seconds until torch
-# notices.
-_BROKEN_OFF = (EOFError, ConnectionError, FileNotFoundError, ProcessError)
-_DYING = 2.0
+LOG = logging.getLogger(__name__)
+# Of torch where a process died, of the queue where it did while it handed a batch over, of the
+# system that starts none.
+BROKEN_OFF = (RuntimeError, OSError, EOFError, ProcessError)
 CPU = torch.device("cpu")
 EMPTY = torch.empty(0, dtype=torch.uint8)
 # Images that a process hands over at a time, fewer where they are large: twice as many are under
@@ -114,13 +114,14 @@ def decode(
         preprocess: PIL image → tensor.
         root: Data root.
         size: Pixels that the model takes, a hint for drawn images.
-        workers: Decoding processes; 0 decodes here.
+        workers: Decoding processes; 0 decodes here, as a daemonic process does with any number.
         decoding: `full`, `reduced` or `nvjpeg`.
         device: The model's: images come in pinned memory for a GPU; `nvjpeg` decodes on it.
 
+    Where a decoding process dies the rest is decoded here.
+
     Raises:
         NotJPEG: `nvjpeg` meets another image.
-        UserError: A decoding process died, mostly for lack of memory.
     """
     on_device = decoding == "nvjpeg"
     images: Dataset[tuple[int, Any]] = (
@@ -128,32 +129,54 @@ def decode(
         if on_device
         else _Images(manifest, items, root, preprocess, size, decoding)
     )
-    loader: DataLoader[Any] = DataLoader(
+    loaded = _loaded(
         images,
-        # Whole batches in a fixed order: a batch by its number is what a store resumes.
-        batch_sampler=batches,  # type: ignore
-        num_workers=workers,
+        batches,
+        0 if current_process().daemon else workers,  # which may not have children
         collate_fn=list if on_device else _collate,
-        multiprocessing_context="fork" if FORKS and workers else None,
         pin_memory=device.type == "cuda" and not on_device,
-        generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
-    try:
-        with dead_workers_named():
-            if not on_device:
-                for rows, pixels, bad in loader:
-                    yield rows, None if pixels is None else torch.as_tensor(pixels), bad
-                return
-            prepare = OnPixels.of(preprocess, size, device)
-            for samples in loader:
-                rows, pixels, bad = _collate(decoded(samples, items, prepare.shape, device))
-                yield rows, None if pixels is None else prepare.finish(pixels), bad
-    except _BROKEN_OFF as error:
-        if not workers:
-            raise
-        with dead_workers_named():
-            time.sleep(_DYING)  # torch's signal handler raises here, not in the caller's code
-        raise _death(error) from error
+    if not on_device:
+        for rows, pixels, bad in loaded:
+            yield rows, None if pixels is None else torch.as_tensor(pixels), bad
+        return
+    prepare = OnPixels.of(preprocess, size, device)
+    for samples in loaded:
+        rows, pixels, bad = _collate(decoded(samples, items, prepare.shape, device))
+        yield rows, None if pixels is None else prepare.finish(pixels), bad
+
+
+def _loaded(
+    images: Dataset[Any], batches: Sequence[Sequence[int]], workers: int, **options: Any
+) -> Iterator[Any]:
+    """Yield each batch as processes make it, or this one once one of them has died."""
+    done = 0
+    for processes in (workers, 0):
+        loader: DataLoader[Any] = DataLoader(
+            images,
+            # Whole batches in a fixed order: a batch by its number is what a store resumes.
+            batch_sampler=batches[done:],  # type: ignore
+            num_workers=processes,
+            multiprocessing_context="fork" if FORKS and processes else None,
+            generator=torch.Generator().manual_seed(0),  # else it draws from global state
+            **options,
+        )
+        try:
+            made: Any = iter(loader)  # starts the processes
+            if processes:
+                _do_not_interrupt(made)
+            for batch in made:
+                yield batch
+                done += 1
+            return
+        except BROKEN_OFF as error:
+            if not processes:
+                raise
+            LOG.warning(
+                "a decoding process died, mostly for lack of memory (%s); the rest is decoded "
+                "without them, more slowly: fewer workers need less",
+                one_line(error),
+            )
 
 
 class _Pixels(Dataset[Tensor | None]):
@@ -264,28 +287,3 @@ def decoding_processes(asked: int | None, images: int, device: torch.device) -> 
     if device.type == "cpu" or images < WORTH_STARTING:
         return 0
     return min(max(cores() - 1, 1), MOST_PROCESSES)
-
-
-@contextmanager
-def dead_workers_named() -> Iterator[None]:
-    """Turn torch's error about a dead decoding process into one that says what to do.
-
-    Torch raises from a signal handler, so it may come wherever the main thread is, also while a
-    batch is being recorded: the whole loop over batches belongs in here.
-
-    Raises:
-        UserError: A decoding process died, mostly for lack of memory.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise _death(error) from error
-
-
-def _death(error: BaseException) -> UserError:
-    return UserError(
-        f"a decoding process died ({' '.join(str(error).split())[:120]}); what is done so far "
-        "is kept, start again with fewer workers"
-    )

@@ -30,7 +30,7 @@ from vlmlayers.features.store import (
 from vlmlayers.files import atomically, take_lock, writing
 from vlmlayers.identity import DATA, DataIdentity
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
-from vlmlayers.models.decoding import batches_of, dead_workers_named
+from vlmlayers.models.decoding import batches_of
 from vlmlayers.models.extract import prepare, refuse_hooks
 from vlmlayers.models.options import Dataset, ExtractOptions
 from vlmlayers.models.processes import Processes
@@ -223,7 +223,6 @@ class _Stream:
         parts: list[Features] = []
         numbers: set[int] = set()
         with (
-            dead_workers_named(),
             recorder,
             bar(
                 total=sum(len(batches[b]) for b in share),

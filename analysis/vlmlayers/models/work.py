@@ -23,7 +23,7 @@ from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
 from vlmlayers.files import checksum
 from vlmlayers.identity import DataIdentity
-from vlmlayers.models.decoding import batches_of, dead_workers_named, decode, decoding_processes
+from vlmlayers.models.decoding import batches_of, decode, decoding_processes
 from vlmlayers.models.devices import memory_errors, products_in
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
@@ -183,7 +183,6 @@ class Work:
         # has to redo stay small.
         pending: Future[int] | None = None
         with (
-            dead_workers_named(),
             recorder,
             ThreadPoolExecutor(1) as writer,
             bar(

@@ -374,6 +374,23 @@ def test_an_interrupt_leaves_the_processes_to_who_started_them(
     assert not caplog.text
 
 
+def test_an_interrupt_while_processes_start_leaves_nobody_decoding(
+    dots: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starting(*given: Any, **options: Any) -> Iterator[None]:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.3)
+        return (None for _ in range(3))
+
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 2)
+    monkeypatch.setattr("vlmadapters.data.images.decode_pixels", starting)
+    images = Images(shared_backbone(), dots, workers=2, room=Room(1 << 20))
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt), images.arriving(tested=dots.items("test")):
+        pass
+    assert set(threading.enumerate()) == before
+
+
 def dying_at(item: Any, opens: Any, of: int = signal.SIGKILL) -> Any:
     here = os.getpid()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 from threading import Thread
 
 import numpy as np
@@ -147,6 +145,12 @@ def test_workers_do_without_shared_memory(monkeypatch):
     asking.start()
     asking.join(60)
     assert np.array_equal(found[0].vision.array("proj"), run().vision.array("proj"))
+
+
+def test_a_process_that_may_not_have_children_decodes_itself(monkeypatch):
+    """As in a pool of processes, where workers are the default beside a GPU."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert np.array_equal(run(workers=2).vision.array("proj"), run().vision.array("proj"))
 
 
 def test_global_random_state_is_left_alone():
@@ -323,15 +327,6 @@ def test_reduced_decoding_is_near_the_full_one_and_part_of_the_identity(tmp_path
     run(str(tmp_path), model, out=tmp_path.with_name("store"))
     with pytest.raises(UserError, match="decoding"):
         run(str(tmp_path), model, out=tmp_path.with_name("store"), decoding="reduced")
-
-
-def test_a_decoding_process_that_dies_gives_one_line():
-    class Deadly(tiny.DrawnManifest):
-        def open_image(self, item, root=None, size=None):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.raises(UserError, match="a decoding process died.*start again with fewer workers"):
-        run(Deadly(), workers=1)
 
 
 def test_batches_partition_the_rows():
