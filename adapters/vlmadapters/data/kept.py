@@ -167,11 +167,12 @@ def arriving(
     # Not the main thread, in which torch would raise the death of a process it has started; that
     # one waits, as a process that is forked while others compute inherits their locks.
     filler = Thread(target=fill, daemon=True)
-    filler.start()
     try:
+        filler.start()
         begun.wait()
         yield
     finally:
         stop.set()
-        if current_thread() is not filler:  # in which a forgotten context may be collected
+        # A forgotten context may be collected in the thread itself, an interrupt come before it.
+        if current_thread() is not filler and filler.is_alive():
             filler.join()
