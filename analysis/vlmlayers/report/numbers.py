@@ -19,6 +19,7 @@ from vlmlayers.report.validation import TIE, RecordedValidation, void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores
 from vlmlayers.scores.reading import POOLED, bare, check_scores, depths
+from vlmlayers.scores.sources import other_features
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
     RULES,
@@ -166,7 +167,12 @@ class Answer:
 
     @cached_property
     def stale(self) -> str:
-        """Why the choice is not of these scores, as after a new scoring; empty where it is."""
+        """What is older than what it was made from, and how to make it again; empty if nothing."""
+        if of := other_features(self.run, self.attributes):
+            return (
+                f"the scores were made from other features of {of} than are here; run "
+                f"`vlmlayers score {self.run.folder}` again"
+            )
         why = _not_of(self.choice, self.scores)
         again = f"run `vlmlayers select {self.run.folder}` again"
         return f"the choice was made from other scores than these ({why}); {again}" if why else ""

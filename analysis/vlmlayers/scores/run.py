@@ -27,6 +27,7 @@ from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.pairs import run_pairs
 from vlmlayers.scores.readouts import run_classes, run_datasets
 from vlmlayers.scores.scoring import Collector, Group, Runner, Scoring, make_groups
+from vlmlayers.scores.sources import source_marks
 from vlmlayers.scores.transfers import run_left_out, run_novel, run_style_classes, run_styles
 from vlmlayers.user_code import is_user_code, load_user_code
 
@@ -106,7 +107,8 @@ def score(
 
     Returns:
         A table with `SCORE_COLUMNS`. `attrs` holds `cost` (seconds by metric), `refused` (what
-        was not computed, and why) and `protocol` (the options).
+        was not computed, and why), `protocol` (the options) and `features` (marks of what was
+        scored, where it was extracted).
 
     Raises:
         UserError: Unknown metric, space or position, NaN or Inf features, or nothing that could be
@@ -132,7 +134,9 @@ def score(
     for name, seconds in out.cost.items():
         LOG.debug("%s took %.2f s", name, seconds)
     say_missing(out, chosen, settled, asked=metrics is not None)
-    return out.table(settled)
+    table = out.table(settled)
+    table.attrs["features"] = source_marks(given)
+    return table
 
 
 def make_tasks(groups: Iterable[Group], metrics: Mapping[str, Metric]) -> list[ScoreTask]:

@@ -40,7 +40,7 @@ EXTRA_COLUMNS = ("other_tower", "other_position", "options")
 SCORE_COLUMNS = CONTRACT_COLUMNS + EXTRA_COLUMNS
 NUMBERS = ("depth", "value", "low", "high", "null")
 COUNTS = ("n", "seed")
-ATTRIBUTES = ("cost", "refused", "protocol")
+ATTRIBUTES = ("cost", "refused", "protocol", "features")
 SIDECAR = "scores.json"
 LOG = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +17,8 @@ from vlmlayers.selection.resampling import check_resampling
 from vlmlayers.study.schema import DEFAULT_METRICS, ExtractPart, Study, check_study
 from vlmlayers.user_code import is_user_code
 from vlmlayers.words import counted
+
+LOG = logging.getLogger(__name__)
 
 
 def study_of(
@@ -170,8 +173,15 @@ def select_run(
     check_resampling(rule, resamples, seed)
     score_table(source)
     from vlmlayers.scores import read_scores  # all that can be wrong by then takes a table
+    from vlmlayers.scores.sources import other_features
     from vlmlayers.selection import select
 
-    choice = select(read_scores(source), rule, resamples=resamples, seed=seed, **options)
+    scores = read_scores(source)
+    if of := other_features(Run(folder), scores.attrs):
+        LOG.warning(
+            "%s: the scores were made from other features of %s than are here; score again", folder,
+            of,
+        )  # fmt: skip
+    choice = select(scores, rule, resamples=resamples, seed=seed, **options)
     written = choice.save(out or Run(folder).choice)
     return "\n".join([f"adapt {choice}", *textwrap.wrap(choice.statement, 80), str(written)])

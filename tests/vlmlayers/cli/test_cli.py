@@ -22,6 +22,7 @@ from vlmlayers.cli import extensions
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import write_features
 from vlmlayers.options import parse_settings
+from vlmlayers.report.numbers import read_answer
 from vlmlayers.runs import Run
 from vlmlayers.study import check_study, read_study
 
@@ -276,6 +277,23 @@ def test_extract_refuses_another_extraction_until_forced(call, tmp_path: Path) -
     assert call(*words, 12, "--force")[0] == 0
     record = json.loads((out / "provenance.json").read_text())
     assert record["datasets"]["digits"]["items"] == 12
+
+
+def test_scores_of_an_earlier_extraction_are_told(
+    call, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # type: ignore[no-untyped-def]
+    model, out = tiny_clip(tmp_path / "tiny-clip"), tmp_path / "run"
+    extract = ("extract", model, "digits", "--random-weights", "--out", out, "-q", "--items")
+    score = ("score", out, "--metric", "effective_rank", "-q")
+    choose = ("select", out, "--rule", "budget", "--set", "score=metric:effective_rank", "-q")
+    told = "the scores were made from other features of digits (train) than are here"
+    assert call(*extract, 20)[0] == call(*score)[0] == 0
+    assert call(*choose)[0] == 0 and told not in caplog.text and not read_answer(out).stale
+    assert call(*extract, 24, "--force")[0] == 0
+    assert call(*choose)[0] == 0 and told in caplog.text and told in read_answer(out).doubts[0]
+    caplog.clear()
+    assert call(*score)[0] == call(*choose)[0] == 0
+    assert told not in caplog.text and not read_answer(out).stale
 
 
 def test_a_forced_stream_replaces_the_sums_of_another(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
