@@ -7,6 +7,7 @@ before, and the last epoch is evaluated once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,10 @@ from vlmadapters.validation.tuning import Tuning, tune
 from vlmlayers.arguments import Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.options import takes, validated
+from vlmlayers.scores.schema import Scores
+from vlmlayers.selection import predict
+
+LOG = logging.getLogger(__name__)
 
 
 @takes(ValidateOptions)
@@ -38,7 +43,7 @@ def validate(
     choice: Any,
     datasets: Datasets,
     *,
-    scores: pd.DataFrame | None = None,
+    scores: Scores | None = None,
     recipe: str | Path | Recipe | None = None,
     out: str | Path | None = None,
     root: Any = None,
@@ -72,7 +77,7 @@ def validate(
 
     Raises:
         UserError: No dataset or seed is given, a name is unknown, a dataset has one class, or
-            the choice does not fit the model.
+            the choice does not fit the model, or the scores predict nothing.
     """
     asked = validated(ValidateOptions, options, "validate")
     made = _recipe(model, recipe, asked.shots, method)
@@ -89,10 +94,13 @@ def validate(
         stop_unmoved=True,
         progress=progress,
     )
-    data = [experiment.add(one) for one in datasets]
+    # Each once, as `experiment` trains it: amounts would be tuned on one of them twice.
+    data = list(dict.fromkeys(experiment.add(one) for one in datasets))
     if not data or not seeds:
         raise UserError(f"there is no {'seed' if data else 'dataset'} to validate on; name one")
     trained = [one for one in placed if one.placement]
+    if scores is not None:
+        _check_scores(scores, model, trained)
     settings = {"given": [made.at(one.placement) for one in trained]}
     tuning = None
     if asked.amount == "tuned":
@@ -118,6 +126,14 @@ def validate(
     if out is not None and processes.is_first():
         found.write(out)
     return found
+
+
+def _check_scores(scores: pd.DataFrame, model: Model, trained: Sequence[Competitor]) -> None:
+    """Refuse scores that predict nothing of placements, before these are trained for hours."""
+    predict(scores, {one.placement.label: one.placement for one in trained})
+    of, ours = tuple(scores[["model", "weights"]].iloc[0]), (model.name, model.weights)
+    if of != ours:
+        LOG.warning("the scores that predict are of %s (%s), and %s (%s) is trained", *of, *ours)
 
 
 def _recorded(experiment: Experiment, recipe: Recipe, data: Sequence[TaskData]) -> dict[str, Any]:

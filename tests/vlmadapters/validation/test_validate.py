@@ -419,3 +419,39 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     for wrong in ([], ["--placement", "2-3", "--choice", "x"]):
         with pytest.raises(UserError, match="exactly one of --choice and --placement"):
             CliRunner().invoke(app, words + wrong, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.assign(value=np.nan), "dataset_accuracy of the vision tower is not finite"),
+        (lambda s: s[s["position"] != "3"], "block"),
+        (lambda s: s.drop(columns="null"), "lacks the columns null"),
+        (lambda s: "runs/mine", "scores takes a score table"),
+    ],
+)
+def test_scores_that_cannot_predict_are_refused_before_training(
+    change: Callable[[pd.DataFrame], Any], message: str, manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Experiment, "run", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(UserError, match=message):
+        run(manifest, scores=change(scores()))
+
+
+def test_scores_of_another_model_are_told_and_a_dataset_is_tuned_on_once(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def track(data: Any, *_: Any, **__: Any) -> None:
+        raise Stop(len(data))
+
+    monkeypatch.setattr("vlmadapters.validation.validate.Track", track)
+    with pytest.raises(Stop, match="^1$"):
+        validate(
+            shared_backbone("clip"), CHOICE, [manifest, manifest], recipe=RECIPE,
+            scores=scores(), seeds=(1, 2), kinds=("all",), progress=False,
+        )  # fmt: skip
+    assert "the scores that predict are of m (w), and " in caplog.text
