@@ -108,6 +108,7 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: va.summarise(3), "results takes a results table, as `train` returns it, not 3"),
         (lambda: va.summarise(RESULTS.drop(columns="accuracy")), "lacks accuracy"),
         (lambda: va.summarise(RESULTS.assign(accuracy="high")), "text in the column accuracy"),
+        (lambda: va.summarise(RESULTS.assign(accuracy=np.nan)), "has no accuracy in any row"),
         (lambda: va.class_logits(shared_backbone(), None, None), "clip takes Module"),
         (
             lambda: logits(lambda x: x[:, :1]),

@@ -128,6 +128,8 @@ def summarise(results: Results) -> pd.DataFrame:
         raise UserError("the results table is empty; run `vlmlayers evaluate` first")
     if not pd.api.types.is_numeric_dtype(results["accuracy"]):
         raise UserError("the results table holds text in the column accuracy; read it as numbers")
+    if results["accuracy"].isna().all():
+        raise UserError("the results table has no accuracy in any row; run the training again")
     rows: list[dict[str, Any]] = []
     table = results.assign(source=_comparable_source(results))
     # What tables lack that were written before there were several methods.
@@ -155,7 +157,8 @@ def _datasets(part: pd.DataFrame) -> list[dict[str, Any]]:
     if {"base", "novel"} <= set(seeds.columns):
         seeds["hm"] = [harmonic_mean(b, n) for b, n in zip(seeds["base"], seeds["novel"])]
     for dataset, block in seeds.groupby(level="dataset", sort=False):
-        notes = part.loc[part["dataset"] == dataset, "note"]
+        # `pandas.read_csv` reads an empty note as NaN.
+        notes = part.loc[part["dataset"] == dataset, "note"].dropna()
         rows += _metrics(str(dataset), block, "; ".join(dict.fromkeys(filter(None, notes))))
     source = set(part["source"])
     targets = [d for d in seeds.index.unique("dataset") if d not in source]

@@ -332,8 +332,20 @@ def _alike(levels: list[tuple[str, pd.DataFrame]], tolerance: float) -> bool:
     return bool(((both.max(axis=1) - both.min(axis=1)) <= tolerance).all())
 
 
+def refuse_deeper(choice: LayerChoice, tower: str, depth: int) -> None:
+    """Raise a UserError where a choice is of a deeper tower than is drawn, as of another model."""
+    known = max(*choice.blocks(tower), len(choice.standing(tower)), 0)
+    if known > depth:
+        raise UserError(
+            f"the choice is of {known} {tower} blocks or more, and {depth} are drawn; give the "
+            "choice of this model"
+        )
+
+
 def strip(ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: Sequence[str]) -> None:
     """Mark the chosen blocks under the axis: a strip per tower, open blocks pale."""
+    for tower in towers:
+        refuse_deeper(choice, tower, axis.blocks[tower])
     height = 3.2  # points; the labels of the axis move down by as much
     ax.tick_params(axis="x", pad=2.5 + (height + 1) * len(towers))
     for lane, tower in enumerate(towers):

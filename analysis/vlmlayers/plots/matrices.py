@@ -12,7 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.placement import runs
-from vlmlayers.plots.depth import is_random, on_tower
+from vlmlayers.plots.depth import is_random, on_tower, refuse_deeper
 from vlmlayers.plots.style import (
     NAME,
     OPEN_ALPHA,
@@ -26,7 +26,7 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.scores.reading import Reading
+from vlmlayers.scores.reading import Reading, depths
 from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import agreement, curves
 from vlmlayers.selection import LayerChoice
@@ -82,6 +82,8 @@ def agreement_matrix(
         ax.set_xlabel(f"{other_tower.capitalize()} position")
         ax.set_ylabel(f"{tower.capitalize()} position")
         if choice is not None:
+            for name in (tower, other_tower):
+                refuse_deeper(choice, name, depths(scores)[name])
             _mark(ax, choice, tower, rows, vertical=True)
             _mark(ax, choice, other_tower, columns, vertical=False)
         return mark_random(ax, is_random(scores))
@@ -120,6 +122,7 @@ def dataset_heatmap(
         )
         ax.set_xlabel(f"{tower.capitalize()} position")
         if choice is not None:
+            refuse_deeper(choice, tower, depths(scores)[tower])
             _mark(ax, choice, tower, columns, vertical=False)
         return mark_random(ax, is_random(scores))
 

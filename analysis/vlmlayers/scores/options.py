@@ -163,7 +163,8 @@ class ScoreOptions(Options):
         """Return the spaces in which a metric is asked for."""
         if self.spaces is None:
             return metric.spaces[:1]
-        return tuple(space for space in self.spaces if space in metric.spaces)
+        # One named twice would give every row twice, which reads as two scorings.
+        return tuple(space for space in dict.fromkeys(self.spaces) if space in metric.spaces)
 
     def arguments(self, metric: Metric, **given: Any) -> dict[str, Any]:
         """Return the keyword arguments of a metric's function: its settings and our options."""

@@ -151,10 +151,12 @@ def bare(scores: pd.DataFrame) -> pd.DataFrame:
 def depths(scores: pd.DataFrame) -> dict[str, int]:
     """Return the number of blocks of each tower in the table, `vision` first."""
     found = {}
+    paired = {"other_tower", "other_position"} <= set(scores.columns)
     for tower in TOWERS:
-        names = scores.loc[scores["tower"] == tower, "position"]
-        partner = scores.loc[scores["other_tower"] == tower, "other_position"]
-        named = map(str, {*names.unique(), *partner.unique()})
+        named = set(map(str, scores.loc[scores["tower"] == tower, "position"].unique()))
+        if paired:
+            partners = scores.loc[scores["other_tower"] == tower, "other_position"]
+            named |= set(map(str, partners.unique()))
         blocks = [p for p in named if p.isdecimal()]
         # Depth becomes the length of arrays: a digit too many in a table must not fill the memory.
         absurd = [p for p in blocks if len(p) > 4]

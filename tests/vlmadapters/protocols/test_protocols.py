@@ -194,6 +194,14 @@ def test_the_table_holds_the_cells_of_earlier_commands(
     assert "is damaged" in caplog.text and len(stored()) == len(first)
 
 
+def test_a_results_file_as_pandas_reads_it_is_summarised(tmp_path: Path) -> None:
+    """Empty notes and placements are NaN there."""
+    found = run(tmp_path, seeds=(1,))
+    columns = ["method", "dataset", "metric", "mean", "seeds"]
+    read = summarise(pd.read_csv(tmp_path / "results.csv"))
+    pd.testing.assert_frame_equal(read[columns], summarise(found)[columns])
+
+
 def test_another_recipe_has_cells_of_its_own(tmp_path: Path) -> None:
     run(tmp_path, seeds=(1,))
     changed = RECIPE.changed({"lr": 0.1}, {})

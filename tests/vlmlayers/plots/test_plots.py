@@ -345,6 +345,16 @@ def test_summaries_know_shapes_and_datasets() -> None:
         (lambda: plots.save_figure(plots.layer_curves(full()), "x", formats=()), "no format is"),
         (lambda: plots.layer_curves(full().assign(low="x")), "'x' in the column low, where a num"),
         (lambda: plots.layer_curves(full().drop(columns="null")), "lacks the columns null"),
+        (
+            lambda: plots.layer_curves(full(), choice=LayerChoice((14,), (5,), "explicit")),
+            "of 14 vision blocks or more, and 12 are drawn",
+        ),
+        (
+            lambda: plots.agreement_matrix(
+                full(), choice=select(planted(12, 24, (5, 9)), resamples=20)
+            ),
+            "of 24 text blocks or more, and 12 are drawn",
+        ),
         (lambda: plots.layer_curves(full().assign(low=2.0)), "low must not exceed high"),
         (
             lambda: select(full().assign(tower="Vision")),
@@ -387,6 +397,11 @@ def test_summaries_know_shapes_and_datasets() -> None:
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_a_table_without_the_optional_columns_is_drawn() -> None:
+    scores = full().drop(columns=["other_tower", "other_position", "options"])
+    assert plots.layer_curves(scores).get_legend_handles_labels()[1][:2] == ["Vision", "Text"]
 
 
 def by_dataset(**options: Any) -> Any:

@@ -778,6 +778,12 @@ def test_an_agreement_that_a_part_of_the_items_lacks_has_no_interval(metric: str
     assert scores.loc[~at_embed, ["low", "high"]].notna().all(axis=None)
 
 
+def test_what_is_named_twice_is_scored_once() -> None:
+    asked = {"positions": [1, "1"], "spaces": ["joint", "joint"], "progress": False}
+    scores = score(make_features(), ["effective_rank"] * 2, **asked)
+    assert scores["tower"].tolist() == ["vision", "text"]
+
+
 def test_the_number_of_neighbours_is_noted_as_it_was_used() -> None:
     """A class of five, one of them held out and one for validation, has three to vote for it."""
     features = [make_features(items=30), make_features("beta", number=1, items=36)]
