@@ -20,12 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
+from threading import BrokenBarrierError
 from typing import Any
 
 import torch
@@ -98,8 +99,13 @@ def train_when_all_are_ready(
     model, recipe = load(name, DEVICE), va.load_recipe("published", "mma")
     recipe = recipe.changed(changed, {})
     ready.wait()  # imports and the making of the model are not what is measured
-    # A bare number would be one seed of that value.
-    va.train(model, data, recipe, out, seeds=range(1, seeds + 1), progress=False)
+    try:
+        # A bare number would be one seed of that value.
+        va.train(model, data, recipe, out, seeds=range(1, seeds + 1), progress=False)
+    except BaseException:
+        ready.abort()
+        raise
+    ready.wait()  # nor is the end of the process
 
 
 def base_to_novel(name: str, datasets: int, classes: int, seeds: int) -> None:
@@ -132,9 +138,11 @@ def base_to_novel(name: str, datasets: int, classes: int, seeds: int) -> None:
             ready.wait(timeout=300)
             began = time.perf_counter()
             with utilisation() as busy:
-                for one in work:
-                    one.join()
-            seconds = round(time.perf_counter() - began, 1)
+                with suppress(BrokenBarrierError):  # of a process that failed
+                    ready.wait()
+                seconds = round(time.perf_counter() - began, 1)
+            for one in work:
+                one.join()
             if any(one.exitcode for one in work):
                 sys.exit(f"{way}: a process failed")
             with (out / "results.csv").open(encoding="utf-8") as file:

@@ -108,7 +108,13 @@ class Images:
         return _Resized(self.transform, self.mean, self.std)
 
     @contextmanager
-    def arriving(self, trained: Sequence[Item] = (), tested: Sequence[Item] = ()) -> Iterator[None]:
+    def arriving(
+        self,
+        trained: Sequence[Item] = (),
+        tested: Sequence[Item] = (),
+        *,
+        then: Sequence[tuple[Images, Sequence[Item], Sequence[Item]]] = (),
+    ) -> Iterator[None]:
         """Let processes decode ahead what is not kept, while it fits.
 
         They are started where it is worth it: threads decode images that are few.
@@ -116,24 +122,31 @@ class Images:
         Args:
             trained: Items to decode as `raw` does.
             tested: Items to decode as `ready` does, after these.
+            then: Likewise of other images, after all of these, as far as the time suffices.
         """
-        ways = ((self._raw, _pixels, trained), (self._ready, self._resized, tested))
-        wanted = {
-            (kept, item.path): (item, convert)
-            for kept, convert, items in ways
-            for item in items
-            if kept.lacks(item.path)
-        }
+        wanted = self._lacking(trained, tested)
+        for images, *items in then:
+            wanted |= images._lacking(*items)
         few = len(wanted) < WORTH_STARTING
         if few or not self.workers or not forks() or self.room.full:
             yield
             return
-        begin = partial(
-            decode_pixels, self.manifest, list(wanted.values()), root=self.root,
-            size=max(self.size), workers=self.workers,
-        )  # fmt: skip
+        begin = partial(decode_pixels, list(wanted.values()), workers=self.workers)
         with arriving(list(wanted), begin):
             yield
+
+    def _lacking(
+        self, trained: Sequence[Item], tested: Sequence[Item]
+    ) -> dict[tuple[Kept, str], Callable[[], Tensor]]:
+        """Return where images that are not kept belong, and what makes them."""
+        opened = partial(_opened, self.manifest, self.root, max(self.size))
+        ways = ((self._raw, _pixels, trained), (self._ready, self._resized, tested))
+        return {
+            (kept, item.path): partial(opened, item, convert)
+            for kept, convert, items in ways
+            for item in items
+            if kept.lacks(item.path)
+        }
 
     def uploaded(self, items: Sequence[Item]) -> list[Tensor]:
         """Return images as decoded on the model's device, (3, height, width) each, uint8.
@@ -281,6 +294,12 @@ class _Resized:
         # Normalisation is undone to keep a byte a value; 8-bit input makes this exact.
         made: Tensor = self.transform(image) * self.std + self.mean
         return made.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _opened(
+    manifest: Manifest, root: Any, size: int, item: Item, convert: Callable[[Any], Tensor]
+) -> Tensor:
+    return convert(manifest.open_image(item, root, size=size))
 
 
 def _pixels(image: Any) -> Tensor:

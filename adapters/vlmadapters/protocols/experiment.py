@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.data.images import as_first_seen
+from vlmadapters.data.images import Images, as_first_seen
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
 from vlmadapters.files import save_method
@@ -110,6 +110,7 @@ class Experiment:
         self.target_names = tuple(self.add(one).manifest.name for one in tested)
         self._zero: dict[tuple[str, str], list[Answers]] = {}
         self._plain = Method()
+        self._next: tuple[str, int] | None = None  # what comes then, whose images are decoded early
         self._unmoved: set[str] = set()  # methods that changed nothing, as was said
 
     def add(self, dataset: str | Path | Manifest | TaskData) -> TaskData:
@@ -207,13 +208,26 @@ class Experiment:
 
         Each process then decodes and tests the images of as few as possible.
         """
+
+        def cells(pairs: Iterable[tuple[str, int]]) -> list[Cell]:
+            return [self._cell(*pair, one) for pair, one in product(pairs, settings)]
+
+        def untrained(pair: tuple[str, int]) -> bool:
+            missing = any(self.cells.read(cell) is None for cell in cells([pair]))
+            return missing and not self.cells.others_hold(cells([pair]))
+
         busy = []
-        for source in sources:
-            cells = [self._cell(source, seed, one) for seed, one in product(seeds, settings)]
-            if self.cells.others_hold(cells):
+        for number, source in enumerate(sources):
+            if self.cells.others_hold(cells(product([source], seeds))):
                 busy.append(source)
-            else:
-                yield from product([source], seeds)
+                continue
+            for place, seed in enumerate(seeds, 1):
+                later = chain(
+                    product([source], seeds[place:]), product(sources[number + 1 :], seeds)
+                )
+                self._next = next(filter(untrained, later), None)
+                yield source, seed
+        self._next = None
         yield from product(busy, seeds)
 
     def _recipe_of(self, setting: MethodConfig | Recipe) -> Recipe:
@@ -302,11 +316,10 @@ class Experiment:
         train = self._train_of(settings[0], source)
         task = data.task(kind, train.template)
         shots = data.shots(train.shots, seed, kind)
-        own = [target for target in self.targets(source) if target.dataset is data]
-        # Of several processes each tests its share.
-        tested = [item for one in own for item in processes.share(self._items(one)[0])]
+        then = [self._needed(*self._next, settings[0])] if self._next is not None else []
+        images, *needed = self._needed(source, seed, settings[0])
         # Beside the training, which leaves a machine with a GPU its cores.
-        with data.images.arriving(as_first_seen(shots, seed), tested):
+        with images.arriving(*needed, then=then):
             trainer = Trainer(
                 self.model,
                 data.images,
@@ -333,6 +346,17 @@ class Experiment:
                     cell.identity,  # nothing timed: a resumed run leaves the same file
                 )
         return rows
+
+    def _needed(
+        self, source: str, seed: int, setting: Recipe
+    ) -> tuple[Images, list[Item], list[Item]]:
+        """Return the images of a source, what a training sees of them, and its test on them."""
+        data, shots = self._datasets[source], self._train_of(setting, source).shots
+        own = [target for target in self.targets(source) if target.dataset is data]
+        # Of several processes each tests its share.
+        tested = [item for one in own for item in processes.share(self._items(one)[0])]
+        drawn = data.shots(shots, seed, self.protocol.train_kind)
+        return data.images, as_first_seen(drawn, seed), tested
 
     def _test(
         self,

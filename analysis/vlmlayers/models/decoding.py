@@ -180,16 +180,14 @@ def _loaded(
 
 
 class _Pixels(Dataset[Tensor | None]):
-    def __init__(self, manifest: Any, items: Sequence[Any], root: Any, size: int) -> None:
-        self.manifest, self.items, self.root, self.size = manifest, items, root, size
+    def __init__(self, makers: Sequence[Callable[[], Tensor]]) -> None:
+        self.makers = makers
 
     def __getitem__(self, row: int) -> Tensor | None:
-        item, convert = self.items[row]
         try:
-            made: Tensor = convert(self.manifest.open_image(item, self.root, size=self.size))
+            return self.makers[row]()
         except Exception:  # noqa: BLE001 of any code; who needs the image meets it
             return None
-        return made
 
 
 def _end_to_end(images: list[Tensor | None]) -> tuple[list[Any], Any]:
@@ -204,31 +202,23 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def decode_pixels(
-    manifest: Any,
-    items: Sequence[tuple[Any, Callable[[Any], Tensor]]],
-    *,
-    root: Path | None,
-    size: int,
-    workers: int,
+    makers: Sequence[Callable[[], Tensor]], *, workers: int
 ) -> Generator[Tensor | None]:
-    """Fork processes that decode images; return what each is converted to, in order.
+    """Fork processes that decode images; return these in order.
 
     None stands for an image that cannot be read. Where `forks` says no it fails.
 
     Args:
-        manifest: Opens the images.
-        items: Each item, and what makes of its PIL image a uint8 tensor of any shape.
-        root: Data root.
-        size: Pixels that the model takes, a hint for drawn images.
+        makers: What opens each image and makes a uint8 tensor of it, of any shape.
         workers: Decoding processes, 1 or more.
 
     Raises:
         RuntimeError: A decoding process died, mostly for lack of memory.
     """
-    images = _Pixels(manifest, items, root, size)
+    images = _Pixels(makers)
     first = images[0]
     largest = max(HANDED_BYTES // first.nbytes, 1) if first is not None else 1
-    batches = batches_of(len(items), min(HANDED_OVER, largest))
+    batches = batches_of(len(makers), min(HANDED_OVER, largest))
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=batches,

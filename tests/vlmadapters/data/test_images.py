@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,7 +276,7 @@ def test_fewer_images_are_under_way_where_they_are_large(
     images: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thirty photographs of 36 MB for each of fifteen processes would be 17 GB."""
-    items, sizes = [(item, converted) for item in MANIFEST.items("test")[:20]], []
+    sizes: list[int] = []
 
     def divided(rows: int, size: int) -> list[list[int]]:
         sizes.append(size)
@@ -283,13 +284,10 @@ def test_fewer_images_are_under_way_where_they_are_large(
 
     monkeypatch.setattr(decoding, "batches_of", divided)
     monkeypatch.setattr(decoding, "HANDED_BYTES", int(images * 300))
-    found = list(decoding.decode_pixels(MANIFEST, items, root=None, size=32, workers=2))
+    makers = [partial(torch.zeros, (3, 10, 10), dtype=torch.uint8)] * 20
+    found = list(decoding.decode_pixels(makers, workers=2))
     assert sizes == [at_a_time]
     assert [image.nbytes for image in found] == [300] * 20
-
-
-def converted(image: Any) -> torch.Tensor:
-    return torch.full((3, 10, 10), image.getpixel((0, 0))[0], dtype=torch.uint8)
 
 
 def none(*given: Any, **options: Any) -> Any:

@@ -236,9 +236,9 @@ def test_the_images_of_the_first_steps_are_decoded_first(monkeypatch: pytest.Mon
     decoded: list[str] = []
     seen: list[str] = []
 
-    def noted(manifest: Any, items: Any, **options: Any) -> Any:
-        decoded.extend(item.path for item, _ in items)
-        return decode_pixels(manifest, items, **options)
+    def noted(makers: Any, **options: Any) -> Any:
+        decoded.extend(make.args[3].path for make in makers)
+        return decode_pixels(makers, **options)
 
     def augmented(self: Images, items: Any, *given: Any, **options: Any) -> Any:
         seen.extend(item.path for item in items)
@@ -251,6 +251,43 @@ def test_the_images_of_the_first_steps_are_decoded_first(monkeypatch: pytest.Mon
     first = list(dict.fromkeys(seen))
     assert len(first) >= 8
     assert decoded[: len(first)] == first
+
+
+def test_the_images_of_the_next_dataset_are_decoded_beside_the_last_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("vlmadapters.data.images.WORTH_STARTING", 16)
+    names, told = ["shapes_filled", "textures"], list[str]()
+    trains = Experiment.train_and_test
+
+    def noted(makers: Any, **options: Any) -> Any:
+        told.append("decode " + ", ".join(dict.fromkeys(make.args[0].name for make in makers)))
+        return decode_pixels(makers, **options)
+
+    def training(self: Experiment, source: str, seed: int, settings: Any) -> Any:
+        told.append(f"train {source} {seed}")
+        return trains(self, source, seed, settings)
+
+    monkeypatch.setattr("vlmadapters.data.images.decode_pixels", noted)
+    monkeypatch.setattr(Experiment, "train_and_test", training)
+
+    def table(workers: int, out: Path | None = None) -> pd.DataFrame:
+        options = {**QUICK, "workers": workers, "seeds": (1, 2)}
+        told.clear()
+        return base_to_novel(shared_backbone(), names, RECIPE, out, **options).drop(
+            columns="seconds"
+        )
+
+    expected = table(0)
+    pd.testing.assert_frame_equal(table(2, tmp_path), expected)
+    assert told == [
+        "train shapes_filled 1", "decode shapes_filled", "train shapes_filled 2",
+        "decode textures", "train textures 1", "decode textures", "train textures 2",
+    ]  # fmt: skip
+    for file in (tmp_path / "cells").glob("shapes_filled-mma-*-s2-*"):
+        file.unlink()
+    table(2, tmp_path)  # goes on: nothing comes after it
+    assert told == ["train shapes_filled 2", "decode shapes_filled"]
 
 
 def test_datasets_that_others_work_on_come_last_and_the_table_is_the_same(
