@@ -115,7 +115,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 Natural = Annotated[int, Takes(least=0)]
 LARGEST_SEED = 2**63 - 1  # that torch takes
-LEAST_DRAWS = 20  # of fewer none lies outside 95 %: what they span is no interval
+ENOUGH_DRAWS = 20  # of fewer none lies outside 95 %: what they span is no interval
 Seed = Annotated[int, Takes(least=0, most=LARGEST_SEED)]
 Positive = Annotated[float, Takes(above=0)]
 NotNegative = Annotated[float, Takes(least=0)]

@@ -101,7 +101,7 @@ def test_features_of_every_usual_type_are_read_in_their_order(values: Any) -> No
         (lambda: score("runs/x"), "features takes LayerFeatures, not 'runs/x'"),
         (lambda: score(np.zeros((5, 5))), "features takes LayerFeatures"),
         (lambda: score(many(1) * 2), "appears twice among the features"),
-        (lambda: score(bootstrap=0), "bootstrap is 0; at least 20"),
+        (lambda: score(bootstrap=0), "bootstrap is 0; at least 2"),
         (lambda: score(k=0), "k is 0; at least 1"),
         (lambda: score(k=True), "k is True; a whole number is needed"),
         (lambda: score(metrics="dataset_accuracy_nmc"), "did you mean 'dataset_accuracy_ncm'"),

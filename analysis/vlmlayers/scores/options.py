@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from vlmlayers.arguments import LEAST_DRAWS
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import Options, Seed, Several, Word
 from vlmlayers.positions import ATTENTION, EMBED, FINAL, PROJ, SPACES
@@ -88,9 +87,7 @@ class ScoreOptions(Options):
             "is joined over seeds adds how they differ: have three."
         ),
     )
-    bootstrap: int = Field(
-        default=200, ge=LEAST_DRAWS, description="Draws of each bootstrap interval."
-    )
+    bootstrap: int = Field(default=200, ge=2, description="Draws of each bootstrap interval.")
     jackknife: int = Field(
         default=10,
         ge=2,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 
-from vlmlayers.arguments import checked
+from vlmlayers.arguments import ENOUGH_DRAWS, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.metrics.declare import MODEL
@@ -123,6 +123,11 @@ def score(
     if not chosen:
         raise UserError("no metric is named; leave metrics out to score all of them")
     settled.refuse_unread(chosen.values())
+    if settled.bootstrap < ENOUGH_DRAWS:
+        LOG.warning(
+            "bootstrap is %d: an interval is what so few draws span; take 20 or more",
+            settled.bootstrap,
+        )
     given = [features] if isinstance(features, LayerFeatures) else list(features)
     groups = make_groups(given, settled)
     _check_positions(given, settled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmlayers.arguments import Natural, Seed, checked
+from vlmlayers.arguments import ENOUGH_DRAWS, Natural, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.positions import TOWERS
@@ -22,6 +23,8 @@ from vlmlayers.selection.resampling import RESAMPLES, check_resampling, resample
 from vlmlayers.selection.rules import Pick, Picks, Searched
 from vlmlayers.selection.stability import HOW, doubts, stability
 from vlmlayers.words import percent
+
+LOG = logging.getLogger(__name__)
 
 
 @checked
@@ -42,8 +45,8 @@ def select(
             a `LayerChoice`, a (vision, text) pair or a mapping with these keys; each holds blocks
             from 1, or text such as "5-12". It is called again on every resampled table, and the
             choice names the rule as its `def` does.
-        resamples: Resampled tables on which the rule is run again, 20 at least; 0 skips that. Rules
-            that read no score take none.
+        resamples: Resampled tables on which the rule is run again; 0 skips that. Rules that read no
+            score take none.
         seed: Seed of the resampling.
         **options: Fields of the rule, such as `accuracy=0.7` for `threshold`.
 
@@ -51,8 +54,8 @@ def select(
         The choice with its evidence.
 
     Raises:
-        UserError: Rule or option is unknown, resamples are too few, or they or their seed change
-            nothing, or the table lacks what the rule needs.
+        UserError: Rule or option is unknown, there is one resample, or resamples or their seed
+            change nothing, or the table lacks what the rule needs.
     """
     table = check_scores(scores)
     chooser = make_rule(rule, options)
@@ -65,6 +68,10 @@ def select(
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
     moves = resampled(name, resamples)
+    if 0 < moves < ENOUGH_DRAWS:
+        LOG.warning(
+            "%d resamples say little of how often a block is chosen; take 20 or more", moves
+        )
     found = stability(chooser, seen, moves, seed) if moves else {}
     if moves:
         picks = {tower: _with_unmoved(pick, seen, tower) for tower, pick in picks.items()}

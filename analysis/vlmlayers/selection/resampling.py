@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vlmlayers.arguments import LEAST_DRAWS
 from vlmlayers.errors import UserError
 
 RESAMPLES = 200  # where nobody names a number
@@ -23,10 +22,10 @@ def check_resampling(rule: str, resamples: int, seed: int = 0) -> None:
     why = f"rule {rule!r} reads no score" if rule in UNSAMPLED else "resamples is 0"
     if resamples not in (0, RESAMPLES) and rule in UNSAMPLED:
         raise UserError(f"resamples draw scores anew, and {why}; leave resamples out")
-    if resamples and resamples < LEAST_DRAWS:
+    if resamples == 1:
         raise UserError(
-            f"resamples is {resamples}; at least {LEAST_DRAWS} are needed to say how often a block "
-            "is chosen, or 0 to skip that"
+            "resamples is 1; at least 2 are needed to say how often a block is chosen, or 0 to "
+            "skip that"
         )
     if seed and not resampled(rule, resamples):
         raise UserError(f"seed is of the resampling, and {why}; leave seed out")

@@ -659,6 +659,14 @@ def test_nan_and_inf_name_dataset_tower_and_position(value: float) -> None:
         score(_broken(value), ["fisher_ratio"])
 
 
+@pytest.mark.parametrize(("draws", "warned"), [(5, True), (20, False)])
+def test_few_draws_are_said_to_make_no_interval(
+    draws: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    score(make_features(), ["class_accuracy_ncm"], **QUICK | {"bootstrap": draws})
+    assert (f"bootstrap is {draws}: an interval is what so few" in caplog.text) is warned
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -669,7 +677,7 @@ def test_nan_and_inf_name_dataset_tower_and_position(value: float) -> None:
         ({"spaces": ["jiont"]}, "unknown space 'jiont'; did you mean 'joint'"),
         ({"positions": ["17"]}, "unknown position '17' in the features"),
         ({"positions": ["prj"]}, "unknown position 'prj'; did you mean 'proj'"),
-        ({"bootstrap": 19}, "bootstrap is 19; at least 20 is needed"),
+        ({"bootstrap": 1}, "bootstrap is 1; at least 2 is needed"),
         ({"folds": 2}, "folds is 2; at least 3 is needed"),
         ({"seeds": ()}, r"seeds is \(\); a list of at least 1 is needed"),
         ({"seeds": [1, 2, 1]}, "'seeds': names 1 twice"),

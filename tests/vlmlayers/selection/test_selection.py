@@ -468,6 +468,14 @@ def test_a_choice_shows_itself_in_ten_lines() -> None:
     assert len(long) <= 10 and max(map(len, long)) <= 80 and long[-1].endswith("…")
 
 
+@pytest.mark.parametrize(("resamples", "warned"), [(0, False), (5, True), (20, False)])
+def test_few_resamples_are_said_to_say_little(
+    resamples: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    select(planted(), resamples=resamples)
+    assert ("resamples say little" in caplog.text) is warned
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -479,8 +487,8 @@ def test_a_choice_shows_itself_in_ten_lines() -> None:
         ({"partner": "dept"}, "did you mean 'depth'"),
         ({"metric": "dataset_acuracy"}, "did you mean 'dataset_accuracy'"),
         ({"resamples": -1}, "resamples takes a whole number from 0, not -1"),
-        ({"resamples": 1}, "resamples is 1; at least 20 are needed"),
-        ({"resamples": 19, "rule": "knee"}, "or 0 to skip that"),
+        ({"resamples": 1}, "resamples is 1; at least 2 are needed"),
+        ({"resamples": 1, "rule": "knee"}, "or 0 to skip that"),
         ({"rule": "budget", "n": 13}, "exceeds the 12 vision blocks"),
         ({"rule": "budget", "n": -1}, "n takes a whole number from 0, not -1"),
         ({"rule": "budget", "score": "acuracy"}, "did you mean 'accuracy'"),

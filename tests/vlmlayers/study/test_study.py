@@ -75,7 +75,7 @@ STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
             {"select": {"rule": "paper", "resamples": 20}},
             "rule 'paper' reads no score; leave resamples out",
         ),
-        ({"select": {"rule": "own.py:rule", "resamples": 1}}, "resamples is 1; at least 20"),
+        ({"select": {"rule": "own.py:rule", "resamples": 1}}, "resamples is 1; at least 2"),
         ({"search": {}, "select": {"resamples": 20}}, "rule 'search' reads no score"),
         ({"report": {"formats": ["gif"]}}, "svg"),
     ],
