@@ -104,6 +104,7 @@ def train(
         check_blocks(model, one.method)
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.cli.terminal import wrapped
+    from vlmadapters.protocols.train import tell_of_another
     from vlmadapters.protocols.train import train as run
     from vlmadapters.training import processes
     from vlmadapters.validation.methods import methods_verdict
@@ -112,6 +113,7 @@ def train(
         loaded = load_backbone(model, weights, device)
         if depths_of(loaded) != depths_of(model):  # from which blocks may follow
             made, placed = read(loaded)
+        tell_of_another(choice, loaded)
         table = run(
             loaded,
             datasets,

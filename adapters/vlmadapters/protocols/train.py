@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,9 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models.load import VLM
 from vlmlayers.options import takes, validated
+from vlmlayers.selection import LayerChoice
 
+LOG = logging.getLogger(__name__)
 Model = Annotated[VLM, Takes("a model, as `load_model` returns it")]
 Placements = Annotated[
     Sequence[Any] | None,
@@ -97,6 +100,8 @@ def train(
         raise UserError("train takes either configs or placement, not both")
     if configs is not None and list(method) != [DEFAULT_METHOD]:
         raise UserError("train takes either configs or method, not both")
+    for one in placement or ():
+        tell_of_another(one, model)
     experiment = Experiment(
         asked.protocol,
         model,
@@ -110,6 +115,14 @@ def train(
         progress=progress,
     )
     return experiment.run(datasets, settings, asked.seeds, together=asked.together)
+
+
+def tell_of_another(choice: Any, model: VLM) -> None:
+    """Warn where a placement to train at is a choice, or its path, of another model's scores."""
+    if isinstance(choice, Path):
+        choice = LayerChoice.load(choice)
+    if isinstance(choice, LayerChoice) and (other := choice.of_another(model.name, model.weights)):
+        LOG.warning("the choice was made from scores %s, which is trained", other)
 
 
 def _recipes(

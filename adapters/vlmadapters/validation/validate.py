@@ -19,7 +19,7 @@ from vlmadapters.clip.towers import backbone_depths
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
-from vlmadapters.protocols.train import Datasets, Model
+from vlmadapters.protocols.train import Datasets, Model, tell_of_another
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, check_methods, default_recipe, load_recipe
 from vlmadapters.validation.competitors import Competitor, chosen_placement, competitors
@@ -82,6 +82,7 @@ def validate(
     asked = validated(ValidateOptions, options, "validate")
     made = _recipe(model, recipe, asked.shots, method)
     placed = _competitors(model, made.method, choice, asked, seed)
+    tell_of_another(choice, model)
     seeds = list(dict.fromkeys(asked.seeds))
     experiment = Experiment(
         "base-to-novel",

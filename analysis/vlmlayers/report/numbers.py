@@ -366,10 +366,9 @@ def _not_of(choice: LayerChoice, scores: pd.DataFrame) -> str:
 
     Only of rules that ship are the values recorded that they read.
     """
-    evidence, first = choice.evidence, scores.iloc[0]
-    for name in ("model", "weights"):
-        if evidence.get(name, first[name]) != first[name]:
-            return f"of {name} {evidence[name]}, not {first[name]}"
+    evidence = choice.evidence
+    if other := choice.of_another(*map(str, scores[["model", "weights"]].iloc[0])):
+        return other
     read = {t: one["values"] for t, one in evidence.get("towers", {}).items() if one.get("values")}
     if choice.rule not in RULES or not read:
         return ""

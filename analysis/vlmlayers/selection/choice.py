@@ -56,6 +56,13 @@ class LayerChoice:
         """How sure the choice is, in one or two sentences."""
         return str(self.evidence.get("statement", ""))
 
+    @checked
+    def of_another(self, model: str, weights: str) -> str:
+        """Return whose scores it was made from, and not whose; empty where of these, or unsaid."""
+        ours = (model, weights)
+        found = tuple(self.evidence.get(key, one) for key, one in zip(("model", "weights"), ours))
+        return "" if found == ours else "of {} ({}), not of {} ({})".format(*found, *ours)
+
     @property
     def placement(self) -> Placement:
         """The chosen blocks as a placement, with the amount that a search chose beside them."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from vlmadapters.cli import validate_stage
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.protocols.train import train
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.validation.outcome import label_of, summarise
 from vlmadapters.validation.validate import validate
@@ -455,3 +457,22 @@ def test_scores_of_another_model_are_told_and_a_dataset_is_tuned_on_once(
             scores=scores(), seeds=(1, 2), kinds=("all",), progress=False,
         )  # fmt: skip
     assert "the scores that predict are of m (w), and " in caplog.text
+
+
+@pytest.mark.parametrize("start", ["validate", "train", "train at its path"])
+def test_a_choice_of_another_model_is_told(
+    start: str, tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Its blocks are there in a model of equal depth, and were not chosen for it."""
+    monkeypatch.setattr(Experiment, "run", lambda *_, **__: sys.exit("it trains"))
+    model = shared_backbone("clip")
+    for of, told in (((model.name, model.weights), False), (("m", "w"), True)):
+        choice = replace(CHOICE, evidence=dict(zip(("model", "weights"), of)))
+        path = choice.save(tmp_path / "choice.json")
+        with pytest.raises(SystemExit, match="it trains"):
+            if start == "validate":
+                validate(model, choice, [manifest], recipe=RECIPE, amount="given")
+            else:
+                train(model, [manifest], RECIPE, placement=[choice if start == "train" else path])
+        assert ("the choice was made from scores of m (w), not of " in caplog.text) == told

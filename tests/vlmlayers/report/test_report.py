@@ -166,7 +166,7 @@ def test_a_choice_from_other_scores_is_told(tmp_path: Path, rule: str) -> None:
     for other, why in (
         (scores.assign(value=1 - scores["value"]), "of the vision tower differs"),
         (scores[scores["metric"] != "dataset_accuracy"], "'dataset_accuracy'"),
-        (scores.assign(model="another"), "of model toy, not another"),
+        (scores.assign(model="another"), "of toy (toy.safetensors), not of another ("),
     ):
         write_scores(other, run.folder)
         answer = read_answer(run.folder)
