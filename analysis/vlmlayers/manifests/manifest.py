@@ -321,7 +321,7 @@ class Manifest:
 
     def is_stored(self, root: Root = None) -> bool:
         """Return whether the images lie in Arrow or Parquet files of a Hugging Face dataset."""
-        return self.layout == "huggingface" and is_stored(self.place(root))
+        return is_stored(self.place(root))
 
     def location(self, item: Item, root: Root = None) -> Path:
         """Return the file that holds an item's image (for shards, the tar file).

@@ -153,6 +153,19 @@ def test_a_stored_dataset_is_marked_by_its_tables(tmp_path: Path) -> None:
     assert now(manifest).changes(then).startswith("3 images then, 3 now: 3 altered")
 
 
+def test_images_beside_a_run_are_marked_by_themselves(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["a/0.png", "b/0.png"])
+    (tmp_path / "items.csv").write_text("path,label,split\na/0.png,a,train\nb/0.png,b,train\n")
+    manifest = Manifest.load(tmp_path / "items.csv")
+    then = now(manifest)
+    scores = tmp_path / "runs" / "mine" / "scores.parquet"
+    scores.parent.mkdir(parents=True)
+    scores.write_bytes(b"of a run, no dataset")
+    assert now(manifest) == then
+    later(tmp_path / "a" / "0.png")
+    assert "1 altered, first 'a/0.png'" in now(manifest).changes(then)
+
+
 def test_an_identity_survives_the_disk_and_a_damaged_file_says_nothing(tmp_path: Path) -> None:
     file, identity = tmp_path / "data.gz", now(pictures(tmp_path / "pics"))
     assert DataIdentity.read(file) is None

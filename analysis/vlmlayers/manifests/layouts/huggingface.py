@@ -128,8 +128,12 @@ class HuggingFaceLayout(Layout):
 
 
 def is_stored(place: Place) -> bool:
-    """Return whether the images lie in the files of a saved dataset or in Parquet files."""
-    return holds_tables(place.images)
+    """Return whether the images lie in the files of a saved dataset or in Parquet files.
+
+    By the layout first: beside images of another one, Parquet files are tables of something else,
+    such as scores of a run.
+    """
+    return place.spec.layout == "huggingface" and holds_tables(place.images)
 
 
 def stored_files(place: Place) -> list[Path]:
