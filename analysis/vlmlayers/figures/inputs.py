@@ -46,6 +46,11 @@ def read(stem: str, folders: Folders, needs: Sequence[str] = ()) -> pd.DataFrame
         MissingTable: No folder has such a table.
         UserError: A table lacks one of the columns `needs`.
     """
+    return pd.concat(read_each(stem, folders, needs).values(), ignore_index=True)
+
+
+def read_each(stem: str, folders: Folders, needs: Sequence[str] = ()) -> dict[Path, pd.DataFrame]:
+    """Return the tables that `read` joins, by path without suffix."""
     places = as_folders(folders)
     found: dict[Path, Path] = {}
     for folder in places:
@@ -54,9 +59,9 @@ def read(stem: str, folders: Folders, needs: Sequence[str] = ()) -> pd.DataFrame
                 if not path.stem.endswith(DERIVED):
                     found[path.with_suffix("")] = path
     if not found:
-        shown = ", ".join(min(str(place), os.path.relpath(place), key=len) for place in places)
+        shown = ", ".join(map(short, places))
         raise MissingTable(f"no {stem}*.csv in {shown}; record one from a run")
-    return pd.concat([read_file(path, needs) for path in found.values()], ignore_index=True)
+    return {name: read_file(path, needs) for name, path in found.items()}
 
 
 def read_file(path: Path, needs: Sequence[str] = ()) -> pd.DataFrame:
@@ -74,6 +79,11 @@ def read_file(path: Path, needs: Sequence[str] = ()) -> pd.DataFrame:
         if column in table.columns:
             table[column] = table[column].fillna("").astype(str)
     return table
+
+
+def short(path: Path) -> str:
+    """Return a path as it stands or from the current folder, whichever is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 def select(table: pd.DataFrame, what: str, **values: str | Sequence[str]) -> pd.DataFrame:

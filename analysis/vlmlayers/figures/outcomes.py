@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.figures.inputs import MissingTable
+from vlmlayers.figures.inputs import Folders, MissingTable, read_each, short
+from vlmlayers.files import read_json
 from vlmlayers.placement import Placement, of_kind
 from vlmlayers.selection import available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
@@ -15,6 +18,37 @@ from vlmlayers.selection.prediction import PLACEMENT_SCORES
 OUTCOMES = ("base", "novel", "hm")
 NEEDS = ("model", "weights", "dataset", "seed", "placement", "kind", *OUTCOMES)
 DEFAULT_SCORE = "contrast_accuracy_x_agreement"
+
+
+def read_validations(tables: Folders) -> pd.DataFrame:
+    """Read every validation table of the folders as one.
+
+    Raises:
+        MissingTable: There is none.
+        UserError: Two trained one model differently, by what stands beside them.
+    """
+    found = read_each("validation", tables, NEEDS)
+    seen: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    for path, table in found.items():
+        if not (how := _trained(path.with_name(f"{path.name}.json"))):
+            continue
+        for model, weights in set(zip(table.model, table.weights)):
+            first, then = seen.setdefault((model, weights), (path, how))
+            for key, value in how.items():
+                if then.get(key) != value:
+                    raise UserError(
+                        f"{short(path)} trained {model} with {key}={value}, {short(first)} with "
+                        f"{key}={then.get(key)}; draw each by itself"
+                    )
+    return pd.concat(found.values(), ignore_index=True)
+
+
+def _trained(record: Path) -> dict[str, Any]:
+    """Return how the cells of a validation were trained; empty where nothing is recorded."""
+    told = read_json(record) if record.exists() else {}
+    own = {key: told[key] for key in ("method", "limit", "weights_hash") if key in told}
+    recipe = {k: v for k, v in told.get("recipe", {}).items() if k not in ("name", "precision")}
+    return {**own, **recipe, **told.get("settings", {})}
 
 
 def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
@@ -26,7 +60,18 @@ def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns placement, kind, start, chosen, published; base, novel, hm with `_sd` (over seeds,
         of the mean over datasets; NaN for one seed); parameters, seconds where recorded; runs.
+
+    Raises:
+        MissingTable: No dataset and seed holds every placement.
+        UserError: A placement was trained twice on one dataset and seed, as in two runs.
     """
+    twice = validation[validation.duplicated(["dataset", "seed", "placement"])]
+    if len(twice):
+        dataset, seed, placement = twice[["dataset", "seed", "placement"]].iloc[0]
+        raise UserError(
+            f"the validations hold several trainings of {placement} on {dataset}, seed {seed}; "
+            "draw each run by itself"
+        )
     runs = validation.groupby(["dataset", "seed"]).placement.transform("nunique")
     kept = validation[runs == validation.placement.nunique()]
     if kept.empty:

@@ -21,9 +21,9 @@ from vlmlayers.figures.layout import (
     shared_legend,
 )
 from vlmlayers.figures.outcomes import (
-    NEEDS,
     placement_means,
     predicted_means,
+    read_validations,
     start_block,
     sweep,
 )
@@ -123,7 +123,7 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
 
 def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
     """Draw base, novel and HM over the first adapted block; chosen and published are marked."""
-    models = list(by_model(read("validation", tables, NEEDS)))
+    models = list(by_model(read_validations(tables)))
     figure, axes = panels(len(models), 1, 2.3)
     drawn = []
     for (name, part), ax in zip(models, axes):
@@ -144,7 +144,7 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
 def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     """Draw the quality predicted from the scores against the trained harmonic mean."""
     scores = dict(by_model(read("scores", tables)))
-    validations = by_model(read("validation", tables, NEEDS))
+    validations = by_model(read_validations(tables))
     models = [(name, part) for name, part in validations if name in scores]
     if not models:
         raise MissingTable("no model has both scores and a validation; record both to draw this")
@@ -174,7 +174,7 @@ def fig6_cost(tables: Folders, out: Path) -> list[Path]:
     try:
         models = list(by_model(read("cost", tables, ("model", "placement", "parameters"))))
     except MissingTable:
-        models = list(by_model(read("validation", tables, NEEDS)))
+        models = list(by_model(read_validations(tables)))
     costs = [(name, in_panel(cost_points(part), part, name)) for name, part in models]
     shown = [key for key in COST_PANELS if any(key in part.columns for _, part in costs)]
     figure, axes = panels(len(shown), 1, 1.3)

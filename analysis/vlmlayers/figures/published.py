@@ -13,8 +13,9 @@ from vlmlayers.figures.inputs import (
     MissingTable,
     as_folders,
     dataset_key,
-    read,
+    read_each,
     read_file,
+    short,
 )
 from vlmlayers.figures.render import TableCell
 from vlmlayers.files import shipped
@@ -49,23 +50,34 @@ def as_numbers(table: pd.DataFrame) -> Numbers:
 
 
 def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
-    """Return the user's results of one protocol, with a column `setting` that names the run.
+    """Return the user's results of one protocol, with a column `setting` that names what was run.
 
-    The table is empty where no results*.csv exists. Accuracies become percent.
+    The table is empty where no results*.csv exists. Accuracies become percent. Where two tables
+    disagree on a cell of a model, its settings are those of each table: recipe, weights or images
+    were others, so that their seeds belong to no common mean.
     """
     try:
-        table = read("results", folders, RESULT_COLUMNS)
+        tables = read_each("results", folders, RESULT_COLUMNS)
     except MissingTable:
         return pd.DataFrame(columns=[*RESULT_COLUMNS, "setting"])
-    kept = table[table.protocol.str.replace("-", "_") == protocol].copy()
-    # Tables written before settings were recorded lack the column.
-    kept = kept if "settings" in kept else kept.assign(settings="")
-    # A training that was repeated stands twice: its last row counts.
-    kept = kept.drop_duplicates([*RESULT_COLUMNS[:-1], "settings"], keep="last")
+    cell, found = [*RESULT_COLUMNS[:-1], "settings"], []
+    for path, table in tables.items():
+        rows = table[table.protocol.str.replace("-", "_") == protocol]
+        # Tables written before settings were recorded lack the column.
+        rows = rows if "settings" in rows else rows.assign(settings="")
+        run = short(path.parent if path.name == "results" else path)
+        # A training that was repeated stands twice: its last row counts.
+        found.append(rows.drop_duplicates(cell, keep="last").assign(run=f", {run}"))
+    kept = pd.concat(found, ignore_index=True)
     kept["accuracy"] = 100 * kept.accuracy.astype(float)
-    pairs = [(_setting(row), row["settings"]) for row in kept.to_dict("records")]
-    found = Counter(name for name, _ in set(pairs))
-    kept["setting"] = [f"{name}, {more}" if found[name] > 1 else name for name, more in pairs]
+    disagree = kept.groupby(cell, dropna=False).accuracy.transform("nunique") > 1
+    apart = disagree.groupby([kept.model, kept.weights]).transform("any")
+    kept = kept.assign(run=kept.run.where(apart, "")).drop_duplicates([*cell, "run"])
+    pairs = [(_setting(row), row["settings"], row["run"]) for row in kept.to_dict("records")]
+    several = Counter(name for name, _ in {pair[:2] for pair in pairs})
+    kept["setting"] = [
+        name + (f", {more}" if several[name] > 1 else "") + run for name, more, run in pairs
+    ]
     return kept
 
 

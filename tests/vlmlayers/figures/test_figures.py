@@ -305,6 +305,28 @@ def test_own_few_shot_runs_and_two_settings_of_one_method(published: Path, tmp_p
     assert not any("source" in column for column in table.columns)
 
 
+def test_runs_that_disagree_on_a_cell_are_settings_of_their_own(
+    published: Path, tmp_path: Path
+) -> None:
+    """Other recipes or weights under the same names; what agrees are seeds of one setting."""
+    rows = results({"mma": 0.0}, ("eurosat",))
+    runs = {"first": rows[rows.seed < 3], "more": rows[rows.seed > 1],
+            "other": rows[rows.seed > 2].assign(accuracy=0.9)}  # fmt: skip
+    for name, part in runs.items():
+        (tmp_path / name).mkdir()
+        part.to_csv(tmp_path / name / "results.csv", index=False)
+
+    def seeds(*names: str) -> dict[str, int]:
+        table = paper_tables.base_to_novel([*(tmp_path / name for name in names), published])
+        own = [column for column in table.columns if column.startswith("own")]
+        return {one: table.cell(("EuroSAT", "Base"), one).seeds for one in own}
+
+    setting = "own: mma v5-12,t5-12, ViT-B-16 (openai), 16 shots"
+    assert seeds("first", "more") == {setting: 3}
+    named = {name: f"{setting}, {inputs.short(tmp_path / name)}" for name in runs}
+    assert seeds("more", "other") == {named["more"]: 2, named["other"]: 1}
+
+
 def test_a_results_table_without_its_columns_is_refused(published: Path, tmp_path: Path) -> None:
     results({"mma": 0.0}, ("eurosat",)).drop(columns="shots").to_csv(tmp_path / "results.csv")
     with pytest.raises(UserError, match=r"results\.csv has no column 'shots'"):
@@ -484,6 +506,35 @@ def test_tables_of_several_folders_that_contradict_are_told(tables: Path, tmp_pa
     shutil.copytree(tables, tmp_path / "again")
     with pytest.raises(UserError, match="fig2_gap: the tables of all folders are drawn as one"):
         draw_all([tables, tmp_path / "again"], tmp_path / "out", ["fig2_gap"])
+    with pytest.raises(UserError, match="several trainings of v1-4,t1-4 on digits, seed 1"):
+        draw_all([tables, tmp_path / "again"], tmp_path / "out", ["fig4_placement_sweep"])
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"recipe": {"name": "mini", "lr": 0.1}}, "lr=0.1, .*first/validation with lr=0.03"),
+        ({"settings": {"scale": 1}}, "scale=1, "),
+        ({"weights_hash": "b"}, "weights_hash=b, "),
+        ({"recipe": {"name": "mine", "lr": 0.03}}, ""),
+    ],
+)
+def test_seeds_of_validations_by_other_recipes_are_not_pooled(
+    other: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    rows = validation_rows()
+    recipe = {"recipe": {"name": "mini", "lr": 0.03}, "settings": {"scale": 0.1}}
+    recipe |= {"weights_hash": "a"}
+    for name, seed, how in (("first", 1, recipe), ("second", 2, recipe | other)):
+        (tmp_path / name).mkdir()
+        rows[rows.seed == seed].to_csv(tmp_path / name / "validation.csv", index=False)
+        (tmp_path / name / "validation.json").write_text(json.dumps(how))
+    folders = [tmp_path / "first", tmp_path / "second"]
+    if told:
+        with pytest.raises(UserError, match=f"second/validation trained tiny with {told}"):
+            outcomes.read_validations(folders)
+    else:
+        assert len(outcomes.read_validations(folders)) == len(rows)
 
 
 def test_figure_1_shows_mean_and_sd_over_seeds(tables: Path, tmp_path: Path) -> None:
