@@ -43,6 +43,14 @@ def test_names_load_on_first_use_without_torch(name: str) -> None:
     assert python(code) == "False"
 
 
+def test_a_bar_loads_no_ipython_outside_of_a_notebook() -> None:
+    code = (
+        "import sys; from vlmlayers.progress import track; list(track([1], 'counting')); "
+        "print('IPython' in sys.modules)"
+    )
+    assert python(code) == "False"
+
+
 def test_the_public_names() -> None:
     assert len(vl.__all__) <= 20 and set(vl.__all__) <= set(dir(vl))
     for name in vl.__all__:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from multiprocessing import ProcessError, current_process
 from pathlib import Path
 from shutil import disk_usage
@@ -90,7 +91,7 @@ def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Any, dict[int, 
 
 def batches_of(rows: int, size: int) -> list[list[int]]:
     """Return row numbers batch by batch; the division depends on nothing but these two numbers."""
-    return [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
+    return [list(part) for part in _split(range(rows), size)]
 
 
 def decode(
@@ -107,6 +108,9 @@ def decode(
 ) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
     """Yield rows, stacked images, and reasons of those that failed, batch by batch in order.
 
+    All processes decode the first batch, then all the next: a batch of one process's own would
+    be late, and then all of them would come at once, for a GPU to wait and then the processes.
+
     Args:
         manifest: Opens the images.
         items: All items; rows index them.
@@ -116,7 +120,7 @@ def decode(
         size: Pixels that the model takes, a hint for drawn images.
         workers: Decoding processes; 0 decodes here, as a daemonic process does with any number.
         decoding: `full`, `reduced` or `nvjpeg`.
-        device: The model's: images come in pinned memory for a GPU; `nvjpeg` decodes on it.
+        device: The model's: images are on it where it is a GPU; `nvjpeg` decodes on it.
 
     Where a decoding process dies the rest is decoded here.
 
@@ -129,34 +133,70 @@ def decode(
         if on_device
         else _Images(manifest, items, root, preprocess, size, decoding)
     )
+    processes = 0 if current_process().daemon else workers  # which may not have children
+    at_a_time = _at_a_time(torch.float32.itemsize * 3 * size**2) if processes else sys.maxsize
+    parts = [list(part) for batch in batches for part in _split(batch, at_a_time)]
     loaded = _loaded(
         images,
-        batches,
-        0 if current_process().daemon else workers,  # which may not have children
+        parts,
+        processes,
+        # Two batches are under way, whoever decodes them: one that the model takes, and the next.
+        ahead=2 * max(map(len, batches), default=1),
         collate_fn=list if on_device else _collate,
         pin_memory=device.type == "cuda" and not on_device,
     )
-    if not on_device:
-        for rows, pixels, bad in loaded:
-            yield rows, None if pixels is None else torch.as_tensor(pixels), bad
-        return
-    prepare = OnPixels.of(preprocess, size, device)
-    for samples in loaded:
+    prepare = OnPixels.of(preprocess, size, device) if on_device else None
+    for batch in batches:
+        made = list(islice(loaded, len(_split(batch, at_a_time))))
+        if prepare is None:
+            yield _joined(made, device)
+            continue
+        samples = [sample for part in made for sample in part]
         rows, pixels, bad = _collate(decoded(samples, items, prepare.shape, device))
         yield rows, None if pixels is None else prepare.finish(pixels), bad
 
 
+def _at_a_time(nbytes: int) -> int:
+    """Return how many images of a size a process hands over at a time."""
+    return min(HANDED_OVER, max(HANDED_BYTES // max(nbytes, 1), 1))
+
+
+def _split(rows: Sequence[int], most: int) -> list[Sequence[int]]:
+    return [rows[start : start + most] for start in range(0, len(rows), most)]
+
+
+def _joined(
+    parts: Sequence[tuple[list[int], Any, dict[int, str]]], device: torch.device
+) -> tuple[list[int], Tensor | None, dict[int, str]]:
+    """Return parts of a batch as one, on the device where that is a GPU."""
+    # From pinned memory: the copies run beside the model, and nothing is copied here.
+    to = device if device.type == "cuda" else CPU
+    pixels = [
+        torch.as_tensor(one).to(to, non_blocking=True) for _, one, _ in parts if one is not None
+    ]
+    whole = pixels[0] if len(pixels) == 1 else torch.cat(pixels) if pixels else None
+    bad = {row: why for *_, reasons in parts for row, why in reasons.items()}
+    return [row for rows, *_ in parts for row in rows], whole, bad
+
+
 def _loaded(
-    images: Dataset[Any], batches: Sequence[Sequence[int]], workers: int, **options: Any
+    images: Dataset[Any],
+    batches: Sequence[Sequence[int]],
+    workers: int,
+    *,
+    ahead: int,
+    **options: Any,
 ) -> Iterator[Any]:
     """Yield each batch as processes make it, or this one once one of them has died."""
     done = 0
-    for processes in (workers, 0):
+    for processes in (min(workers, len(batches)), 0):
+        each = -(-ahead // max(processes * len(batches[0]), 1)) if processes else None
         loader: DataLoader[Any] = DataLoader(
             images,
             # Whole batches in a fixed order: a batch by its number is what a store resumes.
             batch_sampler=batches[done:],  # type: ignore
             num_workers=processes,
+            prefetch_factor=each and max(each, 2),
             multiprocessing_context="fork" if FORKS and processes else None,
             generator=torch.Generator().manual_seed(0),  # else it draws from global state
             **options,
@@ -173,8 +213,8 @@ def _loaded(
             if not processes:
                 raise
             LOG.warning(
-                "a decoding process died, mostly for lack of memory (%s); the rest is decoded "
-                "without them, more slowly: fewer workers need less",
+                "decoding in processes failed, mostly for lack of memory (%s); the rest is "
+                "decoded without them, more slowly: fewer workers need less",
                 one_line(error),
             )
 
@@ -217,8 +257,7 @@ def decode_pixels(
     """
     images = _Pixels(makers)
     first = images[0]
-    largest = max(HANDED_BYTES // first.nbytes, 1) if first is not None else 1
-    batches = batches_of(len(makers), min(HANDED_OVER, largest))
+    batches = batches_of(len(makers), 1 if first is None else _at_a_time(first.nbytes))
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=batches,

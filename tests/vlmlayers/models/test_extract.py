@@ -11,12 +11,13 @@ import tiny
 import torch
 from data_fixtures import coop_dataset, picture
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import examine, extract, load_model
-from vlmlayers.models.decoding import FORKS, batches_of, decoding_processes
+from vlmlayers.models.decoding import FORKS, batches_of, decode, decoding_processes
 from vlmlayers.models.work import autocast
 from vlmlayers.runs import cores
 from vlmlayers.scores import score
@@ -116,6 +117,28 @@ def test_workers_give_the_same_bytes():
     here, there = run(workers=0), run(workers=2)
     for position in here.vision.positions():
         assert (here.vision.array(position) == there.vision.array(position)).all()
+
+
+def test_every_worker_decodes_the_first_batch():
+    """Not one of them all of it, while the model waits."""
+
+    class Told(tiny.DrawnManifest):
+        def open_image(self, item, root=None, size=None):
+            if item.path[-7:] in ("005.png", "020.png"):  # within what is handed over at once
+                worker = get_worker_info()
+                raise UserError(f"by {'none' if worker is None else worker.id}")
+            return super().open_image(item, root, size)
+
+    items = Told(count=40).items("train")
+    prepared = {"preprocess": tiny.preprocess, "root": None, "size": 16}
+    here, there = (
+        list(decode(Told(), items, batches_of(40, 35), workers=workers, **prepared))
+        for workers in (0, 2)
+    )
+    whole = [row for row in range(35) if row not in (5, 20)], [*range(35, 40)]
+    assert [rows for rows, *_ in here] == [rows for rows, *_ in there] == [*whole]
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(here, there))
+    assert [why[-6:] for _, _, bad in there for why in bad.values()] == ["(by 0)", "(by 1)"]
 
 
 @pytest.mark.skipif(not FORKS, reason="this system does not fork")
