@@ -24,6 +24,7 @@ PLACE = (
     "split", "seed",
 )  # fmt: skip
 ROW_KEYS = ("predicted", "source", "family", "head")  # options that tell rows of one place apart
+ROUNDING = 1e-3  # by which a computed value may miss the bounds of its metric
 REQUIRED = (
     "model",
     "weights",
@@ -91,6 +92,30 @@ def _refuse_wrong_rows(scores: pd.DataFrame) -> None:
         raise UserError(
             f"the score table has an interval from {first['low']} to {first['high']}, of "
             f"{first['metric']} at {first['tower']} {first['position']}; low must not exceed high"
+        )
+
+
+def check_bounds(scores: pd.DataFrame) -> None:
+    """Refuse values that their metric cannot take, such as shares in percent.
+
+    A value outside its own interval is none of these: all draws of a bootstrap may lie on one side.
+
+    Raises:
+        UserError: Names the first.
+    """
+    from vlmlayers.metrics.table import METRICS
+
+    names = scores["metric"].astype(object)
+    values = scores["value"].to_numpy(float)
+    known = {name: METRICS[name].bounds for name in names.unique() if name in METRICS}
+    low, high = (names.map({name: two[end] for name, two in known.items()}) for end in (0, 1))
+    wrong = (values < low.astype(float) - ROUNDING) | (values > high.astype(float) + ROUNDING)
+    if wrong.any():
+        first = scores[wrong].iloc[0]
+        least, most = known[first["metric"]]
+        raise UserError(
+            f"the score table has {first['value']:.6g} as {first['metric']} at {first['tower']} "
+            f"{first['position']}, whose values lie from {least:g} to {most:g}"
         )
 
 

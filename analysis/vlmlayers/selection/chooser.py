@@ -14,7 +14,7 @@ from vlmlayers.arguments import ENOUGH_DRAWS, Natural, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import Reading, check_scores, depths
+from vlmlayers.scores.reading import Reading, check_bounds, check_scores, depths
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable
@@ -64,6 +64,7 @@ def select(
     blocks = depths(table)
     refused = scores.attrs.get("refused", ())
     seen = BlockTable.of(_used(table, chooser.reads(blocks)), blocks, refused)
+    check_bounds(seen.scores)
     picks = chooser(seen)
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")

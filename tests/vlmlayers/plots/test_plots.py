@@ -357,6 +357,10 @@ def test_summaries_know_shapes_and_datasets() -> None:
         ),
         (lambda: plots.layer_curves(full().assign(low=2.0)), "low must not exceed high"),
         (
+            lambda: select((one := full()).assign(value=100 * one["value"])),
+            "as dataset_accuracy at vision .*, whose values lie from 0 to 1",
+        ),
+        (
             lambda: select(full().assign(tower="Vision")),
             "unknown tower 'Vision' in the score table",
         ),
