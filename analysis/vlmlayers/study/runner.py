@@ -230,7 +230,10 @@ def _remember(context: StageContext, name: str, inputs: Mapping[str, str], secon
     if not is_first_process():
         return
     ledger = context.ledger()
-    earlier = ledger.get("unfinished", {}).pop(name, 0.0)
+    unfinished = ledger.pop("unfinished", {})
+    earlier = unfinished.pop(name, 0.0)
+    if unfinished:
+        ledger["unfinished"] = unfinished
     ledger[name] = {
         "inputs": dict(inputs),
         "outputs": _output_marks(context, STAGES[name]),

@@ -507,7 +507,9 @@ def test_an_interrupted_study_finishes_with_the_same_tables(
         patch.setattr(Manifest, "open_image", interrupted)
         run_study(read_study(study_file), tmp_path, **options)
     assert drawn == 60 and not (tmp_path / "scores.parquet").exists()
+    assert list(read_json(tmp_path / "stages.json")["unfinished"]) == ["extract"]
     run_study(read_study(study_file), tmp_path, **options)
+    assert set(read_json(tmp_path / "stages.json")) == set(read_json(done.folder / "stages.json"))
     pd.testing.assert_frame_equal(
         pd.read_parquet(tmp_path / "scores.parquet"), pd.read_parquet(done.scores)
     )
