@@ -13,7 +13,7 @@ import typer
 
 from vlmlayers.cli.data import data_app
 from vlmlayers.cli.extensions import Verb, Verbs
-from vlmlayers.cli.loudness import Lines
+from vlmlayers.cli.loudness import Lines, fitted
 from vlmlayers.cli.measure import extract, models, score, select
 from vlmlayers.cli.show import figures, report
 from vlmlayers.cli.whole import demo, init, study
@@ -56,7 +56,7 @@ def before_the_verb(
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Show a warning as errors are shown: one line, without the source that it came from."""
-    typer.echo(f"Warning: {printable(str(message))}", err=True)
+    typer.echo(fitted(f"Warning: {message}"), err=True)
 
 
 def _usage(error: Any) -> str:
@@ -68,7 +68,7 @@ def _usage(error: Any) -> str:
     line = NUMBER.sub(
         lambda found: f"a {'whole ' * (found[1] in WHOLE)}number is needed", printable(message)
     )
-    return f"Error: {line}{'' if line.endswith(('.', '?')) else '.'} See `{verb} --help`."
+    return fitted(f"Error: {line}{'' if line.endswith(('.', '?')) else '.'} See `{verb} --help`.")
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
         typer.echo(_usage(error), err=True)
         sys.exit(2)
     except UserError as error:
-        typer.echo(f"Error: {printable(str(error))}", err=True)
+        typer.echo(fitted(f"Error: {error}"), err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo(f"\n{RESUME}", err=True)
@@ -94,5 +94,5 @@ def main() -> None:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        typer.echo(f"Error: {printable(disk_trouble(error))}", err=True)
+        typer.echo(fitted(f"Error: {disk_trouble(error)}"), err=True)
         sys.exit(2)

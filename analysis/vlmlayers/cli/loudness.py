@@ -6,6 +6,8 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Annotated, Any
 
 import typer
@@ -50,14 +52,22 @@ def _setting(long: str, mode: Callable[[], AbstractContextManager[None]], help: 
     return typer.Option(long, long[1:3], callback=set_mode, expose_value=False, help=help)
 
 
+def fitted(text: str) -> str:
+    """Return text for standard error: one line, on a terminal wrapped there between words."""
+    line = printable(text)
+    if not sys.stderr.isatty():
+        return line
+    return fill(line, get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+
+
 class Lines(logging.Handler):
-    """Writes each record on a line of standard error, above a bar that is shown there."""
+    """Writes each record on standard error, above a bar that is shown there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         from tqdm import tqdm
 
-        tqdm.write(printable(self.format(record)), file=sys.stderr)
+        tqdm.write(fitted(self.format(record)), file=sys.stderr)
 
 
 @contextmanager

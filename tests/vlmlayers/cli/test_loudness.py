@@ -88,6 +88,19 @@ def test_both_at_once_are_refused(call: Any) -> None:
     )  # fmt: skip
 
 
+def test_a_terminal_shows_errors_between_words(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is piped stays one line; a path longer than the terminal stays whole."""
+    monkeypatch.setenv("COLUMNS", "40")
+    words = ("report", tmp_path / "folder")
+    piped = call(*words)[2]
+    monkeypatch.setattr(sys.stderr.__class__, "isatty", lambda _: True)
+    shown = call(*words)[2]
+    assert piped.count("\n") == 1 and piped.split() == shown.split()
+    assert all(len(line) <= 40 or " " not in line for line in shown.splitlines())
+
+
 def test_quiet_leaves_results(call: Any, study: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "run", "--skip", "report")
     _, loud, _ = call("study", study, *out)
