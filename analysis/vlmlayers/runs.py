@@ -18,6 +18,7 @@ from vlmlayers.errors import UserError, looked_for
 from vlmlayers.files import checksum, file_checksum, read_json, write_json
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
+RUN_FILES = ("provenance.json", "stages.json", "scores.json", "report.html")
 PACKAGES = (
     "vlm-layers",
     "numpy",
@@ -99,6 +100,11 @@ class Run:
         """Add to `provenance.json`; of several processes the first one does."""
         if is_first_process():
             write_json(self.provenance, {**self.read_provenance(), **parts})
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a verb has written a run, or a report of several, into a folder."""
+    return any((folder / name).is_file() for name in RUN_FILES)
 
 
 def score_table(source: str | Path) -> Path:

@@ -166,6 +166,17 @@ def test_images_beside_a_run_are_marked_by_themselves(tmp_path: Path) -> None:
     assert "1 altered, first 'a/0.png'" in now(manifest).changes(then)
 
 
+def test_a_run_beside_class_folders_is_no_class(tmp_path: Path) -> None:
+    write_pictures(tmp_path, [f"{name}/{i}.png" for name in ("bird", "cat") for i in range(3)])
+    for run in (tmp_path / "runs" / "mine", tmp_path / "runs" / "several" / "mine"):
+        write_pictures(run, ["figures/curves.png"])
+        (run / "provenance.json").write_text("{}")
+        (run / "scores.parquet").write_bytes(b"of a run, no dataset")
+    found = Manifest.load(tmp_path).check()
+    assert "complete, 6 of 6 images here; left out: folders of runs (2), first" in found.line()
+    assert Manifest.load(tmp_path).class_names() == ("bird", "cat")
+
+
 def test_an_identity_survives_the_disk_and_a_damaged_file_says_nothing(tmp_path: Path) -> None:
     file, identity = tmp_path / "data.gz", now(pictures(tmp_path / "pics"))
     assert DataIdentity.read(file) is None

@@ -14,6 +14,7 @@ from vlmlayers.manifests.layouts.base import Layout, class_keys
 from vlmlayers.manifests.layouts.classes import class_word
 from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.place import MissingData, Place
+from vlmlayers.runs import is_run
 
 SUFFIXES = IMAGE_SUFFIXES | {"pgm", "pbm", "pnm", "mpo"}
 
@@ -21,8 +22,8 @@ SUFFIXES = IMAGE_SUFFIXES | {"pgm", "pbm", "pnm", "mpo"}
 class FolderLayout(Layout):
     """Class folders sorted by name give the labels; files sorted by path give the order.
 
-    Links are followed. What systems and programs leave behind, and class folders without an image
-    in any split, are left out.
+    Links are followed. What systems and programs leave behind, runs of this package, and class
+    folders without an image in any split, are left out.
     """
 
     def __init__(self, place: Place) -> None:
@@ -64,7 +65,7 @@ class FolderLayout(Layout):
                     raise UserError(
                         f"{self.place.name}: a folder name is not UTF-8: {entry.name!r}"
                     )
-                if entry.is_dir() and not self._is_left_out(entry.name, base + entry.name):
+                if entry.is_dir() and not self._is_left_out(entry, base + entry.name):
                     found.add(entry.name)
         names = self.place.spec.class_names
         if len({class_word(folder) for folder in found}) == len(names):
@@ -75,11 +76,14 @@ class FolderLayout(Layout):
             found -= empty
         return sorted(found)
 
-    def _is_left_out(self, name: str, path: str) -> bool:
-        foreign = is_foreign(name)
-        if foreign:
-            self._left_out.setdefault("hidden or left by a system", []).append(path)
-        return foreign
+    def _is_left_out(self, entry: os.DirEntry[str], path: str) -> bool:
+        kind = "hidden or left by a system" if is_foreign(entry.name) else ""
+        # Figures of a run are no images of a class, wherever the run was written.
+        if not kind and entry.is_dir() and is_run(Path(entry)):
+            kind = "folders of runs"
+        if kind:
+            self._left_out.setdefault(kind, []).append(path)
+        return bool(kind)
 
     def _has_images(self, folder: str) -> bool:
         """Return whether a class folder has an image; the first one settles it."""
@@ -173,11 +177,11 @@ class FolderLayout(Layout):
         for entry in sorted(_entries(base), key=lambda entry: entry.name):
             path, suffix = f"{folder}/{entry.name}", suffix_of(entry.name)
             if entry.is_dir():
-                if not self._is_left_out(entry.name, path):
+                if not self._is_left_out(entry, path):
                     yield from self._files(path, (*above, real))
             elif suffix in UNREAD_SUFFIXES:
                 self._left_out.setdefault("images in a format that is not read", []).append(path)
-            elif suffix in SUFFIXES and not self._is_left_out(entry.name, path):
+            elif suffix in SUFFIXES and not self._is_left_out(entry, path):
                 if not is_text(entry.name):
                     raise UserError(
                         f"{self.place.name}: a file name in {folder!r} is not UTF-8: {path!r}"

@@ -14,6 +14,7 @@ from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, checked_path
 from vlmlayers.manifests.layouts.base import Layout, checked_name, declared_names
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
 from vlmlayers.manifests.place import MissingData, Place, file_stamp
+from vlmlayers.runs import is_run
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # beside images, not of them
 _SAVED = ("dataset_dict.json", "state.json")  # of a DatasetDict, of one Dataset
@@ -164,7 +165,7 @@ def _found_tables(folder: str, changed: int) -> tuple[Path, ...]:
     # Splits lie beside README.md, in data/, or in a folder of their own below a configuration's.
     patterns = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
     found = (path for pattern in patterns for path in sorted(Path(folder).glob(pattern)))
-    return tuple(path for path in found if path.name not in METADATA)
+    return tuple(p for p in found if p.name not in METADATA and not is_run(p.parent))
 
 
 def stored_image(place: Place, path: str) -> bytes:
