@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 WIDTH = 80
+UNTRAINED = "RANDOM WEIGHTS, nothing here says anything about a trained model"
 
 
 def text_table(rows: Sequence[Mapping[Any, Any]], widths: Mapping[str, int] | None = None) -> str:

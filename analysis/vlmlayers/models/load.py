@@ -183,6 +183,12 @@ def wrap_model(
     Raises:
         UserError: The module tree is unknown, or how its images are prepared.
     """
+    if random_weights and weights not in ("in memory", "random"):
+        # Tables tell untrained models by the name of their weights.
+        raise UserError(
+            f"weights={weights!r} says where weights came from, and random_weights=True that they "
+            "are untrained; give one of them"
+        )
     if isinstance(clip, tuple):
         clip, preprocess, preprocess_train = _triple(clip, preprocess, preprocess_train)
     module = unwrapped(clip)

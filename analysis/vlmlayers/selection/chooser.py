@@ -22,7 +22,7 @@ from vlmlayers.selection.making import OwnRule, make_rule
 from vlmlayers.selection.resampling import RESAMPLES, check_resampling, resampled
 from vlmlayers.selection.rules import Pick, Picks, Searched
 from vlmlayers.selection.stability import HOW, doubts, stability
-from vlmlayers.words import percent
+from vlmlayers.words import UNTRAINED, percent
 
 LOG = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ def select(
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
     # A search brings a statement of its own.
-    return replace(choice, evidence={"statement": _statement(choice)} | evidence)
+    statement = evidence.get("statement") or _statement(choice)
+    untrained = f"{UNTRAINED}. " if evidence["random_weights"] else ""
+    return replace(choice, evidence={**evidence, "statement": untrained + statement})
 
 
 def _used(scores: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

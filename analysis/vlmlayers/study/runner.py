@@ -19,6 +19,7 @@ from vlmlayers.study.context import StageContext, silent
 from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import ModelPart, Study
 from vlmlayers.study.stages import STAGES, Stage
+from vlmlayers.words import UNTRAINED
 
 LOG = logging.getLogger(__name__)
 _UNWANTED = "the study has no table of that name"
@@ -101,7 +102,7 @@ def run_study(
         if many:
             echo(f"{part.title}{' (RANDOM WEIGHTS)' if part.random_weights else ''}")
         elif part.random_weights:
-            echo(f"{part.title}: RANDOM WEIGHTS, nothing here says anything about a trained model")
+            echo(f"{part.title}: {UNTRAINED}")
         run_stages(context, picked, source)
         runs.append(context.run)
     if many and "report" in picked:

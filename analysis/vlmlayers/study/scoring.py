@@ -14,6 +14,7 @@ from vlmlayers.options import validated
 from vlmlayers.runs import Run
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.schema import check_study
+from vlmlayers.words import UNTRAINED, counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +25,12 @@ EXAMINED = 200  # images of a dataset that the model runs on once per block and 
 def needs_model(metric: str) -> bool:
     """Return whether a metric is of the model itself, not of stored features."""
     return metric in METRICS and METRICS[metric].needs == MODEL
+
+
+def scored(table: pd.DataFrame, file: Path) -> str:
+    """Return what a verb says of the scores that it wrote."""
+    line = f"{len(table)} scores of {counted(table['metric'].nunique(), 'metric')}: {file}"
+    return f"{line}\n{UNTRAINED}" if (table["weights"] == "random").any() else line
 
 
 def scores_of(

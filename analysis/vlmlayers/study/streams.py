@@ -10,6 +10,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.runs import Run, environment
 from vlmlayers.study.context import StageContext, silent
 from vlmlayers.study.schema import Study
+from vlmlayers.study.scoring import scored
 from vlmlayers.words import counted
 
 
@@ -88,4 +89,4 @@ def stream_study(
     )
     # Last: sums that are gone before the table is written would have to be made again.
     shutil.rmtree(folder, ignore_errors=True)
-    return f"{len(table)} scores of {counted(table['metric'].nunique(), 'metric')}: {text}"
+    return scored(table, text)

@@ -16,7 +16,6 @@ from vlmlayers.runs import Run, environment, score_table
 from vlmlayers.selection.resampling import check_resampling
 from vlmlayers.study.schema import DEFAULT_METRICS, ExtractPart, Study, check_study
 from vlmlayers.user_code import is_user_code
-from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ def score_run(
         asked = validated(ScoreOptions, options, "--set")
         if not any(map(is_user_code, metrics or ())):
             asked.refuse_unread(METRICS[name] for name in metrics or DEFAULT_METRICS)
-    from vlmlayers.study.scoring import needs_model, recorded_context, scores_of
+    from vlmlayers.study.scoring import needs_model, recorded_context, scored, scores_of
 
     if any(map(needs_model, metrics or ())):
         context = recorded_context(run)
@@ -150,7 +149,7 @@ def score_run(
         score={"metrics": used, "options": options, "streaming": streaming},
         environment=environment(),
     )
-    return f"{len(table)} scores of {counted(table['metric'].nunique(), 'metric')}: {text}"
+    return scored(table, text)
 
 
 def select_run(

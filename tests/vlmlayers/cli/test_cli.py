@@ -25,6 +25,7 @@ from vlmlayers.options import parse_settings
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.runs import Run
 from vlmlayers.study import check_study, read_study
+from vlmlayers.words import UNTRAINED
 
 VERBS = (
     "demo",
@@ -287,7 +288,10 @@ def test_scores_of_an_earlier_extraction_are_told(
     score = ("score", out, "--metric", "effective_rank", "-q")
     choose = ("select", out, "--rule", "budget", "--set", "score=metric:effective_rank", "-q")
     told = "the scores were made from other features of digits (train) than are here"
-    assert call(*extract, 20)[0] == call(*score)[0] == 0
+    assert call(*extract, 20)[0] == 0
+    for verb in (score, choose):  # each is read by itself
+        assert UNTRAINED in call(*verb)[1].replace("\n", " ")
+    assert UNTRAINED in repr(vl.LayerChoice.load(out / "choice.json")).replace("\n", " ")
     assert call(*choose)[0] == 0 and told not in caplog.text and not read_answer(out).stale
     assert call(*extract, 24, "--force")[0] == 0
     assert call(*choose)[0] == 0 and told in caplog.text and told in read_answer(out).doubts[0]
@@ -304,9 +308,10 @@ def test_a_forced_stream_replaces_the_sums_of_another(call, tmp_path: Path) -> N
     )  # fmt: skip
     words = ("extract", model, "digits", "--random-weights", "--out", out, "--quiet", "--streaming")
     assert call(*words, "--items", 10)[0] == 2
-    code, _, err = call(*words, "--items", 10, "--force")
+    code, said, err = call(*words, "--items", 10, "--force")
     # What is not there is said here as by `score`.
     assert code == 0 and "not computed: dataset_accuracy_lda (1 dataset; at least 2" in err
+    assert UNTRAINED in said
     assert set(vl.read_scores(out)["n"]) <= {10}
 
 

@@ -127,6 +127,9 @@ def test_what_open_clips_factory_returns_is_a_model():
     assert torch.equal(model.tokenizer(texts), open_clip.get_tokenizer("ViT-S-32-alt")(texts))
     with pytest.raises(vl.UserError, match="this has 1 parts"):
         wrap_model((made[0],))
+    # Or scores, figures and reports, which go by the name of the weights, would not say so.
+    with pytest.raises(vl.UserError, match="random_weights=True that they are untrained"):
+        wrap_model(made, weights="seed 3", random_weights=True)
 
 
 def _compiled(module):
