@@ -420,3 +420,21 @@ def test_a_gpu_gives_what_the_cpu_gives():
             x, y = (f.tower(tower).array(position, "joint") for f in (a, b))
             assert np.allclose(x, y, atol=1e-3 * max(1.0, abs(x).max()))
     assert b.identity["device"] == "cuda"
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_bytes_that_are_decoded_here():
+    """Pinned memory is used again while copies run: no image may be another's."""
+    items = tiny.DrawnManifest(count=200).items("train")
+    prepared = {"preprocess": tiny.preprocess, "root": None, "size": 16}
+    here, there = (
+        list(
+            decode(
+                tiny.DrawnManifest(), items, batches_of(200, 64),
+                workers=workers, device=torch.device(device), **prepared,
+            )
+        )
+        for workers, device in ((0, "cpu"), (2, "cuda"))
+    )  # fmt: skip
+    assert all(one.is_cuda for _, one, _ in there)
+    assert all(torch.equal(a, b.cpu()) for (_, a, _), (_, b, _) in zip(here, there))
