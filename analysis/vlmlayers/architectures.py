@@ -11,6 +11,7 @@ import json
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from filecmp import cmp
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,6 +28,19 @@ UNLIKE = (OSError, SyntaxError, ImportError, NameError, AttributeError, LookupEr
 _MODELS = Path(__file__).parent / "models"
 # The models that ship with the package, and where.
 MINIATURES = {"mini-clip": _MODELS / "mini_clip", "mini-clip-taught": _MODELS / "mini_clip_taught"}
+
+
+def miniature_of(name: str) -> str:
+    """Return which shipped model a name or folder stands for; empty where for none.
+
+    A copy is the same model, wherever it lies: its configuration and weights are.
+    """
+    folder = Path(name).expanduser()
+    for title, shipped in MINIATURES.items():
+        pairs = [(folder / file, shipped / file) for file in (CONFIG_FILE, "model.safetensors")]
+        if name == title or all(one.is_file() and cmp(one, ours, False) for one, ours in pairs):
+            return title
+    return ""
 
 
 def architectures() -> list[str]:

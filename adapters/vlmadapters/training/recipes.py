@@ -12,7 +12,7 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.config import VIT_B_16, MethodConfig, placements_of
-from vlmlayers.architectures import MINIATURES
+from vlmlayers.architectures import miniature_of
 from vlmlayers.arguments import (
     PRECISIONS,
     Count,
@@ -346,8 +346,11 @@ def settings_at(
 
 
 def default_recipe(model: str, method: str = "mma") -> str:
-    """Return the recipe for a backbone: `mini` for the shipped miniatures, else `published`."""
-    return "mini" if model in MINIATURES and "mini" in _shipped(method) else "published"
+    """Return the recipe for a backbone, by name or folder: `mini` for the miniatures that ship.
+
+    For others it is `published`.
+    """
+    return "mini" if "mini" in _shipped(method) and miniature_of(model) else "published"
 
 
 def check_methods(recipes: Sequence[Recipe], methods: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from vlmlayers.architectures import (
     LOCAL,
     MINIATURES,
     check_architecture,
+    miniature_of,
     refuse_quickgelu_mismatch,
     tags_of,
     weights_of,
@@ -281,7 +282,7 @@ def _folder(name: str) -> tuple[Path | None, str]:
         return hub_folder(name.removeprefix(HUB)), name.removeprefix(HUB)
     folder = Path(name).expanduser()
     there = (folder / CONFIG_FILE).is_file() or is_model_folder(folder)
-    return (folder, folder.absolute().name) if there else (None, name)
+    return (folder, miniature_of(name) or folder.absolute().name) if there else (None, name)
 
 
 def _source(name: str, config: str | Path | None, folder: Path | None, title: str) -> _Source:

@@ -245,8 +245,8 @@ class StageContext:
         folder = hub or Path(name)
         inside = folder if self.part.path or hub else None
         # Its files lie in the package; a new version of it has new weights under the same name.
-        if folder.name in MINIATURES:
-            inside = MINIATURES[folder.name]
+        if name in MINIATURES:
+            inside = MINIATURES[name]
         if inside is not None and inside.is_dir():
             # Configurations and tokenizers change values as much as weights do.
             files |= {path.name: path for path in sorted(inside.glob("*.json"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vlmadapters import load_recipe
 from vlmadapters.cli.train_stage import parts
 from vlmadapters.methods import BUILT_IN
 from vlmadapters.training.recipes import default_recipe
-from vlmlayers.architectures import MINIATURES
+from vlmlayers.architectures import CONFIG_FILE, MINIATURES
 from vlmlayers.cli import app
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
@@ -101,6 +102,18 @@ def test_a_table_without_a_recipe_takes_that_of_the_backbone(tmp_path: Path) -> 
 def test_both_miniatures_take_the_recipe_for_small_backbones(name: str) -> None:
     assert default_recipe(name) == default_recipe(name, "coop") == "mini"
     assert default_recipe("ViT-B-16") == "published"
+
+
+def test_a_miniature_is_known_by_its_folder_and_by_a_copy(tmp_path: Path) -> None:
+    """By name it took its own recipe, by path the published one, which does not move it."""
+    copy = shutil.copytree(MINIATURES["mini-clip-taught"], tmp_path / "copy")
+    for path in (MINIATURES["mini-clip-taught"], copy):
+        assert default_recipe(str(path)) == "mini"
+        assert load_model(path).name == "mini-clip-taught"
+    config = copy / CONFIG_FILE
+    config.write_text(config.read_text().replace("0.26862954", "0.27"))
+    assert default_recipe(str(copy)) == "published"
+    assert load_model(copy).name == "copy"
 
 
 def small(table: str) -> Any:

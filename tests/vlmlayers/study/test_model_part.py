@@ -54,16 +54,18 @@ def test_a_file_of_weights_that_changed_is_another_model(tmp_path: Path, key: st
     assert marks[0] != marks[1]
 
 
-def test_the_weights_of_a_folder_are_part_of_a_model(tmp_path: Path) -> None:
-    folder = tmp_path / "base" / "snap"
+@pytest.mark.parametrize("name", ["snap", "mini-clip"])
+def test_the_weights_of_a_folder_are_part_of_a_model(tmp_path: Path, name: str) -> None:
+    """Also of one that is called as a model that ships."""
+    folder = tmp_path / "base" / name
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds no weights"):
-        context_of(tmp_path, path="snap").model_fingerprint()
+        context_of(tmp_path, path=name).model_fingerprint()
     marks = []
     for content in (b"one", b"two"):
         (folder / "open_clip_pytorch_model.bin").write_bytes(content)
-        marks.append(context_of(tmp_path, path="snap").model_fingerprint())
+        marks.append(context_of(tmp_path, path=name).model_fingerprint())
     assert marks[0] != marks[1]
 
 
