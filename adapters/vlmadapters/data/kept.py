@@ -50,8 +50,9 @@ class Room:
 
     def rest(self, owner: Kept) -> None:
         """Allow images to be dropped once others need their room."""
-        self._idle.add(owner)
-        self.full = False
+        with self._lock:
+            self._idle.add(owner)
+            self.full = False
 
     def give_back(self, images: dict[Hashable, Tensor]) -> None:
         """Free the room of images that nothing refers to any more."""

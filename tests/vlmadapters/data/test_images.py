@@ -31,6 +31,7 @@ from vlmadapters.data.images import (
     epoch_batches,
     shared_room,
 )
+from vlmadapters.data.kept import Kept
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import decoding
@@ -288,6 +289,21 @@ def test_fewer_images_are_under_way_where_they_are_large(
     found = list(decoding.decode_pixels(makers, workers=2))
     assert sizes == [at_a_time]
     assert [image.nbytes for image in found] == [300] * 20
+
+
+def test_room_that_others_leave_meanwhile_is_not_taken_twice() -> None:
+    """Threads decode: one leaves its images to be dropped while another finds no room."""
+
+    class Watched(Room):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "full" and value:
+                other = threading.Thread(target=self.rest, args=(Kept(self),))
+                other.start()
+                other.join(0.2)
+
+    room = Watched(10)
+    assert not room.take(Kept(room), 11) and room.used == 0
 
 
 def none(*given: Any, **options: Any) -> Any:
