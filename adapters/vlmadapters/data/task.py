@@ -19,6 +19,7 @@ from vlmlayers.manifests.items import balanced_sample
 from vlmlayers.prompts import TEMPLATE, class_prompts
 
 LOG = logging.getLogger(__name__)
+Draw = tuple[int, int, str, str]  # shots, seed, kind, split
 
 
 def places(names: Sequence[str], among: Sequence[str]) -> list[int]:
@@ -103,6 +104,7 @@ class TaskData:
     descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
     origin: str = field(init=False)
+    _drawn: dict[Draw, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _identities: dict[str, DataIdentity] = field(default_factory=dict, init=False, repr=False)
 
@@ -181,29 +183,36 @@ class TaskData:
     def _items(self, split: str) -> list[Item]:
         return self.manifest.items(split, self.root, present_only=self.options.present_only)
 
-    def shots(self, shots: int, seed: int, kind: str, split: str = "train") -> list[Item]:
-        """Return few-shot items of one half, relabelled from 0; no other item is opened."""
-        items, wanted = self._items(split), set(self._labels(kind))
+    def shots(
+        self, shots: int, seed: int, kind: str, split: str = "train", *, readable: bool = True
+    ) -> list[Item]:
+        """Return few-shot items of one half, relabelled from 0; no other item is opened.
+
+        Unless they have to be `readable` none is, and nothing is left out or refused.
+        """
+        wanted, key = set(self._labels(kind)), (shots, seed, kind, split)
 
         # Over all classes first, then the half: the published draw does it in this order, and
         # drawing from base classes alone would pick other items.
-        def draw() -> list[Item]:
+        def draw(items: list[Item]) -> list[Item]:
             return [item for item in few_shot(items, shots, seed) if item.label in wanted]
 
-        drawn = draw()
-        if self.options.skip_unreadable:
+        if key not in self._drawn:
+            self._drawn[key] = draw(self._items(split))
+        drawn = self._drawn[key]
+        if readable and self.options.skip_unreadable:
             # Again without those that cannot be read, until a whole draw can: replacements may be
             # unreadable as well.
-            faults: dict[Item, str] = {}
+            items, faults = self._items(split), dict[Item, str]()
             while found := self.images.unreadable(drawn, tested=False).reasons:
                 faults |= {drawn[row]: why for row, why in found.items()}
                 items = [item for item in items if item not in faults]
                 if not items:
                     break
-                drawn = draw()
+                drawn = draw(items)
             unreadable = Unreadable(dict(enumerate(faults.values())))
             unreadable.settle(self.manifest.name, len({*drawn, *faults}), skip=True)
-        else:
+        elif readable:
             self.manifest.refuse_missing(drawn, self.root)
         return base_or_novel(drawn, kind, range(len(self.class_names)))
 
@@ -214,16 +223,17 @@ class TaskData:
         # At most 4, as CoOp's code draws them: a large validation set would be no few-shot setting.
         return self.shots(min(shots, 4), seed, kind, "val")
 
-    def test(self, kind: str, split: str = "test") -> list[Item]:
-        """Return the test items of one half, relabelled from 0."""
+    def test(self, kind: str, split: str = "test", *, readable: bool = True) -> list[Item]:
+        """Return the test items of one half, relabelled from 0; `readable` is as for `shots`."""
         # Sampled over all classes and then halved: base and novel items are the same whichever of
         # them is tested.
-        if split not in self._tested:
+        found = self._tested.get(split)
+        if found is None:
             items = self._items(split)
-            self._tested[split] = self._readable(
-                balanced_sample(items, self.limit, 0) if self.limit else items
-            )
-        return base_or_novel(self._tested[split], kind, range(len(self.class_names)))
+            found = balanced_sample(items, self.limit, 0) if self.limit else items
+            if readable:
+                found = self._tested[split] = self._readable(found)
+        return base_or_novel(found, kind, range(len(self.class_names)))
 
     def _readable(self, items: list[Item]) -> list[Item]:
         if not self.options.skip_unreadable:

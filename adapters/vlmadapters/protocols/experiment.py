@@ -316,10 +316,9 @@ class Experiment:
         train = self._train_of(settings[0], source)
         task = data.task(kind, train.template)
         shots = data.shots(train.shots, seed, kind)
-        then = [self._needed(*self._next, settings[0])] if self._next is not None else []
-        images, *needed = self._needed(source, seed, settings[0])
+        then = [self._next_images(*self._next, settings[0])] if self._next is not None else []
         # Beside the training, which leaves a machine with a GPU its cores.
-        with images.arriving(*needed, then=then):
+        with data.images.arriving(as_first_seen(shots, seed), self._own_test(source), then=then):
             trainer = Trainer(
                 self.model,
                 data.images,
@@ -347,16 +346,26 @@ class Experiment:
                 )
         return rows
 
-    def _needed(
+    def _next_images(
         self, source: str, seed: int, setting: Recipe
     ) -> tuple[Images, list[Item], list[Item]]:
-        """Return the images of a source, what a training sees of them, and its test on them."""
+        """Return the images of a source, what a training will see of them, and its test on them.
+
+        Nothing is opened: what cannot be read is found when it is its turn.
+        """
         data, shots = self._datasets[source], self._train_of(setting, source).shots
+        drawn = data.shots(shots, seed, self.protocol.train_kind, readable=False)
+        return data.images, as_first_seen(drawn, seed), self._own_test(source, readable=False)
+
+    def _own_test(self, source: str, *, readable: bool = True) -> list[Item]:
+        """Return what a training on a source is tested on there, of several processes this one's.
+
+        `readable` is as for `TaskData.shots`.
+        """
+        data = self._datasets[source]
         own = [target for target in self.targets(source) if target.dataset is data]
-        # Of several processes each tests its share.
-        tested = [item for one in own for item in processes.share(self._items(one)[0])]
-        drawn = data.shots(shots, seed, self.protocol.train_kind)
-        return data.images, as_first_seen(drawn, seed), tested
+        parts = [data.test(one.kind, one.split, readable=readable) for one in own]
+        return [item for part in parts for item in processes.share(part)]
 
     def _test(
         self,

@@ -16,6 +16,7 @@ from backbones import saved_backbone, shared_backbone
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
+from vlmadapters.data.fewshot import few_shot
 from vlmadapters.data.images import Images, Room
 from vlmadapters.data.options import DataOptions
 from vlmadapters.methods.mma.config import MMAConfig
@@ -288,6 +289,34 @@ def test_the_images_of_the_next_dataset_are_decoded_beside_the_last_seed(
         file.unlink()
     table(2, tmp_path)  # goes on: nothing comes after it
     assert told == ["train shapes_filled 2", "decode shapes_filled"]
+
+
+def test_each_draw_is_made_once_and_looked_through_in_its_turn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With `skip_unreadable`, whose look decodes all of a dataset that comes next."""
+    names, told, draws = ["shapes_filled", "textures"], list[str](), list[tuple[Any, ...]]()
+    trains, looks = Experiment.train_and_test, Images.unreadable
+
+    def training(self: Experiment, source: str, seed: int, settings: Any) -> Any:
+        told.append(f"train {source}")
+        return trains(self, source, seed, settings)
+
+    def looking(self: Images, *given: Any, **options: Any) -> Any:
+        told.append(f"look {self.manifest.name}")
+        return looks(self, *given, **options)
+
+    def drawing(items: list[Item], *given: Any) -> list[Item]:
+        draws.append((items[0], *given))
+        return few_shot(items, *given)
+
+    monkeypatch.setattr(Experiment, "train_and_test", training)
+    monkeypatch.setattr(Images, "unreadable", looking)
+    monkeypatch.setattr("vlmadapters.data.task.few_shot", drawing)
+    options = {**QUICK, "seeds": (1,), "skip_unreadable": True}
+    base_to_novel(shared_backbone(), names, RECIPE, tmp_path, **options)
+    assert told.index("train textures") < told.index("look textures")
+    assert len(draws) == len(set(draws))
 
 
 def test_datasets_that_others_work_on_come_last_and_the_table_is_the_same(
