@@ -64,7 +64,9 @@ def train(
             metavar="PLACE",
         ),
     ] = None,
-    choice: Annotated[Path | None, typer.Option(help="A choice.json to train at.")] = None,
+    choice: Annotated[
+        Path | None, typer.Option(help="A choice.json, or a run folder, to train at.")
+    ] = None,
     pairs: Annotated[
         list[str] | None,
         several(

@@ -110,7 +110,7 @@ def _choice(choice: Path | None, placement: str | None) -> Any:
     if placement is not None:
         return Placement.parse(placement)
     assert choice is not None
-    return LayerChoice.load(choice / "choice.json" if choice.is_dir() else choice)
+    return LayerChoice.load(choice)
 
 
 def _text(found: Any, out: Path) -> str:

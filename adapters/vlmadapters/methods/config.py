@@ -92,7 +92,7 @@ class MethodConfig:
         """Act at the blocks of a layer choice, in the towers that the method can be placed in.
 
         Args:
-            choice: A `LayerChoice`, its dictionary, or the path of a `choice.json`.
+            choice: A `LayerChoice`, its dictionary, or the path of a `choice.json` or a run.
             **options: Other fields, such as `scale`.
 
         Raises:

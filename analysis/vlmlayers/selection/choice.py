@@ -206,13 +206,14 @@ class LayerChoice:
     @classmethod
     @checked
     def load(cls, path: str | Path) -> LayerChoice:
-        """Read a choice.
+        """Read a choice, from its file or its run folder.
 
         Raises:
             UserError: The file is absent, not JSON, has unknown or missing keys, or its blocks
                 are not positive whole numbers.
         """
-        content = read_json(Path(path), "the choice", "write it with `vlmlayers select`")
+        path = Path(path) / "choice.json" if Path(path).is_dir() else Path(path)
+        content = read_json(path, "the choice", "write it with `vlmlayers select`")
         return cls.from_dict(content, where=str(path))
 
     @classmethod

@@ -452,6 +452,7 @@ def test_bad_choice_files(content: str, message: str, tmp_path: Path) -> None:
 def test_choice_round_trip(tmp_path: Path) -> None:
     choice = select(planted(), resamples=20)
     again = LayerChoice.load(choice.save(tmp_path / "a" / "choice.json"))
+    assert LayerChoice.load(tmp_path / "a") == again, "a run folder stands for its choice"
     assert again == choice and again.evidence == choice.evidence
     assert json.loads((tmp_path / "a" / "choice.json").read_text())["vision"] == list(span(5, 12))
     assert "5–12" in choice._repr_html_() and "5–12" in str(choice)
