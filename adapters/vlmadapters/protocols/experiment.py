@@ -15,7 +15,6 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
@@ -23,21 +22,19 @@ from vlmadapters.data.images import Images, as_first_seen
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
 from vlmadapters.files import save_method
-from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.cells import Cell, CellFolder, Rows
-from vlmadapters.protocols.evaluate import Answers, Case, Evaluator, Labels
+from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.protocols.results import (
     COLUMNS,
     KEY,
     UNMOVED,
     UNMOVED_FIT,
-    ZERO_SHOT_CLIP,
-    ZERO_SHOT_OWN,
     method_fields,
 )
 from vlmadapters.protocols.table import protocol_of
 from vlmadapters.protocols.trained import Target, result_row
+from vlmadapters.protocols.zero_shot import ZeroShot
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.trainer import Trainer, TrainResult, resolved
@@ -108,8 +105,7 @@ class Experiment:
         self._datasets: dict[str, TaskData] = {}
         tested = targets if self.protocol.transfer else ()
         self.target_names = tuple(self.add(one).manifest.name for one in tested)
-        self._zero: dict[tuple[str, str], list[Answers]] = {}
-        self._plain = Method()
+        self._zero_shot = ZeroShot(self.protocol.name, self.evaluator, self.train.template)
         self._next: tuple[str, int] | None = None  # what comes then, whose images are decoded early
         self._unmoved: set[str] = set()  # methods that changed nothing, as was said
 
@@ -364,8 +360,7 @@ class Experiment:
         """
         data = self._datasets[source]
         own = [target for target in self.targets(source) if target.dataset is data]
-        parts = [data.test(one.kind, one.split, readable=readable) for one in own]
-        return [item for part in parts for item in processes.share(part)]
+        return [i for one in own for i in processes.share(one.items(readable=readable))]
 
     def _test(
         self,
@@ -379,8 +374,8 @@ class Experiment:
         differing = [0] * len(trained)
         total = 0
         for target in self.targets(source):
-            items, truth = self._items(target)
-            plain = self._zero_shot(target)[0]
+            items, truth = target.items(), target.truth()
+            plain = self._zero_shot.answers(target)[0]
             tested = target.dataset.task(target.kind, train.template)
             cases = [Case(result.method, tested) for result in trained]
             found = self.evaluator.answers(target.dataset.images, items, cases)
@@ -426,45 +421,12 @@ class Experiment:
         where = f"{title} {result.config.placement}".strip()  # some methods have no placement
         LOG.log(level, "%s, seed %d: %s", where, result.seed, note)
 
-    def _items(self, target: Target) -> tuple[list[Item], Labels]:
-        items = target.dataset.test(target.kind, target.split)
-        return items, np.array([item.label for item in items], dtype=np.int64)
-
-    def _zero_shot(self, target: Target) -> list[Answers]:
-        """Return zero-shot answers with the common and with the dataset's own template."""
-        key = (target.dataset.manifest.name, target.kind)
-        if key not in self._zero:
-            # Papers print zero-shot CLIP with a template for each dataset; most methods start from
-            # the common one. A gain over either is a claim of its own.
-            templates = self.train.template, target.dataset.manifest.zero_shot_template
-            cases = [
-                Case(self._plain, target.dataset.task(target.kind, template))
-                for template in templates
-            ]
-            items = self._items(target)[0]
-            self._zero[key] = self.evaluator.answers(target.dataset.images, items, cases)
-        return self._zero[key]
-
     def _zero_shot_rows(self, source: str) -> Rows:
         cell = Cell(f"{source}-zero-shot", self._untrained_identity(source))
         rows = self.cells.read(cell)
         if rows is None:
-            rows = self._new_zero_shot_rows(source)
+            rows = [row for one in self.targets(source) for row in self._zero_shot.rows(one)]
             self.cells.write(cell, rows)
-        return rows
-
-    def _new_zero_shot_rows(self, source: str) -> Rows:
-        rows = []
-        for target in self.targets(source):
-            _, truth = self._items(target)
-            own = target.dataset.manifest.zero_shot_template
-            named = ((ZERO_SHOT_CLIP, self.train.template), (ZERO_SHOT_OWN, own))
-            for answers, (method, template) in zip(self._zero_shot(target), named):
-                rows.append(
-                    result_row(
-                        self.protocol.name, self.evaluator, target, truth, answers, method, template
-                    )
-                )
         return rows
 
     def _untrained_identity(self, source: str) -> dict[str, Any]:

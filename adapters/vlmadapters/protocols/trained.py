@@ -23,7 +23,7 @@ from vlmadapters.protocols.results import (
     half_fields,
     method_fields,
 )
-from vlmlayers.manifests import Manifest, distinct
+from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.options import takes, validated
 from vlmlayers.prompts import TEMPLATE
 
@@ -35,6 +35,14 @@ class Target:
     dataset: TaskData
     kind: str
     split: str = "test"
+
+    def items(self, *, readable: bool = True) -> list[Item]:
+        """Return the items; `readable` is as for `TaskData.shots`."""
+        return self.dataset.test(self.kind, self.split, readable=readable)
+
+    def truth(self) -> Labels:
+        """Return their labels, (item,)."""
+        return np.array([item.label for item in self.items()], dtype=np.int64)
 
 
 def result_row(
@@ -126,10 +134,9 @@ def evaluate_methods(
         named += [(one.config.title, one, template, str(path)) for path, one in methods.items()]
         for kind in kinds:
             target = Target(data, kind)
-            items = data.test(kind)
-            truth = np.array([item.label for item in items], dtype=np.int64)
+            truth = target.truth()
             cases = [Case(method, data.task(kind, text)) for _, method, text, _ in named]
-            found = evaluator.answers(data.images, items, cases)
+            found = evaluator.answers(data.images, target.items(), cases)
             for answers, (title, method, text, source) in zip(found, named):
                 row = result_row("evaluate", evaluator, target, truth, answers, title, text)
                 if source:
