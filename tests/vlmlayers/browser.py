@@ -35,12 +35,18 @@ class Tab:
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
-            message = json.loads(self.socket.recv())
+            message = self.receive()
             if message.get("id") == number:
                 assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
                 return result
+
+    def receive(self) -> dict[str, Any]:
+        """Return the next message; an event is kept as well."""
+        message: dict[str, Any] = json.loads(self.socket.recv())
+        if "id" not in message:
             self.events.append(message)
+        return message
 
     def run(self, script: str) -> Any:
         """Return the value of an expression in the page."""
@@ -60,7 +66,11 @@ class Tab:
             deviceScaleFactor=1,
             mobile=width < 600,
         )
+        before = len(self.events)
         self.send("Page.navigate", url=path.resolve().as_uri())
+        # An expression that is asked for meanwhile fails as its page goes.
+        while not any(e["method"] == "Page.loadEventFired" for e in self.events[before:]):
+            self.receive()
         self.until("document.readyState === 'complete' && location.protocol === 'file:'")
 
     def until(self, condition: str, seconds: float = 30) -> None:
