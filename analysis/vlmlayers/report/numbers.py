@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -168,13 +169,14 @@ class Answer:
     @cached_property
     def stale(self) -> str:
         """What is older than what it was made from, and how to make it again; empty if nothing."""
+        folder = str(self.run.folder)
         if of := other_features(self.run, self.attributes):
             return (
                 f"the scores were made from other features of {of} than are here; run "
-                f"`vlmlayers score {self.run.folder}` again"
+                f"`{shlex.join(['vlmlayers', 'score', folder])}` again"
             )
         why = _not_of(self.choice, self.scores)
-        again = f"run `vlmlayers select {self.run.folder}` again"
+        again = f"run `{shlex.join(['vlmlayers', 'select', folder])}` again"
         return f"the choice was made from other scores than these ({why}); {again}" if why else ""
 
     @property
@@ -395,7 +397,8 @@ def read_answer(run: Run | str | Path) -> Answer:
     found = run if isinstance(run, Run) else Run.open(run)
     if not found.choice.exists():
         raise UserError(
-            f"{found.folder} holds no choice.json; run `vlmlayers select {found.folder}` first"
+            f"{found.folder} holds no choice.json; run "
+            f"`{shlex.join(['vlmlayers', 'select', str(found.folder)])}` first"
         )
     scores = read_scores(found.folder)
     return Answer(

@@ -17,7 +17,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import Reading, check_bounds, check_scores, depths
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.choice import LayerChoice
-from vlmlayers.selection.curves import BlockTable
+from vlmlayers.selection.curves import BlockTable, NoValues
 from vlmlayers.selection.making import OwnRule, make_rule
 from vlmlayers.selection.resampling import RESAMPLES, check_resampling, resampled
 from vlmlayers.selection.rules import Pick, Picks, Searched
@@ -65,7 +65,10 @@ def select(
     refused = scores.attrs.get("refused", ())
     seen = BlockTable.of(_used(table, chooser.reads(blocks)), blocks, refused)
     check_bounds(seen.scores)
-    picks = chooser(seen)
+    try:
+        picks = chooser(seen)
+    except NoValues as error:  # of the whole table: what was seen holds what the rule reads alone
+        raise UserError(f"{error}; {BlockTable.of(table, blocks).otherwise()}") from None
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
     moves = resampled(name, resamples)

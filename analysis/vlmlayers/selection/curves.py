@@ -26,9 +26,12 @@ from vlmlayers.scores.reading import (
 if TYPE_CHECKING:
     import pandas as pd
 
-OTHERWISE = "choose by another metric or rule"
 Places = NDArray[np.int64]
 T = TypeVar("T")
+
+
+class NoValues(UserError):
+    """A metric was not computed, or not at some block; another one may be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,18 +94,36 @@ class BlockTable:
         what = f"{metric} of the {tower} tower"
         missing = [str(block + 1) for block in np.flatnonzero(count == 0)]
         if missing:
-            why = self._reason(metric, tower) or self._reason(metric, tower, missing[0])
-            raise UserError(
+            why = self.reason(metric, tower) or self.reason(metric, tower, missing[0])
+            text = (
                 f"{what} has no value at block {', '.join(missing[:6])}"
                 f"{', …' if len(missing) > 6 else ''}"
-                + (f": {why}; {OTHERWISE}" if why else "; score every block first")
             )
+            if why or len(missing) == self.blocks[tower]:
+                raise NoValues(f"{text}: {why}" if why else text)
+            raise UserError(f"{text}; score every block first")
         if not np.isfinite(curve).all():
             raise UserError(
                 f"{what} is not finite at block "
-                f"{int(np.flatnonzero(~np.isfinite(curve))[0]) + 1}; drop or repair it"
+                f"{int(np.flatnonzero(~np.isfinite(curve))[0]) + 1}; repair it, or leave its "
+                "dataset out"
             )
+        self._once(("even", metric, tower), partial(self._refuse_uneven, what, place, tower))
         return curve
+
+    def _refuse_uneven(self, what: str, place: Places, tower: str) -> None:
+        """Refuse a dataset that lacks a block: means of other datasets there rank no blocks."""
+        used = place >= 0
+        names, rows = np.unique(
+            self.scores["dataset"].astype(str).to_numpy()[used], return_inverse=True
+        )
+        there = np.zeros((len(names), self.blocks[tower]), dtype=bool)  # (dataset, block)
+        there[rows, place[used]] = True
+        for name, block in zip(*np.nonzero(~there)):
+            raise UserError(
+                f"{what} has no value of {names[name]} at block {block + 1}, where it is a mean "
+                f"over other datasets than elsewhere; score that too, or leave {names[name]} out"
+            )
 
     def interval_widths(self, metric: str, tower: str) -> Array:
         """Return how wide the interval of a curve is, (block,); NaN where there is none."""
@@ -129,14 +150,36 @@ class BlockTable:
             )
         return matrix.reshape(shape)
 
-    def _check(self, metric: str) -> None:
+    def check(self, metric: str) -> None:
         """Raise a UserError where the table has no such metric; says why, where that is known."""
         names = self.metric_names()
-        if metric not in names and (why := self._reason(metric)):
-            raise UserError(f"{metric} was not computed: {why}; {OTHERWISE}")
+        if metric not in names and (why := self.reason(metric)):
+            raise NoValues(f"{metric} was not computed: {why}")
         check_one_of("metric", metric, names, where="the score table")
 
-    def _reason(self, metric: str, tower: str = "", position: str = "") -> str:
+    def otherwise(self) -> str:
+        """Return what else to choose by: the first metric with a value at every block."""
+        name = next(filter(self._is_whole, self.metric_names()), None)
+        found = "" if name is None else (
+            f", as by the rule 'budget' with score='metric:{name}' "
+            f"(--rule budget --set score=metric:{name})"
+        )  # fmt: skip
+        return f"choose by another metric or rule{found}"
+
+    def _is_whole(self, metric: str) -> bool:
+        """Return whether a metric has a value at every block, as block scores read it."""
+        own = [tower for tower in self.blocks if self.has_curve(metric, tower)]
+        for tower in own:
+            _, count = self._means(self._block_of(metric, tower), self.values, self.blocks[tower])
+            if not count.all():
+                return False
+        if own or len(self.blocks) < 2:
+            return own == list(self.blocks)
+        shape = self.blocks["vision"], self.blocks["text"]
+        place = self._pair_of(metric, shape)
+        return bool(self._means(place, self.values, shape[0] * shape[1])[1].all())
+
+    def reason(self, metric: str, tower: str = "", position: str = "") -> str:
         """Return why a metric has no value in a tower, or in none; empty where nothing is known.
 
         Without a position only reasons count that are of the whole tower.
@@ -164,7 +207,7 @@ class BlockTable:
 
     def _block_of(self, metric: str, tower: str) -> Places:
         """Return for each row of the table the block whose value it helps to make, or −1."""
-        self._check(metric)
+        self.check(metric)
         depth = self.blocks[tower]
         rows = partnered(Reading().rows(self.scores, metric, tower), tower, depth)
         place = np.full(len(self.scores), -1)
@@ -173,7 +216,7 @@ class BlockTable:
 
     def _pair_of(self, metric: str, shape: tuple[int, int]) -> Places:
         """Return for each row of the table the pair of blocks that it relates, or −1."""
-        self._check(metric)
+        self.check(metric)
         place = np.full(len(self.scores), -1)
         for tower in TOWERS:
             rows = Reading().rows(self.scores, metric, tower)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
+from vlmlayers.selection.curves import Array, BlockTable, NoValues, agreement_curve, normalise
 
 _ACCURACY, _AGREEMENT, _NOVEL = "dataset_accuracy", "cka_debiased", "novel_class_accuracy"
 
 
 def metric_by_tower(table: BlockTable, name: str) -> dict[str, Array]:
     """Return a metric scaled to its range in each tower; a flat curve scales to zero."""
-    check_one_of("metric", name, table.metric_names(), where="the score table")
+    table.check(name)
     towers = [tower for tower in table.blocks if table.has_curve(name, tower)]
     if not towers:
         matrix = table.agreement(name)
@@ -92,7 +92,7 @@ def score_blocks(table: BlockTable, name: str, *, partial: bool = False) -> dict
         by_tower = metric_by_tower(table, needed[0])
     else:
         for metric in needed:
-            if metric not in table.metric_names():
+            if metric not in table.metric_names() and not table.reason(metric):
                 raise UserError(
                     f"block score {name!r} needs the metric {metric!r}, which the "
                     "score table lacks; score it or name another block score"
@@ -100,5 +100,5 @@ def score_blocks(table: BlockTable, name: str, *, partial: bool = False) -> dict
         by_tower = BLOCK_SCORES[name].compute(table)
     lacking = [tower for tower in table.blocks if tower not in by_tower]
     if lacking and not (partial and by_tower):
-        raise UserError(f"block score {name!r} has no value on the {lacking[0]} tower")
+        raise NoValues(f"block score {name!r} has no value on the {lacking[0]} tower")
     return by_tower

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from vlmlayers.architectures import MINIATURES, architectures, check_model
+from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.prompts import EXAMINED, PROMPTED
 from vlmlayers.study.context import StageContext
@@ -34,16 +36,23 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
     study = contexts[0].study
     tables = {"search": study.search, "train": study.train or None, "validate": study.validate_}
     if "score" in picked and any(map(needs_model, study.score.metrics)):
-        for manifest in captioned(contexts[0].manifests):
+        for manifest in captioned(contexts[0].manifests, contexts[0].data_root):
             manifest.require_classes(EXAMINED, contexts[0].data_root)
     for stage, table in tables.items():
         if stage in picked and table is not None:
             installed_stage(stage).check(contexts[0])
 
 
-def captioned(manifests: Sequence[Manifest]) -> list[Manifest]:
-    """Return the datasets that are known to have no classes before their files are read."""
-    return [one for one in manifests if one.spec.classes == 0]
+def captioned(manifests: Sequence[Manifest], root: Path | None) -> list[Manifest]:
+    """Return the datasets that are known to have no classes before their images are looked for."""
+    return [one for one in manifests if one.spec.classes == 0 or _is_table_of_captions(one, root)]
+
+
+def _is_table_of_captions(manifest: Manifest, root: Path | None) -> bool:
+    try:
+        return manifest.layout == "table" and not manifest.class_names(root)
+    except UserError:
+        return False  # which is said where the items are read
 
 
 def _check_texts(context: StageContext) -> None:
@@ -55,7 +64,8 @@ def _check_texts(context: StageContext) -> None:
     if study.extract.tower == "vision" or name not in (*MINIATURES, *architectures()):
         return
     for manifest, part in zip(context.manifests, study.datasets):
-        if captioned([manifest]) and study.part(part)["text"] == "prompts":
+        asked = study.part(part)["text"]
+        if asked == "prompts" and captioned([manifest], context.data_root):
             manifest.require_classes(PROMPTED, context.data_root)
 
 

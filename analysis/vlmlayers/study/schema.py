@@ -315,9 +315,12 @@ def check_reads(study: Study, rule: Any, scored: Collection[str]) -> None:
             what = f"which needs {needed}"
         else:
             continue
+        other = "" if tower or "cka_debiased" not in scored else (
+            ', or choose by agreement: rule = "budget", options = { score = "agreement" }'
+        )  # fmt: skip
         raise UserError(
             f"the rule {study.select.rule!r} reads {name}, {what}, or choose another in the "
-            "options of [select]"
+            f"options of [select]{other}"
         )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from run_folders import make_run, tiny_clip
+from score_tables import planted
 from synthetic import make_features
 
 import vlmlayers as vl
@@ -331,6 +332,24 @@ def test_metrics_of_the_model_refuse_captions_before_it_is_loaded(
     monkeypatch.setattr("vlmlayers.models.load_model", None)
     code, _, err = call("score", out, "--metric", "skip_joint_change")
     assert (code, err.count("\n")) == (2, 1) and "set has no classes, by prompts of" in err, err
+
+
+def test_a_table_of_captions_makes_no_prompts_before_the_model_is_loaded(
+    call, monkeypatch, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "items.csv").write_text("path,caption\na.png,a dot\n")
+    monkeypatch.setattr("vlmlayers.models.load_model", None)
+    words = ("extract", "mini-clip", tmp_path / "items.csv", "--split", "all")
+    code, _, err = call(*words, "--out", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1) and "items has no classes to make prompts" in err, err
+
+
+def test_a_command_to_copy_quotes_the_folder(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "my run"
+    vl.write_scores(planted(), folder)
+    code, _, err = call("report", folder)
+    assert code == 2 and f"run `vlmlayers select '{folder}'` first" in err
 
 
 def test_select_and_report_verbs(call, run: Run) -> None:  # type: ignore[no-untyped-def]

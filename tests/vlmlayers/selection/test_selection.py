@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from score_tables import curve_rows, full, pair_rows, planted, step, table
 
@@ -531,10 +532,40 @@ def test_why_a_metric_has_no_value_at_blocks_is_said_where_it_is_known() -> None
          "reason": "11 items; at least 15 are needed"}
         for block in range(1, 13)
     ]  # fmt: skip
+    why = "block 1, 2.*: 11 items; at least 15 .*"
+    said_of = {"threshold": why, "knee": why, "budget": "no value on the text tower"}
+    for rule, words in said_of.items():
+        with pytest.raises(UserError, match=f"{words}; choose by another") as said:
+            select(few, rule)
+        score = str(said.value).partition("--set score=")[2].rstrip(")")
+        assert select(
+            few, "budget", score=score, resamples=0
+        ).text  # what it says to do can be done
+
+
+def test_what_else_to_choose_by_has_a_value_everywhere() -> None:
+    scores = planted()
+    scores.attrs["refused"] = [
+        {"metric": "twonn", "dataset": "*", "tower": "", "position": "", "reason": "too few"}
+    ]
+    with pytest.raises(UserError, match="twonn was not computed: too few; .* score=metric:"):
+        select(scores, "knee", metric="twonn")
+    halved = scores[(scores.metric == "dataset_accuracy") & (scores.position != "7")]
     with pytest.raises(
-        UserError, match="block 1, 2.*: 11 items; at least 15 .*; choose by another"
+        UserError, match="twonn was not computed.* choose by another metric or rule$"
     ):
-        select(few)
+        select(halved, "knee", metric="twonn")
+
+
+def test_a_block_that_a_dataset_lacks_is_not_chosen_for_the_others() -> None:
+    one = planted()
+    one = one[one.metric == "dataset_accuracy"].assign(metric="class_accuracy")
+    easy, hard = one.assign(dataset="easy", value=0.9), one.assign(dataset="hard", value=0.1)
+    half = pd.concat([easy, hard[hard.position != "3"]])
+    with pytest.raises(UserError, match="no value of hard at block 3, where it is a mean over ot"):
+        select(half, "budget", score="metric:class_accuracy", n=1)
+    for whole in (easy, pd.concat([easy, hard])):
+        assert select(whole, "budget", score="metric:class_accuracy", n=1, resamples=0).vision
 
 
 def test_bad_tables() -> None:

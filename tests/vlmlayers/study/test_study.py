@@ -223,6 +223,7 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
             "unknown block score 'acuracy'; did you mean 'accuracy'",
         ),
         ({"datasets": ["digits"]}, "dataset_accuracy, which needs at least two datasets, where"),
+        ({"datasets": ["digits"]}, r'agreement: rule = "budget", options = \{ score = "agreement"'),
         (
             {"extract": {"tower": "text"}, "select": {"rule": "budget"}},
             "reads cka_debiased, which needs both towers, where the study records the text tower",
