@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from vlmadapters import MMAConfig
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import TaskData
 from vlmadapters.export import class_embeddings, export, merged_weights
@@ -199,6 +200,16 @@ def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
     tables = [pd.read_csv(tmp_path / f"{one}.csv") for one in ("ours", "theirs")]
     left, right = (one["log_likelihood"].tolist() for one in tables)
     assert left == pytest.approx(right, abs=1e-5)
+
+
+def test_an_adapter_of_an_untrained_backbone_is_said_to_be_one(tmp_path: Path) -> None:
+    model = load_model("mini-clip", random_weights=True)
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    task = TaskData("faces", model).task("base", "a photo of a {}.")
+    method = METHODS["mma"].build(MMAConfig.span(5, 12), backbone, task, seed=1)
+    save_method(tmp_path / "a.safetensors", method, model, task)
+    words = ("export", "mini-clip", tmp_path / "a.safetensors", "--out", tmp_path / "a.pth.tar")
+    assert _called(*words, "--random-weights").startswith("RANDOM WEIGHTS, nothing here says")
 
 
 def _dataset(folder: Path) -> Path:

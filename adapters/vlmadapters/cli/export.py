@@ -15,6 +15,7 @@ from vlmlayers.cli.options import Device, Model, several, with_options
 from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.prompts import TEMPLATE
+from vlmlayers.words import UNTRAINED
 
 FORMS = {
     "merged": "load it as weights of the same architecture",
@@ -66,4 +67,6 @@ def export(
         note += f"\n`evaluate` takes it with {shlex.join(words)}"
         if len(words) > 2:
             note += "; their code has to be told that too"
+    if weights.random_weights:
+        typer.echo(UNTRAINED)
     typer.echo(f"{written} {out}: {note}")

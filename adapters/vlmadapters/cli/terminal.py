@@ -63,6 +63,17 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     return "\n".join(lines)
 
 
+def images_text(results: pd.DataFrame) -> str:
+    """Return how many images of each dataset were tested, in lines of the terminal's width."""
+    found = []
+    for dataset, part in results.groupby("dataset", sort=False):
+        counts = part.groupby("split_kind", sort=False)["n"].max()
+        kinds = (f"{n:,}{'' if kind == 'all' else f' {kind}'}" for kind, n in counts.items())
+        found.append(f"{dataset} {', '.join(kinds)}")
+    text = f"test images: {'; '.join(found)}"
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def _costs(trained: pd.DataFrame) -> list[str]:
     """Return parameters and seconds of a training, a line for each method that was trained."""
     if trained.empty:

@@ -20,6 +20,7 @@ from vlmadapters.cli.inputs import (
     read_placements,
     read_recipes,
 )
+from vlmadapters.data.fewshot import SPLIT_KINDS
 from vlmadapters.data.options import DataOptions
 from vlmadapters.protocols.options import TrainOptions
 from vlmlayers.arguments import taken
@@ -32,7 +33,7 @@ from vlmlayers.cli.options import (
     several,
     with_options,
 )
-from vlmlayers.errors import UserError, looked_for
+from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.prompts import TEMPLATE, Template
 
@@ -184,13 +185,15 @@ def evaluate(
     files = [Path(one) for one in adapter or ()]
     given = _unstored(files, method, scale, settings or [])
     taken("evaluate", "template", Template, template)
+    kinds = kind or ["all"]
+    for name in kinds:
+        check_one_of("kind of classes", name, SPLIT_KINDS)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.data.task import TaskData
     from vlmadapters.protocols.trained import evaluate_methods
     from vlmlayers.files import write_csv
 
     loaded = load_backbone(model, weights, device)
-    kinds = kind or ["all"]
     task = None
     if len(datasets) == len(kinds) == 1:  # the authors' layouts leave class names out
         task = TaskData(datasets[0], loaded, data_root).task(kinds[0], template)
@@ -269,7 +272,7 @@ def _trained(path: Path, model: Any, method: str | None, given: dict[str, Any], 
 
 
 def _text(table: Any, published: bool, *, noted: bool = True) -> str:
-    from vlmadapters.cli.terminal import results_text
+    from vlmadapters.cli.terminal import images_text, results_text
     from vlmadapters.protocols.published import with_published
     from vlmadapters.protocols.results import summarise
     from vlmlayers.manifests import Manifest
@@ -278,4 +281,5 @@ def _text(table: Any, published: bool, *, noted: bool = True) -> str:
     if published:
         names = set(summary["dataset"]) & set(Manifest.names())
         summary = with_published(summary, {name: Manifest.load(name).title for name in names})
-    return results_text(summary, bool(table["random_weights"].any()), noted=noted)
+    text = results_text(summary, bool(table["random_weights"].any()), noted=noted)
+    return f"{text}\n{images_text(table)}"

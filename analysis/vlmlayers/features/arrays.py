@@ -25,6 +25,7 @@ from vlmlayers.positions import (
     sort_key,
     tower_positions,
 )
+from vlmlayers.words import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -391,8 +392,10 @@ class LayerFeatures:
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
+        sizes = [(t, len(t.positions(t.spaces[0]))) for t in self.towers]
         parts = [
-            f"{len(t)} {t.kind} × {len(t.positions(t.spaces[0]))} positions" for t in self.towers
+            f"{counted(len(t), t.kind.removesuffix('s'))} × {counted(positions, 'position')}"
+            for t, positions in sizes
         ]
         untrained = ", RANDOM WEIGHTS" if self.random_weights else ""
         return (

@@ -187,6 +187,11 @@ def _held(data: Any, progress: bool) -> _Held:
     if hasattr(data, "dataset") and hasattr(data, "batch_sampler"):
         _refuse_part(data)
         return _held(data.dataset, progress)  # in its own order: extraction makes its own batches
+    if hasattr(data, "columns") and hasattr(data, "to_csv"):
+        raise UserError(
+            "a table in memory is no dataset; write it with to_csv('items.csv', index=False) and "
+            "give that path, or give its images as a list and labels="
+        )
     if isinstance(data, Mapping):
         raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")

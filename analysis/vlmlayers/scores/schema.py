@@ -63,10 +63,11 @@ def write_scores(scores: Scores, folder: Path) -> tuple[Path, Path]:
         The paths of the Parquet and the CSV file.
 
     Raises:
-        UserError: The table lacks columns, or the folder cannot be written.
+        UserError: The table lacks columns, or the folder is named like a file or cannot be written.
     """
     _check_columns(scores, "the table")
-    folder = Path(folder)
+    if folder.suffix in (".csv", ".parquet"):
+        raise UserError(f"write_scores takes a run folder; {folder} is named like a file in one")
     paths = folder / "scores.parquet", folder / "scores.csv"
     bare = scores.copy()
     # pandas writes attributes into Parquet and fails on some; here they go to the sidecar.

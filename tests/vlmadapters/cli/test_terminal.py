@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.cli.terminal import results_text
+from vlmadapters.cli.terminal import images_text, results_text
 from vlmadapters.cli.validate import _text as validation_text
 from vlmadapters.protocols.published import with_published
 from vlmadapters.protocols.results import UNMOVED, ZERO_SHOT_OWN, summarise
@@ -43,6 +43,14 @@ def test_means_spreads_and_seeds_stand_in_one_line() -> None:
     assert " ".join(lines[4].split()).startswith(trained.strip())
     ends = {line[38:44].strip() for line in lines[2:5]}
     assert ends == {"base", "50.00", "85.00"}
+
+
+def test_how_many_images_were_tested_stands_below_the_accuracies() -> None:
+    mine = results().assign(n=7, dataset="of mine", split_kind="all")
+    two = pd.concat([results().assign(n=1200), mine])
+    assert images_text(two) == "test images: ucf101 1,200 base, 1,200 novel; of mine 7"
+    many = pd.concat([results().assign(n=20, dataset=f"dataset-{one}") for one in range(9)])
+    assert max(map(len, images_text(many).splitlines())) <= 80
 
 
 def test_one_seed_speaks_of_no_spread() -> None:

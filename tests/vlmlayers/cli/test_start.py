@@ -28,6 +28,7 @@ WRONG = """
 extract mini-clip set.toml --out here --data-root .
 train mini-clip set.toml --out here --data-root .
 evaluate mini-clip set.toml --data-root .
+evaluate mini-clip faces --kind nosuch
 score nosuch
 score --list --metric nosuch
 score --list --jobs 2

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -250,6 +251,7 @@ def test_workers_decode_data_in_memory(expected):
         (PIXELS, {"texts": ["one", "two"]}, "2 texts, but own data has 1 class; give one per"),
         ([np.zeros((4, 4, 7), np.uint8)], {}, r"image 0 is a ndarray of shape \(4, 4, 7\)"),
         ([], {}, "the data hold no images"),
+        (pd.DataFrame({"path": ["a.png"]}), {}, "a table in memory is no dataset; write it with"),
         (5, {}, "data takes a dataset's name, path or Manifest, .*not a value of type int"),
         ({"train": PIXELS}, {}, "the data have splits; give one of them: train"),
         ("faces", {"labels": LABELS}, "a dataset says its labels itself"),

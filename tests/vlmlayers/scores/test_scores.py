@@ -761,6 +761,8 @@ def test_a_folder_that_cannot_be_written_is_named(scores: pd.DataFrame, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*scores.parquet"):
         write_scores(scores, tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="mine.csv is named like a file"):
+        write_scores(scores, tmp_path / "mine.csv")
     with pytest.raises(UserError, match="the score table lacks the columns"):
         write_scores(pd.DataFrame({"value": [1.0]}), tmp_path)
 
