@@ -14,8 +14,10 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import wraps
-from typing import Annotated, Any, Self, TypeVar, cast, get_args
+from functools import reduce, wraps
+from operator import or_
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -269,6 +271,17 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _inner(part))), None)
 
 
+def plain(kind: Any) -> Any:
+    """Return a type without what checks its values, as people read it: `tuple[int, ...]`."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return plain(parts[0])
+    if origin is Literal or not parts:
+        return kind
+    made = tuple(map(plain, parts))
+    return reduce(or_, made) if origin in (Union, UnionType) else origin[made]
+
+
 def takes(options: type[Options]) -> Callable[[Function], Function]:
     """Give a function that takes `**options` the signature and the documentation of a model.
 
@@ -290,7 +303,7 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=field.annotation,
+                annotation=plain(field.annotation),
             )
             for name, field in options.model_fields.items()
         ]

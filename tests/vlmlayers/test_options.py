@@ -168,3 +168,7 @@ def test_a_function_shows_the_options_that_it_takes() -> None:
     assert "share: How much." in (work.__doc__ or "") and "**options" not in (work.__doc__ or "")
     shown = inspect.signature(vl.score).parameters
     assert shown["bootstrap"].default == 200 and "held_out: Folds" in (vl.score.__doc__ or "")
+    # As Jupyter shows it: what is taken, without what checks it.
+    text = str(inspect.signature(vl.score))
+    assert "seeds: tuple[int, ...] = (1, 2, 3)" in text and "spaces: tuple[str, ...] | None" in text
+    assert "Validator" not in text and "FieldInfo" not in text

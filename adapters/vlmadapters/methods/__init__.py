@@ -72,6 +72,9 @@ class Methods(Mapping[str, "type[Method]"]):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
+    def __repr__(self) -> str:
+        return f"Methods({', '.join(self)})"
+
     def __contains__(self, name: object) -> bool:
         return name in BUILT_IN or name in list(iter(self))
 

@@ -65,6 +65,7 @@ def train(
         model: The model, as `load_model` returns it.
         datasets: Datasets trained on, each by itself.
         recipe: Recipe, or one of each method; or its name or TOML file, the same for every method;
+            values are changed as in `load_recipe("mini").changed({"shots": 4})`;
             `default_recipe` where None.
         out: Folder of cells, adapters and tables; None keeps everything in memory. A stopped run
             resumes there.

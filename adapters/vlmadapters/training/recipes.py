@@ -241,14 +241,16 @@ class Recipe:
         kept = {name: _without(values, {}, new) for name, values in self.datasets.items()}
         return replace(self, method=method, datasets=kept)
 
-    def changed(self, train: Mapping[str, Any], method: Mapping[str, Any]) -> Recipe:
+    def changed(self, train: Mapping[str, Any], method: Mapping[str, Any] | None = None) -> Recipe:
         """Return the recipe with some values replaced, for every dataset; None keeps a value.
+
+            va.train(model, "faces", recipe=va.load_recipe("mini").changed({"shots": 4}))
 
         Raises:
             UserError: The method has no such setting, with the nearest one, or nothing reads a
                 value beside the others.
         """
-        made = self.replaced(train, method)
+        made = self.replaced(train, method or {})
         made.refuse_unread(key for key, value in train.items() if value is not None)
         return made
 

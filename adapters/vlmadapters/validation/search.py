@@ -154,8 +154,8 @@ def _too_little(race: Race, default: Recipe, rivals: Sequence[Recipe], budget: f
         return f"{default.method.name}: there is nothing to try besides the default; name amounts"
     least = min(race.price(default, [one]) for one in rivals)
     return (
-        f"the budget of {budget:g} full trainings allows no comparison; one with the default takes "
-        f"{least:.1f}; raise the budget, or take fewer folds"
+        f"a budget of {budget:g} times a full training allows no comparison; one with the default "
+        f"takes {least:.1f}; raise the budget, or take fewer folds"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterable
 
 import numpy as np
@@ -21,6 +22,7 @@ from vlmlayers.scores.reading import (
 )
 from vlmlayers.scores.schema import Scores
 
+LOG = logging.getLogger(__name__)
 CURVE_COLUMNS = [
     "metric",
     "dataset",
@@ -147,10 +149,24 @@ def _summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the pooled rows, or the mean of value, interval and null over datasets."""
+    """Return the pooled rows, or the mean of value, interval and null over datasets.
+
+    A position where a dataset has no value, beside others where it has one, is warned of.
+    """
     pooled = frame[frame["dataset"] == POOLED]
     if len(pooled) or frame["dataset"].nunique() <= 1:
         return pooled if len(pooled) else frame
+    for (metric, tower), part in frame.dropna(subset="value").groupby(["metric", "tower"]):
+        there = pd.crosstab(part["position"], part["dataset"])
+        for row, column in np.argwhere(there.to_numpy() == 0)[:1]:
+            LOG.warning(
+                "%s of the %s tower at %s is a mean without %s, which has no value there: it does "
+                "not compare with the other positions",
+                metric,
+                tower,
+                there.index[row],
+                there.columns[column],
+            )
     keys = ["metric", "tower", "position", "order", "depth"]
     means = frame.groupby(keys, sort=False)[["value", "low", "high", "null"]].mean().reset_index()
     towers = means["tower"].map(TOWERS.index)

@@ -58,6 +58,10 @@ def test_a_file_of_ours_brings_back_every_parameter_and_the_classes(
         assert torch.equal(again.state_dict()[key], value), key
 
 
+def test_the_methods_are_listed_where_a_notebook_shows_them() -> None:
+    assert repr(METHODS).startswith("Methods(zero-shot, mma, ") and "tip-f" in repr(METHODS)
+
+
 @pytest.mark.parametrize("name", sorted(WITHOUT_LAYOUT))
 def test_no_file_is_written_in_a_layout_that_does_not_exist(name: str, tmp_path: Path) -> None:
     path = tmp_path / "file.pth.tar"

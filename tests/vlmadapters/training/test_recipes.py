@@ -96,6 +96,7 @@ def test_what_is_asked_for_holds_on_every_dataset(recipe: Recipe) -> None:
     assert changed.train_for("faces").epochs == 1
     assert changed.method_for("faces") == KgCoOpConfig(weight=3.0, words="", length=4)
     assert changed.varied == {"words", "length"}
+    assert recipe.changed({"epochs": 1}) == recipe.changed({"epochs": 1}, {})
 
 
 @pytest.mark.parametrize(

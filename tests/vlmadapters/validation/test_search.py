@@ -243,7 +243,9 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     assert f"Left out: {counted(len(skipped), 'setting')}." in found.statement
     least = search(shared_backbone(), [manifest], budget=1.2, **QUICK).summary
     assert [heat["stage"] for heat in least["heats"]] == ["amount"], "amount comes first"
-    with pytest.raises(UserError, match=r"0\.1 full trainings allows no comparison; one .* takes"):
+    with pytest.raises(
+        UserError, match=r"0\.1 times a full training allows no comparison; one .* takes"
+    ):
         search(shared_backbone(), [manifest], budget=0.1, **QUICK)
 
 

@@ -176,6 +176,20 @@ def test_the_chosen_and_the_best_placement_keep_their_labels_in_any_crowd() -> N
         assert frame.x0 <= boxes[name].x0 and boxes[name].x1 <= frame.x1
 
 
+def test_a_mean_over_fewer_datasets_at_one_position_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scores = full()
+    plots.layer_curves(scores, "class_accuracy")
+    assert not caplog.text
+    hard = (scores["dataset"] == DATASETS[0]) & (scores["position"] == "7")
+    plots.layer_curves(
+        scores[~(hard & (scores["metric"] == "class_accuracy") & (scores["tower"] == "vision"))],
+        "class_accuracy",
+    )
+    assert f"class_accuracy of the vision tower at 7 is a mean without {DATASETS[0]}" in caplog.text
+
+
 def test_unequal_towers_share_relative_depth() -> None:
     ax = plots.layer_curves(full(24, 12), "class_accuracy")
     assert ax.get_xlabel() == "Relative depth"
