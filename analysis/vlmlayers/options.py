@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce, wraps
 from operator import or_
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import (
@@ -282,17 +282,22 @@ def plain(kind: Any) -> Any:
     return reduce(or_, made) if origin in (Union, UnionType) else origin[made]
 
 
-def takes(options: type[Options]) -> Callable[[Function], Function]:
+def takes(
+    options: type[Options], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Function], Function]:
     """Give a function that takes `**options` the signature and the documentation of a model.
 
     The line `**options:` of its docstring is replaced by a line for each field. A name that is
-    neither an argument nor a field is refused with the nearest of both.
+    neither an argument nor a field is refused with the nearest of both, or with what `elsewhere`
+    says of it: where it is given instead.
     """
 
     def described(function: Function) -> Function:
         @wraps(function)
         def call(*args: Any, **given: Any) -> Any:
             for name in given:
+                if name not in shape.parameters and name in elsewhere:
+                    raise UserError(f"{function.__name__} takes no {name}; {elsewhere[name]}")
                 check_one_of("argument", name, shape.parameters, where=function.__name__)
             return function(*args, **given)
 

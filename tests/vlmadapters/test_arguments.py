@@ -55,6 +55,7 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: train(protocol="cross-dataset"), "needs target datasets"),
         (lambda: train(targets=["faces"]), "base-to-novel tests .* no target; leave targets out"),
         (lambda: train(seedz=1), "did you mean 'seeds'"),
+        (lambda: train(shots=4), r"takes no shots; .* recipe=load_recipe\('published'\).changed"),
         (lambda: train(seeds=-1, placement="2"), "seeds is -1; at least 0 is needed"),
         (lambda: train(seeds=2**63, placement="2"), "at most 9223372036854775807 is needed"),
         (lambda: va.search(shared_backbone(), "faces", seeds=-1), "at least 0 is needed"),

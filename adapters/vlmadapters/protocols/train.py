@@ -16,6 +16,7 @@ from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.training.recipes import (
     DEFAULT_METHOD,
+    IN_RECIPE,
     Recipe,
     check_methods,
     default_recipe,
@@ -41,7 +42,7 @@ Datasets = Annotated[
 ]
 
 
-@takes(TrainOptions)
+@takes(TrainOptions, IN_RECIPE)
 @checked
 def train(
     model: Model,

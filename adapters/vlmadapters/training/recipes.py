@@ -347,6 +347,13 @@ def settings_at(
     ]
 
 
+IN_RECIPE = {
+    one.name: "it is a value of the recipe, as in "
+    f"recipe=load_recipe('published').changed({{'{one.name}': …}})"
+    for one in fields(TrainConfig)
+}
+
+
 def default_recipe(model: str, method: str = "mma") -> str:
     """Return the recipe for a backbone, by name or folder: `mini` for the miniatures that ship.
 

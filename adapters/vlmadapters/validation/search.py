@@ -24,7 +24,13 @@ from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.train import Datasets, Model
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import Recipe, check_methods, default_recipe, load_recipe
+from vlmadapters.training.recipes import (
+    IN_RECIPE,
+    Recipe,
+    check_methods,
+    default_recipe,
+    load_recipe,
+)
 from vlmadapters.validation.candidates import (
     check_searchable,
     crossed,
@@ -81,7 +87,7 @@ class Search:
         write_json(Path(folder) / "search.json", dict(self.summary))
 
 
-@takes(SearchOptions)
+@takes(SearchOptions, IN_RECIPE)
 @checked
 def search(
     model: Model,

@@ -21,7 +21,13 @@ from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.train import Datasets, Model, tell_of_another
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import Recipe, check_methods, default_recipe, load_recipe
+from vlmadapters.training.recipes import (
+    IN_RECIPE,
+    Recipe,
+    check_methods,
+    default_recipe,
+    load_recipe,
+)
 from vlmadapters.validation.competitors import Competitor, chosen_placement, competitors
 from vlmadapters.validation.options import ValidateOptions
 from vlmadapters.validation.outcome import Validation, summarise, validation_table
@@ -36,7 +42,7 @@ from vlmlayers.selection import predict
 LOG = logging.getLogger(__name__)
 
 
-@takes(ValidateOptions)
+@takes(ValidateOptions, IN_RECIPE)
 @checked
 def validate(
     model: Model,
