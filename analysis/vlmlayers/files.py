@@ -171,6 +171,7 @@ def find_weights(folder: Path) -> Path:
     raise UserError(
         f"{folder} holds {'several weights' if found else 'no weights'}{several}, none named "
         f"{WEIGHTS[0]} or {WEIGHTS[2]}; name the file with --pretrained FILE (pretrained=)"
+        f"{'' if found else ', or take --random-weights (random_weights=True): an untrained model'}"
     )
 
 

@@ -342,7 +342,7 @@ def test_a_folder_without_weights_and_a_missing_mini_clip(folder, monkeypatch):
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     assert load_model(str(folder)).weights == "one.safetensors"
     (folder / "one.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no weights, none named open_clip_model.safetensors"):
+    with pytest.raises(UserError, match="holds no weights, none named .*--random-weights"):
         load_model(str(folder))
     monkeypatch.setitem(MINIATURES, "mini-clip", folder / "nowhere")
     with pytest.raises(UserError, match="mini-clip is not part of this installation"):
