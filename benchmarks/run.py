@@ -12,7 +12,16 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("startup", "drawing", "extraction", "metrics", "training", "sweep", "cost")
+BENCHMARKS = (
+    "startup",
+    "drawing",
+    "extraction",
+    "metrics",
+    "training",
+    "sweep",
+    "cost",
+    "intervals",
+)
 
 
 def main(names: list[str]) -> int:

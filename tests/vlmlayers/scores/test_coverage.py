@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -84,6 +85,35 @@ def test_three_seeds_hold_what_one_split_leaves_out() -> None:
         return float(((rows["low"] <= truth) & (truth <= rows["high"])).mean())
 
     assert covered(curves(table, "class_accuracy_ncm")) >= 0.92 > covered(table)
+
+
+def test_the_benchmark_of_intervals_counts_those_that_hold_the_truth(
+    monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    from intervals import coverage
+
+    drawn = np.random.default_rng(0).normal(size=1000)
+    place = {"tower": "vision", "dataset": "made", "space": "native", "position": "1"}
+    half = {"as wide as needed": 1.96, "half as wide": 0.98}
+    tables = [
+        pd.DataFrame(
+            [
+                *({**place, "metric": name, "value": x, "low": x - h, "high": x + h}
+                  for name, h in half.items()),
+                {**place, "metric": "always one", "value": 1.0, "low": 1.0, "high": 1.0},
+                {**place, "metric": "half as wide", "value": x, "low": np.nan, "high": np.nan},
+            ]
+        )
+        for x in drawn
+    ]  # fmt: skip
+    whole, narrow = coverage(tables)
+    assert (whole["metric"], narrow["metric"]) == ("as wide as needed", "half as wide")
+    assert whole["held"] == pytest.approx(0.95, abs=0.02) and whole["width"] == pytest.approx(
+        1, 0.05
+    )
+    assert narrow["held"] == pytest.approx(0.673, abs=0.04) and narrow["intervals"] == 1000
+    assert whole["held_low"] < 0.95 < whole["held_high"]
 
 
 def test_six_pairs_have_an_interval_with_a_width() -> None:
