@@ -8,6 +8,7 @@ import pandas as pd
 
 from vlmlayers.figures.render import escape_latex
 from vlmlayers.plots.style import axis_label
+from vlmlayers.scores.reading import is_random
 from vlmlayers.scores.summaries import how_made
 from vlmlayers.words import counted
 
@@ -57,7 +58,7 @@ def trained(opening: str, validation: pd.DataFrame) -> Caption:
 
 def _caption(opening: str, table: pd.DataFrame, rest: Sequence[str]) -> Caption:
     """Return what a caption has to say, untrained weights included, and the rest."""
-    models, random = _models(table), (table.get("weights", pd.Series(dtype=str)) == "random").any()
+    models, random = _models(table), is_random(table)
     said = [opening, models] if random else [opening]
     return _sentences(said), _sentences([*([] if random else [models]), *rest])
 
@@ -89,7 +90,7 @@ def _models(table: pd.DataFrame) -> str:
         for model, weights in table[["model", "weights"]].drop_duplicates().to_numpy()
     ]
     untrained = ": RANDOM WEIGHTS, which says nothing about a trained model"
-    return " and ".join(names) + untrained * bool((table["weights"].astype(str) == "random").any())
+    return " and ".join(names) + untrained * is_random(table)
 
 
 def _sentences(parts: Iterable[str]) -> str:

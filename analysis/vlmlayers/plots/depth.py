@@ -30,18 +30,13 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import POOLED, Reading, depths
+from vlmlayers.scores.reading import POOLED, Reading, depths, is_random
 from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import LayerChoice
 
 MANY = 9  # lines; the names of more take more room than a column has
 ROW = 0.12  # inches that a row of names takes
-
-
-def is_random(scores: pd.DataFrame) -> bool:
-    """Return whether the table comes from an untrained backbone."""
-    return bool((scores["weights"].astype(str) == "random").any())
 
 
 @checked

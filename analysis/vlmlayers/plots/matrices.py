@@ -12,7 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.placement import runs
-from vlmlayers.plots.depth import is_random, on_tower, refuse_deeper
+from vlmlayers.plots.depth import on_tower, refuse_deeper
 from vlmlayers.plots.style import (
     NAME,
     OPEN_ALPHA,
@@ -26,7 +26,7 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.scores.reading import Reading, depths
+from vlmlayers.scores.reading import Reading, depths, is_random
 from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import agreement, curves
 from vlmlayers.selection import LayerChoice

@@ -19,7 +19,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.report.validation import TIE, RecordedValidation, void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores
-from vlmlayers.scores.reading import POOLED, bare, check_scores, depths
+from vlmlayers.scores.reading import POOLED, bare, check_scores, depths, is_random
 from vlmlayers.scores.sources import other_features
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
@@ -85,7 +85,7 @@ class Answer:
     def random_weights(self) -> bool:
         """Whether the backbone is untrained."""
         recorded = self.provenance.get("model", {}).get("random_weights", False)
-        return bool(recorded or (self.scores["weights"].astype(str) == "random").any())
+        return bool(recorded or is_random(self.scores))
 
     @property
     def paper(self) -> LayerChoice:

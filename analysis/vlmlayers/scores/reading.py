@@ -164,6 +164,11 @@ def _refuse_repeats(scores: pd.DataFrame) -> None:
         )
 
 
+def is_random(table: pd.DataFrame) -> bool:
+    """Return whether a table of scores or results is of an untrained model, of any of several."""
+    return "weights" in table and bool((table["weights"].astype(str) == "random").any())
+
+
 def bare(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the table without its attributes, which pandas copies at every step."""
     if not scores.attrs:

@@ -14,7 +14,7 @@ from vlmlayers.arguments import ENOUGH_DRAWS, Natural, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import Reading, check_bounds, check_scores, depths
+from vlmlayers.scores.reading import Reading, check_bounds, check_scores, depths, is_random
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable, NoValues
@@ -142,7 +142,7 @@ def _evidence(
     return {
         "model": str(first["model"]),
         "weights": str(first["weights"]),
-        "random_weights": bool((scores["weights"] == "random").any()),
+        "random_weights": is_random(scores),
         "options": {
             name: value if isinstance(value, str | int | float | bool) else str(value)
             for name, value in options.items()

@@ -12,6 +12,7 @@ from vlmlayers.metrics import METRICS
 from vlmlayers.metrics.declare import MODEL
 from vlmlayers.options import validated
 from vlmlayers.runs import Run
+from vlmlayers.scores.reading import is_random
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.schema import check_study
 from vlmlayers.words import UNTRAINED, counted
@@ -30,7 +31,7 @@ def needs_model(metric: str) -> bool:
 def scored(table: pd.DataFrame, file: Path) -> str:
     """Return what a verb says of the scores that it wrote."""
     line = f"{len(table)} scores of {counted(table['metric'].nunique(), 'metric')}: {file}"
-    return f"{line}\n{UNTRAINED}" if (table["weights"] == "random").any() else line
+    return f"{line}\n{UNTRAINED}" if is_random(table) else line
 
 
 def scores_of(
