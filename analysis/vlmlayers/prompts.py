@@ -25,6 +25,7 @@ def _one_place(text: Any) -> Any:
     return text
 
 
+_SHOWN = 5  # groups of classes with one prompt that are named
 _WORDS = "holding '{}' exactly once and no other brace"
 # One type for both: `Takes` is read where calls are checked, the validator where documents are.
 Template = Annotated[
@@ -43,3 +44,17 @@ def class_prompts(class_names: Iterable[str], template: Template = TEMPLATE) -> 
     """
     # Not `format`, which would read braces in a class name.
     return [template.replace("{}", name.replace("_", " ")) for name in class_names]
+
+
+def alike(class_names: Iterable[str]) -> tuple[str, ...]:
+    """Return a remark on classes that have one prompt, of which lists of ImageNet have some.
+
+    Tokenizers of CLIP and SigLIP lower the case of words and join blanks.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in class_names:
+        groups.setdefault(" ".join(name.replace("_", " ").lower().split()), []).append(name)
+    several = [names for names in groups.values() if len(names) > 1]
+    shown = [", ".join(repr(name[:80]) for name in names) for names in several[:_SHOWN]]
+    listed = "; ".join([*shown, *(["…"] if len(several) > _SHOWN else [])])
+    return (f"classes with one prompt, which text cannot tell apart: {listed}",) if several else ()

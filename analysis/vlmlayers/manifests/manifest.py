@@ -24,14 +24,14 @@ from vlmlayers.manifests.items import (
     balanced_sample,
     stratified_split,
 )
-from vlmlayers.manifests.layouts import layout_of
+from vlmlayers.manifests.layouts import Layout, layout_of
 from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
 from vlmlayers.manifests.layouts.huggingface import is_stored, stored_image
 from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.place import MissingData, Place, data_root
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.progress import track
-from vlmlayers.prompts import class_prompts
+from vlmlayers.prompts import alike, class_prompts
 from vlmlayers.runs import is_first_process
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class Manifest:
     @checked
     def class_names(self, root: Root = None) -> tuple[str, ...]:
         """Return the class names by label, after renames and filters; () without classes."""
-        return tuple(name for name in self._names(root) if name is not None)
+        names = self._names(layout_of(self.place(root)))
+        return tuple(name for name in names if name is not None)
 
     def require_classes(self, purpose: str, root: Root = None) -> None:
         """Refuse captioned images without classes.
@@ -150,10 +151,10 @@ class Manifest:
             why = "; ".join(("", *self.remarks(root)))
             raise UserError(f"{self.name} has no classes{purpose}{why}")
 
-    def _names(self, root: Root) -> list[str | None]:
+    def _names(self, layout: Layout) -> list[str | None]:
         """Return the final name of every class of the files, None for one that is left out."""
         spec = self.spec
-        raw = layout_of(self.place(root)).class_names()
+        raw = layout.class_names()
         final: list[str | None] = []
         for name in raw:
             new = spec.renames.get(name, name)
@@ -210,26 +211,30 @@ class Manifest:
             )
         if carve and split in ("train", "val"):
             shares = {"val": carve["val"], "train": 1 - carve["val"]}
-            items = stratified_split(self._named(layout.items("train"), root), shares)[split]
+            items = stratified_split(self._named(layout.items("train"), layout), shares)[split]
         else:
-            items = self._named(layout.items(split), root)
-        for remark in () if quiet else layout.remarks():
+            items = self._named(layout.items(split), layout)
+        for remark in () if quiet else self._remarks(layout):
             _say_once(f"{self.name}: {remark}")
         return items
 
     def remarks(self, root: Root = None) -> tuple[str, ...]:
-        """Return what reading the lists leaves out, or takes otherwise than it is written."""
+        """Return what reading leaves out or takes otherwise than written, and classes alike."""
         layout = layout_of(self.place(root))
         for split in layout.splits():
             layout.items(split)
-        return layout.remarks()
+        return self._remarks(layout)
 
-    def _named(self, items: list[Item], root: Root) -> list[Item]:
+    def _remarks(self, layout: Layout) -> tuple[str, ...]:
+        names = self._names(layout)
+        return (*layout.remarks(), *alike(name for name in names if name is not None))
+
+    def _named(self, items: list[Item], layout: Layout) -> list[Item]:
         """Apply renames and filters; labels close up where classes are left out."""
         spec = self.spec
         if not (spec.renames or spec.drop_classes or spec.only_classes):
             return items
-        names = self._names(root)
+        names = self._names(layout)
         kept = [label for label, name in enumerate(names) if name is not None]
         labels = {label: new for new, label in enumerate(kept)}
         return [

@@ -25,7 +25,7 @@ from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.options import takes, validated
-from vlmlayers.prompts import PROMPTED
+from vlmlayers.prompts import PROMPTED, alike
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
@@ -259,6 +259,9 @@ def _texts(
         pattern = options.template or manifest.template
         if not names:
             raise UserError(f"{manifest.name} has no classes{PROMPTED}")
+        # A manifest has said it where its items were listed.
+        for remark in alike(names) if isinstance(manifest, OwnData) else ():
+            LOG.warning("%s: %s", manifest.name, remark)
         prompts = tuple(manifest.prompt(name, pattern) for name in names)
         return Texts(options.text, prompts, np.arange(len(names), dtype=np.int64), pattern)
     rows = [(row, caption) for row, item in enumerate(items) for caption in item.captions]

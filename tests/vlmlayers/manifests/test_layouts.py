@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -435,6 +436,28 @@ def test_a_check_says_a_remark_once(tmp_path: Path, caplog: pytest.LogCaptureFix
     write_table(tmp_path / "t.csv", [{"path": f"{n}.jpg", "label": n} for n in (21, 22)])
     remark = "its labels, 21 to 22, are counted from 0"
     assert remark in table_dataset(tmp_path, "t.csv").check().line() and remark not in caplog.text
+
+
+def test_classes_with_one_prompt_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No model tells them apart by text; lists of ImageNet have some, so nothing is refused."""
+    names = ["crane", "night_owl", "gull", "crane", "Night owl"]
+    rows = [
+        {"path": f"{n}.jpg", "label": n, "class_name": name, "split": "train"}
+        for n, name in enumerate(names)
+    ]
+    write_table(tmp_path / "t.csv", rows)
+    manifest = table_dataset(tmp_path, "t.csv")
+    remark = (
+        "classes with one prompt, which text cannot tell apart: 'crane', 'crane'; 'night_owl', "
+        "'Night owl'"
+    )
+    assert remark in manifest.check().line() and not caplog.text
+    assert len(manifest.items("train")) == 5 and f"{manifest.name}: {remark}" in caplog.text
+    spec = manifest.spec.model_copy(update={"drop_classes": ("crane", "Night owl")})
+    told = replace(manifest, spec=spec)
+    assert told.class_names() == ("night_owl", "gull") and not told.remarks()
 
 
 PLAIN = ["path,class_name", "in/\u00e90.png,owl", "in/\u00e91.png,gull"]

@@ -130,6 +130,14 @@ def test_texts_are_taken_as_they_are():
     assert [captions[int(row)] for row in drawn.vision.ids] == list(drawn.text.ids)
 
 
+def test_classes_with_one_prompt_are_named_where_prompts_are_made(caplog):
+    beside = {"labels": LABELS, "class_names": ["Ant", "ant", "bee"], **QUIET}
+    vl.extract(MODEL, list(PIXELS), texts=["an ant", "a soldier ant", "a bee"], **beside)
+    assert not caplog.text
+    vl.extract(MODEL, list(PIXELS), **beside)
+    assert "classes with one prompt, which text cannot tell apart: 'Ant', 'ant'" in caplog.text
+
+
 def test_a_store_of_data_in_memory_belongs_to_their_content(tmp_path):
     images = [Image.fromarray(pixels) for pixels in PIXELS]
     first = vl.extract(MODEL, images, labels=LABELS, out=tmp_path / "store", **QUIET)
