@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.protocols.results import ZERO_SHOT_METHODS
+from vlmadapters.protocols.results import ZERO_SHOT_METHODS, names
 
 WIDTH, LABEL, CELL = 80, 38, 14
 METRICS = {"base": "base", "novel": "novel", "hm": "HM", "all": "all classes"}
@@ -38,6 +38,7 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     """
     if "origin" not in summary:
         summary = summary.assign(origin="ours")
+    summary = summary.assign(name=names(summary))
     ours = summary[summary["origin"] == "ours"].iloc[0]
     metrics = [metric for metric in METRICS if metric in set(summary["metric"])]
     backbone = " ".join(dict.fromkeys((ours["model"], ours["weights"])))
@@ -48,8 +49,7 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     columns = "".join(f"{METRICS[metric]:>6}".ljust(CELL) for metric in metrics)
     for dataset, part in summary.groupby("dataset", sort=False):
         lines.append(_padded(str(dataset), columns))
-        keys = ["method", "source", "placement", "origin", "model"]
-        for _, rows in part.groupby(keys, sort=False, dropna=False):
+        for _, rows in part.groupby(["name", "source", "origin", "model"], sort=False):
             lines.append(_line(rows, metrics))
     own = summary["origin"] == "ours"
     # No second where nothing was trained: `evaluate` tests what there is.
@@ -79,18 +79,15 @@ def _costs(trained: pd.DataFrame) -> list[str]:
     if trained.empty:
         return []
     lines = ["", _padded("one training", f"{'parameters':>12}{'seconds':>12}")]
-    for (method, placement), rows in trained.groupby(["method", "placement"], sort=False):
-        cost = rows.iloc[0]
-        label = "  " + " ".join(filter(None, map(str, (method, placement))))
-        lines.append(_padded(label, f"{cost['parameters']:12,}{rows['seconds'].mean():12.1f}"))
+    for name, rows in trained.groupby("name", sort=False):
+        cost = f"{rows['parameters'].iloc[0]:12,}{rows['seconds'].mean():12.1f}"
+        lines.append(_padded(f"  {name}", cost))
     return lines
 
 
 def _line(rows: pd.DataFrame, metrics: list[str]) -> str:
     first = rows.iloc[0]
-    label = str(first["method"])
-    if first["placement"]:
-        label += f" {first['placement']}"
+    label = str(first["name"])
     if first["origin"] == "published":
         label += " (published)"
     elif first["method"] not in ZERO_SHOT_METHODS and first["seeds"] > 1:

@@ -196,8 +196,10 @@ class CellFolder:
         assert self.out is not None
         return self.out / "data" / f"{name}-{split}.gz"
 
-    def alike(self, identities: Sequence[dict[str, Any]]) -> Rows:
+    def alike(self, like: Sequence[tuple[dict[str, Any], str]]) -> Rows:
         """Return the rows of all finished cells whose settings are those of one of some others.
+
+        Of those others are given the identity and the title of their recipe.
 
         Source, seed, blocks and protocol may differ: tables have columns for them. A table that
         also mixed recipes, settings, splits, backbones or precisions could not tell them apart;
@@ -208,8 +210,8 @@ class CellFolder:
             return []
         rows: Rows = []
         other = changed = 0
-        identities = json.loads(json.dumps(list(identities)))  # as they are read back
-        now = {name: hashes for one in identities for name, hashes in one["data"].items()}
+        like = [(json.loads(json.dumps(one)), recipe) for one, recipe in like]  # as read back
+        now = {name: hashes for one, _ in like for name, hashes in one["data"].items()}
         known = {(name, split): mark for name, of in now.items() for split, mark in of.items()}
         for path in sorted((self.out / "cells").glob("*.json")):
             try:
@@ -217,12 +219,13 @@ class CellFolder:
             except UserError as error:
                 LOG.warning("%s", error)
                 continue
-            if not _same_setup(identities, content["identity"]):
+            recipe = _recipe_of(like, content["identity"])
+            if recipe is None:
                 other += 1
             elif self._has_changed(content["identity"]["data"], known):
                 changed += 1
             else:
-                rows += content["rows"]
+                rows += [row | {"recipe": recipe} for row in content["rows"]]
         if other:
             LOG.warning(
                 "%s: the table leaves out %s of another recipe, method, setting, "
@@ -253,15 +256,20 @@ class CellFolder:
         return False
 
 
-def _same_setup(ours: Sequence[dict[str, Any]], theirs: dict[str, Any]) -> bool:
-    """Whether a cell may stand in one table with others; zero-shot cells have no method."""
+def _recipe_of(ours: Sequence[tuple[dict[str, Any], str]], theirs: dict[str, Any]) -> str | None:
+    """Return the title of a cell's recipe, None where it may not stand in one table with others.
+
+    Zero-shot cells have no recipe.
+    """
     for key in ("split", "limit", "left_out", "template", "model", "precision"):
-        if all(one[key] != theirs.get(key) for one in ours):
-            return False  # a cell of an earlier version lacks some of these
-    known = {name: template for one in ours for name, template in one["targets"].items()}
+        if all(one[key] != theirs.get(key) for one, _ in ours):
+            return None  # a cell of an earlier version lacks some of these
+    known = {name: template for one, _ in ours for name, template in one["targets"].items()}
     if any(known.get(name, template) != template for name, template in theirs["targets"].items()):
-        return False
-    return "train" not in theirs or any(_setup(one) == _setup(theirs) for one in ours)
+        return None
+    if "train" not in theirs:
+        return ""
+    return next((recipe for one, recipe in ours if _setup(one) == _setup(theirs)), None)
 
 
 def _setup(identity: dict[str, Any]) -> Any:

@@ -37,6 +37,7 @@ from vlmadapters.protocols.trained import Target, result_row
 from vlmadapters.protocols.zero_shot import ZeroShot
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
+from vlmadapters.training.titles import title
 from vlmadapters.training.trainer import Trainer, TrainResult, resolved
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv
@@ -193,7 +194,10 @@ class Experiment:
         table = _table(rows)
         if self.out is not None and self.table is not None and first and rows:
             # Any seed will do: cells of all seeds belong in the table.
-            like = [self._cell(one, 0, setting).identity for one in sources for setting in recipes]
+            like = [
+                (self._cell(source, 0, one).identity, title(one))
+                for source, one in product(sources, recipes)
+            ]
             write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
         return table
 
@@ -285,7 +289,12 @@ class Experiment:
                 break
             shown.update(sum(done[one] is not None for one in missing))
         self.cells.forget()
-        return [row for one in settings for row in done[one] or []]
+        # One cell serves settings of equal values that are named differently.
+        return [
+            row | {"placement": one.label, "recipe": title(one)}
+            for one in settings
+            for row in done[one] or []
+        ]
 
     def _trains_with(self, first: Recipe, other: Recipe, source: str) -> bool:
         """Whether two settings can train side by side: one method, by the same values."""

@@ -44,6 +44,7 @@ def with_published(
                     "source": "",
                     "placement": "",
                     "settings": "",
+                    "recipe": "",
                     "shots": 16,
                     "dataset": spelling[row["dataset"]],
                     "metric": metric,

@@ -27,6 +27,7 @@ COLUMNS = (
     "split_kind",
     "placement",
     "settings",
+    "recipe",
     "shots",
     "seed",
     "accuracy",
@@ -50,8 +51,12 @@ ZERO_SHOT_CLIP, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset templ
 ZERO_SHOT_METHODS = (ZERO_SHOT_CLIP, ZERO_SHOT_OWN)
 UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"
 UNMOVED_FIT = "the fit changed nothing: its answers are those of zero-shot CLIP"
-GROUP = ["protocol", "method", "model", "weights", "source", "placement", "settings", "shots"]
-ADDED: dict[str, Any] = {"settings": "", "parameters": 0, "seconds": 0.0}
+GROUP = [
+    "protocol", "method", "model", "weights", "source", "placement", "settings", "recipe", "shots",
+]  # fmt: skip
+ADDED: dict[str, Any] = {"settings": "", "recipe": "", "parameters": 0, "seconds": 0.0}
+# What else tells trainings of one method at one placement apart.
+OFTEN_ALIKE = ("settings", "recipe", "shots")
 # What a summary reads.
 READ = [*(k for k in GROUP if k not in ADDED), "dataset", "split_kind", "seed", "accuracy", "note"]
 Results = Annotated[pd.DataFrame, Takes("a results table, as `train` returns it", "such tables")]
@@ -74,6 +79,26 @@ def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]
         "settings": " ".join(settings),
         "parameters": method.parameter_count(),
     }
+
+
+def names(results: pd.DataFrame) -> pd.Series:
+    """Return what each row was trained as, such as `MaPLe v1-9,t1-9`.
+
+    Settings, recipe and shots are named where the table has several for one such name.
+
+    Args:
+        results: A results table or a summary of one.
+    """
+    # A file of the table holds empty fields where it has empty words.
+    table = results.reindex(columns=["model", "method", "placement", *OFTEN_ALIKE]).astype(object)
+    table = table.where(table.notna(), "").astype(str)
+    found = (table["method"] + " " + table["placement"]).str.strip()
+    kinds = table.groupby(["model", "method", "placement"], sort=False)
+    for column in OFTEN_ALIKE:
+        words = ", " + table[column] + (" shots" if column == "shots" else "")
+        named = (kinds[column].transform("nunique") > 1) & (table[column] != "")
+        found += words.where(named, "")
+    return found
 
 
 def half_fields(truth: NDArray[np.int64], correct: NDArray[np.bool_]) -> dict[str, float]:
@@ -115,9 +140,9 @@ def summarise(results: Results) -> pd.DataFrame:
         results: A results table.
 
     Returns:
-        Columns protocol, method, model, weights, source, placement, settings, shots, dataset,
-        metric (`base`, `novel`, `hm`, `all`), mean, sd, seeds, note, parameters, and seconds of one
-        training on average.
+        Columns protocol, method, model, weights, source, placement, settings, recipe, shots,
+        dataset, metric (`base`, `novel`, `hm`, `all`), mean, sd, seeds, note, parameters, and
+        seconds of one training on average.
 
     Raises:
         UserError: The table is empty, lacks a column, or its accuracies are no numbers.

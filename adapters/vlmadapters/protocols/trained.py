@@ -67,6 +67,7 @@ def result_row(
         "source": "",
         "placement": "",
         "settings": "",
+        "recipe": "",
         "shots": 0,
         "seed": -1,  # none was drawn; NaN would make fractions of the column
         "parameters": 0,

@@ -287,11 +287,14 @@ class Recipe:
         kept = {
             name: _without(values, new_train, new_method) for name, values in self.datasets.items()
         }
+        # Tables would go on naming an amount that is replaced.
+        gone = dict.fromkeys(self.amount.given().keys() & (new_train.keys() | new_method.keys()))
         return replace(
             self,
             train=replace(self.train, **new_train),
             method=replace(self.method, **new_method),
             datasets=kept,
+            amount=replace(self.amount, **gone),
         )
 
     def train_for(self, dataset: str) -> TrainConfig:
@@ -360,6 +363,11 @@ def default_recipe(model: str, method: str = "mma") -> str:
     For others it is `published`.
     """
     return "mini" if "mini" in _shipped(method) and miniature_of(model) else "published"
+
+
+def shipped_recipes(method: str) -> dict[str, Recipe]:
+    """Return the recipes that ship for a method, by name, at the blocks of ViT-B/16."""
+    return {name: load_recipe(name, method) for name in _shipped(method)}
 
 
 def check_methods(recipes: Sequence[Recipe], methods: Sequence[str]) -> None:

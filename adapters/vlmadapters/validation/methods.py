@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS
+from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS, names
 from vlmadapters.validation.tuning import size_warning
 from vlmadapters.validation.verdict import bracketed, compare, runs
 from vlmlayers.arguments import checked
@@ -22,8 +22,8 @@ KEYS = ["placement", "dataset", "seed"]
 def compare_methods(results: pd.DataFrame) -> pd.DataFrame:
     """Return each method's outcomes and its paired difference to the best one.
 
-    Every method at a placement counts as one; without placements named these are the published
-    ones. Pairs are of one dataset and seed, so of one draw.
+    Every method at a placement, with its settings and recipe, counts as one; without placements
+    named these are the published ones. Pairs are of one dataset and seed, so of one draw.
 
     Args:
         results: A results table with base and novel accuracies of one model.
@@ -44,8 +44,8 @@ def compare_methods(results: pd.DataFrame) -> pd.DataFrame:
     # The first time for the order alone.
     best = compare(cells, str(cells["placement"].iloc[0]))["placement"].iloc[0]
     found = compare(cells, str(best))
-    names = found["placement"].replace({ZERO_SHOT: ZERO_SHOT_CLIP})
-    found.insert(0, "method", names)
+    named = found["placement"].replace({ZERO_SHOT: ZERO_SHOT_CLIP})
+    found.insert(0, "method", named)
     return found.drop(columns=["placement", "kind"])
 
 
@@ -102,8 +102,7 @@ def _cells(results: pd.DataFrame) -> pd.DataFrame:
     # A file of the table holds empty fields where it has empty words.
     halves = results[results["split_kind"].isin(["base", "novel"])].fillna({"placement": ""})
     trained = halves[~halves["method"].isin(ZERO_SHOT_METHODS)]
-    names = [" ".join(filter(None, pair)) for pair in zip(trained["method"], trained["placement"])]
-    found = _wide(trained.assign(placement=names), [*KEYS, "parameters"]).reset_index()
+    found = _wide(trained.assign(placement=names(trained)), [*KEYS, "parameters"]).reset_index()
     plain = _wide(halves[halves["method"] == ZERO_SHOT_CLIP], ["dataset"]).add_prefix("zero_shot_")
     found["hm"] = [harmonic_mean(base, novel) for base, novel in zip(found.base, found.novel)]
     return found.assign(kind="").join(plain, on="dataset")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +25,7 @@ RESULT_COLUMNS = (
     "protocol", "method", "model", "weights", "dataset", "source", "split_kind", "placement",
     "shots", "seed", "accuracy",
 )  # fmt: skip
+ADDED = ("settings", "recipe")  # which tables lack that were written before these were recorded
 Numbers = dict[tuple[str, str, str], TableCell]
 
 
@@ -60,11 +60,10 @@ def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
         tables = read_each("results", folders, RESULT_COLUMNS)
     except MissingTable:
         return pd.DataFrame(columns=[*RESULT_COLUMNS, "setting"])
-    cell, found = [*RESULT_COLUMNS[:-1], "settings"], []
+    cell, found = [*RESULT_COLUMNS[:-1], *ADDED], []
     for path, table in tables.items():
         rows = table[table.protocol.str.replace("-", "_") == protocol]
-        # Tables written before settings were recorded lack the column.
-        rows = rows if "settings" in rows else rows.assign(settings="")
+        rows = rows.assign(**{name: "" for name in ADDED if name not in rows})
         run = short(path.parent if path.name == "results" else path)
         # A training that was repeated stands twice: its last row counts.
         found.append(rows.drop_duplicates(cell, keep="last").assign(run=f", {run}"))
@@ -73,12 +72,11 @@ def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
     disagree = kept.groupby(cell, dropna=False).accuracy.transform("nunique") > 1
     apart = disagree.groupby([kept.model, kept.weights]).transform("any")
     kept = kept.assign(run=kept.run.where(apart, "")).drop_duplicates([*cell, "run"])
-    pairs = [(_setting(row), row["settings"], row["run"]) for row in kept.to_dict("records")]
-    several = Counter(name for name, _ in {pair[:2] for pair in pairs})
-    kept["setting"] = [
-        name + (f", {more}" if several[name] > 1 else "") + run for name, more, run in pairs
-    ]
-    return kept
+    setting = pd.Series([_setting(row) for row in kept.to_dict("records")], kept.index, dtype=str)
+    for name in ADDED:
+        several = kept.groupby(setting, sort=False)[name].transform("nunique") > 1
+        setting += (", " + kept[name]).where(several & (kept[name] != ""), "")
+    return kept.assign(setting=setting + kept["run"])
 
 
 def _setting(row: dict[Any, Any]) -> str:

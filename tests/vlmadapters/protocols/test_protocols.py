@@ -16,6 +16,7 @@ from backbones import saved_backbone, shared_backbone
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
+from vlmadapters.cli.terminal import results_text
 from vlmadapters.data.fewshot import few_shot
 from vlmadapters.data.images import Images, Room
 from vlmadapters.data.options import DataOptions
@@ -29,11 +30,13 @@ from vlmadapters.protocols.results import (
     UNMOVED_FIT,
     ZERO_SHOT_CLIP,
     accuracy_fields,
+    names,
     summarise,
 )
 from vlmadapters.protocols.train import base_to_novel, train
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
+from vlmadapters.validation.methods import compare_methods
 from vlmlayers.errors import UserError
 from vlmlayers.files import lock
 from vlmlayers.manifests import Item, Manifest
@@ -193,6 +196,39 @@ def test_the_table_holds_the_cells_of_earlier_commands(
     next(iter((tmp_path / "cells").glob("*v3,t3*"))).write_text("{", encoding="utf-8")
     run(tmp_path, configs=[low], seeds=(1,))
     assert "is damaged" in caplog.text and len(stored()) == len(first)
+
+
+def test_recipes_settings_and_shots_of_one_method_stay_apart() -> None:
+    others = {
+        "plain": RECIPE,
+        "epochs": RECIPE.changed({"epochs": 2}),
+        "scale": RECIPE.changed({}, {"scale": 0.2}),
+        "shots": RECIPE.changed({"shots": 1}),
+    }
+    found = run(configs=list(others.values()))
+    trained = found[found.method == "MMA"]
+    assert len(trained) == 4 * 4, "two halves, two seeds"
+    alone = run(configs=[others["epochs"]])
+    summary = summarise(found)
+    epochs = summary[summary.recipe.str.contains("epochs=2")].set_index("metric")
+    alone = summarise(alone).query("method == 'MMA'").set_index("metric")
+    assert epochs["mean"].tolist() == alone["mean"].tolist()
+    shown = names(trained).drop_duplicates().tolist()
+    assert [len(set(shown)), *("shots" in one for one in shown)] == [4, True, True, True, True]
+    assert ["scale=0.2" in one for one in shown] == [False, False, True, False]
+    assert ["epochs=2" in one for one in shown] == [False, True, False, False]
+    text = results_text(summary)
+    assert all(text.count(f"  {name}, 2 seeds\n") == 1 for name in shown)
+    assert set(compare_methods(found).method) == {*shown, ZERO_SHOT_CLIP}
+
+
+def test_one_cell_serves_two_names_of_the_same_values(tmp_path: Path) -> None:
+    lr = RECIPE.train.lr
+    tables = [run(tmp_path, seeds=1, placement=["2", f"2@lr={lr}"]) for _ in range(2)]
+    for table in tables:  # the second reads what the first has written
+        assert set(table.placement) == {"", "v2,t2", f"v2,t2@lr={lr}"}
+    columns = tables[0].columns.drop("seconds")
+    pd.testing.assert_frame_equal(tables[0][columns], tables[1][columns])
 
 
 def test_a_results_file_as_pandas_reads_it_is_summarised(tmp_path: Path) -> None:

@@ -305,6 +305,19 @@ def test_own_few_shot_runs_and_two_settings_of_one_method(published: Path, tmp_p
     assert not any("source" in column for column in table.columns)
 
 
+def test_seeds_of_two_recipes_are_not_pooled(published: Path, tmp_path: Path) -> None:
+    rows = results({"mma": 0.0}, ("eurosat",)).assign(recipe="mini")
+    for name, part in {"one": rows[rows.seed < 3], "two": rows[rows.seed > 2]}.items():
+        (tmp_path / name).mkdir()
+        recipe = "mini" if name == "one" else "mini epochs=3"
+        part.assign(recipe=recipe).to_csv(tmp_path / name / "results.csv", index=False)
+    table = paper_tables.base_to_novel([tmp_path / "one", tmp_path / "two", published])
+    own = [column for column in table.columns if column.startswith("own")]
+    setting = "own: mma v5-12,t5-12, ViT-B-16 (openai), 16 shots"
+    assert own == [f"{setting}, mini", f"{setting}, mini epochs=3"]
+    assert [table.cell(("EuroSAT", "Base"), one).seeds for one in own] == [2, 1]
+
+
 def test_runs_that_disagree_on_a_cell_are_settings_of_their_own(
     published: Path, tmp_path: Path
 ) -> None:
