@@ -187,8 +187,8 @@ def _loaded(
     ahead: int,
     **options: Any,
 ) -> Iterator[Any]:
-    """Yield each batch as processes make it, or this one once one of them has died."""
-    done = 0
+    """Yield each batch as processes make it, or this one once one of them has failed."""
+    done, failed = 0, ""
     for processes in (min(workers, len(batches)), 0):
         each = -(-ahead // max(processes * len(batches[0]), 1)) if processes else None
         loader: DataLoader[Any] = DataLoader(
@@ -206,17 +206,21 @@ def _loaded(
             if processes:
                 _do_not_interrupt(made)
             for batch in made:
+                if failed:
+                    LOG.warning(
+                        "decoding in processes failed, mostly for lack of memory (%s); the rest is "
+                        "decoded without them, more slowly: fewer workers need less",
+                        failed,
+                    )
+                    failed = ""
                 yield batch
                 done += 1
             return
-        except BROKEN_OFF as error:
+        # Whether a process died or an image raised shows here, where the latter does so as itself.
+        except Exception as error:
             if not processes:
                 raise
-            LOG.warning(
-                "decoding in processes failed, mostly for lack of memory (%s); the rest is "
-                "decoded without them, more slowly: fewer workers need less",
-                one_line(error),
-            )
+            failed = one_line(error)
 
 
 class _Pixels(Dataset[Tensor | None]):

@@ -141,6 +141,21 @@ def test_every_worker_decodes_the_first_batch():
     assert [why[-6:] for _, _, bad in there for why in bad.values()] == ["(by 0)", "(by 1)"]
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_what_an_image_raises_in_a_worker_is_raised_as_itself(kind, caplog):
+    """Not said to be a lack of memory first, nor wrapped in what torch makes of it."""
+
+    class Raises(tiny.DrawnManifest):
+        def open_image(self, item, root=None, size=None):
+            if item.path.endswith("013.png"):
+                raise kind("no colours in 013")
+            return super().open_image(item, root, size)
+
+    with pytest.raises(kind, match=r"^no colours in 013$"):
+        run(Raises(), workers=2)
+    assert not caplog.text
+
+
 @pytest.mark.skipif(not FORKS, reason="this system does not fork")
 def test_workers_are_forked_however_python_would_start_them():
     """Started anew, each imports everything: ten seconds instead of one in a spawned process."""
