@@ -18,6 +18,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
 from vlmadapters.files import OURS, load_method, read_info, save_whole
 from vlmadapters.methods.base import Method
+from vlmadapters.methods.config import UNMERGED
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
@@ -125,7 +126,7 @@ def merged_weights(method: Method, model: VLM) -> dict[str, Tensor]:
     backbone = Backbone(model.clip, tokenizer=model.tokenizer)
     changed = method.merged(backbone)
     if not changed:
-        raise CannotExport("computes beside the backbone's weights, and cannot be merged into them")
+        raise CannotExport(UNMERGED)
     state = {key: value.detach().cpu().clone() for key, value in model.clip.state_dict().items()}
     # In the backbone's own precision, from which a half-precision CLIP was widened to compute.
     return state | {key: changed[key].to("cpu", state[key].dtype) for key in changed}

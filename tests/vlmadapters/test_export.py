@@ -86,6 +86,7 @@ def test_merged_weights_give_the_logits_of_the_adapted_model(tmp_path: Path) -> 
 @torch.no_grad()
 def test_each_method_exports_its_classes_or_says_in_one_line_why_not(name: str) -> None:
     model, method = shared_backbone(), _built(name)
+    assert method.config.mergeable == (name in MERGED)
     if name not in MERGED:
         with pytest.raises(UserError, match="beside the backbone's weights"):
             merged_weights(method, model)

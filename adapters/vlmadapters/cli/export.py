@@ -50,6 +50,8 @@ def export(
         raise UserError(f"--classes are embedded, and --form {form} embeds none; leave one out")
     if not adapter.is_file():
         raise UserError(f"adapter {adapter} does not exist{looked_for(adapter)}")
+    if form == "merged":
+        _refuse_unmergeable(adapter)
     check_model(model, **weights.arguments())
     from vlmadapters.export import export as write
     from vlmadapters.files import read_info, unstored_settings
@@ -70,3 +72,28 @@ def export(
     if weights.random_weights:
         typer.echo(UNTRAINED)
     typer.echo(f"{written} {out}: {note}")
+
+
+def _refuse_unmergeable(adapter: Path) -> None:
+    """Refuse by the adapter's header, which needs no torch; another file is left to its reader.
+
+    Raises:
+        UserError: It is of a method that ships, and that cannot be merged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from vlmadapters.methods import BUILT_IN, METHODS
+    from vlmadapters.methods.config import UNMERGED
+
+    try:
+        with safe_open(adapter, framework="np") as file:
+            info = json.loads((file.metadata() or {}).get("description", "{}"))
+            name = str(info.get("method"))
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        return
+    # Of a user's method its class alone tells, which imports torch.
+    if name in BUILT_IN and not METHODS.config(name).mergeable:
+        raise UserError(
+            f"{METHODS.config(name).title} {UNMERGED}; leave --form out for the first form that it "
+            "allows, or test it with `vlmlayers evaluate --adapter`"
+        )

@@ -13,6 +13,8 @@ from vlmlayers.positions import TOWERS
 
 # Blocks per tower of the backbone that public recipes and checkpoints are for.
 VIT_B_16 = {"vision": 12, "text": 12}
+# Why most methods cannot be exported as weights of the backbone, after their title.
+UNMERGED = "computes beside the backbone's weights, and cannot be merged into them"
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class MethodConfig:
 
     Class attributes describe the method and are no settings: `name` is its key in `METHODS`,
     `title` its name in tables, `towers` those whose blocks a placement may name, `own_scale` the
-    factor of its cosines where it is not the backbone's, else 0, and `unstored` the settings that
-    its answers depend on and its authors' files leave out.
+    factor of its cosines where it is not the backbone's, else 0, `unstored` the settings that its
+    answers depend on and its authors' files leave out, and `mergeable` whether weights of the
+    backbone can hold it.
 
     Attributes:
         vision: Vision blocks at which the method acts, counted from 1, rising.
@@ -41,6 +44,7 @@ class MethodConfig:
     towers: ClassVar[tuple[str, ...]] = ()
     own_scale: ClassVar[float] = 0.0
     unstored: ClassVar[tuple[str, ...]] = ()
+    mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         placed = Placement(self.vision, self.text)

@@ -163,6 +163,7 @@ class CLIPLoRAConfig(TwoTowerConfig):
     title: ClassVar[str] = "CLIP-LoRA"
     # A constant of the public code. OpenAI's models have exp(logit scale) = 100 too, others not.
     own_scale: ClassVar[float] = 100.0
+    mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

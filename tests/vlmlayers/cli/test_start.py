@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 LARGE = ("torch", "open_clip", "sklearn", "pandas", "pyarrow", "matplotlib", "scipy.stats")
 STUDY = 'models = [{ name = "mini-clip" }]\ndatasets = ["faces"]\n'
@@ -84,6 +85,7 @@ evaluate mini-clip faces --adapter nosuch
 validate nosuch faces --out here --placement 5-12
 validate mini-clip nosuch --out here --placement 5-12
 validate mini-clip faces --out here --choice nosuch
+export mini-clip mma.safetensors --out x --form merged
 search nosuch faces --out here
 search mini-clip nosuch --out here
 search mini-clip faces --out here --criterion nosuch
@@ -119,6 +121,8 @@ def test_an_error_that_needs_no_model_imports_nothing_large(tmp_path: Path) -> N
     commands = [line.split() for line in WRONG.strip().splitlines()]
     (tmp_path / "set.toml").write_text(CAPTIONS)
     (tmp_path / "c.tsv").write_text("0.png\ta dot\n" * 4)
+    told = {"description": json.dumps({"method": "mma"})}
+    save_file({}, tmp_path / "mma.safetensors", told)
     for name, text in STUDIES.items():
         (tmp_path / f"{name}.toml").write_text(text)
         commands.append(["study", f"{name}.toml"])
