@@ -18,12 +18,13 @@ from typing import Any
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.data.images import Images, as_first_seen
+from vlmadapters.data.images import as_first_seen
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
 from vlmadapters.files import save_method
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.cells import Cell, CellFolder, Rows
+from vlmadapters.protocols.datasets import Datasets
 from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.protocols.results import (
     COLUMNS,
@@ -33,7 +34,7 @@ from vlmadapters.protocols.results import (
     method_fields,
 )
 from vlmadapters.protocols.table import protocol_of
-from vlmadapters.protocols.trained import Target, result_row
+from vlmadapters.protocols.trained import result_row
 from vlmadapters.protocols.zero_shot import ZeroShot
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
@@ -41,7 +42,7 @@ from vlmadapters.training.titles import title
 from vlmadapters.training.trainer import Trainer, TrainResult, resolved
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv
-from vlmlayers.manifests import Item, Manifest, distinct
+from vlmlayers.manifests import Manifest
 from vlmlayers.progress import bar, timed
 
 LOG = logging.getLogger(__name__)
@@ -96,37 +97,17 @@ class Experiment:
         # Zero-shot rows, precision and savings of evaluation are those of the first.
         self.model, self.train = model, resolved(recipes[0].train, model.device)
         self.out = Path(out) if out is not None else None
-        self.root, self.split, self.options = root, split, options
-        self.save_adapters, self.table, self.progress = save_adapters, table, progress
+        self.options, self.progress = options, progress
+        self.save_adapters, self.table = save_adapters, table
         self.cells = CellFolder(self.out)
         self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
         self.evaluator = Evaluator(
             model, self.backbone, precision=self.train.precision, progress=progress
         )
-        self._datasets: dict[str, TaskData] = {}
-        tested = targets if self.protocol.transfer else ()
-        self.target_names = tuple(self.add(one).manifest.name for one in tested)
+        self.datasets = Datasets(self.protocol, model, targets, root, split, options)
         self._zero_shot = ZeroShot(self.protocol.name, self.evaluator, self.train.template)
         self._next: tuple[str, int] | None = None  # what comes then, whose images are decoded early
         self._unmoved: set[str] = set()  # methods that changed nothing, as was said
-
-    def add(self, dataset: str | Path | Manifest | TaskData) -> TaskData:
-        """Return a dataset, its images shared by all cells.
-
-        Raises:
-            UserError: It is unknown, or another one has its name.
-        """
-        if isinstance(dataset, TaskData):
-            return self._datasets.setdefault(dataset.manifest.name, dataset)
-        manifest = dataset if isinstance(dataset, Manifest) else Manifest.load(dataset)
-        distinct([*(one.manifest for one in self._datasets.values()), manifest], self.root)
-        made = TaskData(manifest, self.model, self.root, self.options, self.options.limit)
-        return self._datasets.setdefault(manifest.name, made)
-
-    def targets(self, source: str) -> list[Target]:
-        """Return what adapters trained on a source are tested on."""
-        own = [Target(self._datasets[source], kind, self.split) for kind in self.protocol.own_kinds]
-        return own + [Target(self._datasets[name], "all", self.split) for name in self.target_names]
 
     def run(
         self,
@@ -156,16 +137,13 @@ class Experiment:
         asked = list(self.recipes.values() if settings is None else settings)
         recipes = [self._recipe_of(one) for one in asked]
         self._check_configs([one.method for one in recipes])
-        sources = list(dict.fromkeys(self.add(one).manifest.name for one in datasets))
+        sources = list(dict.fromkeys(self.datasets.add(one).manifest.name for one in datasets))
         seeds = list(seeds)
         if together < 1:
             raise UserError(f"together is {together}; train at least 1 placement at a time")
-        for source in sources:
-            self._datasets[source].check(self.protocol.train_kind, "train")
-            for target in self.targets(source):
-                target.dataset.check(target.kind, target.split)
-        for name, split in {pair: None for one in sources for pair in self._read(one)}:
-            self.cells.see(name, split, self._datasets[name].identity(split))
+        self.datasets.check(sources)
+        for pair in {pair: None for one in sources for pair in self.datasets.read(one)}:
+            self.cells.see(*pair, self.datasets.identity(*pair))
         first = processes.is_first()
         total = len(sources) * len(seeds) * len(recipes)
         with bar(
@@ -181,8 +159,8 @@ class Experiment:
                     # not later, or other processes would test the source as well.
                     self._zero_shot_rows(source)
                 # Not those of targets, which every further source is tested on.
-                if seed == seeds[-1] and source not in self.target_names:
-                    self._datasets[source].images.rest()
+                if seed == seeds[-1] and source not in self.datasets.targets:
+                    self.datasets[source].images.rest()
             # First all that is free; then what others held at that time, who may have died since.
             for (source, seed), cells in found.items():
                 if cells is None and not self.stopped:
@@ -316,14 +294,18 @@ class Experiment:
             seed: Seed of draw, initialisation, order and views.
             settings: Recipes that differ in their method's settings alone.
         """
-        data = self._datasets[source]
+        data = self.datasets[source]
         kind = self.protocol.train_kind
         train = self._train_of(settings[0], source)
         task = data.task(kind, train.template)
         shots = data.shots(train.shots, seed, kind)
-        then = [self._next_images(*self._next, settings[0])] if self._next is not None else []
+        then = []
+        if self._next is not None:
+            shots_then = self._train_of(settings[0], self._next[0]).shots
+            then = [self.datasets.images(*self._next, shots_then)]
         # Beside the training, which leaves a machine with a GPU its cores.
-        with data.images.arriving(as_first_seen(shots, seed), self._own_test(source), then=then):
+        tested = self.datasets.own_test(source)
+        with data.images.arriving(as_first_seen(shots, seed), tested, then=then):
             trainer = Trainer(
                 self.model,
                 data.images,
@@ -351,26 +333,6 @@ class Experiment:
                 )
         return rows
 
-    def _next_images(
-        self, source: str, seed: int, setting: Recipe
-    ) -> tuple[Images, list[Item], list[Item]]:
-        """Return the images of a source, what a training will see of them, and its test on them.
-
-        Nothing is opened: what cannot be read is found when it is its turn.
-        """
-        data, shots = self._datasets[source], self._train_of(setting, source).shots
-        drawn = data.shots(shots, seed, self.protocol.train_kind, readable=False)
-        return data.images, as_first_seen(drawn, seed), self._own_test(source, readable=False)
-
-    def _own_test(self, source: str, *, readable: bool = True) -> list[Item]:
-        """Return what a training on a source is tested on there, of several processes this one's.
-
-        `readable` is as for `TaskData.shots`.
-        """
-        data = self._datasets[source]
-        own = [target for target in self.targets(source) if target.dataset is data]
-        return [i for one in own for i in processes.share(one.items(readable=readable))]
-
     def _test(
         self,
         source: str,
@@ -382,7 +344,7 @@ class Experiment:
         rows: list[Rows] = [[] for _ in trained]
         differing = [0] * len(trained)
         total = 0
-        for target in self.targets(source):
+        for target in self.datasets.tested(source):
             items, truth = target.items(), target.truth()
             plain = self._zero_shot.answers(target)[0]
             tested = target.dataset.task(target.kind, train.template)
@@ -415,7 +377,7 @@ class Experiment:
             note = UNMOVED if in_steps else UNMOVED_FIT
             note = note if share < EFFECT else ""
             # A fold has too few items to tell by their classes: its log-likelihood does.
-            if note and self._datasets[source].share == 1:
+            if note and self.datasets[source].share == 1:
                 self._say_unmoved(result, note)
             advantage = result.config.advantage if task.other_names else ""
             for row in rows[index]:
@@ -434,7 +396,8 @@ class Experiment:
         cell = Cell(f"{source}-zero-shot", self._untrained_identity(source))
         rows = self.cells.read(cell)
         if rows is None:
-            rows = [row for one in self.targets(source) for row in self._zero_shot.rows(one)]
+            tested = self.datasets.tested(source)
+            rows = [row for one in tested for row in self._zero_shot.rows(one)]
             self.cells.write(cell, rows)
         return rows
 
@@ -442,45 +405,35 @@ class Experiment:
         """Return all that zero-shot rows depend on, as JSON values."""
         templates = {
             f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.zero_shot_template
-            for t in self.targets(source)
+            for t in self.datasets.tested(source)
         }
         return {
             "protocol": self.protocol.name,
             "source": source,
-            "split": self.split,
+            "split": self.datasets.split,
             "limit": self.options.limit,
             "left_out": [self.options.present_only, self.options.skip_unreadable],
             "template": self.train.template,
             "model": self.model.identity(),
             "precision": self.evaluator.precision,
             "targets": templates,
-            "data": self._hashes((name, self.split) for name in (source, *self.target_names)),
+            "data": self.datasets.hashes(
+                (name, self.datasets.split) for name in (source, *self.datasets.targets)
+            ),
         }
 
-    def _hashes(self, parts: Iterable[tuple[str, str]]) -> dict[str, dict[str, str]]:
-        found: dict[str, dict[str, str]] = {}
-        for name, split in parts:
-            found.setdefault(name, {})[split] = self._datasets[name].identity(split).hash
-        return found
-
-    def _read(self, source: str) -> list[tuple[str, str]]:
-        """Return dataset and split of all that cells of a source train and test on."""
-        drawn = {"train", "val"} & {"train", *self._datasets[source].splits()}
-        own = [(source, split) for split in sorted({*drawn, self.split})]
-        return own + [(name, self.split) for name in self.target_names if name != source]
-
     def _train_of(self, setting: Recipe, source: str) -> TrainConfig:
-        data = self._datasets[source]
+        data = self.datasets[source]
         train = setting.train_for(data.origin).of_share(data.share)
         return resolved(train, self.model.device)
 
     def _cell(self, source: str, seed: int, setting: Recipe) -> Cell:
-        config = setting.method_for(self._datasets[source].origin)
+        config = setting.method_for(self.datasets[source].origin)
         # Everything that a number depends on and nothing else: one key too many trains again, one
         # too few shows stale numbers. How a step is computed (savings, graphs) is not part of it.
         identity = {
             **self._untrained_identity(source),
-            "data": self._hashes(self._read(source)),
+            "data": self.datasets.hashes(self.datasets.read(source)),
             "seed": seed,
             "method": config.name,
             "settings": config.to_dict(),

@@ -102,7 +102,7 @@ def validate(
         progress=progress,
     )
     # Each once, as `experiment` trains it: amounts would be tuned on one of them twice.
-    data = list(dict.fromkeys(experiment.add(one) for one in datasets))
+    data = list(dict.fromkeys(experiment.datasets.add(one) for one in datasets))
     if not data or not seeds:
         raise UserError(f"there is no {'seed' if data else 'dataset'} to validate on; name one")
     trained = [one for one in placed if one.placement]

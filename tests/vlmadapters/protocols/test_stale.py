@@ -210,7 +210,7 @@ def test_a_model_in_train_mode_is_measured_in_eval_mode_and_given_back(tmp_path:
 def test_an_unfinished_training_of_altered_images_is_refused(tmp_path: Path) -> None:
     pics = add_classes(tmp_path / "pics", FOUR, images=2)
     made = Experiment("few-shot", shared_backbone(), RECIPE, progress=False)
-    data = made.add(pics)
+    data = made.datasets.add(pics)
 
     def trainer() -> Any:
         items = data.shots(2, 1, "all")
