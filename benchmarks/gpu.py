@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from multiprocessing import get_context
@@ -55,6 +55,7 @@ def commands(asked: argparse.Namespace) -> dict[str, list[str]]:
         "run": [
             __file__, "--run", asked.architecture, "--datasets", str(asked.datasets),
             "--classes", str(asked.classes), "--seeds", str(asked.seeds),
+            "--processes", asked.processes,
         ],
         "extraction": [
             str(HERE / "extraction.py"), DEVICE, "--model", asked.model, *batch,
@@ -108,17 +109,18 @@ def train_when_all_are_ready(
     ready.wait()  # nor is the end of the process
 
 
-def base_to_novel(name: str, datasets: int, classes: int, seeds: int) -> None:
+def base_to_novel(
+    name: str, datasets: int, classes: int, seeds: int, processes: Sequence[int]
+) -> None:
     """Train and test MMA base to novel on images made for it; print a line on each way.
 
-    Cells are trained one after the other, or in as many processes on the same device as seeds.
+    Cells are trained one after the other, or in several processes on the same device.
     """
     fast = {"device_crops": True, "cuda_graph": True} if DEVICE == "cuda" else {}
     ways: dict[str, tuple[dict[str, bool], int]] = {"as published": ({}, 1)}
     if fast:
         ways["crops and recorded step on the GPU"] = fast, 1
-    if seeds > 1:
-        ways[f"likewise, {seeds} processes"] = fast, seeds
+    ways |= {f"likewise, {count} processes": (fast, count) for count in processes}
     fresh = get_context("spawn")  # CUDA does not survive a fork
     with TemporaryDirectory() as there:
         data = [str(Path(there, f"photographs {number}")) for number in range(datasets)]
@@ -221,13 +223,18 @@ def main() -> int:
     parser.add_argument("--datasets", type=int, default=2, help="of the base-to-novel run")
     parser.add_argument("--classes", type=int, default=100, help="of each of these")
     parser.add_argument("--seeds", type=int, default=3, help="of the base-to-novel run")
+    parser.add_argument(
+        "--processes", default="3", help="that share its cells, such as 3,6; none where empty"
+    )
     parser.add_argument("--files", type=int, default=2000, help="JPEGs made to be extracted")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.run:
-        base_to_novel(asked.run, asked.datasets, asked.classes, asked.seeds)
+        counts = [int(count) for count in asked.processes.split(",") if count]
+        base_to_novel(asked.run, asked.datasets, asked.classes, asked.seeds, counts)
         return 0
     end, table, failed = time.monotonic() + 60 * asked.minutes, [], False
+    ended = set()
     for part, command in commands(asked).items():
         if part not in asked.only.split(","):
             continue
@@ -235,7 +242,7 @@ def main() -> int:
         began = time.monotonic()
         code, output = finished([sys.executable, *command], end - began)
         print(output, flush=True)
-        took = {"seconds": round(time.monotonic() - began, 1)}
+        took = {"part": part, "seconds": round(time.monotonic() - began, 1)}
         failed |= bool(code)
         if code and part != "tests":
             table.append({"what": part, "value": "failed", "goal": "", **took})
@@ -243,8 +250,14 @@ def main() -> int:
             table += [{**line, **took} for line in summary(part, output)]
         if code is None:
             table.append({"what": part, "value": "no time left", "goal": "", **took})
-    where = machine(DEVICE)
-    write_table(f"gpu_session_{DEVICE}", [{**line, **where} for line in table])
+        else:
+            ended.add(part)
+    where, name = machine(DEVICE), f"gpu_session_{DEVICE}"
+    rows = [{**line, **where} for line in table]
+    # What an earlier session measured and this one was not asked to, or had no time for.
+    here, old = where["hardware"], read_table(name)
+    rows += [one for one in old if one["hardware"] != here or one["part"] not in ended]
+    write_table(name, rows)
     print(f"\n{where['hardware']}, torch {where['torch']}")
     for line in table:
         print(f"{line['what']:60} {line['value']!s:>24}  {line['goal']}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,10 @@ def test_the_session_on_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path, repository: 
     assert "public recipe, v5-12,t5-12, fresh, fp32" in told
     assert "the larger of decoding and encoding alone, full" in told
     assert "no time left" in lines("--only", "run", "--minutes", "0")
+    with (tmp_path / "results" / "gpu_session_cpu.csv").open() as file:
+        parts = Counter(row["part"] for row in csv.DictReader(file))
+    assert parts.keys() == {"tests", "run", "extraction", "training", "files"}
+    assert parts["tests"] == parts["run"] == 1, "what was measured before is kept"
     tables = {path.name for path in (tmp_path / "results").iterdir()}
     assert tables == {
         "extraction-cpu.csv", "training_cpu.csv", "extraction_files-cpu.csv", "gpu_session_cpu.csv",
@@ -128,7 +134,7 @@ def test_the_run_of_the_session_says_what_it_took(tmp_path: Path, repository: Pa
     )
     script = str(repository / "benchmarks" / "gpu.py")
     command = [sys.executable, script, "--run", str(architecture), "--datasets", "2"]
-    command += ["--classes", "4", "--seeds", "2"]
+    command += ["--classes", "4", "--seeds", "2", "--processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     alone, shared = map(json.loads, done.stdout.splitlines())
     assert shared["way"] == "likewise, 2 processes"
