@@ -12,6 +12,7 @@ from vlmlayers.arguments import Takes, checked
 TEMPLATE = "a photo of a {}."
 # What classes are for, after "has no classes".
 PROMPTED = " to make prompts of; use text='captions' (--text captions)"
+UNTOLD = "has no captions; use text='prompts' (--text prompts)"
 EXAMINED = (
     ", by prompts of which a model is examined; leave out the metrics that "
     "`vlmlayers score --list` marks with +"

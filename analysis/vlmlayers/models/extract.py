@@ -25,7 +25,7 @@ from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.options import takes, validated
-from vlmlayers.prompts import PROMPTED, alike
+from vlmlayers.prompts import PROMPTED, UNTOLD, alike
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ def _texts(
         return Texts(options.text, prompts, np.arange(len(names), dtype=np.int64), pattern)
     rows = [(row, caption) for row, item in enumerate(items) for caption in item.captions]
     if not rows:
-        raise UserError(f"{manifest.name} has no captions; use text='prompts'")
+        raise UserError(f"{manifest.name} {UNTOLD}")
     pairs = np.array([row for row, _ in rows], dtype=np.int64)
     labels = np.array([items[row].label for row, _ in rows], dtype=np.int64)
     return Texts(options.text, tuple(caption for _, caption in rows), labels, "", pairs)

@@ -8,12 +8,15 @@ from pathlib import Path
 from vlmlayers.architectures import MINIATURES, architectures, check_model
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
-from vlmlayers.prompts import EXAMINED, PROMPTED
+from vlmlayers.prompts import EXAMINED, PROMPTED, UNTOLD
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.schema import check_reads
 from vlmlayers.study.scoring import needs_model
 from vlmlayers.study.stages import installed_stage
 from vlmlayers.user_code import is_user_code
+
+_MIXED = ("table", "huggingface")  # layouts that may lack classes or captions
+_CLASSES = ("coop", "folder", "lists")  # layouts that never have captions
 
 
 def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> None:
@@ -45,18 +48,28 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
 
 def captioned(manifests: Sequence[Manifest], root: Path | None) -> list[Manifest]:
     """Return the datasets that are known to have no classes before their images are looked for."""
-    return [one for one in manifests if one.spec.classes == 0 or _is_table_of_captions(one, root)]
+    return [one for one in manifests if one.spec.classes == 0 or _has_no_classes(one, root)]
 
 
-def _is_table_of_captions(manifest: Manifest, root: Path | None) -> bool:
+def _has_no_classes(manifest: Manifest, root: Path | None) -> bool:
     try:
-        return manifest.layout == "table" and not manifest.class_names(root)
+        return manifest.layout in _MIXED and not manifest.class_names(root)
     except UserError:
         return False  # which is said where the items are read
 
 
+def _has_no_captions(manifest: Manifest, split: str, root: Path | None) -> bool:
+    try:
+        return manifest.layout in _CLASSES or (
+            manifest.layout in _MIXED
+            and not any(item.captions for item in manifest.items(split, root))
+        )
+    except UserError:
+        return False
+
+
 def _check_texts(context: StageContext) -> None:
-    """Check that there are classes where prompts are made of them.
+    """Check that there are classes where prompts are made of them, and captions where these are.
 
     The text tower of other models is known once they are loaded.
     """
@@ -64,9 +77,11 @@ def _check_texts(context: StageContext) -> None:
     if study.extract.tower == "vision" or name not in (*MINIATURES, *architectures()):
         return
     for manifest, part in zip(context.manifests, study.datasets):
-        asked = study.part(part)["text"]
-        if asked == "prompts" and captioned([manifest], context.data_root):
-            manifest.require_classes(PROMPTED, context.data_root)
+        asked, root = study.part(part), context.data_root
+        if asked["text"] == "prompts" and captioned([manifest], root):
+            manifest.require_classes(PROMPTED, root)
+        if asked["text"] == "captions" and _has_no_captions(manifest, asked["split"], root):
+            raise UserError(f"{manifest.name} {UNTOLD}")
 
 
 def _check_names(context: StageContext, *, both: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from vlmlayers.errors import UserError
 from vlmlayers.runs import Run, environment
 from vlmlayers.study.context import StageContext, silent
+from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import Study
 from vlmlayers.study.scoring import scored
 from vlmlayers.words import counted
@@ -46,19 +47,20 @@ def stream_study(
         UserError: The study has several models, a metric needs the features themselves, or
             anything that `vlmlayers.models.stream` refuses.
     """
+    if len(study.models) > 1:
+        raise UserError("streaming takes one model at a time; name one")
+    root = None if data_root is None else Path(data_root)
+    context = StageContext(
+        Run(Path(out)), study, study.models[0], Path(base), root, echo, progress, device
+    )
+    check_before([context], ["extract"])  # before torch is imported
     from vlmlayers.models import stream
     from vlmlayers.models.processes import Processes
     from vlmlayers.scores import write_scores
     from vlmlayers.scores.streamed import STREAMED, check_streamed, streamed_scores
     from vlmlayers.scores.sums import StreamingScores
 
-    if len(study.models) > 1:
-        raise UserError("streaming takes one model at a time; name one")
     check_streamed(metrics)
-    root = None if data_root is None else Path(data_root)
-    context = StageContext(
-        Run(Path(out)), study, study.models[0], Path(base), root, echo, progress, device
-    )
     model, total = context.load_model(), StreamingScores()
     folder = context.run.folder / "streams"
     for data in context.datasets:

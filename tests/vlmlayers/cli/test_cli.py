@@ -345,6 +345,26 @@ def test_a_table_of_captions_makes_no_prompts_before_the_model_is_loaded(
     assert (code, err.count("\n")) == (2, 1) and "items has no classes to make prompts" in err, err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("prompts", "set has no classes to make prompts"), ("captions", "set has no captions; use")],
+)
+def test_images_of_hugging_face_lack_texts_before_the_model_is_loaded(
+    call, monkeypatch, tmp_path: Path, text: str, message: str
+) -> None:  # type: ignore[no-untyped-def]
+    """Its library imports torch, so that it is loading the model that is spared here."""
+    pytest.importorskip("datasets", reason="needs the extra 'datasets'")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "set.toml").write_text(
+        'title = "Set"\nfolder = "./images"\nlayout = "huggingface"\n'
+    )
+    monkeypatch.setattr("vlmlayers.models.load_model", None)
+    words = ("extract", "mini-clip", tmp_path / "set.toml", "--split", "train", "--text", text)
+    code, _, err = call(*words, "--out", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1) and message in err, err
+
+
 def test_a_command_to_copy_quotes_the_folder(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "my run"
     vl.write_scores(planted(), folder)

@@ -50,6 +50,10 @@ demo --nosuch
 study nosuch.toml
 extract nosuch faces --out here
 extract mini-clip nosuch --out here
+extract nosuch faces --out here --streaming
+extract mini-clip nosuch --out here --streaming
+extract mini-clip folder --out here --split train --text captions
+extract mini-clip folder --out here --split train --text captions --streaming
 extract ViT-B-16 faces --out here
 extract ViT-B-16 faces --out here --pretrained nosuch
 extract mini-clip faces --out here --split nosuch
@@ -121,6 +125,9 @@ def test_an_error_that_needs_no_model_imports_nothing_large(tmp_path: Path) -> N
     commands = [line.split() for line in WRONG.strip().splitlines()]
     (tmp_path / "set.toml").write_text(CAPTIONS)
     (tmp_path / "c.tsv").write_text("0.png\ta dot\n" * 4)
+    for name in ("ant", "bee"):
+        (tmp_path / "folder" / "train" / name).mkdir(parents=True)
+        (tmp_path / "folder" / "train" / name / "1.png").touch()
     told = {"description": json.dumps({"method": "mma"})}
     save_file({}, tmp_path / "mma.safetensors", told)
     for name, text in STUDIES.items():
