@@ -43,6 +43,15 @@ def miniature_of(name: str) -> str:
     return ""
 
 
+def title_of(folder: Path) -> str:
+    """Return the name of a folder's model: its own, after its parent's if a shipped model has it.
+
+    Recipes and tables know those that ship by their names.
+    """
+    place = folder.absolute()
+    return f"{place.parent.name}/{place.name}" if place.name in MINIATURES else place.name
+
+
 def architectures() -> list[str]:
     """Return the architectures of open_clip, those that were added at run time included."""
     if "open_clip" in sys.modules:  # paid for already, and it knows what was added since

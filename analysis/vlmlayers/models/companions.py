@@ -14,6 +14,7 @@ import open_clip
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
+from vlmlayers.architectures import title_of
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import hub_folder
 from vlmlayers.models.tokenizers import HubTokenizer
@@ -191,7 +192,7 @@ def _tokens(tokenizer: Any, model: Any, name: str) -> Tokens:
 
 
 def _name(model: Any) -> str:
-    return str(model.name_or_path or type(model).__name__).rstrip("/").rpartition("/")[2]
+    return title_of(Path(str(model.name_or_path or type(model).__name__)))
 
 
 def _source(model: Any) -> Path | None:

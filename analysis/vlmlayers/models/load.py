@@ -22,6 +22,7 @@ from vlmlayers.architectures import (
     miniature_of,
     refuse_quickgelu_mismatch,
     tags_of,
+    title_of,
     weights_of,
 )
 from vlmlayers.arguments import Count, Takes, checked
@@ -280,9 +281,11 @@ def _folder(name: str) -> tuple[Path | None, str]:
     """Return the folder that a name stands for, and its title; None where it stands for another."""
     if name.startswith(HUB):
         return hub_folder(name.removeprefix(HUB)), name.removeprefix(HUB)
+    if name in MINIATURES:
+        return None, name  # also where a folder of that name is here: ./mini-clip says that
     folder = Path(name).expanduser()
     there = (folder / CONFIG_FILE).is_file() or is_model_folder(folder)
-    return (folder, miniature_of(name) or folder.absolute().name) if there else (None, name)
+    return (folder, miniature_of(name) or title_of(folder)) if there else (None, name)
 
 
 def _source(name: str, config: str | Path | None, folder: Path | None, title: str) -> _Source:
@@ -301,7 +304,7 @@ def _source(name: str, config: str | Path | None, folder: Path | None, title: st
         if config is None:
             raise UserError("model 'local' needs config=, the path of an open_clip_config.json")
         path = Path(config).expanduser()
-        return _Source(path.absolute().parent.name, *_read(path), path.parent)
+        return _Source(title_of(path.parent), *_read(path), path.parent)
     if name in MINIATURES:
         folder = MINIATURES[name]
         if not (folder / CONFIG_FILE).is_file():

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlmlayers.architectures import MINIATURES
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import validated
 from vlmlayers.prompts import EXAMINED
@@ -44,7 +45,7 @@ def study_of(
     """
     if seed and not extraction.items:
         raise UserError("--seed draws items; it needs a number of them (--items)")
-    local = Path(model).is_dir()
+    local = model not in MINIATURES and Path(model).is_dir()
     part = {
         "path" if local else "name": str(Path(model).resolve()) if local else model,
         **weights,

@@ -116,6 +116,21 @@ def test_a_miniature_is_known_by_its_folder_and_by_a_copy(tmp_path: Path) -> Non
     assert load_model(copy).name == "copy"
 
 
+def test_another_model_in_a_folder_called_mini_clip_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name in Python it took the recipe `mini`, by its path on the command line not."""
+    folder = shutil.copytree(MINIATURES["mini-clip-taught"], tmp_path / "mine" / "mini-clip")
+    config = folder / CONFIG_FILE
+    config.write_text(config.read_text().replace("0.26862954", "0.27"))
+    monkeypatch.chdir(folder.parent)
+    weights = folder / "model.safetensors"
+    for one in (load_model("./mini-clip"), load_model("local", config=config, checkpoint=weights)):
+        assert one.name == "mine/mini-clip" and default_recipe(one.name) == "published"
+    shipped = load_model(MINIATURES["mini-clip"])
+    assert load_model("mini-clip").weights_hash == shipped.weights_hash
+
+
 def small(table: str) -> Any:
     """Return the study of a table on the miniature CLIP, drawings and one short epoch."""
     content = tomllib.loads((STUDIES / f"mma_{table}.toml").read_text(encoding="utf-8"))
