@@ -54,7 +54,7 @@ class Outcome:
 
 @checked
 def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> list[Outcome]:
-    """Draw every figure and table that the folders hold the tables for.
+    """Draw every figure and table that the folders hold the tables for; what is refused is skipped.
 
     Args:
         tables: One folder, or several, with tables: `figures/tables` or run folders.
@@ -62,7 +62,7 @@ def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> 
         names: Keys of `DRAWINGS`; all where None.
 
     Raises:
-        UserError: A name is unknown, a folder is not there, or a table cannot be drawn.
+        UserError: A name is unknown, or a folder is not there.
     """
     for folder in as_folders(tables):
         if not folder.is_dir():
@@ -75,9 +75,7 @@ def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> 
         except MissingTable as error:
             found.append(Outcome(name, reason=str(error)))
         except UserError as error:
-            if len(as_folders(tables)) == 1:
-                raise
-            raise UserError(
-                f"{name}: the tables of all folders are drawn as one, and {error}"
-            ) from error
+            several = len(as_folders(tables)) > 1
+            why = "the tables of all folders are drawn as one, and " if several else ""
+            found.append(Outcome(name, reason=f"{why}{error}"))
     return found
