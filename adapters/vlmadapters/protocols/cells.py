@@ -28,6 +28,7 @@ from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
+UNFINISHED = "unfinished"  # folder of the states of trainings, and name of its lock
 MEMBERS = "cells.json"  # in the folder of an unfinished training: keys of its cells
 
 
@@ -115,23 +116,32 @@ class CellFolder:
         if self.out is None:
             return None
         keys = [cell.key for cell in cells]
-        folder = self.out / "unfinished" / checksum("-".join(keys))[:16]
+        folder = self.out / UNFINISHED / checksum("-".join(keys))[:16]
         if processes.is_first():
-            write_json(folder / MEMBERS, {"cells": keys})
+            with ExitStack() as held:
+                self._lock(UNFINISHED, held, wait=True)
+                write_json(folder / MEMBERS, {"cells": keys})
         return folder
 
     def forget(self) -> None:
         """Remove the states of trainings whose cells are all finished, if in other groups.
 
+        Those that name none as well: of a process that was killed as it named or removed them.
+
         Called once cells are written, not before: a process killed in between would train again.
         """
         if self.out is None or not processes.is_first():
             return
-        for file in (self.out / "unfinished").glob(f"*/{MEMBERS}"):
-            with suppress(OSError, ValueError):  # another process may be removing it
-                keys = json.loads(file.read_text(encoding="utf-8"))["cells"]
-                if all((self.out / "cells" / f"{key}.json").exists() for key in keys):
-                    rmtree(file.parent, ignore_errors=True)
+        folders = list((self.out / UNFINISHED).glob("*"))
+        with ExitStack() as held:
+            if folders:  # a finished run may lie where nothing can be written
+                self._lock(UNFINISHED, held, wait=True)  # no other is naming the cells of one
+            for folder in folders:
+                with suppress(OSError, ValueError):
+                    if all(
+                        (self.out / "cells" / f"{key}.json").exists() for key in _members(folder)
+                    ):
+                        rmtree(folder, ignore_errors=True)
 
     def claim(self, cells: Sequence[Cell], most: int, held: ExitStack, wait: bool) -> list[Cell]:
         """Return up to `most` cells that no other process holds, locked until `held` closes.
@@ -144,11 +154,11 @@ class CellFolder:
             return list(cells[:most])
         group: list[Cell] = []
         for cell in cells:
-            if len(group) < most and self._lock(cell, held):
+            if len(group) < most and self._lock(cell.key, held):
                 group.append(cell)
         if not group and wait:
             LOG.info("waiting for the process that trains %s", cells[0].name)
-            self._lock(cells[0], held, wait=True)
+            self._lock(cells[0].key, held, wait=True)
             group = [cells[0]]
         return group
 
@@ -159,14 +169,14 @@ class CellFolder:
             return False
         for cell in cells:
             with ExitStack() as held:  # each for itself: another process may be about to claim them
-                if not self._lock(cell, held):
+                if not self._lock(cell.key, held):
                     return True
         return False
 
-    def _lock(self, cell: Cell, held: ExitStack, *, wait: bool = False) -> bool:
-        """Lock a cell until `held` closes and return whether it was free; always with `wait`."""
+    def _lock(self, key: str, held: ExitStack, *, wait: bool = False) -> bool:
+        """Lock a cell by its key until `held` closes; return if it was free, always with `wait`."""
         assert self.out is not None
-        file = self.out / "locks" / f"{cell.key}.lock"
+        file = self.out / "locks" / f"{key}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = lock(file, wait=wait)
         if handle is not None:
@@ -254,6 +264,13 @@ class CellFolder:
                 if known[name, split] != mark:
                     return True
         return False
+
+
+def _members(folder: Path) -> list[str]:
+    """Return the keys of the cells of an unfinished training; none where it does not say."""
+    file = folder / MEMBERS
+    keys: list[str] = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else []
+    return keys
 
 
 def _recipe_of(ours: Sequence[tuple[dict[str, Any], str]], theirs: dict[str, Any]) -> str | None:

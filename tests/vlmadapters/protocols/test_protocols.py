@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,6 +133,23 @@ def test_a_stop_between_the_files_of_a_group_leaves_no_state_for_ever(
     run(tmp_path, seeds=1, placement=["2", "3"])
     assert len(trained_cells(tmp_path)) == 2
     assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_what_a_process_left_that_was_killed_as_it_began_is_removed(tmp_path: Path) -> None:
+    """Nothing names its cells, so that no run in other groups ever removed it."""
+    left = tmp_path / "unfinished" / "0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / ".cells.json.4194305-1.part").touch()
+    other = CellFolder(tmp_path).begin([Cell("of another process", {})])
+    run(tmp_path, seeds=1, placement="2")
+    assert list((tmp_path / "unfinished").iterdir()) == [other]
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path: Path) -> None:
+    run(tmp_path, seeds=1, placement="2")
+    shutil.rmtree(tmp_path / "locks")
+    CellFolder(tmp_path).forget()
+    assert not (tmp_path / "locks").exists()
 
 
 def test_a_finished_cell_is_not_trained_again(tmp_path: Path) -> None:
