@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import platform
+import shlex
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,6 +73,16 @@ class Run:
                 "make one with `vlmlayers study` or `vlmlayers score`"
             )
         return run
+
+    def require_choice(self) -> None:
+        """Refuse a run whose layers were not chosen yet.
+
+        Raises:
+            UserError: Names the command that chooses them.
+        """
+        if not self.choice.exists():
+            select = shlex.join(["vlmlayers", "select", str(self.folder)])
+            raise UserError(f"{self.folder} holds no choice.json; run `{select}` first")
 
     def stores(self) -> list[Path]:
         """Return the folders of features.

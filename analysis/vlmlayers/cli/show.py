@@ -52,7 +52,7 @@ def report(
             f"--out is for a comparison of several runs; the report of {runs[0]} goes into it"
         )
     for run in runs:
-        Run.open(run)  # before what takes seconds to import
+        Run.open(run).require_choice()  # before what takes seconds to import
     from vlmlayers.report import write_comparison, write_report
 
     if len(runs) == 1:
@@ -80,7 +80,7 @@ def figures(
         raise UserError("--format is for the figures of a run; --paper draws in formats of its own")
     for run in runs:
         if paper is None:
-            Run.open(run)
+            Run.open(run).require_choice()
         elif not run.is_dir():
             raise UserError(f"{run} is not a folder{looked_for(run)}; name folders of tables")
     if paper is not None:

@@ -395,11 +395,7 @@ def read_answer(run: Run | str | Path) -> Answer:
         UserError: It holds no score table or no choice.
     """
     found = run if isinstance(run, Run) else Run.open(run)
-    if not found.choice.exists():
-        raise UserError(
-            f"{found.folder} holds no choice.json; run "
-            f"`{shlex.join(['vlmlayers', 'select', str(found.folder)])}` first"
-        )
+    found.require_choice()
     scores = read_scores(found.folder)
     return Answer(
         found,

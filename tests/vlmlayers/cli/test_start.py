@@ -39,6 +39,8 @@ study small_demo --only score --skip score
 study small_demo --only search
 select nosuch
 select /nosuch --rule nosuch
+report scored
+figures scored
 report nosuch
 figures nosuch
 figures nosuch --format nosuch
@@ -128,6 +130,8 @@ def test_an_error_that_needs_no_model_imports_nothing_large(tmp_path: Path) -> N
     for name in ("ant", "bee"):
         (tmp_path / "folder" / "train" / name).mkdir(parents=True)
         (tmp_path / "folder" / "train" / name / "1.png").touch()
+    (tmp_path / "scored").mkdir()
+    (tmp_path / "scored" / "scores.csv").touch()
     told = {"description": json.dumps({"method": "mma"})}
     save_file({}, tmp_path / "mma.safetensors", told)
     for name, text in STUDIES.items():
