@@ -55,7 +55,7 @@ GROUP = [
     "protocol", "method", "model", "weights", "source", "placement", "settings", "recipe", "shots",
 ]  # fmt: skip
 ADDED: dict[str, Any] = {"settings": "", "recipe": "", "parameters": 0, "seconds": 0.0}
-# What else tells trainings of one method at one placement apart.
+# What tells trainings of one method apart beside the placement.
 OFTEN_ALIKE = ("settings", "recipe", "shots")
 # What a summary reads.
 READ = [*(k for k in GROUP if k not in ADDED), "dataset", "split_kind", "seed", "accuracy", "note"]
@@ -84,7 +84,7 @@ def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]
 def names(results: pd.DataFrame) -> pd.Series:
     """Return what each row was trained as, such as `MaPLe v1-9,t1-9`.
 
-    Settings, recipe and shots are named where the table has several for one such name.
+    Settings, recipe and shots are named where the table has several of the method.
 
     Args:
         results: A results table or a summary of one.
@@ -93,7 +93,7 @@ def names(results: pd.DataFrame) -> pd.Series:
     table = results.reindex(columns=["model", "method", "placement", *OFTEN_ALIKE]).astype(object)
     table = table.where(table.notna(), "").astype(str)
     found = (table["method"] + " " + table["placement"]).str.strip()
-    kinds = table.groupby(["model", "method", "placement"], sort=False)
+    kinds = table.groupby(["model", "method"], sort=False)
     for column in OFTEN_ALIKE:
         words = ", " + table[column] + (" shots" if column == "shots" else "")
         named = (kinds[column].transform("nunique") > 1) & (table[column] != "")

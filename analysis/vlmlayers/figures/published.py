@@ -74,7 +74,7 @@ def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
     kept = kept.assign(run=kept.run.where(apart, "")).drop_duplicates([*cell, "run"])
     setting = pd.Series([_setting(row) for row in kept.to_dict("records")], kept.index, dtype=str)
     for name in ADDED:
-        several = kept.groupby(setting, sort=False)[name].transform("nunique") > 1
+        several = kept.groupby(["model", "weights", "method"])[name].transform("nunique") > 1
         setting += (", " + kept[name]).where(several & (kept[name] != ""), "")
     return kept.assign(setting=setting + kept["run"])
 
