@@ -38,7 +38,6 @@ from vlmadapters.protocols.train import base_to_novel  # noqa: E402
 from vlmadapters.training.recipes import Recipe, TrainConfig  # noqa: E402
 from vlmadapters.validation.search import search  # noqa: E402
 from vlmadapters.validation.validate import validate  # noqa: E402
-from vlmlayers.files import DRAFTS  # noqa: E402
 from vlmlayers.manifests import Manifest  # noqa: E402
 from vlmlayers.models import extract, stream  # noqa: E402
 from vlmlayers.scores.streamed import streamed_scores  # noqa: E402
@@ -151,9 +150,7 @@ def content(folder: Path) -> dict[str, bytes]:
             found[name] = json.dumps(summary).encode()
         elif path.suffix in (".npy", ".safetensors") or name.startswith(("store/", "scores")):
             found[name] = path.read_bytes()
-    # A file that a process was killed at, before it had its name, may stay: nobody reads it.
-    states = (p for p in (folder / "unfinished").glob("*/*") if not p.match(DRAFTS))
-    left = [str(p.relative_to(folder)) for p in states]
+    left = [str(p.relative_to(folder)) for p in (folder / "unfinished").glob("*/*")]
     found["left over"] = json.dumps(sorted(left)).encode()
     return found
 
