@@ -196,11 +196,35 @@ def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
     template = ["--template", task.template]
     assert beside == ["--method", name, *template, *(w for one in needed for w in ("--set", one))]
     test = ["evaluate", folder, data, "--kind", "base", "--adapter"]
-    _called(*test, ours, *template, "--out", tmp_path / "ours.csv")
+    _called(*test, ours, "--out", tmp_path / "ours.csv")
     _called(*test, theirs, *beside, "--out", tmp_path / "theirs.csv")
     tables = [pd.read_csv(tmp_path / f"{one}.csv") for one in ("ours", "theirs")]
     left, right = (one["log_likelihood"].tolist() for one in tables)
     assert left == pytest.approx(right, abs=1e-5)
+
+
+def test_adapters_are_tested_with_the_template_of_their_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_model(str(saved_backbone(tmp_path / "model")))
+    backbone, data = Backbone(model.clip, tokenizer=model.tokenizer), _dataset(tmp_path / "data")
+    test, both = ["evaluate", tmp_path / "model", data, "--kind", "base"], list[Any]()
+    for number, template in enumerate(["a drawing of {}", "a photo of a {}."]):
+        task = TaskData(str(data), model).task("base", template)
+        method = METHODS["mma"].build(MMAConfig.span(1, 2), backbone, task, seed=1)
+        both += ["--adapter", save_method(tmp_path / f"{number}.safetensors", method, model, task)]
+    _called(*test, *both[:2], "--out", tmp_path / "own.csv")
+    # The first row, zero-shot CLIP, is what the others' `changed` is counted against.
+    table = pd.read_csv(tmp_path / "own.csv")
+    own = table[table["method"] != "zero-shot CLIP, dataset template"]
+    assert list(own["template"]) == ["a drawing of {}"] * 2
+    with pytest.raises(UserError, match=r"with 2 templates .*; name one by --template"):
+        _called(*test, *both)
+    assert not caplog.messages
+    _called(*test, *both, "--template", "a photo of a {}.")
+    assert [said.partition(" was ")[2] for said in caplog.messages] == [
+        "trained with 'a drawing of {}' and is tested with 'a photo of a {}.'"
+    ]
 
 
 def test_an_adapter_of_an_untrained_backbone_is_said_to_be_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ from vlmlayers.extraction import WeightsOptions
 from vlmlayers.prompts import TEMPLATE, Template
 
 OURS = ".safetensors"
+LOG = logging.getLogger(__name__)
 
 
 @with_options
@@ -158,7 +160,13 @@ def evaluate(
     method: Annotated[
         str | None, typer.Option(help="Method of a file in its authors' layout; mma where absent.")
     ] = None,
-    template: Annotated[str, typer.Option(help="Prompt template.")] = TEMPLATE,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Prompt template; where absent that which the adapters were trained with, or "
+            f"{TEMPLATE!r}."
+        ),
+    ] = None,
     scale: Annotated[
         float | None,
         typer.Option(
@@ -184,7 +192,8 @@ def evaluate(
     """Test zero-shot CLIP and trained adapters on datasets."""
     files = [Path(one) for one in adapter or ()]
     given = _unstored(files, method, scale, settings or [])
-    taken("evaluate", "template", Template, template)
+    if template is not None:
+        taken("evaluate", "template", Template, template)
     kinds = kind or ["all"]
     for name in kinds:
         check_one_of("kind of classes", name, SPLIT_KINDS)
@@ -194,16 +203,17 @@ def evaluate(
     from vlmlayers.files import write_csv
 
     loaded = load_backbone(model, weights, device)
+    asked = _template(template, files)
     task = None
     if len(datasets) == len(kinds) == 1:  # the authors' layouts leave class names out
-        task = TaskData(datasets[0], loaded, data_root).task(kinds[0], template)
+        task = TaskData(datasets[0], loaded, data_root).task(kinds[0], asked)
     adapters = {path: _trained(path, loaded, method, given, task) for path in files}
     table = evaluate_methods(
         loaded,
         datasets,
         adapters,
         kinds=kinds,
-        template=template,
+        template=asked,
         root=data_root,
         precision=precision,
         **dict(options),
@@ -258,6 +268,29 @@ def _read(
     if not places and depths_of(model) is None:
         return made, placed
     return made, [one.changed({}, {"pairs": pairs}) for one in placed]
+
+
+def _template(given: str | None, files: list[Path]) -> str:
+    """Return the template to test with: the one given, or that of the adapters' training.
+
+    Raises:
+        UserError: None is given, and the adapters were trained with different ones.
+    """
+    from vlmadapters.files import read_info
+
+    trained = {path: read_info(path).task.template for path in files if path.suffix == OURS}
+    if given is None:
+        several = list(dict.fromkeys(trained.values()))
+        if len(several) > 1:
+            raise UserError(
+                f"the adapters were trained with {len(several)} templates ({', '.join(several)}); "
+                "name one by --template, or test each by itself"
+            )
+        return several[0] if several else TEMPLATE
+    for path, own in trained.items():
+        if own != given:
+            LOG.warning("%s was trained with %r and is tested with %r", path, own, given)
+    return given
 
 
 def _trained(path: Path, model: Any, method: str | None, given: dict[str, Any], task: Any) -> Any:
