@@ -131,7 +131,8 @@ def _recipes(
     given: Sequence[Recipe | str | Path], methods: Sequence[str], model: VLM
 ) -> list[Recipe]:
     """Return one recipe per method: those given, or what a name stands for."""
-    recipes = [one for one in given if isinstance(one, Recipe)]
+    depths = backbone_depths(model.clip)
+    recipes = [one.fitted(depths) for one in given if isinstance(one, Recipe)]
     if given and len(recipes) == len(given):
         check_methods(recipes, methods)
         return recipes
@@ -140,7 +141,6 @@ def _recipes(
             "train takes one name of a recipe, or recipes as `load_recipe` returns them"
         )
     name = next((one for one in given if not isinstance(one, Recipe)), None)
-    depths = backbone_depths(model.clip)
     return [load_recipe(name or default_recipe(model.name, one), one, depths) for one in methods]
 
 

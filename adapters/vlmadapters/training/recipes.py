@@ -168,6 +168,8 @@ class Recipe:
         datasets: Values that differ by dataset: name of a dataset to fields of `train`, and under
             `settings` to those of `method`.
         amount: The amount that `at` set, where it set one.
+        loaded: Name or file, and method, that `load_recipe` was given without depths; None where
+            blocks were named since.
     """
 
     name: str
@@ -177,6 +179,7 @@ class Recipe:
     # A mapping has no hash, and recipes are keys of the cells that they train.
     datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     amount: Amount = field(default_factory=Amount)
+    loaded: tuple[str, str] | None = field(default=None, compare=False)
 
     @property
     def placement(self) -> Placement:
@@ -231,6 +234,16 @@ class Recipe:
         method = self.method if kept else self.method.with_placement(*place)
         return replace(self.with_method(method).changed(train, scale), amount=place.amount)
 
+    def fitted(self, depths: Mapping[str, int]) -> Recipe:
+        """Return the recipe at the blocks that it has on a backbone of some depths.
+
+        Blocks that were named since `load_recipe` stay.
+        """
+        if self.loaded is None:
+            return self
+        own = load_recipe(*self.loaded, depths).method
+        return replace(self, method=self.method.with_placement(own.vision, own.text))
+
     def with_method(self, method: MethodConfig) -> Recipe:
         """Return the recipe with other settings of its method.
 
@@ -239,7 +252,8 @@ class Recipe:
         asked, own = method.to_dict(), self.method.to_dict()
         new = {key: value for key, value in asked.items() if value != own[key]}
         kept = {name: _without(values, {}, new) for name, values in self.datasets.items()}
-        return replace(self, method=method, datasets=kept)
+        loaded = self.loaded if method is self.method else None
+        return replace(self, method=method, datasets=kept, loaded=loaded)
 
     def changed(self, train: Mapping[str, Any], method: Mapping[str, Any] | None = None) -> Recipe:
         """Return the recipe with some values replaced, for every dataset; None keeps a value.
@@ -295,6 +309,7 @@ class Recipe:
             method=replace(self.method, **new_method),
             datasets=kept,
             amount=replace(self.amount, **gone),
+            loaded=None if new_method.keys() & {*TOWERS} else self.loaded,
         )
 
     def train_for(self, dataset: str) -> TrainConfig:
@@ -396,13 +411,15 @@ def load_recipe(
     Args:
         name: Name of a shipped recipe, or a TOML file.
         method: Name of the method, for a recipe given by name.
-        depths: Number of blocks of each tower of the backbone; those of ViT-B/16 where None.
+        depths: Number of blocks of each tower of the backbone; those of ViT-B/16 where None, until
+            `train` or `search` fits the recipe to the model that it is given.
 
     Raises:
         UserError: The name or a key is unknown (with the nearest), a value is wrong or not read
             beside the others, or the file is of another method than is asked for.
     """
-    depths = VIT_B_16 if depths is None else depths
+    if depths is None:
+        return replace(load_recipe(name, method, VIT_B_16), loaded=(str(name), method))
     if set(depths) != set(TOWERS):
         raise UserError("load_recipe: depths needs the blocks of vision and text, and of no other")
     path = Path(name)

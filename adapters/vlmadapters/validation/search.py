@@ -126,6 +126,7 @@ def search(
         recipe = load_recipe(recipe or default_recipe(model.name, method), method, depths)
     else:
         check_methods([recipe], [method])
+        recipe = recipe.fitted(depths)
     check_searchable(recipe.method)
     default = recipe.changed({"shots": asked.shots}, {})
     rates = tried_amounts(default, asked.given_amounts)

@@ -53,12 +53,25 @@ def test_a_recipe_acts_at_the_published_blocks_of_any_depth(
 ) -> None:
     assert load_recipe(name, method, DEEP).method.placement == placement
     assert read_recipes(name, {}, [method], "mini-clip")[0] == load_recipe(name, method)
+    loaded = load_recipe(name, method).changed({"template": "one {}"})
+    assert loaded.fitted(DEEP).method.placement == placement
 
 
 def test_blocks_that_a_file_names_stay(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text('method = "mma"\nextends = "mini"\nsettings = { vision = [5, 6], text = [] }\n')
     assert load_recipe(path, "mma", DEEP).method.placement == "v5-6,t-"
+
+
+def test_blocks_that_are_named_of_a_loaded_recipe_stay() -> None:
+    loaded = load_recipe("mini")
+    for named in (
+        loaded.changed({}, {"vision": (5, 6), "text": (5,)}),
+        loaded.at("v5-6,t5@epochs=2"),
+        loaded.with_method(va.MMAConfig((5, 6), (5,))),
+    ):
+        assert named.fitted(DEEP).method.placement == "v5-6,t5"
+    assert loaded.at("@epochs=2").fitted(DEEP).method.placement == "v9-24,t5-12"
 
 
 @pytest.mark.parametrize("depth", range(1, 33))
@@ -76,6 +89,9 @@ def test_training_acts_at_the_published_blocks_of_the_backbone(tmp_path: Path) -
     model = shared_backbone()
     found = va.train(model, "faces", path, method="cliplora", seeds=1, limit=4, progress=False)
     assert set(found["placement"]) == {"", "v1-3,t1-3"}
+    loaded = va.load_recipe(path).changed({"lr": 0.1})
+    again = va.train(model, "faces", loaded, method="cliplora", seeds=1, limit=4, progress=False)
+    assert set(again["placement"]) == {"", "v1-3,t1-3"}
     (read,) = read_recipes(str(path), {"lr": 0.1}, ["cliplora"], model)
     assert (read.label, read.train.lr) == ("v1-3,t1-3", 0.1)
 
