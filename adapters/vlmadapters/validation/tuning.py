@@ -24,7 +24,8 @@ class Tuning:
     Attributes:
         settings: Each placement at the amount that did best, in the order that was asked for.
         table: Held-out accuracy over amount, with the columns `AMOUNT_COLUMNS`: percent, mean over
-            folds; times is the amount in multiples of the recipe's, n the folds.
+            folds; novel and hm are NaN where no class was held out whole; times is the amount in
+            multiples of the recipe's, n the folds.
         trainings: Cost in full trainings of one placement.
     """
 
@@ -80,8 +81,8 @@ def times(setting: Recipe, of: Recipe) -> float:
 
 def _over_amount(table: pd.DataFrame, tried: dict[str, list[Recipe]]) -> pd.DataFrame:
     base, novel = table["base"], table["novel"]
-    hm = (2 * base * novel / (base + novel)).where(base + novel > 0, 0.0)
-    table = table.assign(hm=hm.where(novel.notna(), base))
+    hm = (2 * base * novel / (base + novel)).where(base + novel != 0, 0.0)
+    table = table.assign(hm=hm)
     means = table.groupby("setting")[["base", "novel", "hm"]].mean()
     count = table["setting"].value_counts()
     rows = [

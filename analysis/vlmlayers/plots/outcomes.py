@@ -173,6 +173,9 @@ def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[
                 ax.xaxis.set_minor_locator(NullLocator())
                 # By hand: an outcome that no row has, as novel classes may lack, sets no limits
                 ax.set_xlim(trained.min() / 1.2, trained.max() * 1.2)
+            if amounts[outcome].isna().all():
+                ax.set_yticks([])
+                ax.text(0.5, 0.5, "None was held out", transform=ax.transAxes, ha="center")
             ax.set_title(title)
             ax.set_xlabel("Amount, times the recipe's")
         axs[0].set_ylabel("Held-out accuracy (%)")
