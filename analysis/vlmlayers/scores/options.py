@@ -46,6 +46,16 @@ class Draw(IntEnum):
     SHUFFLED_COLUMNS = 23
 
 
+# What a metric needs (`Metric.needs`) that options of splits are read for. Those of intervals and
+# nulls are not here: they change how sure a value is, not what it says.
+_OF_DATASETS = ("datasets", "dataset confusion")
+READ_FOR = {
+    "vision_split": _OF_DATASETS,
+    "balance": _OF_DATASETS,
+    "folds": (*_OF_DATASETS, "styles", "class parts"),
+    "held_out": (*_OF_DATASETS, "styles", "class parts"),
+}
+
 UNKEYED = 0  # seed of draws made before purposes had numbers; recorded values depend on it
 
 
@@ -53,6 +63,10 @@ def generator(purpose: Draw, seed: int = 0) -> np.random.Generator:
     """Return a private generator for one purpose."""
     # Two words of entropy: with seed + purpose, seed 2 of one purpose would be seed 1 of the next.
     return np.random.default_rng([int(seed), int(purpose)])
+
+
+def _reads(metric: Metric, option: str) -> bool:
+    return option in metric.takes or metric.needs in READ_FOR.get(option, ())
 
 
 def _position(name: str) -> str:
@@ -136,7 +150,7 @@ class ScoreOptions(Options):
     )
 
     def refuse_unread(self, metrics: Iterable[Metric], where: str = "score") -> None:
-        """Refuse an option of metrics' functions that none of some metrics takes.
+        """Refuse an option that nothing reads of some metrics.
 
         Args:
             metrics: Those that are scored.
@@ -147,10 +161,12 @@ class ScoreOptions(Options):
         """
         from vlmlayers.metrics import METRICS
 
-        read = {name for metric in metrics for name in metric.takes}
-        for name in ("k", "shots", "normalise"):
-            if name not in read and getattr(self, name) != type(self).model_fields[name].default:
-                takers = ", ".join(key for key, metric in METRICS.items() if name in metric.takes)
+        scored = list(metrics)
+        for name in ("k", "shots", "normalise", *READ_FOR):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                continue
+            if not any(_reads(metric, name) for metric in scored):
+                takers = ", ".join(key for key, metric in METRICS.items() if _reads(metric, name))
                 raise UserError(
                     f"{where}: {name} is an option of {takers}, none of which is scored; leave it "
                     "out"

@@ -131,6 +131,9 @@ def test_a_search_may_choose_zero_shot_and_validation_proves_that(
     options = QUICK | {"amount": "given", "out": tmp_path}
     found = validate(shared_backbone("clip"), choice, [manifest], **options)
     assert found.summary["chosen"] == "zero-shot"
+    first, *said = repr(found).splitlines()
+    assert first == "Validation(2 cells)"
+    assert "".join("".join(said).split()) == "".join(found.verdict.split())
     rows = found.placements.set_index("placement")
     assert rows.loc["zero-shot", "difference"] == 0 and len(rows) == 3
     assert "(zero-shot, harmonic mean" in found.verdict
@@ -147,12 +150,14 @@ def test_the_figure_has_a_line_per_placement(tuned: Path) -> None:
     axes = vl.plots.amount_curves(amounts)
     titles = [ax.get_title("left") for ax in axes]
     assert titles == ["Base classes", "Novel classes", "Harmonic mean"]
-    line = axes[2].get_lines()[0]
-    one = amounts[amounts["placement"] == "v2-3,t2-3"].groupby("times")["hm"].mean()
+    line = axes[0].get_lines()[0]
+    one = amounts[amounts["placement"] == "v2-3,t2-3"].groupby("times")["base"].mean()
     assert np.allclose(line.get_xdata(), one.index) and np.allclose(line.get_ydata(), one)
     axes[0].figure.canvas.draw()
     words = [label.get_text() for label in axes[0].get_xticklabels(which="both")]
     assert {"0.3", "1", "3"} <= set(words) and not any("10^" in word for word in words)
+    assert amounts["novel"].isna().all() and amounts["hm"].isna().all()  # four classes, all base
+    assert [text.get_text() for text in axes[2].texts] == ["None was held out"]
     with pytest.raises(UserError, match="lacks times"):
         vl.plots.amount_curves(amounts.drop(columns="times"))
 

@@ -685,6 +685,14 @@ def test_few_draws_are_said_to_make_no_interval(
         ({"balance": "equl"}, "unknown balance 'equl'; did you mean 'equal'"),
         ({"normalise": "row"}, "unknown normalise 'row'; did you mean 'rows'"),
         ({"vision_split": "clas"}, "unknown vision_split 'clas'; did you mean 'class'"),
+        (
+            {"metrics": ["class_accuracy"], "balance": "weights"},
+            "balance is an option of dataset_accuracy, .*, none of which is scored",
+        ),
+        (
+            {"metrics": ["fisher_ratio"], "folds": 4},
+            "folds is an option of dataset_accuracy, .*, class_accuracy, .*, none of which",
+        ),
     ],
 )
 def test_wrong_options_are_named(options: dict, message: str) -> None:
