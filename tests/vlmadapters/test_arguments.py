@@ -103,6 +103,12 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: train([]), "there is no dataset to train"),
         (lambda: train(seeds=[]), "there is no seed to train"),
         (lambda: train(configs=[]), "there is no setting in configs to train"),
+        (lambda: train(placement=[]), "there is no placement to train"),
+        (lambda: train(method=[]), "there is no method to train"),
+        (
+            lambda: train(placement="2", save_adapters=True),
+            "saves adapters beside the cells in out",
+        ),
         (lambda: va.load_recipe(depths={"vision": 12}), "depths needs the blocks of vision and"),
         (lambda: va.MMAConfig.from_choice(3), "needs the keys 'vision' and 'text'"),
         (lambda: va.METHODS.register(dict), "not a method; it has to be a subclass"),  # type: ignore[type-var]

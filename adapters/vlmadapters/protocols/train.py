@@ -79,7 +79,7 @@ def train(
         targets: Datasets tested by transfer.
         root: The data root.
         split: Split that is tested.
-        save_adapters: Write what was trained beside the cells.
+        save_adapters: Write what was trained beside the cells of `out`.
         progress: Show bars.
         **options: Those of `TrainOptions`.
 
@@ -90,10 +90,15 @@ def train(
         UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
     asked = validated(TrainOptions, options, "train")
-    given = {"dataset": datasets, "seed": asked.seeds, "setting in configs": configs}
+    given = {
+        "dataset": datasets, "seed": asked.seeds, "method": method, "placement": placement,
+        "setting in configs": configs,
+    }  # fmt: skip
     for what, several in given.items():
         if several is not None and not several:
             raise UserError(f"there is no {what} to train; name one")
+    if save_adapters and out is None:
+        raise UserError("train saves adapters beside the cells in out; name it, or leave both out")
     recipes = _recipes(recipe or (), method, model)
     settings = configs
     if configs is None and placement is not None:
