@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -107,6 +108,7 @@ class TaskData:
     _drawn: dict[Draw, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _identities: dict[str, DataIdentity] = field(default_factory=dict, init=False, repr=False)
+    _told: set[int] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = self.name
@@ -214,7 +216,21 @@ class TaskData:
             unreadable.settle(self.manifest.name, len({*drawn, *faults}), skip=True)
         elif readable:
             self.manifest.refuse_missing(drawn, self.root)
+        if split == "train":
+            self._tell_of_few(drawn, shots)
         return base_or_novel(drawn, kind, range(len(self.class_names)))
+
+    def _tell_of_few(self, drawn: list[Item], shots: int) -> None:
+        """Warn, once, where classes have fewer images than shots: tables name the shots."""
+        sizes = Counter(item.label for item in drawn)
+        few = sum(size < shots for size in sizes.values())
+        if few and shots not in self._told:
+            self._told.add(shots)
+            LOG.warning(
+                "%s: %d of %d classes trained on have fewer than %d images, the smallest %d; all "
+                "of theirs are taken",
+                self.manifest.name, few, len(sizes), shots, min(sizes.values()),
+            )  # fmt: skip
 
     def validation(self, shots: int, seed: int, kind: str) -> list[Item]:
         """Return few-shot items of the validation split, at most 4 a class; none without one."""

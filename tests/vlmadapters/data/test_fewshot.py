@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+from backbones import shared_backbone
+from PIL import Image
 
 from vlmadapters.data.fewshot import (
     base_novel_labels,
@@ -14,6 +16,8 @@ from vlmadapters.data.fewshot import (
     few_shot,
     kind_labels,
 )
+from vlmadapters.data.folds import folds
+from vlmadapters.data.task import TaskData
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.prompts import class_prompts
@@ -53,6 +57,24 @@ def test_a_small_class_gives_all_it_has() -> None:
     items = [*some_items(2, 5), Item("only.jpg", 2, "rare")]
     drawn = few_shot(items, 4, 1)
     assert [item.label for item in drawn] == [0] * 4 + [1] * 4 + [2]
+
+
+def test_classes_with_fewer_images_than_shots_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Results name the shots asked for, and nothing else tells of those that are not there."""
+    for name, size in (("blue", 6), ("green", 2), ("red", 6), ("white", 6)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(size):
+            Image.new("RGB", (4, 4), name).save(tmp_path / "train" / name / f"{number}.png")
+    data = TaskData(str(tmp_path), shared_backbone())
+    assert [len(data.shots(4, seed, "base")) for seed in (1, 2)] == [6, 6]
+    assert len(data.shots(4, 1, "novel")) == 8
+    (said,) = caplog.messages
+    assert "1 of 2 classes trained on have fewer than 4 images, the smallest 2" in said
+    caplog.clear()
+    folds(data, 4, 1, 2)[0].shots(4, 1, "all")
+    assert not caplog.messages
 
 
 def test_halves_are_cut_at_the_sorted_labels_and_relabelled() -> None:
