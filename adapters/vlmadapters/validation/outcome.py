@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -26,6 +27,7 @@ from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
 from vlmlayers.runs import environment
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import predict
+from vlmlayers.words import WIDTH, counted
 
 COMPARISONS: tuple[str, ...] = get_args(Comparison)
 
@@ -56,6 +58,11 @@ class Validation:
     judged: pd.DataFrame | None = None
     untuned: pd.DataFrame | None = None
     amounts: pd.DataFrame | None = None
+
+    def __repr__(self) -> str:
+        # A notebook would show all tables, and in the summary each option and timing.
+        said = textwrap.wrap(self.verdict, WIDTH)
+        return "\n".join([f"Validation({counted(len(self.table), 'cell')})", *said])
 
     @property
     def void(self) -> bool:

@@ -11,6 +11,7 @@ rival it stays.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import ZERO_SHOT, Placement
 from vlmlayers.runs import environment
-from vlmlayers.words import counted
+from vlmlayers.words import WIDTH, counted
 
 AMOUNT_SHARE = 0.6  # of the budget, where placements are searched as well
 
@@ -64,6 +65,11 @@ class Search:
 
     table: pd.DataFrame
     summary: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        # The summary would fill screens; the statement sums it up.
+        said = textwrap.wrap(self.statement, WIDTH)
+        return "\n".join([f"Search(pick {self.summary['pick']})", *said])
 
     @property
     def placement(self) -> Placement:

@@ -85,6 +85,14 @@ class TowerFeatures:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        # Names of items and arrays would fill screens.
+        spaces = "; ".join(
+            f"{space}: {counted(len(self.arrays[space]), 'position')}" for space in self.spaces
+        )
+        items = counted(len(self), self.kind.removesuffix("s"))
+        return f"TowerFeatures({self.tower}, {items}, {self.pooling}; {spaces})"
+
     @property
     def spaces(self) -> tuple[str, ...]:
         """Spaces that are recorded."""

@@ -241,6 +241,9 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     assert skipped and set(skipped.values()) == {"budget"}
     assert not set(skipped) & set(found.table["setting"])
     assert f"Left out: {counted(len(skipped), 'setting')}." in found.statement
+    first, *said = repr(found).splitlines()
+    assert first == f"Search(pick {found.summary['pick']})"
+    assert "".join("".join(said).split()) == "".join(found.statement.split())
     least = search(shared_backbone(), [manifest], budget=1.2, **QUICK).summary
     assert [heat["stage"] for heat in least["heats"]] == ["amount"], "amount comes first"
     with pytest.raises(

@@ -382,6 +382,7 @@ def test_summary_and_representations_say_what_is_there():
         ["text", 3, 6, "32/24"],
     ]
     assert "22 images × 6 positions" in repr(found)
+    assert repr(found.vision) == "TowerFeatures(vision, 22 images, cls; native: 6 positions)"
     one = LayerFeatures.from_arrays({"1": np.ones((1, 3))})
     assert "1 image × 1 position)" in repr(one)
     assert "tiny clip" in found._repr_html_()
