@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.placement import describe_blocks
+from vlmlayers.placement import ZERO_SHOT, Amount, Placement, describe_blocks
 from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
 from vlmlayers.report.validation import TIE, RecordedValidation, void_verdict
@@ -164,7 +164,11 @@ class Answer:
     def doubts(self) -> list[str]:
         """Why the data do not decide, one reason each; empty where they do."""
         found = [str(one) for one in self.choice.evidence.get("doubts", ())]
-        return [*filter(None, [self.stale]), *found, *filter(None, [void_verdict(self.run)])]
+        return [
+            *filter(None, [self.stale, self.unproved]),
+            *found,
+            *filter(None, [void_verdict(self.run)]),
+        ]
 
     @cached_property
     def stale(self) -> str:
@@ -178,6 +182,30 @@ class Answer:
         why = _not_of(self.choice, self.scores)
         again = f"run `{shlex.join(['vlmlayers', 'select', folder])}` again"
         return f"the choice was made from other scores than these ({why}); {again}" if why else ""
+
+    @cached_property
+    def unproved(self) -> str:
+        """That another placement was trained than is chosen now; empty if it was this one.
+
+        Of the choice counts what lies in the towers that the trained method acts in.
+        """
+        if self.validation is None or not self.validation.chosen:
+            return ""
+        label = self.validation.chosen
+        then = Placement() if label == ZERO_SHOT else Placement.parse(label)
+        tried = [Placement.parse(str(one)) for one in self.validation.placements["placement"]]
+        now = self.choice.placement
+        if all(
+            now.blocks(tower) == then.blocks(tower)
+            for tower in TOWERS
+            if any(one.blocks(tower) for one in tried)
+        ):
+            return ""
+        return (
+            f"the choice was not trained: {label} stood for it in the validation, and it is "
+            f"{replace(now, amount=Amount())}; run `vlmlayers validate` again with --choice "
+            f"{shlex.quote(str(self.run.folder))}"
+        )
 
     @property
     def lead(self) -> str:
@@ -195,6 +223,8 @@ class Answer:
     def parameters(self) -> int | None:
         """Parameters that were trained at the chosen placement; None where nothing was trained."""
         if self.validation is None or "parameters" not in self.validation.placements.columns:
+            return None
+        if self.unproved:
             return None
         placed = self.validation.placements.set_index("placement")["parameters"]
         return int(placed[self.validation.chosen]) if self.validation.chosen in placed else None

@@ -175,6 +175,27 @@ def test_a_choice_from_other_scores_is_told(tmp_path: Path, rule: str) -> None:
     assert told in run.report.read_text()
 
 
+def test_a_validation_of_another_choice_is_told(tmp_path: Path) -> None:
+    """A run that chooses anew keeps its trainings, whose \"chosen\" is what was chosen before."""
+    run = make_run(tmp_path / "run", small=True, validated=True)
+    answer = read_answer(run.folder)
+    assert not answer.unproved and answer.parameters == 8000
+    LayerChoice((7, 8), (5, 6, 7, 8, 9, 10, 11, 12), "mine").save(run.choice)
+    other = read_answer(run.folder)
+    assert other.parameters is None and other.doubts == [other.unproved]
+    assert other.unproved.startswith(
+        "the choice was not trained: v5-12,t5-12 stood for it in the validation, and it is v7-8,t5-"
+    )
+    write_report(run.folder)
+    assert "the choice was not trained" in run.report.read_text()
+    # A method of the text tower, as CoOp, was trained where the choice is in that tower.
+    assert answer.validation is not None and other.validation is not None
+    text = pd.DataFrame({"placement": ["v-,t5-12", "v-,t1"], "hm": 50.0})
+    assert not replace(
+        other, validation=replace(other.validation, placements=text, chosen="v-,t5-12")
+    ).unproved
+
+
 def test_a_knee_is_drawn_over_its_curve(tmp_path: Path) -> None:
     run = make_run(tmp_path / "knee", small=True)
     select(read_answer(run.folder).scores, "knee", resamples=20).save(run.choice)
