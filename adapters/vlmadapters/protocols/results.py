@@ -162,8 +162,11 @@ def summarise(results: Results) -> pd.DataFrame:
     # Empty fields of a table read from a file are NaN, whose groups pandas drops by default.
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
+        # Zero-shot CLIP names no source; its average is of the targets of those beside it.
+        beside = table if head["method"] in ZERO_SHOT_METHODS else part
+        trained = set(beside.loc[beside["protocol"] == head["protocol"], "source"])
         cost = {"parameters": int(part["parameters"].max()), "seconds": part["seconds"].mean()}
-        rows += [head | row | cost for row in _datasets(part)]
+        rows += [head | row | cost for row in _datasets(part, trained)]
     return pd.DataFrame(rows)
 
 
@@ -174,7 +177,8 @@ def _comparable_source(results: pd.DataFrame) -> pd.Series:
     return results["source"].where(~(own | within), "")
 
 
-def _datasets(part: pd.DataFrame) -> list[dict[str, Any]]:
+def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
+    """Return rows of each dataset, and of the average over those that were not trained on."""
     rows: list[dict[str, Any]] = []
     seeds = part.pivot_table(
         index=["dataset", "seed"], columns="split_kind", values="accuracy", sort=False
@@ -185,8 +189,7 @@ def _datasets(part: pd.DataFrame) -> list[dict[str, Any]]:
         # `pandas.read_csv` reads an empty note as NaN.
         notes = part.loc[part["dataset"] == dataset, "note"].dropna()
         rows += _metrics(str(dataset), block, "; ".join(dict.fromkeys(filter(None, notes))))
-    source = set(part["source"])
-    targets = [d for d in seeds.index.unique("dataset") if d not in source]
+    targets = [d for d in seeds.index.unique("dataset") if d not in trained]
     if len(targets) > 1:
         rows += _metrics("average", _average(seeds.loc[targets]), "")
     return rows
