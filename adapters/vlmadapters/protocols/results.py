@@ -186,13 +186,23 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
     if {"base", "novel"} <= set(seeds.columns):
         seeds["hm"] = [harmonic_mean(b, n) for b, n in zip(seeds["base"], seeds["novel"])]
     for dataset, block in seeds.groupby(level="dataset", sort=False):
-        # `pandas.read_csv` reads an empty note as NaN.
-        notes = part.loc[part["dataset"] == dataset, "note"].dropna()
-        rows += _metrics(str(dataset), block, "; ".join(dict.fromkeys(filter(None, notes))))
+        own = part[part["dataset"] == dataset]
+        rows += _metrics(str(dataset), block, "; ".join(_notes(own)))
     targets = [d for d in seeds.index.unique("dataset") if d not in trained]
     if len(targets) > 1:
         rows += _metrics("average", _average(seeds.loc[targets]), "")
     return rows
+
+
+def _notes(rows: pd.DataFrame) -> list[str]:
+    """Return each note of a setting's rows on a dataset, and of how many seeds it is if not all."""
+    # `pandas.read_csv` reads an empty note as NaN.
+    noted = rows[rows["note"].fillna("") != ""].groupby("note", sort=False)["seed"].nunique()
+    seeds = rows["seed"].nunique()
+    return [
+        str(note) if count == seeds else f"{note} (in {count} of {seeds} runs)"
+        for note, count in noted.items()
+    ]
 
 
 def _average(seeds: pd.DataFrame) -> pd.DataFrame:

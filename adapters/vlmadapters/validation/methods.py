@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_METHODS, names
+from vlmadapters.protocols.results import OFTEN_ALIKE, ZERO_SHOT_CLIP, ZERO_SHOT_METHODS, names
 from vlmadapters.validation.tuning import size_warning
 from vlmadapters.validation.verdict import bracketed, compare, runs
 from vlmlayers.arguments import checked
@@ -79,7 +79,7 @@ def _warned(results: pd.DataFrame) -> list[str]:
 
 
 def _noted(results: pd.DataFrame) -> list[str]:
-    """Return a sentence for each note of each method, with the datasets where not on all."""
+    """Return a sentence for each note of each method, with datasets and runs where not all."""
     if "note" not in results:
         return []
     said = []
@@ -87,8 +87,16 @@ def _noted(results: pd.DataFrame) -> list[str]:
         for note, of in part[part["note"] != ""].groupby("note", sort=False):
             some = of["dataset"].nunique() < part["dataset"].nunique()
             where = f" on {', '.join(of['dataset'].unique())}" if some else ""
-            said.append(f"{method}{where}: {note}.")
+            there = part[part["dataset"].isin(of["dataset"])]
+            noted, trained = _runs(of), _runs(there)
+            share = f" in {noted} of {trained} runs" if noted < trained else ""
+            said.append(f"{method}{where}{share}: {note}.")
     return said
+
+
+def _runs(rows: pd.DataFrame) -> int:
+    """Return how many trainings some rows are of."""
+    return len(rows.reindex(columns=[*KEYS, *OFTEN_ALIKE]).drop_duplicates())
 
 
 def _against_the_best(row: dict[Hashable, Any]) -> str:

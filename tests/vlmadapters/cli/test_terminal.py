@@ -94,6 +94,9 @@ def test_a_note_names_the_methods_that_it_is_of() -> None:
     text = " ".join(results_text(summarise(pd.concat([moved, *still]))).split())
     assert f"ucf101, MMA, MaPLe: {UNMOVED}" in text
     assert text.count(UNMOVED) == 1
+    once = results(note=[UNMOVED, UNMOVED, "", ""])
+    text = " ".join(results_text(summarise(once)).split())
+    assert f"{UNMOVED} (in 1 of 2 runs)" in text
     assert UNMOVED not in results_text(summarise(pd.concat([moved, *still])), noted=False)
 
 

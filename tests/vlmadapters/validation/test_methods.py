@@ -68,6 +68,15 @@ def test_of_one_run_nothing_is_said_to_be_worse() -> None:
     assert said.count("cannot be told from it (-") == 3 and "[" not in said
 
 
+def test_a_note_of_some_runs_is_not_said_of_all() -> None:
+    table = results().assign(note="")
+    of = (table.method == "CoOp") & table.dataset.isin(["d0", "d1"])
+    table.loc[of, "note"] = "nothing"
+    assert methods_verdict(table).endswith(". CoOp on d0, d1: nothing.")
+    table.loc[of & (table.dataset == "d0") & (table.seed == 1), "note"] = ""
+    assert methods_verdict(table).endswith(". CoOp on d0, d1 in 3 of 4 runs: nothing.")
+
+
 def test_one_method_has_nothing_to_be_compared_with() -> None:
     table = results()
     assert methods_verdict(table[table.method.isin(["MMA", ZERO_SHOT_CLIP])]) == ""
