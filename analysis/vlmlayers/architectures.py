@@ -22,6 +22,7 @@ from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.files import HUB, WEIGHT_SUFFIXES, find_weights
 
 LOCAL = "local"
+LOCAL_DIR = "local-dir:"  # before a folder, in names of open_clip
 CONFIG_FILE = "open_clip_config.json"
 FOREIGN_CONFIG = "config.json"  # of transformers or timm
 UNLIKE = (OSError, SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError)
@@ -144,6 +145,13 @@ def check_architecture(name: str) -> str:
     if not name.strip():
         raise UserError("the model has no name; name an architecture, a folder or hf-hub:…")
     known = [*architectures(), *MINIATURES, LOCAL]
+    if name.startswith(LOCAL_DIR):
+        raise UserError(f"{name}: name the folder alone, {name.removeprefix(LOCAL_DIR)}")
+    if Path(name).suffix in WEIGHT_SUFFIXES and Path(name).expanduser().is_file():
+        raise UserError(
+            f"{name} is a file of weights, which goes beside its model: name the architecture or "
+            f"the folder that it is of, and pretrained={name} (--pretrained {name})"
+        )
     if name not in known and ("/" in name or Path(name).expanduser().exists()):
         raise UserError(
             f"{name}{looked_for(name)} is not a folder with {CONFIG_FILE} (or {FOREIGN_CONFIG}) "

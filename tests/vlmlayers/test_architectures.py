@@ -66,6 +66,7 @@ def test_depths_are_told_of_folders_and_not_of_what_is_unknown(tmp_path: Path) -
         ({"name": "local", "checkpoint": "no.pt"}, "needs config="),
         ({"name": "local", "config": "no.json"}, "config no.json does not exist .looked for /"),
         ({"name": "some/where"}, "is not a folder with open_clip_config.json"),
+        ({"name": "local-dir:some/where"}, "name the folder alone, some/where$"),
         ({"name": "mini-clip", "pretrained": "openai"}, "mini-clip has no tags"),
     ],
 )
@@ -91,3 +92,5 @@ def test_models_that_are_there_pass(tmp_path: Path) -> None:
     assert _refusal("hf-hub:someone/something") == ""
     assert _refusal(str(tmp_path)) == ""
     assert "is not a folder" in _refusal(str(tmp_path / "absent"))
+    (tmp_path / "epoch_3.pt").write_bytes(b"")
+    assert "epoch_3.pt is a file of weights, which goes" in _refusal(str(tmp_path / "epoch_3.pt"))
