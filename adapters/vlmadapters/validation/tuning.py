@@ -76,7 +76,8 @@ def times(setting: Recipe, of: Recipe) -> float:
     steps = "steps_per_shot" if train.steps_per_shot and other.steps_per_shot else "epochs"
     found = train.lr / other.lr * getattr(train, steps) / getattr(other, steps)
     scale, own = getattr(setting.method, "scale", None), getattr(of.method, "scale", None)
-    return float(found * (scale / own if scale and own else 1.0))
+    # 0.3 / 0.1 is a little less than 3, and would be another amount than three times the epochs.
+    return float(f"{found * (scale / own if scale and own else 1.0):.9g}")
 
 
 def _over_amount(table: pd.DataFrame, tried: dict[str, list[Recipe]]) -> pd.DataFrame:

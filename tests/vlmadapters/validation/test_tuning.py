@@ -166,3 +166,5 @@ def test_an_amount_counts_scale_rate_and_steps() -> None:
     assert times(RECIPE.at("3@scale=1.5,epochs=3"), RECIPE) == pytest.approx(9)
     coop = load_recipe("published", "coop")
     assert times(coop.at("@lr=0.02"), coop) == pytest.approx(10)
+    mini = load_recipe("mini")  # scale 0.1 and 5 epochs: a figure joins both at three
+    assert times(mini.at("@scale=0.3"), mini) == times(mini.at("@epochs=15"), mini)
