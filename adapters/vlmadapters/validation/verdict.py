@@ -269,7 +269,8 @@ class Regret:
         return (
             f"{lead}{bracketed(self.low, self.high)}, which flatters it: "
             f"picked on other runs, the best leads by {self.honest:z.1f} "
-            f"[{self.honest_low:z.1f}, {self.honest_high:z.1f}]"
+            # Of few runs they span less than an interval, whose brackets these are not.
+            f"({self.honest_low:z.1f} to {self.honest_high:z.1f} in 95 % of resamples)"
         )
 
 
