@@ -131,6 +131,13 @@ def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     if info["format"] == MMA_FORMAT:
         names = info["class_names"]
         info |= {"method": "mma", "settings": info["adapter"], "task": {"class_names": names}}
+    if info["method"] not in METHODS:
+        # Never by a path in the file: a file of weights must not say which code is run.
+        raise UserError(
+            f"{path} is of the method {info['method']!r}, which is not known here; install its "
+            "package, or name its class (--method my_method.py:Mine, in Python "
+            "METHODS['my_method.py:Mine'])"
+        )
     found = CheckpointInfo(
         METHODS.config(info["method"]).from_dict(info["settings"]),
         info["model"],

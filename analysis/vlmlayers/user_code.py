@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import traceback
+import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -29,15 +32,29 @@ def load_user_code(where: str, what: str) -> Any:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{what} file {file} does not exist; give path.py:name")
-    # Under a name of its own and not in sys.modules: a file `rules.py` must not replace a package.
-    spec = importlib.util.spec_from_file_location(f"vlmlayers_{what}_{path.stem}", path)
+    # Under a name of its own: a file `rules.py` must not replace a package, nor one of that name
+    # in another folder. It is the same at every reading.
+    unique = f"vlmlayers_{what}_{path.stem}_{zlib.crc32(bytes(path.resolve())):08x}"
+    spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{what} file {file} cannot be loaded as Python")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module  # where dataclasses look up annotations that are text
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{what} file {file} fails on import: {error}") from error
+        lines = [
+            one.lineno
+            for one in traceback.extract_tb(error.__traceback__)
+            if one.filename == spec.origin
+        ]
+        at = f" (line {lines[-1]})" if lines else ""
+        raise UserError(
+            f"{what} file {file} fails on import{at}: {type(error).__name__}: {error}"
+        ) from error
+    if what != "method":
+        # A metric goes to other processes by its code, not by the name of a module unknown there.
+        del sys.modules[unique]
     found = [key for key, value in vars(module).items() if callable(value)]
     check_one_of(what, name, found, where=file)
     return getattr(module, name)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vlmadapters.cli.inputs import load_backbone
+from vlmadapters.methods import BUILT_IN, METHODS
 from vlmlayers.architectures import check_model
 from vlmlayers.cli.options import Device, Model, several, with_options
 from vlmlayers.errors import UserError, check_one_of, looked_for
@@ -41,6 +42,9 @@ def export(
     classes: Annotated[
         list[str] | None, several("Names of classes to embed; those trained on where absent.")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Class of a method of your own, as my_method.py:Mine.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Hand a trained adapter over to code that does not know this toolkit."""
@@ -53,6 +57,8 @@ def export(
     if form == "merged":
         _refuse_unmergeable(adapter)
     check_model(model, **weights.arguments())
+    if method is not None:
+        METHODS.config(method)  # known from here on
     from vlmadapters.export import export as write
     from vlmadapters.files import read_info, unstored_settings
 
@@ -82,7 +88,6 @@ def _refuse_unmergeable(adapter: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    from vlmadapters.methods import BUILT_IN, METHODS
     from vlmadapters.methods.config import UNMERGED
 
     try:

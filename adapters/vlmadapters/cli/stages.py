@@ -10,8 +10,10 @@ from typing import Any, Generic, TypeVar
 from pydantic import Field
 
 from vlmadapters.cli.inputs import read_recipes
+from vlmadapters.methods import BUILT_IN, METHODS
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, Several, validated
+from vlmlayers.user_code import is_user_code
 
 
 class MethodPart(Options):
@@ -55,7 +57,8 @@ class MethodStage(Generic[Part]):
         Raises:
             UserError: A key or value is wrong.
         """
-        return validated(self.part, context.table(self.name), f"[{self.name}]")
+        found = validated(self.part, context.table(self.name), f"[{self.name}]")
+        return found.model_copy(update={"method": method_name(context.base, found.method)})
 
     def check(self, context: Any) -> None:
         """Check the table, its recipe and its datasets, before the study's first stage."""
@@ -72,8 +75,12 @@ class MethodStage(Generic[Part]):
         return distinct(found, context.data_root)
 
     def files(self, context: Any) -> list[Path]:
-        """Return the file of the recipe; the stage is run again where it has changed."""
-        return recipe_files(context, [self.table(context).recipe or ""])
+        """Return the files of the recipe and of a method that does not ship.
+
+        The stage is run again where one has changed.
+        """
+        part = self.table(context)
+        return recipe_files(context, [part.recipe or ""]) + method_files([part.method])
 
     def __call__(self, context: Any) -> None:
         """Do the work of the stage."""
@@ -92,7 +99,7 @@ class MethodStage(Generic[Part]):
 
 def _recipe(context: Any, part: MethodPart, model: Any = "") -> Any:
     """Return the recipe of a table with its values set; that of a model where none is named."""
-    name = recipe_name(context, part.recipe) if part.recipe else None
+    name = recipe_name(context.base, part.recipe) if part.recipe else None
     return read_recipes(name, part.set, [part.method], model)[0]
 
 
@@ -108,13 +115,25 @@ def load(context: Any, name: str) -> Manifest:
     return Manifest.load(context.dataset_name(name))
 
 
-def recipe_name(context: Any, name: str) -> str:
+def recipe_name(base: Path, name: str) -> str:
     """Return the name of a recipe, or its TOML file, which may lie beside the study."""
-    local = Path(context.base) / name
+    local = base / name
     return str(local) if name.endswith(".toml") and local.exists() else name
+
+
+def method_name(base: Path, name: str) -> str:
+    """Return the name of a method, or its file and class, which may lie beside the study."""
+    local = base / name
+    beside = is_user_code(name) and Path(str(local).rpartition(":")[0]).exists()
+    return str(local) if beside else name
+
+
+def method_files(names: Sequence[str]) -> list[Path]:
+    """Return the files of the methods among some that do not ship."""
+    return [METHODS.file(name) for name in names if name not in BUILT_IN]
 
 
 def recipe_files(context: Any, names: Sequence[str]) -> list[Path]:
     """Return the recipes among some that are files."""
-    found = dict.fromkeys(recipe_name(context, name) for name in names)
+    found = dict.fromkeys(recipe_name(context.base, name) for name in names)
     return [Path(name) for name in found if name.endswith(".toml")]

@@ -23,6 +23,7 @@ from vlmadapters.cli.inputs import (
 )
 from vlmadapters.data.fewshot import SPLIT_KINDS
 from vlmadapters.data.options import DataOptions
+from vlmadapters.methods import METHODS
 from vlmadapters.protocols.options import TrainOptions
 from vlmlayers.arguments import taken
 from vlmlayers.cli.options import (
@@ -158,7 +159,11 @@ def evaluate(
         several("Classes tested: all, base or novel; all where absent."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="Method of a file in its authors' layout; mma where absent.")
+        str | None,
+        typer.Option(
+            help="Method of a file in its authors' layout, mma where absent; or the class of a "
+            "method of your own, as my_method.py:Mine."
+        ),
     ] = None,
     template: Annotated[
         str | None,
@@ -192,6 +197,8 @@ def evaluate(
     """Test zero-shot CLIP and trained adapters on datasets."""
     files = [Path(one) for one in adapter or ()]
     given = _unstored(files, method, scale, settings or [])
+    if method is not None:
+        METHODS.config(method)  # a file's is known from here on
     if template is not None:
         taken("evaluate", "template", Template, template)
     kinds = kind or ["all"]
@@ -297,8 +304,9 @@ def _trained(path: Path, model: Any, method: str | None, given: dict[str, Any], 
     from vlmadapters.files import load_method, load_official
 
     if path.suffix == OURS:
+        named = None if method is None else METHODS.config(method).name
         made = load_method(path, model)
-        if method not in (None, made.config.name):
+        if named not in (None, made.config.name):
             raise UserError(f"{path} is of {made.config.name}; --method says {method}")
         return made
     return load_official(path, model, method=method or "mma", settings=given, task=task)

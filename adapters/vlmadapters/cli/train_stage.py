@@ -9,7 +9,14 @@ from typing import Any
 from pydantic import Field
 
 from vlmadapters.cli.inputs import CHOICE, read_placements, read_recipes
-from vlmadapters.cli.stages import library_options, load, recipe_files, recipe_name
+from vlmadapters.cli.stages import (
+    library_options,
+    load,
+    method_files,
+    method_name,
+    recipe_files,
+    recipe_name,
+)
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of
 from vlmlayers.errors import check_one_of
@@ -52,8 +59,12 @@ class TrainPart(TrainOptions):
         return {method: (self.recipe or {}).get(method, "") for method in self.methods}
 
 
-def parts(tables: Any) -> list[TrainPart]:
+def parts(tables: Any, base: Path = Path()) -> list[TrainPart]:
     """Return the tables `[[train]]` of a study, checked as far as no data are needed.
+
+    Args:
+        tables: The tables.
+        base: Folder of the study, where files of recipes and methods may lie.
 
     Raises:
         UserError: A key, protocol, recipe, dataset, placement or value is wrong.
@@ -65,12 +76,19 @@ def parts(tables: Any) -> list[TrainPart]:
         if isinstance(part.recipe, dict):
             for method in part.recipe:
                 check_one_of("method", method, part.methods, where="recipe of [[train]]")
-        # A TOML file may lie beside the study, whose folder is not known here.
-        if not any(name.endswith(".toml") for name in part.recipes.values()):
-            recipes = read_recipes(part.recipes, part.set, part.methods)
-            read_placements(recipes, [one for one in part.placements if not _is_choice(one)])
+        recipes = read_recipes(_recipes(base, part), part.set, _methods(base, part))
+        read_placements(recipes, [one for one in part.placements if not _is_choice(one)])
         found.append(part)
     return found
+
+
+def _methods(base: Path, part: TrainPart) -> list[str]:
+    return [method_name(base, one) for one in part.methods]
+
+
+def _recipes(base: Path, part: TrainPart) -> dict[str, str]:
+    named = part.recipes.items()
+    return {method_name(base, one): recipe_name(base, name) for one, name in named}
 
 
 def _is_choice(placement: str) -> bool:
@@ -83,20 +101,25 @@ class TrainStage:
 
     def check(self, context: Any) -> None:
         """Check the tables and the names of their datasets before the study's first stage."""
-        parts(context.study.train)
+        parts(context.study.train, context.base)
         self.datasets(context)
 
     def datasets(self, context: Any) -> list[Manifest]:
         """Return what the tables train and test on; the stage is run again where one changed."""
-        found = parts(context.study.train)
+        found = parts(context.study.train, context.base)
         names = [name for part in found for name in (*part.datasets, *part.targets)]
         own = [] if all(part.datasets for part in found) else context.manifests
         return distinct([*own, *(load(context, name) for name in names)], context.data_root)
 
     def files(self, context: Any) -> list[Path]:
-        """Return the files of recipes; the stage is run again where one has changed."""
-        found = parts(context.study.train)
-        return recipe_files(context, [name for one in found for name in one.recipes.values()])
+        """Return the files of recipes and of methods that do not ship.
+
+        The stage is run again where one has changed.
+        """
+        found = parts(context.study.train, context.base)
+        recipes = [name for one in found for name in one.recipes.values()]
+        methods = dict.fromkeys(name for one in found for name in _methods(context.base, one))
+        return recipe_files(context, recipes) + method_files(list(methods))
 
     def __call__(self, context: Any) -> None:
         """Train and test by each table `[[train]]`; write `results.csv` into the run folder.
@@ -112,7 +135,7 @@ class TrainStage:
         from vlmlayers.runs import environment
         from vlmlayers.study.stages import model_record
 
-        found = parts(context.study.train)
+        found = parts(context.study.train, context.base)
         model = context.load_model()
         tables = [_run(context, model, part, number) for number, part in enumerate(found, 1)]
         table = pd.concat(tables, ignore_index=True)
@@ -127,8 +150,8 @@ class TrainStage:
 def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     from vlmadapters.protocols.train import train as library
 
-    names = {method: recipe_name(context, name) for method, name in part.recipes.items()}
-    recipes = read_recipes(names, part.set, part.methods, model)
+    base = context.base
+    recipes = read_recipes(_recipes(base, part), part.set, _methods(base, part), model)
     choice = context.run.choice if any(map(_is_choice, part.placements)) else None
     own = [load(context, name) for name in part.datasets]
     sources = own or context.extracted_manifests

@@ -238,7 +238,7 @@ class CellFolder:
                 rows += [row | {"recipe": recipe} for row in content["rows"]]
         if other:
             LOG.warning(
-                "%s: the table leaves out %s of another recipe, method, setting, "
+                "%s: the table leaves out %s of another recipe, method or code of it, setting, "
                 "split, limit, template, precision, device, backbone or version; give these a "
                 "folder of their own",
                 self.out,
@@ -290,10 +290,11 @@ def _recipe_of(ours: Sequence[tuple[dict[str, Any], str]], theirs: dict[str, Any
 
 
 def _setup(identity: dict[str, Any]) -> Any:
-    """Return recipe, method and settings of a cell, without the blocks, as JSON values."""
+    """Return recipe, method, its code and settings of a cell, without the blocks, as JSON."""
     settings = identity.get("settings", {})
     left = {key: value for key, value in settings.items() if key not in ("vision", "text")}
-    return json.loads(json.dumps([identity.get("method"), identity["train"], left]))
+    method = identity.get("method"), identity.get("code")
+    return json.loads(json.dumps([method, identity["train"], left]))
 
 
 def digest(identity: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from vlmadapters.data.images import as_first_seen
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
 from vlmadapters.files import save_method
+from vlmadapters.methods import own_code
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.cells import Cell, CellFolder, Rows
 from vlmadapters.protocols.datasets import Datasets
@@ -438,6 +439,7 @@ class Experiment:
             "method": config.name,
             "settings": config.to_dict(),
             "train": self._train_of(setting, source).identity(),
+            **own_code([config]),
         }
         parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)

@@ -28,7 +28,7 @@ from vlmadapters.clip.walk import State
 from vlmadapters.data.images import Images, as_first_seen, epoch_batches
 from vlmadapters.data.task import Task
 from vlmadapters.device import precision_of
-from vlmadapters.methods import METHODS
+from vlmadapters.methods import METHODS, own_code
 from vlmadapters.methods.base import FitData, Method, Step
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.training import processes
@@ -450,6 +450,7 @@ class Trainer:
             "model": self.model.identity(),
             "data": self.images.identity([*self.items, *self.validation]).text(),
             "task": self.task.to_dict(),
+            **own_code(self.configs),
         }
 
     def _save(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -12,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmadapters import load_recipe
-from vlmadapters.cli.train_stage import parts
-from vlmadapters.methods import BUILT_IN
+from vlmadapters.cli.train_stage import parts, train
+from vlmadapters.methods import BUILT_IN, METHODS
 from vlmadapters.training.recipes import default_recipe
 from vlmlayers.architectures import CONFIG_FILE, MINIATURES
 from vlmlayers.cli import app
@@ -213,3 +214,29 @@ def test_a_wrong_table_is_refused_before_anything_runs(
     with pytest.raises(UserError, match=message):
         run_study(check_study(content), tmp_path, only=["train"], progress=False)
     assert not (tmp_path / "results.csv").exists()
+
+
+def test_a_method_beside_the_study_is_found_and_marks_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS, "_registered", {})
+    file = tmp_path / "beside.py"
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "import vlmadapters as va\n"
+        "@dataclass(frozen=True)\n"
+        "class Config(va.MMAConfig):\n"
+        "    name = 'beside'\n"
+        "class Mine(va.METHODS['mma']):\n"
+        "    Config = Config\n"
+    )
+    (tmp_path / "mine.toml").write_text("learning_rate = 0.1\n")
+    table = {"method": "beside.py:Mine", "recipe": "mine.toml", "datasets": ["faces"]}
+    study = SimpleNamespace(train=[table])
+    context = SimpleNamespace(study=study, base=tmp_path, data_root=None)
+    with pytest.raises(UserError, match="unknown key 'learning_rate' in .*mine.toml"):
+        train.check(context)
+    (tmp_path / "mine.toml").write_text("lr = 0.1\n")
+    assert train.files(context) == [tmp_path / "mine.toml", file]
+    with pytest.raises(UserError, match="beside.py does not exist"):
+        parts([{"method": "beside.py:Mine"}])

@@ -12,9 +12,18 @@ from typer.testing import CliRunner
 
 import vlmadapters as va
 from vlmadapters.cli import train as verbs
-from vlmadapters.files import load_method, read_info
+from vlmadapters.clip.frozen import Backbone
+from vlmadapters.data.task import Task
+from vlmadapters.files import load_method, read_info, save_method
 from vlmlayers.cli import app
 from vlmlayers.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods of other tests are not known."""
+    monkeypatch.setattr(va.METHODS, "_registered", {})
+    monkeypatch.setattr(va.METHODS, "_packaged", {})
 
 
 @pytest.fixture
@@ -58,6 +67,96 @@ def test_the_example_trains_is_saved_and_is_evaluated(
     words = ["evaluate", "ViT-B-16", "--random-weights", "faces", "--adapter", str(file)]
     done = CliRunner().invoke(app, [*words, "--limit", "20", "--quiet"], catch_exceptions=False)
     assert done.exit_code == 0 and "Shift" in done.output
+
+
+def cells(own: Path, out: Path) -> pd.DataFrame:
+    recipe = va.load_recipe("published", f"{own}:Shift").at("2-3")
+    return va.train(
+        shared_backbone(),
+        "faces",
+        recipe.changed({"epochs": 1, "shots": 1, "lr": 2.0}),
+        out,
+        seeds=[1],
+        limit=10,
+        progress=False,
+    )
+
+
+def test_changed_code_is_trained_again_and_comments_are_not(
+    own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, code = tmp_path / "run", own.read_text()
+    first = cells(own, out)
+    own.write_text(code.replace("class Shift(", "# a remark\nclass Shift("))
+    pd.testing.assert_frame_equal(cells(own, out), first)
+    assert len(list((out / "cells").glob("faces-shift-*"))) == 1
+    own.write_text(code.replace("return out +", "return out -"))
+    other = cells(own, out)
+    assert len(list((out / "cells").glob("faces-shift-*"))) == 2
+    assert "leaves out 1 finished cell of another recipe, method or code of it" in caplog.text
+    assert len(other) == len(first)
+
+
+def test_an_adapter_in_a_new_process_names_its_class(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = va.METHODS[f"{own}:Shift"].Config(vision=(2,))
+    model = shared_backbone()
+    method = va.METHODS["shift"].build(config, Backbone(model.clip), Task(("a", "b")))
+    file = save_method(tmp_path / "shift", method, model, Task(("a", "b")))
+    monkeypatch.setattr("vlmadapters.cli.train.load_backbone", lambda *_: model)
+    monkeypatch.setattr("vlmadapters.cli.export.load_backbone", lambda *_: model)
+    words = ["ViT-B-16", "--random-weights"]
+    tested = ["evaluate", *words, "faces", "--adapter", str(file), "--limit", "4", "--quiet"]
+    exported = ["export", *words, str(file), "--out", str(tmp_path / "classes.safetensors")]
+    for verb in (tested, exported):
+        va.METHODS._registered.clear()  # as in a new process
+        done = CliRunner().invoke(app, verb)
+        assert isinstance(done.exception, UserError) or done.exit_code == 2
+        said = str(done.exception) + done.output
+        assert "'shift', which is not known here" in said and "--method my_method.py:Mine" in said
+        done = CliRunner().invoke(app, [*verb, "--method", f"{own}:Shift"])
+        # The example keeps to no form that could be exported, which its class alone tells.
+        said = str(done.exception) + done.output
+        assert "Shift computes beside" in said if verb is exported else done.exit_code == 0
+
+
+def test_a_file_of_postponed_annotations_and_of_another_methods_name(
+    own: Path, tmp_path: Path
+) -> None:
+    code = "from __future__ import annotations\n" + own.read_text()
+    own.write_text(code)
+    assert va.METHODS[f"{own}:Shift"].Config(vision=(2,)).scale == 1.0
+    own.write_text(code.replace('"shift"', '"mma"'))
+    with pytest.raises(UserError, match="a method named 'mma' is known already; .* in its Config"):
+        va.METHODS[f"{own}:Shift"]
+    assert va.METHODS["mma"].Config is va.MMAConfig
+    other = tmp_path / "other" / own.name
+    other.parent.mkdir()
+    other.write_text(code)
+    with pytest.raises(UserError, match="a method named 'shift' is known already"):
+        va.METHODS[f"{other}:Shift"]
+    own.write_text(code + "\nmissing_name\n")
+    with pytest.raises(UserError, match=r"fails on import \(line \d+\): NameError: name 'missing"):
+        va.METHODS[f"{own}:Shift"]
+
+
+@pytest.mark.parametrize(
+    ("where", "named", "said"),
+    [
+        ("offered:Shift", "other", "whose Config is named 'shift'; give both one name"),
+        ("offered:Lost", "shift", "cannot be read: offered:Lost fails with AttributeError"),
+        ("offered:ShiftConfig", "shift", "is not a method"),
+    ],
+)
+def test_a_package_is_told_what_is_wrong_with_its_entry_point(
+    own: Path, monkeypatch: pytest.MonkeyPatch, where: str, named: str, said: str
+) -> None:
+    own.rename(own.with_name("offered.py"))
+    monkeypatch.syspath_prepend(own.parent)
+    monkeypatch.setattr(type(va.METHODS), "_offered", lambda _: {named: where})
+    with pytest.raises(UserError, match=said):
+        va.METHODS[named]
 
 
 def test_what_is_no_method_is_refused(own: Path, tmp_path: Path) -> None:
