@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +25,7 @@ _MEASURED: WeakKeyDictionary[Backbone, dict[Any, int]] = WeakKeyDictionary()
 
 
 def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, classes: int) -> int:
-    """Return the bytes that autograd keeps of one step's forward pass.
+    """Return the bytes that autograd keeps of one step's forward pass; the method stays as it was.
 
     Args:
         backbone: The backbone.
@@ -33,6 +34,8 @@ def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, clas
         images: How many images the step sees.
         classes: How many classes.
     """
+    # A step may count itself, or keep running means; a user's method may hold the backbone.
+    method = deepcopy(method, {id(one): one for one in (backbone, backbone.clip)})
     some = replace(task, class_names=task.class_names[:classes])
     start = method.first(backbone, "vision")
     example = backbone.vision.tower.example(images)
@@ -73,13 +76,19 @@ def step_bytes(backbone: Backbone, method: Method, task: Task, batch_size: int) 
 
 def _measured(backbone: Backbone, method: Method, task: Task, batch_size: int) -> int:
     classes = len(task.class_names)
-    if classes < 3:  # too few to extrapolate from one and two
-        return round(TRANSIENT * batch_size * kept_bytes(backbone, method, task, 1, classes))
-    sizes = {(i, j): kept_bytes(backbone, method, task, i, j) for i in (1, 2) for j in (1, 2)}
-    both = sizes[2, 2] - sizes[2, 1] - sizes[1, 2] + sizes[1, 1]
-    per_image, per_class = sizes[2, 1] - sizes[1, 1], sizes[1, 2] - sizes[1, 1]
-    more, further = batch_size - 1, classes - 1
-    kept = sizes[1, 1] + per_image * more + per_class * further + both * more * further
+    # Two at least where there will be: a step may compare images or classes, or normalise batches.
+    few = min(2, batch_size)
+    if classes < 4:  # too few to extrapolate from two and three
+        return round(
+            TRANSIENT * batch_size / few * kept_bytes(backbone, method, task, few, classes)
+        )
+    sizes = {
+        (i, j): kept_bytes(backbone, method, task, few + i, 2 + j) for i in (0, 1) for j in (0, 1)
+    }
+    both = sizes[1, 1] - sizes[1, 0] - sizes[0, 1] + sizes[0, 0]
+    per_image, per_class = sizes[1, 0] - sizes[0, 0], sizes[0, 1] - sizes[0, 0]
+    more, further = batch_size - few, classes - 2
+    kept = sizes[0, 0] + per_image * more + per_class * further + both * more * further
     return round(TRANSIENT * kept)
 
 

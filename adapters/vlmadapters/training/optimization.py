@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmadapters.methods import METHODS
 from vlmadapters.training.recipes import TrainConfig
 
 
@@ -83,3 +85,17 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, warming_up: bool) ->
             group["lr"].fill_(value)
         else:
             group["lr"] = value
+
+
+@contextmanager
+def own_draws(method: str, seed: int, device: torch.device) -> Iterator[None]:
+    """Let a user's method draw from torch's own generators as a seed says, which stay as they were.
+
+    What ships draws from generators of its own, and is left alone.
+    """
+    if not METHODS.code(method):
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from vlmadapters.methods.config import MethodConfig
 from vlmadapters.training import processes
 from vlmadapters.training.graphs import StepGraph
 from vlmadapters.training.memory import check_memory, view_bytes
-from vlmadapters.training.optimization import learning_rate, new_optimizer, set_rate
+from vlmadapters.training.optimization import learning_rate, new_optimizer, own_draws, set_rate
 from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.state import load_training_state, save_training_state
 from vlmadapters.training.views import Views
@@ -195,7 +196,8 @@ class Trainer:
         return self.train.cuda_graph
 
     def _new_run(self, config: MethodConfig) -> _Training:
-        method = METHODS[config.name].build(config, self.backbone, self.task, self.seed)
+        with own_draws(config.name, self.seed, self.device):
+            method = METHODS[config.name].build(config, self.backbone, self.task, self.seed)
         # Loss scaling adapts to one method's gradients, so that no other one changes its steps.
         _, scaler = precision_of(self.train.precision, self.device)
         return _Training(
@@ -243,7 +245,8 @@ class Trainer:
             run.method.train()
             if not resumed:
                 # A fit may replace parameters by others, which the optimizer then has to hold.
-                run.method.fit(self._fit_data(run))
+                with own_draws(run.method.config.name, self.seed, self.device):
+                    run.method.fit(self._fit_data(run))
                 run.optimizer = self._optimizer(run.method)
                 run.initial = run.method.official_state_dict()
         if resumed:
@@ -393,7 +396,11 @@ class Trainer:
                 self.backbone, images, labels, run.classes, generator,
                 repeat=repeat, number=number, known=known,
             )  # fmt: skip
-            with self.autocast():
+            with ExitStack() as held:
+                if run.method.varies:  # what does not is recorded, and draws nothing
+                    seed = generator.initial_seed()
+                    held.enter_context(own_draws(run.method.config.name, seed, self.device))
+                held.enter_context(self.autocast())
                 loss = run.method.loss(step)
             run.scaler.scale(loss).backward()
             # Gradients are averaged while still scaled: an overflow in one process is then one in

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from backbones import shared_backbone
 from typer.testing import CliRunner
 
 import vlmadapters as va
 from vlmadapters.cli import train as verbs
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.data.task import Task
+from vlmadapters.data.task import Task, TaskData
 from vlmadapters.files import load_method, read_info, save_method
+from vlmadapters.training.recipes import TrainConfig
+from vlmadapters.training.trainer import Trainer
 from vlmlayers.cli import app
 from vlmlayers.errors import UserError
+
+DROPPED = 'nn.functional.dropout(self.shifts[f"{tower}{block}"](out), training=self.training)'
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +100,44 @@ def test_changed_code_is_trained_again_and_comments_are_not(
     assert len(list((out / "cells").glob("faces-shift-*"))) == 2
     assert "leaves out 1 finished cell of another recipe, method or code of it" in caplog.text
     assert len(other) == len(first)
+
+
+def test_draws_of_torchs_own_generator_follow_the_seed(own: Path) -> None:
+    """Weights of `nn.Linear` and dropout are drawn from it, where no one says otherwise."""
+    code = own.read_text().replace("nn.Parameter(torch.zeros(widths[t]))", "nn.Linear(64, 64)")
+    own.write_text(code.replace('self.shifts[f"{tower}{block}"]', DROPPED))
+    recipe = va.load_recipe("published", f"{own}:Shift").at("v2")
+    recipe = recipe.changed({"epochs": 1, "shots": 2})
+
+    def trained(*seeds: int) -> list[float]:
+        torch.rand(1)
+        table = va.train(shared_backbone(), "faces", recipe, seeds=seeds, limit=10, progress=False)
+        return list(table.loc[table["seed"] == seeds[-1], "log_likelihood"])
+
+    state = torch.random.get_rng_state()
+    second = trained(2)
+    assert trained(1, 2) == second != trained(1)
+    torch.random.set_rng_state(state)
+
+
+def test_a_step_may_need_several_images_and_counts_only_in_training(own: Path) -> None:
+    code = own.read_text().replace(
+        "    def reads_norm",
+        "        self.register_buffer('steps', torch.zeros(()))\n"
+        "    def loss_parts(self, step):\n"
+        "        if len(step.labels) < 2: raise ValueError('compares images')\n"
+        "        self.steps += 1\n"
+        "        return super().loss_parts(step)\n"
+        "    def reads_norm",
+    )
+    own.write_text(code)
+    config = va.METHODS[f"{own}:Shift"].Config(vision=(2,))
+    train = TrainConfig(epochs=2, batch_size=3, shots=2)
+    data = TaskData("faces", shared_backbone(), None)
+    shots, task = data.shots(2, 1, "base"), data.task("base", train.template)
+    made = Trainer(shared_backbone(), data.images, shots, task, [config], train, 1, progress=False)
+    (result,) = made.fit()
+    assert int(result.method.steps) == len(result.losses) > 1
 
 
 def test_an_adapter_in_a_new_process_names_its_class(
