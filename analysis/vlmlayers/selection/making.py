@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from vlmlayers.arguments import checked
@@ -43,6 +46,16 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
     return RULES[rule](**options)
 
 
+def rule_file(rule: str) -> Path | None:
+    """Return the file of a rule that does not ship; None for one that does."""
+    if rule in RULES:
+        return None
+    if is_user_code(rule):
+        return Path(rule.rpartition(":")[0])
+    module = sys.modules.get(make_rule(rule, {}).function.__module__)
+    return Path(getattr(module, "__file__", None) or rule)
+
+
 @dataclass(frozen=True)
 class OwnRule(Rule):
     """A user's function as a rule."""
@@ -53,12 +66,14 @@ class OwnRule(Rule):
 
     def __call__(self, table: BlockTable) -> Picks:
         """Return the pick of each tower."""
-        try:
-            made = self.function(table.frame(), **self.options)
+        scores = table.frame()
+        try:  # before the call, whose own errors are those of the rule's code
+            inspect.signature(self.function).bind(scores, **self.options)
         except TypeError as error:
             raise UserError(
                 f"rule {self.name!r} cannot be called with these options: {error}"
             ) from None
+        made = self.function(scores, **self.options)
         return {tower: Pick(picked) for tower, picked in self._read(made, table.blocks).items()}
 
     def _read(self, made: Any, blocks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -73,6 +88,9 @@ class OwnRule(Rule):
                 f"rule {self.name!r} must return a LayerChoice or a (vision, text) "
                 f"pair of blocks, not {made!r}"
             )
-        chosen = Placement(parse_blocks(pair[0]), parse_blocks(pair[1]))
+        try:
+            chosen = Placement(parse_blocks(pair[0]), parse_blocks(pair[1]))
+        except UserError as error:
+            raise UserError(f"what rule {self.name!r} returns: {error}") from None
         chosen.check(blocks, f"rule {self.name!r}")
         return {tower: chosen.blocks(tower) for tower in blocks}

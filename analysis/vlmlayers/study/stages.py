@@ -194,8 +194,16 @@ def _score(context: StageContext) -> None:
 
 
 def _own_code(name: str) -> str:
-    """Return the mark of the file that a rule or metric of the user's own is in."""
+    """Return the mark of the file that a metric of the user's own is in."""
     return file_mark(Path(name.rpartition(":")[0])) if is_user_code(name) else ""
+
+
+def _own_rule(rule: str) -> str:
+    """Return the mark of the file of a rule that does not ship, as one of a package."""
+    from vlmlayers.selection.making import rule_file
+
+    file = rule_file(rule)
+    return "" if file is None else file_mark(file)
 
 
 def _select_inputs(context: StageContext) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def _select_inputs(context: StageContext) -> dict[str, Any]:
         "scores": file_mark(context.run.scores),
         "select": part.model_dump(),
         "seed": context.seed,
-        "own_rule": _own_code(context.rule),
+        "own_rule": _own_rule(context.rule),
         "search": file_mark(context.run.search) if part.rule == "search" else "",
         "version": version("vlm-layers"),
     }

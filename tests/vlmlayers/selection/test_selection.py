@@ -24,6 +24,7 @@ from vlmlayers.selection import (
     select,
 )
 from vlmlayers.selection.curves import BlockTable, agreement_curve
+from vlmlayers.study.stages import _own_rule
 
 
 def span(first: int, last: int) -> tuple[int, ...]:
@@ -393,6 +394,21 @@ def test_own_rule_from_a_file(tmp_path: Path) -> None:
         select(planted(), f"{broken}:rule")
 
 
+def test_errors_of_an_own_rule_are_told_as_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def broken(scores): return len(5), 3\n"
+        "def twice(scores): return [3, 3], [1]\n"
+        "def half(scores): return [1.5], []\n"
+    )
+    # Not for a wrong call: its traceback says where.
+    with pytest.raises(TypeError, match="has no len"):
+        select(planted(), f"{file}:broken")
+    for name in ("twice", "half"):
+        with pytest.raises(UserError, match=rf"what rule '.*own.py:{name}' returns: block "):
+            select(planted(), f"{file}:{name}")
+
+
 def test_own_rule_from_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +426,10 @@ def test_own_rule_from_an_installed_package(
     assert choice.evidence["towers"]["vision"]["frequency"][:3] == [1, 1, 0]
     with pytest.raises(UserError, match="did you mean 'ends'"):
         select(planted(), "endz")
+    # A study chooses again where the package's code has changed.
+    before = _own_rule("ends")
+    (tmp_path / "my_rules.py").write_text("def ends(scores, n=1):\n    return [1], [1]\n")
+    assert before and _own_rule("ends") != before and _own_rule("threshold") == ""
 
 
 def test_agreement_reads_equal_relative_depth() -> None:
