@@ -61,13 +61,14 @@ class Methods(Mapping[str, "type[Method]"]):
         the place of what it was.
 
         Raises:
-            UserError: It is no method, or its name is taken by another one.
+            UserError: It is no method, or its name or title is taken by another one.
         """
         _check(method, "what is registered")
         name = method.Config.name
         earlier = self._registered.get(name, method)
         if name in BUILT_IN or _place(earlier) != _place(method):
             raise UserError(f"a method named {name!r} is known already; choose another name")
+        self._check_title(method)
         self._registered[name] = method
         return method
 
@@ -128,8 +129,19 @@ class Methods(Mapping[str, "type[Method]"]):
                 f"a package offers {where} as the method {name!r}, whose Config is named "
                 f"{found.Config.name!r}; give both one name"
             )
+        self._check_title(found)
         self._packaged[name] = found
         return found
+
+    def _check_title(self, method: type[Method]) -> None:
+        """Refuse a title that is another method's: tables name methods by it alone."""
+        own = method.Config
+        for name in (*BUILT_IN, *self._registered, *self._packaged):
+            if name != own.name and self.config(name).title == own.title:
+                raise UserError(
+                    f"the method {own.name!r} has the title {own.title!r} of {name!r}, and tables "
+                    "could not tell them apart; choose another title"
+                )
 
     def _from_file(self, where: str) -> type[Method]:
         """Return a method of a user's file, registered under its own name from then on."""

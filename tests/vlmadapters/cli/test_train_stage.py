@@ -226,7 +226,7 @@ def test_a_method_beside_the_study_is_found_and_marks_the_stage(
         "import vlmadapters as va\n"
         "@dataclass(frozen=True)\n"
         "class Config(va.MMAConfig):\n"
-        "    name = 'beside'\n"
+        "    name, title = 'beside', 'Beside'\n"
         "class Mine(va.METHODS['mma']):\n"
         "    Config = Config\n"
     )

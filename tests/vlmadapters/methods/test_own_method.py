@@ -174,6 +174,11 @@ def test_a_file_of_postponed_annotations_and_of_another_methods_name(
     with pytest.raises(UserError, match="a method named 'mma' is known already; .* in its Config"):
         va.METHODS[f"{own}:Shift"]
     assert va.METHODS["mma"].Config is va.MMAConfig
+    # Without one of its own it is that of the base class: its rows were zero-shot CLIP's.
+    own.write_text(re.sub(r"    title: .*\n", "", code))
+    with pytest.raises(UserError, match="has the title 'zero-shot CLIP' of 'zero-shot'"):
+        va.METHODS[f"{own}:Shift"]
+    own.write_text(code)
     other = tmp_path / "other" / own.name
     other.parent.mkdir()
     other.write_text(code)
