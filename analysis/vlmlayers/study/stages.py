@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -267,6 +267,14 @@ def _train_inputs(context: StageContext) -> dict[str, Any]:
     }
 
 
+def file_marks(files: Iterable[Path]) -> dict[str, str]:
+    """Return the marks of files by name, as a run may be moved; those of one name are numbered."""
+    found: dict[str, str] = {}
+    for number, path in enumerate(dict.fromkeys(files), 1):
+        found[path.name if path.name not in found else f"{path.name} {number}"] = file_mark(path)
+    return found
+
+
 def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
     """Return what a stage that trains depends on beside its table: data and files, as it says."""
     work = installed_stage(stage)
@@ -275,7 +283,7 @@ def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
         "model": context.model_fingerprint(),
         "device": context.device_kind,
         "data": {one.name: context.whole_identity(one).hash for one in data},
-        "files": {path.name: file_mark(path) for path in files},
+        "files": file_marks(files),
         "version": version("vlm-layers"),
     }
 

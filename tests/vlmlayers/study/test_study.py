@@ -27,6 +27,7 @@ from vlmlayers.scores import read_scores
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.demo import demo_source, demo_study, position_table
 from vlmlayers.study.runner import pick_stages
+from vlmlayers.study.stages import file_marks
 from vlmlayers.study.verbs import score_run, select_run
 
 BASE: dict[str, Any] = {
@@ -412,6 +413,19 @@ def test_demo_table_reads_the_scores(done: Run) -> None:
     assert {i for i, words in enumerate(table["chosen"]) if "vision" in words} == set(
         answer.choice.vision
     )
+
+
+def test_each_of_several_files_of_one_name_marks_a_stage(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "mine.toml" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("lr = 0.1\n")
+    before = file_marks(files)
+    assert file_marks(files[:1]) == {"mine.toml": before["mine.toml"]}
+    for file in files:
+        file.write_text("lr = 0.25\n")
+        assert file_marks(files) not in (before, {})
+        before = file_marks(files)
 
 
 def test_unchanged_stages_do_not_run_again(done: Run, study_file: Path) -> None:
