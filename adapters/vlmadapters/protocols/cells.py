@@ -142,6 +142,9 @@ class CellFolder:
                         (self.out / "cells" / f"{key}.json").exists() for key in _members(folder)
                     ):
                         rmtree(folder, ignore_errors=True)
+            if folders:
+                with suppress(OSError):  # it holds others
+                    (self.out / UNFINISHED).rmdir()
 
     def claim(self, cells: Sequence[Cell], most: int, held: ExitStack, wait: bool) -> list[Cell]:
         """Return up to `most` cells that no other process holds, locked until `held` closes.
