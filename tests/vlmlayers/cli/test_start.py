@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -133,7 +134,7 @@ def test_an_error_that_needs_no_model_imports_nothing_large(tmp_path: Path) -> N
     (tmp_path / "scored").mkdir()
     (tmp_path / "scored" / "scores.csv").touch()
     told = {"description": json.dumps({"method": "mma"})}
-    save_file({}, tmp_path / "mma.safetensors", told)
+    save_file({"weight": np.zeros(1)}, tmp_path / "mma.safetensors", told)
     for name, text in STUDIES.items():
         (tmp_path / f"{name}.toml").write_text(text)
         commands.append(["study", f"{name}.toml"])
