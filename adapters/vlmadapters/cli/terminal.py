@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from vlmadapters.protocols.results import ZERO_SHOT_METHODS, names
+from vlmlayers.words import WIDTH
 
-WIDTH, LABEL, CELL = 80, 38, 14
+LABEL, CELL = 38, 14  # of WIDTH
 METRICS = {"base": "base", "novel": "novel", "hm": "HM", "all": "all classes"}
 RANDOM = "The backbone has RANDOM weights: these numbers say nothing about a model."
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
+from multiprocessing import ProcessError
 from threading import Condition, Event, RLock, Thread, current_thread
 from weakref import WeakSet, finalize
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from vlmlayers.errors import one_line
-from vlmlayers.models.decoding import BROKEN_OFF
 from vlmlayers.models.devices import available_memory
 
 LOG = logging.getLogger(__name__)
 KEEP_SHARE = 4  # the rest of memory is for training
+# Of torch where a process died, of the queue where it did while it handed a batch over, of the
+# system that starts none.
+BROKEN_OFF = (RuntimeError, OSError, EOFError, ProcessError)
 
 
 class Room:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from multiprocessing import ProcessError, current_process
+from multiprocessing import current_process
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -23,9 +23,6 @@ from vlmlayers.models.nvjpeg import JPEGFiles, OnPixels, decoded
 from vlmlayers.runs import cores
 
 LOG = logging.getLogger(__name__)
-# Of torch where a process died, of the queue where it did while it handed a batch over, of the
-# system that starts none.
-BROKEN_OFF = (RuntimeError, OSError, EOFError, ProcessError)
 CPU = torch.device("cpu")
 EMPTY = torch.empty(0, dtype=torch.uint8)
 # Images that a process hands over at a time, fewer where they are large: twice as many are under
