@@ -47,6 +47,10 @@ class MethodConfig:
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            # `--set power=3` and `power=3.0` are one setting of a user's method, and one cell.
+            if one.type in (float, "float") and type(value := getattr(self, one.name)) is int:
+                object.__setattr__(self, one.name, float(value))
         placed = Placement(self.vision, self.text)
         for tower in TOWERS:
             # As `Placement` holds them, so that settings at equal placements are equal.
