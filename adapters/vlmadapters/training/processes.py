@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import resolve_device
 from vlmlayers.runs import processes_launched
+from vlmlayers.words import counted
 
 N = TypeVar("N", np.int64, np.float64)
 
@@ -55,14 +56,22 @@ def is_first() -> bool:
     return rank_and_size()[0] == 0
 
 
-def check_divides(batch_size: int) -> None:
-    """Raise a UserError unless every process gets an equal share of a batch."""
+def check_divides(batch_sizes: Iterable[int]) -> None:
+    """Raise a UserError unless every process gets an equal share of each batch."""
+    first, *later = dict.fromkeys(batch_sizes)
     _, size = rank_and_size()
-    if batch_size % size:
+    if first % size:
         raise UserError(
-            f"a batch of {batch_size} does not divide over {size} processes; choose a batch size "
+            f"a batch of {first} does not divide over {size} processes; choose a batch size "
             f"that is a multiple of {size}"
         )
+    # Each process's mean would count the same, however few images it is over.
+    for last in later:
+        if last % size:
+            raise UserError(
+                f"the last batch of an epoch, of {counted(last, 'image')}, does not divide over "
+                f"{size} processes; choose another batch size, or drop_last=true"
+            )
 
 
 def share(items: Any) -> Any:

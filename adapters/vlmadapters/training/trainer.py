@@ -134,7 +134,8 @@ class Trainer:
         self.labels = placed(self.known_labels, self.device)
         self.backbone = backbone or Backbone(model.clip, self.train.savings, model.tokenizer)
         self.batch_size = min(self.train.batch_size, len(self.items))
-        processes.check_divides(self.batch_size)
+        if any(config.in_steps for config in self.configs):
+            processes.check_divides(map(len, self.batches(0)))
         self.autocast, _ = precision_of(self.train.precision, self.device)
         self.runs = [self._new_run(config) for config in self.configs]
         self.starts = [run.method.first(self.backbone, "vision") for run in self.runs]

@@ -26,15 +26,23 @@ def check_searchable(method: MethodConfig) -> None:
         )
 
 
-def tried_amounts(default: Recipe, amounts: Iterable[Amount] | None = None) -> list[Recipe]:
+def tried_amounts(
+    default: Recipe, amounts: Iterable[Amount] | None = None, also: Amount | None = None
+) -> list[Recipe]:
     """Return the default's placement by other amounts: those given, else multiples of its own.
 
     A method that no step trains reads none.
+
+    Args:
+        default: The setting.
+        amounts: The amounts given.
+        also: One more, where it is not empty.
     """
     if amounts is None:
         grid = GRID if default.method.in_steps else ()
         amounts = [amount_times(default, rate, steps) for rate, steps in grid]
-    return [_by(default, amount) for amount in amounts]
+    found = [_by(default, amount) for amount in (*amounts, *([also] if also else []))]
+    return list(dict.fromkeys(found))
 
 
 def tried_placements(

@@ -118,7 +118,7 @@ def chosen_placement(method: MethodConfig, choice: Any) -> Placement:
             or value, is meant for this method and has to fit it. A search may choose no block.
 
     Raises:
-        UserError: It is none of these or names no block, or the method cannot act there.
+        UserError: It is none of these, names no block or an amount, or the method cannot act there.
     """
     if isinstance(choice, str):
         choice = Placement.parse(choice)
@@ -126,6 +126,11 @@ def chosen_placement(method: MethodConfig, choice: Any) -> Placement:
         raise UserError(
             "validate: choice takes a layer choice or a placement such as '5-12', not "
             f"{type(choice).__name__}"
+        )
+    if isinstance(choice, Placement) and choice.amount:
+        raise UserError(
+            f"validate trains every placement at the same amounts; leave @{choice.amount} out of "
+            f"the placement and give --amounts {choice.amount}, which are tuned for each"
         )
     blocks = {"vision": tuple(choice.vision), "text": tuple(choice.text)}
     if not any(blocks.values()):

@@ -56,7 +56,8 @@ def _placement(place: Any) -> Placement:
         return place
     if not (hasattr(place, "vision") and hasattr(place, "text")):
         raise ValueError("a placement such as '5-12' or 'v5-12,t7-12', or a choice, is needed")
-    return Placement(place.vision, place.text)
+    placed = getattr(place, "placement", None)  # a choice's, with the amount of a search
+    return placed if isinstance(placed, Placement) else Placement(place.vision, place.text)
 
 
 Amounts = Several[Annotated[str, AfterValidator(at_key(_amount))]] | None

@@ -25,6 +25,7 @@ from vlmadapters.validation.verdict import (
     with_zero_shot,
 )
 from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
+from vlmlayers.positions import TOWERS
 
 PREDICTOR_COLUMNS = (
     "predictor",
@@ -136,8 +137,11 @@ def _guesses(names: list[str], predicted: pd.DataFrame | None) -> dict[str, tupl
     """Return what each predictor says of each placement, (placement,), higher being better."""
     placed = [Placement.parse(name) for name in names]
     blocks = [[*one.vision, *one.text] for one in placed]
+    # The table names no depths: a tower ends at its deepest block trained, which `last` is in all.
+    deepest = {tower: max(max(one.blocks(tower), default=1) for one in placed) for tower in TOWERS}
+    depths = [[b / deepest[tower] for tower in TOWERS for b in one.blocks(tower)] for one in placed]
     found = {
-        "relative_depth": ("baseline", np.array([np.mean(one) for one in blocks])),
+        "relative_depth": ("baseline", np.array([np.mean(one) for one in depths])),
         "fewest_blocks": ("baseline", -np.array([len(one) for one in blocks], dtype=np.float64)),
     }
     if predicted is not None:

@@ -72,10 +72,8 @@ class Track:
             for seed in seeds
         }
         self.rounds = max(map(len, draws.values()))
-        whole = {key: count_steps(recipe.train_for(key[0]), parts[0].drawn)
-                 for key, parts in draws.items()}  # fmt: skip
         # Cost in steps, not seconds: a budget has to cut the same settings on every machine.
-        self.steps_of_one = sum(whole.values())
+        self.steps_of_one = self.steps(recipe)
         self._known = {
             fold.manifest.name: (dataset, seed, number, fold.held_out)
             for (dataset, seed), parts in draws.items()
@@ -113,6 +111,13 @@ class Track:
     def cost(self) -> float:
         """What has been trained, in full trainings."""
         return sum(row["steps"] for row in self._rows.values()) / self.steps_of_one
+
+    def steps(self, setting: Recipe) -> int:
+        """Return the steps of a setting's full trainings, one on each draw."""
+        return sum(
+            count_steps(setting.train_for(dataset), parts[0].drawn)
+            for (dataset, _), parts in self.draws.items()
+        )
 
     def price(self, setting: Recipe, number: int) -> float:
         """Return what a setting costs on one fold of every draw, 0 where it has run there."""

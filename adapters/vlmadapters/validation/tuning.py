@@ -38,6 +38,7 @@ def tune(
     track: Track,
     settings: Sequence[Recipe],
     amounts: Sequence[Amount] | None = None,
+    also: Amount | None = None,
     criterion: str = "log_likelihood",
 ) -> Tuning:
     """Return each setting at the amount that does best on folds of training shots.
@@ -50,9 +51,10 @@ def tune(
         track: Where settings run.
         settings: Placements at the recipe's amount.
         amounts: Amounts to try beside it; multiples of it where None.
+        also: One more, such as that of a search.
         criterion: What decides, a name of `judge.CRITERIA`.
     """
-    alive = {label(one): tried_amounts(one, amounts) for one in settings}
+    alive = {label(one): tried_amounts(one, amounts, also) for one in settings}
     tried = {name: [own, *rivals] for own, (name, rivals) in zip(settings, alive.items())}
     # All placements in one call for each fold, so that they train side by side.
     for number in range(1, track.rounds + 1):
@@ -65,30 +67,36 @@ def tune(
     for own, (name, rivals) in zip(settings, alive.items()):
         order = ranking(track.table, name, criterion)
         picked.append(max([own, *rivals], key=lambda one: order[label(one)]))
-    table = _over_amount(track.table, tried)
+    table = _over_amount(track, tried)
     return Tuning(tuple(picked), table, track.cost)
 
 
-def times(setting: Recipe, of: Recipe) -> float:
-    """Return an amount in multiples of another: of scale, of learning rate and of steps."""
-    train, other = setting.train, of.train
-    # Recipes count steps by shot or by epoch; only those of one way can be divided.
-    steps = "steps_per_shot" if train.steps_per_shot and other.steps_per_shot else "epochs"
-    found = train.lr / other.lr * getattr(train, steps) / getattr(other, steps)
+def times(setting: Recipe, of: Recipe, steps: float) -> float:
+    """Return an amount in multiples of another: of scale, of learning rate and of steps.
+
+    Args:
+        setting: The setting whose amount it is.
+        of: The one whose amount is 1.
+        steps: Steps of the one for each step of the other. Counted in trainings: a recipe may
+            count its own by shot and an amount by epoch.
+    """
+    found = steps * setting.train.lr / of.train.lr
     scale, own = getattr(setting.method, "scale", None), getattr(of.method, "scale", None)
     # 0.3 / 0.1 is a little less than 3, and would be another amount than three times the epochs.
     return float(f"{found * (scale / own if scale and own else 1.0):.9g}")
 
 
-def _over_amount(table: pd.DataFrame, tried: dict[str, list[Recipe]]) -> pd.DataFrame:
+def _over_amount(track: Track, tried: dict[str, list[Recipe]]) -> pd.DataFrame:
+    table = track.table
     base, novel = table["base"], table["novel"]
     hm = (2 * base * novel / (base + novel)).where(base + novel != 0, 0.0)
     table = table.assign(hm=hm)
     means = table.groupby("setting")[["base", "novel", "hm"]].mean()
     count = table["setting"].value_counts()
     rows = [
-        (name, str(one.amount) or "recipe", times(one, settings[0]), *means.loc[label(one)],
-         int(count[label(one)]))
+        (name, str(one.amount) or "recipe",
+         times(one, settings[0], track.steps(one) / track.steps(settings[0])),
+         *means.loc[label(one)], int(count[label(one)]))
         for name, settings in tried.items() for one in settings
     ]  # fmt: skip
     plain = means.loc[ZERO_SHOT] if ZERO_SHOT in means.index else None

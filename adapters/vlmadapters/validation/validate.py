@@ -36,6 +36,7 @@ from vlmadapters.validation.tuning import Tuning, tune
 from vlmlayers.arguments import Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.options import takes, validated
+from vlmlayers.placement import Amount
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection import predict
 
@@ -61,9 +62,9 @@ def validate(
 ) -> Validation:
     """Train a method at the chosen placement and at its competitors, and test each.
 
-    Amounts of scale alone are tuned side by side, on folds of the base classes' training shots of
-    the first seed. Competitors that the method cannot take are left out; the reference is always
-    among them.
+    Amounts are tuned side by side, on folds of the base classes' training shots of the first seed;
+    that of a search is tried at every placement. Competitors that the method cannot take are left
+    out; the reference is always among them.
 
     Args:
         model: The backbone (`vlmlayers.models.load_model`).
@@ -89,6 +90,8 @@ def validate(
     made = _recipe(model, recipe, asked.shots, method)
     placed = _competitors(model, made.method, choice, asked, seed)
     tell_of_another(choice, model)
+    if asked.amount == "given" and (chosen := _amount(choice)):
+        LOG.warning("amount=given trains at the recipe's amount, not at the choice's %s", chosen)
     seeds = list(dict.fromkeys(asked.seeds))
     experiment = Experiment(
         "base-to-novel",
@@ -112,7 +115,7 @@ def validate(
     tuning = None
     if asked.amount == "tuned":
         track = Track(data, made, model, seeds[:1], asked, out, progress=progress)
-        tuning = tune(track, settings["given"], asked.given_amounts)
+        tuning = tune(track, settings["given"], asked.given_amounts, _amount(choice))
         settings = {"tuned": list(tuning.settings), **settings}  # the first may be found void
     whole = [one for several in settings.values() for one in several]
     # Manifests alone: `Experiment` has the data of each already, with what was decoded.
@@ -166,6 +169,11 @@ def _tuned(tuning: Tuning, trained: Sequence[Competitor], folds: int, seed: int)
         "seed": seed,
         "trainings": round(tuning.trainings, 2),
     }
+
+
+def _amount(choice: Any) -> Amount:
+    """Return the amount that a search chose beside the blocks; empty where none did."""
+    return getattr(getattr(choice, "placement", None), "amount", Amount())
 
 
 def _searched(choice: Any) -> dict[str, Any]:

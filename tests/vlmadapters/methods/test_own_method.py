@@ -102,6 +102,15 @@ def test_changed_code_is_trained_again_and_comments_are_not(
     assert len(other) == len(first)
 
 
+def test_a_whole_number_is_the_same_setting_as_the_float(own: Path) -> None:
+    method = f"{own}:Shift"
+    whole, exact = (
+        va.load_recipe("published", method).changed({}, {"scale": value}) for value in (3, 3.0)
+    )
+    assert whole.method.to_dict() == exact.method.to_dict()
+    assert type(whole.method.settings()["scale"]) is float
+
+
 def test_draws_of_torchs_own_generator_follow_the_seed(own: Path) -> None:
     """Weights of `nn.Linear` and dropout are drawn from it, where no one says otherwise."""
     code = own.read_text().replace("nn.Parameter(torch.zeros(widths[t]))", "nn.Linear(64, 64)")

@@ -448,6 +448,18 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch
         trainer()
 
 
+def test_nor_may_the_last_batch_of_an_epoch_leave_one_process_more_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The means of shares of two images and one would count the same."""
+    size = len(trainer().items) - 2  # 2 images are left for the last batch
+    whole = replace(TRAIN, batch_size=size, drop_last=False)
+    monkeypatch.setattr("vlmadapters.training.processes.rank_and_size", lambda: (0, size))
+    with pytest.raises(UserError, match="last batch of an epoch, of 2 images, does not divide"):
+        trainer(whole)
+    trainer(replace(whole, drop_last=True))
+
+
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 1), (2, 3)])
 def test_a_training_that_would_end_in_its_warm_up_says_how_many_epochs_it_takes(
     epochs: int, warmup: int

@@ -188,6 +188,20 @@ def test_predictors_are_judged_in_cells_beside_ceiling_and_baselines() -> None:
     assert "the ceiling" in said and f"oracle ({gain:+.1f})" in said and "n = 18 cells" in said
 
 
+def test_depth_is_relative_to_the_tower() -> None:
+    """Of 24 and 12 blocks, text block 9 is deeper than vision block 16 (0.75 and 0.67)."""
+    names = ["v20-24,t-", "v-,t9-12", "v9-16,t-", "v24,t12", *PLACEMENTS[4:]]
+    table = simulated(1, 0.2, 0.2)
+    table["placement"] = table["placement"].replace(dict(zip(PLACEMENTS, names)))
+    depth = np.array([22 / 24, 10.5 / 12, 12.5 / 24, 1.0, *(
+        (i + 12) / 2 * (1 / 24 + 1 / 12) / 2 for i in range(9, 13))])  # fmt: skip
+    wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values="hm")[names]
+    taus = [kendalltau(depth, row).statistic for _, row in wide.iterrows()]
+    rows = judge_predictors(table, None, names[0], draws=20).set_index("predictor")
+    assert rows.loc["relative_depth", "pick"] == "v24,t12"
+    assert rows.loc["relative_depth", "tau"] == pytest.approx(np.mean(taus))
+
+
 def test_where_nothing_repeats_no_predictor_is_said_to_pick_better() -> None:
     wrong = 0
     for seed in range(20):

@@ -107,6 +107,30 @@ def test_the_amounts_tried_and_the_folds_can_be_named(manifest: Manifest) -> Non
         validate(shared_backbone("clip"), "2-3", [manifest], **(QUICK | {"amounts": ["much"]}))
 
 
+def test_an_amount_in_epochs_of_a_recipe_in_steps_is_counted_in_steps(manifest: Manifest) -> None:
+    per_shot = RECIPE.changed({"steps_per_shot": 6})  # 24 steps; an epoch of 8 images takes 2
+    options = QUICK | {"recipe": per_shot, "amounts": ["epochs=3", "steps_per_shot=3"], "folds": 2}
+    found = validate(shared_backbone("clip"), "2-3", [manifest], **options)
+    assert found.amounts is not None
+    times_of = found.amounts[found.amounts["placement"] == "v2-3,t2-3"].set_index("amount")["times"]
+    assert times_of.to_dict() == {"recipe": 1.0, "epochs=3": 0.25, "steps_per_shot=3": 0.5}
+
+
+def test_the_amount_of_a_search_is_tried_at_every_placement(
+    manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    choice = vl.LayerChoice((2, 3), (2, 3), "search", {"amount": "scale=5"})
+    options = QUICK | {"amounts": ["scale=2"], "folds": 2}
+    found = validate(shared_backbone("clip"), choice, [manifest], **options)
+    assert found.amounts is not None
+    tried = found.amounts.groupby("placement")["amount"].agg(set).drop("zero-shot")
+    assert len(tried) == 2 and all(one == {"recipe", "scale=2", "scale=5"} for one in tried)
+    validate(shared_backbone("clip"), choice, [manifest], **(QUICK | {"amount": "given"}))
+    assert "not at the choice's scale=5" in caplog.text
+    with pytest.raises(UserError, match="leave @scale=5 out of the placement and give --amounts"):
+        validate(shared_backbone("clip"), "2-3@scale=5", [manifest], **QUICK)
+
+
 def test_a_comparison_at_one_amount_says_so_in_front(manifest: Manifest, tmp_path: Path) -> None:
     options = QUICK | {"amount": "given", "out": tmp_path}
     found = validate(shared_backbone("clip"), Placement.parse("2-3"), [manifest], **options)
@@ -163,8 +187,8 @@ def test_the_figure_has_a_line_per_placement(tuned: Path) -> None:
 
 
 def test_an_amount_counts_scale_rate_and_steps() -> None:
-    assert times(RECIPE.at("3@scale=1.5,epochs=3"), RECIPE) == pytest.approx(9)
+    assert times(RECIPE.at("3@scale=1.5,epochs=3"), RECIPE, 3) == pytest.approx(9)
     coop = load_recipe("published", "coop")
-    assert times(coop.at("@lr=0.02"), coop) == pytest.approx(10)
+    assert times(coop.at("@lr=0.02"), coop, 1) == pytest.approx(10)
     mini = load_recipe("mini")  # scale 0.1 and 5 epochs: a figure joins both at three
-    assert times(mini.at("@scale=0.3"), mini) == times(mini.at("@epochs=15"), mini)
+    assert times(mini.at("@scale=0.3"), mini, 1) == times(mini.at("@epochs=15"), mini, 3)
