@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
+# Where Python may not keep bytecode, as in some containers, each process would compile torch anew.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo test test-slow test-lowest check format figures notebooks lab docs bench peers gpu mini-clip tune-methods methods clean
@@ -17,7 +19,7 @@ setup: .venv/.ready ## Create .venv and install everything
 	  || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12 ..."; exit 2; }
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --quiet $(COMPILE) --python $(RUN) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup ## The whole way on the embedded default, training included: three minutes
