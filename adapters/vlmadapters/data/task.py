@@ -108,7 +108,7 @@ class TaskData:
     _drawn: dict[Draw, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _identities: dict[str, DataIdentity] = field(default_factory=dict, init=False, repr=False)
-    _told: set[int] = field(default_factory=set, init=False, repr=False)
+    _told: set[object] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = self.name
@@ -172,9 +172,17 @@ class TaskData:
         if len(names) == 1:
             raise UserError(f"{name} has one class, {names[0]!r}; name data of two or more")
         labels = set(self._labels(kind))
-        if not any(item.label in labels for item in self._items(split)):
+        absent = labels - {item.label for item in self._items(split)}
+        if absent == labels:
             half = "" if kind == "all" else f" of its {kind} classes"
             raise UserError(f"{name} has no image{half} in split {split!r}")
+        if absent and (kind, split) not in self._told:
+            self._told.add((kind, split))
+            LOG.warning(
+                "%s: split %r has no image of %d of %d classes, such as %r, which the others are "
+                "told from all the same",
+                name, split, len(absent), len(labels), names[min(absent)],
+            )  # fmt: skip
         if len(labels) == 1:
             LOG.warning("%s has one %s class: every answer is right there", name, kind)
 

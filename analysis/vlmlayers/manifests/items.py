@@ -126,8 +126,9 @@ def stratified_split(
     """Divide items into splits, class by class, by the hash of their paths.
 
     Within a class the items are ranked by SHA-256 of the path, and the ranks are cut at the
-    cumulative fractions, rounded. No random state enters, so every machine gets the same split,
-    and a file that is added moves few others. The order of the items is kept.
+    cumulative fractions, rounded; the first split has one of each class at least. No random state
+    enters, so every machine gets the same split, and a file that is added moves few others. The
+    order of the items is kept.
     """
     ranked: dict[int, list[int]] = {}
     for index, item in enumerate(items):
@@ -138,7 +139,8 @@ def stratified_split(
     edges = [*list(accumulate(fractions.values()))[:-1], 1.0]
     for members in ranked.values():
         members.sort(key=lambda i: checksum(items[i].path))
-        ends = [round(edge * len(members)) for edge in edges]
+        # A class of one image would be trained on and tested by none.
+        ends = [max(1, round(edge * len(members))) for edge in edges]
         for name, start, end in zip(names, [0, *ends], ends):
             for index in members[start:end]:
                 split_of[index] = name

@@ -151,11 +151,19 @@ def cosines(x: Any) -> Array:
 
 
 def same_label_share(similarity: Array, labels: Any, *, k: int = 10) -> float:
-    """Return the share of the k most similar others that have an item's label, over all items."""
+    """Return the share of the k most similar others that have an item's label, over all items.
+
+    Others that tie for the last places take equal shares of them, so a constant is at chance.
+    """
     y = classes(labels, len(similarity))
     k = min(k, len(y) - 1)
-    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    return float((y[near] == y[:, None]).mean())
+    last = -np.partition(-similarity, k - 1, axis=1)[:, k - 1, None]
+    same = y[:, None] == y
+    # Equal cosines differ by rounding, which must not pick one of them.
+    above = similarity > last + 1e-12
+    tied = (similarity >= last - 1e-12) & ~above
+    share = (k - above.sum(axis=1)) / tied.sum(axis=1)
+    return float(((above & same).sum(axis=1) + share * (tied & same).sum(axis=1)).mean() / k)
 
 
 @checked

@@ -134,7 +134,8 @@ def auc(scores_x: Array, scores_y: Array) -> float:
 def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
     """Return for each row of x that has a match whether one is among its k nearest of y, 0 or 1.
 
-    Ties count half, so a constant tower scores like chance and not like the row order.
+    Ties count with the chance of a random order of them, so a constant tower scores like chance
+    and not like the row order.
     """
     x, y, pairs = _inputs(x, y, pairs)
     similarity = x @ y.T
@@ -146,9 +147,14 @@ def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
     # Equal cosines differ by rounding, which must not decide between them: hence the margin.
     best = np.where(match, similarity, -np.inf).max(axis=1, keepdims=True)
     above = ((similarity > best + 1e-12) & ~match).sum(axis=1)
-    tied = ((np.abs(similarity - best) <= 1e-12) & ~match).sum(axis=1)
-    # In a random order of tied candidates the match is equally likely at each of tied + 1 places.
-    return np.clip((k - above) / (tied + 1.0), 0.0, 1.0)
+    level = np.abs(similarity - best) <= 1e-12
+    tied, right = level.sum(axis=1), (level & match).sum(axis=1)
+    places = np.clip(k - above, 0, tied)  # that the tied candidates share
+    missed = np.ones(len(places))
+    for place in range(min(k, similarity.shape[1])):
+        left = np.maximum(tied - right - place, 0) / np.maximum(tied - place, 1)
+        missed *= np.where(place < places, left, 1.0)
+    return 1.0 - missed
 
 
 @checked

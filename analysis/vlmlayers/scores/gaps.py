@@ -21,9 +21,9 @@ from vlmlayers.metrics.intervals import (
     wilson,
 )
 from vlmlayers.metrics.table import Metric
-from vlmlayers.positions import relative_depth
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows
+from vlmlayers.scores.reading import partner_block
 from vlmlayers.scores.scoring import Point, Scoring, chosen_positions, rows_of
 
 
@@ -115,9 +115,9 @@ def partner_positions(
         ):
             pairs.append((position, position))
         elif position.isdecimal() and others:
-            depth = relative_depth(position, vision.blocks)
-            near = min(others, key=lambda p: abs(relative_depth(p, text.blocks) - depth))
-            pairs.append((position, near))
+            # By the rule of whatever reads the rows: at a tie the other block would be left out.
+            partner = partner_block(int(position), vision.blocks, text.blocks)
+            pairs.append((position, min(others, key=lambda p: abs(int(p) - partner))))
     return pairs
 
 

@@ -30,12 +30,11 @@ from vlmlayers.metrics.moments import (
 )
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
-from vlmlayers.scores.items import prompt_matrix
 from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.readouts import add_accuracy, run_datasets
-from vlmlayers.scores.scoring import Collector, Group, Point, Scoring
+from vlmlayers.scores.scoring import Collector, Group, Point, Scoring, rows_of
 from vlmlayers.scores.sums import DatasetSums, Key, StreamingScores, ordered
 
 if TYPE_CHECKING:
@@ -275,7 +274,7 @@ class _Scorer:
             point = self._point(name, keys[0], other)
             with point.attempt():
                 x = self.full.moments[keys[0]]
-                texts = self._text_rows(keys[1])
+                texts = self._text_rows(keys[1], self.full.classes[keys[0]].counts)
                 y = self.full.moments[keys[1]] if texts is None else Moments.of(texts)
                 image_rows = self.sums.sample[keys[0]]
                 text_rows = self.sums.sample[keys[1]] if texts is None else texts
@@ -300,11 +299,14 @@ class _Scorer:
                 kind = "captions" if texts is None else "class_prompts"
                 self._add(point, value, null, on_sample, pairs=kind, texts=y.n)
 
-    def _text_rows(self, key: Key) -> Array | None:
-        """Return the class prompts themselves where texts are prompts."""
-        if self.sums.prompts is None:
+    def _text_rows(self, key: Key, counts: Array) -> Array | None:
+        """Return the prompts of the classes that have images, where texts are prompts."""
+        prompts = self.sums.prompts
+        if prompts is None:
             return None
-        return unit_rows(prompt_matrix(self.sums.prompts, key[2], key[1])[0])
+        # The first of each class, as without streaming.
+        ids, first = np.unique(prompts.labels, return_index=True)
+        return unit_rows(rows_of(prompts, key[2], key[1], first[counts[ids] > 0]))
 
     def agreement(self, name: str) -> None:
         """Add CKA of images with their texts, position by position at equal depth."""

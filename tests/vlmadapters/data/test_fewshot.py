@@ -77,6 +77,24 @@ def test_classes_with_fewer_images_than_shots_are_said_once(
     assert not caplog.messages
 
 
+def test_classes_without_an_image_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They stay answers to choose from, and no image is theirs."""
+    for name in ("blue", "green", "red", "white"):
+        for split in ("train", "test"):
+            (tmp_path / split / name).mkdir(parents=True)
+            if (split, name) != ("test", "green"):
+                Image.new("RGB", (4, 4), name).save(tmp_path / split / name / "0.png")
+    data = TaskData(str(tmp_path), shared_backbone())
+    for _ in range(2):
+        data.check("all", "train")
+        data.check("base", "test")
+        data.check("novel", "test")
+    (said,) = caplog.messages
+    assert "split 'test' has no image of 1 of 2 classes, such as 'green'" in said
+
+
 def test_halves_are_cut_at_the_sorted_labels_and_relabelled() -> None:
     assert base_novel_labels([3, 1, 0, 2, 4]) == ((0, 1, 2), (3, 4))
     items = some_items()

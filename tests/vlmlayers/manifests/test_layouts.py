@@ -121,6 +121,12 @@ def test_folder_without_splits_is_divided_by_hash(tmp_path: Path) -> None:
     assert both.splits() == ("train", "test") and len(both.items("test")) == 21
 
 
+def test_the_only_image_of_a_class_is_one_to_train_on(tmp_path: Path) -> None:
+    manifest = folder_dataset(tmp_path, [*(f"a/{i}.png" for i in range(10)), "b/0.png"])
+    sizes = [Counter(i.label for i in manifest.items(part)) for part in ("train", "val", "test")]
+    assert sizes == [{0: 5, 1: 1}, {0: 2}, {0: 3}]
+
+
 def test_folder_names_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("n02 second thing\nn01 first\n\nn03 third\n")
     keyed = 'class_name_file = "names.txt"\nsplit_folders = { test = "." }'

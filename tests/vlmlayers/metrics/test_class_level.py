@@ -209,6 +209,17 @@ def test_neighbourhood_overlap_by_counting() -> None:
     assert neighbourhood_overlap(x, y, k=4) == pytest.approx(np.mean(shares))
 
 
+@pytest.mark.parametrize("sizes", [(9, 3), (3, 9)])
+def test_neighbourhood_overlap_of_a_constant_is_that_of_any_others(sizes: tuple[int, int]) -> None:
+    """Whatever the order of the rows, of which the first ones would be taken."""
+    y = np.repeat([0, 1], sizes)
+    others = np.mean([(np.sum(y == label) - 1) / 11 for label in y])
+    assert neighbourhood_overlap(np.ones((12, 4)), y, k=4) == pytest.approx(others)
+    # One place left for two equal items, of which one has the label: half of it.
+    x = np.array([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1], [0.0, 1.0]])
+    assert neighbourhood_overlap(x, [0, 0, 1, 1], k=1) == pytest.approx((0.5 + 1) / 4)
+
+
 def test_zero_shot_is_exactly_chance_for_a_constant() -> None:
     prompts = np.eye(4)
     assert zero_shot_accuracy(np.ones((8, 4)), prompts, np.arange(8) % 4) == pytest.approx(0.25)

@@ -116,6 +116,27 @@ def test_retrieval_of_a_constant_is_chance() -> None:
     assert retrieval(np.ones((8, 2)), np.ones((8, 2)), k=2) == pytest.approx(2 / 8)
 
 
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_retrieval_of_ties_is_that_of_their_random_order(k: int) -> None:
+    """Equal images whose prompts have several matches each, some of which stand out."""
+    labels = np.repeat(np.arange(4), 5)
+    pairs = np.stack([labels, np.arange(20)], axis=1)
+    prompts, images = np.ones((4, 2)), np.ones((20, 2))
+    chance = retrieval_null(20, np.full(4, 5), k)
+    assert retrieval(prompts, images, pairs, k=k) == pytest.approx(chance)
+    images[[0, 6, 12]] = [1.0, 1.2], [1.2, 1.0], [1.0, 1.2]  # further off than the rest
+    generator, shuffled = np.random.default_rng(0), []
+    for _ in range(4000):  # ties broken at random
+        order = np.lexsort((generator.random(20), -np.round(unit_rows(images) @ np.ones(2), 9)))
+        first = labels[order[:k]]
+        shuffled.append(np.mean([(first == label).any() for label in range(4)]))
+    assert retrieval(prompts, images, pairs, k=k) == pytest.approx(np.mean(shuffled), abs=0.02)
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
 def test_retrieval_null_is_hypergeometric() -> None:
     expected = np.mean([1 - comb(20 - m, 5) / comb(20, 5) for m in (1, 3)])
     assert retrieval_null(20, np.array([1, 3]), 5) == pytest.approx(expected)

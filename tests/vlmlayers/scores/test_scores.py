@@ -28,6 +28,7 @@ from vlmlayers.scores import (
     score_cost,
     score_frame,
     score_matrix,
+    score_streaming,
     stated_options,
     write_scores,
 )
@@ -35,6 +36,7 @@ from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
 from vlmlayers.scores.readouts import dataset_split
 from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
 from vlmlayers.scores.scoring import make_groups
+from vlmlayers.scores.summaries import curves
 from vlmlayers.scores.transfers import families
 from vlmlayers.selection import select
 
@@ -556,6 +558,17 @@ def test_towers_of_different_depth_meet_at_equal_relative_depth() -> None:
     pairs = dict(zip(table["position"], table["other_position"]))
     assert pairs["embed"] == "embed" and pairs["6"] == "3" and pairs["2"] == "1"
     assert pairs["proj"] == "proj"
+
+
+@pytest.mark.parametrize(("deep", "flat"), [(24, 12), (32, 24), (12, 6)])
+def test_a_curve_has_every_block_where_towers_differ_in_depth(deep: int, flat: int) -> None:
+    """Blocks halfway between two of the other tower have a partner, and readers keep its row."""
+    vision, text = (make_features(blocks=blocks, items=30) for blocks in (deep, flat))
+    member = replace(vision, text=text.text)
+    table = score(member, ["centroid_gap"], **QUICK)
+    assert len(curves(table, "centroid_gap")) == len(table) == deep + 2  # embed and proj
+    streamed = score_streaming([member], ["cka_debiased"], sample=20)
+    assert len(curves(streamed, "cka_debiased")) == len(streamed) == deep + 3  # and final
 
 
 def test_other_spaces_on_request() -> None:

@@ -293,6 +293,26 @@ def test_streamed_prompts_are_scored_as_without_streaming(features: list[LayerFe
     pd.testing.assert_frame_equal(first, second)
 
 
+def test_streamed_gaps_are_those_of_the_features_also_with_odd_prompts() -> None:
+    """Several prompts of a class, and classes without an image."""
+    whole = make_features(items=60)
+    assert whole.text is not None and whole.vision is not None
+    twice = np.repeat(np.arange(6), 2)
+    text = whole.text.take(twice)
+    moved = {  # the second prompt of each class is another text
+        space: {p: x + np.arange(12)[:, None] % 2 for p, x in by_position.items()}
+        for space, by_position in text.arrays.items()
+    }
+    several = replace(whole, text=replace(text, arrays=moved, ids=tuple(map(str, range(12)))))
+    fewer = whole.take_images(np.flatnonzero(whole.vision.labels < 4))
+    for one in (several, replace(fewer, text=whole.text)):
+        stored = score([one], ["centroid_gap", "frechet_gap"], bootstrap=20, permutations=5)
+        streamed = score_streaming([one], ["centroid_gap", "frechet_gap"], sample=30)
+        both = stored.merge(streamed, on=["metric", "position", "other_position"])
+        assert len(both) == len(stored) == len(streamed)
+        np.testing.assert_allclose(both["value_x"], both["value_y"], atol=1e-6)
+
+
 def test_streamed_captions_are_read_out_from_their_sums() -> None:
     members = [make_features(f"c{i}", number=i, items=300, captions=1) for i in range(2)]
     table = score_streaming(members, ["dataset_accuracy_lda"], sample=80)
