@@ -133,8 +133,9 @@ def summarise(results: Results) -> pd.DataFrame:
     """Return mean and sd over seeds per dataset, harmonic means, and averages over datasets.
 
     The harmonic mean of a dataset is that of its mean base and novel accuracy, its sd that of the
-    seeds' harmonic means; the row `average` holds means over datasets, and its harmonic mean is
-    that of the averages. Datasets trained on are left out of an average over targets.
+    seeds' harmonic means. The row `average` holds means over datasets of the seeds that have all
+    of them, and is left out where none has; its harmonic mean is that of the averages. Datasets
+    trained on are left out of an average over targets.
 
     Args:
         results: A results table.
@@ -206,13 +207,13 @@ def _notes(rows: pd.DataFrame) -> list[str]:
 
 
 def _average(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean over datasets for every seed that all of them have."""
+    """Return the mean over datasets for every seed that all of them have; empty without one."""
     # A seed that misses a dataset would average over easier or harder ones than the others do.
     plain = seeds.drop(columns="hm", errors="ignore")
     complete = plain.groupby(level="seed").filter(
         lambda block: len(block) == plain.index.get_level_values("dataset").nunique()
     )
-    mean = (complete if len(complete) else plain).groupby(level="seed").mean()
+    mean = complete.groupby(level="seed").mean()
     if {"base", "novel"} <= set(mean.columns):
         mean["hm"] = [harmonic_mean(b, n) for b, n in zip(mean["base"], mean["novel"])]
     return mean

@@ -476,6 +476,19 @@ def test_means_harmonic_means_and_averages_by_hand() -> None:
     assert found["seeds"]["average", "base"] == 2
 
 
+def test_there_is_no_average_where_no_seed_has_all_datasets() -> None:
+    """Its sd over seeds was the difference between the datasets, its mean that of the seeds."""
+    apart = rows(dataset=["a"] * 3 + ["b"], split_kind="base", seed=[1, 2, 3, 4],
+                 accuracy=[0.9, 0.9, 0.9, 0.1])  # fmt: skip
+    found = summarise(apart)
+    assert list(found["dataset"]) == ["a", "b"]
+    text = results_text(found)
+    assert "90.0" in text and "average" not in text
+    joined = pd.concat([apart, rows(dataset=["b"], split_kind="base", seed=[2], accuracy=[0.3])])
+    average = summarise(joined).set_index("dataset").loc["average"]
+    assert (average["mean"], average["seeds"]) == (pytest.approx(0.6), 1)
+
+
 def test_published_numbers_stand_beside_ours() -> None:
     summary = summarise(
         rows(dataset=["ucf101"] * 2, split_kind=["base", "novel"], seed=[1, 1], accuracy=[0.9, 0.7])
