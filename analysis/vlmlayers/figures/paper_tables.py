@@ -14,6 +14,7 @@ from vlmlayers.figures.published import (
     own_base_to_novel,
     own_results,
     published,
+    source_column,
 )
 from vlmlayers.figures.render import PaperTable
 
@@ -49,20 +50,20 @@ def base_to_novel(folders: Folders) -> PaperTable:
 
 
 def cross_dataset(folders: Folders) -> PaperTable:
-    """Return table 2: ImageNet to ten other datasets."""
+    """Return table 2: ImageNet, or the source of an own run, to ten other datasets."""
     return _accuracies(
         folders, "cross_dataset", "table2_cross_dataset",
-        "Cross-dataset transfer: trained on ImageNet, tested on all classes of ten other "
-        "datasets; top-1 accuracy in percent.",
+        "Cross-dataset transfer: trained on ImageNet unless a row names another source, tested on "
+        "all classes of other datasets; top-1 accuracy in percent.",
     )  # fmt: skip
 
 
 def domain_generalization(folders: Folders) -> PaperTable:
-    """Return table 3: ImageNet to its four shifted test sets."""
+    """Return table 3: ImageNet, or the source of an own run, to ImageNet's shifted test sets."""
     return _accuracies(
         folders, "domain_generalization", "table3_domain_generalization",
-        "Domain generalization: trained on ImageNet, tested on four shifted test sets; top-1 "
-        "accuracy in percent.",
+        "Domain generalization: trained on ImageNet unless a row names another source, tested on "
+        "shifted test sets; top-1 accuracy in percent.",
     )  # fmt: skip
 
 
@@ -130,12 +131,12 @@ def _accuracies(
     folders: Folders, protocol: str, name: str, title: str, source: str = "ImageNet"
 ) -> PaperTable:
     """Return a table of one accuracy per dataset; their average leaves out the source."""
-    table = published(protocol, folders)
+    table, first = published(protocol, folders), [source_column(source)] if source else []
     targets = [name for name in _unique(table.dataset) if name not in (source, AVERAGE)]
-    numbers = as_numbers(table)
-    own = own_accuracies(own_results(protocol, folders), targets, source)
+    numbers = as_numbers(table.replace({"dataset": dict(zip([source], first))}))
+    own = own_accuracies(own_results(protocol, folders, source), targets, source)
     extra = _unique(dataset for _, dataset, _ in own)
-    extra = [dataset for dataset in extra if dataset not in (source, *targets, AVERAGE)]
+    extra = [dataset for dataset in extra if dataset not in (*first, *targets, AVERAGE)]
     methods = _unique(method for method, _, _ in numbers)
     settings = _unique(setting for setting, _, _ in own)
     return PaperTable(
@@ -143,18 +144,14 @@ def _accuracies(
         title=title,
         stub=("Method",),
         rows=[(method,) for method in (*methods, *settings)],
-        columns=[*([f"{source} (source)"] if source else []), *targets, "Average", *extra],
+        columns=[*first, *targets, "Average", *extra],
         cells={
-            ((method,), _heading(dataset, source)): cell
+            ((method,), _title(dataset)): cell
             for (method, dataset, _), cell in (numbers | own).items()
         },
         rules=frozenset({len(methods)} if settings else ()),
         notes=_notes(own),
     )
-
-
-def _heading(dataset: str, source: str) -> str:
-    return f"{source} (source)" if source and dataset == source else _title(dataset)
 
 
 def _title(dataset: str) -> str:

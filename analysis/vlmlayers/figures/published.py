@@ -49,8 +49,10 @@ def as_numbers(table: pd.DataFrame) -> Numbers:
     }
 
 
-def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
+def own_results(protocol: str, folders: Folders, source: str = "") -> pd.DataFrame:
     """Return the user's results of one protocol, with a column `setting` that names what was run.
+
+    Of a transfer it names the dataset trained on where that is not the published `source`.
 
     The table is empty where no results*.csv exists. Accuracies become percent. Where two tables
     disagree on a cell of a model, its settings are those of each table: recipe, weights or images
@@ -72,19 +74,27 @@ def own_results(protocol: str, folders: Folders) -> pd.DataFrame:
     disagree = kept.groupby(cell, dropna=False).accuracy.transform("nunique") > 1
     apart = disagree.groupby([kept.model, kept.weights]).transform("any")
     kept = kept.assign(run=kept.run.where(apart, "")).drop_duplicates([*cell, "run"])
-    setting = pd.Series([_setting(row) for row in kept.to_dict("records")], kept.index, dtype=str)
+    settings = [_setting(row, source) for row in kept.to_dict("records")]
+    setting = pd.Series(settings, kept.index, dtype=str)
     for name in ADDED:
         several = kept.groupby(["model", "weights", "method"])[name].transform("nunique") > 1
         setting += (", " + kept[name]).where(several & (kept[name] != ""), "")
     return kept.assign(setting=setting + kept["run"])
 
 
-def _setting(row: dict[Any, Any]) -> str:
+def _setting(row: dict[Any, Any], source: str) -> str:
     """Name a run in a heading: what was trained where, on which model, with how many shots."""
     weights = f" ({row['weights']})" if row["weights"] else ""
     placement = f" {row['placement']}" if row["placement"] else ""
     shots = f", {int(float(row['shots']))} shots" if float(row["shots"] or 0) else ""
-    return f"own: {row['method']}{placement}, {row['model']}{weights}{shots}"
+    other = source and row["source"] and dataset_key(row["source"]) != dataset_key(source)
+    origin = f", from {row['source']}" if other else ""
+    return f"own: {row['method']}{placement}, {row['model']}{weights}{shots}{origin}"
+
+
+def source_column(dataset: str) -> str:
+    """Return the heading of accuracies on the dataset trained on, which are none of a transfer."""
+    return f"{dataset} (source)"
 
 
 def own_base_to_novel(results: pd.DataFrame, datasets: Iterable[str]) -> Numbers:
@@ -114,33 +124,30 @@ def own_base_to_novel(results: pd.DataFrame, datasets: Iterable[str]) -> Numbers
 
 
 def own_accuracies(results: pd.DataFrame, targets: Iterable[str], source: str) -> Numbers:
-    """Return accuracies of own runs on all classes, mean and sd over seeds, by setting and dataset.
+    """Return accuracies of own runs on all classes, mean and sd over seeds, by setting and column.
 
     Args:
         results: From `own_results`.
         targets: The published targets, over which the average goes; `source` is not among them.
-        source: The dataset trained on; empty where each is trained on itself.
+        source: The published source, where zero-shot CLIP stands too; empty where each is trained
+            on itself. What a run was trained on has a column of its own and enters no average.
     """
-    targets = list(targets)
     spelling = {dataset_key(name): name for name in targets}
-    spelling_all = spelling | {dataset_key(source): source}
+    names, columns = spelling | {dataset_key(source): source}, []
+    for dataset, trained in zip(results.dataset, results.source):
+        name = names.get(dataset_key(dataset), dataset)
+        within = source and dataset_key(trained or source) == dataset_key(dataset)
+        columns.append(source_column(name) if within else name)
     numbers: Numbers = {}
-    for setting, runs in results.groupby("setting", sort=False):
-        values = _by_seed(runs, spelling, [], spelling_all)
-        for dataset, seeds in values.groupby(level="dataset", sort=False):
+    for setting, runs in results.assign(dataset=columns).groupby("setting", sort=False):
+        for dataset, seeds in _by_seed(runs, spelling, []).groupby(level="dataset", sort=False):
             numbers[str(setting), str(dataset), "accuracy"] = _cell(seeds)
     return numbers
 
 
-def _by_seed(
-    runs: pd.DataFrame,
-    averaged: dict[str, str],
-    extra: list[str],
-    spelling: dict[str, str] | None = None,
-) -> pd.Series:
+def _by_seed(runs: pd.DataFrame, averaged: dict[str, str], extra: list[str]) -> pd.Series:
     """Return accuracy by (dataset, seed, *extra), with an average where all datasets are there."""
-    names = spelling or averaged
-    runs = runs.assign(dataset=[names.get(dataset_key(name), name) for name in runs.dataset])
+    runs = runs.assign(dataset=[averaged.get(dataset_key(name), name) for name in runs.dataset])
     values = runs.groupby(["dataset", "seed", *extra], sort=False).accuracy.mean()
     among = values[values.index.get_level_values("dataset").isin(averaged.values())]
     groups = among.groupby(level=["seed", *extra])

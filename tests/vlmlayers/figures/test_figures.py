@@ -292,6 +292,38 @@ def test_own_transfer_runs_fill_in(published: Path, tmp_path: Path) -> None:
     assert paper_tables.domain_generalization([tmp_path, published]).rows[-1] == ("MMA++",)
 
 
+def test_transfers_from_several_sources_are_rows_of_their_own(
+    published: Path, tmp_path: Path
+) -> None:
+    """An accuracy on what a run was trained on stands in no row, column or mean of a transfer."""
+    rows = results({"mma": 0.0}, MANIFEST_NAMES).query("split_kind == 'base'")
+    rows = rows.assign(protocol="cross-dataset", split_kind="all")
+    shifts = {"imagenet": 0.0, "describable_textures": 0.1, "digits": 0.2}
+    moved = [rows.assign(source=s, accuracy=rows.accuracy + by) for s, by in shifts.items()]
+    within = rows[rows.dataset == "imagenet"].assign(dataset="digits", source="digits", accuracy=1)
+    plain = rows.assign(method="zero-shot CLIP", placement="", shots=0, source="")
+    pd.concat([*moved, within, plain]).to_csv(tmp_path / "results.csv", index=False)
+    table = paper_tables.cross_dataset([tmp_path, published])
+    name = "own: mma v5-12,t5-12, ViT-B-16 (openai), 16 shots"
+    zero, other = "own: zero-shot CLIP, ViT-B-16 (openai)", f"{name}, from describable_textures"
+    digits = f"{name}, from digits"
+    assert {row for (row,) in table.rows if row.startswith("own")} == {name, zero, other, digits}
+    assert table.columns[-3:] == ["ImageNet", "DTD (source)", "digits (source)"]
+
+    def shown(row: str, *columns: str) -> list[float | None]:
+        return [table.cell((row,), column).value for column in columns]
+
+    columns = ("ImageNet (source)", "ImageNet", "DTD", "DTD (source)", "digits (source)", "Average")
+    expected: dict[str, list[float | None]] = {
+        name: [60.2, None, 68.2, None, None, 65.7],
+        zero: [60.2, None, 68.2, None, None, 65.7],
+        other: [None, 70.2, None, 78.2, None, None],
+        digits: [None, 80.2, 88.2, None, 100.0, 85.7],
+    }
+    for row, values in expected.items():
+        assert shown(row, *columns) == [v if v is None else pytest.approx(v) for v in values], row
+
+
 def test_own_few_shot_runs_and_two_settings_of_one_method(published: Path, tmp_path: Path) -> None:
     rows = results({"CLIP-LoRA": 0.0}, MANIFEST_NAMES).query("split_kind == 'base'")
     rows = rows.assign(protocol="few-shot", split_kind="all", settings="rank=2")
