@@ -8,7 +8,7 @@ import pandas as pd
 
 from vlmlayers.figures.render import escape_latex
 from vlmlayers.plots.style import axis_label
-from vlmlayers.scores.reading import is_random
+from vlmlayers.scores.reading import POOLED, is_random
 from vlmlayers.scores.summaries import how_made
 from vlmlayers.words import counted
 
@@ -54,6 +54,16 @@ def trained(opening: str, validation: pd.DataFrame) -> Caption:
     seeds = ", ".join(str(seed) for seed in sorted(validation["seed"].unique()))
     runs = f"Trained on {counted(len(datasets), 'dataset')} ({', '.join(datasets)}), seeds {seeds}"
     return _caption(opening, validation, [runs])
+
+
+def joined(panels: Iterable[pd.DataFrame]) -> str:
+    """Return in words how datasets become one in panels: as pooled rows, or as a mean of theirs."""
+    # One kernel over the rows of all datasets is another quantity than the mean of theirs.
+    names = [set(panel["dataset"]) for panel in panels]
+    return " or ".join(dict.fromkeys(
+        "all datasets pooled" if POOLED in found else f"mean over {counted(len(found), 'dataset')}"
+        for found in names
+    ))  # fmt: skip
 
 
 def _caption(opening: str, table: pd.DataFrame, rest: Sequence[str]) -> Caption:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlmlayers import plots
-from vlmlayers.figures.captions import JOINT, scored, trained
+from vlmlayers.figures.captions import JOINT, joined, scored, trained
 from vlmlayers.figures.inputs import Folders, MissingTable, as_folders, read, select
 from vlmlayers.figures.layout import (
     finish,
@@ -31,7 +31,7 @@ from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import with_source
 from vlmlayers.plots.style import axis_label, category
 from vlmlayers.positions import FINAL
-from vlmlayers.scores.reading import check_scores
+from vlmlayers.scores.reading import Reading, check_scores
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, agreement, curves, dataset_readout
 from vlmlayers.selection import LayerChoice
 
@@ -106,7 +106,7 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
     models = list(by_model(scores))
     metrics = [name for name in AGREEMENT_METRICS if (scores.metric == name).any()]
     figure, axes = panels(len(models), len(metrics), 2.9)
-    drawn = []
+    drawn, shown = [], []
     for ax, ((name, part), metric) in zip(axes, product(models, metrics)):
         if not (part.metric == metric).any():
             ax.set_axis_off()
@@ -114,10 +114,11 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
         part = check_scores(part)
         plots.agreement_matrix(part, metric, choice=choice_of(part, tables), ax=ax)
         finish(ax, name)
+        shown.append(Reading().rows(part, metric, "vision"))
         drawn.append(in_panel(agreement(part, metric).assign(metric=metric), part, name))
     caption = scored(
-        "Agreement of every vision position with every text position, mean over datasets and "
-        "seeds. Bars beside the axes: the chosen blocks", scores, metrics)  # fmt: skip
+        f"Agreement of every vision position with every text position, {joined(shown)}, mean over "
+        "seeds. Bars beside the axes: the chosen blocks", pd.concat(shown), metrics)  # fmt: skip
     return save(figure, out, "fig3_agreement", drawn, caption)
 
 

@@ -113,7 +113,7 @@ def _tower_table(answer: Answer, tower: str) -> Table:
 
 
 def position_table(answer: Answer) -> Table:
-    """Return every metric that has a curve at every position, mean over datasets."""
+    """Return every metric that has a curve at every position, datasets pooled or their mean."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
     shown = metrics_by_shape(answer.scores)["curve"]
     for metric in shown:
@@ -124,7 +124,8 @@ def position_table(answer: Answer) -> Table:
             rows.setdefault((str(tower), str(position)), {})[metric] = float(value)
     headings = ["Position", *(metric_entry(name)["label"] for name in shown)]
     return tabular(
-        "Every position and metric, mean over datasets and seeds",
+        "Every position and metric, all datasets pooled where scored so, else their mean; mean "
+        "over seeds",
         headings,
         [
             [f"{tower} {position}", *(values.get(name) for name in shown)]

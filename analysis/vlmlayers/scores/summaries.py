@@ -175,7 +175,9 @@ def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
 
 @checked
 def overview(scores: Scores) -> pd.DataFrame:
-    """Return the means over datasets and seeds: a row per position, columns metric and tower.
+    """Return all metrics, mean over seeds: a row per position, columns metric and tower.
+
+    All datasets are pooled where a metric is scored so; elsewhere it is the mean over datasets.
 
     Args:
         scores: Score table of one model.

@@ -645,6 +645,20 @@ def test_every_figure_has_a_caption_that_says_how_it_was_made(tables: Path, tmp_
     assert "tiny (random): RANDOM WEIGHTS" in said[0]
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+def test_figure_3_says_whether_datasets_are_pooled(pooled: bool, tmp_path: Path) -> None:
+    """Pooled rows are drawn where there are any; they are no mean of those of each dataset."""
+    scores = score_rows().query("metric == 'cka_debiased'")
+    each = [scores.assign(dataset=name, value=v, n=9) for name, v in (("a", 0.3), ("b", 0.5))]
+    pd.concat([*each, *([scores] * pooled)]).to_csv(tmp_path / "scores.csv", index=False)
+    paper_figures.fig3_agreement(tmp_path, tmp_path)
+    drawn = pd.read_csv(tmp_path / "fig3_agreement.csv").value.to_numpy()
+    assert np.allclose(drawn, scores.value if pooled else 0.4)
+    words = ("all datasets pooled", "40") if pooled else ("mean over 2 datasets", "9")
+    caption = (tmp_path / "fig3_agreement.tex").read_text()
+    assert f"{words[0]}, mean over seeds" in caption and f"n = {words[1]} (vision)" in caption
+
+
 def test_a_choice_marks_its_own_model_only(tables: Path) -> None:
     choice = paper_figures.choice_of(score_rows(), tables)
     assert (choice.vision, choice.text) == ((2, 3, 4), (3, 4))
