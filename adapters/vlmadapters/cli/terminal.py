@@ -40,6 +40,9 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     if "origin" not in summary:
         summary = summary.assign(origin="ours")
     summary = summary.assign(name=names(summary))
+    sources = summary.groupby(["dataset", "name", "model"], sort=False)["source"]
+    several = summary["name"] + ", from " + summary["source"].astype(str)
+    summary["name"] = summary["name"].where(sources.transform("nunique") <= 1, several)
     ours = summary[summary["origin"] == "ours"].iloc[0]
     metrics = [metric for metric in METRICS if metric in set(summary["metric"])]
     backbone = " ".join(dict.fromkeys((ours["model"], ours["weights"])))

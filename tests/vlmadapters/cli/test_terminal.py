@@ -53,6 +53,20 @@ def test_how_many_images_were_tested_stands_below_the_accuracies() -> None:
     assert max(map(len, images_text(many).splitlines())) <= 80
 
 
+def test_trainings_on_two_datasets_are_told_apart() -> None:
+    both = [
+        results(source=source, accuracy=share).assign(
+            protocol="cross-dataset", dataset="target", split_kind="all"
+        )
+        for source, share in (("digits", 0.6), ("faces", 0.7))
+    ]
+    text = results_text(summarise(pd.concat(both).drop_duplicates()))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert any(line.startswith("MMA v5-12,t5-12, from digits") for line in lines)
+    assert any(line.startswith("MMA v5-12,t5-12, from faces") for line in lines)
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_one_seed_speaks_of_no_spread() -> None:
     lines = results_text(summarise(results().query("seed < 2"))).splitlines()
     assert lines[0] == "base-to-novel, m w: accuracy in %"
