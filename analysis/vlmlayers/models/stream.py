@@ -362,7 +362,7 @@ def _load(file: Path, like: DatasetSums) -> DatasetSums:
     """Return saved sums.
 
     Raises:
-        DamagedStore: The file is cut short or altered.
+        DamagedStore: The file is cut short or altered, or pairs other blocks.
     """
     arrays = _read(file)
     sums = DatasetSums(
@@ -380,6 +380,11 @@ def _load(file: Path, like: DatasetSums) -> DatasetSums:
             fields.setdefault((kind, tuple(key)), {})[part[0]] = value
     for (kind, key), values in fields.items():
         getattr(sums, kind)[key] = _PARTS[kind](**values)
+    if sums.cross and sums.cross.keys() != set(sums.pairs()):
+        raise DamagedStore(
+            f"{file} pairs the blocks of the towers as an earlier version did; delete "
+            f"{file.parent} and start again"
+        )
     return sums
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from synthetic import make_features, many
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
+from vlmlayers.features.store import DamagedStore
 from vlmlayers.metrics import (
     centroid_gap,
     cka,
@@ -318,3 +320,17 @@ def test_streamed_captions_are_read_out_from_their_sums() -> None:
     table = score_streaming(members, ["dataset_accuracy_lda"], sample=80)
     text = table[table.tower == "text"].set_index("position")["value"]
     assert text["embed"] < text["1"] < text["3"]
+
+
+def test_saved_sums_that_pair_other_blocks_are_refused(tmp_path: Path) -> None:
+    from vlmlayers.models.stream import _arrays, _load  # torch
+
+    sums = StreamingScores(20)
+    sums.update(replace(make_features(blocks=6), text=make_features(blocks=3).text))
+    (one,) = sums.datasets.values()
+    np.savez(tmp_path / "sums.0.npz", **_arrays(one))
+    assert _load(tmp_path / "sums.0.npz", one).cross.keys() == one.cross.keys()
+    one.cross["native", "3", "1"] = one.cross.pop(("native", "3", "2"))
+    np.savez(tmp_path / "sums.0.npz", **_arrays(one))
+    with pytest.raises(DamagedStore, match="as an earlier version did; delete"):
+        _load(tmp_path / "sums.0.npz", one)
