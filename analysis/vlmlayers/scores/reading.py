@@ -308,16 +308,13 @@ def partnered(rows: pd.DataFrame, tower: str, blocks: int) -> pd.DataFrame:
     there = rows["other_position"].astype(str)
     if (theirs == "").all() or there.nunique() == 1:
         return rows
+    here, across = rows["position"].astype(str), theirs == other_tower(tower)
+    if (there[across].groupby(here[across]).nunique() == 1).all():
+        return rows[(theirs == "") | across]  # gaps are scored at partners alone
     # The other tower need not be as deep, and its depth is in the partners alone.
-    other = max(
-        (int(p) for p in there[theirs == other_tower(tower)] if p.isdecimal()), default=blocks
-    )
-    here = rows["position"].astype(str)
+    other = max((int(p) for p in there[across] if p.isdecimal()), default=blocks)
     partner = [str(partner_block(int(p), blocks, other)) if p.isdecimal() else p for p in here]
-    return rows[
-        (theirs == "")
-        | ((theirs == other_tower(tower)) & (there == np.asarray(partner, dtype=object)))
-    ]
+    return rows[(theirs == "") | (across & (there == np.asarray(partner, dtype=object)))]
 
 
 def partner_block(block: int, own: int, other: int) -> int:

@@ -567,6 +567,8 @@ def test_a_curve_has_every_block_where_towers_differ_in_depth(deep: int, flat: i
     member = replace(vision, text=text.text)
     table = score(member, ["centroid_gap"], **QUICK)
     assert len(curves(table, "centroid_gap")) == len(table) == deep + 2  # embed and proj
+    some = score(member, ["centroid_gap"], positions=["1", "3", "5"], **QUICK)
+    assert list(curves(some, "centroid_gap")["position"]) == ["1", "3", "5"]
     streamed = score_streaming([member], ["cka_debiased"], sample=20)
     assert len(curves(streamed, "cka_debiased")) == len(streamed) == deep + 3  # and final
 
