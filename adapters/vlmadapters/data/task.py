@@ -176,7 +176,8 @@ class TaskData:
         if absent == labels:
             half = "" if kind == "all" else f" of its {kind} classes"
             raise UserError(f"{name} has no image{half} in split {split!r}")
-        if absent and (kind, split) not in self._told:
+        # A fold holds images out, as it is meant to; the whole dataset says it.
+        if absent and self.share == 1.0 and (kind, split) not in self._told:
             self._told.add((kind, split))
             LOG.warning(
                 "%s: split %r has no image of %d of %d classes, such as %r, which the others are "

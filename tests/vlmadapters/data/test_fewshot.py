@@ -93,6 +93,13 @@ def test_classes_without_an_image_are_said_once(
         data.check("novel", "test")
     (said,) = caplog.messages
     assert "split 'test' has no image of 1 of 2 classes, such as 'green'" in said
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "train" / "blue" / "1.png")
+    parts = folds(TaskData(str(tmp_path), shared_backbone()), 2, 1, 2)
+    caplog.clear()
+    held_out = [{item.label for item in one.test("all")} for one in parts]
+    for one in parts:
+        one.check("all", "test")
+    assert {0} in held_out and not caplog.messages  # green's one image is in one fold at most
 
 
 def test_halves_are_cut_at_the_sorted_labels_and_relabelled() -> None:
