@@ -29,6 +29,7 @@ from vlmlayers.metrics import (
     twonn,
     uniformity,
 )
+from vlmlayers.metrics.checks import unit_rows
 from vlmlayers.metrics.gap import (
     centroid_gap_null,
     centroid_gap_weighted,
@@ -131,10 +132,6 @@ def test_retrieval_of_ties_is_that_of_their_random_order(k: int) -> None:
         first = labels[order[:k]]
         shuffled.append(np.mean([(first == label).any() for label in range(4)]))
     assert retrieval(prompts, images, pairs, k=k) == pytest.approx(np.mean(shuffled), abs=0.02)
-
-
-def unit_rows(x: np.ndarray) -> np.ndarray:
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def test_retrieval_null_is_hypergeometric() -> None:
