@@ -40,7 +40,7 @@ class Pairing:
 
     Attributes:
         dataset: Name, or `*` where several are pooled.
-        kind: `items`, `class_means` or `captions`.
+        kind: `items`, `class_means` or `first_captions`.
         space: Space of the features.
         sides: Two sides; the same object twice for agreement within a tower.
     """
@@ -138,7 +138,7 @@ def _across(
         both.append(_side(towers, makers, space, options))
     if not (both[0].arrays and both[1].arrays):
         return []
-    kind = "captions" if captions else "class_means"
+    kind = "first_captions" if captions else "class_means"
     return [Pairing(dataset, kind, space, (both[0], both[1]))]
 
 

@@ -296,7 +296,7 @@ class _Scorer:
                 else:
                     # The null mixes rows, which only the sample still has.
                     value, null = frechet_from(x, y), gap.frechet_null(image_rows, text_rows)
-                kind = "captions" if texts is None else "class_prompts"
+                kind = "first_captions" if texts is None else "class_prompts"
                 self._add(point, value, null, on_sample, pairs=kind, texts=y.n)
 
     def _text_rows(self, key: Key, counts: Array) -> Array | None:
@@ -329,5 +329,5 @@ class _Scorer:
                 ) -> float:
                     return cka(x[rows], y[rows], debiased=unbiased)
 
-                kind = "image_prompts" if self.sums.prompts is not None else "captions"
+                kind = "first_captions" if self.sums.prompts is None else "image_prompts"
                 self._add(point, value, null, on_sample, pairs=kind)

@@ -322,6 +322,21 @@ def test_streamed_captions_are_read_out_from_their_sums() -> None:
     assert text["embed"] < text["1"] < text["3"]
 
 
+def test_sums_say_that_they_hold_the_first_caption_of_an_image() -> None:
+    member = make_features(items=60, captions=2)
+    text = member.tower("text")
+    first = text.take(np.unique(text.pairs, return_index=True)[1])
+    alone = replace(member, text=replace(first, pairs=np.arange(60)))
+    names = ["centroid_gap", "cka_debiased"]
+    streamed = score_streaming([member], names, sample=30)
+    pd.testing.assert_frame_equal(streamed, score_streaming([alone], names, sample=30))
+    assert streamed["options"].str.contains("pairs=first_captions").all()
+    stored = score([member], names, bootstrap=5, permutations=5)
+    across = stored[(stored.tower == "vision") & (stored.other_tower == "text")].set_index("metric")["options"]
+    assert across["cka_debiased"].str.contains("pairs=first_captions").all()
+    assert across["centroid_gap"].str.contains("pairs=captions").all()
+
+
 def test_saved_sums_that_pair_other_blocks_are_refused(tmp_path: Path) -> None:
     from vlmlayers.models.stream import _arrays, _load  # torch
 
