@@ -332,7 +332,8 @@ def test_sums_say_that_they_hold_the_first_caption_of_an_image() -> None:
     pd.testing.assert_frame_equal(streamed, score_streaming([alone], names, sample=30))
     assert streamed["options"].str.contains("pairs=first_captions").all()
     stored = score([member], names, bootstrap=5, permutations=5)
-    across = stored[(stored.tower == "vision") & (stored.other_tower == "text")].set_index("metric")["options"]
+    across = stored[(stored.tower == "vision") & (stored.other_tower == "text")]
+    across = across.set_index("metric")["options"]
     assert across["cka_debiased"].str.contains("pairs=first_captions").all()
     assert across["centroid_gap"].str.contains("pairs=captions").all()
 
