@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import matplotlib
 import pytest
 from typer.testing import CliRunner
 
+import vlmadapters.methods as methods
 import vlmlayers as vl
+import vlmlayers.metrics.table as table
+import vlmlayers.selection.making as making
 
 transformers_models = pytest.importorskip("transformers_models", reason="needs the extra 'hf'")
 pytest.importorskip("peft", reason="needs the extra 'peft'")
@@ -65,6 +69,9 @@ def test_every_block_of_a_page_runs(page: Path, workplace: Path) -> None:
     for kind, text in blocks:
         if kind == "python":
             exec(compile(text, page.name, "exec"), space)
+        elif kind == "toml":
+            groups = tomllib.loads(text)["project"]["entry-points"]
+            assert set(groups) == {table.GROUP, making.GROUP, methods.GROUP}
         else:
             assert kind == "sh"
             for line in text.splitlines():

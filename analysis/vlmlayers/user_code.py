@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import traceback
 import zlib
@@ -58,6 +59,22 @@ def load_user_code(where: str, what: str) -> Any:
     found = [key for key, value in vars(module).items() if callable(value)]
     check_one_of(what, name, found, where=file)
     return getattr(module, name)
+
+
+def code_file(where: str, function: Callable[..., Any] | None) -> Path | None:
+    """Return the file whose code a name stands for; None for this toolkit's, which has a version.
+
+    Args:
+        where: The name, or `path.py:name`.
+        function: What a name stands for.
+    """
+    if is_user_code(where):
+        return Path(where.rpartition(":")[0])
+    try:
+        file = Path(inspect.getfile(inspect.unwrap(function)))  # type: ignore[arg-type]
+    except TypeError:  # written in C, or none
+        return None
+    return file if file.is_file() and Path(__file__).parent not in file.parents else None
 
 
 def name_of(function: Callable[..., Any], what: str, taken: Collection[str]) -> str:

@@ -107,7 +107,11 @@ def score(
     run: Annotated[Path | None, typer.Argument(help="Run folder with features.")] = None,
     metrics: Annotated[
         list[str] | None,
-        several("A metric, or path.py:function; the first ones where absent.", "--metric", "-m"),
+        several(
+            "A metric, an installed one, or path.py:function; the first ones where absent.",
+            "--metric",
+            "-m",
+        ),
     ] = None,
     settings: Settings = None,
     show: Annotated[

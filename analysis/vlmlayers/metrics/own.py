@@ -1,13 +1,17 @@
-"""Metrics that a user hands over as functions: `vl.score(features, metrics=[my_function])`."""
+"""Metrics that do not ship: functions of the user's, `vl.score(features, metrics=[mine])`, and
+those that installed packages offer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import update_wrapper
+from importlib.metadata import EntryPoint
 from inspect import Parameter, signature
 from typing import Any
 
 from vlmlayers.errors import UserError, one_line
-from vlmlayers.metrics.declare import INF, Metric
+from vlmlayers.metrics.declare import INF, MODEL, Metric
 from vlmlayers.user_code import name_of
 
 OWN = "own"  # the level of such a metric
@@ -26,6 +30,32 @@ def own_metric(function: Callable[..., Any], taken: Collection[str]) -> tuple[st
         UserError: It has no name, one that is taken, or needs other arguments.
     """
     name = name_of(function, "metric", taken)
+    return name, _entry(name, function)
+
+
+def packaged_metric(offer: EntryPoint) -> Metric:
+    """Return the entry of a metric that an installed package offers: a `Metric`, or a function.
+
+    Raises:
+        UserError: It cannot be imported, or cannot serve as a metric.
+    """
+    try:
+        found = offer.load()
+    except Exception as error:
+        raise UserError(
+            f"the metric {offer.name!r} of an installed package cannot be read: {offer.value} "
+            f"fails with {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Metric):
+        if not callable(found):
+            raise UserError(f"{offer.value} is no metric; it has to be a function or a Metric")
+        return _entry(offer.name, found)
+    if found.needs == MODEL or found.base:
+        raise UserError(f"{offer.value} needs more than features, as metrics of packages cannot")
+    return found
+
+
+def _entry(name: str, function: Callable[..., Any]) -> Metric:
     try:
         shape = signature(function)
     except ValueError:  # some builtin functions tell nothing of their arguments
@@ -48,9 +78,9 @@ def own_metric(function: Callable[..., Any], taken: Collection[str]) -> tuple[st
         except Exception as error:
             raise UserError(f"{name} fails: {type(error).__name__}: {one_line(error)}") from error
 
-    value.__doc__ = function.__doc__
+    update_wrapper(value, function)  # whose code it is, and what it says of itself
     labelled = len(places) == 2
-    return name, Metric(
+    return Metric(
         value,
         OWN,
         "labels" if labelled else "features",

@@ -7,11 +7,13 @@ one entry. The first five arguments of an entry are function, level, needs, axis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics import agreement as ag
 from vlmlayers.metrics import attention as at
 from vlmlayers.metrics import class_level as cl
@@ -19,11 +21,14 @@ from vlmlayers.metrics import dataset_level as dl
 from vlmlayers.metrics import gap, geometry, readouts, separability, transfer, transferability
 from vlmlayers.metrics import model_level as ml
 from vlmlayers.metrics.declare import INF, JOINT, MODEL, NEEDS, SIMILARITY, Metric
+from vlmlayers.metrics.own import packaged_metric
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["METRICS", "Metric", "metric", "table"]
+__all__ = ["METRICS", "Metric", "find_metric", "metric", "table"]
+
+GROUP = "vlmlayers.metrics"
 
 
 # The formatter would give every argument a line of its own, and the table would not be one.
@@ -364,20 +369,53 @@ for _name, _metric in [(n, m) for n, m in METRICS.items() if m.needs == "pairs"]
 
 
 @checked
-def metric(name: str) -> Metric:
-    """Return the entry of a metric.
+def metric(name: str, where: str = "") -> Metric:
+    """Return the entry of a metric: of the table, or of an installed package that offers it.
+
+    Args:
+        name: Its name. That of a package's metric is the name of its entry point in the group
+            `vlmlayers.metrics`, which may name a function or a `Metric`.
+        where: Where the name came from, such as a file; for the message.
 
     Raises:
-        UserError: No metric has this name; the nearest one is named.
+        UserError: No metric has this name; the nearest one is named. Or what a package offers
+            cannot serve as a metric.
     """
-    return METRICS[check_one_of("metric", name, METRICS)]
+    # A package cannot replace a shipped metric: its name would then stand for other numbers.
+    if name in METRICS:
+        return METRICS[name]
+    offered = _offered()
+    check_one_of("metric", name, [*METRICS, *offered], where)
+    return packaged_metric(offered[name])
+
+
+def _offered() -> dict[str, EntryPoint]:
+    # Read at every use: a package may be installed while a notebook is open.
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def find_metric(name: str) -> Metric | None:
+    """Return the entry of a metric; None for one whose name is known to a score table alone."""
+    try:
+        return metric(name)
+    except UserError:
+        return None
 
 
 @checked
-def table() -> pd.DataFrame:
-    """Return the table for people: one row per metric, no functions."""
+def table(names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return the table for people: one row per metric, no functions.
+
+    Args:
+        names: Metrics to describe; None for all, those of installed packages last.
+
+    Raises:
+        UserError: As `metric`.
+    """
     import pandas as pd
 
+    every = dict.fromkeys([*METRICS, *_offered()]) if names is None else names
+    entries = {name: metric(name) for name in every}
     rows = [
         {
             "metric": name,
@@ -395,6 +433,6 @@ def table() -> pd.DataFrame:
             "axis label": m.axis_label,
             "reference": m.reference,
         }
-        for name, m in METRICS.items()
+        for name, m in entries.items()
     ]
     return pd.DataFrame(rows)

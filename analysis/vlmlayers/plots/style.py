@@ -240,9 +240,9 @@ def axis_label(metric: str) -> str:
 
 def declared(metric: str, field: str, default: Any) -> Any:
     """Return a field of a metric's declaration, or `default` where it declares none."""
-    from vlmlayers.metrics.table import METRICS
+    from vlmlayers.metrics.table import find_metric
 
-    found = METRICS.get(metric)
+    found = find_metric(metric)
     if found is None:
         return default
     value = getattr(found, field, None)

@@ -73,9 +73,9 @@ def metric_entry(name: str, scores: pd.DataFrame | None = None) -> dict[str, Any
         name: Name of the metric.
         scores: Score table; the caption then says how its values were made.
     """
-    from vlmlayers.metrics import METRICS
+    from vlmlayers.metrics.table import find_metric
 
-    known = METRICS.get(name)
+    known = find_metric(name)
     made = ""
     if scores is not None and (scores["metric"] == name).any():
         made = f"How: {how_made(scores, name)}."

@@ -15,7 +15,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.metrics.declare import MODEL
 from vlmlayers.metrics.own import own_metric
-from vlmlayers.metrics.table import METRICS, Metric
+from vlmlayers.metrics.table import METRICS, Metric, metric
 from vlmlayers.options import takes, validated
 from vlmlayers.positions import sort_key
 from vlmlayers.progress import bar
@@ -93,13 +93,13 @@ def score(
 
     Args:
         features: Features of one dataset or of several.
-        metrics: Names from `vlmlayers.metrics.METRICS`, functions of your own, or
-            `path.py:function`; None for all that have a name and that features suffice for. A
-            function `f(x)` takes the features of one dataset at one position, (item, width) in
-            float64, a function `f(x, labels)` the class ids (item,) as well; it returns a number.
-            Its name is that of its `def`, its interval a jackknife over items (NaN where it fails
-            on a part of them), its null what it gives on shuffled labels, or with each column of x
-            shuffled by itself.
+        metrics: Names from `vlmlayers.metrics.METRICS` or of an installed package (entry points of
+            the group `vlmlayers.metrics`), functions of your own, or `path.py:function`; None for
+            all that have a name here and that features suffice for. A function `f(x)` takes the
+            features of one dataset at one position, (item, width) in float64, a function
+            `f(x, labels)` the class ids (item,) as well; it returns a number. Its name is that of
+            its `def`, its interval a jackknife over items (NaN where it fails on a part of them),
+            its null what it gives on shuffled labels, or with each column of x shuffled by itself.
         jobs: Processes that share the work; the table does not depend on it. None takes one per
             core, at most eight, where the work is worth starting them.
         progress: Show a progress bar.
@@ -208,7 +208,7 @@ def chosen_metrics(
     """Return the entries of metrics by name, or of all that features suffice for.
 
     Args:
-        metrics: Names, and functions of the user's own.
+        metrics: Names, of installed packages' metrics too, and functions of the user's own.
 
     Raises:
         UserError: A name is unknown, with the nearest one, or needs the model; a function cannot
@@ -218,13 +218,12 @@ def chosen_metrics(
     of_features = [name for name, entry in METRICS.items() if entry.needs != MODEL]
     for given in of_features if metrics is None else metrics:
         if isinstance(given, str) and not is_user_code(given):
-            name = check_one_of("metric", given, METRICS)
-            if METRICS[name].needs == MODEL:
+            chosen[given] = metric(given)
+            if chosen[given].needs == MODEL:
                 raise UserError(
-                    f"{name} needs the model, not features alone: `vlmlayers.models.examine` takes "
-                    "both model and data"
+                    f"{given} needs the model, not features alone: `vlmlayers.models.examine` "
+                    "takes both model and data"
                 )
-            chosen[name] = METRICS[name]
         else:
             own = load_user_code(given, "metric") if isinstance(given, str) else given
             name, entry = own_metric(own, {*METRICS, *chosen})

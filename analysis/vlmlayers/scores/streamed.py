@@ -28,7 +28,7 @@ from vlmlayers.metrics.moments import (
     frechet_from,
     white_noise_scatter,
 )
-from vlmlayers.metrics.table import METRICS
+from vlmlayers.metrics.table import METRICS, metric
 from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
 from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
@@ -57,7 +57,7 @@ def check_streamed(metrics: Sequence[str] | None) -> list[str]:
         UserError: A name is unknown, or the metric needs the features themselves.
     """
     for name in metrics or ():
-        check_one_of("metric", name, METRICS)
+        metric(name)
         check_one_of("streaming metric", name, STREAMED)
     return list(STREAMED if metrics is None else metrics)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from vlmlayers.arguments import checked
@@ -44,16 +42,6 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
     for name in options:
         check_one_of("option", name, valid, f"rule {rule!r}")
     return RULES[rule](**options)
-
-
-def rule_file(rule: str) -> Path | None:
-    """Return the file of a rule that does not ship; None for one that does."""
-    if rule in RULES:
-        return None
-    if is_user_code(rule):
-        return Path(rule.rpartition(":")[0])
-    module = sys.modules.get(make_rule(rule, {}).function.__module__)
-    return Path(getattr(module, "__file__", None) or rule)
 
 
 @dataclass(frozen=True)

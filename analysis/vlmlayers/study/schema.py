@@ -274,17 +274,15 @@ def check_study(content: dict[str, Any], where: str = "the study") -> Study:
 
 
 def _check_names(study: Study, where: str) -> None:
-    from vlmlayers.metrics import METRICS
+    from vlmlayers.metrics import metric
     from vlmlayers.scores import ScoreOptions
     from vlmlayers.selection import make_rule
 
-    for metric in study.score.metrics:
-        if not is_user_code(metric):
-            check_one_of("metric", metric, METRICS, where=where)
+    packaged = [metric(name, where) for name in study.score.metrics if not is_user_code(name)]
     options = f"{where}, options of score"
     asked = validated(ScoreOptions, study.score.options, options)
-    if not any(map(is_user_code, study.score.metrics)):
-        asked.refuse_unread((METRICS[name] for name in study.score.metrics), options)
+    if len(packaged) == len(study.score.metrics):
+        asked.refuse_unread(packaged, options)
     rule = study.select.rule
     try:
         check_resampling(rule, study.select.resamples)

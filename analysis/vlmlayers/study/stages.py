@@ -15,7 +15,7 @@ from vlmlayers.manifests import Manifest
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import environment, file_mark
 from vlmlayers.study.context import StageContext, StudyDataset
-from vlmlayers.user_code import is_user_code
+from vlmlayers.user_code import code_file, is_user_code
 from vlmlayers.words import counted
 
 GROUP = "vlmlayers.stages"
@@ -172,7 +172,7 @@ def _score_inputs(context: StageContext) -> dict[str, Any]:
         "left_out": sorted(context.left_out),
         "metrics": context.study.score.metrics,
         "options": context.study.score.options,
-        "own_metrics": [_own_code(name) for name in context.metrics],
+        "own_metrics": [_metric_mark(name) for name in context.metrics],
         # Another version may compute other values from the same features.
         "version": version("vlm-layers"),
     }
@@ -193,16 +193,22 @@ def _score(context: StageContext) -> None:
     context.run.record(score=part.model_dump(mode="json"), environment=environment())
 
 
-def _own_code(name: str) -> str:
-    """Return the mark of the file that a metric of the user's own is in."""
-    return file_mark(Path(name.rpartition(":")[0])) if is_user_code(name) else ""
+def _metric_mark(name: str) -> str:
+    """Return the mark of the file of a metric that does not ship, as one of a package."""
+    from vlmlayers.metrics import metric
+
+    return _mark(code_file(name, None if is_user_code(name) else metric(name).function))
 
 
-def _own_rule(rule: str) -> str:
+def _rule_mark(rule: str) -> str:
     """Return the mark of the file of a rule that does not ship, as one of a package."""
-    from vlmlayers.selection.making import rule_file
+    from vlmlayers.selection import RULES, make_rule
 
-    file = rule_file(rule)
+    own = rule not in RULES and not is_user_code(rule)
+    return _mark(code_file(rule, make_rule(rule, {}).function if own else None))
+
+
+def _mark(file: Path | None) -> str:
     return "" if file is None else file_mark(file)
 
 
@@ -212,7 +218,7 @@ def _select_inputs(context: StageContext) -> dict[str, Any]:
         "scores": file_mark(context.run.scores),
         "select": part.model_dump(),
         "seed": context.seed,
-        "own_rule": _own_rule(context.rule),
+        "own_rule": _rule_mark(context.rule),
         "search": file_mark(context.run.search) if part.rule == "search" else "",
         "version": version("vlm-layers"),
     }

@@ -62,19 +62,13 @@ def metrics_text(names: Sequence[str] | None = None) -> str:
     Raises:
         UserError: A name is unknown; the nearest one is named.
     """
-    from vlmlayers.metrics import METRICS
-
-    for name in names or ():
-        check_one_of("metric", name, METRICS)
     from vlmlayers.metrics import table
     from vlmlayers.scores.streamed import STREAMED
     from vlmlayers.study.scoring import needs_model
 
     lines: list[str] = []
-    for row in table().to_dict("records"):
+    for row in table(names or None).to_dict("records"):
         name = row["metric"]
-        if names and name not in names:
-            continue
         marks = "*" if name in DEFAULT_METRICS else "+" if needs_model(name) else " "
         marks += "~" if name in STREAMED else " "
         lines += _wrapped(f"{name} ({row['level']}): {row['axis label']}", marks + " ")
@@ -108,23 +102,22 @@ def score_run(
     Raises:
         UserError: No features, an unknown metric or option.
     """
-    from vlmlayers.metrics import METRICS
+    from vlmlayers.metrics import metric
     from vlmlayers.scores import ScoreOptions
 
     run = Run(Path(folder))
     stores = run.stores()
-    for name in metrics or ():
-        if not is_user_code(name):
-            check_one_of("metric", name, METRICS)
+    asked = list(metrics or DEFAULT_METRICS)
+    known = [metric(name) for name in asked if not is_user_code(name)]
     if streaming:
         for name in options:
             check_one_of("option of streamed scores", name, ("sample",))
         if jobs is not None:
             raise UserError("--jobs share the scoring of features; --streaming takes one process")
     else:
-        asked = validated(ScoreOptions, options, "--set")
-        if not any(map(is_user_code, metrics or ())):
-            asked.refuse_unread(METRICS[name] for name in metrics or DEFAULT_METRICS)
+        given = validated(ScoreOptions, options, "--set")
+        if len(known) == len(asked):
+            given.refuse_unread(known)
     from vlmlayers.study.scoring import needs_model, recorded_context, scored, scores_of
 
     if any(map(needs_model, metrics or ())):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import PLAIN_NEEDS, metric_inputs, metric_value
+from synthetic import PLAIN_NEEDS, make_features, metric_inputs, metric_value
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS, metric, table
 from vlmlayers.metrics.declare import MODEL, NEEDS, Metric
 from vlmlayers.positions import ATTENTION, SPACES
+from vlmlayers.report.payload import metric_entry
+from vlmlayers.scores import score, score_streaming
 from vlmlayers.scores.run import RUNNERS
+from vlmlayers.study.stages import _metric_mark
 from vlmlayers.study.verbs import metrics_text
 
 PLAIN = {name: entry for name, entry in METRICS.items() if entry.needs in PLAIN_NEEDS}
@@ -148,3 +155,65 @@ def test_the_chain_of_the_parts_is_the_metric(name: str) -> None:
         options = {"k": 4} if "k" in entry.takes else {}
         chained = entry.parts[1](entry.parts[0](*features), *rest, **options)
     np.testing.assert_array_equal(chained, metric_value(entry, features, rest))
+
+
+PACKAGED = """
+from vlmlayers.metrics import Metric
+
+def spread(x):
+    \"\"\"Return the largest distance of a row from the mean.\"\"\"
+    return float(((x - x.mean(axis=0)) ** 2).sum(axis=1).max() ** 0.5)
+
+radius = Metric(
+    spread, "geometry", "features", "radius of the cloud", "", bounds=(0.0, float("inf")),
+    direction="wider", spaces=("native",), towers=("vision",),
+)
+number = 3
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A distribution as pip leaves it: a module, and metadata that name what it offers."""
+    (tmp_path / "my_measures.py").write_text(PACKAGED)
+    info = tmp_path / "my_measures-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-measures\nVersion: 1.0\n")
+    names = ("spread", "radius", "number", "lost", "fisher_ratio = my_measures:spread")
+    lines = [name if "=" in name else f"{name} = my_measures:{name}" for name in names]
+    (info / "entry_points.txt").write_text("\n".join(["[vlmlayers.metrics]", *lines]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("my_measures", None)
+
+
+def test_metrics_of_an_installed_package_are_scored_by_name(package: Path) -> None:
+    member = make_features()
+    scores = score(member, ["spread", "radius"], jobs=2)
+    assert scores.groupby("metric").size().to_dict() == {"spread": 12, "radius": 6}
+    x = member.tower("vision").arrays["native"]["2"]
+    expected = np.linalg.norm(x - x.mean(axis=0), axis=1).max()
+    at = scores[(scores.tower == "vision") & (scores.position == "2") & (scores.space == "native")]
+    assert at["value"].to_numpy() == pytest.approx(expected)
+    # A report reads what it declares; a name that ships stays what it was.
+    assert metric_entry("radius", scores)["label"] == "Radius of the cloud"
+    assert "chance: each column shuffled by itself" in metrics_text(["spread"])
+    assert "spread" not in METRICS and metric("fisher_ratio") is METRICS["fisher_ratio"]
+    with pytest.raises(UserError, match="did you mean 'spread'"):
+        metric("spred")
+    with pytest.raises(UserError, match="'spread'; valid"):
+        score_streaming([member], ["spread"])
+
+
+def test_what_a_package_offers_wrongly_is_named(package: Path) -> None:
+    with pytest.raises(UserError, match="my_measures:number is no metric; it has to be a function"):
+        metric("number")
+    with pytest.raises(UserError, match="'lost' of an installed package cannot be read"):
+        metric("lost")
+
+
+def test_a_study_scores_again_where_a_packages_metric_has_changed(package: Path) -> None:
+    before = _metric_mark("radius")
+    assert before == _metric_mark("spread") and not _metric_mark("twonn")
+    (package / "my_measures.py").write_text(PACKAGED.replace("max()", "min()"))
+    assert _metric_mark("radius") not in ("", before)

@@ -24,7 +24,7 @@ from vlmlayers.selection import (
     select,
 )
 from vlmlayers.selection.curves import BlockTable, agreement_curve
-from vlmlayers.study.stages import _own_rule
+from vlmlayers.study.stages import _rule_mark
 
 
 def span(first: int, last: int) -> tuple[int, ...]:
@@ -427,9 +427,9 @@ def test_own_rule_from_an_installed_package(
     with pytest.raises(UserError, match="did you mean 'ends'"):
         select(planted(), "endz")
     # A study chooses again where the package's code has changed.
-    before = _own_rule("ends")
+    before = _rule_mark("ends")
     (tmp_path / "my_rules.py").write_text("def ends(scores, n=1):\n    return [1], [1]\n")
-    assert before and _own_rule("ends") != before and _own_rule("threshold") == ""
+    assert before and _rule_mark("ends") != before and _rule_mark("threshold") == ""
 
 
 def test_agreement_reads_equal_relative_depth() -> None:
