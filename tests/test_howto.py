@@ -14,10 +14,10 @@ import matplotlib
 import pytest
 from typer.testing import CliRunner
 
-import vlmadapters.methods as methods
 import vlmlayers as vl
-import vlmlayers.metrics.table as table
-import vlmlayers.selection.making as making
+from vlmadapters.methods import GROUP as METHODS
+from vlmlayers.metrics.table import GROUP as METRICS
+from vlmlayers.selection.making import GROUP as RULES
 
 transformers_models = pytest.importorskip("transformers_models", reason="needs the extra 'hf'")
 pytest.importorskip("peft", reason="needs the extra 'peft'")
@@ -71,7 +71,7 @@ def test_every_block_of_a_page_runs(page: Path, workplace: Path) -> None:
             exec(compile(text, page.name, "exec"), space)
         elif kind == "toml":
             groups = tomllib.loads(text)["project"]["entry-points"]
-            assert set(groups) == {table.GROUP, making.GROUP, methods.GROUP}
+            assert set(groups) == {METRICS, RULES, METHODS}
         else:
             assert kind == "sh"
             for line in text.splitlines():
