@@ -183,6 +183,36 @@ def save_official(path: str | Path, method: Method, epoch: int = 0) -> Path:
     return path
 
 
+def load_trained(
+    path: str | Path,
+    model: Any,
+    *,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    task: Task | None = None,
+) -> Method:
+    """Read a trained method of either layout for a backbone, in evaluation mode.
+
+    Args:
+        path: `.safetensors` of ours, or the authors' file.
+        model: The backbone with its tokenizer.
+        method: Name of the method, or `path.py:Class`. A file of ours says which it is, but not
+            where the class of a user's method is; the authors' file is of MMA where it is None.
+        settings: As `load_official`; a file of ours holds them.
+        task: As `load_official`; a file of ours holds it.
+
+    Raises:
+        UserError: As `load_method` and `load_official`, or the file is of another method.
+    """
+    name = None if method is None else METHODS.config(method).name  # a file's is known from here on
+    if Path(path).suffix != OURS:
+        return load_official(path, model, method=name or "mma", settings=settings, task=task)
+    made = load_method(path, model)
+    if name not in (None, made.config.name):
+        raise UserError(f"{path} is of {made.config.name}; --method says {method}")
+    return made
+
+
 def load_official(
     path: str | Path,
     model: Any,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmadapters.files import OURS, load_method, load_official, read_info
+from vlmadapters.files import OURS, load_trained, read_info
+from vlmadapters.methods import METHODS
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError
 from vlmlayers.files import file_checksum
 
 
-def attach_for_good(model: Any, path: str | Path) -> Any:
+def attach_for_good(model: Any, path: str | Path, method: str | None = None) -> Any:
     """Attach a trained adapter to a loaded model and return the model.
 
     The hooks stay as long as the model does. `weights` and `weights_hash` change, so that features
@@ -20,17 +21,22 @@ def attach_for_good(model: Any, path: str | Path) -> Any:
     Args:
         model: What `vlmlayers.models.load_model` returns.
         path: `.safetensors` of ours, or the authors' file, which is read with the published scale.
+        method: As `vlmadapters.files.load_trained`.
 
     Raises:
-        UserError: The file cannot be read, belongs to another backbone, or an adapter is attached.
+        UserError: The file cannot be read, belongs to another backbone or method, or an adapter is
+            attached.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no adapter {path}; `vlmlayers train` writes them to adapters/")
-    adapter = load_method(path, model) if path.suffix == OURS else load_official(path, model)
+    adapter = load_trained(path, model, method=method)
     words = _words(path, adapter.config)
-    # The checksum of the file enters `weights_hash`, which every stored feature is filed under.
-    model.adapt(adapter.attached(model.clip), words, file_checksum(path))
+    # The checksum of the file enters `weights_hash`, which every stored feature is filed under. So
+    # does the code of a method that does not ship: the same numbers in another forward pass.
+    model.adapt(
+        adapter.attached(model.clip), words, file_checksum(path) + METHODS.code(adapter.config.name)
+    )
     return model
 
 

@@ -206,6 +206,7 @@ def evaluate(
         check_one_of("kind of classes", name, SPLIT_KINDS)
     check_inputs(model, weights, datasets, data_root)
     from vlmadapters.data.task import TaskData
+    from vlmadapters.files import load_trained
     from vlmadapters.protocols.trained import evaluate_methods
     from vlmlayers.files import write_csv
 
@@ -214,7 +215,9 @@ def evaluate(
     task = None
     if len(datasets) == len(kinds) == 1:  # the authors' layouts leave class names out
         task = TaskData(datasets[0], loaded, data_root).task(kinds[0], asked)
-    adapters = {path: _trained(path, loaded, method, given, task) for path in files}
+    adapters = {
+        path: load_trained(path, loaded, method=method, settings=given, task=task) for path in files
+    }
     table = evaluate_methods(
         loaded,
         datasets,
@@ -298,18 +301,6 @@ def _template(given: str | None, files: list[Path]) -> str:
         if own != given:
             LOG.warning("%s was trained with %r and is tested with %r", path, own, given)
     return given
-
-
-def _trained(path: Path, model: Any, method: str | None, given: dict[str, Any], task: Any) -> Any:
-    from vlmadapters.files import load_method, load_official
-
-    if path.suffix == OURS:
-        named = None if method is None else METHODS.config(method).name
-        made = load_method(path, model)
-        if named not in (None, made.config.name):
-            raise UserError(f"{path} is of {made.config.name}; --method says {method}")
-        return made
-    return load_official(path, model, method=method or "mma", settings=given, task=task)
 
 
 def _text(table: Any, published: bool, *, noted: bool = True) -> str:

@@ -52,6 +52,13 @@ def extract(
         Path | None,
         typer.Option(help="Trained adapter; the features are those of the adapted model."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Method of the adapter where it does not say: my_method.py:Mine, or of the "
+            "authors' file of another method than mma."
+        ),
+    ] = None,
     options: ExtractEverything,
     seed: Annotated[int, typer.Option(help="Seed of the draw of items.")] = 0,
     estimate: Annotated[
@@ -87,6 +94,7 @@ def extract(
         datasets,
         weights.arguments(),
         adapter=adapter,
+        method=method,
         seed=seed,
         extraction=options,
     )

@@ -195,6 +195,13 @@ class StageContext:
         """The names of the metrics; files of the user's own are looked up beside the study."""
         return [self._own_code(name) for name in self.study.score.metrics]
 
+    def adapter_arguments(self) -> dict[str, str]:
+        """Return adapter and method of the model where it has one, with paths resolved."""
+        if not self.part.adapter:
+            return {}
+        found = {"adapter": str(self._path(self.part.adapter, what="adapter"))}
+        return found | ({"method": self._own_code(self.part.method)} if self.part.method else {})
+
     def _own_code(self, name: str) -> str:
         return str(self.base / name) if is_user_code(name) else name
 
@@ -202,7 +209,9 @@ class StageContext:
         """Return the arguments of `load_model`, with paths resolved."""
         part = self.part
         name = str(self._path(part.path)) if part.path else part.name
-        found = part.model_dump(exclude={"name", "path", "adapter", "label"}, exclude_none=True)
+        found = part.model_dump(
+            exclude={"name", "path", "adapter", "method", "label"}, exclude_none=True
+        )
         files = {key: str(path) for key, path in self._model_files().items()}
         return {"name": name, **found, **files}
 
@@ -252,10 +261,16 @@ class StageContext:
             files |= {path.name: path for path in sorted(inside.glob("*.json"))}
             if not {"pretrained", "checkpoint"} & set(arguments) and not self.part.random_weights:
                 files["weights"] = find_weights(inside)
-        if self.part.adapter:
-            files["adapter"] = self._path(self.part.adapter, what="adapter")
+        adapted = self.adapter_arguments()
+        if adapted:
+            files["adapter"] = Path(adapted["adapter"])
+            method = adapted.get("method", "")
+            if is_user_code(method):
+                files["method"] = Path(method.rpartition(":")[0])
         # Files count by content, not by path: a moved folder is the same model.
         names = {key: value for key, value in arguments.items() if key not in files}
+        if self.part.method:
+            names["adapter_method"] = self.part.method
         names["name"] = name if hub else folder.name
         known = versions()
         return {
@@ -274,9 +289,9 @@ class StageContext:
             device = self.device or self.study.extract.device
             with timed(LOG, f"loading {self.part.title}"):
                 self._model = load_model(**self.model_arguments(), device=device)
-            if self.part.adapter:
+            if adapted := self.adapter_arguments():
                 attach = _attacher(self.part.adapter)
-                self._model = attach(self._model, self._path(self.part.adapter, what="adapter"))
+                self._model = attach(self._model, Path(adapted["adapter"]), adapted.get("method"))
         return self._model
 
     @property
@@ -314,7 +329,7 @@ class StageContext:
         return self.run.read("stages.json")
 
 
-def _attacher(adapter: str) -> Callable[[Any, Path], Any]:
+def _attacher(adapter: str) -> Callable[[Any, Path, str | None], Any]:
     """Return the function that attaches an adapter's file to a model permanently."""
     # By entry point: this package must not import the one that is built on it.
     found = {point.name: point for point in entry_points(group=ADAPTERS)}
@@ -322,5 +337,5 @@ def _attacher(adapter: str) -> Callable[[Any, Path], Any]:
         raise UserError(
             f"no package offers to attach the adapter {adapter}; install vlmadapters again"
         )
-    attach: Callable[[Any, Path], Any] = found["attach"].load()
+    attach: Callable[[Any, Path, str | None], Any] = found["attach"].load()
     return attach

@@ -49,6 +49,8 @@ class ModelPart(WeightsOptions):
         config: Configuration file for `local`.
         checkpoint: A file of weights.
         adapter: Trained adapter to attach: features are those of the adapted model.
+        method: Method of the adapter, or `path.py:Class` beside the study file, where the adapter
+            does not say: of a method of one's own, or in another method's layout than MMA's.
         label: Name of the run folder where a study has several models.
     """
 
@@ -57,12 +59,15 @@ class ModelPart(WeightsOptions):
     config: str | None = None
     checkpoint: str | None = None
     adapter: str = ""
+    method: str = ""
     label: str = ""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelPart:
         if bool(self.name) == bool(self.path):
             raise ValueError("a model needs either 'name' or 'path'")
+        if self.method and not self.adapter:
+            raise ValueError("'method' is of an 'adapter', and none is named")
         return self
 
     @property

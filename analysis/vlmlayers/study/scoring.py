@@ -129,10 +129,11 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
     model = dict(given["model"])
     name = model.pop("name")
     kind = "path" if Path(name).is_dir() else "name"
+    adapted = {key: given[key] for key in ("adapter", "method") if key in given}
     own = ("split", "device", "streaming")  # split stands with each dataset; devices differ
     study = check_study(
         {
-            "models": [{kind: name, **model, "adapter": given.get("adapter", "")}],
+            "models": [{kind: name, **model, **adapted}],
             "datasets": [
                 {"name": one, **_kept(notes["datasets"][known])}
                 for one in given["datasets"]

@@ -114,7 +114,7 @@ def _given(context: StageContext) -> dict[str, Any]:
         "model": context.model_arguments(),
         "datasets": [context.dataset_name(part.name) for part in context.study.datasets],
         "data_root": None if context.data_root is None else str(context.data_root),
-        **({"adapter": context.part.adapter} if context.part.adapter else {}),
+        **context.adapter_arguments(),
     }
 
 

@@ -27,6 +27,7 @@ def study_of(
     weights: Mapping[str, Any],
     *,
     adapter: Path | None,
+    method: str | None,
     seed: int,
     extraction: ExtractPart,
 ) -> Study:
@@ -37,6 +38,7 @@ def study_of(
         datasets: Names, image folders, tables or TOML files.
         weights: Which weights it gets; keyword arguments of `load_model`.
         adapter: Trained adapter to attach.
+        method: Its method, or `path.py:Class`, where it does not say.
         seed: Seed of the draw of items.
         extraction: The table `[extract]`.
 
@@ -50,6 +52,7 @@ def study_of(
         "path" if local else "name": str(Path(model).resolve()) if local else model,
         **weights,
         "adapter": str(adapter.resolve()) if adapter else "",
+        "method": str(Path(method).resolve()) if is_user_code(method or "") else method or "",
     }
     content = {"models": [part], "datasets": datasets, "seed": seed}
     content["extract"] = extraction.model_dump()

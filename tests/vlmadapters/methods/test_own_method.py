@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,6 +21,8 @@ from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.trainer import Trainer
 from vlmlayers.cli import app
 from vlmlayers.errors import UserError
+from vlmlayers.features import TowerFeatures, open_features
+from vlmlayers.models import extract, load_model
 
 DROPPED = 'nn.functional.dropout(self.shifts[f"{tower}{block}"](out), training=self.training)'
 
@@ -171,6 +174,50 @@ def test_an_adapter_in_a_new_process_names_its_class(
         # The example keeps to no form that could be exported, which its class alone tells.
         said = str(done.exception) + done.output
         assert "Shift computes beside" in said if verb is exported else done.exit_code == 0
+
+
+HOOKED = """
+    @contextlib.contextmanager
+    def attached(self, clip):
+        block = clip.visual.transformer.resblocks[1]
+        hook = block.register_forward_hook(lambda m, i, out: out + self.shifts["vision2"])
+        yield self
+        hook.remove()
+"""
+
+
+def test_features_of_an_adapter_of_an_own_method(own: Path, tmp_path: Path) -> None:
+    own.write_text("import contextlib\n" + own.read_text() + HOOKED)
+    model = load_model("mini-clip")
+    config = va.METHODS[f"{own}:Shift"].Config(vision=(2,))
+    method = va.METHODS["shift"].build(config, Backbone(model.clip), Task(("a", "b")))
+    (shift,) = method.parameters()
+    shift.data.fill_(0.5)
+    file = save_method(tmp_path / "shift", method, model, Task(("a", "b")))
+    plain = extract(model, "digits", "val", items=4, tower="vision", progress=False)
+
+    def features(*more: str, code: str = own.read_text()) -> TowerFeatures:
+        own.write_text(code)
+        va.METHODS._registered.clear()  # as in a new process
+        words = ["extract", "mini-clip", "digits", "--items", "4", "--split", "val"]
+        words += ["--tower", "vision", "--out", str(tmp_path / "run"), "--quiet"]
+        done = CliRunner().invoke(app, [*words, "--adapter", str(file), *more])
+        if done.exit_code:
+            raise done.exception or AssertionError(done.output)
+        (store,) = (tmp_path / "run" / "features").iterdir()
+        return open_features(store).tower("vision")
+
+    with pytest.raises(UserError, match="--method my_method.py:Mine"):
+        features()
+    named = ("--method", f"{own}:Shift")
+    before, after = (tower.array("2") for tower in (plain.vision, features(*named)))
+    np.testing.assert_allclose(after, before + 0.5, atol=1e-5)
+    # Other code makes other features of the same file: none of the store is taken for them.
+    other = own.read_text().replace("out + self.shifts", "out - self.shifts")
+    with pytest.raises(UserError, match="belongs to another extraction"):
+        features(*named, code=other)
+    after = features(*named, "--force", code=other).array("2")
+    np.testing.assert_allclose(after, before - 0.5, atol=1e-5)
 
 
 def test_a_file_of_postponed_annotations_and_of_another_methods_name(
