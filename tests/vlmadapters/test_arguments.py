@@ -104,6 +104,7 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: train(seeds=[]), "there is no seed to train"),
         (lambda: train(configs=[]), "there is no setting in configs to train"),
         (lambda: train(placement=[]), "there is no placement to train"),
+        (lambda: train(recipe=[]), "there is no recipe to train"),
         (lambda: train(method=[]), "there is no method to train"),
         (
             lambda: train(placement="2", save_adapters=True),

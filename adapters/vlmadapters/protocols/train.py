@@ -92,7 +92,7 @@ def train(
     asked = validated(TrainOptions, options, "train")
     given = {
         "dataset": datasets, "seed": asked.seeds, "method": method, "placement": placement,
-        "setting in configs": configs,
+        "setting in configs": configs, "recipe": recipe,
     }  # fmt: skip
     for what, several in given.items():
         if several is not None and not several:

@@ -60,7 +60,10 @@ def _placement(place: Any) -> Placement:
     return placed if isinstance(placed, Placement) else Placement(place.vision, place.text)
 
 
-Amounts = Several[Annotated[str, AfterValidator(at_key(_amount))]] | None
+# An empty list would be nothing to try; what a default stands for is had by leaving it out.
+Amounts = (
+    Annotated[Several[Annotated[str, AfterValidator(at_key(_amount))]], Field(min_length=1)] | None
+)
 Kind = Annotated[str, AfterValidator(at_key(_kind))]
 
 
@@ -115,6 +118,7 @@ class ValidateOptions(FoldOptions, DataOptions):
 
     kinds: Several[Kind] = Field(
         default=DEFAULT_KINDS,
+        min_length=1,
         description=f"Competitors: {', '.join(KINDS)}; all but single where absent.",
     )
     amount: Comparison = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import struct
@@ -10,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, features
 from vlmlayers.errors import DataFault, NotJPEG, UnreadableImage, one_line
 
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
 
 # Only formats whose decoders are in wide use: EPS, for one, would start another program.
 _ALWAYS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO opens as JPEG
@@ -31,6 +33,9 @@ LONGEST = 256  # times the short side
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # of cameras and scanners
 DIMMEST = 16  # a picture in floating point whose brightest pixel is between 1 and this is none
 OVERSHOOT = 0.1  # of the range, by which resizing leaves it in floating point
+_RANGE = "scaled from"  # key of what is noted beside an image
+_SCALED: dict[str, dict[tuple[float, float], str]] = {}  # ranges by dataset, and an image of each
+_GAPS: set[str] = set()  # datasets of which an image has pixels that are no numbers
 DARKEST = 64  # of 255: 14 bits of 16 stay below it
 _FAULTS = (
     OSError,
@@ -216,7 +221,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image.copy()
     # Pillow's own conversion clips these at 255, which turns most of a 16-bit image white.
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(eight_bit(np.asarray(image), name)).convert("RGB")
+        return eight_bit(np.asarray(image), name).convert("RGB")
     if image.has_transparency_data:
         layer = image if image.mode == "RGBA" else image.convert("RGBA")
         ground = Image.new("RGB", layer.size, (255, 255, 255))
@@ -225,14 +230,16 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def eight_bit(image: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
-    """Scale pixels of more than 8 bits to 0..255; what is not a number becomes black.
+def eight_bit(image: NDArray[np.generic], name: str) -> Image.Image:
+    """Return pixels of more than 8 bits scaled to 0..255; some that are no numbers become black.
 
     Raises:
-        UnreadableImage: Its values fit no usual range.
+        UnreadableImage: Its values fit no usual range, or none is a number.
     """
     values = image.astype(np.float32)
     known = values[np.isfinite(values)]
+    if values.size and not known.size:
+        raise UnreadableImage(f"{name} has no pixel that is a number")
     low, high = float(known.min(initial=0)), float(known.max(initial=0))
     found = _range(low, high, floating=image.dtype.kind == "f")
     if found is None:
@@ -242,7 +249,41 @@ def eight_bit(image: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
     black, white = found
     np.nan_to_num(values, copy=False, nan=black, posinf=white, neginf=black)
     values = (values - black) * (255 / (white - black))
-    return np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)
+    np.clip(np.rint(values, out=values), 0, 255, out=values)
+    made = Image.fromarray(values.astype(np.uint8))
+    if low or high:  # black is black in any range
+        made.info[_RANGE] = (black, white, known.size < values.size)
+    return made
+
+
+def note_range(dataset: str, image: Any, path: str) -> None:
+    """Warn, once a dataset and process, of images that were scaled unlike others of their dataset.
+
+    An image tells of its range by its own pixels alone: a dark one may be taken for one of fewer
+    bits, and is then made brighter than the others.
+
+    Args:
+        dataset: Name of the dataset.
+        image: What `open_image`, `upright` or `eight_bit` returned; tensors are as they are.
+        path: Path of the image.
+    """
+    if (found := getattr(image, "info", {}).get(_RANGE)) is None:
+        return
+    black, white, gaps = found
+    seen = _SCALED.setdefault(dataset, {})
+    if (black, white) not in seen:
+        seen[black, white] = path
+        if len(seen) == 2:
+            ranges = " and ".join(f"{low:g} to {high:g} ({of})" for (low, high), of in seen.items())
+            LOG.warning(
+                "%s: each image is scaled by its own brightest pixel, some from %s; where all "
+                "have one range, convert them to 8 bits by it",
+                dataset,
+                ranges,
+            )
+    if gaps and dataset not in _GAPS:
+        _GAPS.add(dataset)
+        LOG.warning("%s: pixels of %s are no numbers: NaN is black, Inf white", dataset, path)
 
 
 def _range(low: float, high: float, *, floating: bool) -> tuple[float, float] | None:

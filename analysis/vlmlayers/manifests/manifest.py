@@ -359,12 +359,14 @@ class Manifest:
             UserError: The file is missing or outside the dataset's folder.
             UnreadableImage: It cannot be decoded.
         """
-        from vlmlayers.data.readers import open_image
+        from vlmlayers.data.readers import note_range, open_image
 
         if self.layout == "builtin":
             drawn, (split, index) = dataset(self.name), split_and_index(item)
             return drawn.image(split, index, **({} if size is None else {"size": size}))
-        return open_image(*self._file(item, root), at_least=size if reduced else None)
+        image = open_image(*self._file(item, root), at_least=size if reduced else None)
+        note_range(self.name, image, item.path)
+        return image
 
     def read_jpeg(self, item: Item, root: Root = None) -> tuple[bytes, int]:
         """Return the JPEG of an item as it is, and its EXIF orientation (1 to 8).

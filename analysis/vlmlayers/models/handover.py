@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -46,6 +47,8 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
     known = [name for name in signature(LoraConfig).parameters if name not in _STATED]
     for name in options:
         check_one_of("option", name, known, where="LoraConfig with the layers of a choice")
+    if not isinstance(rank := options.get("r", 8), Integral) or rank < 1:  # peft looks at it later
+        raise UserError(f"r is {rank!r}; the rank of LoRA is a whole number from 1")
     module = _module(model)
     chosen = {tower: blocks for tower, blocks in _chosen(module, placement).items() if blocks}
     linear = bool(options.get("use_dora"))  # peft has no DoRA of fused attention

@@ -22,9 +22,10 @@ from torch.utils.data import (
     default_convert,
 )
 
-from vlmlayers.data.readers import eight_bit, open_image, upright
+from vlmlayers.data.readers import eight_bit, note_range, open_image, upright
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.identity import DataIdentity
+from vlmlayers.manifests import Manifest
 from vlmlayers.manifests.items import Item, balanced_sample
 from vlmlayers.progress import track
 from vlmlayers.prompts import TEMPLATE, class_prompts
@@ -110,7 +111,9 @@ class OwnData:
 
     def open_image(self, item: Item, root: Any = None, size: int | None = None) -> Any:
         """Return an item's image, upright and RGB, or the tensor that it is."""
-        return self.image(self.rows[item.path])
+        image = self.image(self.rows[item.path])
+        note_range(self.name, image, item.path)
+        return image
 
 
 def own_data(
@@ -253,6 +256,8 @@ def _sequence(data: Any, progress: bool) -> _Held:
     labels: list[Any] = []
     for row in track(range(len(data)), "reading labels", unit="image", show=progress):
         image, label = _parts(data[row], row)
+        if isinstance(image, str | Path) and (image in Manifest.names() or Path(image).is_dir()):
+            raise UserError(f"{image} is a dataset, not an image; give one dataset at a time")
         marks.append(_mark(image))
         labels.append(label)
     known = [label is not None for label in labels]
@@ -382,9 +387,8 @@ def _picture(image: Any, row: int) -> Any:
             f"{where} is {_what(image)}; an image is a PIL image, a path, or an array of (height, "
             "width) or (height, width, 3)"
         )
-    if array.dtype != np.uint8:
-        array = eight_bit(array, where)
-    return upright(Image.fromarray(array), where)
+    wide = array.dtype != np.uint8
+    return upright(eight_bit(array, where) if wide else Image.fromarray(array), where)
 
 
 def _what(image: Any) -> str:

@@ -51,13 +51,16 @@ def _gaps(
         scored = {row["dataset"] for row in rows}
         # Reversed, so that of several reasons the first one stays.
         missed = {note["dataset"]: note["reason"] for note in reversed(refused)}
+        # Of single datasets a tower often has nothing by its nature, as prompts have one per class.
+        pooled = [note for note in refused if note["dataset"] == POOLED]
+        reason_of = {note["tower"]: note["reason"] for note in reversed(pooled)}
+        lost = set(reason_of) - {row["tower"] for row in rows} - {""}
+        if pooled and lost == set(reason_of):  # a tower has nothing: more than its pooled rows
+            del missed[POOLED]
         for dataset in sorted(set(missed) - scored):
             yield f"{name} of {dataset.replace('*', 'all datasets')}", missed[dataset]
-        # Of single datasets a tower often has nothing by its nature, as prompts have one per class.
-        pooled = [note for note in refused if note["dataset"] == POOLED and not note["position"]]
-        lost = {note["tower"]: note["reason"] for note in reversed(pooled)}
-        for tower in sorted(set(lost) - {row["tower"] for row in rows} - {""}):
-            yield f"{name} of the {tower} tower", lost[tower]
+        for tower in sorted(lost):
+            yield f"{name} of the {tower} tower", reason_of[tower]
         where = {row["position"] for row in rows} | {row["other_position"] for row in rows}
         reasons = {note["position"]: note["reason"] for note in reversed(refused)}
         if not name.endswith("_max"):  # which is scored at the closest pair of positions alone

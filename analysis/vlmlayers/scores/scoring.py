@@ -257,7 +257,8 @@ def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> lis
     """Sort features by model, weights, split and pooling, and check every value once.
 
     Raises:
-        UserError: No features, a dataset twice in one group, or NaN and Inf, named by place.
+        UserError: No features, a dataset twice in one group, features of one place of one model
+            that differ in width, or NaN and Inf, named by place.
     """
     groups: dict[tuple[str, ...], list[LayerFeatures]] = {}
     for member in features:
@@ -272,11 +273,31 @@ def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> lis
         check_finite(group[-1])
     if not groups:
         raise UserError("no features to score; extract some first")
+    for members in groups.values():
+        _expect_one_width(members)
     count = sum(map(len, groups.values()))
     return [
         Group(key[0], key[1], key[2], tuple(members), apart=count - len(members))
         for key, members in groups.items()
     ]
+
+
+def _expect_one_width(members: Sequence[LayerFeatures]) -> None:
+    """Refuse features of one model and place whose widths differ: one of them is another model."""
+    seen: dict[tuple[str, str, str], tuple[int, str]] = {}
+    for member in members:
+        for tower in member.towers:
+            for space, by_position in tower.arrays.items():
+                for position, array in by_position.items():
+                    width, first = seen.setdefault(
+                        (tower.tower, space, position), (array.shape[-1], member.dataset)
+                    )
+                    if array.shape[-1] != width:
+                        raise UserError(
+                            f"{tower.tower} features at {position} are {width} wide in {first} and "
+                            f"{array.shape[-1]} in {member.dataset}, and both are said to be of "
+                            f"{member.model} {member.weights}; name their models apart"
+                        )
 
 
 def check_finite(features: LayerFeatures) -> None:

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from vlmlayers.data.readers import LARGEST, LONGEST, open_image
+from vlmlayers.data.readers import LARGEST, LONGEST, eight_bit, note_range, open_image
 from vlmlayers.errors import UnreadableImage, UserError
+from vlmlayers.manifests import Manifest
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
 FORMATS += ["AVIF"] if features.check("avif") else []
@@ -102,6 +103,37 @@ def test_wide_values_that_use_a_part_of_their_range_are_not_black(bits: int, for
     for image in images:
         pixels = np.asarray(open_image(encoded(image, format)))[0, :, 0]
         np.testing.assert_allclose(pixels, shares[0] * 255, atol=0.5)
+
+
+def test_images_that_are_scaled_unlike_others_of_their_dataset_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, kinds in {"dim": (900, 4000, 4200), "even": (0, 3000, 4090)}.items():
+        (tmp_path / name / "a").mkdir(parents=True)
+        for number, white in enumerate(kinds):
+            values = np.linspace(0, white, 64).reshape(8, 8).astype(np.uint16)
+            Image.fromarray(values).save(tmp_path / name / "a" / f"{number}.png")
+        manifest = Manifest.load(str(tmp_path / name))
+        for split in manifest.splits():
+            for item in manifest.items(split):
+                manifest.open_image(item)
+    (line,) = caplog.messages
+    assert line.startswith("dim: each image is scaled by its own brightest pixel, some from 0 to ")
+    assert "convert them to 8 bits" in line
+
+
+def test_pixels_that_are_no_numbers_are_told_and_nothing_else_is_no_image(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    image = eight_bit(values, "x")
+    assert np.asarray(image)[0, :2].tolist() == [0, 255]
+    note_range("gappy", image, "x.tif")
+    note_range("gappy", image, "y.tif")
+    assert caplog.messages == ["gappy: pixels of x.tif are no numbers: NaN is black, Inf white"]
+    with pytest.raises(UnreadableImage, match="x has no pixel that is a number"):
+        eight_bit(np.full((4, 4), np.nan), "x")
 
 
 def test_floats_around_zero_and_a_little_out_of_range() -> None:

@@ -264,6 +264,7 @@ def test_workers_decode_data_in_memory(expected):
         ({"train": PIXELS}, {}, "the data have splits; give one of them: train"),
         ("faces", {"labels": LABELS}, "a dataset says its labels itself"),
         ([torch.zeros(3, 8, 8)], {}, r"takes \(3, 32, 32\); these have shape \(3, 8, 8\)"),
+        (["faces", "signs"], {}, "faces is a dataset, not an image; give one dataset at a time"),
         (["/not/there.png"], {}, "image /not/there.png cannot be read"),
         ([{"picture": 1}], {}, "sample 0 has keys picture but no 'image'"),
     ],

@@ -638,6 +638,27 @@ def test_a_dataset_of_two_classes_leaves_the_text_tower_out_and_says_so() -> Non
         select(alone)
 
 
+def test_too_few_prompts_for_dataset_accuracy_are_said() -> None:
+    few = [make_features(f"set{i}", number=i, classes=4) for i in range(2)]
+    with pytest.warns(UserWarning) as said:
+        score(few, ["dataset_accuracy_ncm", "dataset_confusion"], **QUICK)
+    why = "8 items; at least 15 are needed"
+    assert str(said[0].message) == (
+        f"not computed: dataset_accuracy_ncm of the text tower ({why}); "
+        f"dataset_confusion of the text tower ({why})"
+    )
+
+
+def test_one_model_of_two_widths_is_refused() -> None:
+    first, second = many(2)
+    wider = {p: np.hstack([x, x]) for p, x in second.tower("text").arrays["native"].items()}
+    text = replace(second.tower("text"), arrays={"native": wider})
+    with pytest.raises(
+        UserError, match="text features at .* wide in set0 and .* in set1"
+    ):
+        score([first, replace(second, text=text)], "twonn", **QUICK)
+
+
 def test_features_that_are_scored_apart_are_said_to_be() -> None:
     first, second = many(2)
     apart = [first, replace(second, split="test")]

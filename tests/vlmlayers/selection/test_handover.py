@@ -60,6 +60,12 @@ def test_lora_in_fused_attention_and_linear_layers_moves_the_embedding_and_gets_
     assert last and all(grad is not None and grad.abs().sum() > 0 for grad in last.values())
 
 
+@pytest.mark.parametrize("rank", [0, -1, 2.5])
+def test_a_rank_of_lora_that_is_none_is_refused(rank: float) -> None:
+    with pytest.raises(vl.UserError, match=f"r is {rank}; the rank of LoRA is a whole number"):
+        CHOICE.to_peft(transformers_models.build("CLIP"), r=rank)
+
+
 def test_layers_of_a_block_can_be_named_as_in_lora_config():
     model = transformers_models.build("CLIP")
     config = CHOICE.to_peft(model, r=2, target_modules=["q_proj", "v_proj"])
