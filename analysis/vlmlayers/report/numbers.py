@@ -19,7 +19,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.report.validation import TIE, RecordedValidation, void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores
-from vlmlayers.scores.reading import POOLED, bare, check_scores, depths, is_random
+from vlmlayers.scores.reading import POOLED, bare, check_scores, depths, is_random, values_mark
 from vlmlayers.scores.sources import other_features
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
@@ -90,7 +90,8 @@ class Answer:
     @property
     def paper(self) -> LayerChoice:
         """The paper's placement at this depth."""
-        vision, text = (paper_blocks(self.depths.get(tower, 0)) for tower in TOWERS)
+        depth = {tower: one["depth"] for tower, one in self._towers.items() if "depth" in one}
+        vision, text = (paper_blocks((depth | self.depths).get(tower, 0)) for tower in TOWERS)
         return LayerChoice(vision, text, "paper")
 
     @cached_property
@@ -125,6 +126,9 @@ class Answer:
             adapt.append((f"{_blocks(blocks)} of the {tower} tower", not fixed))
             if others := self.choice.open(tower):
                 adapt.append((f" ({_blocks(others)} open)", False))
+        for tower in self.unscored:
+            adapt.append((" and " if adapt else "Adapt ", False))
+            adapt.append((f"{_blocks(self.choice.blocks(tower))} of the {tower} tower", False))
         if adapt:
             adapt.append((".", False))
         if default:
@@ -153,8 +157,18 @@ class Answer:
             return f" For {towers} the data do not decide: the default stands, {kept}."
         return f"The data do not decide: the default stands, {kept} of {towers}."
 
+    @property
+    def _towers(self) -> Mapping[str, Mapping[str, Any]]:
+        towers: Mapping[str, Mapping[str, Any]] = self.choice.evidence.get("towers", {})
+        return towers
+
+    @property
+    def unscored(self) -> list[str]:
+        """Towers in which blocks are chosen and of which the scores say nothing."""
+        return [t for t in TOWERS if t not in self.depths and self.choice.blocks(t)]
+
     def _resampled(self, tower: str) -> bool:
-        return "frequency" in self.choice.evidence.get("towers", {}).get(tower, {})
+        return "frequency" in self._towers.get(tower, {})
 
     def standing(self, tower: str) -> tuple[str, ...]:
         """Return how each block of a tower stands: `firm`, `open`, `frozen` or `fixed`."""
@@ -180,6 +194,8 @@ class Answer:
                 f"`{shlex.join(['vlmlayers', 'score', folder])}` again"
             )
         why = _not_of(self.choice, self.scores)
+        if not why and "search" not in self.choice.evidence and (lost := self.unscored):
+            why = f"they hold nothing of the {join(lost)} tower"
         again = f"run `{shlex.join(['vlmlayers', 'select', folder])}` again"
         return f"the choice was made from other scores than these ({why}); {again}" if why else ""
 
@@ -396,12 +412,14 @@ def _number(value: Any) -> str:
 def _not_of(choice: LayerChoice, scores: pd.DataFrame) -> str:
     """Return in what the scores that a choice was made from differ from some; empty if in nothing.
 
-    Only of rules that ship are the values recorded that they read.
+    Of rules that ship the values are recorded that they read, of others a mark of all values.
     """
     evidence = choice.evidence
     if other := choice.of_another(*map(str, scores[["model", "weights"]].iloc[0])):
         return other
     read = {t: one["values"] for t, one in evidence.get("towers", {}).items() if one.get("values")}
+    if "scores" in evidence and evidence["scores"] != values_mark(scores):
+        return "they hold other values"
     if choice.rule not in RULES or not read:
         return ""
     try:

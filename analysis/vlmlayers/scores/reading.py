@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import checksum
 from vlmlayers.positions import POOLINGS, SPACES, TOWERS
 
 if TYPE_CHECKING:
@@ -167,6 +168,16 @@ def _refuse_repeats(scores: pd.DataFrame) -> None:
 def is_random(table: pd.DataFrame) -> bool:
     """Return whether a table of scores or results is of an untrained model, of any of several."""
     return "weights" in table and bool((table["weights"].astype(str) == "random").any())
+
+
+def values_mark(scores: pd.DataFrame) -> str:
+    """Return sixteen hexadecimal digits that change with any value of a table, not with its order.
+
+    Of values as a CSV file gives them back, to eight digits.
+    """
+    columns = [name for name in PLACE if name in scores]
+    places = scores[columns].astype(str).agg("\0".join, axis=1)
+    return checksum(sorted(places + scores["value"].map("\0{:.8g}\n".format)))[:16]
 
 
 def bare(scores: pd.DataFrame) -> pd.DataFrame:

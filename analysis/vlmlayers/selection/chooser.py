@@ -14,7 +14,14 @@ from vlmlayers.arguments import ENOUGH_DRAWS, Natural, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.positions import TOWERS
-from vlmlayers.scores.reading import Reading, check_bounds, check_scores, depths, is_random
+from vlmlayers.scores.reading import (
+    Reading,
+    check_bounds,
+    check_scores,
+    depths,
+    is_random,
+    values_mark,
+)
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable, NoValues
@@ -151,6 +158,8 @@ def _evidence(
         "decided": not any(reasons.values()),
         "doubts": [reason for one in reasons.values() for reason in one],
         **(chooser.evidence() if isinstance(chooser, Searched) else {}),
+        # What a rule of the user's own reads of the table only that rule knows.
+        **({"scores": values_mark(scores)} if isinstance(chooser, OwnRule) else {}),
     }
 
 

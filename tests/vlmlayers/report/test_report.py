@@ -175,6 +175,29 @@ def test_a_choice_from_other_scores_is_told(tmp_path: Path, rule: str) -> None:
     assert told in run.report.read_text()
 
 
+def deepest(scores: pd.DataFrame) -> tuple[str, str]:
+    return "11-12", "10-12"
+
+
+def test_a_choice_by_an_own_rule_from_other_scores_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    select(scores, deepest, resamples=0).save(run.choice)
+    answer = read_answer(run.folder)
+    assert not answer.stale and not answer.unscored
+    write_scores(scores.sample(frac=1, random_state=0), run.folder)
+    assert not read_answer(run.folder).stale
+    # Streamed scores of images alone take the place of both towers'.
+    alone = scores[(scores["tower"] == "vision") & (scores["other_tower"] != "text")]
+    write_scores(alone, run.folder)
+    answer = read_answer(run.folder)
+    assert "other scores than these (they hold other values)" in answer.stale
+    assert answer.headline.endswith("blocks 10–12 of the text tower.")
+    assert answer.paper.text == tuple(range(5, 13))
+    write_report(run.folder)
+    assert "blocks 10–12 of the text tower" in run.report.read_text()
+
+
 def test_a_validation_of_another_choice_is_told(tmp_path: Path) -> None:
     """A run that chooses anew keeps its trainings, whose \"chosen\" is what was chosen before."""
     run = make_run(tmp_path / "run", small=True, validated=True)

@@ -653,9 +653,7 @@ def test_one_model_of_two_widths_is_refused() -> None:
     first, second = many(2)
     wider = {p: np.hstack([x, x]) for p, x in second.tower("text").arrays["native"].items()}
     text = replace(second.tower("text"), arrays={"native": wider})
-    with pytest.raises(
-        UserError, match="text features at .* wide in set0 and .* in set1"
-    ):
+    with pytest.raises(UserError, match="text features at .* wide in set0 and .* in set1"):
         score([first, replace(second, text=text)], "twonn", **QUICK)
 
 
