@@ -52,7 +52,7 @@ def study_of(
         "path" if local else "name": str(Path(model).resolve()) if local else model,
         **weights,
         "adapter": str(adapter.resolve()) if adapter else "",
-        "method": str(Path(method).resolve()) if is_user_code(method or "") else method or "",
+        "method": str(Path(method).resolve()) if method and is_user_code(method) else method or "",
     }
     content = {"models": [part], "datasets": datasets, "seed": seed}
     content["extract"] = extraction.model_dump()
