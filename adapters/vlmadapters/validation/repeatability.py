@@ -60,7 +60,9 @@ class Variance:
         placement_by_dataset: Share of what a placement gains on one dataset more than on others;
             0 where datasets have one seed each, as it then belongs to the rest.
         rest: Share of everything else: draws, initialisation, order, test items.
-        sd_of_difference: Standard deviation of the difference of two placements over cells, points.
+        sd_of_difference: Standard deviation of the difference of two placements over cells of
+            datasets of their own, points.
+        freedom: Its degrees of freedom.
         n: Cells.
     """
 
@@ -70,6 +72,7 @@ class Variance:
     placement_by_dataset: float
     rest: float
     sd_of_difference: float
+    freedom: float
     n: int
 
 
@@ -129,7 +132,7 @@ def repeatability(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> d
         "between_datasets": cells.repeats(values, cells.others),
         "variance": variance_within_cells(values, datasets),
     }
-    measured["cells_for_one_point"] = _needed(measured["variance"], values.shape[1])
+    measured["cells_for_one_point"] = _needed(measured["variance"])
     measured["statement"] = _statement(measured)
     return {key: asdict(one) if hasattr(one, "__dataclass_fields__") else one
             for key, one in measured.items()}  # fmt: skip
@@ -255,13 +258,21 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
     # With one seed per dataset the interaction cannot be told from the rest.
     if nested:
         freedom = free * (len(names) - 1)
-        error = rest / (free * (cells - len(names)))
+        rest_freedom = free * (cells - len(names))
+        error = rest / rest_freedom
         per_dataset = (cells - np.square(size).sum() / cells) / (len(names) - 1)
         against = interaction / freedom
         mixed = max(0.0, float((against - error) / per_dataset))
     else:
         freedom, against, error, mixed = free * (cells - 1), residual, residual, 0.0
     left = mixed + error
+    # Of a cell elsewhere, in a dataset of its own. The pooled residual weighs the interaction by
+    # the few datasets there are; where none shows it is the better estimate.
+    varies, known = residual, float(free * (cells - 1))
+    if mixed > 0:
+        parts = (against / per_dataset, freedom), (error * (1 - 1 / per_dataset), rest_freedom)
+        # Satterthwaite's degrees of freedom of a sum of mean squares.
+        varies, known = left, left**2 / sum(part**2 / of for part, of in parts)
 
     def share(ratio: float) -> float:
         own_variance = max(0.0, ratio - 1) * against / cells
@@ -270,7 +281,7 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
 
     ratio = between / against if against > 0 else math.inf if between > 0 else 1.0
     if not math.isfinite(ratio):
-        return Variance(1.0, 1.0, 1.0, 0.0, 0.0, 0.0, cells)
+        return Variance(1.0, 1.0, 1.0, 0.0, 0.0, 0.0, float(freedom), cells)
     low, high = (share(ratio / float(stats.f.ppf(q, free, freedom))) for q in (0.975, 0.025))
     placed = share(ratio)
     total = left / (1 - placed)
@@ -280,7 +291,8 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
         high,
         float(mixed / total) if total > 0 else 0.0,
         float(error / total) if total > 0 else 0.0,
-        float(np.sqrt(2 * residual)),
+        float(np.sqrt(2 * varies)),
+        known,
         cells,
     )
 
@@ -315,12 +327,11 @@ def cells_needed(
     return n
 
 
-def _needed(found: Variance | None, placements: int) -> CellsNeeded | None:
+def _needed(found: Variance | None) -> CellsNeeded | None:
     if found is None:
         return None
-    freedom = (found.n - 1) * (placements - 1)
     sds = [
-        found.sd_of_difference * math.sqrt(freedom / float(stats.chi2.ppf(q, freedom)))
+        found.sd_of_difference * math.sqrt(found.freedom / float(stats.chi2.ppf(q, found.freedom)))
         # The upper quantile gives the lower end.
         for q in (0.975, 0.025)
     ]

@@ -309,7 +309,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     check_one_of("placement", reference, compared, where="the validation table")
     left = regret(table, chosen, seed=seed)
     ours = compared[chosen]["hm"]
-    equal = len(_tied(compared, ours)) - 1
+    equal = len(set(_tied(compared, ours)) - {chosen})
     if left.value > 0:
         tail = left.words
     elif equal:

@@ -310,8 +310,15 @@ def _hugging_face(data: Any) -> _Held:
     if not pictures:
         raise UserError(f"no column of the data holds images; it has {', '.join(kinds)}")
     image = pictures[0]
-    label = next((key for key, kind in kinds.items() if kind == "ClassLabel"), None)
-    label = label or next((key for key in _LABELS if key in kinds), None)
+    # By its usual name first: another column of classes may be of domains, or of coarser ones.
+    label = next((key for key in _LABELS if key in kinds), None)
+    classes = [key for key, kind in kinds.items() if kind == "ClassLabel"]
+    if label is None and len(classes) > 1:
+        raise UserError(
+            f"the data have several columns of classes, {', '.join(classes)}; rename the one that "
+            "counts to 'label' (data.rename_column), or remove the others"
+        )
+    label = label or next(iter(classes), None)
     captions = next((key for key in ("caption", "captions", "text") if key in kinds), None)
     names = getattr(data.features[label], "names", ()) if label else ()
     return _Held(

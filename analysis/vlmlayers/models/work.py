@@ -51,7 +51,10 @@ class Texts:
     def identity(self) -> dict[str, Any]:
         """Return all of the texts that values depend on, as JSON values."""
         content = checksum("\n".join(self.texts))
-        return {"text": self.kind, "template": self.template, "texts_hash": content}
+        found = {"text": self.kind, "template": self.template, "texts_hash": content}
+        if self.pairs is not None:  # the same captions may be of other images
+            found["pairs_hash"] = checksum(",".join(map(str, self.pairs.tolist())))
+        return found
 
 
 @dataclass

@@ -111,6 +111,22 @@ class BlockTable:
         self._once(("even", metric, tower), partial(self._refuse_uneven, what, place, tower))
         return curve
 
+    def _refuse_uneven_pairs(self, metric: str, place: Places, known: Places) -> None:
+        """Refuse a dataset that lacks a pair of blocks that others have."""
+        used = place >= 0
+        names, rows = np.unique(
+            self.scores["dataset"].astype(str).to_numpy()[used], return_inverse=True
+        )
+        there = np.zeros((len(names), int(known.max()) + 1), dtype=bool)  # (dataset, pair)
+        there[rows, place[used]] = True
+        for name, pair in zip(*np.nonzero(~there[:, known])):
+            vision, text = divmod(int(known[pair]), self.blocks["text"])
+            raise UserError(
+                f"{metric} has no value of {names[name]} between vision block {vision + 1} and "
+                f"text block {text + 1}, where it is a mean over other datasets than elsewhere; "
+                f"score that too, or leave {names[name]} out"
+            )
+
     def _refuse_uneven(self, what: str, place: Places, tower: str) -> None:
         """Refuse a dataset that lacks a block: means of other datasets there rank no blocks."""
         used = place >= 0
@@ -143,7 +159,11 @@ class BlockTable:
         shape = self.blocks.get("vision", 0), self.blocks.get("text", 0)
         place = self._once(("agreement", metric), partial(self._pair_of, metric, shape))
         matrix, count = self._means(place, self.values, shape[0] * shape[1])
-        if not count.any():
+        if count.any():
+            # A pair that no dataset has is for the reader of the matrix to miss.
+            known = np.flatnonzero(np.bincount(place[place >= 0], minlength=count.size))
+            self._once(("even", metric), partial(self._refuse_uneven_pairs, metric, place, known))
+        else:
             raise UserError(
                 f"the score table has no {metric} between vision and text blocks; score it "
                 "with both towers, or choose with agreement_metric=none"
@@ -249,6 +269,12 @@ def agreement_curve(matrix: Array, tower: str, partner: str = "depth") -> Array:
     cells = matrix if tower == "vision" else matrix.T
     own, other = cells.shape
     if partner == "max":
+        lost = np.isnan(cells).all(axis=1)
+        if lost.any():
+            raise UserError(
+                f"agreement of {tower} block {int(np.flatnonzero(lost)[0]) + 1} with any block of "
+                "the other tower was not measured; score every block pair"
+            )
         best: Array = np.nanmax(cells, axis=1)
         return best
     picked: Array = np.array(

@@ -43,6 +43,7 @@ class Pick:
 
 
 Picks = dict[str, Pick]
+EXACT = 1e-9  # by which rounding may leave a block that is exactly at its threshold
 
 
 class Rule:
@@ -129,7 +130,7 @@ class Threshold(Rule):
         passes = np.ones(table.blocks[tower], dtype=bool)
         for name, (curve, share) in curves.items():
             scaled = normalise(curve)
-            passes &= scaled >= share
+            passes &= scaled >= share - EXACT
             cut = float(curve.min() + share * (curve.max() - curve.min()))
             values[name] = {
                 "value": curve.tolist(),

@@ -123,6 +123,19 @@ def test_the_interval_of_the_cells_for_a_point_holds_the_true_number() -> None:
     assert all(true / 4 < one["low"] < one["cells"] < one["high"] < 4 * true for one in found)
 
 
+@pytest.mark.parametrize(("mixed", "datasets", "seeds"), [(4, 3, 5), (1.5, 6, 3)])
+def test_the_cells_for_a_point_are_of_datasets_of_their_own(
+    mixed: float, datasets: int, seeds: int
+) -> None:
+    """What a placement gains on one dataset alone is no evidence from its other seeds."""
+    true, found = cells_needed(math.sqrt(2 * (mixed + 1))), []
+    for seed in range(100):
+        table = simulated(1, math.sqrt(mixed), 1, datasets=datasets, seeds=seeds, seed=seed)
+        found.append(repeatability(table, draws=2)["cells_for_one_point"])
+    assert np.mean([one["low"] <= true <= one["high"] for one in found]) >= 0.88
+    assert np.median([one["cells"] for one in found]) == pytest.approx(true, rel=0.15)
+
+
 def test_without_an_effect_nothing_is_said_to_repeat() -> None:
     null = [repeatability(simulated(0, 0, 1, seed=s), draws=60) for s in range(40)]
     assert np.mean([one["between_seeds"]["p"] < 0.05 for one in null]) <= 0.15

@@ -223,6 +223,13 @@ def test_a_tie_is_called_one() -> None:
     assert "no placement did better, and 1 came out equal" in said
 
 
+def test_zero_shot_clip_above_every_training_is_no_tie() -> None:
+    cells = table((60, 57, 55, 50), noise=0)
+    best = cells.assign(zero_shot_base=70.0, zero_shot_novel=70.0)
+    said = verdict(best, "zero-shot", PLACEMENTS[0])
+    assert "no placement did better" in said and "came out equal" not in said
+
+
 def test_equal_accuracies_stay_a_tie_however_their_mean_was_computed() -> None:
     """36 and 31 of 45 right everywhere: percent of shares, or shares in percent, is rounding."""
     base, novel = 36 / 45, 31 / 45

@@ -537,6 +537,13 @@ def test_words_for_splits(tmp_path: Path) -> None:
     assert [len(manifest.items(split)) for split in ("train", "val", "test")] == [1, 2, 1]
 
 
+def test_rows_without_a_split_beside_others_are_refused(tmp_path: Path) -> None:
+    words = ["train", "", "test", ""]
+    write_table(tmp_path / "t.csv", [{"path": f"{i}.png", "split": w} for i, w in enumerate(words)])
+    with pytest.raises(UserError, match="2 images without a split, such as '1.png', where others"):
+        table_dataset(tmp_path, "t.csv").items("train")
+
+
 def test_a_table_without_classes_says_which_columns_there_are(tmp_path: Path) -> None:
     write_table(tmp_path / "t.csv", [{"path": "a.jpg", "class": "x"}])
     manifest = table_dataset(tmp_path, "t.csv")

@@ -130,6 +130,27 @@ def test_texts_are_taken_as_they_are():
     assert [captions[int(row)] for row in drawn.vision.ids] == list(drawn.text.ids)
 
 
+def test_a_store_knows_which_image_a_caption_is_of(tmp_path):
+    images = [Image.fromarray(pixels) for pixels in PIXELS[:2]]
+    options = {"text": "captions", "out": tmp_path / "store", **QUIET}
+    vl.extract(MODEL, images, texts=[["one", "two"], ["three"]], **options)
+    with pytest.raises(vl.UserError, match="belongs to another extraction"):
+        vl.extract(MODEL, images, texts=[["one"], ["two", "three"]], **options)
+
+
+def test_of_several_columns_of_classes_the_one_named_label_counts():
+    held = table()
+    domains = datasets.ClassLabel(names=["photo", "sketch"])
+    beside = held.add_column("domain", [row % 2 for row in range(len(held))]).cast_column(
+        "domain", domains
+    )
+    beside = beside.select_columns(["image", "domain", "label"])
+    assert vl.extract(MODEL, beside, **QUIET).class_names == tuple(NAMES)
+    unclear = beside.rename_column("label", "species")
+    with pytest.raises(vl.UserError, match="several columns of classes, domain, species; rename"):
+        vl.extract(MODEL, unclear, **QUIET)
+
+
 def test_classes_with_one_prompt_are_named_where_prompts_are_made(caplog):
     beside = {"labels": LABELS, "class_names": ["Ant", "ant", "bee"], **QUIET}
     vl.extract(MODEL, list(PIXELS), texts=["an ant", "a soldier ant", "a bee"], **beside)

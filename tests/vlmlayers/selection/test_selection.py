@@ -441,6 +441,31 @@ def test_agreement_reads_equal_relative_depth() -> None:
     assert [partner_block(b, 24, 12) for b in (1, 2, 23, 24)] == [1, 1, 12, 12]
 
 
+def test_agreement_of_too_few_pairs_is_refused() -> None:
+    depths = {"vision": 4, "text": 4}
+    whole = pair_rows("cka_debiased", 4, 4, lambda i, j: 0.1 * i, dataset="a")
+    part = [row for row in pair_rows("cka_debiased", 4, 4, lambda i, j: 0.9, dataset="b")
+            if int(row["position"]) < 3]  # fmt: skip
+    with pytest.raises(UserError, match="no value of b between vision block 3 and text block 1"):
+        BlockTable.of(table(whole, part), depths).agreement("cka_debiased")
+    matrix = np.ones((4, 4))
+    matrix[:, 2] = np.nan
+    assert agreement_curve(matrix, "vision", "max").tolist() == [1, 1, 1, 1]
+    with pytest.raises(UserError, match="agreement of text block 3 with any block of the other"):
+        agreement_curve(matrix, "text", "max")
+
+
+def test_a_block_exactly_at_its_threshold_passes() -> None:
+    """Whatever the mean over seeds rounds to."""
+    for low, high in ((7, 19), (11, 37), (13, 59)):
+        curve = [low / 60, (low + high) / 120, high / 60, high / 60]
+        scores = table(*(curve_rows("class_accuracy", tower, curve, seeds=(0, 1, 2))
+                         for tower in ("vision", "text")))  # fmt: skip
+        choice = select(scores, "threshold", resamples=0, metric="class_accuracy",
+                        agreement_metric="none", accuracy=0.5)  # fmt: skip
+        assert choice.vision == choice.text == (2, 3, 4)
+
+
 def choice_of(content: str, folder: Path) -> LayerChoice:
     path = folder / "choice.json"
     path.write_text(content)

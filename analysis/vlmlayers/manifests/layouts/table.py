@@ -23,6 +23,7 @@ from vlmlayers.manifests.layouts.base import (
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
 from vlmlayers.manifests.place import MissingData, Place, file_stamp, read_text
 from vlmlayers.manifests.schema import Columns
+from vlmlayers.words import counted
 
 Row = Mapping[str, Any]
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first one that finds the column of paths
@@ -95,6 +96,12 @@ class TableLayout(Layout):
             splits.setdefault(split, []).append(item)
         if list(splits) == [""]:
             return stratified_split(splits[""], self.place.spec.fractions)
+        if unnamed := splits.get("", ()):
+            raise UserError(
+                f"{self.place.name}: {counted(len(unnamed), 'image')} without a split, such as "
+                f"{unnamed[0].path[:200]!r}, where others have one; name one in every row, or in "
+                "none"
+            )
         return splits
 
     def _items(self) -> dict[tuple[str, str], Item]:
