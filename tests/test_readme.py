@@ -159,13 +159,18 @@ def test_python_blocks_name_what_there_is(page: str, code: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), _blocks("toml"))
-def test_toml_blocks_are_studies_recipes_or_manifests(page: str, text: str, tmp_path: Path) -> None:
+def test_toml_blocks_are_what_they_describe(page: str, text: str, tmp_path: Path) -> None:
     from vlmadapters import load_recipe
+    from vlmadapters.methods import GROUP as METHODS
     from vlmlayers.manifests.schema import parse_spec
+    from vlmlayers.metrics.table import GROUP as METRICS
+    from vlmlayers.selection.making import GROUP as RULES
     from vlmlayers.study import check_study
 
     content = tomllib.loads(text)
-    if "models" in content:
+    if "project" in content:
+        assert set(content["project"]["entry-points"]) == {METRICS, RULES, METHODS}
+    elif "models" in content:
         assert len(check_study(content, page).datasets) >= 3
     elif "extends" in content:
         (tmp_path / "my_recipe.toml").write_text(text, encoding="utf-8")

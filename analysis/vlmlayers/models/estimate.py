@@ -44,7 +44,7 @@ class Costs:
     """Measured constants of one model on one machine.
 
     Attributes:
-        forward: Seconds per image for the tower with recording, on this device.
+        forward: Seconds per image for the tower with recording, on this device; with its captions.
         decode: Seconds per image to read and preprocess, in one process.
         bytes_per_image: Bytes that the store takes per image.
         stream_bytes: Bytes that streaming keeps (float64), per process: accumulators and the
@@ -118,6 +118,7 @@ def measure_costs(
     precision: str = "fp32",
     decoding: str = "full",
     tower: str | None = None,
+    captions: bool = False,
     repeats: int = 3,
     disk: Path | None = None,
 ) -> Costs:
@@ -134,6 +135,7 @@ def measure_costs(
         precision: Its precision.
         decoding: `full`, `reduced` or `nvjpeg`; see `extract`.
         tower: `vision` where the planned extraction records that one alone.
+        captions: Whether it records the captions of the images, which count with their images.
         repeats: Timed runs, of which the fastest counts.
         disk: Folder on the disk of the planned store; the system's temporary one where None.
 
@@ -156,6 +158,19 @@ def measure_costs(
         features = recorder(batch)
         # The fastest run: what makes others slower is not the model.
         forward = min(_timed(lambda: recorder(batch))[1] for _ in range(repeats))
+        each, told = 0.0, [text for item in items[:batch_size] for text in item.captions]
+        if captions and text is not None and told:
+            each = sum(len(item.captions) for item in items) / len(items)
+            tokens = model.tokenize(told[:batch_size]).to(model.device)
+            with Recorder(text, spaces, None) as of_text:
+                of_text(tokens)
+                forward += (
+                    each
+                    * len(batch)
+                    / len(tokens)
+                    * min(_timed(lambda: of_text(tokens))[1] for _ in range(repeats))
+                )
+    stored = bytes_per_image(shapes) + round(each * bytes_per_image(texts))
     flat = [x.reshape(len(x), -1) for by in features.values() for x in by.values()]
     rows = np.concatenate(flat, axis=1)
     classes = len(manifest.class_names(root))
@@ -167,11 +182,11 @@ def measure_costs(
     return Costs(
         forward / len(batch),
         decoding_seconds / len(batch),
-        bytes_per_image(shapes),
+        stored,
         stream_bytes(kept, texts, classes) if added else 0,
         str(model.device),
         len(batch),
-        _write_seconds(rows, repeats, disk) / len(batch),
+        _write_seconds(rows, repeats, disk) / len(batch) * stored / bytes_per_image(shapes),
         # Both towers and their pairs are added at the rate of the vision tower.
         _add_seconds(added, repeats) / len(batch) * sums / own if added else 0.0,
     )

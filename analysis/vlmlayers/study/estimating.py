@@ -58,6 +58,7 @@ def estimate_study(
                 precision=options.precision,
                 decoding=options.decoding,
                 tower=tower,
+                captions=any(study.part(data)["text"] == "captions" for data in study.datasets),
             )
         )
     return "\n".join(parts)

@@ -66,6 +66,22 @@ def test_bytes_per_image_are_those_of_a_real_store(tmp_path):
     assert costs.decode > 0
 
 
+def test_captions_count_with_their_images(tmp_path):
+    model, manifest = tiny.model(), tiny.DrawnManifest()
+    items = manifest.items("train")
+    plain = measure_costs(model, manifest, items, batch_size=8)
+    told = measure_costs(model, manifest, items, batch_size=8, captions=True)
+    stored = extract(model, manifest, "train", text="captions", progress=False)
+    sizes = [
+        array.nbytes
+        for tower in stored.towers
+        for by_position in tower.arrays.values()
+        for array in by_position.values()
+    ]
+    assert told.bytes_per_image * len(items) == sum(sizes)
+    assert told.forward > plain.forward and told.bytes_per_image > plain.bytes_per_image
+
+
 def test_the_text_names_the_plan(tmp_path):
     manifest = tiny.DrawnManifest()
     planned = [(manifest, manifest.items("train"))]
