@@ -128,8 +128,16 @@ class BlockTable:
             )
 
     def _refuse_uneven(self, what: str, place: Places, tower: str) -> None:
-        """Refuse a dataset that lacks a block: means of other datasets there rank no blocks."""
+        """Refuse a dataset that lacks a block, or seeds: means of others there rank no blocks."""
         used = place >= 0
+        if "seed" in self.scores:
+            seeds = self.scores[used].groupby(self.scores["dataset"].astype(str))["seed"].nunique()
+            most, fewest = str(seeds.idxmax()), str(seeds.idxmin())
+            if seeds[most] > seeds[fewest]:
+                raise UserError(
+                    f"{what} has {seeds[most]} seeds of {most} and {seeds[fewest]} of {fewest}, so "
+                    "that one would weigh more; score them with the same seeds"
+                )
         names, rows = np.unique(
             self.scores["dataset"].astype(str).to_numpy()[used], return_inverse=True
         )

@@ -455,6 +455,17 @@ def test_agreement_of_too_few_pairs_is_refused() -> None:
         agreement_curve(matrix, "text", "max")
 
 
+def test_datasets_of_other_seeds_are_refused() -> None:
+    falling, rising = [0.9, 0.6, 0.3], [0.3, 0.6, 0.9]
+    scores = table(*(
+        curve_rows("class_accuracy", tower, curve, seeds=seeds, dataset=name)
+        for tower in ("vision", "text")
+        for name, curve, seeds in (("a", falling, (1, 2, 3)), ("b", rising, (1,)))
+    ))  # fmt: skip
+    with pytest.raises(UserError, match="has 3 seeds of a and 1 of b, so that one would weigh"):
+        select(scores, "threshold", metric="class_accuracy", agreement_metric="none")
+
+
 def test_a_block_exactly_at_its_threshold_passes() -> None:
     """Whatever the mean over seeds rounds to."""
     for low, high in ((7, 19), (11, 37), (13, 59)):
