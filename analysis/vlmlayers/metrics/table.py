@@ -412,10 +412,10 @@ def table(names: Sequence[str] | None = None) -> pd.DataFrame:
     Raises:
         UserError: As `metric`.
     """
-    every = dict.fromkeys([*METRICS, *_offered()]) if names is None else names
-    entries = {name: metric(name) for name in every}
     import pandas as pd
 
+    every = dict.fromkeys([*METRICS, *_offered()]) if names is None else names
+    entries = {name: metric(name) for name in every}
     rows = [
         {
             "metric": name,

@@ -65,7 +65,10 @@ def metrics_text(names: Sequence[str] | None = None) -> str:
     Raises:
         UserError: A name is unknown; the nearest one is named.
     """
-    from vlmlayers.metrics import table
+    from vlmlayers.metrics import metric, table
+
+    for name in names or ():
+        metric(name)
     from vlmlayers.scores.streamed import STREAMED
     from vlmlayers.study.scoring import needs_model
 
