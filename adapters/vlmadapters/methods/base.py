@@ -204,6 +204,10 @@ class Method(nn.Module):
         # A user's own method may return logits in half precision, too coarse for a log-softmax.
         return {"cross_entropy": F.cross_entropy(logits.float(), step.labels)}
 
+    def classes_of_step(self, images: int, classes: int) -> int:
+        """Return how many of all classes a step of some images compares at most."""
+        return classes
+
     def loss(self, step: Step) -> Tensor:
         """Return a step's loss, the weighted sum of its parts."""
         parts = self.loss_parts(step)

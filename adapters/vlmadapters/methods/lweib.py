@@ -247,6 +247,12 @@ class LwEIB(Method):
         targets = placed(draws["relabelled"], logits.device)
         return {"cross_entropy": F.cross_entropy(logits, targets)}
 
+    def classes_of_step(self, images: int, classes: int) -> int:
+        """Return the classes of the batch, each with its negatives, where these are drawn."""
+        negatives = self.config.negatives
+        drawn = negatives >= 0 and classes > images
+        return min(classes, images * (1 + negatives)) if drawn else classes
+
     def _draws(self, step: Step) -> dict[str, Tensor]:
         """Draw columns of the logits, a description of each, and which blocks are fast."""
         # In the public code's order: classes, descriptions, text blocks, vision blocks. All blocks

@@ -87,7 +87,7 @@ def _measured(backbone: Backbone, method: Method, task: Task, batch_size: int) -
     }
     both = sizes[1, 1] - sizes[1, 0] - sizes[0, 1] + sizes[0, 0]
     per_image, per_class = sizes[1, 0] - sizes[0, 0], sizes[0, 1] - sizes[0, 0]
-    more, further = batch_size - few, classes - 2
+    more, further = batch_size - few, method.classes_of_step(batch_size, classes) - 2
     kept = sizes[0, 0] + per_image * more + per_class * further + both * more * further
     return round(TRANSIENT * kept)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.methods.base import Step
 from vlmadapters.methods.deep_configs import LwEIBConfig
 from vlmadapters.methods.lweib import LwEIB
+from vlmadapters.training.memory import TRANSIENT, step_bytes
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
 
@@ -298,3 +301,25 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
     torch.save({"text_adapter.1.down.0.weight": torch.zeros(4, 32)}, path)
     with pytest.raises(UserError, match="another method than LwEIB"):
         load_official(path, model, method="lweib")
+
+
+def test_memory_is_that_of_the_classes_a_step_draws() -> None:
+    """Of 40 classes, four images and two negatives of each class draw twelve."""
+    _, backbone = built(CONFIGS[0])
+    task = Task(tuple(f"thing {number}" for number in range(40)))
+    method = LwEIB.build(replace(CONFIGS[0], negatives=2), backbone, task, seed=3)
+    start = method.first(backbone, "vision")
+    images = backbone.images(backbone.vision.tower.example(4), [start])[start]
+    labels = torch.tensor([3, 11, 25, 38])
+    step = Step(backbone, images, labels, method.prepare(backbone, task), torch.Generator())
+    frozen = {p.untyped_storage().data_ptr() for p in backbone.clip.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        method.loss(step)
+    kept = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in frozen)
+    assert step_bytes(backbone, method, task, 4) / TRANSIENT == pytest.approx(kept, rel=0.15)
