@@ -60,10 +60,7 @@ def _placement(place: Any) -> Placement:
     return placed if isinstance(placed, Placement) else Placement(place.vision, place.text)
 
 
-# An empty list would be nothing to try; what a default stands for is had by leaving it out.
-Amounts = (
-    Annotated[Several[Annotated[str, AfterValidator(at_key(_amount))]], Field(min_length=1)] | None
-)
+Amounts = Several[Annotated[str, AfterValidator(at_key(_amount))]] | None
 Kind = Annotated[str, AfterValidator(at_key(_kind))]
 
 

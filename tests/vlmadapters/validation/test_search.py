@@ -359,7 +359,6 @@ def test_accuracy_as_criterion_is_the_harmonic_mean() -> None:
         ({"criterion": "likelihood"}, "did you mean"),
         ({"amounts": ["rate=3"]}, "rate"),
         ({"amounts": ["epochs=0.5"]}, "whole number"),
-        ({"amounts": []}, "amounts: .* at least 1 is needed"),
         ({"placement": ["9"]}, "names vision block 9"),
         ({"seeds": ()}, "there is no seed"),
     ],
