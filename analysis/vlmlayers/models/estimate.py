@@ -164,12 +164,8 @@ def measure_costs(
             tokens = model.tokenize(told[:batch_size]).to(model.device)
             with Recorder(text, spaces, None) as of_text:
                 of_text(tokens)
-                forward += (
-                    each
-                    * len(batch)
-                    / len(tokens)
-                    * min(_timed(lambda: of_text(tokens))[1] for _ in range(repeats))
-                )
+                spent = min(_timed(lambda: of_text(tokens))[1] for _ in range(repeats))
+            forward += each * len(batch) * spent / len(tokens)
     stored = bytes_per_image(shapes) + round(each * bytes_per_image(texts))
     flat = [x.reshape(len(x), -1) for by in features.values() for x in by.values()]
     rows = np.concatenate(flat, axis=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -113,41 +113,35 @@ class BlockTable:
 
     def _refuse_uneven_pairs(self, metric: str, place: Places, known: Places) -> None:
         """Refuse a dataset that lacks a pair of blocks that others have."""
-        used = place >= 0
-        names, rows = np.unique(
-            self.scores["dataset"].astype(str).to_numpy()[used], return_inverse=True
-        )
-        there = np.zeros((len(names), int(known.max()) + 1), dtype=bool)  # (dataset, pair)
-        there[rows, place[used]] = True
-        for name, pair in zip(*np.nonzero(~there[:, known])):
-            vision, text = divmod(int(known[pair]), self.blocks["text"])
-            raise UserError(
-                f"{metric} has no value of {names[name]} between vision block {vision + 1} and "
-                f"text block {text + 1}, where it is a mean over other datasets than elsewhere; "
-                f"score that too, or leave {names[name]} out"
-            )
+        for name, pair in self._lacking(place, known):
+            vision, text = divmod(pair, self.blocks["text"])
+            where = f"between vision block {vision + 1} and text block {text + 1}"
+            raise UserError(_uneven(metric, name, where))
 
     def _refuse_uneven(self, what: str, place: Places, tower: str) -> None:
         """Refuse a dataset that lacks a block, or seeds: means of others there rank no blocks."""
-        used = place >= 0
         if "seed" in self.scores:
-            seeds = self.scores[used].groupby(self.scores["dataset"].astype(str))["seed"].nunique()
+            rows = self.scores[place >= 0]
+            seeds = rows.groupby(rows["dataset"].astype(str))["seed"].nunique()
             most, fewest = str(seeds.idxmax()), str(seeds.idxmin())
             if seeds[most] > seeds[fewest]:
                 raise UserError(
                     f"{what} has {seeds[most]} seeds of {most} and {seeds[fewest]} of {fewest}, so "
                     "that one would weigh more; score them with the same seeds"
                 )
+        for name, block in self._lacking(place, np.arange(self.blocks[tower])):
+            raise UserError(_uneven(what, name, f"at block {block + 1}"))
+
+    def _lacking(self, place: Places, cells: Places) -> Iterator[tuple[str, int]]:
+        """Yield each dataset and cell of some that it has no row of."""
+        used = place >= 0
         names, rows = np.unique(
             self.scores["dataset"].astype(str).to_numpy()[used], return_inverse=True
         )
-        there = np.zeros((len(names), self.blocks[tower]), dtype=bool)  # (dataset, block)
+        there = np.zeros((len(names), int(cells.max()) + 1), dtype=bool)  # (dataset, cell)
         there[rows, place[used]] = True
-        for name, block in zip(*np.nonzero(~there)):
-            raise UserError(
-                f"{what} has no value of {names[name]} at block {block + 1}, where it is a mean "
-                f"over other datasets than elsewhere; score that too, or leave {names[name]} out"
-            )
+        for name, cell in zip(*np.nonzero(~there[:, cells])):
+            yield str(names[name]), int(cells[cell])
 
     def interval_widths(self, metric: str, tower: str) -> Array:
         """Return how wide the interval of a curve is, (block,); NaN where there is none."""
@@ -256,6 +250,13 @@ class BlockTable:
                 if min(pair) >= 0:
                     place[row] = pair[0] * shape[1] + pair[1]
         return place
+
+
+def _uneven(what: str, dataset: str, where: str) -> str:
+    return (
+        f"{what} has no value of {dataset} {where}, where it is a mean over other datasets than "
+        f"elsewhere; score that too, or leave {dataset} out"
+    )
 
 
 def _block(position: object, depth: int) -> int:
