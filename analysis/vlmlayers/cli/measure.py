@@ -83,6 +83,8 @@ def extract(
     """
     if estimate and streaming:
         raise UserError("--estimate is of features that are stored; --streaming stores none")
+    if method is not None and adapter is None:
+        raise UserError("--method is of an adapter; name that by --adapter, or leave --method out")
     from vlmlayers.study import run_study
     from vlmlayers.study.context import silent
     from vlmlayers.study.estimating import estimate_study

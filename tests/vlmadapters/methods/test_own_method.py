@@ -209,6 +209,8 @@ def test_features_of_an_adapter_of_an_own_method(own: Path, tmp_path: Path) -> N
 
     with pytest.raises(UserError, match="--method my_method.py:Mine"):
         features()
+    alone = ["extract", "mini-clip", "digits", "--out", str(tmp_path / "x"), "--method", "mma"]
+    assert "name that by --adapter" in str(CliRunner().invoke(app, alone).exception)
     named = ("--method", f"{own}:Shift")
     before, after = (tower.array("2") for tower in (plain.vision, features(*named)))
     np.testing.assert_allclose(after, before + 0.5, atol=1e-5)
