@@ -108,6 +108,12 @@ def train(
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
     for one in placed if places else ():
         check_blocks(model, one.method)
+    if published:
+        from vlmadapters.protocols.published import published_titles
+        from vlmlayers.manifests import Manifest
+
+        named_so = [Manifest.load(one).name for one in target or datasets]
+        published_titles(options.protocol, named_so)
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.cli.terminal import wrapped
     from vlmadapters.protocols.train import tell_of_another
@@ -305,13 +311,12 @@ def _template(given: str | None, files: list[Path]) -> str:
 
 def _text(table: Any, published: bool, *, noted: bool = True) -> str:
     from vlmadapters.cli.terminal import images_text, results_text
-    from vlmadapters.protocols.published import with_published
+    from vlmadapters.protocols.published import published_titles, with_published
     from vlmadapters.protocols.results import summarise
-    from vlmlayers.manifests import Manifest
 
     summary = summarise(table)
     if published:
-        names = set(summary["dataset"]) & set(Manifest.names())
-        summary = with_published(summary, {name: Manifest.load(name).title for name in names})
+        titles = published_titles(summary["protocol"].iloc[0], set(summary["dataset"]))
+        summary = with_published(summary, titles)
     text = results_text(summary, bool(table["random_weights"].any()), noted=noted)
     return f"{text}\n{images_text(table)}"

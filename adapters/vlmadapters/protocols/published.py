@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+
+from vlmlayers.errors import UserError
+
+COMPARED = ("base-to-novel", "cross-dataset", "domain-generalization")
+
+
+def published_titles(protocol: str, datasets: Iterable[str]) -> dict[str, str]:
+    """Return the published spelling of those datasets that have published numbers.
+
+    Args:
+        protocol: A protocol of `COMPARED`.
+        datasets: Names; those of the user's own have none.
+
+    Raises:
+        UserError: None of them has one under this protocol.
+    """
+    from vlmlayers.manifests import Manifest
+
+    known = [name for name in datasets if name in Manifest.names()]
+    titles = {name: Manifest.load(name).title for name in known}
+    if protocol not in COMPARED:
+        raise UserError(
+            f"no published numbers of {protocol} stand beside ours, only of {', '.join(COMPARED)}; "
+            "leave --published out"
+        )
+    there = set(_table(protocol)["dataset"])
+    found = {name: title for name, title in titles.items() if title in there}
+    if not found:
+        raise UserError(
+            f"no number of {', '.join(datasets)} is published for {protocol}; leave --published out"
+        )
+    return found
+
+
+def _table(protocol: str, folder: str | Path | None = None) -> pd.DataFrame:
+    from vlmlayers.figures.published import published
+
+    return published(protocol.replace("-", "_"), Path(folder or "figures/tables"))
 
 
 def with_published(
@@ -15,21 +54,19 @@ def with_published(
     Args:
         summary: From `summarise`.
         titles: Our dataset names to the published spelling, such as `caltech101` → `Caltech101`.
-        folder: Folder of `published_*.csv`; the repository's `figures/tables` by default.
+        folder: Folder of `published_*.csv`; `figures/tables` where absent. Those that ship count
+            where it has none.
 
     Returns:
         The rows of the summary with a column `origin` (`ours` or `published`). Published values
         stand as printed, as shares of 1, with the flag of an inconsistent one in `note`.
     """
-    from vlmlayers.figures.published import published
-
     spelling = {title: name for name, title in titles.items()} | {"average": "average"}
     added = []
     for protocol in dict.fromkeys(summary["protocol"]):
-        name = str(protocol).replace("-", "_")
-        if name not in ("base_to_novel", "cross_dataset", "domain_generalization"):
+        if protocol not in COMPARED:
             continue
-        table = published(name, Path(folder) if folder else Path("figures/tables"))
+        table = _table(protocol, folder)
         table = table[table["dataset"].isin(spelling)]
         for row in table.to_dict("records"):
             metric = "all" if row["metric"] == "accuracy" else row["metric"]

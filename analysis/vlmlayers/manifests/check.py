@@ -20,7 +20,8 @@ class CheckResult:
 
     Attributes:
         name: Name of the manifest.
-        state: `complete`, `incomplete`, `missing`, `altered` or `built-in`.
+        state: `complete`, `incomplete`, `missing`, `altered`, `unusable` (its lists cannot be
+            read as they stand) or `built-in`.
         expected: Number of items per split that the manifest expects; empty where it says nothing.
         listed: Number of items per split that the files list.
         found: Number of listed items whose image is on disk.
@@ -83,8 +84,9 @@ def not_listed(name: str, spec: Spec, error: UserError) -> CheckResult:
     """Return the state of a dataset whose items could not be listed."""
     # Without the advice, which `line` adds for every state.
     note = str(error).removeprefix(f"{name}: ").split("; get it:")[0]
-    state = "missing" if isinstance(error, MissingData) else "altered"
-    known = isinstance(error, MissingData | AlteredData)
+    states = {MissingData: "missing", AlteredData: "altered"}
+    state = states.get(type(error), "unusable")
+    known = type(error) in states
     expected = dict(spec.counts)
     lost = sum(expected.values()) if known else 0
     return CheckResult(name, state, expected, missing=lost, notes=(note,), get=spec.get)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from joblib import Parallel, delayed
@@ -17,7 +18,7 @@ from vlmlayers.metrics.declare import MODEL
 from vlmlayers.metrics.own import own_metric
 from vlmlayers.metrics.table import METRICS, Metric, metric
 from vlmlayers.options import takes, validated
-from vlmlayers.positions import sort_key
+from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.progress import bar
 from vlmlayers.runs import cores
 from vlmlayers.scores.gaps import run_modalities, run_queries
@@ -132,6 +133,7 @@ def score(
     groups = make_groups(given, settled)
     _check_positions(given, settled)
     tasks = make_tasks(groups, chosen)
+    _tell_unshared(tasks, settled)
     parts = results_of(tasks, settled, job_count(jobs, groups, chosen))
     out = Collector()
     for part in bar(parts, "scoring", total=len(tasks), unit="part", show=progress):
@@ -243,3 +245,26 @@ def _check_positions(features: list[LayerFeatures], options: ScoreOptions) -> No
         check_one_of("position", position, sorted(recorded, key=sort_key), where="the features")
     if not recorded:
         raise UserError("the features hold no position; extract again")
+
+
+def _tell_unshared(tasks: Iterable[ScoreTask], options: ScoreOptions) -> None:
+    """Warn of positions that a dataset lacks: metrics of several together have no value there."""
+    told = set()
+    for task in tasks:
+        if task.runner not in TOGETHER:
+            continue
+        spaces = {space for metric in task.metrics.values() for space in options.spaces_of(metric)}
+        for tower, space in product(TOWERS, sorted(spaces)):
+            for member, features in (sources := task.group.sources(tower)):
+                every = {position for _, one in sources for position in one.arrays.get(space, ())}
+                asked = every & set(options.positions or every)
+                if lacking := asked - set(features.arrays.get(space, ())):
+                    told.add((member.dataset, tower, tuple(sorted(lacking, key=sort_key))))
+    for dataset, tower, lacking in sorted(told):
+        LOG.warning(
+            "%s lacks %s of the %s tower, where other datasets have it; there is no value of all "
+            "datasets together there",
+            dataset,
+            ", ".join(lacking),
+            tower,
+        )

@@ -24,7 +24,7 @@ from vlmadapters.data.options import DataOptions
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.cells import Cell, CellFolder
 from vlmadapters.protocols.experiment import Experiment
-from vlmadapters.protocols.published import with_published
+from vlmadapters.protocols.published import published_titles, with_published
 from vlmadapters.protocols.results import (
     COLUMNS,
     UNMOVED,
@@ -498,6 +498,15 @@ def test_published_numbers_stand_beside_ours() -> None:
     values = published[published.dataset == "ucf101"].set_index("metric")["mean"]
     assert values["novel"] == pytest.approx(0.8003)
     assert published.note.str.contains("inconsistent as printed").any()
+
+
+def test_published_numbers_that_do_not_exist_are_refused() -> None:
+    mine = ["my_pictures", "ucf101"]
+    assert published_titles("cross-dataset", mine) == {"ucf101": "UCF101"}
+    with pytest.raises(UserError, match="no number of my_pictures is published for base-to-novel"):
+        published_titles("base-to-novel", mine[:1])
+    with pytest.raises(UserError, match="no published numbers of few-shot stand beside ours"):
+        published_titles("few-shot", mine)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (3, 10), (50, 50), (700, 1000)])

@@ -47,7 +47,7 @@ def test_altered_lists_are_told(tmp_path: Path) -> None:
     hashed = coop_dataset(tmp_path, {"train": ROWS}, digest).check()
     assert hashed.state == "altered" and "its sha256 is" in hashed.notes[0]
     broken = coop_dataset(tmp_path, "{", expect(10)).check()
-    assert broken.state == "altered" and "is not valid JSON" in broken.notes[0]
+    assert broken.state == "unusable" and "is not valid JSON" in broken.notes[0]
 
 
 def test_folders_with_fewer_or_more_images(tmp_path: Path) -> None:

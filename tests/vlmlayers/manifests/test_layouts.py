@@ -251,7 +251,7 @@ def test_a_flat_folder_is_told_how_it_can_be_read(tmp_path: Path) -> None:
     assert len(manifest.items("train")) == 1
     with pytest.raises(UserError, match=r"val/? holds 2 images but no class folders; sort them"):
         manifest.items("val")
-    assert manifest.check().state == "altered"
+    assert manifest.check().state == "unusable"
     (tmp_path / "set/val/metadata.csv").write_text("file_name,class_name\n1.png,a\n2.png,b\n")
     assert [i.class_name for i in Manifest.load(tmp_path / "set").items("val")] == ["a", "b"]
 

@@ -664,6 +664,22 @@ def test_features_that_are_scored_apart_are_said_to_be() -> None:
         score(apart, "dataset_accuracy", **QUICK)
 
 
+def test_a_position_that_one_dataset_lacks_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    whole, part = (make_features(name, number=i, classes=10) for i, name in enumerate("ab"))
+    arrays = part.tower("vision").arrays["native"]
+    kept = {position: array for position, array in arrays.items() if position != "2"}
+    vision = replace(part.tower("vision"), arrays={**part.tower("vision").arrays, "native": kept})
+    both = [whole, replace(part, vision=vision)]
+    table = score(both, ["dataset_accuracy"], bootstrap=20, progress=False)
+    assert "2" not in set(table.query("tower == 'vision'")["position"])
+    assert "2" in set(table.query("tower == 'text'")["position"])
+    assert "b lacks 2 of the vision tower, where other datasets have it" in caplog.text
+    caplog.clear()
+    score(both, ["dataset_accuracy"], positions=["1"], bootstrap=20, progress=False)
+    score(both, ["silhouette"], bootstrap=20, progress=False)  # of each dataset by itself
+    assert "lacks" not in caplog.text
+
+
 def test_too_few_items_are_refused_not_guessed() -> None:
     tiny = make_features(items=8, classes=4)
     table = score([tiny, make_features("other", number=1, items=8, classes=2)], **QUICK)
