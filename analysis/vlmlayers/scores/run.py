@@ -259,12 +259,13 @@ def _tell_unshared(tasks: Iterable[ScoreTask], options: ScoreOptions) -> None:
                 every = {position for _, one in sources for position in one.arrays.get(space, ())}
                 asked = every & set(options.positions or every)
                 if lacking := asked - set(features.arrays.get(space, ())):
-                    told.add((member.dataset, tower, tuple(sorted(lacking, key=sort_key))))
-    for dataset, tower, lacking in sorted(told):
+                    positions = ", ".join(sorted(lacking, key=sort_key))
+                    told.add((member.dataset, tower, positions))
+    for dataset, tower, positions in sorted(told):
         LOG.warning(
             "%s lacks %s of the %s tower, where other datasets have it; there is no value of all "
             "datasets together there",
             dataset,
-            ", ".join(lacking),
+            positions,
             tower,
         )
