@@ -286,6 +286,12 @@ def note_range(dataset: str, image: Any, path: str) -> None:
         LOG.warning("%s: pixels of %s are no numbers: NaN is black, Inf white", dataset, path)
 
 
+def forget_ranges(dataset: str) -> None:
+    """Forget what `note_range` saw of a dataset: another one of its name begins."""
+    _SCALED.pop(dataset, None)
+    _GAPS.discard(dataset)
+
+
 def _range(low: float, high: float, *, floating: bool) -> tuple[float, float] | None:
     """Return what is black and what is white, None where values fit no usual range."""
     if not floating:

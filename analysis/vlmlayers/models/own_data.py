@@ -22,7 +22,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-from vlmlayers.data.readers import eight_bit, note_range, open_image, upright
+from vlmlayers.data.readers import eight_bit, forget_ranges, note_range, open_image, upright
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Manifest
@@ -165,7 +165,9 @@ def own_data(
         Item(ids[row], label, names[label], texts[row] if texts else ())
         for row, label in enumerate(numbers)
     )
-    return OwnData(name or held.name or NAME, listed, held.marks, names, named, held.image)
+    name = name or held.name or NAME
+    forget_ranges(name)  # of other data that had no name either
+    return OwnData(name, listed, held.marks, names, named, held.image)
 
 
 @dataclass
@@ -286,7 +288,7 @@ def _parts(sample: Any, row: int) -> tuple[Any, Any]:
 
 
 def _plain(label: Any) -> Any:
-    return label.item() if hasattr(label, "item") else label
+    return label.item() if np.size(label) == 1 and hasattr(label, "item") else label
 
 
 def _image_folder(data: Any) -> _Held:
@@ -362,9 +364,12 @@ def _numbered(
             check_one_of("class", label, known, where="labels")
         return [rows[label] for label in labels], known
     for row, label in enumerate(labels):
-        if isinstance(label, bool) or not hasattr(label, "__index__") or int(label) < 0:
+        plain = np.ndim(label) == 0
+        if not plain or isinstance(label, bool) or not hasattr(label, "__index__") or label < 0:
+            # Of a pair (images, labels) the second image stands where the first one's label does.
             raise UserError(
-                f"label {label!r} of image {row} is not a class: a number from 0, or a name"
+                f"label {label if plain else _what(label)} of image {row} is not a class: a number "
+                f"from 0, or a name{'' if plain else '; a list of them goes by labels='}"
             )
         if names and int(label) >= len(names):
             raise UserError(f"label {label} of image {row}, but there are {len(names)} class names")

@@ -275,6 +275,8 @@ def test_workers_decode_data_in_memory(expected):
     [
         (PIXELS, {"labels": [0, 1]}, "9 images, but 2 labels; one for each is needed"),
         (PIXELS, {"labels": [0.5] * 9}, "label 0.5 of image 0 is not a class"),
+        ((PIXELS, LABELS), {}, "label a ndarray .* is not a class: .*; a list of them goes by lab"),
+        (PIXELS, {"labels": np.eye(9)}, r"label a ndarray of shape \(9,\) of image 0 is no"),
         (PIXELS, {"labels": LABELS, "class_names": ["a"]}, "label 1 of image 1, but there are 1"),
         (PIXELS, {"labels": ["antt"] * 9, "class_names": NAMES}, "unknown class 'antt' .*'ant'"),
         (PIXELS, {"texts": ["one", "two"]}, "2 texts, but own data has 1 class; give one per"),
@@ -293,6 +295,14 @@ def test_workers_decode_data_in_memory(expected):
 def test_data_that_are_none_are_said_in_a_line(data, beside, message):
     with pytest.raises(vl.UserError, match=message):
         vl.extract(MODEL, data, **beside, **QUIET)
+
+
+def test_two_sets_without_a_name_are_not_compared_by_their_ranges(caplog):
+    for pixels in (np.stack(PIXELS) / 255, np.stack(PIXELS) * 257.0):
+        vl.extract(MODEL, pixels, **QUIET)
+    assert "scaled by its own" not in caplog.text
+    vl.extract(MODEL, [PIXELS[0] / 255, PIXELS[1] * 257.0], **QUIET)
+    assert "own data: each image is scaled by its own brightest pixel" in caplog.text
 
 
 def test_features_are_read_by_position_as_array_and_as_table(tmp_path):
