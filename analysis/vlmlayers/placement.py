@@ -286,6 +286,20 @@ def runs(blocks: Iterable[int]) -> list[tuple[int, ...]]:
     return runs
 
 
+def sweep_first(table: Any) -> Any:
+    """Return rows of a table of placements by first block, those of the column `sweep` first."""
+    names = sorted(range(len(table)), key=lambda row: _first(str(table["placement"].iloc[row])))
+    # Stable, so that the order by first block is kept within both parts.
+    return table.iloc[names].sort_values("sweep", ascending=False, kind="stable", ignore_index=True)
+
+
+def _first(placement: str) -> tuple[float, float]:
+    """Return first block and number of blocks; what names no block stands last."""
+    vision, text = Placement.parse(placement)
+    blocks = [*vision, *text]
+    return (min(blocks), -len(blocks)) if blocks else (float("inf"), 0.0)
+
+
 def of_kind(table: Any, kind: str) -> Any:
     """Return which rows of a validation table are placements of a kind, as one of `start+paper`."""
     return table["kind"].astype(str).str.split("+").map(lambda kinds: kind in kinds).astype(bool)

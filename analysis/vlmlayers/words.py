@@ -72,6 +72,14 @@ def inside(sentence: str) -> str:
 
 
 def percent(*shares: float) -> str:
-    """Return shares of one in words: `40 %`, or `25–60 %` from the smallest to the largest."""
-    ends = (f"{100 * end:.0f}" for end in (min(shares), max(shares)))
-    return "–".join(dict.fromkeys(ends)) + " %"
+    """Return shares of one in words: `40 %`, or `25–60 %` from the smallest to the largest.
+
+    Only none of all is 0 %, and only all of them 100 %.
+    """
+    return "–".join(dict.fromkeys(map(_whole, (min(shares), max(shares))))) + " %"
+
+
+def _whole(share: float) -> str:
+    if 0 < share < 0.005:
+        return "< 1"
+    return "> 99" if 0.995 <= share < 1 else f"{100 * share:.0f}"

@@ -21,8 +21,13 @@ def wrapped(text: str) -> str:
 
 
 def labelled(numbers: pd.DataFrame, digits: int) -> str:
-    """Return a table of numbers beside its index; below an entry that leaves them no room."""
-    shown = numbers.to_string(index=False, float_format=lambda value: f"{value:.{digits}f}")
+    """Return a table of numbers beside its index; below an entry that leaves them no room.
+
+    A number that is missing is a dash.
+    """
+    shown = numbers.to_string(
+        index=False, na_rep="–", float_format=lambda value: f"{value:.{digits}f}"
+    )
     labels = [str(name) for name in (numbers.index.name or "", *numbers.index)]
     rows = shown.splitlines()
     width = min(max(map(len, labels)) + 1, WIDTH - len(rows[0]))

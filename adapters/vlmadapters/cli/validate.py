@@ -24,6 +24,8 @@ from vlmlayers.extraction import WeightsOptions
 from vlmlayers.runs import Run, score_table
 from vlmlayers.words import counted
 
+SHOWN = 5  # scores whose rank correlation the terminal lists
+
 
 @with_options
 def validate(
@@ -126,6 +128,11 @@ def _text(found: Any, out: Path) -> str:
         warning = f" WARNING: {told['warning']}." if told["warning"] else ""
         lines.append(wrapped(f"All at the recipe's amount: {told['verdict']}{warning}"))
     if found.correlations is not None and len(found.correlations):
-        best = found.correlations.head(5).set_index("score")[["tau", "low", "high", "p"]]
-        lines.append(labelled(best, 2))
+        shown = found.correlations.head(SHOWN).set_index("score")
+        lines.append(labelled(shown[["tau", "low", "high", "p_holm"]], 2))
+        count = len(found.correlations)
+        more = f", the {SHOWN} highest of {count}" if count > SHOWN else ""
+        lines.append(wrapped(f"tau: of a score with the trained hm{more}; p_holm: of all scores"))
+    if said := found.summary.get("predictors"):
+        lines.append(wrapped(said))
     return "\n".join([*lines, f"{counted(len(found.table), 'cell')}, {out / 'validation.csv'}"])

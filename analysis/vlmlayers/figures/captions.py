@@ -95,12 +95,14 @@ def figure_latex(name: str, caption: Caption, wide: bool) -> str:
 def _models(table: pd.DataFrame) -> str:
     if "weights" not in table.columns:
         table = table.assign(weights="")
-    names = [
-        f"{model} ({weights})" if weights else str(model)
+    names = {
+        f"{model} ({weights})" if weights else str(model): str(weights) == "random"
         for model, weights in table[["model", "weights"]].drop_duplicates().to_numpy()
-    ]
-    untrained = ": RANDOM WEIGHTS, which says nothing about a trained model"
-    return " and ".join(names) + untrained * is_random(table)
+    }
+    untrained = [name for name, random in names.items() if random]
+    whose = f"; {' and '.join(untrained)}" if len(untrained) < len(names) else ""
+    warning = f"{whose}: RANDOM WEIGHTS, which says nothing about a trained model"
+    return " and ".join(names) + (warning if untrained else "")
 
 
 def _sentences(parts: Iterable[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,12 +14,12 @@ from matplotlib.colors import is_color_like
 from matplotlib.transforms import ScaledTranslation
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import UserError, check_one_of, shortened
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import describe_blocks
 from vlmlayers.plots.layout import DepthAxis
 from vlmlayers.plots.style import (
+    CATEGORY_COLOURS,
     CHANCE_COLOUR,
-    NAME,
     OPEN_ALPHA,
     TOWER_COLOURS,
     TOWER_MARKERS,
@@ -27,14 +29,19 @@ from vlmlayers.plots.style import (
     colours_of,
     label_text,
     mark_random,
+    short_names,
     style,
 )
-from vlmlayers.positions import TOWERS
+from vlmlayers.plots.style import (
+    CATEGORY_DASHES as DASHES,
+)
+from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.reading import POOLED, Reading, depths, is_random
 from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import LayerChoice
 
+LOG = logging.getLogger(__name__)
 MANY = 9  # lines; the names of more take more room than a column has
 ROW = 0.12  # inches that a row of names takes
 
@@ -100,7 +107,10 @@ def layer_curves(
         _chance(ax, axis, frame, hue)
         axis.draw(ax)
         if choice is not None:
-            strip(ax, axis, choice, [one for one in TOWERS if one in axis.blocks])
+            axis = _own_axis(axis, parts, choice) if hue == "model" else axis
+            marked = [one for one in TOWERS if one in axis.blocks]
+            check_choice(choice, scores, marked, axis.blocks)
+            strip(ax, axis, choice, marked)
         ax.set_ylabel(axis_label(metric))
         legend(ax)
         return mark_random(ax, is_random(scores))
@@ -143,10 +153,9 @@ def _shared_axis(
         return DepthAxis({**whole.blocks, **named}, whole.tail)
     blocks: dict[str, int] = {}
     for name, part in parts.items():
-        for tower, rows in part.groupby("tower", sort=False):
-            last = rows["position"].astype(str)
-            blocks[_key(str(tower), name)] = max(int(p) for p in last if p.isdecimal())
-            blocks.setdefault(str(tower), blocks[_key(str(tower), name)])
+        for tower, deep in depths(part).items():
+            blocks[_key(tower, name)] = deep
+            blocks.setdefault(tower, deep)
     present = set(pd.concat(parts.values())["position"])
     return DepthAxis(blocks, tuple(p for p in ("final", "proj") if p in present))
 
@@ -168,12 +177,14 @@ def _look(
 ) -> dict[str, Any]:
     """Return colour, marker, dash and label of one line; `several`: of both towers."""
     words = [label, name] if name and label else [label or name or side.capitalize()]
+    # Colours begin again after ten; of one tower the dash tells them apart then.
+    again = list(looks).index(name) // len(CATEGORY_COLOURS) if looks and not several else 0
     if (name or label) and several:
         words.append(side)
     return {
         "color": looks.get(name, TOWER_COLOURS[side]),
         "marker": TOWER_MARKERS[side],
-        "linestyle": "--" if looks and side == "text" and several else "-",
+        "linestyle": "--" if looks and side == "text" and several else DASHES[again % len(DASHES)],
         "label": label_text(", ".join(filter(None, words))),
     }
 
@@ -220,6 +231,7 @@ def dataset_curves(
         _chance(ax, axis, frame)
         axis.draw(ax)
         if choice is not None:
+            check_choice(choice, scores, [tower])
             strip(ax, axis, choice, [tower])
         ax.set_ylabel(axis_label(metric))
         legend(ax)
@@ -244,7 +256,7 @@ def legend(ax: Axes) -> None:
     handles, names = ax.get_legend_handles_labels()
     lines = len(names)
     if lines > MANY:
-        names = [shortened(name, NAME) for name in names]
+        names = short_names(names)
     longest = max(map(len, names), default=0)
     if lines <= 3:
         ax.legend(handlelength=1.6, loc="best", frameon=True, framealpha=0.9, edgecolor="none")
@@ -289,16 +301,19 @@ def _chance(ax: Axes, axis: DepthAxis, frame: pd.DataFrame, hue: str | None = No
     Where the curves of a tower have their own, as those of several datasets may, a band spans them.
     """
     known = frame.dropna(subset=["null"])
+    # By position, not by place in a curve: of several models one may lack what another has.
     levels = [
-        (str(tower), part.groupby("order").agg(position=("position", "first"), low=("null", "min"),
-                                               high=("null", "max"), null=("null", "mean")))
+        (str(tower), part.groupby("position").agg(low=("null", "min"), high=("null", "max"),
+                                                  null=("null", "mean"))
+                         .sort_index(key=lambda names: names.map(sort_key)).reset_index())
         for tower, part in known.groupby("tower", sort=False)
     ]  # fmt: skip
-    if not levels or (hue == "model" and not axis.equal):
-        return  # chance along depths that differ is no one line
     seen = pd.concat([known["null"], frame["value"].dropna()])
     # What differs by less than a line is wide is drawn as one line.
     tolerance = 0.01 * float(seen.max() - seen.min())
+    flat = known["null"].max() - known["null"].min() <= tolerance
+    if not levels or (hue == "model" and not axis.equal and not flat):
+        return  # chance along depths that differ is no one line
     shared = _alike(levels, tolerance)
     for tower, level in [max(levels, key=lambda one: len(one[1]))] if shared else levels:
         colour = CHANCE_COLOUR if shared else TOWER_COLOURS[tower]
@@ -327,20 +342,58 @@ def _alike(levels: list[tuple[str, pd.DataFrame]], tolerance: float) -> bool:
     return bool(((both.max(axis=1) - both.min(axis=1)) <= tolerance).all())
 
 
-def refuse_deeper(choice: LayerChoice, tower: str, depth: int) -> None:
-    """Raise a UserError where a choice is of a deeper tower than is drawn, as of another model."""
-    known = max(*choice.blocks(tower), len(choice.standing(tower)), 0)
-    if known > depth:
+def check_choice(
+    choice: LayerChoice, scores: Scores, towers: Sequence[str], blocks: Mapping[str, int] = {}
+) -> None:
+    """Hold a choice that is drawn to what is drawn of a model.
+
+    Args:
+        choice: The layers to mark.
+        scores: What is drawn.
+        towers: Those on which they are marked.
+        blocks: How deep they are; what the scores say where absent.
+
+    Raises:
+        UserError: The choice is of deeper towers, as of another model.
+
+    Warns:
+        By the log: it was made from scores of another model.
+    """
+    for tower in towers:
+        depth = (blocks or depths(scores))[tower]
+        known = max(*choice.blocks(tower), len(choice.standing(tower)), 0)
+        if known > depth:
+            raise UserError(
+                f"the choice is of {known} {tower} blocks or more, and {depth} are drawn; give the "
+                "choice of this model"
+            )
+    drawn = scores[["model", "weights"]].drop_duplicates().astype(str)
+    others = [choice.of_another(*one) for one in drawn.itertuples(index=False, name=None)]
+    if others and all(others):
+        LOG.warning("the choice that is marked was made from scores %s", others[0])
+
+
+def _own_axis(axis: DepthAxis, parts: Iterable[str], choice: LayerChoice) -> DepthAxis:
+    """Return the axis with the depth of the one model, of several that are drawn, of a choice.
+
+    Raises:
+        UserError: The models differ in depth, and the choice is of none of them.
+    """
+    if axis.equal:
+        return axis
+    model, weights = (choice.evidence.get(key, "") for key in ("model", "weights"))
+    own = next((one for one in parts if one in (model, f"{model} ({weights})")), None)
+    if own is None:
         raise UserError(
-            f"the choice is of {known} {tower} blocks or more, and {depth} are drawn; give the "
-            "choice of this model"
+            "the models that are drawn differ in depth and the choice is of none of them; draw "
+            "the model that it is of by itself"
         )
+    deep = {tower: axis.blocks[key] for tower in TOWERS if (key := _key(tower, own)) in axis.blocks}
+    return replace(axis, blocks={**axis.blocks, **deep})
 
 
 def strip(ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: Sequence[str]) -> None:
     """Mark the chosen blocks under the axis: a strip per tower, open blocks pale."""
-    for tower in towers:
-        refuse_deeper(choice, tower, axis.blocks[tower])
     height = 3.2  # points; the labels of the axis move down by as much
     ax.tick_params(axis="x", pad=2.5 + (height + 1) * len(towers))
     for lane, tower in enumerate(towers):

@@ -10,11 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import UserError, check_one_of, shortened
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import runs
-from vlmlayers.plots.depth import on_tower, refuse_deeper
+from vlmlayers.plots.depth import check_choice, on_tower
 from vlmlayers.plots.style import (
-    NAME,
     OPEN_ALPHA,
     SEQUENTIAL,
     TOWER_COLOURS,
@@ -22,11 +21,12 @@ from vlmlayers.plots.style import (
     axis_label,
     label_text,
     mark_random,
+    short_names,
     sparse_labels,
     style,
 )
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.scores.reading import Reading, depths, is_random
+from vlmlayers.scores.reading import Reading, is_random
 from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import agreement, curves
 from vlmlayers.selection import LayerChoice
@@ -82,8 +82,7 @@ def agreement_matrix(
         ax.set_xlabel(f"{other_tower.capitalize()} position")
         ax.set_ylabel(f"{tower.capitalize()} position")
         if choice is not None:
-            for name in (tower, other_tower):
-                refuse_deeper(choice, name, depths(scores)[name])
+            check_choice(choice, scores, (tower, other_tower))
             _mark(ax, choice, tower, rows, vertical=True)
             _mark(ax, choice, other_tower, columns, vertical=False)
         return mark_random(ax, is_random(scores))
@@ -115,14 +114,13 @@ def dataset_heatmap(
         ax.set_xticks(range(len(columns)), _labels(columns, 8), rotation=90)
         ax.set_yticks(
             range(len(grid)),
-            [
-                shortened(label_text(str(n), grid.index), NAME) if n != "*" else "all datasets"
-                for n in grid.index
-            ],
+            short_names(
+                [label_text(str(n), grid.index) if n != "*" else "all datasets" for n in grid.index]
+            ),
         )
         ax.set_xlabel(f"{tower.capitalize()} position")
         if choice is not None:
-            refuse_deeper(choice, tower, depths(scores)[tower])
+            check_choice(choice, scores, (tower,))
             _mark(ax, choice, tower, columns, vertical=False)
         return mark_random(ax, is_random(scores))
 

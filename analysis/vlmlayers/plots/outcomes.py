@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
-from vlmlayers.placement import Placement, of_kind
+from vlmlayers.placement import ZERO_SHOT, Placement, of_kind, sweep_first
 from vlmlayers.plots.style import CATEGORY_COLOURS, axes, axis_label, new_grid, style
 
 Outcomes = Annotated[pd.DataFrame, Takes("a table of trained placements", "such tables")]
@@ -33,6 +33,7 @@ PLACES: tuple[tuple[tuple[float, float], str, str], ...] = (
     ((4, -2), "left", "top"),
     ((-4, -2), "right", "top"),
 )
+KIND_OF = {"chosen": "chosen", "published": "paper", "sweep": "start"}  # in a validation's tables
 KEPT = 4  # order of drawing of labels that stay in any crowd, above all others
 CHOSEN_COLOUR, PUBLISHED_COLOUR = "#007E5D", "#7A3E9D"
 
@@ -58,10 +59,12 @@ def _refuse_empty(frame: pd.DataFrame, *columns: str) -> None:
 
 
 def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
-    """Return a column of yes and no; no where it is not there."""
-    if name not in outcomes.columns:
-        return pd.Series(False, index=outcomes.index)
-    return outcomes[name].astype(bool)
+    """Return a column of yes and no, or what the column `kind` says of it; no where neither is."""
+    if name in outcomes.columns:
+        return outcomes[name].astype(bool)
+    if "kind" in outcomes.columns:
+        return pd.Series(of_kind(outcomes, KIND_OF[name]))
+    return pd.Series(False, index=outcomes.index)
 
 
 def _label_axis(ax: Axes, words: str, outcomes: pd.DataFrame) -> None:
@@ -76,10 +79,10 @@ def _label_axis(ax: Axes, words: str, outcomes: pd.DataFrame) -> None:
 
 @checked
 def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
-    """Draw base, novel and HM of each placement, in the order of the table.
+    """Draw base, novel and HM of each placement; zero-shot CLIP, which is none, is left out.
 
-    A line joins the placements of the sweep of the start block; others stand apart. Where the
-    table does not say which those are, it joins all.
+    A line joins the placements of the sweep of the start block, by first block; others stand apart
+    after them. Where the table does not say which those are, it joins all, in the table's order.
 
     Args:
         outcomes: One row per placement: `placement`, `base`, `novel`, `hm`, and where known
@@ -91,7 +94,10 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
     """
     _need(outcomes, "base", "novel", "hm")
     _refuse_empty(outcomes, "base", "novel", "hm")
-    swept = _swept(outcomes)
+    outcomes = outcomes[outcomes["placement"] != ZERO_SHOT].reset_index(drop=True)
+    if {"sweep", "kind"} & set(outcomes.columns):
+        outcomes = sweep_first(outcomes.assign(sweep=_flag(outcomes, "sweep")))
+    swept = outcomes.get("sweep", pd.Series(True, index=outcomes.index))
     with style():
         ax = axes(ax, (3.35, 2.6))
         x = pd.Series(range(len(outcomes)), index=outcomes.index)
@@ -108,9 +114,8 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
             ax.fill_between(x[swept], low[swept], high[swept], color="#222222", alpha=0.14,
                             linewidth=0)  # fmt: skip
             ax.vlines(x[~swept], low[~swept], high[~swept], **INTERVAL)
-        if "chosen" in outcomes.columns:
-            for place in x[outcomes["chosen"].astype(bool)]:
-                ax.axvspan(place - 0.4, place + 0.4, color=CHOSEN_COLOUR, alpha=0.14, linewidth=0)
+        for place in x[_flag(outcomes, "chosen")]:
+            ax.axvspan(place - 0.4, place + 0.4, color=CHOSEN_COLOUR, alpha=0.14, linewidth=0)
         labels = [Placement.parse(p).label for p in outcomes["placement"]]
         fits = sum(map(len, labels)) <= 36
         slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
@@ -119,15 +124,6 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
         _label_axis(ax, "", outcomes)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
         return ax
-
-
-def _swept(outcomes: pd.DataFrame) -> pd.Series:
-    """Return which placements a line joins."""
-    if "sweep" in outcomes.columns:
-        return outcomes["sweep"].astype(bool)
-    if "kind" in outcomes.columns:
-        return of_kind(outcomes, "start")
-    return pd.Series(True, index=outcomes.index)
 
 
 @checked

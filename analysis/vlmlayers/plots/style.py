@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -189,6 +189,19 @@ def label_text(text: str, among: Iterable[str] = ()) -> str:
     return made.replace("$", r"\$").lstrip("_") or "□"
 
 
+def short_names(names: Sequence[str], most: int = NAME) -> list[str]:
+    """Return names of so many characters at most, of which none is like another for being cut."""
+    ways: list[Callable[[str], str]] = [
+        lambda name: shortened(name, most),
+        lambda name: shortened(name, most - most // 2) + name[-(most // 2) :],
+    ]
+    for cut in ways:
+        made = [cut(name) if len(name) > most else name for name in names]
+        if len(set(made)) == len(set(names)):
+            return made
+    return [f"{shortened(name, most - 5)} ({row})" for row, name in enumerate(names, 1)]
+
+
 def unseen() -> AbstractContextManager[None]:
     """Draw figures to be saved, not shown, also in a notebook."""
     return switched_on(_UNSEEN)
@@ -224,10 +237,15 @@ def sparse_labels(positions: Iterable[str], most: int = 14) -> list[str]:
 
 
 def category(index: int) -> dict[str, Any]:
-    """Return colour and dash of the n-th category; both differ, for prints in grey."""
+    """Return colour and dash of the n-th category; both differ, for prints in grey.
+
+    Fifty have looks of their own.
+    """
+    again, colour = divmod(index, len(CATEGORY_COLOURS))
     return {
-        "color": CATEGORY_COLOURS[index % len(CATEGORY_COLOURS)],
-        "linestyle": CATEGORY_DASHES[(index // 2) % len(CATEGORY_DASHES)],
+        "color": CATEGORY_COLOURS[colour],
+        # One further in each round of colours: a round is a whole number of rounds of dashes.
+        "linestyle": CATEGORY_DASHES[(index // 2 + again) % len(CATEGORY_DASHES)],
     }
 
 

@@ -25,7 +25,8 @@ def comparability(runs: Sequence[tuple[str, Answer]]) -> list[str]:
     """
     found = [*_datasets(runs), *_items(runs), *(f"{one}." for one in option_differences(runs))]
     known = all(
-        answer.provenance.get("score") and answer.provenance.get("datasets") for _, answer in runs
+        {"score", "select"} <= set(answer.stages) and answer.provenance.get("datasets")
+        for _, answer in runs
     )
     return found or ([ALIKE] if known else [])
 
@@ -72,14 +73,13 @@ def _options(answer: Answer, stage: str) -> dict[str, Any]:
 
     Metrics are left out: they only add to a table.
     """
-    recorded = answer.provenance.get(stage)
-    if not isinstance(recorded, dict):
+    recorded = answer.stages.get(stage)
+    if recorded is None:
         return {}
     own = {key: value for key, value in recorded.items() if key not in ("options", "metrics")}
     given = recorded.get("options") or {}
-    if stage == "select":
-        given = answer.choice.evidence.get("options") or given
     if stage == "score":
+        own = {"streaming": False} | own  # as before it was recorded
         given = ScoreOptions().model_dump() | given
     plain = {key: list(one) if isinstance(one, tuple) else one for key, one in given.items()}
     return {**own, **plain}

@@ -22,7 +22,13 @@ from vlmlayers.plots.style import mark_random
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores.reading import has_curve
-from vlmlayers.scores.summaries import DATASET_ACCURACIES, agreement, curves, metrics_by_shape
+from vlmlayers.scores.summaries import (
+    DATASET_ACCURACIES,
+    agreement,
+    curves,
+    metrics_by_shape,
+    over_datasets,
+)
 
 MIME = {"svg": "image/svg+xml", "png": "image/png", "pdf": "application/pdf", "csv": "text/csv"}
 CURVES = (
@@ -34,6 +40,7 @@ CURVES = (
 )
 GAPS = ("centroid_gap", "rmg")
 LINES = 9  # datasets that can be told apart as lines; more are drawn as a heat map
+MEAN = "mean over datasets"  # beside those of each, where that is what is drawn
 HEATMAPS = ("class_accuracy", "class_accuracy_ncm")
 
 
@@ -159,7 +166,7 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
                 f"curves-{slug(metric)}",
                 _caption(answer, metric, "along depth"),
                 partial(plots.layer_curves, scores, metric, choice=choice),
-                partial(answer.curves, metric),
+                partial(_drawn_curves, answer, metric),
             )
     for metric in GAPS:
         if metric in shapes["curve"] and has_rows(scores, metric, "vision"):
@@ -270,6 +277,14 @@ def frequency_table(answer: Answer) -> pd.DataFrame:
         for block, share in enumerate(found.get("frequency", ()))
     ]
     return pd.DataFrame(rows, columns=["tower", "block", "frequency", "chosen"])
+
+
+def _drawn_curves(answer: Answer, metric: str) -> pd.DataFrame:
+    """Return a metric's curves, and the mean over datasets where that is what is drawn."""
+    found = answer.curves(metric)
+    if (found["dataset"] == "*").any() or found["dataset"].nunique() <= 1:
+        return found
+    return pd.concat([found, over_datasets(found).assign(dataset=MEAN)], ignore_index=True)
 
 
 def _datasets(scores: pd.DataFrame) -> set[str]:

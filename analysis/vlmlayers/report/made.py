@@ -49,8 +49,7 @@ def _dataset_tables(answer: Answer) -> list[Table]:
 
 
 def _option_tables(answer: Answer) -> list[Table]:
-    options = {stage: answer.provenance.get(stage) for stage in ("extract", "score", "select")}
-    options["protocol"] = answer.attributes.get("protocol")
+    options = {**answer.stages, "protocol": answer.attributes.get("protocol")}
     rows = [
         [stage, key, value]
         for stage, one in options.items()

@@ -88,6 +88,22 @@ class Answer:
         return bool(recorded or is_random(self.scores))
 
     @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What each stage was given, as recorded; of the choice, what it says of itself.
+
+        The verb `select` may have made it anew since.
+        """
+        recorded = {name: self.provenance.get(name) for name in ("extract", "score")}
+        found = {name: one for name, one in recorded.items() if isinstance(one, dict)}
+        evidence = self.choice.evidence
+        if "options" in evidence:
+            drawn = evidence.get("resamples", {}).get("n", 0)
+            found["select"] = {
+                "rule": self.choice.rule, "resamples": drawn, "options": evidence["options"]
+            }  # fmt: skip
+        return found
+
+    @property
     def paper(self) -> LayerChoice:
         """The paper's placement at this depth."""
         depth = {tower: one["depth"] for tower, one in self._towers.items() if "depth" in one}
@@ -147,7 +163,8 @@ class Answer:
         setting = towers + (f" by {placed.amount}" if placed.amount else "")
         if not found["decided"]:
             return [(f"The data do not decide: the default stands, {setting}.", False)]
-        return [("Adapt ", False), (setting, True), (".", False)]
+        # Which placement is the better one may be told where whether training pays is not.
+        return [("Adapt ", False), (setting, self.choice.decided), (".", False)]
 
     def _undecided(self, default: dict[str, str], follows: bool) -> str:
         """Return that the data do not decide for some towers, and which default stands in each."""
@@ -343,7 +360,8 @@ class Answer:
         if self.validation is None:
             return "not yet; the command vlmlayers validate trains here and at competing placements"
         if self.validation.verdict:
-            return self.validation.verdict
+            then = f"of the choice of then, {self.validation.chosen}: " if self.unproved else ""
+            return then + self.validation.verdict
         frame = self.validation.placements.set_index("placement")["hm"]
         best = join(frame.index[frame > frame.max() - TIE])
         text = f"best {best} with harmonic mean {_number(frame.max())}"

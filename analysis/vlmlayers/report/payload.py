@@ -38,6 +38,7 @@ def payload(answer: Answer) -> dict[str, Any]:
         "random": answer.random_weights,
         "depth": answer.depths,
         "standing": {tower: answer.standing(tower) for tower in answer.depths},
+        "chosen": {tower: answer.choice.blocks(tower) for tower in answer.depths},
         "datasets": dataset_names(answer.scores),
         "metrics": {
             name: metric_entry(name, answer.scores) for names in shapes.values() for name in names

@@ -142,7 +142,10 @@ def _row(
 def _chosen(rows: pd.DataFrame | None, tower: str, options: dict[str, Any]) -> str:
     if rows is None:
         return "not scored"
-    return describe_blocks(select(rows, resamples=0, **options).blocks(tower))
+    try:
+        return describe_blocks(select(rows, resamples=0, **options).blocks(tower))
+    except UserError:  # such as a block without a value, which other rules need not read
+        return "not at every block"
 
 
 def _read(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmlayers.placement import describe_blocks
+from vlmlayers.positions import EMBED
 from vlmlayers.report.made import model_table
 from vlmlayers.report.numbers import Answer, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular, words
-from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
 from vlmlayers.words import inside
 
@@ -31,7 +31,7 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
                 answer.parameters,
                 *_ends(answer, metric),
                 _last(answer, "centroid_gap"),
-                _best(answer.validation),
+                _best(answer),
             ]
         )
     return tabular(
@@ -65,15 +65,16 @@ def _ends(answer: Answer, metric: str) -> tuple[float | None, float | None]:
     frame = frame[frame["tower"] == "vision"]
     if frame.empty:
         return None, None
-    by_position = frame.groupby("order")["value"].mean()
-    return float(by_position.iloc[0]), float(by_position.iloc[-1])
+    by_position = frame.groupby(["order", "position"])["value"].mean().droplevel("order")
+    return by_position.get(EMBED), float(by_position.iloc[-1])
 
 
 def _last(answer: Answer, metric: str) -> float | None:
     return _ends(answer, metric)[1]
 
 
-def _best(validation: RecordedValidation | None) -> str | None:
+def _best(answer: Answer) -> str | None:
+    validation = None if answer.unproved else answer.validation
     if validation is None or validation.chosen not in set(validation.placements["placement"]):
         return None
     frame = validation.placements.set_index("placement")["hm"]

@@ -95,7 +95,9 @@ def _tower_table(answer: Answer, tower: str) -> Table:
     values = found.get("values", {})
     headings = ["Block"]
     for name, column in values.items():
-        headings.append(metric_entry(name)["label"])
+        scaled = name.startswith("metric:")  # a block score: the metric, scaled
+        label = metric_entry(name.removeprefix("metric:"))["label"]
+        headings.append(f"{label}, share of range" if scaled else label)
         if "normalised" in column:
             headings.append(f"share of range (from {percent(column.get('share', 0))})")
     frequency = found.get("frequency", [])

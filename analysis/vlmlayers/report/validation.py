@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
+from vlmlayers.placement import ZERO_SHOT, of_kind, sweep_first
 from vlmlayers.runs import Run
 
 TIE = 1e-9  # means of the same cells differ by rounding where they are equal
@@ -115,14 +115,15 @@ class RecordedValidation:
     def outcomes(self) -> pd.DataFrame:
         """Return one row per placement: the sweep of the start block, then the others by start.
 
-        Added columns: chosen, and sweep, whether the placement belongs to that sweep.
+        Added columns: chosen, published, and sweep, whether the placement belongs to that sweep.
         """
-        names = sorted(dict.fromkeys(self.cells["placement"]), key=_place)
+        names = list(dict.fromkeys(self.cells["placement"]))
         frame = self.placements.set_index("placement").reindex(names).reset_index()
-        swept = ["start" in self.kind(name).split("+") for name in frame["placement"]]
-        frame = frame.assign(chosen=frame["placement"] == self.chosen, sweep=swept)
-        # Stable, so that the order by first block is kept within both parts.
-        return frame.sort_values("sweep", ascending=False, kind="stable", ignore_index=True)
+        kinds = [self.kind(name).split("+") for name in names]
+        chosen, sweep = frame["placement"] == self.chosen, ["start" in kind for kind in kinds]
+        return sweep_first(
+            frame.assign(chosen=chosen, published=["paper" in kind for kind in kinds], sweep=sweep)
+        )
 
 
 def void_verdict(run: Run) -> str:
@@ -140,13 +141,6 @@ def _table(path: Path) -> pd.DataFrame:
             f"{path} cannot be read as a table ({type(error).__name__}); "
             "run `vlmlayers validate` again"
         ) from None
-
-
-def _place(placement: str) -> tuple[float, float]:
-    """Return first block and number of blocks; what names no block stands last."""
-    vision, text = Placement.parse(placement)
-    blocks = [*vision, *text]
-    return (min(blocks), -len(blocks)) if blocks else (float("inf"), 0.0)
 
 
 def _kind(cells: pd.DataFrame, kind: str) -> str:

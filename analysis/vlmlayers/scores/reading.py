@@ -25,6 +25,7 @@ PLACE = (
     "split", "seed",
 )  # fmt: skip
 ROW_KEYS = ("predicted", "source", "family", "head")  # options that tell rows of one place apart
+DEEPEST = 10_000  # blocks that no tower has
 ROUNDING = 1e-3  # by which a computed value may miss the bounds of its metric
 REQUIRED = (
     "model",
@@ -190,7 +191,10 @@ def bare(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def depths(scores: pd.DataFrame) -> dict[str, int]:
-    """Return the number of blocks of each tower in the table, `vision` first."""
+    """Return the number of blocks of each tower in the table, `vision` first.
+
+    Of a table that leaves out the last blocks the column `depth` tells how many there are.
+    """
     found = {}
     paired = {"other_tower", "other_position"} <= set(scores.columns)
     for tower in TOWERS:
@@ -200,16 +204,28 @@ def depths(scores: pd.DataFrame) -> dict[str, int]:
             named |= set(map(str, partners.unique()))
         blocks = [p for p in named if p.isdecimal()]
         # Depth becomes the length of arrays: a digit too many in a table must not fill the memory.
-        absurd = [p for p in blocks if len(p) > 4]
+        absurd = [p for p in blocks if len(p) >= len(str(DEEPEST))]
         if absurd:
             raise UserError(
                 f"the score table has a {tower} position {absurd[0][:40]}; no tower is that deep"
             )
         if blocks:
-            found[tower] = max(map(int, blocks))
+            found[tower] = max(*map(int, blocks), _whole_depth(scores, tower))
     if not found:
         raise UserError("the score table has no value at any block; score positions 1..L first")
     return found
+
+
+def _whole_depth(scores: pd.DataFrame, tower: str) -> int:
+    """Return of how many blocks those of a tower are by their relative depth; 0 where unsaid."""
+    if "depth" not in scores.columns:
+        return 0
+    places = scores.loc[scores["tower"] == tower, ["position", "depth"]].drop_duplicates()
+    places = places[places["position"].astype(str).str.isdecimal() & (places["depth"] > 0)]
+    whole = places["position"].astype(float) / places["depth"].astype(float)
+    # Block b of L is at depth b / L; what gives no whole number was not written by `score`.
+    known = whole[(whole - whole.round()).abs() < 0.01]
+    return int(known.round().max()) if len(known) and known.max() < DEEPEST else 0
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _bounds(metric: str) -> tuple[float, float]:
 
 def _summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per dataset, tower and position, seeds joined, in order along each tower."""
-    rows = rows.assign(seeds=rows["seed"] >= 0)
+    rows = rows.assign(seeds=rows["seed"].where(rows["seed"] >= 0))
     groups = rows.groupby(["tower", "dataset", "position"], sort=False)
     made = groups[["metric", "depth", "n", "space", "pooling"]].first()
     mean = groups[["value", "low", "high", "null"]].mean()
@@ -137,7 +137,7 @@ def _summary(rows: pd.DataFrame) -> pd.DataFrame:
     made = made.join(mean).assign(
         low=mean["value"] - np.hypot(mean["value"] - mean["low"], spread),
         high=mean["value"] + np.hypot(mean["high"] - mean["value"], spread),
-        seeds=groups["seeds"].sum().astype(int),
+        seeds=groups["seeds"].nunique(),
     )
     made = made.reset_index()
     keys = [sort_key(str(position)) for position in made["position"]]

@@ -76,7 +76,7 @@ def _passing(mask: Array) -> tuple[int, ...]:
 @checked
 @dataclass(frozen=True)
 class Threshold(Rule):
-    """Blocks whose dataset accuracy and cross-tower agreement both pass a share of their range.
+    """Blocks whose discriminability, and agreement where it counts, pass a share of their range.
 
     The range of each curve is that of the tower's blocks 1..L, since `embed` cannot be adapted and
     is at chance by construction under `cls`.

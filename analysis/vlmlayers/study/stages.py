@@ -238,7 +238,6 @@ def _select(context: StageContext) -> None:
         **context.rule_options,
     )
     choice.save(context.run.choice)
-    context.run.record(select=part.model_dump(mode="json"))
     context.echo(f"select   {choice}")
     if not choice.decided:
         reasons = counted(len(choice.evidence.get("doubts", ())), "doubt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vlmadapters.cli.terminal import images_text, results_text
@@ -100,6 +101,15 @@ def test_scattered_blocks_of_a_validation_stay_within_80_columns() -> None:
     assert lines[3].split() == ["85.50", "85.50", "85.50", "0.00", "1234567"]
     assert lines[4].split()[:3] == ["v5-12,t5-12", "(paper+start)", "85.50"]
     assert {line.index("85.50") for line in lines[3:5]} == {lines[1].index(" base")}
+    scores = pd.DataFrame({"score": [f"metric:{name}" for name in "abcdef"], "tau": 0.58,
+                           "low": np.nan, "high": np.nan, "p": 0.01, "p_holm": 0.064})  # fmt: skip
+    said = {"verdict": "Good.", "predictors": "Of 6 scores none predicted the harmonic mean."}
+    found = Validation([0], placements, said, scores)  # type: ignore[arg-type]
+    text = validation_text(found, Path("runs/mine"))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "NaN" not in text and "0.06" in text and "0.01" not in text
+    assert "the 5 highest of 6; p_holm: of all scores" in text
+    assert "Of 6 scores none predicted the harmonic mean." in text
 
 
 def test_a_note_names_the_methods_that_it_is_of() -> None:

@@ -643,6 +643,9 @@ def test_every_figure_has_a_caption_that_says_how_it_was_made(tables: Path, tmp_
     random = score_rows().assign(weights="random")
     said = captions.scored("Opening", random, ["dataset_accuracy"])
     assert "tiny (random): RANDOM WEIGHTS" in said[0]
+    both = pd.concat([score_rows(), random])
+    said = captions.scored("Opening", both, ["dataset_accuracy"])
+    assert "tiny (w) and tiny (random); tiny (random): RANDOM WEIGHTS" in said[0]
 
 
 @pytest.mark.parametrize("pooled", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vlmlayers import plots
 from vlmlayers.errors import UserError
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import slug
+from vlmlayers.plots.style import category, short_names
 from vlmlayers.scores.summaries import (
     agreement,
     curves,
@@ -112,9 +114,22 @@ def test_only_the_sweep_is_joined() -> None:
     frame = OUTCOMES.assign(kind=["start"] * 3 + ["random", "start+paper"] + ["lower"] * 7)
     ax = plots.placement_sweep(frame)
     joined = next(one for one in ax.lines if one.get_label() == "Harmonic mean")
-    assert joined.get_xdata().tolist() == [0, 1, 2, 4] and joined.get_linestyle() == "-"
+    assert joined.get_xdata().tolist() == [0, 1, 2, 3] and joined.get_linestyle() == "-"
     apart = [one for one in ax.lines if one.get_linestyle() == "None"]
-    assert [one.get_xdata().tolist() for one in apart] == [[3, *range(5, 12)]] * 3
+    assert [one.get_xdata().tolist() for one in apart] == [list(range(4, 12))] * 3
+    # A table sorted by what it found, as the recorded ones are: the line would rise or fall by it.
+    plain = frame.drop(columns="chosen").sort_values("hm", ascending=False)
+    plain["kind"] = plain["kind"].mask(plain["placement"] == "v5-12", "start+paper+chosen")
+    untrained = plain.head(1).assign(placement="zero-shot", kind="zero-shot", hm=99.0)
+    again = plots.placement_sweep(pd.concat([untrained, plain]))
+    joined = next(one for one in again.lines if one.get_label() == "Harmonic mean")
+    assert joined.get_ydata().tolist() == [70.1, 70.2, 70.3, 70.5]
+    labels = [label.get_text() for label in again.get_xticklabels()]
+    assert len(labels) == 12 and labels[:4] == [f"v{i}–12" for i in (1, 2, 3, 5)]
+    (shaded,) = [one.get_x() for one in again.patches]
+    assert shaded == pytest.approx(3 - 0.4), "the chosen one"
+    marked = plots.cost(plain).get_legend_handles_labels()[1]
+    assert marked == ["Placement", "Published", "Chosen"]
     ax = plots.placement_sweep(frame.assign(sweep=False, placement="v1-12,t1-12").head(1))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1–12"]
     assert len(ax.get_legend_handles_labels()[1]) == 3
@@ -430,6 +445,61 @@ def by_dataset(**options: Any) -> Any:
 def test_importing_plots_imports_no_torch() -> None:
     code = "import sys, vlmlayers.plots; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_of_a_table_that_ends_early_the_axis_goes_on_to_the_last_block() -> None:
+    """Of blocks 1 to 6 of 12 the sixth is half way up, beside a model that is scored whole."""
+    whole = planted(12, 12, (5, 5))
+    blocks = whole["position"].isin([str(block) for block in range(1, 7)])
+    part = whole[blocks & (whole["other_position"] == "")].assign(model="part")
+    ax = plots.layer_curves(pd.concat([whole, part]), hue="model", tower="vision")
+    assert line(ax, "part")[-1, 0] == line(ax, "toy")[6, 0] == 6
+    assert line(plots.layer_curves(part, tower="vision"), "Vision")[:, 0].tolist() == [*range(1, 7)]
+    assert select(part, "paper").vision == tuple(range(5, 13))
+
+
+def test_a_choice_is_marked_on_its_own_model(caplog: pytest.LogCaptureFixture) -> None:
+    deep, flat = planted(12, 12, (5, 5)), planted(6, 6, (3, 3)).assign(model="flat")
+    of_flat = replace(select(flat, resamples=20), vision=(5, 6))
+    for tables in ([deep, flat], [flat, deep]):
+        ax = plots.layer_curves(pd.concat(tables), hue="model", tower="vision", choice=of_flat)
+        marks = {one.get_label(): list(one.get_xdata()) for one in ax.lines}
+        assert marks["_vision 6 firm"] == [11, 13], "at the end, as its curve"
+    assert not caplog.messages
+    other = replace(of_flat, evidence={**of_flat.evidence, "model": "another"})
+    with pytest.raises(UserError, match="the choice is of none of them"):
+        plots.layer_curves(pd.concat([deep, flat]), hue="model", tower="vision", choice=other)
+    plots.dataset_heatmap(full(6, 6), choice=other)
+    assert "was made from scores of another (toy.safetensors), not of toy" in caplog.text
+
+
+def test_chance_of_two_models_is_read_position_by_position() -> None:
+    rising = curve_rows("effective_rank", "vision", step(12, 5))
+    for number, one in enumerate(rising):
+        one["null"] = number / 10
+    short = [dict(one, model="short") for one in rising if one["position"] != "embed"]
+    ax = plots.layer_curves(table(rising, short), "effective_rank", hue="model")
+    assert np.allclose(line(ax, "Chance")[:, 1], [one["null"] for one in rising])
+    flat = pd.concat([planted(12, 12), planted(24, 12, (9, 5)).assign(model="deep")])
+    drawn = plots.layer_curves(flat, hue="model", tower="vision").get_legend_handles_labels()[1]
+    assert "Chance" in drawn, "the same at any depth"
+
+
+def test_many_datasets_are_told_apart_by_look_and_name() -> None:
+    looks = [category(number) for number in range(50)]
+    assert len({(one["color"], str(one["linestyle"])) for one in looks}) == 50
+    rows = curve_rows("class_accuracy", "vision", step(12, 5))
+    names = [f"my_very_long_dataset_{year}" for year in range(2001, 2028)]
+    many = table(*([dict(one, dataset=name) for one in rows] for name in names))
+    lines = plots.layer_curves(many, "class_accuracy", hue="dataset", tower="vision").lines[:27]
+    assert len({(one.get_color(), str(one.get_linestyle())) for one in lines}) == 27
+    for ax in (plots.dataset_curves(many, "class_accuracy"), plots.dataset_heatmap(many)):
+        legend = ax.get_legend()
+        shown = [one.get_text() for one in (legend.texts if legend else ax.get_yticklabels())]
+        assert len(set(shown)) >= 27 and "my_very_…_dataset_2001"[-5:] in shown[0]
+    alike = ["a" * 40 + "b" * 40 + str(number) + "c" * 40 for number in range(3)]
+    assert len({*short_names(alike)}) == 3 and max(map(len, short_names(alike))) <= 18
+    assert short_names(["short", "a name of twenty let"]) == ["short", "a name of twenty …"]
 
 
 def test_hue_label_and_colour_draw_several_lines() -> None:

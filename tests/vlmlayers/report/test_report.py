@@ -24,17 +24,18 @@ from vlmlayers.placement import describe_blocks
 from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.comparable import ALIKE, comparability
 from vlmlayers.report.glossary import explained as glossary
+from vlmlayers.report.made import made_tables
 from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.several import summary_table
-from vlmlayers.report.tables import comparison_table, tabular
+from vlmlayers.report.tables import answer_tables, comparison_table, tabular
 from vlmlayers.runs import Run
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import LayerChoice, select
 from vlmlayers.study.demo import summary
-from vlmlayers.words import escape_markdown, markdown_table, text_table
+from vlmlayers.words import escape_markdown, markdown_table, percent, text_table
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -83,7 +84,7 @@ def test_the_answer_comes_first_and_is_right(validated: Run) -> None:
     assert "the same: vision 5–12, text 5–12" in words
     start = "5 (95 % of resamples start at 5)"
     assert f"vision {start}; text {start}" in words
-    assert "threshold: blocks whose dataset accuracy and cross-tower agreement both pass" in words
+    assert "threshold: blocks whose discriminability, and agreement where it counts, pass" in words
 
 
 def test_the_answer_compares_with_the_papers_placement_the_best_and_zero_shot(
@@ -211,6 +212,8 @@ def test_a_validation_of_another_choice_is_told(tmp_path: Path) -> None:
     )
     write_report(run.folder)
     assert "the choice was not trained" in run.report.read_text()
+    assert dict(other.facts())["Proved by training"].startswith("of the choice of then, v5-12,t5-")
+    assert summary_table([("a", other)]).rows[0][-1] == "–"
     # A method of the text tower, as CoOp, was trained where the choice is in that tower.
     assert answer.validation is not None and other.validation is not None
     text = pd.DataFrame({"placement": ["v-,t5-12", "v-,t1"], "hm": 50.0})
@@ -339,6 +342,9 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     run.choice.write_text(json.dumps(content))
     answer = read_answer(run.folder)
     assert answer.lead == "What the data leave open:"
+    found = payload(answer)
+    assert found["standing"]["vision"][4:6] == ("open", "firm")
+    assert found["chosen"]["vision"] == tuple(range(5, 13)), "an open block is chosen all the same"
     told = " ".join(summary(run))
     assert "What the data leave open: vision block 5" in told and "do not decide" not in told
     assert read_answer(make_run(tmp_path / "sure", small=True).folder).lead.endswith("this).")
@@ -409,6 +415,19 @@ def test_other_settings_are_one_small_table(validated: Run) -> None:
     one = answer.scores[answer.scores["dataset"] == DATASETS[0]]
     own = select(one, metric="class_accuracy", agreement_metric="none", resamples=0)
     assert alone == tuple(describe_blocks(own.blocks(tower)) for tower in ("vision", "text"))
+
+
+def test_a_block_without_a_value_that_the_choice_does_not_read_leaves_a_report(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "run")
+    scores = read_answer(run.folder).scores
+    hole = (scores["metric"] == "class_accuracy") & (scores["position"] == "5")
+    write_scores(scores[~hole], run.folder)
+    table = sensitivity_table(read_answer(run.folder))
+    assert table is not None
+    alone = [row for row in table.rows if "alone, by class accuracy" in row[0]]
+    assert [row[1:] for row in alone] == [("not at every block", "not at every block")]
 
 
 def test_both_poolings_answer_where_both_were_scored(tmp_path: Path) -> None:
@@ -507,6 +526,23 @@ def test_words_are_explained_once_and_figures_come_as_one_archive(validated: Run
             assert archive.read(name) == (validated.figures / name).read_bytes()
 
 
+def test_a_share_is_none_or_all_only_where_it_is() -> None:
+    assert [percent(one) for one in (0, 0.002, 0.5, 0.746, 0.997, 1)] == [
+        "0 %", "< 1 %", "50 %", "75 %", "> 99 %", "100 %",
+    ]  # fmt: skip
+    assert percent(0.25, 0.6) == "25–60 %" and percent(0.001, 1) == "< 1–100 %"
+
+
+def test_a_block_score_is_not_called_by_the_metric_that_it_scales(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    by = "metric:dataset_accuracy"
+    select(scores, "budget", score=by, resamples=20).save(run.choice)
+    (vision, *_) = answer_tables(read_answer(run.folder))
+    assert vision.headings[1] == "Dataset accuracy (linear probe), share of range"
+    assert vision.rows[0][1] == "0.00"
+
+
 def test_numbers_of_a_column_have_the_same_decimals() -> None:
     rows = [["a", 0.55, 1.0, 3], ["b", 0.012345, None, 4], ["c", float("nan"), 250.0, 5]]
     table = tabular("Mixed", ["Name", "Share", "Width", "Count"], rows)
@@ -545,6 +581,12 @@ def test_a_comparison_says_what_stands_against_it(tmp_path: Path) -> None:
         "Stage score, seeds: [1] in one, [1, 2] in two.",
     ]
     scores = read_answer(one.folder).scores
+    select(scores, "budget", resamples=20, n=4).save(two.choice)  # as the verb does
+    assert "Stage select, rule: threshold in one, budget in two." in said()
+    answer = read_answer(two.folder)
+    rows = next(t for t in made_tables(answer) if t.caption == "Options").rows
+    assert ("select", "rule", "budget") in [tuple(one) for one in rows]
+    select(scores, resamples=20).save(two.choice)
     write_scores(scores.assign(dataset=scores["dataset"].replace("*", "flags")), two.folder)
     assert said()[0].startswith("The datasets differ: beside what all share, two has flags.")
     page = Page(write_comparison([one.folder, two.folder], tmp_path / "both").read_text())

@@ -305,7 +305,7 @@
     for (const mark of spec.axis.marks) svg.append(node("text", { x: X(mark.x), y: bottom + 18, "text-anchor": "middle", fill: "#55555E" }, mark.label));
     svg.append(node("text", { x: (left + right) / 2, y: area.height - 6, "text-anchor": "middle", fill: "#1B1B1F" }, spec.axis.label));
     spec.bars.forEach((b) => svg.append(node("rect", { x: X(b.from), y: Y(b.value), width: Math.max(1, X(b.to) - X(b.from)),
-      height: bottom - Y(b.value), fill: b.colour, opacity: b.chosen ? 1 : 0.38, class: "bar" })));
+      height: bottom - Y(b.value), fill: b.colour, opacity: b.standing === "firm" ? 1 : 0.38, class: "bar" })));
     spec.legend.forEach((l, i) => svg.append(node("rect", { x: left + i * 130, y: 6, width: 12, height: 12, fill: l.colour }),
       node("text", { x: left + i * 130 + 18, y: 16, fill: "#1B1B1F" }, l.name)));
     if (DATA.random) svg.append(node("text", { x: right, y: 16, "text-anchor": "end", fill: "#8A1F1F", "font-weight": 600 }, "random weights"));
@@ -456,7 +456,7 @@
       const fits = pooled ? towers.filter((t) => DATA.fits?.[t]?.[metric]) : [];
       for (const tower of fits) series.push({ name: `${title(tower)}, fitted`, colour: TOWER[tower], dash: "6 4", bare: true,
         points: DATA.fits[tower][metric].map((value, b) => ({ x: axis.x(tower, String(b + 1)), label: `${title(tower)} block ${b + 1}`, value, low: null, high: null })) });
-      caption(figure, `${DATA.metrics[metric].caption} ${c.dataset.value === "*" ? title(datasetLabel("*")) : c.dataset.value}. Bands: 95 % interval over items and seeds. Under the axis: the chosen blocks, open ones pale.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
+      caption(figure, `${DATA.metrics[metric].caption} ${c.dataset.value === "*" ? title(datasetLabel("*")) : c.dataset.value}. Bands: 95 % interval over items and seeds; of a mean over datasets the mean of theirs. Under the axis: the chosen blocks, open ones pale.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
       if (!series.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
       lineChart(plot, { series, axis, yLabel: label, chance,
         shade: shade(axis, found.map(([t]) => t)), bands: c.bands.checked, alt: `${label} along depth, ${datasetLabel(c.dataset.value)}; the values are in the table below.` });
@@ -507,11 +507,11 @@
         // Bars of both towers are as wide as the deeper one allows, so that none covers another.
         const middle = axis.x(tower, String(b + 1)), half = 0.43, wide = 2 * half / towers.length;
         return { from: middle - half + i * wide, to: middle - half + (i + 1) * wide - 0.03, value, colour: TOWER[tower],
-          chosen: DATA.standing[tower][b] === "firm", label: `${title(tower)} block ${b + 1}`, block: b + 1, tower };
+          standing: DATA.standing[tower][b], chosen: DATA.chosen[tower].includes(b + 1), label: `${title(tower)} block ${b + 1}`, block: b + 1, tower };
       })).sort((a, b) => a.from - b.from);
       barChart(figure.querySelector(".plot"), { bars, axis, legend: towers.map((t) => ({ name: title(t), colour: TOWER[t] })),
         alt: "Share of resamples in which each block is chosen; the values are in the table below." });
-      table(figure, ["tower", "block", "share", "chosen"], bars.map((b) => [b.tower, String(b.block), b.value, b.chosen ? "yes" : "no"]));
+      table(figure, ["tower", "block", "share", "chosen", "standing"], bars.map((b) => [b.tower, String(b.block), b.value, b.chosen ? "yes" : "no", b.standing]));
     },
     sweep(figure, c) {
       const v = DATA.validation, against = c.form.value === "difference", plain = v.zero_shot;
