@@ -12,6 +12,7 @@ from vlmlayers.words import WIDTH
 
 LABEL, CELL = 38, 14  # of WIDTH
 METRICS = {"base": "base", "novel": "novel", "hm": "HM", "all": "all classes"}
+FLAG = "inconsistent as printed"  # of a published number that others of its table contradict
 RANDOM = "The backbone has RANDOM weights: these numbers say nothing about a model."
 
 
@@ -69,7 +70,15 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
         lines += textwrap.wrap(about, WIDTH, subsequent_indent="  ")
     if not own.all():
         # What the backbone and shots of the first line are not.
-        lines.append("published: ViT-B/16 of OpenAI, 16 shots, 3 seeds; averages: of all datasets")
+        source = ", trained on ImageNet" * (ours["protocol"] != "base-to-novel")
+        shown = (
+            f"published: ViT-B/16 of OpenAI, 16 shots, 3 seeds{source}; averages: of all datasets"
+        )
+        lines += textwrap.wrap(shown, WIDTH)
+        flagged = summary[~own & summary["note"].str.startswith(FLAG)]
+        for (where, method), part in flagged.groupby(["dataset", "method"], sort=False):
+            cells = f"{method} (published), {where}, {', '.join(part['metric'])}: {FLAG}"
+            lines += textwrap.wrap(cells, WIDTH, subsequent_indent="  ")
     return "\n".join(lines)
 
 
@@ -90,7 +99,7 @@ def _costs(trained: pd.DataFrame) -> list[str]:
         return []
     lines = ["", _padded("one training", f"{'parameters':>12}{'seconds':>12}")]
     for name, rows in trained.groupby("name", sort=False):
-        cost = f"{rows['parameters'].iloc[0]:12,}{rows['seconds'].mean():12.1f}"
+        cost = f"{int(rows['parameters'].iloc[0]):12,}{rows['seconds'].mean():12.1f}"
         lines.append(_padded(f"  {name}", cost))
     return lines
 

@@ -108,12 +108,11 @@ def train(
     check_inputs(model, weights, [*datasets, *(target or ())], data_root)
     for one in placed if places else ():
         check_blocks(model, one.method)
+    titles = None
     if published:
         from vlmadapters.protocols.published import published_titles
-        from vlmlayers.manifests import Manifest
 
-        named_so = [Manifest.load(one).name for one in target or datasets]
-        published_titles(options.protocol, named_so)
+        titles = published_titles(options.protocol, [*datasets, *(target or ())])
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.cli.terminal import wrapped
     from vlmadapters.protocols.train import tell_of_another
@@ -140,7 +139,7 @@ def train(
         )
     if rank == 0:
         verdict = methods_verdict(table)
-        typer.echo(_text(table, published, noted=not verdict))
+        typer.echo(_text(table, titles, noted=not verdict))
         if verdict:
             typer.echo(wrapped(verdict))
         typer.echo(f"results {out / 'results.csv'}")
@@ -234,7 +233,7 @@ def evaluate(
         precision=precision,
         **dict(options),
     )
-    typer.echo(_text(table, False))
+    typer.echo(_text(table))
     if out is not None:
         write_csv(out, table)
         typer.echo(f"results {out}")
@@ -309,14 +308,13 @@ def _template(given: str | None, files: list[Path]) -> str:
     return given
 
 
-def _text(table: Any, published: bool, *, noted: bool = True) -> str:
+def _text(table: Any, titles: dict[str, str] | None = None, *, noted: bool = True) -> str:
     from vlmadapters.cli.terminal import images_text, results_text
-    from vlmadapters.protocols.published import published_titles, with_published
+    from vlmadapters.protocols.published import with_published
     from vlmadapters.protocols.results import summarise
 
     summary = summarise(table)
-    if published:
-        titles = published_titles(summary["protocol"].iloc[0], set(summary["dataset"]))
+    if titles:
         summary = with_published(summary, titles)
     text = results_text(summary, bool(table["random_weights"].any()), noted=noted)
     return f"{text}\n{images_text(table)}"

@@ -17,15 +17,21 @@ def published_titles(protocol: str, datasets: Iterable[str]) -> dict[str, str]:
 
     Args:
         protocol: A protocol of `COMPARED`.
-        datasets: Names; those of the user's own have none.
+        datasets: Names, folders or files; those of the user's own have none, whatever their name.
 
     Raises:
         UserError: None of them has one under this protocol.
     """
     from vlmlayers.manifests import Manifest
 
-    known = [name for name in datasets if name in Manifest.names()]
-    titles = {name: Manifest.load(name).title for name in known}
+    given = [Manifest.load(one) for one in datasets]
+    names = dict.fromkeys(one.name for one in given)
+    shipped = {name: Manifest.load(name) for name in Manifest.names()}
+    titles = {
+        one.name: one.title
+        for one in given
+        if one.name in shipped and one.hash == shipped[one.name].hash
+    }
     if protocol not in COMPARED:
         raise UserError(
             f"no published numbers of {protocol} stand beside ours, only of {', '.join(COMPARED)}; "
@@ -35,7 +41,7 @@ def published_titles(protocol: str, datasets: Iterable[str]) -> dict[str, str]:
     found = {name: title for name, title in titles.items() if title in there}
     if not found:
         raise UserError(
-            f"no number of {', '.join(datasets)} is published for {protocol}; leave --published out"
+            f"no number of {', '.join(names)} is published for {protocol}; leave --published out"
         )
     return found
 

@@ -135,7 +135,7 @@ def summarise(results: Results) -> pd.DataFrame:
     The harmonic mean of a dataset is that of its mean base and novel accuracy, its sd that of the
     seeds' harmonic means. The row `average` holds means over datasets of the seeds that have all
     of them, and is left out where none has; its harmonic mean is that of the averages. Datasets
-    trained on are left out of an average over targets.
+    that any row of the protocol was trained on are left out of averages over targets.
 
     Args:
         results: A results table.
@@ -163,9 +163,8 @@ def summarise(results: Results) -> pd.DataFrame:
     # Empty fields of a table read from a file are NaN, whose groups pandas drops by default.
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
-        # Zero-shot CLIP names no source; its average is of the targets of those beside it.
-        beside = table if head["method"] in ZERO_SHOT_METHODS else part
-        trained = set(beside.loc[beside["protocol"] == head["protocol"], "source"])
+        # Of any source: averages that stand side by side are of the same datasets.
+        trained = set(table.loc[table["protocol"] == head["protocol"], "source"])
         cost = {"parameters": int(part["parameters"].max()), "seconds": part["seconds"].mean()}
         rows += [head | row | cost for row in _datasets(part, trained)]
     return pd.DataFrame(rows)
@@ -198,7 +197,11 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
 def _notes(rows: pd.DataFrame) -> list[str]:
     """Return each note of a setting's rows on a dataset, and of how many seeds it is if not all."""
     # `pandas.read_csv` reads an empty note as NaN.
-    noted = rows[rows["note"].fillna("") != ""].groupby("note", sort=False)["seed"].nunique()
+    noted = (
+        rows[rows["note"].astype(object).fillna("") != ""]
+        .groupby("note", sort=False)["seed"]
+        .nunique()
+    )
     seeds = rows["seed"].nunique()
     return [
         str(note) if count == seeds else f"{note} (in {count} of {seeds} runs)"

@@ -59,13 +59,13 @@ class Mean:
             freedom = len(values) - len(own)
             within = sum(float(np.square(one - one.mean()).sum()) for one in own) / max(freedom, 1)
             error = math.sqrt(within * sum(1 / len(one) for one in own)) / len(own)
-            # Runs that all end alike were not moved by their seeds: that is no sign of certainty.
-            if error < 10**-DIGITS:
-                return cls(value, math.nan, math.nan, math.nan)
+        # What ends alike everywhere was not moved by seeds or data: that is no sign of certainty.
+        if error < 10**-DIGITS and (len(own) < SAMPLE or values.any()):
+            return cls(value, math.nan, math.nan, math.nan)
         half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * error
         if not values.any():  # a placement beside itself has no test
             return cls(0.0, 0.0, 0.0, math.nan)
-        p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else 0.0
+        p = 2 * float(stats.t.sf(abs(value) / error, freedom))
         return cls(value, value - half, value + half, p)
 
     def within(self, least: float, most: float) -> Mean:

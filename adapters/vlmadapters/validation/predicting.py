@@ -26,6 +26,7 @@ from vlmadapters.validation.verdict import (
 )
 from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
 from vlmlayers.positions import TOWERS
+from vlmlayers.words import counted
 
 PREDICTOR_COLUMNS = (
     "predictor",
@@ -114,17 +115,22 @@ def predictors_statement(judged: pd.DataFrame, reference: str) -> str:
     ranked = scores if len(scores) else judged[judged["kind"] == "baseline"].dropna(subset="tau")
     if len(ranked):
         best = ranked.sort_values("tau", ascending=False).head(1)
-        parts.append(f"The best {best['kind'].iloc[0]}, {best['predictor'].iloc[0]}, {_tau(best)}.")
+        kind, name = best[["kind", "predictor"]].iloc[0]
+        parts.append(f"The best {kind}, {name}, has a τ of {_tau(best)}.")
     sure = judged[(judged["gain_p_holm"] < SIGNIFICANCE) & (judged["kind"] != "ceiling")]
     better, worse = (
         [f"{row['predictor']} ({row['gain']:+.1f})" for row in part.to_dict("records")]
         for part in (sure[sure["gain"] > 0], sure[sure["gain"] < 0])
     )
-    parts.append(
-        f"After correction {', '.join(better) or 'none'} picks better than {reference}"
-        + (f"; {', '.join(worse)} worse" if worse else "")
-        + f" (n = {int(judged['n'].iloc[0])} cells)."
-    )
+    count = f"(n = {counted(int(judged['n'].iloc[0]), 'cell')})"
+    if judged["gain_p_holm"].isna().all():
+        parts.append(f"Whether any picks better than {reference} cannot be tested {count}.")
+    else:
+        parts.append(
+            f"After correction {', '.join(better) or 'none'} picks better than {reference}"
+            + (f"; {', '.join(worse)} worse" if worse else "")
+            + f" {count}."
+        )
     return " ".join(parts)
 
 

@@ -134,6 +134,12 @@ def outcomes(table: pd.DataFrame, outcome: str = "hm") -> Outcomes:
         UserError: The table is empty, or no (dataset, seed) holds every placement.
     """
     check_one_of("outcome", outcome, OUTCOMES)
+    if (twice := table.duplicated(["dataset", "seed", "placement"])).any():
+        first = table[twice].iloc[0]
+        raise UserError(
+            f"the validation table has {first['placement']} twice on {first['dataset']}, seed "
+            f"{first['seed']}; keep the rows of one comparison, as tuned or given, or of one run"
+        )
     wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values=outcome)
     # A pivot sorts its columns; the table has the competitors in their order.
     wide = wide[list(dict.fromkeys(table["placement"]))] if len(table) else wide

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,7 +60,7 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
         raise UserError("the score table is empty; there is nothing to read from it")
     import pandas as pd
 
-    for name in ("value", "low", "high", "null"):
+    for name in ("value", "low", "high", "null", *({"depth"} & set(scores.columns))):
         values = scores[name]
         if values.dtype.kind in "fiu":
             continue
@@ -71,12 +71,27 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
                 "needed; write it with `vlmlayers score`"
             )
     _refuse_wrong_rows(scores)
-    for name in ("other_tower", "other_position", "options"):
-        if name not in scores.columns:
-            scores = scores.assign(**{name: ""})
+    scores = in_words(scores)
     _refuse_models(scores)
     _refuse_repeats(scores)
     return scores
+
+
+def in_words(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with text where names and positions belong, as `read_scores` gives it.
+
+    Of a file that pandas read itself, positions that are all blocks are numbers, and what is empty
+    is NaN; optional columns are filled in.
+    """
+    made: dict[str, Any] = {}
+    for name in ("position", "other_tower", "other_position", "options"):
+        if name not in scores.columns:
+            made |= {name: ""} if name != "position" else {}
+        elif scores[name].dtype.kind in "fiu":
+            made[name] = scores[name].map("{:g}".format, na_action="ignore").fillna("").astype(str)
+        elif name != "position" and scores[name].isna().any():
+            made[name] = scores[name].astype(object).fillna("")
+    return scores.assign(**made) if made else scores
 
 
 def _refuse_wrong_rows(scores: pd.DataFrame) -> None:
@@ -224,8 +239,31 @@ def _whole_depth(scores: pd.DataFrame, tower: str) -> int:
     places = places[places["position"].astype(str).str.isdecimal() & (places["depth"] > 0)]
     whole = places["position"].astype(float) / places["depth"].astype(float)
     # Block b of L is at depth b / L; what gives no whole number was not written by `score`.
-    known = whole[(whole - whole.round()).abs() < 0.01]
-    return int(known.round().max()) if len(known) and known.max() < DEEPEST else 0
+    known = sorted(set(whole[(whole - whole.round()).abs() < 0.01].round().astype(int)))
+    if len(known) > 1:
+        raise UserError(
+            f"the score table is of {tower} towers of {known[0]} and {known[-1]} blocks, by its "
+            "column depth; keep the rows of one model"
+        )
+    return known[0] if known and known[0] < DEEPEST else 0
+
+
+def refuse_unknown_depth(scores: pd.DataFrame, blocks: Mapping[str, int]) -> None:
+    """Refuse to choose in a tower whose number of blocks a table does not say.
+
+    Rows of one tower name blocks of the other as partners; where those rows end early, so may they.
+    """
+    own = set(scores["tower"])
+    positions = scores["position"].astype(str)
+    for tower, other in (TOWERS, TOWERS[::-1]):
+        if tower in own or tower not in blocks:
+            continue
+        last = positions[positions.str.isdecimal()].astype(int).max()
+        if last < blocks[other]:
+            raise UserError(
+                f"the scores end at {other} block {last} of {blocks[other]} and have none of the "
+                f"{tower} tower, whose depth is not known then; score it as well, or all positions"
+            )
 
 
 @dataclass(frozen=True)

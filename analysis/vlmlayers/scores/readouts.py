@@ -123,7 +123,9 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
     strata, groups, order = [], [], []
     for number, ((member, features), chosen) in enumerate(zip(sources, rows)):
         for row in chosen:
-            name = member.class_names[features.labels[row]].casefold().strip()
+            # Captions of no class are dealt by their image.
+            names = member.class_names
+            name = names[features.labels[row]].casefold().strip() if names else ""
             together: Any = (number, int(row))
             if by_class:
                 # A prompt of a class must not lie on both sides of the split.

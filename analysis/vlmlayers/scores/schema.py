@@ -15,12 +15,13 @@ from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, file_checksum, write_csv, write_text
 from vlmlayers.positions import sort_key
 from vlmlayers.runs import score_table
-from vlmlayers.scores.reading import check_columns, check_scores
+from vlmlayers.scores.reading import check_columns, check_scores, in_words
 
 
 def _with_columns(table: Any) -> Any:
     if isinstance(table, pd.DataFrame):
         check_columns(table)
+        table = in_words(table)
     return table
 
 

@@ -20,6 +20,7 @@ from vlmlayers.scores.reading import (
     check_scores,
     depths,
     is_random,
+    refuse_unknown_depth,
     values_mark,
 )
 from vlmlayers.scores.schema import Scores
@@ -69,6 +70,7 @@ def select(
     name = rule if isinstance(rule, str) else chooser.name
     check_resampling(name, resamples, seed)
     blocks = depths(table)
+    refuse_unknown_depth(table, blocks)
     refused = scores.attrs.get("refused", ())
     seen = BlockTable.of(_used(table, chooser.reads(blocks)), blocks, refused)
     check_bounds(seen.scores)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from backbones import saved_backbone, shared_backbone
+from PIL import Image
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
@@ -489,6 +490,20 @@ def test_there_is_no_average_where_no_seed_has_all_datasets() -> None:
     assert (average["mean"], average["seeds"]) == (pytest.approx(0.6), 1)
 
 
+def test_averages_side_by_side_are_of_the_same_targets() -> None:
+    """A source of one training is a target of another; no average has either of them."""
+    columns = {"protocol": "cross-dataset", "split_kind": "all", "seed": 1}
+    per_source = [
+        rows(dataset=list("abcd"), source=source, accuracy=accuracy, **columns)
+        for source, accuracy in (("a", [0.9, 0.1, 0.6, 0.8]), ("b", [0.2, 0.9, 0.5, 0.9]))
+    ]
+    plain = rows(
+        dataset=list("abcd"), method=ZERO_SHOT_CLIP, accuracy=[0.5, 0.5, 0.4, 0.6], **columns
+    )
+    found = summarise(pd.concat([*per_source, plain])).query("dataset == 'average'")
+    assert dict(zip(found["source"], found["mean"])) == pytest.approx({"a": 0.7, "b": 0.7, "": 0.5})
+
+
 def test_published_numbers_stand_beside_ours() -> None:
     summary = summarise(
         rows(dataset=["ucf101"] * 2, split_kind=["base", "novel"], seed=[1, 1], accuracy=[0.9, 0.7])
@@ -500,10 +515,13 @@ def test_published_numbers_stand_beside_ours() -> None:
     assert published.note.str.contains("inconsistent as printed").any()
 
 
-def test_published_numbers_that_do_not_exist_are_refused() -> None:
-    mine = ["my_pictures", "ucf101"]
+def test_published_numbers_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "dtd" / name).mkdir(parents=True)  # a folder with the name of a known dataset
+        Image.new("RGB", (8, 8)).save(tmp_path / "dtd" / name / "1.png")
+    mine = [str(tmp_path / "dtd"), "ucf101"]
     assert published_titles("cross-dataset", mine) == {"ucf101": "UCF101"}
-    with pytest.raises(UserError, match="no number of my_pictures is published for base-to-novel"):
+    with pytest.raises(UserError, match="no number of dtd is published for base-to-novel"):
         published_titles("base-to-novel", mine[:1])
     with pytest.raises(UserError, match="no published numbers of few-shot stand beside ours"):
         published_titles("few-shot", mine)

@@ -56,7 +56,7 @@ def test_the_interval_holds_the_truth_in_95_of_100_however_few_the_runs(
 
 @pytest.mark.parametrize(
     ("values", "datasets"),
-    [([5.0], 1), ([5, 7], 2), ([-14.5] * 3, 1), ([2, 2, 4, 4], 2), ([0, 0], 1)],
+    [([5.0], 1), ([5, 7], 2), ([-14.5] * 3, 1), ([2, 2, 4, 4], 2), ([0, 0], 1), ([2.0] * 3, 3)],
 )
 def test_where_runs_do_not_differ_or_are_too_few_nothing_is_decided(
     values: list[float], datasets: int

@@ -233,7 +233,8 @@ def test_few_cells_show_no_predictor_to_pick_better(seeds: int) -> None:
     known = judged["gain_p_holm"].dropna()
     # One run has no test at all.
     assert bool(len(known)) == (seeds > 1) and (known > 0.05).all()
-    assert "After correction none picks better" in predictors_statement(judged, PLACEMENTS[0])
+    said = "none picks better" if seeds > 1 else "Whether any picks better than v5-12,t5-12 cannot"
+    assert said in predictors_statement(judged, PLACEMENTS[0])
     if seeds == 1:
         bounds = judged.filter(regex="low$|high$")
         assert bounds.isna().all(axis=None)

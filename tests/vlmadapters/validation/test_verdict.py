@@ -184,7 +184,8 @@ def test_verdict_follows_from_the_numbers(means: tuple[float, ...], expected: st
 )
 def test_zero_shot_is_compared_in_pairs(plain: float, said: str) -> None:
     cells = table((60, 57, 55, 50), noise=0.05)
-    noise = np.random.default_rng(1).normal(0, 0.5, len(cells)) if plain == 60.01 else 0.0
+    spread = 0.5 if plain == 60.01 else 0.01  # the same difference everywhere is no test
+    noise = np.random.default_rng(1).normal(0, spread, len(cells))
     zero = cells.groupby(["dataset", "seed"])["hm"].transform("first") - 60 + plain + noise
     cells = cells.assign(zero_shot_base=zero, zero_shot_novel=zero)
     assert said in verdict(cells, PLACEMENTS[0], PLACEMENTS[1])
@@ -212,6 +213,9 @@ def test_incomplete_cells_are_left_out_and_an_empty_table_is_refused() -> None:
         verdict(cells[:0], PLACEMENTS[0], PLACEMENTS[1])
     with pytest.raises(UserError, match="unknown placement"):
         compare(cells, "v5-12,t5-13")
+    both = pd.concat([cells.assign(comparison=name) for name in ("tuned", "given")])
+    with pytest.raises(UserError, match="twice on .*; keep the rows of one comparison, as tuned"):
+        compare(both, PLACEMENTS[0])
     for chosen, reference in (("v5-12,t5-13", PLACEMENTS[1]), (PLACEMENTS[0], "v5-12,t5-13")):
         with pytest.raises(UserError, match="unknown placement 'v5-12,t5-13'"):
             verdict(cells, chosen, reference)

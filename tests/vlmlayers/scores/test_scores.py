@@ -469,6 +469,15 @@ def test_captions_of_an_image_stay_in_one_fold() -> None:
     assert (pd.crosstab(images, split.fold) > 0).sum(axis=1).max() == 1
 
 
+def test_captions_of_datasets_without_classes_are_told_apart_too() -> None:
+    named, other = (make_features(f"c{i}", number=i, captions=3) for i in range(2))
+    nameless = replace(named, class_names=())
+    table = score([nameless, other], ["dataset_accuracy"], bootstrap=20, progress=False)
+    with_names = score([named, other], ["dataset_accuracy"], bootstrap=20, progress=False)
+    text = [one[one["tower"] == "text"]["value"].to_numpy() for one in (table, with_names)]
+    assert len(text[0]) and np.abs(text[0] - text[1]).max() < 0.1
+
+
 def test_a_score_is_the_same_twice_and_another_seed_differs() -> None:
     members = many(2)
     names = ["dataset_accuracy", "rmg", "cka_debiased", "effective_rank"]

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from score_tables import curve_rows, full, pair_rows, planted, step, table
 
+from vlmlayers import plots
 from vlmlayers.errors import UserError
-from vlmlayers.scores.reading import partner_block
+from vlmlayers.scores.reading import depths, partner_block
 from vlmlayers.scores.summaries import curves
 from vlmlayers.selection import (
     LayerChoice,
@@ -701,3 +702,41 @@ def test_values_that_no_resample_moves_leave_the_tower_open(rule: str) -> None:
     said = "dataset_accuracy of the vision tower has no interval at 3 of its 36 values"
     assert f"{said}, which no resample moves" in choice.statement
     assert not choice.evidence["decided"] and not choice.firm("vision") and choice.firm("text")
+
+
+def test_depth_is_what_the_scores_say_of_it_or_refused() -> None:
+    scores = full()
+    first = scores["position"].isin(["1", "2", "3"])
+    part = scores[first & scores["other_position"].isin(["", "1", "2", "3"])]
+    assert depths(part) == {"vision": 12, "text": 12}
+    gaps = part[(part["metric"] == "centroid_gap") & (part["tower"] == "vision")]
+    with pytest.raises(UserError, match="end at vision block 3 of 12 and have none of the text"):
+        select(gaps, "paper")
+    whole = scores[(scores["metric"] == "centroid_gap") & (scores["tower"] == "vision")]
+    assert select(whole, "paper").text == tuple(range(5, 13)), "all partners are there"
+    wrong = part.copy()
+    wrong.loc[wrong.index[wrong["position"] == "1"][0], "depth"] = 0.01
+    with pytest.raises(UserError, match="vision towers of 12 and 100 blocks, by its column depth"):
+        select(wrong, "paper")
+    worded = scores.assign(depth=scores["depth"].astype(object).where(~first, "1/12"))
+    with pytest.raises(UserError, match="holds '1/12' in the column depth, where a number"):
+        select(worded, "paper")
+
+
+def test_a_table_that_pandas_read_itself_is_the_table(tmp_path: Path) -> None:
+    """Positions that are blocks alone become numbers in a file, empty words NaN."""
+    scores = full()
+    blocks = scores["position"].str.isdecimal()
+    paired = scores["other_position"].str.isdecimal() | (scores["other_position"] == "")
+    scores = scores[blocks & paired]
+    scores.to_csv(tmp_path / "mine.csv", index=False)
+    read = pd.read_csv(tmp_path / "mine.csv")
+    assert read["position"].dtype == int and read["other_position"].dtype == float
+    for rule in ("threshold", "knee", "budget", "paper"):
+        own, theirs = (select(one, rule, resamples=0) for one in (scores, read))
+        assert own.placement == theirs.placement
+    drawn = [curves(one, "dataset_accuracy") for one in (scores, read)]
+    pd.testing.assert_frame_equal(*drawn, check_dtype=False)
+    ax = plots.layer_curves(read, "dataset_accuracy")
+    assert len(ax.lines) >= 2
+    assert plots.agreement_matrix(read).images
