@@ -86,6 +86,7 @@ def export(
         else:
             told: dict[str, Any] = {"model": model.name, "weights": model.weights, "method": title}
             told |= {"class_names": list(names)} if one == "classes" else {}
+            told |= {"image_size": image_size(model)} if one == "merged" else {}
             _write(out, content, told)
         return one
     left = [one for one in FORMS if one not in refused and _allows(makers[one])]
@@ -95,6 +96,11 @@ def export(
         f"{title} {', and '.join(refused.values())}{more}; {other}test it with `vlmlayers evaluate "
         "--adapter`"
     )
+
+
+def image_size(model: VLM) -> list[int]:
+    """Return height and width of the images that a model takes, which its weights do not say."""
+    return list(model.towers["vision"].example(0).shape[-2:])
 
 
 def _official(method: Method) -> dict[str, Any]:
@@ -129,7 +135,10 @@ def merged_weights(method: Method, model: VLM) -> dict[str, Tensor]:
         raise CannotExport(UNMERGED)
     state = {key: value.detach().cpu().clone() for key, value in model.clip.state_dict().items()}
     # In the backbone's own precision, from which a half-precision CLIP was widened to compute.
-    return state | {key: changed[key].to("cpu", state[key].dtype) for key in changed}
+    return state | {
+        key: new.to("cpu", state[key].dtype).reshape(state[key].shape)
+        for key, new in changed.items()
+    }
 
 
 def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor]:

@@ -60,10 +60,18 @@ def export(
     if method is not None:
         METHODS.config(method)  # known from here on
     from vlmadapters.export import export as write
+    from vlmadapters.export import image_size
     from vlmadapters.files import read_info, unstored_settings
 
-    written = write(adapter, load_backbone(model, weights, device), out, form=form, classes=classes)
+    loaded = load_backbone(model, weights, device)
+    written = write(adapter, loaded, out, form=form, classes=classes)
     note = FORMS[written]
+    if written == "merged" and weights.image_size is not None:
+        sides = image_size(loaded)
+        note += (
+            f"\nits images are {sides[0]} × {sides[1]}: load it with --image-size "
+            f"{','.join(map(str, sides))} (open_clip: force_image_size={tuple(sides)})"
+        )
     if written == "official":
         info = read_info(adapter)
         words = ["--method", info.config.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlmadapters.methods.config import MethodConfig
@@ -42,7 +43,9 @@ def tried_amounts(
         grid = GRID if default.method.in_steps else ()
         amounts = [amount_times(default, rate, steps) for rate, steps in grid]
     found = [_by(default, amount) for amount in (*amounts, *([also] if also else []))]
-    return list(dict.fromkeys(found))
+    # One that says what the default says already would race against itself.
+    others = [one for one in found if replace(one, amount=default.amount) != default]
+    return list(dict.fromkeys(others))
 
 
 def tried_placements(

@@ -284,7 +284,7 @@ def _statement(
         advice = (
             f"Keep the default {default}: the best rival, {best.best}, cannot be told from it "
             f"({found.mean:+z.3f} [{found.low:z.3f}, {found.high:z.3f}] {over})."
-            if found.high > 0
+            if found.high >= 0
             else f"Keep the default {default}: every rival that was followed is worse, the best by "
             f"{-found.mean:z.3f} [{-found.high:z.3f}, {-found.low:z.3f}] {over}."
         )

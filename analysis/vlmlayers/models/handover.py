@@ -53,6 +53,17 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
     chosen = {tower: blocks for tower, blocks in _chosen(module, placement).items() if blocks}
     linear = bool(options.get("use_dora"))  # peft has no DoRA of fused attention
     layers = {tower: layers_of(blocks, linear) for tower, blocks in chosen.items()}
+    for tower, names in layers.items():
+        if any("lora_A" in name.split(".") for name in names):
+            raise UserError(
+                f"the chosen {tower} blocks have LoRA already; load the model afresh, or take it "
+                "out by peft_model.unload()"
+            )
+        if not names:
+            raise UserError(
+                f"the chosen {tower} blocks hold no linear layer and no attention, which LoRA acts "
+                "on; train them whole by choice.freeze, or choose the other tower alone"
+            )
     if options.get("target_modules") is not None:
         layers = _wanted(layers, options["target_modules"])
     names = module_names(model, placement)
@@ -105,12 +116,16 @@ def layers_of(blocks: Any, linear_alone: bool = False) -> list[str]:
     """Return the names, inside a block, of the layers that LoRA acts on.
 
     Attention that keeps its projections as one parameter is such a layer itself; LoRA on the linear
-    layer inside it would not be called.
+    layer inside it would not be called, nor on one whose weights alone are read, as of EVA in timm.
     """
     found: dict[str, None] = {}
     for block in blocks:
         fused: list[str] = []
         for name, part in block.named_modules():
+            if getattr(part, "q_bias", None) is not None and not getattr(
+                part, "qkv_bias_separate", False
+            ):
+                fused.append(f"{name}.qkv")
             if isinstance(part, nn.MultiheadAttention):
                 fused.append(f"{name}.")
                 if not linear_alone:

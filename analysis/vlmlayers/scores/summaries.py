@@ -78,8 +78,8 @@ def curves(
         UserError: The metric or dataset is not in the table or has no number there, or the table
             holds several models or scorings.
     """
-    blocks = depths(bare(scores))
-    scores = of_metric(scores, metric)
+    whole, scores = scores, of_metric(scores, metric)
+    blocks = depths(bare(whole))  # after several models have been refused, which may differ in it
     if dataset is not None:
         check_one_of("dataset", dataset, sorted(set(scores["dataset"])), f"the {metric} scores")
         scores = scores[scores["dataset"] == dataset]

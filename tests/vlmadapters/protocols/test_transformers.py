@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import TaskData
+from vlmadapters.protocols.train import train
+from vlmadapters.recipes import load_recipe
 from vlmlayers import cli
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
@@ -69,7 +71,10 @@ def test_a_model_without_texts_is_refused_in_one_line(verb: str, tmp_path: Path)
     assert "has no text tower" in str(done.exception)
 
 
-def test_a_model_of_patches_is_refused_in_one_line() -> None:
+def test_a_model_of_patches_is_refused_in_one_line(tmp_path: Path) -> None:
     model = wrap_model(made.build("Siglip2"), preprocess=np.asarray, random_weights=True)
     with pytest.raises(UserError, match="takes patches, not images of one size"):
         Images(model, Manifest.load("signs"))
+    recipe = load_recipe("mini", depths={"vision": 2, "text": 2})
+    with pytest.raises(UserError, match="takes patches, not images of one size"):
+        train(model, ["signs"], recipe, tmp_path, seeds=1, limit=20, progress=False)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,8 +26,9 @@ from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.validation.candidates import crossed, tried_amounts
-from vlmadapters.validation.judge import SEARCH_COLUMNS, difference, ranking
-from vlmadapters.validation.search import search
+from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
+from vlmadapters.validation.race import Heat
+from vlmadapters.validation.search import _statement, search
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Amount, Placement
@@ -302,6 +304,25 @@ def test_placements_of_what_no_step_trains_are_tried_at_one_amount() -> None:
     recipe = Recipe("fitted", RECIPE.train, FittedConfig((2, 3), (2, 3)))
     assert tried_amounts(recipe) == []
     assert [one.label for one in crossed(recipe, [recipe.at("3")])] == ["v3,t3"]
+
+
+def test_the_recipes_own_amount_is_no_rival() -> None:
+    given = [Amount.parse(words) for words in ("scale=0.5", "epochs=1", "lr=0.05", "scale=5")]
+    assert [one.label for one in tried_amounts(RECIPE, given)] == ["v2-3,t2-3@scale=5"]
+
+
+def test_a_rival_that_ties_in_every_fold_is_not_called_worse() -> None:
+    tie = Difference(0.0, 0.0, 0.0, 0, (("a", 1, 0, 0.0), ("a", 1, 1, 0.0)))
+    worse = Difference(-0.2, -0.3, -0.1, 0, tie.folds)
+
+    plain = Difference(0.1, -0.1, 0.3, 1, tie.folds)
+
+    def said(found: Difference) -> str:
+        race: Any = SimpleNamespace(heats=[Heat("placement", "a", ("b",), "b", found, "a")])
+        return _statement(race, "a", "a", None, plain)
+
+    assert "the best rival, b, cannot be told from it (+0.000 [0.000, 0.000]" in said(tie)
+    assert "every rival that was followed is worse, the best by 0.200" in said(worse)
 
 
 def test_placements_of_a_method_of_one_tower_lie_there(manifest: Manifest) -> None:

@@ -12,7 +12,7 @@ import transformers_models
 from torch import nn
 
 import vlmlayers as vl
-from vlmlayers.models import load_model
+from vlmlayers.models import find_towers, load_model
 
 CHOICE = vl.LayerChoice((2, 3), (1,), "explicit")
 
@@ -58,6 +58,35 @@ def test_lora_in_fused_attention_and_linear_layers_moves_the_embedding_and_gets_
     (with_lora.encode_image(x).sum() + with_lora.encode_text(tiny.token_ids()).sum()).backward()
     last = {n: w.grad for n, w in with_lora.named_parameters() if "lora_B" in n}
     assert last and all(grad is not None and grad.abs().sum() > 0 for grad in last.values())
+
+
+def test_lora_gets_a_gradient_where_attention_reads_its_weights_itself():
+    """EVA with one bias for q, k and v multiplies by `qkv.weight`, past a LoRA on `qkv`."""
+    clip, plain = tiny.build("timm eva"), tiny.build("timm eva")
+    blocks = [block for one in (clip, plain) for block in find_towers(one)["vision"].blocks]
+    for block in blocks:
+        block.attn.q_bias = nn.Parameter(torch.zeros(block.attn.qkv.out_features // 3))
+        block.attn.k_bias = torch.zeros_like(block.attn.q_bias)
+        block.attn.v_bias = nn.Parameter(torch.zeros_like(block.attn.q_bias))
+        block.attn.qkv_bias_separate = False
+    choice = vl.LayerChoice((2,), (), "own")
+    with_lora = peft.get_peft_model(clip, choice.to_peft(clip, r=2)).get_base_model()
+    with_lora.encode_image(tiny.images(clip)).sum().backward()
+    trained = {n: w.grad for n, w in with_lora.named_parameters() if "lora_B" in n}
+    assert trained and all(grad is not None and grad.abs().sum() > 0 for grad in trained.values())
+    with pytest.raises(vl.UserError, match="unknown layer 'qkv'"):
+        choice.to_peft(plain, target_modules=["qkv"])
+
+
+def test_blocks_that_lora_cannot_act_on_or_has_already_are_refused():
+    clip = tiny.build("resnet")
+    with pytest.raises(vl.UserError, match="the chosen vision blocks hold no linear layer and no"):
+        vl.LayerChoice((2,), (1,), "own").to_peft(clip, r=2)
+    assert vl.LayerChoice((), (1,), "own").to_peft(clip, r=2)
+    clip = tiny.build("clip")
+    peft.get_peft_model(clip, CHOICE.to_peft(clip, r=2))
+    with pytest.raises(vl.UserError, match="the chosen vision blocks have LoRA already; load the"):
+        CHOICE.to_peft(clip, r=2)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5])
