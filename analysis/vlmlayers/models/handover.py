@@ -53,13 +53,13 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
     chosen = {tower: blocks for tower, blocks in _chosen(module, placement).items() if blocks}
     linear = bool(options.get("use_dora"))  # peft has no DoRA of fused attention
     layers = {tower: layers_of(blocks, linear) for tower, blocks in chosen.items()}
-    for tower, names in layers.items():
-        if any("lora_A" in name.split(".") for name in names):
+    for tower, inside in layers.items():
+        if any("lora_A" in name.split(".") for name in inside):
             raise UserError(
                 f"the chosen {tower} blocks have LoRA already; load the model afresh, or take it "
                 "out by peft_model.unload()"
             )
-        if not names:
+        if not inside:
             raise UserError(
                 f"the chosen {tower} blocks hold no linear layer and no attention, which LoRA acts "
                 "on; train them whole by choice.freeze, or choose the other tower alone"
