@@ -24,6 +24,11 @@ def published_titles(protocol: str, datasets: Iterable[str]) -> dict[str, str]:
     """
     from vlmlayers.manifests import Manifest
 
+    if protocol not in COMPARED:
+        raise UserError(
+            f"no published numbers of {protocol} stand beside ours, only of {', '.join(COMPARED)}; "
+            "leave --published out"
+        )
     given = [Manifest.load(one) for one in datasets]
     names = dict.fromkeys(one.name for one in given)
     shipped = {name: Manifest.load(name) for name in Manifest.names()}
@@ -32,11 +37,6 @@ def published_titles(protocol: str, datasets: Iterable[str]) -> dict[str, str]:
         for one in given
         if one.name in shipped and one.hash == shipped[one.name].hash
     }
-    if protocol not in COMPARED:
-        raise UserError(
-            f"no published numbers of {protocol} stand beside ours, only of {', '.join(COMPARED)}; "
-            "leave --published out"
-        )
     there = set(_table(protocol)["dataset"])
     found = {name: title for name, title in titles.items() if title in there}
     if not found:

@@ -197,11 +197,8 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
 def _notes(rows: pd.DataFrame) -> list[str]:
     """Return each note of a setting's rows on a dataset, and of how many seeds it is if not all."""
     # `pandas.read_csv` reads an empty note as NaN.
-    noted = (
-        rows[rows["note"].astype(object).fillna("") != ""]
-        .groupby("note", sort=False)["seed"]
-        .nunique()
-    )
+    written = rows["note"].astype(object).fillna("") != ""
+    noted = rows[written].groupby("note", sort=False)["seed"].nunique()
     seeds = rows["seed"].nunique()
     return [
         str(note) if count == seeds else f"{note} (in {count} of {seeds} runs)"

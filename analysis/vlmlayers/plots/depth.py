@@ -19,6 +19,7 @@ from vlmlayers.placement import describe_blocks
 from vlmlayers.plots.layout import DepthAxis
 from vlmlayers.plots.style import (
     CATEGORY_COLOURS,
+    CATEGORY_DASHES,
     CHANCE_COLOUR,
     OPEN_ALPHA,
     TOWER_COLOURS,
@@ -31,9 +32,6 @@ from vlmlayers.plots.style import (
     mark_random,
     short_names,
     style,
-)
-from vlmlayers.plots.style import (
-    CATEGORY_DASHES as DASHES,
 )
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.reading import POOLED, Reading, depths, is_random
@@ -179,12 +177,13 @@ def _look(
     words = [label, name] if name and label else [label or name or side.capitalize()]
     # Colours begin again after ten; of one tower the dash tells them apart then.
     again = list(looks).index(name) // len(CATEGORY_COLOURS) if looks and not several else 0
+    dash = CATEGORY_DASHES[again % len(CATEGORY_DASHES)]
     if (name or label) and several:
         words.append(side)
     return {
         "color": looks.get(name, TOWER_COLOURS[side]),
         "marker": TOWER_MARKERS[side],
-        "linestyle": "--" if looks and side == "text" and several else DASHES[again % len(DASHES)],
+        "linestyle": "--" if looks and side == "text" and several else dash,
         "label": label_text(", ".join(filter(None, words))),
     }
 

@@ -102,7 +102,8 @@ class LayerChoice:
         Args:
             model: As for `module_names`.
             **options: Those of peft's `LoraConfig`. `target_modules` are names of layers inside a
-                block, such as `q_proj`; every linear layer and fused attention where absent.
+                block, such as `q_proj`; where absent every linear layer that is called, and fused
+                attention. One whose weights alone are read, as `qkv` of EVA, would not train.
 
         Raises:
             UserError: peft is not installed or refuses an option, no block is chosen or none has
