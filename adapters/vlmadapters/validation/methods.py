@@ -62,8 +62,10 @@ def methods_verdict(results: pd.DataFrame) -> str:
         return ""
     compared = compare_methods(results)
     first, *others = compared.to_dict("records")
+    # The first of several that cannot be told apart is first by chance.
+    best = all(row["difference_high"] < 0 for row in others)
     over = f"harmonic mean {first['hm']:.1f} over {runs(compared)}"
-    said = [f"{first['method']} did best ({over})"]
+    said = [f"{first['method']} {'did best' if best else 'is ahead'} ({over})"]
     sentence = "; ".join([*said, *map(_against_the_best, others)]) + "."
     return " ".join([*_warned(results), sentence, *_noted(results)])
 

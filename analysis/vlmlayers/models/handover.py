@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from numbers import Integral
@@ -15,7 +16,9 @@ from vlmlayers.models.towers import find_towers
 from vlmlayers.models.vlm import VLM
 from vlmlayers.models.wrappers import unwrapped
 from vlmlayers.placement import Placement, module_pattern
+from vlmlayers.words import counted
 
+LOG = logging.getLogger(__name__)
 _STATED = ("layers_to_transform", "layers_pattern")  # what the choice says by itself
 
 
@@ -49,6 +52,11 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
         check_one_of("option", name, known, where="LoraConfig with the layers of a choice")
     if not isinstance(rank := options.get("r", 8), Integral) or rank < 1:  # peft looks at it later
         raise UserError(f"r is {rank!r}; the rank of LoRA is a whole number from 1")
+    if options.get("bias") == "all":
+        LOG.warning(
+            "to_peft: bias='all' trains the biases of every block, those not chosen as well; "
+            "'lora_only' keeps to the layers that LoRA acts on"
+        )
     module = _module(model)
     chosen = {tower: blocks for tower, blocks in _chosen(module, placement).items() if blocks}
     linear = bool(options.get("use_dora"))  # peft has no DoRA of fused attention
@@ -95,7 +103,8 @@ def parameter_groups(
         if name in options:
             raise UserError(f"parameter_groups gives each group its {name}; leave {name} out")
     groups = []
-    for tower, blocks in _chosen(_module(model), placement).items():
+    module = _module(model)
+    for tower, blocks in _chosen(module, placement).items():
         weights = [w for block in blocks for w in block.parameters() if w.requires_grad]
         matrices = [weight for weight in weights if weight.ndim > 1]
         rest = [weight for weight in weights if weight.ndim <= 1]
@@ -109,7 +118,21 @@ def parameter_groups(
             "no parameter of the chosen blocks is trainable; call choice.freeze(model) first, "
             "which leaves them alone trainable"
         )
+    _tell_ungrouped(module, groups)
     return groups
+
+
+def _tell_ungrouped(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of what is trainable outside the chosen blocks: no optimiser of the groups moves it."""
+    grouped = {id(weight) for group in groups for weight in group["params"]}
+    free = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+    if others := [name for name, weight in free if id(weight) not in grouped]:
+        LOG.warning(
+            "parameter_groups: %s outside the chosen blocks trainable and in no group, as %s; "
+            "freeze them by choice.freeze, or give them a group of their own",
+            f"{counted(len(others), 'parameter')} {'is' if len(others) == 1 else 'are'}",
+            others[0],
+        )
 
 
 def layers_of(blocks: Any, linear_alone: bool = False) -> list[str]:

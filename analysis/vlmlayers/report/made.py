@@ -37,6 +37,19 @@ def made_tables(answer: Answer) -> list[Table]:
     ]
 
 
+def remarks(answer: Answer) -> list[str]:
+    """Return what the run's scores and choice lack or no longer are, a sentence or two each."""
+    left_out, outdated = (answer.provenance.get(name, {}) for name in ("left_out", "outdated"))
+    return [
+        *(f"Left out: {name}. {reason}" for name, reason in left_out.items()),
+        *(
+            f"The study file shown is not what stage {stage} ran on: when the study was last run, "
+            f"without that stage, these had changed: {', '.join(parts)}."
+            for stage, parts in outdated.items()
+        ),
+    ]
+
+
 def _dataset_tables(answer: Answer) -> list[Table]:
     datasets = answer.provenance.get("datasets")
     if not datasets:

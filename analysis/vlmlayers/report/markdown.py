@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmlayers.report.made import made_tables
+from vlmlayers.report.made import made_tables, remarks
 from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.searched import search_tables
 from vlmlayers.report.sensitivity import sensitivity_table
@@ -43,8 +43,8 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
     parts += [markdown_table(("What", "Answer"), answer.facts())]
     if note:
         parts += ["", esc(note)]
-    for name, reason in answer.provenance.get("left_out", {}).items():
-        parts += ["", f"Left out: {esc(name)}. {esc(reason)}"]
+    for remark in remarks(answer):
+        parts += ["", esc(remark)]
     parts += ["", "## Evidence", ""]
     if (sensitivity := sensitivity_table(answer)) is not None:
         parts += _tables([sensitivity])

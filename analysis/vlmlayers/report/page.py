@@ -18,7 +18,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.files import write_text
 from vlmlayers.report.figures import data_uri, draw_figures, zipped
 from vlmlayers.report.glossary import explained
-from vlmlayers.report.made import made_tables
+from vlmlayers.report.made import made_tables, remarks
 from vlmlayers.report.markdown import report_markdown
 from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import Answer, read_answer
@@ -88,7 +88,7 @@ def write_report(
             "figures": figures,
             "archive": data_uri(zipped(figures), "application/zip"),
             "why": WHY,
-            "left_out": answer.provenance.get("left_out", {}),
+            "remarks": remarks(answer),
             "steps": next_steps(answer),
             "sensitivity": sensitivity_table(answer),
             "search_tables": search_tables(answer),

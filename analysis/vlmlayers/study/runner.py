@@ -134,11 +134,16 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
     """
     _keep_source(context, source)
     for name, stage in STAGES.items():
-        if name not in picked or not stage.wanted(context):
+        if not stage.wanted(context):
+            continue
+        if name not in picked:
+            if any(later in picked for later in list(STAGES)[list(STAGES).index(name) :]):
+                _tell_outdated(context, stage)
             continue
         _need_earlier(context, name, picked)
         inputs = _marks(stage.inputs(context))
         if not (reason := _why(context, stage, inputs)):
+            _keep_outdated(context, name)
             context.doing(f"{name:8} unchanged")
             continue
         LOG.debug("%s runs: %s", name, reason)
@@ -158,6 +163,7 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
         seconds = time.monotonic() - began
         LOG.debug("%s took %.2f s", name, seconds)
         # Inputs are taken again: a stage may refine what it depends on, such as provenance.
+        _keep_outdated(context, name)
         _remember(context, name, _marks(stage.inputs(context)), seconds)
 
 
@@ -174,10 +180,9 @@ def _why(context: StageContext, stage: Stage, inputs: Mapping[str, str]) -> str:
     if context.force:
         return "asked for with --force"
     entry = context.ledger().get(stage.name, {})
-    done = entry.get("inputs")
-    if not isinstance(done, dict):
+    if not isinstance(entry.get("inputs"), dict):
         return "has not finished before"
-    if changed := [name for name in {**done, **inputs} if done.get(name) != inputs.get(name)]:
+    if changed := _changed(context, stage, inputs):
         return f"changed since: {', '.join(changed)}"
     if missing := [str(path) for path in stage.outputs(context) if not path.exists()]:
         return f"not there: {', '.join(missing)}"
@@ -206,6 +211,40 @@ def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> No
                 f"stage {name!r} needs {missing[0]}, which stage {earlier!r} writes; "
                 f"run with --from {earlier}"
             )
+
+
+def _tell_outdated(context: StageContext, stage: Stage) -> None:
+    """Say and keep that a stage which is not run again finished on other inputs than now."""
+    if not is_first_process():
+        return
+    try:
+        changed = _changed(context, stage, _marks(stage.inputs(context)))
+    except UserError:  # its images or weights may be gone, which is why it is not run again
+        return
+    _keep_outdated(context, stage.name, changed)
+    if changed:
+        context.echo(
+            f"{stage.name:8} not run again, though changed since: {', '.join(changed)}; "
+            "what follows goes on from its earlier result"
+        )
+
+
+def _keep_outdated(context: StageContext, name: str, changed: Sequence[str] = ()) -> None:
+    """Keep on what a stage's result no longer is as the study says; nothing once it ran again."""
+    kept = context.run.read_provenance().get("outdated", {})
+    now = {stage: parts for stage, parts in kept.items() if stage != name}
+    if changed:
+        now[name] = list(changed)
+    if now != kept:
+        context.run.record(outdated=now)
+
+
+def _changed(context: StageContext, stage: Stage, inputs: Mapping[str, str]) -> list[str]:
+    """Return which inputs of a stage are others than those it finished on; none if it did not."""
+    done = context.ledger().get(stage.name, {}).get("inputs")
+    if not isinstance(done, dict):
+        return []
+    return [name for name in {**done, **inputs} if done.get(name) != inputs.get(name)]
 
 
 def _begun(context: StageContext) -> bool:

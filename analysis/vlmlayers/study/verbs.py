@@ -113,6 +113,7 @@ def score_run(
 
     run = Run(Path(folder))
     stores = run.stores()
+    _tell_others(run, [path.name for path in stores])
     asked = list(metrics or DEFAULT_METRICS)
     known = [metric(name) for name in asked if not is_user_code(name)]
     if streaming:
@@ -150,6 +151,18 @@ def score_run(
         environment=environment(),
     )
     return scored(table, text)
+
+
+def _tell_others(run: Run, stores: Sequence[str]) -> None:
+    """Warn of stores that the run's last extraction did not write: their dataset may be dropped."""
+    recorded = run.read_provenance().get("datasets", {})
+    written = {f"{name}-{one['split']}" for name, one in recorded.items()}
+    if written and (others := [name for name in stores if name not in written]):
+        LOG.warning(
+            "%s: %s of an earlier extraction; scored with the others. To leave it out, delete it",
+            run.features,
+            ", ".join(others),
+        )
 
 
 def select_run(

@@ -149,6 +149,30 @@ def test_a_loaded_model_is_handed_over_as_its_module():
         choice.parameter_groups(model, params=[])
 
 
+def test_what_trains_outside_the_chosen_blocks_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """An optimiser of the groups would not move it, and nothing else would say so."""
+    clip = tiny.build("clip")
+    CHOICE.freeze(clip)
+    CHOICE.parameter_groups(clip)
+    assert not caplog.messages
+    clip.logit_scale.requires_grad_(True)
+    CHOICE.parameter_groups(clip)
+    assert "1 parameter is outside the chosen blocks trainable" in caplog.text
+    assert "as logit_scale" in caplog.text
+
+
+def test_biases_of_all_blocks_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    clip = tiny.build("clip")
+    inside = peft.get_peft_model(clip, CHOICE.to_peft(clip, r=2, bias="all")).get_base_model()
+    assert "bias='all' trains the biases of every block" in caplog.text
+    CHOICE.parameter_groups(inside)
+    assert "are outside the chosen blocks trainable" in caplog.text
+    caplog.clear()
+    CHOICE.to_peft(tiny.build("clip"), r=2, bias="lora_only")
+    assert not caplog.messages
+
+
 def test_a_choice_of_no_block_freezes_nothing():
     clip, nothing = tiny.build("clip"), vl.LayerChoice((), (), "own")
     for use in (nothing.freeze, nothing.parameter_groups):

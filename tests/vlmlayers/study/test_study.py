@@ -20,7 +20,7 @@ from run_folders import tiny_clip
 
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import take_lock
-from vlmlayers.files import read_json
+from vlmlayers.files import read_json, write_json
 from vlmlayers.manifests import Manifest
 from vlmlayers.runs import Run, fingerprint
 from vlmlayers.scores import read_scores
@@ -475,6 +475,41 @@ def test_what_a_verb_wrote_since_is_not_taken_for_the_studys_own(
     run_study(read_study(study_file), copy, **options)
     assert read_json(copy / "choice.json") == read_json(done.choice)
     assert "score    unchanged" in said and "select   unchanged" not in said
+
+
+def test_a_stage_left_out_after_its_options_changed_is_told(
+    done: Run, study_file: Path, tmp_path: Path
+) -> None:
+    """The report shows the study as it is now; it says which stage ran on another."""
+    copy, file = tmp_path / "copy", tmp_path / "s.toml"
+    shutil.copytree(done.folder, copy)
+    options: dict[str, Any] = {"base": study_file.parent, "progress": False}
+    file.write_text(study_file.read_text().replace("seeds = [1]", "seeds = [2]"))
+    assert file.read_text() != study_file.read_text()
+    said: list[str] = []
+    run_study(read_study(file), copy, start="select", echo=said.append, **options)
+    assert any("score    not run again, though changed since: options;" in line for line in said)
+    assert not any(line.startswith("extract") for line in said)
+    for name in ("report.html", "report.md"):
+        assert "not what stage score ran on" in (copy / name).read_text()
+    run_study(read_study(file), copy, **options)  # nothing is left out
+    for name in ("report.html", "report.md"):
+        assert "not what stage score ran on" not in (copy / name).read_text()
+
+
+def test_scores_name_stores_that_the_last_extraction_did_not_write(
+    done: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(done.folder, copy)
+    provenance = read_json(copy / "provenance.json")
+    *kept, dropped = provenance["datasets"].items()
+    write_json(copy / "provenance.json", provenance | {"datasets": dict(kept)})
+    score_run(copy, ["dataset_accuracy_ncm"], {"seeds": [1]}, progress=False)
+    name, record = dropped
+    (warned,) = [line for line in caplog.messages if "of an earlier extraction" in line]
+    assert f"{name}-{record['split']} of an earlier" in warned
+    assert all(f"{other}-" not in warned.partition(": ")[2] for other, _ in kept)
 
 
 def test_a_seed_of_items_goes_with_a_rule_that_draws_nothing(
