@@ -264,9 +264,20 @@ def _how(race: Race, default: Recipe, novel: bool, judged: str) -> str:
         few = dict.fromkeys(name for (name, _), folds in draws if not folds[0].apart)
         if few:
             said += f" {', '.join(few)}: too few base classes to hold any out whole."
+    if _unmoved(race.track.table):
+        said += (
+            " No setting's accuracy is other than zero-shot CLIP's in any fold: raise lr, or the "
+            "method's scale, for this backbone."
+        )
     if race.skipped:
         said += f" Left out: {counted(len(race.skipped), 'setting')}."
     return said
+
+
+def _unmoved(table: pd.DataFrame) -> bool:
+    """Return whether no training moved an accuracy, which no difference of likelihoods shows."""
+    found = table.groupby(["dataset", "seed", "fold"])[["base", "novel"]].nunique()
+    return bool((found <= 1).all(axis=None))
 
 
 def _statement(

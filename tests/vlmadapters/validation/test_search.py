@@ -235,6 +235,14 @@ def test_a_finished_search_trains_nothing_again(
     assert again.statement == json.loads((finished / "search.json").read_text())["statement"]
 
 
+def test_trainings_that_move_no_accuracy_are_told(manifest: Manifest, finished: Path) -> None:
+    told = "No setting's accuracy is other than zero-shot CLIP's in any fold"
+    assert told not in json.loads((finished / "search.json").read_text())["statement"]
+    still = RECIPE.changed({"lr": 1e-12}, {"scale": 1e-9})
+    options = {**QUICK, "recipe": still, "amounts": ["epochs=2"]}
+    assert told in search(shared_backbone(), [manifest], **options).statement
+
+
 def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     found = search(shared_backbone(), [manifest], budget=3.2, **QUICK)
     cost = found.summary["cost"]
