@@ -400,7 +400,7 @@ def strip(ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: Sequence[str])
         # In points below the axes, which neither the data nor the size of the figure moves.
         down = ScaledTranslation(0, -(2 + (height + 1) * lane) / 72, ax.figure.dpi_scale_trans)
         for block, how in enumerate(standing, 1):
-            if how != "frozen":
+            if block in choice.blocks(tower):
                 ax.plot(
                     # The underscore of the label keeps it out of the legend.
                     axis.span(tower, block), (0, 0), color=TOWER_COLOURS[tower], linewidth=height,
@@ -412,7 +412,9 @@ def strip(ax: Axes, axis: DepthAxis, choice: LayerChoice, towers: Sequence[str])
 
 @checked
 def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
-    """Draw how often each block was chosen over resampled score tables; firm ones in full colour.
+    """Draw how often each block was chosen over resampled score tables.
+
+    Firm blocks are in full colour, others pale; those chosen are outlined.
 
     Raises:
         UserError: The choice was made without resampling.
@@ -439,7 +441,9 @@ def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
                 label=f"{tower.capitalize()} (firm: {describe_blocks(choice.firm(tower))})",
             )
             for bar, how in zip(bars, choice.standing(tower, found["depth"])):
-                bar.set_alpha(1.0 if how == "firm" else OPEN_ALPHA)
+                bar.set_facecolor((TOWER_COLOURS[tower], 1.0 if how == "firm" else OPEN_ALPHA))
+            for block in choice.blocks(tower):
+                bars[block - 1].set_edgecolor(TOWER_COLOURS[tower])
         axis.draw(ax)
         ax.set_xlim(0.3, axis.length + 0.7)
         ax.set_ylim(0, 1.02)

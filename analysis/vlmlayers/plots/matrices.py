@@ -158,7 +158,7 @@ def _mark(ax: Axes, choice: LayerChoice, tower: str, names: list[str], *, vertic
     places = {int(name): i for i, name in enumerate(names) if name.isdecimal()}
     by_standing: dict[str, list[int]] = {}
     for block, how in enumerate(choice.standing(tower, max(places, default=0)), 1):
-        if how != "frozen" and block in places:
+        if block in choice.blocks(tower) and block in places:
             by_standing.setdefault(how, []).append(block)
     spans = [(how, run[0], run[-1]) for how, blocks in by_standing.items() for run in runs(blocks)]
     for how, first, last in spans:

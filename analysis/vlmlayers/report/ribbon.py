@@ -7,7 +7,7 @@ from vlmlayers.report.numbers import Answer
 from vlmlayers.words import percent
 
 PAPER = "Line below: the paper’s placement at this depth."
-KEY = f"Full colour: firm. Pale: open. White: frozen. {PAPER}"
+KEY = f"Full colour: firm. Pale: open, framed where the rule chose it. White: frozen. {PAPER}"
 FIXED_KEY = f"Filled: chosen by the rule. {PAPER}"
 
 
@@ -33,7 +33,8 @@ def _lane(answer: Answer, tower: str) -> str:
     for block, how in enumerate(answer.standing(tower), 1):
         words = f"{tower} block {block}: {'chosen' if block in chosen else 'not chosen'}, {how}"
         words += f", chosen in {percent(found[block - 1])} of resamples" if found else ""
-        kind = how + (" paper" if block in answer.paper.blocks(tower) else "")
+        kind = how + (" chosen" if block in chosen else "")
+        kind += (" paper" if block in answer.paper.blocks(tower) else "")
         cells.append(f'<i class="{kind}" title="{words}">{block}</i>')
     # Beyond 16 blocks their numbers do not fit at full size.
     size = " dense" if depth > 16 else ""

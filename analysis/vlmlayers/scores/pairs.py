@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
-from vlmlayers.scores.parts import balanced_rows
+from vlmlayers.scores.parts import balanced_rows, fold_name
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.scoring import Point, Scoring, chosen_positions
 
@@ -77,7 +78,9 @@ def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
     """Return the pairings of a group: within each tower and across, per dataset and pooled.
 
     Within a tower rows are items. Across towers rows are classes (mean of the images, mean of the
-    prompts) or images with their first caption. Pooled pairings take equally many of each dataset.
+    prompts) or images with their first caption. Pooled pairings take equally many of each dataset;
+    a class name that several have is one row, their mean: two rows of one text would agree with two
+    of alike images, however unrelated the towers are, and no permutation of rows would show it.
     """
     found: list[Pairing] = []
     single = [[member] for member in scoring.group.members]
@@ -87,12 +90,12 @@ def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
         share = max(METRICS[name].largest_n // len(members), 1)
         sides: dict[str, Side] = {}
         for tower in TOWERS:
-            towers = [f for m, f in scoring.group.sources(tower) if m in members]
-            if len(towers) != len(members):
+            sources = [source for source in scoring.group.sources(tower) if source[0] in members]
+            if len(sources) != len(members):
                 continue
-            chosen = [balanced_rows(f.labels, share, generator(Draw.ALIGNED_ITEMS)) for f in towers]
-            makers = [partial(_some, rows=rows) for rows in chosen]
-            sides[tower] = _side(towers, makers, space, scoring.options)
+            rows = [_items(*source, share) for source in sources]
+            towers = [features for _, features in sources]
+            sides[tower] = _side(towers, rows, space, scoring.options)
             if not sides[tower].arrays:
                 reason = f"no {space} features were extracted"
                 scoring.out.refuse(name, dataset, tower, "", reason)
@@ -103,20 +106,65 @@ def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of one dataset and tower that are compared.
+
+    Attributes:
+        of: What each row is of; rows of several datasets that are of one thing become one.
+        make: Features → the rows.
+    """
+
+    of: list[Hashable]
+    make: Callable[[Any], Array]
+
+
 def _some(x: Array, rows: Labels) -> Array:
     return np.asarray(x[rows], dtype=np.float64)
 
 
+def _items(member: LayerFeatures, features: TowerFeatures, share: int) -> _Rows:
+    """Return the rows of a tower's own items: images, captions or prompts."""
+    rows = balanced_rows(features.labels, share, generator(Draw.ALIGNED_ITEMS))
+    of: list[Hashable] = [(id(member), int(row)) for row in rows]
+    if features.kind == "prompts":
+        every = _class_keys(member, features.labels)
+        of = [every[row] for row in rows]
+    return _Rows(of, partial(_some, rows=rows))
+
+
+def _class_keys(member: LayerFeatures, labels: Labels) -> list[Hashable]:
+    """Return for each label its class name, numbered where a dataset has it several times."""
+    seen: Counter[Hashable] = Counter()
+    found: list[Hashable] = []
+    for label in labels.tolist():
+        named = bool(member.class_names) and label >= 0
+        key = fold_name(member.class_names[label]) if named else (id(member), label)
+        found.append((key, seen[key]))
+        seen[key] += 1
+    return found
+
+
 def _side(
-    towers: list[TowerFeatures],
-    makers: Sequence[Callable[[Any], Array]],
-    space: str,
-    options: ScoreOptions,
+    towers: list[TowerFeatures], rows: Sequence[_Rows], space: str, options: ScoreOptions
 ) -> Side:
-    """Return one side: what each dataset's maker makes of its features, one after the other."""
+    """Return one side: the rows of each dataset, one after the other, one for each thing."""
+    of = [key for some in rows for key in some.of]
+    number = {key: i for i, key in enumerate(dict.fromkeys(of))}
+    place = np.asarray([number[key] for key in of], np.int64)
+
+    def together(x: Array) -> Array:
+        if len(number) == len(of):
+            return x
+        means = np.zeros((len(number), x.shape[1]))
+        np.add.at(means, place, x)
+        return means / np.bincount(place)[:, None]
+
     arrays = {
-        position: np.concatenate(
-            [make(tower.arrays[space][position]) for make, tower in zip(makers, towers)]
+        position: together(
+            np.concatenate(
+                [some.make(tower.arrays[space][position]) for some, tower in zip(rows, towers)]
+            )
         )
         for position in chosen_positions(towers, space, options)
     }
@@ -131,19 +179,20 @@ def _across(
     # Rows of the two kinds cannot be pooled: where some have captions only prompts are kept.
     if not captions and any(m.text is not None and m.text.pairs is not None for m in members):
         members = [m for m in members if m.text is not None and m.text.pairs is None]
-    visions, texts = [m.tower("vision") for m in members], [m.tower("text") for m in members]
     both = []
-    for towers, others in ((visions, texts), (texts, visions)):
-        makers = [_aligned(f, o, share) for f, o in zip(towers, others)]
-        both.append(_side(towers, makers, space, options))
+    for tower, other in (TOWERS, TOWERS[::-1]):
+        rows = [_aligned(m, m.tower(tower), m.tower(other), share) for m in members]
+        both.append(_side([m.tower(tower) for m in members], rows, space, options))
     if not (both[0].arrays and both[1].arrays):
         return []
     kind = "first_captions" if captions else "class_means"
     return [Pairing(dataset, kind, space, (both[0], both[1]))]
 
 
-def _aligned(features: TowerFeatures, other: TowerFeatures, share: int) -> Callable[[Array], Array]:
-    """Return what makes one row per captioned image, or one per class that both towers have."""
+def _aligned(
+    member: LayerFeatures, features: TowerFeatures, other: TowerFeatures, share: int
+) -> _Rows:
+    """Return a row for each captioned image, or for each class that both towers have."""
 
     def some(n: int) -> Labels:
         return balanced_rows(np.zeros(n, np.int64), share, generator(Draw.ALIGNED_ACROSS))
@@ -153,19 +202,20 @@ def _aligned(features: TowerFeatures, other: TowerFeatures, share: int) -> Calla
         # The first caption alone: several of one image would be no independent rows.
         images, first = np.unique(text.pairs, return_index=True)
         chosen = some(len(images))
-        return partial(_some, rows=(first if features is text else images)[chosen])
+        of: list[Hashable] = [(id(member), int(image)) for image in images[chosen]]
+        return _Rows(of, partial(_some, rows=(first if features is text else images)[chosen]))
     common = np.intersect1d(features.labels, other.labels)
     common = common[some(len(common))]
     kept = np.flatnonzero(np.isin(features.labels, common))
-    member = np.searchsorted(common, features.labels[kept])
+    number = np.searchsorted(common, features.labels[kept])
     # Means of classes: a class prompt has no image of its own to be paired with.
-    means = np.eye(len(common))[member].T
+    means = np.eye(len(common))[number].T
 
     def mean_of_classes(x: Array) -> Array:
         sums: Array = means @ _some(x, kept)
-        return sums / np.bincount(member)[:, None]
+        return sums / np.bincount(number)[:, None]
 
-    return mean_of_classes
+    return _Rows(_class_keys(member, common), mean_of_classes)
 
 
 def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) -> None:
@@ -197,7 +247,9 @@ def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) 
     noted |= engine.options | {"permutations": len(shuffled)}
     # Inner products of signatures grow with agreement, distances fall to 0.
     best = 1.0 if metric.parts else 0.0
-    matrix = _Matrix(point, pairing, labels, value, left_out, shuffled, best, noted)
+    matrix = _Matrix(
+        point, pairing, labels, value, left_out, shuffled, best, engine.rounding, noted
+    )
     for name in sorted(names):
         if not name.endswith("_max"):
             matrix.add_cells(name, calibrate=name != base)
@@ -233,6 +285,7 @@ class _Matrix:
             undefined.
         shuffled: (permutation, a, b).
         best: The best value there is.
+        rounding: What a permutation that changes nothing may differ by.
         noted: What is noted beside each value.
     """
 
@@ -243,13 +296,14 @@ class _Matrix:
     left_out: Array
     shuffled: Array
     best: float
+    rounding: float
     noted: dict[str, Any]
 
     def beaten_by(self, shuffled: Array, value: Array) -> Array:
         """Return the share of permutations at least as good (with the identity itself)."""
         sign = 1.0 if self.best > 0 else -1.0
         # Equal up to rounding counts as at least as good: the cautious side.
-        better = (sign * shuffled >= sign * value - 1e-12).sum(axis=0)
+        better = (sign * shuffled >= sign * value - self.rounding).sum(axis=0)
         # The identity is a permutation as well; without it p could be 0.
         return (1.0 + better) / (1.0 + len(shuffled))
 
@@ -303,6 +357,9 @@ class _Matrix:
 
 class _Signatures:
     """Agreement as inner products of n × n signatures: one product for a whole matrix."""
+
+    # Of products of unit vectors in float32, and far below the steps of shared neighbours.
+    rounding = 3e-6
 
     def __init__(
         self, metric: Metric, pairing: Pairing, labels: list[list[str]], options: ScoreOptions
@@ -360,6 +417,8 @@ def _padded(stack: Array) -> NDArray[np.float32]:
 
 class _Cells:
     """Agreement cell by cell, for metrics that are no inner product of signatures."""
+
+    rounding = 1e-9
 
     def __init__(
         self, metric: Metric, pairing: Pairing, labels: list[list[str]], options: ScoreOptions

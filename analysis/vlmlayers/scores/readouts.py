@@ -17,7 +17,7 @@ from vlmlayers.metrics.readouts import SIDE_BY_SIDE
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
-from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds
+from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds, fold_name
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.scoring import Point, Scoring, Source
 from vlmlayers.words import counted
@@ -125,7 +125,7 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
         for row in chosen:
             # Captions of no class are dealt by their image.
             names = member.class_names
-            name = names[features.labels[row]].casefold().strip() if names else ""
+            name = fold_name(names[features.labels[row]]) if names else ""
             together: Any = (number, int(row))
             if by_class:
                 # A prompt of a class must not lie on both sides of the split.

@@ -11,7 +11,13 @@ from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.transfer import WithinScatter
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
-from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds, shots_and_queries
+from vlmlayers.scores.parts import (
+    balanced_rows,
+    deal,
+    evaluated_folds,
+    fold_name,
+    shots_and_queries,
+)
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.readouts import Split, add_accuracy, held_out_counts
 from vlmlayers.scores.scoring import Point, Scoring, Source
@@ -95,7 +101,7 @@ def families(sources: list[Source]) -> list[tuple[list[Source], list[str]]]:
     """
     found: list[tuple[list[Source], set[str]]] = []
     for source in sources:
-        names = {_fold_name(name) for name in source[0].class_names}
+        names = {fold_name(name) for name in source[0].class_names}
         for number, (members, shared) in enumerate(found):
             common = shared & names
             if len(common) >= max(4, (min(len(shared), len(names)) + 1) // 2):
@@ -170,7 +176,7 @@ def _style_split(
 def _shared_rows(source: Source, shared: list[str]) -> tuple[Labels, Labels]:
     """Return rows of shared classes and their number in the family's own numbering."""
     number = {name: i for i, name in enumerate(shared)}
-    by_label = np.array([number.get(_fold_name(name), -1) for name in source[0].class_names])
+    by_label = np.array([number.get(fold_name(name), -1) for name in source[0].class_names])
     labels = by_label[source[1].labels]
     rows = np.flatnonzero(labels >= 0)
     return rows, labels[rows]
@@ -184,7 +190,3 @@ def _families_or_refuse(
         reason = "no two datasets share four or more class names"
         scoring.out.refuse(name, POOLED, tower, "", reason)
     return found
-
-
-def _fold_name(name: str) -> str:
-    return name.casefold().strip()

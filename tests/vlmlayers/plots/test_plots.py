@@ -22,7 +22,8 @@ from vlmlayers import plots
 from vlmlayers.errors import UserError
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import slug
-from vlmlayers.plots.style import category, short_names
+from vlmlayers.plots.style import OPEN_ALPHA, category, short_names
+from vlmlayers.positions import TOWERS
 from vlmlayers.scores.summaries import (
     agreement,
     curves,
@@ -562,13 +563,29 @@ def test_heat_maps_mark_open_blocks_pale() -> None:
     scores = full()
     frequency = [0.0] * 4 + [0.5] * 4 + [1.0] * 4
     evidence = {"towers": {t: {"depth": 12, "frequency": frequency} for t in ("vision", "text")}}
-    choice = LayerChoice(range(5, 13), range(5, 13), "threshold", evidence)
+    choice = LayerChoice(range(6, 13), range(6, 13), "threshold", evidence)
     for ax, towers in (
         (plots.dataset_heatmap(scores, choice=choice), 1),
         (plots.agreement_matrix(scores, choice=choice), 2),
     ):
         marks = [(one.get_label().split(" ", 1)[1], one.get_alpha()) for one in ax.lines]
-        assert sorted(marks) == sorted([("5-8 open", 0.3), ("9-12 firm", 1.0)] * towers)
+        assert sorted(marks) == sorted([("6-8 open", 0.3), ("9-12 firm", 1.0)] * towers)
+
+
+def test_of_a_tower_in_doubt_the_chosen_blocks_alone_are_marked() -> None:
+    """All of its blocks are open then, those that no resample chose as well."""
+    scores = planted()
+    frequency = [0.0] * 6 + [0.6] * 6
+    towers = {t: {"depth": 12, "frequency": frequency, "notes": ["flat"]} for t in TOWERS}
+    choice = LayerChoice(range(7, 13), range(10, 12), "threshold", {"towers": towers})
+    ax = plots.layer_curves(scores, choice=choice)
+    marked = [str(one.get_label()) for one in ax.lines if str(one.get_label()).startswith("_")]
+    expected = [f"_vision {b} open" for b in range(7, 13)] + ["_text 10 open", "_text 11 open"]
+    assert marked == expected
+    bars = plots.selection_frequency(choice).patches
+    edged = [bar.get_edgecolor()[3] > 0 and bar.get_linewidth() > 0 for bar in bars]
+    assert edged == [b in choice.blocks(t) for t in TOWERS for b in range(1, 13)]
+    assert {bar.get_facecolor()[3] for bar in bars} == {OPEN_ALPHA}
 
 
 def test_figures_carry_the_warning_of_their_comparison_under_the_axis() -> None:

@@ -255,6 +255,68 @@ def test_unrelated_towers_land_at_their_permutation_null() -> None:
     assert float(p.iloc[0]) > 0.04
 
 
+def towers_of(dataset: str, names: str, vision: np.ndarray, text: np.ndarray) -> LayerFeatures:
+    """Return a dataset with a position, an image and a prompt for each class."""
+    member = make_features(dataset, items=len(vision), classes=len(vision), names=names)
+    arrays = ({"native": {"1": x.astype(np.float32)}} for x in (vision, text))
+    vision_arrays, text_arrays = arrays
+    return replace(
+        member,
+        vision=replace(member.vision, arrays=vision_arrays),
+        text=replace(member.text, arrays=text_arrays),
+    )
+
+
+def agreement_of(table: pd.DataFrame, dataset: str, towers: str = "vision text") -> pd.Series:
+    tower, other = towers.split()
+    rows = table[(table.dataset == dataset) & (table.tower == tower) & (table.other_tower == other)]
+    return rows.iloc[0]
+
+
+def p_of(row: pd.Series) -> float:
+    return float(dict(part.split("=") for part in row.options.split(";"))["p"])
+
+
+def test_a_class_name_of_two_datasets_is_one_row_of_pooled_agreement() -> None:
+    """As two, with one text and alike images, unrelated towers had a CKA of 0.38 and p = 0.005."""
+    rng = np.random.default_rng(0)
+    vision, text = rng.normal(size=(16, 24)), rng.normal(size=(16, 16))
+    noise = rng.normal(scale=0.1, size=(2, 16, 24))
+    pair = [towers_of(f"d{i}", "same", vision + noise[i], text) for i in range(2)]
+    table = score(pair, ["cka_debiased"], **{**QUICK, "permutations": 199})
+    pooled = agreement_of(table, "*")
+    assert pooled.n == 16 and p_of(pooled) > 0.05
+    # By a second route: the means themselves as a dataset of their own.
+    alone = towers_of("mean", "same", vision + noise.mean(axis=0), text)
+    (expected,) = [agreement_of(score(alone, ["cka_debiased"], **QUICK), "mean")]
+    assert pooled["value"] == pytest.approx(expected["value"], abs=1e-6)
+    assert agreement_of(table, "*", "text text").n == 16
+    assert agreement_of(table, "*", "vision vision").n == 32
+    apart = [towers_of(f"d{i}", f"d{i}", vision + noise[i], text) for i in range(2)]
+    assert agreement_of(score(apart, ["cka_debiased"], **QUICK), "*").n == 32
+
+
+@pytest.mark.parametrize(("metric", "classes"), [("cka_debiased", 4), ("mutual_knn", 8)])
+def test_a_permutation_that_ties_counts_against_the_claim(metric: str, classes: int) -> None:
+    """The draws are in single precision; their ties with the value were lost to rounding."""
+    rng = np.random.default_rng(0)
+    centres = 10 * np.eye(classes)[np.arange(classes) // (classes // 2)]
+    vision, text = (centres + rng.normal(scale=0.3, size=centres.shape) for _ in range(2))
+    member = towers_of("few", "few", vision, text)
+    table = score(member, [metric], **{**QUICK, "permutations": 999})
+    entry = METRICS[metric]
+    kernel, signature = entry.parts
+    options = {"k": 3} if entry.takes else {}
+    a, b = (
+        signature(kernel(x.astype(np.float32).astype(float)), **options) for x in (vision, text)
+    )
+    orders = [rng.permutation(classes) for _ in range(4000)]
+    draws = np.array([(a * b[np.ix_(one, one)]).sum() for one in orders])
+    exact = (draws >= (a * b).sum() - 1e-9).mean()
+    assert exact > 0.02
+    assert p_of(agreement_of(table, "few")) == pytest.approx(exact, rel=0.4)
+
+
 def test_the_maximum_needs_the_maximum_in_its_null(scores: pd.DataFrame) -> None:
     one = scores[
         (scores.dataset == "captioned")

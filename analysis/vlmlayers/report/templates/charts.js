@@ -263,7 +263,7 @@
     });
     const mark = (tower, names, vertical) => (DATA.standing?.[tower] || []).forEach((how, b) => {
       const at = names.indexOf(String(b + 1));
-      if (at < 0 || how === "frozen") return;
+      if (at < 0 || !DATA.chosen[tower].includes(b + 1)) return;
       const look = { fill: TOWER[tower], opacity: how === "open" ? 0.3 : 1 };
       svg.append(vertical ? node("rect", { x: left - 5, y: top + at * tall, width: 4, height: tall, ...look })
         : node("rect", { x: left + at * cell, y: bottom + 1, width: cell, height: 4, ...look }));
@@ -305,7 +305,8 @@
     for (const mark of spec.axis.marks) svg.append(node("text", { x: X(mark.x), y: bottom + 18, "text-anchor": "middle", fill: "#55555E" }, mark.label));
     svg.append(node("text", { x: (left + right) / 2, y: area.height - 6, "text-anchor": "middle", fill: "#1B1B1F" }, spec.axis.label));
     spec.bars.forEach((b) => svg.append(node("rect", { x: X(b.from), y: Y(b.value), width: Math.max(1, X(b.to) - X(b.from)),
-      height: bottom - Y(b.value), fill: b.colour, opacity: b.standing === "firm" ? 1 : 0.38, class: "bar" })));
+      height: bottom - Y(b.value), fill: b.colour, "fill-opacity": b.standing === "firm" ? 1 : 0.38,
+      stroke: b.chosen ? b.colour : "none", "stroke-width": 1.5, class: "bar" })));
     spec.legend.forEach((l, i) => svg.append(node("rect", { x: left + i * 130, y: 6, width: 12, height: 12, fill: l.colour }),
       node("text", { x: left + i * 130 + 18, y: 16, fill: "#1B1B1F" }, l.name)));
     if (DATA.random) svg.append(node("text", { x: right, y: 16, "text-anchor": "end", fill: "#8A1F1F", "font-weight": 600 }, "random weights"));
@@ -411,7 +412,7 @@
   // One strip per tower under the axis: blocks that are chosen, open ones pale.
   const shade = (axis, towers) => towers.flatMap((tower, lane) => (DATA.standing?.[tower] || []).map((how, b) => ({
     from: axis.x(tower, String(b + 1)) - axis.half(tower), to: axis.x(tower, String(b + 1)) + axis.half(tower),
-    colour: TOWER[tower], lane, how, pale: how === "open" })).filter((band) => band.how !== "frozen"));
+    colour: TOWER[tower], lane, chosen: DATA.chosen[tower].includes(b + 1), pale: how === "open" })).filter((band) => band.chosen));
   const averaged = (entries) => {
     const byPosition = new Map();
     for (const entry of entries) for (const p of entry.points) byPosition.set(p[0], [...(byPosition.get(p[0]) || []), p]);
