@@ -34,7 +34,7 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.scores.reading import POOLED, Reading, depths, is_random
+from vlmlayers.scores.reading import POOLED, Reading, ceiling, depths, is_random
 from vlmlayers.scores.schema import Scores
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import LayerChoice
@@ -103,6 +103,8 @@ def layer_curves(
                 key = _key(str(side), name)
                 _line(ax, axis, rows, key, **_look(str(side), name, label, looks, several))
         _chance(ax, axis, frame, hue)
+        if hue is None:
+            _ceilings(ax, scores, metric, frame)
         axis.draw(ax)
         if choice is not None:
             axis = _own_axis(axis, parts, choice) if hue == "model" else axis
@@ -332,6 +334,16 @@ def _chance(ax: Axes, axis: DepthAxis, frame: pd.DataFrame, hue: str | None = No
             x = [axis.x(tower, str(position)) for position in level["position"]]
             ax.plot(x, level["null"], label=label, **look)
             ax.fill_between(x, level["low"], level["high"], color=colour, alpha=0.12, linewidth=0)
+
+
+def _ceilings(ax: Axes, scores: pd.DataFrame, metric: str, frame: pd.DataFrame) -> None:
+    """Draw the best value that each tower can have, where that is below 1."""
+    for tower in frame["tower"].unique():
+        if (most := ceiling(scores, metric, tower)) < 1:
+            ax.axhline(
+                most, color=TOWER_COLOURS[tower], linestyle=":", linewidth=0.9, marker="",
+                label=f"Most possible, {tower}",
+            )  # fmt: skip
 
 
 def _alike(levels: list[tuple[str, pd.DataFrame]], tolerance: float) -> bool:

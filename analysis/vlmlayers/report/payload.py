@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from vlmlayers.positions import sort_key
+from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.report.numbers import Answer
 from vlmlayers.report.validation import RecordedValidation
-from vlmlayers.scores.reading import POOLED
+from vlmlayers.scores.reading import POOLED, ceiling
 from vlmlayers.scores.summaries import curves, dataset_names, how_made, metrics_by_shape
 
 # More than a chart can show, and far fewer than a float has, for the size of the page.
@@ -94,7 +94,10 @@ def metric_entry(name: str, scores: pd.DataFrame | None = None) -> dict[str, Any
         )
     caption += f" {made}" if made else ""
     label = known.axis_label
-    return {"label": label[:1].upper() + label[1:], "level": known.level, "caption": caption}
+    entry = {"label": label[:1].upper() + label[1:], "level": known.level, "caption": caption}
+    if scores is not None:
+        entry["ceiling"] = {tower: ceiling(scores, name, tower) for tower in TOWERS}
+    return entry
 
 
 def curve_entries(answer: Answer, metrics: list[str]) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def _lane(answer: Answer, tower: str) -> str:
         words = f"{tower} block {block}: {'chosen' if block in chosen else 'not chosen'}, {how}"
         words += f", chosen in {percent(found[block - 1])} of resamples" if found else ""
         kind = how + (" chosen" if block in chosen else "")
-        kind += (" paper" if block in answer.paper.blocks(tower) else "")
+        kind += " paper" if block in answer.paper.blocks(tower) else ""
         cells.append(f'<i class="{kind}" title="{words}">{block}</i>')
     # Beyond 16 blocks their numbers do not fit at full size.
     size = " dense" if depth > 16 else ""

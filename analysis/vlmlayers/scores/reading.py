@@ -181,6 +181,17 @@ def _refuse_repeats(scores: pd.DataFrame) -> None:
         )
 
 
+def ceiling(scores: pd.DataFrame, metric: str, tower: str) -> float:
+    """Return the best value that a dataset accuracy can have on a tower.
+
+    It is below 1 where datasets share prompts: no read-out tells from which of them one is.
+    """
+    own = metric.startswith("dataset_accuracy")  # a recall or confusion may reach 1 all the same
+    rows = scores[own & (scores["metric"] == metric) & (scores["tower"] == tower)]
+    found = rows["options"].astype(str).str.extract(r"(?:^|;)ceiling=([^;]+)")[0].dropna()
+    return float(found.astype(float).min()) if len(found) else 1.0
+
+
 def is_random(table: pd.DataFrame) -> bool:
     """Return whether a table of scores or results is of an untrained model, of any of several."""
     return "weights" in table and bool((table["weights"].astype(str) == "random").any())

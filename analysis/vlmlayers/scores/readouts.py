@@ -120,7 +120,7 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
     rows = tuple(
         balanced_rows(f.labels, most, rng) if equal else np.arange(len(f)) for _, f in sources
     )
-    strata, groups, order = [], [], []
+    strata, groups, order, texts = [], [], [], []
     for number, ((member, features), chosen) in enumerate(zip(sources, rows)):
         for row in chosen:
             # Captions of no class are dealt by their image.
@@ -134,6 +134,7 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
                 together = (number, int(features.pairs[row]))
             strata.append(number)
             groups.append(together)
+            texts.append((name, fold_name(features.ids[row])))
             order.append(name)
     fewest = min(len({g for s, g in zip(strata, groups) if s == i}) for i in range(len(sources)))
     folds = min(options.folds, fewest)
@@ -147,8 +148,8 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
         "balance": "equal" if equal else "weights",
         "folds": folds,
     }
-    if by_class:
-        noted["ceiling"] = round(_ceiling(strata, groups), 4)
+    if sources[0][1].kind == "prompts":
+        noted["ceiling"] = round(_ceiling(strata, texts), 4)
     held = evaluated_folds(fold, folds, options.held_out)
     return Split(seed, rows, labels, fold, folds, held, len(sources), noted)
 
@@ -287,7 +288,9 @@ def _add_derived(point: Point, datasets: list[str], counts: Array, split: Split)
     value = np.asarray(metric.function(counts))
     draws = metric.function(resampled_counts(counts, point.options.bootstrap, rng))
     null = float(metric.null) if isinstance(metric.null, (int, float)) else 1.0 / len(counts)
-    common = {"readout": metric.base, **split.options}
+    # A ceiling of the accuracy is none of a recall, or of what is made of confusions.
+    noted = {key: value for key, value in split.options.items() if key != "ceiling"}
+    common = {"readout": metric.base, **noted}
     common |= point.options.arguments(METRICS[metric.base])
     for index in np.ndindex(value.shape):
         if len(index) == 2 and index[0] == index[1]:
@@ -310,12 +313,12 @@ def _add_derived(point: Point, datasets: list[str], counts: Array, split: Split)
         )
 
 
-def _ceiling(strata: list[int], groups: list[Any]) -> float:
-    """Return the best accuracy possible where datasets share class names: mean 1/sharers."""
+def _ceiling(strata: list[int], texts: list[Any]) -> float:
+    """Return the best accuracy possible where datasets share prompts: mean 1/sharers."""
     owners: dict[Any, set[int]] = {}
-    for stratum, group in zip(strata, groups):
-        owners.setdefault(group, set()).add(stratum)
+    for stratum, text in zip(strata, texts):
+        owners.setdefault(text, set()).add(stratum)
     shares: dict[int, list[float]] = {}
-    for stratum, group in zip(strata, groups):
-        shares.setdefault(stratum, []).append(1.0 / len(owners[group]))
+    for stratum, text in zip(strata, texts):
+        shares.setdefault(stratum, []).append(1.0 / len(owners[text]))
     return float(np.mean([np.mean(values) for values in shares.values()]))

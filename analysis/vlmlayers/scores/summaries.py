@@ -15,6 +15,7 @@ from vlmlayers.scores.reading import (
     POOLED,
     Reading,
     bare,
+    ceiling,
     check_scores,
     depths,
     metric_names,
@@ -276,6 +277,11 @@ def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
         f"pooling {' and '.join(pooling)}",
         f"n = {' and '.join(counts)}",
         *options,
+        *(
+            f"at most {most:.2g} ({tower}), as datasets share prompts"
+            for tower in TOWERS
+            if (most := ceiling(rows, metric, tower)) < 1
+        ),
     ]
     return "; ".join(facts)
 

@@ -21,6 +21,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_json
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
+from vlmlayers.scores.reading import ceiling
 from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
 from vlmlayers.selection.per_block import metrics_of, score_blocks
 
@@ -63,9 +64,11 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     width = float(np.median(widths)) if len(widths) else 0.0
     if not 0 < span < width:
         return []
+    most = ceiling(table.scores, metric, tower)
+    bound = f"; at most {most:.2g} can be reached, as datasets share prompts" if most < 1 else ""
     return [
         f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, less than its "
-        f"95 % interval of {width:.2g}"
+        f"95 % interval of {width:.2g}{bound}"
     ]
 
 

@@ -75,6 +75,15 @@ def test_curves_draw_the_values_of_the_table() -> None:
     assert "ccuracy" in ax.get_ylabel()
 
 
+def test_what_shared_prompts_leave_possible_is_drawn() -> None:
+    scores = planted()
+    ax = plots.layer_curves(scores)
+    assert not any("possible" in str(one.get_label()) for one in ax.lines)
+    of_text = (scores["metric"] == "dataset_accuracy") & (scores["tower"] == "text")
+    scores.loc[of_text, "options"] += ";ceiling=0.75"
+    assert line(plots.layer_curves(scores), "Most possible, text")[:, 1].tolist() == [0.75] * 2
+
+
 def test_chance_is_drawn_per_tower_and_position_where_it_differs() -> None:
     """Rank has another chance for 300 images than for 10 texts; a relative gap one per position."""
     values = step(12, 5)

@@ -33,6 +33,7 @@ from vlmlayers.scores import (
     write_scores,
 )
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
+from vlmlayers.scores.reading import ceiling
 from vlmlayers.scores.readouts import dataset_split
 from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
 from vlmlayers.scores.scoring import make_groups
@@ -449,6 +450,28 @@ def test_prompts_are_split_by_class_and_shared_names_stay_together() -> None:
     assert all(len(folds) == 1 for folds in by_name.values())
     assert split.options["split_by"] == "class"
     assert split.options["ceiling"] == pytest.approx((1 + 0.5 + 0.5) / 3, abs=1e-3)
+    by_class = ScoreOptions(vision_split="class")
+    assert (
+        "ceiling" not in dataset_split([(m, m.vision) for m in members], by_class, seed=1).options
+    )
+    other = replace(members[2].text, ids=tuple(f"a sketch of {i}" for i in members[2].text.ids))
+    sources = [*sources[:2], (members[2], other)]  # another template tells the datasets apart
+    assert dataset_split(sources, ScoreOptions(), seed=1).options["ceiling"] == 1
+
+
+def test_what_shared_prompts_leave_possible_is_stated() -> None:
+    """A curve at its ceiling is saturated, not flat; nothing else tells the two apart."""
+    members = [*many(2, classes=10), make_features("twin", number=2, names="set1", classes=10)]
+    table = score(members, ["dataset_accuracy_ncm", "dataset_recall"], **QUICK)
+    assert ceiling(table, "dataset_accuracy_ncm", "text") == pytest.approx(2 / 3, abs=1e-3)
+    assert ceiling(table, "dataset_accuracy_ncm", "vision") == 1
+    assert ceiling(table, "dataset_recall", "text") == 1
+    caption = metric_entry("dataset_accuracy_ncm", table)["caption"]
+    assert "at most 0.67 (text), as datasets share prompts" in caption
+    flat = table.assign(value=0.6, low=0.1, high=0.9)
+    flat.loc[flat.position == "1", "value"] = 0.61
+    doubts = select(flat, metric="dataset_accuracy_ncm", agreement_metric="none", resamples=0)
+    assert "at most 0.67 can be reached, as datasets share prompts" in str(doubts.evidence)
 
 
 def test_images_are_equally_many_and_spread_over_classes() -> None:

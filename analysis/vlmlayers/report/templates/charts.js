@@ -165,6 +165,7 @@
     }
     for (const level of spec.levels || []) {
       svg.append(node("line", { x1: left, x2: right, y1: Y(level.value), y2: Y(level.value), stroke: level.colour, "stroke-dasharray": "5 3", class: "level" }));
+      if (level.label) svg.append(node("text", { x: right, y: Y(level.value) - 5, "text-anchor": "end", fill: level.colour }, level.label));
     }
     spec.series.forEach((s, i) => {
       const path = (pick) => s.points.map((p, k) => `${k && !p.apart ? "L" : "M"}${X(p.x).toFixed(1)} ${Y(pick(p)).toFixed(1)}`).join("");
@@ -459,7 +460,9 @@
         points: DATA.fits[tower][metric].map((value, b) => ({ x: axis.x(tower, String(b + 1)), label: `${title(tower)} block ${b + 1}`, value, low: null, high: null })) });
       caption(figure, `${DATA.metrics[metric].caption} ${c.dataset.value === "*" ? title(datasetLabel("*")) : c.dataset.value}. Bands: 95 % interval over items and seeds; of a mean over datasets the mean of theirs. Under the axis: the chosen blocks, open ones pale.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
       if (!series.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
-      lineChart(plot, { series, axis, yLabel: label, chance,
+      const most = DATA.metrics[metric].ceiling || {};
+      const levels = towers.filter((t) => pooled && most[t] < 1).map((t) => ({ value: most[t], colour: TOWER[t], label: `most possible, ${t}` }));
+      lineChart(plot, { series, axis, yLabel: label, chance, levels,
         shade: shade(axis, found.map(([t]) => t)), bands: c.bands.checked, alt: `${label} along depth, ${datasetLabel(c.dataset.value)}; the values are in the table below.` });
       table(figure, ["tower", "position", label, "low", "high", "chance", "n"], series.flatMap((s) => s.points.map((p) => [s.name, p.position, p.value, p.low, p.high, p.null, p.n])));
     },
