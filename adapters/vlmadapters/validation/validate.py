@@ -37,6 +37,7 @@ from vlmlayers.arguments import Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import Amount
+from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection import predict
 
@@ -111,6 +112,8 @@ def validate(
     trained = [one for one in placed if one.placement]
     if scores is not None:
         _check_scores(scores, model, trained)
+    if seen := _seen_before(choice, [one.manifest.name for one in data]):
+        LOG.warning("%s", seen.removeprefix("WARNING: "))
     settings = {"given": [made.at(one.placement) for one in trained]}
     tuning = None
     if asked.amount == "tuned":
@@ -122,7 +125,7 @@ def validate(
     named = [one.manifest for one in data]
     # Where tuning kept the recipe's amount, both comparisons share the training.
     results = experiment.run(named, list(dict.fromkeys(whole)), seeds, together=asked.together)
-    recorded = _recorded(experiment, made, data) | _searched(choice) | dict(notes or {})
+    recorded = _recorded(experiment, made, data) | _of_choice(choice) | dict(notes or {})
     if tuning is not None:
         recorded["tuning"] = _tuned(tuning, trained, asked.folds, seeds[0])
     labels = {kind: [setting.label for setting in several] for kind, several in settings.items()}
@@ -131,8 +134,10 @@ def validate(
         found = summarise(table, scores, reference=asked.reference, seed=seed, notes=recorded)
         found = replace(found, amounts=None if tuning is None else tuning.table)
     else:
-        summary = {"verdict": _void(made, model), **recorded, "void": True}
+        summary = {"verdict": _void(made, model, table, data), **recorded, "void": True}
         found = Validation(table, pd.DataFrame(), summary)
+    if seen:
+        found = replace(found, summary={**found.summary, "verdict": f"{seen} {found.verdict}"})
     if out is not None and processes.is_first():
         found.write(out)
     return found
@@ -176,22 +181,41 @@ def _amount(choice: Any) -> Amount:
     return getattr(getattr(choice, "placement", None), "amount", Amount())
 
 
-def _searched(choice: Any) -> dict[str, Any]:
-    """Return what a search said of its pick, where the choice is one; what `summarise` records."""
-    found = getattr(choice, "evidence", {}).get("search")
-    return {"search": found} if found else {}
+def _of_choice(choice: Any) -> dict[str, Any]:
+    """Return on which images the choice was made, or what a search said of its pick."""
+    evidence = getattr(choice, "evidence", {})
+    return {key: evidence[key] for key in ("search", "chosen_on") if evidence.get(key)}
 
 
-def _void(recipe: Recipe, model: Any) -> str:
+def _seen_before(choice: Any, datasets: Sequence[str]) -> str:
+    """Return a warning where the layers were chosen on the images that they are tested on."""
+    splits = getattr(choice, "evidence", {}).get("chosen_on", {})
+    seen = [
+        name
+        for name in datasets
+        if {"test", "all"} & set(splits.get(name, splits.get(POOLED, "")).split("/"))
+    ]
+    if not seen:
+        return ""
+    return (
+        f"WARNING: the layers were chosen on test images of {', '.join(seen)}, which they are "
+        "tested on here; choose them on train or val."
+    )
+
+
+def _void(recipe: Recipe, model: Any, table: pd.DataFrame, data: Sequence[TaskData]) -> str:
     """Return what a run says in which training changed nothing, and what to try."""
+    there = list(dict.fromkeys(table["dataset"]))
+    left = [one.manifest.name for one in data if one.manifest.name not in there]
+    where = f"on {', '.join(there)}" + (f" ({', '.join(left)}: not trained)" if left else "")
     train, scale = recipe.train, getattr(recipe.method, "scale", None)
     values = f"lr {train.lr:g}" + (f", scale {scale:g}" if scale is not None else "")
     tried = f"the recipe {recipe.name} ({values})"
     more = [f"--set lr={10 * train.lr:g}"] + ([f"--set scale={100 * scale:g}"] if scale else [])
     other = "--recipe mini, which is made for small backbones, or " if recipe.name != "mini" else ""
     return (
-        f"VOID: {tried} changed no prediction of {model.name} at any placement, so nothing is "
-        f"shown about the choice; try {other}{' '.join(more)}"
+        f"VOID: {tried} changed no prediction of {model.name} {where}, so nothing is shown "
+        f"about the choice; try {other}{' '.join(more)}"
     )
 
 

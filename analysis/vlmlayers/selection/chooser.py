@@ -15,6 +15,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import (
+    POOLED,
     Reading,
     check_bounds,
     check_scores,
@@ -27,7 +28,7 @@ from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable, NoValues
 from vlmlayers.selection.making import OwnRule, make_rule
-from vlmlayers.selection.resampling import RESAMPLES, check_resampling, resampled
+from vlmlayers.selection.resampling import RESAMPLES, UNSAMPLED, check_resampling, resampled
 from vlmlayers.selection.rules import Pick, Picks, Searched
 from vlmlayers.selection.stability import HOW, doubts, stability
 from vlmlayers.words import UNTRAINED, percent
@@ -89,12 +90,22 @@ def select(
     if moves:
         picks = {tower: _with_unmoved(pick, seen, tower) for tower, pick in picks.items()}
     evidence = _evidence(table, chooser, blocks, picks, found)
+    if name not in UNSAMPLED:
+        evidence["chosen_on"] = _splits(table)
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
     # A search brings a statement of its own.
     statement = evidence.get("statement") or _statement(choice)
     untrained = f"{UNTRAINED}. " if evidence["random_weights"] else ""
     return replace(choice, evidence={**evidence, "statement": untrained + statement})
+
+
+def _splits(scores: pd.DataFrame) -> dict[str, str]:
+    """Return of which split each dataset's scores are; `*` where pooled rows are all there is."""
+    pairs = scores[["dataset", "split"]].astype(str).drop_duplicates()
+    named = pairs[pairs["dataset"] != POOLED]
+    found = (named if len(named) else pairs).groupby("dataset", sort=False)["split"]
+    return {str(dataset): "/".join(splits) for dataset, splits in found}
 
 
 def _used(scores: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

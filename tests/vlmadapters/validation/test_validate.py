@@ -35,7 +35,8 @@ from vlmlayers.report.validation import RecordedValidation as reported
 from vlmlayers.report.validation import void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores.schema import SCORE_COLUMNS
-from vlmlayers.selection import LayerChoice
+from vlmlayers.selection import LayerChoice, select
+from vlmlayers.selection.chooser import _splits
 
 RECIPE = Recipe(
     "tiny",
@@ -107,6 +108,29 @@ def test_cells_trained_together_equal_runs_of_their_own(manifest: Manifest) -> N
         assert (row["n_base"], row["n_novel"]) == (10, 10)
 
 
+@pytest.mark.parametrize(("split", "told"), [("test", True), ("all", True), ("val", False)])
+def test_layers_chosen_on_the_images_that_test_them_are_told(
+    split: str, told: bool, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By every route: the choice itself says on which split its scores were."""
+    table = scores().assign(split=split)
+    chosen = select(table, "threshold", agreement_metric="none", resamples=0)
+    assert chosen.evidence["chosen_on"] == {"*": split}, "pooled rows name no dataset"
+    named = table.assign(dataset=[manifest.name, *["other"] * (len(table) - 1)])
+    by_name = replace(chosen, evidence={**chosen.evidence, "chosen_on": {manifest.name: split}})
+    assert _splits(named) == {manifest.name: split, "other": split}
+    for choice in (chosen, by_name):
+        caplog.clear()
+        found = validate(
+            shared_backbone("clip"), choice, [manifest], recipe=RECIPE, seeds=(1,), kinds=("all",),
+            amount="given", progress=False,
+        )  # fmt: skip
+        warned = f"the layers were chosen on test images of {manifest.name}"
+        assert (warned in found.verdict) is told and (warned in caplog.text) is told
+        assert found.summary["chosen_on"] == choice.evidence["chosen_on"]
+    assert "chosen_on" not in select(table, "paper", resamples=0).evidence
+
+
 def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_cells(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +144,7 @@ def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_cells(
     )  # fmt: skip
     assert len(seen) == 1, "nothing more is trained once the first cell shows it"
     assert found.void and found.verdict.startswith("VOID: the recipe tiny (lr 1e-12, scale 1e-09)")
+    assert f"changed no prediction of {model.name} on {manifest.name}, so" in found.verdict
     assert "--recipe mini" in found.verdict and "--set lr=1e-11 --set scale=1e-07" in found.verdict
     assert found.table["base"].tolist() == found.table["zero_shot_base"].tolist()
     assert json.loads((tmp_path / "validation.json").read_text())["void"] is True
@@ -316,7 +341,7 @@ def test_the_stage_writes_what_the_report_reads(manifest: Manifest, tmp_path: Pa
     assert {"relative_depth", "metric:dataset_accuracy"} <= set(found.predicted["score"])
     assert said == [f"validate 4 placements, 4 cells: {found.verdict}"]
     notes = json.loads((tmp_path / "validation.json").read_text())
-    assert notes["chosen_on"] == {manifest.name: "train"}
+    assert "chosen_on" not in notes, "this choice read no scores"
     assert (notes["recipe"]["shots"], notes["recipe"]["lr"], notes["settings"]["dim"]) == (
         2,
         0.05,
