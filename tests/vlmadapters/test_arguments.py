@@ -102,6 +102,8 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         ),
         (lambda: train([]), "there is no dataset to train"),
         (lambda: train(seeds=[]), "there is no seed to train"),
+        (lambda: train(split="train"), "'train' holds the images that are trained on"),
+        (lambda: train(split="tets"), "did you mean 'test'"),
         (lambda: train(configs=[]), "there is no setting in configs to train"),
         (lambda: train(placement=[]), "there is no placement to train"),
         (lambda: train(recipe=[]), "there is no recipe to train"),

@@ -52,7 +52,6 @@ def search(
     check_searchable(made.method)
     check_inputs(model, weights, datasets, data_root)
     # Not before the checks, as torch takes seconds to import.
-    from vlmadapters.cli.terminal import RANDOM
     from vlmadapters.validation.search import search as run
 
     loaded = load_backbone(model, weights, device)
@@ -66,8 +65,6 @@ def search(
         root=data_root,
         **dict(options),
     )
-    if loaded.random_weights:
-        typer.echo(RANDOM)
     typer.echo(_text(found, out))
 
 

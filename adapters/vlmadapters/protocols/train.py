@@ -24,7 +24,7 @@ from vlmadapters.training.recipes import (
     settings_at,
 )
 from vlmlayers.arguments import Takes, checked
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest
 from vlmlayers.models.load import VLM
 from vlmlayers.options import takes, validated
@@ -78,7 +78,7 @@ def train(
             `placement`.
         targets: Datasets tested by transfer.
         root: The data root.
-        split: Split that is tested.
+        split: Split that is tested, `test` or `val`; the others hold what is trained on.
         save_adapters: Write what was trained beside the cells of `out`.
         progress: Show bars.
         **options: Those of `TrainOptions`.
@@ -90,6 +90,11 @@ def train(
         UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
     asked = validated(TrainOptions, options, "train")
+    if split in ("train", "all"):
+        raise UserError(
+            f"split {split!r} holds the images that are trained on; test on 'test' or 'val'"
+        )
+    check_one_of("split", split, ("test", "val"))
     given = {
         "dataset": datasets, "seed": asked.seeds, "method": method, "placement": placement,
         "setting in configs": configs, "recipe": recipe,

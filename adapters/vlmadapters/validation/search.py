@@ -48,7 +48,7 @@ from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import ZERO_SHOT, Placement
 from vlmlayers.runs import environment
-from vlmlayers.words import WIDTH, counted
+from vlmlayers.words import UNTRAINED, WIDTH, counted
 
 AMOUNT_SHARE = 0.6  # of the budget, where placements are searched as well
 
@@ -176,7 +176,10 @@ def _summary(race: Race, default: Recipe, model: Any, asked: SearchOptions) -> d
     """Return the content of `search.json`."""
     track, answer = race.track, _answer(race, default)
     judged = answer["to_zero_shot"]["criterion"]
-    answer["statement"] += _how(race, default, asked.novel, judged)
+    untrained = f"{UNTRAINED}. " if model.random_weights else ""
+    answer["statement"] = (
+        f"{untrained}{answer['statement']}{_how(race, default, asked.novel, judged)}"
+    )
     return {
         **answer,
         "criterion": {"name": race.criterion, "means": CRITERIA[race.criterion][1]},
@@ -195,6 +198,7 @@ def _summary(race: Race, default: Recipe, model: Any, asked: SearchOptions) -> d
         "skipped": race.skipped,
         "towers": {name: tower.depth for name, tower in model.towers.items()},
         "model": model.name,
+        "weights": model.weights,
         "weights_hash": model.weights_hash,
         "random_weights": bool(model.random_weights),
         "environment": {**environment(), "products": timed_products()},

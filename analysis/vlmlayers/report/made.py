@@ -43,6 +43,11 @@ def remarks(answer: Answer) -> list[str]:
     return [
         *(f"Left out: {name}. {reason}" for name, reason in left_out.items()),
         *(
+            [f"Left out: the search in search.json, which is of {found}."]
+            if (found := answer.foreign_search)
+            else []
+        ),
+        *(
             f"The study file shown is not what stage {stage} ran on: when the study was last run, "
             f"without that stage, these had changed: {', '.join(parts)}."
             for stage, parts in outdated.items()

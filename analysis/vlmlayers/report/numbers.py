@@ -112,8 +112,15 @@ class Answer:
 
     @cached_property
     def search(self) -> dict[str, Any]:
-        """What a search on training shots found, as `search.json` says; empty without one."""
-        return self.run.read(self.run.search.name)
+        """What a search on training shots of this model found; empty without one."""
+        return {} if self.foreign_search else self.run.read(self.run.search.name)
+
+    @property
+    def foreign_search(self) -> str:
+        """Of which other model or weights the run's `search.json` is; empty where of none."""
+        found, ours = self.run.read(self.run.search.name), (self.model, self.weights)
+        theirs = (found.get("model", self.model), found.get("weights", self.weights))
+        return "" if theirs == ours else "{} ({})".format(*theirs)
 
     @property
     def headline(self) -> str:

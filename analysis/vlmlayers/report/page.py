@@ -212,7 +212,7 @@ def _downloads(answer: Answer) -> list[tuple[str, str]]:
         ("choice.json", data_uri(answer.run.choice.read_bytes(), "application/json")),
     ]
     validation = sorted(answer.run.folder.glob("validation*.*")) if answer.validation else []
-    searched = (answer.run.search, answer.run.search.with_suffix(".csv"))
+    searched = [answer.run.search, answer.run.search.with_suffix(".csv")] if answer.search else []
     for path in (answer.run.provenance, *searched, *validation, answer.run.study):
         if path.exists():
             mime = {".json": "application/json", ".csv": "text/csv"}.get(path.suffix, "text/plain")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def in_words(scores: pd.DataFrame) -> pd.DataFrame:
         if name not in scores.columns:
             made |= {name: ""} if name != "position" else {}
         elif scores[name].dtype.kind in "fiu":
-            made[name] = scores[name].map("{:g}".format, na_action="ignore").fillna("").astype(str)
+            made[name] = ["" if math.isnan(one) else f"{one:g}" for one in scores[name]]
         elif name != "position" and scores[name].isna().any():
             made[name] = scores[name].astype(object).fillna("")
     return scores.assign(**made) if made else scores

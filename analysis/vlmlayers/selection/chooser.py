@@ -96,8 +96,9 @@ def select(
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
     # A search brings a statement of its own.
     statement = evidence.get("statement") or _statement(choice)
-    untrained = f"{UNTRAINED}. " if evidence["random_weights"] else ""
-    return replace(choice, evidence={**evidence, "statement": untrained + statement})
+    if evidence["random_weights"] and not statement.startswith(UNTRAINED):
+        statement = f"{UNTRAINED}. {statement}"
+    return replace(choice, evidence={**evidence, "statement": statement})
 
 
 def _splits(scores: pd.DataFrame) -> dict[str, str]:

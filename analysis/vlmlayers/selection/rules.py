@@ -330,13 +330,19 @@ class Searched(Rule):
         """Return the pick of each tower.
 
         Raises:
-            UserError: There is no search, or it is of another model, or of a method that acts at no
-                block.
+            UserError: There is no search, or it is of another model or other weights, or of a
+                method that acts at no block.
         """
         found = self._read()
-        model = str(table.scores["model"].iloc[0])
-        if found.get("model", model) != model:
-            raise UserError(f"{self.file} is of the model {found['model']}, the scores of {model}")
+        ours = {key: str(table.scores[key].iloc[0]) for key in ("model", "weights")}
+        # Searches of earlier versions do not say of which weights they are.
+        theirs = {key: str(found.get(key, one)) for key, one in ours.items()}
+        if theirs != ours:
+            named = (f"{one['model']} ({one['weights']})" for one in (theirs, ours))
+            raise UserError(
+                f"{self.file} is of {', the scores of '.join(named)}; search again on the model "
+                "of the scores"
+            )
         pick = str(found["pick"])
         if pick == "recipe" or pick.startswith("@"):
             raise UserError(

@@ -106,7 +106,9 @@ def _kept(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a study says of a dataset, of what a run recorded of it."""
     keys = ["split", "text", "present_only"]
     # Captions have no template, whatever stood in the study for other datasets.
-    return {key: notes[key] for key in keys + ["template"] * (notes["text"] == "prompts")}
+    keys += ["template"] * (notes["text"] == "prompts")
+    # As many as were drawn of this dataset, which may have had a number of its own.
+    return {**{key: notes[key] for key in keys}, "items": notes["asked"]}
 
 
 def recorded_context(run: Run, **options: Any) -> StageContext:

@@ -32,7 +32,7 @@ from vlmadapters.validation.search import _statement, search
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Amount, Placement
-from vlmlayers.words import counted
+from vlmlayers.words import UNTRAINED, counted
 
 RECIPE = Recipe(
     "tiny",
@@ -196,6 +196,8 @@ def test_what_it_writes(finished: Path) -> None:
     table = pd.read_csv(finished / "search.csv")
     assert tuple(table.columns) == SEARCH_COLUMNS
     said = json.loads((finished / "search.json").read_text())
+    assert said["weights"] == "random" and said["random_weights"] is True
+    assert said["statement"].startswith(f"{UNTRAINED}. "), "on every output that it touches"
     assert said["default"] == "v2-3,t2-3" and said["folds"] == 2 and said["skipped"] == []
     assert {"v2-3,t2-3@scale=5", "v2-3,t2-3@epochs=2"} <= set(table["setting"])
     assert set(table.loc[table["stage"] == "zero-shot", "setting"]) == {"zero-shot"}

@@ -87,10 +87,21 @@ def test_the_report_answers_what_the_search_found(
         assert part in page and part in text
 
 
+def test_a_search_of_other_weights_is_no_evidence_of_the_run(tmp_path: Path) -> None:
+    """As one that was copied, or that a folder kept after the model had changed."""
+    run = make_run(tmp_path / "run", small=True)
+    written(run.folder, weights="random")
+    page = write_report(run.folder).read_text()
+    assert "full trainings" not in page and "search.json</a>" not in page
+    for text in (page, (run.folder / "report.md").read_text()):
+        assert "Left out: the search in search.json, which is of" in text and "(random)" in text
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": "other"}, "is of the model other"),
+        ({"model": "other"}, r"is of other \(.*\), the scores of"),
+        ({"weights": "random"}, r"is of .* \(random\), the scores of .*; search again"),
         ({"pick": "@lr=0.1"}, "acts at no block"),
         ({"pick": "recipe"}, "acts at no block"),
         ({"pick": "13"}, "names vision block 13"),

@@ -313,7 +313,7 @@ def test_fingerprint_sees_every_change() -> None:
 TINY = """
 title = "Tiny"
 models = [{ path = "tiny-clip", random_weights = true }]
-datasets = ["digits", "letters", "flags"]
+datasets = [{ name = "digits", items = 32 }, "letters", "flags"]
 [extract]
 split = "test"
 items = 40
@@ -611,7 +611,7 @@ def test_another_extraction_is_refused_and_forced(
     with pytest.raises(UserError, match=r"belongs to another extraction.*--force"):
         run_study(read_study(file), copy, **options)
     run = run_study(read_study(file), copy, force=True, **options)[0]
-    assert {one["items"] for one in run.read_provenance()["datasets"].values()} == {30}
+    assert {one["items"] for one in run.read_provenance()["datasets"].values()} == {30, 32}
 
 
 def test_stages_are_picked_and_skipped() -> None:
