@@ -384,7 +384,7 @@ def test_a_rule_that_reads_no_measurement_is_never_bold(tmp_path: Path) -> None:
     assert answer.standing("vision") == ("frozen",) * 6 + ("fixed",) * 3 + ("frozen",) * 3
     assert answer.standing("text") == ("frozen",) * 12
     write_report(run.folder)
-    assert 'class="fixed paper"' in run.report.read_text()
+    assert 'class="fixed chosen paper"' in run.report.read_text()
 
 
 def test_the_ribbon_has_three_tints(tmp_path: Path) -> None:
@@ -395,8 +395,11 @@ def test_the_ribbon_has_three_tints(tmp_path: Path) -> None:
     choice = read_answer(run.folder).choice
     assert (choice.firm("vision"), choice.open("vision")) == (tuple(range(6, 13)), (4, 5))
     write_report(run.folder)
-    cells = re.findall(r'<i class="(\w+)[^>]*title="vision block', run.report.read_text())
-    assert cells == ["frozen"] * 3 + ["open"] * 2 + ["firm"] * 7
+    cells = re.findall(r'<i class="([^"]+)" title="vision block', run.report.read_text())
+    assert [one.split()[0] for one in cells] == ["frozen"] * 3 + ["open"] * 2 + ["firm"] * 7
+    chosen = ["chosen" in one.split() for one in cells]
+    assert chosen == [block in choice.blocks("vision") for block in range(1, 13)]
+    assert chosen[3:5] == [False, True], "of two open blocks the rule chose one"
 
 
 def test_other_settings_are_one_small_table(validated: Run) -> None:
