@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from vlmadapters.cli.inputs import CHOICE, read_placements, read_recipes
+from vlmadapters.cli.inputs import read_placements, read_recipes
 from vlmadapters.cli.stages import (
     library_options,
     load,
@@ -22,6 +22,7 @@ from vlmadapters.protocols.table import protocol_of
 from vlmlayers.errors import check_one_of
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import validated
+from vlmlayers.placement import is_choice
 from vlmlayers.words import counted
 
 
@@ -77,7 +78,7 @@ def parts(tables: Any, base: Path = Path()) -> list[TrainPart]:
             for method in part.recipe:
                 check_one_of("method", method, part.methods, where="recipe of [[train]]")
         recipes = read_recipes(_recipes(base, part), part.set, _methods(base, part))
-        read_placements(recipes, [one for one in part.placements if not _is_choice(one)])
+        read_placements(recipes, [one for one in part.placements if not is_choice(one)])
         found.append(part)
     return found
 
@@ -89,10 +90,6 @@ def _methods(base: Path, part: TrainPart) -> list[str]:
 def _recipes(base: Path, part: TrainPart) -> dict[str, str]:
     named = part.recipes.items()
     return {method_name(base, one): recipe_name(base, name) for one, name in named}
-
-
-def _is_choice(placement: str) -> bool:
-    return placement.rpartition(":")[2] == CHOICE
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
 
     base = context.base
     recipes = read_recipes(_recipes(base, part), part.set, _methods(base, part), model)
-    choice = context.run.choice if any(map(_is_choice, part.placements)) else None
+    choice = context.run.choice if any(map(is_choice, part.placements)) else None
     own = [load(context, name) for name in part.datasets]
     sources = own or context.extracted_manifests
     context.doing(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")

@@ -21,7 +21,10 @@ from vlmlayers.cli import app
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import load_model
+from vlmlayers.runs import Run
 from vlmlayers.study import check_study, read_study, run_study
+from vlmlayers.study.context import StageContext
+from vlmlayers.study.stages import STAGES
 
 STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
 TABLES = ("base_to_novel", "cross_dataset", "domain_generalization")
@@ -179,6 +182,27 @@ def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path
     assert not (tmp_path / "features").exists()
     run_study(study, tmp_path, progress=False, echo=said.append)
     assert said[-1] == "train    unchanged"
+
+
+def inputs(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what the stage depends on for a study of one table, in a folder beside its files."""
+    content = {"models": [{"name": "mini-clip"}], "datasets": ["faces"], "train": [table]}
+    study = check_study(content)
+    return STAGES["train"].inputs(StageContext(Run(folder), study, study.models[0], folder))
+
+
+@pytest.mark.parametrize(
+    ("placements", "depends"),
+    [(["choice"], True), (["mma:choice"], True), (["mma:5-12"], False), ([], False)],
+)
+def test_training_at_the_choice_is_done_again_after_another(
+    placements: list[str], depends: bool, tmp_path: Path
+) -> None:
+    found = []
+    for choice in ("one", "another"):
+        Run(tmp_path).choice.write_text(choice)
+        found.append(inputs({"placements": placements}, tmp_path))
+    assert (found[0] != found[1]) is depends
 
 
 @pytest.mark.slow
