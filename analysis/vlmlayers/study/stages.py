@@ -239,6 +239,7 @@ def _select(context: StageContext) -> None:
         **context.rule_options,
     )
     choice.save(context.run.choice)
+    context.run.record(seed=context.seed)
     context.echo(f"select   {choice}")
     if not choice.decided:
         reasons = counted(len(choice.evidence.get("doubts", ())), "doubt")
@@ -259,6 +260,7 @@ def _validate_inputs(context: StageContext) -> dict[str, Any]:
         "choice": file_mark(context.run.choice),
         "options": {**context.leaving_out, **context.table("validate")},
         "scores": file_mark(context.run.scores),
+        "seed": context.seed,  # of random placements
         **_trained_on(context, "validate"),
     }
 
