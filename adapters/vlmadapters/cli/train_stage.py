@@ -77,8 +77,8 @@ def parts(tables: Any, base: Path = Path()) -> list[TrainPart]:
         if isinstance(part.recipe, dict):
             for method in part.recipe:
                 check_one_of("method", method, part.methods, where="recipe of [[train]]")
-        recipes = read_recipes(_recipes(base, part), part.set, _methods(base, part))
-        read_placements(recipes, [one for one in part.placements if not is_choice(one)])
+        placed = [one for one in part.placements if not is_choice(one)]
+        read_placements(_recipes(base, part), placed)
         found.append(part)
     return found
 
@@ -87,9 +87,11 @@ def _methods(base: Path, part: TrainPart) -> list[str]:
     return [method_name(base, one) for one in part.methods]
 
 
-def _recipes(base: Path, part: TrainPart) -> dict[str, str]:
+def _recipes(base: Path, part: TrainPart, model: Any = "") -> list[Any]:
+    """Return the recipe of each method of a table with its values set, for a model."""
     named = part.recipes.items()
-    return {method_name(base, one): recipe_name(base, name) for one, name in named}
+    names = {method_name(base, one): recipe_name(base, name) for one, name in named}
+    return read_recipes(names, part.set, _methods(base, part), model)
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,16 @@ class TrainStage:
         return distinct([*own, *(load(context, name) for name in names)], context.data_root)
 
     def files(self, context: Any) -> list[Path]:
-        """Return the files of recipes and of methods that do not ship.
+        """Return the files of recipes, of methods that do not ship, and those that these read.
 
         The stage is run again where one has changed.
         """
         found = parts(context.study.train, context.base)
-        recipes = [name for one in found for name in one.recipes.values()]
+        names = [name for one in found for name in one.recipes.values()]
         methods = dict.fromkeys(name for one in found for name in _methods(context.base, one))
-        return recipe_files(context, recipes) + method_files(list(methods))
+        recipes = [recipe for one in found for recipe in _recipes(context.base, one)]
+        read = [file for recipe in recipes for file in recipe.files]
+        return recipe_files(context, names) + method_files(list(methods)) + read
 
     def __call__(self, context: Any) -> None:
         """Train and test by each table `[[train]]`; write `results.csv` into the run folder.
@@ -147,8 +151,7 @@ class TrainStage:
 def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     from vlmadapters.protocols.train import train as library
 
-    base = context.base
-    recipes = read_recipes(_recipes(base, part), part.set, _methods(base, part), model)
+    recipes = _recipes(context.base, part, model)
     choice = context.run.choice if any(map(is_choice, part.placements)) else None
     own = [load(context, name) for name in part.datasets]
     sources = own or context.extracted_manifests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from pathlib import Path
@@ -184,11 +185,11 @@ def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path
     assert said[-1] == "train    unchanged"
 
 
-def inputs(table: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what the stage depends on for a study of one table, in a folder beside its files."""
-    content = {"models": [{"name": "mini-clip"}], "datasets": ["faces"], "train": [table]}
-    study = check_study(content)
-    return STAGES["train"].inputs(StageContext(Run(folder), study, study.models[0], folder))
+def inputs(stage: str, table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what a stage depends on in a study with a table for it, beside which files lie."""
+    content = {"models": [{"name": "mini-clip"}], "datasets": ["faces"]}
+    study = check_study(content | {stage: [table] if stage == "train" else table})
+    return STAGES[stage].inputs(StageContext(Run(folder), study, study.models[0], folder))
 
 
 @pytest.mark.parametrize(
@@ -201,8 +202,27 @@ def test_training_at_the_choice_is_done_again_after_another(
     found = []
     for choice in ("one", "another"):
         Run(tmp_path).choice.write_text(choice)
-        found.append(inputs({"placements": placements}, tmp_path))
+        found.append(inputs("train", {"placements": placements}, tmp_path))
     assert (found[0] != found[1]) is depends
+
+
+@pytest.mark.parametrize("stage", ["train", "search", "validate"])
+@pytest.mark.parametrize("said_by", ["set", "recipe", "dataset"])
+def test_changed_descriptions_are_trained_with_again(
+    stage: str, said_by: str, tmp_path: Path
+) -> None:
+    file, recipe = tmp_path / "texts.json", tmp_path / "mine.toml"
+    setting = f'settings.descriptions = "{file}"\n'
+    own = {"set": "", "recipe": setting, "dataset": f"datasets.faces.{setting}"}
+    recipe.write_text(f'method = "lweib"\n{own[said_by]}')
+    table = {"method": "lweib", "recipe": "mine.toml"}
+    if said_by == "set":
+        table |= {"set": {"descriptions": str(file)}}
+    found = []
+    for text in ("A smile.", "A grin."):
+        file.write_text(json.dumps({"face": [text]}))
+        found.append(inputs(stage, table, tmp_path))
+    assert found[0] != found[1]
 
 
 @pytest.mark.slow
