@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from vlmadapters.cli.stages import (
 )
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import validated
 from vlmlayers.placement import is_choice
 from vlmlayers.words import counted
+
+# What decides which images test; the results table has no column for it.
+TESTED_BY = ("limit", "present_only", "skip_unreadable")
 
 
 class TrainPart(TrainOptions):
@@ -94,21 +98,46 @@ def _recipes(base: Path, part: TrainPart, model: Any = "") -> list[Any]:
     return read_recipes(names, part.set, _methods(base, part), model)
 
 
+def _tested(context: Any, part: TrainPart) -> list[Manifest]:
+    """Return what a table tests on: what it trains on, and its targets."""
+    own = [load(context, name) for name in part.datasets] or context.manifests
+    return [*own, *(load(context, name) for name in part.targets)]
+
+
+def _refuse_other_images(context: Any, found: Sequence[TrainPart]) -> None:
+    """Refuse tables that test one dataset by one protocol on different images.
+
+    All of them are one table of results, where these would pass for the same.
+    """
+    first: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
+    for number, part in enumerate(found, 1):
+        asked = library_options(context, part, TrainOptions)
+        for one in _tested(context, part):
+            other, theirs = first.setdefault((part.protocol, one.name), (number, asked))
+            for key in TESTED_BY:
+                if theirs[key] != asked[key]:
+                    raise UserError(
+                        f"tables {other} and {number} of [[train]] test {one.name} by "
+                        f"{part.protocol} on different images: {key} is {theirs[key]} and "
+                        f"{asked[key]}; give them one {key}"
+                    )
+
+
 @dataclass(frozen=True)
 class TrainStage:
     """The stage `train`; called with the `StageContext` of a study, it does each table's work."""
 
     def check(self, context: Any) -> None:
         """Check the tables and the names of their datasets before the study's first stage."""
-        parts(context.study.train, context.base)
+        found = parts(context.study.train, context.base)
         self.datasets(context)
+        _refuse_other_images(context, found)
 
     def datasets(self, context: Any) -> list[Manifest]:
         """Return what the tables train and test on; the stage is run again where one changed."""
         found = parts(context.study.train, context.base)
-        names = [name for part in found for name in (*part.datasets, *part.targets)]
-        own = [] if all(part.datasets for part in found) else context.manifests
-        return distinct([*own, *(load(context, name) for name in names)], context.data_root)
+        named = [one for part in found for one in _tested(context, part)]
+        return distinct(named, context.data_root)
 
     def files(self, context: Any) -> list[Path]:
         """Return the files of recipes, of methods that do not ship, and those that these read.
@@ -140,7 +169,8 @@ class TrainStage:
         model = context.load_model()
         tables = [_run(context, model, part, number) for number, part in enumerate(found, 1)]
         table = pd.concat(tables, ignore_index=True)
-        table = table.drop_duplicates(KEY, ignore_index=True)  # zero-shot CLIP stands in several
+        # Zero-shot CLIP stands in several, of the same images as `check` sees to.
+        table = table.drop_duplicates(KEY, ignore_index=True)
         path = write_csv(context.run.folder / "results.csv", table)
         context.run.record(train={"model": model_record(model), "environment": environment()})
         if verdict := methods_verdict(table):

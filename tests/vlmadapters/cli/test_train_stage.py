@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,11 +186,39 @@ def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path
     assert said[-1] == "train    unchanged"
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({}, "test faces by base-to-novel on different images: limit is 20 and 0; give them one"),
+        ({"datasets": ["signs", "faces"]}, "tables 1 and 3 .* test faces .* one limit"),
+        ({"limit": 20, "skip_unreadable": True}, "skip_unreadable is False and True"),
+        ({"protocol": "cross-dataset", "targets": ["digits"]}, "test digits by cross-dataset"),
+        ({"limit": 20}, ""),
+        ({"protocol": "few-shot"}, ""),
+        ({"datasets": ["signs"]}, ""),
+    ],
+)
+def test_tables_that_test_a_dataset_on_different_images_are_refused(
+    other: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Results of the second passed for those of the first, whose zero-shot CLIP stood for both."""
+    transfer = {"protocol": "cross-dataset", "datasets": ["charts"], "targets": ["digits"]}
+    tables = [{"limit": 20}, transfer | {"limit": 20}, {"method": ["mma", "coop"]} | other]
+    context = context_of({"train": tables}, tmp_path)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        train.check(context)
+
+
+def context_of(tables: dict[str, Any], folder: Path) -> StageContext:
+    """Return the context of a study with some tables, run in the folder that its files lie in."""
+    study = check_study({"models": [{"name": "mini-clip"}], "datasets": ["faces"]} | tables)
+    return StageContext(Run(folder), study, study.models[0], folder)
+
+
 def inputs(stage: str, table: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what a stage depends on in a study with a table for it, beside which files lie."""
-    content = {"models": [{"name": "mini-clip"}], "datasets": ["faces"]}
-    study = check_study(content | {stage: [table] if stage == "train" else table})
-    return STAGES[stage].inputs(StageContext(Run(folder), study, study.models[0], folder))
+    """Return what a stage depends on in a study with a table for it."""
+    tables = {stage: [table] if stage == "train" else table}
+    return STAGES[stage].inputs(context_of(tables, folder))
 
 
 @pytest.mark.parametrize(
