@@ -26,6 +26,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.words import counted
 
 ZERO_SHOT = "zero-shot"
+CHOICE = "choice"  # stands for the choice of a study, or of --choice, among placements
 SAMPLE = 3  # as many datasets are a sample of datasets; fewer stand for themselves
 DEEPEST = 9999  # no tower is that deep, and a longer range would fill memory
 _TOKEN = re.compile(r"([vt]?)(?:(\d+)(?:-(\d+))?|-|none)")
@@ -246,6 +247,11 @@ def module_pattern(blocks: Iterable[str], layers: Iterable[str]) -> str:
         rf"\.(?:{inside})"
         for parent, own in by_parent.items()
     )
+
+
+def is_choice(placement: str) -> bool:
+    """Return whether a placement is `choice`, or that for one method as in `maple:choice`."""
+    return placement.rpartition(":")[2] == CHOICE
 
 
 def _cleaned(text: str) -> str:

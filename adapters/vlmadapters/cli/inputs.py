@@ -15,14 +15,13 @@ from vlmlayers.arguments import taken
 from vlmlayers.cli.options import repeated
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import WeightsOptions
-from vlmlayers.placement import Placement
+from vlmlayers.placement import CHOICE, Placement
 from vlmlayers.positions import TOWERS
 from vlmlayers.progress import timed
 
 LOG = logging.getLogger(__name__)
 
 Method = Annotated[str, typer.Option(help="Method to train, as in mma, maple or coop.")]
-CHOICE = "choice"  # stands for the choice of a study, or of --choice, among placements
 RecipeName = Annotated[
     str | None,
     typer.Option(

@@ -75,12 +75,13 @@ class MethodStage(Generic[Part]):
         return distinct(found, context.data_root)
 
     def files(self, context: Any) -> list[Path]:
-        """Return the files of the recipe and of a method that does not ship.
+        """Return the files of the recipe, of a method that does not ship, and those it reads.
 
         The stage is run again where one has changed.
         """
         part = self.table(context)
-        return recipe_files(context, [part.recipe or ""]) + method_files([part.method])
+        own = recipe_files(context, [part.recipe or ""]) + method_files([part.method])
+        return own + _recipe(context, part).files
 
     def __call__(self, context: Any) -> None:
         """Do the work of the stage."""

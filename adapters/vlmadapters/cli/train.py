@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from vlmadapters.cli.inputs import (
-    CHOICE,
     RecipeName,
     Settings,
     check_blocks,
@@ -37,6 +36,7 @@ from vlmlayers.cli.options import (
 )
 from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.extraction import WeightsOptions
+from vlmlayers.placement import CHOICE
 from vlmlayers.prompts import TEMPLATE, Template
 
 OURS = ".safetensors"

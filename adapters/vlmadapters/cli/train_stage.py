@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from vlmadapters.cli.inputs import CHOICE, read_placements, read_recipes
+from vlmadapters.cli.inputs import read_placements, read_recipes
 from vlmadapters.cli.stages import (
     library_options,
     load,
@@ -19,10 +20,14 @@ from vlmadapters.cli.stages import (
 )
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import validated
+from vlmlayers.placement import is_choice
 from vlmlayers.words import counted
+
+# What decides which images test; the results table has no column for it.
+TESTED_BY = ("limit", "present_only", "skip_unreadable")
 
 
 class TrainPart(TrainOptions):
@@ -76,8 +81,8 @@ def parts(tables: Any, base: Path = Path()) -> list[TrainPart]:
         if isinstance(part.recipe, dict):
             for method in part.recipe:
                 check_one_of("method", method, part.methods, where="recipe of [[train]]")
-        recipes = read_recipes(_recipes(base, part), part.set, _methods(base, part))
-        read_placements(recipes, [one for one in part.placements if not _is_choice(one)])
+        placed = [one for one in part.placements if not is_choice(one)]
+        read_placements(_recipes(base, part), placed)
         found.append(part)
     return found
 
@@ -86,13 +91,36 @@ def _methods(base: Path, part: TrainPart) -> list[str]:
     return [method_name(base, one) for one in part.methods]
 
 
-def _recipes(base: Path, part: TrainPart) -> dict[str, str]:
+def _recipes(base: Path, part: TrainPart, model: Any = "") -> list[Any]:
+    """Return the recipe of each method of a table with its values set, for a model."""
     named = part.recipes.items()
-    return {method_name(base, one): recipe_name(base, name) for one, name in named}
+    names = {method_name(base, one): recipe_name(base, name) for one, name in named}
+    return read_recipes(names, part.set, _methods(base, part), model)
 
 
-def _is_choice(placement: str) -> bool:
-    return placement.rpartition(":")[2] == CHOICE
+def _tested(context: Any, part: TrainPart) -> list[Manifest]:
+    """Return what a table tests on: what it trains on, and its targets."""
+    own = [load(context, name) for name in part.datasets] or context.manifests
+    return [*own, *(load(context, name) for name in part.targets)]
+
+
+def _refuse_other_images(context: Any, found: Sequence[TrainPart]) -> None:
+    """Refuse tables that test one dataset by one protocol on different images.
+
+    All of them are one table of results, where these would pass for the same.
+    """
+    first: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
+    for number, part in enumerate(found, 1):
+        asked = library_options(context, part, TrainOptions)
+        for one in _tested(context, part):
+            other, theirs = first.setdefault((part.protocol, one.name), (number, asked))
+            for key in TESTED_BY:
+                if theirs[key] != asked[key]:
+                    raise UserError(
+                        f"tables {other} and {number} of [[train]] test {one.name} by "
+                        f"{part.protocol} on different images: {key} is {theirs[key]} and "
+                        f"{asked[key]}; give them one {key}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -101,25 +129,27 @@ class TrainStage:
 
     def check(self, context: Any) -> None:
         """Check the tables and the names of their datasets before the study's first stage."""
-        parts(context.study.train, context.base)
+        found = parts(context.study.train, context.base)
         self.datasets(context)
+        _refuse_other_images(context, found)
 
     def datasets(self, context: Any) -> list[Manifest]:
         """Return what the tables train and test on; the stage is run again where one changed."""
         found = parts(context.study.train, context.base)
-        names = [name for part in found for name in (*part.datasets, *part.targets)]
-        own = [] if all(part.datasets for part in found) else context.manifests
-        return distinct([*own, *(load(context, name) for name in names)], context.data_root)
+        named = [one for part in found for one in _tested(context, part)]
+        return distinct(named, context.data_root)
 
     def files(self, context: Any) -> list[Path]:
-        """Return the files of recipes and of methods that do not ship.
+        """Return the files of recipes, of methods that do not ship, and those that these read.
 
         The stage is run again where one has changed.
         """
         found = parts(context.study.train, context.base)
-        recipes = [name for one in found for name in one.recipes.values()]
+        names = [name for one in found for name in one.recipes.values()]
         methods = dict.fromkeys(name for one in found for name in _methods(context.base, one))
-        return recipe_files(context, recipes) + method_files(list(methods))
+        recipes = [recipe for one in found for recipe in _recipes(context.base, one)]
+        read = [file for recipe in recipes for file in recipe.files]
+        return recipe_files(context, names) + method_files(list(methods)) + read
 
     def __call__(self, context: Any) -> None:
         """Train and test by each table `[[train]]`; write `results.csv` into the run folder.
@@ -139,7 +169,8 @@ class TrainStage:
         model = context.load_model()
         tables = [_run(context, model, part, number) for number, part in enumerate(found, 1)]
         table = pd.concat(tables, ignore_index=True)
-        table = table.drop_duplicates(KEY, ignore_index=True)  # zero-shot CLIP stands in several
+        # Zero-shot CLIP stands in several, of the same images as `check` sees to.
+        table = table.drop_duplicates(KEY, ignore_index=True)
         path = write_csv(context.run.folder / "results.csv", table)
         context.run.record(train={"model": model_record(model), "environment": environment()})
         if verdict := methods_verdict(table):
@@ -150,9 +181,8 @@ class TrainStage:
 def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     from vlmadapters.protocols.train import train as library
 
-    base = context.base
-    recipes = read_recipes(_recipes(base, part), part.set, _methods(base, part), model)
-    choice = context.run.choice if any(map(_is_choice, part.placements)) else None
+    recipes = _recipes(context.base, part, model)
+    choice = context.run.choice if any(map(is_choice, part.placements)) else None
     own = [load(context, name) for name in part.datasets]
     sources = own or context.extracted_manifests
     context.doing(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")

@@ -23,7 +23,7 @@ def _validate(context: Any, part: ValidatePart, given: dict[str, Any]) -> None:
         seed=context.seed,
         **given,
     )
-    context.run.record(validate=part.model_dump(exclude_unset=True))
+    context.run.record(validate=part.model_dump(exclude_unset=True), seed=context.seed)
     placements = counted(found.table["placement"].nunique(), "placement")
     cells = f"{placements}, {counted(len(found.table), 'cell')}"
     context.echo(f"validate {cells}: {found.verdict}")

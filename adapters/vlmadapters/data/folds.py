@@ -35,6 +35,7 @@ class Fold(TaskData):
         test: Items held out.
         apart: Whether the second half of the classes is held out whole.
         held_out: Share of each inner base class's shots that is held out.
+        drawn_by: What tells the draw from others whose folds have the same names.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Fold(TaskData):
         test: Sequence[Item],
         apart: bool,
         held_out: float,
+        drawn_by: str,
     ) -> None:
         super().__init__(
             replace(data.manifest, name=name),
@@ -54,6 +56,7 @@ class Fold(TaskData):
             descriptions=data.descriptions,
         )
         self.origin, self.apart, self.held_out = data.origin, apart, held_out
+        self.drawn_by = drawn_by
         self.class_names = tuple(class_names)
         # The dataset's own, so that an image is decoded once for all folds.
         self.images = data.images
@@ -130,6 +133,10 @@ def folds(
             f"folds hold out some shots of each class in turn; {name} needs two training images of "
             "a class and two folds at least"
         )
+    read = data.options
+    # What was asked for alone: what it gives changes with the data.
+    asked = (shots, min(count, PARTS), apart, read.present_only, read.skip_unreadable)
+    drawn_by = "-".join(map(str, asked))
     generator = np.random.default_rng([seed, FOLDS])
     apart = apart and len(names) >= LEAST_APART
     half = ceil(len(names) / 2)
@@ -156,5 +163,5 @@ def folds(
                 (test if held else train).append(item)
         ordered = [names[original] for original in order]
         title = f"{name}-s{seed}-f{number + 1}"
-        made.append(Fold(data, title, ordered, train, test, apart, 1 / parts))
+        made.append(Fold(data, title, ordered, train, test, apart, 1 / parts, drawn_by))
     return made

@@ -95,6 +95,7 @@ class TaskData:
 
     Attributes:
         origin: Name of the dataset that the items are of, as recipes know it.
+        drawn_by: How items were drawn that stand for no whole split, as text.
     """
 
     name: str | Manifest
@@ -105,6 +106,7 @@ class TaskData:
     descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
     origin: str = field(init=False)
+    drawn_by: str = field(default="", init=False)
     _drawn: dict[Draw, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _identities: dict[str, DataIdentity] = field(default_factory=dict, init=False, repr=False)

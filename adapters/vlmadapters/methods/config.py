@@ -154,6 +154,11 @@ class MethodConfig:
         return ""
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that settings name, on whose content answers depend; often none."""
+        return ()
+
+    @property
     def placement(self) -> str:
         """The placement in short, such as `v5-12,t5-12`; empty for a method that has none."""
         return str(Placement(self.vision, self.text)) if self.towers else ""

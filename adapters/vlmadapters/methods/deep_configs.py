@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.configs import blocks_to
-from vlmadapters.methods.descriptions import with_hash
+from vlmadapters.methods.descriptions import described_in, with_hash
 from vlmlayers.arguments import Count, NotNegative, Positive, Share, Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.prompts import Template
@@ -216,6 +217,11 @@ class LwEIBConfig(TwoTowerConfig):
         super().__post_init__()
         if self.descriptions:
             object.__setattr__(self, "descriptions", with_hash(self.descriptions))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file of descriptions, where there is one."""
+        return (described_in(self.descriptions),) if self.descriptions else ()
 
 
 @checked

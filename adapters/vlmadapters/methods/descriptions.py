@@ -20,6 +20,11 @@ def with_hash(where: str) -> str:
     return f"{path}#{now}"
 
 
+def described_in(where: str) -> Path:
+    """Return the file of descriptions that a name stands for, without the hash that may follow."""
+    return Path(where.partition("#")[0])
+
+
 def spelled(name: str) -> str:
     """Return a class name as descriptions are looked up by: lower case, underscores as spaces."""
     return name.replace("_", " ").lower()
@@ -34,7 +39,7 @@ def read_descriptions(where: str) -> dict[str, tuple[str, ...]]:
     Raises:
         UserError: The file cannot be read, or is no such JSON.
     """
-    path = Path(where.partition("#")[0])
+    path = described_in(where)
     found = read_json(path, "the descriptions", "name a file of class names with lists of texts")
     right = all(
         isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)

@@ -186,12 +186,15 @@ class CellFolder:
             held.enter_context(handle)
         return handle is not None
 
-    def see(self, name: str, split: str, data: DataIdentity) -> None:
-        """Record the identity of a split, and warn of what changed since an earlier command."""
+    def see(self, name: str, split: str, data: DataIdentity, drawn_by: str = "") -> None:
+        """Record the identity of a split, and warn of what changed since an earlier command.
+
+        Of items drawn in two ways under one name, as for folds, each draw has its own record.
+        """
         # Every process of a torchrun sees the same data; one writes and warns.
         if self.out is None or not processes.is_first():
             return
-        file = self._data_file(name, split)
+        file = self._data_file("-".join(filter(None, (name, drawn_by))), split)
         then = DataIdentity.read(file)
         if then is not None and then != data:
             LOG.warning(

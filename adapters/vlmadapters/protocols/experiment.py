@@ -144,7 +144,7 @@ class Experiment:
             raise UserError(f"together is {together}; train at least 1 placement at a time")
         self.datasets.check(sources)
         for pair in {pair: None for one in sources for pair in self.datasets.read(one)}:
-            self.cells.see(*pair, self.datasets.identity(*pair))
+            self.cells.see(*pair, self.datasets.identity(*pair), self.datasets[pair[0]].drawn_by)
         first = processes.is_first()
         total = len(sources) * len(seeds) * len(recipes)
         with bar(

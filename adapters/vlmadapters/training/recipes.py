@@ -324,6 +324,12 @@ class Recipe:
         return self.method.from_dict({**self.method.to_dict(), **settings})
 
     @property
+    def files(self) -> list[Path]:
+        """Files that the method's settings name, on any dataset."""
+        configs = [self.method, *map(self.method_for, self.datasets)]
+        return list(dict.fromkeys(file for config in configs for file in config.files))
+
+    @property
     def varied(self) -> set[str]:
         """Which settings of the method follow the dataset."""
         return {key for values in self.datasets.values() for key in values.get("settings", {})}

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from vlmlayers.errors import DataFault, OtherExtraction, UserError
 from vlmlayers.manifests import Manifest
+from vlmlayers.placement import is_choice
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import environment, file_mark
 from vlmlayers.study.context import StageContext, StudyDataset
@@ -238,6 +239,7 @@ def _select(context: StageContext) -> None:
         **context.rule_options,
     )
     choice.save(context.run.choice)
+    context.run.record(seed=context.seed)
     context.echo(f"select   {choice}")
     if not choice.decided:
         reasons = counted(len(choice.evidence.get("doubts", ())), "doubt")
@@ -258,16 +260,17 @@ def _validate_inputs(context: StageContext) -> dict[str, Any]:
         "choice": file_mark(context.run.choice),
         "options": {**context.leaving_out, **context.table("validate")},
         "scores": file_mark(context.run.scores),
+        "seed": context.seed,  # of random placements
         **_trained_on(context, "validate"),
     }
 
 
 def _train_inputs(context: StageContext) -> dict[str, Any]:
-    chosen = any("choice" in part.get("placements", ()) for part in context.study.train)
+    places = [one for part in context.study.train for one in part.get("placements", ())]
     return {
         "train": context.study.train,
         "left_out": context.leaving_out,
-        "choice": file_mark(context.run.choice) if chosen else "",
+        "choice": file_mark(context.run.choice) if any(map(is_choice, places)) else "",
         **_trained_on(context, "train"),
     }
 

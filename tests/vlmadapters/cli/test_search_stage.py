@@ -53,7 +53,11 @@ def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
     assert any(line.startswith("search   ") for line in said)
     said.clear()
     run_study(study, tmp_path, progress=False, echo=said.append)
-    assert "search   unchanged" in said and "select   unchanged" in said
+    assert {f"{name:8} unchanged" for name in ("search", "select", "validate")} <= {*said}
+    said.clear()
+    other = study.model_copy(update={"seed": 7})  # which random placements are drawn by
+    (run,) = run_study(other, tmp_path, only=["validate"], progress=False, echo=said.append)
+    assert "validate unchanged" not in said and run.read_provenance()["seed"] == 7
 
 
 @pytest.mark.parametrize(

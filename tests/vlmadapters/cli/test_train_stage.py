@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,10 @@ from vlmlayers.cli import app
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import load_model
+from vlmlayers.runs import Run
 from vlmlayers.study import check_study, read_study, run_study
+from vlmlayers.study.context import StageContext
+from vlmlayers.study.stages import STAGES
 
 STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
 TABLES = ("base_to_novel", "cross_dataset", "domain_generalization")
@@ -179,6 +184,74 @@ def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path
     assert not (tmp_path / "features").exists()
     run_study(study, tmp_path, progress=False, echo=said.append)
     assert said[-1] == "train    unchanged"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({}, "test faces by base-to-novel on different images: limit is 20 and 0; give them one"),
+        ({"datasets": ["signs", "faces"]}, "tables 1 and 3 .* test faces .* one limit"),
+        ({"limit": 20, "skip_unreadable": True}, "skip_unreadable is False and True"),
+        ({"protocol": "cross-dataset", "targets": ["digits"]}, "test digits by cross-dataset"),
+        ({"limit": 20}, ""),
+        ({"protocol": "few-shot"}, ""),
+        ({"datasets": ["signs"]}, ""),
+    ],
+)
+def test_tables_that_test_a_dataset_on_different_images_are_refused(
+    other: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Results of the second passed for those of the first, whose zero-shot CLIP stood for both."""
+    transfer = {"protocol": "cross-dataset", "datasets": ["charts"], "targets": ["digits"]}
+    tables = [{"limit": 20}, transfer | {"limit": 20}, {"method": ["mma", "coop"]} | other]
+    context = context_of({"train": tables}, tmp_path)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        train.check(context)
+
+
+def context_of(tables: dict[str, Any], folder: Path) -> StageContext:
+    """Return the context of a study with some tables, run in the folder that its files lie in."""
+    study = check_study({"models": [{"name": "mini-clip"}], "datasets": ["faces"]} | tables)
+    return StageContext(Run(folder), study, study.models[0], folder)
+
+
+def inputs(stage: str, table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what a stage depends on in a study with a table for it."""
+    tables = {stage: [table] if stage == "train" else table}
+    return STAGES[stage].inputs(context_of(tables, folder))
+
+
+@pytest.mark.parametrize(
+    ("placements", "depends"),
+    [(["choice"], True), (["mma:choice"], True), (["mma:5-12"], False), ([], False)],
+)
+def test_training_at_the_choice_is_done_again_after_another(
+    placements: list[str], depends: bool, tmp_path: Path
+) -> None:
+    found = []
+    for choice in ("one", "another"):
+        Run(tmp_path).choice.write_text(choice)
+        found.append(inputs("train", {"placements": placements}, tmp_path))
+    assert (found[0] != found[1]) is depends
+
+
+@pytest.mark.parametrize("stage", ["train", "search", "validate"])
+@pytest.mark.parametrize("said_by", ["set", "recipe", "dataset"])
+def test_changed_descriptions_are_trained_with_again(
+    stage: str, said_by: str, tmp_path: Path
+) -> None:
+    file, recipe = tmp_path / "texts.json", tmp_path / "mine.toml"
+    setting = f'settings.descriptions = "{file}"\n'
+    own = {"set": "", "recipe": setting, "dataset": f"datasets.faces.{setting}"}
+    recipe.write_text(f'method = "lweib"\n{own[said_by]}')
+    table = {"method": "lweib", "recipe": "mine.toml"}
+    if said_by == "set":
+        table |= {"set": {"descriptions": str(file)}}
+    found = []
+    for text in ("A smile.", "A grin."):
+        file.write_text(json.dumps({"face": [text]}))
+        found.append(inputs(stage, table, tmp_path))
+    assert found[0] != found[1]
 
 
 @pytest.mark.slow

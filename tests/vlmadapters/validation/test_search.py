@@ -237,6 +237,24 @@ def test_a_finished_search_trains_nothing_again(
     assert again.statement == json.loads((finished / "search.json").read_text())["statement"]
 
 
+def test_folds_of_other_shots_are_not_taken_for_changed_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A study that searches with 4 shots and validates with 2 has both under one name."""
+    data = dataset(tmp_path / "data")
+    given = QUICK | {"amounts": ["scale=5"], "placement": ["3"], "out": tmp_path / "out"}
+
+    def changes(shots: int, folds: int = 2) -> list[str]:
+        caplog.clear()
+        search(shared_backbone(), [data], **given | {"shots": shots, "folds": folds})
+        return [message for message in caplog.messages if "has changed since" in message]
+
+    assert not [*changes(4), *changes(2), *changes(4, folds=3), *changes(4)]
+    for image in (tmp_path / "data" / "images").glob("train-*.png"):
+        Image.new("RGB", (8, 8), "white").save(image)
+    assert any("-f1 train has changed since" in message for message in changes(4))
+
+
 def test_trainings_that_move_no_accuracy_are_told(manifest: Manifest, finished: Path) -> None:
     told = "No setting's accuracy is other than zero-shot CLIP's in any fold"
     assert told not in json.loads((finished / "search.json").read_text())["statement"]

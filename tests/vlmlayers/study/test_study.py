@@ -520,8 +520,11 @@ def test_a_seed_of_items_goes_with_a_rule_that_draws_nothing(
     source = study_file.read_text().replace("resamples = 20", 'rule = "paper"')
     source = source.replace('options = { metric = "dataset_accuracy_ncm" }\n', "")
     file.write_text("seed = 3\n" + source)
-    run_study(read_study(file), copy, base=study_file.parent, progress=False, only=["select"])
-    assert read_json(copy / "choice.json")["rule"] == "paper"
+    (run,) = run_study(
+        read_study(file), copy, base=study_file.parent, progress=False, only=["select"]
+    )
+    assert read_json(run.choice)["rule"] == "paper"
+    assert run.read_provenance()["seed"] == 3  # that of the extraction was 0
 
 
 def test_stages_can_be_picked_and_say_what_they_need(study_file: Path, tmp_path: Path) -> None:
