@@ -23,7 +23,9 @@ def _validate(context: Any, part: ValidatePart, given: dict[str, Any]) -> None:
         seed=context.seed,
         **given,
     )
-    context.run.record(validate=part.model_dump(exclude_unset=True), seed=context.seed)
+    asked = part.model_dump(exclude_unset=True)
+    # That of the extraction, by which items were drawn, may have been another.
+    context.run.record(validate={**asked, "seed": context.seed})
     placements = counted(found.table["placement"].nunique(), "placement")
     cells = f"{placements}, {counted(len(found.table), 'cell')}"
     context.echo(f"validate {cells}: {found.verdict}")

@@ -94,7 +94,8 @@ def metric_entry(name: str, scores: pd.DataFrame | None = None) -> dict[str, Any
         )
     caption += f" {made}" if made else ""
     label = known.axis_label
-    entry = {"label": label[:1].upper() + label[1:], "level": known.level, "caption": caption}
+    label = label[:1].upper() + label[1:]
+    entry: dict[str, Any] = {"label": label, "level": known.level, "caption": caption}
     if scores is not None:
         entry["ceiling"] = {tower: ceiling(scores, name, tower) for tower in TOWERS}
     return entry

@@ -239,7 +239,6 @@ def _select(context: StageContext) -> None:
         **context.rule_options,
     )
     choice.save(context.run.choice)
-    context.run.record(seed=context.seed)
     context.echo(f"select   {choice}")
     if not choice.decided:
         reasons = counted(len(choice.evidence.get("doubts", ())), "doubt")

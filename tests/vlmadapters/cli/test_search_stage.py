@@ -57,7 +57,7 @@ def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
     said.clear()
     other = study.model_copy(update={"seed": 7})  # which random placements are drawn by
     (run,) = run_study(other, tmp_path, only=["validate"], progress=False, echo=said.append)
-    assert "validate unchanged" not in said and run.read_provenance()["seed"] == 7
+    assert "validate unchanged" not in said and run.read_provenance()["validate"]["seed"] == 7
 
 
 @pytest.mark.parametrize(
