@@ -1,7 +1,9 @@
 """The same work by libraries beside this one: features of all blocks, and CKA of all layers.
 
     make peers
+    python benchmarks/peers.py thingsvision "pytorch-cka, two towers"
 
+The second form runs some peers alone, and the rows of the others stay as they were recorded.
 Each side runs in an environment of its own (neither is a dependency of the project), in turn, on
 the same shapes of random weights and inputs, one thread each. `faster` is the median over rounds
 of CPU seconds theirs / ours, on which other work on the machine weighs little; above 1 we are
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,27 +86,33 @@ def thingsvision_features() -> Work:
     return lambda: extractor.extract_features(batches=[batch], module_names=names)
 
 
-def layers() -> Any:
+def towers(count: int) -> Any:
+    """Return the layers of both towers: the same arrays where there is one tower."""
     import numpy as np
 
     rng = np.random.default_rng(0)
-    shared = rng.standard_normal((ITEMS, WIDTH), dtype=np.float32)
-    return [shared + rng.standard_normal((ITEMS, WIDTH), dtype=np.float32) for _ in range(BLOCKS)]
+
+    def normal() -> Any:
+        return rng.standard_normal((ITEMS, WIDTH), dtype=np.float32)
+
+    shared = normal()
+    found = [[shared + normal() for _ in range(BLOCKS)] for _ in range(count)]
+    return found[0], found[-1]
 
 
-def ours_cka() -> Work:
+def ours_cka(count: int) -> Work:
     from vlmlayers.metrics import cka_matrix
 
-    xs = layers()
-    return lambda: cka_matrix(xs, xs)
+    xs, ys = towers(count)
+    return lambda: cka_matrix(xs, ys)
 
 
-def pytorch_cka() -> Work:
+def pytorch_cka(count: int) -> Work:
     import torch
     from cka import cka_from_features
 
-    xs = torch.stack([torch.from_numpy(x) for x in layers()])
-    return lambda: cka_from_features(xs, xs)
+    xs, ys = (torch.stack([torch.from_numpy(x) for x in side]) for side in towers(count))
+    return lambda: cka_from_features(xs, ys)
 
 
 SIDES: dict[str, Callable[[], Work]] = {
@@ -111,8 +120,10 @@ SIDES: dict[str, Callable[[], Work]] = {
     "open_clip": open_clip_features,
     "timm": timm_features,
     "thingsvision": thingsvision_features,
-    "ours_cka": ours_cka,
-    "pytorch-cka": pytorch_cka,
+    "ours_cka_one": partial(ours_cka, 1),
+    "ours_cka_two": partial(ours_cka, 2),
+    "pytorch-cka, one tower": partial(pytorch_cka, 1),
+    "pytorch-cka, two towers": partial(pytorch_cka, 2),
 }
 
 
@@ -134,14 +145,20 @@ class Peer:
 
 
 ONE_PASS = "the same single pass; ours pools each block and applies norm and projection as well"
+FLOAT64 = "float32; ours is float64"
 PEERS = {
     "thingsvision": Peer("thingsvision", environment=".venv-thingsvision", behind=ONE_PASS),
     "open_clip": Peer("open_clip_torch", behind=ONE_PASS),
     "timm": Peer("timm", behind=ONE_PASS),
-    "pytorch-cka": Peer("pytorch-cka", "ours_cka", behind="float32; ours is float64"),
+    "pytorch-cka, one tower": Peer("pytorch-cka", "ours_cka_one", behind=FLOAT64),
+    "pytorch-cka, two towers": Peer("pytorch-cka", "ours_cka_two", behind=FLOAT64),
 }
-WORK = {"ours_features": ("features of all blocks", f"{BATCH} images, {MODEL}"),
-        "ours_cka": ("layer × layer debiased CKA", f"{ITEMS} × {WIDTH}")}  # fmt: skip
+FEATURES, CKA = f"{BATCH} images, {MODEL}", f"{ITEMS} × {WIDTH}"
+WORK = {
+    "ours_features": ("features of all blocks", FEATURES),
+    "ours_cka_one": ("layer × layer debiased CKA, one tower", CKA),
+    "ours_cka_two": ("layer × layer debiased CKA, two towers", CKA),
+}
 
 
 def side(name: str, package: str) -> dict[str, Any]:
@@ -171,7 +188,8 @@ def compare(name: str) -> dict[str, Any]:
     """Return one row: how many times faster we are than a peer."""
     peer = PEERS[name]
     work, size = WORK[peer.ours]
-    row = {"work": work, "size": size, "layers": BLOCKS, "peer": name, "rounds": ROUNDS}
+    called = name.partition(",")[0]
+    row = {"work": work, "size": size, "layers": BLOCKS, "peer": called, "rounds": ROUNDS}
     ratios, seconds = [], []
     for _ in range(ROUNDS):
         theirs = alone(ROOT / peer.environment / "bin" / "python", name, peer.package)
@@ -198,14 +216,16 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--side"]:
         print(json.dumps(side(*arguments[1:])))
         return 0
-    from common import machine, write_table
+    from common import machine, read_table, write_table
 
     rows = []
-    for name in PEERS:
-        rows.append(compare(name))
+    for name in arguments or PEERS:
+        # Each side runs with one thread; machine() tells what this process would take.
+        rows.append({**compare(name), **machine(), "threads": 1})
         print(rows[-1], flush=True)
-    # Each side runs with one thread; machine() tells what this process would take.
-    write_table("peers", [{**row, **machine(), "threads": 1} for row in rows])
+    again = {(row["work"], row["peer"]) for row in rows}
+    kept = [row for row in read_table("peers") if (row["work"], row["peer"]) not in again]
+    write_table("peers", kept + rows)
     return 0
 
 

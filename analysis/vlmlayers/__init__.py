@@ -1,6 +1,6 @@
 """Which layers of a vision-language model should be adapted?
 
-Measure every layer of both towers, choose layers from the measurements, prove the choice by
+Measure every layer of both towers, choose layers from the measurements, test the choice by
 training. Importing this package does not import torch.
 """
 

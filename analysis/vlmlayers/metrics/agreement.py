@@ -67,9 +67,10 @@ def distance_kernel(x: Array) -> Array:
 def _spread_out(x: Array) -> Array:
     """Return centred rows, or complain where they differ by rounding only."""
     mean = x.mean(axis=0)
-    if not varies(x - mean, mean):
+    centred = x - mean
+    if not varies(centred, mean):
         raise UserError(f"the features of all {len(x)} items are the same")
-    return x - mean
+    return centred
 
 
 def biased_signature(kernel: Array) -> Array:
@@ -93,7 +94,9 @@ def debiased_signature(kernel: Array) -> Array:
     np.fill_diagonal(hollow, 0.0)
     rows = hollow.sum(axis=0)
     # With these divisors every row sums to zero off its diagonal; plain means would not do.
-    hollow -= (rows[None, :] + rows[:, None]) / (n - 2)
+    sums = rows[None, :] + rows[:, None]
+    sums /= n - 2
+    hollow -= sums
     hollow += rows.sum() / ((n - 1) * (n - 2))
     np.fill_diagonal(hollow, 0.0)
     return _normalised(hollow, np.linalg.norm(kernel))
@@ -299,7 +302,8 @@ def _normalised(signature: Array, kernel_norm: Any = 0.0) -> Array:
     # What rounding leaves of equal similarities is no signature.
     if norm <= ROUNDING * kernel_norm:
         raise UserError("all items are equally similar; agreement is undefined")
-    return signature / norm
+    signature /= norm
+    return signature
 
 
 @checked

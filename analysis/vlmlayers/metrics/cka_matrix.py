@@ -67,7 +67,10 @@ def _by_gram(xs: Sequence[Any], ys: Sequence[Any], debiased: bool) -> Array:
     signature = debiased_signature if debiased else biased_signature
 
     def stacked(side: Sequence[Any]) -> Array:
-        return np.stack([signature(linear_kernel(matrix(z))).ravel() for z in side])
+        rows = np.empty((len(side), len(side[0]) ** 2))
+        for row, z in zip(rows, side):
+            row[:] = signature(linear_kernel(matrix(z))).ravel()
+        return rows
 
     # The same arrays, not equal ones: within a tower every signature is made once.
     same = len(xs) == len(ys) and all(x is y for x, y in zip(xs, ys, strict=True))

@@ -105,7 +105,10 @@ class RecordedValidation:
         """What the placement with the highest mean is called; a tie is called one."""
         means = self.placements["hm"]
         tied = int((means > means.max() - TIE).sum())
-        return f"best of all trained, with {tied - 1} equal" if tied > 1 else "best of all trained"
+        # Where amounts were tuned, a placement beside the table may be higher at the recipe's.
+        tuned = "comparison" in self.cells and (self.cells["comparison"] == "tuned").any()
+        words = "best of all at tuned amounts" if tuned else "best of all trained"
+        return f"{words}, with {tied - 1} equal" if tied > 1 else words
 
     def kind(self, placement: str) -> str:
         """Return why a placement was trained, such as `start+paper`; empty where unknown."""

@@ -31,6 +31,7 @@ from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.several import summary_table
 from vlmlayers.report.tables import answer_tables, comparison_table, tabular
+from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.runs import Run
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import LayerChoice, select
@@ -114,6 +115,17 @@ def test_the_answer_compares_with_the_papers_placement_the_best_and_zero_shot(
     assert best is not None and best.best == means.idxmax()
     row = summary_table([("a", read_answer(validated.folder))]).rows[0]
     assert row[-1] == f"{ours:.1f} (best {means.max():.1f})"
+
+
+def test_the_best_placement_says_where_amounts_were_tuned(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", validated=True)
+    recorded = RecordedValidation.read(run)
+    assert recorded is not None and recorded.best_words == "best of all trained"
+    cells = pd.read_csv(run.validation).assign(comparison="tuned")
+    cells.to_csv(run.validation, index=False)
+    table = comparison_table(RecordedValidation.read(run))
+    assert table is not None
+    assert f"{recorded.best} (best of all at tuned amounts)" in [row[0] for row in table.rows]
 
 
 def test_the_answer_shows_every_placement_where_they_are_few(validated: Run) -> None:
