@@ -544,7 +544,9 @@ def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -
     assert "permutations 20" in agreement and "seeds" not in agreement and " p " not in agreement
     assert stated_options(scores, "none of this name") == ""
     caption = metric_entry("dataset_accuracy", scores)["caption"]
-    assert caption.endswith(f"(text); {words}.") and "Chance: 1 / number of datasets" in caption
+    most = "at most 0.8 (text), as datasets share prompts"
+    assert caption.endswith(f"(text); {words}; {most}.")
+    assert "Chance: 1 / number of datasets" in caption
 
 
 def test_captions_of_an_image_stay_in_one_fold() -> None:
