@@ -173,7 +173,22 @@ def load_method(path: str | Path, model: Any) -> Method:
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {info.config.title}: {one_line(error)}") from error
     method.touch()
+    _tell_other_images(path, info, model)
     return method.eval()
+
+
+def _tell_other_images(path: str | Path, info: CheckpointInfo, model: Any) -> None:
+    """Warn where images are prepared otherwise than in the training, which weights do not show."""
+    then, now = info.provenance.get("model", {}).get("preprocessing"), model.preprocess_config
+    if not then or not now:
+        return
+    changed = [key for key in then if then[key] != now.get(key)]
+    if changed:
+        told = ", ".join(f"{key} {then[key]} then and {now.get(key)} now" for key in changed)
+        LOG.warning(
+            "%s was trained on images prepared otherwise (%s); load the backbone with the same",
+            path, told,
+        )  # fmt: skip
 
 
 def save_official(path: str | Path, method: Method, epoch: int = 0) -> Path:

@@ -47,14 +47,19 @@ def class_prompts(class_names: Iterable[str], template: Template = TEMPLATE) -> 
     return [template.replace("{}", name.replace("_", " ")) for name in class_names]
 
 
-def alike(class_names: Iterable[str]) -> tuple[str, ...]:
-    """Return a remark on classes that have one prompt, of which lists of ImageNet have some.
+def spelled(name: str) -> str:
+    """Return a class name as its prompt reads it: lower case, single blanks for what parts words.
 
     Tokenizers of CLIP and SigLIP lower the case of words and join blanks.
     """
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def alike(class_names: Iterable[str]) -> tuple[str, ...]:
+    """Return a remark on classes that have one prompt, of which lists of ImageNet have some."""
     groups: dict[str, list[str]] = {}
     for name in class_names:
-        groups.setdefault(" ".join(name.replace("_", " ").lower().split()), []).append(name)
+        groups.setdefault(spelled(name), []).append(name)
     several = [names for names in groups.values() if len(names) > 1]
     shown = [", ".join(repr(name[:80]) for name in names) for names in several[:_SHOWN]]
     listed = "; ".join([*shown, *(["…"] if len(several) > _SHOWN else [])])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from backbones import backbone, shared_backbone
 
+from vlmadapters.cli.train import _tell_precision
 from vlmadapters.data.task import Task
 from vlmadapters.files import (
     load_method,
@@ -127,6 +128,31 @@ def test_another_backbone_or_placement_is_refused_with_both_sides(tmp_path: Path
     wide = shared_backbone("depths differ")
     with pytest.raises(UserError, match="has shape|blocks"):
         load_official(theirs, wide)
+
+
+def test_images_prepared_otherwise_than_in_the_training_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights are the same; accuracy was ten points off, without a word."""
+    model = replace(shared_backbone(), preprocess_config={"mean": [0, 0, 0], "std": [1, 1, 1]})
+    adapter = new_adapter(model.clip, CONFIG)
+    path = save_method(tmp_path / "a", adapter, model, provenance={"model": model.identity()})
+    load_method(path, model)
+    assert not caplog.messages
+    load_method(path, replace(model, preprocess_config={**model.preprocess_config, "std": [1, 2]}))
+    assert "prepared otherwise (std " in caplog.text and "[1, 2] now" in caplog.text
+
+
+def test_another_precision_than_in_the_training_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shared_backbone()
+    adapter = new_adapter(model.clip, CONFIG)
+    path = save_method(tmp_path / "a", adapter, model, provenance={"precision": "bf16"})
+    _tell_precision([path, tmp_path / "theirs.pth.tar"], "bf16")
+    assert not caplog.messages
+    _tell_precision([path], "fp32")
+    assert "in bf16, and is tested in fp32 here; --precision bf16" in caplog.text
 
 
 @pytest.mark.parametrize(

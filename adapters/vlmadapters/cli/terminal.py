@@ -13,6 +13,10 @@ from vlmlayers.words import WIDTH
 LABEL, CELL = 38, 14  # of WIDTH
 METRICS = {"base": "base", "novel": "novel", "hm": "HM", "all": "all classes"}
 FLAG = "inconsistent as printed"  # of a published number that others of its table contradict
+SHARED = (
+    "seconds compare no methods: the first one decodes images that the others find, and what "
+    "trains side by side shares them"
+)
 RANDOM = "The backbone has RANDOM weights: these numbers say nothing about a model."
 
 
@@ -101,6 +105,9 @@ def _costs(trained: pd.DataFrame) -> list[str]:
     for name, rows in trained.groupby("name", sort=False):
         cost = f"{int(rows['parameters'].iloc[0]):12,}{rows['seconds'].mean():12.1f}"
         lines.append(_padded(f"  {name}", cost))
+    if len(lines) > 3:
+        # Of a run as it was; `benchmarks/methods.py` times each by itself.
+        lines += textwrap.wrap(SHARED, WIDTH)
     return lines
 
 

@@ -234,6 +234,7 @@ def evaluate(
         **dict(options),
     )
     typer.echo(_text(table))
+    _tell_precision(files, str(table["precision"].iloc[0]))
     if out is not None:
         write_csv(out, table)
         typer.echo(f"results {out}")
@@ -283,6 +284,17 @@ def _read(
     if not places and depths_of(model) is None:
         return made, placed
     return made, [one.changed({}, {"pairs": pairs}) for one in placed]
+
+
+def _tell_precision(files: list[Path], now: str) -> None:
+    """Warn of adapters that were tested in another precision where they were trained."""
+    from vlmadapters.files import read_info
+
+    for path in files:
+        then = read_info(path).provenance.get("precision", now) if path.suffix == OURS else now
+        if then != now:
+            LOG.warning("%s was trained and tested in %s, and is tested in %s here; --precision %s "
+                        "does as its training", path, then, now, then)  # fmt: skip
 
 
 def _template(given: str | None, files: list[Path]) -> str:

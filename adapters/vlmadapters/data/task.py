@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Self
 
 from vlmadapters.data.fewshot import base_or_novel, few_shot, kind_labels
@@ -17,7 +17,8 @@ from vlmlayers.errors import UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample
-from vlmlayers.prompts import TEMPLATE, class_prompts
+from vlmlayers.prompts import TEMPLATE, class_prompts, spelled
+from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 Draw = tuple[int, int, str, str]  # shots, seed, kind, split
@@ -26,14 +27,37 @@ Draw = tuple[int, int, str, str]  # shots, seed, kind, split
 def places(names: Sequence[str], among: Sequence[str]) -> list[int]:
     """Return the index of each name among others, -1 where it is missing.
 
-    Two classes may have the same name; they are told apart by their order.
+    Names of one prompt are one name, as `blue_circle` and `Blue circle` of two folders. Two classes
+    may have the same name; they are told apart by their order.
     """
     own = {name: number for number, name in enumerate(_numbered(among))}
     return [own.get(name, -1) for name in _numbered(names)]
 
 
 def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
-    return [(name, names[:index].count(name)) for index, name in enumerate(names)]
+    seen: Counter[str] = Counter()
+    found = []
+    for name in map(spelled, names):
+        found.append((name, seen[name]))
+        seen[name] += 1
+    return found
+
+
+def trained_places(names: Sequence[str], trained: Sequence[str], title: str) -> list[int]:
+    """Return `places` among the classes that a method was trained on; warn where some are none."""
+    found = places(names, trained)
+    if missing := [name for name, place in zip(names, found) if place < 0]:
+        _tell_untrained(title, len(missing), len(names), missing[0])
+    return found
+
+
+@cache
+def _tell_untrained(title: str, missing: int, count: int, first: str) -> None:
+    """Say it once, where every test of every seed prepares the same classes."""
+    LOG.warning(
+        "%s: %d of %s, such as %r, are none that it was trained on; it scores these as zero-shot "
+        "CLIP does", title, missing, counted(count, "class"), first,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

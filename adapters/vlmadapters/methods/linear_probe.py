@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import scaled_cosines, single
-from vlmadapters.data.task import Task, places
+from vlmadapters.data.task import Task, trained_places
 from vlmadapters.methods.base import FitData, Method
 from vlmadapters.methods.head_configs import LinearProbeConfig
 from vlmlayers.errors import UserError
@@ -64,7 +64,7 @@ class LinearProbe(Method):
     def prepare(self, backbone: Backbone, task: Task) -> ProbedClasses:
         """Return features of hand-made prompts, and which of the probe's classes these are."""
         features = backbone.text_features(task.prompts(task.hand_made))
-        rows = places(task.class_names, self.class_names)
+        rows = trained_places(task.class_names, self.class_names, self.config.title)
         return ProbedClasses(features, torch.tensor(rows, device=features.device))
 
     def class_features(self, backbone: Backbone, classes: ProbedClasses) -> ProbedClasses:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import single
-from vlmadapters.data.task import Task, places
+from vlmadapters.data.task import Task, trained_places
 from vlmadapters.methods.base import FitData, Method
 from vlmadapters.methods.head_configs import TipConfig, TipFConfig
 
@@ -80,7 +80,7 @@ class Tip(Method):
         templates = self.config.templates or (task.hand_made,)
         made = torch.stack([backbone.text_features(task.prompts(one)) for one in templates])
         weights = F.normalize(F.normalize(single(made), dim=-1).mean(0), dim=-1)
-        columns = places(task.class_names, self.class_names)
+        columns = trained_places(task.class_names, self.class_names, self.config.title)
         return CachedClasses(weights, torch.tensor(columns, device=weights.device))
 
     def class_features(self, backbone: Backbone, classes: CachedClasses) -> CachedClasses:

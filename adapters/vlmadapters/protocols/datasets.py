@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vlmadapters.data.images import Images, as_first_seen
 from vlmadapters.data.options import DataOptions
-from vlmadapters.data.task import TaskData
+from vlmadapters.data.task import TaskData, places
 from vlmadapters.protocols.table import Protocol
 from vlmadapters.protocols.trained import Target
 from vlmadapters.training import processes
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest, distinct
+
+LOG = logging.getLogger(__name__)
 
 
 class Datasets:
@@ -69,6 +72,18 @@ class Datasets:
             self[source].check(self.protocol.train_kind, "train")
             for target in self.tested(source):
                 target.dataset.check(target.kind, target.split)
+                if self.protocol.same_classes:
+                    self._tell_other_classes(self[source], target.dataset)
+
+    def _tell_other_classes(self, source: TaskData, target: TaskData) -> None:
+        """Warn of classes of a shifted test set that the source has not."""
+        found = places(target.class_names, source.class_names)
+        if others := [name for name, place in zip(target.class_names, found) if place < 0]:
+            LOG.warning(
+                "%d of the %d classes of %s, such as %r, are none of %s, whose shift it is to be; "
+                "use cross-dataset for other classes", len(others), len(found),
+                target.manifest.name, others[0], source.manifest.name,
+            )  # fmt: skip
 
     def own_test(self, source: str, *, readable: bool = True) -> list[Item]:
         """Return what a training on a source is tested on there, of several processes this one's.

@@ -18,12 +18,14 @@ class Protocol:
         train_kind: Classes that are trained: `base` or `all`.
         own_kinds: Halves of the source's own test set that are evaluated.
         transfer: Whether other datasets are tested, all classes of each.
+        same_classes: Whether these are to have no class that the source has not.
     """
 
     name: str
     train_kind: str
     own_kinds: tuple[str, ...]
     transfer: bool = False
+    same_classes: bool = False
 
 
 # The last two differ in their targets alone, and are reported in different tables.
@@ -33,7 +35,7 @@ PROTOCOLS = {
         Protocol("base-to-novel", "base", ("base", "novel")),
         Protocol("few-shot", "all", ("all",)),
         Protocol("cross-dataset", "all", ("all",), transfer=True),
-        Protocol("domain-generalization", "all", ("all",), transfer=True),
+        Protocol("domain-generalization", "all", ("all",), transfer=True, same_classes=True),
     )
 }
 

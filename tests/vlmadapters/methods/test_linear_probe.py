@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.data.task import Task
+from vlmadapters.data.task import Task, places
 from vlmadapters.files import load_method, save_method
 from vlmadapters.methods.base import FitData
 from vlmadapters.methods.head_configs import LinearProbeConfig
@@ -82,6 +82,20 @@ def test_some_of_the_classes_keep_their_logits_in_any_order() -> None:
     whole = method.logits(backbone, features(), classes)
     found = method.logits(backbone, features(), some)
     torch.testing.assert_close(found, whole[:, [2, 0]])
+
+
+def test_classes_of_one_prompt_are_one_class(caplog: pytest.LogCaptureFixture) -> None:
+    """A shifted set whose folders have underscores was answered as by zero-shot CLIP, unsaid."""
+    method, backbone, _ = fitted()
+    here = [name.upper().replace(" ", "_") for name in TASK.class_names]
+    assert method.prepare(backbone, Task(tuple(here))).rows.tolist() == list(range(len(here)))
+    assert not caplog.messages
+    others = ("walrus", TASK.class_names[0])
+    for _ in range(2):
+        assert method.prepare(backbone, Task(others)).rows.tolist() == [-1, 0]
+    (told,) = caplog.messages
+    assert "linear probe: 1 of 2 classes, such as 'walrus', are none that it was trained" in told
+    assert places(["Crane", "crane", "crane"], ["crane", "crane"]) == [0, 1, -1]
 
 
 def test_a_task_with_another_class_is_told_by_zero_shot_clip() -> None:

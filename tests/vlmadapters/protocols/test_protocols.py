@@ -404,7 +404,7 @@ def test_datasets_that_others_work_on_come_last_and_the_table_is_the_same(
     assert order == [(name, seed) for name in (*names[1:], names[0]) for seed in (1, 2)]
 
 
-def test_transfer_tests_every_class_of_every_target() -> None:
+def test_transfer_tests_every_class_of_every_target(caplog: pytest.LogCaptureFixture) -> None:
     targets = ["shapes_outline", "textures"]
     for protocol in ("cross-dataset", "domain-generalization"):
         found = train(shared_backbone(), "shapes_filled", RECIPE, protocol=protocol,
@@ -413,6 +413,11 @@ def test_transfer_tests_every_class_of_every_target() -> None:
         assert list(trained.dataset) == ["shapes_filled", *targets]
         assert set(trained.source) == {"shapes_filled"}
         assert set(trained.split_kind) == {"all"}
+        told = [one for one in caplog.messages if "whose shift it is to be" in one]
+        # The classes of `shapes_outline` are those of the source, those of `textures` are not.
+        assert [one.split(", such")[0].split(" of ")[-1] for one in told] == (
+            ["textures"] if protocol == "domain-generalization" else []
+        )
     summary = summarise(found)
     # Zero-shot CLIP, which was trained on nothing, is averaged over the same targets.
     for method in ("MMA", *ZERO_SHOT_METHODS):
