@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmlayers.report.numbers import Answer, join
@@ -10,6 +10,9 @@ from vlmlayers.scores import ScoreOptions
 from vlmlayers.scores.summaries import dataset_names
 
 ALIKE = "All runs saw the same items of the same datasets, scored and chosen with the same options."
+# What tells trainings apart: of a recipe what is set most, and what stands beside it.
+TRAINED_BY = ("method", "datasets", "seeds", "shots", "limit", "comparison")
+RECIPE = ("lr", "epochs", "batch_size")
 # Options that change no number, or that have a row of their own among what differs.
 ASIDE = {"batch_size", "workers", "device", "precision", "skip_unreadable", "present_only"}
 
@@ -24,6 +27,7 @@ def comparability(runs: Sequence[tuple[str, Answer]]) -> list[str]:
         Sentences. Empty where the runs do not say enough of how they were made.
     """
     found = [*_datasets(runs), *_items(runs), *(f"{one}." for one in option_differences(runs))]
+    found += _trainings(runs)
     known = all(
         {"score", "select"} <= set(answer.stages) and answer.provenance.get("datasets")
         for _, answer in runs
@@ -52,6 +56,32 @@ def _items(runs: Sequence[tuple[str, Answer]]) -> list[str]:
                 hashes.setdefault(dataset, set()).add(str(one["items_hash"]))
     other = sorted(dataset for dataset, seen in hashes.items() if len(seen) > 1)
     return [f"The runs saw different items of {join(other)}."] if other else []
+
+
+def _trainings(runs: Sequence[tuple[str, Answer]]) -> list[str]:
+    """Return how the trainings of runs differ, whose harmonic means stand side by side."""
+    told = {
+        name: _training(answer.run.read("validation.json"))
+        for name, answer in runs
+        if answer.validation is not None
+    }
+    parts = []
+    for key in dict.fromkeys(key for one in told.values() for key in one):
+        values = {name: str(one.get(key, "not given")) for name, one in told.items()}
+        if len(set(values.values())) > 1:
+            parts.append(f"{key} {', '.join(f'{value} in {one}' for one, value in values.items())}")
+    if not parts:
+        return []
+    return [f"Trained harmonic means do not compare: {'; '.join(parts)}."]
+
+
+def _training(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the accuracies of a validation depend on besides model and placement."""
+    found = {key: notes[key] for key in TRAINED_BY if key in notes}
+    if isinstance(found.get("datasets"), list):
+        found["datasets"] = join(found["datasets"])
+    recipe = notes.get("recipe", {})
+    return found | {key: recipe[key] for key in RECIPE if key in recipe}
 
 
 def option_differences(runs: Sequence[tuple[str, Answer]]) -> list[str]:

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -607,6 +608,24 @@ def test_a_comparison_says_what_stands_against_it(tmp_path: Path) -> None:
     page = Page(write_comparison([one.folder, two.folder], tmp_path / "both").read_text())
     assert "The datasets differ" in " ".join(page.words)
     assert "The datasets differ" in (tmp_path / "both" / "report.md").read_text()
+
+
+def test_trainings_that_differ_are_told_beside_their_means(validated: Run, tmp_path: Path) -> None:
+    """Of other methods, shots and datasets they stood in one column, and all was called alike."""
+    runs = [tmp_path / name for name in ("one", "two")]
+    for folder in runs:
+        shutil.copytree(validated.folder, folder)
+
+    def said() -> list[str]:
+        return comparability([(folder.name, read_answer(folder)) for folder in runs])
+
+    before = read_json(runs[1] / "validation.json")
+    assert not any("Trained harmonic means" in one for one in said())
+    other = {"method": "maple", "shots": 99, "recipe": {**before.get("recipe", {}), "lr": 7.0}}
+    write_json(runs[1] / "validation.json", {**before, **other})
+    (told,) = [one for one in said() if one.startswith("Trained harmonic means do not compare: ")]
+    assert "maple in two" in told and "99 in two" in told and "lr " in told and "7.0 in two" in told
+    assert "limit" not in told
 
 
 def test_no_markup_of_another_language_is_shown(random_run: Run) -> None:
