@@ -19,8 +19,9 @@ from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import TOWERS
+from vlmlayers.prompts import spelled
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
-from vlmlayers.scores.parts import balanced_rows, fold_name
+from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.scoring import Point, Scoring, chosen_positions
 
@@ -139,7 +140,7 @@ def _class_keys(member: LayerFeatures, labels: Labels) -> list[Hashable]:
     found: list[Hashable] = []
     for label in labels.tolist():
         named = bool(member.class_names) and label >= 0
-        key = fold_name(member.class_names[label]) if named else (id(member), label)
+        key = spelled(member.class_names[label]) if named else (id(member), label)
         found.append((key, seen[key]))
         seen[key] += 1
     return found

@@ -14,11 +14,6 @@ from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Labels
 
 
-def fold_name(name: str) -> str:
-    """Return a class name as names of several datasets are compared: without case and margins."""
-    return name.casefold().strip()
-
-
 def balanced_rows(labels: Labels, n: int, rng: np.random.Generator) -> Labels:
     """Return n row numbers, ascending, as evenly spread over the labels as possible."""
     labels = np.asarray(labels)

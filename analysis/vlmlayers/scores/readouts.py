@@ -16,8 +16,9 @@ from vlmlayers.metrics.intervals import mean_share_draws, percentile, wilson
 from vlmlayers.metrics.readouts import SIDE_BY_SIDE
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.positions import TOWERS
+from vlmlayers.prompts import spelled
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
-from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds, fold_name
+from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.scoring import Point, Scoring, Source
 from vlmlayers.words import counted
@@ -125,7 +126,7 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
         for row in chosen:
             # Captions of no class are dealt by their image.
             names = member.class_names
-            name = fold_name(names[features.labels[row]]) if names else ""
+            name = spelled(names[features.labels[row]]) if names else ""
             together: Any = (number, int(row))
             if by_class:
                 # A prompt of a class must not lie on both sides of the split.
@@ -134,7 +135,7 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
                 together = (number, int(features.pairs[row]))
             strata.append(number)
             groups.append(together)
-            texts.append((name, fold_name(features.ids[row])))
+            texts.append((name, spelled(features.ids[row])))
             order.append(name)
     fewest = min(len({g for s, g in zip(strata, groups) if s == i}) for i in range(len(sources)))
     folds = min(options.folds, fewest)

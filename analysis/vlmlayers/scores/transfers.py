@@ -10,12 +10,12 @@ from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.transfer import WithinScatter
+from vlmlayers.prompts import spelled
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import (
     balanced_rows,
     deal,
     evaluated_folds,
-    fold_name,
     shots_and_queries,
 )
 from vlmlayers.scores.reading import POOLED
@@ -101,7 +101,7 @@ def families(sources: list[Source]) -> list[tuple[list[Source], list[str]]]:
     """
     found: list[tuple[list[Source], set[str]]] = []
     for source in sources:
-        names = {fold_name(name) for name in source[0].class_names}
+        names = {spelled(name) for name in source[0].class_names}
         for number, (members, shared) in enumerate(found):
             common = shared & names
             if len(common) >= max(4, (min(len(shared), len(names)) + 1) // 2):
@@ -176,7 +176,7 @@ def _style_split(
 def _shared_rows(source: Source, shared: list[str]) -> tuple[Labels, Labels]:
     """Return rows of shared classes and their number in the family's own numbering."""
     number = {name: i for i, name in enumerate(shared)}
-    by_label = np.array([number.get(fold_name(name), -1) for name in source[0].class_names])
+    by_label = np.array([number.get(spelled(name), -1) for name in source[0].class_names])
     labels = by_label[source[1].labels]
     rows = np.flatnonzero(labels >= 0)
     return rows, labels[rows]

@@ -283,7 +283,9 @@ def test_a_class_name_of_two_datasets_is_one_row_of_pooled_agreement() -> None:
     rng = np.random.default_rng(0)
     vision, text = rng.normal(size=(16, 24)), rng.normal(size=(16, 16))
     noise = rng.normal(scale=0.1, size=(2, 16, 24))
-    pair = [towers_of(f"d{i}", "same", vision + noise[i], text) for i in range(2)]
+    # By what prompts read of it, which folders may spell in two ways.
+    pair = [towers_of(f"d{i}", spelt, vision + noise[i], text)
+            for i, spelt in enumerate(("same kind", "Same_kind"))]  # fmt: skip
     table = score(pair, ["cka_debiased"], **{**QUICK, "permutations": 199})
     pooled = agreement_of(table, "*")
     assert pooled.n == 16 and p_of(pooled) > 0.05
