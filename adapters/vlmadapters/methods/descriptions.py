@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlmlayers.errors import UserError
 from vlmlayers.files import checksum, read_json
+from vlmlayers.prompts import spelled
 
 
 def with_hash(where: str) -> str:
@@ -23,11 +24,6 @@ def with_hash(where: str) -> str:
 def described_in(where: str) -> Path:
     """Return the file of descriptions that a name stands for, without the hash that may follow."""
     return Path(where.partition("#")[0])
-
-
-def spelled(name: str) -> str:
-    """Return a class name as descriptions are looked up by: lower case, underscores as spaces."""
-    return name.replace("_", " ").lower()
 
 
 def read_descriptions(where: str) -> dict[str, tuple[str, ...]]:

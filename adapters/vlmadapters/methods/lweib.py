@@ -27,11 +27,11 @@ from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.deep_configs import LwEIBConfig
-from vlmadapters.methods.descriptions import read_descriptions, spelled
+from vlmadapters.methods.descriptions import read_descriptions
 from vlmadapters.methods.official import check_keys, check_settings, is_prompt
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import placed
-from vlmlayers.prompts import class_prompts
+from vlmlayers.prompts import class_prompts, spelled
 
 LOG = logging.getLogger(__name__)
 ADAPTERS = {"text": "text_adapter", "vision": "visual_adapter"}
