@@ -15,7 +15,7 @@ Folders = Path | Sequence[Path]
 TEXT_COLUMNS = (
     "model", "weights", "dataset", "split", "tower", "position", "space", "pooling", "metric",
     "other_tower", "other_position", "options", "protocol", "method", "source", "split_kind",
-    "placement", "settings", "recipe", "flag", "note", "benchmark",
+    "placement", "settings", "recipe", "template", "flag", "note", "benchmark",
 )  # fmt: skip
 # What a validation computes from its cells and writes beside them.
 DERIVED = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from vlmlayers.figures.inputs import Folders
 from vlmlayers.figures.published import (
     AVERAGE,
+    BETWEEN,
     Numbers,
     as_numbers,
     own_accuracies,
@@ -16,7 +17,7 @@ from vlmlayers.figures.published import (
     published,
     source_column,
 )
-from vlmlayers.figures.render import PaperTable
+from vlmlayers.figures.render import DAGGER, PaperTable
 
 METRIC_NAMES = {"base": "Base", "novel": "Novel", "hm": "HM"}
 OWN_NOTE = (
@@ -159,7 +160,17 @@ def _title(dataset: str) -> str:
 
 
 def _notes(own: Numbers) -> tuple[str, ...]:
-    return (OWN_NOTE,) if own else ()
+    """Return what stands under a table with own runs: of each setting all remarks in one line."""
+    if not own:
+        return ()
+    remarks: dict[str, list[str]] = {}
+    for (setting, _, _), cell in own.items():
+        remarks.setdefault(setting, []).extend(filter(None, cell.note.split(BETWEEN)))
+    marked = (
+        f"{DAGGER} {setting}: {BETWEEN.join(_unique(found))}."
+        for setting, found in remarks.items() if found
+    )  # fmt: skip
+    return (OWN_NOTE, *marked)
 
 
 def _unique(names: Iterable[str]) -> list[str]:

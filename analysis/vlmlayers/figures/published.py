@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -25,7 +27,10 @@ RESULT_COLUMNS = (
     "protocol", "method", "model", "weights", "dataset", "source", "split_kind", "placement",
     "shots", "seed", "accuracy",
 )  # fmt: skip
-ADDED = ("settings", "recipe")  # which tables lack that were written before these were recorded
+# What tables lack that were written before these were recorded.
+ADDED = ("settings", "recipe", "template")
+OWN_TEMPLATE = "dataset template"  # how the methods end that take each dataset's own
+REMARK, BETWEEN = "with a remark", " · "  # the flag of an own cell, and between its remarks
 Numbers = dict[tuple[str, str, str], TableCell]
 
 
@@ -76,9 +81,11 @@ def own_results(protocol: str, folders: Folders, source: str = "") -> pd.DataFra
     kept = kept.assign(run=kept.run.where(apart, "")).drop_duplicates([*cell, "run"])
     settings = [_setting(row, source) for row in kept.to_dict("records")]
     setting = pd.Series(settings, kept.index, dtype=str)
+    # With a template of each dataset's own, several of them are one setting.
+    chosen = kept.assign(template=kept.template.mask(kept.method.str.endswith(OWN_TEMPLATE), ""))
     for name in ADDED:
-        several = kept.groupby(["model", "weights", "method"])[name].transform("nunique") > 1
-        setting += (", " + kept[name]).where(several & (kept[name] != ""), "")
+        several = chosen.groupby(["model", "weights", "method"])[name].transform("nunique") > 1
+        setting += (", " + chosen[name]).where(several & (chosen[name] != ""), "")
     return kept.assign(setting=setting + kept["run"])
 
 
@@ -108,17 +115,20 @@ def own_base_to_novel(results: pd.DataFrame, datasets: Iterable[str]) -> Numbers
         datasets: The published datasets, in their published spelling.
     """
     spelling = {dataset_key(name): name for name in datasets}
+    titles = [spelling.get(dataset_key(name), name) for name in results.dataset]
     numbers: Numbers = {}
-    for setting, runs in results.groupby("setting", sort=False):
-        halves = _by_seed(runs, spelling, ["split_kind"]).unstack("split_kind")
+    for setting, runs in results.assign(dataset=titles).groupby("setting", sort=False):
+        halves = _by_seed(runs, spelling.values(), ["split_kind"]).unstack("split_kind")
         if not {"base", "novel"} <= set(halves.columns):
             continue
         halves = halves[["base", "novel"]].dropna()
         halves["hm"] = [harmonic_mean(base, novel) for base, novel in halves.to_numpy()]
+        remarks = _remarks(runs, spelling.values())
         for dataset, seeds in halves.groupby(level="dataset", sort=False):
-            cells = {metric: _cell(seeds[metric]) for metric in ("base", "novel", "hm")}
+            note = remarks.get(str(dataset), "")
+            cells = {metric: _cell(seeds[metric], note) for metric in ("base", "novel", "hm")}
             means = harmonic_mean(seeds.base.mean(), seeds.novel.mean())
-            cells["hm"] = TableCell(means, cells["hm"].sd, len(seeds), source="own runs")
+            cells["hm"] = replace(cells["hm"], value=means)
             numbers |= {(str(setting), str(dataset), key): cell for key, cell in cells.items()}
     return numbers
 
@@ -140,21 +150,58 @@ def own_accuracies(results: pd.DataFrame, targets: Iterable[str], source: str) -
         columns.append(source_column(name) if within else name)
     numbers: Numbers = {}
     for setting, runs in results.assign(dataset=columns).groupby("setting", sort=False):
-        for dataset, seeds in _by_seed(runs, spelling, []).groupby(level="dataset", sort=False):
-            numbers[str(setting), str(dataset), "accuracy"] = _cell(seeds)
+        remarks = _remarks(runs, spelling.values())
+        for dataset, seeds in _by_seed(runs, spelling.values(), []).groupby(
+            level="dataset", sort=False
+        ):
+            cell = _cell(seeds, remarks.get(str(dataset), ""))
+            numbers[str(setting), str(dataset), "accuracy"] = cell
     return numbers
 
 
-def _by_seed(runs: pd.DataFrame, averaged: dict[str, str], extra: list[str]) -> pd.Series:
+def _by_seed(runs: pd.DataFrame, averaged: Collection[str], extra: list[str]) -> pd.Series:
     """Return accuracy by (dataset, seed, *extra), with an average where all datasets are there."""
-    runs = runs.assign(dataset=[averaged.get(dataset_key(name), name) for name in runs.dataset])
     values = runs.groupby(["dataset", "seed", *extra], sort=False).accuracy.mean()
-    among = values[values.index.get_level_values("dataset").isin(averaged.values())]
+    among = values[values.index.get_level_values("dataset").isin(averaged)]
     groups = among.groupby(level=["seed", *extra])
     complete = groups.mean()[groups.size() == len(averaged)]
     return pd.concat([values, pd.concat({AVERAGE: complete}, names=["dataset"])])
 
 
-def _cell(seeds: pd.Series) -> TableCell:
+def _remarks(runs: pd.DataFrame, averaged: Iterable[str]) -> dict[str, str]:
+    """Return what a reader must know of a setting's cells, by dataset and for the average.
+
+    That they are of other test images than the published ones shows in their number: of a part, of
+    another split, or of a folder that has a published dataset's name only.
+    """
+    sizes, remarks = _published_sizes(), dict[str, str]()
+    for dataset, part in runs.groupby("dataset", sort=False):
+        found = []
+        published = sizes.get(dataset_key(str(dataset).removesuffix(source_column(""))))
+        if published and "n" in part:
+            tested = part.groupby(["seed", "source"]).n.sum()
+            if other := sorted({int(n) for n in tested if n != published}):
+                counts = " or ".join(f"{n:,}" for n in other)
+                found.append(f"tested on {counts} images, the published split has {published:,}")
+        if "note" in part:
+            found += [note for note in dict.fromkeys(part.note) if note]
+        if found:
+            remarks[str(dataset)] = f"{dataset}: {', '.join(found)}"
+    if among := [remarks[name] for name in averaged if name in remarks]:
+        remarks[AVERAGE] = BETWEEN.join(among)
+    return remarks
+
+
+def _published_sizes() -> dict[str, int]:
+    """Return how many test images the published split of each shipped dataset has."""
+    found = [tomllib.loads(p.read_text()) for p in shipped("data_manifests").glob("*.toml")]
+    return {
+        dataset_key(one["title"]): one["counts"]["test"]
+        for one in found if "test" in one.get("counts", {})
+    }  # fmt: skip
+
+
+def _cell(seeds: pd.Series, note: str) -> TableCell:
     spread = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
-    return TableCell(float(seeds.mean()), spread, len(seeds), source="own runs")
+    flag = REMARK if note else ""
+    return TableCell(float(seeds.mean()), spread, len(seeds), flag, note, source="own runs")

@@ -18,7 +18,7 @@ LATEX = {
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$",
     "→": r"$\rightarrow$", "–": "--", "…": r"\ldots{}", "†": r"\textsuperscript{\dag}",
-    "τ": r"$\tau$", "×": r"$\times$",
+    "τ": r"$\tau$", "·": r"$\cdot$", "×": r"$\times$",
 }  # fmt: skip
 
 
@@ -35,8 +35,8 @@ class TableCell:
         value: The number, or None where nothing was published or run.
         sd: Standard deviation over seeds of an own run.
         seeds: Number of seeds behind `value`; 0 for a published number.
-        flag: What is wrong with the number as printed; the cell carries a dagger.
-        note: The words under the table that explain the flag.
+        flag: What is wrong with the number; the cell carries a dagger.
+        note: The words under the table that explain the flag; `notes` has those of own runs.
         source: Where the number was read.
     """
 
@@ -83,11 +83,12 @@ class PaperTable:
         return self.cells.get((row, column), TableCell())
 
     def footnotes(self) -> list[str]:
-        """Return the words under the table; those of flagged cells name their place."""
+        """Return the words under the table; those of flagged published cells name their place."""
         flagged = [
             f"{DAGGER} {', '.join([*row, column])}: "
-            f"{self.cell(row, column).flag}. {self.cell(row, column).note}."
-            for row in self.rows for column in self.columns if self.cell(row, column).flag
+            f"{cell.flag}. {cell.note}."
+            for row in self.rows for column in self.columns
+            if (cell := self.cell(row, column)).flag and not cell.seeds
         ]  # fmt: skip
         return flagged + list(self.notes)
 

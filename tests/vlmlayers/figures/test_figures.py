@@ -39,6 +39,15 @@ MANIFEST_NAMES = (
 )  # fmt: skip
 
 
+# Test images of the published splits, of one half where they are two.
+SIZES = dict(
+    zip(
+        MANIFEST_NAMES,
+        (50000, 2465, 3669, 8041, 2463, 30300, 3333, 19850, 1692, 8100, 3783),
+    )
+)
+
+
 @pytest.fixture
 def published(repository: Path) -> Path:
     return repository / "figures" / "tables"
@@ -226,11 +235,13 @@ def results(settings: dict[str, float], datasets: tuple[str, ...], seeds: int = 
         for number, dataset in enumerate(datasets):
             for seed in range(1, seeds + 1):
                 for half, start in (("base", 0.60), ("novel", 0.50)):
+                    size, odd = divmod(SIZES.get(dataset, 100), 2)
                     rows.append({
                         "protocol": "base-to-novel", "method": method, "model": "ViT-B-16",
                         "weights": "openai", "dataset": dataset, "source": dataset,
                         "split_kind": half, "placement": "v5-12,t5-12", "shots": 16, "seed": seed,
-                        "accuracy": start + shift + number / 100 + seed / 1000, "n": 100,
+                        "accuracy": start + shift + number / 100 + seed / 1000,
+                        "n": size + odd * (half == "base"),
                     })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -370,6 +381,61 @@ def test_runs_that_disagree_on_a_cell_are_settings_of_their_own(
     assert seeds("first", "more") == {setting: 3}
     named = {name: f"{setting}, {inputs.short(tmp_path / name)}" for name in runs}
     assert seeds("more", "other") == {named["more"]: 2, named["other"]: 1}
+
+
+def test_zero_shot_rows_of_two_templates_have_no_common_mean(
+    published: Path, tmp_path: Path
+) -> None:
+    """With each dataset's own template they have."""
+    kinds = {"zero-shot CLIP": "a {}.", "zero-shot CLIP, dataset template": "a leaf: {}."}
+    for name, dataset in (("one", "eurosat"), ("two", "describable_textures")):
+        rows = results(dict.fromkeys(kinds, 0.0), (dataset,), seeds=1)
+        rows = rows.assign(placement="", shots=0, seed=-1, source="")
+        rows["template"] = [kinds[method] if name == "one" else "{}?" for method in rows.method]
+        (tmp_path / name).mkdir()
+        rows.to_csv(tmp_path / name / "results.csv", index=False)
+    table = paper_tables.base_to_novel([tmp_path / "one", tmp_path / "two", published])
+    assert [column for column in table.columns if column.startswith("own")] == [
+        "own: zero-shot CLIP, ViT-B-16 (openai), a {}.",
+        "own: zero-shot CLIP, dataset template, ViT-B-16 (openai)",
+        "own: zero-shot CLIP, ViT-B-16 (openai), {}?",
+    ]
+
+
+def test_own_cells_of_other_images_or_with_a_note_are_marked(
+    published: Path, tmp_path: Path
+) -> None:
+    """A folder that has a published dataset's name only, or a part of one, is no equal of it."""
+    rows = results({"mma": 0.0}, MANIFEST_NAMES).assign(note="")
+    rows.loc[rows.dataset == "eurosat", "n"] = 20
+    rows.loc[(rows.dataset == "sun397") & (rows.seed == 1), "note"] = "changed nothing: raise lr"
+    rows.to_csv(tmp_path / "results.csv", index=False)
+    table = paper_tables.base_to_novel([tmp_path, published])
+    own = table.columns[-1]
+    marked = {row[0] for row in table.rows if table.cell(row, own).flag}
+    assert marked == {"EuroSAT", "SUN397", "Average"}
+    remarks = [
+        "EuroSAT: tested on 40 images, the published split has 8,100",
+        "SUN397: changed nothing: raise lr",
+    ]
+
+    def under(table: render.PaperTable, own: str) -> list[str]:
+        last = table.footnotes()[-1]
+        assert last.startswith(f"† {own}: ") and last.endswith(".")
+        return sorted(last.removeprefix(f"† {own}: ")[:-1].split(" · "))
+
+    assert under(table, own) == remarks
+    assert not any(own in note for note in table.footnotes()[:-1])
+    averages = paper_tables.averages([tmp_path, published])
+    assert averages.cell((own,), "HM").flag and under(averages, own) == remarks
+    moved = rows[rows.split_kind == "base"].assign(protocol="cross-dataset", split_kind="all")
+    moved = moved.assign(source="imagenet", n=rows.dataset.map(SIZES).where(rows.n != 20, 40))
+    moved.to_csv(tmp_path / "results.csv", index=False)
+    table = paper_tables.cross_dataset([tmp_path, published])
+    assert under(table, *table.rows[-1]) == remarks
+    assert [c for c in table.columns if table.cell(table.rows[-1], c).flag] == [
+        "SUN397", "EuroSAT", "Average",
+    ]  # fmt: skip
 
 
 def test_a_results_table_without_its_columns_is_refused(published: Path, tmp_path: Path) -> None:
