@@ -49,7 +49,7 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     """
     if "origin" not in summary:
         summary = summary.assign(origin="ours")
-    summary = summary.assign(name=names(summary))
+    summary = summary.assign(name=names(summary), trained=names(summary))
     sources = summary.groupby(["dataset", "name", "model"], sort=False)["source"]
     several = summary["name"] + ", from " + summary["source"].astype(str)
     summary["name"] = summary["name"].where(sources.transform("nunique") <= 1, several)
@@ -102,7 +102,8 @@ def _costs(trained: pd.DataFrame) -> list[str]:
     if trained.empty:
         return []
     lines = ["", _padded("one training", f"{'parameters':>12}{'seconds':>12}")]
-    for name, rows in trained.groupby("name", sort=False):
+    # Transfers from several sources are one line: what is trained is the same.
+    for name, rows in trained.groupby("trained", sort=False):
         cost = f"{int(rows['parameters'].iloc[0]):12,}{rows['seconds'].mean():12.1f}"
         lines.append(_padded(f"  {name}", cost))
     if len(lines) > 3:

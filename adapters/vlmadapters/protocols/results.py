@@ -135,7 +135,8 @@ def summarise(results: Results) -> pd.DataFrame:
     The harmonic mean of a dataset is that of its mean base and novel accuracy, its sd that of the
     seeds' harmonic means. The row `average` holds means over datasets of the seeds that have all
     of them, and is left out where none has; its harmonic mean is that of the averages. Datasets
-    that any row of the protocol was trained on are left out of averages over targets.
+    that any row of the protocol was trained on are left out of averages over targets. Where
+    averages of a protocol are over unlike datasets, as of joined tables, each notes which.
 
     Args:
         results: A results table.
@@ -167,7 +168,11 @@ def summarise(results: Results) -> pd.DataFrame:
         trained = set(table.loc[table["protocol"] == head["protocol"], "source"])
         cost = {"parameters": int(part["parameters"].max()), "seconds": part["seconds"].mean()}
         rows += [head | row | cost for row in _datasets(part, trained)]
-    return pd.DataFrame(rows)
+    summary = pd.DataFrame(rows)
+    averages = summary.loc[summary["dataset"] == "average"]
+    alike = averages.groupby("protocol")["note"].transform("nunique") == 1
+    summary.loc[alike.index[alike], "note"] = ""
+    return summary
 
 
 def _comparable_source(results: pd.DataFrame) -> pd.Series:
@@ -190,7 +195,8 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
         rows += _metrics(str(dataset), block, "; ".join(_notes(own)))
     targets = [d for d in seeds.index.unique("dataset") if d not in trained]
     if len(targets) > 1:
-        rows += _metrics("average", _average(seeds.loc[targets]), "")
+        over = f"average of {', '.join(map(str, sorted(targets)))}"
+        rows += _metrics("average", _average(seeds.loc[targets]), over)
     return rows
 
 

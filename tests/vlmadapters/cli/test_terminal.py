@@ -130,3 +130,5 @@ def test_the_cost_of_a_training_is_shown_where_there_was_one() -> None:
     trained = results_text(summarise(results()))
     assert "one training" in trained and "1,280         2.5" in trained
     assert "one training" not in results_text(summarise(results(seconds=0.0)))
+    moved = pd.concat([results(source=name, protocol="cross-dataset") for name in "ab"])
+    assert results_text(summarise(moved)).count("1,280") == 1, "one line for all sources"

@@ -509,6 +509,17 @@ def test_averages_side_by_side_are_of_the_same_targets() -> None:
     assert dict(zip(found["source"], found["mean"])) == pytest.approx({"a": 0.7, "b": 0.7, "": 0.5})
 
 
+def test_averages_over_unlike_datasets_name_them() -> None:
+    """As those of two tables that were joined."""
+    columns = {"split_kind": "base", "seed": 1, "accuracy": 0.5}
+    wide, narrow = (rows(dataset=list(of), method=of, **columns) for of in ("cab", "ab"))
+    found = summarise(pd.concat([wide, narrow]))
+    notes = found[found["dataset"] == "average"].set_index("method")["note"].to_dict()
+    assert notes == {"cab": "average of a, b, c", "ab": "average of a, b"}
+    assert "average, ab: average of a, b" in results_text(found)
+    assert summarise(wide)["note"].eq("").all()
+
+
 def test_published_numbers_stand_beside_ours() -> None:
     summary = summarise(
         rows(dataset=["ucf101"] * 2, split_kind=["base", "novel"], seed=[1, 1], accuracy=[0.9, 0.7])
