@@ -44,6 +44,7 @@ class CheckpointInfo:
         model: Architecture of the backbone.
         weights: Its weights' tag or file name.
         weights_hash: Hash of its weights.
+        structure: Its activations, heads and norms, which weights do not show.
         task: The classes it was trained on.
         provenance: Recipe, seed, dataset, versions; anything JSON.
     """
@@ -52,6 +53,7 @@ class CheckpointInfo:
     model: str = ""
     weights: str = ""
     weights_hash: str = ""
+    structure: Mapping[str, list[str]] = field(default_factory=dict)
     task: Task = field(default_factory=Task)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,6 +90,7 @@ def save_method(
         "model": model.name,
         "weights": model.weights,
         "weights_hash": model.weights_hash,
+        "structure": model.identity()["structure"],
         "task": (task or Task()).to_dict(),
         "provenance": dict(provenance or {}),
     }
@@ -143,6 +146,7 @@ def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
         info["model"],
         info["weights"],
         info["weights_hash"],
+        info.get("structure", {}),  # which earlier files lack
         Task.from_dict(info["task"]),
         info["provenance"],
     )
@@ -165,6 +169,16 @@ def load_method(path: str | Path, model: Any) -> Method:
             f"{path} was trained on {info.model} with weights {info.weights} "
             f"({info.weights_hash[:12]}), this is {model.name} with weights {model.weights} "
             f"({model.weights_hash[:12]}); load the backbone it was trained on"
+        )
+    then, now = info.structure, model.identity()["structure"]
+    # Versions of a library may name more or fewer settings.
+    if changed := [key for key in then if key in now and then[key] != now[key]]:
+        told = "; ".join(
+            f"{key} {', '.join(then[key])} then and {', '.join(now[key])} now" for key in changed
+        )
+        raise UserError(
+            f"{path} was trained on a model of equal weights that computes otherwise ({told}); "
+            "load it with the configuration of then"
         )
     backbone = Backbone(model.clip, tokenizer=model.tokenizer)
     method = METHODS[info.config.name].build(info.config, backbone, info.task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Callable
@@ -43,6 +44,17 @@ def test_our_format_holds_the_adapter_and_what_it_belongs_to(tmp_path: Path) -> 
     assert info.config == CONFIG
     assert (info.class_names, info.provenance) == (("cat", "dog"), {"seed": 5})
     assert json.loads(path.with_suffix(".json").read_text())["weights_hash"] == model.weights_hash
+
+
+def test_equal_weights_with_another_activation_are_another_backbone(tmp_path: Path) -> None:
+    model = shared_backbone()
+    path = save_method(tmp_path / "a", new_adapter(model.clip, CONFIG, seed=5), model)
+    other = copy.deepcopy(model)
+    for block in other.clip.transformer.resblocks:
+        block.mlp.gelu = torch.nn.Tanh()
+    assert other.weights_hash == model.weights_hash
+    with pytest.raises(UserError, match=r"transformer without weights \w*GELU then and Tanh now"):
+        load_method(path, other)
 
 
 def test_the_authors_layout_is_written_and_read(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class VLM:
             "model": self.name,
             "weights": self.weights,
             "weights_hash": self.weights_hash,
+            "structure": structure_of(self.clip),
             "weights_precision": self.precision,
             "preprocessing": dict(self.preprocess_config),
             "device": self.device.type,
@@ -145,6 +146,33 @@ class VLM:
 
 
 LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]
+
+
+# Settings of modules that change what equal weights compute.
+_SETTINGS = (
+    "num_heads", "heads", "eps", "approximate", "pool_type", "global_pool", "final_ln_after_pool",
+)  # fmt: skip
+_IDLE = ("Identity", "Dropout", "PatchDropout", "DropPath")  # of no effect in eval mode
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+
+
+def structure_of(module: nn.Module) -> dict[str, list[str]]:
+    """Return what a model computes with its weights, as far as modules tell, as JSON values.
+
+    Activations, numbers of heads, the epsilon of norms and kinds of pooling, by the first part of
+    their modules' names. Models that differ in these alone have equal weights and other features.
+    """
+    found: dict[str, set[str]] = {}
+    for path, part in module.named_modules():
+        first, name = path.split(".")[0], type(part).__name__
+        told = {key: vars(part)[key] for key in _SETTINGS if key in vars(part)}
+        bare = not (any(True for _ in part.children()) or any(True for _ in part.parameters()))
+        if bare and name not in _IDLE and not isinstance(part, _CONTAINERS):
+            told["without weights"] = name
+        for key, value in told.items():
+            if isinstance(value, str | int | float):
+                found.setdefault(f"{first} {key}".strip(), set()).add(str(value))
+    return {key: sorted(values) for key, values in sorted(found.items())}
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:

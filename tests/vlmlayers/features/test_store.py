@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from starts import remount
+from torch import nn
 
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import (
@@ -199,6 +200,21 @@ def test_other_weights_of_the_same_name_are_told_apart(store):
     other = tiny.model(seed=2)
     other.weights = MODEL.weights
     with pytest.raises(UserError, match="weights_hash is '[0-9a-f]{18}…"):
+        run(store, model=other)
+
+
+@pytest.mark.parametrize("change", ["activation", "heads"])
+def test_equal_weights_that_compute_otherwise_are_told_apart(change, store):
+    """As of two configurations of one file of weights."""
+    other = tiny.model()
+    for block in other.clip.visual.transformer.resblocks:
+        if change == "activation":
+            block.mlp.gelu = nn.Tanh()
+        else:
+            block.attn.num_heads, block.attn.head_dim = 1, block.attn.embed_dim
+    assert other.weights_hash == MODEL.weights_hash
+    what = "without weights.*Tanh" if change == "activation" else "num_heads"
+    with pytest.raises(UserError, match=f"structure.visual {what}"):
         run(store, model=other)
 
 
