@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from vlmlayers.options import validated
 from vlmlayers.placement import is_choice
 from vlmlayers.words import counted
 
+LOG = logging.getLogger(__name__)
 # What decides which images test; the results table has no column for it.
 TESTED_BY = ("limit", "present_only", "skip_unreadable")
 
@@ -170,6 +172,9 @@ class TrainStage:
         tables = [_run(context, model, part, number) for number, part in enumerate(found, 1)]
         table = pd.concat(tables, ignore_index=True)
         # Zero-shot CLIP stands in several, of the same images as `check` sees to.
+        for key in ("template", "precision"):
+            if (table.groupby([*KEY], dropna=False)[key].nunique() > 1).any():
+                LOG.warning("tables [[train]] differ in %s; zero-shot rows are of the first", key)
         table = table.drop_duplicates(KEY, ignore_index=True)
         path = write_csv(context.run.folder / "results.csv", table)
         context.run.record(train={"model": model_record(model), "environment": environment()})

@@ -15,8 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmadapters import load_recipe
+from vlmadapters.cli import train_stage
 from vlmadapters.cli.train_stage import parts, train
 from vlmadapters.methods import BUILT_IN, METHODS
+from vlmadapters.protocols.results import COLUMNS
 from vlmadapters.training.recipes import default_recipe
 from vlmlayers.architectures import CONFIG_FILE, MINIATURES
 from vlmlayers.cli import app
@@ -207,6 +209,28 @@ def test_tables_that_test_a_dataset_on_different_images_are_refused(
     context = context_of({"train": tables}, tmp_path)
     with pytest.raises(UserError, match=message) if message else nullcontext():
         train.check(context)
+
+
+@pytest.mark.parametrize("second", ["a photo of a {}.", "{}!"])
+def test_tables_of_two_templates_have_zero_shot_rows_of_one_and_say_so(
+    second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows of the other were dropped without a word."""
+
+    def rows(template: str) -> pd.DataFrame:
+        return pd.DataFrame(
+            [dict.fromkeys(COLUMNS, 0) | {"template": template, "precision": "fp32"}]
+        )
+
+    made = iter([rows("a photo of a {}."), rows(second)])
+    monkeypatch.setattr(train_stage, "_run", lambda *_: next(made))
+    monkeypatch.setattr(StageContext, "load_model", lambda _: None)
+    monkeypatch.setattr("vlmlayers.study.stages.model_record", lambda _: {})
+    train(context_of({"train": [{}, {}]}, tmp_path))
+    assert ("differ in template; zero-shot rows are of the first" in caplog.text) == (
+        second == "{}!"
+    )
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 1
 
 
 def context_of(tables: dict[str, Any], folder: Path) -> StageContext:

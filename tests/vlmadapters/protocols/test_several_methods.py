@@ -16,6 +16,7 @@ import vlmadapters as va
 from vlmadapters.cli.inputs import read_placements, read_recipes
 from vlmadapters.cli.train_stage import parts
 from vlmadapters.methods import METHODS
+from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, summarise
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmlayers.errors import UserError
@@ -132,6 +133,20 @@ def test_recipes_from_python_are_values_or_one_name() -> None:
     twice = [va.load_recipe("published", "coop")] * 2
     with pytest.raises(UserError, match="two of one method"):
         va.train(shared_backbone(), "shapes_filled", twice)
+
+
+def test_zero_shot_clip_of_other_words_than_a_methods_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first, second = (va.load_recipe("mini", name) for name in ("mma", "coop"))
+    Experiment("few-shot", shared_backbone(), [first, second])
+    assert not caplog.text
+    other = second.replaced({"template": "{}!", "precision": "bf16"}, {})
+    Experiment("few-shot", shared_backbone(), [first, other])
+    assert "differ in template; zero-shot CLIP has that of the first, 'a photo of a {}.'" in (
+        caplog.text
+    )
+    assert "differ in precision; all are tested in that of the first, 'fp32'" in caplog.text
 
 
 @pytest.mark.parametrize(
