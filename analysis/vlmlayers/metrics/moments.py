@@ -218,19 +218,34 @@ def eigenvalues_from(x: Moments) -> Array:
     return values[values > 1e-12 * values[0]]
 
 
-def white_noise_scatter(n: int, width: int, rng: np.random.Generator) -> Array:
-    """Return a draw of the centred scatter of n rows of white noise, without drawing the rows.
+def frechet_null_from(x: Moments, y: Moments, rng: np.random.Generator, *, draws: int = 5) -> float:
+    """Return the Fréchet distance of two clouds of one shape, of as many rows as these have.
+
+    As `gap.frechet_null` without rows to mix: both clouds are normal, with the covariance of all
+    rows, each centred on its own cloud.
+    """
+    pooled = (x.scatter + y.scatter) / (x.n + y.n)
+    values = []
+    for _ in range(draws):
+        first, second = (white_noise_root(m.n, len(pooled), rng) / np.sqrt(m.n - 1) for m in (x, y))
+        total = sum(np.einsum("ij,ij->", pooled @ root, root) for root in (first, second))
+        shared = np.linalg.svd(first.T @ pooled @ second, compute_uv=False).sum()
+        values.append(np.sqrt(max(total - 2.0 * shared, 0.0)))
+    return float(np.mean(values))
+
+
+def white_noise_root(n: int, width: int, rng: np.random.Generator) -> Array:
+    """Return R, of which R Rᵀ is a draw of the centred scatter of n rows of white noise.
 
     Reference: Bartlett 1934 (decomposition of the Wishart distribution).
     """
     degrees = n - 1
     # Bartlett needs a scatter of full rank; below that the rows are few and cheap to draw.
     if degrees < width:
-        rows = rng.standard_normal((degrees, width))
-        return rows.T @ rows
+        return rng.standard_normal((width, degrees))
     lower = np.tril(rng.standard_normal((width, width)), -1)
     lower.flat[:: width + 1] = np.sqrt(rng.chisquare(degrees - np.arange(width)))
-    return lower @ lower.T
+    return lower
 
 
 def hsic(n: int, cross: Array, xx: float, yy: float, x2y2: float, debiased: bool) -> float:

@@ -26,7 +26,8 @@ from vlmlayers.metrics.moments import (
     eigenvalues_from,
     fisher_from,
     frechet_from,
-    white_noise_scatter,
+    frechet_null_from,
+    white_noise_root,
 )
 from vlmlayers.metrics.table import METRICS, metric
 from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
@@ -257,11 +258,11 @@ class _Scorer:
             with point.attempt():
                 moments = self.full.moments[key]
                 value = function(eigenvalues_from(moments))
-                noise = white_noise_scatter(
+                root = white_noise_root(
                     moments.n, len(moments.mean), generator(Draw.STREAMED_NOISE)
                 )
                 # Rank-like measures grow with n and width: noise of the same shape says how much.
-                null = function(np.linalg.eigvalsh(noise)[::-1].clip(min=0.0))
+                null = function(np.linalg.eigvalsh(root @ root.T)[::-1].clip(min=0.0))
                 on_sample = partial(_on_rows, plain, self.sums.sample[key])
                 self._add(point, value, null, on_sample)
 
@@ -294,8 +295,9 @@ class _Scorer:
                     value = float(np.linalg.norm(x.mean - y.mean))
                     null = float(np.sqrt(1.0 / x.n + 1.0 / y.n))
                 else:
-                    # The null mixes rows, which only the sample still has.
-                    value, null = frechet_from(x, y), gap.frechet_null(image_rows, text_rows)
+                    value = frechet_from(x, y)
+                    # Not of the sample's rows: the distance by chance grows as rows become fewer.
+                    null = frechet_null_from(x, y, generator(Draw.STREAMED_NOISE))
                 kind = "first_captions" if texts is None else "class_prompts"
                 self._add(point, value, null, on_sample, pairs=kind, texts=y.n)
 

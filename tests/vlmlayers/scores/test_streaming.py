@@ -25,6 +25,7 @@ from vlmlayers.metrics import (
     participation_ratio,
     spectral_entropy,
 )
+from vlmlayers.metrics.gap import frechet_null
 from vlmlayers.metrics.moments import (
     ClassMoments,
     CrossMoments,
@@ -34,7 +35,8 @@ from vlmlayers.metrics.moments import (
     eigenvalues_from,
     fisher_from,
     frechet_from,
-    white_noise_scatter,
+    frechet_null_from,
+    white_noise_root,
 )
 from vlmlayers.scores import score, score_streaming
 from vlmlayers.scores.streamed import in_chunks, streamed_scores
@@ -118,6 +120,17 @@ def test_frechet_gap_from_sums() -> None:
     assert frechet_from(Moments.of(x), Moments.of(y)) == pytest.approx(frechet_gap(x, y), abs=1e-7)
 
 
+@pytest.mark.parametrize(("n", "m"), [(4000, 4000), (5000, 100), (40, 30)])
+def test_frechet_null_from_sums_is_that_of_mixed_rows(n: int, m: int) -> None:
+    """At the number of rows of the clouds: of 200 of them it is far above."""
+    rng = np.random.default_rng(5)
+    spread = np.linspace(1, 0.2, 64)
+    x, y = rng.normal(size=(n, 64)) * spread + 0.5, rng.normal(size=(m, 64)) * spread
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    ours = frechet_null_from(Moments.of(x), Moments.of(y), rng)
+    assert ours == pytest.approx(frechet_null(x, y), rel=0.07)
+
+
 def test_biased_null_is_the_mean_over_permutations() -> None:
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(30, 20)), rng.normal(size=(30, 25))
@@ -128,9 +141,10 @@ def test_biased_null_is_the_mean_over_permutations() -> None:
 
 
 @pytest.mark.parametrize(("n", "width"), [(50, 8), (6, 20)])
-def test_white_noise_scatter_has_the_moments_of_drawn_noise(n: int, width: int) -> None:
+def test_white_noise_has_the_moments_of_drawn_noise(n: int, width: int) -> None:
     rng = np.random.default_rng(4)
-    ours = [white_noise_scatter(n, width, rng) for _ in range(300)]
+    roots = [white_noise_root(n, width, rng) for _ in range(300)]
+    ours = [root @ root.T for root in roots]
     drawn = [np.cov(rng.normal(size=(n, width)).T) * (n - 1) for _ in range(300)]
     assert np.mean([np.trace(s) for s in ours]) == pytest.approx((n - 1) * width, rel=0.03)
     assert np.mean([(s**2).sum() for s in ours]) == pytest.approx(
