@@ -43,20 +43,29 @@ def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
     return found
 
 
-def trained_places(names: Sequence[str], trained: Sequence[str], title: str) -> list[int]:
-    """Return `places` among the classes that a method was trained on; warn where some are none."""
+def trained_places(
+    names: Sequence[str], trained: Sequence[str], title: str, instead: str = "these"
+) -> list[int]:
+    """Return `places` among the classes that a method was trained on; warn where some are none.
+
+    Args:
+        names: The classes that are tested.
+        trained: Those it was trained on.
+        title: The method, for the warning.
+        instead: Which classes it then scores as zero-shot CLIP does, in words.
+    """
     found = places(names, trained)
     if missing := [name for name, place in zip(names, found) if place < 0]:
-        _tell_untrained(title, len(missing), len(names), missing[0])
+        _tell_untrained(title, len(missing), len(names), missing[0], instead)
     return found
 
 
 @cache
-def _tell_untrained(title: str, missing: int, count: int, first: str) -> None:
+def _tell_untrained(title: str, missing: int, count: int, first: str, instead: str) -> None:
     """Say it once, where every test of every seed prepares the same classes."""
     LOG.warning(
-        "%s: %d of %s, such as %r, are none that it was trained on; it scores these as zero-shot "
-        "CLIP does", title, missing, counted(count, "class"), first,
+        "%s: %d of %s, such as %r, are none that it was trained on; it scores %s as zero-shot "
+        "CLIP does", title, missing, counted(count, "class"), first, instead,
     )  # fmt: skip
 
 

@@ -64,7 +64,9 @@ class LinearProbe(Method):
     def prepare(self, backbone: Backbone, task: Task) -> ProbedClasses:
         """Return features of hand-made prompts, and which of the probe's classes these are."""
         features = backbone.text_features(task.prompts(task.hand_made))
-        rows = trained_places(task.class_names, self.class_names, self.config.title)
+        # Its logits have no scale in common with cosines that some classes could take instead.
+        names, title = task.class_names, self.config.title
+        rows = trained_places(names, self.class_names, title, instead="all classes")
         return ProbedClasses(features, torch.tensor(rows, device=features.device))
 
     def class_features(self, backbone: Backbone, classes: ProbedClasses) -> ProbedClasses:

@@ -51,6 +51,7 @@ ZERO_SHOT_CLIP, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset templ
 ZERO_SHOT_METHODS = (ZERO_SHOT_CLIP, ZERO_SHOT_OWN)
 UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"
 UNMOVED_FIT = "the fit changed nothing: its answers are those of zero-shot CLIP"
+UNMOVED_TEST = "its answers are those of zero-shot CLIP"
 GROUP = [
     "protocol", "method", "model", "weights", "source", "placement", "settings", "recipe", "shots",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from vlmadapters.methods.base import Method
 from vlmadapters.protocols.evaluate import Answers, Case, Evaluator, Labels
 from vlmadapters.protocols.results import (
     COLUMNS,
+    UNMOVED_TEST,
     ZERO_SHOT_CLIP,
     ZERO_SHOT_OWN,
     accuracy_fields,
@@ -143,5 +144,8 @@ def evaluate_methods(
                 if source:
                     changed = float((answers.labels != found[0].labels).mean())
                     row |= {**method_fields(method), "source": source, "changed": changed}
+                    # In either template: a method may fall back on the dataset's own.
+                    same = any((answers.labels == one.labels).all() for one in found[:2])
+                    row["note"] = UNMOVED_TEST if same else ""
                 rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -95,6 +95,7 @@ def test_classes_of_one_prompt_are_one_class(caplog: pytest.LogCaptureFixture) -
         assert method.prepare(backbone, Task(others)).rows.tolist() == [-1, 0]
     (told,) = caplog.messages
     assert "linear probe: 1 of 2 classes, such as 'walrus', are none that it was trained" in told
+    assert "it scores all classes as zero-shot CLIP does" in told
     assert places(["Crane", "crane", "crane"], ["crane", "crane"]) == [0, 1, -1]
 
 

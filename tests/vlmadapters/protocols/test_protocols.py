@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from backbones import saved_backbone, shared_backbone
 from PIL import Image
 from scipy.stats import binomtest
@@ -23,6 +24,7 @@ from vlmadapters.data.fewshot import few_shot
 from vlmadapters.data.images import Images, Room
 from vlmadapters.data.options import DataOptions
 from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.methods.mma.module import new_adapter
 from vlmadapters.protocols.cells import Cell, CellFolder
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.published import published_titles, with_published
@@ -30,6 +32,7 @@ from vlmadapters.protocols.results import (
     COLUMNS,
     UNMOVED,
     UNMOVED_FIT,
+    UNMOVED_TEST,
     ZERO_SHOT_CLIP,
     ZERO_SHOT_METHODS,
     accuracy_fields,
@@ -37,6 +40,7 @@ from vlmadapters.protocols.results import (
     summarise,
 )
 from vlmadapters.protocols.train import base_to_novel, train
+from vlmadapters.protocols.trained import evaluate_methods
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
 from vlmadapters.validation.methods import compare_methods
@@ -455,6 +459,21 @@ def test_what_has_no_rate_is_not_told_to_raise_it(
     found = train(shared_backbone(), ["shapes_filled"], recipe, protocol="few-shot", seeds=(1,),
                   **QUICK)  # fmt: skip
     assert set(found[found.seed == 1].note) == {note}
+
+
+def test_a_test_whose_answers_are_those_of_zero_shot_clip_says_so() -> None:
+    """As of a linear probe that does not know all classes, whose row bore its name alone."""
+    model = shared_backbone()
+    moved = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4, scale=5.0), seed=1)
+    with torch.no_grad():
+        for value in moved.parameters():
+            value.normal_()
+    still = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4, scale=0.0), seed=1)
+    moved.touch()
+    methods = {Path("moved"): moved, Path("still"): still}
+    found = evaluate_methods(model, ["shapes_filled"], methods, limit=40, progress=False)
+    assert found.note.tolist() == ["", "", "", UNMOVED_TEST]
+    assert found.changed.tolist()[2] > 0
 
 
 def rows(**columns: Any) -> pd.DataFrame:
