@@ -115,7 +115,7 @@ def train(
         titles = published_titles(options.protocol, [*datasets, *(target or ())])
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.cli.terminal import wrapped
-    from vlmadapters.protocols.train import tell_of_another
+    from vlmadapters.protocols.train import tell_of_choice
     from vlmadapters.protocols.train import train as run
     from vlmadapters.training import processes
     from vlmadapters.validation.methods import methods_verdict
@@ -124,7 +124,11 @@ def train(
         loaded = load_backbone(model, weights, device)
         if depths_of(loaded) != depths_of(model):  # from which blocks may follow
             made, placed = read(loaded)
-        tell_of_another(choice, loaded)
+        if choice is not None:
+            from vlmlayers.manifests import Manifest
+
+            tested = [Manifest.load(one) for one in (*datasets, *(target or ()))]
+            tell_of_choice(choice, loaded, tested, "test")
         table = run(
             loaded,
             datasets,

@@ -184,12 +184,14 @@ class TrainStage:
 
 
 def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
+    from vlmadapters.protocols.train import tell_of_choice
     from vlmadapters.protocols.train import train as library
 
     recipes = _recipes(context.base, part, model)
     choice = context.run.choice if any(map(is_choice, part.placements)) else None
     own = [load(context, name) for name in part.datasets]
     sources = own or context.extracted_manifests
+    tell_of_choice(choice, model, _tested(context, part), "test")
     context.doing(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")
     return library(
         model,

@@ -112,8 +112,9 @@ def train(
         raise UserError("train takes either configs or placement, not both")
     if configs is not None and list(method) != [DEFAULT_METHOD]:
         raise UserError("train takes either configs or method, not both")
+    tested = [Manifest.load(one) for one in (*datasets, *targets)] if placement else []
     for one in placement or ():
-        tell_of_another(one, model)
+        tell_of_choice(one, model, tested, split)
     experiment = Experiment(
         asked.protocol,
         model,
@@ -129,12 +130,27 @@ def train(
     return experiment.run(datasets, settings, asked.seeds, together=asked.together)
 
 
-def tell_of_another(choice: Any, model: VLM) -> None:
-    """Warn where a placement to train at is a choice, or its path, of another model's scores."""
+def tell_of_choice(choice: Any, model: VLM, datasets: Sequence[Manifest], split: str) -> str:
+    """Warn where what is trained at is a choice, or its path, of another model or of test images.
+
+    Returns:
+        The warning of images that chose the layers and test them; empty where there are none.
+    """
     if isinstance(choice, Path):
         choice = LayerChoice.load(choice)
-    if isinstance(choice, LayerChoice) and (other := choice.of_another(model.name, model.weights)):
+    if not isinstance(choice, LayerChoice):
+        return ""
+    if other := choice.of_another(model.name, model.weights):
         LOG.warning("the choice was made from scores %s, which is trained", other)
+    seen = dict.fromkeys(one.name for one in datasets if choice.chosen_on(one.name, split))
+    if not seen:
+        return ""
+    told = (
+        f"the layers were chosen on {split} images of {', '.join(seen)}, which they are tested "
+        "on here; choose them on others"
+    )
+    LOG.warning("%s", told)
+    return told
 
 
 def _recipes(

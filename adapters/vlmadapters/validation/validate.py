@@ -19,7 +19,7 @@ from vlmadapters.clip.towers import backbone_depths
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
-from vlmadapters.protocols.train import Datasets, Model, tell_of_another
+from vlmadapters.protocols.train import Datasets, Model, tell_of_choice
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import (
     IN_RECIPE,
@@ -37,7 +37,6 @@ from vlmlayers.arguments import Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import Amount
-from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection import predict
 
@@ -90,7 +89,6 @@ def validate(
     asked = validated(ValidateOptions, options, "validate")
     made = _recipe(model, recipe, asked.shots, method)
     placed = _competitors(model, made.method, choice, asked, seed)
-    tell_of_another(choice, model)
     if asked.amount == "given" and (chosen := _amount(choice)):
         LOG.warning("amount=given trains at the recipe's amount, not at the choice's %s", chosen)
     seeds = list(dict.fromkeys(asked.seeds))
@@ -112,8 +110,7 @@ def validate(
     trained = [one for one in placed if one.placement]
     if scores is not None:
         _check_scores(scores, model, trained)
-    if seen := _seen_before(choice, [one.manifest.name for one in data]):
-        LOG.warning("%s", seen.removeprefix("WARNING: "))
+    seen = tell_of_choice(choice, model, [one.manifest for one in data], "test")
     settings = {"given": [made.at(one.placement) for one in trained]}
     tuning = None
     if asked.amount == "tuned":
@@ -137,7 +134,9 @@ def validate(
         summary = {"verdict": _void(made, model, table, data), **recorded, "void": True}
         found = Validation(table, pd.DataFrame(), summary)
     if seen:
-        found = replace(found, summary={**found.summary, "verdict": f"{seen} {found.verdict}"})
+        found = replace(
+            found, summary={**found.summary, "verdict": f"WARNING: {seen}. {found.verdict}"}
+        )
     if out is not None and processes.is_first():
         found.write(out)
     return found
@@ -185,22 +184,6 @@ def _of_choice(choice: Any) -> dict[str, Any]:
     """Return on which images the choice was made, or what a search said of its pick."""
     evidence = getattr(choice, "evidence", {})
     return {key: evidence[key] for key in ("search", "chosen_on") if evidence.get(key)}
-
-
-def _seen_before(choice: Any, datasets: Sequence[str]) -> str:
-    """Return a warning where the layers were chosen on the images that they are tested on."""
-    splits = getattr(choice, "evidence", {}).get("chosen_on", {})
-    seen = [
-        name
-        for name in datasets
-        if {"test", "all"} & set(splits.get(name, splits.get(POOLED, "")).split("/"))
-    ]
-    if not seen:
-        return ""
-    return (
-        f"WARNING: the layers were chosen on test images of {', '.join(seen)}, which they are "
-        "tested on here; choose them on train or val."
-    )
 
 
 def _void(recipe: Recipe, model: Any, table: pd.DataFrame, data: Sequence[TaskData]) -> str:

@@ -319,12 +319,15 @@ class Reading:
             rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
             for choice in self._choices(rows):
                 kept = choice.kept(rows)
-                left_out = rows.loc[~rows.index.isin(kept.index), choice.column]
+                left_out = rows[~rows.index.isin(kept.index)]
                 if choice.wanted is None and len(left_out):
+                    column, other = choice.column, sorted(left_out[choice.column].unique())
+                    if kept[column].nunique() > 1:  # of splits: each dataset has its own first one
+                        other = [by_dataset(left_out, column)]
                     lines[
-                        f"{metric}: {choice.column} {kept[choice.column].iloc[0]} is read, not "
-                        f"{' or '.join(sorted(set(left_out)))}; for another keep its rows: "
-                        f"scores[scores[{choice.column!r}] == {left_out.iloc[0]!r}]"
+                        f"{metric}: {column} {by_dataset(kept, column)} is read, not "
+                        f"{' or '.join(other)}; for another keep its rows: "
+                        f"scores[scores[{column!r}] == {left_out[column].iloc[0]!r}]"
                     ] = None
                 rows = kept
         for line in lines:
@@ -357,6 +360,21 @@ class _Choice:
             # A dataset without the first split is read at its own first one, not dropped.
             return rows[rank == rank.groupby(rows["dataset"]).transform("min")]
         return rows[rank == rank.min()]
+
+
+def of_one_split(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the split that is read of each dataset."""
+    return _Choice("split", None, SPLITS).kept(rows) if "split" in rows.columns else rows
+
+
+def by_dataset(rows: pd.DataFrame, column: str) -> str:
+    """Return the values of a column in words, each with its datasets where there are several."""
+    pairs = rows[[column, "dataset"]].astype(str).drop_duplicates()
+    pairs = pairs.replace({"dataset": {POOLED: "all datasets"}})
+    found = {value: list(of) for value, of in pairs.groupby(column, sort=False)["dataset"]}
+    if len(found) <= 1:
+        return "".join(found)
+    return " and ".join(f"{value} of {', '.join(of)}" for value, of in found.items())
 
 
 def metric_names(scores: pd.DataFrame) -> list[str]:

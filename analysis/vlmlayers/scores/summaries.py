@@ -15,10 +15,12 @@ from vlmlayers.scores.reading import (
     POOLED,
     Reading,
     bare,
+    by_dataset,
     ceiling,
     check_scores,
     depths,
     metric_names,
+    of_one_split,
     partnered,
 )
 from vlmlayers.scores.schema import Scores
@@ -261,7 +263,7 @@ def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
         metric: A metric of it.
         intervals: Whether to say how the intervals were made.
     """
-    rows = scores[scores["metric"] == metric]
+    rows = of_one_split(scores[scores["metric"] == metric])
     pooling, counts = [], []
     for tower in TOWERS:
         part = rows[rows["tower"] == tower]
@@ -272,7 +274,7 @@ def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
     stated = stated_options(rows, metric).split("; ")
     options = [one for one in stated if one and (intervals or not one.startswith("interval "))]
     facts = [
-        f"split {_names(rows['split'])}",
+        f"split {by_dataset(rows, 'split')}",
         f"{_names(rows['space'])} space",
         f"pooling {' and '.join(pooling)}",
         f"n = {' and '.join(counts)}",

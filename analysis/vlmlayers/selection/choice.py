@@ -63,6 +63,13 @@ class LayerChoice:
         found = tuple(self.evidence.get(key, one) for key, one in zip(("model", "weights"), ours))
         return "" if found == ours else "of {} ({}), not of {} ({})".format(*found, *ours)
 
+    @checked
+    def chosen_on(self, dataset: str, split: str = "test") -> bool:
+        """Return whether it was made from scores of images of a split of a dataset."""
+        splits = self.evidence.get("chosen_on", {})
+        # Pooled rows alone do not say of which datasets they are.
+        return bool({split, "all"} & set(splits.get(dataset, splits.get("*", "")).split("/")))
+
     @property
     def placement(self) -> Placement:
         """The chosen blocks as a placement, with the amount that a search chose beside them."""

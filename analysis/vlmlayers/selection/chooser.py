@@ -91,7 +91,7 @@ def select(
         picks = {tower: _with_unmoved(pick, seen, tower) for tower, pick in picks.items()}
     evidence = _evidence(table, chooser, blocks, picks, found)
     if name not in UNSAMPLED:
-        evidence["chosen_on"] = _splits(table)
+        evidence["chosen_on"] = _splits(table, chooser.reads(blocks))
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
     # A search brings a statement of its own.
@@ -101,8 +101,20 @@ def select(
     return replace(choice, evidence={**evidence, "statement": statement})
 
 
-def _splits(scores: pd.DataFrame) -> dict[str, str]:
-    """Return of which split each dataset's scores are; `*` where pooled rows are all there is."""
+def _splits(scores: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, str]:
+    """Return of which split each dataset's scores are; `*` where pooled rows are all there is.
+
+    Args:
+        scores: Score table.
+        names: The metrics that are read, each at one split of a dataset; all of it where empty.
+    """
+    if names and set(names) <= set(scores["metric"]):
+        parts = [
+            Reading().of_all_datasets(scores, name, tower) for name in names for tower in TOWERS
+        ]
+        read = pd.concat(parts)
+        # Pooled rows do not say of which datasets they are: the rest of the table does.
+        scores = scores if (read["dataset"] == POOLED).any() else read
     pairs = scores[["dataset", "split"]].astype(str).drop_duplicates()
     named = pairs[pairs["dataset"] != POOLED]
     found = (named if len(named) else pairs).groupby("dataset", sort=False)["split"]

@@ -127,6 +127,11 @@ def test_layers_chosen_on_the_images_that_test_them_are_told(
         )  # fmt: skip
         warned = f"the layers were chosen on test images of {manifest.name}"
         assert (warned in found.verdict) is told and (warned in caplog.text) is told
+        caplog.clear()
+        short = replace(RECIPE, train=replace(RECIPE.train, epochs=1))
+        train(shared_backbone("clip"), [manifest], short, placement=[choice], seeds=(1,),
+              progress=False)  # fmt: skip
+        assert (warned in caplog.text) is told
         assert found.summary["chosen_on"] == choice.evidence["chosen_on"]
     assert "chosen_on" not in select(table, "paper", resamples=0).evidence
 
