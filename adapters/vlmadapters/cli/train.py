@@ -124,11 +124,7 @@ def train(
         loaded = load_backbone(model, weights, device)
         if depths_of(loaded) != depths_of(model):  # from which blocks may follow
             made, placed = read(loaded)
-        if choice is not None:
-            from vlmlayers.manifests import Manifest
-
-            tested = [Manifest.load(one) for one in (*datasets, *(target or ()))]
-            tell_of_choice(choice, loaded, tested, "test")
+        tell_of_choice(choice, loaded, [*datasets, *(target or ())])
         table = run(
             loaded,
             datasets,

@@ -191,7 +191,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
     choice = context.run.choice if any(map(is_choice, part.placements)) else None
     own = [load(context, name) for name in part.datasets]
     sources = own or context.extracted_manifests
-    tell_of_choice(choice, model, _tested(context, part), "test")
+    tell_of_choice(choice, model, _tested(context, part))
     context.doing(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")
     return library(
         model,

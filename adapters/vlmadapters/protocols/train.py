@@ -112,9 +112,8 @@ def train(
         raise UserError("train takes either configs or placement, not both")
     if configs is not None and list(method) != [DEFAULT_METHOD]:
         raise UserError("train takes either configs or method, not both")
-    tested = [Manifest.load(one) for one in (*datasets, *targets)] if placement else []
     for one in placement or ():
-        tell_of_choice(one, model, tested, split)
+        tell_of_choice(one, model, [*datasets, *targets], split)
     experiment = Experiment(
         asked.protocol,
         model,
@@ -130,7 +129,9 @@ def train(
     return experiment.run(datasets, settings, asked.seeds, together=asked.together)
 
 
-def tell_of_choice(choice: Any, model: VLM, datasets: Sequence[Manifest], split: str) -> str:
+def tell_of_choice(
+    choice: Any, model: VLM, datasets: Sequence[str | Path | Manifest], split: str = "test"
+) -> str:
     """Warn where what is trained at is a choice, or its path, of another model or of test images.
 
     Returns:
@@ -142,7 +143,8 @@ def tell_of_choice(choice: Any, model: VLM, datasets: Sequence[Manifest], split:
         return ""
     if other := choice.of_another(model.name, model.weights):
         LOG.warning("the choice was made from scores %s, which is trained", other)
-    seen = dict.fromkeys(one.name for one in datasets if choice.chosen_on(one.name, split))
+    given = (one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets)
+    seen = dict.fromkeys(one.name for one in given if choice.chosen_on(one.name, split))
     if not seen:
         return ""
     told = (

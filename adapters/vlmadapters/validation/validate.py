@@ -110,7 +110,7 @@ def validate(
     trained = [one for one in placed if one.placement]
     if scores is not None:
         _check_scores(scores, model, trained)
-    seen = tell_of_choice(choice, model, [one.manifest for one in data], "test")
+    seen = tell_of_choice(choice, model, [one.manifest for one in data])
     settings = {"given": [made.at(one.placement) for one in trained]}
     tuning = None
     if asked.amount == "tuned":
