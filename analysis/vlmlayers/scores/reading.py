@@ -323,7 +323,7 @@ class Reading:
                 if choice.wanted is None and len(left_out):
                     column, other = choice.column, sorted(left_out[choice.column].unique())
                     if kept[column].nunique() > 1:  # of splits: each dataset has its own first one
-                        other = [by_dataset(left_out, column)]
+                        other = [by_dataset(left_out, column, one_alone=False)]
                     lines[
                         f"{metric}: {column} {by_dataset(kept, column)} is read, not "
                         f"{' or '.join(other)}; for another keep its rows: "
@@ -367,12 +367,15 @@ def of_one_split(rows: pd.DataFrame) -> pd.DataFrame:
     return _Choice("split", None, SPLITS).kept(rows) if "split" in rows.columns else rows
 
 
-def by_dataset(rows: pd.DataFrame, column: str) -> str:
-    """Return the values of a column in words, each with its datasets where there are several."""
+def by_dataset(rows: pd.DataFrame, column: str, one_alone: bool = True) -> str:
+    """Return the values of a column in words, each with its datasets.
+
+    Where there is one value, it stands alone unless `one_alone` is False.
+    """
     pairs = rows[[column, "dataset"]].astype(str).drop_duplicates()
     pairs = pairs.replace({"dataset": {POOLED: "all datasets"}})
     found = {value: list(of) for value, of in pairs.groupby(column, sort=False)["dataset"]}
-    if len(found) <= 1:
+    if len(found) <= 1 and one_alone:
         return "".join(found)
     return " and ".join(f"{value} of {', '.join(of)}" for value, of in found.items())
 

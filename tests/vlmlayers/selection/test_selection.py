@@ -13,7 +13,7 @@ from score_tables import curve_rows, full, pair_rows, planted, step, table
 from vlmlayers import plots
 from vlmlayers.errors import UserError
 from vlmlayers.scores.reading import depths, partner_block
-from vlmlayers.scores.summaries import curves
+from vlmlayers.scores.summaries import curves, how_made
 from vlmlayers.selection import (
     LayerChoice,
     available_scores,
@@ -73,6 +73,25 @@ def test_every_rule_on_every_depth(
         assert found["depth"] == depth
         if resampled:
             assert len(found["frequency"]) == depth
+
+
+def test_the_split_that_is_read_of_each_dataset_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of `digits` both splits are there, of `signs` one: val of one joined test of the other."""
+    rows = []
+    for dataset, split, shift in (("digits", "test", 0.0), ("signs", "test", 0.1),
+                                  ("digits", "val", 0.2)):  # fmt: skip
+        for tower in ("vision", "text"):
+            values = [0.1 * block + shift for block in range(1, 5)]
+            rows += curve_rows("fisher_ratio", tower, values, dataset=dataset, split=split)
+    scores = table(rows)
+    choice = select(scores, "budget", resamples=0, n=2, score="metric:fisher_ratio")
+    assert "split test of signs and val of digits is read, not test of digits; " in caplog.text
+    assert choice.evidence["chosen_on"] == {"digits": "val", "signs": "test"}
+    assert choice.chosen_on("signs") and not choice.chosen_on("digits")
+    assert how_made(scores, "fisher_ratio").startswith("split test of signs and val of digits; ")
+    assert how_made(scores[scores["split"] == "test"], "fisher_ratio").startswith("split test; ")
 
 
 PLAIN_RULES = """
