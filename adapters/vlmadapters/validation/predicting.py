@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from vlmadapters.validation.means import Mean, mean_correlation
-from vlmadapters.validation.ranking import holm
+from vlmadapters.validation.ranking import LEAST_RANKED, holm
 from vlmadapters.validation.repeatability import ROUNDING, Cells, permuted, signs
 from vlmadapters.validation.verdict import (
     SIGNIFICANCE,
@@ -69,14 +69,16 @@ def judge_predictors(
         cells of Kendall's τ-b, with interval, two-sided permutation p (the null is 0) and p
         corrected by Holm's method; pick the placement ranked first, `2 tied` where it is not one;
         gain its harmonic mean minus the reference's, in points, with interval, and p corrected; n
-        cells. A baseline that names one placement has no τ.
+        cells. A baseline that names one placement has no τ, and of fewer than three placements
+        nothing has: any score ranks two as trained or in reverse.
     """
     found = outcomes(with_zero_shot(table), "hm")
     trained = [i for i, name in enumerate(found.placements) if name != ZERO_SHOT]
     values, names = found.values[:, trained], [found.placements[i] for i in trained]
     cells = Cells(found.datasets, draws, seed)
     anchor = found.values[:, [found.column(reference)]]
-    ceiling = _others(values, cells)
+    ranked = len(names) >= LEAST_RANKED
+    ceiling = _others(values, cells) if ranked else None
     rows = [] if ceiling is None else [
         {"predictor": "other cells", "kind": "ceiling", **_ranks(values, ceiling, cells, seed),
          "pick": "by cell", **_gain(_at_best(values, ceiling) - anchor[:, 0], found.datasets)}
@@ -86,7 +88,7 @@ def judge_predictors(
             first = guess == guess.max()
             pick = names[int(np.argmax(guess))] if first.sum() == 1 else f"{first.sum()} tied"
             gain = _gain((values[:, first] - anchor).mean(1), found.datasets)
-            ranks = _ranks(values, guess[None], cells, seed)
+            ranks = _ranks(values, guess[None], cells, seed) if ranked else {}
             rows.append({"predictor": name, "kind": kind, **ranks, "pick": pick, **gain})
     for name, label in _fixed(table, found.placements).items():
         apart = found.values[:, found.column(label)] - anchor[:, 0]
@@ -112,7 +114,7 @@ def predictors_statement(judged: pd.DataFrame, reference: str) -> str:
             "with it: the ceiling."
         )
     scores = judged[judged["kind"] == "score"]
-    ranked = scores if len(scores) else judged[judged["kind"] == "baseline"].dropna(subset="tau")
+    ranked = (scores if len(scores) else judged[judged["kind"] == "baseline"]).dropna(subset="tau")
     if len(ranked):
         best = ranked.sort_values("tau", ascending=False).head(1)
         kind, name = best[["kind", "predictor"]].iloc[0]

@@ -201,6 +201,16 @@ def test_predictors_are_judged_in_cells_beside_ceiling_and_baselines() -> None:
     assert "the ceiling" in said and f"oracle ({gain:+.1f})" in said and "n = 18 cells" in said
 
 
+def test_two_placements_have_no_tau() -> None:
+    """Any score ranks them as trained or in reverse: the best of many had a τ of 1."""
+    table = simulated(1, 0.5, 0.5)
+    table = table[table["placement"].isin(PLACEMENTS[:2])]
+    judged = judge_predictors(table, predicted(table), PLACEMENTS[0], draws=20)
+    assert judged[["tau", "low", "high", "p"]].isna().all(axis=None)
+    assert judged.set_index("predictor").loc["oracle", "gain"] >= 0
+    assert "τ" not in predictors_statement(judged, PLACEMENTS[0])
+
+
 def test_depth_is_relative_to_the_tower() -> None:
     """Of 24 and 12 blocks, text block 9 is deeper than vision block 16 (0.75 and 0.67)."""
     names = ["v20-24,t-", "v-,t9-12", "v9-16,t-", "v24,t12", *PLACEMENTS[4:]]
