@@ -7,7 +7,6 @@ from typing import Any
 
 from vlmadapters.files import OURS, load_trained, read_info
 from vlmadapters.methods import METHODS
-from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError
 from vlmlayers.files import file_checksum
 
@@ -31,19 +30,14 @@ def attach_for_good(model: Any, path: str | Path, method: str | None = None) -> 
     if not path.is_file():
         raise UserError(f"there is no adapter {path}; `vlmlayers train` writes them to adapters/")
     adapter = load_trained(path, model, method=method)
-    words = _words(path, adapter.config)
+    made = read_info(path).provenance if path.suffix == OURS else {}
+    trained_on = Path(str(made["source"])).stem if "source" in made else ""
+    notes = [trained_on] if trained_on else []
+    notes += [f"seed {made['seed']}"] if "seed" in made else []
+    words = f"{adapter.config.title} {adapter.config.placement}"
+    words += f" ({', '.join(notes)})" if notes else ""
     # The checksum of the file enters `weights_hash`, which every stored feature is filed under. So
     # does the code of a method that does not ship: the same numbers in another forward pass.
-    model.adapt(
-        adapter.attached(model.clip), words, file_checksum(path) + METHODS.code(adapter.config.name)
-    )
+    digest = file_checksum(path) + METHODS.code(adapter.config.name)
+    model.adapt(adapter.attached(model.clip), words, digest, trained_on)
     return model
-
-
-def _words(path: Path, config: MethodConfig) -> str:
-    if path.suffix != OURS:
-        return f"{config.title} {config.placement}"
-    made = read_info(path).provenance
-    notes = [Path(str(made["source"])).stem] if "source" in made else []
-    notes += [f"seed {made['seed']}"] if "seed" in made else []
-    return f"{config.title} {config.placement}" + (f" ({', '.join(notes)})" if notes else "")

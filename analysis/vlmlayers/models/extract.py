@@ -118,6 +118,12 @@ def prepare(
         for name in ("root", "present_only"):
             if getattr(options, name):
                 raise UserError(f"{name} is for datasets on disk; images in memory have none of it")
+    if model.trained_on == manifest.name and split in ("train", "all"):
+        LOG.warning(
+            "the adapter of %s was trained on images of %s: on its split %s features tell apart "
+            "what was learned by heart; val or test shows what the adapter does",
+            model.weights, manifest.name, split,
+        )  # fmt: skip
     items = _items(manifest, split, options)
     if options.decoding == "nvjpeg":
         refuse_nvjpeg(model, manifest, items, options.root)

@@ -37,6 +37,7 @@ class VLM:
         preprocess_config: What the evaluation transform does; part of the cache's identity.
         towers: `{"vision": Tower, "text": Tower}`; an image model alone has no text tower.
         adapter_hash: Hash of an adapter that is attached permanently; part of `weights_hash`.
+        trained_on: The dataset that this adapter was trained on, as far as it says.
     """
 
     clip: nn.Module
@@ -50,6 +51,7 @@ class VLM:
     preprocess_config: Mapping[str, Any] = field(default_factory=dict)
     towers: Towers = field(init=False)
     adapter_hash: str = field(default="", init=False)
+    trained_on: str = field(default="", init=False)
     _hash: tuple[Any, str] | None = field(default=None, init=False, repr=False)
     _held: Any = field(default=None, init=False, repr=False)
 
@@ -119,18 +121,25 @@ class VLM:
             raise UserError(f"{self.name} has no tokenizer; give wrap_model(…, tokenizer=…)")
         return self.tokenizer(texts)
 
-    def adapt(self, attached: AbstractContextManager[Any], words: str, digest: str) -> None:
+    def adapt(
+        self,
+        attached: AbstractContextManager[Any],
+        words: str,
+        digest: str,
+        trained_on: str = "",
+    ) -> None:
         """Attach an adapter for as long as this object lives, and say so in weights and hash.
 
         Args:
             attached: Context in which the adapter is attached.
             words: What it is, for the name of the weights; untrained weights keep theirs.
             digest: Hash of its parameters.
+            trained_on: The dataset that it was trained on, as far as it says.
         """
         held = ExitStack()
         held.enter_context(attached)  # fails where an adapter is attached already
         self._held = held
-        self.adapter_hash = digest
+        self.adapter_hash, self.trained_on = digest, trained_on
         self.weights = self.weights if self.random_weights else f"{self.weights} + {words}"
 
     def __repr__(self) -> str:

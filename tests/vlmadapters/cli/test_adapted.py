@@ -96,6 +96,15 @@ def test_features_are_those_of_the_attached_adapter(
             assert np.abs(tower.array(position) - other.array(position)).max() > 1e-3
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_features_of_what_an_adapter_was_trained_on_are_announced(
+    split: str, colours: Path, model_folder: Path, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = attach_for_good(load_model(str(model_folder)), adapter)
+    extract(model, Manifest.load(colours), split, progress=False)
+    assert ("was trained on images of colours" in caplog.text) == (split == "train")
+
+
 def test_an_adapted_model_is_another_model(
     colours: Path, model_folder: Path, adapter: Path, tmp_path: Path
 ) -> None:
