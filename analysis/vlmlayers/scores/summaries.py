@@ -68,7 +68,8 @@ def curves(
     """Return a metric along both towers: one row per dataset, tower and position.
 
     `value` is the mean over seeds. `low` and `high` join the mean interval of one seed with 1.96
-    standard deviations over seeds, as a root of squares on each side, within the metric's range.
+    standard deviations over seeds, as a root of squares on each side, within the metric's range
+    and not above what is possible where datasets share prompts.
     A metric that relates two positions is read at the partner of equal relative depth.
 
     Args:
@@ -98,7 +99,12 @@ def curves(
     if len(joined):
         refuse_empty(joined["value"], metric)
     least, most = _bounds(metric)
-    return joined.assign(low=joined["low"].clip(lower=least), high=joined["high"].clip(upper=most))
+    possible = {tower: ceiling(scores, metric, tower) for tower in TOWERS}
+    # Not below the value itself: splits of other seeds may have a lower ceiling.
+    reached = np.maximum(joined["tower"].map(possible).astype(float), joined["value"])
+    high = joined["high"].clip(upper=most)
+    high = np.minimum(high, reached) if min(possible.values()) < 1 else high
+    return joined.assign(low=joined["low"].clip(lower=least), high=high)
 
 
 def of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -471,6 +471,8 @@ def test_what_shared_prompts_leave_possible_is_stated() -> None:
     caption = metric_entry("dataset_accuracy_ncm", table)["caption"]
     assert "at most 0.67 (text), as datasets share prompts" in caption
     flat = table.assign(value=0.6, low=0.1, high=0.9)
+    ends = curves(flat, "dataset_accuracy_ncm").groupby("tower")["high"].max()
+    assert ends.to_dict() == {"text": pytest.approx(2 / 3, abs=1e-3), "vision": 0.9}
     flat.loc[flat.position == "1", "value"] = 0.61
     doubts = select(flat, metric="dataset_accuracy_ncm", agreement_metric="none", resamples=0)
     assert "at most 0.67 can be reached, as datasets share prompts" in str(doubts.evidence)
