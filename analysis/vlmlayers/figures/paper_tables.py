@@ -21,7 +21,7 @@ from vlmlayers.figures.render import DAGGER, PaperTable
 
 METRIC_NAMES = {"base": "Base", "novel": "Novel", "hm": "HM"}
 OWN_NOTE = (
-    "Own runs: mean ± standard deviation over seeds; their average stands only where every "
+    "Own runs: mean ± standard deviation over seeds ({}); their average stands only where every "
     "dataset was run."
 )
 
@@ -170,7 +170,8 @@ def _notes(own: Numbers) -> tuple[str, ...]:
         f"{DAGGER} {setting}: {BETWEEN.join(_unique(found))}."
         for setting, found in remarks.items() if found
     )  # fmt: skip
-    return (OWN_NOTE, *marked)
+    counts = dict.fromkeys(f([cell.seeds for cell in own.values()]) for f in (min, max))
+    return (OWN_NOTE.format(f"{' to '.join(map(str, counts))} in a cell"), *marked)
 
 
 def _unique(names: Iterable[str]) -> list[str]:

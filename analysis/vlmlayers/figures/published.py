@@ -85,7 +85,10 @@ def own_results(protocol: str, folders: Folders, source: str = "") -> pd.DataFra
     chosen = kept.assign(template=kept.template.mask(kept.method.str.endswith(OWN_TEMPLATE), ""))
     for name in ADDED:
         several = chosen.groupby(["model", "weights", "method"])[name].transform("nunique") > 1
-        setting += (", " + chosen[name]).where(several & (chosen[name] != ""), "")
+        words = ", "
+        if name == "recipe":  # beside published numbers it always counts
+            several, words = several | True, ", recipe "
+        setting += (words + chosen[name]).where(several & (chosen[name] != ""), "")
     return kept.assign(setting=setting + kept["run"])
 
 

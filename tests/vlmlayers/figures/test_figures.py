@@ -357,8 +357,9 @@ def test_seeds_of_two_recipes_are_not_pooled(published: Path, tmp_path: Path) ->
     table = paper_tables.base_to_novel([tmp_path / "one", tmp_path / "two", published])
     own = [column for column in table.columns if column.startswith("own")]
     setting = "own: mma v5-12,t5-12, ViT-B-16 (openai), 16 shots"
-    assert own == [f"{setting}, mini", f"{setting}, mini epochs=3"]
+    assert own == [f"{setting}, recipe mini", f"{setting}, recipe mini epochs=3"]
     assert [table.cell(("EuroSAT", "Base"), one).seeds for one in own] == [2, 1]
+    assert any("seeds (1 to 2 in a cell)" in note for note in table.footnotes())
 
 
 def test_runs_that_disagree_on_a_cell_are_settings_of_their_own(
