@@ -218,7 +218,7 @@ def eigenvalues_from(x: Moments) -> Array:
     return values[values > 1e-12 * values[0]]
 
 
-def frechet_null_from(x: Moments, y: Moments, rng: np.random.Generator, *, draws: int = 5) -> float:
+def frechet_null_from(x: Moments, y: Moments, rng: np.random.Generator, *, draws: int = 3) -> float:
     """Return the Fréchet distance of two clouds of one shape, of as many rows as these have.
 
     As `gap.frechet_null` without rows to mix: both clouds are normal, with the covariance of all
@@ -228,9 +228,13 @@ def frechet_null_from(x: Moments, y: Moments, rng: np.random.Generator, *, draws
     values = []
     for _ in range(draws):
         first, second = (white_noise_root(m.n, len(pooled), rng) / np.sqrt(m.n - 1) for m in (x, y))
-        total = sum(np.einsum("ij,ij->", pooled @ root, root) for root in (first, second))
-        shared = np.linalg.svd(first.T @ pooled @ second, compute_uv=False).sum()
-        values.append(np.sqrt(max(total - 2.0 * shared, 0.0)))
+        spread, other = pooled @ first, pooled @ second
+        total = np.vdot(spread, first) + np.vdot(other, second)
+        shared = first.T @ other if first.shape[1] < second.shape[1] else second.T @ spread
+        # Singular values by the smaller symmetric product: several times faster than by SVD.
+        squares = np.linalg.eigvalsh(shared @ shared.T)
+        nuclear = np.sqrt(np.maximum(squares, 0.0)).sum()
+        values.append(np.sqrt(max(total - 2.0 * nuclear, 0.0)))
     return float(np.mean(values))
 
 
