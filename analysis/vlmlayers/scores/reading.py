@@ -374,7 +374,8 @@ def by_dataset(rows: pd.DataFrame, column: str, one_alone: bool = True) -> str:
     """
     pairs = rows[[column, "dataset"]].astype(str).drop_duplicates()
     pairs = pairs.replace({"dataset": {POOLED: "all datasets"}})
-    found = {value: list(of) for value, of in pairs.groupby(column, sort=False)["dataset"]}
+    grouped = pairs.groupby(column, sort=False)["dataset"]
+    found = {str(value): list(of) for value, of in grouped}
     if len(found) <= 1 and one_alone:
         return "".join(found)
     return " and ".join(f"{value} of {', '.join(of)}" for value, of in found.items())
