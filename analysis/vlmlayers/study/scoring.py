@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmlayers.errors import UserError
+from vlmlayers.features.store import changed_data, differing_field
 from vlmlayers.manifests import Manifest
 from vlmlayers.metrics import METRICS
 from vlmlayers.metrics.declare import MODEL
 from vlmlayers.options import validated
 from vlmlayers.runs import Run
 from vlmlayers.scores.reading import is_random
-from vlmlayers.study.context import StageContext
+from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.study.schema import check_study
 from vlmlayers.words import UNTRAINED, counted
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# Of a model's identity: what scores depend on; its name and device may be others.
+_OF_MODEL = ("weights_hash", "structure", "preprocessing")
 EXAMINED = 200  # images of a dataset that the model runs on once per block and change
 
 
@@ -54,7 +58,8 @@ def scores_of(
         **options: Those of `vlmlayers.scores.ScoreOptions`.
 
     Raises:
-        UserError: As `vlmlayers.score`, or the model can be examined on no dataset.
+        UserError: As `vlmlayers.score`, the model can be examined on no dataset, or model or images
+            are not those that were extracted.
     """
     import pandas as pd
 
@@ -63,15 +68,60 @@ def scores_of(
     of_features = [name for name in metrics if not needs_model(name)]
     inside = [name for name in metrics if needs_model(name)]
     tables = []
+    # First, as features may take hours to score.
+    ready = _as_extracted(context()) if inside else None
     if of_features:
         tables.append(score(features, of_features, jobs=jobs, progress=progress, **options))
-    if inside:
-        tables += _examined(context(), inside, options)
+    if ready is not None:
+        tables += _examined(ready, inside, options)
     whole = pd.concat(tables, ignore_index=True)
     # concat keeps attributes only where those of all parts are equal.
     whole.attrs.update(tables[0].attrs)
     whole.attrs["refused"] = [one for table in tables for one in table.attrs.get("refused", ())]
     return whole
+
+
+def _as_extracted(context: StageContext) -> StageContext:
+    """Return a context whose model and images are those that its run was extracted from.
+
+    A table must not mix scores of stored features with those of anything else. Images are told
+    apart as `extract` does it, where it finds a store: by list, sizes and times of change.
+
+    Raises:
+        UserError: They are others; names what differs.
+    """
+    notes = context.run.read_provenance()
+    for data in context.datasets:
+        if data.folder not in context.left_out:
+            _refuse_other_images(
+                context, data, notes.get("datasets", {}).get(data.manifest.name, {})
+            )
+    known = {key: notes["model"][key] for key in _OF_MODEL if key in notes.get("model", {})}
+    now = json.loads(json.dumps(context.load_model().identity()))  # where tuples become lists
+    if difference := differing_field(known, {key: now[key] for key in known}):
+        raise UserError(
+            f"{context.run.folder} was extracted by another model than its files give now: "
+            f"{difference}; put the earlier files back, or extract again with --force"
+        )
+    return context
+
+
+def _refuse_other_images(
+    context: StageContext, data: StudyDataset, record: Mapping[str, Any]
+) -> None:
+    then = record.get("data_hash")
+    if not then or then == data.identity.hash:
+        return
+    manifest, root = data.manifest, context.data_root
+    if not context.study.extract.skip_unreadable:
+        manifest.refuse_missing(data.items, root)  # which names the folder to put them into
+    store = context.run.features / data.folder
+    changed = changed_data(store, {"data": {"images": record["items"]}}, data.identity)
+    raise UserError(
+        f"{context.run.folder} was extracted from other images of {manifest.name} than lie in "
+        f"{manifest.place(root).images.resolve()}: {changed}; put the earlier ones back, or "
+        "extract again with --force"
+    )
 
 
 def _examined(
