@@ -161,6 +161,24 @@ def _kept(notes: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: notes[key] for key in keys}, "items": notes["asked"]}
 
 
+def _found(run: Run, name: str, given: Mapping[str, Any]) -> str:
+    """Return a recorded dataset as it can be opened now: a known name, or where it lies.
+
+    Raises:
+        UserError: It is not where it was; says where it was looked for.
+    """
+    if name in Manifest.names():
+        return name
+    places = run.places(name, given.get("from_run", {}).get(name, ""))
+    if place := next((one for one in places if one.exists()), None):
+        return str(place)
+    raise UserError(
+        f"{run.folder} was extracted from {name}, which does not exist; tried "
+        f"{', '.join(map(str, places))}; put it there, go to the folder it was extracted in, or "
+        "start its study or extraction again, which looks it up anew"
+    )
+
+
 def recorded_context(run: Run, **options: Any) -> StageContext:
     """Return the model and datasets that a run was extracted from, as its provenance names them.
 
@@ -182,13 +200,14 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
     name = model.pop("name")
     kind = "path" if Path(name).is_dir() else "name"
     adapted = {key: given[key] for key in ("adapter", "method") if key in given}
+    names = [_found(run, one, given) for one in given["datasets"]]
     own = ("split", "device", "streaming")  # split stands with each dataset; devices differ
     study = check_study(
         {
             "models": [{kind: name, **model, **adapted}],
             "datasets": [
                 {"name": one, **_kept(notes["datasets"][known])}
-                for one in given["datasets"]
+                for one in names
                 if (known := Manifest.load(one).name) in notes["datasets"]
             ],
             "extract": {key: v for key, v in notes["extract"].items() if key not in own},
@@ -196,6 +215,8 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
         },
         f"{run.provenance}",
     )
-    root = given.get("data_root")
-    place = None if root is None else Path(root)
+    place = None
+    if root := given.get("data_root"):
+        places = run.places(root, given.get("from_run", {}).get(root, ""))
+        place = next((one for one in places if one.exists()), Path(root))
     return StageContext(run, study, study.models[0], Path(), place, **options)

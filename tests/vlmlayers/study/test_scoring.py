@@ -28,16 +28,16 @@ def write_images(folder: Path, red: int = 0) -> Path:
     return folder
 
 
-def extracted(folder: Path, data: str = "digits", base: Path | str = ".", **model: object) -> Run:
-    """Extract features of a tiny model, untrained where no weights are named."""
-    weights = model or {"random_weights": True}
-    part = {"path": str(folder / "tiny-clip"), **weights}
-    if not (folder / "tiny-clip").exists():
-        tiny_clip(folder / "tiny-clip")
+def extracted(folder: Path, data: str = "digits", base: str = "", **model: object) -> Run:
+    """Extract features of a tiny model, untrained where no weights are named, into `base`/run."""
+    clip = folder / "tiny-clip"
+    part = {"path": str(clip if clip.exists() else tiny_clip(clip))}
+    part |= model or {"random_weights": True}
     study = check_study(
         {"models": [part], "datasets": [data], "extract": {"items": 6, "device": "cpu"}}
     )
-    return run_study(study, folder / "run", base=base, only=["extract"], progress=False)[0]
+    out = Path(base, "run") if base else folder / "run"
+    return run_study(study, out, base=base or ".", only=["extract"], progress=False)[0]
 
 
 def test_weights_that_were_overwritten_since_are_not_scored_beside_the_earlier(
@@ -73,3 +73,37 @@ def test_images_of_another_folder_of_the_same_name_are_not_scored(
     with pytest.raises(UserError, match=r"images of pics .*other/pics: 4 .* 4 altered.*--force"):
         score_run(run.folder, MODEL, QUICK, progress=False)
     assert not run.scores.exists()
+
+
+def test_a_run_and_its_images_may_be_moved_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a path as the study names it, from its own folder; what is recorded names no other."""
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("one/pics"))
+    record = extracted(tmp_path, "pics", "one").read_provenance
+    assert record()["given"]["from_run"] == {"one/pics": "../pics"}
+    Path("one").rename("two")
+    monkeypatch.chdir("/")
+    score_run(tmp_path / "two/run", MODEL, QUICK, progress=False)
+    monkeypatch.chdir(tmp_path)
+    written = Path("two/run/features/pics-train/store.json").stat().st_mtime_ns
+    given = extracted(tmp_path, "pics", "two").read_provenance()["given"]
+    assert given["datasets"] == ["two/pics"] and given["from_run"] == {"two/pics": "../pics"}
+    assert Path("two/run/features/pics-train/store.json").stat().st_mtime_ns == written
+    Path("two/pics").rename("lost")
+    with pytest.raises(UserError) as caught:
+        score_run("two/run", MODEL, QUICK, progress=False)
+    assert f"from two/pics, which does not exist; tried {tmp_path}/two/pics; put" in str(
+        caught.value
+    )
+
+
+def test_what_is_recorded_of_a_run_elsewhere_names_no_other_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert Run(tmp_path / "elsewhere/run").path_to("pics") == ""
+    assert Run(Path("run")).path_to(str(tmp_path)) == ""
+    assert Run(Path("runs/a")).path_to("../pics") == "../../../pics"
