@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,26 +60,39 @@ def scores_of(
         **options: Those of `vlmlayers.scores.ScoreOptions`.
 
     Raises:
-        UserError: As `vlmlayers.score`, the model can be examined on no dataset, or model or images
-            are not those that were extracted.
+        UserError: As `vlmlayers.score`, nothing could be scored, or model or images are not those
+            that were extracted.
     """
     import pandas as pd
 
     from vlmlayers.scores import score
+    from vlmlayers.scores.missing import NothingScored
 
     of_features = [name for name in metrics if not needs_model(name)]
     inside = [name for name in metrics if needs_model(name)]
-    tables = []
     # First, as features may take hours to score.
     ready = _as_extracted(context()) if inside else None
+    parts: list[Callable[[], pd.DataFrame]] = []
     if of_features:
-        tables.append(score(features, of_features, jobs=jobs, progress=progress, **options))
+        given = {"jobs": jobs, "progress": progress, **options}
+        parts.append(partial(score, features, of_features, **given))
     if ready is not None:
-        tables += _examined(ready, inside, options)
+        parts += _examinations(ready, inside, options)
+    tables, empty = [], []
+    for part in parts:
+        try:
+            tables.append(part())
+        except NothingScored as error:
+            empty.append(error)
+    if not tables:
+        raise UserError("; ".join(dict.fromkeys(map(str, empty))))
+    for gaps in filter(None, (error.gaps for error in empty)):
+        warnings.warn(f"not computed: {gaps}", UserWarning, stacklevel=2)
     whole = pd.concat(tables, ignore_index=True)
     # concat keeps attributes only where those of all parts are equal.
     whole.attrs.update(tables[0].attrs)
-    whole.attrs["refused"] = [one for table in tables for one in table.attrs.get("refused", ())]
+    refused = [one for table in tables for one in table.attrs.get("refused", ())]
+    whole.attrs["refused"] = refused + [one for error in empty for one in error.refused]
     return whole
 
 
@@ -124,10 +139,10 @@ def _refuse_other_images(
     )
 
 
-def _examined(
+def _examinations(
     context: StageContext, metrics: Sequence[str], options: dict[str, Any]
-) -> list[pd.DataFrame]:
-    """Return what the model says on each dataset that was extracted."""
+) -> list[Callable[[], pd.DataFrame]]:
+    """Return what runs the model on each dataset that was extracted."""
     from vlmlayers.manifests.items import balanced_sample
     from vlmlayers.models import examine
     from vlmlayers.scores import ScoreOptions
@@ -135,7 +150,8 @@ def _examined(
     settled = validated(ScoreOptions, options)
     model = context.load_model()
     return [
-        examine(
+        partial(
+            examine,
             model,
             data.manifest,
             data.options["split"],

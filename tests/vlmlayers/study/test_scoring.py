@@ -12,6 +12,7 @@ from run_folders import tiny_clip
 import vlmlayers as vl
 from vlmlayers.errors import UserError
 from vlmlayers.runs import Run
+from vlmlayers.scores import read_scores, refusals
 from vlmlayers.study import check_study, run_study
 from vlmlayers.study.verbs import score_run
 
@@ -107,3 +108,24 @@ def test_what_is_recorded_of_a_run_elsewhere_names_no_other_folders(
     assert Run(tmp_path / "elsewhere/run").path_to("pics") == ""
     assert Run(Path("run")).path_to(str(tmp_path)) == ""
     assert Run(Path("runs/a")).path_to("../pics") == "../../../pics"
+
+
+def test_what_can_be_scored_is_kept_beside_what_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("pics"))
+    run = extracted(tmp_path, "pics")
+    lost = "class_accuracy_ncm"  # two classes of two images
+    with pytest.warns(UserWarning, match=f"^not computed: {lost} \\(0 classes with"):
+        score_run(run.folder, [*MODEL, lost], QUICK, progress=False)
+    table = read_scores(run.folder)
+    assert set(table["metric"]) == set(MODEL) and lost in set(refusals(table)["metric"])
+    # The other way round: of two classes no half has two.
+    score_run(run.folder, ["effective_rank", "gradient_alignment"], QUICK, progress=False)
+    table = read_scores(run.folder)
+    assert set(table["metric"]) == {"effective_rank"}
+    assert "gradient_alignment" in set(refusals(table)["metric"])
+    with pytest.raises(UserError, match=f"^nothing was scored: {lost} .*; .*needs 4 classes"):
+        score_run(run.folder, [lost, "gradient_alignment"], QUICK, progress=False)
+    assert set(read_scores(run.folder)["metric"]) == {"effective_rank"}
