@@ -98,6 +98,23 @@ class Run:
             )
         return found
 
+    def path_to(self, path: str) -> str:
+        """Return a relative path as it is seen from the run folder.
+
+        Empty for an absolute one, which stays as it is, and where the folder does not lie below the
+        working folder: the way there would tell folders of this machine that nobody named.
+        """
+        here, folder = Path.cwd(), self.folder.resolve()
+        if Path(path).expanduser().is_absolute() or not folder.is_relative_to(here):
+            return ""
+        return Path(os.path.relpath(here / path, folder)).as_posix()
+
+    def places(self, path: str, seen: str = "") -> list[Path]:
+        """Return where a recorded path may lie now: as the run folder sees it, or as it is."""
+        # As the run sees it first: in another working folder the same words may lead elsewhere.
+        from_run = [Path(os.path.normpath(self.folder.resolve() / seen))] if seen else []
+        return list(dict.fromkeys([*from_run, Path(path).expanduser().absolute()]))
+
     def read(self, name: str) -> dict[str, Any]:
         """Return what a JSON file of the folder holds; empty where there is none."""
         path = self.folder / name

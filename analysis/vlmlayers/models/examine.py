@@ -47,6 +47,7 @@ from vlmlayers.models.vlm import LoadedModel
 from vlmlayers.positions import EMBED, JOINT, PROJ, relative_depth
 from vlmlayers.progress import bar
 from vlmlayers.prompts import EXAMINED
+from vlmlayers.scores.missing import NothingScored
 from vlmlayers.scores.schema import score_frame
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def examine(
             except UserError as error:
                 table.refuse(name, str(error))
     if not table.rows:
-        raise UserError(table.refused[0]["reason"])
+        raise NothingScored(table.refused[0]["reason"], table.refused)
     protocol = {"items": len(inputs.labels), "seed": seed, "bootstrap": bootstrap}
     return score_frame(table.rows, refused=table.refused, protocol=protocol)
 

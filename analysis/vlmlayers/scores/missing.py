@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.table import Metric
@@ -12,6 +12,19 @@ from vlmlayers.scores.scoring import POOLED, Collector
 
 _SHOWN = 4  # gaps that are named
 _CALLER = 5  # frames up to the line that called `score`, over two that check its arguments
+
+
+class NothingScored(UserError):
+    """Nothing came of what was asked for.
+
+    Attributes:
+        refused: What was not computed, and why, as `attrs["refused"]` of a table.
+        gaps: The same in one line, for a warning; empty where the log has said it.
+    """
+
+    def __init__(self, reason: str, refused: Sequence[dict[str, str]], gaps: str = "") -> None:
+        super().__init__(reason)
+        self.refused, self.gaps = refused, gaps
 
 
 def say_missing(
@@ -26,13 +39,13 @@ def say_missing(
         asked: Whether the metrics were named; of all metrics some always do not apply.
 
     Raises:
-        UserError: There is no score at all.
+        NothingScored: There is no score at all.
     """
     gaps = [f"{what} ({why})" for what, why in _gaps(out, metrics, options)]
     more = f"; and {len(gaps) - _SHOWN} more" if len(gaps) > _SHOWN else ""
     line = "; ".join(gaps[:_SHOWN]) + more
     if not out.rows:
-        raise UserError(f"nothing was scored: {line}")
+        raise NothingScored(f"nothing was scored: {line}", out.refused, line)
     if gaps and asked:
         line += "; `refusals` lists all" if more else ""
         warnings.warn(f"not computed: {line}", UserWarning, stacklevel=_CALLER)

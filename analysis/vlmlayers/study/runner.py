@@ -144,6 +144,7 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
         inputs = _marks(stage.inputs(context))
         if not (reason := _why(context, stage, inputs)):
             _keep_outdated(context, name)
+            stage.unchanged(context)
             context.doing(f"{name:8} unchanged")
             continue
         LOG.debug("%s runs: %s", name, reason)

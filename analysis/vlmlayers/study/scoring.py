@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmlayers.errors import UserError
+from vlmlayers.features.store import changed_data, differing_field
 from vlmlayers.manifests import Manifest
 from vlmlayers.metrics import METRICS
 from vlmlayers.metrics.declare import MODEL
 from vlmlayers.options import validated
 from vlmlayers.runs import Run
 from vlmlayers.scores.reading import is_random
-from vlmlayers.study.context import StageContext
+from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.study.schema import check_study
 from vlmlayers.words import UNTRAINED, counted
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# Of a model's identity: what scores depend on; its name and device may be others.
+_OF_MODEL = ("weights_hash", "structure", "preprocessing")
 EXAMINED = 200  # images of a dataset that the model runs on once per block and change
 
 
@@ -54,30 +60,89 @@ def scores_of(
         **options: Those of `vlmlayers.scores.ScoreOptions`.
 
     Raises:
-        UserError: As `vlmlayers.score`, or the model can be examined on no dataset.
+        UserError: As `vlmlayers.score`, nothing could be scored, or model or images are not those
+            that were extracted.
     """
     import pandas as pd
 
     from vlmlayers.scores import score
+    from vlmlayers.scores.missing import NothingScored
 
     of_features = [name for name in metrics if not needs_model(name)]
     inside = [name for name in metrics if needs_model(name)]
-    tables = []
+    # First, as features may take hours to score.
+    ready = _as_extracted(context()) if inside else None
+    parts: list[Callable[[], pd.DataFrame]] = []
     if of_features:
-        tables.append(score(features, of_features, jobs=jobs, progress=progress, **options))
-    if inside:
-        tables += _examined(context(), inside, options)
+        given = {"jobs": jobs, "progress": progress, **options}
+        parts.append(partial(score, features, of_features, **given))
+    if ready is not None:
+        parts += _examinations(ready, inside, options)
+    tables, empty = [], []
+    for part in parts:
+        try:
+            tables.append(part())
+        except NothingScored as error:
+            empty.append(error)
+    if not tables:
+        raise UserError("; ".join(dict.fromkeys(map(str, empty))))
+    for gaps in filter(None, (error.gaps for error in empty)):
+        warnings.warn(f"not computed: {gaps}", UserWarning, stacklevel=2)
     whole = pd.concat(tables, ignore_index=True)
     # concat keeps attributes only where those of all parts are equal.
     whole.attrs.update(tables[0].attrs)
-    whole.attrs["refused"] = [one for table in tables for one in table.attrs.get("refused", ())]
+    refused = [one for table in tables for one in table.attrs.get("refused", ())]
+    whole.attrs["refused"] = refused + [one for error in empty for one in error.refused]
     return whole
 
 
-def _examined(
+def _as_extracted(context: StageContext) -> StageContext:
+    """Return a context whose model and images are those that its run was extracted from.
+
+    A table must not mix scores of stored features with those of anything else. Images are told
+    apart as `extract` does it, where it finds a store: by list, sizes and times of change.
+
+    Raises:
+        UserError: They are others; names what differs.
+    """
+    notes = context.run.read_provenance()
+    for data in context.datasets:
+        if data.folder not in context.left_out:
+            _refuse_other_images(
+                context, data, notes.get("datasets", {}).get(data.manifest.name, {})
+            )
+    known = {key: notes["model"][key] for key in _OF_MODEL if key in notes.get("model", {})}
+    now = json.loads(json.dumps(context.load_model().identity()))  # where tuples become lists
+    if difference := differing_field(known, {key: now[key] for key in known}):
+        raise UserError(
+            f"{context.run.folder} was extracted by another model than its files give now: "
+            f"{difference}; put the earlier files back, or extract again with --force"
+        )
+    return context
+
+
+def _refuse_other_images(
+    context: StageContext, data: StudyDataset, record: Mapping[str, Any]
+) -> None:
+    then = record.get("data_hash")
+    if not then or then == data.identity.hash:
+        return
+    manifest, root = data.manifest, context.data_root
+    if not context.study.extract.skip_unreadable:
+        manifest.refuse_missing(data.items, root)  # which names the folder to put them into
+    store = context.run.features / data.folder
+    changed = changed_data(store, {"data": {"images": record["items"]}}, data.identity)
+    raise UserError(
+        f"{context.run.folder} was extracted from other images of {manifest.name} than lie in "
+        f"{manifest.place(root).images.resolve()}: {changed}; put the earlier ones back, or "
+        "extract again with --force"
+    )
+
+
+def _examinations(
     context: StageContext, metrics: Sequence[str], options: dict[str, Any]
-) -> list[pd.DataFrame]:
-    """Return what the model says on each dataset that was extracted."""
+) -> list[Callable[[], pd.DataFrame]]:
+    """Return what runs the model on each dataset that was extracted."""
     from vlmlayers.manifests.items import balanced_sample
     from vlmlayers.models import examine
     from vlmlayers.scores import ScoreOptions
@@ -85,7 +150,8 @@ def _examined(
     settled = validated(ScoreOptions, options)
     model = context.load_model()
     return [
-        examine(
+        partial(
+            examine,
             model,
             data.manifest,
             data.options["split"],
@@ -111,6 +177,24 @@ def _kept(notes: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: notes[key] for key in keys}, "items": notes["asked"]}
 
 
+def _found(run: Run, name: str, given: Mapping[str, Any]) -> str:
+    """Return a recorded dataset as it can be opened now: a known name, or where it lies.
+
+    Raises:
+        UserError: It is not where it was; says where it was looked for.
+    """
+    if name in Manifest.names():
+        return name
+    places = run.places(name, given.get("from_run", {}).get(name, ""))
+    if place := next((one for one in places if one.exists()), None):
+        return str(place)
+    raise UserError(
+        f"{run.folder} was extracted from {name}, which does not exist; tried "
+        f"{', '.join(map(str, places))}; put it there, go to the folder it was extracted in, or "
+        "start its study or extraction again, which looks it up anew"
+    )
+
+
 def recorded_context(run: Run, **options: Any) -> StageContext:
     """Return the model and datasets that a run was extracted from, as its provenance names them.
 
@@ -132,13 +216,14 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
     name = model.pop("name")
     kind = "path" if Path(name).is_dir() else "name"
     adapted = {key: given[key] for key in ("adapter", "method") if key in given}
+    names = [_found(run, one, given) for one in given["datasets"]]
     own = ("split", "device", "streaming")  # split stands with each dataset; devices differ
     study = check_study(
         {
             "models": [{kind: name, **model, **adapted}],
             "datasets": [
                 {"name": one, **_kept(notes["datasets"][known])}
-                for one in given["datasets"]
+                for one in names
                 if (known := Manifest.load(one).name) in notes["datasets"]
             ],
             "extract": {key: v for key, v in notes["extract"].items() if key not in own},
@@ -146,6 +231,8 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
         },
         f"{run.provenance}",
     )
-    root = given.get("data_root")
-    place = None if root is None else Path(root)
+    place = None
+    if root := given.get("data_root"):
+        places = run.places(root, given.get("from_run", {}).get(root, ""))
+        place = next((one for one in places if one.exists()), Path(root))
     return StageContext(run, study, study.models[0], Path(), place, **options)

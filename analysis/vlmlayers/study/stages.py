@@ -14,7 +14,7 @@ from vlmlayers.errors import DataFault, OtherExtraction, UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import is_choice
 from vlmlayers.positions import TOWERS
-from vlmlayers.runs import environment, file_mark
+from vlmlayers.runs import environment, file_mark, fingerprint
 from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.user_code import code_file, is_user_code
 from vlmlayers.words import counted
@@ -32,6 +32,7 @@ class Stage:
         run: Does the work.
         outputs: Files that exist when it is done.
         wanted: Whether the study asks for it.
+        unchanged: Does what is left to do where nothing changed.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Stage:
     run: Callable[[StageContext], None]
     outputs: Callable[[StageContext], list[Path]]
     wanted: Callable[[StageContext], bool] = lambda context: True
+    unchanged: Callable[[StageContext], None] = lambda context: None
 
 
 def _extract_inputs(context: StageContext) -> dict[str, Any]:
@@ -110,13 +112,27 @@ def _extract(context: StageContext) -> None:
 
 
 def _given(context: StageContext) -> dict[str, Any]:
-    """Return model, datasets and data root as the command line takes them, for the next command."""
+    """Return model, datasets and data root as the command line takes them, for the next command.
+
+    `from_run` says where those of relative paths lie from the run folder, as both may be moved.
+    """
+    datasets = [context.dataset_name(part.name) for part in context.study.datasets]
+    root = None if context.data_root is None else str(context.data_root)
+    paths = [one for one in (*datasets, root) if one and one not in Manifest.names()]
     return {
         "model": context.model_arguments(),
-        "datasets": [context.dataset_name(part.name) for part in context.study.datasets],
-        "data_root": None if context.data_root is None else str(context.data_root),
+        "datasets": datasets,
+        "data_root": root,
+        "from_run": {one: seen for one in paths if (seen := context.run.path_to(one))},
         **context.adapter_arguments(),
     }
+
+
+def _keep_given(context: StageContext) -> None:
+    """Keep how the command line takes model and data now: they may have been moved."""
+    known = context.run.read_provenance().get("given")
+    if known and fingerprint(now := _given(context)) != fingerprint(known):
+        context.run.record(given=now)
 
 
 def _refuse_missing(context: StageContext) -> None:
@@ -381,6 +397,7 @@ STAGES: dict[str, Stage] = {
             _extract_inputs,
             _extract,
             lambda c: [c.run.features / data.folder for data in c.datasets],
+            unchanged=_keep_given,
         ),
         Stage("score", _score_inputs, _score, lambda c: [c.run.scores]),
         Stage(

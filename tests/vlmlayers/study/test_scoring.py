@@ -1,0 +1,131 @@
+"""Metrics that run the model again: on the model and the images that the run was extracted from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from run_folders import tiny_clip
+
+import vlmlayers as vl
+from vlmlayers.errors import UserError
+from vlmlayers.runs import Run
+from vlmlayers.scores import read_scores, refusals
+from vlmlayers.study import check_study, run_study
+from vlmlayers.study.verbs import score_run
+
+QUICK = {"seeds": [1], "bootstrap": 20}
+MODEL = ["skip_joint_change"]
+
+
+def write_images(folder: Path, red: int = 0) -> Path:
+    """Write two classes of three images."""
+    for number in range(6):
+        file = folder / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (red, 40 * number, 0)).save(file)
+    return folder
+
+
+def extracted(folder: Path, data: str = "digits", base: str = "", **model: object) -> Run:
+    """Extract features of a tiny model, untrained where no weights are named, into `base`/run."""
+    clip = folder / "tiny-clip"
+    part = {"path": str(clip if clip.exists() else tiny_clip(clip))}
+    part |= model or {"random_weights": True}
+    study = check_study(
+        {"models": [part], "datasets": [data], "extract": {"items": 6, "device": "cpu"}}
+    )
+    out = Path(base, "run") if base else folder / "run"
+    return run_study(study, out, base=base or ".", only=["extract"], progress=False)[0]
+
+
+def test_weights_that_were_overwritten_since_are_not_scored_beside_the_earlier(
+    tmp_path: Path,
+) -> None:
+    folder, file = tiny_clip(tmp_path / "tiny-clip"), tmp_path / "e.pt"
+    weights = vl.load_model(str(folder), random_weights=True).clip.state_dict()
+    torch.save(weights, file)
+    run = extracted(tmp_path, pretrained=str(file))
+    torch.save({key: 1.5 * value for key, value in weights.items()}, file)
+    with pytest.raises(UserError, match="another model .*: weights_hash is .*extract again with"):
+        score_run(run.folder, ["effective_rank", *MODEL], QUICK, progress=False)
+    assert not run.scores.exists()
+    torch.save(weights, file)
+    notes = run.read_provenance()["model"]
+    run.record(model=notes | {"structure": notes["structure"] | {"eps": ["2"]}})
+    with pytest.raises(UserError, match=r"structure.eps is \['2'\] there, absent here"):
+        score_run(run.folder, MODEL, QUICK, progress=False)
+    # As an earlier version recorded it.
+    run.record(model={key: value for key, value in notes.items() if key != "structure"})
+    score_run(run.folder, MODEL, QUICK, progress=False)
+    assert run.scores.exists()
+
+
+def test_images_of_another_folder_of_the_same_name_are_not_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, red in (("one", 0), ("other", 255)):
+        write_images(tmp_path / name / "pics", red)
+    monkeypatch.chdir(tmp_path / "one")
+    run = extracted(tmp_path, "pics")
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(UserError, match=r"images of pics .*other/pics: 4 .* 4 altered.*--force"):
+        score_run(run.folder, MODEL, QUICK, progress=False)
+    assert not run.scores.exists()
+
+
+def test_a_run_and_its_images_may_be_moved_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a path as the study names it, from its own folder; what is recorded names no other."""
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("one/pics"))
+    record = extracted(tmp_path, "pics", "one").read_provenance
+    assert record()["given"]["from_run"] == {"one/pics": "../pics"}
+    Path("one").rename("two")
+    monkeypatch.chdir("/")
+    score_run(tmp_path / "two/run", MODEL, QUICK, progress=False)
+    monkeypatch.chdir(tmp_path)
+    written = Path("two/run/features/pics-train/store.json").stat().st_mtime_ns
+    given = extracted(tmp_path, "pics", "two").read_provenance()["given"]
+    assert given["datasets"] == ["two/pics"] and given["from_run"] == {"two/pics": "../pics"}
+    assert Path("two/run/features/pics-train/store.json").stat().st_mtime_ns == written
+    Path("two/pics").rename("lost")
+    with pytest.raises(UserError) as caught:
+        score_run("two/run", MODEL, QUICK, progress=False)
+    assert f"from two/pics, which does not exist; tried {tmp_path}/two/pics; put" in str(
+        caught.value
+    )
+
+
+def test_what_is_recorded_of_a_run_elsewhere_names_no_other_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert Run(tmp_path / "elsewhere/run").path_to("pics") == ""
+    assert Run(Path("run")).path_to(str(tmp_path)) == ""
+    assert Run(Path("runs/a")).path_to("../pics") == "../../../pics"
+
+
+def test_what_can_be_scored_is_kept_beside_what_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("pics"))
+    run = extracted(tmp_path, "pics")
+    lost = "class_accuracy_ncm"  # two classes of two images
+    with pytest.warns(UserWarning, match=f"^not computed: {lost} \\(0 classes with"):
+        score_run(run.folder, [*MODEL, lost], QUICK, progress=False)
+    table = read_scores(run.folder)
+    assert set(table["metric"]) == set(MODEL) and lost in set(refusals(table)["metric"])
+    # The other way round: of two classes no half has two.
+    score_run(run.folder, ["effective_rank", "gradient_alignment"], QUICK, progress=False)
+    table = read_scores(run.folder)
+    assert set(table["metric"]) == {"effective_rank"}
+    assert "gradient_alignment" in set(refusals(table)["metric"])
+    with pytest.raises(UserError, match=f"^nothing was scored: {lost} .*; .*needs 4 classes"):
+        score_run(run.folder, [lost, "gradient_alignment"], QUICK, progress=False)
+    assert set(read_scores(run.folder)["metric"]) == {"effective_rank"}
