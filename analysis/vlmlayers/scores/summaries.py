@@ -101,9 +101,9 @@ def curves(
     least, most = _bounds(metric)
     possible = {tower: ceiling(scores, metric, tower) for tower in TOWERS}
     # Not below the value itself: splits of other seeds may have a lower ceiling.
-    reached = np.maximum(joined["tower"].map(possible).astype(float), joined["value"])
+    reached = joined["tower"].map(possible).astype(float).combine(joined["value"], max)
     high = joined["high"].clip(upper=most)
-    high = np.minimum(high, reached) if min(possible.values()) < 1 else high
+    high = high.combine(reached, min) if min(possible.values()) < 1 else high
     return joined.assign(low=joined["low"].clip(lower=least), high=high)
 
 
