@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -54,6 +54,18 @@ def trained(opening: str, validation: pd.DataFrame) -> Caption:
     seeds = ", ".join(str(seed) for seed in sorted(validation["seed"].unique()))
     runs = f"Trained on {counted(len(datasets), 'dataset')} ({', '.join(datasets)}), seeds {seeds}"
     return _caption(opening, validation, [runs])
+
+
+def clauses(opening: str, drawn: Mapping[str, bool]) -> str:
+    """Return an opening and behind it what is said of each mark that is drawn."""
+    return ". ".join([opening, *(said for said, there in drawn.items() if there)])
+
+
+def mean_over(panels: Iterable[pd.DataFrame], *names: str) -> str:
+    """Return `, mean over datasets and seeds` of the columns in which any panel has several."""
+    found = list(panels)
+    several = [f"{name}s" for name in names if any(one[name].nunique() > 1 for one in found)]
+    return f", mean over {' and '.join(several)}" if several else ""
 
 
 def joined(panels: Iterable[pd.DataFrame]) -> str:
