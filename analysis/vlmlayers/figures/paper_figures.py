@@ -21,6 +21,7 @@ from vlmlayers.figures.layout import (
     shared_legend,
 )
 from vlmlayers.figures.outcomes import (
+    marked,
     placement_means,
     predicted_means,
     read_validations,
@@ -135,9 +136,10 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
     """Draw base, novel and HM over the first adapted block; chosen and published are marked."""
     models = list(by_model(read_validations(tables)))
     figure, axes = panels(len(models), 1, 2.3)
-    drawn = []
+    drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
-        means = sweep(placement_means(part))
+        means, doubts[name] = marked(placement_means(part), choice_of(part, tables))
+        means = sweep(means)
         spans = means[means.on_axis].assign(placement=means.label, chosen=False)
         plots.placement_sweep(spans, ax=ax)
         mark_sweep(ax, means)
@@ -150,7 +152,7 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
         f"block{mean_over(cells, 'dataset', 'seed')}",
         {"Bands: ± one standard deviation over seeds": bool(pd.concat(drawn).hm_sd.notna().any())},
     )
-    caption = trained(opening, pd.concat(cells))
+    caption = trained(opening, pd.concat(cells), doubts)
     return save(figure, out, "fig4_placement_sweep", drawn, caption)
 
 
@@ -162,9 +164,10 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     if not models:
         raise MissingTable("no model has both scores and a validation; record both to draw this")
     figure, axes = panels(len(models), 1, 2.6)
-    drawn = []
+    drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
-        points = predicted_means(check_scores(scores[name]), placement_means(part))
+        means, doubts[name] = marked(placement_means(part), choice_of(part, tables))
+        points = predicted_means(check_scores(scores[name]), means)
         plots.predicted_vs_trained(points.assign(placement=points.short), ax=ax)
         ax.margins(x=0.12, y=0.1)
         score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
@@ -179,7 +182,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     caption = trained(
         "Quality predicted from the scores against the trained harmonic mean, one point per "
         f"placement{mean_over(cells, 'dataset', 'seed')}. Kendall's τ stands above each panel",
-        pd.concat(cells))  # fmt: skip
+        pd.concat(cells), doubts)  # fmt: skip
     return save(figure, out, "fig5_predicted_vs_trained", drawn, caption)
 
 

@@ -776,6 +776,29 @@ def test_figure_4_orders_spans_and_sets_the_choice_beside_them(
         assert word in svg
 
 
+def test_what_was_chosen_before_is_not_marked_as_chosen(tables: Path, tmp_path: Path) -> None:
+    """A run that chooses anew keeps its trainings; the caption says so as the report does."""
+    for name in ("scores.csv", "validation.csv"):
+        shutil.copy(tables / name, tmp_path / name)
+    evidence = {"model": "tiny", "weights": "w"}
+    choice = {"vision": [4], "text": [4], "rule": "budget", "evidence": evidence}
+    (tmp_path / "choice.json").write_text(json.dumps(choice))
+    said = (
+        "Of tiny (w) the choice was not trained: v2-4,t3-4 stood for it in the validation, "
+        "and it is v4,t4."
+    )
+    for name in ("fig4_placement_sweep", "fig5_predicted_vs_trained"):
+        for folder, proved in ((tables, True), (tmp_path, False)):
+            paper_figures.FIGURES[name](folder, tmp_path)
+            drawn = pd.read_csv(tmp_path / f"{name}.csv")
+            chosen = ["v2-4,t3-4"] if proved else []
+            assert drawn.placement[drawn.chosen].tolist() == chosen, name
+            text = (tmp_path / f"{name}.tex").read_text()
+            assert (said in text.splitlines()[4]) != proved, text
+            svg = (tmp_path / f"{name}.svg").read_text()
+            assert ("chosen" in svg.lower()) == proved
+
+
 def test_unfinished_runs_do_not_enter_the_sweep() -> None:
     rows = validation_rows()
     hole = (rows.dataset == "a_b") & (rows.seed == 2) & (rows.placement == "v4,t4")
