@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from threading import get_ident
 from typing import IO, TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from vlmlayers.errors import DISK, UserError, first_cause, one_line
 from vlmlayers.progress import say
@@ -40,6 +41,7 @@ WEIGHTS = (
 HUB = "hf-hub:"  # before the name of a repository of the Hugging Face hub
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 DRAFTS = "*.part"  # what a process that was killed while it wrote leaves behind
+_LOCKS: WeakSet[IO[bytes]] = WeakSet()  # those that this process holds or held
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -233,7 +235,18 @@ def lock(file: Path, *, wait: bool = False) -> IO[bytes] | None:
                 return None
         # Closing the file would give the lock back; from here on it is the caller's.
         opened.pop_all()
+        _LOCKS.add(handle)
         return handle
+
+
+def _leave_locks() -> None:
+    """Close the locks of the process that forked this one: they would outlive it in here."""
+    for handle in _LOCKS:
+        handle.close()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_locks)
 
 
 def take_lock(file: Path, folder: Path) -> IO[bytes]:

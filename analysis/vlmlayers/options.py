@@ -20,6 +20,7 @@ from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -118,6 +119,16 @@ def _several(value: Any) -> Any:
 
 Several = Annotated[tuple[Value, ...], BeforeValidator(_several)]
 Word = Annotated[str, BeforeValidator(plain_number)]
+
+
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise ValueError(f"names {twice[0]} twice; a seed again is no new draw")
+    return seeds
+
+
+Seeds = Annotated[Several[Seed], AfterValidator(_each_once)]
 
 
 def at_key(check: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -311,6 +311,22 @@ def of_kind(table: Any, kind: str) -> Any:
     return table["kind"].astype(str).str.split("+").map(lambda kinds: kind in kinds).astype(bool)
 
 
+def untrained(choice: Placement, then: str, tried: Iterable[str]) -> str:
+    """Say that another placement was trained as the choice than is chosen now; empty if not.
+
+    Args:
+        choice: What is chosen now; what lies in the towers that the method acts in counts.
+        then: What was trained as the choice.
+        tried: All that was trained, which tells these towers.
+    """
+    placed, others = Placement.parse(then), [Placement.parse(one) for one in tried]
+    acting = [tower for tower in TOWERS if any(one.blocks(tower) for one in others)]
+    if all(choice.blocks(tower) == placed.blocks(tower) for tower in acting):
+        return ""
+    now = replace(choice, amount=Amount())
+    return f"the choice was not trained: {then} stood for it in the validation, and it is {now}"
+
+
 def _checked(blocks: Any, tower: str = "") -> tuple[int, ...]:
     """Return blocks in rising order, each a whole number from 1 and there once."""
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):

@@ -8,6 +8,8 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -16,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, looked_for
-from vlmlayers.files import checksum, file_checksum, read_json, write_json
+from vlmlayers.files import checksum, file_checksum, read_json, take_lock, write_json, writing
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
 RUN_FILES = ("provenance.json", "stages.json", "scores.json", "report.html")
+LOCK = ".lock"  # in a run folder: who writes there holds it
 PACKAGES = (
     "vlm-layers",
     "numpy",
@@ -133,6 +136,41 @@ class Run:
 def is_run(folder: Path) -> bool:
     """Return whether a verb has written a run, or a report of several, into a folder."""
     return any((folder / name).is_file() for name in RUN_FILES)
+
+
+@contextmanager
+def writing_alone(*folders: Path) -> Iterator[None]:
+    """Keep other processes from writing run folders meanwhile: two runs would be mixed in one.
+
+    Of the processes of one torchrun, which share a run, the first one holds the folders.
+
+    Raises:
+        UserError: Another process writes one of them, or it cannot be made.
+    """
+    with ExitStack() as held:
+        for folder in dict.fromkeys(folders) if is_first_process() else ():
+            made = not folder.exists()
+            if not made and not os.access(folder, os.W_OK):
+                continue  # nobody writes there, and whole results may be read
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(take_lock(folder / LOCK, folder))
+            if made:
+                held.callback(_remove_unused, folder)
+        yield
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder into which nothing was written: it would pass for a run."""
+    with suppress(OSError):
+        if not holds_anything(folder):
+            (folder / LOCK).unlink()
+            folder.rmdir()
+
+
+def holds_anything(folder: Path) -> bool:
+    """Return whether a run folder holds more than its lock."""
+    return any(path.name != LOCK for path in folder.glob("*"))
 
 
 def score_table(source: str | Path) -> Path:

@@ -61,6 +61,12 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: va.search(shared_backbone(), "faces", seeds=-1), "at least 0 is needed"),
         (lambda: va.validate(shared_backbone(), "2", "faces", seeds=-1), "at least 0 is needed"),
         (lambda: va.validate(shared_backbone(), "2", "faces", seed=-1), "seed takes a whole num"),
+        (lambda: train(seeds=[1, 1, 3]), "'seeds': names 1 twice; a seed again is no new draw"),
+        (lambda: va.search(shared_backbone(), "faces", seeds=(2, 2)), "'seeds': names 2 twice"),
+        (
+            lambda: va.validate(shared_backbone(), "2", "faces", seeds=(2, 2)),
+            "'seeds': names 2 twice",
+        ),
         (lambda: train(seeds="one"), "seeds is 'one'; a whole number"),
         (lambda: train(together=0), "together is 0; at least 1 is needed"),
         (lambda: va.train("mini-clip", "faces"), "model takes a model, as `load_model` returns it"),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 import pytest
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import read_json, read_toml, write_json, writing
+from vlmlayers.files import lock, read_json, read_toml, write_json, writing
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -50,3 +54,26 @@ def test_an_error_that_has_a_number_alone_is_told_in_the_systems_words(tmp_path:
         writing(tmp_path / "x"),
     ):
         raise error
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_lock_ends_with_its_process_though_one_that_it_forked_lives_on(tmp_path: Path) -> None:
+    """As one does that decodes images, for seconds after a kill."""
+    held = (
+        "import os, sys, time; from pathlib import Path; from vlmlayers.files import lock;"
+        "handle = lock(Path(sys.argv[1])); child = os.fork();"
+        "print(child, flush=True) if child else None; time.sleep(60)"
+    )
+    command = [sys.executable, "-c", held, str(tmp_path / "lock")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        assert lock(tmp_path / "lock") is None
+        process.kill()
+        process.wait()
+        taken = lock(tmp_path / "lock")
+        assert taken is not None
+        taken.close()
+    finally:
+        os.kill(child, signal.SIGKILL)

@@ -9,13 +9,13 @@ from pydantic import AfterValidator, Field
 from vlmadapters.data.options import DataOptions, ReadOptions
 from vlmadapters.protocols.table import PROTOCOLS
 from vlmlayers.errors import check_one_of
-from vlmlayers.options import Seed, Several, at_key
+from vlmlayers.options import Seeds, at_key
 
 
 class RunOptions(ReadOptions):
     """What every run of trainings takes."""
 
-    seeds: Several[Seed] = Field(default=(1, 2, 3), description="Seeds; 1,2,3 where absent.")
+    seeds: Seeds = Field(default=(1, 2, 3), description="Seeds; 1,2,3 where absent.")
     together: int = Field(default=12, ge=1, description="Settings trained side by side.")
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from vlmadapters.data.options import DataOptions
 from vlmadapters.protocols.options import RunOptions
 from vlmlayers.errors import check_one_of
-from vlmlayers.options import Cli, Seed, Several, at_key
+from vlmlayers.options import Cli, Seeds, Several, at_key
 from vlmlayers.placement import Amount, Placement
 
 KINDS: dict[str, str] = {
@@ -107,7 +107,7 @@ class SearchOptions(FoldOptions):
     novel: bool = Field(
         default=True, description="Hold out half of the base classes whole as well."
     )
-    seeds: Several[Seed] = Field(default=(1,), description="Seeds; 1 where absent.")
+    seeds: Seeds = Field(default=(1,), description="Seeds; 1 where absent.")
 
 
 class ValidateOptions(FoldOptions, DataOptions):

@@ -137,7 +137,7 @@ def search(
     default = recipe.changed({"shots": asked.shots}, {})
     rates = tried_amounts(default, asked.given_amounts)
     placements, refused = tried_placements(default, depths, asked.placement)
-    seeds = list(dict.fromkeys(asked.seeds))
+    seeds = list(asked.seeds)
     manifests = [one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets]
     if not manifests or not seeds:
         raise UserError(f"there is no {'seed' if manifests else 'dataset'} to search on; name one")

@@ -91,7 +91,7 @@ def validate(
     placed = _competitors(model, made.method, choice, asked, seed)
     if asked.amount == "given" and (chosen := _amount(choice)):
         LOG.warning("amount=given trains at the recipe's amount, not at the choice's %s", chosen)
-    seeds = list(dict.fromkeys(asked.seeds))
+    seeds = list(asked.seeds)
     experiment = Experiment(
         "base-to-novel",
         model,

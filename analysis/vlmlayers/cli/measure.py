@@ -18,7 +18,7 @@ from vlmlayers.cli.options import (
 )
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import WeightsOptions
-from vlmlayers.runs import Run, is_first_process
+from vlmlayers.runs import Run, is_first_process, writing_alone
 from vlmlayers.selection.resampling import RESAMPLES
 from vlmlayers.study.schema import ExtractPart
 
@@ -106,7 +106,8 @@ def extract(
     first = is_first_process()
     echo = typer.echo if first else silent
     if streaming:
-        done = stream_study(made, out, data_root=data_root, force=force, echo=echo)
+        with writing_alone(out):
+            done = stream_study(made, out, data_root=data_root, force=force, echo=echo)
         if first:
             typer.echo(done)
         return
@@ -152,15 +153,15 @@ def score(
         return
     if run is None:
         raise UserError("vlmlayers score needs a run folder; make one with `vlmlayers extract`")
-    typer.echo(
-        verbs.score_run(
+    with writing_alone(run):
+        done = verbs.score_run(
             run,
             metrics,
             parse_settings(settings or []),
             streaming=streaming,
             jobs=jobs,
         )
-    )
+    typer.echo(done)
 
 
 def select(

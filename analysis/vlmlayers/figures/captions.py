@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import pandas as pd
 
@@ -43,17 +44,33 @@ def scored(
     return _caption(opening, scores, [more, *made])
 
 
-def trained(opening: str, validation: pd.DataFrame) -> Caption:
+def trained(
+    opening: str, validation: pd.DataFrame, doubts: Mapping[str, str] = MappingProxyType({})
+) -> Caption:
     """Return the caption of a figure of trained placements.
 
     Args:
         opening: Sentences that say what is drawn.
         validation: Cells of a validation, one row per dataset, seed and placement.
+        doubts: What is wrong with a model's part of the figure, by its name; empty if nothing.
     """
+    told = [f"Of {name} {why}" for name, why in doubts.items() if why]
     datasets = list(dict.fromkeys(map(str, validation["dataset"])))
     seeds = ", ".join(str(seed) for seed in sorted(validation["seed"].unique()))
     runs = f"Trained on {counted(len(datasets), 'dataset')} ({', '.join(datasets)}), seeds {seeds}"
-    return _caption(opening, validation, [runs])
+    return _caption(". ".join([opening, *told]), validation, [runs])
+
+
+def clauses(opening: str, drawn: Mapping[str, bool]) -> str:
+    """Return an opening and behind it what is said of each mark that is drawn."""
+    return ". ".join([opening, *(said for said, there in drawn.items() if there)])
+
+
+def mean_over(panels: Iterable[pd.DataFrame], *names: str) -> str:
+    """Return `, mean over datasets and seeds` of the columns in which any panel has several."""
+    found = list(panels)
+    several = [f"{name}s" for name in names if any(one[name].nunique() > 1 for one in found)]
+    return f", mean over {' and '.join(several)}" if several else ""
 
 
 def joined(panels: Iterable[pd.DataFrame]) -> str:

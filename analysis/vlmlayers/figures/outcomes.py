@@ -11,8 +11,8 @@ import pandas as pd
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import Folders, MissingTable, read_each, short
 from vlmlayers.files import read_json
-from vlmlayers.placement import Placement, of_kind
-from vlmlayers.selection import available_scores, predict
+from vlmlayers.placement import Placement, of_kind, untrained
+from vlmlayers.selection import LayerChoice, available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
 OUTCOMES = ("base", "novel", "hm")
@@ -93,6 +93,18 @@ def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
         runs=kept.groupby("placement", sort=False).size(),
     )
     return frame.reset_index()
+
+
+def marked(means: pd.DataFrame, choice: LayerChoice | None) -> tuple[pd.DataFrame, str]:
+    """Return the means, only the choice of now marked as chosen, and what else stood for it."""
+    if choice is None:
+        return means, ""
+    why = {
+        then: untrained(choice.placement, then, means.placement)
+        for then in means.placement[means.chosen]
+    }
+    chosen = [then for then, said in why.items() if not said]
+    return means.assign(chosen=means.placement.isin(chosen)), next(filter(None, why.values()), "")
 
 
 def start_block(placement: str) -> int:

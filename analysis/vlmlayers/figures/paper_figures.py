@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlmlayers import plots
-from vlmlayers.figures.captions import JOINT, joined, scored, trained
+from vlmlayers.figures.captions import JOINT, clauses, joined, mean_over, scored, trained
 from vlmlayers.figures.inputs import Folders, MissingTable, as_folders, read, select
 from vlmlayers.figures.layout import (
     finish,
@@ -21,6 +21,7 @@ from vlmlayers.figures.layout import (
     shared_legend,
 )
 from vlmlayers.figures.outcomes import (
+    marked,
     placement_means,
     predicted_means,
     read_validations,
@@ -53,10 +54,10 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
     scores = scores[scores.position != FINAL]  # the paper's axis: Embed, 1..L, Proj
     models = list(by_model(scores))
     figure, axes = panels(len(models), 1, 1.9, "all")
-    drawn = []
+    drawn, choices = [], []
     for (name, part), ax in zip(models, axes):
         spread = seed_spread(check_scores(part))
-        choice = choice_of(part, tables)
+        choices.append(choice := choice_of(part, tables))
         plots.layer_curves(spread, metric, choice=choice, ax=ax)
         ax.set_ylabel("Dataset accuracy" if metric == DATASET_ACCURACIES[0] else axis_label(metric))
         finish(ax, name)
@@ -67,10 +68,16 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
         points["seeds"] = points["tower"].map(seeds).fillna(0).astype(int)
         drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 4)
-    caption = scored(
-        f"{axis_label(metric)} at every position of both towers. Mean over seeds; bands: ± one "
-        "standard deviation over seeds. Dashed: chance. Strips: the chosen blocks of each tower",
-        scores, [metric])  # fmt: skip
+    points = pd.concat(drawn)
+    marks = {
+        "Mean over seeds; bands: ± one standard deviation over seeds": bool(
+            (points.seeds > 1).any()
+        ),
+        "Dashed: chance": bool(points.null.notna().any()),
+        "Strips: the chosen blocks of each tower": any(choices),
+    }
+    opening = clauses(f"{axis_label(metric)} at every position of both towers", marks)
+    caption = scored(opening, scores, [metric])
     return save(figure, out, "fig1_dataset_recognition", drawn, caption)
 
 
@@ -106,19 +113,22 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
     models = list(by_model(scores))
     metrics = [name for name in AGREEMENT_METRICS if (scores.metric == name).any()]
     figure, axes = panels(len(models), len(metrics), 2.9)
-    drawn, shown = [], []
+    drawn, shown, choices = [], [], []
     for ax, ((name, part), metric) in zip(axes, product(models, metrics)):
         if not (part.metric == metric).any():
             ax.set_axis_off()
             continue
         part = check_scores(part)
-        plots.agreement_matrix(part, metric, choice=choice_of(part, tables), ax=ax)
+        choices.append(choice := choice_of(part, tables))
+        plots.agreement_matrix(part, metric, choice=choice, ax=ax)
         finish(ax, name)
         shown.append(Reading().rows(part, metric, "vision"))
         drawn.append(in_panel(agreement(part, metric).assign(metric=metric), part, name))
-    caption = scored(
-        f"Agreement of every vision position with every text position, {joined(shown)}, mean over "
-        "seeds. Bars beside the axes: the chosen blocks", pd.concat(shown), metrics)  # fmt: skip
+    opening = clauses(
+        f"Agreement of every vision position with every text position, {joined(shown)}"
+        f"{mean_over(shown, 'seed')}", {"Bars beside the axes: the chosen blocks": any(choices)}
+    )  # fmt: skip
+    caption = scored(opening, pd.concat(shown), metrics)
     return save(figure, out, "fig3_agreement", drawn, caption)
 
 
@@ -126,19 +136,23 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
     """Draw base, novel and HM over the first adapted block; chosen and published are marked."""
     models = list(by_model(read_validations(tables)))
     figure, axes = panels(len(models), 1, 2.3)
-    drawn = []
+    drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
-        means = sweep(placement_means(part))
+        means, doubts[name] = marked(placement_means(part), choice_of(part, tables))
+        means = sweep(means)
         spans = means[means.on_axis].assign(placement=means.label, chosen=False)
         plots.placement_sweep(spans, ax=ax)
         mark_sweep(ax, means)
         finish(ax, name, pad=20)
         drawn.append(in_panel(means, part, name))
     shared_legend(figure, axes, 3)
-    caption = trained(
+    cells = [part for _, part in models]
+    opening = clauses(
         "Test accuracy on base and novel classes and their harmonic mean against the first adapted "
-        "block. Mean over datasets and seeds; bands: ± one standard deviation over seeds",
-        pd.concat([part for _, part in models]))  # fmt: skip
+        f"block{mean_over(cells, 'dataset', 'seed')}",
+        {"Bands: ± one standard deviation over seeds": bool(pd.concat(drawn).hm_sd.notna().any())},
+    )
+    caption = trained(opening, pd.concat(cells), doubts)
     return save(figure, out, "fig4_placement_sweep", drawn, caption)
 
 
@@ -150,9 +164,10 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     if not models:
         raise MissingTable("no model has both scores and a validation; record both to draw this")
     figure, axes = panels(len(models), 1, 2.6)
-    drawn = []
+    drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
-        points = predicted_means(check_scores(scores[name]), placement_means(part))
+        means, doubts[name] = marked(placement_means(part), choice_of(part, tables))
+        points = predicted_means(check_scores(scores[name]), means)
         plots.predicted_vs_trained(points.assign(placement=points.short), ax=ax)
         ax.margins(x=0.12, y=0.1)
         score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
@@ -163,10 +178,11 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     shared_legend(figure, axes, 3)
     for ax in axes:
         drop_overlapping_texts(ax)
+    cells = [part for _, part in models]
     caption = trained(
         "Quality predicted from the scores against the trained harmonic mean, one point per "
-        "placement; mean over datasets and seeds. Kendall's τ stands above each panel",
-        pd.concat([part for _, part in models]))  # fmt: skip
+        f"placement{mean_over(cells, 'dataset', 'seed')}. Kendall's τ stands above each panel",
+        pd.concat(cells), doubts)  # fmt: skip
     return save(figure, out, "fig5_predicted_vs_trained", drawn, caption)
 
 

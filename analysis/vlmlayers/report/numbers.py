@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.placement import ZERO_SHOT, Amount, Placement, describe_blocks
+from vlmlayers.placement import describe_blocks, untrained
 from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
 from vlmlayers.report.validation import TIE, RecordedValidation, void_verdict
@@ -231,21 +231,10 @@ class Answer:
         """
         if self.validation is None or not self.validation.chosen:
             return ""
-        label = self.validation.chosen
-        then = Placement() if label == ZERO_SHOT else Placement.parse(label)
-        tried = [Placement.parse(str(one)) for one in self.validation.placements["placement"]]
-        now = self.choice.placement
-        if all(
-            now.blocks(tower) == then.blocks(tower)
-            for tower in TOWERS
-            if any(one.blocks(tower) for one in tried)
-        ):
-            return ""
-        return (
-            f"the choice was not trained: {label} stood for it in the validation, and it is "
-            f"{replace(now, amount=Amount())}; run `vlmlayers validate` again with --choice "
-            f"{shlex.quote(str(self.run.folder))}"
-        )
+        tried = self.validation.placements["placement"].astype(str)
+        why = untrained(self.choice.placement, self.validation.chosen, tried)
+        again = f"run `vlmlayers validate` again with --choice {shlex.quote(str(self.run.folder))}"
+        return f"{why}; {again}" if why else ""
 
     @property
     def lead(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.options import Options, Seed, Several, Word
+from vlmlayers.options import Options, Seeds, Several, Word
 from vlmlayers.positions import ATTENTION, EMBED, FINAL, PROJ, SPACES
 
 if TYPE_CHECKING:
@@ -73,13 +73,6 @@ def _position(name: str) -> str:
     return name if name.isdecimal() else check_one_of("position", name, (EMBED, FINAL, PROJ))
 
 
-def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    twice = [seed for seed in seeds if seeds.count(seed) > 1]
-    if twice:
-        raise ValueError(f"names {twice[0]} twice; a seed again is no new draw")
-    return seeds
-
-
 def _space(name: str) -> str:
     return check_one_of("space", name, SPACES + ATTENTION)
 
@@ -93,7 +86,7 @@ class ScoreOptions(Options):
     spaces: Several[Annotated[str, AfterValidator(_space)]] | None = Field(
         default=None, description="Spaces to score in; None for the default of each metric."
     )
-    seeds: Annotated[Several[Seed], AfterValidator(_each_once)] = Field(
+    seeds: Seeds = Field(
         default=(1, 2, 3),
         min_length=1,
         description=(

@@ -14,7 +14,15 @@ from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import write_json, write_text
 from vlmlayers.manifests.place import DATA_VARIABLE
-from vlmlayers.runs import Run, file_mark, fingerprint, is_first_process, processes_launched
+from vlmlayers.runs import (
+    Run,
+    file_mark,
+    fingerprint,
+    holds_anything,
+    is_first_process,
+    processes_launched,
+    writing_alone,
+)
 from vlmlayers.study.context import StageContext, silent
 from vlmlayers.study.preflight import check_before
 from vlmlayers.study.schema import ModelPart, Study
@@ -67,7 +75,8 @@ def run_study(
         echo: Says one line; what is longer than 80 columns is broken under its stage.
 
     Raises:
-        UserError: A stage is unknown, needs an earlier one, or its input is wrong.
+        UserError: A stage is unknown, needs an earlier one, or its input is wrong; or another
+            process writes a run folder.
     """
     picked = pick_stages(only or (() if start else study.stages), start, skip)
     if processes_launched() > 1 and picked != ["extract"]:
@@ -97,18 +106,20 @@ def run_study(
             raise UserError(f"the stage {name!r} has nothing to do: {_UNWANTED}")
     check_before(contexts, picked)
     runs = []
-    for part in study.models:
-        context = context_of(part)  # one at a time: it holds the loaded model
-        if many:
-            echo(f"{part.title}{' (RANDOM WEIGHTS)' if part.random_weights else ''}")
-        elif part.random_weights:
-            echo(f"{part.title}: {UNTRAINED}")
-        run_stages(context, picked, source)
-        runs.append(context.run)
-    if many and "report" in picked:
-        from vlmlayers.report import write_comparison
+    # All at once: a folder that is in use is told before hours of work.
+    with writing_alone(Path(out), *(context.run.folder for context in contexts)):
+        for part in study.models:
+            context = context_of(part)  # one at a time: it holds the loaded model
+            if many:
+                echo(f"{part.title}{' (RANDOM WEIGHTS)' if part.random_weights else ''}")
+            elif part.random_weights:
+                echo(f"{part.title}: {UNTRAINED}")
+            run_stages(context, picked, source)
+            runs.append(context.run)
+        if many and "report" in picked:
+            from vlmlayers.report import write_comparison
 
-        echo(f"report   {write_comparison([run.folder for run in runs], out, study.title)}")
+            echo(f"report   {write_comparison([run.folder for run in runs], out, study.title)}")
     return runs
 
 
@@ -248,19 +259,15 @@ def _changed(context: StageContext, stage: Stage, inputs: Mapping[str, str]) -> 
     return [name for name in {**done, **inputs} if done.get(name) != inputs.get(name)]
 
 
-def _begun(context: StageContext) -> bool:
-    """Return whether the run folder holds anything; one without would pass for a run."""
-    return any(context.run.folder.glob("*"))
-
-
 def _keep_source(context: StageContext, source: str) -> None:
-    if source and is_first_process() and _begun(context):
+    # A folder with nothing but the study's text would pass for a run.
+    if source and is_first_process() and holds_anything(context.run.folder):
         write_text(context.run.study, source)
 
 
 def _keep_time(context: StageContext, name: str, seconds: float) -> None:
     """Keep the time of a stage that did not finish: its next run adds to it."""
-    if is_first_process() and _begun(context):
+    if is_first_process() and holds_anything(context.run.folder):
         ledger = context.ledger()
         unfinished = ledger.setdefault("unfinished", {})
         unfinished[name] = round(unfinished.get(name, 0.0) + seconds, 2)

@@ -13,7 +13,7 @@ from vlmlayers.architectures import MINIATURES
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import validated
 from vlmlayers.prompts import EXAMINED
-from vlmlayers.runs import Run, environment, score_table
+from vlmlayers.runs import Run, environment, score_table, writing_alone
 from vlmlayers.selection.resampling import check_resampling
 from vlmlayers.study.schema import DEFAULT_METRICS, ExtractPart, Study, check_study
 from vlmlayers.user_code import is_user_code
@@ -195,5 +195,6 @@ def select_run(
             of,
         )  # fmt: skip
     choice = select(scores, rule, resamples=resamples, seed=seed, **options)
-    written = choice.save(out or Run(folder).choice)
+    with writing_alone(*(() if out else (folder,))):
+        written = choice.save(out or Run(folder).choice)
     return "\n".join([f"adapt {choice}", *textwrap.wrap(choice.statement, 80), str(written)])

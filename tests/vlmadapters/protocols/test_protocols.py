@@ -697,6 +697,7 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
         (["--set", "lr"], "is not KEY=VALUE"),
         (["--set", "epochs=many"], "--set: epochs takes a whole number from 1, not 'many'"),
         (["--set", "ebochs=1"], "did you mean 'epochs'"),
+        (["--seeds", "1,1,3"], r"'seeds': names 1 twice; a seed again is no new draw"),
         (["--seeds", "one"], r"seeds\[0\] is 'one'; a whole number is needed"),
         (["--placement", "low"], "cannot read the placement"),
         (["--recipe", "publishd"], "did you mean 'published'"),

@@ -715,6 +715,33 @@ def test_every_figure_has_a_caption_that_says_how_it_was_made(tables: Path, tmp_
     assert "tiny (w) and tiny (random); tiny (random): RANDOM WEIGHTS" in said[0]
 
 
+def test_captions_promise_no_mark_that_is_not_drawn(tables: Path, tmp_path: Path) -> None:
+    """Of one seed there is no spread, without a choice no strip."""
+    marks = {
+        "fig1_dataset_recognition": ["Mean over seeds; bands: ", "Strips: the chosen", "Dashed: c"],
+        "fig3_agreement": [", mean over seeds", "Bars beside the axes: the chosen blocks"],
+        "fig4_placement_sweep": ["block, mean over datasets and seeds", "Bands: "],
+        "fig5_predicted_vs_trained": ["placement, mean over datasets and seeds"],
+    }
+    scores, cells = score_rows(), validation_rows()
+    agreements = scores[scores.metric == "cka_debiased"]
+    (tmp_path / "all").mkdir()
+    more = pd.concat([scores, agreements.assign(seed=1), agreements.assign(seed=2)])
+    more.to_csv(tmp_path / "all" / "scores.csv", index=False)
+    for name in ("validation.csv", "choice.json"):
+        shutil.copy(tables / name, tmp_path / "all" / name)
+    (tmp_path / "one").mkdir()
+    one = scores[scores.seed < 2].assign(null=float("nan"))
+    one.to_csv(tmp_path / "one" / "scores.csv", index=False)
+    single = cells[(cells.seed == 1) & (cells.dataset == "digits")]
+    single.to_csv(tmp_path / "one" / "validation.csv", index=False)
+    for name, words in marks.items():
+        for folder, there in (("all", True), ("one", False)):
+            paper_figures.FIGURES[name](tmp_path / folder, tmp_path / folder)
+            caption = (tmp_path / folder / f"{name}.tex").read_text()
+            assert [word in caption for word in words] == [there] * len(words), caption
+
+
 @pytest.mark.parametrize("pooled", [True, False])
 def test_figure_3_says_whether_datasets_are_pooled(pooled: bool, tmp_path: Path) -> None:
     """Pooled rows are drawn where there are any; they are no mean of those of each dataset."""
@@ -726,7 +753,7 @@ def test_figure_3_says_whether_datasets_are_pooled(pooled: bool, tmp_path: Path)
     assert np.allclose(drawn, scores.value if pooled else 0.4)
     words = ("all datasets pooled", "40") if pooled else ("mean over 2 datasets", "9")
     caption = (tmp_path / "fig3_agreement.tex").read_text()
-    assert f"{words[0]}, mean over seeds" in caption and f"n = {words[1]} (vision)" in caption
+    assert f"position, {words[0]}." in caption and f"n = {words[1]} (vision)" in caption
 
 
 def test_a_choice_marks_its_own_model_only(tables: Path) -> None:
@@ -748,6 +775,29 @@ def test_figure_4_orders_spans_and_sets_the_choice_beside_them(
     svg = (tmp_path / "fig4_placement_sweep.svg").read_text()
     for word in ("published", "chosen", "Harmonic mean"):
         assert word in svg
+
+
+def test_what_was_chosen_before_is_not_marked_as_chosen(tables: Path, tmp_path: Path) -> None:
+    """A run that chooses anew keeps its trainings; the caption says so as the report does."""
+    for name in ("scores.csv", "validation.csv"):
+        shutil.copy(tables / name, tmp_path / name)
+    evidence = {"model": "tiny", "weights": "w"}
+    choice = {"vision": [4], "text": [4], "rule": "budget", "evidence": evidence}
+    (tmp_path / "choice.json").write_text(json.dumps(choice))
+    said = (
+        "Of tiny (w) the choice was not trained: v2-4,t3-4 stood for it in the validation, "
+        "and it is v4,t4."
+    )
+    for name in ("fig4_placement_sweep", "fig5_predicted_vs_trained"):
+        for folder, proved in ((tables, True), (tmp_path, False)):
+            paper_figures.FIGURES[name](folder, tmp_path)
+            drawn = pd.read_csv(tmp_path / f"{name}.csv")
+            chosen = ["v2-4,t3-4"] if proved else []
+            assert drawn.placement[drawn.chosen].tolist() == chosen, name
+            text = (tmp_path / f"{name}.tex").read_text()
+            assert (said in text.splitlines()[4]) != proved, text
+            svg = (tmp_path / f"{name}.svg").read_text()
+            assert ("chosen" in svg.lower()) == proved
 
 
 def test_unfinished_runs_do_not_enter_the_sweep() -> None:

@@ -17,14 +17,17 @@ import pandas as pd
 import pytest
 import torch
 from run_folders import tiny_clip
+from typer.testing import CliRunner
 
+from vlmlayers.cli import app
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import take_lock
 from vlmlayers.files import read_json, write_json
 from vlmlayers.manifests import Manifest
-from vlmlayers.runs import Run, fingerprint
+from vlmlayers.runs import Run, fingerprint, writing_alone
 from vlmlayers.scores import read_scores
 from vlmlayers.study import STAGES, check_study, read_study, run_study
+from vlmlayers.study.context import StageContext
 from vlmlayers.study.demo import demo_source, demo_study, position_table
 from vlmlayers.study.runner import pick_stages
 from vlmlayers.study.stages import file_marks
@@ -676,6 +679,54 @@ def test_a_study_that_fails_before_it_made_anything_leaves_no_run_folder(
     with pytest.raises(UserError, match=r"damaged\.safetensors"):
         run_study(study, tmp_path / "out", source=source, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_which_a_study_works_is_refused_to_others(
+    done: Run, study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two studies in one folder would end with the scores of one under the title of the other."""
+    run = Run(tmp_path / "run")
+    shutil.copytree(done.folder, run.folder)
+    before = (run.folder / "study.toml").read_bytes()
+    study, options = read_study(study_file), {"base": study_file.parent, "progress": False}
+    models = [
+        part.model_copy(update={"label": name})
+        for part, name in zip(study.models * 2, ("run", "other"))
+    ]
+    several = study.model_copy(update={"models": models})
+    refused = []
+
+    def work(context: StageContext) -> None:
+        for call in (
+            lambda: run_study(study, run.folder, source="title = 'another'", **options),
+            lambda: run_study(several, tmp_path, **options),  # whose first model has this folder
+            lambda: select_run(run.folder, "paper", {}, 0, 0),
+        ):
+            with pytest.raises(UserError) as error:
+                call()
+            refused.append(str(error.value))
+        assert CliRunner().invoke(app, ["score", str(run.folder)]).exit_code
+        select_run(run.folder, "paper", {}, 0, 0, tmp_path / "choice.json")
+
+    stage = replace(STAGES["report"], inputs=lambda context: {"now": time.time()}, run=work)
+    monkeypatch.setitem(STAGES, "report", stage)
+    run_study(study, run.folder, **options)
+    told = f"another process is writing {run.folder}; wait for it or choose another folder"
+    assert refused == [told] * 3
+    assert (run.folder / "study.toml").read_bytes() == before
+    assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    run_study(study, run.folder, **options)  # which is free again
+
+
+def test_processes_of_one_torchrun_share_a_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with writing_alone(tmp_path / "run"):
+        monkeypatch.setenv("RANK", "1")
+        with writing_alone(tmp_path / "run"):
+            pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_report_is_there_before_the_long_stages(
