@@ -97,10 +97,14 @@ class Experiment:
             raise UserError("give one recipe of each method; there are none, or two of one method")
         # Zero-shot rows, precision and savings of evaluation are those of the first.
         self.model, self.train = model, resolved(recipes[0].train, model.device)
-        for key, what in (("template", "zero-shot CLIP has"), ("precision", "all are tested in")):
+        # Recipes that ship differ in precision on a GPU, which is no fault of the user's.
+        for key, what, level in (
+            ("template", "zero-shot CLIP has", logging.WARNING),
+            ("precision", "all are tested in", logging.INFO),
+        ):
             others = {getattr(resolved(one.train, model.device), key) for one in recipes[1:]}
             if others - {first := getattr(self.train, key)}:
-                LOG.warning("recipes differ in %s; %s that of the first, %r", key, what, first)
+                LOG.log(level, "recipes differ in %s; %s that of the first, %r", key, what, first)
         self.out = Path(out) if out is not None else None
         self.options, self.progress = options, progress
         self.save_adapters, self.table = save_adapters, table

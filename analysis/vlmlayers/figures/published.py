@@ -67,7 +67,7 @@ def own_results(protocol: str, folders: Folders, source: str = "") -> pd.DataFra
         tables = read_each("results", folders, RESULT_COLUMNS)
     except MissingTable:
         return pd.DataFrame(columns=[*RESULT_COLUMNS, "setting"])
-    cell, found = [*RESULT_COLUMNS[:-1], *ADDED], []
+    cell, found = [*RESULT_COLUMNS[:-1], "settings", "recipe"], []
     for path, table in tables.items():
         rows = table[table.protocol.str.replace("-", "_") == protocol]
         rows = rows.assign(**{name: "" for name in ADDED if name not in rows})
@@ -182,7 +182,7 @@ def _remarks(runs: pd.DataFrame, averaged: Iterable[str]) -> dict[str, str]:
         found = []
         published = sizes.get(dataset_key(str(dataset).removesuffix(source_column(""))))
         if published and "n" in part:
-            tested = part.groupby(["seed", "source"]).n.sum()
+            tested = part.groupby(["seed", "source"]).n.sum(min_count=1).dropna()
             if other := sorted({int(n) for n in tested if n != published}):
                 counts = " or ".join(f"{n:,}" for n in other)
                 found.append(f"tested on {counts} images, the published split has {published:,}")

@@ -113,6 +113,10 @@ def _as_extracted(context: StageContext) -> StageContext:
             )
     known = {key: notes["model"][key] for key in _OF_MODEL if key in notes.get("model", {})}
     now = json.loads(json.dumps(context.load_model().identity()))  # where tuples become lists
+    if "structure" in known:  # versions of a library may name more or fewer settings
+        shared = known["structure"].keys() & now["structure"].keys()
+        for one in (known, now):
+            one["structure"] = {key: one["structure"][key] for key in shared}
     if difference := differing_field(known, {key: now[key] for key in known}):
         raise UserError(
             f"{context.run.folder} was extracted by another model than its files give now: "
@@ -125,17 +129,21 @@ def _refuse_other_images(
     context: StageContext, data: StudyDataset, record: Mapping[str, Any]
 ) -> None:
     then = record.get("data_hash")
-    if not then or then == data.identity.hash:
+    # Of two splits of a dataset, the record is of the later one.
+    other_split = record.get("split") != data.options["split"]
+    if not then or other_split or then == data.identity.hash:
         return
     manifest, root = data.manifest, context.data_root
     if not context.study.extract.skip_unreadable:
         manifest.refuse_missing(data.items, root)  # which names the folder to put them into
     store = context.run.features / data.folder
     changed = changed_data(store, {"data": {"images": record["items"]}}, data.identity)
+    drawn = manifest.layout == "builtin"
+    where = "are drawn now" if drawn else f"lie in {manifest.place(root).images.resolve()}"
+    back = "" if drawn else "put the earlier ones back with their times of change (cp -p), or "
     raise UserError(
-        f"{context.run.folder} was extracted from other images of {manifest.name} than lie in "
-        f"{manifest.place(root).images.resolve()}: {changed}; put the earlier ones back, or "
-        "extract again with --force"
+        f"{context.run.folder} was extracted from other images of {manifest.name} than {where}: "
+        f"{changed}; {back}extract again with --force"
     )
 
 

@@ -195,6 +195,8 @@ def select_run(
             of,
         )  # fmt: skip
     choice = select(scores, rule, resamples=resamples, seed=seed, **options)
-    with writing_alone(*(() if out else (folder,))):
+    # The folder of a bare table is no run: nothing else is written there.
+    alone = not out and Run(folder).provenance.is_file()
+    with writing_alone(*((folder,) if alone else ())):
         written = choice.save(out or Run(folder).choice)
     return "\n".join([f"adapt {choice}", *textwrap.wrap(choice.statement, 80), str(written)])

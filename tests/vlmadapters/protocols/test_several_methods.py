@@ -138,6 +138,7 @@ def test_recipes_from_python_are_values_or_one_name() -> None:
 def test_zero_shot_clip_of_other_words_than_a_methods_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "vlmadapters")
     first, second = (va.load_recipe("mini", name) for name in ("mma", "coop"))
     Experiment("few-shot", shared_backbone(), [first, second])
     assert not caplog.text

@@ -429,6 +429,10 @@ def test_own_cells_of_other_images_or_with_a_note_are_marked(
     assert not any(own in note for note in table.footnotes()[:-1])
     averages = paper_tables.averages([tmp_path, published])
     assert averages.cell((own,), "HM").flag and under(averages, own) == remarks
+    (tmp_path / "old").mkdir()  # a table without what was recorded later is none of 0 images
+    rows.drop(columns=["n", "note"]).to_csv(tmp_path / "old" / "results.csv", index=False)
+    whole = paper_tables.base_to_novel([tmp_path / "old", published])
+    assert not any("†" in note and "own" in note for note in whole.footnotes())
     moved = rows[rows.split_kind == "base"].assign(protocol="cross-dataset", split_kind="all")
     moved = moved.assign(source="imagenet", n=rows.dataset.map(SIZES).where(rows.n != 20, 40))
     moved.to_csv(tmp_path / "results.csv", index=False)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from run_folders import tiny_clip
+from score_tables import planted
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores, refusals
 from vlmlayers.study import check_study, run_study
-from vlmlayers.study.verbs import score_run
+from vlmlayers.study.verbs import score_run, select_run
 
 QUICK = {"seeds": [1], "bootstrap": 20}
 MODEL = ["skip_joint_change"]
@@ -54,13 +55,29 @@ def test_weights_that_were_overwritten_since_are_not_scored_beside_the_earlier(
     assert not run.scores.exists()
     torch.save(weights, file)
     notes = run.read_provenance()["model"]
-    run.record(model=notes | {"structure": notes["structure"] | {"eps": ["2"]}})
-    with pytest.raises(UserError, match=r"structure.eps is \['2'\] there, absent here"):
+    run.record(model=notes | {"structure": notes["structure"] | {"visual eps": ["2"]}})
+    with pytest.raises(UserError, match=r"structure.visual eps is \['2'\] there, \['1e-05'\] here"):
         score_run(run.folder, MODEL, QUICK, progress=False)
+    # Another version of a library names more: no other model.
+    run.record(model=notes | {"structure": notes["structure"] | {"visual heads": ["2"]}})
+    score_run(run.folder, MODEL, QUICK, progress=False)
+    run.scores.unlink()
     # As an earlier version recorded it.
     run.record(model={key: value for key, value in notes.items() if key != "structure"})
     score_run(run.folder, MODEL, QUICK, progress=False)
     assert run.scores.exists()
+
+
+def test_two_splits_of_one_dataset_are_scored(tmp_path: Path) -> None:
+    """The run's record is of the later one, whose images were taken for those of the other."""
+    study = check_study({
+        "models": [{"path": str(tiny_clip(tmp_path / "tiny-clip")), "random_weights": True}],
+        "datasets": [{"name": "flags", "split": split} for split in ("train", "val")],
+        "extract": {"items": 6, "device": "cpu"},
+        "score": {"metrics": MODEL, "options": QUICK},
+    })  # fmt: skip
+    run = run_study(study, tmp_path / "run", only=["extract", "score"], progress=False)[0]
+    assert set(read_scores(run.scores)["split"]) == {"train", "val"}
 
 
 def test_images_of_another_folder_of_the_same_name_are_not_scored(
@@ -129,3 +146,9 @@ def test_what_can_be_scored_is_kept_beside_what_cannot(
     with pytest.raises(UserError, match=f"^nothing was scored: {lost} .*; .*needs 4 classes"):
         score_run(run.folder, [lost, "gradient_alignment"], QUICK, progress=False)
     assert set(read_scores(run.folder)["metric"]) == {"effective_rank"}
+
+
+def test_a_choice_beside_a_bare_table_leaves_nothing_else(tmp_path: Path) -> None:
+    planted().to_csv(tmp_path / "scores.csv", index=False)
+    select_run(tmp_path / "scores.csv", "threshold", {}, 20, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["choice.json", "scores.csv"]
