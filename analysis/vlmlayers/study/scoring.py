@@ -108,9 +108,10 @@ def _as_extracted(context: StageContext) -> StageContext:
     notes = context.run.read_provenance()
     for data in context.datasets:
         if data.folder not in context.left_out:
-            _refuse_other_images(
-                context, data, notes.get("datasets", {}).get(data.manifest.name, {})
-            )
+            recorded = _recorded(notes, data.manifest.name)
+            split = data.options["split"]
+            record = next((one for one in recorded if one.get("split") == split), {})
+            _refuse_other_images(context, data, record)
     known = {key: notes["model"][key] for key in _OF_MODEL if key in notes.get("model", {})}
     now = json.loads(json.dumps(context.load_model().identity()))  # where tuples become lists
     if "structure" in known:  # versions of a library may name more or fewer settings
@@ -129,9 +130,7 @@ def _refuse_other_images(
     context: StageContext, data: StudyDataset, record: Mapping[str, Any]
 ) -> None:
     then = record.get("data_hash")
-    # Of two splits of a dataset, the record is of the later one.
-    other_split = record.get("split") != data.options["split"]
-    if not then or other_split or then == data.identity.hash:
+    if not then or then == data.identity.hash:
         return
     manifest, root = data.manifest, context.data_root
     if not context.study.extract.skip_unreadable:
@@ -174,6 +173,11 @@ def _examinations(
         for data in context.datasets
         if data.folder not in context.left_out
     ]
+
+
+def _recorded(notes: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """Return what a run recorded of a dataset, once for each of its splits."""
+    return [one for key, one in notes.get("datasets", {}).items() if one.get("name", key) == name]
 
 
 def _kept(notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,9 +234,9 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
         {
             "models": [{kind: name, **model, **adapted}],
             "datasets": [
-                {"name": one, **_kept(notes["datasets"][known])}
-                for one in names
-                if (known := Manifest.load(one).name) in notes["datasets"]
+                {"name": one, **_kept(record)}
+                for one in dict.fromkeys(names)
+                for record in _recorded(notes, Manifest.load(one).name)
             ],
             "extract": {key: v for key, v in notes["extract"].items() if key not in own},
             "seed": notes["seed"],

@@ -83,7 +83,9 @@ def _extract(context: StageContext) -> None:
             left_out[data.folder] = str(error)
             context.echo(f"         {data.manifest.name} is left out: {error}")
             continue
-        record[data.manifest.name] = {
+        several = sum(one.manifest.name == data.manifest.name for one in context.datasets) > 1
+        record[data.folder if several else data.manifest.name] = {
+            **({"name": data.manifest.name} if several else {}),  # of two splits of one
             "title": data.manifest.title,
             "split": data.options["split"],
             "items": len(features.vision or ()),

@@ -156,7 +156,7 @@ def score_run(
 def _tell_others(run: Run, stores: Sequence[str]) -> None:
     """Warn of stores that the run's last extraction did not write: their dataset may be dropped."""
     recorded = run.read_provenance().get("datasets", {})
-    written = {f"{name}-{one['split']}" for name, one in recorded.items()}
+    written = {f"{one.get('name', key)}-{one['split']}" for key, one in recorded.items()}
     if written and (others := [name for name in stores if name not in written]):
         LOG.warning(
             "%s: %s of an earlier extraction; scored with the others. To leave it out, delete it",

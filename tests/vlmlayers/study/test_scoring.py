@@ -69,7 +69,7 @@ def test_weights_that_were_overwritten_since_are_not_scored_beside_the_earlier(
 
 
 def test_two_splits_of_one_dataset_are_scored(tmp_path: Path) -> None:
-    """The run's record is of the later one, whose images were taken for those of the other."""
+    """What the run recorded of them had one name: that of the later one stood for both."""
     study = check_study({
         "models": [{"path": str(tiny_clip(tmp_path / "tiny-clip")), "random_weights": True}],
         "datasets": [{"name": "flags", "split": split} for split in ("train", "val")],
@@ -78,6 +78,12 @@ def test_two_splits_of_one_dataset_are_scored(tmp_path: Path) -> None:
     })  # fmt: skip
     run = run_study(study, tmp_path / "run", only=["extract", "score"], progress=False)[0]
     assert set(read_scores(run.scores)["split"]) == {"train", "val"}
+    run.scores.unlink()
+    score_run(run.folder, MODEL, QUICK, progress=False)
+    assert set(read_scores(run.scores)["split"]) == {"train", "val"}
+    assert {key: one["split"] for key, one in run.read_provenance()["datasets"].items()} == {
+        "flags-train": "train", "flags-val": "val",
+    }  # fmt: skip
 
 
 def test_images_of_another_folder_of_the_same_name_are_not_scored(
