@@ -28,6 +28,7 @@ from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, checksum, write_text
 from vlmlayers.models.checkpoints import BROKEN
+from vlmlayers.models.vlm import shared_structure
 
 LOG = logging.getLogger(__name__)
 OURS = ".safetensors"  # other names are the authors' layouts
@@ -170,9 +171,8 @@ def load_method(path: str | Path, model: Any) -> Method:
             f"({info.weights_hash[:12]}), this is {model.name} with weights {model.weights} "
             f"({model.weights_hash[:12]}); load the backbone it was trained on"
         )
-    then, now = info.structure, model.identity()["structure"]
-    # Versions of a library may name more or fewer settings.
-    if changed := [key for key in then if key in now and then[key] != now[key]]:
+    then, now = shared_structure(info.structure, model.identity()["structure"])
+    if changed := [key for key in then if then[key] != now[key]]:
         told = "; ".join(
             f"{key} {', '.join(then[key])} then and {', '.join(now[key])} now" for key in changed
         )

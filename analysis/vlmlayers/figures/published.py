@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -19,7 +19,7 @@ from vlmlayers.figures.inputs import (
     short,
 )
 from vlmlayers.figures.render import TableCell
-from vlmlayers.files import shipped
+from vlmlayers.files import read_toml, shipped
 from vlmlayers.scores.summaries import harmonic_mean
 
 AVERAGE = "average"
@@ -195,9 +195,10 @@ def _remarks(runs: pd.DataFrame, averaged: Iterable[str]) -> dict[str, str]:
     return remarks
 
 
+@cache
 def _published_sizes() -> dict[str, int]:
     """Return how many test images the published split of each shipped dataset has."""
-    found = [tomllib.loads(p.read_text()) for p in shipped("data_manifests").glob("*.toml")]
+    found = [read_toml(path) for path in shipped("data_manifests").glob("*.toml")]
     return {
         dataset_key(one["title"]): one["counts"]["test"]
         for one in found if "test" in one.get("counts", {})

@@ -184,6 +184,12 @@ def structure_of(module: nn.Module) -> dict[str, list[str]]:
     return {key: sorted(values) for key, values in sorted(found.items())}
 
 
+def shared_structure(*structures: Mapping[str, list[str]]) -> list[dict[str, list[str]]]:
+    """Return structures as far as all of them name a setting, as versions of a library differ."""
+    shared = set(structures[0]).intersection(*structures)
+    return [{key: one[key] for key in sorted(shared)} for one in structures]
+
+
 def hash_weights(state: Mapping[str, Tensor]) -> str:
     """Return SHA-256 over names, types, shapes and bytes of a state dict."""
 

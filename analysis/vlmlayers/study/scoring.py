@@ -114,10 +114,11 @@ def _as_extracted(context: StageContext) -> StageContext:
             _refuse_other_images(context, data, record)
     known = {key: notes["model"][key] for key in _OF_MODEL if key in notes.get("model", {})}
     now = json.loads(json.dumps(context.load_model().identity()))  # where tuples become lists
-    if "structure" in known:  # versions of a library may name more or fewer settings
-        shared = known["structure"].keys() & now["structure"].keys()
-        for one in (known, now):
-            one["structure"] = {key: one["structure"][key] for key in shared}
+    if "structure" in known:
+        from vlmlayers.models.vlm import shared_structure
+
+        found = shared_structure(known["structure"], now["structure"])
+        known["structure"], now["structure"] = found
     if difference := differing_field(known, {key: now[key] for key in known}):
         raise UserError(
             f"{context.run.folder} was extracted by another model than its files give now: "
