@@ -127,6 +127,20 @@ class Run:
         """Return what is recorded of how the run was made; empty where nothing is."""
         return self.read(self.provenance.name)
 
+    def other_weights(self, searched: dict[str, Any]) -> str:
+        """Return of which weights a search is, where the run's features are of others; else empty.
+
+        Two files of one name are told apart by their hashes, as far as both are recorded.
+
+        Args:
+            searched: What `search.json` holds.
+        """
+        theirs = searched.get("weights_hash")
+        ours = self.read_provenance().get("model", {}).get("weights_hash", theirs)
+        if theirs in (None, ours):
+            return ""
+        return f"{searched.get('model')} ({searched.get('weights')}, {theirs[:12]})"
+
     def record(self, **parts: Any) -> None:
         """Add to `provenance.json`; of several processes the first one does."""
         if is_first_process():

@@ -120,7 +120,9 @@ class Answer:
         """Of which other model or weights the run's `search.json` is; empty where of none."""
         found, ours = self.run.read(self.run.search.name), (self.model, self.weights)
         theirs = (found.get("model", self.model), found.get("weights", self.weights))
-        return "" if theirs == ours else "{} ({})".format(*theirs)
+        if theirs != ours:
+            return "{} ({})".format(*theirs)
+        return self.run.other_weights(found)
 
     @property
     def headline(self) -> str:

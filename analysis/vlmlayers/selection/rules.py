@@ -21,6 +21,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_json
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
+from vlmlayers.runs import Run
 from vlmlayers.scores.reading import ceiling
 from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
 from vlmlayers.selection.per_block import metrics_of, score_blocks
@@ -330,8 +331,8 @@ class Searched(Rule):
         """Return the pick of each tower.
 
         Raises:
-            UserError: There is no search, or it is of another model or other weights, or of a
-                method that acts at no block.
+            UserError: There is no search, or it is of another model or other weights (by name, or
+                by the hash that its run folder records), or of a method that acts at no block.
         """
         found = self._read()
         ours = {key: str(table.scores[key].iloc[0]) for key in ("model", "weights")}
@@ -343,14 +344,22 @@ class Searched(Rule):
                 f"{self.file} is of {', the scores of '.join(named)}; search again on the model "
                 "of the scores"
             )
+        run = Run(Path(self.file).parent)
+        if of := run.other_weights(found):
+            raise UserError(
+                f"{self.file} is of {of}, the features beside it of other weights of that name; "
+                "search again on the model of the scores"
+            )
         pick = str(found["pick"])
         if pick == "recipe" or pick.startswith("@"):
             raise UserError(
                 f"{self.file} is a search of the amount of {found['method']} alone, which acts at "
                 "no block; there is nothing to choose"
             )
-        placed = Placement.parse(pick).check(table.blocks, self.file)
-        return {tower: Pick(placed.blocks(tower)) for tower in table.blocks}
+        # The scores may be of one tower alone, where the search placed blocks in both.
+        depths = {**found.get("towers", {}), **table.blocks}
+        placed = Placement.parse(pick).check(depths, self.file)
+        return {tower: Pick(placed.blocks(tower)) for tower in depths}
 
     def evidence(self) -> dict[str, Any]:
         """Return how sure the pick is, its amount, and what the search found."""

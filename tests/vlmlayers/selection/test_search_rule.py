@@ -97,6 +97,26 @@ def test_a_search_of_other_weights_is_no_evidence_of_the_run(tmp_path: Path) -> 
         assert "Left out: the search in search.json, which is of" in text and "(random)" in text
 
 
+def test_a_search_of_weights_of_the_same_name_is_none_of_the_run(tmp_path: Path) -> None:
+    """As of `model.safetensors` of another folder, or of a file that was trained on since."""
+    run = make_run(tmp_path / "run", small=True)
+    run.record(model={**run.read_provenance().get("model", {}), "weights_hash": "b" * 64})
+    file = written(run.folder, weights_hash="a" * 64)
+    with pytest.raises(UserError, match=r"aaaaaaaaaaaa\), the features beside it of other weights"):
+        select_run(run.folder, "search", {}, 0, 0)
+    assert "Left out: the search in search.json" in write_report(run.folder).read_text()
+    run.record(model={"weights_hash": "a" * 64})
+    select_run(run.folder, "search", {}, 0, 0)
+    assert read_answer(run.folder).search["pick"] == found()["pick"] and Path(file).is_file()
+
+
+def test_scores_of_one_tower_take_a_search_of_both(tmp_path: Path) -> None:
+    scores = planted(12, 12, (5, 5))
+    alone = scores[(scores["tower"] == "vision") & (scores["other_tower"] != "text")]
+    file = written(tmp_path, towers={"vision": 12, "text": 12})
+    assert select(alone, "search", file=file).placement == Placement.parse("9-12@scale=0.3")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
