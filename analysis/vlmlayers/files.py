@@ -76,6 +76,14 @@ def write_text(path: Path, text: str) -> Path:
     return atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def files_beside(base: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those that name a file in a folder as its path; others as they are."""
+    found = {key: base / one for key, one in values.items() if isinstance(one, str)}
+    # Path.is_file fails on texts that no path can be, such as a long one.
+    there = {key: str(path) for key, path in found.items() if os.path.isfile(path)}  # noqa: PTH113
+    return {**values, **there}
+
+
 def read_json(
     path: Path, what: str = "", advice: str = "delete it and run the stage again"
 ) -> dict[str, Any]:

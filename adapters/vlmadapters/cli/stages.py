@@ -11,6 +11,7 @@ from pydantic import Field
 
 from vlmadapters.cli.inputs import read_recipes
 from vlmadapters.methods import BUILT_IN, METHODS
+from vlmlayers.files import files_beside
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, Several, validated
 from vlmlayers.user_code import is_user_code
@@ -23,7 +24,7 @@ class MethodPart(Options):
         datasets: Trained on; those of the study where absent.
         method: Name of the method.
         recipe: Name of a recipe, or a TOML file beside the study; the backbone's where absent.
-        set: Values of the recipe or the method.
+        set: Values of the recipe or the method; a file may lie beside the study.
     """
 
     datasets: Several[str] | None = None
@@ -101,7 +102,7 @@ class MethodStage(Generic[Part]):
 def _recipe(context: Any, part: MethodPart, model: Any = "") -> Any:
     """Return the recipe of a table with its values set; that of a model where none is named."""
     name = recipe_name(context.base, part.recipe) if part.recipe else None
-    return read_recipes(name, part.set, [part.method], model)[0]
+    return read_recipes(name, files_beside(context.base, part.set), [part.method], model)[0]
 
 
 def library_options(context: Any, part: Options, options: type[Options]) -> dict[str, Any]:

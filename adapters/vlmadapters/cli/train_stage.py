@@ -22,6 +22,7 @@ from vlmadapters.cli.stages import (
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.files import files_beside
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import validated
 from vlmlayers.placement import is_choice
@@ -41,7 +42,7 @@ class TrainPart(TrainOptions):
         method: Name of a method, or several, each trained with its own recipe.
         recipe: Name of a recipe, or a TOML file beside the study; or one for each of some methods,
             as in `{ maple = "transfer" }`; the backbone's where absent.
-        set: Values of the recipes or methods.
+        set: Values of the recipes or methods; a file may lie beside the study.
         placements: Such as `5-12`, or `maple:1-9` for one of several methods; `choice` is the
             study's own choice; the recipe's where empty.
     """
@@ -97,7 +98,7 @@ def _recipes(base: Path, part: TrainPart, model: Any = "") -> list[Any]:
     """Return the recipe of each method of a table with its values set, for a model."""
     named = part.recipes.items()
     names = {method_name(base, one): recipe_name(base, name) for one, name in named}
-    return read_recipes(names, part.set, _methods(base, part), model)
+    return read_recipes(names, files_beside(base, part.set), _methods(base, part), model)
 
 
 def _tested(context: Any, part: TrainPart) -> list[Manifest]:

@@ -23,7 +23,7 @@ from vlmlayers.arguments import (
     checked,
 )
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import read_toml
+from vlmlayers.files import files_beside, read_toml
 from vlmlayers.placement import Amount, Placement
 from vlmlayers.positions import TOWERS
 from vlmlayers.prompts import TEMPLATE, Template
@@ -409,7 +409,8 @@ def load_recipe(
 ) -> Recipe:
     """Return a recipe by name (`published`, `mini`, …) or from a TOML file.
 
-    A file holds the keys of one recipe at its top level; `extends` names a shipped one of the same
+    A file holds the keys of one recipe at its top level, and files that its settings name may lie
+    beside it; `extends` names a shipped one of the same
     method, and `method` another method. A method without shipped recipes has `published` alone:
     its own settings with the default `TrainConfig`. A recipe acts at the blocks published for its
     method or for itself, scaled to the depth of the backbone; those that a file names stay.
@@ -430,7 +431,7 @@ def load_recipe(
         raise UserError("load_recipe: depths needs the blocks of vision and text, and of no other")
     path = Path(name)
     if path.suffix == ".toml":
-        values = read_toml(path, "the recipe")
+        values = _files_beside(path.parent, read_toml(path, "the recipe"))
         own = METHODS.config(values.pop("method", method)).name
         if method != DEFAULT_METHOD and METHODS.config(method).name != own:
             raise UserError(f"{path} is a recipe of {own}, not of {method}; name one of the two")
@@ -440,6 +441,19 @@ def load_recipe(
     check_one_of(f"recipe of {method}", str(name), shipped)
     start = METHODS.config(method).published(depths)
     return _recipe(str(name), start, shipped[str(name)], shipped, f"{method}.toml")
+
+
+def _files_beside(base: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose settings name files from the recipe's folder where they lie there."""
+    found = dict(values)
+    if isinstance(own := values.get("settings"), Mapping):
+        found["settings"] = files_beside(base, own)
+    if isinstance(datasets := values.get("datasets"), Mapping):
+        found["datasets"] = {
+            name: _files_beside(base, one) if isinstance(one, Mapping) else one
+            for name, one in datasets.items()
+        }
+    return found
 
 
 def _shipped(method: str, depths: Mapping[str, int] = VIT_B_16) -> dict[str, Any]:

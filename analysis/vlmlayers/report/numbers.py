@@ -106,7 +106,9 @@ class Answer:
     @property
     def paper(self) -> LayerChoice:
         """The paper's placement at this depth."""
-        depth = {tower: one["depth"] for tower, one in self._towers.items() if "depth" in one}
+        known = self.provenance.get("model", {}).get("towers", {})
+        depth = {tower: one["blocks"] for tower, one in known.items() if one.get("blocks")}
+        depth |= {tower: one["depth"] for tower, one in self._towers.items() if "depth" in one}
         vision, text = (paper_blocks((depth | self.depths).get(tower, 0)) for tower in TOWERS)
         return LayerChoice(vision, text, "paper")
 

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from vlmadapters import load_recipe
 from vlmadapters.cli import train_stage
+from vlmadapters.cli.search_stage import search
 from vlmadapters.cli.train_stage import parts, train
+from vlmadapters.cli.validate_stage import validate
 from vlmadapters.methods import BUILT_IN, METHODS
 from vlmadapters.protocols.results import COLUMNS
 from vlmadapters.training.recipes import default_recipe
@@ -276,6 +278,23 @@ def test_changed_descriptions_are_trained_with_again(
         file.write_text(json.dumps({"face": [text]}))
         found.append(inputs(stage, table, tmp_path))
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("said_by", ["set", "recipe", "dataset"])
+def test_descriptions_may_lie_beside_the_file_that_names_them(said_by: str, tmp_path: Path) -> None:
+    """As its other files do, wherever the study is run from."""
+    (tmp_path / "texts.json").write_text('{"face": ["A smile."]}')
+    setting = 'settings.descriptions = "texts.json"\n'
+    own = {"set": "", "recipe": setting, "dataset": f"datasets.faces.{setting}"}
+    (tmp_path / "mine.toml").write_text(f'method = "lweib"\n{own[said_by]}')
+    table: dict[str, Any] = {"method": "lweib", "recipe": "mine.toml"}
+    if said_by == "set":
+        table |= {"set": {"descriptions": "texts.json"}}
+    for stage in (train, search, validate):
+        name = "train" if stage is train else stage.name
+        tables = {name: [table] if stage is train else table}
+        files = stage.files(context_of(tables, tmp_path))
+        assert tmp_path / "texts.json" in files and tmp_path / "mine.toml" in files
 
 
 @pytest.mark.slow
