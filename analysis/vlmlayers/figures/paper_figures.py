@@ -32,7 +32,7 @@ from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import with_source
 from vlmlayers.plots.style import axis_label, category
 from vlmlayers.positions import FINAL
-from vlmlayers.scores.reading import Reading, check_scores
+from vlmlayers.scores.reading import Reading, ceiling, check_scores
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, agreement, curves, dataset_readout
 from vlmlayers.selection import LayerChoice
 
@@ -74,6 +74,10 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
             (points.seeds > 1).any()
         ),
         "Dashed: chance": bool(points.null.notna().any()),
+        "Dotted: the most possible, as datasets share prompts": any(
+            ceiling(part, metric, tower) < 1
+            for (_, part), tower in product(models, set(scores.tower))
+        ),
         "Strips: the chosen blocks of each tower": any(choices),
     }
     opening = clauses(f"{axis_label(metric)} at every position of both towers", marks)
@@ -252,7 +256,13 @@ def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
     frame = groups.agg(value=("value", "mean"), sd=("value", "std"), null=("null", "mean"),
                        n=("n", "first"), seeds=("seed", "nunique")).reset_index()  # fmt: skip
     sd = frame.sd.fillna(0.0)
-    return frame.assign(low=frame.value - sd, high=frame.value + sd, seed=-1, options="")
+    noted = {
+        (metric, tower): f"ceiling={most:g}"
+        for metric, tower in set(zip(frame.metric, frame.tower))
+        if (most := ceiling(scores, metric, tower)) < 1
+    }
+    options = [noted.get(one, "") for one in zip(frame.metric, frame.tower)]
+    return frame.assign(low=frame.value - sd, high=frame.value + sd, seed=-1, options=options)
 
 
 def choice_of(scores: pd.DataFrame, tables: Folders) -> LayerChoice | None:

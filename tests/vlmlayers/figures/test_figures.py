@@ -681,6 +681,19 @@ def test_figure_1_takes_the_readout_that_is_there(tables: Path, tmp_path: Path) 
     assert "nearest mean" in svg
 
 
+def test_figure_1_draws_what_shared_prompts_leave_possible(tables: Path, tmp_path: Path) -> None:
+    rows = pd.read_csv(tables / "scores.csv", dtype={"position": str, "other_position": str})
+    of_text = (rows["metric"] == "dataset_accuracy") & (rows["tower"] == "text")
+    for most, number in (("", 0), ("ceiling=0.75", 1)):
+        rows["options"] = np.where(of_text, most, "")
+        rows.to_csv(tmp_path / "scores.csv", index=False)
+        paper_figures.fig1_dataset_recognition(tmp_path, tmp_path / "out")
+        drawn = (tmp_path / "out" / "fig1_dataset_recognition.svg").read_text()
+        caption = (tmp_path / "out" / "fig1_dataset_recognition.tex").read_text()
+        assert ("Most possible, text" in drawn) == bool(number)
+        assert caption.count("Dotted: the most possible") == number
+
+
 def test_every_saved_table_names_model_and_weights(tables: Path, tmp_path: Path) -> None:
     for name, draw in paper_figures.FIGURES.items():
         draw(tables, tmp_path)
