@@ -59,7 +59,14 @@ def legend_of_choice(ax: Axes) -> None:
 
 
 def shared_legend(figure: Figure, axes: Sequence[Axes], columns: int, title: str = "") -> None:
-    """Write one legend below all panels, each label once, in place of those of the panels."""
+    """Write one legend below all panels, each label once, in place of those of the panels.
+
+    Args:
+        figure: The figure.
+        axes: Its panels.
+        columns: Columns of the legend, fewer where so many are wider than the figure.
+        title: What stands above the legend.
+    """
     handles: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
@@ -67,11 +74,16 @@ def shared_legend(figure: Figure, axes: Sequence[Axes], columns: int, title: str
         legend = ax.get_legend()
         if legend is not None:
             legend.remove()
-    if len(handles) > 1:
+    if len(handles) < 2:
+        return
+    for ncols in range(columns, 0, -1):
         with plots.style():
-            figure.legend(handles.values(), handles.keys(), loc="outside lower center",
-                          ncols=columns, title=title or None, title_fontsize=6.5,
-                          columnspacing=1.2, handlelength=1.8)  # fmt: skip
+            legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center",
+                                   ncols=ncols, title=title or None, title_fontsize=6.5,
+                                   columnspacing=1.2, handlelength=1.8)  # fmt: skip
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def mark_sweep(ax: Axes, means: pd.DataFrame) -> None:

@@ -22,6 +22,7 @@ from vlmlayers.figures import (
     captions,
     draw_all,
     inputs,
+    layout,
     outcomes,
     paper_figures,
     paper_tables,
@@ -692,6 +693,17 @@ def test_figure_1_draws_what_shared_prompts_leave_possible(tables: Path, tmp_pat
         caption = (tmp_path / "out" / "fig1_dataset_recognition.tex").read_text()
         assert ("Most possible, text" in drawn) == bool(number)
         assert caption.count("Dotted: the most possible") == number
+
+
+def test_a_legend_is_no_wider_than_its_figure() -> None:
+    figure, (ax,) = layout.panels(1, 1, 2.0)
+    for name in ("Vision", "Text", "Chance", "Most possible, text", "Chosen blocks"):
+        ax.plot([0, 1], label=name)
+    layout.shared_legend(figure, [ax], 5)
+    assert len(figure.legends) == 1 and len(figure.legends[0].get_texts()) == 5
+    figure.draw_without_rendering()
+    box, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1
 
 
 def test_every_saved_table_names_model_and_weights(tables: Path, tmp_path: Path) -> None:
