@@ -95,7 +95,7 @@ def select(
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
     # A search brings a statement of its own.
-    statement = evidence.get("statement") or _statement(choice)
+    statement = evidence.get("statement") or _statement(choice) + _unscored(choice, blocks)
     if evidence["random_weights"] and not statement.startswith(UNTRAINED):
         statement = f"{UNTRAINED}. {statement}"
     return replace(choice, evidence={**evidence, "statement": statement})
@@ -204,6 +204,14 @@ def _statement(choice: LayerChoice) -> str:
     if firm:
         return f"The data decide for {firm}. They do not decide for the rest: {doubts}."
     return f"The data do not decide: {doubts}."
+
+
+def _unscored(choice: LayerChoice, blocks: dict[str, int]) -> str:
+    """Return that a tower is left out because nothing is known of it, not by what is."""
+    lost = [one for one in TOWERS if one not in blocks and not choice.blocks(one)]
+    if not lost or choice.rule == "explicit":
+        return ""
+    return f" No {lost[0]} block is chosen: the scores hold nothing of that tower."
 
 
 def _firm(tower: str, choice: LayerChoice, found: dict[str, Any]) -> str:

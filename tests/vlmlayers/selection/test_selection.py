@@ -285,6 +285,16 @@ def test_flat_curve_is_undecided_and_chooses_nothing() -> None:
     assert "the same at every vision block" in choice.statement
 
 
+@pytest.mark.parametrize("rule", ["threshold", "paper", "all"])
+def test_a_tower_without_scores_is_said_to_be_left_out_for_that(rule: str) -> None:
+    """`text none` reads as a finding, where nothing was looked at."""
+    alone = table(curve_rows("dataset_accuracy", "vision", step(12, 5)))
+    said = " No text block is chosen: the scores hold nothing of that tower."
+    assert select(alone, rule, resamples=0).statement.endswith(said)
+    assert said not in select(planted(), rule, resamples=0).statement
+    assert said not in select(alone, "explicit", vision="5-12", resamples=0).statement
+
+
 def test_a_curve_within_its_interval_is_undecided() -> None:
     rising = list(np.linspace(0.97, 0.99, 8))
     for half, decided in ((0.02, False), (0.0001, True)):
