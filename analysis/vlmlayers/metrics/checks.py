@@ -19,6 +19,8 @@ Labels = NDArray[np.int64]
 FIXED = 0
 # Below this ratio of spread to size, items differ by rounding only (float32 keeps about 1e-7).
 SAME = 1e-6
+# Beyond it, and below its inverse, sums of fourth powers are infinite or nothing in float64.
+LARGEST = 1e70
 
 
 def as_array(x: Any) -> NDArray[Any]:
@@ -56,8 +58,8 @@ def matrix(x: Any, name: str = "x", smallest_n: int = 1) -> Array:
     """Return `x` as a finite float64 matrix, (item, width).
 
     Raises:
-        UserError: No numbers, wrong number of axes, too few rows, or a value that is NaN or
-            infinite.
+        UserError: No numbers, wrong number of axes, too few rows, a value that is NaN or infinite,
+            or values too large or small for sums of their fourth powers.
     """
     # float64 before anything is squared: in float32 an offset of 100, such as single dimensions of
     # CLIP's residual stream have, took a CKA of 0.9621 to 0.0000.
@@ -68,9 +70,16 @@ def matrix(x: Any, name: str = "x", smallest_n: int = 1) -> Array:
         raise UserError(
             f"{name} has {counted(len(array), 'item')}; at least {smallest_n} are needed"
         )
-    if not np.isfinite(array).all():
+    # A NaN or infinite value passes through both of these.
+    largest = float(np.maximum(array.max(initial=0.0), -array.min(initial=0.0)))
+    if not np.isfinite(largest):
         row, column = np.argwhere(~np.isfinite(array))[0]
         raise UserError(f"{name} has NaN or Inf, first at item {row}, column {column}")
+    if largest and not 1 / LARGEST < largest < LARGEST:
+        raise UserError(
+            f"{name} has values up to {largest:.0e}, whose products leave the range of float64; "
+            "scale them"
+        )
     return array
 
 

@@ -22,8 +22,6 @@ from vlmlayers.metrics.checks import (
     unit,
 )
 
-LARGEST = 1e140  # squared length of an item, whose own square is summed
-
 
 @checked
 def fisher_ratio(x: Given, labels: Any) -> float:
@@ -259,15 +257,10 @@ def _shrunk_inverse(x: Array, width: int | None) -> Callable[[Array], Array]:
 def shrinkage_of(x: Array, covariance: Array, width: int) -> tuple[float, float]:
     """Return Ledoit–Wolf shrinkage and mean variance of centred rows, from rotation invariants.
 
-    Raises:
-        UserError: Features so large that the square of their covariance is no number.
-
     Reference: Ledoit and Wolf 2004, section 3.
     """
     n = len(x)
     norms = np.square(x).sum(axis=1)
-    if norms.max() > LARGEST:
-        raise UserError(f"features are too large for a covariance ({norms.max():.0e} squared)")
     frobenius = float(np.square(covariance).sum())
     mean_variance = float(norms.sum()) / (n * width)
     delta = frobenius - width * mean_variance**2

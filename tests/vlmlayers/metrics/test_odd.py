@@ -55,6 +55,16 @@ def test_nan_and_inf_are_never_silent(name: str, bad: float) -> None:
             metric_value(entry, features, rest)
 
 
+@pytest.mark.parametrize("scale", [1e100, 1e-100])
+@pytest.mark.parametrize("name", PLAIN)
+def test_values_whose_products_are_no_numbers_are_refused(name: str, scale: float) -> None:
+    """Their sums would be infinite or zero, and items pass for the same."""
+    entry = METRICS[name]
+    features, rest = metric_inputs(entry)
+    with pytest.raises(UserError, match="whose products leave the range of float64"):
+        metric_value(entry, [x * scale for x in features], rest)
+
+
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 10_000))
 @pytest.mark.parametrize("name", MOVABLE)
