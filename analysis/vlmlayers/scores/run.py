@@ -21,6 +21,7 @@ from vlmlayers.options import takes, validated
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.progress import bar
 from vlmlayers.runs import cores
+from vlmlayers.scores.copies import tell_copies
 from vlmlayers.scores.gaps import run_modalities, run_queries
 from vlmlayers.scores.items import run_features, run_heads, run_labels, run_prompts
 from vlmlayers.scores.missing import say_missing
@@ -118,6 +119,7 @@ def score(
     Warns:
         UserWarning: Of the metrics, positions and spaces that are named some were not computed;
             names them, with the reasons.
+        By the log: Images are exact copies of others, in one dataset or in two.
     """
     settled = validated(ScoreOptions, options)
     chosen = chosen_metrics(metrics)
@@ -132,6 +134,7 @@ def score(
     given = [features] if isinstance(features, LayerFeatures) else list(features)
     groups = make_groups(given, settled)
     _check_positions(given, settled)
+    tell_copies(given)
     tasks = make_tasks(groups, chosen)
     _tell_unshared(tasks, settled)
     parts = results_of(tasks, settled, job_count(jobs, groups, chosen))
