@@ -29,7 +29,8 @@ class CheckResult:
         first_missing: The first few of them.
         unreadable: What is wrong with each image that cannot be decoded (full check only).
         notes: What is odd, one line each.
-        remarks: What reading leaves out, or takes otherwise than it is written.
+        remarks: What reading leaves out, or takes otherwise than it is written; images that are
+            copies of others (full check only).
         get: Where to get the dataset.
         content: Hash of all lists and files, the same for every copy (full check only).
         folder: Where the images were looked for.
@@ -133,6 +134,33 @@ def compare(
         content,
         str(place.images),
     )
+
+
+def copies(by_split: Mapping[str, Sequence[Item]], marks: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a remark on images whose files have the same content, if any.
+
+    Args:
+        by_split: The items that the files list.
+        marks: Mark of the content of each path; images without one are not looked at.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    within, across, shown = 0, 0, ""
+    for split, items in by_split.items():
+        for item in items:
+            mark = marks.get(item.path, "")
+            if not mark:
+                continue
+            other, path = first.setdefault(mark, (split, item.path))
+            if path == item.path:
+                continue
+            within += other == split
+            across += other != split
+            if not shown or (other != split and across == 1):  # a leak is the better example
+                shown = f"{path} ({other}) and {item.path} ({split})"
+    if not within + across:
+        return ()
+    leaks = f", {across:,} of another split" if across else ""
+    return (f"{counted(within + across, 'image')} copied from others{leaks}, as {shown}",)
 
 
 def _state(found: int, missing: int, odd: bool, unreadable: bool) -> str:

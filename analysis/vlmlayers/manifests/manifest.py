@@ -15,7 +15,7 @@ from vlmlayers.arguments import Count, Seed, checked
 from vlmlayers.errors import NotJPEG, UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import catalogue
-from vlmlayers.manifests.check import CheckResult, built_in, compare, not_listed
+from vlmlayers.manifests.check import CheckResult, built_in, compare, copies, not_listed
 from vlmlayers.manifests.html import manifest_html
 from vlmlayers.manifests.identify import identify
 from vlmlayers.manifests.items import (
@@ -402,7 +402,8 @@ class Manifest:
 
         Args:
             root: The data root.
-            full: Decode every image, and tell the content of all, which any copy shares.
+            full: Decode every image, tell the content of all, which any copy shares, and which
+                images are copies of others.
         """
         if self.layout == "builtin":
             return built_in(self.name, self.spec)
@@ -417,8 +418,16 @@ class Manifest:
         if not full:
             return compare(self.place(root), by_split, classes, missing, remarks=remarks)
         unreadable = self._unreadable(items, set(missing), root)
-        content = self.identity(items, root, content=True).hash
-        return compare(self.place(root), by_split, classes, missing, unreadable, remarks, content)
+        identity = self.identity(items, root, content=True)
+        if self.layout != "shards" and not self.is_stored(root):  # a file is one image there
+            absent = {item.path for item in missing}
+            # Behind the mark of the file stands that of its captions.
+            marks = {path: mark.split()[0] for path, _, mark in identity.items}
+            marks = {path: mark for path, mark in marks.items() if path not in absent}
+            remarks += copies(by_split, marks)
+        return compare(
+            self.place(root), by_split, classes, missing, unreadable, remarks, identity.hash
+        )
 
     def _unreadable(self, items: list[Item], missing: set[Item], root: Root) -> list[str]:
         faults = []

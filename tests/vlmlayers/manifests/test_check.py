@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from data_fixtures import coop_dataset, folder_dataset, picture, write_manifest, write_pictures
+from PIL import Image
 
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest, check_table, exit_code, list_table
@@ -72,6 +74,24 @@ def test_full_check_decodes_every_image(tmp_path: Path) -> None:
     result = manifest.check(full=True)
     assert result.state == "altered" and len(result.unreadable) == 1
     assert "b/3.png is not an image of a known format" in result.line()
+
+
+def test_full_check_tells_images_that_are_copies(tmp_path: Path) -> None:
+    """Those of a test split in the training split above all: they were trained on."""
+    splits = {"train": ROWS[:6], "test": ROWS[6:]}
+    manifest = coop_dataset(tmp_path, splits)
+    for number, row in enumerate(ROWS):
+        write_pictures(tmp_path, [str(row[0])])  # with its folder
+        Image.new("RGB", (4, 4), (20 * number, 0, 0)).save(tmp_path / str(row[0]))
+    assert manifest.check(full=True).remarks == ()
+    first, second, test = (str(ROWS[i][0]) for i in (0, 1, 7))
+    for copy in (second, test):
+        shutil.copy(tmp_path / first, tmp_path / copy)
+    result = manifest.check(full=True)
+    assert result.ok and manifest.check().remarks == ()
+    assert result.remarks == (
+        f"2 images copied from others, 1 of another split, as {first} (train) and {test} (test)",
+    )
 
 
 def test_tables_and_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
