@@ -290,7 +290,7 @@ class StageContext:
             with timed(LOG, f"loading {self.part.title}"):
                 self._model = load_model(**self.model_arguments(), device=device)
             if adapted := self.adapter_arguments():
-                attach = _attacher(self.part.adapter)
+                attach = attacher(self.part.adapter)
                 self._model = attach(self._model, Path(adapted["adapter"]), adapted.get("method"))
         return self._model
 
@@ -329,13 +329,12 @@ class StageContext:
         return self.run.read("stages.json")
 
 
-def _attacher(adapter: str) -> Callable[[Any, Path, str | None], Any]:
-    """Return the function that attaches an adapter's file to a model permanently."""
+def attacher(adapter: str) -> Any:
+    """Return what attaches an adapter's file to a model permanently, and checks a method's name."""
     # By entry point: this package must not import the one that is built on it.
     found = {point.name: point for point in entry_points(group=ADAPTERS)}
     if "attach" not in found:
         raise UserError(
             f"no package offers to attach the adapter {adapter}; install vlmadapters again"
         )
-    attach: Callable[[Any, Path, str | None], Any] = found["attach"].load()
-    return attach
+    return found["attach"].load()

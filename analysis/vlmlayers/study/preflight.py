@@ -9,7 +9,7 @@ from vlmlayers.architectures import MINIATURES, architectures, check_model
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.prompts import EXAMINED, PROMPTED, UNTOLD
-from vlmlayers.study.context import StageContext
+from vlmlayers.study.context import StageContext, attacher
 from vlmlayers.study.schema import check_reads
 from vlmlayers.study.scoring import needs_model
 from vlmlayers.study.stages import installed_stage
@@ -33,6 +33,8 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
     for context in contexts:
         if "extract" in picked:
             check_model(**context.model_arguments())
+            if adapted := context.adapter_arguments():
+                attacher(adapted["adapter"]).check(adapted.get("method"))
             _check_texts(context)
     if "score" in picked or "select" in picked:
         _check_names(contexts[0], both={"score", "select"} <= set(picked))

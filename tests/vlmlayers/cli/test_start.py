@@ -61,6 +61,7 @@ extract ViT-B-16 faces --out here
 extract ViT-B-16 faces --out here --pretrained nosuch
 extract mini-clip faces --out here --split nosuch
 extract mini-clip faces --out here --adapter nosuch
+extract mini-clip faces --out here --adapter scored/scores.csv --method nosuch
 extract mini-clip faces --out here --estimate --tower text
 extract mini-clip caltech101 --out here --estimate --data-root .
 extract nosuch faces --out here --estimate
