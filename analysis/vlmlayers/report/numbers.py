@@ -33,7 +33,10 @@ from vlmlayers.selection.curves import BlockTable
 from vlmlayers.words import inside, percent
 
 FARTHEST = 4  # datasets whose zero-shot margin the answer lists
-FIRM = f"in at least {percent(OFTEN)} of the resamples; none of a tower in doubt"
+FIRM = (
+    f"in at least {percent(OFTEN)} of the resamples and of the choices without one dataset; none "
+    "of a tower in doubt"
+)
 
 
 @dataclass(frozen=True, eq=False)

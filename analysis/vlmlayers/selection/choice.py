@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,10 +161,10 @@ class LayerChoice:
     def standing(self, tower: str, depth: Natural | None = None) -> tuple[str, ...]:
         """Return how each block of a tower stands, from block 1 on.
 
-        `firm`: chosen, here and in most resamples; `open`: the resamples disagree with each other
-        or with this choice, or the rule itself doubts the tower, whatever they say: noise can be
-        chosen again and again; `frozen`: left out, here and in most resamples; `fixed`: chosen
-        without resamples.
+        `firm`: chosen here, in at least 75 % of the resamples and of the choices without one of the
+        datasets; `frozen`: left out here and in as many; `open`: they disagree with each other or
+        with this choice, or the rule itself doubts the tower, whatever they say: noise can be
+        chosen again and again; `fixed`: chosen without resamples.
 
         Args:
             tower: `vision` or `text`.
@@ -178,8 +178,10 @@ class LayerChoice:
         if share is None:
             chosen = self.blocks(tower)
             return tuple("fixed" if b in chosen else "frozen" for b in range(1, depth + 1))
+        chosen, without = self.blocks(tower), found.get("without", {})
         return tuple(
-            _standing(b in self.blocks(tower), float(one)) for b, one in enumerate(share, 1)
+            _standing(b in chosen, float(one)) if borne(b, b in chosen, without) else "open"
+            for b, one in enumerate(share, 1)
         )
 
     @checked
@@ -263,6 +265,20 @@ class LayerChoice:
             f"{html.escape(self.rule)}</caption>{rows}"
             f"</table><p>{html.escape(self.statement)}</p>"
         )
+
+
+def borne(block: int, chosen: bool, without: Mapping[str, Sequence[int]]) -> bool:
+    """Return whether the choices without one dataset agree on a block as resamples have to.
+
+    Args:
+        block: Number of the block.
+        chosen: Whether it is chosen with all datasets.
+        without: The blocks chosen without each dataset; empty where that is not known.
+    """
+    if not without:
+        return True
+    share = sum(block in blocks for blocks in without.values()) / len(without)
+    return _standing(chosen, share) != "open"
 
 
 def _standing(chosen: bool, share: float) -> str:

@@ -122,12 +122,14 @@ class BlockTable:
         """Refuse a dataset that lacks a block, or seeds: means of others there rank no blocks."""
         if "seed" in self.scores:
             rows = self.scores[place >= 0]
-            seeds = rows.groupby(rows["dataset"].astype(str))["seed"].nunique()
-            most, fewest = str(seeds.idxmax()), str(seeds.idxmin())
-            if seeds[most] > seeds[fewest]:
+            by_block = [rows["dataset"].astype(str), place[place >= 0]]
+            seeds = rows.groupby(by_block)["seed"].nunique()
+            (most, there), (fewest, here) = seeds.idxmax(), seeds.idxmin()
+            if seeds.max() > seeds.min():
                 raise UserError(
-                    f"{what} has {seeds[most]} seeds of {most} and {seeds[fewest]} of {fewest}, so "
-                    "that one would weigh more; score them with the same seeds"
+                    f"{what} has {seeds.max()} seeds of {most} at block {there + 1} and "
+                    f"{seeds.min()} of {fewest} at block {here + 1}, so that one would weigh more; "
+                    "score them with the same seeds"
                 )
         for name, block in self._lacking(place, np.arange(self.blocks[tower])):
             raise UserError(_uneven(what, name, f"at block {block + 1}"))

@@ -7,6 +7,7 @@ do has explained nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -163,6 +164,9 @@ def placement_score(
         name: A name of `PLACEMENT_SCORES`, or `metric:NAME` for the mean over adapted blocks of
             any metric of the table, scaled to its range in each tower.
 
+    Returns:
+        The number; NaN where the score says nothing of the towers that are adapted.
+
     Raises:
         UserError: The name is unknown, a metric is missing, or a block does not exist.
     """
@@ -188,6 +192,8 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
 
     def of(vision: Iterable[int], text: Iterable[int]) -> float:
         placed = Placement(tuple(vision), tuple(text)).check(blocks)
+        if placed and values and not any(placed.blocks(tower) for tower in values):
+            return math.nan  # of a tower on which the score says nothing
         return compute(values, dict(zip(TOWERS, placed)), blocks)
 
     return of
@@ -228,7 +234,8 @@ def predict(
         names: Placement scores; all that the table supports where None.
 
     Returns:
-        Columns placement, vision, text, score, predicted.
+        Columns placement, vision, text, score, predicted; NaN where a score says nothing of the
+        towers that are adapted.
     """
     rows = []
     for name in names if names is not None else available_scores(scores):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from vlmlayers.placement import describe_blocks
-from vlmlayers.selection.choice import OFTEN, SELDOM
+from vlmlayers.scores.reading import POOLED
+from vlmlayers.selection.choice import OFTEN, SELDOM, borne
 from vlmlayers.selection.curves import BlockTable
-from vlmlayers.selection.rules import Picks
+from vlmlayers.selection.rules import Picks, Rule
 from vlmlayers.words import percent
 
 HOW = (
     "seeds drawn with replacement; each value moved by a normal draw whose deviation is that of "
-    "its interval, independently per row: cautious, since positions share their items"
+    "its interval: one draw for all seeds, which share their items, and one for each position, "
+    "which is cautious, since positions share them too"
 )
+SHOWN = 3  # choices without a dataset that are named
 _Z = 1.959963984540054
+# Columns that tell what a value is of, all but the seed.
+_PLACE = ("metric", "dataset", "split", "tower", "position", "space", "pooling", "other_tower",
+          "other_position")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,13 @@ class Resampler:
     Attributes:
         table: The table as measured.
         rows_by_seed: Row numbers of each seed; seed −1 is always kept.
+        places: (row,) number of what the value is of, the same for all its seeds.
         deviation: (row,) standard deviation read off the interval; 0 where there is none.
     """
 
     table: BlockTable
     rows_by_seed: Mapping[int, np.ndarray]
+    places: np.ndarray
     deviation: np.ndarray
 
     @classmethod
@@ -43,7 +51,10 @@ class Resampler:
         width = (high - low) / (2 * _Z)
         seeds = table.scores["seed"].to_numpy(int)
         rows = {int(seed): np.flatnonzero(seeds == seed) for seed in np.unique(seeds)}
-        return cls(table, rows, np.where(np.isfinite(width), width, 0.0))
+        # Numbered by what they are called, so that the order of rows changes no draw.
+        named = [name for name in _PLACE if name in table.scores]
+        places = table.scores[named].astype(str).groupby(named, sort=True).ngroup().to_numpy()
+        return cls(table, rows, places, np.where(np.isfinite(width), width, 0.0))
 
     @property
     def seeds(self) -> list[int]:
@@ -60,8 +71,10 @@ class Resampler:
                 for seed in generator.choice(self.seeds, size=len(self.seeds))
             ]
         rows = np.concatenate(picked)
-        noise = generator.standard_normal(len(rows)) * self.deviation[rows]
-        return replace(self.table, rows=rows, values=self.table.values[rows] + noise)
+        # Seeds split the same items anew: their mean is as uncertain as each of them is.
+        noise = generator.standard_normal(int(self.places.max(initial=-1)) + 1)
+        values = self.table.values[rows] + noise[self.places[rows]] * self.deviation[rows]
+        return replace(self.table, rows=rows, values=values)
 
 
 def stability(
@@ -74,13 +87,17 @@ def stability(
     Returns:
         tower → `frequency` (block,), `start` with `low` and `high` (95 % interval over the
         resamples that chose anything; None where none did), `same` (share of resamples with
-        exactly this choice) and `empty` (share that chose nothing).
+        exactly this choice), `empty` (share that chose nothing) and `without` (the blocks that a
+        shipped rule chooses without a dataset, for each that leaves others).
     """
     resampler = Resampler.of(table)
     generator = np.random.default_rng(seed)
     # Before any draw: it settles which rows are read, and all draws read the same.
     base = rule(table)
     draws = [rule(resampler.draw(generator)) for _ in range(resamples)]
+    # Code of the user's own may need a dataset, and would fail here after it has served.
+    fewer = _without_each(table) if isinstance(rule, Rule) else {}
+    without = {name: rule(part) for name, part in fewer.items()}
     found = {}
     for tower, depth in table.blocks.items():
         chosen = [draw[tower].blocks for draw in draws]
@@ -99,8 +116,21 @@ def stability(
             },
             "same": float(np.mean([picked == base[tower].blocks for picked in chosen])),
             "empty": float(np.mean([not picked for picked in chosen])),
+            "without": {name: list(picks[tower].blocks) for name, picks in without.items()},
         }
     return found
+
+
+def _without_each(table: BlockTable) -> dict[str, BlockTable]:
+    """Return the table without each dataset in turn; none where that leaves no dataset."""
+    datasets = table.scores["dataset"].astype(str).to_numpy()
+    names = [str(name) for name in np.unique(datasets) if name != POOLED]
+    if len(names) < 2:
+        return {}
+    kept = {name: np.flatnonzero(datasets != name) for name in names}
+    return {
+        name: replace(table, rows=rows, values=table.values[rows]) for name, rows in kept.items()
+    }
 
 
 def doubts(tower: str, depth: int, chosen: tuple[int, ...], found: Mapping[str, Any]) -> list[str]:
@@ -126,6 +156,7 @@ def doubts(tower: str, depth: int, chosen: tuple[int, ...], found: Mapping[str, 
             shares = percent(*(share[block] for block in blocks))
             noun = "blocks" if len(blocks) > 1 else "block"
             reasons.append(f"{tower} {noun} {describe_blocks(blocks)} {words.format(shares)}")
+    reasons += _of_one_dataset(tower, depth, chosen, found["without"])
     start = found["start"]
     if start["low"] is not None and start["high"] - start["low"] > depth / 3:
         reasons.append(f"the {tower} start lies anywhere in {start['low']}–{start['high']}")
@@ -142,3 +173,23 @@ def doubts(tower: str, depth: int, chosen: tuple[int, ...], found: Mapping[str, 
         some = percent(1 - found["empty"])
         reasons.append(f"{some} of the resamples choose a {tower} block, and here none is chosen")
     return reasons
+
+
+def _of_one_dataset(
+    tower: str, depth: int, chosen: tuple[int, ...], without: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """Return that blocks are chosen or left out because of single datasets, where they are."""
+    hang = [b for b in range(1, depth + 1) if not borne(b, b in chosen, without)]
+    if not hang:
+        return []
+    others = [
+        f"without {name} the rule chooses {describe_blocks(blocks)}"
+        for name, blocks in without.items()
+        if any((b in blocks) != (b in chosen) for b in hang)
+    ]
+    more = ", …" if len(others) > SHOWN else ""
+    noun, verb = ("blocks", "hang") if len(hang) > 1 else ("block", "hangs")
+    return [
+        f"{tower} {noun} {describe_blocks(hang)} {verb} on single datasets: "
+        f"{', '.join(others[:SHOWN])}{more}"
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -238,6 +239,69 @@ def rule_of(folder: Path, picks: str) -> str:
         f"    return {picks}\n"
     )
     return f"{file}:mine"
+
+
+def test_a_score_of_one_tower_predicts_nothing_of_the_other() -> None:
+    """A number there would rank the placement among those that the score can judge."""
+    scores = table(
+        curve_rows("dataset_accuracy", "vision", np.linspace(0.5, 0.9, 12)),
+        curve_rows("dataset_accuracy", "text", np.linspace(0.5, 0.9, 12)),
+        curve_rows("novel_class_accuracy", "vision", np.linspace(0.5, 0.9, 12)),
+    )
+    for name in ("mean_accuracy_x_novel", "metric:novel_class_accuracy"):
+        assert np.isnan(placement_score(scores, [], [5, 6], name))
+        assert placement_score(scores, [12], [5, 6], name) == pytest.approx(1)
+    assert np.isfinite(placement_score(scores, [], [5, 6], "mean_accuracy"))
+
+
+def test_seeds_that_split_the_same_items_make_nothing_surer() -> None:
+    """Block 6 lies half an interval above its threshold; its chance to pass is Φ(1)."""
+    curve = [0.5] * 5 + [0.71] + [0.9] * 6
+    shares = []
+    for seeds in ((1,), tuple(range(1, 11))):
+        rows = curve_rows("dataset_accuracy", "vision", curve, seeds=seeds)
+        for one in rows:
+            if one["position"] == "6":
+                one["low"], one["high"] = 0.71 - 0.0196, 0.71 + 0.0196
+        choice = select(table(rows), agreement_metric="none", accuracy=0.5, resamples=1000)
+        shares.append(choice.evidence["towers"]["vision"]["frequency"][5])
+    assert shares == pytest.approx([0.841, 0.841], abs=0.04)
+
+
+def test_the_order_of_rows_changes_no_share() -> None:
+    scores = table(
+        curve_rows("dataset_accuracy", "vision", np.linspace(0.5, 0.9, 12), half=0.1, seeds=(1, 2))
+    )
+    found = [
+        select(one, agreement_metric="none", resamples=50).evidence["towers"]["vision"]
+        for one in (scores, scores.sample(frac=1, random_state=3))
+    ]
+    assert found[0]["frequency"] == found[1]["frequency"] and 0 < found[0]["same"] < 1
+
+
+def test_a_choice_that_one_dataset_makes_is_undecided() -> None:
+    """Two of three datasets fall where the third rises, and their mean rises."""
+    falling, rising = np.linspace(0.62, 0.5, 12), np.linspace(0.1, 0.95, 12)
+    curves = {"a": falling, "b": falling, "c": rising}
+    scores = table(*(
+        curve_rows("class_accuracy", "vision", curve, half=0.001, dataset=name)
+        for name, curve in curves.items()
+    ))  # fmt: skip
+    asked: dict[str, Any] = {"metric": "class_accuracy", "agreement_metric": "none"}
+    choice = select(scores, "threshold", resamples=20, **asked)
+    found = choice.evidence["towers"]["vision"]
+    assert choice.vision == tuple(range(7, 13)) and found["same"] == 1
+    assert found["without"] == {"a": list(range(7, 13)), "b": list(range(7, 13)),
+                                "c": list(range(1, 7))}  # fmt: skip
+    assert not choice.decided and choice.firm("vision") == ()
+    told = "vision blocks 1–12 hang on single datasets: without c the rule chooses 1–6"
+    assert told in choice.statement
+    alike = select(scores[scores["dataset"] != "c"], "threshold", resamples=20, **asked)
+    assert alike.decided and alike.firm("vision") == tuple(range(1, 7))
+    # Pooled rows are of all datasets at once, which none can be left out of.
+    pooled = table(curve_rows("class_accuracy", "vision", rising, half=0.001, dataset="*"))
+    found = select(pooled, "threshold", resamples=20, **asked).evidence["towers"]["vision"]
+    assert found["without"] == {}
 
 
 def test_a_start_outside_its_own_interval_is_a_doubt(tmp_path: Path) -> None:
@@ -492,8 +556,17 @@ def test_datasets_of_other_seeds_are_refused() -> None:
         for tower in ("vision", "text")
         for name, curve, seeds in (("a", falling, (1, 2, 3)), ("b", rising, (1,)))
     ))  # fmt: skip
-    with pytest.raises(UserError, match="has 3 seeds of a and 1 of b, so that one would weigh"):
+    told = "has 3 seeds of a at block 1 and 1 of b at block 1, so that one would weigh"
+    with pytest.raises(UserError, match=told):
         select(scores, "threshold", metric="class_accuracy", agreement_metric="none")
+    thinned = table(*(
+        curve_rows("class_accuracy", "vision", curve, seeds=(1, 2, 3), dataset=name)
+        for name, curve in (("a", falling), ("b", rising))
+    ))  # fmt: skip
+    lost = (thinned["dataset"] == "a") & (thinned["position"] == "2") & (thinned["seed"] > 1)
+    told = "3 seeds of a at block 1 and 1 of a at block 2"
+    with pytest.raises(UserError, match=told):
+        select(thinned[~lost], "threshold", metric="class_accuracy", agreement_metric="none")
 
 
 def test_a_block_exactly_at_its_threshold_passes() -> None:
