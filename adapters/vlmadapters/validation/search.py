@@ -293,6 +293,10 @@ def _statement(
             f"Train {pick}: {gain.mean:+z.3f} [{gain.low:z.3f}, {gain.high:z.3f}] against the "
             f"default {default}, better in {gain.wins} of {len(gain.folds)} folds."
         )
+        tried = len({rival for heat in race.heats for rival in heat.rivals})
+        if tried > 1:  # the best of several looks good by chance as well
+            low, high = gain.among(tried)
+            advice += f" It is the best of {tried}; for all at once: [{low:z.3f}, {high:z.3f}]."
     else:
         best = max(race.heats, key=lambda heat: heat.difference.mean)
         found = best.difference

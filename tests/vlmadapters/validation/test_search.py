@@ -353,6 +353,26 @@ def test_a_rival_that_ties_in_every_fold_is_not_called_worse() -> None:
     assert "every rival that was followed is worse, the best by 0.200" in said(worse)
 
 
+def test_the_best_of_several_has_an_interval_for_all_of_them() -> None:
+    """Of six rivals that change nothing the best passes 0 far more often than one does."""
+    generator = np.random.default_rng(0)
+    spreads = np.sqrt(generator.chisquare(8, (2000, 6)) / 8)
+    best = np.argmax(means := generator.standard_normal((2000, 6)), axis=1)
+    rows = np.arange(2000)
+    found = [
+        Difference(mean, mean - 2.306 * spread, mean + 2.306 * spread, 1, (), spread, 8)
+        for mean, spread in zip(means[rows, best], spreads[rows, best])
+    ]
+    assert np.mean([one.low > 0 for one in found]) > 0.08
+    assert np.mean([one.among(6)[0] > 0 for one in found]) < 0.03
+    assert found[0].among(1) == pytest.approx((found[0].low, found[0].high), abs=1e-3)
+    gain = Difference(0.3, 0.1, 0.5, 4, (("a", 1, 0, 0.3), ("a", 1, 1, 0.3)), 0.1, 8)
+    race: Any = SimpleNamespace(heats=[Heat("placement", "a", ("b", "c"), "b", gain, "b")])
+    said = _statement(race, "b", "a", gain, gain)
+    low, high = gain.among(2)
+    assert f"It is the best of 2; for all at once: [{low:.3f}, {high:.3f}]." in said
+
+
 def test_placements_of_a_method_of_one_tower_lie_there(manifest: Manifest) -> None:
     made = load_recipe("published", "coop")
     short = {"epochs": 1, "warmup_epochs": 0, "shots": 4, "batch_size": 4, "steps_per_shot": 0}
