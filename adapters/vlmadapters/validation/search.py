@@ -233,6 +233,9 @@ def _answer(race: Race, recipe: Recipe) -> dict[str, Any]:
         one: difference(table, one, default, criterion) for one in (pick, second) if one != default
     }
     beside = {one: found.to_dict() for one, found in gains.items()}
+    if pick in gains:
+        low, high = gains[pick].among(count := _tried(race))
+        beside[pick]["among"] = {"rivals": count, "low": low, "high": high}
     answer = {
         "default": default,
         "pick": ZERO_SHOT if adapt == "no" else pick,
@@ -250,6 +253,11 @@ def _answer(race: Race, recipe: Recipe) -> dict[str, Any]:
         "mean_differences": order,
     }
     return answer | {"statement": _statement(race, pick, default, gains.get(pick), plain)}
+
+
+def _tried(race: Race) -> int:
+    """Return how many settings a search compared with its defaults."""
+    return len({rival for heat in race.heats for rival in heat.rivals})
 
 
 def _how(race: Race, default: Recipe, novel: bool, judged: str) -> str:
@@ -293,8 +301,7 @@ def _statement(
             f"Train {pick}: {gain.mean:+z.3f} [{gain.low:z.3f}, {gain.high:z.3f}] against the "
             f"default {default}, better in {gain.wins} of {len(gain.folds)} folds."
         )
-        tried = len({rival for heat in race.heats for rival in heat.rivals})
-        if tried > 1:  # the best of several looks good by chance as well
+        if (tried := _tried(race)) > 1:  # the best of several looks good by chance as well
             low, high = gain.among(tried)
             advice += f" It is the best of {tried}; for all at once: [{low:z.3f}, {high:z.3f}]."
     else:

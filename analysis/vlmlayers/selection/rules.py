@@ -367,6 +367,12 @@ class Searched(Rule):
         doubts = []
         if not found["decided"]:
             doubts.append("the search cannot tell its best setting from the default")
+        among = (found.get("difference") or {}).get("among", {})
+        if among and among["low"] <= 0 < found["difference"]["low"]:
+            doubts.append(
+                f"as the best of {among['rivals']} settings, the one that the search picked cannot "
+                "be told from the default"
+            )
         if found["to_zero_shot"]["adapt"] == "unknown":
             doubts.append("whether training pays at all cannot be told")
         amount = str(Placement.parse(str(found["pick"])).amount)

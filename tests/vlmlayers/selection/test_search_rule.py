@@ -87,6 +87,17 @@ def test_the_report_answers_what_the_search_found(
         assert part in page and part in text
 
 
+@pytest.mark.parametrize(("low", "decided"), [(-0.1, False), (0.05, True)])
+def test_a_pick_that_may_be_the_luckiest_of_several_is_in_doubt(
+    tmp_path: Path, low: float, decided: bool
+) -> None:
+    gain = difference(0.2, 0.1, 0.3) | {"among": {"rivals": 6, "low": low, "high": 0.5}}
+    choice = select(planted(12, 12, (5, 5)), "search", file=written(tmp_path, difference=gain))
+    assert choice.placement == Placement.parse("9-12@scale=0.3") and choice.decided is decided
+    told = "as the best of 6 settings, the one that the search picked cannot be told"
+    assert any(told in one for one in choice.evidence["doubts"]) is not decided
+
+
 def test_a_search_of_other_weights_is_no_evidence_of_the_run(tmp_path: Path) -> None:
     """As one that was copied, or that a folder kept after the model had changed."""
     run = make_run(tmp_path / "run", small=True)
