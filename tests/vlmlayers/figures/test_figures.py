@@ -834,7 +834,8 @@ def test_unfinished_runs_do_not_enter_the_sweep() -> None:
     hole = (rows.dataset == "a_b") & (rows.seed == 2) & (rows.placement == "v4,t4")
     means = outcomes.placement_means(rows[~hole]).set_index("placement")
     assert (means.runs == 3).all(), "the run with a hole is left out for every placement"
-    assert means.hm["v1-4,t1-4"] == pytest.approx((60.1 + 60.2 + 50.1) / 3)
+    assert means.hm["v1-4,t1-4"] == pytest.approx(((60.1 + 60.2) / 2 + 50.1) / 2)
+    assert means.hm_sd.isna().all(), "one seed has both datasets"
     alone = rows[(rows.seed == 1) & (rows.dataset == "digits") | (rows.placement == "v4,t4")]
     assert (outcomes.placement_means(alone).runs == 1).all()
     scattered = rows[(rows.seed == 1) == (rows.placement == "v4,t4")]
@@ -844,6 +845,18 @@ def test_unfinished_runs_do_not_enter_the_sweep() -> None:
         outcomes.sweep(outcomes.placement_means(rows[rows.kind == "random"]))
     with pytest.raises(UserError, match="names no block"):
         outcomes.start_block("zero-shot")
+
+
+def test_a_dataset_with_more_seeds_weighs_no_more_than_another() -> None:
+    """Each dataset adds a constant, each seed another: the mean and the spread are known."""
+    rows = validation_rows()
+    more = rows[rows.dataset == "digits"].assign(seed=lambda rows: rows.seed + 2)
+    means = outcomes.placement_means(pd.concat([rows, more]))
+    even = outcomes.placement_means(rows)
+    assert means.hm.tolist() == pytest.approx(even.hm.tolist())
+    assert means.hm_sd.tolist() == pytest.approx(even.hm_sd.tolist()), "seeds of both datasets"
+    lost = rows.assign(hm=rows.hm.where((rows.seed == 1) | (rows.placement != "v4,t4")))
+    assert (outcomes.placement_means(lost).runs == 2).all(), "a run without a value is none"
 
 
 def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_path: Path) -> None:
