@@ -91,9 +91,7 @@ def names(results: pd.DataFrame) -> pd.Series:
     Args:
         results: A results table or a summary of one.
     """
-    # A file of the table holds empty fields where it has empty words.
-    table = results.reindex(columns=["model", "method", "placement", *OFTEN_ALIKE]).astype(object)
-    table = table.where(table.notna(), "").astype(str)
+    table = worded(results, ["model", "method", "placement", *OFTEN_ALIKE]).astype(str)
     found = (table["method"] + " " + table["placement"]).str.strip()
     kinds = table.groupby(["model", "method"], sort=False)
     for column in OFTEN_ALIKE:
@@ -101,6 +99,12 @@ def names(results: pd.DataFrame) -> pd.Series:
         named = (kinds[column].transform("nunique") > 1) & (table[column] != "")
         found += words.where(named, "")
     return found
+
+
+def worded(results: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Return columns with empty words where a table, as one read from a file, has no value."""
+    table = results.reindex(columns=columns).astype(object)
+    return table.where(table.notna(), "")
 
 
 def half_fields(truth: NDArray[np.int64], correct: NDArray[np.bool_]) -> dict[str, float]:
@@ -187,10 +191,10 @@ def refuse_conflicts(results: pd.DataFrame, keys: list[str]) -> None:
         results: A results table.
         keys: Columns that identify a cell, those of `CELL` among them.
     """
-    several = results.groupby(keys, dropna=False)["accuracy"].transform("nunique") > 1
+    cells = worded(results, keys).assign(accuracy=results["accuracy"])
+    several = cells.groupby(keys, sort=False)["accuracy"].transform("nunique") > 1
     if several.any():
-        cells = results[several]
-        named, one = names(cells).iloc[0], cells.iloc[0]
+        named, one = names(results[several]).iloc[0], results[several].iloc[0]
         raise UserError(
             f"the results hold {named} twice on {one['dataset']} ({one['split_kind']}), seed "
             f"{one['seed']}, with different accuracies; keep the rows of one run"
