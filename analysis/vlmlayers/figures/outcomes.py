@@ -11,7 +11,7 @@ import pandas as pd
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import Folders, MissingTable, read_each, short
 from vlmlayers.files import read_json
-from vlmlayers.placement import Placement, of_kind, untrained
+from vlmlayers.placement import Placement, complete_cells, of_kind, untrained
 from vlmlayers.selection import LayerChoice, available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
@@ -51,7 +51,7 @@ def _trained(record: Path) -> dict[str, Any]:
     return {**own, **recipe, **told.get("settings", {})}
 
 
-def complete_cells(validation: pd.DataFrame) -> pd.DataFrame:
+def compared_cells(validation: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the datasets and seeds that hold every placement of one model.
 
     Raises:
@@ -65,10 +65,7 @@ def complete_cells(validation: pd.DataFrame) -> pd.DataFrame:
             f"the validations hold several trainings of {placement} on {dataset}, seed {seed}; "
             "draw each run by itself"
         )
-    # A training without a value is none, as in the verdict.
-    known = validation.dropna(subset=list(OUTCOMES))
-    runs = known.groupby(["dataset", "seed"]).placement.transform("nunique")
-    kept = known[runs == validation.placement.nunique()]
+    kept: pd.DataFrame = complete_cells(validation)
     if kept.empty:
         raise MissingTable("no dataset and seed of the validation table holds every placement; "
                            "finish the sweep to draw it")  # fmt: skip
@@ -78,7 +75,7 @@ def complete_cells(validation: pd.DataFrame) -> pd.DataFrame:
 def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
     """Return one row per placement of one model: means over datasets, spread over seeds.
 
-    Only `complete_cells` count, so that all placements are judged on the same runs. As in the
+    Only `compared_cells` count, so that all placements are judged on the same runs. As in the
     verdict, a mean is that over datasets of the mean over seeds, and `hm` that of the runs'
     harmonic means.
 
@@ -91,7 +88,7 @@ def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
         MissingTable: No dataset and seed holds every placement.
         UserError: A placement was trained twice on one dataset and seed, as in two runs.
     """
-    kept = complete_cells(validation)
+    kept = compared_cells(validation)
     first = kept.drop_duplicates("placement").set_index("placement")
     averaged = [*OUTCOMES, *(name for name in ("parameters", "seconds") if name in kept.columns)]
     per_dataset = kept.groupby(["placement", "dataset"], sort=False)[averaged].mean()

@@ -21,6 +21,7 @@ from vlmlayers.figures.layout import (
     shared_legend,
 )
 from vlmlayers.figures.outcomes import (
+    compared_cells,
     marked,
     placement_means,
     predicted_means,
@@ -138,7 +139,7 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
 
 def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
     """Draw base, novel and HM over the first adapted block; chosen and published are marked."""
-    models = list(by_model(read_validations(tables)))
+    models = [(n, compared_cells(part)) for n, part in by_model(read_validations(tables))]
     figure, axes = panels(len(models), 1, 2.3)
     drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
@@ -164,7 +165,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     """Draw the quality predicted from the scores against the trained harmonic mean."""
     scores = dict(by_model(read("scores", tables)))
     validations = by_model(read_validations(tables))
-    models = [(name, part) for name, part in validations if name in scores]
+    models = [(name, compared_cells(part)) for name, part in validations if name in scores]
     if not models:
         raise MissingTable("no model has both scores and a validation; record both to draw this")
     figure, axes = panels(len(models), 1, 2.6)

@@ -847,6 +847,25 @@ def test_unfinished_runs_do_not_enter_the_sweep() -> None:
         outcomes.start_block("zero-shot")
 
 
+def test_captions_of_trainings_name_the_runs_that_are_drawn(tables: Path, tmp_path: Path) -> None:
+    shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
+    rows = validation_rows()
+    hole = (rows.seed == 2) & (rows.placement == "v4,t4")
+    other = validation_rows("another")
+    for kept, said in (
+        (rows[~hole], "Trained on 2 datasets (digits, a_b), seed 1."),
+        (rows[~hole | (rows.dataset == "digits")],
+         "Trained on 2 datasets (digits, seeds 1, 2; a_b, seed 1)."),
+    ):  # fmt: skip
+        for joined, words in ((kept, said), (pd.concat([kept, other]), said[:-1].replace(
+            "Trained on", "Trained: tiny w on"
+        ) + "; another w on 2 datasets (digits, a_b), seeds 1, 2.")):
+            joined.to_csv(tmp_path / "validation.csv", index=False)
+            paper_figures.fig4_placement_sweep(tmp_path, tmp_path)
+            text = (tmp_path / "fig4_placement_sweep.tex").read_text()
+            assert render.escape_latex(words) in text, text
+
+
 def test_a_dataset_with_more_seeds_weighs_no_more_than_another() -> None:
     """Each dataset adds a constant, each seed another: the mean and the spread are known."""
     rows = validation_rows()

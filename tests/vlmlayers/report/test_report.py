@@ -118,6 +118,19 @@ def test_the_answer_compares_with_the_papers_placement_the_best_and_zero_shot(
     assert row[-1] == f"{ours:.1f} (best {means.max():.1f})"
 
 
+def test_means_are_said_to_be_of_the_runs_that_hold_every_placement(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", validated=True)
+    cells = pd.read_csv(run.validation)
+    lost = (cells.seed == 3) & (cells.placement == cells.placement[0])
+    for kept, seeds in (
+        (~lost, "2 seeds"),
+        (~lost | (cells.dataset == cells.dataset[0]), "2 to 3 seeds"),
+    ):
+        cells[kept].to_csv(run.validation, index=False)
+        table = comparison_table(read_answer(run.folder).validation)
+        assert table is not None and f"mean of 2 datasets and {seeds}, " in table.caption
+
+
 def test_the_best_placement_says_where_amounts_were_tuned(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", validated=True)
     recorded = RecordedValidation.read(run)
