@@ -140,7 +140,8 @@ def _cells(results: pd.DataFrame) -> pd.DataFrame:
 def _refuse_several_models(rows: pd.DataFrame) -> None:
     known = worded(rows, ["model", "weights"]).drop_duplicates().to_numpy()
     if len(known) > 1:
-        named = " and ".join(f"{model} ({weights})" if weights else model for model, weights in known)
+        named = " and ".join(f"{model} ({weights})" if weights else model
+                             for model, weights in known)  # fmt: skip
         raise UserError(f"the results are of {named}; compare the methods of each by itself")
 
 

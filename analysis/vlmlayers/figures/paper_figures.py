@@ -34,7 +34,13 @@ from vlmlayers.plots.saving import with_source
 from vlmlayers.plots.style import axis_label, category
 from vlmlayers.positions import FINAL
 from vlmlayers.scores.reading import Reading, ceiling, check_scores
-from vlmlayers.scores.summaries import DATASET_ACCURACIES, agreement, curves, dataset_readout
+from vlmlayers.scores.summaries import (
+    DATASET_ACCURACIES,
+    agreement,
+    curves,
+    dataset_readout,
+    measured,
+)
 from vlmlayers.selection import LayerChoice
 
 GAP_METRICS = ("pair_distance", "centroid_gap", "rmg")
@@ -64,9 +70,10 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
         finish(ax, name)
         if choice is not None:
             legend_of_choice(ax)
-        seeds = part[part["seed"] >= 0].groupby("tower")["seed"].nunique()
+        place = ["tower", "dataset", "position"]
+        seeds = spread.groupby(place)["seeds"].max()  # the curve of means knows of none
         points = curves(spread, metric)
-        points["seeds"] = points["tower"].map(seeds).fillna(0).astype(int)
+        points["seeds"] = seeds[pd.MultiIndex.from_frame(points[place])].to_numpy()
         drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 4)
     points = pd.concat(drawn)
@@ -251,11 +258,11 @@ def in_panel(points: pd.DataFrame, part: pd.DataFrame, panel: str) -> pd.DataFra
 def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
     """Return one row per tower and position: mean over seeds, interval ± one sd over seeds."""
     keys = [name for name in scores.columns if name not in
-            ("value", "low", "high", "null", "n", "seed", "options")]  # fmt: skip
+            ("value", "low", "high", "null", "n", "seed", "drawn", "options")]  # fmt: skip
     # pandas would drop groups with a missing value among their keys.
-    groups = scores.groupby(keys, sort=False, dropna=False)
+    groups = measured(scores).groupby(keys, sort=False, dropna=False)
     frame = groups.agg(value=("value", "mean"), sd=("value", "std"), null=("null", "mean"),
-                       n=("n", "first"), seeds=("seed", "nunique")).reset_index()  # fmt: skip
+                       n=("n", "first"), seeds=("drawn", "nunique")).reset_index()  # fmt: skip
     sd = frame.sd.fillna(0.0)
     noted = {
         (metric, tower): f"ceiling={most:g}"

@@ -29,6 +29,7 @@ from vlmlayers.figures import (
     render,
 )
 from vlmlayers.figures.inputs import MissingTable
+from vlmlayers.scores import summaries
 
 ELEVEN = (
     "ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101",
@@ -847,6 +848,26 @@ def test_unfinished_runs_do_not_enter_the_sweep() -> None:
         outcomes.start_block("zero-shot")
 
 
+def test_a_score_without_a_value_counts_as_no_seed(tables: Path, tmp_path: Path) -> None:
+    scores = score_rows()
+    of = (scores.metric == "dataset_accuracy") & (scores.tower == "vision")
+    lost = of & ((scores.position == "2") & (scores.seed > 1) | (scores.position == "3"))
+    lost |= of & (scores.position == "4") & (scores.seed == 1)
+    scores.loc[lost, ["value", "low", "high"]] = np.nan
+    scores.to_csv(tmp_path / "scores.csv", index=False)
+    paper_figures.fig1_dataset_recognition(tmp_path, tmp_path)
+    drawn = pd.read_csv(tmp_path / "fig1_dataset_recognition.csv")
+    read = summaries.curves(scores, "dataset_accuracy")
+    for table in (drawn, read):
+        found = table[table.tower == "vision"].set_index("position").rename(index=str)
+        assert found.loc[list("1234"), "seeds"].tolist() == [3, 1, 0, 2]
+        assert found.loc[list("1234"), "n"].tolist() == [40, 40, 0, 40]
+        assert found.null.notna().tolist() == found.value.notna().tolist()
+        assert np.isfinite(found.drop(index="3")[["low", "high"]]).all(axis=None)
+    alone = read.query("tower == 'vision'").set_index("position").loc["2"]
+    assert alone.high - alone.low == pytest.approx(0.04), "the interval of the one seed"
+
+
 def test_captions_of_trainings_name_the_runs_that_are_drawn(tables: Path, tmp_path: Path) -> None:
     shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
     rows = validation_rows()
@@ -857,9 +878,9 @@ def test_captions_of_trainings_name_the_runs_that_are_drawn(tables: Path, tmp_pa
         (rows[~hole | (rows.dataset == "digits")],
          "Trained on 2 datasets (digits, seeds 1, 2; a_b, seed 1)."),
     ):  # fmt: skip
-        for joined, words in ((kept, said), (pd.concat([kept, other]), said[:-1].replace(
-            "Trained on", "Trained: tiny w on"
-        ) + "; another w on 2 datasets (digits, a_b), seeds 1, 2.")):
+        beside = f"{said[:-1]}; another w on 2 datasets (digits, a_b), seeds 1, 2."
+        beside = beside.replace("Trained on", "Trained: tiny w on")
+        for joined, words in ((kept, said), (pd.concat([kept, other]), beside)):
             joined.to_csv(tmp_path / "validation.csv", index=False)
             paper_figures.fig4_placement_sweep(tmp_path, tmp_path)
             text = (tmp_path / "fig4_placement_sweep.tex").read_text()
