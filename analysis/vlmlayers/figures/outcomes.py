@@ -161,8 +161,8 @@ def predicted_means(
         names: Placement scores; the default one, or the first the table supports, where None.
 
     Returns:
-        The rows of `means` with score, predicted, tau and a short label, for each score; chosen
-        and published placements first.
+        The rows of `means` with score, predicted, tau (NaN where all are equal, predicted or
+        trained) and a short label, for each score; chosen and published placements first.
     """
     from scipy.stats import kendalltau  # half a second to import: only where it is needed
 

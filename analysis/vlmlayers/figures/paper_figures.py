@@ -42,6 +42,7 @@ from vlmlayers.scores.summaries import (
     measured,
 )
 from vlmlayers.selection import LayerChoice
+from vlmlayers.words import counted
 
 GAP_METRICS = ("pair_distance", "centroid_gap", "rmg")
 AGREEMENT_METRICS = ("cka_debiased", "mutual_knn")
@@ -184,8 +185,11 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
         ax.margins(x=0.12, y=0.1)
         score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
         ax.set_xlabel(f"Predicted: {score}")
-        tau = f"{points.tau.iloc[0]:.2f}".replace("-", "−")
-        finish(ax, f"{name}\nKendall's τ = {tau}, {len(points)} placements")
+        tau = points.tau.iloc[0]
+        ranked = f"Kendall's τ = {tau:.2f}".replace("-", "−")
+        if pd.isna(tau):
+            ranked = "no Kendall's τ, as all are equal"
+        finish(ax, f"{name}\n{ranked}, {counted(len(points), 'placement')}")
         drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 3)
     for ax in axes:

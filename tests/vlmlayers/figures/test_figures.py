@@ -914,6 +914,19 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
         paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path)
 
 
+def test_figure_5_says_that_equal_outcomes_have_no_rank_correlation(
+    tables: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
+    for outcome, said in ((None, "Kendall's τ = 0."), (60.0, "no Kendall's τ, as all are")):
+        rows = validation_rows()
+        rows = rows if outcome is None else rows.assign(base=outcome, novel=outcome, hm=outcome)
+        rows.to_csv(tmp_path / "validation.csv", index=False)
+        paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path)
+        svg = (tmp_path / "fig5_predicted_vs_trained.svg").read_text()
+        assert said in svg and "nan" not in svg, said
+
+
 def test_figure_6_reads_recorded_cost_or_the_validation(tables: Path, tmp_path: Path) -> None:
     paper_figures.fig6_cost(tables, tmp_path)
     drawn = pd.read_csv(tmp_path / "fig6_cost.csv")
