@@ -371,6 +371,8 @@ def _report_inputs(context: StageContext) -> dict[str, Any]:
         "files": {path.name: file_mark(path) for path in files},
         "report": context.study.report.model_dump(),
         "title": context.study.title,
+        # The report tells results that the study no longer asks for.
+        "asked": [context.study.search is not None, context.study.validate_ is not None],
         "version": version("vlm-layers"),
     }
 
