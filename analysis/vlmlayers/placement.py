@@ -311,6 +311,16 @@ def of_kind(table: Any, kind: str) -> Any:
     return table["kind"].astype(str).str.split("+").map(lambda kinds: kind in kinds).astype(bool)
 
 
+def complete_cells(table: Any) -> Any:
+    """Return the rows of a validation table whose dataset and seed hold every placement.
+
+    They are compared in pairs; a training without an outcome is none.
+    """
+    known = table.dropna(subset=["base", "novel", "hm"])
+    held = known.groupby(["dataset", "seed"])["placement"].transform("nunique")
+    return known[held == table["placement"].nunique()]
+
+
 def untrained(choice: Placement, then: str, tried: Iterable[str]) -> str:
     """Say that another placement was trained as the choice than is chosen now; empty if not.
 

@@ -117,8 +117,10 @@ def _line(rows: pd.DataFrame, metrics: list[str]) -> str:
     label = str(first["name"])
     if first["origin"] == "published":
         label += " (published)"
-    elif first["method"] not in ZERO_SHOT_METHODS and first["seeds"] > 1:
-        label += f", {first['seeds']} seeds"
+    elif first["method"] not in ZERO_SHOT_METHODS and rows["seeds"].max() > 1:
+        # Of an unfinished run a column may have fewer than another.
+        counts = dict.fromkeys((rows["seeds"].min(), rows["seeds"].max()))
+        label += f", {'–'.join(map(str, counts))} seeds"
     label = f"  {label}"
     found = {row["metric"]: row for _, row in rows.iterrows()}
     return _padded(label, "".join(_cell(found.get(metric)).ljust(CELL) for metric in metrics))

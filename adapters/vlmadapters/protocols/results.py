@@ -47,6 +47,7 @@ COLUMNS = (
     "note",
 )
 KEY = COLUMNS[: COLUMNS.index("accuracy")]  # what identifies a row; the rest are results
+CELL = ("dataset", "split_kind", "seed")  # what identifies a row of one training
 ZERO_SHOT_CLIP, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
 ZERO_SHOT_METHODS = (ZERO_SHOT_CLIP, ZERO_SHOT_OWN)
 UNMOVED = "training changed nothing: raise lr, or the method's scale, for this backbone"
@@ -90,9 +91,7 @@ def names(results: pd.DataFrame) -> pd.Series:
     Args:
         results: A results table or a summary of one.
     """
-    # A file of the table holds empty fields where it has empty words.
-    table = results.reindex(columns=["model", "method", "placement", *OFTEN_ALIKE]).astype(object)
-    table = table.where(table.notna(), "").astype(str)
+    table = worded(results, ["model", "method", "placement", *OFTEN_ALIKE]).astype(str)
     found = (table["method"] + " " + table["placement"]).str.strip()
     kinds = table.groupby(["model", "method"], sort=False)
     for column in OFTEN_ALIKE:
@@ -100,6 +99,12 @@ def names(results: pd.DataFrame) -> pd.Series:
         named = (kinds[column].transform("nunique") > 1) & (table[column] != "")
         found += words.where(named, "")
     return found
+
+
+def worded(results: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Return columns with empty words where a table, as one read from a file, has no value."""
+    table = results.reindex(columns=columns).astype(object)
+    return table.where(table.notna(), "")
 
 
 def half_fields(truth: NDArray[np.int64], correct: NDArray[np.bool_]) -> dict[str, float]:
@@ -133,9 +138,10 @@ def accuracy_fields(correct: int, n: int) -> dict[str, Any]:
 def summarise(results: Results) -> pd.DataFrame:
     """Return mean and sd over seeds per dataset, harmonic means, and averages over datasets.
 
-    The harmonic mean of a dataset is that of its mean base and novel accuracy, its sd that of the
-    seeds' harmonic means. The row `average` holds means over datasets of the seeds that have all
-    of them, and is left out where none has; its harmonic mean is that of the averages. Datasets
+    The harmonic mean of a dataset is that of its mean base and novel accuracy over the seeds that
+    have both, its sd that of the seeds' harmonic means. The row `average` holds means over
+    datasets of the seeds that have every accuracy of all of them, and is left out where none has;
+    its harmonic mean is that of the averages. Datasets
     that any row of the protocol was trained on are left out of averages over targets. Where
     averages of a protocol are over unlike datasets, as of joined tables, each notes which.
 
@@ -144,11 +150,12 @@ def summarise(results: Results) -> pd.DataFrame:
 
     Returns:
         Columns protocol, method, model, weights, source, placement, settings, recipe, shots,
-        dataset, metric (`base`, `novel`, `hm`, `all`), mean, sd, seeds, note, parameters, and
-        seconds of one training on average.
+        dataset, metric (`base`, `novel`, `hm`, `all`), mean, sd, seeds (those that have the
+        metric), note, parameters, and seconds of one training on average.
 
     Raises:
-        UserError: The table is empty, lacks a column, or its accuracies are no numbers.
+        UserError: The table is empty, lacks a column, its accuracies are no numbers, or it has two
+            for one cell.
     """
     if missing := [name for name in READ if name not in results.columns]:
         raise UserError(f"the results table lacks {', '.join(missing)}; is it one of `train`?")
@@ -162,6 +169,7 @@ def summarise(results: Results) -> pd.DataFrame:
     table = results.assign(source=_comparable_source(results))
     # What tables lack that were written before there were several methods.
     table = table.assign(**{key: value for key, value in ADDED.items() if key not in table})
+    refuse_conflicts(table, [*GROUP, *CELL])
     # Empty fields of a table read from a file are NaN, whose groups pandas drops by default.
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
@@ -176,6 +184,23 @@ def summarise(results: Results) -> pd.DataFrame:
     return summary
 
 
+def refuse_conflicts(results: pd.DataFrame, keys: list[str]) -> None:
+    """Raise a UserError where rows of equal keys differ in accuracy: their mean is no training's.
+
+    Args:
+        results: A results table.
+        keys: Columns that identify a cell, those of `CELL` among them.
+    """
+    cells = worded(results, keys).assign(accuracy=results["accuracy"])
+    several = cells.groupby(keys, sort=False)["accuracy"].transform("nunique") > 1
+    if several.any():
+        named, one = names(results[several]).iloc[0], results[several].iloc[0]
+        raise UserError(
+            f"the results hold {named} twice on {one['dataset']} ({one['split_kind']}), seed "
+            f"{one['seed']}, with different accuracies; keep the rows of one run"
+        )
+
+
 def _comparable_source(results: pd.DataFrame) -> pd.Series:
     """Return the source, blank where each dataset is its own, so that these average together."""
     own = (results["source"] == results["dataset"]) & results["split_kind"].isin(["base", "novel"])
@@ -187,7 +212,11 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
     """Return rows of each dataset, and of the average over those that were not trained on."""
     rows: list[dict[str, Any]] = []
     seeds = part.pivot_table(
-        index=["dataset", "seed"], columns="split_kind", values="accuracy", sort=False
+        index=["dataset", "seed"],
+        columns="split_kind",
+        values="accuracy",
+        aggfunc="first",  # repeated rows are equal
+        sort=False,
     )
     if {"base", "novel"} <= set(seeds.columns):
         seeds["hm"] = [harmonic_mean(b, n) for b, n in zip(seeds["base"], seeds["novel"])]
@@ -215,9 +244,11 @@ def _notes(rows: pd.DataFrame) -> list[str]:
 
 def _average(seeds: pd.DataFrame) -> pd.DataFrame:
     """Return the mean over datasets for every seed that all of them have; empty without one."""
-    # A seed that misses a dataset would average over easier or harder ones than the others do.
-    plain = seeds.drop(columns="hm", errors="ignore")
-    complete = plain.groupby(level="seed").filter(
+    # A seed that misses a dataset, or one half of it, would average over easier or harder ones
+    # than the others do.
+    plain = seeds.drop(columns="hm", errors="ignore").dropna(axis="columns", how="all")
+    whole = plain.dropna()
+    complete = whole.groupby(level="seed").filter(
         lambda block: len(block) == plain.index.get_level_values("dataset").nunique()
     )
     mean = complete.groupby(level="seed").mean()
@@ -229,16 +260,17 @@ def _average(seeds: pd.DataFrame) -> pd.DataFrame:
 def _metrics(dataset: str, block: pd.DataFrame, note: str) -> list[dict[str, Any]]:
     means = block.mean()
     # Papers print the harmonic mean of the printed means, which is not the mean of the seeds' ones.
-    if {"base", "novel"} <= set(block.columns):
-        means["hm"] = harmonic_mean(means["base"], means["novel"])
+    if "hm" in block.columns:
+        paired = block[block["hm"].notna()].mean()
+        means["hm"] = harmonic_mean(paired["base"], paired["novel"])
     order = [m for m in ("base", "novel", "hm", "all") if m in block.columns]
     return [
         {
             "dataset": dataset,
             "metric": metric,
             "mean": means[metric],
-            "sd": block[metric].std(ddof=1) if len(block) > 1 else float("nan"),
-            "seeds": len(block),
+            "sd": block[metric].std(ddof=1),
+            "seeds": int(block[metric].count()),
             "note": note,
         }
         for metric in order

@@ -7,7 +7,15 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.protocols.results import OFTEN_ALIKE, ZERO_SHOT_CLIP, ZERO_SHOT_METHODS, names
+from vlmadapters.protocols.results import (
+    CELL,
+    OFTEN_ALIKE,
+    ZERO_SHOT_CLIP,
+    ZERO_SHOT_METHODS,
+    names,
+    refuse_conflicts,
+    worded,
+)
 from vlmadapters.validation.tuning import size_warning
 from vlmadapters.validation.verdict import bracketed, compare, runs
 from vlmlayers.arguments import checked
@@ -33,13 +41,19 @@ def compare_methods(results: pd.DataFrame) -> pd.DataFrame:
         and one for zero-shot CLIP; differences are those to the first row, the best.
 
     Raises:
-        UserError: The table has no training with base and novel accuracies.
+        UserError: The table has no training with base and novel accuracies, or none of zero-shot
+            CLIP on one of its datasets; is of several models; or has two accuracies for one cell.
     """
     cells = _cells(results)
     if cells.empty:
         raise UserError(
             "the results hold no training tested on base and novel classes; train one with the "
             "protocol base-to-novel"
+        )
+    if len(bare := cells[cells["zero_shot_base"].isna()]):
+        raise UserError(
+            f"the results lack base and novel accuracies of {ZERO_SHOT_CLIP} on "
+            f"{', '.join(bare['dataset'].unique())}; keep those rows, which `train` writes"
         )
     # The first time for the order alone.
     best = compare(cells, str(cells["placement"].iloc[0]))["placement"].iloc[0]
@@ -57,6 +71,9 @@ def methods_verdict(results: pd.DataFrame) -> str:
 
     Args:
         results: A results table.
+
+    Raises:
+        UserError: As `compare_methods`, where there are two.
     """
     if _cells(results)["placement"].nunique() < 2:
         return ""
@@ -111,6 +128,8 @@ def _cells(results: pd.DataFrame) -> pd.DataFrame:
     """Return base, novel and harmonic mean in percent, a row per method, dataset and seed."""
     # A file of the table holds empty fields where it has empty words.
     halves = results[results["split_kind"].isin(["base", "novel"])].fillna({"placement": ""})
+    _refuse_several_models(halves)
+    refuse_conflicts(halves, ["method", "placement", *OFTEN_ALIKE, *CELL])
     trained = halves[~halves["method"].isin(ZERO_SHOT_METHODS)]
     found = _wide(trained.assign(placement=names(trained)), [*KEYS, "parameters"]).reset_index()
     plain = _wide(halves[halves["method"] == ZERO_SHOT_CLIP], ["dataset"]).add_prefix("zero_shot_")
@@ -118,6 +137,14 @@ def _cells(results: pd.DataFrame) -> pd.DataFrame:
     return found.assign(kind="").join(plain, on="dataset")
 
 
+def _refuse_several_models(rows: pd.DataFrame) -> None:
+    known = worded(rows, ["model", "weights"]).drop_duplicates().to_numpy()
+    if len(known) > 1:
+        named = " and ".join(f"{model} ({weights})" if weights else model
+                             for model, weights in known)  # fmt: skip
+        raise UserError(f"the results are of {named}; compare the methods of each by itself")
+
+
 def _wide(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    found = rows.groupby([*keys, "split_kind"], sort=False)["accuracy"].mean().unstack()
+    found = rows.groupby([*keys, "split_kind"], sort=False)["accuracy"].first().unstack()
     return 100 * found.reindex(columns=["base", "novel"]).dropna()

@@ -23,7 +23,7 @@ from vlmadapters.validation.tuning import size_warning
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv, write_json
-from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
+from vlmlayers.placement import ZERO_SHOT, Placement, complete_cells, of_kind
 from vlmlayers.runs import environment
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.selection import predict
@@ -214,6 +214,7 @@ def summarise(
     against = predictors_statement(judged, other)
     said["predictors"] = " ".join(filter(None, [said.get("predictors"), against]))
     left = regret(table, chosen, seed=seed)
+    compared = complete_cells(table)  # what all of these are of
     search = (notes or {}).get("search")
     advised = f" The search on training shots had said: {search['statement']}" if search else ""
     summary = {
@@ -227,8 +228,8 @@ def summarise(
         **said,
         "best": left.best,
         "regret": asdict(left),
-        "datasets": list(dict.fromkeys(table["dataset"])),
-        "seeds": [int(one) for one in dict.fromkeys(table["seed"])],
+        "datasets": list(dict.fromkeys(compared["dataset"])),
+        "seeds": [int(one) for one in dict.fromkeys(compared["seed"])],
         "shots": int(table["shots"].iloc[0]),
         "training_seconds": round(float(cells["seconds"].sum()), 1),
         **(notes or {}),

@@ -141,8 +141,9 @@ def outcomes(table: pd.DataFrame, outcome: str = "hm") -> Outcomes:
             f"{first['seed']}; keep the rows of one comparison, as tuned or given, or of one run"
         )
     wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values=outcome)
-    # A pivot sorts its columns; the table has the competitors in their order.
-    wide = wide[list(dict.fromkeys(table["placement"]))] if len(table) else wide
+    # A pivot sorts its columns and drops those without a value; the table has the competitors in
+    # their order.
+    wide = wide.reindex(columns=list(dict.fromkeys(table["placement"])))
     # Placements are compared in pairs: a cell that lacks one would favour the others.
     complete = wide.dropna()
     if complete.empty:

@@ -51,14 +51,28 @@ def trained(
 
     Args:
         opening: Sentences that say what is drawn.
-        validation: Cells of a validation, one row per dataset, seed and placement.
+        validation: The cells drawn, one row per dataset, seed and placement.
         doubts: What is wrong with a model's part of the figure, by its name; empty if nothing.
     """
     told = [f"Of {name} {why}" for name, why in doubts.items() if why]
-    datasets = list(dict.fromkeys(map(str, validation["dataset"])))
-    seeds = ", ".join(str(seed) for seed in sorted(validation["seed"].unique()))
-    runs = f"Trained on {counted(len(datasets), 'dataset')} ({', '.join(datasets)}), seeds {seeds}"
-    return _caption(". ".join([opening, *told]), validation, [runs])
+    runs: dict[str, list[str]] = {}
+    for model, part in validation.groupby(["model", "weights"], sort=False):
+        runs.setdefault(_trained_on(part), []).append(" ".join(filter(None, map(str, model))))
+    said = [f"{' and '.join(of)} on {on}" for on, of in runs.items()]
+    where = f"Trained: {'; '.join(said)}" if len(runs) > 1 else f"Trained on {next(iter(runs))}"
+    return _caption(". ".join([opening, *told]), validation, [where])
+
+
+def _trained_on(cells: pd.DataFrame) -> str:
+    """Return in words the datasets and seeds of cells, seeds by dataset where they differ."""
+    seeds = {
+        str(dataset): f"seed{'s' * (part.nunique() > 1)} {', '.join(map(str, sorted(set(part))))}"
+        for dataset, part in cells.groupby("dataset", sort=False)["seed"]
+    }
+    several = counted(len(seeds), "dataset")
+    if len(set(seeds.values())) == 1:
+        return f"{several} ({', '.join(seeds)}), {next(iter(seeds.values()))}"
+    return f"{several} ({'; '.join(f'{name}, {of}' for name, of in seeds.items())})"
 
 
 def clauses(opening: str, drawn: Mapping[str, bool]) -> str:

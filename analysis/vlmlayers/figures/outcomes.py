@@ -11,7 +11,7 @@ import pandas as pd
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import Folders, MissingTable, read_each, short
 from vlmlayers.files import read_json
-from vlmlayers.placement import Placement, of_kind, untrained
+from vlmlayers.placement import Placement, complete_cells, of_kind, untrained
 from vlmlayers.selection import LayerChoice, available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
@@ -51,15 +51,8 @@ def _trained(record: Path) -> dict[str, Any]:
     return {**own, **recipe, **told.get("settings", {})}
 
 
-def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per placement of one model: means over datasets, spread over seeds.
-
-    Only datasets and seeds that hold every placement count, so that all placements are judged on
-    the same runs. `hm` is the mean of the runs' harmonic means, as in the verdict.
-
-    Returns:
-        Columns placement, kind, start, chosen, published; base, novel, hm with `_sd` (over seeds,
-        of the mean over datasets; NaN for one seed); parameters, seconds where recorded; runs.
+def compared_cells(validation: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the datasets and seeds that hold every placement of one model.
 
     Raises:
         MissingTable: No dataset and seed holds every placement.
@@ -72,20 +65,39 @@ def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
             f"the validations hold several trainings of {placement} on {dataset}, seed {seed}; "
             "draw each run by itself"
         )
-    runs = validation.groupby(["dataset", "seed"]).placement.transform("nunique")
-    kept = validation[runs == validation.placement.nunique()]
+    kept: pd.DataFrame = complete_cells(validation)
     if kept.empty:
         raise MissingTable("no dataset and seed of the validation table holds every placement; "
                            "finish the sweep to draw it")  # fmt: skip
+    return kept
+
+
+def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per placement of one model: means over datasets, spread over seeds.
+
+    Only `compared_cells` count, so that all placements are judged on the same runs. As in the
+    verdict, a mean is that over datasets of the mean over seeds, and `hm` that of the runs'
+    harmonic means.
+
+    Returns:
+        Columns placement, kind, start, chosen, published; base, novel, hm with `_sd` (over the
+        seeds that all datasets have, of the mean over datasets; NaN for fewer than two);
+        parameters, seconds where recorded; runs.
+
+    Raises:
+        MissingTable: No dataset and seed holds every placement.
+        UserError: A placement was trained twice on one dataset and seed, as in two runs.
+    """
+    kept = compared_cells(validation)
     first = kept.drop_duplicates("placement").set_index("placement")
-    per_seed = kept.groupby(["placement", "seed"], sort=False)[list(OUTCOMES)].mean()
-    grouped = per_seed.groupby(level="placement", sort=False)
-    frame = kept.groupby("placement", sort=False)[list(OUTCOMES)].mean()
-    frame = frame.join(grouped.std(ddof=1).add_suffix("_sd"))
-    for name in ("parameters", "seconds"):
-        if name in kept.columns:
-            frame[name] = kept.groupby("placement", sort=False)[name].mean()
-    frame = frame.assign(
+    averaged = [*OUTCOMES, *(name for name in ("parameters", "seconds") if name in kept.columns)]
+    per_dataset = kept.groupby(["placement", "dataset"], sort=False)[averaged].mean()
+    frame = per_dataset.groupby(level="placement", sort=False).mean()
+    # A seed that misses a dataset differs from the others by how hard that dataset is.
+    whole = kept.groupby("seed").dataset.transform("nunique") == kept.dataset.nunique()
+    per_seed = kept[whole].groupby(["placement", "seed"], sort=False)[list(OUTCOMES)].mean()
+    spread = per_seed.groupby(level="placement", sort=False).std(ddof=1)
+    frame = frame.join(spread.add_suffix("_sd")).assign(
         kind=first.kind,
         start=[start_block(name) for name in frame.index],
         chosen=of_kind(first, "chosen"),
@@ -149,8 +161,8 @@ def predicted_means(
         names: Placement scores; the default one, or the first the table supports, where None.
 
     Returns:
-        The rows of `means` with score, predicted, tau and a short label, for each score; chosen
-        and published placements first.
+        The rows of `means` with score, predicted, tau (NaN where all are equal, predicted or
+        trained) and a short label, for each score; chosen and published placements first.
     """
     from scipy.stats import kendalltau  # half a second to import: only where it is needed
 

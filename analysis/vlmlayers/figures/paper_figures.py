@@ -21,6 +21,7 @@ from vlmlayers.figures.layout import (
     shared_legend,
 )
 from vlmlayers.figures.outcomes import (
+    compared_cells,
     marked,
     placement_means,
     predicted_means,
@@ -33,8 +34,15 @@ from vlmlayers.plots.saving import with_source
 from vlmlayers.plots.style import axis_label, category
 from vlmlayers.positions import FINAL
 from vlmlayers.scores.reading import Reading, ceiling, check_scores
-from vlmlayers.scores.summaries import DATASET_ACCURACIES, agreement, curves, dataset_readout
+from vlmlayers.scores.summaries import (
+    DATASET_ACCURACIES,
+    agreement,
+    curves,
+    dataset_readout,
+    measured,
+)
 from vlmlayers.selection import LayerChoice
+from vlmlayers.words import counted
 
 GAP_METRICS = ("pair_distance", "centroid_gap", "rmg")
 AGREEMENT_METRICS = ("cka_debiased", "mutual_knn")
@@ -63,9 +71,10 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
         finish(ax, name)
         if choice is not None:
             legend_of_choice(ax)
-        seeds = part[part["seed"] >= 0].groupby("tower")["seed"].nunique()
+        place = ["tower", "dataset", "position"]
+        seeds = spread.groupby(place)["seeds"].max()  # the curve of means knows of none
         points = curves(spread, metric)
-        points["seeds"] = points["tower"].map(seeds).fillna(0).astype(int)
+        points["seeds"] = seeds[pd.MultiIndex.from_frame(points[place])].to_numpy()
         drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 4)
     points = pd.concat(drawn)
@@ -138,7 +147,7 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
 
 def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
     """Draw base, novel and HM over the first adapted block; chosen and published are marked."""
-    models = list(by_model(read_validations(tables)))
+    models = [(n, compared_cells(part)) for n, part in by_model(read_validations(tables))]
     figure, axes = panels(len(models), 1, 2.3)
     drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
@@ -164,7 +173,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     """Draw the quality predicted from the scores against the trained harmonic mean."""
     scores = dict(by_model(read("scores", tables)))
     validations = by_model(read_validations(tables))
-    models = [(name, part) for name, part in validations if name in scores]
+    models = [(name, compared_cells(part)) for name, part in validations if name in scores]
     if not models:
         raise MissingTable("no model has both scores and a validation; record both to draw this")
     figure, axes = panels(len(models), 1, 2.6)
@@ -176,8 +185,11 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
         ax.margins(x=0.12, y=0.1)
         score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
         ax.set_xlabel(f"Predicted: {score}")
-        tau = f"{points.tau.iloc[0]:.2f}".replace("-", "−")
-        finish(ax, f"{name}\nKendall's τ = {tau}, {len(points)} placements")
+        tau = points.tau.iloc[0]
+        ranked = f"Kendall's τ = {tau:.2f}".replace("-", "−")
+        if pd.isna(tau):
+            ranked = "no Kendall's τ, as all are equal"
+        finish(ax, f"{name}\n{ranked}, {counted(len(points), 'placement')}")
         drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 3)
     for ax in axes:
@@ -250,11 +262,11 @@ def in_panel(points: pd.DataFrame, part: pd.DataFrame, panel: str) -> pd.DataFra
 def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
     """Return one row per tower and position: mean over seeds, interval ± one sd over seeds."""
     keys = [name for name in scores.columns if name not in
-            ("value", "low", "high", "null", "n", "seed", "options")]  # fmt: skip
+            ("value", "low", "high", "null", "n", "seed", "drawn", "options")]  # fmt: skip
     # pandas would drop groups with a missing value among their keys.
-    groups = scores.groupby(keys, sort=False, dropna=False)
+    groups = measured(scores).groupby(keys, sort=False, dropna=False)
     frame = groups.agg(value=("value", "mean"), sd=("value", "std"), null=("null", "mean"),
-                       n=("n", "first"), seeds=("seed", "nunique")).reset_index()  # fmt: skip
+                       n=("n", "first"), seeds=("drawn", "nunique")).reset_index()  # fmt: skip
     sd = frame.sd.fillna(0.0)
     noted = {
         (metric, tower): f"ceiling={most:g}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from vlmlayers.files import read_toml
 from vlmlayers.report.numbers import Answer
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular
@@ -52,7 +53,20 @@ def remarks(answer: Answer) -> list[str]:
             f"without that stage, these had changed: {', '.join(parts)}."
             for stage, parts in outdated.items()
         ),
+        *(
+            f"What {stage} found is not of the study file shown, which has no table [{stage}]."
+            for stage in _beside_study(answer)
+        ),
     ]
+
+
+def _beside_study(answer: Answer) -> list[str]:
+    """Return the stages whose results are shown and that the run's study does not ask for."""
+    if not answer.run.study.exists():
+        return []
+    asked = read_toml(answer.run.study)
+    shown = {"search": answer.search, "validate": answer.validation}
+    return [stage for stage, found in shown.items() if found and stage not in asked]
 
 
 def _dataset_tables(answer: Answer) -> list[Table]:

@@ -175,12 +175,13 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     headings = list(OUTCOME_HEADINGS)
     if untuned:
         headings.insert(-1, UNTUNED_HEADING)
-    count = validation.cells.groupby("dataset")["seed"].nunique()
+    count = validation.compared.groupby("dataset")["seed"].nunique()
     known = any(pd.notna(row.get("hm_low")) for row, _ in shown)
     units = "datasets" if len(count) >= SAMPLE else "runs of these datasets alone"
     how = "each placement at its own tuned amount, beside all at the recipe's, " if untuned else ""
     caption = (
         f"Test accuracy in percent, {how}mean of {counted(len(count), 'dataset')} and "
+        f"{'' if count.min() == count.max() else f'{count.min()} to '}"
         f"{counted(int(count.max()), 'seed')}, "
         + (f"95 % intervals over {units}" if known else "without intervals: runs too few or alike")
         + (f". Warning: {validation.warning}" if validation.warning else "")

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.placement import ZERO_SHOT, of_kind, sweep_first
+from vlmlayers.placement import ZERO_SHOT, complete_cells, of_kind, sweep_first
 from vlmlayers.runs import Run
 
 TIE = 1e-9  # means of the same cells differ by rounding where they are equal
@@ -78,7 +78,7 @@ class RecordedValidation:
         reference = str(notes.get("reference") or _kind(cells, "paper"))
         placements = _table(run.folder / "validation_placements.csv")
         # A run of an earlier version, or one that was stopped, has its cells alone.
-        placements = placements if len(placements) else _means(cells)
+        placements = placements if len(placements) else _means(_compared(cells))
         trained = placements["placement"] != ZERO_SHOT
         means = placements[trained].set_index("placement")["hm"]
         return cls(
@@ -99,6 +99,11 @@ class RecordedValidation:
             " ".join(filter(None, [beside.get("verdict"), warned and f"Warning: {warned}."])),
             _table(run.folder / "validation_amounts.csv"),
         )
+
+    @property
+    def compared(self) -> pd.DataFrame:
+        """The cells that the means are of: of the datasets and seeds that hold every placement."""
+        return _compared(self.cells)
 
     @property
     def best_words(self) -> str:
@@ -151,6 +156,11 @@ def _kind(cells: pd.DataFrame, kind: str) -> str:
         return ""
     rows = cells[of_kind(cells, kind)]
     return str(rows["placement"].iloc[0]) if len(rows) else ""
+
+
+def _compared(cells: pd.DataFrame) -> pd.DataFrame:
+    kept: pd.DataFrame = complete_cells(cells)
+    return kept if len(kept) else cells  # of a run that was stopped before any was complete
 
 
 def _means(cells: pd.DataFrame) -> pd.DataFrame:

@@ -67,9 +67,10 @@ def curves(
 ) -> pd.DataFrame:
     """Return a metric along both towers: one row per dataset, tower and position.
 
-    `value` is the mean over seeds. `low` and `high` join the mean interval of one seed with 1.96
-    standard deviations over seeds, as a root of squares on each side, within the metric's range
-    and not above what is possible where datasets share prompts.
+    `value` is the mean over seeds; n, null and seeds are of the rows that have one. `low` and
+    `high` join the mean interval of one seed with 1.96 standard deviations over seeds, as a root
+    of squares on each side, within the metric's range and not above what is possible where
+    datasets share prompts.
     A metric that relates two positions is read at the partner of equal relative depth.
 
     Args:
@@ -135,18 +136,19 @@ def _bounds(metric: str) -> tuple[float, float]:
 
 def _summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per dataset, tower and position, seeds joined, in order along each tower."""
-    rows = rows.assign(seeds=rows["seed"].where(rows["seed"] >= 0))
+    rows = measured(rows)
     groups = rows.groupby(["tower", "dataset", "position"], sort=False)
     made = groups[["metric", "depth", "n", "space", "pooling"]].first()
     mean = groups[["value", "low", "high", "null"]].mean()
     # Rows of one seed, such as one per head, are no draws of each other: their mean is one.
     of_seeds = rows.groupby(["tower", "dataset", "position", "seed"], sort=False)["value"].mean()
     apart = of_seeds.groupby(["tower", "dataset", "position"], sort=False)
-    spread = (_Z * apart.std(ddof=1)).where(apart.size() > 1, 0.0)
+    spread = (_Z * apart.std(ddof=1)).where(apart.count() > 1, 0.0)
     made = made.join(mean).assign(
         low=mean["value"] - np.hypot(mean["value"] - mean["low"], spread),
         high=mean["value"] + np.hypot(mean["high"] - mean["value"], spread),
-        seeds=groups["seeds"].nunique(),
+        n=made["n"].fillna(0).astype(int),
+        seeds=groups["drawn"].nunique(),
     )
     made = made.reset_index()
     keys = [sort_key(str(position)) for position in made["position"]]
@@ -155,6 +157,13 @@ def _summary(rows: pd.DataFrame) -> pd.DataFrame:
     curve = made.groupby(["tower", "dataset"], sort=False).ngroup()
     made = made.assign(order=[place[key] for key in keys], _curve=curve)
     return made.sort_values(["_curve", "order"], ignore_index=True)
+
+
+def measured(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return score rows where one without a value counts in nothing; its seed is in `drawn`."""
+    known = rows["value"].notna()
+    kept = rows[["n", "null", "low", "high"]].where(known)
+    return rows.assign(**kept, drawn=rows["seed"].where(known & (rows["seed"] >= 0)))
 
 
 def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:

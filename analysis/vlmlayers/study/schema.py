@@ -223,7 +223,8 @@ class Study(Options):
 
     @model_validator(mode="after")
     def _some_model_is_trained(self) -> Study:
-        for name, table in (("search", self.search), ("validate", self.validate_)):
+        tables = {"search": self.search, "train": self.train or None, "validate": self.validate_}
+        for name, table in tables.items():
             if table is not None and all(model.adapter for model in self.models):
                 raise ValueError(
                     f"the table [{name}] is for backbones, and every model has an adapter; leave "

@@ -371,6 +371,8 @@ def _report_inputs(context: StageContext) -> dict[str, Any]:
         "files": {path.name: file_mark(path) for path in files},
         "report": context.study.report.model_dump(),
         "title": context.study.title,
+        # The report tells results that the study no longer asks for.
+        "asked": [context.study.search is not None, context.study.validate_ is not None],
         "version": version("vlm-layers"),
     }
 
@@ -407,6 +409,7 @@ STAGES: dict[str, Stage] = {
             _search_inputs,
             _installed("search"),
             lambda c: [c.run.search],
+            # The backbone is what is adapted; an adapted model is there to be measured.
             wanted=lambda c: c.study.search is not None and not c.part.adapter,
         ),
         Stage("select", _select_inputs, _select, lambda c: [c.run.choice]),
@@ -415,14 +418,13 @@ STAGES: dict[str, Stage] = {
             _train_inputs,
             _installed("train"),
             lambda c: [c.run.folder / "results.csv"],
-            wanted=lambda c: bool(c.study.train),
+            wanted=lambda c: bool(c.study.train) and not c.part.adapter,
         ),
         Stage(
             "validate",
             _validate_inputs,
             _installed("validate", "validate training at the chosen placement and its competitors"),
             lambda c: [c.run.validation],
-            # The backbone is what is adapted; an adapted model is there to be measured.
             wanted=lambda c: c.study.validate_ is not None and not c.part.adapter,
         ),
         Stage(

@@ -514,6 +514,35 @@ def test_there_is_no_average_where_no_seed_has_all_datasets() -> None:
     assert (average["mean"], average["seeds"]) == (pytest.approx(0.6), 1)
 
 
+@pytest.mark.parametrize("absent", ["row", "value"])
+def test_seeds_are_counted_and_paired_by_what_each_has(absent: str) -> None:
+    """Of seed 2 dataset `b` has no novel accuracy: neither its HM nor an average is of it."""
+    table = rows(
+        dataset=["a"] * 4 + ["b"] * 4,
+        split_kind=["base", "novel"] * 4,
+        seed=[1, 1, 2, 2] * 2,
+        accuracy=[0.8, 0.6, 0.8, 0.9, 0.4, 0.4, 0.8, 0.1],
+    )
+    table.loc[7, "accuracy"] = np.nan
+    summary = summarise(table.dropna() if absent == "row" else table)
+    found = summary.set_index(["dataset", "metric"])
+    assert found.seeds["b"].to_dict() == {"base": 2, "novel": 1, "hm": 1}
+    assert found["mean"]["b", "base"] == pytest.approx(0.6)
+    assert found["mean"]["b", "hm"] == pytest.approx(0.4), "of seed 1 alone"
+    average = found.loc["average"]
+    assert average.seeds.eq(1).all() and average.sd.isna().all()
+    assert average["mean"].drop("hm").to_dict() == pytest.approx({"base": 0.6, "novel": 0.5})
+    assert "MMA p, 1–2 seeds" in results_text(summary)
+
+
+def test_a_cell_of_two_accuracies_is_refused_and_a_repeated_one_is_one() -> None:
+    table = rows(dataset="a", split_kind=["base", "novel"], seed=1, accuracy=[0.8, 0.6])
+    again = table.assign(accuracy=[0.8, 0.4])
+    with pytest.raises(UserError, match=r"MMA p twice on a \(novel\), seed 1, with different"):
+        summarise(pd.concat([table, again]))
+    pd.testing.assert_frame_equal(summarise(pd.concat([table, table])), summarise(table))
+
+
 def test_averages_side_by_side_are_of_the_same_targets() -> None:
     """A source of one training is a target of another; no average has either of them."""
     columns = {"protocol": "cross-dataset", "split_kind": "all", "seed": 1}

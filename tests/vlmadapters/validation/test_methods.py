@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -95,3 +97,21 @@ def test_placements_of_different_size_at_one_amount_are_warned_of() -> None:
     assert said.startswith("WARNING: MMA: placements of 2 to 16 blocks are compared at one amount")
     own = ours.assign(placement="v12,t12@scale=1")
     assert "WARNING" not in methods_verdict(pd.concat([table, own]))
+
+
+def test_what_no_mean_joins_is_refused() -> None:
+    table = results()
+    one = table.assign(model="m", weights="w")
+    for name, value, named in (("model", "m2", "m2 (w)"), ("weights", "w2", "m (w2)")):
+        two = pd.concat([one, one.assign(**{name: value})])
+        for read in (compare_methods, methods_verdict):
+            with pytest.raises(UserError, match=re.escape(f"are of m (w) and {named}; compare")):
+                read(two)
+    again = table[(table.method == "MMA") & (table.dataset == "d0") & (table.seed == 1)]
+    with pytest.raises(UserError, match="MMA v5-12,t5-12 twice on d0"):
+        methods_verdict(pd.concat([table, again.assign(accuracy=0.1)]))
+    assert methods_verdict(pd.concat([table, again])) == methods_verdict(table)
+    for absent in (table.dataset == "d0", table.dataset != ""):
+        plain = (table.method == ZERO_SHOT_CLIP) & absent
+        with pytest.raises(UserError, match="lack base and novel accuracies of zero-shot CLIP on"):
+            compare_methods(table[~plain])

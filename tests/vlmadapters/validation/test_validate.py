@@ -408,6 +408,15 @@ def test_nothing_to_test_on_is_named(manifest: Manifest, tmp_path: Path) -> None
             summarise(empty)
 
 
+def test_a_summary_counts_the_runs_that_its_numbers_are_of(manifest: Manifest) -> None:
+    table = run(manifest, seeds=(1, 2)).query("comparison == 'given'")
+    last = table.index[-1]
+    assert summarise(table).summary["seeds"] == [1, 2]
+    assert summarise(table.drop(last)).summary["seeds"] == [1]
+    table.loc[last, ["base", "hm"]] = np.nan
+    assert summarise(table).summary["seeds"] == [1]
+
+
 def test_a_training_that_both_comparisons_share_is_counted_once(manifest: Manifest) -> None:
     given = run(manifest, seeds=(1,)).query("comparison == 'given'")
     slower = given.assign(comparison="tuned")

@@ -55,6 +55,13 @@ def test_paired_differences_recover_planted_effects_under_large_dataset_shifts()
     assert compared["n"].eq(15).all()
 
 
+def test_a_placement_without_any_value_leaves_no_cell() -> None:
+    cells = table((60, 58, 63, 50))
+    lost = cells.assign(hm=cells.hm.where(cells.placement != PLACEMENTS[3]))
+    with pytest.raises(UserError, match="no dataset and seed of the validation table holds every"):
+        outcomes(lost)
+
+
 def test_regret_names_the_best_and_its_honest_form_is_not_larger() -> None:
     found = regret(table((60, 58, 63, 50)), PLACEMENTS[0])
     assert found.best == PLACEMENTS[2]

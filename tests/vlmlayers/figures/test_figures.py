@@ -29,6 +29,7 @@ from vlmlayers.figures import (
     render,
 )
 from vlmlayers.figures.inputs import MissingTable
+from vlmlayers.scores import summaries
 
 ELEVEN = (
     "ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101",
@@ -834,7 +835,8 @@ def test_unfinished_runs_do_not_enter_the_sweep() -> None:
     hole = (rows.dataset == "a_b") & (rows.seed == 2) & (rows.placement == "v4,t4")
     means = outcomes.placement_means(rows[~hole]).set_index("placement")
     assert (means.runs == 3).all(), "the run with a hole is left out for every placement"
-    assert means.hm["v1-4,t1-4"] == pytest.approx((60.1 + 60.2 + 50.1) / 3)
+    assert means.hm["v1-4,t1-4"] == pytest.approx(((60.1 + 60.2) / 2 + 50.1) / 2)
+    assert means.hm_sd.isna().all(), "one seed has both datasets"
     alone = rows[(rows.seed == 1) & (rows.dataset == "digits") | (rows.placement == "v4,t4")]
     assert (outcomes.placement_means(alone).runs == 1).all()
     scattered = rows[(rows.seed == 1) == (rows.placement == "v4,t4")]
@@ -844,6 +846,57 @@ def test_unfinished_runs_do_not_enter_the_sweep() -> None:
         outcomes.sweep(outcomes.placement_means(rows[rows.kind == "random"]))
     with pytest.raises(UserError, match="names no block"):
         outcomes.start_block("zero-shot")
+
+
+def test_a_score_without_a_value_counts_as_no_seed(tables: Path, tmp_path: Path) -> None:
+    scores = score_rows()
+    of = (scores.metric == "dataset_accuracy") & (scores.tower == "vision")
+    lost = of & ((scores.position == "2") & (scores.seed > 1) | (scores.position == "3"))
+    lost |= of & (scores.position == "4") & (scores.seed == 1)
+    scores.loc[lost, ["value", "low", "high"]] = np.nan
+    scores.to_csv(tmp_path / "scores.csv", index=False)
+    paper_figures.fig1_dataset_recognition(tmp_path, tmp_path)
+    drawn = pd.read_csv(tmp_path / "fig1_dataset_recognition.csv")
+    read = summaries.curves(scores, "dataset_accuracy")
+    for table in (drawn, read):
+        found = table[table.tower == "vision"].set_index("position").rename(index=str)
+        assert found.loc[list("1234"), "seeds"].tolist() == [3, 1, 0, 2]
+        assert found.loc[list("1234"), "n"].tolist() == [40, 40, 0, 40]
+        assert found.null.notna().tolist() == found.value.notna().tolist()
+        assert np.isfinite(found.drop(index="3")[["low", "high"]]).all(axis=None)
+    alone = read.query("tower == 'vision'").set_index("position").loc["2"]
+    assert alone.high - alone.low == pytest.approx(0.04), "the interval of the one seed"
+
+
+def test_captions_of_trainings_name_the_runs_that_are_drawn(tables: Path, tmp_path: Path) -> None:
+    shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
+    rows = validation_rows()
+    hole = (rows.seed == 2) & (rows.placement == "v4,t4")
+    other = validation_rows("another")
+    for kept, said in (
+        (rows[~hole], "Trained on 2 datasets (digits, a_b), seed 1."),
+        (rows[~hole | (rows.dataset == "digits")],
+         "Trained on 2 datasets (digits, seeds 1, 2; a_b, seed 1)."),
+    ):  # fmt: skip
+        beside = f"{said[:-1]}; another w on 2 datasets (digits, a_b), seeds 1, 2."
+        beside = beside.replace("Trained on", "Trained: tiny w on")
+        for joined, words in ((kept, said), (pd.concat([kept, other]), beside)):
+            joined.to_csv(tmp_path / "validation.csv", index=False)
+            paper_figures.fig4_placement_sweep(tmp_path, tmp_path)
+            text = (tmp_path / "fig4_placement_sweep.tex").read_text()
+            assert render.escape_latex(words) in text, text
+
+
+def test_a_dataset_with_more_seeds_weighs_no_more_than_another() -> None:
+    """Each dataset adds a constant, each seed another: the mean and the spread are known."""
+    rows = validation_rows()
+    more = rows[rows.dataset == "digits"].assign(seed=lambda rows: rows.seed + 2)
+    means = outcomes.placement_means(pd.concat([rows, more]))
+    even = outcomes.placement_means(rows)
+    assert means.hm.tolist() == pytest.approx(even.hm.tolist())
+    assert means.hm_sd.tolist() == pytest.approx(even.hm_sd.tolist()), "seeds of both datasets"
+    lost = rows.assign(hm=rows.hm.where((rows.seed == 1) | (rows.placement != "v4,t4")))
+    assert (outcomes.placement_means(lost).runs == 2).all(), "a run without a value is none"
 
 
 def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_path: Path) -> None:
@@ -859,6 +912,19 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
     validation_rows("another").to_csv(tmp_path / "validation.csv", index=False)
     with pytest.raises(MissingTable, match="no model has both"):
         paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path)
+
+
+def test_figure_5_says_that_equal_outcomes_have_no_rank_correlation(
+    tables: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
+    for outcome, said in ((None, "Kendall's τ = 0."), (60.0, "no Kendall's τ, as all are")):
+        rows = validation_rows()
+        rows = rows if outcome is None else rows.assign(base=outcome, novel=outcome, hm=outcome)
+        rows.to_csv(tmp_path / "validation.csv", index=False)
+        paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path)
+        svg = (tmp_path / "fig5_predicted_vs_trained.svg").read_text()
+        assert said in svg and "nan" not in svg, said
 
 
 def test_figure_6_reads_recorded_cost_or_the_validation(tables: Path, tmp_path: Path) -> None:

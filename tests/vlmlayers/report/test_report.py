@@ -25,7 +25,7 @@ from vlmlayers.placement import describe_blocks
 from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.comparable import ALIKE, comparability
 from vlmlayers.report.glossary import explained as glossary
-from vlmlayers.report.made import made_tables
+from vlmlayers.report.made import made_tables, remarks
 from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
@@ -116,6 +116,28 @@ def test_the_answer_compares_with_the_papers_placement_the_best_and_zero_shot(
     assert best is not None and best.best == means.idxmax()
     row = summary_table([("a", read_answer(validated.folder))]).rows[0]
     assert row[-1] == f"{ours:.1f} (best {means.max():.1f})"
+
+
+def test_means_are_said_to_be_of_the_runs_that_hold_every_placement(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", validated=True)
+    cells = pd.read_csv(run.validation)
+    lost = (cells.seed == 3) & (cells.placement == cells.placement[0])
+    for kept, seeds in (
+        (~lost, "2 seeds"),
+        (~lost | (cells.dataset == cells.dataset[0]), "2 to 3 seeds"),
+    ):
+        cells[kept].to_csv(run.validation, index=False)
+        table = comparison_table(read_answer(run.folder).validation)
+        assert table is not None and f"mean of 2 datasets and {seeds}, " in table.caption
+
+
+def test_results_that_the_study_does_not_ask_for_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", validated=True)
+    said = "What validate found is not of the study file shown, which has no table [validate]."
+    for study, told in ((None, False), ("[validate]\n", False), ("[search]\n", True)):
+        if study is not None:
+            run.study.write_text(study)
+        assert (said in remarks(read_answer(run.folder))) is told
 
 
 def test_the_best_placement_says_where_amounts_were_tuned(tmp_path: Path) -> None:

@@ -73,6 +73,10 @@ STUDIES = Path(__file__).parents[3] / "data_manifests" / "studies"
             {"models": [{"name": "a", "adapter": "b.safetensors"}], "validate": {}},
             r"the table \[validate\] is for backbones, and every model has an adapter",
         ),
+        (
+            {"models": [{"name": "a", "adapter": "b.safetensors"}], "train": [{}]},
+            r"the table \[train\] is for backbones, and every model has an adapter",
+        ),
         ({"select": {"rule": "treshold"}}, "did you mean 'threshold'"),
         ({"select": {"options": {"acuracy": 1}}}, "did you mean 'accuracy'"),
         (
@@ -88,6 +92,15 @@ def test_schema_messages(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         check_study({**BASE, **change}, "s.toml")
     assert "s.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_with_an_adapter_is_measured_and_not_trained(tmp_path: Path) -> None:
+    models = [{"name": "a"}, {"name": "a", "adapter": "b.safetensors"}]
+    tables: dict[str, Any] = {"search": {}, "train": [{}], "validate": {}}
+    study = check_study({**BASE, "models": models, **tables}, "s.toml")
+    for part, trained in zip(study.models, (True, False)):
+        context = StageContext(Run(tmp_path), study, part, tmp_path)
+        assert {STAGES[name].wanted(context) for name in tables} == {trained}
 
 
 def test_study_files_that_cannot_be_read(tmp_path: Path) -> None:
