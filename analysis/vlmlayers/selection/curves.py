@@ -124,12 +124,13 @@ class BlockTable:
             rows = self.scores[place >= 0]
             by_block = [rows["dataset"].astype(str), place[place >= 0]]
             seeds = rows.groupby(by_block)["seed"].nunique()
-            (most, there), (fewest, here) = seeds.idxmax(), seeds.idxmin()
-            if seeds.max() > seeds.min():
+            ends = (int(seeds.argmax()), int(seeds.argmin()))
+            (most, more), (fewest, less) = ((seeds.index[i], int(seeds.iloc[i])) for i in ends)
+            if more > less:
                 raise UserError(
-                    f"{what} has {seeds.max()} seeds of {most} at block {there + 1} and "
-                    f"{seeds.min()} of {fewest} at block {here + 1}, so that one would weigh more; "
-                    "score them with the same seeds"
+                    f"{what} has {more} seeds of {most[0]} at block {most[1] + 1} and {less} of "
+                    f"{fewest[0]} at block {fewest[1] + 1}, so that one would weigh more; score "
+                    "them with the same seeds"
                 )
         for name, block in self._lacking(place, np.arange(self.blocks[tower])):
             raise UserError(_uneven(what, name, f"at block {block + 1}"))

@@ -96,7 +96,8 @@ def stability(
     base = rule(table)
     draws = [rule(resampler.draw(generator)) for _ in range(resamples)]
     # Code of the user's own may need a dataset, and would fail here after it has served.
-    fewer = _without_each(table) if isinstance(rule, Rule) else {}
+    shipped = isinstance(rule, Rule)
+    fewer = _without_each(table) if shipped else {}
     without = {name: rule(part) for name, part in fewer.items()}
     found = {}
     for tower, depth in table.blocks.items():
