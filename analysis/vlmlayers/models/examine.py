@@ -255,14 +255,25 @@ class _Rows:
         return zero_shot_values(side["vision"], side["text"], self.inputs.labels)
 
     def add_mean(
-        self, metric: str, tower: str, position: str, values: Array, null: float = 0.0
+        self,
+        metric: str,
+        tower: str,
+        position: str,
+        values: Array,
+        null: float = 0.0,
+        *,
+        difference: bool = False,
     ) -> None:
-        """Add the mean of values, one per image or per prompt, with its bootstrap interval."""
+        """Add the mean of values, one per image or per prompt, with its bootstrap interval.
+
+        A `difference` of right and wrong has a width where it is the same of all items as well:
+        no item of few has changed is not none of all. See `mean_interval`.
+        """
         labels = self.inputs.labels
         strata = labels if len(values) == len(labels) else np.zeros(len(values), np.int64)
         rng = np.random.default_rng([self.seed, WEIGHTS])
         weights = bootstrap_weights(strata, self.draws, rng)
-        interval = mean_interval(values, weights)
+        interval = mean_interval(values, weights, difference=difference)
         self.add(metric, tower, position, values.mean(), interval, null, len(values), "bootstrap")
 
     def add(
@@ -308,11 +319,12 @@ def _intervene(table: _Rows, name: str) -> None:
     kind, what = name.split("_", 1)
     for tower in table.inputs.batches:
         for block, found in enumerate(table.without(kind, tower), start=1):
-            if what == "accuracy_drop":
+            drop = what == "accuracy_drop"
+            if drop:
                 values = accuracy_drops(table.right, table.zero_shot({tower: found}))
             else:
                 values = joint_changes(table.base[tower], found)
-            table.add_mean(name, tower, str(block), values)
+            table.add_mean(name, tower, str(block), values, difference=drop)
 
 
 def _change(means: list[Tensor] | None) -> Change:

@@ -63,6 +63,9 @@ def test_a_block_that_is_the_identity_has_no_importance(silenced) -> None:
             assert value(table, metric, tower, "2") == pytest.approx(0.0, abs=1e-6)
             assert abs(value(table, metric, tower, "1")) > 1e-4
         assert value(table, "skip_accuracy_drop", tower, "2") == 0.0
+        [drop] = table[(table.metric == "skip_accuracy_drop") & (table.tower == tower)
+                       & (table.position == "2")].itertuples()  # fmt: skip
+        assert (drop.low, drop.high) == pytest.approx((-0.1380, 0.1380), abs=1e-4)  # 0 of 24
     assert list(table.columns[: len(SCORE_COLUMNS)]) == list(SCORE_COLUMNS)
     bounded = table[["low", "value", "high"]].to_numpy()
     assert np.isfinite(bounded).all() and (np.diff(bounded, axis=1) >= -1e-9).all()
