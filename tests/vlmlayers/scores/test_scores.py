@@ -687,6 +687,20 @@ def test_shares_of_one_dataset_come_with_wilsons_interval(scores: pd.DataFrame) 
     assert (rows["high"] - rows["low"] > 0.05).all()
 
 
+def test_items_that_coincide_count_once_in_all_that_is_said_of_an_intrinsic_dimension() -> None:
+    """Sixty images, each twice: the row is that of the sixty alone, n and interval included."""
+    once = make_features(items=60)
+    twice = once.take_images(np.repeat(np.arange(60), 2))
+    options = {"positions": ["2"], "progress": False}
+    one, two = (score(f, ["twonn"], **options).set_index("tower").loc["vision"]
+                for f in (once, twice))  # fmt: skip
+    columns = ["value", "low", "high", "null", "n"]
+    assert two[columns].tolist() == pytest.approx(one[columns].tolist()) and two["n"] == 60
+    few = once.take_images(np.repeat(np.arange(12), 5))
+    with pytest.raises(UserError, match="12 distinct items; at least 20 are needed"):
+        score(few, ["twonn"], **options)
+
+
 def test_jackknife_groups_leave_each_item_out_once() -> None:
     kept = jackknife_groups(np.arange(47) % 4, 10, np.random.default_rng(0))
     left_out = np.concatenate([np.setdiff1d(np.arange(47), rows) for rows in kept])
