@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.scoring import Point, Scoring, Source
 from vlmlayers.words import counted
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,14 +195,46 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
     return replace(split, best=best, groups=_numbered(groups) if shared else None)
 
 
+def tell_classes_left_out(scoring: Scoring) -> None:
+    """Warn of datasets some of whose classes have too few items to be in every part."""
+    for tower in TOWERS:
+        for member, features in scoring.group.sources(tower):
+            sizes = _class_sizes(features)
+            few = sum(size < 3 for size in sizes.values())
+            # Of none or one class there is no value at all, which is said as what was not computed.
+            if few and len(sizes) - few >= 2:
+                LOG.warning(
+                    "%s: %d of %s %s fewer than 3 items in the %s tower and %s left out of %s; "
+                    "take more items",
+                    member.dataset,
+                    few,
+                    counted(len(sizes), "class"),
+                    "has" if few == 1 else "have",
+                    tower,
+                    "is" if few == 1 else "are",
+                    ", ".join(scoring.metrics),
+                )
+
+
+def _independent(features: TowerFeatures) -> Labels:
+    """Return which items belong together: captions by their image, (item,)."""
+    return np.arange(len(features)) if features.pairs is None else features.pairs
+
+
+def _class_sizes(features: TowerFeatures) -> dict[int, int]:
+    """Return how many independent items each class has."""
+    groups = _independent(features)
+    return {int(c): len(set(groups[features.labels == c])) for c in np.unique(features.labels)}
+
+
 def class_split(features: TowerFeatures, options: ScoreOptions, seed: int) -> Split:
     """Deal the items of each class to folds; classes with fewer than three items are left out.
 
     Raises:
         UserError: Fewer than two classes have three items.
     """
-    groups = np.arange(len(features)) if features.pairs is None else features.pairs
-    sizes = {c: len(set(groups[features.labels == c])) for c in np.unique(features.labels)}
+    groups = _independent(features)
+    sizes = _class_sizes(features)
     usable = [c for c, size in sizes.items() if size >= 3]
     if len(usable) < 2:
         raise UserError(

@@ -615,6 +615,26 @@ def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -
     assert "Chance: 1 / number of datasets" in caption
 
 
+def test_classes_that_class_metrics_leave_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    full = make_features(items=60)
+    labels = full.vision.labels
+    few = full.take_images(np.r_[np.flatnonzero(labels < 3), np.flatnonzero(labels == 3)[:2]])
+    for jobs in (1, 2):
+        caplog.clear()
+        table = score(few, ["class_accuracy_ncm", "fisher_ratio"], jobs=jobs, **QUICK)
+        [line] = [one.getMessage() for one in caplog.records]
+        assert line == (
+            "alpha: 1 of 4 classes has fewer than 3 items in the vision tower and is left out of "
+            "class_accuracy_ncm; take more items"
+        )
+        own = table[table.metric == "class_accuracy_ncm"]
+        assert own["options"].str.contains("classes_left_out=1").all()
+    caplog.clear()
+    score(full, ["class_accuracy_ncm"], **QUICK)
+    score(few, ["fisher_ratio"], **QUICK)
+    assert not caplog.records
+
+
 def test_captions_of_an_image_stay_in_one_fold() -> None:
     members = [make_features(f"c{i}", number=i, captions=3) for i in range(2)]
     split = dataset_split([(m, m.text) for m in members], ScoreOptions(), seed=2)
