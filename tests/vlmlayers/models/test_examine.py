@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +20,8 @@ from vlmlayers.metrics.declare import MODEL
 from vlmlayers.models import VLM, contributions, examine, wrap_model
 from vlmlayers.scores import SCORE_COLUMNS
 
+# The module, which its function of the same name hides in the package.
+examining = sys.modules["vlmlayers.models.examine"]
 NAMES = ("cat", "frog", "hut", "owl", "pine", "rose")
 
 
@@ -289,6 +293,27 @@ def test_a_manifest_shows_itself_in_a_line() -> None:
     shown = repr(vl.Manifest.load("caltech101"))
     assert shown.startswith("Manifest(caltech101: ") and "100 classes" in shown
     assert "\n" not in shown and len(shown) < 200
+
+
+def test_the_null_of_gradients_is_the_mean_of_what_each_shuffle_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shuffles that share a forward pass give what each gives by itself."""
+    of = examining._Alignment.of
+    alone: list[dict] = []
+
+    def one_by_one(inputs, labellings, halves, dealt) -> list:
+        alone[:] = [of(inputs, one[None], halves, dealt)[0].whole() for one in labellings]
+        return of(inputs, labellings, halves, dealt)
+
+    monkeypatch.setattr(examining._Alignment, "of", one_by_one)
+    table = examine(tiny.model("clip"), drawn(), metrics="gradient_alignment", items=24,
+                    progress=False)  # fmt: skip
+    assert len(alone) == 6
+    for row in table.itertuples():
+        measured, *nulls = [one[row.tower, int(row.position)] for one in alone]
+        assert row.value == pytest.approx(measured, abs=1e-5)
+        assert row.null == pytest.approx(np.mean(nulls), abs=1e-5)
 
 
 def test_halves_of_classes_need_two_each() -> None:
