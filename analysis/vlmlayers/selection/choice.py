@@ -161,9 +161,10 @@ class LayerChoice:
     def standing(self, tower: str, depth: Natural | None = None) -> tuple[str, ...]:
         """Return how each block of a tower stands, from block 1 on.
 
-        `firm`: chosen, here and in at least 75 % of the resamples; `frozen`: left out, here and in
-        at least 75 %; `open`: neither, or the rule itself doubts the tower, whatever they say:
-        noise can be chosen again and again; `fixed`: chosen without resamples.
+        `firm`: chosen, here and in most resamples; `open`: the resamples disagree with each other
+        or with this choice, or the rule itself doubts the tower, whatever they say: noise can be
+        chosen again and again; `frozen`: left out, here and in most resamples; `fixed`: chosen
+        without resamples.
 
         Args:
             tower: `vision` or `text`.
