@@ -19,6 +19,7 @@ from vlmlayers.metrics.checks import (
     Array,
     Given,
     centred,
+    matrix,
     paired,
     squared_distances,
     triangle,
@@ -103,17 +104,30 @@ def debiased_signature(kernel: Array) -> Array:
 
 
 def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
-    """Return the indicator of each row's k nearest others, at norm 1."""
+    """Return the indicator of each row's k nearest others, at norm 1 where none tie.
+
+    Others that tie for the last places take equal shares of them, which sum to k in every row.
+    """
     n = len(kernel)
     k = neighbours(n, k)
     # A copy: one kernel serves the value, its null and every jackknife group.
-    similarity = kernel.copy()
-    np.fill_diagonal(similarity, -np.inf)
+    distance = -kernel
+    np.fill_diagonal(distance, np.inf)
     # Only who is near counts, not in which order: a partition is cheaper than a sort.
-    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    near = np.argpartition(distance, (k - 1, k), axis=1)[:, : k + 1]
+    last, next_one = np.take_along_axis(distance, near[:, k - 1 :], axis=1).T
     result = np.zeros((n, n))
     # n·k equal entries: the product of two signatures is the mean share of common neighbours.
-    np.put_along_axis(result, near, 1.0 / np.sqrt(n * k), axis=1)
+    np.put_along_axis(result, near[:, :k], 1.0 / np.sqrt(n * k), axis=1)
+    # Equal cosines differ by rounding, which must not pick one of them; nor must the row order,
+    # which both sides share and would so agree by.
+    rows = np.flatnonzero(next_one - last <= ROUNDING)
+    if len(rows):
+        some, edge = distance[rows], last[rows, None]
+        above = some < edge - ROUNDING
+        tied = (some <= edge + ROUNDING) & ~above
+        share = (k - above.sum(axis=1, keepdims=True)) / tied.sum(axis=1, keepdims=True)
+        result[rows] = (above + share * tied) / np.sqrt(n * k)
     return result
 
 
@@ -214,6 +228,10 @@ def _feature_cka(x: Array, y: Array, debiased: bool) -> float:
 def mutual_knn(x: Given, y: Given, *, k: Count = 10) -> float:
     """Return the mean share of common k nearest neighbours (cosine, self excluded).
 
+    Others that tie for the last places take equal shares of them on either side: what ties broken
+    at random give on average. So chance is k/(n − 1) with ties as well, and features that tie
+    agree with themselves by less than 1.
+
     Raises:
         UserError: Rows not paired, fewer than three items, or a row of zeros.
 
@@ -221,7 +239,7 @@ def mutual_knn(x: Given, y: Given, *, k: Count = 10) -> float:
     """
     # For its refusals alone: cosines are of the rows as they are, not centred.
     paired(x, y, 3)
-    first, second = cosine_kernel(np.asarray(x)), cosine_kernel(np.asarray(y))
+    first, second = cosine_kernel(matrix(x)), cosine_kernel(matrix(y, "y"))
     return float((neighbour_signature(first, k=k) * neighbour_signature(second, k=k)).sum())
 
 

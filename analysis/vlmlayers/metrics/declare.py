@@ -54,6 +54,8 @@ class Metric:
         sensitive: An invariance it does not have; tested as the negative control.
         smallest_n: Fewest items (pairs, classes) for which the value means anything.
         largest_n: More items than this are subsampled, because the cost grows with n².
+        distinct: Function of the features that returns the rows that count, where some do not; n,
+            the smallest n and the groups of a jackknife are of these.
         spaces: Spaces in which it is defined; the first is the default. Of heads the one that
             extraction records it in.
         towers: Towers it is computed for.
@@ -90,6 +92,7 @@ class Metric:
     sensitive: str = ""
     smallest_n: int = 2
     largest_n: int = 0
+    distinct: Callable[..., Any] | None = None
     spaces: tuple[str, ...] = NATIVE
     towers: tuple[str, ...] = BOTH
     per_item: Callable[..., Any] | None = None

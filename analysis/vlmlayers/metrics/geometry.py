@@ -166,6 +166,13 @@ def alignment_relabelled(x: Any, labels: Labels) -> Array:
     return np.array(values)
 
 
+def distinct(x: Array) -> Labels:
+    """Return the rows that coincide with none before them up to rounding, ascending."""
+    x = centred(x)
+    near = squared_distances(x) <= NEAR**2 * np.square(x).sum() / len(x)
+    return np.flatnonzero(~np.triu(near, 1).any(axis=0))
+
+
 @checked
 def twonn(x: Given, *, discard: Annotated[float, Takes(least=0, most=0.9)] = 0.1) -> float:
     """Return the TwoNN intrinsic dimension: slope of −log(1 − F(μ)) against log μ.
@@ -180,12 +187,10 @@ def twonn(x: Given, *, discard: Annotated[float, Takes(least=0, most=0.9)] = 0.1
     Reference: Facco et al. 2017.
     """
     x = centred(x)
-    squares = squared_distances(x)
-    # An item goes where one before it coincides with it, so that one of each group stays.
-    same = np.triu(squares <= NEAR**2 * np.square(x).sum() / len(x), 1).any(axis=0)
-    if (n := int((~same).sum())) < 10:
+    x = x[distinct(x)]
+    if (n := len(x)) < 10:
         raise UserError(f"{n} distinct items; TwoNN needs at least 10")
-    squares = squares[np.ix_(~same, ~same)]
+    squares = squared_distances(x)
     # Items are not their own neighbours. Coinciding ones had to go before: μ would be infinite.
     np.fill_diagonal(squares, np.inf)
     first, second = np.sqrt(np.partition(squares, 1, axis=1)[:, :2]).T

@@ -85,15 +85,28 @@ def percentile_about(value: float, draws: Array) -> tuple[float, float]:
     return low + shift, high + shift
 
 
-def mean_interval(values: Array, weights: Array, share: bool = False) -> tuple[float, float]:
+def mean_interval(
+    values: Array, weights: Array, share: bool = False, difference: bool = False
+) -> tuple[float, float]:
     """Return the interval of a mean over items from per-item values and bootstrap weights.
 
     Where all items of a `share` are 0 or all are 1 resampling cannot vary: Wilson's interval then.
+    Where all items of a `difference` of two paired 0s and 1s are the same it is Tango's: ± Wilson's
+    bound on none of n where none has changed.
+
+    Reference: Tango 1998 (score interval of a difference of paired proportions).
     """
-    if share and values[0] in (0.0, 1.0) and (values == values[0]).all():
-        low, high = wilson(float(values[0]), len(values))
+    same = float(values[0])
+    if not (values == same).all():
+        return percentile(weights @ values / weights.sum(axis=1))
+    if share and same in (0.0, 1.0):
+        low, high = wilson(same, len(values))
         return float(low), float(high)
-    return percentile(weights @ values / weights.sum(axis=1))
+    if difference and same in (-1.0, 0.0, 1.0):
+        # Where all have changed the way back is twice as far: the bound on a change of two.
+        reach = float(wilson(0.0, len(values))[1]) * (1.0 + abs(same))
+        return max(same - reach, -1.0), min(same + reach, 1.0)
+    return same, same
 
 
 def wilson(share: Array | float, n: Array | float) -> tuple[Array, Array]:

@@ -26,9 +26,13 @@ def modality_auc(
 ) -> float:
     """Return the held-out AUC of a linear classifier of images against texts.
 
-    Logistic regression (C = 1, both modalities weigh the same) on unit rows, `folds` folds; what
-    matches stays in one fold. It saturates at 1 in wide spaces, so `dims` asks for the same on the
-    first principal components of the fitting part (0: all columns).
+    Logistic regression on unit rows, their columns standardised on the fitting part, both
+    modalities weighing the same, `folds` folds; what matches stays in one fold. It saturates at 1
+    in wide spaces, so `dims` asks for the same on the first principal components of the fitting
+    part, which the standardising whitens (0: all columns).
+
+    That is `logistic` at C = 1, whose ridge is on a column of weights of either modality; of one
+    column, their difference, it is C = 2: scikit-learn's, with `class_weight="balanced"`.
 
     Raises:
         UserError: Fewer than two groups of matching items.

@@ -290,7 +290,7 @@ METRICS: dict[str, Metric] = {
     "twonn": Metric(
         geometry.twonn, "geometry", "features", "intrinsic dimension (TwoNN)", "Facco et al. 2017",
         bounds=(0.0, INF), direction="more directions", null="gaussian", smallest_n=20,
-        largest_n=2000, invariances=SIMILARITY, sensitive="columns",
+        largest_n=2000, distinct=geometry.distinct, invariances=SIMILARITY, sensitive="columns",
     ),
     # What a block does in its model, by running it
     "skip_accuracy_drop": Metric(

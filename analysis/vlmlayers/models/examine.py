@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -54,8 +55,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOG = logging.getLogger(__name__)
-WEIGHTS, HALVES, SHUFFLED = 1, 2, 3  # keys of the draws, which recorded values depend on
+# Keys of the draws, which recorded values depend on.
+WEIGHTS, HALVES, SHUFFLED, SHUFFLED_HALVES = 1, 2, 3, 4
 _GROUPS = 10  # of the jackknife over gradients
+_SHUFFLES = 5  # behind the null of gradients; one is mostly noise, and each is a backward pass
 
 
 @checked
@@ -93,7 +96,7 @@ def examine(
     Returns:
         A table with `SCORE_COLUMNS`. `n` counts images, or prompts where a value is of prompts
         alone. The null is what a block gives that does nothing: 0; of `gradient_alignment` it is
-        the value with labels shuffled inside each half of the classes, and of
+        the mean over five shuffles of the labels inside each half of the classes, and of
         `zero_shot_margin`, which has one row per dataset, that with all labels shuffled.
         `attrs["refused"]` says what could not be computed, and why: `contribution` of a tower with
         an attention pool, `gradient_alignment` of fewer than four classes.
@@ -255,14 +258,25 @@ class _Rows:
         return zero_shot_values(side["vision"], side["text"], self.inputs.labels)
 
     def add_mean(
-        self, metric: str, tower: str, position: str, values: Array, null: float = 0.0
+        self,
+        metric: str,
+        tower: str,
+        position: str,
+        values: Array,
+        null: float = 0.0,
+        *,
+        difference: bool = False,
     ) -> None:
-        """Add the mean of values, one per image or per prompt, with its bootstrap interval."""
+        """Add the mean of values, one per image or per prompt, with its bootstrap interval.
+
+        A `difference` of right and wrong has a width where it is the same of all items as well:
+        no item of few has changed is not none of all. See `mean_interval`.
+        """
         labels = self.inputs.labels
         strata = labels if len(values) == len(labels) else np.zeros(len(values), np.int64)
         rng = np.random.default_rng([self.seed, WEIGHTS])
         weights = bootstrap_weights(strata, self.draws, rng)
-        interval = mean_interval(values, weights)
+        interval = mean_interval(values, weights, difference=difference)
         self.add(metric, tower, position, values.mean(), interval, null, len(values), "bootstrap")
 
     def add(
@@ -308,11 +322,12 @@ def _intervene(table: _Rows, name: str) -> None:
     kind, what = name.split("_", 1)
     for tower in table.inputs.batches:
         for block, found in enumerate(table.without(kind, tower), start=1):
-            if what == "accuracy_drop":
+            drop = what == "accuracy_drop"
+            if drop:
                 values = accuracy_drops(table.right, table.zero_shot({tower: found}))
             else:
                 values = joint_changes(table.base[tower], found)
-            table.add_mean(name, tower, str(block), values)
+            table.add_mean(name, tower, str(block), values, difference=drop)
 
 
 def _change(means: list[Tensor] | None) -> Change:
@@ -362,20 +377,22 @@ def _gradients(table: _Rows, name: str) -> None:
     rng = np.random.default_rng([table.seed, HALVES])
     halves = np.array_split(rng.permutation(present), 2)
     of = [np.flatnonzero(np.isin(labels, half)) for half in halves]
-    shuffled = labels.copy()
+    labellings = np.tile(labels, (1 + _SHUFFLES, 1))
+    draws = np.random.default_rng([table.seed, SHUFFLED_HALVES])
     # Inside each half: both losses keep their classes, and lose what tells the images apart.
-    for rows in of:
-        shuffled[rows] = rng.permutation(labels[rows])
+    for shuffled, rows in product(labellings[1:], of):
+        shuffled[rows] = draws.permutation(labels[rows])
     groups = min(_GROUPS, *(len(rows) for rows in of))
     kept = [jackknife_groups(labels[rows], groups, rng) for rows in of]
     dealt = [[np.delete(rows, stay) for stay in parts] for rows, parts in zip(of, kept)]
-    measured, chance = (_Alignment.of(inputs, truth, halves, dealt) for truth in (labels, shuffled))
+    measured, *chance = _Alignment.of(inputs, labellings, halves, dealt)
+    nulls = [one.whole() for one in chance]
     for (tower, block), value in measured.whole().items():
         left_out = np.array([measured.whole(without)[tower, block] for without in range(groups)])
         low, high = jackknife_interval(value, left_out)
         # A jackknife interval is symmetric and may leave the range of a cosine.
         interval = max(float(low), -1.0), min(float(high), 1.0)
-        null = chance.whole()[tower, block]
+        null = float(np.mean([one[tower, block] for one in nulls]))
         table.add(name, tower, str(block), value, interval, null, len(labels), "jackknife")
 
 
@@ -389,23 +406,27 @@ class _Alignment:
     def of(
         cls,
         inputs: _Inputs,
-        labels: NDArray[np.int64],
+        labellings: NDArray[np.int64],
         halves: Sequence[NDArray[np.int64]],
         dealt: Sequence[Sequence[NDArray[np.int64]]],
-    ) -> _Alignment:
+    ) -> list[_Alignment]:
+        """Return those of each labelling of the images, (labelling, item)."""
         images = torch.cat(inputs.batches["vision"])
         places = [
             (t, b) for t in inputs.batches for b in range(1, inputs.model.towers[t].depth + 1)
         ]
-        found: dict[tuple[str, int], list[list[Array]]] = {place: [[], []] for place in places}
+        found: list[dict[tuple[str, int], list[list[Array]]]] = [
+            {place: [[], []] for place in places} for _ in labellings
+        ]
         for half, (classes, groups) in enumerate(zip(halves, dealt)):
             classes = np.sort(classes)
             for rows in groups:
-                truth = torch.from_numpy(np.searchsorted(classes, labels[rows]))
-                parts = _shift_gradients(inputs, images[rows], classes, truth, places)
-                for place, part in zip(places, parts):
-                    found[place][half].append(part.double().cpu().numpy())
-        return cls({place: np.array(parts) for place, parts in found.items()})
+                truths = torch.from_numpy(np.searchsorted(classes, labellings[:, rows]))
+                gradients = _shift_gradients(inputs, images[rows], classes, truths, places)
+                for own, parts in zip(found, gradients):
+                    for place, part in zip(places, parts):
+                        own[place][half].append(part.double().cpu().numpy())
+        return [cls({place: np.array(parts) for place, parts in own.items()}) for own in found]
 
     def whole(self, without: int | None = None) -> dict[tuple[str, int], float]:
         """Return the cosine of the two summed gradients, one group left out or none."""
@@ -421,10 +442,13 @@ def _shift_gradients(
     inputs: _Inputs,
     images: Tensor,
     classes: NDArray[np.int64],
-    truth: Tensor,
+    truths: Tensor,
     places: Sequence[tuple[str, int]],
-) -> tuple[Tensor, ...]:
-    """Return the gradient of the summed cross-entropy with respect to a shift at each block."""
+) -> list[tuple[Tensor, ...]]:
+    """Return the gradient of the summed cross-entropy with respect to a shift at each block.
+
+    For each of several truths, (truth, item): one forward pass, and a backward pass for each.
+    """
     towers = inputs.model.towers
     prompts = inputs.batches["text"][0][torch.from_numpy(classes)]
     scale = getattr(inputs.model.clip, "logit_scale", None)
@@ -442,8 +466,15 @@ def _shift_gradients(
         ]
         logits = unit[0] @ unit[1].T * (100.0 if scale is None else scale.exp().float())
         # A sum: gradients of groups add up, whatever their sizes.
-        loss = nn.functional.cross_entropy(logits, truth.to(logits.device), reduction="sum")
-        return torch.autograd.grad(loss, shifts)
+        losses = [
+            nn.functional.cross_entropy(logits, truth.to(logits.device), reduction="sum")
+            for truth in truths
+        ]
+        last = len(losses) - 1
+        return [
+            torch.autograd.grad(loss, shifts, retain_graph=number < last)
+            for number, loss in enumerate(losses)
+        ]
 
 
 def _shifted(shift: Tensor) -> Change:

@@ -141,6 +141,10 @@ def _run_single(scoring: Scoring, source: Source, labels: Labels | None) -> None
             rows = shared.rows(metric)
             point.require(len(rows))
             x, width = shared.array(point)
+            if metric.distinct:
+                kept = metric.distinct(x)
+                rows, x = rows[kept], x[kept]
+                point.require(len(rows), "distinct items")
             given = () if labels is None else (labels[rows],)
             arguments = point.arguments(width=width)
             value, interval, how = value_and_interval(metric, (x, *given), arguments, shared)
@@ -176,7 +180,8 @@ def value_and_interval(
 
     value = statistic(None, -1)
     try:
-        left_out = [statistic(rows, group) for group, rows in enumerate(shared.groups(metric))]
+        groups = shared.groups(metric, len(arrays[0]))
+        left_out = [statistic(rows, group) for group, rows in enumerate(groups)]
     except UserError:
         if metric.level != OWN:
             raise
@@ -259,13 +264,14 @@ class _Shared:
             ),
         )
 
-    def groups(self, metric: Metric) -> list[Labels]:
-        """Return the rows that each jackknife group leaves, the same at every position."""
+    def groups(self, metric: Metric, n: int) -> list[Labels]:
+        """Return the rows that each jackknife group leaves, the same wherever as many count."""
+        strata = self._strata(metric)
+        # Where not all rows count those that do belong to no class: they are one stratum.
+        strata = strata if n == len(strata) else np.zeros(n, np.int64)
         return self._once(
-            ("groups", metric.largest_n),
-            lambda: jackknife_groups(
-                self._strata(metric), self.options.jackknife, generator(Draw.ITEM_GROUPS)
-            ),
+            ("groups", metric.largest_n, n),
+            lambda: jackknife_groups(strata, self.options.jackknife, generator(Draw.ITEM_GROUPS)),
         )
 
     def array(self, point: Point) -> tuple[Array, int]:

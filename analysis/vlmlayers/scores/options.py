@@ -24,7 +24,6 @@ class Draw(IntEnum):
     DATASET_SPLIT = 1
     CLASS_SPLIT = 2
     ACCURACY = 3
-    CONFUSION = 4
     ZERO_SHOT = 5
     SHUFFLED_LABELS = 6
     ITEMS = 7

@@ -27,7 +27,7 @@ from vlmlayers.scores.items import run_features, run_heads, run_labels, run_prom
 from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.pairs import run_pairs
-from vlmlayers.scores.readouts import run_classes, run_datasets
+from vlmlayers.scores.readouts import run_classes, run_datasets, tell_classes_left_out
 from vlmlayers.scores.scoring import Collector, Group, Runner, Scoring, make_groups
 from vlmlayers.scores.sources import source_marks
 from vlmlayers.scores.transfers import run_left_out, run_novel, run_style_classes, run_styles
@@ -119,7 +119,8 @@ def score(
     Warns:
         UserWarning: Of the metrics, positions and spaces that are named some were not computed;
             names them, with the reasons.
-        By the log: Images are exact copies of others, in one dataset or in two.
+        By the log: Images are exact copies of others, in one dataset or in two; some classes have
+            too few items for class metrics.
     """
     settled = validated(ScoreOptions, options)
     chosen = chosen_metrics(metrics)
@@ -137,6 +138,9 @@ def score(
     tell_copies(given)
     tasks = make_tasks(groups, chosen)
     _tell_unshared(tasks, settled)
+    for task in tasks:
+        if task.runner is run_classes:  # here, as what a process logs is lost
+            tell_classes_left_out(Scoring(task.group, task.metrics, settled, Collector()))
     parts = results_of(tasks, settled, job_count(jobs, groups, chosen))
     out = Collector()
     for part in bar(parts, "scoring", total=len(tasks), unit="part", show=progress):

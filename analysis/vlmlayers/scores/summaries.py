@@ -57,6 +57,7 @@ ROW_OPTIONS = (
     "family",
     "head",
     "ceiling",
+    "floor",
 )  # differ by row, not by run
 # The normal quantile of 97.5 %, written out: reading a table should not import scipy.
 _Z = 1.959963984540054

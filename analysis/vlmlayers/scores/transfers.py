@@ -19,7 +19,7 @@ from vlmlayers.scores.parts import (
     shots_and_queries,
 )
 from vlmlayers.scores.reading import POOLED
-from vlmlayers.scores.readouts import Split, add_accuracy, held_out_counts
+from vlmlayers.scores.readouts import Split, add_accuracy, held_out_predictions
 from vlmlayers.scores.scoring import Point, Scoring, Source
 
 
@@ -122,9 +122,10 @@ def run_styles(scoring: Scoring) -> None:
                 splits = [_style_split(sources, shared, options, seed) for seed in options.seeds]
                 noted = {"family": text, "split_by": "class", "shared_classes": len(shared)}
                 places = scoring.points(name, metric, sources)
-                for point, found in held_out_counts(places, sources, splits):
+                for point, found in held_out_predictions(places, sources, splits):
                     with point.attempt():
-                        for split, counts in zip(splits, found):
+                        for split, predicted in zip(splits, found):
+                            counts = split.counts(predicted)
                             add_accuracy(point, counts, split.seed, **noted, **point.arguments())
 
 

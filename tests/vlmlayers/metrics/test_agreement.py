@@ -120,6 +120,36 @@ def test_mutual_knn_of_unrelated_features_lands_at_its_null() -> None:
     assert np.mean(values) == pytest.approx(10 / 59, abs=0.01)
 
 
+def test_tied_neighbours_are_shared_and_the_row_order_breaks_no_tie() -> None:
+    """Two values of each feature: half of the others tie for ten places on either side."""
+    rng = np.random.default_rng(4)
+    values, moved = [], []
+    for _ in range(10):
+        x, y = (np.eye(2)[rng.permutation(100) % 2] + 0.5 for _ in range(2))
+        values.append(mutual_knn(x, y))
+        order = rng.permutation(100)
+        moved.append(mutual_knn(x[order], y[order]))
+    assert values == pytest.approx(moved, abs=1e-12)
+    assert np.mean(values) == pytest.approx(10 / 99, abs=0.005)  # of chance
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_tied_neighbours_count_as_if_ties_were_broken_at_random(k: int) -> None:
+    rng = np.random.default_rng(k)
+    x, y = (np.repeat(rng.normal(size=(7, 4)), 2, axis=0)[rng.permutation(14)] for _ in range(2))
+    broken = [
+        mutual_knn(*(z + 1e-6 * rng.normal(size=z.shape) for z in (x, y)), k=k) for _ in range(3000)
+    ]
+    assert mutual_knn(x, y, k=k) == pytest.approx(np.mean(broken), abs=0.01)
+
+
+def test_half_precision_is_read_as_its_numbers() -> None:
+    """Squares of 300 leave the range of float16."""
+    rng = np.random.default_rng(2)
+    x, y = ((300 * rng.normal(size=(40, 6))).astype(np.float16) for _ in range(2))
+    assert mutual_knn(x, y) == mutual_knn(x.astype(float), y.astype(float))
+
+
 def test_rsa_is_spearman_of_distances() -> None:
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(20, 6)), rng.normal(size=(20, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,6 +94,42 @@ def test_shares_that_resampling_cannot_vary_get_a_width() -> None:
     assert mean_interval(none, weights) == (0.0, 0.0)
     assert mean_interval(none, weights, share=True) == pytest.approx((0.0, 0.2425), abs=1e-3)
     assert mean_interval(all_, weights, share=True)[0] == pytest.approx(0.7575, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [8, 60])
+@pytest.mark.parametrize("same", [-1.0, 0.0, 1.0])
+def test_differences_that_no_item_shows_get_tangos_interval(size: int, same: float) -> None:
+    """Its ends are the differences that the score test of McNemar's table just does not refuse."""
+    weights = bootstrap_weights(np.zeros(size, int), 50, np.random.default_rng(0))
+    low, high = mean_interval(np.full(size, same), weights, difference=True)
+    assert low < high and (low, high) == pytest.approx(_tango(same, size), abs=1e-6)
+    values = np.r_[np.zeros(size - 1), 1.0]
+    assert mean_interval(values, weights, difference=True) == mean_interval(values, weights)
+
+
+def _tango(same: float, n: int) -> tuple[float, float]:
+    """Return where Tango's score statistic passes 1.96, with its variance maximised on a grid."""
+    lost, won = (n if same == 1.0 else 0), (n if same == -1.0 else 0)
+
+    def refused(delta: float) -> bool:
+        # p(won) = q and p(lost) = q + delta; the likelihood of the table is largest at one q.
+        q = np.linspace(max(0.0, -delta), (1.0 - delta) / 2, 20_001)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            stay = n - lost - won
+            parts = ((lost, q + delta), (won, q), (stay, 1.0 - 2.0 * q - delta))
+            fits = sum(count * np.log(np.maximum(p, 0.0)) for count, p in parts if count)
+        at = q[int(np.argmax(fits))]
+        variance = n * (2.0 * at + delta * (1.0 - delta))
+        return (lost - won - n * delta) ** 2 > 1.959963984540054**2 * max(variance, 0.0)
+
+    return _edge(refused, same, -1.0), _edge(refused, same, 1.0)
+
+
+def _edge(refused: Callable[[float], bool], inside: float, outside: float) -> float:
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if refused(middle) else (middle, outside)
+    return inside
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +20,8 @@ from vlmlayers.metrics.declare import MODEL
 from vlmlayers.models import VLM, contributions, examine, wrap_model
 from vlmlayers.scores import SCORE_COLUMNS
 
+# The module, which its function of the same name hides in the package.
+examining = sys.modules["vlmlayers.models.examine"]
 NAMES = ("cat", "frog", "hut", "owl", "pine", "rose")
 
 
@@ -63,6 +67,9 @@ def test_a_block_that_is_the_identity_has_no_importance(silenced) -> None:
             assert value(table, metric, tower, "2") == pytest.approx(0.0, abs=1e-6)
             assert abs(value(table, metric, tower, "1")) > 1e-4
         assert value(table, "skip_accuracy_drop", tower, "2") == 0.0
+        [drop] = table[(table.metric == "skip_accuracy_drop") & (table.tower == tower)
+                       & (table.position == "2")].itertuples()  # fmt: skip
+        assert (drop.low, drop.high) == pytest.approx((-0.1380, 0.1380), abs=1e-4)  # 0 of 24
     assert list(table.columns[: len(SCORE_COLUMNS)]) == list(SCORE_COLUMNS)
     bounded = table[["low", "value", "high"]].to_numpy()
     assert np.isfinite(bounded).all() and (np.diff(bounded, axis=1) >= -1e-9).all()
@@ -286,6 +293,27 @@ def test_a_manifest_shows_itself_in_a_line() -> None:
     shown = repr(vl.Manifest.load("caltech101"))
     assert shown.startswith("Manifest(caltech101: ") and "100 classes" in shown
     assert "\n" not in shown and len(shown) < 200
+
+
+def test_the_null_of_gradients_is_the_mean_of_what_each_shuffle_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shuffles that share a forward pass give what each gives by itself."""
+    of = examining._Alignment.of
+    alone: list[dict] = []
+
+    def one_by_one(inputs, labellings, halves, dealt) -> list:
+        alone[:] = [of(inputs, one[None], halves, dealt)[0].whole() for one in labellings]
+        return of(inputs, labellings, halves, dealt)
+
+    monkeypatch.setattr(examining._Alignment, "of", one_by_one)
+    table = examine(tiny.model("clip"), drawn(), metrics="gradient_alignment", items=24,
+                    progress=False)  # fmt: skip
+    assert len(alone) == 6
+    for row in table.itertuples():
+        measured, *nulls = [one[row.tower, int(row.position)] for one in alone]
+        assert row.value == pytest.approx(measured, abs=1e-5)
+        assert row.null == pytest.approx(np.mean(nulls), abs=1e-5)
 
 
 def test_halves_of_classes_need_two_each() -> None:

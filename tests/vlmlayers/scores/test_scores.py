@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,12 @@ from vlmlayers.scores import (
 )
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
 from vlmlayers.scores.reading import ceiling
-from vlmlayers.scores.readouts import dataset_split
+from vlmlayers.scores.readouts import (
+    Split,
+    _ceiling,
+    _numbered,
+    dataset_split,
+)
 from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
 from vlmlayers.scores.scoring import make_groups
 from vlmlayers.scores.summaries import curves
@@ -478,6 +484,62 @@ def test_what_shared_prompts_leave_possible_is_stated() -> None:
     assert "at most 0.67 can be reached, as datasets share prompts" in str(doubts.evidence)
 
 
+@pytest.mark.parametrize("sizes", [(20, 20), (12, 30)])
+def test_copies_of_a_prompt_are_resampled_together(sizes: tuple[int, int]) -> None:
+    """Eight names are in both datasets: of two copies one is right, whatever is predicted."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], sizes)
+    groups = np.concatenate([np.arange(size) + 100 * i for i, size in enumerate(sizes)])
+    groups[groups >= 100] -= 100 * (groups[groups >= 100] < 108)
+    fold, held = np.zeros(len(labels), int), range(1)
+    best = _ceiling(labels, _numbered(groups.tolist()))
+    every = np.array(list(product([0, 1], repeat=8)))  # what may be said of the shared names
+    right = (every == 0).sum(1) / sizes[0] + (every == 1).sum(1) / sizes[1]
+    assert best == pytest.approx((right.max() + sum((size - 8) / size for size in sizes)) / 2)
+    split = Split(1, (), labels, fold, 1, held, 2, {}, groups, best)
+    said = dict(zip(groups.tolist(), labels.tolist()))  # all that can be right is right
+    said |= {name: int(sizes[1] < sizes[0]) for name in range(8)}
+    predicted = np.array([said[g] for g in groups.tolist()])
+    value = np.trace(split.counts(predicted) / np.array(sizes)[:, None]) / 2
+    low, high = split.interval(predicted, 200)
+    assert high == pytest.approx(value) == pytest.approx(best) and low < best - 0.02
+    for wrong in (0.1, 0.3, 0.5):
+        flips = {g: rng.random() < wrong for g in said}
+        noisy = np.where([flips[g] for g in groups.tolist()], 1 - predicted, predicted)
+        low, high = split.interval(noisy, 4000)
+        assert low < high <= best
+        if sizes == (20, 20) and high < best:  # names of their own vary alone: two strata of 12
+            shares = [(noisy == labels)[(groups >= 8) & (labels == i)].mean() for i in (0, 1)]
+            error = np.sqrt(sum(p * (1 - p) / 11 * (12 / 20) ** 2 for p in shares) / 4)
+            assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
+
+
+def test_no_text_interval_passes_what_shared_prompts_leave_possible() -> None:
+    members = [*many(2, classes=10), make_features("twin", number=2, names="set1", classes=10)]
+    members[2] = replace(members[2], text=members[1].text)
+    table = score(members, ["dataset_accuracy_ncm", "dataset_accuracy"], **QUICK)
+    text = table[table.tower == "text"]
+    most = text["options"].str.extract("ceiling=([0-9.]+)")[0].astype(float)
+    assert (text["high"] <= most + 1e-4).all() and (text["low"] < text["high"]).all()
+
+
+@pytest.mark.parametrize("strength", [0.0, 8.0])
+def test_invariance_is_the_accuracy_said_otherwise_with_its_interval(strength: float) -> None:
+    """Where datasets are told apart without an error as well: nothing there is certain."""
+    members = [*many(2, strength=strength), make_features("third", number=7, strength=strength)]
+    table = score(members, ["dataset_accuracy", "dataset_invariance"], **QUICK)
+    keys = ["tower", "position", "seed"]
+    both = table.set_index(keys)
+    accuracy, invariance = (both[both.metric == f"dataset_{name}"].sort_index()
+                            for name in ("accuracy", "invariance"))  # fmt: skip
+    for mine, theirs in (("value", "value"), ("low", "high"), ("high", "low")):
+        expected = (1 - accuracy[theirs]) / (1 - 1 / 3)
+        np.testing.assert_allclose(invariance[mine], expected, atol=1e-12)
+    if strength:
+        sure = invariance[accuracy["value"].to_numpy() == 1.0]
+        assert len(sure) and (sure["high"] > 0.005).all()
+
+
 def test_images_are_equally_many_and_spread_over_classes() -> None:
     members = [make_features("small", items=30), make_features("large", items=90, number=1)]
     split = dataset_split([(m, m.vision) for m in members], ScoreOptions(), seed=1)
@@ -553,6 +615,26 @@ def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -
     assert "Chance: 1 / number of datasets" in caption
 
 
+def test_classes_that_class_metrics_leave_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    full = make_features(items=60)
+    labels = full.vision.labels
+    few = full.take_images(np.r_[np.flatnonzero(labels < 3), np.flatnonzero(labels == 3)[:2]])
+    for jobs in (1, 2):
+        caplog.clear()
+        table = score(few, ["class_accuracy_ncm", "fisher_ratio"], jobs=jobs, **QUICK)
+        [line] = [one.getMessage() for one in caplog.records]
+        assert line == (
+            "alpha: 1 of 4 classes has fewer than 3 items in the vision tower and is left out of "
+            "class_accuracy_ncm; take more items"
+        )
+        own = table[table.metric == "class_accuracy_ncm"]
+        assert own["options"].str.contains("classes_left_out=1").all()
+    caplog.clear()
+    score(full, ["class_accuracy_ncm"], **QUICK)
+    score(few, ["fisher_ratio"], **QUICK)
+    assert not caplog.records
+
+
 def test_captions_of_an_image_stay_in_one_fold() -> None:
     members = [make_features(f"c{i}", number=i, captions=3) for i in range(2)]
     split = dataset_split([(m, m.text) for m in members], ScoreOptions(), seed=2)
@@ -623,6 +705,20 @@ def test_shares_of_one_dataset_come_with_wilsons_interval(scores: pd.DataFrame) 
     rows = scores[scores.metric == "dataset_recall"]
     assert rows["options"].str.contains("interval=wilson").all()
     assert (rows["high"] - rows["low"] > 0.05).all()
+
+
+def test_items_that_coincide_count_once_in_all_that_is_said_of_an_intrinsic_dimension() -> None:
+    """Sixty images, each twice: the row is that of the sixty alone, n and interval included."""
+    once = make_features(items=60)
+    twice = once.take_images(np.repeat(np.arange(60), 2))
+    options = {"positions": ["2"], "progress": False}
+    one, two = (score(f, ["twonn"], **options).set_index("tower").loc["vision"]
+                for f in (once, twice))  # fmt: skip
+    columns = ["value", "low", "high", "null", "n"]
+    assert two[columns].tolist() == pytest.approx(one[columns].tolist()) and two["n"] == 60
+    few = once.take_images(np.repeat(np.arange(12), 5))
+    with pytest.raises(UserError, match="12 distinct items; at least 20 are needed"):
+        score(few, ["twonn"], **options)
 
 
 def test_jackknife_groups_leave_each_item_out_once() -> None:
