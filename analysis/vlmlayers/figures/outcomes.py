@@ -161,8 +161,9 @@ def predicted_means(
         names: Placement scores; the default one, or the first the table supports, where None.
 
     Returns:
-        The rows of `means` with score, predicted, tau (NaN where all are equal, predicted or
-        trained) and a short label, for each score; chosen and published placements first.
+        The rows of `means` that a score says something of, with score, predicted, tau and its
+        two-sided p by permutation of the placements (NaN where all are equal, predicted or trained)
+        and a short label, for each score; chosen and published placements first.
     """
     from scipy.stats import kendalltau  # half a second to import: only where it is needed
 
@@ -171,12 +172,11 @@ def predicted_means(
         names = [DEFAULT_SCORE if DEFAULT_SCORE in supported else supported[0]]
     placements = {name: Placement.parse(name) for name in means.placement}
     predicted = predict(scores, placements, names)[["placement", "score", "predicted"]]
-    joined = predicted.merge(means, on="placement")
-    tau = {
-        score: float(kendalltau(part.predicted, part.hm).statistic)
-        for score, part in joined.groupby("score")
-    }
+    joined = predicted.dropna(subset="predicted").merge(means, on="placement")
+    found = {score: kendalltau(part.predicted, part.hm) for score, part in joined.groupby("score")}
     joined = joined.sort_values(["chosen", "published", "start"], ascending=[False, False, True])
     return joined.assign(
-        tau=joined.score.map(tau), short=[placements[name].label for name in joined.placement]
+        tau=joined.score.map({score: float(one.statistic) for score, one in found.items()}),
+        p=joined.score.map({score: float(one.pvalue) for score, one in found.items()}),
+        short=[placements[name].label for name in joined.placement],
     )

@@ -185,8 +185,8 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
         ax.margins(x=0.12, y=0.1)
         score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
         ax.set_xlabel(f"Predicted: {score}")
-        tau = points.tau.iloc[0]
-        ranked = f"Kendall's τ = {tau:.2f}".replace("-", "−")
+        tau, p = points[["tau", "p"]].iloc[0]
+        ranked = f"Kendall's τ = {tau:.2f}".replace("-", "−") + f" (p = {p:.2g})"
         if pd.isna(tau):
             ranked = "no Kendall's τ, as all are equal"
         finish(ax, f"{name}\n{ranked}, {counted(len(points), 'placement')}")
@@ -197,7 +197,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     cells = [part for _, part in models]
     caption = trained(
         "Quality predicted from the scores against the trained harmonic mean, one point per "
-        f"placement{mean_over(cells, 'dataset', 'seed')}. Kendall's τ stands above each panel",
+        f"placement{mean_over(cells, 'dataset', 'seed')}. p: two-sided, by permutation, of τ = 0",
         pd.concat(cells), doubts)  # fmt: skip
     return save(figure, out, "fig5_predicted_vs_trained", drawn, caption)
 

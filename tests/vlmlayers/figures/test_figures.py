@@ -905,6 +905,7 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
     means = outcomes.placement_means(spans)
     rising = outcomes.predicted_means(score_rows(), means)
     assert rising.tau.unique().tolist() == pytest.approx([1.0])
+    assert rising.p.unique().tolist() == pytest.approx([2 / 24]), "of 4! orders these two"
     falling = outcomes.predicted_means(score_rows(), means.assign(hm=-means.hm))
     assert falling.tau.unique().tolist() == pytest.approx([-1.0])
     assert rising.short.tolist() == ["2–4", "1–4", "3–4", "4"], "the published one leads"
