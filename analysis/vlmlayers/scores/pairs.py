@@ -63,8 +63,8 @@ class Pairing:
         return len(next(iter(self.sides[0].arrays.values()), ()))
 
 
-def run_pairs(scoring: Scoring) -> None:
-    """Score agreement of every position with every other, within and across towers."""
+def run_pairs(scoring: Scoring, *, within: bool = True) -> None:
+    """Score agreement of every position with every other, across towers and, if asked, within."""
     wanted: dict[str, set[str]] = {}
     for name, metric in scoring.metrics.items():
         wanted.setdefault(metric.base or name, set()).add(name)
@@ -72,7 +72,8 @@ def run_pairs(scoring: Scoring) -> None:
         for space in scoring.options.spaces_of(METRICS[base]):
             with scoring.out.timed(base):
                 for pairing in pairings(scoring, base, space):
-                    _run_matrix(scoring, pairing, base, names)
+                    if within or not pairing.within:
+                        _run_matrix(scoring, pairing, base, names)
 
 
 def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:

@@ -33,6 +33,7 @@ from vlmlayers.metrics.table import METRICS, metric
 from vlmlayers.metrics.transfer import WithinScatter, discriminant_predict
 from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
+from vlmlayers.scores.pairs import run_pairs
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.readouts import add_accuracy, run_datasets
 from vlmlayers.scores.scoring import Collector, Group, Point, Scoring, rows_of
@@ -116,6 +117,7 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
     scoring = Scoring(group, {name: METRICS[name] for name in names}, options, Collector())
     if LDA in names:
         _add_dataset_accuracy(scoring, list(datasets.values()))
+    _add_agreement_with_prompts(scoring, list(datasets.values()))
     for of_dataset in datasets.values():
         scorer = _Scorer(scoring, of_dataset)
         for name in names:
@@ -125,7 +127,7 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
                 scorer.spectral(name)
             elif name in GAPS:
                 scorer.gaps(name)
-            elif name in AGREEMENTS:
+            elif name in AGREEMENTS and of_dataset.prompts is None:
                 scorer.agreement(name)
     chosen = {name: METRICS[name] for name in names}
     say_missing(scoring.out, chosen, options, asked=metrics is not None)
@@ -156,6 +158,30 @@ def _add_dataset_accuracy(scoring: Scoring, all_sums: list[DatasetSums]) -> None
         point = Point(LDA, METRICS[LDA], POOLED, features, space, position, scoring)
         with point.attempt():
             _add_streamed_accuracy(point, [sums.held_out(key) for sums in all_sums])
+
+
+def _add_agreement_with_prompts(scoring: Scoring, all_sums: list[DatasetSums]) -> None:
+    """Add CKA of the classes' mean images with their prompts, as without streaming.
+
+    A prompt is no text of an image: repeated for each image of its class it would agree with them
+    as any vector does that is one for a class, beside a chance of 0.
+    """
+    members = tuple(_mean_images(one) for one in all_sums if one.prompts is not None)
+    wanted = {name: metric for name, metric in scoring.metrics.items() if name in AGREEMENTS}
+    if members and wanted:
+        group = replace(scoring.group, members=members)
+        run_pairs(replace(scoring, metrics=wanted, group=group), within=False)
+
+
+def _mean_images(sums: DatasetSums) -> LayerFeatures:
+    """Return the mean image of each class that has any as features, beside the prompts."""
+    classes, head = sums.whole().classes, sums.head.tower("vision")
+    native = {key[2]: found for key, found in classes.items() if key[1] == "native"}
+    there = np.flatnonzero(next(iter(native.values())).counts) if native else np.empty(0, int)
+    arrays = {"native": {position: found.means[there] for position, found in native.items()}}
+    ids = tuple(map(str, there))
+    vision = replace(head, ids=ids, labels=there, arrays=arrays if native else {})
+    return replace(sums.head, vision=vision, text=sums.prompts)
 
 
 def _add_streamed_accuracy(point: Point, parts: list[tuple[Moments, Array]]) -> None:
@@ -311,7 +337,7 @@ class _Scorer:
         return unit_rows(rows_of(prompts, key[2], key[1], first[counts[ids] > 0]))
 
     def agreement(self, name: str) -> None:
-        """Add CKA of images with their texts, position by position at equal depth."""
+        """Add CKA of images with their captions, position by position at equal depth."""
         debiased = AGREEMENTS[name]
         for space, position, other in self.sums.pairs():
             if space != "native":
@@ -331,5 +357,4 @@ class _Scorer:
                 ) -> float:
                     return cka(x[rows], y[rows], debiased=unbiased)
 
-                kind = "first_captions" if self.sums.prompts is None else "image_prompts"
-                self._add(point, value, null, on_sample, pairs=kind)
+                self._add(point, value, null, on_sample, pairs="first_captions")

@@ -41,7 +41,7 @@ class DatasetSums:
         sample: Features of the sample, (sample, width) by key.
         moments: Moments of all other items by key.
         classes: Class sizes and means of all other items, by key of the vision tower.
-        cross: Joint moments of images and texts of all other items, by position pair.
+        cross: Joint moments of images and captions of all other items, by position pair.
         prompts: The text tower, where texts are class prompts.
     """
 
@@ -82,7 +82,8 @@ class DatasetSums:
             _merge_into(self.moments, key, Moments.of(x))
             if key[0] == "vision":
                 _merge_into(self.classes, key, ClassMoments.of(x, labels, count))
-        for space, position, other in self.pairs():
+        # A class's prompt is no text of its images; their means are compared with it.
+        for space, position, other in self.pairs() if self.prompts is None else ():
             x, y = rows["vision", space, position], rows["text", space, other]
             _merge_into(self.cross, (space, position, other), CrossMoments.of(x, y))
 

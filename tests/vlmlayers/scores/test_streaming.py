@@ -309,6 +309,21 @@ def test_streamed_prompts_are_scored_as_without_streaming(features: list[LayerFe
     pd.testing.assert_frame_equal(first, second)
 
 
+def test_streamed_agreement_with_prompts_is_that_of_class_means(
+    features: list[LayerFeatures],
+) -> None:
+    """Not of images with the prompt of their class, which repeats: any vector agrees like that."""
+    members, names = features[:2], ["cka_debiased", "cka_biased"]
+    streamed, plain = score_streaming(members, names, sample=60), score(members, names)
+    plain = plain[plain["tower"] != plain["other_tower"]]
+    key = ["metric", "dataset", "tower", "position", "other_position"]
+    both = streamed.merge(plain, on=key, suffixes=("", "_plain"))
+    assert len(both) == len(streamed) == len(plain) and set(streamed["dataset"]) >= {"*"}
+    for name in ("value", "low", "high", "null", "n"):
+        np.testing.assert_allclose(both[name], both[f"{name}_plain"], atol=1e-6)
+    assert streamed["options"].str.contains("pairs=class_means").all()
+
+
 def test_streamed_gaps_are_those_of_the_features_also_with_odd_prompts() -> None:
     """Several prompts of a class, and classes without an image."""
     whole = make_features(items=60)
@@ -356,7 +371,9 @@ def test_saved_sums_that_pair_other_blocks_are_refused(tmp_path: Path) -> None:
     from vlmlayers.models.stream import _arrays, _load  # torch
 
     sums = StreamingScores(20)
-    sums.update(replace(make_features(blocks=6), text=make_features(blocks=3).text))
+    sums.update(
+        replace(make_features(blocks=6, captions=1), text=make_features(blocks=3, captions=1).text)
+    )
     (one,) = sums.datasets.values()
     np.savez(tmp_path / "sums.0.npz", **_arrays(one))
     assert _load(tmp_path / "sums.0.npz", one).cross.keys() == one.cross.keys()
