@@ -66,7 +66,8 @@ def judge_predictors(
 
     Returns:
         The columns `PREDICTOR_COLUMNS`: kind is `ceiling`, `baseline` or `score`; tau the mean over
-        cells of Kendall's τ-b, with interval, two-sided permutation p (the null is 0) and p
+        cells of Kendall's τ-b, with interval for these placements, two-sided p by permutation of
+        them (the null is 0; whether a score predicts is its to say, not the interval's) and p
         corrected by Holm's method; pick the placement ranked first, `2 tied` where it is not one;
         gain its harmonic mean minus the reference's, in points, with interval, and p corrected; n
         cells. A baseline that names one placement has no τ, and of fewer than three placements
@@ -117,23 +118,36 @@ def predictors_statement(judged: pd.DataFrame, reference: str) -> str:
     ranked = (scores if len(scores) else judged[judged["kind"] == "baseline"]).dropna(subset="tau")
     if len(ranked):
         best = ranked.sort_values("tau", ascending=False).head(1)
-        kind, name = best[["kind", "predictor"]].iloc[0]
-        parts.append(f"The best {kind}, {name}, has a τ of {_tau(best)}.")
+        kind, name, p = best[["kind", "predictor", "p_holm"]].iloc[0]
+        of = f" of {counted(len(ranked), kind)}" if len(ranked) > 1 else f" {kind}"
+        # The interval is of these placements; that a score is the best of many it does not know.
+        parts.append(
+            f"The best{of}, {name}, has a τ of {_tau(best)} on these placements (p = {p:.2g}, "
+            "corrected)."
+        )
     sure = judged[(judged["gain_p_holm"] < SIGNIFICANCE) & (judged["kind"] != "ceiling")]
-    better, worse = (
-        [f"{row['predictor']} ({row['gain']:+.1f})" for row in part.to_dict("records")]
-        for part in (sure[sure["gain"] > 0], sure[sure["gain"] < 0])
-    )
+    better, worse = (_picks(part) for part in (sure[sure["gain"] > 0], sure[sure["gain"] < 0]))
     count = f"(n = {counted(int(judged['n'].iloc[0]), 'cell')})"
     if judged["gain_p_holm"].isna().all():
         parts.append(f"Whether any picks better than {reference} cannot be tested {count}.")
     else:
         parts.append(
-            f"After correction {', '.join(better) or 'none'} picks better than {reference}"
-            + (f"; {', '.join(worse)} worse" if worse else "")
+            f"After correction {better or 'no pick'} did better than {reference}"
+            + (f"; {worse} worse" if worse else "")
             + f" {count}."
         )
     return " ".join(parts)
+
+
+def _picks(rows: pd.DataFrame) -> str:
+    """Return the placements that are ranked first, with their gain and by whom."""
+    # A placement did better, whatever named it: noise names one as well.
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows.to_dict("records"):
+        found.setdefault((row["pick"], f"{row['gain']:+.1f}"), []).append(row["predictor"])
+    return ", ".join(
+        f"{pick} ({gain}; named by {', '.join(names)})" for (pick, gain), names in found.items()
+    )
 
 
 def _tau(rows: pd.DataFrame) -> str:
