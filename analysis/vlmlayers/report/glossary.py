@@ -17,8 +17,9 @@ GLOSSARY = {
     "joint space": "Final norm and projection applied at every position, so that images and texts "
     "have the same width.",
     "resamples": "Score tables drawn anew from seeds and intervals; the rule is run on each.",
-    "firm": "Chosen, here and in at least three quarters of the resamples and of the choices "
-    "without one dataset, by a rule that sees no reason to doubt the tower.",
+    "firm": "Chosen, here and in at least three quarters of the resamples (and, where scores are "
+    "of single datasets, of the choices without one), by a rule that sees no reason to doubt the "
+    "tower.",
     "open": "The resamples, or the choices without one dataset, disagree with each other or with "
     "this choice, or the rule itself doubts the tower.",
     "default": "The paper's placement, 5–12 of 12 blocks, scaled to the depth of the tower.",

@@ -33,10 +33,7 @@ from vlmlayers.selection.curves import BlockTable
 from vlmlayers.words import inside, percent
 
 FARTHEST = 4  # datasets whose zero-shot margin the answer lists
-FIRM = (
-    f"in at least {percent(OFTEN)} of the resamples and of the choices without one dataset; none "
-    "of a tower in doubt"
-)
+FIRM = f"in at least {percent(OFTEN)} of the resamples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +267,11 @@ class Answer:
         found = [("Rule", self._rule()), *self._starts()]
         found += self._searching()
         if towers := [tower for tower in self.depths if self._resampled(tower)]:
-            found.append(("Firm blocks", f"{self._blocks_of(towers, 'firm')} ({FIRM})"))
+            # Pooled scores are of all datasets at once, of which none can be left out.
+            apart = any(self._towers[tower].get("without") for tower in towers)
+            how = FIRM + " and of the choices without one dataset" * apart
+            firm = f"{self._blocks_of(towers, 'firm')} ({how}; none of a tower in doubt)"
+            found.append(("Firm blocks", firm))
             if any(self.choice.open(tower) for tower in towers):
                 found.append(("Open blocks", self._blocks_of(towers, "open")))
         if behind := self._behind():

@@ -363,10 +363,14 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     """Full sentences in `choice.json`; the page lists the reasons one by one."""
     run = make_run(tmp_path / "run", small=True)
     assert dict(read_answer(run.folder).facts())["Firm blocks"] == (
-        "vision 5–12, text 5–12 (in at least 75 % of the resamples and of the choices without one "
-        "dataset; none of a tower in doubt)"
+        "vision 5–12, text 5–12 (in at least 75 % of the resamples; none of a tower in doubt)"
     )
     content = json.loads(run.choice.read_text())
+    alike = {name: list(range(5, 13)) for name in "ab"}
+    content["evidence"]["towers"]["vision"]["without"] = alike
+    run.choice.write_text(json.dumps(content))
+    firm = dict(read_answer(run.folder).facts())["Firm blocks"]
+    assert "the resamples and of the choices without one dataset; none" in firm
     doubts = ["vision block 5 could be <b>chosen</b> or not", "the text start lies anywhere in 2–9"]
     content["evidence"] |= {
         "decided": False,
