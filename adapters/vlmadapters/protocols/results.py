@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -74,6 +75,12 @@ def method_fields(method: Method, varied: Container[str] = ()) -> dict[str, Any]
     """
     config = method.config
     shown = {k: v for k, v in config.settings().items() if v is not None and k not in varied}
+    # A file by its name and, as `#hash`, its content: the same wherever it lies.
+    inside = {str(file): file.name for file in config.files}
+    for key, value in shown.items():
+        path, mark, then = str(value).partition("#")
+        if (path := str(Path(path))) in inside:
+            shown[key] = f"{inside[path]}{mark}{then}"
     settings = [f"{key}={value}" for key, value in shown.items()]
     return {
         "method": config.title,

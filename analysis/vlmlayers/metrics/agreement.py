@@ -114,8 +114,9 @@ def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
     distance = -kernel
     np.fill_diagonal(distance, np.inf)
     # Only who is near counts, not in which order: a partition is cheaper than a sort.
-    near = np.argpartition(distance, (k - 1, k), axis=1)[:, : k + 1]
-    last, next_one = np.take_along_axis(distance, near[:, k - 1 :], axis=1).T
+    near = np.argpartition(distance, k, axis=1)[:, : k + 1]
+    nearest = np.take_along_axis(distance, near, axis=1)
+    last, next_one = nearest[:, :k].max(axis=1), nearest[:, k]
     result = np.zeros((n, n))
     # n·k equal entries: the product of two signatures is the mean share of common neighbours.
     np.put_along_axis(result, near[:, :k], 1.0 / np.sqrt(n * k), axis=1)

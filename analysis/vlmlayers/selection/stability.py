@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.selection.choice import OFTEN, SELDOM, borne
@@ -97,8 +99,10 @@ def stability(
     draws = [rule(resampler.draw(generator)) for _ in range(resamples)]
     # Code of the user's own may need a dataset, and would fail here after it has served.
     shipped = isinstance(rule, Rule)
-    fewer = _without_each(table) if shipped else {}
-    without = {name: rule(part) for name, part in fewer.items()}
+    without = {}
+    for name, part in (_without_each(table) if shipped else {}).items():
+        with suppress(UserError):  # the rule reads something that this dataset alone has
+            without[name] = rule(part)
     found = {}
     for tower, depth in table.blocks.items():
         chosen = [draw[tower].blocks for draw in draws]

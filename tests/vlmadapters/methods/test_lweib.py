@@ -21,6 +21,7 @@ from vlmadapters.files import load_method, load_official, save_method, save_offi
 from vlmadapters.methods.base import Step
 from vlmadapters.methods.deep_configs import LwEIBConfig
 from vlmadapters.methods.lweib import LwEIB
+from vlmadapters.protocols.results import method_fields
 from vlmadapters.training.memory import TRANSIENT, step_bytes
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
@@ -251,6 +252,8 @@ def test_descriptions_of_a_file_are_found_by_name_and_are_part_of_the_settings(
     assert config.descriptions.startswith(f"{path}#")
     assert LwEIBConfig.from_dict(config.to_dict()) == config
     method, backbone = built(config)
+    said = f"descriptions=said.json#{config.descriptions.partition('#')[2]}"
+    assert said in method_fields(method)["settings"], "the same method wherever the file lies"
     classes = method.prepare(backbone, Task(("cat", "golden_retriever")))
     assert classes.counts.tolist() == [1, 1]
     expected = backbone.tokens(["a photo of a cat, It has whiskers."])

@@ -304,6 +304,20 @@ def test_a_choice_that_one_dataset_makes_is_undecided() -> None:
     assert found["without"] == {}
 
 
+def test_a_tower_that_one_dataset_alone_has_is_chosen_from_it() -> None:
+    """As of classes with one prompt each beside captions, whose classes have several."""
+    rising = np.linspace(0.1, 0.9, 12)
+    scores = table(
+        curve_rows("class_accuracy", "vision", rising, half=0.001, dataset="a"),
+        curve_rows("class_accuracy", "vision", rising, half=0.001, dataset="b"),
+        curve_rows("class_accuracy", "text", rising, half=0.001, dataset="b"),
+    )
+    asked: dict[str, Any] = {"metric": "class_accuracy", "agreement_metric": "none"}
+    choice = select(scores, "threshold", resamples=20, **asked)
+    assert choice.text == tuple(range(7, 13))
+    assert choice.evidence["towers"]["vision"]["without"] == {"a": list(range(7, 13))}
+
+
 def test_a_start_outside_its_own_interval_is_a_doubt(tmp_path: Path) -> None:
     """The rule starts at 7 on the values as measured and at 6 on any that were moved."""
     rule = rule_of(tmp_path, "range(6 if moved else 7, 13), range(5, 13)")
