@@ -85,10 +85,12 @@ def stream_bytes(
     text: Shapes,
     classes: int,
     sample: int = SAMPLE,
+    captions: bool = True,
 ) -> int:
     """Return what streaming keeps of a dataset, whatever its size.
 
-    Moments of both towers and of their pairs, class means, and the sample of items held out.
+    Moments of both towers and, with captions, of their pairs, class means, and the sample of items
+    held out.
     """
     widths_of = {space: _widths(by) for space, by in vision.items()}
     others = {space: _widths(by) for space, by in text.items()}
@@ -97,7 +99,7 @@ def stream_bytes(
         other = others.get(space, {})
         partner = [other.get(position, max(other.values(), default=0)) for position in widths]
         total += sum(w * w for w in widths.values()) + sum(w * w for w in other.values())
-        total += sum(w * t for w, t in zip(widths.values(), partner))
+        total += captions * sum(w * t for w, t in zip(widths.values(), partner))
         total += classes * sum(widths.values())
     return 8 * total
 
@@ -174,12 +176,12 @@ def measure_costs(
     added = {s: by for s, by in features.items() if s in SPACES and recorder.pooling != TOKENS}
     kept = {space: shapes[space] for space in added}
     own = 8 * sum(shape[-1] ** 2 for by in kept.values() for shape in by.values())
-    sums = stream_bytes(kept, texts, classes, sample=0)
+    sums = stream_bytes(kept, texts, classes, sample=0, captions=captions)
     return Costs(
         forward / len(batch),
         decoding_seconds / len(batch),
         stored,
-        stream_bytes(kept, texts, classes) if added else 0,
+        stream_bytes(kept, texts, classes, captions=captions) if added else 0,
         str(model.device),
         len(batch),
         _write_seconds(rows, repeats, disk) / len(batch) * stored / bytes_per_image(shapes),

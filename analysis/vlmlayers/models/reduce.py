@@ -74,7 +74,7 @@ def _merge_sums(
         if key[0] == "vision":
             found = own.classes.get(key)
             merged.classes[key] = _class_moments(found, (classes, width), processes)
-    for space, position, other in merged.pairs():
+    for space, position, other in merged.crossed():
         shape = widths["vision", space, position], widths["text", space, other]
         pair = space, position, other
         merged.cross[pair] = _cross_moments(own.cross.get(pair), shape, processes)

@@ -82,8 +82,7 @@ class DatasetSums:
             _merge_into(self.moments, key, Moments.of(x))
             if key[0] == "vision":
                 _merge_into(self.classes, key, ClassMoments.of(x, labels, count))
-        # A class's prompt is no text of its images; their means are compared with it.
-        for space, position, other in self.pairs() if self.prompts is None else ():
+        for space, position, other in self.crossed():
             x, y = rows["vision", space, position], rows["text", space, other]
             _merge_into(self.cross, (space, position, other), CrossMoments.of(x, y))
 
@@ -98,6 +97,13 @@ class DatasetSums:
                 (space, *pair) for pair in partner_positions(vision, text, space, ScoreOptions())
             ]
         return found
+
+    def crossed(self) -> list[tuple[str, str, str]]:
+        """Return the pairs of which joint moments are kept: those of images with captions.
+
+        A class's prompt is no text of each of its images; their mean is compared with it.
+        """
+        return self.pairs() if self.prompts is None else []
 
     def merge(self, other: DatasetSums) -> DatasetSums:
         """Return what one pass over both would have kept."""
