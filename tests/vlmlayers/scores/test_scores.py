@@ -766,7 +766,10 @@ def test_a_curve_has_every_block_where_towers_differ_in_depth(deep: int, flat: i
     some = score(member, ["centroid_gap"], positions=["1", "3", "5"], **QUICK)
     assert list(curves(some, "centroid_gap")["position"]) == ["1", "3", "5"]
     streamed = score_streaming([member], ["cka_debiased"], sample=20)
-    assert len(curves(streamed, "cka_debiased")) == len(streamed) == deep + 3  # and final
+    assert len(curves(streamed, "cka_debiased")) == deep + 3  # and final
+    vision, text = (make_features(blocks=blocks, items=30, captions=1) for blocks in (deep, flat))
+    streamed = score_streaming([replace(vision, text=text.text)], ["cka_debiased"], sample=20)
+    assert len(curves(streamed, "cka_debiased")) == len(streamed) == deep + 3
 
 
 def test_other_spaces_on_request() -> None:
