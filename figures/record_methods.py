@@ -22,6 +22,7 @@ from record_sweep import HERE, arguments, facts_of, train
 from vlmadapters.protocols.results import summarise
 from vlmadapters.validation.methods import compare_methods, methods_verdict
 from vlmlayers.errors import UserError
+from vlmlayers.files import read_csv
 from vlmlayers.runs import Run
 from vlmlayers.study import read_study, run_study
 from vlmlayers.words import markdown_table
@@ -40,7 +41,7 @@ def record(run: Run, out: Path, name: str, command: str) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     table = Path(shutil.copy(run.folder / "results.csv", out / f"methods_{name}.csv"))
     page = out / f"methods_{name}.md"
-    results = pd.read_csv(table, keep_default_na=False, na_values={"accuracy": ""})
+    results = read_csv(table)
     page.write_text(_page(run, results, command), encoding="utf-8")
     return [table, page]
 

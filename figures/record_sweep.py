@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import read_json
+from vlmlayers.files import read_csv, read_json
 from vlmlayers.runs import Run
 from vlmlayers.study import read_study, run_study
 from vlmlayers.words import markdown_table
@@ -62,8 +62,8 @@ def record(run: Run, out: Path, name: str, command: str) -> list[Path]:
 
 def _page(run: Run, command: str) -> str:
     notes = read_json(run.folder / "validation.json")
-    placements = pd.read_csv(run.folder / "validation_placements.csv")
-    correlations = pd.read_csv(run.folder / "validation_correlations.csv")
+    placements = read_csv(run.folder / "validation_placements.csv")
+    correlations = read_csv(run.folder / "validation_correlations.csv")
     ledger = read_json(run.folder / "stages.json")
     seconds = {stage: done["seconds"] for stage, done in ledger.items() if "seconds" in done}
     # What cells took, in this run and in those that were stopped before.

@@ -27,6 +27,7 @@ except ImportError:  # not on Windows, where two processes on one folder are not
     fcntl = None  # type: ignore[assignment]
 
 LOG = logging.getLogger(__name__)
+NAMES = ("model", "weights", "dataset", "source", "method", "placement")  # columns of tables
 # Names that open_clip, timm and Hugging Face save weights under, in the order they are looked for.
 WEIGHTS = (
     "open_clip_model.safetensors",
@@ -130,6 +131,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 def write_csv(path: Path, table: pd.DataFrame) -> Path:
     """Write a table without its index, whole or not at all; see `atomically` for errors."""
     return atomically(path, lambda part: table.to_csv(part, index=False))
+
+
+def read_csv(path: Path, text: Iterable[str] = NAMES) -> pd.DataFrame:
+    """Read a table of which some columns are text; what is empty is missing.
+
+    Left to pandas, a class called "NA" would be missing, and the dataset "007" or the placement
+    "9" a number.
+    """
+    import pandas as pd
+
+    return pd.read_csv(
+        path, dtype=dict.fromkeys(text, "object"), keep_default_na=False, na_values=[""]
+    )
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import lock, read_json, read_toml, write_json, writing
+from vlmlayers.files import lock, read_csv, read_json, read_toml, write_csv, write_json, writing
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -54,6 +56,17 @@ def test_an_error_that_has_a_number_alone_is_told_in_the_systems_words(tmp_path:
         writing(tmp_path / "x"),
     ):
         raise error
+
+
+def test_names_in_tables_stay_as_they_were_written(tmp_path: Path) -> None:
+    """Pandas by itself takes some for missing and others for numbers."""
+    names = ["NA", "None", "007", "1e5", "null"]
+    table = pd.DataFrame({"dataset": names, "placement": ["9", "NaN", "5-12", "1", ""]})
+    table["hm"] = [1.5, np.nan, 2.0, 3.0, 4.0]
+    read = read_csv(write_csv(tmp_path / "a.csv", table))
+    assert read["dataset"].tolist() == names
+    assert read["placement"].fillna("").tolist() == table["placement"].tolist()
+    assert read["hm"].equals(table["hm"])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

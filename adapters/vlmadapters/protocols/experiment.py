@@ -9,7 +9,7 @@ data decides nothing: the last epoch is evaluated, once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, product
 from pathlib import Path
@@ -67,8 +67,8 @@ class Experiment:
         options: How images are read, and how many are tested.
         save_adapters: Write trained adapters beside the cells.
         table: Name of the table of all cells of the folder, written there; None writes none.
-        stop_unmoved: Train nothing more once the first cells trained show that training changes
-            nothing; `stopped` then says so.
+        stop_unmoved: Train no further seed where training changed nothing by the first one, at
+            any placement on any dataset: one dataset may leave nothing to change.
         progress: Show bars.
     """
 
@@ -88,7 +88,7 @@ class Experiment:
         stop_unmoved: bool = False,
         progress: bool = True,
     ) -> None:
-        self.stop_unmoved, self.stopped = stop_unmoved, False
+        self.stop_unmoved = stop_unmoved
         targets = list(targets)
         self.protocol = protocol_of(protocol, targets)
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
@@ -159,10 +159,8 @@ class Experiment:
             description="cells", total=total, unit="cell", show=self.progress and first
         ) as shown:
             found: dict[tuple[str, int], Rows | None] = {}
-            for source, seed in self._in_turn(sources, seeds, recipes):
+            for source, seed in self._in_turn(sources, seeds, recipes, found):
                 found[source, seed] = self._cells(source, seed, recipes, together, shown)
-                if self.stopped:
-                    break
                 if found[source, seed] is not None:
                     # Behind a training, which refuses at once classes that a method cannot take;
                     # not later, or other processes would test the source as well.
@@ -172,7 +170,7 @@ class Experiment:
                     self.datasets[source].images.rest()
             # First all that is free; then what others held at that time, who may have died since.
             for (source, seed), cells in found.items():
-                if cells is None and not self.stopped:
+                if cells is None:
                     found[source, seed] = self._cells(
                         source, seed, recipes, together, shown, wait=True
                     )
@@ -189,11 +187,17 @@ class Experiment:
         return table
 
     def _in_turn(
-        self, sources: Sequence[str], seeds: Sequence[int], settings: Sequence[Recipe]
+        self,
+        sources: Sequence[str],
+        seeds: Sequence[int],
+        settings: Sequence[Recipe],
+        found: Mapping[tuple[str, int], Rows | None],
     ) -> Iterator[tuple[str, int]]:
         """Yield sources and seeds; last the sources that other processes work on when it is time.
 
-        Each process then decodes and tests the images of as few as possible.
+        Each process then decodes and tests the images of as few as possible. Where a run is to
+        stop if nothing moves, the first seed of each source comes first, until something moved.
+        `found` holds what came of those that were yielded.
         """
 
         def cells(pairs: Iterable[tuple[str, int]]) -> list[Cell]:
@@ -203,19 +207,32 @@ class Experiment:
             missing = any(self.cells.read(cell) is None for cell in cells([pair]))
             return missing and not self.cells.others_hold(cells([pair]))
 
+        def with_next(number: int, place: int) -> tuple[str, int]:
+            later = chain(
+                product([sources[number]], seeds[place + 1 :]),
+                product(sources[number + 1 :], seeds),
+            )
+            self._next = next(filter(untrained, later), None)
+            return sources[number], seeds[place]
+
+        if self.stop_unmoved:
+            for number in range(len(sources)):
+                pair = with_next(number, 0)
+                yield pair
+                if not _unmoved(found[pair]):
+                    break
+            else:
+                return
         busy = []
         for number, source in enumerate(sources):
             if self.cells.others_hold(cells(product([source], seeds))):
                 busy.append(source)
                 continue
-            for place, seed in enumerate(seeds, 1):
-                later = chain(
-                    product([source], seeds[place:]), product(sources[number + 1 :], seeds)
-                )
-                self._next = next(filter(untrained, later), None)
-                yield source, seed
+            for place, seed in enumerate(seeds):
+                if (source, seed) not in found:
+                    yield with_next(number, place)
         self._next = None
-        yield from product(busy, seeds)
+        yield from (pair for pair in product(busy, seeds) if pair not in found)
 
     def _recipe_of(self, setting: MethodConfig | Recipe) -> Recipe:
         config = setting if isinstance(setting, MethodConfig) else setting.method
@@ -271,9 +288,6 @@ class Experiment:
                 for one, rows in zip(group, trained):
                     self.cells.write(cells[one], rows)
                     done[one] = rows
-            self._notice_unmoved(done.values())
-            if self.stopped:
-                break
             shown.update(sum(done[one] is not None for one in missing))
         self.cells.forget()
         # One cell serves settings of equal values that are named differently.
@@ -287,13 +301,6 @@ class Experiment:
         """Whether two settings can train side by side: one method, by the same values."""
         same = first.method.name == other.method.name
         return same and self._train_of(first, source) == self._train_of(other, source)
-
-    def _notice_unmoved(self, cells: Iterable[Rows | None]) -> None:
-        notes = [row["note"] for rows in cells for row in rows or []]
-        unmoved = (UNMOVED, UNMOVED_FIT)
-        self.stopped = (
-            self.stop_unmoved and bool(notes) and all(note.startswith(unmoved) for note in notes)
-        )
 
     def train_and_test(self, source: str, seed: int, settings: Sequence[Recipe]) -> list[Rows]:
         """Train settings of one method side by side and test them; return the rows of each.
@@ -451,6 +458,11 @@ class Experiment:
         }
         parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)
+
+
+def _unmoved(rows: Rows | None) -> bool:
+    """Return whether no training changed anything; not of what another process holds (None)."""
+    return all(row["note"].startswith((UNMOVED, UNMOVED_FIT)) for row in rows or [{"note": ""}])
 
 
 def _table(rows: Rows) -> pd.DataFrame:

@@ -196,7 +196,8 @@ def summarise(
     """
     whole, parts = table, compared_parts(table)
     # A placement whose tuned amount is the recipe's was trained once for both comparisons.
-    cells = whole.drop_duplicates(["dataset", "seed", "placement", "seconds"])
+    keys = ("dataset", "seed", "placement", "amount")
+    cells = whole.drop_duplicates([key for key in keys if key in whole])
     comparison, table = next(iter(parts.items()))
     warning = size_warning(list(table["placement"])) if comparison == "given" else ""
     chosen, other = label_of(table, "chosen"), label_of(table, reference)

@@ -261,7 +261,7 @@ class Race:
         order = ranking(self.track.table, label(default), self.criterion)
         best = max(alive, key=lambda one: order[one])
         found = difference(self.track.table, best, label(default), self.criterion)
-        # The best of several rivals looks good by chance as well: the default stays in doubt.
+        # In doubt the default stays; the interval is the rival's own, as searches were registered.
         pick = known[best] if found.low > 0 else default
         self.heats.append(Heat(stage, label(default), tuple(known), best, found, label(pick)))
         return pick

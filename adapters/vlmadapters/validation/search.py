@@ -4,8 +4,8 @@ Folds hold out shots of inner base classes and whole inner novel classes. Amount
 default placement; then placements at the amount found and at a larger one, since few blocks need
 more of it. Both are successive halving over folds: the better half of the rivals goes on to the
 next fold, the default always. A fold trains on about 0.4 of the items of one full training, so
-trainings are short without a schedule of their own. Where the default cannot be told from the best
-rival it stays.
+trainings are short without a schedule of their own. Where the best rival's own interval reaches
+zero, the default stays; the statement adds what it is as the best of all that were tried.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Search:
 
     @property
     def decided(self) -> bool:
-        """Whether the pick could be told from the default."""
+        """Whether the pick's own interval, not that of the best of several, leaves zero out."""
         return bool(self.summary["decided"])
 
     @property
@@ -303,7 +303,8 @@ def _statement(
         )
         if (tried := _tried(race)) > 1:  # the best of several looks good by chance as well
             low, high = gain.among(tried)
-            advice += f" It is the best of {tried}; for all at once: [{low:z.3f}, {high:z.3f}]."
+            advice += f" It is the best of {tried}; for all at once: [{low:z.3f}, {high:z.3f}]"
+            advice += ", so that as such it cannot be told from the default." if low <= 0 else "."
     else:
         best = max(race.heats, key=lambda heat: heat.difference.mean)
         found = best.difference

@@ -131,7 +131,7 @@ def validate(
         found = summarise(table, scores, reference=asked.reference, seed=seed, notes=recorded)
         found = replace(found, amounts=None if tuning is None else tuning.table)
     else:
-        summary = {"verdict": _void(made, model, table, data), **recorded, "void": True}
+        summary = {"verdict": _void(made, model, table), **recorded, "void": True}
         found = Validation(table, pd.DataFrame(), summary)
     if seen:
         found = replace(
@@ -186,11 +186,9 @@ def _of_choice(choice: Any) -> dict[str, Any]:
     return {key: evidence[key] for key in ("search", "chosen_on") if evidence.get(key)}
 
 
-def _void(recipe: Recipe, model: Any, table: pd.DataFrame, data: Sequence[TaskData]) -> str:
+def _void(recipe: Recipe, model: Any, table: pd.DataFrame) -> str:
     """Return what a run says in which training changed nothing, and what to try."""
-    there = list(dict.fromkeys(table["dataset"]))
-    left = [one.manifest.name for one in data if one.manifest.name not in there]
-    where = f"on {', '.join(there)}" + (f" ({', '.join(left)}: not trained)" if left else "")
+    where = f"on {', '.join(dict.fromkeys(table['dataset']))}"
     train, scale = recipe.train, getattr(recipe.method, "scale", None)
     values = f"lr {train.lr:g}" + (f", scale {scale:g}" if scale is not None else "")
     tried = f"the recipe {recipe.name} ({values})"

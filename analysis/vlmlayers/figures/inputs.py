@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import read_csv
 
 Folders = Path | Sequence[Path]
 TEXT_COLUMNS = (
@@ -66,10 +67,7 @@ def read_each(stem: str, folders: Folders, needs: Sequence[str] = ()) -> dict[Pa
 
 def read_file(path: Path, needs: Sequence[str] = ()) -> pd.DataFrame:
     """Read one table; see `read`. Of a validation, the comparison at tuned amounts, if any."""
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path)
-    else:
-        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, "object"))
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path, TEXT_COLUMNS)
     absent = [column for column in needs if column not in table.columns]
     if absent:
         raise UserError(f"{path} has no column {absent[0]!r}; it was not written by this toolkit")

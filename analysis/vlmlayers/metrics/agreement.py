@@ -16,10 +16,12 @@ import scipy
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import (
+    ROUNDING,
     Array,
     Given,
     centred,
     matrix,
+    nearest_shares,
     paired,
     squared_distances,
     triangle,
@@ -29,7 +31,6 @@ from vlmlayers.metrics.checks import (
 from vlmlayers.metrics.moments import hsic
 
 Signature = Callable[..., Array]
-ROUNDING = 1e-12  # of a kernel's norm, below which nothing is left of it
 
 
 def linear_kernel(x: Array) -> Array:
@@ -124,11 +125,7 @@ def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
     # which both sides share and would so agree by.
     rows = np.flatnonzero(next_one - last <= ROUNDING)
     if len(rows):
-        some, edge = distance[rows], last[rows, None]
-        above = some < edge - ROUNDING
-        tied = (some <= edge + ROUNDING) & ~above
-        share = (k - above.sum(axis=1, keepdims=True)) / tied.sum(axis=1, keepdims=True)
-        result[rows] = (above + share * tied) / np.sqrt(n * k)
+        result[rows] = nearest_shares(-distance[rows], k) / np.sqrt(n * k)
     return result
 
 

@@ -19,6 +19,8 @@ Labels = NDArray[np.int64]
 FIXED = 0
 # Below this ratio of spread to size, items differ by rounding only (float32 keeps about 1e-7).
 SAME = 1e-6
+# Equal cosines, and shares of a kernel's norm of which nothing is left, differ by less in float64.
+ROUNDING = 1e-12
 # Beyond it, and below its inverse, sums of fourth powers are infinite or nothing in float64.
 LARGEST = 1e70
 
@@ -240,6 +242,19 @@ def squared_distances(x: Array, y: Array | None = None) -> Array:
     if y is None:
         np.fill_diagonal(result, 0.0)
     return result
+
+
+def nearest_shares(similarity: Array, k: int) -> Array:
+    """Return how much each column counts among the k most similar of each row, 0 to 1.
+
+    Those that tie for the last places take equal shares of them.
+    """
+    last = -np.partition(-similarity, k - 1, axis=1)[:, k - 1, None]
+    # Equal cosines differ by rounding, which must not pick one of them; nor must their order.
+    above = similarity > last + ROUNDING
+    tied = (similarity >= last - ROUNDING) & ~above
+    share = (k - above.sum(axis=1, keepdims=True)) / tied.sum(axis=1, keepdims=True)
+    return np.asarray(above + share * tied)
 
 
 def triangle(x: Array) -> Array:

@@ -17,6 +17,7 @@ from vlmlayers.metrics.checks import (
     centred,
     class_ids,
     classes,
+    nearest_shares,
     one_hot,
     squared_distances,
     unit,
@@ -157,13 +158,8 @@ def same_label_share(similarity: Array, labels: Any, *, k: int = 10) -> float:
     """
     y = classes(labels, len(similarity))
     k = min(k, len(y) - 1)
-    last = -np.partition(-similarity, k - 1, axis=1)[:, k - 1, None]
-    same = y[:, None] == y
-    # Equal cosines differ by rounding, which must not pick one of them.
-    above = similarity > last + 1e-12
-    tied = (similarity >= last - 1e-12) & ~above
-    share = (k - above.sum(axis=1)) / tied.sum(axis=1)
-    return float(((above & same).sum(axis=1) + share * (tied & same).sum(axis=1)).mean() / k)
+    shares = nearest_shares(similarity, k)
+    return float((shares * (y[:, None] == y)).sum(axis=1).mean() / k)
 
 
 @checked

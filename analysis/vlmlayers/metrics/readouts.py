@@ -22,6 +22,7 @@ from vlmlayers.metrics.checks import (
     Labels,
     class_ids,
     matrix,
+    nearest_shares,
     squared_distances,
     unit_rows,
 )
@@ -177,21 +178,24 @@ def k_nearest(
 ) -> Labels:
     """Predict by the votes of the k nearest fitting items (cosine, normalised features).
 
-    k is at most the size of the smallest class. Votes weigh 1/size of their class; the nearest
-    neighbour breaks ties.
+    k is at most the size of the smallest class. Votes weigh 1/size of their class; of classes with
+    equal votes that of the larger sum of cosines is predicted. Items that tie for the last places
+    take equal shares of them, so that the order of the fitting items tells nothing.
 
     Reference: Cover and Hart 1967; as used for frozen features by Caron et al. 2021.
     """
     fit_labels = class_ids(fit_labels, len(fit), classes, "fit_labels")
     scaled, x = normalised(fit, x, how=normalise)
     # With more neighbours than the smallest class has items, others would always outvote it.
-    k = min(k, int(np.bincount(fit_labels, minlength=classes).min()))
-    near = np.argsort(-(unit_rows(x) @ unit_rows(scaled).T), axis=1, kind="stable")[:, :k]
-    # What is added by rank is too little to outvote anything and enough to break a tie.
-    votes = balanced_weights(fit_labels, classes)[near] + 1e-9 * np.arange(k, 0, -1)
-    ballots = np.zeros((len(x), classes))
-    np.add.at(ballots, (np.arange(len(x))[:, None], fit_labels[near]), votes)
-    return ballots.argmax(axis=1)
+    k = min(k, int(np.unique(fit_labels, return_counts=True)[1].min()))
+    similarity = unit_rows(x) @ unit_rows(scaled).T
+    votes = nearest_shares(similarity, k)
+    # What is added by cosine is too little to outvote anything and enough to break a tie.
+    votes *= balanced_weights(fit_labels, classes) + 1e-9 * (1.0 + similarity)
+    ballots: Array = votes @ np.eye(classes)[fit_labels]
+    # Sums of equal votes differ by rounding, which must not pick one of the classes.
+    most = ballots.max(axis=1, keepdims=True)
+    return (ballots >= most * (1.0 - 4e-15)).argmax(axis=1)
 
 
 def class_means(x: Array, labels: Labels, classes: int) -> Array:

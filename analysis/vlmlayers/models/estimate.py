@@ -89,17 +89,17 @@ def stream_bytes(
 ) -> int:
     """Return what streaming keeps of a dataset, whatever its size.
 
-    Moments of both towers and, with captions, of their pairs, class means, and the sample of items
-    held out.
+    Moments of images and, with captions, of these and of their pairs, class means, and the sample
+    of items held out. Class prompts need no sums.
     """
     widths_of = {space: _widths(by) for space, by in vision.items()}
-    others = {space: _widths(by) for space, by in text.items()}
+    others = {space: _widths(by) for space, by in text.items()} if captions else {}
     total = sample * sum(sum(by.values()) for by in (*widths_of.values(), *others.values()))
     for space, widths in widths_of.items():
         other = others.get(space, {})
         partner = [other.get(position, max(other.values(), default=0)) for position in widths]
         total += sum(w * w for w in widths.values()) + sum(w * w for w in other.values())
-        total += captions * sum(w * t for w, t in zip(widths.values(), partner))
+        total += sum(w * t for w, t in zip(widths.values(), partner))
         total += classes * sum(widths.values())
     return 8 * total
 

@@ -314,9 +314,11 @@ class _Stream:
         )
 
     def _widths(self) -> dict[tuple[str, str, str], int]:
+        """Return the widths of what is summed: class prompts are not."""
         return {
             (tower, space, position): shape[-1]
             for tower, recorder in self.work.recorders.items()
+            if tower == "vision" or self.prompts is None
             for space, by in recorder.shapes().items()
             for position, shape in by.items()
         }
@@ -373,6 +375,8 @@ def _load(file: Path, like: DatasetSums) -> DatasetSums:
         if not name.startswith("["):
             continue
         kind, key, *part = json.loads(name)
+        if key[0] == "text" and like.prompts is not None:
+            continue  # earlier versions summed class prompts too
         if kind == "sample":
             sums.sample[tuple(key)] = array
         else:

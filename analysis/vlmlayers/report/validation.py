@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import read_csv
 from vlmlayers.placement import ZERO_SHOT, complete_cells, of_kind, sweep_first
 from vlmlayers.runs import Run
 
@@ -142,8 +143,7 @@ def void_verdict(run: Run) -> str:
 
 def _table(path: Path) -> pd.DataFrame:
     try:
-        # As text: pandas would read some placements as numbers.
-        return pd.read_csv(path, dtype={"placement": str}) if path.exists() else pd.DataFrame()
+        return read_csv(path) if path.exists() else pd.DataFrame()
     except (ValueError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as a table ({type(error).__name__}); "

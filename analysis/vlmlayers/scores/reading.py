@@ -397,10 +397,10 @@ def has_curve(scores: pd.DataFrame, metric: str, tower: str) -> bool:
     return bool(rows["position"].astype(str).str.isdecimal().any())
 
 
-def partnered(rows: pd.DataFrame, tower: str, blocks: int) -> pd.DataFrame:
+def partnered(rows: pd.DataFrame, tower: str, blocks: Mapping[str, int]) -> pd.DataFrame:
     """Drop rows that relate a block to any but its partner at equal relative depth.
 
-    Where every position is related to one and the same, such as zero-shot accuracy to the other
+    `blocks` is how many each tower has, of which a table may hold a few. Where every position is related to one and the same, such as zero-shot accuracy to the other
     tower's `proj`, that one is the partner and all rows stay.
     """
     theirs = rows["other_tower"].astype(str)
@@ -410,9 +410,8 @@ def partnered(rows: pd.DataFrame, tower: str, blocks: int) -> pd.DataFrame:
     here, across = rows["position"].astype(str), theirs == other_tower(tower)
     if (there[across].groupby(here[across]).nunique() == 1).all():
         return rows[(theirs == "") | across]  # gaps are scored at partners alone
-    # The other tower need not be as deep, and its depth is in the partners alone.
-    other = max((int(p) for p in there[across] if p.isdecimal()), default=blocks)
-    partner = [str(partner_block(int(p), blocks, other)) if p.isdecimal() else p for p in here]
+    own, other = blocks.get(tower, 0), blocks.get(other_tower(tower), 0)
+    partner = [str(partner_block(int(p), own, other)) if p.isdecimal() else p for p in here]
     return rows[(theirs == "") | (across & (there == np.asarray(partner, dtype=object)))]
 
 

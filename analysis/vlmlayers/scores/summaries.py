@@ -93,7 +93,7 @@ def curves(
     for tower in TOWERS:
         rows = Reading(space=space).of_all_datasets(scores, metric, tower)
         for _, part in rows.groupby("dataset", sort=False):
-            parts.append(partnered(part, tower, blocks.get(tower, 0)))
+            parts.append(partnered(part, tower, blocks))
     # Agreement within one tower has no partner to be read at.
     joined = _summary(pd.concat(parts)) if any(map(len, parts)) else pd.DataFrame()
     # No rows have no columns either; what reads the curve counts on these.

@@ -21,7 +21,6 @@ from vlmlayers.metrics.checks import Array, Labels, unit_rows
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.positions import sort_key
 from vlmlayers.scores.gaps import partner_positions
-from vlmlayers.scores.items import prompt_matrix
 from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.scoring import check_finite
 from vlmlayers.words import counted
@@ -38,8 +37,9 @@ class DatasetSums:
         sample_size: Items kept, those with the smallest hashes.
         hashes: (sample,) ascending.
         labels: (sample,).
-        sample: Features of the sample, (sample, width) by key.
-        moments: Moments of all other items by key.
+        sample: Features of the sample, (sample, width) by key: images, and captions where texts
+            are captions.
+        moments: Moments of all other items by the same keys.
         classes: Class sizes and means of all other items, by key of the vision tower.
         cross: Joint moments of images and captions of all other items, by position pair.
         prompts: The text tower, where texts are class prompts.
@@ -213,10 +213,10 @@ class StreamingScores:
 
 
 def _rows(chunk: LayerFeatures) -> dict[Key, Array]:
-    """Return the paired rows of a chunk in float64: images, and the text of each image.
+    """Return the rows of a chunk in float64: images, and the first caption of each image.
 
-    In `joint` space rows have length 1, as the modality gap wants them. The text of an image is
-    its first caption or the prompt of its class.
+    In `joint` space rows have length 1, as the modality gap wants them. Class prompts are kept as
+    they are and need no sums.
     """
     vision, text = chunk.vision, chunk.text
     assert vision is not None
@@ -237,10 +237,6 @@ def _rows(chunk: LayerFeatures) -> dict[Key, Array]:
         missing = np.setdiff1d(vision.labels, text.labels)
         if len(missing):
             raise UserError(f"{chunk.dataset}: class {missing[0]} has images but no prompt")
-        for space, by in text.arrays.items():
-            for p in by:
-                prompts, ids = prompt_matrix(text, p, space)
-                given["text", space, p] = prompts[np.searchsorted(ids, vision.labels)]
     rows = {key: np.asarray(x, dtype=np.float64) for key, x in given.items()}
     return {key: unit_rows(x) if key[1] == "joint" else x for key, x in rows.items()}
 

@@ -234,7 +234,7 @@ class BlockTable:
         """Return for each row of the table the block whose value it helps to make, or −1."""
         self.check(metric)
         depth = self.blocks[tower]
-        rows = partnered(Reading().rows(self.scores, metric, tower), tower, depth)
+        rows = partnered(Reading().rows(self.scores, metric, tower), tower, self.blocks)
         place = np.full(len(self.scores), -1)
         place[rows.index] = [_block(name, depth) for name in rows["position"]]
         return place

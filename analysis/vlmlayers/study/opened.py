@@ -12,6 +12,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.features import LayerFeatures
 from vlmlayers.features.store import FeatureStore
+from vlmlayers.files import read_csv
 from vlmlayers.runs import Run
 from vlmlayers.selection import LayerChoice
 
@@ -75,14 +76,11 @@ class OpenedRun:
         Raises:
             UserError: Nothing was trained here.
         """
-        import pandas as pd
-
         if not self.run.validation.is_file():
             raise UserError(
                 f"{self.run.folder} holds no validation.csv; make one with `vlmlayers validate`"
             )
-        # As text: pandas would read some placements as numbers.
-        return pd.read_csv(self.run.validation, dtype={"placement": str})
+        return read_csv(self.run.validation)
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -371,6 +371,10 @@ def test_the_best_of_several_has_an_interval_for_all_of_them() -> None:
     said = _statement(race, "b", "a", gain, gain)
     low, high = gain.among(2)
     assert f"It is the best of 2; for all at once: [{low:.3f}, {high:.3f}]." in said
+    doubtful = replace(gain, low=0.06, high=0.54, spread=0.13)
+    assert doubtful.decided and doubtful.among(2)[0] < 0
+    said = _statement(race, "b", "a", doubtful, gain)
+    assert "], so that as such it cannot be told from the default." in said
 
 
 def test_placements_of_a_method_of_one_tower_lie_there(manifest: Manifest) -> None:

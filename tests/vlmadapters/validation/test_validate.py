@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ from typer.testing import CliRunner
 from vlmadapters.cli import validate_stage
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
+from vlmadapters.protocols.results import UNMOVED
 from vlmadapters.protocols.train import train
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.validation.outcome import label_of, summarise
@@ -136,7 +139,7 @@ def test_layers_chosen_on_the_images_that_test_them_are_told(
     assert "chosen_on" not in select(table, "paper", resamples=0).evidence
 
 
-def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_cells(
+def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_seed(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     still = RECIPE.changed({"lr": 1e-12}, {"scale": 1e-9})
@@ -147,7 +150,7 @@ def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_cells(
         model, choice, [manifest], recipe=still, seeds=(1, 2), together=1, out=tmp_path,
         kinds=("all", "vision"), progress=False, amount="given",
     )  # fmt: skip
-    assert len(seen) == 1, "nothing more is trained once the first cell shows it"
+    assert [seed for seed, _ in seen] == [1, 1, 1], "nothing more once the first seed shows it"
     assert found.void and found.verdict.startswith("VOID: the recipe tiny (lr 1e-12, scale 1e-09)")
     assert f"changed no prediction of {model.name} on {manifest.name}, so" in found.verdict
     assert "--recipe mini" in found.verdict and "--set lr=1e-11 --set scale=1e-07" in found.verdict
@@ -158,6 +161,37 @@ def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_cells(
     assert void_verdict(Run(tmp_path)) == found.verdict
     moved = run(manifest, recipe=RECIPE.changed({"lr": 1.0, "epochs": 3}, {}), seeds=(1,))
     assert moved["changed"].any()
+
+
+@pytest.mark.parametrize("together", [1, 12])
+def test_a_dataset_that_training_does_not_change_does_not_end_a_run_on_others(
+    together: int, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert manifest.source is not None
+    shutil.copytree(manifest.source, tmp_path / "easy")
+    easy, trained = Manifest.load(tmp_path / "easy"), []
+    plain: Callable[..., Any] = Experiment.train_and_test
+
+    def unmoved(self: Experiment, source: str, seed: int, settings: Any) -> Any:
+        trained.append((source, seed))
+        still = {"changed": 0.0, "note": UNMOVED} if source == "easy" else {}
+        return [[row | still for row in rows] for rows in plain(self, source, seed, settings)]
+
+    monkeypatch.setattr(Experiment, "train_and_test", unmoved)
+    found = [
+        validate(
+            shared_backbone("clip"), CHOICE, data, recipe=RECIPE, seeds=(1, 2), kinds=("all",),
+            amount="given", together=together, progress=False,
+        )
+        for data in ([easy, manifest], [manifest, easy])
+    ]  # fmt: skip
+    order = ["dataset", "seed", "placement"]
+    tables = [one.table.sort_values(order, ignore_index=True) for one in found]
+    assert not any(one.void for one in found)
+    assert len(tables[0]) == 2 * 2 * 2, "placements, datasets, seeds"
+    pd.testing.assert_frame_equal(*(one.drop(columns="seconds") for one in tables))
+    half = [pair for pair, _ in groupby(trained[: len(trained) // 2])]
+    assert half == [("easy", 1), (manifest.name, 1), ("easy", 2), (manifest.name, 2)]
 
 
 def test_a_finished_cell_is_not_trained_again(
@@ -419,10 +453,10 @@ def test_a_summary_counts_the_runs_that_its_numbers_are_of(manifest: Manifest) -
 
 def test_a_training_that_both_comparisons_share_is_counted_once(manifest: Manifest) -> None:
     given = run(manifest, seeds=(1,)).query("comparison == 'given'")
-    slower = given.assign(comparison="tuned")
-    slower.loc[slower.index[0], "seconds"] += 100
-    both = pd.concat([slower, given], ignore_index=True)
-    expected = given["seconds"].sum() + slower["seconds"].iloc[0]
+    tuned = given.assign(comparison="tuned", seconds=50.0)
+    tuned.loc[tuned.index[0], "amount"] = "@0.3"
+    both = pd.concat([tuned, given.assign(seconds=50.0)], ignore_index=True)
+    expected = 50.0 * (len(given) + 1)  # side by side, each takes an equal share of the time
     assert summarise(both).summary["training_seconds"] == pytest.approx(expected, abs=0.1)
 
 

@@ -83,6 +83,22 @@ def test_read_outs_predict_as_scikit_learn_does() -> None:
     assert (discriminant(x, y, x, y, other, classes=5) == shrunk.predict(other)).all()
 
 
+def test_the_order_of_items_that_tie_decides_no_vote() -> None:
+    """Few distinct rows: what is tenth of many equal ones is a matter of order."""
+    rng = np.random.default_rng(7)
+    kinds = rng.normal(size=(6, 4))
+    rows, y = rng.integers(0, 6, 150), rng.integers(0, 3, 150)
+    first = k_nearest(kinds[rows], y, kinds, y, kinds, classes=3)
+    for _ in range(20):
+        order = rng.permutation(150)
+        again = k_nearest(kinds[rows][order], y[order], kinds, y, kinds, classes=3)
+        assert (again == first).all()
+    # All ten places go to items of its own kind, whose classes share them by what they are of all.
+    shares = np.stack([np.bincount(y[rows == one], minlength=3) for one in range(6)])
+    assert shares.sum(axis=1).min() > 10
+    assert (first == (shares / np.bincount(y)).argmax(axis=1)).all()
+
+
 class _Within:
     """Hands scikit-learn's LDA one covariance for every class, shrunk by scikit-learn."""
 

@@ -155,11 +155,13 @@ def test_the_table_of_the_documentation_is_what_the_code_foretells():
         if re.search(r"\| *\d+ × \d+ *\|", line)  # blocks × width; other tables have other products
     ]
     assert len(rows) == 5
-    for model, vision, text, joint, size, *sizes, sums in rows:
+    for model, vision, text, joint, size, *sizes, captions, prompts in rows:
         image, words = (
             shapes(*map(int, tower.split(" × ")), int(joint)) for tower in (vision, text)
         )
         assert bytes_per_image(image) == int(size), model
         for shown, count in zip(sizes, (1e5, 1e6, 1e7), strict=True):
             assert float(shown) == pytest.approx(int(size) * count / 1e9, rel=0.011), model
-        assert int(sums) == round(stream_bytes(image, words, 1000) / 1e6), model
+        for kept, paired in ((captions, True), (prompts, False)):
+            foretold = stream_bytes(image, words, 1000, captions=paired)
+            assert int(kept) == round(foretold / 1e6), model

@@ -772,6 +772,15 @@ def test_a_curve_has_every_block_where_towers_differ_in_depth(deep: int, flat: i
     assert len(curves(streamed, "cka_debiased")) == len(streamed) == deep + 3
 
 
+def test_agreement_of_some_positions_is_read_at_their_partners() -> None:
+    """The towers are as deep as they are, not as deep as the last position that was scored."""
+    table = score(make_features(blocks=6), ["cka_debiased"], positions=["2", "4"], **QUICK)
+    found = curves(table, "cka_debiased").query("tower == 'vision'").set_index("position")["value"]
+    across = table.query("tower == 'vision' and other_tower == 'text'")
+    cells = across.set_index(["position", "other_position"])["value"]
+    assert found.to_dict() == {one: cells[one, one] for one in ("2", "4")}
+
+
 def test_other_spaces_on_request() -> None:
     table = score(make_features(), ["fisher_ratio", "rmg"], spaces=["joint"], **QUICK)
     assert set(table["space"]) == {"joint"} and set(table["metric"]) == {"fisher_ratio", "rmg"}

@@ -309,6 +309,18 @@ def test_streamed_prompts_are_scored_as_without_streaming(features: list[LayerFe
     pd.testing.assert_frame_equal(first, second)
 
 
+def test_class_prompts_are_kept_once_and_not_summed_for_each_image(
+    features: list[LayerFeatures],
+) -> None:
+    for member in features:
+        assert member.text is not None
+        sums = StreamingScores(20)
+        sums.update(member)
+        (kept,) = sums.datasets.values()
+        towers = {"vision"} if member.text.pairs is None else {"vision", "text"}
+        assert {key[0] for key in (*kept.sample, *kept.moments)} == towers
+
+
 def test_streamed_agreement_with_prompts_is_that_of_class_means(
     features: list[LayerFeatures],
 ) -> None:
