@@ -156,16 +156,17 @@
       node("text", { x: (left + right) / 2, y: area.height - 6, "text-anchor": "middle", fill: "#1B1B1F" }, spec.axis.label),
       node("text", { x: 13, y: (top + bottom) / 2, "text-anchor": "middle", fill: "#1B1B1F",
         transform: `rotate(-90 13 ${(top + bottom) / 2})` }, spec.yLabel));
+    const names = []; // of lines, above all curves
     for (const line of spec.chance || []) {
       const points = line.flat ? [{ ...line.points[0], at: left }, { ...line.points[0], at: right }] : line.points.map((p) => ({ ...p, at: X(p.x) }));
       const path = (pick, list = points) => list.map((p) => `${p.at.toFixed(1)} ${Y(pick(p)).toFixed(1)}`).join("L");
       svg.append(node("path", { d: `M${path((p) => p.high)}L${path((p) => p.low, [...points].reverse())}Z`, fill: line.colour, opacity: 0.12 }),
-        node("path", { d: `M${path((p) => p.value)}`, fill: "none", stroke: line.colour, "stroke-dasharray": "5 3", class: "chance" }),
-        node("text", { x: right, y: Y(points.at(-1).value) - 5, "text-anchor": "end", fill: line.flat ? "#55555E" : line.colour }, line.label));
+        node("path", { d: `M${path((p) => p.value)}`, fill: "none", stroke: line.colour, "stroke-dasharray": "5 3", class: "chance" }));
+      names.push(node("text", { x: right, y: Y(points.at(-1).value) - 5, "text-anchor": "end", fill: line.flat ? "#55555E" : line.colour, class: "over" }, line.label));
     }
     for (const level of spec.levels || []) {
       svg.append(node("line", { x1: left, x2: right, y1: Y(level.value), y2: Y(level.value), stroke: level.colour, "stroke-dasharray": "5 3", class: "level" }));
-      if (level.label) svg.append(node("text", { x: right, y: Y(level.value) - 5, "text-anchor": "end", fill: level.colour }, level.label));
+      if (level.label) names.push(node("text", { x: right, y: Y(level.value) - 5, "text-anchor": "end", fill: level.colour, class: "over" }, level.label));
     }
     spec.series.forEach((s, i) => {
       const path = (pick) => s.points.map((p, k) => `${k && !p.apart ? "L" : "M"}${X(p.x).toFixed(1)} ${Y(pick(p)).toFixed(1)}`).join("");
@@ -189,6 +190,7 @@
       svg.append(node("line", { x1: lx, x2: lx + 22, y1: ly, y2: ly, stroke: s.colour, "stroke-width": 2, "stroke-dasharray": s.dash || "none" }),
         node("text", { x: lx + 28, y: ly + 4, fill: "#1B1B1F" }, s.name.length > room ? `${s.name.slice(0, room - 1)}…` : s.name));
     });
+    svg.append(...names);
     if (DATA.random) svg.append(node("text", { x: right, y: top + 12, "text-anchor": "end", fill: "#8A1F1F", "font-weight": 600 }, "random weights"));
     const apart = spec.whiskers ? 0.3 : 1e-6;
     const stops = unique(spec.series.flatMap((s) => s.points.map((p) => p.x))).sort((a, b) => a - b)
@@ -335,7 +337,7 @@
       svg.append(node("circle", { cx: X(p.x), cy: Y(p.y), r: p.chosen ? 8 : 5.5, fill: p.chosen ? "#007E5D" : p.reference ? "#B5568F" : "#0072B2",
         stroke: "#fff", "stroke-width": 1.5, class: "point" }));
       const away = X(p.x) > right - 40 ? -10 : 10; // to the left where the page would end within the word
-      if (p.chosen || p.reference) svg.append(node("text", { x: X(p.x) + away, y: Y(p.y) - 8, "text-anchor": away < 0 ? "end" : "start", fill: "#1B1B1F" },
+      if (p.chosen || p.reference) svg.append(node("text", { x: X(p.x) + away, y: Y(p.y) - 8, "text-anchor": away < 0 ? "end" : "start", fill: "#1B1B1F", class: "over" },
         p.chosen ? "chosen" : "paper"));
     }
     explore(plot, area, spec.points.length, (x, y) => {
