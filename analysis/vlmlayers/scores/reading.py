@@ -400,8 +400,9 @@ def has_curve(scores: pd.DataFrame, metric: str, tower: str) -> bool:
 def partnered(rows: pd.DataFrame, tower: str, blocks: Mapping[str, int]) -> pd.DataFrame:
     """Drop rows that relate a block to any but its partner at equal relative depth.
 
-    `blocks` is how many each tower has, of which a table may hold a few. Where every position is related to one and the same, such as zero-shot accuracy to the other
-    tower's `proj`, that one is the partner and all rows stay.
+    `blocks` says how many each tower has, of which a table may hold a few. Where every position is
+    related to one and the same, such as zero-shot accuracy to the other tower's `proj`, that one is
+    the partner and all rows stay.
     """
     theirs = rows["other_tower"].astype(str)
     there = rows["other_position"].astype(str)
