@@ -55,6 +55,14 @@ class Group:
         found = [(m, m.vision if tower == "vision" else m.text) for m in self.members]
         return [(member, features) for member, features in found if features is not None]
 
+    @property
+    def in_order(self) -> Group:
+        """The same with its datasets in the order of their names.
+
+        What is drawn of several datasets together must not depend on which was named first.
+        """
+        return replace(self, members=tuple(sorted(self.members, key=lambda one: one.dataset)))
+
 
 @dataclass(frozen=True, eq=False)
 class Point:

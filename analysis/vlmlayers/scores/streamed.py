@@ -35,7 +35,7 @@ from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.pairs import run_pairs
 from vlmlayers.scores.reading import POOLED
-from vlmlayers.scores.readouts import add_accuracy, run_datasets
+from vlmlayers.scores.readouts import add_accuracy, run_datasets, tell_unlike_texts
 from vlmlayers.scores.scoring import Collector, Group, Point, Scoring, rows_of
 from vlmlayers.scores.sources import source_marks
 from vlmlayers.scores.sums import DatasetSums, Key, StreamingScores, ordered
@@ -116,6 +116,10 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
     group = Group(heads[0].model, heads[0].weights, heads[0].split, heads)
     options = ScoreOptions()
     scoring = Scoring(group, {name: METRICS[name] for name in names}, options, Collector())
+    # Captions are pooled with captions alone here.
+    prompts = tuple(one.head for one in datasets.values() if one.prompts is not None)
+    pooling = [name for name in names if name == LDA or name in AGREEMENTS]
+    tell_unlike_texts(replace(group, members=prompts), pooling)
     if LDA in names:
         _add_dataset_accuracy(scoring, list(datasets.values()))
     _add_agreement_with_prompts(scoring, list(datasets.values()))
@@ -145,6 +149,7 @@ def _add_dataset_accuracy(scoring: Scoring, all_sums: list[DatasetSums]) -> None
     Class prompts are few and kept: they are scored as without streaming, split by class.
     """
     only = replace(scoring, metrics={LDA: METRICS[LDA]})
+    all_sums = sorted(all_sums, key=lambda one: one.head.dataset)  # as in `Group.in_order`
     if len(all_sums) < 2:
         only.refuse(POOLED, "", scoring.group.too_few(len(all_sums)))
         return
