@@ -433,8 +433,8 @@ def _add_derived(
     common |= point.options.arguments(METRICS[metric.base])
     # Rows come in the order in which the datasets were named.
     named = [member.dataset for member in point.scoring.group.members]
-    place = [named.index(dataset) for dataset in datasets]
-    for index in sorted(np.ndindex(value.shape), key=lambda index: [place[i] for i in index]):
+    order = [named.index(dataset) for dataset in datasets]
+    for index in sorted(np.ndindex(value.shape), key=lambda index: [order[i] for i in index]):
         if len(index) == 2 and index[0] == index[1]:
             continue
         own = {"predicted": datasets[index[1]]} if len(index) == 2 else {}
