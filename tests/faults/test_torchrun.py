@@ -61,6 +61,41 @@ def test_a_killed_process_ends_all_and_the_next_start_completes(
     assert content(out / "features") == single
 
 
+@pytest.fixture(scope="module")
+def captioned(place: Path) -> Path:
+    """Images of one folder, which have captions and no classes."""
+    names = sorted(file.relative_to(place) for file in (place / "colours" / "train").rglob("*.png"))
+    lines = [f"{name}\ta {name.parent.name} picture, number {i}\n" for i, name in enumerate(names)]
+    (place / "captions.tsv").write_text("".join(lines))
+    file = place / "told.toml"
+    file.write_text(
+        'title = "Told"\nfolder = "."\nlayout = "captions"\nsplit_file = "captions.tsv"\n'
+        "classes = 0\ntail = { val = 1, test = 1 }\n"
+    )
+    return file
+
+
+# Of 6 images all are in the sample; more processes than batches leave one without any.
+@pytest.mark.parametrize("items", [6, 230])
+def test_sums_of_captions_without_classes_are_those_of_one(
+    place: Path, captioned: Path, items: int
+) -> None:
+    def scores(processes: int) -> pd.DataFrame:
+        out = place / f"told{items}of{processes}"
+        said = done(
+            "extract", place / "model", captioned, "--random-weights", "--data-root", place,
+            "--text", "captions", "--items", items, "--streaming", "--batch-size", 4,
+            "--out", out, processes=processes,
+        )  # fmt: skip
+        assert "fisher_ratio (its images have no classes)" in said
+        return pd.read_csv(out / "scores.csv")
+
+    one, three = scores(1), scores(3)
+    assert {"cka_debiased", "frechet_gap", "effective_rank"} <= set(one["metric"])
+    # A Fréchet distance near 0 is what two large numbers leave.
+    pd.testing.assert_frame_equal(one, three, rtol=1e-6, atol=1e-9)
+
+
 def test_sums_over_processes_are_those_of_one(place: Path) -> None:
     arguments = ["--streaming", "--batch-size", 4]
     done(*extraction(place, place / "sums1", *arguments))

@@ -196,7 +196,14 @@ def biased_cka_null(x: Moments, y: Moments) -> float:
 
 
 def frechet_from(x: Moments, y: Moments) -> float:
-    """Return the Fréchet distance of two clouds with aligned centroids from sums."""
+    """Return the Fréchet distance of two clouds with aligned centroids from sums.
+
+    Raises:
+        UserError: Fewer than two images (x) or two texts (y).
+    """
+    for name, n in (("x", x.n), ("y", y.n)):
+        if n < 2:
+            raise UserError(f"{name} has {counted(n, 'item')}; at least 2 are needed")
     first, second = x.scatter / (x.n - 1), y.scatter / (y.n - 1)
     values, vectors = np.linalg.eigh(first)
     # Zero eigenvalues come out slightly negative.

@@ -68,12 +68,11 @@ def _merge_sums(
     seen = next((m.n for m in own.moments.values()), 0)
     if not more and not int(summed(np.array([seen], np.int64), processes)[0]):
         return  # every item is in the sample
-    classes = len(own.head.class_names)
     for key, width in widths.items():
         merged.moments[key] = _moments(own.moments.get(key), width, processes)
-        if key[0] == "vision":
+        if key[0] == "vision" and own.class_count:
             found = own.classes.get(key)
-            merged.classes[key] = _class_moments(found, (classes, width), processes)
+            merged.classes[key] = _class_moments(found, (own.class_count, width), processes)
     for space, position, other in merged.crossed():
         shape = widths["vision", space, position], widths["text", space, other]
         pair = space, position, other

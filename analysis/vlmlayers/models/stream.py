@@ -92,9 +92,7 @@ def stream(
         )
     if out is not None:
         refuse_hooks(model)
-    run = _Stream(
-        work, header, {**identity, "sample": sample}, StreamingScores(sample), save_seconds
-    )
+    run = _Stream(work, header, identity, StreamingScores(sample), save_seconds)
     return run.whole(None if out is None else Path(out))
 
 
@@ -172,15 +170,17 @@ class _Stream:
             UserError: Says what changed.
         """
         file, data = folder / "identity.json", self.work.data
+        # Features do not depend on the sample, but sums do.
+        now = {**self.identity, "sample": self.sums.sample}
         if file.exists():
             there = read_record(file)["identity"]
             then = DataIdentity.read(folder / DATA)
             altered = None if then is None else data.altered(then)
             if altered is not None and not self._summed(folder, altered):
                 there = {**there, "data": self.identity["data"]}
-            refuse_other_identity(folder, there, self.identity, data)
+            refuse_other_identity(folder, there, now, data)
         data.save(folder / DATA)
-        write_record(file, {"identity": dict(self.identity)})
+        write_record(file, {"identity": now})
 
     def _summed(self, folder: Path, rows: Sequence[int]) -> bool:
         """Return whether any of some rows is in the saved sums."""

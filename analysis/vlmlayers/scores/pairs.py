@@ -86,13 +86,14 @@ def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
     """
     found: list[Pairing] = []
     single = [[member] for member in scoring.group.members]
-    for members in [*single, list(scoring.group.members)] if len(single) > 1 else single:
+    pooled = list(scoring.group.in_order.members)
+    for members in [*single, pooled] if len(single) > 1 else single:
         dataset = members[0].dataset if len(members) == 1 else POOLED
         # Kernels are n × n, so that it is the number of rows of all datasets that is bounded.
         share = max(METRICS[name].largest_n // len(members), 1)
         sides: dict[str, Side] = {}
         for tower in TOWERS:
-            sources = [source for source in scoring.group.sources(tower) if source[0] in members]
+            sources = replace(scoring.group, members=tuple(members)).sources(tower)
             if len(sources) != len(members):
                 continue
             rows = [_items(*source, share) for source in sources]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.errors import UserError
-from vlmlayers.features import TowerFeatures
+from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import SAME, Array, Labels, ratio
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.intervals import (
@@ -26,7 +26,7 @@ from vlmlayers.prompts import spelled
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds
 from vlmlayers.scores.reading import POOLED
-from vlmlayers.scores.scoring import Point, Scoring, Source
+from vlmlayers.scores.scoring import Group, Point, Scoring, Source
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def run_datasets(scoring: Scoring, towers: tuple[str, ...] = TOWERS) -> None:
     for base in {m.base for m in derived.values()} - set(readouts):
         readouts[base] = METRICS[base]
     for tower in towers:
-        sources = scoring.group.sources(tower)
+        sources = scoring.group.in_order.sources(tower)
         if not sources:
             continue
         try:
@@ -150,7 +150,8 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
         UserError: A dataset has too few items to be in every part.
     """
     rng = generator(Draw.DATASET_SPLIT, seed)
-    by_class = sources[0][1].kind == "prompts" or options.vision_split == "class"
+    prompts = any(features.kind == "prompts" for _, features in sources)
+    by_class = prompts or options.vision_split == "class"
     equal = sources[0][1].tower == "vision" and options.balance == "equal"
     most = min(len(features) for _, features in sources)
     rows = tuple(
@@ -163,7 +164,7 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
             names = member.class_names
             name = spelled(names[features.labels[row]]) if names else ""
             together: Any = (number, int(row))
-            if by_class:
+            if by_class and (names or features.pairs is None):
                 # A prompt of a class must not lie on both sides of the split.
                 together = name
             elif features.pairs is not None:
@@ -186,7 +187,7 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
     }
     held = evaluated_folds(fold, folds, options.held_out)
     split = Split(seed, rows, labels, fold, folds, held, len(sources), noted)
-    if sources[0][1].kind != "prompts":
+    if not prompts:
         return split
     tested = np.isin(fold, held)
     best = _ceiling(labels[tested], _numbered(texts)[tested])
@@ -214,6 +215,34 @@ def tell_classes_left_out(scoring: Scoring) -> None:
                     "is" if few == 1 else "are",
                     ", ".join(scoring.metrics),
                 )
+
+
+def tell_unlike_texts(group: Group, metrics: Iterable[str]) -> None:
+    """Warn of datasets whose texts are made unlike: what pools them sees that, not the datasets.
+
+    Args:
+        group: The datasets that are pooled.
+        metrics: Names of the metrics that pool their texts.
+    """
+    made: dict[str, list[str]] = {}
+    for member, features in group.sources("text"):
+        if how := _made(member, features):
+            made.setdefault(how, []).append(member.dataset)
+    if len(made) > 1 and (names := ", ".join(metrics)):
+        LOG.warning(
+            "datasets differ in how their texts are made: %s. Of the text tower, %s of all "
+            "datasets together may tell that, not the datasets; extract with one template",
+            "; ".join(f"{how} in {', '.join(those)}" for how, those in made.items()),
+            names,
+        )
+
+
+def _made(member: LayerFeatures, features: TowerFeatures) -> str:
+    """Return how the texts of a dataset are made, in words; empty where it is not known."""
+    if features.kind == "captions":
+        return "captions"
+    template = member.identity.get("template")
+    return "" if template is None else repr(template) if template else "texts of their own"
 
 
 def _independent(features: TowerFeatures) -> Labels:
@@ -402,7 +431,10 @@ def _add_derived(
         noted["floor"] = round(float(metric.function(_with_accuracy(split.best, len(counts)))), 4)
     common = {"readout": metric.base, **noted}
     common |= point.options.arguments(METRICS[metric.base])
-    for index in np.ndindex(value.shape):
+    # Rows come in the order in which the datasets were named.
+    named = [member.dataset for member in point.scoring.group.members]
+    order = [named.index(dataset) for dataset in datasets]
+    for index in sorted(np.ndindex(value.shape), key=lambda index: [order[i] for i in index]):
         if len(index) == 2 and index[0] == index[1]:
             continue
         own = {"predicted": datasets[index[1]]} if len(index) == 2 else {}

@@ -27,7 +27,12 @@ from vlmlayers.scores.items import run_features, run_heads, run_labels, run_prom
 from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import ScoreOptions
 from vlmlayers.scores.pairs import run_pairs
-from vlmlayers.scores.readouts import run_classes, run_datasets, tell_classes_left_out
+from vlmlayers.scores.readouts import (
+    run_classes,
+    run_datasets,
+    tell_classes_left_out,
+    tell_unlike_texts,
+)
 from vlmlayers.scores.scoring import Collector, Group, Runner, Scoring, make_groups
 from vlmlayers.scores.sources import source_marks
 from vlmlayers.scores.transfers import run_left_out, run_novel, run_style_classes, run_styles
@@ -55,6 +60,8 @@ RUNNERS: Mapping[tuple[str, ...], Runner] = {
 }
 # Protocols that look at all datasets of a group together; the others take one at a time.
 TOGETHER = frozenset({run_datasets, run_styles, run_style_classes, run_left_out, run_pairs})
+# Those of them in which texts of several datasets stand beside each other.
+POOL_TEXTS = frozenset({run_datasets, run_styles, run_pairs})
 # Items × positions × metrics; each costs about 25 µs, so this many take ten seconds. Processes that
 # start for less bring little.
 WORTH_SHARING = 400_000
@@ -138,6 +145,9 @@ def score(
     tell_copies(given)
     tasks = make_tasks(groups, chosen)
     _tell_unshared(tasks, settled)
+    for group in groups:
+        pooling = (task for task in tasks if task.group is group and task.runner in POOL_TEXTS)
+        tell_unlike_texts(group, [name for task in pooling for name in task.metrics])
     for task in tasks:
         if task.runner is run_classes:  # here, as what a process logs is lost
             tell_classes_left_out(Scoring(task.group, task.metrics, settled, Collector()))

@@ -55,6 +55,14 @@ class Group:
         found = [(m, m.vision if tower == "vision" else m.text) for m in self.members]
         return [(member, features) for member, features in found if features is not None]
 
+    @property
+    def in_order(self) -> Group:
+        """The same with its datasets in the order of their names.
+
+        What is drawn of several datasets together must not depend on which was named first.
+        """
+        return replace(self, members=tuple(sorted(self.members, key=lambda one: one.dataset)))
+
 
 @dataclass(frozen=True, eq=False)
 class Point:
@@ -263,8 +271,7 @@ def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> lis
     groups: dict[tuple[str, ...], list[LayerFeatures]] = {}
     for member in features:
         # Values of other weights, splits or poolings mean other things and must not be averaged.
-        pooling = tuple(t.pooling if t else "" for t in (member.vision, member.text))
-        key = (member.model, member.weights, member.split, *pooling)
+        key = (member.model, member.weights, member.split, *poolings(member))
         group = groups.setdefault(key, [])
         if any(other.dataset == member.dataset for other in group):
             raise UserError(f"dataset {member.dataset!r} appears twice among the features")
@@ -274,7 +281,7 @@ def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> lis
     if not groups:
         raise UserError("no features to score; extract some first")
     for members in groups.values():
-        _expect_one_width(members)
+        expect_one_width(members)
     count = sum(map(len, groups.values()))
     return [
         Group(key[0], key[1], key[2], tuple(members), apart=count - len(members))
@@ -282,8 +289,19 @@ def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> lis
     ]
 
 
-def _expect_one_width(members: Sequence[LayerFeatures]) -> None:
-    """Refuse features of one model and place whose widths differ: one of them is another model."""
+def poolings(member: LayerFeatures) -> tuple[str, str]:
+    """Return the pooling of vision and of text, empty for a tower that is not there."""
+    towers = member.vision, member.text
+    vision, text = ("" if tower is None else tower.pooling for tower in towers)
+    return vision, text
+
+
+def expect_one_width(members: Sequence[LayerFeatures]) -> None:
+    """Refuse features of one model and place whose widths differ: one of them is another model.
+
+    Raises:
+        UserError: Names place, widths and datasets.
+    """
     seen: dict[tuple[str, str, str], tuple[int, str]] = {}
     for member in members:
         for tower in member.towers:

@@ -35,8 +35,9 @@ from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.pairs import run_pairs
 from vlmlayers.scores.reading import POOLED
-from vlmlayers.scores.readouts import add_accuracy, run_datasets
+from vlmlayers.scores.readouts import add_accuracy, run_datasets, tell_unlike_texts
 from vlmlayers.scores.scoring import Collector, Group, Point, Scoring, rows_of
+from vlmlayers.scores.sources import source_marks
 from vlmlayers.scores.sums import DatasetSums, Key, StreamingScores, ordered
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
     group = Group(heads[0].model, heads[0].weights, heads[0].split, heads)
     options = ScoreOptions()
     scoring = Scoring(group, {name: METRICS[name] for name in names}, options, Collector())
+    # Captions are pooled with captions alone here.
+    prompts = tuple(one.head for one in datasets.values() if one.prompts is not None)
+    pooling = [name for name in names if name == LDA or name in AGREEMENTS]
+    tell_unlike_texts(replace(group, members=prompts), pooling)
     if LDA in names:
         _add_dataset_accuracy(scoring, list(datasets.values()))
     _add_agreement_with_prompts(scoring, list(datasets.values()))
@@ -131,7 +136,11 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
                 scorer.agreement(name)
     chosen = {name: METRICS[name] for name in names}
     say_missing(scoring.out, chosen, options, asked=metrics is not None)
-    return scoring.out.table(options)
+    table = scoring.out.table(options)
+    table.attrs["features"] = source_marks(
+        source for of_dataset in datasets.values() for source in of_dataset.sources()
+    )
+    return table
 
 
 def _add_dataset_accuracy(scoring: Scoring, all_sums: list[DatasetSums]) -> None:
@@ -140,6 +149,7 @@ def _add_dataset_accuracy(scoring: Scoring, all_sums: list[DatasetSums]) -> None
     Class prompts are few and kept: they are scored as without streaming, split by class.
     """
     only = replace(scoring, metrics={LDA: METRICS[LDA]})
+    all_sums = sorted(all_sums, key=lambda one: one.head.dataset)  # as in `Group.in_order`
     if len(all_sums) < 2:
         only.refuse(POOLED, "", scoring.group.too_few(len(all_sums)))
         return
@@ -266,6 +276,9 @@ class _Scorer:
         for key in self._keys("native", ("vision",)):
             point = self._point("fisher_ratio", key)
             with point.attempt():
+                point.require(self.sums.n)
+                if key not in self.full.classes:
+                    raise UserError("its images have no classes")
                 classes = self.full.classes[key]
                 value = fisher_from(self.full.moments[key], classes)
                 count = np.count_nonzero(classes.counts)
@@ -283,6 +296,7 @@ class _Scorer:
             point = self._point(name, key)
             with point.attempt():
                 moments = self.full.moments[key]
+                point.require(moments.n)
                 value = function(eigenvalues_from(moments))
                 root = white_noise_root(
                     moments.n, len(moments.mean), generator(Draw.STREAMED_NOISE)
@@ -300,8 +314,9 @@ class _Scorer:
             keys = ("vision", space, position), ("text", space, other)
             point = self._point(name, keys[0], other)
             with point.attempt():
+                point.require(self.sums.n, "pairs")
                 x = self.full.moments[keys[0]]
-                texts = self._text_rows(keys[1], self.full.classes[keys[0]].counts)
+                texts = self._text_rows(keys[1], keys[0])
                 y = self.full.moments[keys[1]] if texts is None else Moments.of(texts)
                 image_rows = self.sums.sample[keys[0]]
                 text_rows = self.sums.sample[keys[1]] if texts is None else texts
@@ -327,11 +342,12 @@ class _Scorer:
                 kind = "first_captions" if texts is None else "class_prompts"
                 self._add(point, value, null, on_sample, pairs=kind, texts=y.n)
 
-    def _text_rows(self, key: Key, counts: Array) -> Array | None:
+    def _text_rows(self, key: Key, images: Key) -> Array | None:
         """Return the prompts of the classes that have images, where texts are prompts."""
         prompts = self.sums.prompts
         if prompts is None:
             return None
+        counts = self.full.classes[images].counts
         # The first of each class, as without streaming.
         ids, first = np.unique(prompts.labels, return_index=True)
         return unit_rows(rows_of(prompts, key[2], key[1], first[counts[ids] > 0]))

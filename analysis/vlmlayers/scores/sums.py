@@ -6,7 +6,7 @@ the result does not depend on how the rows were cut into chunks or shared among 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -19,10 +19,10 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Array, Labels, unit_rows
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
-from vlmlayers.positions import sort_key
+from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.gaps import partner_positions
 from vlmlayers.scores.options import ScoreOptions
-from vlmlayers.scores.scoring import check_finite
+from vlmlayers.scores.scoring import check_finite, expect_one_width, poolings
 from vlmlayers.words import counted
 
 Key = tuple[str, str, str]  # tower, space, position
@@ -40,9 +40,11 @@ class DatasetSums:
         sample: Features of the sample, (sample, width) by key: images, and captions where texts
             are captions.
         moments: Moments of all other items by the same keys.
-        classes: Class sizes and means of all other items, by key of the vision tower.
+        classes: Class sizes and means of all other items, by key of the vision tower; empty where
+            the images have no classes.
         cross: Joint moments of images and captions of all other items, by position pair.
         prompts: The text tower, where texts are class prompts.
+        others: Identities of chunks that are of another extraction than the head.
     """
 
     head: LayerFeatures
@@ -54,6 +56,7 @@ class DatasetSums:
     classes: dict[Key, ClassMoments] = field(default_factory=dict)
     cross: dict[tuple[str, str, str], CrossMoments] = field(default_factory=dict)
     prompts: TowerFeatures | None = None
+    others: list[Mapping[str, Any]] = field(default_factory=list)
 
     def update(self, hashes: NDArray[np.uint64], labels: Labels, rows: dict[Key, Array]) -> None:
         """Take in rows; what the sample has no room for goes into the sums."""
@@ -77,11 +80,10 @@ class DatasetSums:
 
     def absorb(self, rows: dict[Key, Array], labels: Labels) -> None:
         """Count rows in the sums alone."""
-        count = len(self.head.class_names)
         for key, x in rows.items():
             _merge_into(self.moments, key, Moments.of(x))
-            if key[0] == "vision":
-                _merge_into(self.classes, key, ClassMoments.of(x, labels, count))
+            if key[0] == "vision" and self.class_count:
+                _merge_into(self.classes, key, ClassMoments.of(x, labels, self.class_count))
         for space, position, other in self.crossed():
             x, y = rows["vision", space, position], rows["text", space, other]
             _merge_into(self.cross, (space, position, other), CrossMoments.of(x, y))
@@ -105,12 +107,36 @@ class DatasetSums:
         """
         return self.pairs() if self.prompts is None else []
 
+    def expect_alike(self, head: LayerFeatures, prompts: TowerFeatures | None) -> None:
+        """Refuse a part of the dataset that lacks what this one has, or has something else.
+
+        Raises:
+            UserError: Says in what they differ.
+        """
+        then, now = _facts(self.head, self.prompts), _facts(head, prompts)
+        if other := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
+            raise UserError(
+                f"{head.dataset}: parts of it differ in {' and in '.join(other)}, and are no "
+                "chunks of one dataset; give them names of their own"
+            )
+
+    def know(self, identities: Iterable[Mapping[str, Any]]) -> None:
+        """Keep of which extractions the items are."""
+        for one in identities:
+            if one not in (self.head.identity, *self.others):
+                self.others.append(one)
+
+    def sources(self) -> list[LayerFeatures]:
+        """Return a head for each extraction that the items are of."""
+        return [self.head, *(replace(self.head, identity=one) for one in self.others)]
+
     def merge(self, other: DatasetSums) -> DatasetSums:
         """Return what one pass over both would have kept."""
         merged = replace(
             self, sample=dict(self.sample), moments=dict(self.moments),
-            classes=dict(self.classes), cross=dict(self.cross),
+            classes=dict(self.classes), cross=dict(self.cross), others=list(self.others),
         )  # fmt: skip
+        merged.know(one.identity for one in other.sources())
         for mine, theirs in (
             (merged.moments, other.moments), (merged.classes, other.classes),
             (merged.cross, other.cross),
@@ -147,6 +173,13 @@ class DatasetSums:
         return sum(parts[1:], parts[0]), held
 
     @property
+    def class_count(self) -> int:
+        """Number of classes; 0 of captioned images without any, whose labels mean nothing."""
+        if self.prompts is None or self.head.class_names:
+            return len(self.head.class_names)
+        return int(self.prompts.labels.max()) + 1
+
+    @property
     def n(self) -> int:
         """Number of items seen."""
         seen = next(iter(self.moments.values())).n if self.moments else 0
@@ -173,32 +206,34 @@ class StreamingScores:
         """Take in some items of a dataset.
 
         Raises:
-            UserError: NaN or Inf, no images, or a chunk of another model.
+            UserError: NaN or Inf, no images, or a chunk of another model, split or pooling, of
+                other widths, or unlike the chunks of its dataset.
         """
         check_finite(chunk)
         if chunk.vision is None:
             raise UserError(f"{chunk.dataset}: streaming counts images; no vision features came")
+        rows = _rows(chunk)
+        self._expect_alike(chunk, _prompts(chunk))
         sums = self.open(chunk)
-        first = next(iter(self.datasets.values())).head
-        if (first.model, first.weights, first.split) != (chunk.model, chunk.weights, chunk.split):
-            raise UserError(
-                f"{chunk.dataset}: features of {chunk.model} {chunk.weights} "
-                f"{chunk.split} cannot join those of {first.model} {first.weights} "
-                f"{first.split}"
-            )
-        sums.update(_hashes(chunk.dataset, chunk.vision.ids), chunk.vision.labels, _rows(chunk))
+        sums.know([chunk.identity])
+        sums.update(_hashes(chunk.dataset, chunk.vision.ids), chunk.vision.labels, rows)
 
     def open(self, chunk: LayerFeatures) -> DatasetSums:
         """Return the sums of a dataset, empty where nothing of it was taken in."""
         return self.datasets.setdefault(chunk.dataset, self._empty(chunk))
 
     def merge(self, other: StreamingScores) -> StreamingScores:
-        """Return the sums of both, as one pass over both would have made them."""
+        """Return the sums of both, as one pass over both would have made them.
+
+        Raises:
+            UserError: They keep samples of other sizes, or as `update`.
+        """
         if self.sample != other.sample:
             raise UserError(f"samples of {self.sample} and {other.sample} items cannot be merged")
         merged = StreamingScores(self.sample)
         merged.datasets = dict(self.datasets)
         for name, sums in other.datasets.items():
+            merged._expect_alike(sums.head, sums.prompts)
             mine = merged.datasets.get(name)
             merged.datasets[name] = sums if mine is None else mine.merge(sums)
         return merged
@@ -206,10 +241,51 @@ class StreamingScores:
     def _empty(self, chunk: LayerFeatures) -> DatasetSums:
         # The first chunk says what there is; its items must not stay in memory.
         head = replace(chunk, vision=_without_items(chunk.vision), text=_without_items(chunk.text))
-        prompts = chunk.text if chunk.text is not None and chunk.text.pairs is None else None
         return DatasetSums(
-            head, self.sample, np.empty(0, np.uint64), np.empty(0, np.int64), prompts=prompts
+            head,
+            self.sample,
+            np.empty(0, np.uint64),
+            np.empty(0, np.int64),
+            prompts=_prompts(chunk),
         )
+
+    def _expect_alike(self, head: LayerFeatures, prompts: TowerFeatures | None) -> None:
+        """Refuse what `make_groups` keeps apart, and what is not of its own dataset."""
+        heads = [sums.head for sums in self.datasets.values()]
+        if not heads:
+            return
+        ours, theirs = _group(heads[0]), _group(head)
+        if ours != theirs:
+            raise UserError(
+                f"{head.dataset}: features of {theirs} cannot join those of {ours} in "
+                f"{heads[0].dataset}; score them apart"
+            )
+        expect_one_width([*heads, head])
+        if head.dataset in self.datasets:
+            self.datasets[head.dataset].expect_alike(head, prompts)
+
+
+def _group(one: LayerFeatures) -> str:
+    """Return model, weights, split and pooling, which must be one, in words."""
+    pooled = [f"{name} ({tower})" for tower, name in zip(TOWERS, poolings(one)) if name]
+    return f"{one.model} {one.weights} {one.split} pooled by {' and '.join(pooled)}"
+
+
+def _prompts(chunk: LayerFeatures) -> TowerFeatures | None:
+    return chunk.text if chunk.text is not None and chunk.text.pairs is None else None
+
+
+def _facts(head: LayerFeatures, prompts: TowerFeatures | None) -> dict[str, Any]:
+    """Return what all items of a dataset have in common, by its name in messages."""
+    found: dict[str, Any] = {"class names": head.class_names}
+    for one in head.towers:
+        places = {(space, position) for space, by in one.arrays.items() for position in by}
+        found |= {
+            f"the positions of the {one.tower} tower": places,
+            f"the blocks of the {one.tower} tower": one.blocks,
+        }
+    texts = None if prompts is None else (prompts.ids, prompts.labels.tolist())
+    return {**found, "class prompts": texts}
 
 
 def _rows(chunk: LayerFeatures) -> dict[Key, Array]:

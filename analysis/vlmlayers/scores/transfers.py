@@ -186,7 +186,7 @@ def _shared_rows(source: Source, shared: list[str]) -> tuple[Labels, Labels]:
 def _families_or_refuse(
     scoring: Scoring, name: str, tower: str
 ) -> list[tuple[list[Source], list[str]]]:
-    found = families(scoring.group.sources(tower))
+    found = families(scoring.group.in_order.sources(tower))
     if not found:
         reason = "no two datasets share four or more class names"
         scoring.out.refuse(name, POOLED, tower, "", reason)

@@ -168,7 +168,7 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
             stage.run(context)
         # On Ctrl-C as well: the next run of the stage adds to this time.
         except BaseException:
-            _keep_time(context, name, time.monotonic() - began)
+            keep_time(context, name, time.monotonic() - began)
             raise
         finally:
             _keep_source(context, source)
@@ -265,7 +265,7 @@ def _keep_source(context: StageContext, source: str) -> None:
         write_text(context.run.study, source)
 
 
-def _keep_time(context: StageContext, name: str, seconds: float) -> None:
+def keep_time(context: StageContext, name: str, seconds: float) -> None:
     """Keep the time of a stage that did not finish: its next run adds to it."""
     if is_first_process() and holds_anything(context.run.folder):
         ledger = context.ledger()
@@ -289,6 +289,16 @@ def _remember(context: StageContext, name: str, inputs: Mapping[str, str], secon
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json(context.run.folder / "stages.json", ledger)
+
+
+def remember_streamed(context: StageContext, seconds: float) -> None:
+    """Keep of the stage `extract` that it summed features: no store is what it made.
+
+    Where stores of an earlier extraction are there, a study extracts anew, and says why.
+    """
+    _keep_outdated(context, "extract")
+    inputs = {**STAGES["extract"].inputs(context), "streaming": True}
+    _remember(context, "extract", _marks(inputs), seconds)
 
 
 def _forget(context: StageContext, name: str) -> None:

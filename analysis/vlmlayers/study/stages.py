@@ -58,9 +58,31 @@ def _extract_inputs(context: StageContext) -> dict[str, Any]:
 
 
 def _extract(context: StageContext) -> None:
+    facts = extract_each(context, "extract", context.run.features, _extract_one)
+    context.run.record(**facts, environment=environment())
+
+
+def extract_each(
+    context: StageContext,
+    verb: str,
+    place: Path,
+    work: Callable[[StageContext, Any, StudyDataset, Path], tuple[Any, int, int]],
+) -> dict[str, Any]:
+    """Extract each dataset, leave out those whose files fail, and return what is recorded of all.
+
+    Args:
+        context: Model and datasets.
+        verb: What is done, for the user.
+        place: Folder of what is kept of each dataset while or after it is extracted.
+        work: Extracts one dataset by a model into its folder; returns features, of which class
+            names and identity are read, and the numbers of images and texts.
+
+    Raises:
+        UserError: No dataset can be extracted, or an error of `work` that is not of its files.
+    """
     from vlmlayers.models.extract import refuse_textless
 
-    _refuse_missing(context)
+    _refuse_missing(context, place)
     began = time.monotonic()
     model = context.load_model()
     load_seconds = time.monotonic() - began
@@ -69,14 +91,11 @@ def _extract(context: StageContext) -> None:
     options = context.study.extract
     record, left_out = {}, {}
     for data in context.datasets:
-        # A whole store of the same identity would otherwise be taken as it is.
-        if context.force:
-            shutil.rmtree(context.run.features / data.folder, ignore_errors=True)
         context.doing(
-            f"extract  {data.manifest.name}: {counted(len(data.items), 'item')} ({data.folder})"
+            f"{verb:8} {data.manifest.name}: {counted(len(data.items), 'item')} ({data.folder})"
         )
         try:
-            features = _extract_one(context, model, data)
+            features, images, texts = work(context, model, data, place / data.folder)
         except DataFault as error:  # a full disk or a held lock would fail the next one too
             if len(context.datasets) == 1:
                 raise
@@ -88,10 +107,10 @@ def _extract(context: StageContext) -> None:
             **({"name": data.manifest.name} if several else {}),  # of two splits of one
             "title": data.manifest.title,
             "split": data.options["split"],
-            "items": len(features.vision or ()),
+            "items": images,
             "asked": len(data.items),
             "classes": len(features.class_names),
-            "texts": len(features.text or ()),
+            "texts": texts,
             "text": data.options["text"],
             "template": data.options["template"],
             "present_only": data.options["present_only"],
@@ -101,16 +120,15 @@ def _extract(context: StageContext) -> None:
         }
     if not record:
         raise UserError(f"no dataset could be extracted; the last one: {[*left_out.values()][-1]}")
-    context.run.record(
-        model=model_record(model),
-        datasets=record,
-        left_out=left_out,
-        load_seconds=round(load_seconds, 2),
-        given=_given(context),
-        extract={**options.model_dump(mode="json"), "device": str(model.device)},
-        seed=context.seed,
-        environment=environment(),
-    )
+    return {
+        "model": model_record(model),
+        "datasets": record,
+        "left_out": left_out,
+        "load_seconds": round(load_seconds, 2),
+        "given": _given(context),
+        "extract": {**options.model_dump(mode="json"), "device": str(model.device)},
+        "seed": context.seed,
+    }
 
 
 def _given(context: StageContext) -> dict[str, Any]:
@@ -137,26 +155,32 @@ def _keep_given(context: StageContext) -> None:
         context.run.record(given=now)
 
 
-def _refuse_missing(context: StageContext) -> None:
+def _refuse_missing(context: StageContext, place: Path) -> None:
     """Name the missing images of every dataset before those of the first are encoded.
 
-    A dataset that has a store is left to its own check: its images may have been deleted.
+    A dataset of which anything is kept is left to its own check: its images may have been deleted.
     """
     if context.study.extract.skip_unreadable:
         return
     for data in context.datasets:
-        if not (context.run.features / data.folder).exists():
+        if not (place / data.folder).exists():
             data.manifest.refuse_missing(data.items, context.data_root)
 
 
-def _extract_one(context: StageContext, model: Any, data: StudyDataset) -> Any:
+def _extract_one(
+    context: StageContext, model: Any, data: StudyDataset, store: Path
+) -> tuple[Any, int, int]:
     from vlmlayers.models import extract
 
-    store, options = context.run.features / data.folder, context.extract_options(data)
+    options = context.extract_options(data)
+    # A whole store of the same identity would otherwise be taken as it is.
+    if context.force:
+        shutil.rmtree(store, ignore_errors=True)
     try:
-        return extract(model, data.manifest, data.options["split"], out=store, **options)
+        found = extract(model, data.manifest, data.options["split"], out=store, **options)
     except OtherExtraction as error:
         raise OtherExtraction(f"{error}, or extract again with --force") from None
+    return found, len(found.vision or ()), len(found.text or ())
 
 
 def model_record(model: Any) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlmlayers.errors import UserError
-from vlmlayers.runs import Run, environment
-from vlmlayers.study.context import StageContext, silent
+from vlmlayers.runs import Run, environment, is_first_process
+from vlmlayers.study.context import StageContext, StudyDataset, silent
 from vlmlayers.study.preflight import check_before
+from vlmlayers.study.runner import keep_time, remember_streamed
 from vlmlayers.study.schema import Study
 from vlmlayers.study.scoring import scored
-from vlmlayers.words import counted
+from vlmlayers.study.stages import extract_each
 
 
 def stream_study(
@@ -55,40 +58,47 @@ def stream_study(
     )
     check_before([context], ["extract"])  # before torch is imported
     from vlmlayers.models import stream
-    from vlmlayers.models.processes import Processes
     from vlmlayers.scores import write_scores
     from vlmlayers.scores.streamed import STREAMED, check_streamed, streamed_scores
     from vlmlayers.scores.sums import StreamingScores
 
     check_streamed(metrics)
-    model, total = context.load_model(), StreamingScores()
+    total = StreamingScores()
     folder = context.run.folder / "streams"
-    for data in context.datasets:
-        context.doing(
-            f"stream   {data.manifest.name}: {counted(len(data.items), 'item')} ({data.folder})"
-        )
+
+    def stream_one(
+        context: StageContext, model: Any, data: StudyDataset, saved: Path
+    ) -> tuple[Any, int, int]:
+        nonlocal total
         # Other processes read what is saved once the first one has looked at it.
-        if force and not Processes.current().rank:
-            shutil.rmtree(folder / data.folder, ignore_errors=True)
-        found = stream(
-            model,
-            data.manifest,
-            data.options["split"],
-            out=folder / data.folder,
-            **context.extract_options(data),
-        )
+        if force and is_first_process():
+            shutil.rmtree(saved, ignore_errors=True)
+        options = context.extract_options(data)
+        found = stream(model, data.manifest, data.options["split"], out=saved, **options)
         total = total.merge(found)
+        (sums,) = found.datasets.values()
+        texts = sums.n if sums.prompts is None else len(sums.prompts)
+        return sums.head, sums.n, texts
+
+    began = time.monotonic()
+    try:
+        facts = extract_each(context, "stream", folder, stream_one)
+    except BaseException:  # on Ctrl-C as well, as of a stage
+        keep_time(context, "extract", time.monotonic() - began)
+        raise
+    seconds = time.monotonic() - began
     # Every process has the whole; one writes it.
-    if Processes.current().rank:
+    if not is_first_process():
         return ""
     table = streamed_scores(total, metrics or STREAMED)
     _, text = write_scores(table, context.run.folder)
     context.run.record(
-        extract={**study.extract.model_dump(mode="json"), "streaming": True},
-        score={"metrics": sorted(set(table["metric"])), "options": {}},
-        seed=context.seed,
+        **facts | {"extract": {**facts["extract"], "streaming": True}},
+        score={"metrics": sorted(set(table["metric"])), "options": {}, "streaming": True},
         environment=environment(),
     )
+    # What stores there are is of an earlier extraction: a study must not go on from them.
+    remember_streamed(context, seconds)
     # Last: sums that are gone before the table is written would have to be made again.
     shutil.rmtree(folder, ignore_errors=True)
     return scored(table, text)

@@ -155,7 +155,16 @@ def score_run(
 
 def _tell_others(run: Run, stores: Sequence[str]) -> None:
     """Warn of stores that the run's last extraction did not write: their dataset may be dropped."""
-    recorded = run.read_provenance().get("datasets", {})
+    notes = run.read_provenance()
+    if notes.get("extract", {}).get("streaming"):
+        LOG.warning(
+            "%s: %s of an extraction before the last one, which was streamed and which the report "
+            "describes; extract again without --streaming, or into another folder",
+            run.features,
+            ", ".join(stores),
+        )
+        return
+    recorded = notes.get("datasets", {})
     written = {f"{one.get('name', key)}-{one['split']}" for key, one in recorded.items()}
     if written and (others := [name for name in stores if name not in written]):
         LOG.warning(

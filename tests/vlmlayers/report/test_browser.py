@@ -133,8 +133,9 @@ def test_curves_follow_metric_dataset_and_towers(tab: Tab, pages: dict[str, Path
 def test_chance_is_one_line_or_one_per_tower(tab: Tab, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", small=True)
     lines = (
-        "[...document.querySelectorAll('figure[data-chart=curves] path.chance')]"
-        ".map(p => [p.nextSibling.textContent, (p.getAttribute('d').match(/L/g) || []).length])"
+        "[...document.querySelectorAll('figure[data-chart=curves] path.chance')].map((p, i) => "
+        "[document.querySelectorAll('figure[data-chart=curves] text.over')[i].textContent, "
+        "(p.getAttribute('d').match(/L/g) || []).length])"
     )
     load(tab, write_report(run.folder))
     assert tab.run(lines) == [["Chance", 1]]

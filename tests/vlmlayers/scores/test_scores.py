@@ -433,12 +433,83 @@ def test_a_position_that_a_read_out_refuses_leaves_the_others(
 
 def test_styles_and_transfer(scores: pd.DataFrame) -> None:
     style = scores[scores.metric == "style_accuracy"]
-    assert style["options"].str.contains("family=set0\\+restyled").all()
+    assert style["options"].str.contains("family=restyled\\+set0").all()
     assert style.groupby("position")["value"].mean()["3"] > 0.8
     cross = scores[scores.metric == "cross_style_accuracy"]
     assert set(cross["dataset"]) == {"set0", "restyled"}
     novel = scores[(scores.metric == "novel_class_accuracy") & (scores.position == "3")]
     assert novel["value"].mean() > 0.7 and set(novel["null"].round(6)) == {round(1 / 3, 6)}
+
+
+TOGETHER = [
+    "dataset_accuracy_ncm", "dataset_accuracy_lda", "dataset_recall", "dataset_confusion",
+    "style_accuracy", "cross_style_accuracy", "left_out_accuracy", "cka_debiased",
+    "cka_debiased_max", "procrustes",
+]  # fmt: skip
+
+
+def _placed(table: pd.DataFrame) -> pd.DataFrame:
+    keys = [name for name in table.columns if name not in ("value", "low", "high", "null", "n")]
+    assert not table.duplicated(keys).any()
+    return table.sort_values(keys, ignore_index=True)
+
+
+@pytest.mark.parametrize("make", [score, score_streaming])
+def test_what_several_datasets_give_together_does_not_depend_on_their_order(make) -> None:  # type: ignore[no-untyped-def]
+    members = [
+        make_features("middle", items=61, names="same"),
+        make_features("last", number=1, items=83, names="same"),
+        make_features("first", number=2, items=74),
+    ]
+    options = QUICK if make is score else {"sample": 30}
+    names = TOGETHER if make is score else ["dataset_accuracy_lda", "cka_debiased", "cka_biased"]
+    one = make(members, names, **options)
+    for order in ((2, 0, 1), (1, 0, 2)):
+        other = make([members[i] for i in order], names, **options)
+        pd.testing.assert_frame_equal(_placed(one), _placed(other), check_exact=True)
+    if make is score:  # rows of single datasets come as these were named
+        recalls = one[one["metric"] == "dataset_recall"]
+        assert list(dict.fromkeys(recalls["dataset"])) == ["middle", "last", "first"]
+
+
+def test_captions_without_classes_stand_beside_prompts_in_any_order() -> None:
+    """A prompt stays on one side of the split with its class, a caption with its image."""
+    told = make_features("told", number=1, captions=2)
+    bare = [replace(tower, labels=np.full(len(tower), -1)) for tower in told.towers]
+    told = replace(told, class_names=(), vision=bare[0], text=bare[1])
+    for name in ("asked", "zoned"):  # before and after in the order of names
+        pair = [(told, told.text), (one := make_features(name, classes=20), one.text)]
+        split = dataset_split(sorted(pair, key=lambda p: p[0].dataset), ScoreOptions(), 1)
+        captions = split.fold[split.labels == (name == "asked")].reshape(-1, 2)
+        assert len(captions) == 60 and (captions[:, 0] == captions[:, 1]).all()
+        assert split.options["split_by"] == "class"
+
+
+@pytest.mark.parametrize("make", [score, score_streaming])
+def test_texts_that_are_made_unlike_are_told_by_name(
+    make, caplog: pytest.LogCaptureFixture
+) -> None:  # type: ignore[no-untyped-def]
+    def named(*templates: str | None) -> list[LayerFeatures]:
+        identities = [{} if one is None else {"template": one} for one in templates]
+        return [replace(m, identity=i) for m, i in zip(many(3), identities)]
+
+    metrics = ["dataset_accuracy_lda", "cka_debiased", "effective_rank"]
+    options = QUICK if make is score else {"sample": 30}
+    for alike in (("a {}.",) * 3, (None, "a {}.", None)):
+        make(named(*alike), metrics, **options)
+        assert "how their texts are made" not in caplog.text
+    make(named("a {}.", "a {}.", "{} texture"), metrics, **options)
+    (told,) = [r.getMessage() for r in caplog.records if "texts are made" in r.getMessage()]
+    assert "made: 'a {}.' in set0, set1; '{} texture' in set2. Of the text tower, " in told
+    assert "dataset_accuracy_lda, cka_debiased of all datasets together" in told
+    caplog.clear()
+    make(named("a {}.", "a {}.", "{} texture"), ["effective_rank"], **options)
+    make(named("a {}.")[:1], metrics, **options)
+    assert "texts are made" not in caplog.text
+    if make is score:  # sums pool captions with captions alone
+        captions = make_features("told", number=9, captions=1)
+        make([*named("a {}.")[:1], captions], metrics, **options)
+        assert "made: 'a {}.' in set0; captions in told." in caplog.text
 
 
 def test_families_need_shared_class_names() -> None:

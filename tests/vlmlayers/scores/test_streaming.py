@@ -39,7 +39,7 @@ from vlmlayers.metrics.moments import (
     white_noise_root,
 )
 from vlmlayers.scores import score, score_streaming
-from vlmlayers.scores.streamed import in_chunks, streamed_scores
+from vlmlayers.scores.streamed import STREAMED, in_chunks, streamed_scores
 from vlmlayers.scores.sums import StreamingScores
 
 PARTS = {
@@ -258,6 +258,7 @@ def test_wrong_streams_are_refused(features: list[LayerFeatures]) -> None:
     sums.update(features[0])
     with pytest.raises(UserError, match="cannot join those of toy random train"):
         sums.update(replace(features[1], model="another"))
+    assert list(sums.datasets) == [features[0].dataset]  # what is refused leaves nothing behind
     with pytest.raises(UserError, match="no vision features came"):
         sums.update(replace(features[1], vision=None))
     few = features[0].vision.take(np.arange(5))
@@ -272,11 +273,113 @@ def test_wrong_streams_are_refused(features: list[LayerFeatures]) -> None:
         StreamingScores(20).update(replace(captions, text=captions.text.take(np.arange(9))))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_is_scored_apart_or_is_another_model_cannot_join(merged: bool) -> None:
+    """The same is refused of features that come and of sums that are merged."""
+    first, second = make_features(), make_features("other", number=1)
+    halves = [first.take_images(np.arange(60)[part]) for part in (slice(30), slice(30, None))]
+    mean = replace(second, vision=replace(second.vision, pooling="mean"))
+    captions = make_features(captions=1).take_images(np.arange(30, 60))
+    bare = {"native": {p: x for p, x in halves[1].vision.arrays["native"].items() if p != "2"}}
+    for start, other, message in (
+        (
+            first,
+            mean,
+            r"other: features of toy random train pooled by mean \(vision\) and eot \(text\) "
+            r"cannot join those of toy random train pooled by cls \(vision\) and eot \(text\) in "
+            "alpha; score them apart",
+        ),
+        (first, replace(second, text=None), r"of toy random train pooled by cls \(vision\) cannot"),
+        (
+            first,
+            make_features("other", number=1, widths=(20, 16, 12)),
+            "vision features at embed are 24 wide in alpha and 20 in other, .* of toy random",
+        ),
+        (
+            halves[0],
+            replace(halves[1], class_names=tuple("abcdef")),
+            "alpha: parts of it differ in class names, and are no chunks of one dataset",
+        ),
+        (halves[0], captions, "alpha: parts of it differ in class prompts, and"),
+        (
+            halves[0],
+            replace(halves[1], vision=replace(halves[1].vision, arrays=bare)),
+            "alpha: parts of it differ in the positions of the vision tower, and",
+        ),
+    ):
+        sums, more = StreamingScores(20), StreamingScores(20)
+        sums.update(start)
+        with pytest.raises(UserError, match=message):
+            if merged:
+                more.update(other)
+                sums.merge(more)
+            else:
+                sums.update(other)
+        assert sums.datasets[start.dataset].n == len(start.vision)
+
+
+def test_sums_mark_the_features_they_are_of_as_plain_scores_do() -> None:
+    members = [replace(one, identity={"items_hash": one.dataset}) for one in many(2)]
+    names = ["effective_rank"]
+    plain = score(members, names, bootstrap=20).attrs["features"]
+    assert set(plain) == {"set0 (train)", "set1 (train)"}
+    assert score_streaming(members, names, sample=30).attrs["features"] == plain
+    # Items of one dataset that were extracted in two parts have the marks of both.
+    parts = [members[0].take_images(rows) for rows in np.split(np.arange(60), 2)]
+    parts[1] = replace(parts[1], identity={"items_hash": "rest"})
+    sums = [StreamingScores(30), StreamingScores(30)]
+    for one, part in zip(sums, parts):
+        one.update(part)
+    both = streamed_scores(sums[0].merge(sums[1]), names).attrs["features"]["set0 (train)"]
+    assert both[:1] == plain["set0 (train)"] and len(set(both)) == 2
+
+
+def _without_classes(name: str, number: int, captions: int = 1) -> LayerFeatures:
+    given = make_features(name, number=number, items=120, captions=captions)
+    vision, text = (replace(t, labels=np.full(len(t), -1)) for t in given.towers)
+    return replace(given, class_names=(), vision=vision, text=text)
+
+
+@pytest.mark.parametrize("sample", [30, 200])
+def test_captions_without_classes_stream_to_their_plain_scores(sample: int) -> None:
+    members = [_without_classes(f"c{i}", i) for i in range(2)]
+    with pytest.warns(UserWarning, match="not computed: fisher_ratio .its images have no classes"):
+        streamed = score_streaming(members, list(STREAMED), sample=sample)
+    plain = score(members, list(STREAMED), bootstrap=20, permutations=5)
+    assert set(plain["metric"]) == set(streamed["metric"]) == set(STREAMED) - {"fisher_ratio"}
+    read = (
+        streamed["metric"] == "dataset_accuracy_lda"
+    )  # held out are other items than of the plain
+    assert set(streamed[read]["tower"]) == {"vision", "text"}
+    keys = ["metric", "dataset", "tower", "position", "other_tower", "other_position"]
+    both = streamed[~read].merge(plain, on=keys, suffixes=("", "_plain"))
+    assert len(both) == sum(~read) == 116
+    np.testing.assert_allclose(both["value"], both["value_plain"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_dataset_of_one_class_streams_to_its_plain_scores() -> None:
+    one = make_features("one", classes=1, items=120)
+    names = ["fisher_ratio", "centroid_gap", "frechet_gap", "effective_rank", "cka_debiased"]
+    plain, streamed = (
+        make([one], names, **options)
+        for make, options in ((score, {"bootstrap": 20}), (score_streaming, {"sample": 30}))
+    )
+    both = streamed.merge(plain, on=["metric", "tower", "position", "other_position"])
+    assert len(both) == len(streamed) and set(both["metric"]) == {"centroid_gap", "effective_rank"}
+    np.testing.assert_allclose(both["value_x"], both["value_y"], rtol=1e-5)
+    for table in (plain, streamed):
+        told = {note["metric"]: note["reason"] for note in table.attrs["refused"][::-1]}
+        assert told["frechet_gap"] == "y has 1 item; at least 2 are needed"
+        assert told["fisher_ratio"] == "labels name 1 class; at least 2 are needed"
+    with pytest.raises(UserError, match="x has 1 item; at least 2"):
+        frechet_from(Moments.of(np.ones((1, 3))), Moments.of(np.eye(3)))
+
+
 def test_one_dataset_or_too_few_items_are_refused_out_loud() -> None:
     with pytest.raises(UserError, match="nothing was scored.*at least 2 are needed"):
         score_streaming(make_features(items=60), ["dataset_accuracy_lda"])
     single = make_features(items=60)
-    lone = replace(single, vision=single.vision.take([0]), text=None)
+    lone = replace(single, vision=single.vision.take([0]))
     with pytest.raises(UserError, match="nothing was scored: dataset_accuracy_lda"):
         score_streaming([lone, make_features("other", number=1)], ["dataset_accuracy_lda"])
 

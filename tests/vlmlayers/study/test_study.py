@@ -24,14 +24,18 @@ from vlmlayers.errors import UserError
 from vlmlayers.features.writer import take_lock
 from vlmlayers.files import read_json, write_json
 from vlmlayers.manifests import Manifest
+from vlmlayers.report import write_report
 from vlmlayers.runs import Run, fingerprint, writing_alone
 from vlmlayers.scores import read_scores
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.demo import demo_source, demo_study, position_table
 from vlmlayers.study.runner import pick_stages
+from vlmlayers.study.scoring import recorded_context
 from vlmlayers.study.stages import file_marks
+from vlmlayers.study.streams import stream_study
 from vlmlayers.study.verbs import score_run, select_run
+from vlmlayers.words import UNTRAINED
 
 BASE: dict[str, Any] = {
     "models": [{"name": "mini-clip"}],
@@ -679,6 +683,85 @@ def test_a_dataset_that_fails_is_left_out_with_a_note(study_file: Path, tmp_path
     (tmp_path / "lost" / "cat" / "1.png").write_text("no image")
     with pytest.raises(UserError, match="1.png"):
         run_study(check_study(content | alone), tmp_path / "alone", base=tmp_path, progress=False)
+
+
+@pytest.fixture
+def to_stream(tmp_path: Path) -> Any:
+    tiny_clip(tmp_path / "tiny-clip")
+    return check_study(
+        {
+            "models": [{"path": "tiny-clip", "random_weights": True}],
+            "datasets": ["digits", "shapes_filled"],
+            "extract": {"items": 30, "split": "val"},
+            "score": {"metrics": ["effective_rank"]},
+            "select": {"rule": "budget", "options": {"score": "metric:effective_rank"}},
+        }
+    )
+
+
+def test_a_streamed_run_says_of_itself_what_a_plain_one_does(
+    to_stream: Any, tmp_path: Path
+) -> None:
+    places: dict[str, Any] = {"base": tmp_path, "progress": False}
+    (plain,) = run_study(to_stream, tmp_path / "plain", only=["extract", "score"], **places)
+    told = stream_study(to_stream, tmp_path / "sums", metrics=["effective_rank"], **places)
+    assert UNTRAINED in told
+    streamed = Run(tmp_path / "sums")
+    ours, theirs = streamed.read_provenance(), plain.read_provenance()
+    assert ours["extract"].pop("streaming") is True and ours["score"]["streaming"] is True
+    assert set(ours) == set(theirs)
+    for fact in ("model", "datasets", "left_out", "given", "extract", "seed"):
+        assert ours[fact] == theirs[fact], fact
+    assert ours["datasets"]["digits"]["items_hash"] and ours["model"]["random_weights"]
+    stages = [run.read("stages.json")["extract"] for run in (streamed, plain)]
+    assert stages[0]["inputs"].pop("streaming") and stages[0]["inputs"] == stages[1]["inputs"]
+    assert stages[0]["seconds"] > 0
+    marks = [read_scores(run.scores).attrs["features"] for run in (streamed, plain)]
+    assert marks[0] == marks[1] and len(marks[0]) == 2
+    select_run(streamed.folder, "budget", {"score": "metric:effective_rank"}, 0, 0)
+    page = write_report(streamed.folder).read_text()
+    digits = ours["datasets"]["digits"]
+    for fact in (digits["title"], digits["manifest_hash"], ours["model"]["weights_hash"]):
+        assert fact in page, fact
+    assert recorded_context(streamed).model_arguments()["random_weights"]
+
+
+def test_a_stream_ends_what_an_earlier_extraction_counts_for(
+    to_stream: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, lines = tmp_path / "out", []
+    places: dict[str, Any] = {"base": tmp_path, "progress": False}
+    only = {"only": ["extract", "score"], **places}
+    fewer = to_stream.model_copy(
+        update={"extract": to_stream.extract.model_copy(update={"items": 20})}
+    )
+    run_study(fewer, out, **only)
+    stream_study(to_stream, out, metrics=["effective_rank"], **places)
+    # Of the same datasets by name, and yet not what is in the stores.
+    run_study(to_stream, out, only=["score"], echo=lines.append, **places)
+    assert "not run again, though changed since: streaming" in "".join(lines).replace("\n", " ")
+    score_run(out, ["effective_rank"], {}, progress=False)
+    assert "of an extraction before the last one, which was streamed" in caplog.text
+    with pytest.raises(UserError, match="30 now: 10 added"):
+        run_study(to_stream, out, **only)
+    run_study(to_stream, out, force=True, **only)
+    assert "streaming" not in Run(out).read_provenance()["extract"]
+    assert "streaming" not in Run(out).read("stages.json")["extract"]["inputs"]
+    assert set(read_scores(Run(out).scores)["n"]) >= {30}
+
+
+def test_a_stream_leaves_out_a_dataset_that_fails(to_stream: Any, tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png"):
+        (tmp_path / "broken" / name).parent.mkdir(parents=True)
+        (tmp_path / "broken" / name).write_text("no image")
+    content = to_stream.model_dump(exclude_unset=True, by_alias=True)
+    content["datasets"] = ["digits", {"name": "broken", "split": "all"}]
+    study, lines = check_study(content), []
+    places: dict[str, Any] = {"base": tmp_path, "progress": False, "echo": lines.append}
+    stream_study(study, tmp_path / "out", metrics=["effective_rank"], **places)
+    notes = Run(tmp_path / "out").read_provenance()
+    assert list(notes["left_out"]) == ["broken-all"] and set(notes["datasets"]) == {"digits"}
+    assert any("broken is left out: " in line for line in lines)
 
 
 def test_a_study_that_fails_before_it_made_anything_leaves_no_run_folder(
