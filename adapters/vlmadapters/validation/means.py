@@ -97,13 +97,24 @@ def mean_correlation(correlations: Array, datasets: NDArray[Any]) -> Mean:
 
 
 def correlation_interval(value: float, left_out: Array) -> tuple[float, float]:
-    """Return the jackknife interval of a rank correlation; NaN of fewer than three units.
+    """Return the jackknife interval of a rank correlation, or NaN (`no_interval`).
+
+    Ranks are coarse: of a few units of pure noise every second table has the same correlation
+    whichever is left out. The jackknife of those has no width, and knows nothing of the spread.
 
     Args:
         value: Of all cells.
         left_out: Without each unit (`leave_one_out`), (unit,).
     """
-    if len(left_out) < SAMPLE or np.isnan(left_out).any():
+    # A NaN among them is a unit without which there is no correlation.
+    if len(left_out) < SAMPLE or not np.ptp(left_out) > 10**-DIGITS:
         return math.nan, math.nan
     low, high = np.clip(jackknife_interval(value, left_out), -1.0, 1.0).tolist()
     return low, high
+
+
+def no_interval(cells: int) -> str:
+    """Return in words why a rank correlation over so many cells has no interval."""
+    if cells < SAMPLE:
+        return "there are fewer than three runs"
+    return "leaving out one dataset or run shows no spread"

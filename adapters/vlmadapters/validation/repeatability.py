@@ -22,6 +22,7 @@ from vlmadapters.validation.means import (
     correlation_interval,
     leave_one_out,
     mean_correlation,
+    no_interval,
 )
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, bracketed, outcomes
 
@@ -38,7 +39,7 @@ class Repeats:
     Attributes:
         tau: The mean over pairs of rankings, datasets weighing the same.
         low, high: 95 % interval over datasets, of one or two over runs; None of fewer than three
-            cells, and where no pair is left without one.
+            cells, where no pair is left without one, and where τ is the same without any one.
         p: One-sided, by permuting placements within every cell.
         n: Pairs of rankings.
     """
@@ -353,9 +354,11 @@ def _statement(measured: dict[str, Any]) -> str:
     if variance is None or not known:
         return "How far the ranking repeats cannot be told from one cell: train more seeds."
     taus = ", ".join(
-        f"{one.tau:.2f}{bracketed(one.low, one.high, 2)} {words} (n = {one.n})"
+        f"{one.tau:z.2f}{bracketed(one.low, one.high, 2)} {words} (n = {one.n})"
         for words, one in known
     )
+    if any(one.low is None for _, one in known):
+        taus += f" (where no interval stands, {no_interval(measured['cells'])})"
     needed: CellsNeeded = measured["cells_for_one_point"]
     # First what decides it: intervals of τ may all be above 0 where that of the share is not.
     share, low, high = (100 * one for one in (variance.placement, variance.low, variance.high))

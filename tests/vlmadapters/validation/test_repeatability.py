@@ -156,7 +156,44 @@ def test_of_two_cells_a_tau_has_no_interval(datasets: int, seeds: int, pairs: st
     said = found["statement"]
     assert f" between {pairs} (n = 1)" in said and "None" not in said and "nan" not in said
     assert "Kendall's τ is" in said and "[" in said  # the shares of variance keep theirs
+    assert "where no interval stands, there are fewer than three runs" in said
     assert rank_correlation(table, predicted(table))[["low", "high"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(("datasets", "seeds"), [(2, 2), (3, 1), (3, 3), (4, 1), (5, 3)])
+def test_an_interval_of_tau_always_has_a_width(datasets: int, seeds: int) -> None:
+    """Of noise, few units often have one τ whichever is left out: 1, or −1/3, or −1/9."""
+    of, rng = np.repeat(np.arange(datasets), seeds), np.random.default_rng(datasets)
+    names, bare, claimed, total = ("a", "b", "c"), 0, 0, 0
+    for _ in range(150):
+        values, guess = rng.normal(size=(len(of), 3)), rng.normal(size=3)
+        cells, found = Cells(of, 2, 0), Outcomes(values, of, names)
+        ends = found.means_left_out(), found.resampled_means(50, 0)
+        tau = ranking._tau(guess, found.means[None])[0]
+        score = ranking._interval(tau, *(ranking._tau(guess, means) for means in ends))
+        mean = mean_correlation((signs(values) * signs(guess)).sum(-1), of)
+        pairs = [cells.repeats(values, weights) for weights in (cells.seeds, cells.others)]
+        ranges = [score, (mean.low, mean.high), *((one.low, one.high) for one in pairs if one)]
+        for low, high in ranges:
+            known = low is not None and not math.isnan(low)
+            assert not known or high - low > 1e-6
+            bare, total = bare + (not known), total + 1
+            claimed += known and (low > 0 or high < 0)
+    assert 0 < bare < 0.3 * total
+    assert claimed / total < 0.06
+
+
+def test_no_interval_is_said_with_its_reason() -> None:
+    table = simulated(9, 0.01, 0.01)
+    found = repeatability(table, draws=20)
+    assert found["between_datasets"]["tau"] == pytest.approx(1)
+    assert found["between_datasets"]["low"] is None
+    reason = "leaving out one dataset or run shows no spread"
+    assert f"where no interval stands, {reason}" in found["statement"]
+    judged = judge_predictors(table, predicted(table), PLACEMENTS[0], draws=20)
+    assert judged.set_index("predictor").loc[["oracle", "other cells"], "low"].isna().all()
+    assert f"τ of 1.00 (no interval: {reason})" in predictors_statement(judged, PLACEMENTS[0])
+    assert "no interval" not in repeatability(simulated(1, 1, 1), draws=20)["statement"]
 
 
 def test_one_cell_says_that_nothing_is_known() -> None:

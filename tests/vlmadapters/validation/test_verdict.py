@@ -137,12 +137,13 @@ def test_holm_on_a_worked_example() -> None:
     assert holm(np.array([0.9, 0.8])).tolist() == [1, 1]
 
 
-def test_the_statement_names_what_predicted_what_reversed_and_what_did_neither() -> None:
+def predicted_and_trained(noise: float) -> pd.DataFrame:
+    """Return τ of scores of twelve placements, each of which is a point better than the last."""
     names = [f"v{i}-12,t{i}-12" for i in range(1, 13)]
     generator = np.random.default_rng(0)
     rows = [
         {"dataset": d, "seed": s, "placement": name, "kind": "start", "parameters": 1,
-         "changed": True, **dict.fromkeys(("base", "novel", "hm"), i + generator.normal(0, 0.2))}
+         "changed": True, **dict.fromkeys(("base", "novel", "hm"), i + generator.normal(0, noise))}
         for d in "ab" for s in (1, 2) for i, name in enumerate(names)
     ]  # fmt: skip
     guess = {
@@ -158,15 +159,30 @@ def test_the_statement_names_what_predicted_what_reversed_and_what_did_neither()
             for name, value in zip(names, values)
         ]
     )
-    found = rank_correlation(pd.DataFrame(rows), predicted)
+    return rank_correlation(pd.DataFrame(rows), predicted)
+
+
+def test_the_statement_names_what_predicted_what_reversed_and_what_did_neither() -> None:
+    found = predicted_and_trained(noise=1.5)
+    tau = f"{found.set_index('score').at['mean_accuracy', 'tau']:.2f}"
     said = predictors(found)
     assert said.startswith("Of 3 scores that read a measurement, 1 predicted the trained harmonic")
-    assert "correction): mean_accuracy (τ 1.00)." in said
-    assert "1 ranked the placements in reverse: metric:rmg (τ −1.00)." in said
+    assert f"correction): mean_accuracy (τ {tau})." in said and tau != "1.00"
+    assert f"1 ranked the placements in reverse: metric:rmg (τ −{tau})." in said
     assert "1 cannot be told from chance. Without any measurement: relative_depth (τ" in said
     assert (found["p_holm"] >= found["p"]).all()
     assert "none predicted" in predictors(found[found["score"] == "mean_agreement"])
     assert "No score could be compared" in predictors(found.iloc[:0])
+
+
+def test_a_ranking_that_no_run_left_out_moves_has_no_interval_and_is_not_judged() -> None:
+    found = predicted_and_trained(noise=0.05)
+    rows = found.set_index("score").loc[["mean_accuracy", "metric:rmg"]]
+    assert rows["tau"].tolist() == [1, -1] and (rows["p_holm"] < 0.05).all()
+    assert rows[["low", "high"]].isna().all(axis=None)
+    said = predictors(found)
+    assert "none predicted" in said and "in reverse" not in said and "nan" not in said
+    assert "leaving out one dataset or run shows no spread: mean_accuracy (τ 1.00)" in said
 
 
 @pytest.mark.parametrize(
