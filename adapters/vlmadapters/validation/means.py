@@ -31,8 +31,8 @@ class Mean:
     Attributes:
         value: The mean.
         low, high: 95 % interval; NaN where nothing is known of the spread: of one run, of one seed
-            of each of two datasets, and of runs of so few datasets that are all equal.
-        p: Two-sided, of the t-test against 0; NaN without an interval, and where all values are 0.
+            of each of two datasets, and where all datasets, or all runs of one or two, are equal.
+        p: Two-sided, of the t-test against 0; NaN without an interval.
     """
 
     value: float
@@ -60,11 +60,9 @@ class Mean:
             within = sum(float(np.square(one - one.mean()).sum()) for one in own) / max(freedom, 1)
             error = math.sqrt(within * sum(1 / len(one) for one in own)) / len(own)
         # What ends alike everywhere was not moved by seeds or data: that is no sign of certainty.
-        if error < 10**-DIGITS and (len(own) < SAMPLE or values.any()):
+        if error < 10**-DIGITS:
             return cls(value, math.nan, math.nan, math.nan)
         half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * error
-        if not values.any():  # a placement beside itself has no test
-            return cls(0.0, 0.0, 0.0, math.nan)
         p = 2 * float(stats.t.sf(abs(value) / error, freedom))
         return cls(value, value - half, value + half, p)
 

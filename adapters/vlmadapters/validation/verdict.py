@@ -172,8 +172,8 @@ def interval(draws: Array) -> tuple[float, float]:
 
 
 def bracketed(low: float | None, high: float | None, digits: int = 1) -> str:
-    """Return an interval in words after a blank; nothing where there is none."""
-    if low is None or high is None or math.isnan(low):
+    """Return an interval in words after a blank; nothing where there is none, or without width."""
+    if low is None or high is None or not low < high:
         return ""
     return f" [{low:z.{digits}f}, {high:z.{digits}f}]"
 
@@ -301,8 +301,8 @@ def regret(table: pd.DataFrame, chosen: str, *, draws: int = 2000, seed: int = 0
     # Not the mean over resamples: they leave out cells of datasets with many seeds more often.
     honest = Mean.of(np.nanmean(left, axis=0), found.datasets).value
     weights = 1 / (found.datasets[:, None] == found.datasets).sum(1)
-    each = np.ma.average(np.ma.masked_invalid(left), axis=1, weights=weights)
-    first, last = interval(each.compressed())
+    some = left[~np.isnan(left).all(axis=1)]
+    first, last = interval(np.nansum(some * weights, axis=1) / (~np.isnan(some) @ weights))
     return replace(in_sample, honest=honest, honest_low=first, honest_high=last)
 
 
@@ -351,7 +351,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     return (
         f"The chosen placement ({chosen}, harmonic mean {ours:.1f}) {did} the default "
         f"({reference}) by {gain:+z.1f} points{bracketed(low, high)} over "
-        f"{runs(rows)}; {tail}."
+        f"{runs(rows[rows['placement'] == reference])}; {tail}."
     )
 
 
