@@ -31,8 +31,8 @@ class Mean:
     Attributes:
         value: The mean.
         low, high: 95 % interval; NaN where nothing is known of the spread: of one run, of one seed
-            of each of two datasets, and of runs of so few datasets that are all equal.
-        p: Two-sided, of the t-test against 0; NaN without an interval, and where all values are 0.
+            of each of two datasets, and where all datasets, or all runs of one or two, are equal.
+        p: Two-sided, of the t-test against 0; NaN without an interval.
     """
 
     value: float
@@ -60,11 +60,9 @@ class Mean:
             within = sum(float(np.square(one - one.mean()).sum()) for one in own) / max(freedom, 1)
             error = math.sqrt(within * sum(1 / len(one) for one in own)) / len(own)
         # What ends alike everywhere was not moved by seeds or data: that is no sign of certainty.
-        if error < 10**-DIGITS and (len(own) < SAMPLE or values.any()):
+        if error < 10**-DIGITS:
             return cls(value, math.nan, math.nan, math.nan)
         half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * error
-        if not values.any():  # a placement beside itself has no test
-            return cls(0.0, 0.0, 0.0, math.nan)
         p = 2 * float(stats.t.sf(abs(value) / error, freedom))
         return cls(value, value - half, value + half, p)
 
@@ -97,13 +95,24 @@ def mean_correlation(correlations: Array, datasets: NDArray[Any]) -> Mean:
 
 
 def correlation_interval(value: float, left_out: Array) -> tuple[float, float]:
-    """Return the jackknife interval of a rank correlation; NaN of fewer than three units.
+    """Return the jackknife interval of a rank correlation, or NaN (`no_interval`).
+
+    Ranks are coarse: of a few units of pure noise every second table has the same correlation
+    whichever is left out. The jackknife of those has no width, and knows nothing of the spread.
 
     Args:
         value: Of all cells.
         left_out: Without each unit (`leave_one_out`), (unit,).
     """
-    if len(left_out) < SAMPLE or np.isnan(left_out).any():
+    # A NaN among them is a unit without which there is no correlation.
+    if len(left_out) < SAMPLE or not np.ptp(left_out) > 10**-DIGITS:
         return math.nan, math.nan
     low, high = np.clip(jackknife_interval(value, left_out), -1.0, 1.0).tolist()
     return low, high
+
+
+def no_interval(cells: int) -> str:
+    """Return in words why a rank correlation over so many cells has no interval."""
+    if cells < SAMPLE:
+        return "there are fewer than three runs"
+    return "leaving out one dataset or run shows no spread"

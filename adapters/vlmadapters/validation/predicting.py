@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vlmadapters.validation.means import Mean, mean_correlation
+from vlmadapters.validation.means import Mean, mean_correlation, no_interval
 from vlmadapters.validation.ranking import LEAST_RANKED, holm
 from vlmadapters.validation.repeatability import ROUNDING, Cells, permuted, signs
 from vlmadapters.validation.verdict import (
@@ -152,7 +152,8 @@ def _picks(rows: pd.DataFrame) -> str:
 
 def _tau(rows: pd.DataFrame) -> str:
     row = rows.iloc[0]
-    return f"{row['tau']:.2f}{bracketed(row['low'], row['high'], 2)}".replace("-", "−")
+    known = bracketed(row["low"], row["high"], 2) or f" (no interval: {no_interval(int(row['n']))})"
+    return f"{row['tau']:z.2f}{known}".replace("-", "−")
 
 
 def _guesses(names: list[str], predicted: pd.DataFrame | None) -> dict[str, tuple[str, Array]]:

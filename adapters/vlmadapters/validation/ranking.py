@@ -81,7 +81,7 @@ def rank_correlation(
 
 
 def _interval(tau: float, left_out: Array, resampled: Array) -> tuple[float, float]:
-    """Return the interval of the τ of mean outcomes; NaN of fewer than three units.
+    """Return the interval of the τ of mean outcomes; NaN where the jackknife has none.
 
     A mean over few datasets may rank placements either way by one of them. The jackknife, which
     leaves out one, does not see that; percentiles do, but blur the ranking once more, so that they
@@ -143,7 +143,13 @@ def predictors(correlations: pd.DataFrame) -> str:
     ]
     if wrong:
         parts.append(f"{len(wrong)} ranked the placements in reverse{_named(wrong)}.")
-    rest = len(judged) - len(right) - len(wrong)
+    # Neither told nor not: ranks that no dataset or run moves have a p, and no interval.
+    if bare := [row for row in firm if math.isnan(row["low"])]:
+        parts.append(
+            f"{len(bare)} cannot be judged, as there are fewer than three runs, or leaving out one "
+            f"dataset or run shows no spread{_named(bare)}."
+        )
+    rest = len(judged) - len(right) - len(wrong) - len(bare)
     if rest:
         parts.append(f"{rest} cannot be told from chance.")
     if plain := [row for row in rows if row["score"] in blind]:

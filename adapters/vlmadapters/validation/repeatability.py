@@ -22,6 +22,7 @@ from vlmadapters.validation.means import (
     correlation_interval,
     leave_one_out,
     mean_correlation,
+    no_interval,
 )
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, bracketed, outcomes
 
@@ -38,7 +39,7 @@ class Repeats:
     Attributes:
         tau: The mean over pairs of rankings, datasets weighing the same.
         low, high: 95 % interval over datasets, of one or two over runs; None of fewer than three
-            cells, and where no pair is left without one.
+            cells, where no pair is left without one, and where τ is the same without any one.
         p: One-sided, by permuting placements within every cell.
         n: Pairs of rankings.
     """
@@ -56,9 +57,9 @@ class Variance:
 
     Attributes:
         placement: Share that placement explains, the same in every cell; the null is 0.
-        low, high: Its 95 % interval.
+        low, high: Its 95 % interval; both 0 where means are closer than by chance.
         placement_by_dataset: Share of what a placement gains on one dataset more than on others;
-            0 where datasets have one seed each, as it then belongs to the rest.
+            None of one dataset and of one seed of each, where it cannot be told from the rest.
         rest: Share of everything else: draws, initialisation, order, test items.
         sd_of_difference: Standard deviation of the difference of two placements over cells of
             datasets of their own, points.
@@ -69,7 +70,7 @@ class Variance:
     placement: float
     low: float
     high: float
-    placement_by_dataset: float
+    placement_by_dataset: float | None
     rest: float
     sd_of_difference: float
     freedom: float
@@ -173,7 +174,8 @@ class Cells:
             values: (cell, placement).
             pairs: (cell, cell), how much each pair weighs.
         """
-        if not pairs.any() or values.shape[1] < 2:
+        ranked = signs(values)
+        if not (pairs.any() and ranked.any()):  # of one placement, or all equal, there is no rank
             return None
 
         def mean(ranked: Array, weights: Array) -> Array:
@@ -184,9 +186,9 @@ class Cells:
             return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
 
         every = np.ones((1, len(self.of)))
-        tau = float(mean(signs(values), every)[0])
+        tau = float(mean(ranked, every)[0])
         null = mean(signs(permuted(values, self.draws, self._seed)), every)[0]
-        left_out = mean(signs(values), leave_one_out(self.of).astype(np.float64))
+        left_out = mean(ranked, leave_one_out(self.of).astype(np.float64))
         interval = correlation_interval(tau, left_out)
         return _repeats(tau, interval, null, int((pairs > 0).sum()) // 2)
 
@@ -209,11 +211,12 @@ def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats
     if not set(HALVES) <= set(table.columns) or table[list(HALVES)].isna().any(axis=None):
         return None
     first, second = (_aligned(table, half, placements) for half in HALVES)
-    if len(first) != len(cells.of) or min(len(placements), len(first)) < 2:
+    ranked = signs(first)
+    if len(first) != len(cells.of) or len(first) < 2 or not (ranked.any() and signs(second).any()):
         return None
 
     def taus(other: Array) -> Array:
-        return (signs(first) * signs(other)).sum(-1)
+        return (ranked * signs(other)).sum(-1)
 
     null = taus(permuted(second, cells.draws, 1))
     size = 1 / np.bincount(cells.of)[cells.of]
@@ -227,7 +230,10 @@ def _aligned(table: pd.DataFrame, column: str, placements: list[str]) -> Array:
 
 
 def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | None:
-    """Return the variance components of placements within cells; None of one cell or placement.
+    """Return the variance components of placements within cells.
+
+    None of one cell or placement, and where placements are equally far apart in every cell: the
+    accuracies of few test images, or runs that are copies, show nothing of how far others vary.
 
     Every cell's mean is taken out. What is left is analysed as placement + placement × dataset +
     rest, all random, by mean squares; the interval of the placement's share follows from the F
@@ -254,17 +260,19 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
     interaction = (size @ np.square(by_dataset - own)).sum()
     rest = np.square(centred - by_dataset[of]).sum()
     residual = (interaction + rest) / (free * (cells - 1))
-    nested = len(names) > 1 and cells > len(names)
+    if residual < ROUNDING:
+        return None
     # With one seed per dataset the interaction cannot be told from the rest.
-    if nested:
+    nested = len(names) > 1 and cells > len(names)
+    freedom, against, error, mixed = free * (cells - 1), residual, residual, 0.0
+    # An interaction of exactly 0 is one of values in few steps: the rest stands for it.
+    if nested and interaction > ROUNDING:
         freedom = free * (len(names) - 1)
         rest_freedom = free * (cells - len(names))
         error = rest / rest_freedom
         per_dataset = (cells - np.square(size).sum() / cells) / (len(names) - 1)
         against = interaction / freedom
         mixed = max(0.0, float((against - error) / per_dataset))
-    else:
-        freedom, against, error, mixed = free * (cells - 1), residual, residual, 0.0
     left = mixed + error
     # Of a cell elsewhere, in a dataset of its own. The pooled residual weighs the interaction by
     # the few datasets there are; where none shows it is the better estimate.
@@ -276,12 +284,9 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
 
     def share(ratio: float) -> float:
         own_variance = max(0.0, ratio - 1) * against / cells
-        total = own_variance + left
-        return float(own_variance / total) if total > 0 else 0.0
+        return float(own_variance / (own_variance + left))
 
-    ratio = between / against if against > 0 else math.inf if between > 0 else 1.0
-    if not math.isfinite(ratio):
-        return Variance(1.0, 1.0, 1.0, 0.0, 0.0, 0.0, float(freedom), cells)
+    ratio = between / against
     low, high = (share(ratio / float(stats.f.ppf(q, free, freedom))) for q in (0.975, 0.025))
     placed = share(ratio)
     total = left / (1 - placed)
@@ -289,8 +294,8 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
         placed,
         low,
         high,
-        float(mixed / total) if total > 0 else 0.0,
-        float(error / total) if total > 0 else 0.0,
+        float(mixed / total) if nested else None,
+        float(error / total),
         float(np.sqrt(2 * varies)),
         known,
         cells,
@@ -303,7 +308,7 @@ def cells_needed(
     """Return how many pairs a two-sided paired t-test needs to detect a difference.
 
     Args:
-        sd: Standard deviation of the paired differences.
+        sd: Standard deviation of the paired differences, above 0.
         difference: Mean difference to be detected.
         power: Probability of detecting it.
         level: Probability of detecting one where there is none.
@@ -315,8 +320,6 @@ def cells_needed(
         found = stats.nct.sf(limit, n - 1, math.sqrt(n) * difference / sd)
         return bool(found >= power)
 
-    if sd <= 0:
-        return 2
     # The normal approximation is slightly too low: counting up from it takes few steps.
     rough = (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) ** 2 * (sd / difference) ** 2
     n = max(2, math.floor(rough))
@@ -350,27 +353,49 @@ def _statement(measured: dict[str, Any]) -> str:
         (words, measured[key]) for key, words in pairs.items() if measured[key] is not None
     ]
     variance: Variance | None = measured["variance"]
-    if variance is None or not known:
-        return "How far the ranking repeats cannot be told from one cell: train more seeds."
+    unknown = "How far the ranking repeats cannot be told"
+    if measured["placements"] < 2:
+        return "There is no ranking of one placement: train at others as well."
+    if measured["cells"] < 2:
+        return f"{unknown} from one cell: train more seeds."
+    if variance is None:
+        return (
+            f"{unknown}: placements are equally far apart in all {measured['cells']} cells, as few "
+            "test images or runs that are copies make them. Test on more images."
+        )
     taus = ", ".join(
-        f"{one.tau:.2f}{bracketed(one.low, one.high, 2)} {words} (n = {one.n})"
+        f"{one.tau:z.2f}{bracketed(one.low, one.high, 2)} {words} (n = {one.n})"
         for words, one in known
     )
+    if any(one.low is None for _, one in known):
+        taus += f" (where no interval stands, {no_interval(measured['cells'])})"
     needed: CellsNeeded = measured["cells_for_one_point"]
     # First what decides it: intervals of τ may all be above 0 where that of the share is not.
     share, low, high = (100 * one for one in (variance.placement, variance.low, variance.high))
     explains = (
-        f"placement explains {share:.0f} % [{low:.0f}, {high:.0f}] of the variance within a cell "
+        f"placement explains {share:.0f} %{bracketed(low, high, 0)} of the variance within a cell "
         f"(n = {variance.n})"
     )
     repeats_or_not = (
         f"The ranking repeats in part: {explains}"
         if variance.low > 0
         else "That the ranking repeats is not shown, so no placement is shown to be best: "
-        f"{explains}, which leaves 0 in"
+        f"{explains}" + (", which leaves 0 in" if high > 0 else "")
     )
     return (
         f"{repeats_or_not}. Kendall's τ is {taus}; chance is 0. To see 1 point takes "
-        f"{needed.cells} independent cells [{needed.low}, {needed.high}]; here are "
-        f"{measured['cells']}."
+        f"{needed.cells} independent cells{bracketed(needed.low, needed.high, 0)}; here are "
+        f"{measured['cells']}.{_untold(measured)}"
+    )
+
+
+def _untold(measured: dict[str, Any]) -> str:
+    """Return in words that datasets cannot be told apart from chance, where they cannot."""
+    if measured["variance"].placement_by_dataset is not None:
+        return ""
+    if measured["datasets"] == 1:
+        return " What placements gain on other datasets cannot be told from one: train on more."
+    return (
+        " What placements gain on single datasets cannot be told from chance: each has one seed, "
+        "train more."
     )

@@ -167,7 +167,7 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     rows = []
     for row, why in shown:
         amount = amounts.get(row["placement"]) if untuned else None
-        cells = _outcome_row(row, ", ".join(filter(None, [why, amount])))
+        cells = _outcome_row(row, ", ".join(filter(None, [why, amount])), validation.chosen)
         if untuned:
             plain = pd.Series(untuned.get(row["placement"], {}), dtype=object)
             cells.insert(-1, _interval(plain, "hm"))
@@ -208,10 +208,11 @@ OUTCOME_HEADINGS = (
 )
 
 
-def _outcome_row(row: pd.Series, words_: str) -> list[Any]:
+def _outcome_row(row: pd.Series, words_: str, chosen: str) -> list[Any]:
     name = f"{row['placement']}" + (f" ({words_})" if words_ else "")
-    cells = [_interval(row, key) for key in ("base", "novel", "hm", "difference")]
-    return [name, *cells, _whole(row.get("parameters"))]
+    cells = [_interval(row, key) for key in ("base", "novel", "hm")]
+    apart = "–" if row["placement"] == chosen else _interval(row, "difference")
+    return [name, *cells, apart, _whole(row.get("parameters"))]
 
 
 def validation_tables(validation: RecordedValidation | None) -> list[Table]:
@@ -222,7 +223,7 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
 
     def outcomes(caption: str, frame: pd.DataFrame) -> Table:
         rows = [
-            _outcome_row(row, _why(validation, str(row["placement"])))
+            _outcome_row(row, _why(validation, str(row["placement"])), validation.chosen)
             for _, row in frame.iterrows()
         ]
         return tabular(caption, ["Placement", *OUTCOME_HEADINGS], rows)
@@ -267,16 +268,17 @@ def _repeatability_tables(found: dict[str, Any]) -> list[Table]:
         for key, words in REPEATS.items() if (one := found.get(key))
     ]  # fmt: skip
     if variance := found.get("variance"):
-        interval = ", ".join(f"{100 * variance[key]:.0f}" for key in ("low", "high"))
+        percent = {key: 100 * variance[key] for key in ("placement", "low", "high")}
         cells = f"{variance['n']} cells"
+        alone = variance["placement_by_dataset"]
         rows += [
             ["Variance within a cell that placement explains, %",
-             f"{100 * variance['placement']:.0f} [{interval}]", "0", "–", cells],
+             _bracketed(percent, "placement", "low", "high", 0), "0", "–", cells],
             ["… that placement explains on single datasets only, %",
-             f"{100 * variance['placement_by_dataset']:.0f}", "–", "–", cells],
+             "cannot be told" if alone is None else f"{100 * alone:.0f}", "–", "–", cells],
         ]  # fmt: skip
     if needed := found.get("cells_for_one_point"):
-        value = f"{needed['cells']} [{needed['low']}, {needed['high']}]"
+        value = _bracketed(needed, "cells", "low", "high", 0)
         rows.append(["Independent cells to see 1 point between two placements", value, "–", "–",
                      f"{needed['n']} cells"])  # fmt: skip
     headings = ["What repeats", "Value [95 %]", "Null", "p", "n"]
@@ -311,7 +313,8 @@ def _predictors_table(judged: pd.DataFrame) -> Table:
 def _bracketed(row: Any, key: str, low: str, high: str, digits: int) -> str:
     if row[key] != row[key]:
         return "–"
-    known = pd.notna(row[low])  # too few runs have no interval
+    # Too few runs have no interval, nor has what did not vary.
+    known = pd.notna(row[low]) and row[low] < row[high]
     tail = f" [{row[low]:z.{digits}f}, {row[high]:z.{digits}f}]" if known else ""
     return f"{row[key]:z.{digits}f}{tail}"
 
@@ -357,8 +360,6 @@ def _interval(row: pd.Series, key: str) -> str:
     if value is None or value != value:
         return "–"
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    if key == "difference" and not any(one for one in (value, low, high) if one == one):
-        return "–"  # the chosen placement against itself
     tail = f" [{low:z.1f}, {high:z.1f}]" if low is not None and low == low else ""
     return f"{value:+z.1f}{tail}" if key == "difference" else f"{value:.1f}{tail}"
 

@@ -105,7 +105,7 @@ def test_variance_shares_are_recovered_and_covered(shares: tuple[float, float, f
 
 def test_a_point_takes_the_cells_that_a_paired_test_takes() -> None:
     assert cells_needed(3.6) == pytest.approx(2 + (1.96 + 0.84) ** 2 * 3.6**2, abs=2)
-    assert cells_needed(1.0, 10.0) <= 3 and cells_needed(0.0) == 2
+    assert cells_needed(1.0, 10.0) <= 3 and cells_needed(0.01) == 2
     n, generator = cells_needed(2.0), np.random.default_rng(0)
     drawn = generator.normal(1.0, 2.0, (4000, n))
     t = drawn.mean(1) / drawn.std(1, ddof=1) * math.sqrt(n)
@@ -156,15 +156,129 @@ def test_of_two_cells_a_tau_has_no_interval(datasets: int, seeds: int, pairs: st
     said = found["statement"]
     assert f" between {pairs} (n = 1)" in said and "None" not in said and "nan" not in said
     assert "Kendall's τ is" in said and "[" in said  # the shares of variance keep theirs
+    assert "where no interval stands, there are fewer than three runs" in said
     assert rank_correlation(table, predicted(table))[["low", "high"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(("datasets", "seeds"), [(2, 2), (3, 1), (3, 3), (4, 1), (5, 3)])
+def test_an_interval_of_tau_always_has_a_width(datasets: int, seeds: int) -> None:
+    """Of noise, few units often have one τ whichever is left out: 1, or −1/3, or −1/9."""
+    of, rng = np.repeat(np.arange(datasets), seeds), np.random.default_rng(datasets)
+    names, bare, claimed, total = ("a", "b", "c"), 0, 0, 0
+    for _ in range(150):
+        values, guess = rng.normal(size=(len(of), 3)), rng.normal(size=3)
+        cells, found = Cells(of, 2, 0), Outcomes(values, of, names)
+        ends = found.means_left_out(), found.resampled_means(50, 0)
+        tau = ranking._tau(guess, found.means[None])[0]
+        score = ranking._interval(tau, *(ranking._tau(guess, means) for means in ends))
+        mean = mean_correlation((signs(values) * signs(guess)).sum(-1), of)
+        pairs = [cells.repeats(values, weights) for weights in (cells.seeds, cells.others)]
+        ranges = [score, (mean.low, mean.high), *((one.low, one.high) for one in pairs if one)]
+        for low, high in ranges:
+            known = low is not None and not math.isnan(low)
+            assert not known or high - low > 1e-6
+            bare, total = bare + (not known), total + 1
+            claimed += known and (low > 0 or high < 0)
+    assert 0 < bare < 0.3 * total
+    assert claimed / total < 0.06
+
+
+def test_no_interval_is_said_with_its_reason() -> None:
+    table = simulated(9, 0.01, 0.01)
+    found = repeatability(table, draws=20)
+    assert found["between_datasets"]["tau"] == pytest.approx(1)
+    assert found["between_datasets"]["low"] is None
+    reason = "leaving out one dataset or run shows no spread"
+    assert f"where no interval stands, {reason}" in found["statement"]
+    judged = judge_predictors(table, predicted(table), PLACEMENTS[0], draws=20)
+    assert judged.set_index("predictor").loc[["oracle", "other cells"], "low"].isna().all()
+    assert f"τ of 1.00 (no interval: {reason})" in predictors_statement(judged, PLACEMENTS[0])
+    assert "no interval" not in repeatability(simulated(1, 1, 1), draws=20)["statement"]
 
 
 def test_one_cell_says_that_nothing_is_known() -> None:
     found = repeatability(simulated(1, 1, 1, datasets=1, seeds=1), draws=20)
     assert found["between_seeds"] is None and found["variance"] is None
-    assert "train more seeds" in found["statement"]
+    assert "cannot be told from one cell: train more seeds" in found["statement"]
     two = repeatability(simulated(1, 1, 1, datasets=1, seeds=2), draws=20)
     assert two["between_datasets"] is None and two["variance"]["n"] == 2
+
+
+def flat(values: np.ndarray, datasets: str) -> pd.DataFrame:
+    """Return a table of (cell, placement) harmonic means, halves alike, each cell a seed."""
+    rows = [
+        (dataset, seed, name, value)
+        for seed, (dataset, row) in enumerate(zip(datasets, values))
+        for name, value in zip(PLACEMENTS, row)
+    ]
+    table = pd.DataFrame(rows, columns=["dataset", "seed", "placement", "hm"])
+    return table.assign(hm_first_half=table["hm"], hm_second_half=table["hm"])
+
+
+@pytest.mark.parametrize("datasets", ["aabb", "aaaa", "abcd"])
+@pytest.mark.parametrize("apart", [(0, 5, 10, 2), (0, 0, 0, 0)])
+def test_runs_that_do_not_differ_show_nothing_of_how_far_others_do(
+    apart: tuple[int, ...], datasets: str
+) -> None:
+    """It was "100 % [100, 100]" and "2 independent cells [2, 2]", or 0 % [0, 0] of equal ones."""
+    found = repeatability(flat(np.array(apart) + np.array([[40], [50], [60], [55]]), datasets))
+    assert found["variance"] is None and found["cells_for_one_point"] is None
+    said = found["statement"]
+    assert said.startswith("How far the ranking repeats cannot be told: placements are equally far")
+    assert "all 4 cells" in said and "[" not in said and "τ" not in said
+    pairs = [found[key] for key in ("between_seeds", "between_halves", "between_datasets")]
+    ranked = [one for one in pairs if one]
+    assert len(ranked) == (0 if not any(apart) else 3 if datasets == "aabb" else 2)
+    assert all(one["low"] is None and one["high"] is None for one in ranked)
+
+
+def test_accuracies_in_few_steps_are_never_certain() -> None:
+    """Of 20 images and noise alone, runs are often alike, or datasets are on average."""
+    rng, known = np.random.default_rng(0), 0
+    for _ in range(300):
+        values = 50 + 5.0 * rng.binomial(20, 0.02, (4, 3))
+        found = variance_within_cells(values, ["a", "a", "b", "b"])
+        if found is not None:
+            known += 1
+            assert found.low <= found.placement <= found.high < 1 and found.sd_of_difference > 0
+    assert 100 < known < 300
+    # datasets alike on average, seeds not: the seeds' variance stands for both
+    swapped = np.array([0, 5, 10.0]) + np.tile([[1, -1, 0], [-1, 1, 0]], (2, 1))
+    found = variance_within_cells(swapped, ["a", "a", "b", "b"])
+    assert found is not None and found.placement < 0.99 and found.rest > 0.01
+    assert found.sd_of_difference == pytest.approx(math.sqrt(2 * 8 / 6))
+
+
+def test_a_share_of_0_and_a_least_number_of_cells_are_said_without_brackets() -> None:
+    """Where means are closer than by chance both ends of the share are 0."""
+    rest = [[1.0, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 0, -1, 1]]
+    found = repeatability(flat(50 + np.array(rest), "aaaa"))
+    assert found["variance"]["low"] == found["variance"]["high"] == 0
+    assert "placement explains 0 % of the variance within a cell (n = 4). K" in found["statement"]
+    alike = repeatability(flat(np.array([0, 5, 10, 20]) + 50 + 0.01 * np.array(rest), "aaaa"))
+    assert "takes 2 independent cells; here are 4" in alike["statement"]
+
+
+def test_one_placement_has_no_ranking_however_many_cells() -> None:
+    one = simulated(1, 1, 1).query(f"placement == '{PLACEMENTS[0]}'")
+    said = repeatability(one, draws=20)["statement"]
+    assert said == "There is no ranking of one placement: train at others as well."
+
+
+@pytest.mark.parametrize(
+    ("datasets", "seeds", "said"),
+    [
+        (3, 1, "on single datasets cannot be told from chance: each has one seed, train more."),
+        (1, 3, "on other datasets cannot be told from one: train on more."),
+    ],
+)
+def test_what_single_datasets_add_is_unknown_without_seeds_or_datasets(
+    datasets: int, seeds: int, said: str
+) -> None:
+    found = repeatability(simulated(1, 1, 1, datasets=datasets, seeds=seeds), draws=20)
+    assert found["variance"]["placement_by_dataset"] is None
+    assert found["statement"].endswith(said)
+    assert not repeatability(simulated(1, 1, 1), draws=20)["statement"].endswith(said)
 
 
 def predicted(table: pd.DataFrame) -> pd.DataFrame:

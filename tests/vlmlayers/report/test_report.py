@@ -31,7 +31,12 @@ from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.sensitivity import sensitivity_table
 from vlmlayers.report.several import summary_table
-from vlmlayers.report.tables import answer_tables, comparison_table, tabular
+from vlmlayers.report.tables import (
+    answer_tables,
+    comparison_table,
+    tabular,
+    validation_tables,
+)
 from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.runs import Run
 from vlmlayers.scores import write_scores
@@ -189,6 +194,35 @@ def test_the_sweep_is_told_apart_from_other_placements(validated: Run) -> None:
     assert entry["points"][-1]["kind"] == "vision"
     assert entry["zero_shot"]["novel"] == 55
     assert entry["points"][0]["base_difference_low"] is not None
+
+
+def test_what_has_no_width_stands_without_brackets_and_the_chosen_beside_itself_is_a_dash(
+    validated: Run,
+) -> None:
+    validation = read_answer(validated.folder).validation
+    assert validation is not None
+    untold = {"tau": 1.0, "low": None, "high": None, "p": 0.01, "n": 3}
+    share = {"placement": 0.0, "low": 0.0, "high": 0.0, "placement_by_dataset": None, "n": 4}
+    cells = {"cells": 2, "low": 2, "high": 2, "n": 4}
+    repeats = {"between_seeds": untold, "variance": share, "cells_for_one_point": cells}
+    placements = validation.placements
+    tied = placements["placement"] == "v6-12,t6-12"
+    none = dict.fromkeys(("difference_low", "difference_high"), float("nan"))
+    placements = placements.mask(tied, placements.assign(difference=0.0, **none))
+    said, outcomes, *_ = validation_tables(
+        replace(validation, repeatability=repeats, placements=placements)
+    )
+    assert [row[1] for row in said.rows] == ["1.00", "0", "cannot be told", "2"]
+    apart = {str(row[0]).split()[0]: row[4] for row in outcomes.rows}
+    assert apart["v5-12,t5-12"] == "–" and apart["v6-12,t6-12"] == "+0.0"
+    share |= {"high": 0.5, "placement_by_dataset": 0.25}
+    again, *_ = validation_tables(
+        replace(
+            validation,
+            repeatability={"variance": share, "cells_for_one_point": {**cells, "high": 9}},
+        )
+    )
+    assert [row[1] for row in again.rows] == ["0 [0, 50]", "25", "2 [2, 9]"]
 
 
 @pytest.mark.parametrize("rule", ["threshold", "knee", "budget"])
