@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from vlmadapters.validation.verdict import bracketed
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_csv, read_json
 from vlmlayers.runs import Run
@@ -120,7 +121,7 @@ def _rows(table: pd.DataFrame, words: Words, spans: Words, plain: Words = ()) ->
 
     def span(row: Any, name: str) -> str:
         low, high = (f"{name}_{end}" if f"{name}_{end}" in row else end for end in ("low", "high"))
-        return f"{row[name]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"
+        return f"{row[name]:.2f}{bracketed(row[low], row[high], 2)}"
 
     rows = [
         [*(str(row[name]) for name in words), *(span(row, name) for name in spans),
