@@ -21,6 +21,7 @@ from record_sweep import HERE, arguments, facts_of, train
 
 from vlmadapters.protocols.results import summarise
 from vlmadapters.validation.methods import compare_methods, methods_verdict
+from vlmadapters.validation.verdict import bracketed
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_csv
 from vlmlayers.runs import Run
@@ -85,7 +86,8 @@ def _averages(results: pd.DataFrame) -> str:
                      if str(row["method"]).startswith(one))  # fmt: skip
         rows.append([
             row["method"], *(f"{row[name]:.2f}" for name in ("base", "novel", "hm")),
-            f"{row['difference']:.2f} [{row['difference_low']:.2f}, {row['difference_high']:.2f}]",
+            f"{row['difference']:.2f}"
+            f"{bracketed(row['difference_low'], row['difference_high'], 2)}",
             f"{cost.parameters[title]:,.0f}", f"{cost.seconds[title]:.0f}",
         ])  # fmt: skip
     heads = ["method", "base", "novel", "hm", "difference", "parameters", "seconds"]
