@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from record_sweep import HERE, arguments, facts_of, train
+from record_sweep import HERE, arguments, bracketed, facts_of, train
 
 from vlmadapters.protocols.results import summarise
 from vlmadapters.validation.methods import compare_methods, methods_verdict
-from vlmadapters.validation.verdict import bracketed
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_csv
 from vlmlayers.runs import Run
@@ -86,8 +85,7 @@ def _averages(results: pd.DataFrame) -> str:
                      if str(row["method"]).startswith(one))  # fmt: skip
         rows.append([
             row["method"], *(f"{row[name]:.2f}" for name in ("base", "novel", "hm")),
-            f"{row['difference']:.2f}"
-            f"{bracketed(row['difference_low'], row['difference_high'], 2)}",
+            f"{row['difference']:.2f}{bracketed(row['difference_low'], row['difference_high'])}",
             f"{cost.parameters[title]:,.0f}", f"{cost.seconds[title]:.0f}",
         ])  # fmt: skip
     heads = ["method", "base", "novel", "hm", "difference", "parameters", "seconds"]

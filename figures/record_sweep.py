@@ -21,7 +21,6 @@ from typing import Any
 
 import pandas as pd
 
-from vlmadapters.validation.verdict import bracketed
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_csv, read_json
 from vlmlayers.runs import Run
@@ -105,6 +104,11 @@ def facts_of(made: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def bracketed(low: float, high: float) -> str:
+    """Return an interval after a blank; nothing where there is none."""
+    return f" [{low:.2f}, {high:.2f}]" if low < high else ""
+
+
 def arguments(description: str, study: Path, run: str) -> argparse.Namespace:
     """Read the command line of a script that records a study."""
     parser = argparse.ArgumentParser(description=description)
@@ -121,7 +125,7 @@ def _rows(table: pd.DataFrame, words: Words, spans: Words, plain: Words = ()) ->
 
     def span(row: Any, name: str) -> str:
         low, high = (f"{name}_{end}" if f"{name}_{end}" in row else end for end in ("low", "high"))
-        return f"{row[name]:.2f}{bracketed(row[low], row[high], 2)}"
+        return f"{row[name]:.2f}{bracketed(row[low], row[high])}"
 
     rows = [
         [*(str(row[name]) for name in words), *(span(row, name) for name in spans),
