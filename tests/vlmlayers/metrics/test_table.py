@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joblib.externals.loky import get_reusable_executor
 from synthetic import PLAIN_NEEDS, make_features, metric_inputs, metric_value
 
 from vlmlayers.errors import UserError
@@ -183,6 +184,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     lines = [name if "=" in name else f"{name} = my_measures:{name}" for name in names]
     (info / "entry_points.txt").write_text("\n".join(["[vlmlayers.metrics]", *lines]))
     monkeypatch.syspath_prepend(str(tmp_path))
+    get_reusable_executor().shutdown()  # workers of earlier tests know nothing of the package
     yield tmp_path
     sys.modules.pop("my_measures", None)
 
