@@ -87,7 +87,7 @@ def test_sums_of_captions_without_classes_are_those_of_one(
             "--text", "captions", "--items", items, "--streaming", "--batch-size", 4,
             "--out", out, processes=processes,
         )  # fmt: skip
-        assert "fisher_ratio (its images have no classes)" in said
+        assert "fisher_ratio (its items have no classes)" in said
         return pd.read_csv(out / "scores.csv")
 
     one, three = scores(1), scores(3)

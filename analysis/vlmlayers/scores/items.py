@@ -31,7 +31,9 @@ def run_labels(scoring: Scoring) -> None:
     """Score metrics of features and labels inside each dataset."""
     for tower in TOWERS:
         for member, features in scoring.group.sources(tower):
-            if len(np.unique(features.labels)) == len(features):
+            if (features.labels < 0).any():
+                scoring.refuse(member.dataset, tower, "its items have no classes")
+            elif len(np.unique(features.labels)) == len(features):
                 scoring.refuse(member.dataset, tower, "one item per class")
             else:
                 _run_single(scoring, (member, features), features.labels)

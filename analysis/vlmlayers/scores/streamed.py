@@ -278,7 +278,7 @@ class _Scorer:
             with point.attempt():
                 point.require(self.sums.n)
                 if key not in self.full.classes:
-                    raise UserError("its images have no classes")
+                    raise UserError("its items have no classes")
                 classes = self.full.classes[key]
                 value = fisher_from(self.full.moments[key], classes)
                 count = np.count_nonzero(classes.counts)

@@ -343,13 +343,13 @@ def _without_classes(name: str, number: int, captions: int = 1) -> LayerFeatures
 @pytest.mark.parametrize("sample", [30, 200])
 def test_captions_without_classes_stream_to_their_plain_scores(sample: int) -> None:
     members = [_without_classes(f"c{i}", i) for i in range(2)]
-    with pytest.warns(UserWarning, match="not computed: fisher_ratio .its images have no classes"):
+    said = "not computed: fisher_ratio .its items have no classes"
+    with pytest.warns(UserWarning, match=said):
         streamed = score_streaming(members, list(STREAMED), sample=sample)
-    plain = score(members, list(STREAMED), bootstrap=20, permutations=5)
+    with pytest.warns(UserWarning, match=said):
+        plain = score(members, list(STREAMED), bootstrap=20, permutations=5)
     assert set(plain["metric"]) == set(streamed["metric"]) == set(STREAMED) - {"fisher_ratio"}
-    read = (
-        streamed["metric"] == "dataset_accuracy_lda"
-    )  # held out are other items than of the plain
+    read = streamed["metric"] == "dataset_accuracy_lda"  # other items are held out
     assert set(streamed[read]["tower"]) == {"vision", "text"}
     keys = ["metric", "dataset", "tower", "position", "other_tower", "other_position"]
     both = streamed[~read].merge(plain, on=keys, suffixes=("", "_plain"))
