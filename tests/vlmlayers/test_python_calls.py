@@ -127,6 +127,7 @@ def test_features_of_every_usual_type_are_read_in_their_order(values: Any) -> No
         (lambda: arrays([0, 1, 2, 3], class_names=["a", "b"]), "2 at item 2"),
         (lambda: vl.LayerFeatures.from_arrays({"1": np.ones((4, 7, 3))}), "shape"),
         (lambda: vl.LayerFeatures.from_arrays({"1": np.full((4, 3), 1e39)}), "largest of float32"),
+        (lambda: vl.LayerFeatures.from_arrays({"1": np.full((4, 3), 1e-99)}), "least of float32"),
         (lambda: vl.LayerFeatures.from_arrays({"1": np.ones((0, 3))}), "shape"),
         (lambda: vl.LayerFeatures.from_arrays({"0": np.ones((4, 3))}), "blocks"),
         (lambda: vl.Manifest.load("facse"), "did you mean 'faces'"),

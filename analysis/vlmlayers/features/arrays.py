@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_CLASSES = 1_000_000  # labels beyond are ids of something else; a name each would fill memory
-FLOAT32 = float(np.finfo(np.float32).max)
+FLOAT32, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, eq=False)
@@ -458,9 +458,12 @@ def _numbers(values: Any, where: str) -> NDArray[np.float32]:
     if not np.isfinite(array).all():
         row, column = np.argwhere(~np.isfinite(array))[0]
         raise UserError(f"NaN or Inf in {where}, first at item {row}, column {column}")
-    # The cast would make it Inf with no more than a warning.
-    if abs(array).max() > FLOAT32:
+    # The cast would make them Inf with no more than a warning, or all 0.
+    largest = float(abs(array).max())
+    if largest > FLOAT32:
         raise UserError(f"{where} has values beyond {FLOAT32:.0e}, the largest of float32")
+    if 0.0 < largest < TINY:
+        raise UserError(f"{where} has no value as large as {TINY:.0e}, the least of float32")
     return array.astype(np.float32)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Places = NDArray[np.int64]
 T = TypeVar("T")
+EXACT = 1e-9  # share by which rounding may part equal means, or a block from its threshold
 
 
 class NoValues(UserError):
@@ -268,7 +269,12 @@ def _block(position: object, depth: int) -> int:
     return int(name) - 1 if name.isdecimal() and 0 < int(name) <= depth else -1
 
 
-def agreement_curve(matrix: Array, tower: str, partner: str = "depth") -> Array:
+def agreement_curve(
+    matrix: Array,
+    tower: str,
+    partner: str = "depth",
+    reason: Callable[[str, str], str] = lambda tower, block: "",
+) -> Array:
     """Return the agreement of each block of a tower with the other tower, (block,).
 
     Args:
@@ -276,33 +282,39 @@ def agreement_curve(matrix: Array, tower: str, partner: str = "depth") -> Array:
         tower: The tower whose blocks are asked about.
         partner: `depth` reads the block of equal relative depth, where MMA couples the towers;
             `max` takes the best block of the other tower, which is biased upwards.
+        reason: Why a block of a tower has no value, where that is known.
+
+    Raises:
+        UserError: A block has no agreement with its partner, or with any block.
     """
     check_one_of("partner", partner, ("depth", "max"))
     cells = matrix if tower == "vision" else matrix.T
     own, other = cells.shape
-    if partner == "max":
-        lost = np.isnan(cells).all(axis=1)
-        if lost.any():
-            raise UserError(
-                f"agreement of {tower} block {int(np.flatnonzero(lost)[0]) + 1} with any block of "
-                "the other tower was not measured; score every block pair"
-            )
-        best: Array = np.nanmax(cells, axis=1)
-        return best
-    picked: Array = np.array(
-        [cells[b - 1, partner_block(b, own, other) - 1] for b in range(1, own + 1)]
-    )
-    if np.isnan(picked).any():
-        block = int(np.flatnonzero(np.isnan(picked))[0]) + 1
+    partners = [partner_block(b, own, other) for b in range(1, own + 1)]
+    whom, advice = "any block of the other tower", "score every block pair"
+    if partner == "depth":
+        cells = cells[np.arange(own), np.array(partners) - 1, None]
+        whom, advice = "its partner at equal depth", f"{advice} or choose with partner=max"
+    lost = np.isnan(cells).all(axis=1)
+    if lost.any():
+        block = int(np.flatnonzero(lost)[0]) + 1
+        why = reason(tower, str(block)) or reason(other_tower(tower), str(partners[block - 1]))
         raise UserError(
-            f"agreement of {tower} block {block} with its partner at equal depth was "
-            "not measured; score every block pair or choose with partner=max"
+            f"agreement of {tower} block {block} with {whom} "
+            + (f"has no value: {why}" if why else f"was not measured; {advice}")
         )
-    return picked
+    best: Array = np.nanmax(cells, axis=1)
+    return best
+
+
+def is_flat(curve: Array) -> bool:
+    """Return whether all values are one, up to what rounding leaves of means."""
+    return bool(np.ptp(curve) <= EXACT * np.abs(curve).max())
 
 
 def normalise(curve: Array) -> Array:
     """Return (value − lowest) / (highest − lowest); all zero where the curve is flat."""
-    span = float(curve.max() - curve.min())
-    flat: Array = np.zeros_like(curve)
-    return (curve - curve.min()) / span if span > 0 else flat
+    if is_flat(curve):
+        return np.zeros_like(curve)
+    scaled: Array = (curve - curve.min()) / np.ptp(curve)
+    return scaled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +20,10 @@ def metric_by_tower(table: BlockTable, name: str) -> dict[str, Array]:
     towers = [tower for tower in table.blocks if table.has_curve(name, tower)]
     if not towers:
         matrix = table.agreement(name)
-        return {tower: normalise(agreement_curve(matrix, tower)) for tower in table.blocks}
+        why = partial(table.reason, name)
+        return {
+            tower: normalise(agreement_curve(matrix, tower, reason=why)) for tower in table.blocks
+        }
     return {tower: normalise(table.curve(name, tower)) for tower in towers}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run
 from vlmlayers.scores.reading import ceiling
-from vlmlayers.selection.curves import Array, BlockTable, agreement_curve, normalise
+from vlmlayers.selection.curves import (
+    EXACT,
+    Array,
+    BlockTable,
+    agreement_curve,
+    is_flat,
+    normalise,
+)
 from vlmlayers.selection.per_block import metrics_of, score_blocks
 
 
@@ -45,7 +53,6 @@ class Pick:
 
 
 Picks = dict[str, Pick]
-EXACT = 1e-9  # by which rounding may leave a block that is exactly at its threshold
 
 
 class Rule:
@@ -60,7 +67,8 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     """Return a note where a curve varies less over the blocks than its interval is wide."""
     widths = table.interval_widths(metric, tower)
     widths = widths[~np.isnan(widths)]
-    span = float(np.ptp(table.curve(metric, tower)))
+    curve = table.curve(metric, tower)
+    span = 0.0 if is_flat(curve) else float(np.ptp(curve))
     # The median: a single wide interval says little of the curve.
     width = float(np.median(widths)) if len(widths) else 0.0
     if not 0 < span < width:
@@ -128,7 +136,8 @@ class Threshold(Rule):
     def _pick(self, table: BlockTable, tower: str, matrix: Array | None) -> Pick:
         curves = {self.metric: (table.curve(self.metric, tower), self.accuracy)}
         if matrix is not None:
-            curve = agreement_curve(matrix, tower, self.partner)
+            why = partial(table.reason, self.agreement_metric)
+            curve = agreement_curve(matrix, tower, self.partner, why)
             curves[self.agreement_metric] = (curve, self.agreement)
         values, notes = {}, []
         passes = np.ones(table.blocks[tower], dtype=bool)
@@ -142,7 +151,7 @@ class Threshold(Rule):
                 "share": share,
                 "threshold": cut,
             }
-            if curve.max() == curve.min():
+            if is_flat(curve):
                 notes.append(f"{name} is the same at every {tower} block")
         notes += _within_noise(table, self.metric, tower)
         chosen = _passing(passes)
@@ -258,14 +267,15 @@ class Budget(Rule):
             if n > depth:
                 raise UserError(f"a budget of {n} blocks exceeds the {depth} {tower} blocks")
             values = by_tower[tower]
+            # Of equal blocks or spans the lower ones, on every machine and in any order of rows:
+            # means and sums of equal values differ by rounding.
+            even = np.round(values / (np.abs(values).max() or 1.0) / EXACT)
             if self.span:
                 # The sum over every span of n blocks.
-                sums = np.convolve(values, np.ones(n), mode="valid")
-                first = int(np.argmax(sums)) + 1
+                first = int(np.argmax(np.convolve(even, np.ones(n), mode="valid"))) + 1
                 chosen = tuple(range(first, first + n))
             else:
-                # Stable: of equal blocks the lower ones, on every machine.
-                chosen = tuple(sorted(int(b) + 1 for b in np.argsort(-values, kind="stable")[:n]))
+                chosen = tuple(sorted(int(b) + 1 for b in np.argsort(-even, kind="stable")[:n]))
             picks[tower] = Pick(
                 chosen, {self.score: {"value": values.tolist()}}, details={"budget": n}
             )

@@ -185,6 +185,21 @@ def test_budget_finds_the_planted_span() -> None:
     assert (choice.vision, choice.text) == (span(17, 24), span(5, 12))
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_budget_takes_the_lower_of_equal_blocks_in_any_order_of_rows(together: bool) -> None:
+    """Means of 0.1, 0.2 and 0.3 differ in the last digit by the order in which they are added."""
+    parts = [
+        curve_rows("fisher_ratio", tower, [value] * 6, seeds=[seed])
+        for tower in ("vision", "text")
+        for seed, value in enumerate((0.1, 0.2, 0.3))
+    ]
+    scores = table(*parts)
+    rule = {"n": 2, "score": "metric:fisher_ratio", "span": together}
+    for number in range(30):
+        shuffled = scores.sample(frac=1, random_state=number)
+        assert select(shuffled, "budget", resamples=0, **rule).vision == (1, 2)
+
+
 def test_threshold_needs_both_accuracy_and_agreement() -> None:
     scores = table(
         curve_rows("dataset_accuracy", "vision", step(8, 3)),
@@ -561,6 +576,10 @@ def test_agreement_of_too_few_pairs_is_refused() -> None:
     assert agreement_curve(matrix, "vision", "max").tolist() == [1, 1, 1, 1]
     with pytest.raises(UserError, match="agreement of text block 3 with any block of the other"):
         agreement_curve(matrix, "text", "max")
+    why = {("text", "3"): "all items have the same features"}
+    for tower in ("vision", "text"):
+        with pytest.raises(UserError, match="block 3 .* has no value: all items have the same"):
+            agreement_curve(matrix, tower, reason=lambda *place: why.get(place, ""))
 
 
 def test_datasets_of_other_seeds_are_refused() -> None:
