@@ -243,7 +243,11 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
             {"select": {"rule": "budget", "options": {"score": "acuracy"}}},
             "unknown block score 'acuracy'; did you mean 'accuracy'",
         ),
-        ({"datasets": ["digits"]}, "dataset_accuracy, which needs at least two datasets, where"),
+        ({"datasets": ["digits"]}, "needs at least two datasets of one split, where the study has"),
+        (
+            {"datasets": ["digits", {"name": "shapes_filled", "split": "test"}]},
+            "dataset_accuracy, which needs .* where the study has one of each of train, test; add",
+        ),
         ({"datasets": ["digits"]}, r'agreement: rule = "budget", options = \{ score = "agreement"'),
         (
             {"extract": {"tower": "text"}, "select": {"rule": "budget"}},
@@ -279,6 +283,7 @@ def test_what_fails_late_is_told_before_the_first_stage(
         {"score": {"metrics": ["twonn"]}, "select": {"rule": "paper"}},
         {"score": {"metrics": ["twonn"]}, "search": {}},
         {"datasets": ["digits"], "select": {"options": {"metric": "class_accuracy"}}},
+        {"datasets": ["digits", "flags", {"name": "digits", "split": "test"}]},
     ],
     ids=str,
 )
