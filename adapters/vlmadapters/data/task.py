@@ -16,7 +16,7 @@ from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
-from vlmlayers.manifests.items import balanced_sample
+from vlmlayers.manifests.items import balanced_sample, shared_paths
 from vlmlayers.prompts import TEMPLATE, class_prompts, spelled
 from vlmlayers.words import counted
 
@@ -144,6 +144,7 @@ class TaskData:
     _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _identities: dict[str, DataIdentity] = field(default_factory=dict, init=False, repr=False)
     _told: set[object] = field(default_factory=set, init=False, repr=False)
+    _shared: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = self.name
@@ -221,6 +222,33 @@ class TaskData:
             )  # fmt: skip
         if len(labels) == 1:
             LOG.warning("%s has one %s class: every answer is right there", name, kind)
+
+    def tell_of_shared(self, split: str = "test") -> str:
+        """Warn, once, where images of a split are listed for training too, as published ones are.
+
+        Returns:
+            The warning; empty where there are none, and of a fold, which holds images out itself.
+        """
+        if split not in self._shared:
+            self._shared[split] = told = self._shared_with_training(split)
+            if told:
+                LOG.warning("%s", told)
+        return self._shared[split]
+
+    def _shared_with_training(self, split: str) -> str:
+        try:
+            if self.share < 1 or not {"train", split} <= {*self.splits()}:
+                return ""
+            # Those that are not on the disk as well, which is said where they are wanted.
+            items, others = (self.manifest.items(one, self.root) for one in (split, "train"))
+        except UserError:  # a search needs no list of test images
+            return ""
+        if not (shared := shared_paths(items, others)):
+            return ""
+        return (
+            f"{len(shared):,} of {counted(len(items), f'{split} image')} of {self.manifest.name} "
+            f"are among its training images, first {shared[0]}"
+        )
 
     def splits(self) -> tuple[str, ...]:
         """Return the names of the splits that exist."""

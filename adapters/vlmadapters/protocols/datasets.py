@@ -72,6 +72,8 @@ class Datasets:
             self[source].check(self.protocol.train_kind, "train")
             for target in self.tested(source):
                 target.dataset.check(target.kind, target.split)
+                if target.dataset is self[source]:
+                    target.dataset.tell_of_shared(target.split)
                 if self.protocol.same_classes:
                     self._tell_other_classes(self[source], target.dataset)
 

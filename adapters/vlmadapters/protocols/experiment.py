@@ -367,6 +367,8 @@ class Experiment:
             cases = [Case(result.method, tested) for result in trained]
             found = self.evaluator.answers(target.dataset.images, items, cases)
             total += len(items)
+            own = target.dataset is self.datasets[source]
+            shared = target.dataset.tell_of_shared(target.split) if own else ""
             for index, (result, answers) in enumerate(zip(trained, found)):
                 differing[index] += int((answers.labels != plain.labels).sum())
                 rows[index].append(
@@ -384,7 +386,7 @@ class Experiment:
                         seconds=result.seconds,
                     )
                     | method_fields(result.method, settings[index].varied)
-                    | {"placement": settings[index].label}
+                    | {"placement": settings[index].label, "note": shared}
                 )
         for index, result in enumerate(trained):
             # By predictions, not accuracy: changes both ways may leave accuracy as it was.
@@ -397,7 +399,8 @@ class Experiment:
                 self._say_unmoved(result, note)
             advantage = result.config.advantage if task.other_names else ""
             for row in rows[index]:
-                row |= {"changed": share, "note": "; ".join(filter(None, (note, advantage)))}
+                noted = "; ".join(filter(None, (note, advantage, row["note"])))
+                row |= {"changed": share, "note": noted}
         return rows
 
     def _say_unmoved(self, result: TrainResult, note: str) -> None:

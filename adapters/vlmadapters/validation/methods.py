@@ -78,12 +78,18 @@ def methods_verdict(results: pd.DataFrame) -> str:
     if _cells(results)["placement"].nunique() < 2:
         return ""
     compared = compare_methods(results)
-    first, *others = compared.to_dict("records")
-    # The first of several that cannot be told apart is first by chance.
-    best = all(row["difference_high"] < 0 for row in others)
-    over = f"harmonic mean {first['hm']:.1f} over {runs(compared)}"
-    said = [f"{first['method']} {'did best' if best else 'is ahead'} ({over})"]
-    sentence = "; ".join([*said, *map(_against_the_best, others)]) + "."
+    rows = compared.to_dict("records")
+    over = f"harmonic mean {rows[0]['hm']:.1f} over {runs(compared)}"
+    best = [row["method"] for row in rows if row["hm"] == rows[0]["hm"]]
+    others = rows[len(best) :]
+    if len(best) > 1:  # which of them stands first is chance
+        it = best[0]
+        said = [f"{', '.join(best[:-1])} and {best[-1]} share the best mean ({over})"]
+    else:
+        it, clear = "it", all(row["difference_high"] < 0 for row in others)
+        said = [f"{best[0]} {'did best' if clear else 'is ahead'} ({over})"]
+    said += [_against_the_best(row, it) for row in others]
+    sentence = "; ".join(said) + "."
     return " ".join([*_warned(results), sentence, *_noted(results)])
 
 
@@ -118,9 +124,9 @@ def _runs(rows: pd.DataFrame) -> int:
     return len(rows.reindex(columns=[*KEYS, *OFTEN_ALIKE]).drop_duplicates())
 
 
-def _against_the_best(row: dict[Hashable, Any]) -> str:
+def _against_the_best(row: dict[Hashable, Any], it: str) -> str:
     low, high = row["difference_low"], row["difference_high"]
-    did = "did worse" if high < 0 else "cannot be told from it"
+    did = "did worse" if high < 0 else f"cannot be told from {it}"
     return f"{row['method']} {did} ({row['difference']:+z.1f}{bracketed(low, high)})"
 
 

@@ -145,6 +145,8 @@ def search(
     apart = asked.novel and not default.method.class_bound
     data = [TaskData(one, model, root, asked) for one in distinct(manifests, root)]
     track = Track(data, default, model, seeds, asked, out, apart=apart, progress=progress)
+    for one in data:
+        one.tell_of_shared()
     race = Race(track, asked.criterion)
     for place, why in refused.items():
         race.skip("placement", place, why)

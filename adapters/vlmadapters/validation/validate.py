@@ -110,7 +110,8 @@ def validate(
     trained = [one for one in placed if one.placement]
     if scores is not None:
         _check_scores(scores, model, trained)
-    seen = tell_of_choice(choice, model, [one.manifest for one in data])
+    told = [tell_of_choice(choice, model, [one.manifest for one in data])]
+    told += [one.tell_of_shared() for one in data]
     settings = {"given": [made.at(one.placement) for one in trained]}
     tuning = None
     if asked.amount == "tuned":
@@ -133,10 +134,8 @@ def validate(
     else:
         summary = {"verdict": _void(made, model, table), **recorded, "void": True}
         found = Validation(table, pd.DataFrame(), summary)
-    if seen:
-        found = replace(
-            found, summary={**found.summary, "verdict": f"WARNING: {seen}. {found.verdict}"}
-        )
+    if seen := "".join(f"WARNING: {one}. " for one in told if one):
+        found = replace(found, summary={**found.summary, "verdict": f"{seen}{found.verdict}"})
     if out is not None and processes.is_first():
         found.write(out)
     return found

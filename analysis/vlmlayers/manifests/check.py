@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from vlmlayers.errors import UserError
-from vlmlayers.manifests.items import Item
+from vlmlayers.manifests.items import Item, shared_paths
 from vlmlayers.manifests.place import AlteredData, MissingData, Place
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.words import counted
@@ -117,7 +118,7 @@ def compare(
     listed = {split: len(items) for split, items in by_split.items()}
     items = [item for part in by_split.values() for item in part]
     short, notes = _compare(expected, listed, spec.classes, classes, spec.layout)
-    notes += _repeated(items)
+    notes += _repeated(by_split)
     present, lost = len(items) - len(missing), len(missing) + short
     return CheckResult(
         place.name,
@@ -192,6 +193,16 @@ def _compare(
     return short, tuple(notes)
 
 
-def _repeated(items: list[Item]) -> tuple[str, ...]:
-    extra = len(items) - len({item.path for item in items})
-    return (f"{extra:,} paths are listed more than once",) if extra else ()
+def _repeated(by_split: Mapping[str, Sequence[Item]]) -> tuple[str, ...]:
+    """Return which splits list images of each other, and how many paths a split repeats."""
+    notes = []
+    extra = sum(len(items) - len({item.path for item in items}) for items in by_split.values())
+    if extra:
+        notes.append(f"{extra:,} {'path is' if extra == 1 else 'paths are'} listed more than once")
+    for one, other in combinations(by_split, 2):
+        if shared := shared_paths(by_split[other], by_split[one]):
+            are = "is" if len(shared) == 1 else "are"
+            notes.append(
+                f"{counted(len(shared), 'image')} {are} in {one} and {other} (first: {shared[0]})"
+            )
+    return tuple(notes)

@@ -44,6 +44,12 @@ class Item:
     captions: tuple[str, ...] = ()
 
 
+def shared_paths(items: Sequence[Item], others: Sequence[Item]) -> list[str]:
+    """Return the paths that both lists name, each once, in the order of the first."""
+    known = {item.path for item in items}.intersection(item.path for item in others)
+    return [path for path in dict.fromkeys(item.path for item in items) if path in known]
+
+
 def checked_path(path: str, where: str, advice: str = "") -> str:
     """Return a path that stays inside the folder it is relative to.
 

@@ -51,6 +51,9 @@ def remarks(answer: Answer) -> list[str]:
         *(
             f"The study file shown is not what stage {stage} ran on: when the study was last run, "
             f"without that stage, these had changed: {', '.join(parts)}."
+            if parts
+            else f"Stage {stage} did not finish on the study file shown; what follows is of what "
+            "lay there."
             for stage, parts in outdated.items()
         ),
         *(

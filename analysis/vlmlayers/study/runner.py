@@ -226,26 +226,47 @@ def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> No
 
 
 def _tell_outdated(context: StageContext, stage: Stage) -> None:
-    """Say and keep that a stage which is not run again finished on other inputs than now."""
+    """Say and keep that a stage which is not run again did not finish, or on other inputs than now.
+
+    Nothing is known of what the single verbs made.
+    """
     if not is_first_process():
         return
+    name = stage.name
     try:
-        changed = _changed(context, stage, _marks(stage.inputs(context)))
+        if stopped := _was_stopped(context, stage):
+            changed = []
+        else:
+            changed = _changed(context, stage, _marks(stage.inputs(context)))
     except UserError:  # its images or weights may be gone, which is why it is not run again
         return
-    _keep_outdated(context, stage.name, changed)
-    if changed:
+    _keep_outdated(context, name, changed if stopped or changed else None)
+    if stopped:
         context.echo(
-            f"{stage.name:8} not run again, though changed since: {', '.join(changed)}; "
+            f"{name:8} did not finish on these inputs; what follows goes on from what lies there"
+        )
+    elif changed:
+        context.echo(
+            f"{name:8} not run again, though changed since: {', '.join(changed)}; "
             "what follows goes on from its earlier result"
         )
 
 
-def _keep_outdated(context: StageContext, name: str, changed: Sequence[str] = ()) -> None:
-    """Keep on what a stage's result no longer is as the study says; nothing once it ran again."""
+def _was_stopped(context: StageContext, stage: Stage) -> bool:
+    """Whether a stage began, did not finish, and yet all it writes is there, of whatever inputs."""
+    ledger = context.ledger()
+    stopped = stage.name in ledger.get("unfinished", {}) and stage.name not in ledger
+    return stopped and all(path.exists() for path in stage.outputs(context))
+
+
+def _keep_outdated(context: StageContext, name: str, changed: Sequence[str] | None = None) -> None:
+    """Keep which inputs a stage's result no longer is of, none of one that did not finish.
+
+    With None nothing is kept: it ran again.
+    """
     kept = context.run.read_provenance().get("outdated", {})
     now = {stage: parts for stage, parts in kept.items() if stage != name}
-    if changed:
+    if changed is not None:
         now[name] = list(changed)
     if now != kept:
         context.run.record(outdated=now)
@@ -304,6 +325,8 @@ def remember_streamed(context: StageContext, seconds: float) -> None:
 def _forget(context: StageContext, name: str) -> None:
     ledger: dict[str, Any] = context.ledger()
     if is_first_process() and ledger.pop(name, None) is not None:
+        # Now, as a killed process says nothing: what lies there may be of either inputs.
+        ledger.setdefault("unfinished", {}).setdefault(name, 0.0)
         write_json(context.run.folder / "stages.json", ledger)
 
 

@@ -333,8 +333,10 @@ def _out_of_reach(metric: str, study: Study) -> str:
     from vlmlayers.metrics import METRICS
 
     needs = METRICS[metric].needs if metric in METRICS else ""
-    if needs in OF_DATASETS and len(study.datasets) < 2:
-        return "at least two datasets, where the study has one; add one"
+    splits = [study.part(dataset)["split"] for dataset in study.datasets]
+    if needs in OF_DATASETS and len(set(splits)) == len(splits):  # others are scored apart
+        have = "one" if len(splits) == 1 else f"one of each of {', '.join(splits)}"
+        return f"at least two datasets of one split, where the study has {have}; add one"
     if needs in OF_TOWERS and study.extract.tower:
         return f"both towers, where the study records the {study.extract.tower} tower; record both"
     return ""

@@ -102,6 +102,28 @@ def test_classes_without_an_image_are_said_once(
     assert {0} in held_out and not caplog.messages  # green's one image is in one fold at most
 
 
+def test_test_images_among_those_for_training_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"{name}/{i}.png,{name}" for name in ("blue", "green", "red") for i in range(4)]
+    table = tmp_path / "leaky.csv"
+    for shared, tested in (([], rows[3:4]), (rows[:2], rows[:3])):
+        train = [row for row in rows if row in shared or row not in tested]
+        listed = [f"{row},{split}" for split, part in (("train", train), ("test", tested))
+                  for row in part]  # fmt: skip
+        table.write_text("\n".join(["path,label,split", *listed]))
+        data = TaskData(str(table), shared_backbone())
+        # No image is there: nothing is opened.
+        told = [data.tell_of_shared() for _ in range(2)]
+        assert told == 2 * [
+            "2 of 3 test images of leaky are among its training images, first blue/0.png"
+            if shared
+            else ""
+        ]
+        assert caplog.messages == [one for one in told[:1] if one]
+        assert data.tell_of_shared("val") == ""  # there is none
+
+
 def test_halves_are_cut_at_the_sorted_labels_and_relabelled() -> None:
     assert base_novel_labels([3, 1, 0, 2, 4]) == ((0, 1, 2), (3, 4))
     items = some_items()

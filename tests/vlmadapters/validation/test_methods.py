@@ -59,6 +59,24 @@ def test_the_verdict_says_who_did_best_and_who_cannot_be_told_from_it() -> None:
     assert " did best (harmonic mean " in methods_verdict(alone)
 
 
+def test_methods_of_one_best_mean_are_named_together_whichever_stands_first() -> None:
+    exact = results(0)
+    for table in (exact, exact[::-1]):
+        first, second, _ = methods_verdict(table).split("; ")
+        assert " share the best mean (harmonic mean " in first and "ahead" not in first
+        assert set(first.partition(" share")[0].split(" and ")) == {
+            "MMA v5-12,t5-12",
+            "MaPLe v1-9,t1-9",
+        }
+        named = first.partition(" and ")[0]  # of which the difference is
+        assert second == f"CoOp v-,t1 cannot be told from {named} (-4.0)"
+    plain = exact.copy()  # nothing trained moved anything
+    plain["accuracy"] = plain.groupby("dataset")["accuracy"].transform("min")
+    (alone,) = methods_verdict(plain).split("; ")
+    for name in ("MMA v5-12,t5-12", "MaPLe v1-9,t1-9", "CoOp v-,t1", ZERO_SHOT_CLIP):
+        assert name in alone.partition(" share the best mean")[0]
+
+
 def test_runs_of_one_dataset_are_said_to_speak_of_its_test_images_alone() -> None:
     table = results()
     said = methods_verdict(table[table.dataset == "d0"])

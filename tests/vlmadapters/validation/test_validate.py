@@ -29,6 +29,7 @@ from vlmadapters.protocols.results import UNMOVED
 from vlmadapters.protocols.train import train
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.validation.outcome import label_of, summarise
+from vlmadapters.validation.search import search
 from vlmadapters.validation.validate import validate
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
@@ -137,6 +138,46 @@ def test_layers_chosen_on_the_images_that_test_them_are_told(
         assert (warned in caplog.text) is told
         assert found.summary["chosen_on"] == choice.evidence["chosen_on"]
     assert "chosen_on" not in select(table, "paper", resamples=0).evidence
+
+
+def test_test_images_among_those_trained_on_are_told(
+    manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once a run, whatever trains, and by what it writes; a target alone is not trained on."""
+    assert manifest.source is not None
+    leaky = manifest.source.parent / "leaky.csv"
+    rows = [f"colours/train/{name}/{i}.png,{name},train" for name in NAMES for i in range(3)]
+    test = [f"colours/test/{name}/0.png,{name},test" for name in NAMES]
+    leaky.write_text(
+        "\n".join(["path,label,split", *rows, *test, rows[4].replace(",train", ",test")])
+    )
+    told = (
+        "1 of 5 test images of leaky are among its training images, first colours/train/green/1.png"
+    )
+    quick: dict[str, Any] = {"recipe": RECIPE, "progress": False}
+    model, trained = shared_backbone("clip"), {"seeds": (1, 2), "placement": ["2-3", "1-3"]}
+
+    def said() -> int:
+        count = caplog.messages.count(told)
+        caplog.clear()
+        return count
+
+    table = train(model, [manifest, leaky], RECIPE, progress=False, **trained)
+    noted = table["note"].str.contains(told, regex=False)
+    assert said() == 1 and noted.sum() == 8  # two placements, halves and seeds
+    assert (table[noted].dataset == "leaky").all() and set(table[noted].method) == {"MMA"}
+    few = {**trained, "protocol": "cross-dataset", "progress": False}
+    table = train(model, [manifest], RECIPE, targets=[leaky], **few)
+    assert said() == 0 and not table["note"].str.contains("training images").any()
+    search(model, [leaky], folds=2, amounts=["scale=5"], shots=2, **quick)
+    assert said() == 1
+    for amount in ("given", "tuned"):
+        found = validate(
+            model, CHOICE, [manifest, leaky], amount=amount, kinds=("all",), seeds=(1,), **quick
+        )
+        assert said() == 1 and found.verdict.startswith(f"WARNING: {told}. ")
+    clean = validate(model, CHOICE, [manifest], kinds=("all",), seeds=(1,), amount="given", **quick)
+    assert said() == 0 and "training images" not in clean.verdict
 
 
 def test_a_run_in_which_training_changes_nothing_is_void_after_its_first_seed(

@@ -44,7 +44,15 @@ def test_altered_lists_are_told(tmp_path: Path) -> None:
     classes = coop_dataset(tmp_path, {"train": ROWS[:5]}, expect(5)).check()
     assert classes.notes == ("1 class where 2 are expected",)
     twice = coop_dataset(tmp_path, {"train": ROWS, "val": ROWS[:2]}).check()
-    assert twice.notes == ("2 paths are listed more than once",)
+    assert twice.notes == ("2 images are in train and val (first: a/0.png)",)
+    lists = {"train": [*ROWS, *ROWS[:3]], "val": ROWS[9:], "test": ROWS[6:]}
+    assert coop_dataset(tmp_path, lists).check().notes == (
+        "3 paths are listed more than once",
+        "1 image is in train and val (first: b/4.png)",
+        "4 images are in train and test (first: b/1.png)",
+        "1 image is in val and test (first: b/4.png)",
+    )
+    assert coop_dataset(tmp_path, {"train": ROWS[:6], "test": ROWS[6:]}).check().notes == ()
     digest = f'split_sha256 = "{"a" * 64}"\n' + expect(10)
     hashed = coop_dataset(tmp_path, {"train": ROWS}, digest).check()
     assert hashed.state == "altered" and "its sha256 is" in hashed.notes[0]

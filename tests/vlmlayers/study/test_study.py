@@ -243,7 +243,11 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
             {"select": {"rule": "budget", "options": {"score": "acuracy"}}},
             "unknown block score 'acuracy'; did you mean 'accuracy'",
         ),
-        ({"datasets": ["digits"]}, "dataset_accuracy, which needs at least two datasets, where"),
+        ({"datasets": ["digits"]}, "needs at least two datasets of one split, where the study has"),
+        (
+            {"datasets": ["digits", {"name": "shapes_filled", "split": "test"}]},
+            "dataset_accuracy, which needs .* where the study has one of each of train, test; add",
+        ),
         ({"datasets": ["digits"]}, r'agreement: rule = "budget", options = \{ score = "agreement"'),
         (
             {"extract": {"tower": "text"}, "select": {"rule": "budget"}},
@@ -279,6 +283,7 @@ def test_what_fails_late_is_told_before_the_first_stage(
         {"score": {"metrics": ["twonn"]}, "select": {"rule": "paper"}},
         {"score": {"metrics": ["twonn"]}, "search": {}},
         {"datasets": ["digits"], "select": {"options": {"metric": "class_accuracy"}}},
+        {"datasets": ["digits", "flags", {"name": "digits", "split": "test"}]},
     ],
     ids=str,
 )
@@ -515,6 +520,39 @@ def test_a_stage_left_out_after_its_options_changed_is_told(
     run_study(read_study(file), copy, **options)  # nothing is left out
     for name in ("report.html", "report.md"):
         assert "not what stage score ran on" not in (copy / name).read_text()
+
+
+def test_an_extraction_that_was_stopped_is_told_by_what_goes_on_from_its_stores(
+    done: Run, study_file: Path, tmp_path: Path
+) -> None:
+    """Refused halfway, it leaves stores of the study as it is now beside those of earlier."""
+    copy, file = tmp_path / "copy", tmp_path / "s.toml"
+    shutil.copytree(done.folder, copy)
+    changed = study_file.read_text().replace("items = 40", "items = 30")
+    # Metrics of the model are refused for other images than were extracted.
+    changed = changed.replace(',\n  "skip_joint_change", "zero_shot_margin"', "")
+    file.write_text(changed)
+    shutil.rmtree(copy / "features" / "letters-test")
+    options: dict[str, Any] = {"base": study_file.parent, "progress": False}
+    with pytest.raises(UserError, match="belongs to another extraction"):
+        run_study(read_study(file), copy, **options)
+    said: list[str] = []
+    run_study(read_study(file), copy, start="score", echo=said.append, **options)
+    assert pd.read_parquet(copy / "scores.parquet").n.max() > 32  # of a mixture, as is said
+    (line,) = [line for line in said if line.startswith("extract")]
+    assert " ".join(line.split()) == (
+        "extract did not finish on these inputs; what follows goes on from what lies there"
+    )
+    assert read_json(copy / "provenance.json")["outdated"] == {"extract": []}
+    for name in ("report.html", "report.md"):
+        assert "extract did not finish on the study file shown" in (copy / name).read_text()
+    run_study(read_study(file), copy, force=True, only=["extract"], **options)
+    run_study(read_study(file), copy, start="score", echo=said.append, **options)
+    assert read_json(copy / "provenance.json")["outdated"] == {}
+    assert "did not finish" not in (copy / "report.md").read_text()
+    (copy / "stages.json").unlink()  # as the single verbs leave a run
+    run_study(read_study(file), copy, start="score", echo=said.append, **options)
+    assert sum(line.startswith("extract") for line in said) == 1
 
 
 def test_scores_name_stores_that_the_last_extraction_did_not_write(
