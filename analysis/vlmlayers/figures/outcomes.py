@@ -11,7 +11,7 @@ import pandas as pd
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import Folders, MissingTable, read_each, short
 from vlmlayers.files import read_json
-from vlmlayers.placement import Placement, complete_cells, of_kind, untrained
+from vlmlayers.placement import Placement, complete_cells, how_trained, of_kind, untrained
 from vlmlayers.selection import LayerChoice, available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
@@ -46,9 +46,7 @@ def read_validations(tables: Folders) -> pd.DataFrame:
 def _trained(record: Path) -> dict[str, Any]:
     """Return how the cells of a validation were trained; empty where nothing is recorded."""
     told = read_json(record) if record.exists() else {}
-    own = {key: told[key] for key in ("method", "limit", "weights_hash") if key in told}
-    recipe = {k: v for k, v in told.get("recipe", {}).items() if k not in ("name", "precision")}
-    return {**own, **recipe, **told.get("settings", {})}
+    return how_trained(told) | {key: told[key] for key in ("weights_hash",) if key in told}
 
 
 def compared_cells(validation: pd.DataFrame) -> pd.DataFrame:
