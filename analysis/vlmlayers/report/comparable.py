@@ -62,7 +62,8 @@ def _items(runs: Sequence[tuple[str, Answer]]) -> list[str]:
         for dataset, splits in _extracted(answer).items():
             for split, record in splits.items():
                 for key, marks in seen.items():
-                    marks.setdefault((dataset, split), set()).update({record.get(key)} - {None, ""})
+                    known = marks.setdefault((dataset, split), set())
+                    known |= {str(record[key])} if record.get(key) else set()
     items, files = (
         {dataset for (dataset, _), marks in of.items() if len(marks) > 1} for of in seen.values()
     )
