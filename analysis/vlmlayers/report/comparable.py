@@ -44,7 +44,8 @@ def comparability(runs: Sequence[tuple[str, Answer]]) -> list[str]:
 
 
 def _datasets(runs: Sequence[tuple[str, Answer]]) -> list[str]:
-    sets = {name: set(dataset_names(answer.scores)) for name, answer in runs}
+    # A table of pooled rows alone names none.
+    sets = {name: {*dataset_names(answer.scores), *_extracted(answer)} for name, answer in runs}
     common = set.intersection(*sets.values())
     extra = {name: sorted(found - common) for name, found in sets.items() if found - common}
     if not extra:

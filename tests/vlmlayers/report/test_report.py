@@ -725,6 +725,8 @@ def test_splits_of_one_dataset_are_compared_by_name_and_split(tmp_path: Path) ->
     assert said() == [splits]
     other = {"digits-val": of_two["digits-val"] | {"items_hash": "c"}}
     assert said(**other) == ["The runs saw different items of digits.", splits]
+    (told, _) = said(flags={"split": "val"})
+    assert told.startswith("The datasets differ: beside what all share, two has flags.")
 
 
 def test_other_counts_of_items_are_told_where_nothing_else_tells(tmp_path: Path) -> None:
