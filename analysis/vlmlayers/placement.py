@@ -321,6 +321,17 @@ def complete_cells(table: Any) -> Any:
     return known[held == table["placement"].nunique()]
 
 
+def how_trained(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what accuracies depend on besides model, placement and data: recipe and settings.
+
+    Args:
+        record: What `validation.json` holds.
+    """
+    own = {key: record[key] for key in ("method", "limit") if key in record}
+    recipe = {k: v for k, v in record.get("recipe", {}).items() if k not in ("name", "precision")}
+    return {**own, **recipe, **record.get("settings", {})}
+
+
 def untrained(choice: Placement, then: str, tried: Iterable[str]) -> str:
     """Say that another placement was trained as the choice than is chosen now; empty if not.
 

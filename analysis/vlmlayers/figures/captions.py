@@ -54,13 +54,17 @@ def trained(
         validation: The cells drawn, one row per dataset, seed and placement.
         doubts: What is wrong with a model's part of the figure, by its name; empty if nothing.
     """
-    told = [f"Of {name} {why}" for name, why in doubts.items() if why]
     runs: dict[str, list[str]] = {}
     for model, part in validation.groupby(["model", "weights"], sort=False):
         runs.setdefault(_trained_on(part), []).append(" ".join(filter(None, map(str, model))))
     said = [f"{' and '.join(of)} on {on}" for on, of in runs.items()]
     where = f"Trained: {'; '.join(said)}" if len(runs) > 1 else f"Trained on {next(iter(runs))}"
-    return _caption(". ".join([opening, *told]), validation, [where])
+    return _caption(". ".join([opening, *doubted(doubts)]), validation, [where])
+
+
+def doubted(doubts: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with each model's part of a figure, one clause each."""
+    return [f"Of {name} {why}" for name, why in doubts.items() if why]
 
 
 def _trained_on(cells: pd.DataFrame) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ DERIVED = (
 SPELLINGS = {
     "describabletextures": "dtd", "oxfordflowers": "flowers102", "oxfordflowers102": "flowers102",
 }  # fmt: skip
+Seen = dict[tuple[Any, ...], tuple[Path, Any]]  # whose and what → where it was first, and how
 
 
 class MissingTable(UserError):
@@ -63,6 +65,30 @@ def read_each(stem: str, folders: Folders, needs: Sequence[str] = ()) -> dict[Pa
         shown = ", ".join(map(short, places))
         raise MissingTable(f"no {stem}*.csv in {shown}; record one from a run")
     return {name: read_file(path, needs) for name, path in found.items()}
+
+
+def refuse_unlike(
+    seen: Seen, path: Path, did: str, of: tuple[Any, ...], how: Mapping[str, Any]
+) -> None:
+    """Refuse a table whose rows would be averaged with those of one that was made differently.
+
+    Args:
+        seen: What the tables before it said; this one is added.
+        path: The table.
+        did: What it did, as `trained net`.
+        of: What rows have in common that are averaged.
+        how: How they were made. What only one table tells is not compared.
+
+    Raises:
+        UserError: Names both and what differs.
+    """
+    for key, value in how.items():
+        first, then = seen.setdefault((*of, key), (path, value))
+        if then != value:
+            raise UserError(
+                f"{short(path)} {did} with {key}={value}, {short(first)} with {key}={then}; draw "
+                "each by itself"
+            )
 
 
 def read_file(path: Path, needs: Sequence[str] = ()) -> pd.DataFrame:

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.figures.inputs import Folders, MissingTable, read_each, short
+from vlmlayers.figures.inputs import Folders, MissingTable, Seen, read_each, refuse_unlike
 from vlmlayers.files import read_json
-from vlmlayers.placement import Placement, complete_cells, of_kind, untrained
+from vlmlayers.placement import Placement, complete_cells, how_trained, of_kind, untrained
 from vlmlayers.selection import LayerChoice, available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 
@@ -28,27 +28,18 @@ def read_validations(tables: Folders) -> pd.DataFrame:
         UserError: Two trained one model differently, by what stands beside them.
     """
     found = read_each("validation", tables, NEEDS)
-    seen: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    seen = Seen()
     for path, table in found.items():
-        if not (how := _trained(path.with_name(f"{path.name}.json"))):
-            continue
+        how = _trained(path.with_name(f"{path.name}.json"))
         for model, weights in set(zip(table.model, table.weights)):
-            first, then = seen.setdefault((model, weights), (path, how))
-            for key, value in how.items():
-                if then.get(key) != value:
-                    raise UserError(
-                        f"{short(path)} trained {model} with {key}={value}, {short(first)} with "
-                        f"{key}={then.get(key)}; draw each by itself"
-                    )
+            refuse_unlike(seen, path, f"trained {model}", (model, weights), how)
     return pd.concat(found.values(), ignore_index=True)
 
 
 def _trained(record: Path) -> dict[str, Any]:
     """Return how the cells of a validation were trained; empty where nothing is recorded."""
     told = read_json(record) if record.exists() else {}
-    own = {key: told[key] for key in ("method", "limit", "weights_hash") if key in told}
-    recipe = {k: v for k, v in told.get("recipe", {}).items() if k not in ("name", "precision")}
-    return {**own, **recipe, **told.get("settings", {})}
+    return how_trained(told) | {key: told[key] for key in ("weights_hash",) if key in told}
 
 
 def compared_cells(validation: pd.DataFrame) -> pd.DataFrame:
@@ -107,8 +98,18 @@ def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
     return frame.reset_index()
 
 
-def marked(means: pd.DataFrame, choice: LayerChoice | None) -> tuple[pd.DataFrame, str]:
-    """Return the means, only the choice of now marked as chosen, and what else stood for it."""
+def marked(
+    means: pd.DataFrame, choice: LayerChoice | None, unlike: str = ""
+) -> tuple[pd.DataFrame, str]:
+    """Return the means, only the choice of now marked as chosen, and why another is not.
+
+    Args:
+        means: From `placement_means`.
+        choice: The choice, None where none is recorded or runs chose otherwise.
+        unlike: What runs chose otherwise.
+    """
+    if unlike:
+        return means.assign(chosen=False), unlike
     if choice is None:
         return means, ""
     why = {

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlmlayers import plots
-from vlmlayers.figures.captions import JOINT, clauses, joined, mean_over, scored, trained
+from vlmlayers.figures.captions import JOINT, clauses, doubted, joined, mean_over, scored, trained
 from vlmlayers.figures.inputs import Folders, MissingTable, as_folders, read, select
 from vlmlayers.figures.layout import (
     finish,
@@ -29,6 +29,8 @@ from vlmlayers.figures.outcomes import (
     start_block,
     sweep,
 )
+from vlmlayers.figures.pooling import read_scores
+from vlmlayers.placement import Placement
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import with_source
 from vlmlayers.plots.style import axis_label, category
@@ -56,16 +58,17 @@ COST_PANELS = {
 
 def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
     """Draw how well the dataset is recognised at every position, mean and sd over seeds."""
-    scores = read("scores", tables)
+    scores = read_scores(tables, DATASET_ACCURACIES)
     metric = dataset_readout(set(scores.metric)) or DATASET_ACCURACIES[0]
     scores = select(scores, metric, metric=metric)
     scores = scores[scores.position != FINAL]  # the paper's axis: Embed, 1..L, Proj
     models = list(by_model(scores))
     figure, axes = panels(len(models), 1, 1.9, "all")
-    drawn, choices = [], []
+    drawn, choices, doubts = [], [], {}
     for (name, part), ax in zip(models, axes):
         spread = seed_spread(check_scores(part))
-        choices.append(choice := choice_of(part, tables))
+        choice, doubts[name] = choice_of(part, tables)
+        choices.append(choice)
         plots.layer_curves(spread, metric, choice=choice, ax=ax)
         ax.set_ylabel("Dataset accuracy" if metric == DATASET_ACCURACIES[0] else axis_label(metric))
         finish(ax, name)
@@ -88,6 +91,7 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
             for (_, part), tower in product(models, set(scores.tower))
         ),
         "Strips: the chosen blocks of each tower": any(choices),
+        **dict.fromkeys(doubted(doubts), True),
     }
     opening = clauses(f"{axis_label(metric)} at every position of both towers", marks)
     caption = scored(opening, scores, [metric])
@@ -96,7 +100,7 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
 
 def fig2_gap(tables: Folders, out: Path) -> list[Path]:
     """Draw distance and gap between images and texts at every position, one line per dataset."""
-    scores = select(read("scores", tables), "modality gap", metric=GAP_METRICS)
+    scores = select(read_scores(tables, GAP_METRICS), "modality gap", metric=GAP_METRICS)
     models = list(by_model(scores))
     metrics = [name for name in GAP_METRICS if (scores.metric == name).any()]
     figure, axes = panels(len(metrics), len(models), 1.6, "row")
@@ -121,25 +125,28 @@ def fig2_gap(tables: Folders, out: Path) -> list[Path]:
 
 def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
     """Draw the agreement of every vision position with every text position."""
-    scores = select(read("scores", tables), "agreement between towers", metric=AGREEMENT_METRICS)
+    scores = read_scores(tables, AGREEMENT_METRICS)
+    scores = select(scores, "agreement between towers", metric=AGREEMENT_METRICS)
     scores = select(scores, "agreement between towers", tower="vision", other_tower="text")
     models = list(by_model(scores))
     metrics = [name for name in AGREEMENT_METRICS if (scores.metric == name).any()]
     figure, axes = panels(len(models), len(metrics), 2.9)
-    drawn, shown, choices = [], [], []
+    drawn, shown, choices, doubts = [], [], [], {}
     for ax, ((name, part), metric) in zip(axes, product(models, metrics)):
         if not (part.metric == metric).any():
             ax.set_axis_off()
             continue
         part = check_scores(part)
-        choices.append(choice := choice_of(part, tables))
+        choice, doubts[name] = choice_of(part, tables)
+        choices.append(choice)
         plots.agreement_matrix(part, metric, choice=choice, ax=ax)
         finish(ax, name)
         shown.append(Reading().rows(part, metric, "vision"))
         drawn.append(in_panel(agreement(part, metric).assign(metric=metric), part, name))
     opening = clauses(
         f"Agreement of every vision position with every text position, {joined(shown)}"
-        f"{mean_over(shown, 'seed')}", {"Bars beside the axes: the chosen blocks": any(choices)}
+        f"{mean_over(shown, 'seed')}", {"Bars beside the axes: the chosen blocks": any(choices),
+                                      **dict.fromkeys(doubted(doubts), True)}
     )  # fmt: skip
     caption = scored(opening, pd.concat(shown), metrics)
     return save(figure, out, "fig3_agreement", drawn, caption)
@@ -151,7 +158,7 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
     figure, axes = panels(len(models), 1, 2.3)
     drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
-        means, doubts[name] = marked(placement_means(part), choice_of(part, tables))
+        means, doubts[name] = marked(placement_means(part), *choice_of(part, tables))
         means = sweep(means)
         spans = means[means.on_axis].assign(placement=means.label, chosen=False)
         plots.placement_sweep(spans, ax=ax)
@@ -171,7 +178,7 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
 
 def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     """Draw the quality predicted from the scores against the trained harmonic mean."""
-    scores = dict(by_model(read("scores", tables)))
+    scores = dict(by_model(read_scores(tables)))
     validations = by_model(read_validations(tables))
     models = [(name, compared_cells(part)) for name, part in validations if name in scores]
     if not models:
@@ -179,7 +186,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     figure, axes = panels(len(models), 1, 2.6)
     drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
-        means, doubts[name] = marked(placement_means(part), choice_of(part, tables))
+        means, doubts[name] = marked(placement_means(part), *choice_of(part, tables))
         points = predicted_means(check_scores(scores[name]), means)
         plots.predicted_vs_trained(points.assign(placement=points.short), ax=ax)
         ax.margins(x=0.12, y=0.1)
@@ -277,15 +284,22 @@ def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(low=frame.value - sd, high=frame.value + sd, seed=-1, options=options)
 
 
-def choice_of(scores: pd.DataFrame, tables: Folders) -> LayerChoice | None:
-    """Return the recorded choice for the model of a score table, None where there is none."""
+def choice_of(scores: pd.DataFrame, tables: Folders) -> tuple[LayerChoice | None, str]:
+    """Return the recorded choice for the model of a score table, and why there is none of several.
+
+    A curve over the seeds of several runs has no choice where these chose otherwise.
+    """
     model = tuple(scores[["model", "weights"]].iloc[0])
-    for folder in as_folders(tables):
-        for path in sorted(folder.glob("choice*.json")):
-            choice = LayerChoice.load(path)
-            if (choice.evidence.get("model"), choice.evidence.get("weights")) == model:
-                return choice
-    return None
+    paths = [path for folder in as_folders(tables) for path in sorted(folder.glob("choice*.json"))]
+    choices = [
+        choice
+        for choice in map(LayerChoice.load, paths)
+        if (choice.evidence.get("model"), choice.evidence.get("weights")) == model
+    ]
+    found = dict.fromkeys(str(Placement(one.vision, one.text)) for one in choices)
+    if len(found) > 1:
+        return None, f"no choice is marked, as runs chose {' and '.join(found)}"
+    return (choices[0] if choices else None), ""
 
 
 def cost_points(table: pd.DataFrame) -> pd.DataFrame:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
+import pandas as pd
+
+from vlmlayers.placement import how_trained
 from vlmlayers.report.numbers import Answer, join
 from vlmlayers.scores import ScoreOptions
+from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.summaries import dataset_names
 
 ALIKE = "All runs saw the same items of the same datasets, scored and chosen with the same options."
-# What tells trainings apart: of a recipe what is set most, and what stands beside it.
-TRAINED_BY = ("method", "datasets", "seeds", "shots", "limit", "comparison")
-RECIPE = ("lr", "epochs", "batch_size")
+# What tells trainings apart besides method, recipe and settings.
+TRAINED_BY = ("datasets", "seeds", "shots", "comparison")
+# Of an extraction, what each dataset may have of its own.
+BY_DATASET = ("split", "text", "template", "present_only")
+Extracted = dict[str, dict[str, dict[str, Any]]]  # dataset → split → record
 # Options that change no number, or that have a row of their own among what differs.
 ASIDE = {"batch_size", "workers", "device", "precision", "skip_unreadable", "present_only"}
 
@@ -26,7 +33,8 @@ def comparability(runs: Sequence[tuple[str, Answer]]) -> list[str]:
     Returns:
         Sentences. Empty where the runs do not say enough of how they were made.
     """
-    found = [*_datasets(runs), *_items(runs), *(f"{one}." for one in option_differences(runs))]
+    found = [*_datasets(runs), *_items(runs), *_counts(runs)]
+    found += [f"{one}." for one in (*_extractions(runs), *option_differences(runs))]
     found += _trainings(runs)
     known = all(
         {"score", "select"} <= set(answer.stages) and answer.provenance.get("datasets")
@@ -36,7 +44,8 @@ def comparability(runs: Sequence[tuple[str, Answer]]) -> list[str]:
 
 
 def _datasets(runs: Sequence[tuple[str, Answer]]) -> list[str]:
-    sets = {name: set(dataset_names(answer.scores)) for name, answer in runs}
+    # A table of pooled rows alone names none.
+    sets = {name: {*dataset_names(answer.scores), *_extracted(answer)} for name, answer in runs}
     common = set.intersection(*sets.values())
     extra = {name: sorted(found - common) for name, found in sets.items() if found - common}
     if not extra:
@@ -49,52 +58,120 @@ def _datasets(runs: Sequence[tuple[str, Answer]]) -> list[str]:
 
 
 def _items(runs: Sequence[tuple[str, Answer]]) -> list[str]:
-    hashes: dict[str, set[str]] = {}
+    seen: dict[str, dict[tuple[str, str], set[str]]] = {"items_hash": {}, "data_hash": {}}
     for _, answer in runs:
-        for dataset, one in answer.provenance.get("datasets", {}).items():
-            if one.get("items_hash"):
-                hashes.setdefault(dataset, set()).add(str(one["items_hash"]))
-    other = sorted(dataset for dataset, seen in hashes.items() if len(seen) > 1)
-    return [f"The runs saw different items of {join(other)}."] if other else []
+        for dataset, splits in _extracted(answer).items():
+            for split, record in splits.items():
+                for key, marks in seen.items():
+                    known = marks.setdefault((dataset, split), set())
+                    known |= {str(record[key])} if record.get(key) else set()
+    items, files = (
+        {dataset for (dataset, _), marks in of.items() if len(marks) > 1} for of in seen.values()
+    )
+    words = {
+        "The runs saw different items of {}.": items,
+        "Of {} the runs saw files of the same names that differ or were copied.": files - items,
+    }
+    return [said.format(join(sorted(of))) for said, of in words.items() if of]
+
+
+def _extracted(answer: Answer) -> Extracted:
+    """Return what is recorded of the datasets of a run, by name and split."""
+    found: Extracted = {}
+    for key, one in answer.provenance.get("datasets", {}).items():
+        found.setdefault(one.get("name", key), {})[one.get("split", "")] = one
+    return found
+
+
+def _counts(runs: Sequence[tuple[str, Answer]]) -> list[str]:
+    """Return of which datasets the scores count other items, where no record tells which."""
+    if all(answer.provenance.get("datasets") for _, answer in runs):
+        return []
+    counts = [a.scores.groupby(["dataset", "metric", "tower"])["n"].max() for _, a in runs]
+    shared = pd.concat(counts, axis=1, join="inner")
+    other = shared[shared.nunique(axis=1) > 1].index.unique("dataset")
+    names = ["all datasets pooled" if name == POOLED else name for name in other]
+    return [f"The scores are of different numbers of items of {join(names)}."] if names else []
 
 
 def _trainings(runs: Sequence[tuple[str, Answer]]) -> list[str]:
     """Return how the trainings of runs differ, whose harmonic means stand side by side."""
-    told = {
-        name: _training(answer.run.read("validation.json"))
+    notes = {
+        name: answer.run.read("validation.json")
         for name, answer in runs
         if answer.validation is not None
     }
+    told = {name: _training(one) for name, one in notes.items()}
+    # Other methods have other settings, of which nothing has to be said.
+    settings = {key for one in notes.values() for key in one.get("settings", {})}
     parts = []
     for key in dict.fromkeys(key for one in told.values() for key in one):
         values = {name: str(one.get(key, "not given")) for name, one in told.items()}
-        if len(set(values.values())) > 1:
-            parts.append(f"{key} {', '.join(f'{value} in {one}' for one, value in values.items())}")
+        whole = key not in settings or all(key in one for one in told.values())
+        if whole and len(set(values.values())) > 1:
+            parts.append(f"{key} {_listed(values)}")
+    parts += _tested(notes)
     if not parts:
         return []
     return [f"Trained harmonic means do not compare: {'; '.join(parts)}."]
 
 
 def _training(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the accuracies of a validation depend on besides model and placement."""
-    found = {key: notes[key] for key in TRAINED_BY if key in notes}
+    """Return what the accuracies of a validation depend on besides model, placement and data."""
+    found = how_trained(notes) | {key: notes[key] for key in TRAINED_BY if key in notes}
     if isinstance(found.get("datasets"), list):
         found["datasets"] = join(found["datasets"])
-    recipe = notes.get("recipe", {})
-    return found | {key: recipe[key] for key in RECIPE if key in recipe}
+    return found
+
+
+def _tested(notes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the datasets on whose images trainings were not all tested."""
+    marks: dict[str, set[str]] = {}
+    for one in notes.values():
+        for dataset, data in one.get("data", {}).items():
+            marks.setdefault(dataset, set()).add(str(data.get("hash")))
+    other = sorted(dataset for dataset, seen in marks.items() if len(seen) > 1)
+    return [f"test images of {join(other)}, which differ or were copied"] if other else []
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    """Return `val in a, train in b`."""
+    return ", ".join(f"{value} in {name}" for name, value in values.items())
+
+
+def _extractions(runs: Sequence[tuple[str, Answer]]) -> list[str]:
+    """Return `extract: template of textures …` for what datasets that all share have of their own.
+
+    Datasets that differ alike are told together.
+    """
+    told = {name: _extracted(answer) for name, answer in runs}
+    shared = [one for one in next(iter(told.values())) if all(one in of for of in told.values())]
+    found: dict[tuple[str, str], list[str]] = {}
+    for key, dataset in product(BY_DATASET, shared):
+        values = {
+            name: join(sorted({str(one[key]) for one in of[dataset].values() if key in one}))
+            for name, of in told.items()
+        }
+        if all(values.values()) and len(set(values.values())) > 1:
+            found.setdefault((key, _listed(values)), []).append(dataset)
+    return [
+        f"Stage extract, {key.replace('_', ' ')} of {join(of)}: {values}"
+        for (key, values), of in found.items()
+    ]
 
 
 def option_differences(runs: Sequence[tuple[str, Answer]]) -> list[str]:
     """Return `extract: split val in a, train in b` for each option that differs."""
     found = []
+    told = [one for _, a in runs for one in a.provenance.get("datasets", {}).values() or [{}]]
+    aside = ASIDE | {key for key in BY_DATASET if all(key in one for one in told)}
     for stage in ("extract", "score", "select"):
         options = [(name, _options(answer, stage)) for name, answer in runs]
         options = [(name, one) for name, one in options if one]
         for key in dict.fromkeys(key for _, one in options for key in one):
             values = {name: str(one.get(key, "not given")) for name, one in options}
-            if key not in ASIDE and len(set(values.values())) > 1:
-                words = ", ".join(f"{value} in {name}" for name, value in values.items())
-                found.append(f"Stage {stage}, {key.replace('_', ' ')}: {words}")
+            if key not in aside and len(set(values.values())) > 1:
+                found.append(f"Stage {stage}, {key.replace('_', ' ')}: {_listed(values)}")
     return found
 
 

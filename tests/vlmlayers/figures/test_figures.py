@@ -659,6 +659,61 @@ def test_seeds_of_validations_by_other_recipes_are_not_pooled(
         assert len(outcomes.read_validations(folders)) == len(rows)
 
 
+ITEMS = {"name": "digits", "split": "train", "items": 9, "items_hash": "a", "template": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "record", "told"),
+    [
+        ({}, {}, ""),
+        ({"options": "normalise=none"}, {}, "normalise=none, .*first/scores with normalise=col"),
+        ({"options": "normalise=columns;ceiling=0.9"}, {}, ""),
+        ({"n": 20}, {}, "n=20, .*first/scores with n=40"),
+        ({}, {"weights": "other"}, "weights_hash=other, .*first/scores with weights_hash=same"),
+        ({}, {"name": "flags"}, r"datasets=flags \(train\), .* with datasets=digits \(train\)"),
+        ({}, {"split": "val"}, r"datasets=digits \(val\), "),
+        ({}, {"items": 8}, r"items of digits \(train\)=8, "),
+        ({}, {"items_hash": "b"}, r"items_hash of digits \(train\)=b, "),
+        ({}, {"template": "a {}."}, r"template of digits \(train\)=a {}\., "),
+    ],
+)
+def test_only_tables_made_alike_are_averaged_as_seeds(
+    rows: dict[str, object], record: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    scores = score_rows().query("metric == 'dataset_accuracy'").assign(options="normalise=columns")
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder, part, other in zip(
+        folders, (scores[scores.seed < 3], scores[scores.seed == 3].assign(**rows)), ({}, record)
+    ):
+        folder.mkdir()
+        part.to_csv(folder / "scores.csv", index=False)
+        made = ITEMS | other
+        weights = {"weights_hash": made.pop("weights", "same")}
+        (folder / "provenance.json").write_text(
+            json.dumps({"model": weights, "datasets": {"digits-train": made}})
+        )
+    if told:
+        with pytest.raises(UserError, match=f"second/scores scored tiny with {told}"):
+            paper_figures.fig1_dataset_recognition(folders, tmp_path)
+        return
+    paper_figures.fig1_dataset_recognition(folders, tmp_path)
+    drawn = pd.read_csv(tmp_path / "fig1_dataset_recognition.csv")
+    assert set(drawn.seeds) == {3} and len(drawn) == 2 * len(POSITIONS)
+
+
+def test_tables_without_a_record_are_told_apart_by_their_datasets(tmp_path: Path) -> None:
+    """Of pooled rows alone nothing tells of which datasets they are."""
+    scores = score_rows()
+    scores[scores.seed < 3].to_csv(tmp_path / "scores_one.csv", index=False)
+    other = scores[(scores.seed == 3) | (scores.metric == "pair_distance")]
+    other.replace({"dataset": {"a_b": "flags"}}).to_csv(tmp_path / "scores_two.csv", index=False)
+    with pytest.raises(UserError, match=r"scores_two .* with datasets=digits \(train\), flags "):
+        paper_figures.fig1_dataset_recognition(tmp_path, tmp_path)
+    other[other.seed == 3].to_csv(tmp_path / "scores_two.csv", index=False)
+    paper_figures.fig1_dataset_recognition(tmp_path, tmp_path)
+    assert set(pd.read_csv(tmp_path / "fig1_dataset_recognition.csv").seeds) == {3}
+
+
 def test_figure_1_shows_mean_and_sd_over_seeds(tables: Path, tmp_path: Path) -> None:
     paper_figures.fig1_dataset_recognition(tables, tmp_path)
     drawn = pd.read_csv(tmp_path / "fig1_dataset_recognition.csv", dtype={"position": str})
@@ -787,9 +842,28 @@ def test_figure_3_says_whether_datasets_are_pooled(pooled: bool, tmp_path: Path)
 
 
 def test_a_choice_marks_its_own_model_only(tables: Path) -> None:
-    choice = paper_figures.choice_of(score_rows(), tables)
-    assert (choice.vision, choice.text) == ((2, 3, 4), (3, 4))
-    assert paper_figures.choice_of(score_rows("another"), tables) is None
+    choice, unlike = paper_figures.choice_of(score_rows(), tables)
+    assert (choice.vision, choice.text) == ((2, 3, 4), (3, 4)) and not unlike
+    assert paper_figures.choice_of(score_rows("another"), tables) == (None, "")
+
+
+@pytest.mark.parametrize("vision", [(2, 3, 4), (4,)])
+def test_runs_that_chose_otherwise_have_no_choice_in_common(
+    vision: tuple[int, ...], tables: Path, tmp_path: Path
+) -> None:
+    """That of the first folder was drawn over the mean of all."""
+    recorded = json.loads((tables / "choice.json").read_text())
+    (tmp_path / "choice.json").write_text(json.dumps(recorded | {"vision": vision}))
+    said = "Of tiny (w) no choice is marked, as runs chose v2-4,t3-4 and v4,t3-4."
+    alike = vision == (2, 3, 4)
+    for name in ("fig1_dataset_recognition", "fig3_agreement", "fig4_placement_sweep",
+                 "fig5_predicted_vs_trained"):  # fmt: skip
+        paper_figures.FIGURES[name]([tables, tmp_path], tmp_path)
+        caption = (tmp_path / f"{name}.tex").read_text()
+        assert (said in caption) != alike, caption
+        assert ("chosen blocks" in caption) == (alike and name[:4] in ("fig1", "fig3"))
+        drawn = "chosen" in (tmp_path / f"{name}.svg").read_text().lower()
+        assert drawn == (alike and name != "fig3_agreement"), "bars there have no words"
 
 
 def test_figure_4_orders_spans_and_sets_the_choice_beside_them(

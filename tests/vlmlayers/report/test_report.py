@@ -653,6 +653,7 @@ def test_a_comparison_says_what_stands_against_it(tmp_path: Path) -> None:
     assert said(datasets={"digits": {"items_hash": "b"}}) == [
         "The runs saw different items of digits."
     ]
+    assert said(datasets={"digits": {"items_hash": "a", "template": "{}"}}) == [ALIKE], "unrecorded"
     assert said(score={"options": {"seeds": [1, 2]}}, extract={"split": "test"}) == [
         "Stage extract, split: val in one, test in two.",
         "Stage score, seeds: [1] in one, [1, 2] in two.",
@@ -671,6 +672,78 @@ def test_a_comparison_says_what_stands_against_it(tmp_path: Path) -> None:
     assert "The datasets differ" in (tmp_path / "both" / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("two", "said"),
+    [
+        ({}, ALIKE),
+        (
+            {"data_hash": "other"},
+            "Of digits and flags the runs saw files of the same names that differ or were copied.",
+        ),
+        (
+            {"data_hash": "other", "items_hash": "b"},
+            "The runs saw different items of digits and flags.",
+        ),
+        (
+            {"template": "a {}."},
+            "Stage extract, template of digits and flags: {} in one, a {}. in two.",
+        ),
+        ({"text": "captions"},
+         "Stage extract, text of digits and flags: prompts in one, captions in two."),
+        ({"present_only": True},
+         "Stage extract, present only of digits and flags: False in one, True in two."),
+    ],
+)  # fmt: skip
+def test_what_each_dataset_has_of_its_own_is_compared(
+    two: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    """What is recorded of the stage is what is asked of most datasets, and may be the same."""
+    record = {"split": "val", "text": "prompts", "template": "{}", "present_only": False,
+              "items_hash": "a", "data_hash": "b"}  # fmt: skip
+    runs = []
+    for name, own in (("one", {}), ("two", two)):
+        run = make_run(tmp_path / name, small=True)
+        one = record | own
+        asked = {key: value for key, value in one.items() if not key.endswith("hash")}
+        run.record(datasets={"digits": one, "flags": one}, extract=asked, score={"options": {}})
+        runs.append((name, read_answer(run.folder)))
+    assert comparability(runs) == [said]
+
+
+def test_splits_of_one_dataset_are_compared_by_name_and_split(tmp_path: Path) -> None:
+    """With two of a dataset a run calls them after their folders: nothing was compared."""
+    val, train = {"split": "val", "items_hash": "a"}, {"split": "train", "items_hash": "b"}
+    of_two = {f"digits-{one['split']}": {"name": "digits", **one} for one in (val, train)}
+    runs = [make_run(tmp_path / name, small=True) for name in ("one", "two")]
+
+    def said(**two: object) -> list[str]:
+        for run, datasets in zip(runs, ({"digits": val}, of_two | two)):
+            run.record(datasets=datasets, extract={"split": "val"}, score={"options": {}})
+        return comparability([(run.folder.name, read_answer(run.folder)) for run in runs])
+
+    splits = "Stage extract, split of digits: val in one, train and val in two."
+    assert said() == [splits]
+    other = {"digits-val": of_two["digits-val"] | {"items_hash": "c"}}
+    assert said(**other) == ["The runs saw different items of digits.", splits]
+    (told, _) = said(flags={"split": "val"})
+    assert told.startswith("The datasets differ: beside what all share, two has flags.")
+
+
+def test_other_counts_of_items_are_told_where_nothing_else_tells(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, small=True) for name in ("one", "two")]
+    for run in runs:
+        run.provenance.unlink(missing_ok=True)
+
+    def said() -> list[str]:
+        return comparability([(run.folder.name, read_answer(run.folder)) for run in runs])
+
+    assert said() == []
+    scores = read_answer(runs[1].folder).scores
+    write_scores(scores.assign(n=scores["n"] // 2), runs[1].folder)
+    (told,) = said()
+    assert told.startswith("The scores are of different numbers of items of ")
+
+
 def test_trainings_that_differ_are_told_beside_their_means(validated: Run, tmp_path: Path) -> None:
     """Of other methods, shots and datasets they stood in one column, and all was called alike."""
     runs = [tmp_path / name for name in ("one", "two")]
@@ -687,6 +760,27 @@ def test_trainings_that_differ_are_told_beside_their_means(validated: Run, tmp_p
     (told,) = [one for one in said() if one.startswith("Trained harmonic means do not compare: ")]
     assert "maple in two" in told and "99 in two" in told and "lr " in told and "7.0 in two" in told
     assert "limit" not in told
+
+    def trained(first: dict[str, object], second: dict[str, object]) -> list[str]:
+        for folder, other in zip(runs, (first, second)):
+            write_json(folder / "validation.json", {**before, **other})
+        return [one for one in said() if one.startswith("Trained harmonic means")]
+
+    how = {"method": "mma", "recipe": {"name": "a", "weight_decay": 0.1, "optimizer": "sgd"},
+           "settings": {"scale": 0.1, "dim": 32}, "data": {"digits": {"hash": "x"}},
+           "weights_hash": "one"}  # fmt: skip
+    other = {"recipe": {"name": "b", "weight_decay": 0.2, "optimizer": "sgd"},
+             "settings": {"scale": 0.3, "dim": 32}, "data": {"digits": {"hash": "y"}}}  # fmt: skip
+    named = {"recipe": {**how["recipe"], "name": "b"}, "weights_hash": "two"}
+    assert trained(how, how | named) == [], "models may differ, and names of recipes say nothing"
+    assert trained(how, how | other) == [
+        "Trained harmonic means do not compare: weight_decay 0.1 in one, 0.2 in two; "
+        "scale 0.1 in one, 0.3 in two; test images of digits, which differ or were copied."
+    ]
+    coop = {"method": "coop", "settings": {"n_ctx": 4}}
+    assert trained(how, how | coop) == [
+        "Trained harmonic means do not compare: method mma in one, coop in two."
+    ]
 
 
 def test_no_markup_of_another_language_is_shown(random_run: Run) -> None:
