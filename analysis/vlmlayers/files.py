@@ -28,6 +28,7 @@ except ImportError:  # not on Windows, where two processes on one folder are not
 
 LOG = logging.getLogger(__name__)
 NAMES = ("model", "weights", "dataset", "source", "method", "placement")  # columns of tables
+MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "None"]  # numbers that are not there
 # Names that open_clip, timm and Hugging Face save weights under, in the order they are looked for.
 WEIGHTS = (
     "open_clip_model.safetensors",
@@ -134,16 +135,18 @@ def write_csv(path: Path, table: pd.DataFrame) -> Path:
 
 
 def read_csv(path: Path, text: Iterable[str] = NAMES) -> pd.DataFrame:
-    """Read a table of which some columns are text; what is empty is missing.
+    """Read a table of which some columns are text: only what is empty is missing there.
 
     Left to pandas, a class called "NA" would be missing, and the dataset "007" or the placement
     "9" a number.
     """
     import pandas as pd
 
-    return pd.read_csv(
-        path, dtype=dict.fromkeys(text, "object"), keep_default_na=False, na_values=[""]
-    )
+    columns = set(pd.read_csv(path, nrows=0).columns)
+    names = columns & set(text)
+    missing = dict.fromkeys(columns, MISSING) | {key: [""] for key in names}
+    kinds = dict.fromkeys(names, "object")
+    return pd.read_csv(path, dtype=kinds, na_values=missing, keep_default_na=False)
 
 
 @contextmanager

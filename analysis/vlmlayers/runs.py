@@ -141,6 +141,13 @@ class Run:
             return ""
         return f"{searched.get('model')} ({searched.get('weights')}, {theirs[:12]})"
 
+    def settle(self, stage: str) -> None:
+        """Forget that a stage of a study was stopped: a verb has done its work since."""
+        ledger = self.read("stages.json")
+        if stage in ledger.get("unfinished", {}) and is_first_process():
+            del ledger["unfinished"][stage]
+            write_json(self.folder / "stages.json", ledger)
+
     def record(self, **parts: Any) -> None:
         """Add to `provenance.json`; of several processes the first one does."""
         if is_first_process():

@@ -19,6 +19,7 @@ from vlmadapters.cli.inputs import (
 from vlmadapters.validation.options import SearchOptions
 from vlmlayers.cli.options import DataRoot, Device, Model, named, with_options
 from vlmlayers.extraction import WeightsOptions
+from vlmlayers.runs import Run
 
 
 @with_options
@@ -65,6 +66,7 @@ def search(
         root=data_root,
         **dict(options),
     )
+    Run(out).settle("search")
     typer.echo(_text(found, out))
 
 

@@ -89,6 +89,7 @@ def validate(
         root=data_root,
         **dict(options),
     )
+    Run(out).settle("validate")
     if Run(out).provenance.exists():
         asked = {"datasets": datasets, "method": method, "recipe": recipe, "set": values}
         asked |= options.model_dump(exclude={"together", *ReadOptions.model_fields})

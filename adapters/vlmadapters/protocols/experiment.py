@@ -160,7 +160,8 @@ class Experiment:
         ) as shown:
             found: dict[tuple[str, int], Rows | None] = {}
             for source, seed in self._in_turn(sources, seeds, recipes, found):
-                found[source, seed] = self._cells(source, seed, recipes, together, shown)
+                wait = (source, seed) in found
+                found[source, seed] = self._cells(source, seed, recipes, together, shown, wait=wait)
                 if found[source, seed] is not None:
                     # Behind a training, which refuses at once classes that a method cannot take;
                     # not later, or other processes would test the source as well.
@@ -196,8 +197,9 @@ class Experiment:
         """Yield sources and seeds; last the sources that other processes work on when it is time.
 
         Each process then decodes and tests the images of as few as possible. Where a run is to
-        stop if nothing moves, the first seed of each source comes first, until something moved.
-        `found` holds what came of those that were yielded.
+        stop if nothing moves, the first seed of each source comes first, until something moved;
+        those that other processes hold come a second time, to be waited for. `found` holds what
+        came of those that were yielded.
         """
 
         def cells(pairs: Iterable[tuple[str, int]]) -> list[Cell]:
@@ -216,13 +218,17 @@ class Experiment:
             return sources[number], seeds[place]
 
         if self.stop_unmoved:
-            for number in range(len(sources)):
-                pair = with_next(number, 0)
-                yield pair
-                if not _unmoved(found[pair]):
+            first = [(source, seeds[0]) for source in sources]
+            for number, pair in enumerate(first):
+                yield with_next(number, 0)
+                if _moved(found[pair]):
                     break
             else:
-                return
+                self._next = None
+                for pair in [pair for pair in first if found[pair] is None]:
+                    yield pair
+                if not any(_moved(found[pair]) for pair in first):
+                    return
         busy = []
         for number, source in enumerate(sources):
             if self.cells.others_hold(cells(product([source], seeds))):
@@ -463,9 +469,9 @@ class Experiment:
         return Cell("-".join(filter(None, parts)), identity)
 
 
-def _unmoved(rows: Rows | None) -> bool:
-    """Return whether no training changed anything; not of what another process holds (None)."""
-    return all(row["note"].startswith((UNMOVED, UNMOVED_FIT)) for row in rows or [{"note": ""}])
+def _moved(rows: Rows | None) -> bool:
+    """Return whether a training changed anything, as far as is known; None is another's."""
+    return any(not row["note"].startswith((UNMOVED, UNMOVED_FIT)) for row in rows or [])
 
 
 def _table(rows: Rows) -> pd.DataFrame:

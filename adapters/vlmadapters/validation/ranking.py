@@ -127,7 +127,7 @@ def predictors(correlations: pd.DataFrame) -> str:
     if correlations.empty:
         return (
             "No score could be compared with the outcome: there are fewer than three placements, "
-            "or each score is the same at all."
+            "or outcomes or each score are the same at all."
         )
     rows: list[Mapping[Any, Any]] = list(correlations.to_dict("records"))
     blind = {name for name, score in PLACEMENT_SCORES.items() if not score.block_score}

@@ -279,11 +279,12 @@ class Regret:
         lead = f"the best placement ({self.best}) is {self.value:.1f} points above it"
         if self.honest is None:
             return f"{lead}, which flatters it: it was picked on this one run"
+        # Of few runs they span less than an interval, whose brackets these are not.
+        first, last = f"{self.honest_low:z.1f}", f"{self.honest_high:z.1f}"
+        span = f" ({first} to {last} in 95 % of resamples)" if first != last else ""
         return (
             f"{lead}{bracketed(self.low, self.high)}, which flatters it: "
-            f"picked on other runs, the best leads by {self.honest:z.1f} "
-            # Of few runs they span less than an interval, whose brackets these are not.
-            f"({self.honest_low:z.1f} to {self.honest_high:z.1f} in 95 % of resamples)"
+            f"picked on other runs, the best leads by {self.honest:z.1f}{span}"
         )
 
 

@@ -42,7 +42,10 @@ def read_scores(folders: Folders, metrics: Collection[str] | None = None) -> pd.
         for curve, rows in kept.groupby(list(CURVE), sort=False):
             how = _items(made, table, rows.dataset.iloc[0]) | _scored(rows)
             refuse_unlike(seen, path, f"scored {curve[0]}", curve, how)
-    return pd.concat(found.values(), ignore_index=True)
+    joined = pd.concat(found.values(), ignore_index=True)
+    # What takes no seed stands alike in each of several tables of other seeds.
+    again = joined.duplicated() & (joined.seed == -1)
+    return joined[~again].reset_index(drop=True)
 
 
 def _items(made: Mapping[str, Any], table: pd.DataFrame, name: str) -> dict[str, Any]:

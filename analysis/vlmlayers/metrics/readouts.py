@@ -179,8 +179,8 @@ def k_nearest(
     """Predict by the votes of the k nearest fitting items (cosine, normalised features).
 
     k is at most the size of the smallest class. Votes weigh 1/size of their class; of classes with
-    equal votes that of the larger sum of cosines is predicted. Items that tie for the last places
-    take equal shares of them, so that the order of the fitting items tells nothing.
+    equal votes that of the larger sum of 1 + cosine is predicted. Items that tie for the last
+    places take equal shares of them, so that the order of the fitting items tells nothing.
 
     Reference: Cover and Hart 1967; as used for frozen features by Caron et al. 2021.
     """

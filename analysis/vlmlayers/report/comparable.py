@@ -36,9 +36,9 @@ def comparability(runs: Sequence[tuple[str, Answer]]) -> list[str]:
     found = [*_datasets(runs), *_items(runs), *_counts(runs)]
     found += [f"{one}." for one in (*_extractions(runs), *option_differences(runs))]
     found += _trainings(runs)
-    known = all(
-        {"score", "select"} <= set(answer.stages) and answer.provenance.get("datasets")
-        for _, answer in runs
+    records = [[*answer.provenance.get("datasets", {}).values()] for _, answer in runs]
+    known = all(one and all(data.get("items_hash") for data in one) for one in records) and all(
+        {"score", "select"} <= set(answer.stages) for _, answer in runs
     )
     return found or ([ALIKE] if known else [])
 
@@ -102,13 +102,12 @@ def _trainings(runs: Sequence[tuple[str, Answer]]) -> list[str]:
         if answer.validation is not None
     }
     told = {name: _training(one) for name, one in notes.items()}
-    # Other methods have other settings, of which nothing has to be said.
-    settings = {key for one in notes.values() for key in one.get("settings", {})}
+    # Other methods have other settings, and earlier versions recorded less.
+    shared = [key for key in next(iter(told.values()), {}) if all(key in t for t in told.values())]
     parts = []
-    for key in dict.fromkeys(key for one in told.values() for key in one):
-        values = {name: str(one.get(key, "not given")) for name, one in told.items()}
-        whole = key not in settings or all(key in one for one in told.values())
-        if whole and len(set(values.values())) > 1:
+    for key in shared:
+        values = {name: str(one[key]) for name, one in told.items()}
+        if len(set(values.values())) > 1:
             parts.append(f"{key} {_listed(values)}")
     parts += _tested(notes)
     if not parts:
@@ -119,9 +118,9 @@ def _trainings(runs: Sequence[tuple[str, Answer]]) -> list[str]:
 def _training(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the accuracies of a validation depend on besides model, placement and data."""
     found = how_trained(notes) | {key: notes[key] for key in TRAINED_BY if key in notes}
-    if isinstance(found.get("datasets"), list):
-        found["datasets"] = join(found["datasets"])
-    return found
+    # In whatever order they were named.
+    found |= {key: sorted(found[key]) for key in ("datasets", "seeds") if key in found}
+    return found | ({"datasets": join(found["datasets"])} if "datasets" in found else {})
 
 
 def _tested(notes: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -262,6 +262,8 @@ def class_split(features: TowerFeatures, options: ScoreOptions, seed: int) -> Sp
     Raises:
         UserError: Fewer than two classes have three items.
     """
+    if (features.labels < 0).any():
+        raise UserError("its items have no classes")
     groups = _independent(features)
     sizes = _class_sizes(features)
     usable = [c for c, size in sizes.items() if size >= 3]

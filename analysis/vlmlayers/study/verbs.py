@@ -123,6 +123,7 @@ def score_run(
             raise UserError("--jobs share the scoring of features; --streaming takes one process")
     else:
         given = validated(ScoreOptions, options, "--set")
+        options = given.model_dump(exclude_unset=True)
         if len(known) == len(asked):
             given.refuse_unread(known)
     from vlmlayers.study.scoring import needs_model, recorded_context, scored, scores_of
@@ -150,6 +151,7 @@ def score_run(
         score={"metrics": used, "options": options, "streaming": streaming},
         environment=environment(),
     )
+    run.settle("score")
     return scored(table, text)
 
 
@@ -208,4 +210,6 @@ def select_run(
     alone = not out and Run(folder).provenance.is_file()
     with writing_alone(*((folder,) if alone else ())):
         written = choice.save(out or Run(folder).choice)
+        if alone:
+            Run(folder).settle("select")
     return "\n".join([f"adapt {choice}", *textwrap.wrap(choice.statement, 80), str(written)])

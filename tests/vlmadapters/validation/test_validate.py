@@ -235,6 +235,32 @@ def test_a_dataset_that_training_does_not_change_does_not_end_a_run_on_others(
     assert half == [("easy", 1), (manifest.name, 1), ("easy", 2), (manifest.name, 2)]
 
 
+@pytest.mark.parametrize(
+    ("held", "after", "expected"),
+    [
+        ("", "", "A1 B1"),
+        ("", "B1", "A1 B1 A2 B2"),
+        ("B1", "", "A1 B1 B1"),
+        ("B1", "B1", "A1 B1 B1 A2 B2"),
+        ("A1", "B1", "A1 B1 A2 B2"),
+    ],
+)
+def test_first_seeds_that_another_process_holds_are_waited_for_while_nothing_moved(
+    held: str, after: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Experiment("base-to-novel", shared_backbone("clip"), RECIPE, stop_unmoved=True)
+    monkeypatch.setattr(one, "_cell", lambda *_: None)
+    monkeypatch.setattr(one.cells, "read", lambda _: None)
+    monkeypatch.setattr(one.cells, "others_hold", lambda _: False)
+    found: dict[tuple[str, int], Any] = {}
+    order = []
+    for pair in one._in_turn(["A", "B"], [1, 2], [RECIPE], found):
+        order.append(name := f"{pair[0]}{pair[1]}")
+        known = name != held or pair in found
+        found[pair] = [{"note": "" if name == after else UNMOVED}] if known else None
+    assert " ".join(order) == expected
+
+
 def test_a_finished_cell_is_not_trained_again(
     manifest: Manifest, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

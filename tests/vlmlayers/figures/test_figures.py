@@ -701,6 +701,20 @@ def test_only_tables_made_alike_are_averaged_as_seeds(
     assert set(drawn.seeds) == {3} and len(drawn) == 2 * len(POSITIONS)
 
 
+def test_what_takes_no_seed_may_stand_alike_in_tables_of_several_seeds(tmp_path: Path) -> None:
+    scores = score_rows()
+    gap = scores[scores.metric == "centroid_gap"].assign(seed=-1)
+    gap = gap.drop_duplicates(["dataset", "tower", "position"])
+    folders = [tmp_path / name for name in ("first", "second", "other")]
+    for folder, part in zip(folders, (gap, gap, gap.assign(value=gap.value + 0.1))):
+        folder.mkdir()
+        part.to_csv(folder / "scores.csv", index=False)
+    paper_figures.fig2_gap(folders[:2], tmp_path)
+    assert (tmp_path / "fig2_gap.csv").exists()
+    with pytest.raises(UserError, match="several values of centroid_gap"):
+        paper_figures.fig2_gap(folders[1:], tmp_path)
+
+
 def test_tables_without_a_record_are_told_apart_by_their_datasets(tmp_path: Path) -> None:
     """Of pooled rows alone nothing tells of which datasets they are."""
     scores = score_rows()

@@ -755,8 +755,11 @@ def test_trainings_that_differ_are_told_beside_their_means(validated: Run, tmp_p
 
     before = read_json(runs[1] / "validation.json")
     assert not any("Trained harmonic means" in one for one in said())
-    other = {"method": "maple", "shots": 99, "recipe": {**before.get("recipe", {}), "lr": 7.0}}
+    other = {"method": "maple", "shots": 99, "recipe": {"lr": 7.0}}
     write_json(runs[1] / "validation.json", {**before, **other})
+    assert not any("Trained harmonic means" in one for one in said()), "an earlier record says less"
+    ours = {"method": "mma", "shots": 16, "recipe": {"lr": 0.5}}
+    write_json(runs[0] / "validation.json", {**before, **ours})
     (told,) = [one for one in said() if one.startswith("Trained harmonic means do not compare: ")]
     assert "maple in two" in told and "99 in two" in told and "lr " in told and "7.0 in two" in told
     assert "limit" not in told
@@ -773,6 +776,8 @@ def test_trainings_that_differ_are_told_beside_their_means(validated: Run, tmp_p
              "settings": {"scale": 0.3, "dim": 32}, "data": {"digits": {"hash": "y"}}}  # fmt: skip
     named = {"recipe": {**how["recipe"], "name": "b"}, "weights_hash": "two"}
     assert trained(how, how | named) == [], "models may differ, and names of recipes say nothing"
+    orders = ({"seeds": one, "datasets": two} for one, two in (([1, 2], "ab"), ([2, 1], "ba")))
+    assert trained(*(how | {**one, "datasets": list(one["datasets"])} for one in orders)) == []
     assert trained(how, how | other) == [
         "Trained harmonic means do not compare: weight_decay 0.1 in one, 0.2 in two; "
         "scale 0.1 in one, 0.3 in two; test images of digits, which differ or were copied."
