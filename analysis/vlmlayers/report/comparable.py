@@ -128,7 +128,7 @@ def _tested(notes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     marks: dict[str, set[str]] = {}
     for one in notes.values():
         for dataset, data in one.get("data", {}).items():
-            marks.setdefault(dataset, set()).add(str(data.get("hash")))
+            marks.setdefault(dataset, set()).update({data["hash"]} if data.get("hash") else ())
     other = sorted(dataset for dataset, seen in marks.items() if len(seen) > 1)
     return [f"test images of {join(other)}, which differ or were copied"] if other else []
 

@@ -553,7 +553,7 @@ def test_an_extraction_that_was_stopped_is_told_by_what_goes_on_from_its_stores(
     # A study that was stopped in a stage, whose work a verb has done since.
     ledger = read_json(copy / "stages.json")
     write_json(copy / "stages.json", {**ledger, "unfinished": {"select": 1.0, "score": 1.0}})
-    select_run(copy, "paper", {}, 20, 0)
+    select_run(copy, "paper", {}, 200, 0)
     assert read_json(copy / "stages.json")["unfinished"] == {"score": 1.0}
     (copy / "stages.json").unlink()  # as the single verbs leave a run
     run_study(read_study(file), copy, start="score", echo=said.append, **options)
