@@ -78,7 +78,8 @@ def test_a_lock_ends_with_its_process_though_one_that_it_forked_lives_on(tmp_pat
     held = (
         "import os, sys, time; from pathlib import Path; from vlmlayers.files import lock;"
         "handle = lock(Path(sys.argv[1])); child = os.fork();"
-        "print(child, flush=True) if child else None; time.sleep(60)"
+        # From the child, which by then has left the lock.
+        "print(os.getpid(), flush=True) if not child else None; time.sleep(60)"
     )
     command = [sys.executable, "-c", held, str(tmp_path / "lock")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
