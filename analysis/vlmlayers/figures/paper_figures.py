@@ -44,7 +44,6 @@ from vlmlayers.scores.summaries import (
     measured,
 )
 from vlmlayers.selection import LayerChoice
-from vlmlayers.words import counted
 
 GAP_METRICS = ("pair_distance", "centroid_gap", "rmg")
 AGREEMENT_METRICS = ("cka_debiased", "mutual_knn")
@@ -193,10 +192,11 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
         score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
         ax.set_xlabel(f"Predicted: {score}")
         tau, p = points[["tau", "p"]].iloc[0]
-        ranked = f"Kendall's τ = {tau:.2f}".replace("-", "−") + f" (p = {p:.2g})"
+        n = len(points)
+        ranked = f"Kendall's τ = {tau:.2f} (p = {p:.2g}, n = {n})".replace("-", "−")
         if pd.isna(tau):
-            ranked = "no Kendall's τ, as all are equal"
-        finish(ax, f"{name}\n{ranked}, {counted(len(points), 'placement')}")
+            ranked = f"no Kendall's τ, as all are equal (n = {n})"
+        finish(ax, f"{name}\n{ranked}")
         drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 3)
     for ax in axes:

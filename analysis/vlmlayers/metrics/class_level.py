@@ -11,6 +11,7 @@ import scipy
 from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import (
+    ROUNDING,
     Array,
     Given,
     Labels,
@@ -181,7 +182,7 @@ def zero_shot_values(x: Any, prompts: Any, labels: Any) -> Array:
     """
     similarity = unit(x) @ unit(prompts, "prompts").T  # (item, class)
     # Equal prompts differ by rounding, which must not pick one of them.
-    best = similarity >= similarity.max(axis=1, keepdims=True) - 1e-12
+    best = similarity >= similarity.max(axis=1, keepdims=True) - ROUNDING
     own = best[np.arange(len(similarity)), class_ids(labels, *similarity.shape)]
     return own / best.sum(axis=1)
 

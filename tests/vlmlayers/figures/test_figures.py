@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
 
 import vlmlayers.figures
 from vlmlayers.errors import UserError
@@ -1074,6 +1075,18 @@ def test_figures_are_one_column_wide_and_legible(
             covered = box.padded(-1)
             assert not covered.overlaps(other), f"{text.get_text()!r} covers {words!r}"
         boxes.append((box.padded(-1), text.get_text()))
+
+
+@pytest.mark.parametrize("name", ["fig1_dataset_recognition", "fig5_predicted_vs_trained"])
+def test_nothing_of_a_saved_figure_is_cut_at_its_edge(
+    name: str, published: Path, tmp_path: Path
+) -> None:
+    """Of recorded runs, whose titles are longer; as saved, where the layout is not that before."""
+    paper_figures.FIGURES[name](published, tmp_path)
+    with Image.open(tmp_path / f"{name}.png") as image:
+        pixels = np.asarray(image.convert("L"))
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge == 255).all()
 
 
 def test_the_command_draws_the_paper_from_run_folders(
