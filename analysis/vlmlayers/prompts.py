@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator
 
 from vlmlayers.arguments import Takes, checked
 
+K = TypeVar("K", bound=Hashable)
 TEMPLATE = "a photo of a {}."
 # What classes are for, after "has no classes".
 PROMPTED = " to make prompts of; use text='captions' (--text captions)"
@@ -53,6 +55,16 @@ def spelled(name: str) -> str:
     Tokenizers of CLIP and SigLIP lower the case of words and join blanks.
     """
     return " ".join(name.replace("_", " ").lower().split())
+
+
+def numbered(names: Iterable[K]) -> list[tuple[K, int]]:
+    """Return each name with how many of the same are before it, which tells repeated ones apart."""
+    seen: Counter[K] = Counter()
+    found = []
+    for name in names:
+        found.append((name, seen[name]))
+        seen[name] += 1
+    return found
 
 
 def alike(class_names: Iterable[str]) -> tuple[str, ...]:

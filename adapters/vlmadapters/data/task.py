@@ -17,7 +17,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample, shared_paths
-from vlmlayers.prompts import TEMPLATE, class_prompts, spelled
+from vlmlayers.prompts import TEMPLATE, class_prompts, numbered, spelled
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
@@ -30,17 +30,8 @@ def places(names: Sequence[str], among: Sequence[str]) -> list[int]:
     Names of one prompt are one name, as `blue_circle` and `Blue circle` of two folders. Two classes
     may have the same name; they are told apart by their order.
     """
-    own = {name: number for number, name in enumerate(_numbered(among))}
-    return [own.get(name, -1) for name in _numbered(names)]
-
-
-def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
-    seen: Counter[str] = Counter()
-    found = []
-    for name in map(spelled, names):
-        found.append((name, seen[name]))
-        seen[name] += 1
-    return found
+    own = {name: number for number, name in enumerate(numbered(map(spelled, among)))}
+    return [own.get(name, -1) for name in numbered(map(spelled, names))]
 
 
 def trained_places(

@@ -134,6 +134,8 @@ def evaluate_methods(
             (ZERO_SHOT_OWN, plain, data.manifest.zero_shot_template, ""),
         ]
         named += [(one.config.title, one, template, str(path)) for path, one in methods.items()]
+        # What a file in its authors' layout was trained on is not known; it may be these images.
+        shared = data.tell_of_shared() if methods else ""
         for kind in kinds:
             target = Target(data, kind)
             truth = target.truth()
@@ -146,6 +148,6 @@ def evaluate_methods(
                     row |= {**method_fields(method), "source": source, "changed": changed}
                     # In either template: a method may fall back on the dataset's own.
                     same = any((answers.labels == one.labels).all() for one in found[:2])
-                    row["note"] = UNMOVED_TEST if same else ""
+                    row["note"] = UNMOVED_TEST if same else shared
                 rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))

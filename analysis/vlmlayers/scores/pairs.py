@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import TOWERS
-from vlmlayers.prompts import spelled
+from vlmlayers.prompts import numbered, spelled
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.reading import POOLED
@@ -138,14 +137,11 @@ def _items(member: LayerFeatures, features: TowerFeatures, share: int) -> _Rows:
 
 def _class_keys(member: LayerFeatures, labels: Labels) -> list[Hashable]:
     """Return for each label its class name, numbered where a dataset has it several times."""
-    seen: Counter[Hashable] = Counter()
-    found: list[Hashable] = []
-    for label in labels.tolist():
-        named = bool(member.class_names) and label >= 0
-        key = spelled(member.class_names[label]) if named else (id(member), label)
-        found.append((key, seen[key]))
-        seen[key] += 1
-    return found
+    names = member.class_names
+    return list(numbered(
+        spelled(names[label]) if names and label >= 0 else (id(member), label)
+        for label in labels.tolist()
+    ))  # fmt: skip
 
 
 def _side(

@@ -476,6 +476,25 @@ def test_a_test_whose_answers_are_those_of_zero_shot_clip_says_so() -> None:
     assert found.changed.tolist()[2] > 0
 
 
+def test_an_evaluation_tells_of_test_images_that_are_listed_for_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = []
+    for name in ("blue", "red"):
+        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
+        rows += [f"{name}.png,{name},{split}" for split in ("train", "test")]
+    table = tmp_path / "leaky.csv"
+    table.write_text("\n".join(["path,label,split", *rows]))
+    model = shared_backbone()
+    still = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4, scale=1e-9), seed=1)
+    evaluate_methods(model, [str(table)], {}, progress=False)
+    assert not caplog.messages  # zero-shot CLIP was trained on none of them
+    evaluate_methods(model, [str(table)], {Path("a"): still}, kinds=["all", "base"], progress=False)
+    assert caplog.messages == [
+        "2 of 2 test images of leaky are among its training images, first blue.png"
+    ]
+
+
 def rows(**columns: Any) -> pd.DataFrame:
     defaults = {
         "protocol": "base-to-novel", "method": "MMA", "model": "m", "weights": "w",
