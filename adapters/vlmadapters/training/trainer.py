@@ -271,12 +271,15 @@ class Trainer:
         left = self.total_steps - self._steps_done()
         # From the step it stopped at, and no further than the steps that the recipe counts.
         batches = self.batches(self.epoch)[self.step :][:left]
+        every, last = self.train.save_every, self.step + len(batches)
         for batch, images in self._with_images(batches):
             self._set_rates()
             self.update(batch, images)
             self.step += 1
             shown.update()
-            saves = self.train.save_every and self.step % self.train.save_every == 0
+            # The last step's state is saved below, with what ends an epoch: without it, a training
+            # killed in between would pass for done.
+            saves = every and self.step % every == 0 and self.step < last
             if saves or self.step % LOOK_EVERY == 0:
                 self._look(shown)
             if saves:
@@ -284,11 +287,12 @@ class Trainer:
         self._look(shown)
         for run in self.runs:
             run.method.end_epoch(self.epoch + 1, self.epochs)
+        waited = time.perf_counter() - self._saved_at >= SAVE_SECONDS
+        due = self.step % every == 0 if every else waited
         # A training that is counted in steps may end within an epoch.
         if self.step == self.steps_per_epoch:
             self.epoch, self.step = self.epoch + 1, 0
-        due = time.perf_counter() - self._saved_at >= SAVE_SECONDS
-        if (not self.train.save_every and due) or self._steps_done() == self.total_steps:
+        if due or self._steps_done() == self.total_steps:
             self._save()
 
     def _look(self, shown: Any) -> None:

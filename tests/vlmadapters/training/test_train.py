@@ -26,8 +26,10 @@ from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.configs import CoOpConfig, KgCoOpConfig
+from vlmadapters.methods.deep_configs import PromptSRCConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import Adapter
+from vlmadapters.methods.promptsrc import PromptSRC
 from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.training.memory import kept_bytes, step_bytes
 from vlmadapters.training.recipes import TrainConfig
@@ -172,6 +174,31 @@ def test_a_stopped_training_goes_on_exactly(
     for key, value in resumed.method.official_state_dict().items():
         assert torch.equal(value, whole.method.official_state_dict()[key])
     assert resumed.change == whole.change
+
+
+def test_no_state_is_saved_between_the_last_step_of_an_epoch_and_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training killed there would pass for done, without the mean of PromptSRC's epochs."""
+    train = replace(TRAIN, save_every=1)
+    prompts: Any = PromptSRCConfig((2,), (2,), centre=1.0)
+    whole = fit(train, (prompts,))
+    with monkeypatch.context() as patched:
+        end_epoch, left = PromptSRC.end_epoch, [train.epochs]
+
+        def failing(*arguments: Any) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise Stop
+            end_epoch(*arguments)
+
+        patched.setattr(PromptSRC, "end_epoch", failing)
+        with pytest.raises(Stop):
+            fit(train, (prompts,), folder=tmp_path)
+    resumed = fit(train, (prompts,), folder=tmp_path)
+    assert resumed.losses == whole.losses
+    for key, value in resumed.method.state_dict().items():
+        assert torch.equal(value, whole.method.state_dict()[key]), key
 
 
 @pytest.mark.parametrize(("seconds", "saved"), [(0.0, [1, 2, 3]), (1e9, [3])])
