@@ -22,7 +22,7 @@ from vlmadapters.validation.repeatability import repeatability
 from vlmadapters.validation.tuning import size_warning
 from vlmadapters.validation.verdict import VALIDATION_COLUMNS, compare, regret, verdict
 from vlmlayers.errors import UserError
-from vlmlayers.files import write_csv, write_json
+from vlmlayers.files import write_csv, write_json, writing
 from vlmlayers.placement import ZERO_SHOT, Placement, complete_cells, of_kind
 from vlmlayers.runs import environment
 from vlmlayers.scores.summaries import harmonic_mean
@@ -76,22 +76,27 @@ class Validation:
 
     def write(self, folder: str | Path) -> None:
         """Write `validation*.csv` and `validation.json`, which a report reads."""
+        cells = Path(folder) / "validation.csv"
         tables = {
-            "validation": self.table,
-            "validation_placements": self.placements,
-            "validation_correlations": self.correlations,
-            "validation_predicted": self.predicted,
-            "validation_predictors": self.judged,
-            "validation_untuned": self.untuned,
-            "validation_amounts": self.amounts,
+            "placements": self.placements,
+            "correlations": self.correlations,
+            "predicted": self.predicted,
+            "predictors": self.judged,
+            "untuned": self.untuned,
+            "amounts": self.amounts,
         }
+        # The cells go first and come last, since nothing is read without them: beside files of an
+        # earlier run they would take its verdict for theirs.
+        with writing(cells):
+            cells.unlink(missing_ok=True)
         for name, table in tables.items():
-            path = Path(folder) / f"{name}.csv"
+            path = cells.with_name(f"validation_{name}.csv")
             if table is not None and len(table.columns):
                 write_csv(path, table)
             else:  # that of an earlier run says something else
                 path.unlink(missing_ok=True)
-        write_json(Path(folder) / "validation.json", dict(self.summary))
+        write_json(cells.with_suffix(".json"), dict(self.summary))
+        write_csv(cells, self.table)
 
 
 def validation_table(

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.results import UNMOVED
 from vlmadapters.protocols.train import train
 from vlmadapters.training.recipes import Recipe, TrainConfig
+from vlmadapters.validation import outcome
 from vlmadapters.validation.outcome import label_of, summarise
 from vlmadapters.validation.search import search
 from vlmadapters.validation.validate import validate
@@ -233,6 +235,27 @@ def test_a_dataset_that_training_does_not_change_does_not_end_a_run_on_others(
     pd.testing.assert_frame_equal(*(one.drop(columns="seconds") for one in tables))
     half = [pair for pair, _ in groupby(trained[: len(trained) // 2])]
     assert half == [("easy", 1), (manifest.name, 1), ("easy", 2), (manifest.name, 2)]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_a_stop_between_its_files_leaves_no_mixture_of_two_validations(
+    written: int, finished: Path, manifest: Manifest, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As of a disk that is full: the first one's verdict stood above cells of the second."""
+    out, left = shutil.copytree(finished, tmp_path / "run"), [written]
+    assert reported.read(Run(out)) is not None
+
+    def stopping(write: Callable[..., Any], path: Path, content: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    for name in ("write_csv", "write_json"):
+        monkeypatch.setattr(outcome, name, partial(stopping, getattr(outcome, name)))
+    with pytest.raises(KeyboardInterrupt):
+        run(manifest, out, kinds=("text",), choice="3", seeds=(1,))
+    assert reported.read(Run(out)) is None
 
 
 @pytest.mark.parametrize(
