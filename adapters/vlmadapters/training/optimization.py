@@ -53,7 +53,9 @@ def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch
     return sgd
 
 
-def learning_rate(train: TrainConfig, epoch: int, epochs: int, step: int, steps: int) -> float:
+def learning_rate(
+    train: TrainConfig, epoch: int, epochs: int, step: int, steps: int, per_epoch: int
+) -> float:
     """Return the learning rate of one step.
 
     Warm-up epochs run at a constant `warmup_lr`. Then the cosine falls from `lr` towards
@@ -66,13 +68,16 @@ def learning_rate(train: TrainConfig, epoch: int, epochs: int, step: int, steps:
         epochs: Epochs in all.
         step: Steps done before this step.
         steps: Steps in all.
+        per_epoch: Steps of a whole epoch.
     """
     if epoch < train.warmup_epochs:
         return train.warmup_lr
     if train.schedule == "constant":
         return train.lr
-    by_step = train.schedule == "step"
-    share = step / steps if by_step else (epoch - train.warmup_epochs) / epochs
+    if train.schedule == "step":
+        share = (step - train.warmup_epochs * per_epoch) / steps
+    else:
+        share = (epoch - train.warmup_epochs) / epochs
     return train.final_lr + (train.lr - train.final_lr) * (1 + math.cos(math.pi * share)) / 2
 
 

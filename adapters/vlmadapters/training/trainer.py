@@ -321,7 +321,8 @@ class Trainer:
 
     def _set_rates(self) -> None:
         done = self._steps_done()
-        rate = learning_rate(self.train, self.epoch, self.epochs, done, self.total_steps)
+        counts = self.epoch, self.epochs, done, self.total_steps, self.steps_per_epoch
+        rate = learning_rate(self.train, *counts)
         for run in self.runs:
             if run.optimizer is not None:
                 set_rate(run.optimizer, rate, self.epoch < self.train.warmup_epochs)

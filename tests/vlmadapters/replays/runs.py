@@ -244,7 +244,9 @@ class Steps:
         """Set and return the learning rate of a step."""
         train, per_epoch = self.run.train, self.run.steps_per_epoch
         epoch = number // per_epoch
-        rate = learning_rate(train, epoch, train.epochs, number, train.epochs * per_epoch)
+        rate = learning_rate(
+            train, epoch, train.epochs, number, train.epochs * per_epoch, per_epoch
+        )
         set_rate(self.optimizer, rate, epoch < train.warmup_epochs)
         return rate
 

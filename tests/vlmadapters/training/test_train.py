@@ -497,6 +497,24 @@ def test_a_training_that_would_end_in_its_warm_up_says_how_many_epochs_it_takes(
     trainer(replace(asked, epochs=warmup + 1))
 
 
+@pytest.mark.parametrize("schedule", ["epoch", "step"])
+def test_the_cosine_starts_at_the_full_rate_behind_the_warm_up(schedule: str) -> None:
+    train = replace(TRAIN, epochs=4, warmup_epochs=2, warmup_lr=1e-3, schedule=schedule)
+    made, rates = trainer(train), []
+    update = made.update
+
+    def noting(*arguments: Any) -> None:
+        rates.append(made.runs[0].optimizer.param_groups[0]["lr"])
+        update(*arguments)
+
+    made.update = noting
+    made.fit()
+    warm = 2 * made.steps_per_epoch
+    assert set(rates[:warm]) == {train.warmup_lr}
+    assert rates[warm] == train.lr
+    assert rates[-1] < train.lr
+
+
 @pytest.mark.parametrize("batch_size", [32, 128])
 def test_fewer_items_than_a_batch_make_one_batch_of_all(batch_size: int) -> None:
     """So that published batches train at few shots, and dropping the last one drops nothing."""
