@@ -29,7 +29,10 @@ def search(
         list[str], named("Datasets searched on: names, image folders, tables or TOML files.")
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder of search.csv, search.json and the cells; a run folder.")
+        Path,
+        typer.Option(
+            help="Folder of search.csv, search.json and the cells; a run folder.", file_okay=False
+        ),
     ],
     weights: WeightsOptions,
     options: SearchOptions,

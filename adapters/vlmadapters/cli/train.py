@@ -50,7 +50,9 @@ def train(
     datasets: Annotated[
         list[str], named("Datasets trained on: names, image folders, tables or TOML files.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of cells, adapters and results.csv.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of cells, adapters and results.csv.", file_okay=False)
+    ],
     weights: WeightsOptions,
     target: Annotated[
         list[str] | None,
@@ -151,7 +153,7 @@ def evaluate(
     model: Model,
     datasets: Annotated[list[str], named("Datasets tested.")],
     weights: WeightsOptions,
-    out: Annotated[Path | None, typer.Option(help="results.csv to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="results.csv to write.", dir_okay=False)] = None,
     adapter: Annotated[
         list[str] | None,
         several(

@@ -35,7 +35,10 @@ def validate(
         list[str], named("Datasets trained on: names, image folders, tables or TOML files.")
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder of validation.csv and the cells; a run folder will do.")
+        Path,
+        typer.Option(
+            help="Folder of validation.csv and the cells; a run folder will do.", file_okay=False
+        ),
     ],
     weights: WeightsOptions,
     choice: Annotated[

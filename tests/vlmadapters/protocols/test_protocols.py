@@ -776,6 +776,25 @@ def test_mistakes_on_the_command_line_are_named_before_the_model_is_loaded(
         CliRunner().invoke(app, command, catch_exceptions=False)
 
 
+@pytest.mark.parametrize(
+    ("verb", "is_file"),
+    [("train", False), ("search", False), ("validate --placement=2-3", False), ("evaluate", True)],
+)
+def test_an_output_of_another_kind_is_named_before_the_model_is_loaded(
+    verb: str, is_file: bool, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table could not take the place of a folder, as was said after all had been tested."""
+    from vlmlayers.cli import app
+
+    monkeypatch.setattr("vlmlayers.models.load_model", None)
+    out, what = tmp_path / "there", "is a directory" if is_file else "is a file"
+    out.mkdir() if is_file else out.touch()
+    command = [*verb.split(), str(model_folder), "shapes_filled", "--out", str(out)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 2
+    assert "Invalid value for '--out'" in result.output and what in result.output
+
+
 @pytest.mark.slow
 def test_training_beats_zero_shot_on_real_base_classes(
     shared_data: Path, shared_weights: Path
