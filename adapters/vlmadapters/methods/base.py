@@ -79,8 +79,8 @@ class FitData:
         labels: (item,) classes of the few-shot items.
         view: Number of a view to joint features of all items in it, (item, joint), not normalised.
         validation: Makes joint features, (item, joint), not normalised, and labels, (item,), of
-            few-shot items of the validation split; None where the dataset has none. Test data are
-            never here.
+            few-shot items of the validation split; None where the dataset has none, or is tested on
+            that split. Test data are never here.
     """
 
     backbone: Backbone

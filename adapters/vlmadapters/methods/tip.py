@@ -118,7 +118,7 @@ class Tip(Method):
         if not self.config.search:
             return
         if data.validation is None:
-            LOG.info("%s keeps alpha and beta: no validation split", self.config.title)
+            LOG.info("%s keeps alpha and beta: no validation items", self.config.title)
             return
         self.search(*data.validation(), data.classes)
 

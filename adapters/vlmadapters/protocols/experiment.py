@@ -327,6 +327,8 @@ class Experiment:
             then = [self.datasets.images(*self._next, shots_then)]
         # Beside the training, which leaves a machine with a GPU its cores.
         tested = self.datasets.own_test(source)
+        # What is tested chooses nothing, so that a test on the validation split has none to fit on.
+        fits = self.datasets.split != "val"
         with data.images.arriving(as_first_seen(shots, seed), tested, then=then):
             trainer = Trainer(
                 self.model,
@@ -336,7 +338,7 @@ class Experiment:
                 [one.method_for(data.origin) for one in settings],
                 train,
                 seed,
-                validation=data.validation(train.shots, seed, kind),
+                validation=data.validation(train.shots, seed, kind) if fits else (),
                 backbone=self.backbone,
                 folder=self.cells.begin([self._cell(source, seed, one) for one in settings]),
                 progress=self.progress,

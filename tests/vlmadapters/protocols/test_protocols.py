@@ -25,6 +25,7 @@ from vlmadapters.data.images import Images, Room
 from vlmadapters.data.options import DataOptions
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
+from vlmadapters.methods.tip import Tip
 from vlmadapters.protocols.cells import Cell, CellFolder
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.published import published_titles, with_published
@@ -428,6 +429,16 @@ def test_transfer_tests_every_class_of_every_target(caplog: pytest.LogCaptureFix
         ours = summary[(summary.method == method)].set_index("dataset")["mean"]
         assert list(ours.index) == ["shapes_filled", *targets, "average"]
         assert ours["average"] == pytest.approx(ours[targets].mean())
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_what_is_tested_chooses_no_setting(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tip-Adapter searched alpha and beta on validation items that were then tested."""
+    given: list[Any] = []
+    monkeypatch.setattr(Tip, "finish", lambda method, data: given.append(data.validation))
+    options = {"recipe": "mini", "method": ["tip"], "seeds": (1,), "limit": 16, "progress": False}
+    train(shared_backbone(), ["shapes_filled"], split=split, **options)
+    assert [one is None for one in given] == [split == "val"]
 
 
 def test_few_shot_trains_all_classes() -> None:
