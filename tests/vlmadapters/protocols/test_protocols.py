@@ -159,6 +159,24 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path: Path) -> 
     assert not (tmp_path / "locks").exists()
 
 
+def test_adapters_that_an_earlier_command_did_not_keep_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after `validate` in one folder: `train` ended well and left no adapter there."""
+    options = {"seeds": (1,), "limit": 8, "progress": False}
+    given = shared_backbone(), ["shapes_filled"], RECIPE, tmp_path
+    train(*given, **options)
+    assert "lacks" not in caplog.text
+    train(*given, save_adapters=True, **options)
+    (cell,) = (tmp_path / "cells").glob("*-mma-*.json")
+    assert "adapters lacks 1 adapter: " in caplog.text and str(cell) in caplog.text
+    caplog.clear()
+    cell.unlink()
+    train(*given, save_adapters=True, **options)
+    assert [path.stem for path in (tmp_path / "adapters").glob("*.safetensors")] == [cell.stem]
+    assert "lacks" not in caplog.text
+
+
 def test_a_finished_cell_is_not_trained_again(tmp_path: Path) -> None:
     first = run(tmp_path)
     cells = {p: p.stat().st_mtime_ns for p in trained_cells(tmp_path)}
