@@ -7,6 +7,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,6 +106,9 @@ def run_study(
         if name in picked and not any(STAGES[name].wanted(one) for one in contexts):
             raise UserError(f"the stage {name!r} has nothing to do: {_UNWANTED}")
     check_before(contexts, picked)
+    for context, name in product(contexts, picked):  # not after hours of those that come first
+        if STAGES[name].wanted(context):
+            _need_earlier(context, name, picked)
     runs = []
     # All at once: a folder that is in use is told before hours of work.
     with writing_alone(Path(out), *(context.run.folder for context in contexts)):
@@ -151,7 +155,6 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
             if any(later in picked for later in list(STAGES)[list(STAGES).index(name) :]):
                 _tell_outdated(context, stage)
             continue
-        _need_earlier(context, name, picked)
         inputs = _marks(stage.inputs(context))
         if not (reason := _why(context, stage, inputs)):
             _keep_outdated(context, name)

@@ -596,10 +596,12 @@ def test_stages_can_be_picked_and_say_what_they_need(study_file: Path, tmp_path:
         ({"only": ["scores"]}, "did you mean 'score'"),
         ({"only": ["select"]}, "stage 'score' writes; run with --from score"),
         ({"start": "score"}, "stage 'extract' writes"),
+        ({"only": ["extract", "select"]}, "stage 'score' writes"),
         ({"start": "score", "only": ["score"]}, "not both"),
     ):
         with pytest.raises(UserError, match=message):
             run_study(study, tmp_path / "none", base=study_file.parent, progress=False, **options)
+        assert not (tmp_path / "none").exists(), "it is said before the first stage"
 
 
 def test_an_interrupted_study_finishes_with_the_same_tables(
