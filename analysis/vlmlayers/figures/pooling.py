@@ -25,8 +25,8 @@ def read_scores(folders: Folders, metrics: Collection[str] | None = None) -> pd.
 
     Raises:
         MissingTable: There is none.
-        UserError: Two tables are of other weights of one name, or seeds of one curve lie in several
-            that were made differently, by their rows and by what stands beside them.
+        UserError: Two tables are of other weights of one name, or values of one curve lie in
+            several that were made differently, by their rows and by what stands beside them.
     """
     found, seen = read_each("scores", folders, (*CURVE, "seed", "n")), Seen()
     for path, table in found.items():
@@ -36,9 +36,7 @@ def read_scores(folders: Folders, metrics: Collection[str] | None = None) -> pd.
             for model in set(zip(table.model, table.weights)):
                 how = {"weights_hash": weights[:12]}
                 refuse_unlike(seen, path, f"scored {model[0]}", model, how)
-        kept = table[table.seed != -1]
-        if metrics is not None:
-            kept = kept[kept.metric.isin(metrics)]
+        kept = table if metrics is None else table[table.metric.isin(metrics)]
         for curve, rows in kept.groupby(list(CURVE), sort=False):
             how = _items(made, table, rows.dataset.iloc[0]) | _scored(rows)
             refuse_unlike(seen, path, f"scored {curve[0]}", curve, how)

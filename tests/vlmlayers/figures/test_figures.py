@@ -702,6 +702,20 @@ def test_only_tables_made_alike_are_averaged_as_seeds(
     assert set(drawn.seeds) == {3} and len(drawn) == 2 * len(POSITIONS)
 
 
+def test_values_without_a_seed_of_other_items_are_told_as_such(tmp_path: Path) -> None:
+    """They were called scorings with other options."""
+    for name, items in (("first", 9), ("second", 8)):
+        (tmp_path / name).mkdir()
+        gaps = score_rows().query("metric == 'centroid_gap'").assign(value=items / 10)
+        gaps.to_csv(tmp_path / name / "scores.csv", index=False)
+        made = {"datasets": {"digits-train": ITEMS | {"items": items}}}
+        (tmp_path / name / "provenance.json").write_text(json.dumps(made))
+    told = r"second/scores scored tiny with items of digits \(train\)=8, .*first/scores with"
+    with pytest.raises(UserError, match=told):
+        paper_figures.fig2_gap([tmp_path / "first", tmp_path / "second"], tmp_path)
+
+
+
 def test_what_takes_no_seed_may_stand_alike_in_tables_of_several_seeds(tmp_path: Path) -> None:
     scores = score_rows()
     gap = scores[scores.metric == "centroid_gap"].assign(seed=-1)
