@@ -238,15 +238,17 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
 
 
 def _notes(rows: pd.DataFrame) -> list[str]:
-    """Return each note of a setting's rows on a dataset, and of how many seeds it is if not all."""
+    """Return each note of a setting's rows on a dataset, and of what part of them if not of all."""
     # `pandas.read_csv` reads an empty note as NaN.
-    written = rows["note"].astype(object).fillna("") != ""
-    noted = rows[written].groupby("note", sort=False)["seed"].nunique()
-    seeds = rows["seed"].nunique()
-    return [
-        str(note) if count == seeds else f"{note} (in {count} of {seeds} runs)"
-        for note, count in noted.items()
-    ]
+    written = rows[rows["note"].astype(object).fillna("") != ""]
+    kinds, seeds = rows["split_kind"].nunique(), rows["seed"].nunique()
+    found = []
+    for note, part in written.groupby("note", sort=False):
+        parts = list(part["split_kind"].unique()) if part["split_kind"].nunique() < kinds else []
+        if (count := part["seed"].nunique()) < seeds:
+            parts.append(f"in {count} of {seeds} runs")
+        found.append(f"{note} ({', '.join(parts)})" if parts else str(note))
+    return found
 
 
 def _average(seeds: pd.DataFrame) -> pd.DataFrame:

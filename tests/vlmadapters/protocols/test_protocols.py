@@ -550,6 +550,16 @@ def test_means_harmonic_means_and_averages_by_hand() -> None:
     assert found["seeds"]["average", "base"] == 2
 
 
+def test_a_note_of_one_half_is_not_told_of_the_other() -> None:
+    """Of base 90 % beside zero-shot's 80 it was said that the answers are those of zero-shot."""
+    table = rows(dataset="a", split_kind=["base", "novel"] * 2, seed=[1, 1, 2, 2],
+                 accuracy=[0.9, 0.6] * 2, note=["", "same", "", "same"])  # fmt: skip
+    assert set(summarise(table).note) == {"same (novel)"}
+    table.loc[3, "note"] = ""
+    assert set(summarise(table).note) == {"same (novel, in 1 of 2 runs)"}
+    assert set(summarise(table.assign(note="same")).note) == {"same"}
+
+
 def test_there_is_no_average_where_no_seed_has_all_datasets() -> None:
     """Its sd over seeds was the difference between the datasets, its mean that of the seeds."""
     apart = rows(dataset=["a"] * 3 + ["b"], split_kind="base", seed=[1, 2, 3, 4],
