@@ -117,13 +117,13 @@ def predictors_statement(judged: pd.DataFrame, reference: str) -> str:
     scores = judged[judged["kind"] == "score"]
     ranked = (scores if len(scores) else judged[judged["kind"] == "baseline"]).dropna(subset="tau")
     if len(ranked):
-        best = ranked.sort_values("tau", ascending=False).head(1)
-        kind, name, p = best[["kind", "predictor", "p_holm"]].iloc[0]
+        best = ranked[ranked["tau"] >= ranked["tau"].max() - ROUNDING]
+        kind, p = best["kind"].iloc[0], best["p_holm"].min()
         of = f" of {counted(len(ranked), kind)}" if len(ranked) > 1 else f" {kind}"
         # The interval is of these placements; that a score is the best of many it does not know.
         parts.append(
-            f"The best{of}, {name}, has a τ of {_tau(best)} on these placements (p = {p:.2g}, "
-            "corrected)."
+            f"The best{of} ({', '.join(best['predictor'])}) has a τ of {_tau(best)} on these "
+            f"placements (p = {p:.2g}, corrected)."
         )
     sure = judged[(judged["gain_p_holm"] < SIGNIFICANCE) & (judged["kind"] != "ceiling")]
     better, worse = (_picks(part) for part in (sure[sure["gain"] > 0], sure[sure["gain"] < 0]))

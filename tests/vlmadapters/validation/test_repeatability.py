@@ -315,6 +315,16 @@ def test_predictors_are_judged_in_cells_beside_ceiling_and_baselines() -> None:
     assert "the ceiling" in said and f"({gain:+.1f}; named by " in said and "n = 18 cells" in said
 
 
+def test_scores_that_share_the_best_tau_are_all_named() -> None:
+    """One of them was, by the order in which they were sorted."""
+    table = simulated(2, 0.5, 0.5)
+    guesses = predicted(table)
+    twin = guesses[guesses["score"] == "oracle"].assign(score="twin")
+    judged = judge_predictors(table, pd.concat([guesses, twin]), PLACEMENTS[0], draws=20)
+    said = predictors_statement(judged, PLACEMENTS[0])
+    assert "The best of 3 scores (oracle, twin) has a τ of" in said
+
+
 def test_two_placements_have_no_tau() -> None:
     """Any score ranks them as trained or in reverse: the best of many had a τ of 1."""
     table = simulated(1, 0.5, 0.5)
