@@ -715,7 +715,6 @@ def test_values_without_a_seed_of_other_items_are_told_as_such(tmp_path: Path) -
         paper_figures.fig2_gap([tmp_path / "first", tmp_path / "second"], tmp_path)
 
 
-
 def test_what_takes_no_seed_may_stand_alike_in_tables_of_several_seeds(tmp_path: Path) -> None:
     scores = score_rows()
     gap = scores[scores.metric == "centroid_gap"].assign(seed=-1)
