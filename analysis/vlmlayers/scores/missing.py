@@ -47,7 +47,8 @@ def say_missing(
     if not out.rows:
         raise NothingScored(f"nothing was scored: {line}", out.refused, line)
     if gaps and asked:
-        line += "; `refusals` lists all" if more else ""
+        # Read on a terminal as well, where a function alone would lead nowhere.
+        line += "; the report and `vlmlayers.scores.refusals` list all" if more else ""
         warnings.warn(f"not computed: {line}", UserWarning, stacklevel=_CALLER)
 
 

@@ -904,6 +904,15 @@ def test_what_was_asked_for_and_not_computed_is_named() -> None:
         score(many(2), ["cka_debiased", "cka_debiased_max"], positions=3, **QUICK)
 
 
+def test_where_all_that_was_not_computed_stands_is_said() -> None:
+    """On a terminal "`refusals` lists all" named nothing that is there."""
+    names = ["dataset_accuracy", "dataset_accuracy_ncm", "dataset_confusion", "style_accuracy"]
+    with pytest.warns(UserWarning) as said:
+        score(make_features(), [*names, "dataset_invariance", "cka_debiased"], **QUICK)
+    told = "; and 1 more; the report and `vlmlayers.scores.refusals` list all"
+    assert str(said[0].message).endswith(told)
+
+
 def test_a_dataset_of_two_classes_leaves_the_text_tower_out_and_says_so() -> None:
     two = make_features("two", number=1, classes=2)
     with pytest.warns(UserWarning) as said:
