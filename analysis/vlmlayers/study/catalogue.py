@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.architectures import CONFIG_FILE, MINIATURES, configuration_files
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_json
 from vlmlayers.words import text_table
 
@@ -20,7 +20,7 @@ def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> s
         check: Build each without weights and find its towers, instead of reading configurations.
 
     Raises:
-        UserError: A name is unknown.
+        UserError: A name is unknown, or a file or folder.
     """
     rows = configurations(names)
     if not check:
@@ -59,6 +59,9 @@ def configurations(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     shipped = {name: folder / CONFIG_FILE for name, folder in MINIATURES.items()}
     files |= {name: file for name, file in shipped.items() if file.is_file()}
     for name in names or ():
+        if name not in files and Path(name).exists():
+            raise UserError(f"{name} is a model of your own, and these are those of open_clip; "
+                            f"vl.load_model({name!r}).towers says its blocks")  # fmt: skip
         check_one_of("model", name, files)
     return [_row(name, path) for name, path in files.items() if not names or name in names]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import open_clip
 import pytest
 
@@ -81,3 +83,9 @@ def test_every_architecture_of_open_clip_is_found():
     table = models_check()
     assert table["model"].tolist() == open_clip.list_models()
     assert table.loc[table["status"] != "found", ["model", "reason"]].to_numpy().tolist() == []
+
+
+def test_a_model_of_ones_own_is_no_unknown_name(tmp_path: Path) -> None:
+    """146 names of open_clip were listed as the valid ones."""
+    with pytest.raises(UserError, match=rf"of your own.*load_model\('{tmp_path}'\)\.towers"):
+        models_text([str(tmp_path)])

@@ -36,7 +36,8 @@ class Classes:
     Attributes:
         names: Class names by label.
         labels: Label of each word that stands for a class.
-        remark: How numbers were counted where they are not 0, 1, 2, …; else "".
+        remark: How numbers were counted where they are not 0, 1, 2, …, and that they are the names
+            where there are no others; else "".
     """
 
     names: tuple[str, ...]
@@ -98,6 +99,10 @@ def read_classes(
         label_of = {number: label for label, number in enumerate(numbers)}
     labels = {class_word(name): label for label, name in enumerate(declared)}
     labels |= {word: label_of[int(key)] for word, key in keys.items() if int(key) in label_of}
-    moved = any(number != label for number, label in label_of.items())
-    remark = f"its labels, {numbers[0]} to {numbers[-1]}, are counted from 0" if moved else ""
-    return Classes(declared or tuple(names[str(n)] or str(n) for n in numbers), labels, remark)
+    remarks = []
+    if any(number != label for number, label in label_of.items()):
+        remarks.append(f"its labels, {numbers[0]} to {numbers[-1]}, are counted from 0")
+    if not declared and any(not names[str(number)] for number in numbers):
+        remarks.append("a number is all the name its classes have, in prompts too")
+    final = declared or tuple(names[str(n)] or str(n) for n in numbers)
+    return Classes(final, labels, "; ".join(remarks))
