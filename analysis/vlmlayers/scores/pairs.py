@@ -309,7 +309,10 @@ class _Matrix:
     def cell(self, name: str, i: int, j: int) -> Point:
         """Return the place of a cell."""
         other = self.pairing.sides[1].features.tower, self.labels[1][j]
-        return replace(self.point, name=name, position=self.labels[0][i], other=other)
+        # Of its own bounds: what is calibrated falls below chance, where the metric cannot be.
+        return replace(
+            self.point, name=name, metric=METRICS[name], position=self.labels[0][i], other=other
+        )
 
     def add_cells(self, name: str, calibrate: bool) -> None:
         """Add a row per cell; within a tower each pair of positions once."""

@@ -156,6 +156,14 @@ def test_every_value_has_interval_null_and_n(scores: pd.DataFrame) -> None:
     assert scores["options"].str.contains("interval=").all()
 
 
+def test_what_is_calibrated_has_its_value_in_its_interval(scores: pd.DataFrame) -> None:
+    """Below chance as well, where the metric that is calibrated cannot be."""
+    rows = scores[scores["metric"].str.endswith("_calibrated")]
+    assert set(rows[rows["value"] < 0]["metric"]) > {"cka_biased_calibrated"}
+    assert rows["value"].between(rows["low"] - 1e-9, rows["high"] + 1e-9).all()
+    assert rows["high"].max() <= 1
+
+
 def test_dataset_accuracy_rises_with_the_planted_depth(scores: pd.DataFrame) -> None:
     for name in (
         "dataset_accuracy",
