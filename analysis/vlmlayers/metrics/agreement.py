@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
-import scipy
 
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
@@ -47,7 +46,7 @@ def rbf_kernel(x: Array, *, sigma: float = 0.5) -> Array:
     squares = squared_distances(_spread_out(x))
     # Relative to the data: with an absolute width the norm of a layer would decide, not its shape.
     median = float(np.median(squares))
-    if median <= 0.0:
+    if median <= ROUNDING * squares.max():  # what rounding leaves between items that coincide
         raise UserError("half of all pairs of items coincide; the kernel has no width")
     return np.exp(-squares / (2.0 * sigma**2 * median))
 
@@ -141,13 +140,14 @@ def rank_signature(kernel: Array) -> Array:
 
 
 def _ranks(values: Array) -> Array:
-    """Return ranks from 1, equal values sharing their mean rank; quick where none are equal."""
+    """Return ranks from 1; values that are equal up to rounding share their mean rank."""
     order = np.argsort(values)
     ordered = values[order]
-    if (ordered[1:] == ordered[:-1]).any():
-        return np.asarray(scipy.stats.rankdata(values))
+    # Equal distances differ by rounding, which must not order them.
+    group = np.cumsum(np.diff(ordered, prepend=ordered[0]) > ROUNDING * ordered[-1])
+    shared = np.bincount(group, np.arange(1.0, len(values) + 1.0)) / np.bincount(group)
     ranks = np.empty(len(values))
-    ranks[order] = np.arange(1.0, len(values) + 1.0)
+    ranks[order] = shared[group]
     return ranks
 
 

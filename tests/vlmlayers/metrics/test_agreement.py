@@ -199,6 +199,15 @@ def test_equal_distances_share_their_rank() -> None:
     assert rsa(square, other) == pytest.approx(expected)
 
 
+def test_rounding_orders_no_equal_distances() -> None:
+    """Three values of a feature, as a token's position at `embed`: distances are of four kinds."""
+    rng = np.random.default_rng(8)
+    x, y = rng.normal(size=(3, 12))[rng.integers(3, size=24)], rng.normal(size=(24, 6))
+    expected = spearmanr(pdist(x).round(9), pdist(y)).statistic
+    assert rsa(x, y) == pytest.approx(expected, abs=1e-9)
+    assert rsa(x + 5.0, y) == pytest.approx(expected, abs=1e-9)
+
+
 def test_calibration_puts_chance_at_zero_and_identity_at_one() -> None:
     shuffled = np.array([0.4, 0.6])
     assert calibrated(np.array([0.5, 1.0]), shuffled[:, None], 1.0) == pytest.approx([0.0, 1.0])
@@ -229,6 +238,11 @@ def test_unknown_forms_are_named() -> None:
         cka(x, x, form="grams")
     with pytest.raises(UserError, match="half of all pairs"):
         cka(np.vstack([np.zeros((9, 2)), np.ones((1, 2))]), np.eye(10), kernel="rbf")
+    for seed in range(4):  # what rounding leaves between equal items is no width
+        rng = np.random.default_rng(seed)
+        x, y = rng.normal(size=(3, 40))[[0] * 15 + [1] * 3 + [2] * 2], rng.normal(size=(20, 5))
+        with pytest.raises(UserError, match="half of all pairs"):
+            cka(x, y, kernel="rbf")
 
 
 @pytest.mark.parametrize("form", ["gram", "feature"])
