@@ -392,7 +392,7 @@ def has_curve(scores: pd.DataFrame, metric: str, tower: str) -> bool:
     Values that relate every block to one and the same position count as its own.
     """
     rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
-    if rows["other_position"].astype(str).nunique() > 1:
+    if not _relates_to_one(rows, tower):
         rows = rows[rows["other_tower"].astype(str) == ""]
     return bool(rows["position"].astype(str).str.isdecimal().any())
 
@@ -406,7 +406,7 @@ def partnered(rows: pd.DataFrame, tower: str, blocks: Mapping[str, int]) -> pd.D
     """
     theirs = rows["other_tower"].astype(str)
     there = rows["other_position"].astype(str)
-    if (theirs == "").all() or there.nunique() == 1:
+    if (theirs == "").all() or _relates_to_one(rows, tower):
         return rows
     here, across = rows["position"].astype(str), theirs == other_tower(tower)
     if (there[across].groupby(here[across]).nunique() == 1).all():
@@ -414,6 +414,15 @@ def partnered(rows: pd.DataFrame, tower: str, blocks: Mapping[str, int]) -> pd.D
     own, other = blocks.get(tower, 0), blocks.get(other_tower(tower), 0)
     partner = [str(partner_block(int(p), own, other)) if p.isdecimal() else p for p in here]
     return rows[(theirs == "") | (across & (there == np.asarray(partner, dtype=object)))]
+
+
+def _relates_to_one(rows: pd.DataFrame, tower: str) -> bool:
+    """Return whether all rows relate to one and the same position, which is not their own tower's.
+
+    Where one position alone was scored, that of the tower itself is the only one there is.
+    """
+    own = (rows["other_tower"].astype(str) == tower).any()
+    return not own and rows["other_position"].astype(str).nunique() <= 1
 
 
 def partner_block(block: int, own: int, other: int) -> int:

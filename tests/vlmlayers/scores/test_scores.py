@@ -851,6 +851,15 @@ def test_a_curve_has_every_block_where_towers_differ_in_depth(deep: int, flat: i
     assert len(curves(streamed, "cka_debiased")) == len(streamed) == deep + 3
 
 
+def test_agreement_of_one_position_is_read_at_its_partner() -> None:
+    """Not as a mean with the agreement of the tower with itself, which is 1."""
+    table = score(make_features(), ["cka_debiased"], positions=["2"], **QUICK)
+    across = table[(table["tower"] == "vision") & (table["other_tower"] == "text")]
+    found = curves(table, "cka_debiased")
+    assert list(found["tower"]) == ["vision"]
+    assert found["value"].item() == across["value"].item() < 1.0
+
+
 def test_agreement_of_some_positions_is_read_at_their_partners() -> None:
     """The towers are as deep as they are, not as deep as the last position that was scored."""
     table = score(make_features(blocks=6), ["cka_debiased"], positions=["2", "4"], **QUICK)
