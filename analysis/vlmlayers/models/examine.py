@@ -182,7 +182,7 @@ class _Inputs:
         """Return what each block adds, averaged over items, per batch and in the tower's layout.
 
         Images are averaged token by token. Texts differ in length: their end-of-text tokens are
-        averaged with each other, and all other tokens with each other.
+        averaged with each other, all tokens before with each other, and so are those that pad.
         """
         side = self.model.towers[tower]
         sums: dict[int, Tensor] = {}
@@ -213,10 +213,10 @@ class _Inputs:
         count = side.tokens(seen[EMBED]).shape[1]
         if side.ends is None:
             return torch.eye(count, device=batch.device).expand(len(batch), -1, -1)
-        rows = torch.arange(len(batch), device=batch.device)
-        ended = torch.zeros(len(batch), count, dtype=torch.long, device=batch.device)
-        ended[rows, side.ends(batch)] = 1
-        return nn.functional.one_hot(ended, 2).float()
+        place, ends = torch.arange(count, device=batch.device), side.ends(batch)[:, None]
+        # How much pads a text depends on the longest one, and must not enter the mean of words.
+        kind = (place >= ends).long() + (place > ends).long()
+        return nn.functional.one_hot(kind, 3).float()
 
 
 def _back(tower: Tower, tokens: Tensor) -> Tensor:

@@ -138,6 +138,20 @@ def test_what_is_the_same_for_all_items_is_its_own_mean() -> None:
         assert value(table, "skip_joint_change", tower, "2") > 1e-4
 
 
+def test_what_pads_texts_enters_no_mean() -> None:
+    """Texts are cut behind the longest; uncut ones have more padding, and the same meaning."""
+    changes = []
+    for cut in (True, False):
+        model = tiny.model("clip")
+        if not cut:
+            model.towers["text"].cut = lambda ids: ids
+        table = examine(
+            model, drawn(), metrics="mean_joint_change", items=24, template="{}", progress=False
+        )
+        changes.append([value(table, "mean_joint_change", "text", str(b)) for b in (1, 2)])
+    assert changes[0] == pytest.approx(changes[1], abs=1e-6) and max(changes[0]) > 1e-4
+
+
 @pytest.mark.parametrize(
     "family",
     [
