@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.checks import Array, Labels, unit_rows
 from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import (
     bootstrap_weights,
@@ -103,9 +103,10 @@ def run_prompts(scoring: Scoring) -> None:
 
 
 def prompt_matrix(text: TowerFeatures, position: str, space: str) -> tuple[Array, Labels]:
-    """Return one prompt feature per class (the mean of its prompts) and the class ids."""
+    """Return one prompt feature per class (the mean of its unit prompts) and the class ids."""
     ids, member = np.unique(text.labels, return_inverse=True)
-    sums = np.eye(len(ids))[member].T @ rows_of(text, position, space)
+    # At length 1, as CLIP averages prompts: the longest of several would decide for all.
+    sums = np.eye(len(ids))[member].T @ unit_rows(rows_of(text, position, space))
     return sums / np.bincount(member)[:, None], ids
 
 

@@ -851,6 +851,18 @@ def test_a_curve_has_every_block_where_towers_differ_in_depth(deep: int, flat: i
     assert len(curves(streamed, "cka_debiased")) == len(streamed) == deep + 3
 
 
+def test_prompts_of_a_class_weigh_the_same_whatever_their_norm() -> None:
+    """As Radford et al. 2021 average them; by their norms the first images would be wrong."""
+    images = np.array([[1.0, 0.1], [1.0, 0.2], [0.1, 1.0], [0.2, 1.0]])
+    prompts = np.array([[1.0, 0.0], [0.0, 50.0], [0.3, 1.0], [0.0, 1.0]])
+    features = LayerFeatures.from_arrays(
+        {"proj": images}, {"proj": prompts}, labels=[0, 0, 1, 1], text_labels=[0, 0, 1, 1],
+        space="joint",
+    )  # fmt: skip
+    table = score(features, ["zero_shot_accuracy"], **QUICK)
+    assert table.loc[table["tower"] == "vision", "value"].item() == 1.0
+
+
 def test_agreement_of_one_position_is_read_at_its_partner() -> None:
     """Not as a mean with the agreement of the tower with itself, which is 1."""
     table = score(make_features(), ["cka_debiased"], positions=["2"], **QUICK)
