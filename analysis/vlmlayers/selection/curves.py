@@ -16,6 +16,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import (
     Reading,
     bare,
+    ceiling,
     has_curve,
     metric_names,
     other_tower,
@@ -147,12 +148,19 @@ class BlockTable:
         for name, cell in zip(*np.nonzero(~there[:, cells])):
             yield str(names[name]), int(cells[cell])
 
+    def ceiling(self, metric: str, tower: str) -> float:
+        """Return the best value that a metric can have on a tower, below 1 with shared prompts."""
+        return self._once(("ceiling", metric, tower), partial(ceiling, self.scores, metric, tower))
+
     def interval_widths(self, metric: str, tower: str) -> Array:
         """Return how wide the interval of a curve is, (block,); NaN where there is none."""
-        width = (self.scores["high"] - self.scores["low"]).to_numpy(float)
+        width = self._once(("widths",), self._widths)
         place = self._once(("curve", metric, tower), partial(self._block_of, metric, tower))
         place = np.where(np.isnan(width), -1, place)
         return self._means(place, width[self.rows], self.blocks[tower])[0]
+
+    def _widths(self) -> Array:
+        return (self.scores["high"] - self.scores["low"]).to_numpy(float)
 
     def agreement(self, metric: str) -> Array:
         """Return agreement between every vision and every text block, (vision block, text block).

@@ -23,7 +23,6 @@ from vlmlayers.files import read_json
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run
-from vlmlayers.scores.reading import ceiling
 from vlmlayers.selection.curves import (
     EXACT,
     Array,
@@ -73,7 +72,7 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     width = float(np.median(widths)) if len(widths) else 0.0
     if not 0 < span < width:
         return []
-    most = ceiling(table.scores, metric, tower)
+    most = table.ceiling(metric, tower)
     bound = f"; at most {most:.2g} can be reached, as datasets share prompts" if most < 1 else ""
     return [
         f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, less than its "
