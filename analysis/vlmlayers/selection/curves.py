@@ -154,13 +154,11 @@ class BlockTable:
 
     def interval_widths(self, metric: str, tower: str) -> Array:
         """Return how wide the interval of a curve is, (block,); NaN where there is none."""
-        width = self._once(("widths",), self._widths)
+        ends = self.scores
+        width = self._once(("widths",), lambda: (ends["high"] - ends["low"]).to_numpy(float))
         place = self._once(("curve", metric, tower), partial(self._block_of, metric, tower))
         place = np.where(np.isnan(width), -1, place)
         return self._means(place, width[self.rows], self.blocks[tower])[0]
-
-    def _widths(self) -> Array:
-        return (self.scores["high"] - self.scores["low"]).to_numpy(float)
 
     def agreement(self, metric: str) -> Array:
         """Return agreement between every vision and every text block, (vision block, text block).
