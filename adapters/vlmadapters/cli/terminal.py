@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from vlmadapters.protocols.results import ZERO_SHOT_METHODS, names
+from vlmlayers.figures.published import source_column
 from vlmlayers.words import WIDTH
 
 LABEL, CELL = 38, 14  # of WIDTH
@@ -62,7 +63,9 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     lines += [*textwrap.wrap(head, WIDTH), ""]
     columns = "".join(f"{METRICS[metric]:>6}".ljust(CELL) for metric in metrics)
     for dataset, part in summary.groupby("dataset", sort=False):
-        lines.append(_padded(str(dataset), columns))
+        # Of several sources each row names its own.
+        within = set(part["source"].dropna()) - {""} == {dataset}
+        lines.append(_padded(source_column(dataset) if within else str(dataset), columns))
         for _, rows in part.groupby(["name", "source", "origin", "model"], sort=False):
             lines.append(_line(rows, metrics))
     own = summary["origin"] == "ours"

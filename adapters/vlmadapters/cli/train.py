@@ -114,7 +114,7 @@ def train(
     if published:
         from vlmadapters.protocols.published import published_titles
 
-        titles = published_titles(options.protocol, [*datasets, *(target or ())])
+        titles = published_titles(options.protocol, datasets, target or ())
     # Not before the checks: torch takes seconds to import, and a wrong name is answered at once.
     from vlmadapters.cli.terminal import wrapped
     from vlmadapters.protocols.train import tell_of_choice

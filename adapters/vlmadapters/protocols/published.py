@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pandas as pd
 
+from vlmadapters.protocols.table import PROTOCOLS
 from vlmlayers.errors import UserError
 
+SOURCE = "ImageNet"  # what every published transfer was trained on
 COMPARED = ("base-to-novel", "cross-dataset", "domain-generalization")
 
 
-def published_titles(protocol: str, datasets: Iterable[str]) -> dict[str, str]:
+def published_titles(
+    protocol: str, datasets: Iterable[str], targets: Iterable[str] = ()
+) -> dict[str, str]:
     """Return the published spelling of those datasets that have published numbers.
 
     Args:
         protocol: A protocol of `COMPARED`.
-        datasets: Names, folders or files; those of the user's own have none, whatever their name.
+        datasets: Names, folders or files that are trained on; those of the user's own have no
+            published number, whatever their name.
+        targets: The same of those that are tested by transfer.
 
     Raises:
         UserError: None of them has one under this protocol.
@@ -29,16 +35,20 @@ def published_titles(protocol: str, datasets: Iterable[str]) -> dict[str, str]:
             f"no published numbers of {protocol} stand beside ours, only of {', '.join(COMPARED)}; "
             "leave --published out"
         )
-    given = [Manifest.load(one) for one in datasets]
-    names = dict.fromkeys(one.name for one in given)
+    given = [(Manifest.load(one), True) for one in datasets]
+    given += [(Manifest.load(one), False) for one in targets]
+    names = dict.fromkeys(one.name for one, _ in given)
     shipped = {name: Manifest.load(name) for name in Manifest.names()}
-    titles = {
-        one.name: one.title
-        for one in given
-        if one.name in shipped and one.hash == shipped[one.name].hash
-    }
     there = set(_table(protocol)["dataset"])
-    found = {name: title for name, title in titles.items() if title in there}
+    found = {
+        one.name: one.title
+        for one, trained_on in given
+        if one.name in shipped
+        and one.hash == shipped[one.name].hash
+        and one.title in there
+        # Of a transfer the numbers of its source are of the source, all others of a transfer.
+        and (not PROTOCOLS[protocol].transfer or trained_on == (one.title == SOURCE))
+    }
     if not found:
         raise UserError(
             f"no number of {', '.join(names)} is published for {protocol}; leave --published out"
@@ -57,6 +67,9 @@ def with_published(
 ) -> pd.DataFrame:
     """Return a summary with published numbers of the same datasets and protocol below ours.
 
+    Of a transfer, one on the source stands only beside ours on what was trained on, and one on a
+    target, or the average, only beside ours of a transfer.
+
     Args:
         summary: From `summarise`.
         titles: Our dataset names to the published spelling, such as `caltech101` → `Caltech101`.
@@ -74,6 +87,10 @@ def with_published(
             continue
         table = _table(protocol, folder)
         table = table[table["dataset"].isin(spelling)]
+        if PROTOCOLS[protocol].transfer:
+            ours = summary[(summary["protocol"] == protocol) & ~summary["source"].isin(["", None])]
+            kinds = set(zip(ours["dataset"], ours["dataset"] == ours["source"]))
+            table = table[[(spelling[one], one == SOURCE) in kinds for one in table["dataset"]]]
         for row in table.to_dict("records"):
             metric = "all" if row["metric"] == "accuracy" else row["metric"]
             note = "; ".join(filter(None, (str(row["flag"] or ""), str(row["source"]))))

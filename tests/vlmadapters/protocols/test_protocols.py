@@ -638,12 +638,42 @@ def test_published_numbers_stand_beside_ours() -> None:
     assert published.note.str.contains("inconsistent as printed").any()
 
 
+def test_a_published_transfer_stands_beside_no_accuracy_on_the_source() -> None:
+    """From Caltech101 to ImageNet, where all that is published goes from ImageNet to Caltech101."""
+    titles = {"imagenet": "ImageNet", "caltech101": "Caltech101", "dtd": "DTD"}
+
+    def shown(*sources: str) -> tuple[pd.DataFrame, list[str]]:
+        columns = {"protocol": "cross-dataset", "split_kind": "all", "seed": 1, "accuracy": 0.5}
+        made = [rows(dataset=list(titles), source=source, **columns) for source in sources]
+        plain = rows(dataset=list(titles), source="", method=ZERO_SHOT_CLIP, **columns)
+        found = with_published(summarise(pd.concat([*made, plain])), titles)
+        lines = [line.split("  ")[0] for line in results_text(found).splitlines()]
+        mma = found[(found["origin"] == "published") & (found["method"] == "MMA")]
+        return mma.set_index("dataset")["mean"], lines
+
+    numbers, lines = shown("caltech101")
+    assert numbers.to_dict() == pytest.approx({"dtd": 0.4657, "average": 0.6661})
+    assert {"caltech101 (source)", "imagenet", "dtd"} <= {*lines}
+    numbers, lines = shown("imagenet")
+    assert dict(numbers) == pytest.approx(
+        {"imagenet": 0.71, "caltech101": 0.938, "dtd": 0.4657, "average": 0.6661}
+    )
+    assert {"caltech101", "imagenet (source)", "dtd"} <= {*lines}
+    numbers, lines = shown("imagenet", "caltech101")  # rows of both kinds name their source
+    assert {*numbers.index} == {*titles} <= {*lines}
+
+
 def test_published_numbers_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / "dtd" / name).mkdir(parents=True)  # a folder with the name of a known dataset
         Image.new("RGB", (8, 8)).save(tmp_path / "dtd" / name / "1.png")
     mine = [str(tmp_path / "dtd"), "ucf101"]
-    assert published_titles("cross-dataset", mine) == {"ucf101": "UCF101"}
+    assert published_titles("cross-dataset", ["imagenet"], mine) == {
+        "imagenet": "ImageNet",
+        "ucf101": "UCF101",
+    }
+    with pytest.raises(UserError, match="no number of ucf101, imagenet is published for cross"):
+        published_titles("cross-dataset", ["ucf101"], ["imagenet"])
     with pytest.raises(UserError, match="no number of dtd is published for base-to-novel"):
         published_titles("base-to-novel", mine[:1])
     with pytest.raises(UserError, match="no published numbers of few-shot stand beside ours"):
