@@ -64,7 +64,8 @@ class DatasetSums:
         labels = np.concatenate([self.labels, labels])
         # The smallest hashes are a random sample that no order of arrival or split changes.
         order = np.argsort(hashes, kind="stable")
-        keep, rest = np.sort(order[: self.sample_size]), np.sort(order[self.sample_size :])
+        # In order of the hashes, not of arrival: groups of the jackknife are drawn by place.
+        keep, rest = order[: self.sample_size], np.sort(order[self.sample_size :])
         if len(np.unique(hashes[order[: self.sample_size + 1]])) < min(
             len(hashes), self.sample_size + 1
         ):
@@ -166,8 +167,7 @@ class DatasetSums:
             raise UserError(
                 f"{self.head.dataset}: {counted(self.n, 'item')}; at least 2 are needed"
             )
-        order = np.argsort(self.hashes, kind="stable")
-        held, rest = (self.sample[key][np.sort(part)] for part in (order[:most], order[most:]))
+        held, rest = self.sample[key][:most], self.sample[key][most:]
         parts = [self.moments[key]] if key in self.moments else []
         parts += [Moments.of(rest)] if len(rest) else []
         return sum(parts[1:], parts[0]), held
