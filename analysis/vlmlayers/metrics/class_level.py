@@ -214,6 +214,14 @@ def same_label_null(n: int, labels: Labels) -> float:
     return float((counts * (counts - 1)).sum() / (n * (n - 1)))
 
 
+def same_label_most(labels: Labels, *, k: int = 10) -> float:
+    """Return the largest neighbourhood overlap there can be, the mean of min(k, n_c − 1)/k."""
+    k = min(k, len(labels) - 1)
+    counts = np.unique(labels, return_counts=True)[1]
+    # An item of a small class has k neighbours, but fewer others of its class.
+    return float((counts * np.minimum(counts - 1, k)).sum() / (k * len(labels)))
+
+
 def _means(x: Array, y: Labels) -> Array:
     return one_hot(y).T @ x / np.bincount(y)[:, None]
 

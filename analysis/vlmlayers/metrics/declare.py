@@ -74,6 +74,8 @@ class Metric:
         parts: Two functions whose chain is the metric: what the first makes of the features is
             shared, between the positions of a matrix or with other metrics of one layer. Of a
             metric with labels it is (item, item), and shared between subsets of the items.
+        most: Function of labels and of what the metric takes that returns the best value there can
+            be of them, where that may be below the upper bound.
         takes: Options of the protocol that the function accepts.
         settings: Fixed arguments.
         base: For derived metrics, the name of the metric they derive from.
@@ -102,6 +104,7 @@ class Metric:
     relabelled: Callable[..., Any] | None = None
     of_parts: Callable[..., Any] | None = None
     parts: tuple[Callable[..., Any], ...] = ()
+    most: Callable[..., float] | None = None
     takes: tuple[str, ...] = ()
     # Read-only, and made by a factory: a dataclass refuses defaults that have no hash.
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

@@ -147,7 +147,7 @@ METRICS: dict[str, Metric] = {
         cl.neighbourhood_overlap, "class", "labels",
         "neighbours of the same class (share of items)", "Doimo et al. 2020",
         null=cl.same_label_null, smallest_n=6, largest_n=2000,
-        parts=(cl.cosines, cl.same_label_share),
+        parts=(cl.cosines, cl.same_label_share), most=cl.same_label_most,
         invariances=("rotation", "scale", "row order"), sensitive="translation", takes=("k",),
     ),
     # Agreement between positions and towers

@@ -154,6 +154,9 @@ def _run_single(scoring: Scoring, source: Source, labels: Labels | None) -> None
             null = _null(point, x, given, width, shared)
             # There are no more neighbours than other items.
             noted = point.arguments(k=min(point.options.k, len(x) - 1))
+            if metric.most is not None and (most := metric.most(*given, **arguments)) < 1:
+                interval = interval[0], min(interval[1], max(most, value))
+                noted["ceiling"] = round(most, 4)
             point.add(value, interval, null, len(x), interval=how, **noted)
 
 

@@ -188,9 +188,14 @@ def ceiling(scores: pd.DataFrame, metric: str, tower: str) -> float:
     It is below 1 where datasets share prompts: no read-out tells from which of them one is.
     """
     own = metric.startswith("dataset_accuracy")  # a recall or confusion may reach 1 all the same
-    rows = scores[own & (scores["metric"] == metric) & (scores["tower"] == tower)]
-    found = rows["options"].astype(str).str.extract(r"(?:^|;)ceiling=([^;]+)")[0].dropna()
-    return float(found.astype(float).min()) if len(found) else 1.0
+    found = ceilings(scores[own & (scores["metric"] == metric) & (scores["tower"] == tower)])
+    return float(found.min()) if len(found) else 1.0
+
+
+def ceilings(rows: pd.DataFrame) -> pd.Series:
+    """Return the best values there can be that score rows note."""
+    found = rows["options"].astype(str).str.extract(r"(?:^|;)ceiling=([^;]+)")[0]
+    return found.dropna().astype(float)
 
 
 def is_random(table: pd.DataFrame) -> bool:

@@ -17,6 +17,7 @@ from vlmlayers.scores.reading import (
     bare,
     by_dataset,
     ceiling,
+    ceilings,
     check_scores,
     depths,
     metric_names,
@@ -300,8 +301,22 @@ def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
             for tower in TOWERS
             if (most := ceiling(rows, metric, tower)) < 1
         ),
+        *_most_by_dataset(rows, metric),
     ]
     return "; ".join(facts)
+
+
+def _most_by_dataset(rows: pd.DataFrame, metric: str) -> list[str]:
+    """Return in words how high a metric can be whose classes are small, a range over datasets."""
+    if metric in DATASET_ACCURACIES:  # of all datasets together, and for another reason
+        return []
+    said = []
+    for tower in TOWERS:
+        found = ceilings(rows[rows["tower"] == tower])
+        if len(found):
+            ends = dict.fromkeys(f"{end:.2g}" for end in (found.min(), found.max()))
+            said.append(f"at most {'–'.join(ends)} ({tower}), as classes are small")
+    return said
 
 
 @checked

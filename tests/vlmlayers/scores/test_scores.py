@@ -563,6 +563,26 @@ def test_what_shared_prompts_leave_possible_is_stated() -> None:
     assert "at most 0.67 can be reached, as datasets share prompts" in str(doubts.evidence)
 
 
+def test_what_small_classes_leave_of_a_neighbourhood_is_stated() -> None:
+    """Of ten neighbours three can be of a class of four, and all of one of twelve."""
+    member = make_features(items=28, classes=2)
+    labels = np.repeat([0, 1, 2, 3, 4], [4, 4, 4, 4, 12])
+    apart = np.random.default_rng(0).normal(size=(28, 24)) + 100 * np.eye(24)[labels]
+    arrays = {"native": {"1": apart, "2": member.vision.arrays["native"]["2"]}}
+    vision = replace(member.vision, labels=labels, arrays=arrays)
+    named = replace(member, vision=vision, text=None, class_names=tuple("abcde"))
+    table = score(named, ["neighbourhood_overlap"], **QUICK).set_index("position")
+    most = (16 * 0.3 + 12) / 28
+    assert table["options"].str.endswith(f";ceiling={round(most, 4)}").all()
+    assert table.loc["1", "value"] == pytest.approx(most)  # told apart without a mistake
+    assert table.loc["2", "value"] < most and (table["high"] <= most + 1e-12).all()
+    table = table.reset_index()
+    caption = metric_entry("neighbourhood_overlap", table)["caption"]
+    assert "at most 0.6 (vision), as classes are small" in caption
+    large = score(make_features(items=60, classes=3), ["neighbourhood_overlap"], **QUICK)
+    assert "at most" not in metric_entry("neighbourhood_overlap", large)["caption"]
+
+
 @pytest.mark.parametrize("sizes", [(20, 20), (12, 30)])
 def test_copies_of_a_prompt_are_resampled_together(sizes: tuple[int, int]) -> None:
     """Eight names are in both datasets: of two copies one is right, whatever is predicted."""
