@@ -68,7 +68,12 @@ def read_each(stem: str, folders: Folders, needs: Sequence[str] = ()) -> dict[Pa
 
 
 def refuse_unlike(
-    seen: Seen, path: Path, did: str, of: tuple[Any, ...], how: Mapping[str, Any]
+    seen: Seen,
+    path: Path,
+    did: str,
+    of: tuple[Any, ...],
+    how: Mapping[str, Any],
+    do: str = "draw each by itself",
 ) -> None:
     """Refuse a table whose rows would be averaged with those of one that was made differently.
 
@@ -78,6 +83,7 @@ def refuse_unlike(
         did: What it did, as `trained net`.
         of: What rows have in common that are averaged.
         how: How they were made. What only one table tells is not compared.
+        do: What to do about it.
 
     Raises:
         UserError: Names both and what differs.
@@ -86,8 +92,7 @@ def refuse_unlike(
         first, then = seen.setdefault((*of, key), (path, value))
         if then != value:
             raise UserError(
-                f"{short(path)} {did} with {key}={value}, {short(first)} with {key}={then}; draw "
-                "each by itself"
+                f"{short(path)} {did} with {key}={value}, {short(first)} with {key}={then}; {do}"
             )
 
 

@@ -20,12 +20,17 @@ NEEDS = ("model", "weights", "dataset", "seed", "placement", "kind", *OUTCOMES)
 DEFAULT_SCORE = "contrast_accuracy_x_agreement"
 
 
-def read_validations(tables: Folders) -> pd.DataFrame:
+def read_validations(tables: Folders, scored: Seen | None = None) -> pd.DataFrame:
     """Read every validation table of the folders as one.
+
+    Args:
+        tables: Where they lie.
+        scored: How the scores were made that they are compared with, from `read_scores`.
 
     Raises:
         MissingTable: There is none.
-        UserError: Two trained one model differently, by what stands beside them.
+        UserError: Two trained one model differently, by what stands beside them, or one trained
+            other weights than the scores of that name are of.
     """
     found = read_each("validation", tables, NEEDS)
     seen = Seen()
@@ -33,6 +38,10 @@ def read_validations(tables: Folders) -> pd.DataFrame:
         how = _trained(path.with_name(f"{path.name}.json"))
         for model, weights in set(zip(table.model, table.weights)):
             refuse_unlike(seen, path, f"trained {model}", (model, weights), how)
+            if scored is not None and "weights_hash" in how:
+                mark = {"weights_hash": how["weights_hash"][:12]}
+                do = "score the weights that were trained"
+                refuse_unlike(scored, path, f"trained {model}", (model, weights), mark, do)
     return pd.concat(found.values(), ignore_index=True)
 
 

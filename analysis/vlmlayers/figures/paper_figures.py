@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlmlayers import plots
 from vlmlayers.figures.captions import JOINT, clauses, doubted, joined, mean_over, scored, trained
-from vlmlayers.figures.inputs import Folders, MissingTable, as_folders, read, select
+from vlmlayers.figures.inputs import Folders, MissingTable, Seen, as_folders, read, select
 from vlmlayers.figures.layout import (
     finish,
     legend_of_choice,
@@ -177,8 +177,9 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
 
 def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     """Draw the quality predicted from the scores against the trained harmonic mean."""
-    scores = dict(by_model(read_scores(tables)))
-    validations = by_model(read_validations(tables))
+    seen = Seen()
+    scores = dict(by_model(read_scores(tables, seen=seen)))
+    validations = by_model(read_validations(tables, seen))
     models = [(name, compared_cells(part)) for name, part in validations if name in scores]
     if not models:
         raise MissingTable("no model has both scores and a validation; record both to draw this")

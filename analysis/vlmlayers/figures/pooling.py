@@ -16,19 +16,23 @@ from vlmlayers.scores.summaries import ROW_OPTIONS
 CURVE = ("model", "weights", "metric", "dataset", "tower", "space", "pooling")
 
 
-def read_scores(folders: Folders, metrics: Collection[str] | None = None) -> pd.DataFrame:
+def read_scores(
+    folders: Folders, metrics: Collection[str] | None = None, seen: Seen | None = None
+) -> pd.DataFrame:
     """Read every score table of the folders as one.
 
     Args:
         folders: Where they lie.
         metrics: Those that are drawn; all where None.
+        seen: Filled with how each was made, to compare other tables with.
 
     Raises:
         MissingTable: There is none.
         UserError: Two tables are of other weights of one name, or values of one curve lie in
             several that were made differently, by their rows and by what stands beside them.
     """
-    found, seen = read_each("scores", folders, (*CURVE, "seed", "n")), Seen()
+    found = read_each("scores", folders, (*CURVE, "seed", "n"))
+    seen = Seen() if seen is None else seen
     for path, table in found.items():
         record = path.with_name("provenance.json")
         made = read_json(record) if path.name == "scores" and record.exists() else {}

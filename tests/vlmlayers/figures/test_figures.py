@@ -1017,6 +1017,23 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
         paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path)
 
 
+def test_figure_5_compares_scores_and_trainings_of_the_same_weights(
+    tables: Path, tmp_path: Path
+) -> None:
+    """Two checkpoints of one name are told apart by the hashes beside the tables."""
+    for name in ("scores.csv", "validation.csv"):
+        shutil.copy(tables / name, tmp_path / name)
+    model = {"model": {"weights_hash": "a" * 64}}
+    (tmp_path / "provenance.json").write_text(json.dumps(model))
+    for trained, refused in (("a" * 64, False), ("a" * 12 + "b" * 52, False), ("b" * 64, True)):
+        (tmp_path / "validation.json").write_text(json.dumps({"weights_hash": trained}))
+        (outcome,) = draw_all(tmp_path, tmp_path, ["fig5_predicted_vs_trained"])
+        assert bool(outcome.paths) is not refused
+    for said in ("weights_hash=bbbbbbbbbbbb", "scores with weights_hash=aaaaaaaaaaaa", "score the"):
+        assert said in outcome.reason
+    assert draw_all(tmp_path, tmp_path, ["fig4_placement_sweep"])[0].paths, "compares no scores"
+
+
 def test_figure_5_says_that_equal_outcomes_have_no_rank_correlation(
     tables: Path, tmp_path: Path
 ) -> None:
