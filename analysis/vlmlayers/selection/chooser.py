@@ -25,6 +25,7 @@ from vlmlayers.scores.reading import (
     values_mark,
 )
 from vlmlayers.scores.schema import Scores
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable, NoValues
 from vlmlayers.selection.making import OwnRule, make_rule
@@ -75,6 +76,7 @@ def select(
     refused = scores.attrs.get("refused", ())
     seen = BlockTable.of(_used(table, chooser.reads(blocks)), blocks, refused)
     check_bounds(seen.scores)
+    _refuse_other_readout(chooser, seen)
     try:
         picks = chooser(seen)
     except NoValues as error:  # of the whole table: what was seen holds what the rule reads alone
@@ -99,6 +101,22 @@ def select(
     if evidence["random_weights"] and not statement.startswith(UNTRAINED):
         statement = f"{UNTRAINED}. {statement}"
     return replace(choice, evidence={**evidence, "statement": statement})
+
+
+def _refuse_other_readout(chooser: Any, table: BlockTable) -> None:
+    """Refuse a rule that reads a dataset accuracy where the table has another one: say its option.
+
+    As after streaming, whose sums do not suffice for the default. What a choice is made by is not
+    changed without being asked for.
+    """
+    metric, names = getattr(chooser, "metric", ""), table.metric_names()
+    if metric not in DATASET_ACCURACIES or metric in names or table.reason(metric):
+        return
+    if other := dataset_readout(names):
+        raise UserError(
+            f"the score table has no {metric} but {other}; choose by that with metric={other!r} "
+            f"(--set metric={other})"
+        )
 
 
 def _splits(scores: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, str]:

@@ -778,6 +778,20 @@ def test_bad_tables() -> None:
         select(planted(3, 3, (2, 2)), "knee")
 
 
+@pytest.mark.parametrize("rule", ["threshold", "knee"])
+def test_a_table_with_another_readout_is_chosen_by_when_its_option_is_given(rule: str) -> None:
+    """Streamed sums have an LDA, and not the logistic read-out that rules take by themselves."""
+    scores = planted()
+    streamed = scores.assign(
+        metric=scores.metric.replace("dataset_accuracy", "dataset_accuracy_lda")
+    )
+    with pytest.raises(UserError, match=r"no dataset_accuracy but .*\(--set (\w+)=(\w+)\)") as said:
+        select(streamed, rule, resamples=0)
+    key, value = str(said.value).rpartition("--set ")[2].rstrip(")").split("=")
+    chosen, usual = select(streamed, rule, resamples=0, **{key: value}), select(scores, rule)
+    assert chosen.vision and (chosen.vision, chosen.text) == (usual.vision, usual.text)
+
+
 def test_placement_scores_prefer_the_planted_placement() -> None:
     scores = planted()
     placements = {
