@@ -169,7 +169,11 @@ def alignment_relabelled(x: Any, labels: Labels) -> Array:
 def distinct(x: Array) -> Labels:
     """Return the rows that coincide with none before them up to rounding, ascending."""
     x = centred(x)
-    near = squared_distances(x) <= NEAR**2 * np.square(x).sum() / len(x)
+    return _apart(x, squared_distances(x))
+
+
+def _apart(x: Array, squares: Array) -> Labels:
+    near = squares <= NEAR**2 * np.square(x).sum() / len(x)
     return np.flatnonzero(~np.triu(near, 1).any(axis=0))
 
 
@@ -187,10 +191,11 @@ def twonn(x: Given, *, discard: Annotated[float, Takes(least=0, most=0.9)] = 0.1
     Reference: Facco et al. 2017.
     """
     x = centred(x)
-    x = x[distinct(x)]
-    if (n := len(x)) < 10:
-        raise UserError(f"{n} distinct items; TwoNN needs at least 10")
     squares = squared_distances(x)
+    kept = _apart(x, squares)
+    if (n := len(kept)) < 10:
+        raise UserError(f"{n} distinct items; TwoNN needs at least 10")
+    squares = squares if n == len(x) else squares[np.ix_(kept, kept)]
     # Items are not their own neighbours. Coinciding ones had to go before: μ would be infinite.
     np.fill_diagonal(squares, np.inf)
     first, second = np.sqrt(np.partition(squares, 1, axis=1)[:, :2]).T
