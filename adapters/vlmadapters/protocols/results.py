@@ -177,13 +177,13 @@ def summarise(results: Results) -> pd.DataFrame:
     # What tables lack that were written before there were several methods.
     table = table.assign(**{key: value for key, value in ADDED.items() if key not in table})
     refuse_conflicts(table, [*GROUP, *CELL])
+    # Of any source: averages that stand side by side are of the same datasets.
+    trained = {name: set(part) for name, part in table.groupby("protocol")["source"]}
     # Empty fields of a table read from a file are NaN, whose groups pandas drops by default.
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
-        # Of any source: averages that stand side by side are of the same datasets.
-        trained = set(table.loc[table["protocol"] == head["protocol"], "source"])
         cost = {"parameters": int(part["parameters"].max()), "seconds": part["seconds"].mean()}
-        rows += [head | row | cost for row in _datasets(part, trained)]
+        rows += [head | row | cost for row in _datasets(part, trained.get(head["protocol"], set()))]
     summary = pd.DataFrame(rows)
     averages = summary.loc[summary["dataset"] == "average"]
     alike = averages.groupby("protocol")["note"].transform("nunique") == 1
@@ -227,9 +227,11 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
     )
     if {"base", "novel"} <= set(seeds.columns):
         seeds["hm"] = [harmonic_mean(b, n) for b, n in zip(seeds["base"], seeds["novel"])]
+    # `pandas.read_csv` reads an empty note as NaN.
+    noted = set(part["dataset"][part["note"].astype(object).fillna("") != ""])
     for dataset, block in seeds.groupby(level="dataset", sort=False):
-        own = part[part["dataset"] == dataset]
-        rows += _metrics(str(dataset), block, "; ".join(_notes(own)))
+        notes = _notes(part[part["dataset"] == dataset]) if dataset in noted else []
+        rows += _metrics(str(dataset), block, "; ".join(notes))
     targets = [d for d in seeds.index.unique("dataset") if d not in trained]
     if len(targets) > 1:
         over = f"average of {', '.join(map(str, sorted(targets)))}"
@@ -239,7 +241,6 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
 
 def _notes(rows: pd.DataFrame) -> list[str]:
     """Return each note of a setting's rows on a dataset, and of what part of them if not of all."""
-    # `pandas.read_csv` reads an empty note as NaN.
     written = rows[rows["note"].astype(object).fillna("") != ""]
     kinds, seeds = rows["split_kind"].nunique(), rows["seed"].nunique()
     found = []
@@ -267,7 +268,7 @@ def _average(seeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _metrics(dataset: str, block: pd.DataFrame, note: str) -> list[dict[str, Any]]:
-    means = block.mean()
+    means, spreads, counts = block.mean(), block.std(ddof=1), block.count()
     # Papers print the harmonic mean of the printed means, which is not the mean of the seeds' ones.
     if "hm" in block.columns:
         paired = block[block["hm"].notna()].mean()
@@ -278,8 +279,8 @@ def _metrics(dataset: str, block: pd.DataFrame, note: str) -> list[dict[str, Any
             "dataset": dataset,
             "metric": metric,
             "mean": means[metric],
-            "sd": block[metric].std(ddof=1),
-            "seeds": int(block[metric].count()),
+            "sd": spreads[metric],
+            "seeds": int(counts[metric]),
             "note": note,
         }
         for metric in order
