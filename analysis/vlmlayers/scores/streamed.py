@@ -16,7 +16,6 @@ from vlmlayers.features import LayerFeatures, open_features
 from vlmlayers.metrics import gap
 from vlmlayers.metrics.agreement import cka
 from vlmlayers.metrics.checks import SAME, Array, Labels, unit_rows
-from vlmlayers.metrics.class_level import fisher_ratio
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.intervals import jackknife, jackknife_groups
 from vlmlayers.metrics.moments import (
@@ -223,6 +222,13 @@ def _on_rows(function: Callable[..., float], *arrays: Any) -> float:
     return float(function(*(array[rows] for array in data)))
 
 
+def _between_by_within(total: Array, within: Array) -> float:
+    """Return the Fisher ratio from squared distances to the mean and to the own class mean."""
+    if not within.any():
+        raise UserError("the items kept for intervals do not scatter within classes")
+    return float(total.sum() / within.sum() - 1.0)
+
+
 class _Scorer:
     """Scores of one dataset from its sums; intervals from its sample, narrowed to the full n."""
 
@@ -282,11 +288,16 @@ class _Scorer:
                 classes = self.full.classes[key]
                 value = fisher_from(self.full.moments[key], classes)
                 count = np.count_nonzero(classes.counts)
+                # About the means of all items: of many classes the sample has one item or none.
+                centres = self.full.moments[key].mean, classes.means[self.sums.labels]
+                total, within = (
+                    np.square(self.sums.sample[key] - centre).sum(axis=1) for centre in centres
+                )
                 self._add(
                     point,
                     value,
                     (count - 1) / (self.sums.n - count),
-                    partial(_on_rows, fisher_ratio, self.sums.sample[key], self.sums.labels),
+                    partial(_on_rows, _between_by_within, total, within),
                 )
 
     def spectral(self, name: str) -> None:

@@ -211,6 +211,26 @@ def test_streamed_values_are_those_of_the_features(features: list[LayerFeatures]
         assert row["low"] <= row["value"] <= row["high"] and row["n"] == 300
 
 
+@pytest.mark.parametrize(("classes", "items"), [(5, 60), (300, 3000)])
+def test_the_interval_of_a_streamed_fisher_ratio_is_that_of_fresh_samples(
+    classes: int, items: int
+) -> None:
+    """Also where the sample holds one item of a class or none, as of the classes of ImageNet."""
+    means = np.random.default_rng(0).normal(size=(classes, 8))
+    labels = np.arange(items) % classes
+    found = []
+    for seed in range(25):
+        x = means[labels] + np.random.default_rng([1, seed]).normal(size=(items, 8))
+        ids = tuple(f"{seed} {item}" for item in range(items))
+        tower = TowerFeatures("vision", 1, "cls", "images", ids, labels, {"native": {"1": x}})
+        names = tuple(f"class {c}" for c in range(classes))
+        one = LayerFeatures("m", "w", "drawn", "train", names, tower)
+        found.append(score_streaming([one], ["fisher_ratio"]).iloc[0])
+    values, widths = [r["value"] for r in found], [r["high"] - r["low"] for r in found]
+    expected = 2 * 2.262 * np.std(values, ddof=1)  # Student's t of ten groups
+    assert np.median(widths) == pytest.approx(expected, rel=0.4)
+
+
 def test_streamed_dataset_accuracy_tells_the_same_story(features: list[LayerFeatures]) -> None:
     streamed = score_streaming(features, ["dataset_accuracy_lda"], sample=80)
     plain = score(features, ["dataset_accuracy_lda"], seeds=(1, 2, 3))
