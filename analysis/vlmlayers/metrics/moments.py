@@ -9,12 +9,13 @@ Reference: Chan, Golub and LeVeque 1983; higher moments: Pébay 2008.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.checks import Array, Labels, triangle
 from vlmlayers.words import counted
 
 
@@ -205,12 +206,17 @@ def frechet_from(x: Moments, y: Moments) -> float:
         if n < 2:
             raise UserError(f"{name} has {counted(n, 'item')}; at least 2 are needed")
     first, second = x.scatter / (x.n - 1), y.scatter / (y.n - 1)
-    values, vectors = np.linalg.eigh(first)
-    # Zero eigenvalues come out slightly negative.
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    root = _root(first)
     # Of the symmetric product: Σ_x Σ_y has the same eigenvalues but not the stable solver.
     middle = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ second @ root), 0.0)).sum()
     return float(np.sqrt(max(np.trace(first) + np.trace(second) - 2.0 * middle, 0.0)))
+
+
+def _root(x: Array) -> Array:
+    """Return the symmetric root of a positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(x)
+    # Zero eigenvalues come out slightly negative.
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T)
 
 
 def eigenvalues_from(x: Moments) -> Array:
@@ -226,23 +232,36 @@ def eigenvalues_from(x: Moments) -> Array:
 
 
 def frechet_null_from(x: Moments, y: Moments, rng: np.random.Generator, *, draws: int = 3) -> float:
-    """Return the Fréchet distance of two clouds of one shape, of as many rows as these have.
+    """Return the Fréchet distance of two clouds whose rows are mixed, as many as these have.
 
-    As `gap.frechet_null` without rows to mix: both clouds are normal, with the covariance of all
-    rows, each centred on its own cloud.
+    As `gap.frechet_null` without rows to mix: those of either cloud are normal, with its own
+    covariance. A few rows that scatter more than all others make the mixed clouds differ more than
+    normal ones of the covariance of all.
     """
-    pooled = (x.scatter + y.scatter) / (x.n + y.n)
+    roots = [_root(m.scatter / m.n) for m in (x, y)]
+    n, m = (min(one.n, 10**9 - 1) for one in (x, y))  # more cannot be drawn, or told from so many
     values = []
     for _ in range(draws):
-        first, second = (white_noise_root(m.n, len(pooled), rng) / np.sqrt(m.n - 1) for m in (x, y))
-        spread, other = pooled @ first, pooled @ second
-        total = np.vdot(spread, first) + np.vdot(other, second)
-        shared = first.T @ other if first.shape[1] < second.shape[1] else second.T @ spread
+        stay = int(rng.hypergeometric(n, m, n))
+        sides = ((stay, n - stay), (n - stay, m - n + stay))
+        first, second = (_mixed_root(roots, counts, rng) for counts in sides)
+        total = np.square(first).sum() + np.square(second).sum()
+        shared = first.T @ second if first.shape[1] < second.shape[1] else second.T @ first
         # Singular values by the smaller symmetric product: several times faster than by SVD.
         squares = np.linalg.eigvalsh(shared @ shared.T)
         nuclear = np.sqrt(np.maximum(squares, 0.0)).sum()
         values.append(np.sqrt(max(total - 2.0 * nuclear, 0.0)))
     return float(np.mean(values))
+
+
+def _mixed_root(roots: Sequence[Array], counts: Sequence[int], rng: np.random.Generator) -> Array:
+    """Return R, of which R Rᵀ is a draw of the covariance of so many rows of each cloud."""
+    width, most = len(roots[0]), int(np.argmax(counts))
+    # White noise is centred and rows of a part are not: one more, but once, since all together are.
+    rows = [n + (part != most) for part, n in enumerate(counts)]
+    parts = [root @ white_noise_root(n, width, rng) for root, n in zip(roots, rows)]
+    both = np.hstack(parts) / np.sqrt(sum(counts) - 1)
+    return both if both.shape[1] <= width else triangle(both.T).T
 
 
 def white_noise_root(n: int, width: int, rng: np.random.Generator) -> Array:

@@ -131,6 +131,24 @@ def test_frechet_null_from_sums_is_that_of_mixed_rows(n: int, m: int) -> None:
     assert ours == pytest.approx(frechet_null(x, y), rel=0.07)
 
 
+@pytest.mark.parametrize(("n", "m"), [(400, 50), (50, 200), (300, 300)])
+def test_the_frechet_null_is_of_clouds_that_scatter_unlike(n: int, m: int) -> None:
+    """As in low layers, where few prompts scatter far more than many images do."""
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(n, 32)) * 0.02 + 0.5, rng.normal(size=(m, 32)) + 0.5
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    ours = frechet_null_from(Moments.of(x), Moments.of(y), rng, draws=20)
+    assert ours == pytest.approx(frechet_null(x, y, draws=20), rel=0.1)
+
+
+def test_the_frechet_null_of_a_billion_rows_is_that_of_fewer() -> None:
+    x = Moments.of(np.random.default_rng(7).normal(size=(50, 4)))
+    many = replace(x, n=3 * 10**9, scatter=x.scatter * 6e7)
+    fewer = replace(x, n=5 * 10**6, scatter=x.scatter * 1e5)
+    big, small = (frechet_null_from(one, one, np.random.default_rng(8)) for one in (many, fewer))
+    assert 0.0 < big < small / 8
+
+
 def test_biased_null_is_the_mean_over_permutations() -> None:
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(30, 20)), rng.normal(size=(30, 25))
