@@ -23,7 +23,7 @@ from vlmlayers.metrics.own import OWN
 from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.options import UNKEYED, Draw, ScoreOptions, generator
-from vlmlayers.scores.parts import balanced_rows
+from vlmlayers.scores.parts import balanced_rows, independent_rows
 from vlmlayers.scores.scoring import Point, Scoring, Source, chosen_positions, rows_of
 
 
@@ -31,9 +31,10 @@ def run_labels(scoring: Scoring) -> None:
     """Score metrics of features and labels inside each dataset."""
     for tower in TOWERS:
         for member, features in scoring.group.sources(tower):
-            if (features.labels < 0).any():
+            labels = features.labels[independent_rows(features)]
+            if (labels < 0).any():
                 scoring.refuse(member.dataset, tower, "its items have no classes")
-            elif len(np.unique(features.labels)) == len(features):
+            elif len(np.unique(labels)) == len(labels):
                 scoring.refuse(member.dataset, tower, "one item per class")
             else:
                 _run_single(scoring, (member, features), features.labels)
@@ -50,16 +51,17 @@ def run_heads(scoring: Scoring) -> None:
     """Score what each head of each block does on the items of each dataset: a row per head."""
     for tower in TOWERS:
         for member, features in scoring.group.sources(tower):
+            rows = independent_rows(features)
             weights = bootstrap_weights(
-                np.zeros(len(features), np.int64),
+                np.zeros(len(rows), np.int64),
                 scoring.options.bootstrap,
                 generator(Draw.ITEM_WEIGHTS),
             )
             for name, metric in scoring.metrics.items():
                 for point in scoring.points(name, metric, [(member, features)]):
                     with point.attempt():
-                        point.require(len(features))
-                        x = point.rows()
+                        point.require(len(rows))
+                        x = point.rows(rows)
                         for head, value in enumerate(metric.function(x)):
                             interval = mean_interval(x[:, head], weights, False)
                             point.add(
@@ -70,6 +72,7 @@ def run_heads(scoring: Scoring) -> None:
                                 len(x),
                                 interval="bootstrap",
                                 head=head + 1,
+                                **_of_captions(features),
                             )
 
 
@@ -153,11 +156,16 @@ def _run_single(scoring: Scoring, source: Source, labels: Labels | None) -> None
             value, interval, how = value_and_interval(metric, (x, *given), arguments, shared)
             null = _null(point, x, given, width, shared)
             # There are no more neighbours than other items.
-            noted = point.arguments(k=min(point.options.k, len(x) - 1))
+            noted = point.arguments(k=min(point.options.k, len(x) - 1)) | _of_captions(source[1])
             if metric.most is not None and (most := metric.most(*given, **arguments)) < 1:
                 interval = interval[0], min(interval[1], max(most, value))
                 noted["ceiling"] = round(most, 4)
             point.add(value, interval, null, len(x), interval=how, **noted)
+
+
+def _of_captions(features: TowerFeatures) -> dict[str, Any]:
+    """Return what is noted of captions: that one of each image counts."""
+    return {} if features.pairs is None else {"captions": "first"}
 
 
 def value_and_interval(
@@ -253,12 +261,11 @@ class _Shared:
         return np.zeros(len(rows), np.int64) if self.labels is None else self.labels[rows]
 
     def rows(self, metric: Metric) -> Labels:
-        """Return the rows to use: all, or a balanced subset where the metric caps n."""
-        n = len(self.features)
-        most = metric.largest_n or n
+        """Return the rows to use: all independent ones, balanced where the metric caps n."""
+        every = independent_rows(self.features)
+        most, labels = metric.largest_n or len(every), self.features.labels[every]
         return self._once(
-            ("rows", most),
-            lambda: balanced_rows(self.features.labels, most, generator(Draw.ITEMS)),
+            ("rows", most), lambda: every[balanced_rows(labels, most, generator(Draw.ITEMS))]
         )
 
     def weights(self, metric: Metric) -> Array:

@@ -20,7 +20,7 @@ from vlmlayers.metrics.table import METRICS, Metric
 from vlmlayers.positions import TOWERS
 from vlmlayers.prompts import numbered, spelled
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
-from vlmlayers.scores.parts import balanced_rows
+from vlmlayers.scores.parts import balanced_rows, independent_rows
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.scoring import Point, Scoring, chosen_positions
 
@@ -78,7 +78,7 @@ def run_pairs(scoring: Scoring, *, within: bool = True) -> None:
 def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
     """Return the pairings of a group: within each tower and across, per dataset and pooled.
 
-    Within a tower rows are items. Across towers rows are classes (mean of the images, mean of the
+    Within a tower rows are items, of captions the first of each image. Across towers rows are classes (mean of the images, mean of the
     prompts) or images with their first caption. Pooled pairings take equally many of each dataset;
     a class name that several have is one row, their mean: two rows of one text would agree with two
     of alike images, however unrelated the towers are, and no permutation of rows would show it.
@@ -102,7 +102,9 @@ def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
                 reason = f"no {space} features were extracted"
                 scoring.out.refuse(name, dataset, tower, "", reason)
                 continue
-            found.append(Pairing(dataset, "items", space, (sides[tower], sides[tower])))
+            captions = all(features.pairs is not None for features in towers)
+            kind = "first_captions" if captions else "items"
+            found.append(Pairing(dataset, kind, space, (sides[tower], sides[tower])))
         if len(sides) == 2:
             found += _across(dataset, members, share, space, scoring.options)
     return found
@@ -126,8 +128,9 @@ def _some(x: Array, rows: Labels) -> Array:
 
 
 def _items(member: LayerFeatures, features: TowerFeatures, share: int) -> _Rows:
-    """Return the rows of a tower's own items: images, captions or prompts."""
-    rows = balanced_rows(features.labels, share, generator(Draw.ALIGNED_ITEMS))
+    """Return the rows of a tower's own items: images, first captions or prompts."""
+    every = independent_rows(features)
+    rows = every[balanced_rows(features.labels[every], share, generator(Draw.ALIGNED_ITEMS))]
     of: list[Hashable] = [(id(member), int(row)) for row in rows]
     if features.kind == "prompts":
         every = _class_keys(member, features.labels)

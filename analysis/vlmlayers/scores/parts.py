@@ -14,6 +14,16 @@ from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Labels
 
 
+def independent_rows(features: TowerFeatures) -> Labels:
+    """Return the rows that are draws of their own: all, but of captions the first of each image.
+
+    Several captions of one image are near each other and of one class, whatever its class is.
+    """
+    if features.pairs is None:
+        return np.arange(len(features))
+    return np.unique(features.pairs, return_index=True)[1]
+
+
 def balanced_rows(labels: Labels, n: int, rng: np.random.Generator) -> Labels:
     """Return n row numbers, ascending, as evenly spread over the labels as possible."""
     labels = np.asarray(labels)

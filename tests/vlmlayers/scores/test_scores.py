@@ -741,6 +741,27 @@ def test_captions_of_an_image_stay_in_one_fold() -> None:
     assert (pd.crosstab(images, split.fold) > 0).sum(axis=1).max() == 1
 
 
+def test_captions_of_an_image_are_no_items_of_their_own() -> None:
+    """Five alike of each image: rows that are near in pairs, and of one class whatever it is."""
+    many = make_features("captioned", items=120, classes=4, captions=5)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(120, 16))  # without classes
+    texts = np.repeat(images, 5, axis=0) + 0.1 * rng.normal(size=(600, 16))
+    text = replace(many.text, arrays={"native": {"1": texts, "2": np.exp(texts)}})
+    many = replace(many, text=text)
+    firsts = replace(text.take(np.arange(0, 600, 5)), pairs=np.arange(120))
+    names = ["neighbourhood_overlap", "fisher_ratio", "alignment", "twonn", "uniformity",
+             "effective_rank", "cka_debiased", "mutual_knn"]  # fmt: skip
+    five, one = (score(m, names, **QUICK) for m in (many, replace(many, text=firsts)))
+    within = five.other_tower.isin(["", "text"])
+    five, one = (t[(t.tower == "text") & within] for t in (five, one))
+    pd.testing.assert_frame_equal(five, one)
+    assert set(five.metric) == {*names} and set(five.n) == {120}
+    assert five.options.str.contains("captions=first|pairs=first_captions").all()
+    overlap = five[five.metric == "neighbourhood_overlap"]
+    assert (overlap.low < overlap.null).all() and (overlap.null < overlap.high).all()
+
+
 def test_captions_of_datasets_without_classes_are_told_apart_too() -> None:
     named, other = (make_features(f"c{i}", number=i, captions=3) for i in range(2))
     nameless = replace(named, class_names=())
