@@ -65,7 +65,7 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     for dataset, part in summary.groupby("dataset", sort=False):
         # Of several sources each row names its own.
         within = set(part["source"].dropna()) - {""} == {dataset}
-        lines.append(_padded(source_column(dataset) if within else str(dataset), columns))
+        lines.append(_padded(source_column(str(dataset)) if within else str(dataset), columns))
         for _, rows in part.groupby(["name", "source", "origin", "model"], sort=False):
             lines.append(_line(rows, metrics))
     own = summary["origin"] == "ours"

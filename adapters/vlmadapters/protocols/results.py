@@ -178,12 +178,13 @@ def summarise(results: Results) -> pd.DataFrame:
     table = table.assign(**{key: value for key, value in ADDED.items() if key not in table})
     refuse_conflicts(table, [*GROUP, *CELL])
     # Of any source: averages that stand side by side are of the same datasets.
-    trained = {name: set(part) for name, part in table.groupby("protocol")["source"]}
+    of_protocol = table.groupby("protocol", dropna=False)["source"]
+    trained = {str(name): set(sources) for name, sources in of_protocol}
     # Empty fields of a table read from a file are NaN, whose groups pandas drops by default.
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
         cost = {"parameters": int(part["parameters"].max()), "seconds": part["seconds"].mean()}
-        rows += [head | row | cost for row in _datasets(part, trained.get(head["protocol"], set()))]
+        rows += [head | row | cost for row in _datasets(part, trained[str(head["protocol"])])]
     summary = pd.DataFrame(rows)
     averages = summary.loc[summary["dataset"] == "average"]
     alike = averages.groupby("protocol")["note"].transform("nunique") == 1

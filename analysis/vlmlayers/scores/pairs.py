@@ -78,10 +78,11 @@ def run_pairs(scoring: Scoring, *, within: bool = True) -> None:
 def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
     """Return the pairings of a group: within each tower and across, per dataset and pooled.
 
-    Within a tower rows are items, of captions the first of each image. Across towers rows are classes (mean of the images, mean of the
-    prompts) or images with their first caption. Pooled pairings take equally many of each dataset;
-    a class name that several have is one row, their mean: two rows of one text would agree with two
-    of alike images, however unrelated the towers are, and no permutation of rows would show it.
+    Within a tower rows are items, of captions the first of each image. Across towers rows are
+    classes (mean of the images, mean of the prompts) or images with their first caption. Pooled
+    pairings take equally many of each dataset; a class name that several have is one row, their
+    mean: two rows of one text would agree with two of alike images, however unrelated the towers
+    are, and no permutation of rows would show it.
     """
     found: list[Pairing] = []
     single = [[member] for member in scoring.group.members]
@@ -129,8 +130,8 @@ def _some(x: Array, rows: Labels) -> Array:
 
 def _items(member: LayerFeatures, features: TowerFeatures, share: int) -> _Rows:
     """Return the rows of a tower's own items: images, first captions or prompts."""
-    every = independent_rows(features)
-    rows = every[balanced_rows(features.labels[every], share, generator(Draw.ALIGNED_ITEMS))]
+    own = independent_rows(features)
+    rows = own[balanced_rows(features.labels[own], share, generator(Draw.ALIGNED_ITEMS))]
     of: list[Hashable] = [(id(member), int(row)) for row in rows]
     if features.kind == "prompts":
         every = _class_keys(member, features.labels)
