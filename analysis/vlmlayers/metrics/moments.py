@@ -9,7 +9,7 @@ Reference: Chan, Golub and LeVeque 1983; higher moments: Pébay 2008.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -225,10 +225,42 @@ def eigenvalues_from(x: Moments) -> Array:
     Raises:
         UserError: Constant features.
     """
-    values = np.linalg.eigvalsh(x.scatter)[::-1]
-    if values[0] <= 1e-12 * x.n * float(x.mean @ x.mean):
+    return directions_from(x)[0]
+
+
+def directions_from(x: Moments) -> tuple[Array, Array]:
+    """Return eigenvalues as `eigenvalues_from` does, and their directions, (width, direction).
+
+    Raises:
+        UserError: Constant features.
+    """
+    values, vectors = np.linalg.eigh(x.scatter)
+    if values[-1] <= 1e-12 * x.n * float(x.mean @ x.mean):
         raise UserError(f"the features of all {x.n} items are the same")
-    return values[values > 1e-12 * values[0]]
+    kept = np.flatnonzero(values > 1e-12 * values[-1])[::-1]
+    return values[kept], vectors[:, kept]
+
+
+def spectral_influence(
+    function: Callable[[Array], float], values: Array, rows: Array, n: int
+) -> Array:
+    """Return how each row moves a function of the spectrum, (item,): its mean moves as the value.
+
+    To first order a row a moves an eigenvalue of the covariance by (vᵀa)² less itself; what is
+    taken off adds up to nothing, as the function does not see the scale.
+
+    Args:
+        function: Of the eigenvalues of a scatter, at any scale.
+        values: Those of all n items, (direction,).
+        rows: Centred features of some of them in these directions, (item, direction).
+        n: Number of all items.
+
+    Reference: Hampel 1974 (influence function).
+    """
+    step = 1e-5
+    moved = [function(one) for one in values + step * np.diag(values)]
+    slopes = (np.array(moved) - function(values)) / (step * values)
+    return np.asarray(n * np.square(rows) @ slopes)
 
 
 def frechet_null_from(x: Moments, y: Moments, rng: np.random.Generator, *, draws: int = 3) -> float:

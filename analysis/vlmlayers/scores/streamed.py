@@ -22,10 +22,11 @@ from vlmlayers.metrics.moments import (
     Moments,
     biased_cka_null,
     cka_from,
-    eigenvalues_from,
+    directions_from,
     fisher_from,
     frechet_from,
     frechet_null_from,
+    spectral_influence,
     white_noise_root,
 )
 from vlmlayers.metrics.table import METRICS, metric
@@ -308,14 +309,20 @@ class _Scorer:
             with point.attempt():
                 moments = self.full.moments[key]
                 point.require(moments.n)
-                value = function(eigenvalues_from(moments))
+                values, directions = directions_from(moments)
                 root = white_noise_root(
                     moments.n, len(moments.mean), generator(Draw.STREAMED_NOISE)
                 )
                 # Rank-like measures grow with n and width: noise of the same shape says how much.
                 null = function(np.linalg.eigvalsh(root @ root.T)[::-1].clip(min=0.0))
-                on_sample = partial(_on_rows, plain, self.sums.sample[key])
-                self._add(point, value, null, on_sample)
+                sample = self.sums.sample[key]
+                on_sample = partial(_on_rows, plain, sample)
+                if len(sample) < moments.n:
+                    # The spectrum of fewer items than columns is another one, and moves otherwise.
+                    rows = (sample - moments.mean) @ directions
+                    influence = spectral_influence(function, values, rows, moments.n)
+                    on_sample = partial(_on_rows, np.mean, influence)
+                self._add(point, function(values), null, on_sample)
 
     def gaps(self, name: str) -> None:
         """Add a distance between the clouds of images and texts, unit rows in `joint` space."""

@@ -249,6 +249,23 @@ def test_the_interval_of_a_streamed_fisher_ratio_is_that_of_fresh_samples(
     assert np.median(widths) == pytest.approx(expected, rel=0.4)
 
 
+@pytest.mark.parametrize("metric", ["effective_rank", "participation_ratio", "spectral_entropy"])
+def test_intervals_of_streamed_spectra_are_those_of_fresh_samples(metric: str) -> None:
+    """Also where the sample has fewer items than columns, as of a model of ordinary width."""
+    spread, found = np.arange(1, 65) ** -0.5, []
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        # Norms differ by item, as those of features do.
+        x = rng.normal(size=(800, 64)) * spread * np.exp(0.3 * rng.normal(size=(800, 1)))
+        ids, labels = tuple(f"{seed} {item}" for item in range(800)), np.zeros(800, np.int64)
+        tower = TowerFeatures("vision", 1, "cls", "images", ids, labels, {"native": {"1": x}})
+        one = LayerFeatures("m", "w", "drawn", "train", ("a",), tower)
+        found.append(score_streaming([one], [metric], sample=32).iloc[0])
+    values, widths = [r["value"] for r in found], [r["high"] - r["low"] for r in found]
+    expected = 2 * 2.262 * np.std(values, ddof=1)  # Student's t of ten groups
+    assert np.median(widths) == pytest.approx(expected, rel=0.35)
+
+
 def test_streamed_dataset_accuracy_tells_the_same_story(features: list[LayerFeatures]) -> None:
     streamed = score_streaming(features, ["dataset_accuracy_lda"], sample=80)
     plain = score(features, ["dataset_accuracy_lda"], seeds=(1, 2, 3))
