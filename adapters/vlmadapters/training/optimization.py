@@ -53,9 +53,7 @@ def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch
     return sgd
 
 
-def learning_rate(
-    train: TrainConfig, epoch: int, epochs: int, step: int, steps: int, per_epoch: int
-) -> float:
+def learning_rate(train: TrainConfig, step: int, steps: int, per_epoch: int) -> float:
     """Return the learning rate of one step.
 
     Warm-up epochs run at a constant `warmup_lr`. Then the cosine falls from `lr` towards
@@ -64,12 +62,11 @@ def learning_rate(
 
     Args:
         train: The recipe.
-        epoch: Epochs done before this step.
-        epochs: Epochs in all.
         step: Steps done before this step.
         steps: Steps in all.
         per_epoch: Steps of a whole epoch.
     """
+    epoch = step // per_epoch
     if epoch < train.warmup_epochs:
         return train.warmup_lr
     if train.schedule == "constant":
@@ -77,7 +74,8 @@ def learning_rate(
     if train.schedule == "step":
         share = (step - train.warmup_epochs * per_epoch) / steps
     else:
-        share = (epoch - train.warmup_epochs) / epochs
+        # An epoch that training ends in counts as a whole one.
+        share = (epoch - train.warmup_epochs) / math.ceil(steps / per_epoch)
     return train.final_lr + (train.lr - train.final_lr) * (1 + math.cos(math.pi * share)) / 2
 
 

@@ -321,8 +321,7 @@ class Trainer:
 
     def _set_rates(self) -> None:
         done = self._steps_done()
-        counts = self.epoch, self.epochs, done, self.total_steps, self.steps_per_epoch
-        rate = learning_rate(self.train, *counts)
+        rate = learning_rate(self.train, done, self.total_steps, self.steps_per_epoch)
         for run in self.runs:
             if run.optimizer is not None:
                 set_rate(run.optimizer, rate, self.epoch < self.train.warmup_epochs)

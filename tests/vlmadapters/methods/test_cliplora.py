@@ -171,7 +171,7 @@ def test_the_recipe_has_the_published_size_and_schedule() -> None:
     assert isinstance(config, CLIPLoRAConfig)
     widths = 768 * len(config.vision) + 512 * len(config.text)
     assert 2 * config.rank * len(config.matrices) * widths == 184_320
-    rates = [learning_rate(train, 0, 1, step, 8000, 8000) for step in (0, 4000, 8000)]
+    rates = [learning_rate(train, step, 8000, 8000) for step in (0, 4000, 8000)]
     assert rates == pytest.approx([2e-4, (2e-4 + 1e-6) / 2, 1e-6])
 
 

@@ -243,11 +243,8 @@ class Steps:
     def set_rate(self, number: int) -> float:
         """Set and return the learning rate of a step."""
         train, per_epoch = self.run.train, self.run.steps_per_epoch
-        epoch = number // per_epoch
-        rate = learning_rate(
-            train, epoch, train.epochs, number, train.epochs * per_epoch, per_epoch
-        )
-        set_rate(self.optimizer, rate, epoch < train.warmup_epochs)
+        rate = learning_rate(train, number, train.epochs * per_epoch, per_epoch)
+        set_rate(self.optimizer, rate, number // per_epoch < train.warmup_epochs)
         return rate
 
     def backward(self, number: int) -> Tensor:

@@ -143,7 +143,7 @@ class _Trained(_Run):
         losses, rates, tested, keys = [], [], [], []
         for number in range(epochs * batches):
             epoch, batch = divmod(number, batches)
-            rates.append(learning_rate(train, epoch, epochs, number, epochs * batches, batches))
+            rates.append(learning_rate(train, number, epochs * batches, batches))
             set_rate(optimizer, rates[-1], False)
             step = self._step(index[epoch, batch])
             if not number:
