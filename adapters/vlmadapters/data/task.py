@@ -131,6 +131,9 @@ class TaskData:
     manifest: Manifest = field(init=False)
     origin: str = field(init=False)
     drawn_by: str = field(default="", init=False)
+    _listed: dict[tuple[str, bool], list[Item]] = field(
+        default_factory=dict, init=False, repr=False
+    )
     _drawn: dict[Draw, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _tested: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False)
     _identities: dict[str, DataIdentity] = field(default_factory=dict, init=False, repr=False)
@@ -231,7 +234,7 @@ class TaskData:
             if self.share < 1 or not {"train", split} <= {*self.splits()}:
                 return ""
             # Those that are not on the disk as well, which is said where they are wanted.
-            items, others = (self.manifest.items(one, self.root) for one in (split, "train"))
+            items, others = (self._list(one, present_only=False) for one in (split, "train"))
         except UserError:  # a search needs no list of test images
             return ""
         if not (shared := shared_paths(items, others)):
@@ -246,7 +249,15 @@ class TaskData:
         return self.manifest.splits(self.root)
 
     def _items(self, split: str) -> list[Item]:
-        return self.manifest.items(split, self.root, present_only=self.options.present_only)
+        return self._list(split, present_only=self.options.present_only)
+
+    def _list(self, split: str, *, present_only: bool) -> list[Item]:
+        """Return the items of a split as it was first listed: every cell asks, and is of them."""
+        key = split, present_only
+        if key not in self._listed:
+            found = self.manifest.items(split, self.root, present_only=present_only)
+            self._listed[key] = found
+        return self._listed[key]
 
     def shots(
         self, shots: int, seed: int, kind: str, split: str = "train", *, readable: bool = True

@@ -102,6 +102,25 @@ def test_classes_without_an_image_are_said_once(
     assert {0} in held_out and not caplog.messages  # green's one image is in one fold at most
 
 
+def test_all_that_is_drawn_is_of_the_items_that_were_first_listed(tmp_path: Path) -> None:
+    """An image added in the middle of a run is in no draw of it: the identity does not name it."""
+
+    def add(number: int) -> None:
+        for folder in ("train/blue", "train/red", "test/blue", "test/red"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / folder / f"{number}.png")
+
+    for number in range(3):
+        add(number)
+    data = TaskData(str(tmp_path), shared_backbone())
+    data.check("all", "train")
+    data.check("all", "test")
+    add(3)
+    assert [len(data.shots(8, seed, "all")) for seed in (1, 2)] == [6, 6]
+    assert len(data.test("all")) == 6
+    assert len(TaskData(str(tmp_path), shared_backbone()).shots(8, 1, "all")) == 8
+
+
 def test_test_images_among_those_for_training_are_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
