@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from glob import escape
 from pathlib import Path
-from threading import get_ident
+from threading import get_native_id
 from typing import IO, TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -49,6 +51,8 @@ _LOCKS: WeakSet[IO[bytes]] = WeakSet()  # those that this process holds or held
 def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
     """Write a file so that a crash leaves the old content or the new, never a part.
 
+    Drafts of this file that killed processes of this machine left behind are removed.
+
     Args:
         path: The file; its folder is made where absent.
         write: Writes the file that it is handed, which is renamed when complete.
@@ -58,8 +62,9 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_drafts(path)
         # In the same folder: a rename is atomic within one file system only.
-        part = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.part")
+        part = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{get_native_id()}.part")
         try:
             write(part)
             # A rename may reach the disk before the content, and a power cut leave an empty file.
@@ -71,6 +76,39 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
         finally:
             part.unlink(missing_ok=True)
     return path
+
+
+@cache
+def _machine() -> str:
+    """Return eight digits of what numbers this process: the machine, or a container on it."""
+    # Containers may bear their machine's name, and number their processes anew all the same.
+    numbering = Path("/proc/self/ns/pid")
+    told = numbering.stat().st_ino if numbering.exists() else ""
+    return checksum(f"{platform.node()} {told}")[:8]
+
+
+def _remove_drafts(path: Path) -> None:
+    """Remove the drafts of a file whose processes ran on this machine and are gone.
+
+    Those of other machines stay: nobody here can tell whether they are still being written.
+    """
+    for draft in path.parent.glob(f".{escape(path.name)}.{_machine()}-*-*.part"):
+        if not _runs(int(draft.name.split("-")[-2])):
+            with suppress(OSError):  # another process may be as quick
+                draft.unlink()
+
+
+def _runs(process: int) -> bool:
+    """Return whether a process of this machine is there; always where that cannot be asked."""
+    if fcntl is None:  # on Windows the question below would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> Path:

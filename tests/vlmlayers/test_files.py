@@ -16,7 +16,16 @@ import pandas as pd
 import pytest
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import lock, read_csv, read_json, read_toml, write_csv, write_json, writing
+from vlmlayers.files import (
+    lock,
+    read_csv,
+    read_json,
+    read_toml,
+    write_csv,
+    write_json,
+    write_text,
+    writing,
+)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -70,6 +79,29 @@ def test_names_in_tables_stay_as_they_were_written(tmp_path: Path) -> None:
         assert read["dataset"].tolist() == names
         assert read["placement"].fillna("").tolist() == table["placement"].tolist()
         assert read["hm"].equals(table["hm"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asks whether a process is there by a signal")
+def test_a_draft_goes_with_the_next_writing_once_its_process_is_gone(tmp_path: Path) -> None:
+    writes = (
+        "import sys, time; from pathlib import Path; from vlmlayers.files import atomically;"
+        "atomically(Path(sys.argv[1]), lambda part: (part.write_text('half'),"
+        "print(flush=True), time.sleep(60)))"
+    )
+    file = tmp_path / "a[1].csv"  # what a pattern would read as another name
+    command = [sys.executable, "-c", writes, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (draft,) = tmp_path.glob(".*")
+        elsewhere = draft.with_name(f".{file.name}.00000000-{process.pid}-1.part")
+        elsewhere.touch()  # of a machine that shares the folder
+        write_text(file, "whole")
+        assert {*tmp_path.iterdir()} == {file, draft, elsewhere}, "it is being written"
+        process.kill()
+    write_text(file, "again")
+    assert {*tmp_path.iterdir()} == {file, elsewhere}
+    assert file.read_text() == "again"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
