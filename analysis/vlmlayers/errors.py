@@ -27,6 +27,15 @@ class UserError(Exception):
         super().__init__(shortened(" ".join(str(message).splitlines()), LONGEST))
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as of a scheduler that needs the machine: work ends as on Ctrl-C, which it is."""
+
+
+def stop_code(stop: KeyboardInterrupt) -> int:
+    """Return the exit code of a command that was stopped, as a shell names the signal."""
+    return 143 if isinstance(stop, Terminated) else 130
+
+
 class OtherExtraction(UserError):
     """A folder holds features of other items or options; only its owner may delete it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -17,7 +18,15 @@ from vlmlayers.cli.loudness import Lines, fitted
 from vlmlayers.cli.measure import extract, models, score, select
 from vlmlayers.cli.show import figures, report
 from vlmlayers.cli.whole import demo, init, study
-from vlmlayers.errors import DISK, RESUME, UserError, disk_trouble, printable
+from vlmlayers.errors import (
+    DISK,
+    RESUME,
+    Terminated,
+    UserError,
+    disk_trouble,
+    printable,
+    stop_code,
+)
 
 WRONG_USAGE: Any = typer.BadParameter.__bases__[0]  # click's, which typer brings along
 # What typer says of a value that is not a number, in pydantic's words or its own, and in ours.
@@ -71,10 +80,15 @@ def _usage(error: Any) -> str:
     return fitted(f"Error: {line}{'' if line.endswith(('.', '?')) else '.'} See `{verb} --help`.")
 
 
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
 def main() -> None:
-    """Run the command line: 0 done, 2 the user's input is wrong, 1 a fault, 130 stopped."""
+    """Run the command line: 0 done, 2 the user's input is wrong, 1 a fault, 130 or 143 stopped."""
     # Python's own last resort writes into the row of a bar, at whatever column that ended.
     logging.lastResort = Lines(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -88,9 +102,9 @@ def main() -> None:
     except UserError as error:
         typer.echo(fitted(f"Error: {error}"), err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         typer.echo(f"\n{RESUME}", err=True)
-        sys.exit(130)
+        sys.exit(stop_code(stop))
     except OSError as error:
         if error.errno not in DISK:
             raise

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vlmlayers.cli.loudness import Loudness
-from vlmlayers.errors import RESUME, UserError
+from vlmlayers.errors import RESUME, UserError, stop_code
 
 LIST = re.compile(r"<list\[(\w+)\]>")  # how typer shows the type of several
 VERBS = "vlmlayers.verbs"
@@ -70,12 +70,12 @@ class Verbs(VerbGroup):
         return own if own is not None else _extension(cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a verb; Ctrl-C ends it in one line."""
+        """Run a verb; Ctrl-C and SIGTERM end it in one line."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             typer.echo(f"\n{RESUME}", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(stop_code(stop)) from None
 
 
 def _extensions() -> dict[str, EntryPoint]:

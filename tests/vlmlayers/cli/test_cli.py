@@ -441,7 +441,8 @@ def test_a_broken_extension_says_so(call, monkeypatch) -> None:  # type: ignore[
     assert code == 2 and "cannot be loaded: no module named lost" in err
 
 
-def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_ends_in_one_line(sent: signal.Signals, code: int, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -470,9 +471,9 @@ def test_ctrl_c_stops_in_one_line_with_130(tmp_path: Path) -> None:
     for line in process.stdout:
         if line.startswith("extract"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Start the same command again" in err and "Traceback" not in err
 
 
