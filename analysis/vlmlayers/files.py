@@ -312,13 +312,21 @@ if fcntl is not None:
     os.register_at_fork(after_in_child=_leave_locks)
 
 
-def take_lock(file: Path, folder: Path) -> IO[bytes]:
+def take_lock(file: Path, folder: Path, *, wait: bool = False) -> IO[bytes]:
     """Return the lock of a folder.
 
+    Args:
+        file: The lock file, made where absent.
+        folder: The folder.
+        wait: Whether to wait for the process that holds it, and to say so.
+
     Raises:
-        UserError: Another process holds it; names the folder.
+        UserError: Another process holds it, and it is not waited for; names the folder.
     """
     handle = lock(file)
+    if handle is None and wait:
+        say(f"waiting for the process that writes {folder}")
+        handle = lock(file, wait=True)
     if handle is None:
         raise UserError(
             f"another process is writing {folder}; wait for it or choose another folder"

@@ -153,6 +153,18 @@ class Run:
         if is_first_process():
             write_json(self.provenance, {**self.read_provenance(), **parts})
 
+    def finish(self, stage: str, **parts: Any) -> None:
+        """Settle a stage and record what a verb did that held no lock while it worked.
+
+        Another process that writes the run is waited for: of two that read and write one file at a
+        time, one would lose what the other added. A folder that is no run stays as it is.
+        """
+        if is_run(self.folder):
+            with writing_alone(self.folder, wait=True):
+                self.settle(stage)
+                if parts and self.provenance.exists():
+                    self.record(**parts)
+
 
 def is_run(folder: Path) -> bool:
     """Return whether a verb has written a run, or a report of several, into a folder."""
@@ -160,10 +172,14 @@ def is_run(folder: Path) -> bool:
 
 
 @contextmanager
-def writing_alone(*folders: Path) -> Iterator[None]:
+def writing_alone(*folders: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing run folders meanwhile: two runs would be mixed in one.
 
     Of the processes of one torchrun, which share a run, the first one holds the folders.
+
+    Args:
+        folders: The run folders, made where absent.
+        wait: Whether to wait for a process that writes one of them.
 
     Raises:
         UserError: Another process writes one of them, or it cannot be made.
@@ -175,7 +191,7 @@ def writing_alone(*folders: Path) -> Iterator[None]:
                 continue  # nobody writes there, and whole results may be read
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(take_lock(folder / LOCK, folder))
+                held.enter_context(take_lock(folder / LOCK, folder, wait=wait))
             if made:
                 held.callback(_remove_unused, folder)
         yield

@@ -69,8 +69,8 @@ def search(
         root=data_root,
         **dict(options),
     )
-    Run(out).settle("search")
     typer.echo(_text(found, out))
+    Run(out).finish("search")
 
 
 def _text(found: Any, out: Path) -> str:

@@ -92,19 +92,17 @@ def validate(
         root=data_root,
         **dict(options),
     )
-    Run(out).settle("validate")
-    if Run(out).provenance.exists():
-        asked = {"datasets": datasets, "method": method, "recipe": recipe, "set": values}
-        asked |= options.model_dump(exclude={"together", *ReadOptions.model_fields})
-        # In place of what a study of the run asked for: the files are no longer of that.
-        Run(out).record(validate={key: one for key, one in asked.items() if one is not None})
     if loaded.random_weights:
         typer.echo(RANDOM)
+    typer.echo(wrapped(found.verdict) if found.void else _text(found, out))
+    asked = {"datasets": datasets, "method": method, "recipe": recipe, "set": values}
+    asked |= options.model_dump(exclude={"together", *ReadOptions.model_fields})
+    # In place of what a study of the run asked for: the files are no longer of that.
+    given = {key: one for key, one in asked.items() if one is not None}
+    Run(out).finish("validate", validate=given)
     if found.void:
-        typer.echo(wrapped(found.verdict))
         # No mistake of the user's, but a script should not take it for a result.
         raise typer.Exit(2)
-    typer.echo(_text(found, out))
 
 
 def _choice(choice: Path | None, placement: str | None) -> Any:

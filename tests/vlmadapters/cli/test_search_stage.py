@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from vlmlayers.cli import app
 from vlmlayers.errors import UserError
+from vlmlayers.files import write_json
+from vlmlayers.runs import Run, writing_alone
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study import check_study, run_study
 
@@ -58,6 +65,33 @@ def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
     other = study.model_copy(update={"seed": 7})  # which random placements are drawn by
     (run,) = run_study(other, tmp_path, only=["validate"], progress=False, echo=said.append)
     assert "validate unchanged" not in said and run.read_provenance()["validate"]["seed"] == 7
+
+
+@pytest.mark.parametrize("verb", ["search", "validate"])
+def test_a_verb_adds_to_a_run_once_no_other_process_writes_it(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would write what they read before the other wrote."""
+    run, waiting = Run(tmp_path), Event()
+    write_json(run.provenance, {})
+    write_json(tmp_path / "stages.json", {"unfinished": {verb: 1.0}})
+    module, library = f"vlmadapters.cli.{verb}", f"vlmadapters.validation.{verb}.{verb}"
+    monkeypatch.setattr(library, lambda *_, **__: SimpleNamespace(void=False))
+    monkeypatch.setattr(f"{module}.load_backbone", lambda *_: SimpleNamespace(random_weights=False))
+    monkeypatch.setattr(f"{module}._text", lambda *_: "found")
+    monkeypatch.setattr("vlmadapters.cli.search.depths_of", lambda _: None)
+    monkeypatch.setattr("vlmlayers.files.say", lambda _: waiting.set())
+    words = [verb, "mini-clip", "digits", "--out", str(tmp_path)]
+    words += ["--placement", "12"] if verb == "validate" else []
+    with ThreadPoolExecutor() as pool:
+        with writing_alone(tmp_path):  # as a study does
+            ledger = run.read("stages.json")
+            done = pool.submit(CliRunner().invoke, app, words)
+            assert waiting.wait(60) and not done.done()
+            write_json(tmp_path / "stages.json", {**ledger, "score": {}})
+        assert done.result().exit_code == 0, done.result()
+    assert run.read("stages.json") == {"unfinished": {}, "score": {}}
+    assert ("validate" in run.read_provenance()) == (verb == "validate")
 
 
 @pytest.mark.parametrize(
