@@ -14,6 +14,7 @@ K = TypeVar("K", bound=Hashable)
 TEMPLATE = "a photo of a {}."
 # What classes are for, after "has no classes".
 PROMPTED = " to make prompts of; use text='captions' (--text captions)"
+APART = " to tell apart"
 UNTOLD = "has no captions; use text='prompts' (--text prompts)"
 EXAMINED = (
     ", by prompts of which a model is examined; leave out the metrics that "

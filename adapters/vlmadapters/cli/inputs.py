@@ -18,6 +18,7 @@ from vlmlayers.extraction import WeightsOptions
 from vlmlayers.placement import CHOICE, Placement
 from vlmlayers.positions import TOWERS
 from vlmlayers.progress import timed
+from vlmlayers.prompts import APART
 
 LOG = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def check_inputs(
 
     check_model(model, **weights.arguments())
     for manifest in distinct(map(Manifest.load, names), root):
-        manifest.require_classes(" to tell apart", root)
+        manifest.require_classes(APART, root)
         for split in manifest.splits(root):
             manifest.items(split, root=root)
 

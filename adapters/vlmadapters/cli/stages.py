@@ -14,6 +14,8 @@ from vlmadapters.methods import BUILT_IN, METHODS
 from vlmlayers.files import files_beside
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import Options, Several, validated
+from vlmlayers.prompts import APART
+from vlmlayers.study.preflight import captioned
 from vlmlayers.user_code import is_user_code
 
 
@@ -64,7 +66,7 @@ class MethodStage(Generic[Part]):
     def check(self, context: Any) -> None:
         """Check the table, its recipe and its datasets, before the study's first stage."""
         _recipe(context, self.table(context))
-        self.datasets(context)
+        check_classes(context, self.datasets(context))
 
     def datasets(self, context: Any) -> list[Manifest]:
         """Return the datasets to train on; the stage is run again where one of them has changed."""
@@ -110,6 +112,16 @@ def library_options(context: Any, part: Options, options: type[Options]) -> dict
     found = {name: getattr(part, name) for name in options.model_fields}
     said = part.model_fields_set  # a `false` written there overrides the extraction's
     return found | {key: own for key, own in context.leaving_out.items() if key not in said}
+
+
+def check_classes(context: Any, manifests: Sequence[Manifest]) -> None:
+    """Refuse datasets that are known to have no classes, before hours of earlier stages.
+
+    Raises:
+        UserError: Names the first one.
+    """
+    for manifest in captioned(manifests, context.data_root):
+        manifest.require_classes(APART, context.data_root)
 
 
 def load(context: Any, name: str) -> Manifest:

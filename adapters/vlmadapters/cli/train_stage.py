@@ -12,6 +12,7 @@ from pydantic import Field
 
 from vlmadapters.cli.inputs import read_placements, read_recipes
 from vlmadapters.cli.stages import (
+    check_classes,
     library_options,
     load,
     method_files,
@@ -131,9 +132,9 @@ class TrainStage:
     """The stage `train`; called with the `StageContext` of a study, it does each table's work."""
 
     def check(self, context: Any) -> None:
-        """Check the tables and the names of their datasets before the study's first stage."""
+        """Check the tables and their datasets before the study's first stage."""
         found = parts(context.study.train, context.base)
-        self.datasets(context)
+        check_classes(context, self.datasets(context))
         _refuse_other_images(context, found)
 
     def datasets(self, context: Any) -> list[Manifest]:

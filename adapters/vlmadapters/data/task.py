@@ -17,7 +17,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample, shared_paths
-from vlmlayers.prompts import TEMPLATE, class_prompts, numbered, spelled
+from vlmlayers.prompts import APART, TEMPLATE, class_prompts, numbered, spelled
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class TaskData:
         """
         name, names = self.manifest.name, self.class_names
         if not names:  # asked first: the manifest of a fold has no files to read
-            self.manifest.require_classes(" to tell apart", self.root)
+            self.manifest.require_classes(APART, self.root)
         if len(names) == 1:
             raise UserError(f"{name} has one class, {names[0]!r}; name data of two or more")
         labels = set(self._labels(kind))

@@ -15,7 +15,7 @@ from vlmlayers.study.scoring import needs_model
 from vlmlayers.study.stages import installed_stage
 from vlmlayers.user_code import is_user_code
 
-_MIXED = ("table", "huggingface")  # layouts that may lack classes or captions
+_MIXED = ("table", "huggingface", "shards")  # layouts that may lack classes or captions
 _CLASSES = ("coop", "folder", "lists")  # layouts that never have captions
 
 
@@ -55,7 +55,7 @@ def captioned(manifests: Sequence[Manifest], root: Path | None) -> list[Manifest
 
 def _has_no_classes(manifest: Manifest, root: Path | None) -> bool:
     try:
-        return manifest.layout in _MIXED and not manifest.class_names(root)
+        return manifest.layout not in _CLASSES and not manifest.class_names(root)
     except UserError:
         return False  # which is said where the items are read
 

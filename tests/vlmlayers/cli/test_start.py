@@ -23,6 +23,13 @@ STUDIES = {
     "model": STUDY.replace("mini-clip", "nosuch"),
     "captions": STUDY.replace("faces", "set.toml")
     + '[extract]\ntext = "captions"\n[score]\nmetrics = ["cka_debiased", "skip_joint_change"]\n',
+    # What trains needs classes; extraction, which comes first, needs none.
+    **{
+        stage: STUDY.replace("faces", "set.toml")
+        + '[extract]\ntext = "captions"\n[score]\nmetrics = ["cka_debiased"]\n'
+        + f"[{table}]\n"
+        for stage, table in (("search", "search"), ("train", "[train]"), ("validate", "validate"))
+    },
     "recipe": STUDY + '[[train]]\nrecipe = "nosuch"\n',
 }
 CAPTIONS = 'title = "Told"\nfolder = "."\nlayout = "captions"\nsplit_file = "c.tsv"\nclasses = 0\n'
