@@ -18,13 +18,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import UserError, check_one_of, looked_for
+from vlmlayers.errors import UserError, check_one_of, looked_for, one_line
 from vlmlayers.files import HUB, WEIGHT_SUFFIXES, find_weights
 
 LOCAL = "local"
 LOCAL_DIR = "local-dir:"  # before a folder, in names of open_clip
 CONFIG_FILE = "open_clip_config.json"
 FOREIGN_CONFIG = "config.json"  # of transformers or timm
+# Keys of transformers' configurations: one of the first has what takes images; one of the others
+# has a language model that reads them among its words, and so no text tower.
+IMAGES = {"image_size", "patch_size", "num_channels", "vision_config", "image_config"}
+AS_WORDS = {"image_token_id", "image_token_index"}
+WANTED = "choose a CLIP, a SigLIP or one of their like"
 UNLIKE = (OSError, SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError)
 _MODELS = Path(__file__).parent / "models"
 # The models that ship with the package, and where.
@@ -85,6 +90,53 @@ def known_depths(name: str) -> dict[str, int]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # loading says what it is
         return {}
     return {key: depth for key, depth in depths.items() if isinstance(depth, int)}
+
+
+def read_foreign(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a model of transformers or timm.
+
+    Raises:
+        UserError: It is none, or tells that the model takes no images, or takes them as words.
+    """
+    file = folder / FOREIGN_CONFIG
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kind = found["architecture" if "architecture" in found else "model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not a configuration of transformers or timm: {one_line(error)}"
+        ) from error
+    why = ""
+    if "vocab_size" in found and not IMAGES & {*found}:
+        why = "takes no images"
+    elif AS_WORDS & {*found}:
+        why = "is a language model that reads images among its words"
+    if why:
+        raise UserError(f"{folder} ({kind}) {why}; {WANTED}")
+    return found
+
+
+def refuse_image_model(name: str) -> None:
+    """Refuse an image model alone where classes are told by a text tower.
+
+    What its configuration does not tell is told once it is loaded.
+
+    Raises:
+        UserError: It is one of timm, or one of transformers that takes images and no texts.
+    """
+    folder = Path(name).expanduser()
+    if is_foreign(name):
+        found = read_foreign(folder)
+        if "architecture" in found or ("image_size" in found and "text_config" not in found):
+            kind = found.get("architecture", found.get("model_type"))
+            raise UserError(f"{folder} ({kind}) has no text tower; {WANTED}")
+
+
+def is_foreign(name: str) -> bool:
+    """Return whether a name stands for a folder of transformers or timm."""
+    folder = Path(name).expanduser()
+    known = name in (LOCAL, *MINIATURES) or name.startswith(HUB)
+    return not known and not (folder / CONFIG_FILE).is_file() and (folder / FOREIGN_CONFIG).is_file()
 
 
 def tags_of(architecture: str) -> list[str]:
@@ -221,8 +273,8 @@ def check_model(
     """Check the arguments of `load_model` as far as names and files go; a hub's are not looked at.
 
     Raises:
-        UserError: Name, tag or file is unknown, no weights are named, or a tag was trained with the
-            other activation.
+        UserError: Name, tag or file is unknown, no weights are named, a tag was trained with the
+            other activation, or a configuration of transformers is of another kind of model.
     """
     folder, tags = Path(name).expanduser(), []
     shipped = folder if (folder / CONFIG_FILE).is_file() else None
@@ -233,7 +285,12 @@ def check_model(
             raise UserError(f"config {config} does not exist{looked_for(config)}")
     elif name in MINIATURES:
         shipped = MINIATURES[name]
-    elif name.startswith(HUB) or (shipped is None and (folder / FOREIGN_CONFIG).is_file()):
+    elif name.startswith(HUB):
+        return
+    elif is_foreign(name):
+        read_foreign(folder)
+        if not random_weights:
+            find_weights(folder)
         return
     elif shipped is None:
         tags = tags_of(check_architecture(name))

@@ -12,7 +12,12 @@ import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
-from vlmlayers.architectures import CONFIG_FILE, check_model, known_depths
+from vlmlayers.architectures import (
+    CONFIG_FILE,
+    check_model,
+    known_depths,
+    refuse_image_model,
+)
 from vlmlayers.errors import UserError
 from vlmlayers.models import find_towers
 
@@ -75,6 +80,40 @@ def test_what_is_wrong_with_a_model_is_told_by_its_names(arguments: dict, messag
         check_model(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "is not a configuration of transformers or timm: "),
+        ('{"a": 1}', "is not a configuration of transformers or timm: 'model_type'"),
+        ('{"model_type": "bert", "vocab_size": 9}', ".bert. takes no images; choose a CLIP"),
+        (
+            '{"model_type": "llava", "image_token_index": 3, "vision_config": {}}',
+            ".llava. is a language model that reads images among its words; choose a CLIP",
+        ),
+        ('{"model_type": "clip"}', "holds no weights"),
+    ],
+)
+def test_what_is_wrong_with_a_model_of_transformers_is_told_by_its_configuration(
+    config: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("config", [{"architecture": "vit_tiny"}, {"model_type": "dinov2"}])
+def test_an_image_model_is_refused_where_classes_are_told_by_texts(
+    config: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**config, "image_size": 32}))
+    with pytest.raises(UserError, match="has no text tower; choose a CLIP"):
+        refuse_image_model(str(tmp_path))
+    file.write_text(json.dumps({"model_type": "clip", "text_config": {}}))
+    for name in (str(tmp_path), "mini-clip", "ViT-B-16", "hf-hub:someone/something"):
+        refuse_image_model(name)
+
+
 def _refusal(name: str, pretrained: str | None = None) -> str:
     """Return what is said against a model, nothing where it passes."""
     try:
@@ -85,7 +124,8 @@ def _refusal(name: str, pretrained: str | None = None) -> str:
 
 
 def test_models_that_are_there_pass(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "model.safetensors").touch()
     assert _refusal("mini-clip") == ""
     assert _refusal("ViT-B-16", "laion400m_e32") == ""
     assert _refusal("ViT-B-16-quickgelu", "openai") == ""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from vlmlayers.architectures import check_model, known_depths
+from vlmlayers.architectures import check_model, known_depths, refuse_image_model
 from vlmlayers.arguments import taken
 from vlmlayers.cli.options import repeated
 from vlmlayers.errors import UserError, check_one_of
@@ -134,12 +134,13 @@ def check_inputs(
     """Check a model and datasets before torch is imported: a wrong name is said at once.
 
     Raises:
-        UserError: The model or its weights are unknown, or a dataset is unknown, not listed or
-            without classes, or two have one name.
+        UserError: The model or its weights are unknown, it has no text tower, or a dataset is
+            unknown, not listed or without classes, or two have one name.
     """
     from vlmlayers.manifests import Manifest, distinct
 
     check_model(model, **weights.arguments())
+    refuse_image_model(model)
     for manifest in distinct(map(Manifest.load, names), root):
         manifest.require_classes(APART, root)
         for split in manifest.splits(root):

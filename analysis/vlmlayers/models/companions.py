@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmlayers.architectures import title_of
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import hub_folder
+from vlmlayers.models.folders import LOCALLY
 from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.transformers_towers import pack
 
@@ -213,7 +214,7 @@ def _read(kind: Any, folder: Path | None) -> Any:
     if folder is None:
         return None
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, **LOCALLY)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         LOG.info("%s: no %s (%s)", folder, kind.__name__, one_line(error))
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,13 @@ import timm
 import torch
 from torch import nn
 
-from vlmlayers.architectures import FOREIGN_CONFIG
+from vlmlayers.architectures import FOREIGN_CONFIG, read_foreign
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import find_weights
 
 _SHOWN = 3
+# Where the second is not said, transformers asks at the terminal whether to run a folder's code.
+LOCALLY = {"local_files_only": True, "trust_remote_code": False}
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -36,18 +37,9 @@ def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.M
         UserError: Configuration, model or weights cannot be loaded, weights are missing, or it
             would have to run code of its own.
     """
-    try:
-        settings = json.loads((folder / FOREIGN_CONFIG).read_text(encoding="utf-8"))
-        kind = "architecture" if "architecture" in settings else "model_type"
-        # Raises where the file has neither key, for the message below.
-        settings[kind]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / FOREIGN_CONFIG} is not a configuration of transformers or timm: "
-            f"{one_line(error)}"
-        ) from error
+    timms = "architecture" in read_foreign(folder)
     weights = "random" if random_weights else find_weights(folder).name
-    make = _timm if kind == "architecture" else _transformers
+    make = _timm if timms else _transformers
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -86,13 +78,11 @@ def _transformers(folder: Path, random_weights: bool) -> Any:
             f"{folder} holds a model of transformers: pip install 'vlm-layers[hf]'"
         ) from error
     if random_weights:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **LOCALLY)
         return AutoModel.from_config(config)
     # transformers only warns of missing weights and leaves them random: hence the loading report.
     with _without_bars():
-        model, found = AutoModel.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
-        )
+        model, found = AutoModel.from_pretrained(folder, **LOCALLY, output_loading_info=True)
     # The pooler of a classification that the weights were made for is no part of the features.
     lacks = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
     lacks += [str(entry[0]) for entry in found.get("mismatched_keys", ())]

@@ -79,7 +79,11 @@ extract mini-clip faces --out here --tower vision --pooling text=mean
 extract mini-clip faces --out here --text captions --template {}!
 extract mini-clip faces --out here --pooling cls,mean
 train nosuch faces --out here
+extract bert faces --out here --random-weights
 train mini-clip nosuch --out here
+train dino faces --out here --random-weights
+evaluate bert faces --random-weights
+evaluate dino faces
 train mini-clip faces --out here --method nosuch
 train mini-clip faces --out here --protocol nosuch
 train mini-clip faces --out here --placement nosuch
@@ -139,6 +143,9 @@ def test_an_error_that_needs_no_model_imports_nothing_large(tmp_path: Path) -> N
     for name in ("ant", "bee"):
         (tmp_path / "folder" / "train" / name).mkdir(parents=True)
         (tmp_path / "folder" / "train" / name / "1.png").touch()
+    for name, told in (("bert", {"vocab_size": 9}), ("dino", {"image_size": 32})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": name, **told}))
     (tmp_path / "scored").mkdir()
     (tmp_path / "scored" / "scores.csv").touch()
     told = {"description": json.dumps({"method": "mma"})}

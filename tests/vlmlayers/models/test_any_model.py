@@ -87,6 +87,17 @@ def test_weights_that_lack_something_are_refused(folder, tmp_path):
         load_model(part)
 
 
+def test_the_code_of_a_folder_is_neither_run_nor_asked_about(folder, tmp_path, monkeypatch):
+    """At a terminal transformers asks whether to run it, and runs it on "y"."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    code = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    settings = {"model_type": "own", "image_size": 32, "auto_map": code}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text("raise RuntimeError('run')")
+    with pytest.raises(vl.UserError, match="cannot be loaded: .*custom code"):
+        load_model(tmp_path, random_weights=True)
+
+
 def test_options_that_a_folder_or_a_model_does_not_take_are_refused(folder):
     with pytest.raises(vl.UserError, match="mean does not apply, tiny-clip says itself how"):
         load_model(folder, mean=0.5)
