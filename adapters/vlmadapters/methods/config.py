@@ -144,6 +144,11 @@ class MethodConfig:
         return type(self) is not MethodConfig  # zero-shot CLIP, of which nothing is trained
 
     @property
+    def validates(self) -> bool:
+        """Whether it chooses values on few-shot items of the validation split, where there is one."""
+        return False
+
+    @property
     def class_bound(self) -> bool:
         """Whether it learns something of each class, so that no other class can be tested."""
         return False

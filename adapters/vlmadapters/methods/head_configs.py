@@ -50,6 +50,11 @@ class TipConfig(MethodConfig):
         """False: the cache is filled, and alpha and beta are searched."""
         return False
 
+    @property
+    def validates(self) -> bool:
+        """Whether alpha and beta are searched."""
+        return self.search
+
 
 @checked
 @dataclass(frozen=True)
@@ -90,6 +95,11 @@ class LinearProbeConfig(MethodConfig):
     def in_steps(self) -> bool:
         """False: a solver fits it."""
         return False
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is more than one penalty to choose from."""
+        return len(self.inverse_penalties) > 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

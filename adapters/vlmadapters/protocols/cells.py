@@ -296,10 +296,13 @@ def _recipe_of(ours: Sequence[tuple[dict[str, Any], str]], theirs: dict[str, Any
 
 
 def _setup(identity: dict[str, Any]) -> Any:
-    """Return recipe, method, its code and settings of a cell, without the blocks, as JSON."""
+    """Return recipe, method, its code and settings of a cell, without the blocks, as JSON.
+
+    And what a test on the validation split left to choose values on, where that is told.
+    """
     settings = identity.get("settings", {})
     left = {key: value for key, value in settings.items() if key not in ("vision", "text")}
-    method = identity.get("method"), identity.get("code")
+    method = identity.get("method"), identity.get("code"), identity.get("validation")
     return json.loads(json.dumps([method, identity["train"], left]))
 
 

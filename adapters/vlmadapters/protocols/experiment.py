@@ -331,8 +331,6 @@ class Experiment:
             then = [self.datasets.images(*self._next, shots_then)]
         # Beside the training, which leaves a machine with a GPU its cores.
         tested = self.datasets.own_test(source)
-        # What is tested chooses nothing, so that a test on the validation split has none to fit on.
-        fits = self.datasets.split != "val"
         with data.images.arriving(as_first_seen(shots, seed), tested, then=then):
             trainer = Trainer(
                 self.model,
@@ -342,7 +340,7 @@ class Experiment:
                 [one.method_for(data.origin) for one in settings],
                 train,
                 seed,
-                validation=data.validation(train.shots, seed, kind) if fits else (),
+                validation=data.validation(train.shots, seed, kind) if self._fits else (),
                 backbone=self.backbone,
                 folder=self.cells.begin([self._cell(source, seed, one) for one in settings]),
                 progress=self.progress,
@@ -453,6 +451,11 @@ class Experiment:
             ),
         }
 
+    @property
+    def _fits(self) -> bool:
+        """Whether values may be chosen on validation items: not where these are tested."""
+        return self.datasets.split != "val"
+
     def _train_of(self, setting: Recipe, source: str) -> TrainConfig:
         data = self.datasets[source]
         train = setting.train_for(data.origin).of_share(data.share)
@@ -471,6 +474,8 @@ class Experiment:
             "train": self._train_of(setting, source).identity(),
             **own_code([config]),
         }
+        if config.validates and not self._fits:  # cells from when values were chosen there differ
+            identity["validation"] = "none"
         parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)
 

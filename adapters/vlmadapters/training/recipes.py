@@ -145,6 +145,8 @@ class TrainConfig:
             values.pop(key)
         if not self.device_crops:  # what was trained before there was a choice stays valid
             values.pop("device_crops")
+        if self.schedule == "step" and self.warmup_epochs:  # whose steps counted into it at first
+            values["schedule"] = "step behind warm-up"
         return values
 
 

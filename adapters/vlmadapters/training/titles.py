@@ -58,9 +58,11 @@ def _differing(recipe: Recipe, base: Recipe) -> dict[str, Any]:
 def _values(recipe: Recipe, dataset: str = "") -> dict[str, Any]:
     """Return what a recipe trains by, with such settings of its method as follow the dataset."""
     settings = recipe.method_for(dataset).settings()
-    train = recipe.train_for(dataset).identity()
+    train = recipe.train_for(dataset)
+    # As the user wrote it: the identity of a cell may say more.
+    named = {"device_crops": False} | train.identity() | {"schedule": train.schedule}
     # The placement's blocks and other settings stand in columns of their own.
-    return {"device_crops": False} | train | {key: settings.get(key) for key in recipe.varied}
+    return named | {key: settings.get(key) for key in recipe.varied}
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from backbones import backbone, shared_backbone
 from PIL import Image
 
+from vlmadapters.methods.head_configs import TipConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.cells import Cell, CellFolder
 from vlmadapters.protocols.experiment import Experiment
@@ -205,6 +206,43 @@ def test_a_model_in_train_mode_is_measured_in_eval_mode_and_given_back(tmp_path:
     assert tables[0][columns].equals(tables[1][columns])
     assert all(module.training for module in busy.clip.modules())
     assert all(parameter.requires_grad for parameter in busy.clip.parameters())
+
+
+STEPS = replace(RECIPE.train, schedule="step", warmup_epochs=1, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "split"),
+    [
+        (Recipe("test", RECIPE.train, TipConfig(views=1)), "val"),
+        (replace(RECIPE, train=STEPS), "test"),
+    ],
+)
+def test_a_cell_of_what_is_computed_in_another_way_now_is_trained_again(
+    recipe: Recipe, split: str, tmp_path: Path
+) -> None:
+    """It was taken for the same: nothing in its identity said that the code had changed."""
+    pics = add_classes(tmp_path / "pics", FOUR)
+    (pics / "test").rename(pics / split)
+    add_classes(pics, FOUR)
+
+    def made(seed: int) -> pd.DataFrame:
+        options = {"protocol": "few-shot", "seeds": (seed,), "split": split, "progress": False}
+        return train(shared_backbone(), pics, recipe, tmp_path / "out", **options)
+
+    fresh = made(1)
+    (file,) = (tmp_path / "out" / "cells").glob(f"*-{recipe.method.name}-*.json")
+    content = json.loads(file.read_text())
+    schedule = {"schedule": recipe.train.schedule}
+    old = content["identity"] | {"train": content["identity"]["train"] | schedule}
+    old.pop("validation", None)
+    assert old != content["identity"]
+    rows = [row | {"accuracy": -1.0} for row in content["rows"]]
+    file.unlink()
+    CellFolder(tmp_path / "out").write(Cell(file.name.rpartition("-")[0], old), rows)
+    assert made(1).accuracy.tolist() == fresh.accuracy.tolist()
+    made(2)
+    assert (stored(tmp_path / "out").accuracy >= 0).all()
 
 
 def test_an_unfinished_training_of_altered_images_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ def test_a_title_is_the_shipped_recipe_and_what_differs() -> None:
     assert title(mini.changed({"crop_scale": (0.2, 1.0)})) == "mini crop_scale=0.2-1.0"
     assert title(mini.changed({"template": "a {}."})) == "mini template='a {}.'"
     assert title(mini.changed({"device_crops": True})) == "mini device_crops=True"
+    warm = mini.changed({"schedule": "step", "warmup_epochs": 1})
+    assert {"schedule=step", "warmup_epochs=1"} <= {*title(warm).split()}
     # What has a column of its own is left to it, and how a step is computed changes no number.
     for same in ({"shots": 4}, {"cuda_graph": False}, {"save_every": 5}):
         assert title(mini.changed(same)) == "mini"
