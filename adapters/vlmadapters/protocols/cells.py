@@ -19,6 +19,7 @@ from shutil import rmtree
 from typing import Any
 
 from vlmadapters.clip.products import adopt_products, timed_products
+from vlmadapters.files import OURS
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import differing_field, record_checksum
@@ -28,6 +29,7 @@ from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
+ADAPTERS = "adapters"  # folder of trained adapters, named like their cells
 UNFINISHED = "unfinished"  # folder of the states of trainings, and name of its lock
 MEMBERS = "cells.json"  # in the folder of an unfinished training: keys of its cells
 
@@ -110,6 +112,22 @@ class CellFolder:
         # Of what a reader will see, where tuples are lists and keys are text.
         content["checksum"] = record_checksum(json.loads(json.dumps(content)))
         write_text(path, json.dumps(content, indent=1))
+
+    def tell_unsaved(self, cells: Sequence[Cell]) -> None:
+        """Warn of finished cells whose adapter is not there: they are not trained again for it."""
+        if self.out is None:
+            return
+        folder = self.out / ADAPTERS
+        known = {path.name for path in folder.glob(f"*{OURS}")}
+        keys = dict.fromkeys(cell.key for cell in cells)
+        if lacking := [key for key in keys if f"{key}{OURS}" not in known]:
+            LOG.warning(
+                "%s lacks %s: they were trained by a command that keeps none, or removed since; "
+                "to train the first one again, remove %s",
+                folder,
+                counted(len(lacking), "adapter"),
+                self.out / "cells" / f"{lacking[0]}.json",
+            )
 
     def begin(self, cells: Sequence[Cell]) -> Path | None:
         """Return the folder for the state of a training of some cells, which names them."""

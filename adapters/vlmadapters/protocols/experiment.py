@@ -21,10 +21,10 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.images import as_first_seen
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
-from vlmadapters.files import OURS, save_method
+from vlmadapters.files import save_method
 from vlmadapters.methods import own_code
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.protocols.cells import Cell, CellFolder, Rows
+from vlmadapters.protocols.cells import ADAPTERS, Cell, CellFolder, Rows
 from vlmadapters.protocols.datasets import Datasets
 from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.protocols.results import (
@@ -45,7 +45,6 @@ from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv
 from vlmlayers.manifests import Manifest
 from vlmlayers.progress import bar, timed
-from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 # Share of predictions that have to differ from zero-shot for training to count as having an effect.
@@ -176,9 +175,9 @@ class Experiment:
                     found[source, seed] = self._cells(
                         source, seed, recipes, together, shown, wait=True
                     )
-        if self.save_adapters and self.out is not None and first:
+        if self.save_adapters and first:
             finished = [self._cell(*one) for one in product(sources, seeds, recipes)]
-            _tell_unsaved(self.out, finished)
+            self.cells.tell_unsaved(finished)
         rows = [row for source in sources for row in self._zero_shot_rows(source)]
         rows += [row for pair in product(sources, seeds) for row in found.get(pair) or []]
         table = _table(rows)
@@ -351,7 +350,7 @@ class Experiment:
             for one, result in zip(settings, trained):
                 cell = self._cell(source, seed, one)
                 save_method(
-                    self.out / "adapters" / cell.key,
+                    self.out / ADAPTERS / cell.key,
                     result.method,
                     self.model,
                     task,
@@ -478,21 +477,6 @@ class Experiment:
             identity["validation"] = "none"
         parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)
-
-
-def _tell_unsaved(out: Path, cells: Sequence[Cell]) -> None:
-    """Warn of finished cells whose adapter is not there: they are not trained again for it."""
-    folder = out / "adapters"
-    known = {path.name for path in folder.glob(f"*{OURS}")}
-    keys = dict.fromkeys(cell.key for cell in cells)
-    if lacking := [key for key in keys if f"{key}{OURS}" not in known]:
-        LOG.warning(
-            "%s lacks %s: they were trained by a command that keeps none, or removed since; "
-            "to train the first one again, remove %s",
-            folder,
-            counted(len(lacking), "adapter"),
-            out / "cells" / f"{lacking[0]}.json",
-        )
 
 
 def _moved(rows: Rows | None) -> bool:
