@@ -32,6 +32,7 @@ from vlmadapters.methods import BUILT_IN, METHODS
 from vlmlayers import cli
 from vlmlayers.errors import UserError
 from vlmlayers.models import load_model
+from vlmlayers.words import WIDTH
 
 MERGED = {"cliplora"}
 TEXT_ALONE = {"zero-shot", "coop", "kgcoop", "proda"}  # LASP trains norms of the vision tower
@@ -192,7 +193,9 @@ def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
             value.add_(0.3 * torch.randn(value.shape, generator=generator))
     save_method(ours, method, model, task)
     said = _called("export", folder, ours, "--form", "official", "--out", theirs)
-    beside = shlex.split(said.partition(" takes it with ")[2].partition(";")[0])
+    for line in said.splitlines():  # what is copied stays whole: the path, and the options
+        assert len(line) <= WIDTH or str(theirs) in line or line.startswith("--method")
+    beside = shlex.split(said.partition(" takes it with")[2].partition(";")[0])
     template = ["--template", task.template]
     assert beside == ["--method", name, *template, *(w for one in needed for w in ("--set", one))]
     test = ["evaluate", folder, data, "--kind", "base", "--adapter"]

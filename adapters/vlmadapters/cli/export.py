@@ -18,6 +18,7 @@ from vlmlayers.extraction import WeightsOptions
 from vlmlayers.prompts import TEMPLATE
 from vlmlayers.words import UNTRAINED
 
+HARD = "\0"  # a space that no line ends at
 FORMS = {
     "merged": "load it as weights of the same architecture",
     "classes": "logits are scale × unit image features @ class_embeddings.T",
@@ -59,6 +60,7 @@ def export(
     check_model(model, **weights.arguments())
     if method is not None:
         METHODS.config(method)  # known from here on
+    from vlmadapters.cli.terminal import wrapped
     from vlmadapters.export import export as write
     from vlmadapters.export import image_size
     from vlmadapters.files import read_info, unstored_settings
@@ -80,12 +82,14 @@ def export(
         for name, value in unstored_settings(out, info.config).items():
             text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
             words += ["--set", f"{name}={text}"]
-        note += f"\n`evaluate` takes it with {shlex.join(words)}"
+        options = shlex.join(words).replace(" ", HARD)  # to be copied
+        note += f"\n`evaluate` takes it with {options}"
         if len(words) > 2:
             note += "; their code has to be told that too"
     if weights.random_weights:
         typer.echo(UNTRAINED)
-    typer.echo(f"{written} {out}: {note}")
+    lines = map(wrapped, f"{written} {out}: {note}".splitlines())
+    typer.echo("\n".join(lines).replace(HARD, " "))
 
 
 def _refuse_unmergeable(adapter: Path) -> None:
