@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vlmadapters.validation.search import search
     from vlmadapters.validation.validate import validate
 
+    __version__: str
+
 _HOMES = {
     "Method": "methods.base",
     "attach": "methods.mma.module",
@@ -51,6 +53,8 @@ def __getattr__(name: str) -> object:
     """Import on first use, so that the command line starts without torch."""
     from importlib import import_module
 
+    if name == "__version__":  # both packages are of one distribution
+        return import_module("vlmlayers").__version__
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmadapters' has no attribute {name!r}")
     return getattr(import_module(f"vlmadapters.{_HOMES[name]}"), name)

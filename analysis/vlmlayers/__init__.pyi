@@ -18,3 +18,5 @@ from .selection import select as select
 from .study import open_run as open_run
 from .study import read_study as read_study
 from .study import run_study as run_study
+
+__version__: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -49,6 +50,12 @@ def test_a_bar_loads_no_ipython_outside_of_a_notebook() -> None:
         "print('IPython' in sys.modules)"
     )
     assert python(code) == "False"
+
+
+@pytest.mark.parametrize("package", ["vlmlayers", "vlmadapters"])
+def test_a_package_has_the_version_that_is_installed(package: str) -> None:
+    code = f"import sys, {package}; print({package}.__version__, 'torch' in sys.modules)"
+    assert python(code) == f"{version('vlm-layers')} False"
 
 
 def test_the_public_names() -> None:
