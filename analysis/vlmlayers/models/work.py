@@ -160,6 +160,9 @@ class Work:
 
     def _fill(self, sink: Sink, processes: Processes) -> None:
         """Run the batches that are left for this process: images, then texts."""
+        if self.texts is not None and not sink.done["text"]:
+            # A tokenizer may come from the hub: that it cannot is said before hours of images.
+            self.model.tokenize(list(self.texts.texts[:1]))
         if "vision" in self.recorders:
             self._fill_images(sink, processes)
         if self.texts is not None:

@@ -18,6 +18,7 @@ from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import examine, extract, load_model
 from vlmlayers.models.decoding import FORKS, batches_of, decode, decoding_processes
+from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.work import autocast
 from vlmlayers.runs import cores
 from vlmlayers.scores import score
@@ -46,6 +47,16 @@ def test_rows_follow_the_items_and_end_at_the_models_embedding():
         assert np.allclose(
             found.vision.array(position, "joint"), _encode(items, manifest), atol=1e-5
         )
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_said_before_an_image_is_opened():
+    """SigLIP's comes from the hub: that it had not was said after the last image."""
+    model, manifest = tiny.model(), tiny.DrawnManifest()
+    model.tokenizer = HubTokenizer("timm/none", 64, None, {})
+    with pytest.raises(UserError, match="tokenizer 'timm/none' cannot be loaded"):
+        run(manifest, model)
+    assert not manifest.opened
+    assert len(run(manifest, model, tower="vision").vision) == manifest.count
 
 
 def test_prompts_are_one_per_class_with_the_template_around_the_name():
