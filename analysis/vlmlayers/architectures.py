@@ -135,8 +135,9 @@ def refuse_image_model(name: str) -> None:
 def is_foreign(name: str) -> bool:
     """Return whether a name stands for a folder of transformers or timm."""
     folder = Path(name).expanduser()
-    known = name in (LOCAL, *MINIATURES) or name.startswith(HUB)
-    return not known and not (folder / CONFIG_FILE).is_file() and (folder / FOREIGN_CONFIG).is_file()
+    if name in (LOCAL, *MINIATURES) or name.startswith(HUB) or (folder / CONFIG_FILE).is_file():
+        return False
+    return (folder / FOREIGN_CONFIG).is_file()
 
 
 def tags_of(architecture: str) -> list[str]:

@@ -145,7 +145,7 @@ class MethodConfig:
 
     @property
     def validates(self) -> bool:
-        """Whether it chooses values on few-shot items of the validation split, where there is one."""
+        """Whether it chooses values on few-shot items of the validation split."""
         return False
 
     @property
