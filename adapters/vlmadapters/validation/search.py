@@ -43,7 +43,7 @@ from vlmadapters.validation.options import SearchOptions
 from vlmadapters.validation.race import AS_IS, Race, Track, label
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
-from vlmlayers.files import write_csv, write_json
+from vlmlayers.files import write_csv, write_json, writing
 from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import ZERO_SHOT, Placement
@@ -89,8 +89,14 @@ class Search:
 
     def write(self, folder: str | Path) -> None:
         """Write `search.csv` and `search.json`."""
-        write_csv(Path(folder) / "search.csv", self.table)
-        write_json(Path(folder) / "search.json", dict(self.summary))
+        table = Path(folder) / "search.csv"
+        summary = table.with_suffix(".json")
+        # It goes first and comes last, since nothing is read without it: the pick of an earlier
+        # search would stand beside the settings of this one.
+        with writing(summary):
+            summary.unlink(missing_ok=True)
+        write_csv(table, self.table)
+        write_json(summary, dict(self.summary))
 
 
 @takes(SearchOptions, IN_RECIPE)

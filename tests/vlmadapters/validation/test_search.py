@@ -28,7 +28,7 @@ from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.validation.candidates import crossed, tried_amounts
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
 from vlmadapters.validation.race import Heat
-from vlmadapters.validation.search import _statement, search
+from vlmadapters.validation.search import Search, _statement, search
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Amount, Placement
@@ -209,6 +209,23 @@ def test_what_it_writes(finished: Path) -> None:
         found = difference(table, heat["best"], heat["default"], "log_likelihood")
         assert heat["difference"]["mean"] == pytest.approx(found.mean)
         assert heat["pick"] == (heat["best"] if found.low > 0 else heat["default"])
+
+
+@pytest.mark.parametrize("file", ["write_csv", "write_json"])
+def test_a_stop_between_its_files_leaves_no_mixture_of_two_searches(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pick of the first stood beside the settings of the second."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    found = Search(pd.DataFrame({"setting": ["a"]}), {"pick": "a"})
+    found.write(tmp_path)
+    monkeypatch.setattr(f"vlmadapters.validation.search.{file}", stop)
+    with pytest.raises(KeyboardInterrupt):
+        found.write(tmp_path)
+    assert not (tmp_path / "search.json").exists()
 
 
 @pytest.mark.parametrize(("scale", "judged"), [(20.0, "accuracy"), (100.0, "log_likelihood")])
