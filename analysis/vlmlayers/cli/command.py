@@ -27,6 +27,7 @@ from vlmlayers.errors import (
     printable,
     stop_code,
 )
+from vlmlayers.runs import processes_launched
 
 WRONG_USAGE: Any = typer.BadParameter.__bases__[0]  # click's, which typer brings along
 # What typer says of a value that is not a number, in pydantic's words or its own, and in ours.
@@ -88,7 +89,9 @@ def main() -> None:
     """Run the command line: 0 done, 2 the user's input is wrong, 1 a fault, 130 or 143 stopped."""
     # Python's own last resort writes into the row of a bar, at whatever column that ended.
     logging.lastResort = Lines(logging.WARNING)
-    signal.signal(signal.SIGTERM, _terminate)
+    if processes_launched() == 1:
+        # torchrun sends it to those that wait for one that died, which would not see it.
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -477,6 +477,18 @@ def test_a_stop_ends_in_one_line(sent: signal.Signals, code: int, tmp_path: Path
     assert "Start the same command again" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(("processes", "ends"), [("1", 143), ("2", -signal.SIGTERM)])
+def test_torchrun_ends_what_waits_for_a_process_that_died(processes: str, ends: int) -> None:
+    """Waiting for another process is not Python's: a stop as by Ctrl-C would never be seen."""
+    code = (
+        "import os, signal\nfrom vlmlayers.cli import command\n"
+        "command.app = lambda **_: os.kill(os.getpid(), signal.SIGTERM)\ncommand.main()\n"
+    )
+    environment = {**os.environ, "WORLD_SIZE": processes}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == ends, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [("score", "nowhere"), ("report", "nowhere")])
 def test_a_wrong_folder_is_said_before_anything_large_is_imported(
     arguments: tuple[str, ...], tmp_path: Path
