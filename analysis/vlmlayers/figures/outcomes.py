@@ -25,7 +25,8 @@ def read_validations(tables: Folders, scored: Seen | None = None) -> pd.DataFram
 
     Args:
         tables: Where they lie.
-        scored: How the scores were made that they are compared with, from `read_scores`.
+        scored: How the scores were made that they are compared with, from `read_scores`; of which
+            weights the validations are is added.
 
     Raises:
         MissingTable: There is none.

@@ -11,7 +11,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlmlayers import plots
 from vlmlayers.figures.captions import JOINT, clauses, doubted, joined, mean_over, scored, trained
-from vlmlayers.figures.inputs import Folders, MissingTable, Seen, as_folders, read, select
+from vlmlayers.figures.inputs import (
+    Folders,
+    MissingTable,
+    Seen,
+    as_folders,
+    read,
+    select,
+    short,
+)
 from vlmlayers.figures.layout import (
     finish,
     legend_of_choice,
@@ -30,6 +38,7 @@ from vlmlayers.figures.outcomes import (
     sweep,
 )
 from vlmlayers.figures.pooling import read_scores
+from vlmlayers.files import read_json
 from vlmlayers.placement import Placement
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import with_source
@@ -57,7 +66,8 @@ COST_PANELS = {
 
 def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
     """Draw how well the dataset is recognised at every position, mean and sd over seeds."""
-    scores = read_scores(tables, DATASET_ACCURACIES)
+    seen = Seen()
+    scores = read_scores(tables, DATASET_ACCURACIES, seen)
     metric = dataset_readout(set(scores.metric)) or DATASET_ACCURACIES[0]
     scores = select(scores, metric, metric=metric)
     scores = scores[scores.position != FINAL]  # the paper's axis: Embed, 1..L, Proj
@@ -66,7 +76,7 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
     drawn, choices, doubts = [], [], {}
     for (name, part), ax in zip(models, axes):
         spread = seed_spread(check_scores(part))
-        choice, doubts[name] = choice_of(part, tables)
+        choice, doubts[name] = choice_of(part, tables, seen)
         choices.append(choice)
         plots.layer_curves(spread, metric, choice=choice, ax=ax)
         ax.set_ylabel("Dataset accuracy" if metric == DATASET_ACCURACIES[0] else axis_label(metric))
@@ -124,7 +134,8 @@ def fig2_gap(tables: Folders, out: Path) -> list[Path]:
 
 def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
     """Draw the agreement of every vision position with every text position."""
-    scores = read_scores(tables, AGREEMENT_METRICS)
+    seen = Seen()
+    scores = read_scores(tables, AGREEMENT_METRICS, seen)
     scores = select(scores, "agreement between towers", metric=AGREEMENT_METRICS)
     scores = select(scores, "agreement between towers", tower="vision", other_tower="text")
     models = list(by_model(scores))
@@ -136,7 +147,7 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
             ax.set_axis_off()
             continue
         part = check_scores(part)
-        choice, doubts[name] = choice_of(part, tables)
+        choice, doubts[name] = choice_of(part, tables, seen)
         choices.append(choice)
         plots.agreement_matrix(part, metric, choice=choice, ax=ax)
         finish(ax, name)
@@ -153,11 +164,12 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
 
 def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
     """Draw base, novel and HM over the first adapted block; chosen and published are marked."""
-    models = [(n, compared_cells(part)) for n, part in by_model(read_validations(tables))]
+    seen = Seen()
+    models = [(n, compared_cells(part)) for n, part in by_model(read_validations(tables, seen))]
     figure, axes = panels(len(models), 1, 2.3)
     drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
-        means, doubts[name] = marked(placement_means(part), *choice_of(part, tables))
+        means, doubts[name] = marked(placement_means(part), *choice_of(part, tables, seen))
         means = sweep(means)
         spans = means[means.on_axis].assign(placement=means.label, chosen=False)
         plots.placement_sweep(spans, ax=ax)
@@ -186,7 +198,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     figure, axes = panels(len(models), 1, 2.6)
     drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
-        means, doubts[name] = marked(placement_means(part), *choice_of(part, tables))
+        means, doubts[name] = marked(placement_means(part), *choice_of(part, tables, seen))
         points = predicted_means(check_scores(scores[name]), means)
         plots.predicted_vs_trained(points.assign(placement=points.short), ax=ax)
         ax.margins(x=0.12, y=0.1)
@@ -285,22 +297,46 @@ def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(low=frame.value - sd, high=frame.value + sd, seed=-1, options=options)
 
 
-def choice_of(scores: pd.DataFrame, tables: Folders) -> tuple[LayerChoice | None, str]:
-    """Return the recorded choice for the model of a score table, and why there is none of several.
+def choice_of(
+    scores: pd.DataFrame, tables: Folders, seen: Seen | None = None
+) -> tuple[LayerChoice | None, str]:
+    """Return the recorded choice for the model of a table, and why there is none of those found.
 
-    A curve over the seeds of several runs has no choice where these chose otherwise.
+    A curve over the seeds of several runs has no choice where these chose otherwise, and none that
+    was made of other weights of the same name.
+
+    Args:
+        scores: Rows of one model.
+        tables: Where choices lie.
+        seen: How the rows were made, from `read_scores` or `read_validations`.
     """
     model = tuple(scores[["model", "weights"]].iloc[0])
     paths = [path for folder in as_folders(tables) for path in sorted(folder.glob("choice*.json"))]
-    choices = [
-        choice
-        for choice in map(LayerChoice.load, paths)
+    choices = {
+        path: choice
+        for path, choice in ((path, LayerChoice.load(path)) for path in paths)
         if (choice.evidence.get("model"), choice.evidence.get("weights")) == model
-    ]
-    found = dict.fromkeys(str(Placement(one.vision, one.text)) for one in choices)
+    }
+    _, drawn = (seen or {}).get((*model, "weights_hash"), (None, ""))
+    made = {path: _weights_beside(path) for path in choices}
+    of_these = [one for path, one in choices.items() if not drawn or made[path] in ("", drawn)]
+    if choices and not of_these:
+        path = next(iter(choices))
+        return None, (
+            f"no choice is marked, as {short(path)} is of weights_hash={made[path]} and what is "
+            f"drawn of weights_hash={drawn}"
+        )
+    found = dict.fromkeys(str(Placement(one.vision, one.text)) for one in of_these)
     if len(found) > 1:
         return None, f"no choice is marked, as runs chose {' and '.join(found)}"
-    return (choices[0] if choices else None), ""
+    return (of_these[0] if of_these else None), ""
+
+
+def _weights_beside(choice: Path) -> str:
+    """Return a mark of the weights that the run of a choice measured; empty where not recorded."""
+    record = choice.with_name("provenance.json")
+    made = read_json(record) if choice.name == "choice.json" and record.exists() else {}
+    return str(made.get("model", {}).get("weights_hash", ""))[:12]
 
 
 def cost_points(table: pd.DataFrame) -> pd.DataFrame:

@@ -894,6 +894,33 @@ def test_runs_that_chose_otherwise_have_no_choice_in_common(
         assert drawn == (alike and name != "fig3_agreement"), "bars there have no words"
 
 
+@pytest.mark.parametrize("made_of", ["a" * 64, "b" * 64])
+def test_a_choice_of_other_weights_of_that_name_is_not_marked(
+    made_of: str, tables: Path, tmp_path: Path
+) -> None:
+    """Two checkpoints share a name; their hashes stand beside the tables and beside the choice."""
+    drawn, chosen = tmp_path / "drawn", tmp_path / "chosen"
+    for folder, weights, names in (
+        (drawn, "a" * 64, ("scores.csv", "validation.csv")),
+        (chosen, made_of, ("choice.json",)),
+    ):
+        folder.mkdir()
+        for name in names:
+            shutil.copy(tables / name, folder / name)
+        record = {"model": {"weights_hash": weights}}
+        (folder / "provenance.json").write_text(json.dumps(record))
+    (drawn / "validation.json").write_text(json.dumps({"weights_hash": "a" * 64}))
+    for name in ("fig1_dataset_recognition", "fig3_agreement", "fig4_placement_sweep",
+                 "fig5_predicted_vs_trained"):  # fmt: skip
+        paper_figures.FIGURES[name]([drawn, chosen], tmp_path)
+        caption = (tmp_path / f"{name}.tex").read_text()
+        said = "choice.json is of weights" in caption and "hash=bbbbbbbbbbbb and what" in caption
+        assert said == (made_of != "a" * 64), caption
+        svg = (tmp_path / f"{name}.svg").read_text().lower()
+        assert ("chosen" in svg) == (not said and name != "fig3_agreement")
+        assert ("chosen blocks" in caption) == (not said and name[:4] in ("fig1", "fig3"))
+
+
 def test_figure_4_orders_spans_and_sets_the_choice_beside_them(
     tables: Path, tmp_path: Path
 ) -> None:
