@@ -109,13 +109,20 @@ def _refuse_other_readout(chooser: Any, table: BlockTable) -> None:
     As after streaming, whose sums do not suffice for the default. What a choice is made by is not
     changed without being asked for.
     """
-    metric, names = getattr(chooser, "metric", ""), table.metric_names()
-    if metric not in DATASET_ACCURACIES or metric in names or table.reason(metric):
-        return
-    if other := dataset_readout(names):
+    names = table.metric_names()
+    lacking = [
+        name
+        for name in chooser.reads(table.blocks)
+        if name in DATASET_ACCURACIES and name not in names and not table.reason(name)
+    ]
+    if lacking and (other := dataset_readout(names)):
+        # The rule 'budget' reads a block score, which may be a metric by itself.
+        key, value = (
+            ("metric", other) if hasattr(chooser, "metric") else ("score", f"metric:{other}")
+        )
         raise UserError(
-            f"the score table has no {metric} but {other}; choose by that with metric={other!r} "
-            f"(--set metric={other})"
+            f"the score table has no {lacking[0]} but {other}; choose by that with {key}={value!r} "
+            f"(--set {key}={value})"
         )
 
 

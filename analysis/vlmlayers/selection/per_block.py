@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import check_one_of
 from vlmlayers.selection.curves import Array, BlockTable, NoValues, agreement_curve, normalise
 
 _ACCURACY, _AGREEMENT, _NOVEL = "dataset_accuracy", "cka_debiased", "novel_class_accuracy"
@@ -97,9 +97,9 @@ def score_blocks(table: BlockTable, name: str, *, partial: bool = False) -> dict
     else:
         for metric in needed:
             if metric not in table.metric_names() and not table.reason(metric):
-                raise UserError(
-                    f"block score {name!r} needs the metric {metric!r}, which the "
-                    "score table lacks; score it or name another block score"
+                raise NoValues(
+                    f"block score {name!r} needs the metric {metric!r}, which the score table "
+                    "lacks; score it"
                 )
         by_tower = BLOCK_SCORES[name].compute(table)
     lacking = [tower for tower in table.blocks if tower not in by_tower]

@@ -778,18 +778,31 @@ def test_bad_tables() -> None:
         select(planted(3, 3, (2, 2)), "knee")
 
 
-@pytest.mark.parametrize("rule", ["threshold", "knee"])
+@pytest.mark.parametrize("rule", ["threshold", "knee", "budget"])
 def test_a_table_with_another_readout_is_chosen_by_when_its_option_is_given(rule: str) -> None:
     """Streamed sums have an LDA, and not the logistic read-out that rules take by themselves."""
     scores = planted()
     streamed = scores.assign(
         metric=scores.metric.replace("dataset_accuracy", "dataset_accuracy_lda")
     )
-    with pytest.raises(UserError, match=r"no dataset_accuracy but .*\(--set (\w+)=(\w+)\)") as said:
+    with pytest.raises(UserError, match=r"no dataset_accuracy but .*\(--set \w+=\S+\)$") as said:
         select(streamed, rule, resamples=0)
     key, value = str(said.value).rpartition("--set ")[2].rstrip(")").split("=")
-    chosen, usual = select(streamed, rule, resamples=0, **{key: value}), select(scores, rule)
+    chosen = select(streamed, rule, resamples=0, **{key: value})
+    usual = select(scores, rule, **({"score": "accuracy"} if rule == "budget" else {}))
     assert chosen.vision and (chosen.vision, chosen.text) == (usual.vision, usual.text)
+
+
+def test_a_budget_without_its_metric_says_which_one_would_do() -> None:
+    scores = planted()
+    for kept in ("cka_debiased", "dataset_accuracy"):
+        lacking = scores[scores.metric == kept].assign(metric="other")
+        with pytest.raises(
+            UserError, match="needs the metric .*; score it; choose by .*--set"
+        ) as no:
+            select(lacking, "budget", resamples=0)
+        value = str(no.value).rpartition("--set score=")[2].rstrip(")")
+        assert select(lacking, "budget", resamples=0, score=value).vision
 
 
 def test_placement_scores_prefer_the_planted_placement() -> None:
