@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-RESUME = "Stopped. Start the same command again to continue where it was."  # after Ctrl-C
+# After Ctrl-C, of any verb: some keep what they finish, others write all at the end.
+RESUME = "Stopped. Start the same command again: it goes on from what it saved, or starts over."
 LONGEST = 1500  # characters of a message: a file may hold a name of any length
 DISK = {
     errno.ENOSPC: "free space",

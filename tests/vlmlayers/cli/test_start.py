@@ -189,4 +189,5 @@ def test_an_interrupt_while_the_command_is_imported_is_one_line(
     )  # fmt: skip
     assert done.returncode == 130
     assert done.stderr.strip().startswith("Stopped. Start the same command again")
+    assert "or starts over" in done.stderr, "this verb saves nothing to go on from"
     assert len(done.stderr.strip().splitlines()) == 1
