@@ -136,11 +136,15 @@ def tell_of_choice(
 
     Returns:
         The warning of images that chose the layers and test them; empty where there are none.
+
+    Raises:
+        UserError: The choice was made in towers of another depth.
     """
     if isinstance(choice, Path):
         choice = LayerChoice.load(choice)
     if not isinstance(choice, LayerChoice):
         return ""
+    choice.placed(backbone_depths(model.clip))
     if other := choice.of_another(model.name, model.weights):
         LOG.warning("the choice was made from scores %s, which is trained", other)
     given = (one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets)

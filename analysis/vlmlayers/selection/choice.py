@@ -15,7 +15,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_json, write_text
 from vlmlayers.placement import DEEPEST, Amount, Placement, describe_blocks
 from vlmlayers.positions import TOWERS
-from vlmlayers.words import WIDTH
+from vlmlayers.words import WIDTH, counted
 
 KEYS = ("vision", "text", "rule", "evidence")
 SELDOM, OFTEN = 0.25, 0.75  # shares of resamples up to which, and from which, they agree
@@ -81,6 +81,32 @@ class LayerChoice:
         """Return the blocks of one tower."""
         return self.placement.blocks(tower)
 
+    @checked
+    def placed(self, depths: Mapping[str, int]) -> Placement:
+        """Return the placement in towers of so many blocks, as many as it was chosen among.
+
+        Args:
+            depths: Number of blocks of each tower; a tower that is not named has none.
+
+        Raises:
+            UserError: A block is not there, or was chosen in a tower of another depth: block 6 of
+                12 says nothing of block 6 of 24.
+        """
+        placed = self.placement.check(depths, "the choice")
+        for tower in TOWERS:
+            known, depth = _depth(self.evidence, tower), depths.get(tower, 0)
+            if placed.blocks(tower) and known not in (None, depth):
+                raise UserError(
+                    f"the choice was made among {known} {tower} blocks, and the {tower} tower has "
+                    f"{counted(depth, 'block')}; choose from scores of this model"
+                )
+        return placed
+
+    def _placed_in(self, model: Any) -> Placement:
+        from vlmlayers.models.handover import block_names
+
+        return self.placed({tower: len(names) for tower, names in block_names(model).items()})
+
     @property
     def zero_based(self) -> dict[str, tuple[int, ...]]:
         """The chosen blocks by tower, counted from 0 as modules and peft count them."""
@@ -94,12 +120,13 @@ class LayerChoice:
                 `DataParallel`, `torch.compile` or peft, or what open_clip's factory returns.
 
         Raises:
-            UserError: It is no such model, or has no such block.
+            UserError: It is no such model, has no such block, or another depth than the towers
+                that the choice was made in.
         """
         # Late, here and below: models bring torch, which reading a choice does not need.
         from vlmlayers.models import handover
 
-        return handover.module_names(model, self.placement)
+        return handover.module_names(model, self._placed_in(model))
 
     def to_peft(self, model: Any, **options: Any) -> Any:
         """Return the `LoraConfig` that puts LoRA into the chosen blocks of each tower alone.
@@ -118,7 +145,7 @@ class LayerChoice:
         """
         from vlmlayers.models import handover
 
-        return handover.lora_config(model, self.placement, options)
+        return handover.lora_config(model, self._placed_in(model), options)
 
     def freeze(self, model: Any) -> dict[str, int]:
         """Leave the chosen blocks of a model alone trainable, and count their parameters.
@@ -135,7 +162,7 @@ class LayerChoice:
         """
         from vlmlayers.models import handover
 
-        return handover.freeze(model, self.placement)
+        return handover.freeze(model, self._placed_in(model))
 
     def parameter_groups(self, model: Any, **options: Any) -> list[dict[str, Any]]:
         """Return the trainable parameters of the chosen blocks as groups for an optimiser.
@@ -155,7 +182,7 @@ class LayerChoice:
         """
         from vlmlayers.models import handover
 
-        return handover.parameter_groups(model, self.placement, options)
+        return handover.parameter_groups(model, self._placed_in(model), options)
 
     @checked
     def standing(self, tower: str, depth: Natural | None = None) -> tuple[str, ...]:

@@ -640,3 +640,14 @@ def test_a_choice_of_another_model_is_told(
             else:
                 train(model, [manifest], RECIPE, placement=[choice if start == "train" else path])
         assert ("the choice was made from scores of m (w), not of " in caplog.text) == told
+
+
+def test_a_choice_among_another_number_of_blocks_is_not_trained(manifest: Manifest) -> None:
+    towers = {"vision": {"depth": 12}, "text": {"depth": 12}}
+    choice = replace(CHOICE, evidence={"towers": towers})
+    for start in (
+        lambda model: validate(model, choice, [manifest], recipe=RECIPE, amount="given"),
+        lambda model: train(model, [manifest], RECIPE, placement=[choice]),
+    ):
+        with pytest.raises(UserError, match="made among 12 vision blocks, and the vision tower"):
+            start(shared_backbone("clip"))

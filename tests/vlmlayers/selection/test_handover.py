@@ -173,6 +173,20 @@ def test_biases_of_all_blocks_are_warned_of(caplog: pytest.LogCaptureFixture) ->
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("depth", [2, 12])
+def test_a_choice_among_another_number_of_blocks_is_refused(depth):
+    """Its blocks are there, and lie at another depth: 3 of 12 is none of the last of 3."""
+    clip = tiny.build("clip")
+    towers = {"vision": {"depth": 3}, "text": {"depth": depth}}
+    choice = vl.LayerChoice((2, 3), (1,), "threshold", {"towers": towers})
+    for use in (choice.module_names, choice.to_peft, choice.freeze, choice.parameter_groups):
+        with pytest.raises(vl.UserError, match=f"among {depth} text blocks, and .* has 3 blocks"):
+            use(clip)
+    assert all(weight.requires_grad for weight in clip.parameters())
+    one = vl.LayerChoice((2, 3), (), "threshold", {"towers": towers})
+    assert one.freeze(clip)["vision"], "of the text tower nothing is chosen"
+
+
 def test_a_choice_of_no_block_freezes_nothing():
     clip, nothing = tiny.build("clip"), vl.LayerChoice((), (), "own")
     for use in (nothing.freeze, nothing.parameter_groups):
