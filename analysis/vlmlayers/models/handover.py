@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vlmlayers.arguments import taken
 from vlmlayers.errors import UserError, check_one_of
@@ -92,6 +93,7 @@ def freeze(model: Any, placement: Placement) -> dict[str, int]:
         for block in blocks:
             block.requires_grad_(True)
             count[tower] += sum(weight.numel() for weight in block.parameters())
+    _tell_averaging(module, [block for blocks in chosen.values() for block in blocks])
     return count
 
 
@@ -120,6 +122,22 @@ def parameter_groups(
         )
     _tell_ungrouped(module, groups)
     return groups
+
+
+def _tell_averaging(module: nn.Module, chosen: Sequence[nn.Module]) -> None:
+    """Warn of batch norms outside the chosen blocks: running averages are no parameters."""
+    inside = {id(part) for block in chosen for part in block.modules()}
+    if names := [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, _BatchNorm) and part.track_running_stats and id(part) not in inside
+    ]:
+        LOG.warning(
+            "freeze: %s outside the chosen blocks, such as %s, would go on averaging in training "
+            "mode; call .eval() on them after .train() of the model",
+            counted(len(names), "batch norm"),
+            names[0],
+        )
 
 
 def _tell_ungrouped(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:

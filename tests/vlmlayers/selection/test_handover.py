@@ -187,6 +187,21 @@ def test_a_choice_among_another_number_of_blocks_is_refused(depth):
     assert one.freeze(clip)["vision"], "of the text tower nothing is chosen"
 
 
+def test_batch_norms_that_go_on_averaging_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """They change in training mode whatever is frozen, and with them what frozen blocks give."""
+    clip = tiny.build("resnet")
+    vl.LayerChoice((2,), (), "own").freeze(clip)
+    told = int(re.search(r"freeze: (\d+) batch norms outside", caplog.text)[1])
+    before = {name: value.clone() for name, value in clip.named_buffers()}
+    clip.train().encode_image(tiny.images(clip))
+    moved = {n for n, value in clip.named_buffers() if not torch.equal(value, before[n])}
+    outside = {n.rpartition(".")[0] for n in moved if not n.startswith("visual.layer2.")}
+    assert len(outside) == told
+    caplog.clear()
+    CHOICE.freeze(tiny.build("clip"))
+    assert not caplog.messages
+
+
 def test_a_choice_of_no_block_freezes_nothing():
     clip, nothing = tiny.build("clip"), vl.LayerChoice((), (), "own")
     for use in (nothing.freeze, nothing.parameter_groups):
