@@ -23,6 +23,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import atomically
 from vlmlayers.models.vlm import VLM
+from vlmlayers.prompts import alike
 
 FORMS = ("merged", "classes", "official")
 _ROUNDING = 1e-3  # of the largest logit: what products of another shape may differ by
@@ -145,8 +146,9 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
     """Return a method's classifier for the backbone's own image features.
 
     Returns:
-        `class_embeddings`, (class, joint), and `scale`: the logits of an image are scale × the
-        products of its feature, at length 1, with them.
+        `class_embeddings`, (class, joint), `scale`, and `bias` where the backbone has one, as
+        SigLIP does: the logits of an image are scale × the products of its feature, at length 1,
+        with them, + bias.
 
     Raises:
         CannotExport: The method changes image features, or its logits are no products.
@@ -160,19 +162,22 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
         raise refused
     generator = torch.Generator().manual_seed(0)
     probe = F.normalize(torch.randn(4, backbone.joint, generator=generator), dim=-1)
+    clip: Any = backbone.clip
+    bias = getattr(clip, "logit_bias", None)
+    told = {} if bias is None else {"bias": bias.detach().float().cpu().clone()}
     with torch.no_grad():
         found = method.class_features(backbone, method.prepare(backbone, task))
         if not isinstance(found, Tensor) or found.shape != (len(task.class_names), backbone.joint):
             raise refused
         # Logits of the axes are the classifier, if any other image gets what it then gives.
         axes = torch.eye(backbone.joint, device=backbone.device)
-        rows = method.logits(backbone, axes, found).float().T  # (class, joint)
-        given = method.logits(backbone, probe.to(backbone.device), found).float()
+        added = 0.0 if bias is None else bias.float()
+        rows = (method.logits(backbone, axes, found).float() - added).T  # (class, joint)
+        given = method.logits(backbone, probe.to(backbone.device), found).float() - added
         if (given - probe.to(rows) @ rows.T).abs().max() > _ROUNDING * given.abs().max():
             raise refused
-        clip: Any = backbone.clip
         scale = clip.logit_scale.exp().float()
-    return {"class_embeddings": (rows / scale).cpu().clone(), "scale": scale.cpu().clone()}
+    return {"class_embeddings": (rows / scale).cpu().clone(), "scale": scale.cpu().clone(), **told}
 
 
 def _check_classes(names: Sequence[str]) -> None:
@@ -182,6 +187,8 @@ def _check_classes(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"classes name {name!r} {names.count(name)} times; name each once")
+    for told in alike(names):
+        raise UserError(f"{told}; name one of them")
 
 
 def _check_name(path: Path, title: str, form: str) -> None:

@@ -116,6 +116,20 @@ def test_a_placement_of_the_text_tower_alone_exports_classes() -> None:
     torch.testing.assert_close(made, _logits(text, images), atol=1e-2, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_classes_for_a_backbone_with_a_bias_of_logits_hold_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As SigLIP's: it is one number for all classes, and no change of image features."""
+    model, method = shared_backbone(), _built("coop")
+    monkeypatch.setattr(model.clip, "logit_bias", torch.nn.Parameter(torch.tensor(-10.0)))
+    images = some_images(model, 4)
+    found = class_embeddings(method, model, TASK)
+    unit = F.normalize(model.clip.encode_image(images), dim=-1)
+    made = found["scale"] * unit @ found["class_embeddings"].T + found["bias"]
+    torch.testing.assert_close(made, _logits(method, images), atol=1e-2, rtol=1e-3)
+
+
 def test_the_first_form_that_a_method_allows_is_written_with_names(tmp_path: Path) -> None:
     model = shared_backbone()
     coop = save_method(tmp_path / "coop", _built("coop"), model, TASK)
@@ -307,6 +321,10 @@ def test_a_file_is_not_named_for_another_format_than_it_gets(tmp_path: Path) -> 
         ({"classes": ()}, "name no class, or an empty one"),
         ({"classes": ("owl", " ")}, "name no class, or an empty one"),
         ({"classes": ("owl", "bus", "owl")}, "classes name 'owl' 2 times"),
+        (
+            {"classes": ("sea_lion", "owl", "Sea lion")},
+            "which text cannot tell apart: 'sea_lion', ",
+        ),
         ({"classes": 3}, "classes takes strings or None, not 3"),
     ],
 )

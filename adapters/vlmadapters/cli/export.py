@@ -21,7 +21,7 @@ from vlmlayers.words import UNTRAINED
 HARD = "\0"  # a space that no line ends at
 FORMS = {
     "merged": "load it as weights of the same architecture",
-    "classes": "logits are scale × unit image features @ class_embeddings.T",
+    "classes": "logits are scale × unit image features @ class_embeddings.T (+ bias, if any)",
     "official": "the layout of the method's authors",
 }
 
