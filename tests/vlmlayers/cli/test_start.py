@@ -182,9 +182,10 @@ def test_an_interrupt_while_the_command_is_imported_is_one_line(
 ) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")  # Ctrl-C in the first 0.3 s
     script = [str(Path(sys.executable).with_name("vlmlayers"))]
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*(script if installed else [sys.executable, "-m", "vlmlayers"]), "models"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
         check=False,
     )  # fmt: skip
     assert done.returncode == 130
