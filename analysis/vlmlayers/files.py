@@ -81,10 +81,11 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> Path:
 @cache
 def _machine() -> str:
     """Return eight digits of what numbers this process: the machine, or a container on it."""
-    # Containers may bear their machine's name, and number their processes anew all the same.
-    numbering = Path("/proc/self/ns/pid")
-    told = numbering.stat().st_ino if numbering.exists() else ""
-    return checksum(f"{platform.node()} {told}")[:8]
+    # Machines that share files may bear one name. Containers number their processes anew.
+    start, numbering = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    told = [start.read_text() if start.exists() else platform.node()]
+    told += [str(numbering.stat().st_ino)] if numbering.exists() else []
+    return checksum(" ".join(told))[:8]
 
 
 def _remove_drafts(path: Path) -> None:
