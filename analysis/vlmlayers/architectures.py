@@ -125,14 +125,14 @@ def refuse_image_model(name: str) -> None:
         UserError: It is one of timm, or one of transformers that takes images and no texts.
     """
     folder = Path(name).expanduser()
-    if is_foreign(name):
+    if is_foreign_model(name):
         found = read_foreign(folder)
         if "architecture" in found or ("image_size" in found and "text_config" not in found):
             kind = found.get("architecture", found.get("model_type"))
             raise UserError(f"{folder} ({kind}) has no text tower; {WANTED}")
 
 
-def is_foreign(name: str) -> bool:
+def is_foreign_model(name: str) -> bool:
     """Return whether a name stands for a folder of transformers or timm."""
     folder = Path(name).expanduser()
     if name in (LOCAL, *MINIATURES) or name.startswith(HUB) or (folder / CONFIG_FILE).is_file():
@@ -288,7 +288,7 @@ def check_model(
         shipped = MINIATURES[name]
     elif name.startswith(HUB):
         return
-    elif is_foreign(name):
+    elif is_foreign_model(name):
         read_foreign(folder)
         if not random_weights:
             find_weights(folder)

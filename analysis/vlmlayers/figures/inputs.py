@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError
-from vlmlayers.files import read_csv
+from vlmlayers.files import read_csv, read_json
 
 Folders = Path | Sequence[Path]
 TEXT_COLUMNS = (
@@ -65,6 +65,12 @@ def read_each(stem: str, folders: Folders, needs: Sequence[str] = ()) -> dict[Pa
         shown = ", ".join(map(short, places))
         raise MissingTable(f"no {stem}*.csv in {shown}; record one from a run")
     return {name: read_file(path, needs) for name, path in found.items()}
+
+
+def provenance_beside(file: Path, name: str) -> dict[str, Any]:
+    """Return what is recorded of the run that a file is of; empty for one of another name."""
+    record = file.with_name("provenance.json")
+    return read_json(record) if file.name == name and record.exists() else {}
 
 
 def refuse_unlike(

@@ -16,6 +16,7 @@ from vlmlayers.figures.inputs import (
     MissingTable,
     Seen,
     as_folders,
+    provenance_beside,
     read,
     select,
     short,
@@ -38,7 +39,6 @@ from vlmlayers.figures.outcomes import (
     sweep,
 )
 from vlmlayers.figures.pooling import read_scores
-from vlmlayers.files import read_json
 from vlmlayers.placement import Placement
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import with_source
@@ -334,8 +334,7 @@ def choice_of(
 
 def _weights_beside(choice: Path) -> str:
     """Return a mark of the weights that the run of a choice measured; empty where not recorded."""
-    record = choice.with_name("provenance.json")
-    made = read_json(record) if choice.name == "choice.json" and record.exists() else {}
+    made = provenance_beside(choice, "choice.json")
     return str(made.get("model", {}).get("weights_hash", ""))[:12]
 
 

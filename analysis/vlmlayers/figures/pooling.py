@@ -7,8 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmlayers.figures.inputs import Folders, Seen, read_each, refuse_unlike
-from vlmlayers.files import read_json
+from vlmlayers.figures.inputs import Folders, Seen, provenance_beside, read_each, refuse_unlike
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.summaries import ROW_OPTIONS
 
@@ -34,8 +33,7 @@ def read_scores(
     found = read_each("scores", folders, (*CURVE, "seed", "n"))
     seen = Seen() if seen is None else seen
     for path, table in found.items():
-        record = path.with_name("provenance.json")
-        made = read_json(record) if path.name == "scores" and record.exists() else {}
+        made = provenance_beside(path, "scores")
         if weights := made.get("model", {}).get("weights_hash"):
             for model in set(zip(table.model, table.weights)):
                 how = {"weights_hash": weights[:12]}
