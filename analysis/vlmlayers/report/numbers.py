@@ -19,7 +19,15 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.report.validation import TIE, RecordedValidation, void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores
-from vlmlayers.scores.reading import POOLED, bare, check_scores, depths, is_random, values_mark
+from vlmlayers.scores.reading import (
+    POOLED,
+    as_read,
+    bare,
+    check_scores,
+    depths,
+    is_random,
+    values_mark,
+)
 from vlmlayers.scores.sources import other_features
 from vlmlayers.scores.summaries import curves, over_datasets
 from vlmlayers.selection import (
@@ -295,7 +303,7 @@ class Answer:
 
     def _margins(self) -> str:
         """Return how far the datasets are from the pretraining, the farthest first, if scored."""
-        rows = self.scores[self.scores["metric"] == "zero_shot_margin"].sort_values("value")
+        rows = as_read(self.scores, "zero_shot_margin").sort_values("value")
         listed = [
             # `z` shows −0.000 as 0.000.
             f"{row['dataset']} {row['value']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}], chance "

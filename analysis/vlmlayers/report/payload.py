@@ -11,7 +11,7 @@ import pandas as pd
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.report.numbers import Answer
 from vlmlayers.report.validation import RecordedValidation
-from vlmlayers.scores.reading import POOLED, ceiling
+from vlmlayers.scores.reading import POOLED, as_read, ceiling
 from vlmlayers.scores.summaries import curves, dataset_names, how_made, metrics_by_shape
 
 # More than a chart can show, and far fewer than a float has, for the size of the page.
@@ -79,7 +79,7 @@ def metric_entry(name: str, scores: pd.DataFrame | None = None) -> dict[str, Any
     known = find_metric(name)
     made = ""
     if scores is not None and (scores["metric"] == name).any():
-        made = f"How: {how_made(scores, name)}."
+        made = f"How: {how_made(scores, name, every_space=True)}."
     if known is None:
         return {"label": name.replace("_", " "), "level": "other", "caption": made}
     chance = f" Chance: {known.null_text}." if known.null_text else ""
@@ -139,8 +139,12 @@ def curve_entries(answer: Answer, metrics: list[str]) -> list[dict[str, Any]]:
 
 
 def matrix_entries(scores: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
-    """Return every matrix of a metric; agreement within a tower is filled symmetrically."""
-    rows = scores[(scores["metric"] == metric) & (scores["other_position"].astype(str) != "")]
+    """Return every matrix of a metric; agreement within a tower is filled symmetrically.
+
+    Of several poolings or splits one is read, as in the figures: a mean of them is neither.
+    """
+    rows = as_read(scores, metric, every_space=True)
+    rows = rows[rows["other_position"].astype(str) != ""]
     entries = []
     keys = ["dataset", "tower", "other_tower", "space"]
     for (dataset, tower, other, space), part in rows.groupby(keys, sort=False):

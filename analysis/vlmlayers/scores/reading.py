@@ -367,9 +367,21 @@ class _Choice:
         return rows[rank == rank.min()]
 
 
-def of_one_split(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the split that is read of each dataset."""
-    return _Choice("split", None, SPLITS).kept(rows) if "split" in rows.columns else rows
+def as_read(scores: pd.DataFrame, metric: str, *, every_space: bool = False) -> pd.DataFrame:
+    """Return the rows of a metric that a figure reads: one split of a dataset, pooling and space.
+
+    Args:
+        scores: Score table of one or several models, each of which is read by itself.
+        metric: A metric of it.
+        every_space: Whether every space is read, for a page on which the reader picks one.
+    """
+    import pandas as pd
+
+    rows = scores[scores["metric"] == metric]
+    keys = ["model", "weights", "tower", *["space"] * every_space]
+    parts = rows.groupby(keys, sort=False)
+    read = [Reading().of_all_datasets(part, metric, str(key[2])) for key, part in parts]
+    return pd.concat(read) if read else rows
 
 
 def by_dataset(rows: pd.DataFrame, column: str, one_alone: bool = True) -> str:

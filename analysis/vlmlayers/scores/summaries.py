@@ -14,6 +14,7 @@ from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.reading import (
     POOLED,
     Reading,
+    as_read,
     bare,
     by_dataset,
     ceiling,
@@ -21,7 +22,6 @@ from vlmlayers.scores.reading import (
     check_scores,
     depths,
     metric_names,
-    of_one_split,
     partnered,
 )
 from vlmlayers.scores.schema import Scores
@@ -272,15 +272,18 @@ def dataset_names(scores: pd.DataFrame) -> list[str]:
     return [name for name in dict.fromkeys(scores["dataset"]) if name != POOLED]
 
 
-def how_made(scores: pd.DataFrame, metric: str, intervals: bool = True) -> str:
+def how_made(
+    scores: pd.DataFrame, metric: str, intervals: bool = True, *, every_space: bool = False
+) -> str:
     """Return split, space, pooling, n, options and seeds of a metric, in words for a caption.
 
     Args:
         scores: Score table.
         metric: A metric of it.
         intervals: Whether to say how the intervals were made.
+        every_space: Whether the caption is of all spaces, or of the one that figures read.
     """
-    rows = of_one_split(scores[scores["metric"] == metric])
+    rows = as_read(scores, metric, every_space=every_space)
     pooling, counts = [], []
     for tower in TOWERS:
         part = rows[rows["tower"] == tower]

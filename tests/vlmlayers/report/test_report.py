@@ -519,6 +519,22 @@ def test_both_poolings_answer_where_both_were_scored(tmp_path: Path) -> None:
     assert rows["pooling cls"] == "5–12" and rows["pooling mean"] == "8–12"
 
 
+@pytest.mark.parametrize(("column", "other"), [("pooling", "mean"), ("split", "test")])
+def test_a_chart_and_its_caption_are_of_one_pooling_and_split_as_the_figure_is(
+    tmp_path: Path, column: str, other: str
+) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    lone = payload(read_answer(run.folder))
+    beside = scores[scores["tower"] == "vision"].assign(**{column: other})
+    joined = pd.concat([scores, beside.assign(value=beside["value"] / 2, n=beside["n"] * 2)])
+    write_scores(joined, run.folder)
+    found = payload(read_answer(run.folder))
+    assert found["matrices"] == lone["matrices"] and found["curves"] == lone["curves"]
+    for name, entry in lone["metrics"].items():
+        assert found["metrics"][name]["caption"] == entry["caption"]
+
+
 def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
     validated.record(
         given={"model": {"name": "ViT-B-16", "pretrained": "a b.pt", "mean": [0.5, 0.4, 0.3],
