@@ -110,32 +110,38 @@ class BlockTable:
                 f"{int(np.flatnonzero(~np.isfinite(curve))[0]) + 1}; repair it, or leave its "
                 "dataset out"
             )
-        self._once(("even", metric, tower), partial(self._refuse_uneven, what, place, tower))
+        blocks = np.arange(self.blocks[tower])
+        self._once(
+            ("even", metric, tower),
+            partial(self._refuse_uneven, what, place, blocks, lambda b: f"at block {b + 1}"),
+        )
         return curve
 
-    def _refuse_uneven_pairs(self, metric: str, place: Places, known: Places) -> None:
-        """Refuse a dataset that lacks a pair of blocks that others have."""
-        for name, pair in self._lacking(place, known):
-            vision, text = divmod(pair, self.blocks["text"])
-            where = f"between vision block {vision + 1} and text block {text + 1}"
-            raise UserError(_uneven(metric, name, where))
+    def _refuse_uneven(
+        self, what: str, place: Places, cells: Places, where: Callable[[int], str]
+    ) -> None:
+        """Refuse a dataset that lacks a cell, or seeds: means of others there rank no blocks.
 
-    def _refuse_uneven(self, what: str, place: Places, tower: str) -> None:
-        """Refuse a dataset that lacks a block, or seeds: means of others there rank no blocks."""
+        Args:
+            what: What the values are of.
+            place: Cell of each row of the table, or −1.
+            cells: The cells that each dataset has to have.
+            where: Cell → where it is, in words.
+        """
         if "seed" in self.scores:
             rows = self.scores[place >= 0]
-            by_block = [rows["dataset"].astype(str), place[place >= 0]]
-            seeds = rows.groupby(by_block)["seed"].nunique()
+            by_cell = [rows["dataset"].astype(str), place[place >= 0]]
+            seeds = rows.groupby(by_cell)["seed"].nunique()
             ends = (int(seeds.argmax()), int(seeds.argmin()))
             (most, more), (fewest, less) = ((seeds.index[i], int(seeds.iloc[i])) for i in ends)
             if more > less:
                 raise UserError(
-                    f"{what} has {more} seeds of {most[0]} at block {most[1] + 1} and {less} of "
-                    f"{fewest[0]} at block {fewest[1] + 1}, so that one would weigh more; score "
+                    f"{what} has {more} seeds of {most[0]} {where(most[1])} and {less} of "
+                    f"{fewest[0]} {where(fewest[1])}, so that one would weigh more; score "
                     "them with the same seeds"
                 )
-        for name, block in self._lacking(place, np.arange(self.blocks[tower])):
-            raise UserError(_uneven(what, name, f"at block {block + 1}"))
+        for name, cell in self._lacking(place, cells):
+            raise UserError(_uneven(what, name, where(cell)))
 
     def _lacking(self, place: Places, cells: Places) -> Iterator[tuple[str, int]]:
         """Yield each dataset and cell of some that it has no row of."""
@@ -153,12 +159,26 @@ class BlockTable:
         return self._once(("ceiling", metric, tower), partial(ceiling, self.scores, metric, tower))
 
     def interval_widths(self, metric: str, tower: str) -> Array:
-        """Return how wide the interval of a curve is, (block,); NaN where there is none."""
-        ends = self.scores
+        """Return how wide the interval of a curve is, (block,); NaN where there is none.
+
+        Datasets have items of their own, so that their mean is surer than each of them; seeds share
+        theirs, and their mean is not.
+        """
+        ends, depth = self.scores, self.blocks[tower]
         width = self._once(("widths",), lambda: (ends["high"] - ends["low"]).to_numpy(float))
+        dataset, count = self._once(("datasets",), self._datasets)
         place = self._once(("curve", metric, tower), partial(self._block_of, metric, tower))
-        place = np.where(np.isnan(width), -1, place)
-        return self._means(place, width[self.rows], self.blocks[tower])[0]
+        cell = np.where(np.isnan(width) | (place < 0), -1, dataset * depth + place)
+        means, found = self._means(cell, width[self.rows], count * depth)
+        squares = np.where(found, np.square(means), 0.0).reshape(count, depth)  # (dataset, block)
+        with np.errstate(invalid="ignore"):
+            widths: Array = np.sqrt(squares.sum(0)) / (found.reshape(count, depth) > 0).sum(0)
+        return widths
+
+    def _datasets(self) -> tuple[Places, int]:
+        """Return the number of each row's dataset, and how many there are."""
+        names, number = np.unique(self.scores["dataset"].astype(str), return_inverse=True)
+        return number, len(names)
 
     def agreement(self, metric: str) -> Array:
         """Return agreement between every vision and every text block, (vision block, text block).
@@ -174,7 +194,8 @@ class BlockTable:
         if count.any():
             # A pair that no dataset has is for the reader of the matrix to miss.
             known = np.flatnonzero(np.bincount(place[place >= 0], minlength=count.size))
-            self._once(("even", metric), partial(self._refuse_uneven_pairs, metric, place, known))
+            where = partial(_between, shape[1])
+            self._once(("even", metric), partial(self._refuse_uneven, metric, place, known, where))
         else:
             raise UserError(
                 f"the score table has no {metric} between vision and text blocks; score it "
@@ -260,6 +281,12 @@ class BlockTable:
                 if min(pair) >= 0:
                     place[row] = pair[0] * shape[1] + pair[1]
         return place
+
+
+def _between(texts: int, pair: int) -> str:
+    """Return which blocks a pair is of, in words; `texts` is the number of text blocks."""
+    vision, text = divmod(pair, texts)
+    return f"between vision block {vision + 1} and text block {text + 1}"
 
 
 def _uneven(what: str, dataset: str, where: str) -> str:

@@ -214,7 +214,12 @@ def fit_knee(curve: Array) -> dict[str, Any]:
     for knee in range(2, depth):
         design = np.stack([np.ones(depth), x, np.maximum(0, x - knee)], axis=1)  # (block, 3)
         fits.append((*_least_squares(design, curve), knee))
-    error, weights, fitted, knee = min(fits, key=lambda fit: fit[0])
+    # Of equal fits that of the lowest knee, on every machine and in any order of rows: they differ
+    # by rounding, that of a flat curve too.
+    spread = np.square(curve - curve.mean()).sum()
+    slack = EXACT * max(float(spread), EXACT * float(np.square(curve).sum()))
+    least = min(error for error, *_ in fits) + slack
+    error, weights, fitted, knee = next(fit for fit in fits if fit[0] <= least)
     line, _, _ = _least_squares(np.stack([np.ones(depth), x], axis=1), curve)
     # A perfect fit has no logarithm of its error.
     floor = 1e-12 * max(float(np.var(curve)) * depth, 1e-12)

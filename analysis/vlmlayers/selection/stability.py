@@ -35,13 +35,15 @@ class Resampler:
 
     Attributes:
         table: The table as measured.
-        rows_by_seed: Row numbers of each seed; seed −1 is always kept.
+        unseeded: Row numbers of what was computed without a seed, which is part of every draw.
+        seeded: Seed → row numbers, for all metrics of datasets that have the same seeds.
         places: (row,) number of what the value is of, the same for all its seeds.
         deviation: (row,) standard deviation read off the interval; 0 where there is none.
     """
 
     table: BlockTable
-    rows_by_seed: Mapping[int, np.ndarray]
+    unseeded: np.ndarray
+    seeded: Sequence[Mapping[int, np.ndarray]]
     places: np.ndarray
     deviation: np.ndarray
 
@@ -52,31 +54,45 @@ class Resampler:
         # A 95 % interval read as that of a normal value.
         width = (high - low) / (2 * _Z)
         seeds = table.scores["seed"].to_numpy(int)
-        rows = {int(seed): np.flatnonzero(seeds == seed) for seed in np.unique(seeds)}
         # Numbered by what they are called, so that the order of rows changes no draw.
         named = [name for name in _PLACE if name in table.scores]
         places = table.scores[named].astype(str).groupby(named, sort=True).ngroup().to_numpy()
-        return cls(table, rows, places, np.where(np.isfinite(width), width, 0.0))
-
-    @property
-    def seeds(self) -> list[int]:
-        """Seeds that the scores were computed with."""
-        return [seed for seed in self.rows_by_seed if seed >= 0]
+        return cls(
+            table,
+            np.flatnonzero(seeds < 0),
+            _by_seeds(table, seeds),
+            places,
+            np.where(np.isfinite(width), width, 0.0),
+        )
 
     def draw(self, generator: np.random.Generator) -> BlockTable:
         """Return one resampled table."""
-        # Rows of seed -1 were computed without one and are part of every draw.
-        picked = [self.rows_by_seed[-1]] if -1 in self.rows_by_seed else []
-        if self.seeds:
-            picked += [
-                self.rows_by_seed[int(seed)]
-                for seed in generator.choice(self.seeds, size=len(self.seeds))
-            ]
+        picked = [self.unseeded]
+        for by_seed in self.seeded:
+            drawn = generator.choice(list(by_seed), size=len(by_seed))
+            picked += [by_seed[int(seed)] for seed in drawn]
         rows = np.concatenate(picked)
         # Seeds split the same items anew: their mean is as uncertain as each of them is.
         noise = generator.standard_normal(int(self.places.max(initial=-1)) + 1)
         values = self.table.values[rows] + noise[self.places[rows]] * self.deviation[rows]
         return replace(self.table, rows=rows, values=values)
+
+
+def _by_seeds(table: BlockTable, seeds: np.ndarray) -> list[dict[int, np.ndarray]]:
+    """Return the row numbers of each seed, once for all metrics of datasets with the same seeds.
+
+    A draw among the seeds of all would leave out what has none of those drawn.
+    """
+    names = ["metric", "dataset"]
+    of = table.scores[names].astype(str).groupby(names).ngroup().to_numpy()
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for one in np.unique(of[seeds >= 0]):
+        own = tuple(np.unique(seeds[(of == one) & (seeds >= 0)]).tolist())
+        alike.setdefault(own, []).append(one)
+    return [
+        {seed: np.flatnonzero((seeds == seed) & np.isin(of, alike[own])) for seed in own}
+        for own in sorted(alike)
+    ]
 
 
 def stability(

@@ -294,6 +294,23 @@ def test_the_order_of_rows_changes_no_share() -> None:
     assert found[0]["frequency"] == found[1]["frequency"] and 0 < found[0]["same"] < 1
 
 
+def test_metrics_and_datasets_of_other_seeds_are_in_every_resample() -> None:
+    """A draw among the seeds of all would lack what has none of them, and weigh datasets anew."""
+    rows = [*pair_rows("cka_debiased", 12, 12, lambda i, j: 0.9 if min(i, j) >= 5 else 0.2, seed=7)]
+    for tower in ("vision", "text"):
+        rows += curve_rows("dataset_accuracy", tower, step(12, 5), half=0.01, seeds=(0, 1))
+    assert select(table(rows), resamples=20).decided
+    # Halfway between the curves of two datasets block 6 passes, and by that of one alone it fails.
+    rows = []
+    for name, seeds, middle in (("a", (1, 2), 0.5), ("b", (3, 4), 1.0)):
+        curve = [0.2] * 5 + [middle] + [1.0] * 6
+        rows += curve_rows("class_accuracy", "vision", curve, seeds=seeds, dataset=name)
+    choice = select(
+        table(rows), metric="class_accuracy", agreement_metric="none", accuracy=0.6, resamples=100
+    )
+    assert choice.evidence["towers"]["vision"]["frequency"] == [0.0] * 5 + [1.0] * 7
+
+
 def test_a_choice_that_one_dataset_makes_is_undecided() -> None:
     """Two of three datasets fall where the third rises, and their mean rises."""
     falling, rising = np.linspace(0.62, 0.5, 12), np.linspace(0.1, 0.95, 12)
@@ -397,6 +414,24 @@ def test_a_curve_within_its_interval_is_undecided() -> None:
         assert ("varies by 0.02 over its blocks" in choice.statement) is not decided
 
 
+def test_the_mean_of_many_datasets_is_surer_than_each_of_them() -> None:
+    """A rise of 0.06 is within the interval of one of 16 datasets, 0.08, not of their mean, 0.02.
+
+    Seeds share their items: three of them make the interval of one dataset no narrower.
+    """
+    rising = [0.5] * 6 + [0.56] * 6
+    for datasets, seeds, decided in ((16, (1,), True), (1, (1,), False), (1, (1, 2, 3), False)):
+        scores = table(*(
+            curve_rows("class_accuracy", "vision", rising, half=0.04, seeds=seeds,
+                       dataset=f"d{number}") for number in range(datasets)
+        ))  # fmt: skip
+        choice = select(scores, metric="class_accuracy", agreement_metric="none", resamples=50)
+        assert bool(choice.evidence["towers"]["vision"]["notes"]) is not decided
+        assert choice.firm("vision") == (span(7, 12) if decided else ())
+    widths = BlockTable.of(scores, {"vision": 12}).interval_widths("class_accuracy", "vision")
+    assert widths == pytest.approx([0.08] * 12)
+
+
 def test_no_block_is_firm_in_a_tower_that_the_rule_doubts() -> None:
     """One wide interval moves nothing else: the resamples agree, and yet the curve is noise."""
     rows = []
@@ -458,6 +493,24 @@ def test_knee_on_a_straight_line_is_undecided() -> None:
     line = np.linspace(0.2, 0.8, 12) + 0.01 * generator.standard_normal(12)
     scores = table(curve_rows("dataset_accuracy", "vision", list(line)))
     assert "one straight line fits" in select(scores, "knee", resamples=0).statement
+
+
+@pytest.mark.parametrize(
+    ("curve", "knee"),
+    [([0, 0, 0, 1, 1, 1], 2), ([0, 0, 0, 0, 1, 1, 1, 1], 3), ([1, 3, 3, 1], 2), ([2] * 6, 2)],
+)
+def test_of_knees_that_fit_alike_the_lower_one_is_taken(curve: list[float], knee: int) -> None:
+    """Rounding, by the scale of a curve or the order of rows, must not decide between them."""
+    for scale, shift in ((1.0, 0.0), (0.1, 0.3), (0.7, 0.123456), (1e-3, 0.9)):
+        assert fit_knee(scale * np.array(curve, float) + shift)["knee"] == knee
+    values = 0.1 * np.array(curve, float)
+    rows = [
+        curve_rows("class_accuracy", "vision", list(values + 0.1 * number), dataset=str(number))
+        for number in range(3)
+    ]
+    for order in range(10):
+        scores = table(*rows).sample(frac=1, random_state=order)
+        assert select(scores, "knee", metric="class_accuracy", resamples=0).vision[0] == knee
 
 
 def test_budget_without_span_takes_the_best_blocks() -> None:
@@ -600,6 +653,15 @@ def test_datasets_of_other_seeds_are_refused() -> None:
     told = "3 seeds of a at block 1 and 1 of a at block 2"
     with pytest.raises(UserError, match=told):
         select(thinned[~lost], "threshold", metric="class_accuracy", agreement_metric="none")
+    # Pairs of blocks are means over datasets as blocks are.
+    pairs = table(*(
+        pair_rows("cka_debiased", 3, 3, lambda i, j, rise=rise: 0.5 + rise * i * j, dataset=name,
+                  seed=seed)
+        for name, rise, seeds in (("a", 0.05, (1, 2, 3)), ("b", -0.05, (1,))) for seed in seeds
+    ))  # fmt: skip
+    told = "has 3 seeds of a between vision block 1 and text block 1 and 1 of b between vision"
+    with pytest.raises(UserError, match=told):
+        select(pairs, "budget", n=1, score="metric:cka_debiased")
 
 
 def test_a_block_exactly_at_its_threshold_passes() -> None:
