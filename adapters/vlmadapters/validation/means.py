@@ -86,12 +86,19 @@ def leave_one_out(datasets: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(np.unique(units)[:, None] != units)
 
 
-def mean_correlation(correlations: Array, datasets: NDArray[Any]) -> Mean:
-    """Return the mean of one rank correlation per cell; no interval of fewer than three cells."""
+def mean_correlation(correlations: Array, datasets: NDArray[Any], *, stretch: float = 1.0) -> Mean:
+    """Return the mean of one rank correlation per cell; no interval of fewer than three cells.
+
+    Args:
+        correlations: (cell,) rank correlations.
+        datasets: (cell,) dataset of each cell.
+        stretch: How many times as wide as of independent cells the interval is.
+    """
     found = Mean.of(correlations, datasets)
     if len(correlations) < SAMPLE:
         return replace(found, low=math.nan, high=math.nan)
-    return found.within(-1.0, 1.0)
+    half = stretch * (found.high - found.value)
+    return replace(found, low=found.value - half, high=found.value + half).within(-1.0, 1.0)
 
 
 def correlation_interval(value: float, left_out: Array) -> tuple[float, float]:

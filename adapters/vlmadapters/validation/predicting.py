@@ -7,6 +7,7 @@ which no predictor can know. Baselines cost nothing: they read no measurement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,11 +68,12 @@ def judge_predictors(
     Returns:
         The columns `PREDICTOR_COLUMNS`: kind is `ceiling`, `baseline` or `score`; tau the mean over
         cells of Kendall's τ-b, with interval for these placements, two-sided p by permutation of
-        them (the null is 0; whether a score predicts is its to say, not the interval's) and p
-        corrected by Holm's method; pick the placement ranked first, `2 tied` where it is not one;
-        gain its harmonic mean minus the reference's, in points, with interval, and p corrected; n
-        cells. A baseline that names one placement has no τ, and of fewer than three placements
-        nothing has: any score ranks two as trained or in reverse.
+        them, for the ceiling in every cell by itself (the null is 0; whether a score predicts is
+        its to say, not the interval's) and p corrected by Holm's method; pick the placement ranked
+        first, `2 tied` where it is not one; gain its harmonic mean minus the reference's, in
+        points, with interval, and p corrected; n cells. A baseline that names one placement has no
+        τ, and of fewer than three placements nothing has: any score ranks two as trained or in
+        reverse.
     """
     found = outcomes(with_zero_shot(table), "hm")
     trained = [i for i, name in enumerate(found.placements) if name != ZERO_SHOT]
@@ -81,7 +83,8 @@ def judge_predictors(
     ranked = len(names) >= LEAST_RANKED
     ceiling = _others(values, cells) if ranked else None
     rows = [] if ceiling is None else [
-        {"predictor": "other cells", "kind": "ceiling", **_ranks(values, ceiling, cells, seed),
+        {"predictor": "other cells", "kind": "ceiling",
+         **_ranks_of_others(values, ceiling, cells, seed),
          "pick": "by cell", **_gain(_at_best(values, ceiling) - anchor[:, 0], found.datasets)}
     ]  # fmt: skip
     for name, (kind, guess) in _guesses(names, predicted).items():
@@ -89,7 +92,7 @@ def judge_predictors(
             first = guess == guess.max()
             pick = names[int(np.argmax(guess))] if first.sum() == 1 else f"{first.sum()} tied"
             gain = _gain((values[:, first] - anchor).mean(1), found.datasets)
-            ranks = _ranks(values, guess[None], cells, seed) if ranked else {}
+            ranks = _ranks(values, guess, cells, seed) if ranked else {}
             rows.append({"predictor": name, "kind": kind, **ranks, "pick": pick, **gain})
     for name, label in _fixed(table, found.placements).items():
         apart = found.values[:, found.column(label)] - anchor[:, 0]
@@ -188,10 +191,15 @@ def _fixed(table: pd.DataFrame, placements: tuple[str, ...]) -> Mapping[str, str
 
 
 def _others(values: Array, cells: Cells) -> Array | None:
-    """Return for each cell the mean of those of other datasets, or else of its other seeds."""
+    """Return for each cell the mean of those of other datasets, or else of its other seeds.
+
+    Args:
+        values: (…, cell, placement).
+        cells: What the cells are of.
+    """
     pairs = cells.others if cells.count > 1 else cells.seeds
     weight = pairs.sum(1, keepdims=True)
-    return (pairs @ values) / weight if len(values) > 1 and (weight > 0).all() else None
+    return (pairs @ values) / weight if len(pairs) > 1 and (weight > 0).all() else None
 
 
 def _at_best(values: Array, guess: Array) -> Array:
@@ -200,15 +208,41 @@ def _at_best(values: Array, guess: Array) -> Array:
     return found
 
 
+def _taus(values: Array, guess: Array) -> Array:
+    """Return τ of a guess with each cell's ranking, (…, cell); both (…, cell or 1, placement)."""
+    return (signs(values) * signs(guess)).sum(-1)
+
+
 def _ranks(values: Array, guess: Array, cells: Cells, seed: int) -> dict[str, float]:
-    """Return the mean τ of a guess with every cell's ranking; (cell or 1, placement)."""
-    ranked = signs(values)
-    tau = mean_correlation((ranked * signs(guess)).sum(-1), cells.of)
+    """Return the mean τ of a guess, (placement,), with every cell's ranking."""
+    tau = mean_correlation(_taus(values, guess), cells.of)
+    return _tested(tau, _taus(values, permuted(guess[None], cells.draws, seed)), cells)
+
+
+def _ranks_of_others(values: Array, others: Array, cells: Cells, seed: int) -> dict[str, float]:
+    """Return the mean τ of every cell's ranking with that of the others, (cell, placement).
+
+    Each cell is also among the others of the rest, so that their τ vary together: the interval is
+    that of leave-one-out cross-validation, and chance permutes the cells before they are averaged.
+
+    Reference: Nadeau and Bengio, Inference for the generalization error, 2003.
+    """
+    units = cells.count if cells.count > 1 else len(values)
+    stretch = math.sqrt(1 + units / (units - 1))
+    tau = mean_correlation(_taus(values, others), cells.of, stretch=stretch)
+    drawn = permuted(values, cells.draws, seed)
+    by_chance = _others(drawn, cells)
+    assert by_chance is not None  # as `others` is
+    return _tested(tau, _taus(drawn, by_chance), cells)
+
+
+def _tested(tau: Mean, null: Array, cells: Cells) -> dict[str, float]:
+    """Return a mean τ with interval and p by what it is in draws of chance, (draw, cell)."""
     # Datasets weigh the same, however many seeds each has.
     size = 1 / np.bincount(cells.of)[cells.of]
-    null = (ranked * signs(permuted(guess, cells.draws, seed))).sum(-1) @ size / size.sum()
+    means = null @ size / size.sum()
     # Permutations that tie with what was found count against it, also where rounding differs.
-    p = (1 + np.sum(np.abs(null) >= abs(tau.value) - ROUNDING)) / (len(null) + 1)
+    p = (1 + np.sum(np.abs(means) >= abs(tau.value) - ROUNDING)) / (len(means) + 1)
     return {"tau": tau.value, "low": tau.low, "high": tau.high, "p": float(p)}
 
 

@@ -152,13 +152,14 @@ class Cells:
         names, self.of = np.unique(datasets, return_inverse=True)
         self.count = len(names)
         self.draws = draws
-        self._seed = seed
+        self.seed = seed
 
     @property
     def seeds(self) -> Array:
         """Pairs of cells of one dataset, (cell, cell), each dataset's pairs weighing 1."""
+        size = np.bincount(self.of)[self.of]
         pairs = (self.of[:, None] == self.of) & ~np.eye(len(self.of), dtype=bool)
-        return pairs / np.maximum(pairs.sum(1, keepdims=True), 1)
+        return pairs / np.maximum(size * (size - 1), 1)
 
     @property
     def others(self) -> Array:
@@ -187,7 +188,7 @@ class Cells:
 
         every = np.ones((1, len(self.of)))
         tau = float(mean(ranked, every)[0])
-        null = mean(signs(permuted(values, self.draws, self._seed)), every)[0]
+        null = mean(signs(permuted(values, self.draws, self.seed)), every)[0]
         left_out = mean(ranked, leave_one_out(self.of).astype(np.float64))
         interval = correlation_interval(tau, left_out)
         return _repeats(tau, interval, null, int((pairs > 0).sum()) // 2)
@@ -218,7 +219,7 @@ def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats
     def taus(other: Array) -> Array:
         return (ranked * signs(other)).sum(-1)
 
-    null = taus(permuted(second, cells.draws, 1))
+    null = taus(permuted(second, cells.draws, cells.seed))
     size = 1 / np.bincount(cells.of)[cells.of]
     tau = mean_correlation(taus(second), cells.of)
     return _repeats(tau.value, (tau.low, tau.high), null @ size / size.sum(), len(first))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
-from vlmadapters.validation import ranking
+from vlmadapters.validation import predicting, ranking
 from vlmadapters.validation.means import mean_correlation
 from vlmadapters.validation.predicting import (
     PREDICTOR_COLUMNS,
@@ -80,6 +80,26 @@ def test_tau_between_seeds_halves_and_datasets_is_the_mean_of_scipys() -> None:
         for name in ("hm_first_half", "hm_second_half")
     )
     assert found["between_halves"]["tau"] == pytest.approx(mean_tau(list(zip(first, second))))
+
+
+def test_datasets_weigh_the_same_however_many_seeds_they_have() -> None:
+    """Four seeds of one dataset agree, and two of each of two others are reversed."""
+    up = np.arange(5.0)
+    values, cells = (
+        np.array([up, up, up, up, up, up[::-1], up, up[::-1]]),
+        Cells(np.array(list("aaaabbcc")), 20, 0),
+    )
+    found = cells.repeats(values, cells.seeds)
+    assert found is not None and found.tau == pytest.approx((1 - 1 - 1) / 3) and found.n == 8
+
+
+def test_the_seed_is_that_of_all_permutations() -> None:
+    table = simulated(0, 0, 1, datasets=3, seeds=2).assign(hm_second_half=range(48, 0, -1))
+    found = [repeatability(table, draws=500, seed=seed) for seed in (0, 0, 1)]
+    for key in ("between_seeds", "between_halves", "between_datasets"):
+        first, again, other = (one[key] for one in found)
+        assert first == again and 0.1 < first["p"] < 1
+        assert first["p"] != other["p"] and first["tau"] == other["tau"]
 
 
 @pytest.mark.parametrize("shares", [(0.0, 0.0, 1.0), (0.5, 0.2, 0.3), (0.15, 0.25, 0.6)])
@@ -323,6 +343,37 @@ def test_scores_that_share_the_best_tau_are_all_named() -> None:
     judged = judge_predictors(table, pd.concat([guesses, twin]), PLACEMENTS[0], draws=20)
     said = predictors_statement(judged, PLACEMENTS[0])
     assert "The best of 3 scores (oracle, twin) has a τ of" in said
+
+
+@pytest.mark.parametrize(("datasets", "seeds"), [(6, 1), (3, 3), (1, 5)])
+def test_cells_that_rank_at_random_have_no_ceiling(datasets: int, seeds: int) -> None:
+    """Each cell is among the others of all the rest, so that their τ rise and fall together."""
+    p = []
+    for seed in range(200):
+        table = simulated(0, 0, 1, datasets=datasets, seeds=seeds, seed=seed)
+        found = judge_predictors(table, None, PLACEMENTS[0], draws=99, seed=seed)
+        p += found.loc[found["kind"] == "ceiling", "p"].tolist()
+    # 15 and 33 times in 100 where the ranking of the others was permuted in each cell by itself.
+    assert len(p) == 200 and np.mean(np.array(p) <= 0.05) <= 0.09
+    assert np.mean(np.array(p) <= 0.2) == pytest.approx(0.2, abs=0.08)
+
+
+@pytest.mark.parametrize(("datasets", "seeds"), [(6, 3), (2, 6)])
+def test_the_interval_of_the_ceiling_holds_the_truth(datasets: int, seeds: int) -> None:
+    """Placements and, of two datasets, what they gain on these are fixed; the rest is drawn."""
+    rng = np.random.default_rng(1)
+    effect, few = 0.5 * rng.normal(size=8), 0.5 * rng.normal(size=(datasets, 8))
+    cells = Cells(np.repeat(np.arange(datasets), seeds), 2, 0)
+    found = []
+    for _ in range(300):
+        own = few if datasets < 3 else 0.5 * rng.normal(size=(datasets, 8))
+        values = effect + own[cells.of] + rng.normal(size=(datasets * seeds, 8))
+        others = predicting._others(values, cells)
+        assert others is not None
+        found.append(predicting._ranks_of_others(values, others, cells, 0))
+    tau, low, high = (np.array([one[key] for one in found]) for key in ("tau", "low", "high"))
+    # 80 to 88 in 100 as if the cells were independent.
+    assert np.mean((low <= tau.mean()) & (tau.mean() <= high)) >= 0.92
 
 
 def test_two_placements_have_no_tau() -> None:
