@@ -33,6 +33,9 @@ from vlmlayers.selection.curves import (
 )
 from vlmlayers.selection.per_block import metrics_of, score_blocks
 
+# What larger values of some metrics mean.
+DISTANCES = ("less alike", "wider gap")
+
 
 @dataclass(frozen=True)
 class Pick:
@@ -80,6 +83,21 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     ]
 
 
+def _refuse_distance(agreement_metric: str) -> None:
+    """Refuse a metric that grows where towers agree less: the rule would choose those blocks."""
+    if agreement_metric in ("none", Threshold.agreement_metric):
+        return
+    # Late: metrics bring scipy, and a wrong option is said before that.
+    from vlmlayers.metrics.table import METRICS
+
+    found = METRICS.get(agreement_metric)
+    if found and found.direction in DISTANCES:
+        raise UserError(
+            f"a larger {agreement_metric} means {found.direction}, and agreement_metric takes what "
+            f"is larger where towers agree, such as {Threshold.agreement_metric}"
+        )
+
+
 def _passing(mask: Array) -> tuple[int, ...]:
     return tuple(int(b) + 1 for b in np.flatnonzero(mask))
 
@@ -96,7 +114,8 @@ class Threshold(Rule):
         accuracy: Share of the range of `metric` that a block must reach.
         agreement: Share of the range of `agreement_metric` that a block must reach.
         metric: Metric of discriminability.
-        agreement_metric: Metric between the towers; `none` leaves agreement out.
+        agreement_metric: Metric between the towers, larger where they agree; `none` leaves
+            agreement out.
         partner: `depth` or `max`, see `agreement_curve`.
         fill: Whether blocks between chosen ones are chosen as well.
     """
@@ -110,6 +129,7 @@ class Threshold(Rule):
 
     def __post_init__(self) -> None:
         check_one_of("partner", self.partner, ("depth", "max"))
+        _refuse_distance(self.agreement_metric)
         self.reads(TOWERS)
 
     def reads(self, towers: Collection[str]) -> tuple[str, ...]:
@@ -251,7 +271,8 @@ class Budget(Rule):
     Attributes:
         n: Blocks per tower; 0 takes half of each tower.
         span: True keeps the blocks together.
-        score: Name of a block score, see `vlmlayers.selection.BLOCK_SCORES`, or `metric:NAME`.
+        score: Name of a block score, see `vlmlayers.selection.BLOCK_SCORES`, or `metric:NAME`,
+            whose largest values are the best.
     """
 
     n: Natural = 0

@@ -212,6 +212,20 @@ def test_threshold_needs_both_accuracy_and_agreement() -> None:
     assert both.vision == span(5, 8)  # (i − 1)/7 ≥ 0.5 first holds at block 5
 
 
+@pytest.mark.parametrize("metric", ["procrustes", "centroid_gap"])
+def test_a_distance_is_not_taken_for_agreement(metric: str) -> None:
+    """From block 5 on towers agree: their distance is small there, and 1–4 would have passed."""
+    pairs = pair_rows(metric, 12, 12, lambda i, j: 0.3 if min(i, j) >= 5 else 1.2)
+    curves_of = [curve_rows("dataset_accuracy", t, [0.5] * 12) for t in ("vision", "text")]
+    with pytest.raises(UserError, match=f"a larger {metric} means .*, such as cka_debiased"):
+        select(table(pairs, *curves_of), accuracy=0.0, agreement_metric=metric, resamples=0)
+    near = [{**one, "metric": "mutual_knn", "value": 1.3 - one["value"]} for one in pairs]
+    choice = select(
+        table(near, *curves_of), accuracy=0.0, agreement_metric="mutual_knn", resamples=0
+    )
+    assert choice.vision == choice.text == span(5, 12)
+
+
 def test_threshold_fills_the_gap_between_blocks_that_pass_where_asked_to() -> None:
     high = [0.1, 0.1, 0.9, 0.1, 0.8, 0.1, 0.9, 0.1]
     scores = table(curve_rows("dataset_accuracy", "vision", high))
