@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from vlmadapters.validation.options import DEFAULT_KINDS, KINDS
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement
 from vlmlayers.positions import TOWERS
+from vlmlayers.scores.reading import partner_block
 from vlmlayers.selection import paper_blocks
 
 LOG = logging.getLogger(__name__)
@@ -32,14 +34,11 @@ class Competitor:
     placement: Placement
 
 
-def scaled_block(block: int, blocks: int, other: int) -> int:
-    """Return the block of a tower with `other` blocks at the same relative depth."""
-    return min(other, max(1, round(block * other / blocks)))
-
-
 def scaled_start(start: int, blocks: int, other: int) -> int:
     """Return the start block that leaves the same share of blocks frozen."""
-    return min(other, 1 + round((start - 1) * other / blocks))
+    # round() takes halves to the even number: of 24 and 12 blocks some starts of the lower tower
+    # would meet three of the deeper one, others one.
+    return min(other, 1 + math.ceil((start - 1) * other / blocks - 0.5))
 
 
 def _span(start: int, last: int) -> Blocks:
@@ -95,9 +94,8 @@ def _placements(
             )
     elif kind == "single":
         for block in range(1, max(v, t) + 1):
-            yield Placement(
-                (scaled_block(block, max(v, t), v),), (scaled_block(block, max(v, t), t),)
-            )
+            vision, text = (partner_block(block, max(v, t), depth) for depth in (v, t))
+            yield Placement((vision,), (text,))
     elif kind == "random":
         # Drawn in one sequence: more random placements leave the first ones as they were.
         generator = random.Random(seed)

@@ -44,8 +44,8 @@ def rank_correlation(
         jackknife and percentiles at either end), p (two-sided, by
         permutation; the null is 0), p_holm (the same, corrected for the number of scores by
         Holm's method), n (placements). A score that is the same for every placement has no ranks
-        and is left out; of fewer than three placements all are, as any score ranks two as trained
-        or in reverse.
+        and is left out, and so is one that says nothing of some placement, such as text alone; of
+        fewer than three placements all are, as any score ranks two as trained or in reverse.
     """
     found = outcomes(table, outcome)
     left_out, resampled = found.means_left_out(), found.resampled_means(draws, seed)

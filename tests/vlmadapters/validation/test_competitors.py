@@ -12,7 +12,6 @@ from vlmadapters.validation.competitors import (
     KINDS,
     chosen_placement,
     competitors,
-    scaled_block,
     scaled_start,
 )
 from vlmlayers.errors import UserError
@@ -99,10 +98,19 @@ def test_the_papers_placement_is_the_rule_of_that_name(depth: int) -> None:
     assert paper.placement == Placement(paper_blocks(depth), paper_blocks(depth))
 
 
-def test_scaling_of_single_blocks_and_starts() -> None:
-    assert [scaled_block(b, 24, 12) for b in (1, 2, 23, 24)] == [1, 1, 12, 12]
+def test_scaling_of_starts() -> None:
     assert scaled_start(1, 24, 12) == 1
     assert scaled_start(24, 24, 12) == 12
+    assert [scaled_start(start, 12, 12) for start in range(1, 13)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("kind", ["start", "single"])
+def test_every_block_of_the_lower_tower_meets_as_many_of_the_deeper(kind: str) -> None:
+    """Of 24 and 12 blocks two each; rounded to the even number, some met three and others one."""
+    found = competitors(Placement((2, 5)), {"vision": 24, "text": 12}, [kind])
+    placed = [one.placement for one in found if kind in one.kind]
+    assert [one.vision[0] for one in placed] == list(range(1, 25))
+    assert [one.text[0] for one in placed] == [(block + 1) // 2 for block in range(1, 25)]
 
 
 def test_unknown_kind_and_foreign_block_are_refused() -> None:
