@@ -41,12 +41,13 @@ class Mean:
     p: float
 
     @classmethod
-    def of(cls, values: Array, datasets: NDArray[Any]) -> Mean:
+    def of(cls, values: Array, datasets: NDArray[Any], *, stretch: float = 1.0) -> Mean:
         """Return the mean of one value per cell.
 
         Args:
             values: (cell,) percent, or points.
             datasets: (cell,) dataset of each cell.
+            stretch: How many times as large as of independent cells the error is.
         """
         values = values.round(DIGITS)
         own = [values[datasets == name] for name in np.unique(datasets)]
@@ -59,6 +60,7 @@ class Mean:
             freedom = len(values) - len(own)
             within = sum(float(np.square(one - one.mean()).sum()) for one in own) / max(freedom, 1)
             error = math.sqrt(within * sum(1 / len(one) for one in own)) / len(own)
+        error *= stretch
         # What ends alike everywhere was not moved by seeds or data: that is no sign of certainty.
         if error < 10**-DIGITS:
             return cls(value, math.nan, math.nan, math.nan)
@@ -92,13 +94,12 @@ def mean_correlation(correlations: Array, datasets: NDArray[Any], *, stretch: fl
     Args:
         correlations: (cell,) rank correlations.
         datasets: (cell,) dataset of each cell.
-        stretch: How many times as wide as of independent cells the interval is.
+        stretch: As for `Mean.of`.
     """
-    found = Mean.of(correlations, datasets)
+    found = Mean.of(correlations, datasets, stretch=stretch)
     if len(correlations) < SAMPLE:
         return replace(found, low=math.nan, high=math.nan)
-    half = stretch * (found.high - found.value)
-    return replace(found, low=found.value - half, high=found.value + half).within(-1.0, 1.0)
+    return found.within(-1.0, 1.0)
 
 
 def correlation_interval(value: float, left_out: Array) -> tuple[float, float]:

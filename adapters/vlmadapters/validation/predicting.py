@@ -82,11 +82,14 @@ def judge_predictors(
     anchor = found.values[:, [found.column(reference)]]
     ranked = len(names) >= LEAST_RANKED
     ceiling = _others(values, cells) if ranked else None
-    rows = [] if ceiling is None else [
-        {"predictor": "other cells", "kind": "ceiling",
-         **_ranks_of_others(values, ceiling, cells, seed),
-         "pick": "by cell", **_gain(_at_best(values, ceiling) - anchor[:, 0], found.datasets)}
-    ]  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    if ceiling is not None:
+        ranks = _ranks_of_others(values, ceiling, cells, seed)
+        apart = _at_best(values, ceiling) - anchor[:, 0]
+        gain = _gain(apart, found.datasets, _stretch(cells))
+        rows.append(
+            {"predictor": "other cells", "kind": "ceiling", **ranks, "pick": "by cell", **gain}
+        )
     for name, (kind, guess) in _guesses(names, predicted).items():
         if np.ptp(guess) > 0:
             first = guess == guess.max()
@@ -220,20 +223,25 @@ def _ranks(values: Array, guess: Array, cells: Cells, seed: int) -> dict[str, fl
 
 
 def _ranks_of_others(values: Array, others: Array, cells: Cells, seed: int) -> dict[str, float]:
-    """Return the mean τ of every cell's ranking with that of the others, (cell, placement).
-
-    Each cell is also among the others of the rest, so that their τ vary together: the interval is
-    that of leave-one-out cross-validation, and chance permutes the cells before they are averaged.
-
-    Reference: Nadeau and Bengio, Inference for the generalization error, 2003.
-    """
-    units = cells.count if cells.count > 1 else len(values)
-    stretch = math.sqrt(1 + units / (units - 1))
-    tau = mean_correlation(_taus(values, others), cells.of, stretch=stretch)
+    """Return the mean τ of every cell's ranking with that of the others, (cell, placement)."""
+    tau = mean_correlation(_taus(values, others), cells.of, stretch=_stretch(cells))
+    # Chance orders the cells before they are averaged: each is among the others of all the rest.
     drawn = permuted(values, cells.draws, seed)
     by_chance = _others(drawn, cells)
     assert by_chance is not None  # as `others` is
     return _tested(tau, _taus(drawn, by_chance), cells)
+
+
+def _stretch(cells: Cells) -> float:
+    """Return how much larger the error of what the others say of each cell is than of a guess.
+
+    Each cell is among the others of all the rest, so that they rise and fall together, as the folds
+    of a leave-one-out cross-validation do.
+
+    Reference: Nadeau and Bengio, Inference for the generalization error, 2003.
+    """
+    units = cells.count if cells.count > 1 else len(cells.of)
+    return math.sqrt(1 + units / (units - 1))
 
 
 def _tested(tau: Mean, null: Array, cells: Cells) -> dict[str, float]:
@@ -246,7 +254,7 @@ def _tested(tau: Mean, null: Array, cells: Cells) -> dict[str, float]:
     return {"tau": tau.value, "low": tau.low, "high": tau.high, "p": float(p)}
 
 
-def _gain(differences: Array, datasets: NDArray[Any]) -> dict[str, float]:
+def _gain(differences: Array, datasets: NDArray[Any], stretch: float = 1.0) -> dict[str, float]:
     """Return a mean difference with interval and p."""
-    gain = Mean.of(differences, datasets)
+    gain = Mean.of(differences, datasets, stretch=stretch)
     return {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "gain_p_holm": gain.p}
