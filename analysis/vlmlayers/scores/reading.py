@@ -82,8 +82,11 @@ def in_words(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the table with text where names and positions belong, as `read_scores` gives it.
 
     Of a file that pandas read itself, positions that are all blocks are numbers, and what is empty
-    is NaN; optional columns are filled in.
+    is NaN; names may be categories; optional columns are filled in.
     """
+    # Categories of two columns cannot be compared, and those that no row has are counted as well.
+    kinds = {name: object for name in scores if scores[name].dtype == "category"}
+    scores = scores.astype(kinds) if kinds else scores
     made: dict[str, Any] = {}
     for name in ("position", "other_tower", "other_position", "options"):
         if name not in scores.columns:

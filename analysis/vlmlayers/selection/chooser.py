@@ -129,10 +129,14 @@ def _refuse_other_readout(chooser: Any, table: BlockTable) -> None:
 def _splits(scores: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, str]:
     """Return of which split each dataset's scores are; `*` where pooled rows are all there is.
 
+    Empty where the table says nothing of splits.
+
     Args:
         scores: Score table.
         names: The metrics that are read, each at one split of a dataset; all of it where empty.
     """
+    if "split" not in scores:
+        return {}
     if names and set(names) <= set(scores["metric"]):
         parts = [
             Reading().of_all_datasets(scores, name, tower) for name in names for tower in TOWERS

@@ -308,6 +308,15 @@ def test_the_order_of_rows_changes_no_share() -> None:
     assert found[0]["frequency"] == found[1]["frequency"] and 0 < found[0]["same"] < 1
 
 
+def test_tables_of_categories_or_without_splits_are_read_as_others() -> None:
+    scores = planted()
+    words = ["metric", "dataset", "tower", "position", "pooling", "other_tower", "other_position"]
+    for table_of in (scores.astype(dict.fromkeys(words, "category")), scores.drop(columns="split")):
+        choice = select(table_of, resamples=20)
+        assert choice == select(scores, resamples=20)
+        assert not choice.chosen_on("digits")
+
+
 def test_metrics_and_datasets_of_other_seeds_are_in_every_resample() -> None:
     """A draw among the seeds of all would lack what has none of them, and weigh datasets anew."""
     rows = [*pair_rows("cka_debiased", 12, 12, lambda i, j: 0.9 if min(i, j) >= 5 else 0.2, seed=7)]
