@@ -17,13 +17,21 @@ from vlmadapters.protocols.results import (
     worded,
 )
 from vlmadapters.validation.tuning import size_warning
-from vlmadapters.validation.verdict import bracketed, compare, runs
+from vlmadapters.validation.verdict import (
+    SIGNIFICANCE,
+    bracketed,
+    compare,
+    outcomes,
+    runs,
+    with_zero_shot,
+)
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import ZERO_SHOT
 from vlmlayers.scores.summaries import harmonic_mean
 
 KEYS = ["placement", "dataset", "seed"]
+BY_ITSELF = "did worse by its own interval alone"
 
 
 @checked
@@ -66,8 +74,12 @@ def compare_methods(results: pd.DataFrame) -> pd.DataFrame:
 def methods_verdict(results: pd.DataFrame) -> str:
     """Return in words how methods compare; empty where there are not two to compare.
 
-    What the table notes of a method, such as names of untrained classes that it saw, is said too,
-    and a warning where placements of different size are compared at one amount.
+    A method did worse where that holds for all differences to the best at once, by Bonferroni's
+    inequality: the best is picked by the same runs, and of many methods some are far behind it by
+    chance. What the table notes of a method, such as names of untrained classes that it saw, is
+    said too, and a warning where placements of different size are compared at one amount.
+
+    Reference: Hsu, Simultaneous confidence intervals for all distances from the "best", 1981.
 
     Args:
         results: A results table.
@@ -75,10 +87,12 @@ def methods_verdict(results: pd.DataFrame) -> str:
     Raises:
         UserError: As `compare_methods`, where there are two.
     """
-    if _cells(results)["placement"].nunique() < 2:
+    cells = _cells(results)
+    if cells["placement"].nunique() < 2:
         return ""
     compared = compare_methods(results)
     rows = compared.to_dict("records")
+    worse = _worse(cells, str(rows[0]["method"]))
     over = f"harmonic mean {rows[0]['hm']:.1f} over {runs(compared)}"
     best = [row["method"] for row in rows if row["hm"] == rows[0]["hm"]]
     others = rows[len(best) :]
@@ -86,11 +100,25 @@ def methods_verdict(results: pd.DataFrame) -> str:
         it = best[0]
         said = [f"{', '.join(best[:-1])} and {best[-1]} share the best mean ({over})"]
     else:
-        it, clear = "it", all(row["difference_high"] < 0 for row in others)
+        it, clear = "it", all(row["method"] in worse for row in others)
         said = [f"{best[0]} {'did best' if clear else 'is ahead'} ({over})"]
-    said += [_against_the_best(row, it) for row in others]
+    did = [_did(row, it, row["method"] in worse) for row in others]
+    said += [f"{row['method']} {one} {_by(row)}" for row, one in zip(others, did)]
     sentence = "; ".join(said) + "."
+    if BY_ITSELF in did:
+        sentence += (
+            f" What holds by its own interval alone does not for all {len(rows) - 1} at once."
+        )
     return " ".join([*_warned(results), sentence, *_noted(results)])
+
+
+def _worse(cells: pd.DataFrame, best: str) -> set[str]:
+    """Return the methods that differ from the best where all differences to it are tested."""
+    found = outcomes(with_zero_shot(cells), "hm")
+    named = [ZERO_SHOT_CLIP if one == ZERO_SHOT else one for one in found.placements]
+    anchor = named.index(best)
+    p = {name: found.mean_difference(i, anchor).p for i, name in enumerate(named)}
+    return {name for name, one in p.items() if one * (len(named) - 1) < SIGNIFICANCE}
 
 
 def _warned(results: pd.DataFrame) -> list[str]:
@@ -124,10 +152,15 @@ def _runs(rows: pd.DataFrame) -> int:
     return len(rows.reindex(columns=[*KEYS, *OFTEN_ALIKE]).drop_duplicates())
 
 
-def _against_the_best(row: dict[Hashable, Any], it: str) -> str:
-    low, high = row["difference_low"], row["difference_high"]
-    did = "did worse" if high < 0 else f"cannot be told from {it}"
-    return f"{row['method']} {did} ({row['difference']:+z.1f}{bracketed(low, high)})"
+def _did(row: dict[Hashable, Any], it: str, worse: bool) -> str:
+    if not row["difference_high"] < 0:
+        return f"cannot be told from {it}"
+    return "did worse" if worse else BY_ITSELF
+
+
+def _by(row: dict[Hashable, Any]) -> str:
+    between = bracketed(row["difference_low"], row["difference_high"])
+    return f"({row['difference']:+z.1f}{between})"
 
 
 def _cells(results: pd.DataFrame) -> pd.DataFrame:
