@@ -123,7 +123,7 @@ def examine(
             progress=progress,
         ),
     )
-    with at_rest(model.clip):
+    with at_rest(model.clip), torch.autocast(model.device.type, enabled=False):
         table = _Rows(inputs, split, seed, bootstrap)
         for name in bar(names, "examining", unit="metric", show=progress):
             try:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.attention import MEASURES, AttentionWatch, refuse_unseen
@@ -80,10 +80,19 @@ def probe(tower: Tower) -> None:
 
     Raises:
         HookDidNotFire: A block was not called as a module.
-        UserError: No single axis follows the batch.
+        UserError: Two blocks are one module, or no single axis follows the batch.
     """
     if tower.widths:
         return
+    first: dict[nn.Module, int] = {}
+    for number, block in enumerate(tower.blocks, start=1):
+        if (same := first.setdefault(block, number)) != number:
+            # Its hook is called for both, and the later output would stand at both.
+            raise UserError(
+                f"blocks {same} and {number} of the {tower.name} tower ({tower.family}) are one "
+                "module, whose outputs are not told apart; give each block a copy of its own "
+                "(copy.deepcopy)"
+            )
     axes: set[int] = set()
     for batch in (2, 3, 5):
         seen: dict[str, Tensor] = {}
@@ -178,6 +187,7 @@ class Recorder:
         with self:
             found = self(self.tower.example(2) if example is None else example)
             self._require_agreement(found)
+        self._require_own_forward()
         return {
             space: {p: by_position[p].shape[1:] for p in sorted(by_position, key=sort_key)}
             for space, by_position in found.items()
@@ -242,6 +252,21 @@ class Recorder:
                 f"the last block of the {tower.name} tower ({tower.family}), taken through its "
                 f"final norm and head, is not the model's own {what}; this variant of the family "
                 "is not known"
+            )
+
+    def _require_own_forward(self) -> None:
+        """Compare a forward pass that stands in for the model's own with that."""
+        tower = self.tower
+        if tower.whole is None:
+            return
+        batch = tower.example(2)
+        with torch.inference_mode(), eval_mode(tower.model):
+            ours, own = (run(batch).float() for run in (tower.run, tower.whole))
+        if (ours - own).abs().max() > _AGREE * own.abs().max().clamp_min(1e-6):
+            raise UserError(
+                f"encode_text of {type(tower.model).__name__} is not open_clip's: what its blocks "
+                "give, taken through norm and projection, is not what it returns; look at its "
+                "images alone: tower='vision'"
             )
 
     def __enter__(self) -> Recorder:

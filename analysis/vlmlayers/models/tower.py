@@ -60,6 +60,7 @@ class Tower:
             token).
         pool_note: What `model` pooling is, in words.
         run: Model input to joint embedding, (item, joint); the model's own forward.
+        whole: The model's own forward of whole inputs, where `run` is another that takes parts.
         prefix: Special tokens before the others (class token, registers).
         class_token: Whether the first of these is a class token.
         suffix: Special tokens after the others (CoCa's text class token).
@@ -97,6 +98,7 @@ class Tower:
     pooling: str
     run: Apply
     example: Callable[[int], Tensor]
+    whole: Apply | None = None
     pool_note: str = ""
     prefix: int = 0
     class_token: bool = True

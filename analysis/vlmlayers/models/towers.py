@@ -87,7 +87,7 @@ def _text(clip: nn.Module) -> Tower:
         return _hugging_face(text, _encoder(clip, "encode_text"))
     text = clip if text is None else text
     if hasattr(text, "token_embedding") and hasattr(text, "ln_final"):
-        return _open_clip_text(text)
+        return _open_clip_text(text, _encoder(clip, "encode_text"))
     raise UserError(
         f"no text tower is known in {type(clip).__name__}: `text` is {type(text).__name__}; "
         "expected an open_clip text transformer or a Hugging Face encoder"
@@ -198,7 +198,7 @@ def _modified_resnet(visual: ModifiedResNet, run: Apply) -> Tower:
     )
 
 
-def _open_clip_text(text: nn.Module) -> Tower:
+def _open_clip_text(text: nn.Module, whole: Apply) -> Tower:
     module: Any = text
     pool = getattr(module, "text_pool_type", None) or module.pool_type
     class_token = getattr(module, "cls_emb", None) is not None
@@ -209,6 +209,7 @@ def _open_clip_text(text: nn.Module) -> Tower:
         kind="blocks",
         family="open_clip text",
         run=same,
+        whole=whole,
         embed=module.token_embedding,
         ends=ends,
         blocks=list(module.transformer.resblocks),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -265,11 +265,16 @@ class Work:
             return recorder.start(batch.to(device, kind, non_blocking=True))
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return autocast to a precision; for fp32 and tf32 what holds products at it."""
-    if precision not in _AUTOCAST:
-        return products_in(precision)
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Hold a pass at a precision: by autocast, or for fp32 and tf32 by that of products."""
+    if precision in _AUTOCAST:
+        with torch.autocast(device.type, dtype=_AUTOCAST[precision]):
+            yield
+        return
+    # The caller may be inside an autocast of its own.
+    with torch.autocast(device.type, enabled=False), products_in(precision):
+        yield
 
 
 def _refuse_large(bytes_per_item: int, tower: str, ids: Sequence[str]) -> None:

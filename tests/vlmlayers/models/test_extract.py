@@ -227,6 +227,15 @@ def test_autocast_is_close_and_features_stay_float32():
             assert torch.is_autocast_enabled("cpu") is there
 
 
+def test_autocast_of_the_caller_is_not_that_of_the_features():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+        assert torch.is_autocast_enabled("cpu")
+    assert found.identity["precision"] == "fp32"
+    for position, values in run().vision.arrays["native"].items():
+        np.testing.assert_array_equal(found.vision.array(position), values)
+
+
 def test_pooling_may_differ_between_towers():
     found = run(pooling={"vision": "mean"})
     assert (found.vision.pooling, found.text.pooling) == ("mean", "eot")

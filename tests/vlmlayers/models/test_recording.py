@@ -164,6 +164,35 @@ def test_a_head_that_is_not_the_models_own_is_refused():
     Recorder(tower, pooling="mean").shapes()  # there they differ by nature
 
 
+@pytest.mark.parametrize("side", ["vision", "text"])
+def test_blocks_that_are_one_module_are_refused(side):
+    """As of tied weights: the hooks of both are called for each, and the later output would win."""
+    clip = tiny.build("clip")
+    part = clip.visual.transformer if side == "vision" else clip.transformer
+    part.resblocks[2] = part.resblocks[1]
+    with pytest.raises(UserError, match=f"blocks 2 and 3 of the {side} tower .* are one module"):
+        Recorder(find_towers(clip)[side])
+
+
+@pytest.mark.parametrize("family", ["clip", "custom text", "coca"])
+@pytest.mark.parametrize("how", ["method", "hook"])
+def test_an_encode_text_of_the_users_own_is_refused(family, how):
+    """The text tower is run by its parts, so that what stands around them would be left out."""
+    clip = tiny.build(family)
+    Recorder(find_towers(clip)["text"]).shapes()
+    if how == "method":
+        old = clip.encode_text
+        clip.encode_text = lambda ids, normalize=False: 2 * old(ids, normalize=normalize)
+    elif family == "clip":
+        pytest.skip("no module holds the text tower")
+    else:
+        scaled = (lambda _m, _a, out: (2 * out[0], out[1])) if family == "coca" else None
+        clip.text.register_forward_hook(scaled or (lambda _m, _a, out: 2 * out))
+    with pytest.raises(UserError, match=r"encode_text of \w+ is not open_clip's: .*tower='vision'"):
+        Recorder(find_towers(clip)["text"]).shapes()
+    Recorder(find_towers(clip)["vision"]).shapes()
+
+
 def test_nothing_of_the_activations_is_kept():
     clip = tiny.build("clip")
     tower, outputs = find_towers(clip)["vision"], []
