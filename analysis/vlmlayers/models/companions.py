@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
+import torch
 from open_clip.hf_model import HFTextEncoder
+from PIL import Image
 from torch import Tensor, nn
 
 from vlmlayers.architectures import title_of
@@ -20,9 +24,11 @@ from vlmlayers.files import hub_folder
 from vlmlayers.models.folders import LOCALLY
 from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.transformers_towers import pack
+from vlmlayers.models.vlm import hash_weights
 
 LOG = logging.getLogger(__name__)
 _OPENAI_TOKENS = 49408
+_PROBE = 96  # side of the image that a transform is known by
 # Processors of families whose settings follow from the model's where it came without its own.
 _PROCESSORS = {"clip": "CLIP", "metaclip_2": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}
 
@@ -136,8 +142,37 @@ def companions_of(
 
 
 def described(transform: Callable[..., Any]) -> dict[str, Any]:
-    """Return what a transform does, as JSON values: its text, without where it lies in memory."""
-    return {"transform": re.sub(" at 0x[0-9a-f]+", "", str(transform))}
+    """Return what a transform does, as JSON values: its text, and a hash of what it makes.
+
+    The text is without where it lies in memory. It says nothing of what is inside a function, as
+    the hash does: of what the transform makes of one image, which is drawn by code.
+    """
+    return {
+        "transform": re.sub(" at 0x[0-9a-f]+", "", str(transform)),
+        "makes": _made_by(transform),
+    }
+
+
+def _made_by(transform: Callable[..., Any]) -> str:
+    """Return a hash of what a transform makes of one image; empty where it takes none such."""
+    pixels = np.random.default_rng(0).integers(0, 256, (_PROBE, _PROBE, 3), np.uint8)
+    own = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        # A random one makes the same each time, and moves no state of the caller's.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002 from which transforms of others draw
+            made = transform(Image.fromarray(pixels))
+        if not isinstance(made, Tensor):
+            return ""
+        return hash_weights({"image": made})[:16]
+    except Exception as error:  # noqa: BLE001 of the user's code, which may take other images
+        LOG.info("what is made of an image is not part of the identity: %s", one_line(error))
+        return ""
+    finally:
+        random.setstate(own[0])
+        np.random.set_state(own[1])  # noqa: NPY002
 
 
 def _of_open_clip(clip: Any) -> Callable[[list[str]], Tensor]:

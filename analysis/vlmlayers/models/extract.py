@@ -297,6 +297,7 @@ def identity_of(work: Work) -> dict[str, Any]:
         "data": work.data.summary(),
         "items_hash": work.data.listed,
         **({} if texts is None else texts.identity()),
+        **({} if texts is None else work.model.tokens_identity(texts.texts)),
         "versions": {
             "torch": torch.__version__,
             **{name: version(package) for name, package in _MADE_BY.items() if name in families},

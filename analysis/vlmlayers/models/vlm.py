@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from html import escape
 from typing import Annotated, Any
 
 import torch
+from open_clip import SimpleTokenizer
 from torch import Tensor, nn
 
 from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError
 from vlmlayers.files import checksum
+from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.tower import Towers
 from vlmlayers.models.towers import find_towers
 from vlmlayers.models.wrappers import unwrapped
@@ -82,12 +84,7 @@ class VLM:
         Computed once, and again after weights were changed in place or replaced.
         """
         state = self.clip.state_dict()
-        stamp = tuple(
-            # A new tensor lies elsewhere, one changed in place has another version; those made in
-            # inference mode have none.
-            (key, value.data_ptr(), 0 if value.is_inference() else value._version)
-            for key, value in state.items()
-        )
+        stamp = _stamp(state)
         if self._hash is None or self._hash[0] != stamp:
             self._hash = (stamp, hash_weights(state))
         if self.adapter_hash:
@@ -110,6 +107,16 @@ class VLM:
             "device": self.device.type,
             "mode": "eval",
         }
+
+    def tokens_identity(self, texts: Sequence[str]) -> dict[str, str]:
+        """Return a hash of the token ids of texts, of at most a thousand from first to last.
+
+        Nothing for open_clip's own tokenizers, which follow from the model.
+        """
+        if isinstance(self.tokenizer, HubTokenizer | SimpleTokenizer):
+            return {}
+        step = -(-len(texts) // _MOST_TOLD)
+        return {"tokens_hash": hash_weights({"ids": self.tokenize(list(texts[::step]))})[:16]}
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Return the token ids of texts, (text, context).
@@ -157,6 +164,7 @@ class VLM:
 LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]
 
 
+_MOST_TOLD = 1000  # texts whose tokens tell a tokenizer
 # Settings of modules that change what equal weights compute.
 _SETTINGS = (
     "num_heads", "heads", "eps", "approximate", "pool_type", "global_pool", "final_ln_after_pool",
@@ -168,8 +176,9 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn
 def structure_of(module: nn.Module) -> dict[str, list[str]]:
     """Return what a model computes with its weights, as far as modules tell, as JSON values.
 
-    Activations, numbers of heads, the epsilon of norms and kinds of pooling, by the first part of
-    their modules' names. Models that differ in these alone have equal weights and other features.
+    Activations, numbers of heads, the epsilon of norms, kinds of pooling and the adapters of peft
+    that act, by the first part of their modules' names. Models that differ in these alone have
+    equal weights and other features.
     """
     found: dict[str, set[str]] = {}
     for path, part in module.named_modules():
@@ -178,16 +187,53 @@ def structure_of(module: nn.Module) -> dict[str, list[str]]:
         bare = not (any(True for _ in part.children()) or any(True for _ in part.parameters()))
         if bare and name not in _IDLE and not isinstance(part, _CONTAINERS):
             told["without weights"] = name
+        if hasattr(part, "active_adapters") and hasattr(part, "disable_adapters"):
+            told["adapters"] = _adapters(part)
         for key, value in told.items():
             if isinstance(value, str | int | float):
                 found.setdefault(f"{first} {key}".strip(), set()).add(str(value))
     return {key: sorted(values) for key, values in sorted(found.items())}
 
 
+def _adapters(part: Any) -> str:
+    """Return which adapters of peft a layer adds, and by which factor: no weight tells of it."""
+    if part.disable_adapters:
+        return "none"
+    scales = getattr(part, "scaling", {})
+    return ", ".join(
+        f"{name} merged" if name in getattr(part, "merged_adapters", ()) else
+        f"{name} × {scales.get(name, 1)}"
+        for name in part.active_adapters
+    )  # fmt: skip
+
+
 def shared_structure(*structures: Mapping[str, list[str]]) -> list[dict[str, list[str]]]:
     """Return structures as far as all of them name a setting, as versions of a library differ."""
     shared = set(structures[0]).intersection(*structures)
     return [{key: one[key] for key in sorted(shared)} for one in structures]
+
+
+def _stamp(state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Return what changes with any value of a state dict, at a fraction of the cost of its hash.
+
+    By values: tensors count their own changes in place, but not those through `.data`, by which
+    weights are averaged and merged.
+    """
+    sums = [
+        # The second sum tells rows that change places.
+        torch.stack([bits.sum(), bits[::61].sum()]).cpu()
+        for bits in map(_bits, state.values())
+    ]
+    shapes = tuple((key, value.dtype, tuple(value.shape)) for key, value in state.items())
+    return shapes, tuple(torch.stack(sums).flatten().tolist()) if sums else ()
+
+
+def _bits(value: Tensor) -> Tensor:
+    """Return the bits of a tensor as whole numbers, the longest that its bytes make up."""
+    flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = flat.nbytes, flat.storage_offset()
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    return flat.view(next(kinds[n] for n in kinds if not any(size % n for size in whole)))
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:

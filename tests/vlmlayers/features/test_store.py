@@ -15,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import tiny
+import torch
 from starts import remount
 from torch import nn
 
@@ -32,7 +34,8 @@ from vlmlayers.features.store import (
 )
 from vlmlayers.features.writer import StoreWriter
 from vlmlayers.files import atomically
-from vlmlayers.models import extract
+from vlmlayers.models import extract, wrap_model
+from vlmlayers.models.companions import described
 from vlmlayers.scores import score
 
 MODEL = tiny.model()
@@ -223,6 +226,94 @@ def test_other_preprocessing_is_told_apart(store):
     other.preprocess_config = {"mean": 0.4}
     with pytest.raises(UserError, match="preprocessing.mean is absent there, 0.4 here"):
         run(store, model=other)
+
+
+def test_functions_of_one_name_that_prepare_otherwise_are_told_apart(tmp_path):
+    """As of a cell of a notebook that was changed and run again."""
+
+    def prepared(scale):
+        def prepare(image):
+            return tiny.preprocess(image) * scale
+
+        return wrap_model(tiny.build("clip"), prepare, tiny.tokenizer)
+
+    run(tmp_path / "s", model=prepared(1.0))
+    assert len(run(tmp_path / "s", model=prepared(1.0)).vision) == 22
+    with pytest.raises(UserError, match=r"preprocessing.makes is '[0-9a-f]{16}' there"):
+        run(tmp_path / "s", model=prepared(0.5))
+
+
+def test_a_transform_is_known_by_what_it_makes_and_nothing_moves():
+    def random_crop(image):
+        size = int(torch.randint(8, 33, ())) + random.randint(0, 9) + np.random.randint(9)
+        return tiny.preprocess(image.resize((size, size)))
+
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+        made.append(described(random_crop)["makes"])
+        assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+        assert (np.random.get_state()[1] == before[2]).all()
+    assert made[0] == made[1] != ""
+    assert described(lambda image: image["pixels"])["makes"] == ""
+
+
+def test_another_tokenizer_of_the_same_texts_is_told_apart(tmp_path):
+    model, other = tiny.model(), tiny.model()
+    other.tokenizer = lambda texts: tiny.tokenizer([text.swapcase() for text in texts])
+    run(tmp_path / "s", model=model)
+    with pytest.raises(UserError, match="tokens_hash is '[0-9a-f]{16}' there"):
+        run(tmp_path / "s", model=other)
+    for one in (model, other):  # where texts play no part
+        run(tmp_path / "v", model=one, tower="vision", text="prompts")
+
+
+def test_weights_that_change_through_data_are_told_apart(store):
+    """As averages and merges of weights do, which PyTorch does not count as changes in place."""
+    model = tiny.model()
+    before = model.weights_hash
+    assert before == MODEL.weights_hash
+    weight = model.clip.visual.transformer.resblocks[0].mlp.c_fc.weight
+    for change in (lambda w: w.mul_(1.5), lambda w: w.copy_(w.flip(0)), lambda w: w[3, 5].add_(1)):
+        change(weight.data)
+        assert model.weights_hash not in (before, MODEL.weights_hash)
+        before = model.weights_hash
+    with pytest.raises(UserError, match="weights_hash is "):
+        run(store, model=model)
+
+
+def _lora(alpha, **more):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=alpha, init_lora_weights=False,
+        target_modules=r"visual.*resblocks\.1\.mlp\.c_fc", **more,
+    )  # fmt: skip
+    return peft.get_peft_model(tiny.build("clip"), config)
+
+
+def test_adapters_of_peft_are_told_apart_by_factor_and_by_which_act(tmp_path):
+    """None of it is a weight."""
+
+    def features(module, out=tmp_path / "s"):
+        model = wrap_model(module, tiny.preprocess, tiny.tokenizer)
+        return run(out, model=model).vision.array("3")
+
+    module = _lora(4)
+    first = features(module)
+    np.testing.assert_array_equal(features(_lora(4)), first)
+    with pytest.raises(UserError, match=r"structure.visual adapters is .*default × 2"):
+        features(_lora(16))
+    assert abs(features(_lora(16), None) - first).max() > 1e-3
+    with module.disable_adapter(), pytest.raises(UserError, match="structure.visual adapters"):
+        features(module)
+    two = _lora(4)
+    torch.manual_seed(1)
+    two.add_adapter("second", two.peft_config["default"])
+    known = wrap_model(two, tiny.preprocess, tiny.tokenizer).identity()
+    two.set_adapter("second")
+    now = wrap_model(two, tiny.preprocess, tiny.tokenizer).identity()
+    assert now["weights_hash"] == known["weights_hash"] and now != known
 
 
 def test_a_model_with_an_adapter_attached_is_not_stored(tmp_path):
