@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -15,13 +17,43 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     if any(before.values()):
         model.eval()
     try:
-        yield
+        with _merged(before):
+            yield
     finally:
         if any(before.values()):
             model.train(before[model])  # as a whole, for modules that do more than keep the flag
         # One by one as well: a model in training may hold some of its parts in eval mode.
         for module, training in before.items():
             module.training = training
+
+
+@contextmanager
+def _merged(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Hold the adapters that peft puts into fused attention merged, then give the weights back.
+
+    Such a layer else adds them to its weights in each pass and takes them off again, by rounding
+    not to what they were, and after a pass without gradients no longer to be changed in place.
+    """
+    # By what they do, not by class: peft need not be installed.
+    layers: list[Any] = [part for part in modules if hasattr(part, "_restore_weights")]
+    held = []
+    try:
+        for layer in layers:
+            if not (layer.merged or layer.disable_adapters):
+                base, out = layer.get_base_layer(), layer.get_base_layer().out_proj
+                own = out.get_base_layer()
+                weights = (base, "in_proj_weight"), (own, "weight")
+                held.append((layer, out, [(*one, getattr(*one)) for one in weights]))
+                with torch.no_grad():
+                    layer.merge()
+        yield
+    finally:
+        for layer, out, weights in held:
+            for part, name, weight in weights:
+                delattr(part, name)
+                part.register_parameter(name, weight)
+            layer.merged_adapters.clear()
+            out.merged_adapters.clear()
 
 
 @contextmanager

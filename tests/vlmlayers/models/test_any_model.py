@@ -167,6 +167,36 @@ def test_wrappers_are_taken_off_and_said(wrap, said, caplog):
     )
 
 
+def test_adapters_in_fused_attention_leave_weights_as_they_were(tmp_path):
+    """peft adds them to the weights in each pass and takes them off again, but for rounding."""
+    torch.manual_seed(0)
+    clip = tiny.build("clip")
+    config = vl.LayerChoice((1, 2), (3,), "own").to_peft(clip, r=2, init_lora_weights=False)
+    module = peft.get_peft_model(clip, config)
+    model = wrap_model(module, tiny.preprocess, tiny.tokenizer)
+    images = torch.stack([model.preprocess(DRAWN.open_image(i)) for i in DRAWN.items("train")])
+    with torch.no_grad():
+        expected = clip.eval().encode_image(images).numpy()
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    kept = dict(clip.named_parameters())
+    found = [
+        vl.extract(model, DRAWN, "train", out=tmp_path / "s", progress=False) for _ in range(2)
+    ]
+    vl.models.examine(model, DRAWN, metrics=["skip_joint_change"], items=4, progress=False)
+    np.testing.assert_allclose(found[1].vision.array("proj"), expected, atol=1e-5)
+    after = clip.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(weight.is_inference() for weight in after.values())
+    trained = [name for name, weight in kept.items() if weight.requires_grad]
+    assert trained == [n for n, w in clip.named_parameters() if w.requires_grad]
+    module.train()
+    clip.encode_image(images).sum().backward()
+    assert all(dict(clip.named_parameters())[name].grad is not None for name in trained[:4])
+    merged = module.merge_and_unload()
+    with torch.no_grad():
+        np.testing.assert_allclose(merged.eval().encode_image(images), expected, atol=1e-5)
+
+
 def test_a_folder_of_timm_is_an_image_model_with_its_own_preprocessing(tmp_path):
     import timm
 
