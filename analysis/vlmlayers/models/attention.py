@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from vlmlayers.errors import UserError
 from vlmlayers.models.tower import Tower
 
+_MULTI_HEAD = signature(functional.multi_head_attention_forward)
+
 
 class AttentionWatch(TorchFunctionMode):
     """Hand the weights of every attention in its block to a function; results stay as they are.
@@ -21,10 +24,11 @@ class AttentionWatch(TorchFunctionMode):
     functions of PyTorch. Weights that those do not give out are computed a second time.
 
     Args:
-        look: Takes the weights, (item, head, query, key).
+        look: Takes the weights, (item, head, query, key), and whether a query may see a key, of a
+            shape that spreads to theirs.
     """
 
-    def __init__(self, look: Callable[[Tensor], None]) -> None:
+    def __init__(self, look: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
         self.look = look
 
@@ -34,13 +38,14 @@ class AttentionWatch(TorchFunctionMode):
         """Run a function of PyTorch as it was called, and look where it is attention."""
         given = kwargs or {}
         if function is functional.scaled_dot_product_attention:
-            self.look(attention_weights(*args, **given))
+            self.look(attention_weights(*args, **given), _seen(*args, **given))
         elif function is functional.multi_head_attention_forward:
             asked = {**given, "need_weights": True, "average_attn_weights": False}
             # A second call: one that gives out weights takes another path, of other rounding.
             # Inside here the mode is off, so that the attention within is not seen twice.
             weights: Any = function(*args, **asked)[1]
-            self.look(weights)
+            called = _MULTI_HEAD.bind(*args, **given).arguments
+            self.look(weights, _seen_of_heads(weights, called))
         return function(*args, **given)
 
 
@@ -68,23 +73,59 @@ def attention_weights(
     return found.softmax(-1)
 
 
-def entropy_share(weights: Tensor, tower: Tower, counted: Tensor | None) -> Tensor:
+# Not read off the weights: those of keys far behind the others round to 0, in half precision soon.
+def _seen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> Tensor:
+    """Return which keys a query may see by the arguments of `scaled_dot_product_attention`."""
+    if attn_mask is not None:
+        return attn_mask if attn_mask.dtype == torch.bool else _open(attn_mask)
+    every = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
+    return every.tril() if is_causal else every
+
+
+def _seen_of_heads(weights: Tensor, called: Mapping[str, Any]) -> Tensor:
+    """Return which keys a query may see by the arguments of `multi_head_attention_forward`."""
+    seen = torch.ones_like(weights, dtype=torch.bool)
+    mask, padding = called.get("attn_mask"), called.get("key_padding_mask")
+    if mask is not None:  # where these are true they hide, unlike elsewhere
+        shown = ~mask if mask.dtype == torch.bool else _open(mask)
+        seen = seen & (shown.view(weights.shape) if shown.ndim == 3 else shown)
+    if padding is not None:
+        shown = ~padding if padding.dtype == torch.bool else _open(padding)
+        seen = seen & shown[:, None, None]
+    return seen
+
+
+def _open(mask: Tensor) -> Tensor:
+    """Return where a mask that is added hides nothing; some hide by the least finite number."""
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def entropy_share(weights: Tensor, seen: Tensor, tower: Tower, counted: Tensor | None) -> Tensor:
     """Return the entropy of each head as a share of that of uniform attention, (item, head).
 
     Both are summed over the queries; uniform attention is over the keys that a query may see.
 
     Args:
         weights: Attention, (item, head, query, key).
+        seen: Whether a query may see a key, of a shape that spreads to that of the weights.
         tower: The tower that it is of.
         counted: (item, token) tokens that are asked, all of them where None.
     """
     weights = weights.float()
     # xlogy is 0 at masked keys, where x · log x would be NaN.
     found = -torch.special.xlogy(weights, weights).sum(-1)  # (item, head, query)
-    return _of_queries(found, (weights > 0).sum(-1).log(), counted)
+    return _of_queries(found, seen.expand_as(weights).sum(-1).log(), counted)
 
 
-def distance_share(weights: Tensor, tower: Tower, counted: Tensor | None) -> Tensor:
+def distance_share(weights: Tensor, seen: Tensor, tower: Tower, counted: Tensor | None) -> Tensor:
     """Return the distance that each head spans as a share of that of uniform attention.
 
     The distance from a token to where it attends is the mean of the distances to all keys, weighed
@@ -93,9 +134,9 @@ def distance_share(weights: Tensor, tower: Tower, counted: Tensor | None) -> Ten
     """
     places = torch.tensor(tower.places(weights.shape[-1]), dtype=torch.float, device=weights.device)
     inside = slice(tower.prefix, tower.prefix + len(places))
+    seen = seen.expand_as(weights).float()[..., inside, inside]
     weights = weights.float()[..., inside, inside]
     apart = torch.cdist(places, places)  # (query, key)
-    seen = (weights > 0).float()
     if counted is not None:
         counted = counted[:, inside]
         weights, seen = (x * counted[:, None, None] for x in (weights, seen))

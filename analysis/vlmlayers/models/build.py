@@ -89,7 +89,7 @@ def build_clip(
             kind = CoCa
         try:
             # No devices: to save the state of GPUs would start CUDA where it may not be needed.
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), in_float32():
                 torch.manual_seed(seed)
                 clip = kind(**settings, cast_dtype=get_cast_dtype(precision))
                 _fill_decoder(clip)
@@ -130,6 +130,17 @@ def _fill_decoder(clip: nn.Module) -> None:
     head = getattr(getattr(clip, "text_decoder", None), "text_projection", None)
     if head is not None:
         nn.init.normal_(head, std=head.shape[0] ** -0.5)
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Hold the type of new parameters, which the caller may have set to another, at float32."""
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(own)
 
 
 @contextmanager

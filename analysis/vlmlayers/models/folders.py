@@ -14,6 +14,7 @@ from torch import nn
 from vlmlayers.architectures import FOREIGN_CONFIG, read_foreign
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import find_weights
+from vlmlayers.models.build import in_float32
 
 _SHOWN = 3
 # Where the second is not said, transformers asks at the terminal whether to run a folder's code.
@@ -41,7 +42,7 @@ def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.M
     weights = "random" if random_weights else find_weights(folder).name
     make = _timm if timms else _transformers
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), in_float32():
             torch.manual_seed(seed)
             model = make(folder, random_weights)
     except UserError:

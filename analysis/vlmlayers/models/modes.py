@@ -42,14 +42,14 @@ def _merged(modules: Iterable[nn.Module]) -> Iterator[None]:
             if not (layer.merged or layer.disable_adapters):
                 base, out = layer.get_base_layer(), layer.get_base_layer().out_proj
                 own = out.get_base_layer()
-                weights = (base, "in_proj_weight"), (own, "weight")
-                held.append((layer, out, [(*one, getattr(*one)) for one in weights]))
+                kept = [(base, "in_proj_weight", base.in_proj_weight), (own, "weight", own.weight)]
+                held.append((layer, out, kept))
                 with torch.no_grad():
                     layer.merge()
         yield
     finally:
-        for layer, out, weights in held:
-            for part, name, weight in weights:
+        for layer, out, kept in held:
+            for part, name, weight in kept:
                 delattr(part, name)
                 part.register_parameter(name, weight)
             layer.merged_adapters.clear()

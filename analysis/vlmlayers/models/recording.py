@@ -342,13 +342,13 @@ class Recorder:
         self._heads = []
         self._seen[position] = found
 
-    def _measure(self, weights: Tensor) -> None:
+    def _measure(self, weights: Tensor, seen: Tensor) -> None:
         """Take what is asked for of one attention, (item, head, query, key)."""
         if weights.shape[-2] != weights.shape[-1]:
             return  # a pool asks with queries of its own
         counted = self._counted(weights.shape[-1])
         self._heads.append(
-            {name: of(weights, self.tower, counted) for name, of in self._measures.items()}
+            {name: of(weights, seen, self.tower, counted) for name, of in self._measures.items()}
         )
 
     def _counted(self, tokens: int) -> Tensor | None:

@@ -16,7 +16,8 @@ from vlmlayers.models.tower import Apply, Tower, same
 from vlmlayers.positions import EMBED
 
 BIAS = "bias"  # what norm and projection add by themselves
-_EXACT = 1e-3  # of the largest value of the embedding: rounding stays below, another head does not
+# Of the largest value of the embedding: rounding stays below, another head does not.
+_EXACT, _ROUNDED = 1e-3, 8  # the second in units of what the stream is rounded to
 Change = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -59,7 +60,7 @@ def _parts(tower: Tower, batch: Tensor) -> dict[str, Tensor]:
         output = tower.run(batch).float()
         tokens = {position: tower.tokens(x).float() for position, x in stream.items()}
         order = [EMBED, *(str(block) for block in range(1, tower.depth + 1))]
-        last = tokens[order[-1]]
+        last, kind = tokens[order[-1]], stream[order[-1]].dtype
         parts = {EMBED: tokens[EMBED]} | {
             here: tokens[here] - tokens[before] for before, here in zip(order, order[1:])
         }
@@ -68,17 +69,16 @@ def _parts(tower: Tower, batch: Tensor) -> dict[str, Tensor]:
         pooled = {p: torch.einsum("nt,ntd->nd", weights, normed(x)) for p, x in parts.items()}
         whole = torch.stack([*pooled.values()]).sum(0) + shift
         after, more = _linear_norm(tower, tower.norm_after, whole)
-        dtype = next(tower.model.parameters()).dtype
-        # A projection with a bias is affine; less its value at zero it is linear.
-        zero = tower.project(torch.zeros(1, last.shape[-1]).to(last.device, dtype)).float()
-
-        def projected(x: Tensor) -> Tensor:
-            return tower.project(x.to(dtype)).float() - zero
-
-        found = {position: projected(after(x)) for position, x in pooled.items()}
+        # A projection with a bias is affine; less its value at zero it is linear. As a matrix: in
+        # half precision each part would be rounded by itself, however much they cancel.
+        unit = torch.eye(last.shape[-1], device=last.device, dtype=kind)
+        zero = tower.project(torch.zeros_like(unit[:1])).float()
+        matrix = tower.project(unit).float() - zero  # (width, joint)
+        found = {position: after(x) @ matrix for position, x in pooled.items()}
         bias = after(torch.zeros_like(last[:, 0]) + shift) + more
-        found[BIAS] = projected(bias) + zero
-    if (sum(found.values()) - output).abs().max() > _EXACT * output.abs().max():
+        found[BIAS] = bias @ matrix + zero
+    exact = max(_EXACT, _ROUNDED * torch.finfo(kind).eps)
+    if (sum(found.values()) - output).abs().max() > exact * output.abs().max():
         raise UserError(
             f"the head of the {tower.name} tower ({tower.family}) is not linear: its embedding is "
             "no sum of what the blocks add; leave `contribution` out"
@@ -104,7 +104,7 @@ def _linear_norm(tower: Tower, norm: Apply, x: Tensor) -> tuple[Apply, Tensor | 
 
 def _pool_weights(tower: Tower, batch: Tensor, tokens: Tensor) -> Tensor:
     """Return the weight of each token in the tower's own pooling, (item, token)."""
-    weights = torch.zeros(tokens.shape[:2], device=tokens.device)
+    weights = tokens.new_zeros(tokens.shape[:2])
     rows = torch.arange(len(tokens), device=tokens.device)
     if tower.pooling == "mean" and tower.valid is not None:
         mask = tower.valid(batch).float()

@@ -14,7 +14,7 @@ import transformers_models
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import attention_distance, attention_entropy
 from vlmlayers.models import Recorder, extract, find_towers
-from vlmlayers.models.attention import attention_weights
+from vlmlayers.models.attention import AttentionWatch, attention_weights, entropy_share
 from vlmlayers.plots import layer_curves
 from vlmlayers.scores import read_scores, score, write_scores
 from vlmlayers.scores.summaries import curves
@@ -150,6 +150,60 @@ def test_weights_reproduce_what_pytorch_makes_of_the_same_arguments(masked):
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
     values = v.repeat_interleave(2, 1) if masked == "grouped" else v
     torch.testing.assert_close(attention_weights(q, k, v, **options) @ values, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", ["causal", "boolean", "added", "least", "none"])
+def test_keys_whose_weights_round_to_nothing_are_seen(masked, dtype):
+    """How far uniform attention reaches is a matter of the mask; weights of 0 are no mask."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=draw).to(dtype) for _ in range(3))
+    q[..., -1, :] *= 300
+    tril = torch.ones(5, 5).tril().bool()
+    hidden = torch.finfo(dtype).min if masked == "least" else -torch.inf
+    added = torch.zeros(5, 5, dtype=dtype).masked_fill(~tril, hidden)
+    options = {"causal": {"is_causal": True}, "boolean": {"attn_mask": tril}, "none": {}}.get(
+        masked, {"attn_mask": added}
+    )
+    found = []
+    with AttentionWatch(lambda weights, seen: found.append((weights, seen))):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    ((weights, seen),) = found
+    truth = tril if masked != "none" else torch.ones(5, 5).bool()
+    assert (weights[..., truth] == 0).any()
+    assert torch.equal(seen.expand_as(weights), truth.expand_as(weights))
+    share = entropy_share(weights, seen, None, None)
+    w = weights.double().numpy()
+    entropy = -np.where(w > 0, w * np.log(np.where(w > 0, w, 1)), 0).sum((2, 3))
+    np.testing.assert_allclose(share, entropy / np.log(truth.sum(1).numpy()).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", ["boolean", "added", "of heads", "padding", "padding added"])
+def test_keys_that_multi_head_attention_hides_are_told_by_its_masks(masked):
+    draw = torch.Generator().manual_seed(0)
+    module = torch.nn.MultiheadAttention(24, 3, batch_first=True).eval()
+    with torch.no_grad():
+        module.in_proj_weight.copy_(torch.randn(72, 24, generator=draw))
+    x = 5 * torch.randn(2, 5, 24, generator=draw)
+    tril = torch.ones(5, 5).tril().bool()
+    added = torch.zeros(5, 5).masked_fill(~tril, -torch.inf)
+    short = torch.tensor([[False] * 5, [False, False, False, True, True]])
+    options, truth = {
+        "boolean": ({"attn_mask": ~tril}, tril),
+        "added": ({"attn_mask": added}, tril),
+        "of heads": ({"attn_mask": added.repeat(6, 1, 1)}, tril),
+        "padding": ({"key_padding_mask": short}, ~short[:, None, None]),
+        "padding added": (
+            {"key_padding_mask": torch.zeros(2, 5).masked_fill(short, -torch.inf)},
+            ~short[:, None, None],
+        ),
+    }[masked]
+    found = []
+    with torch.inference_mode(), AttentionWatch(lambda *one: found.append(one)):
+        module(x, x, x, need_weights=False, **options)
+    ((weights, seen),) = found
+    assert (weights[truth.expand_as(weights)] == 0).any()
+    assert torch.equal(seen.expand_as(weights), truth.expand_as(weights))
 
 
 def test_scores_are_rows_of_heads_with_intervals_and_curves_their_mean(tmp_path):

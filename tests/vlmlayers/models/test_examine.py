@@ -17,7 +17,7 @@ import vlmlayers as vl
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS
 from vlmlayers.metrics.declare import MODEL
-from vlmlayers.models import VLM, contributions, examine, wrap_model
+from vlmlayers.models import VLM, contributions, examine, load_model, wrap_model
 from vlmlayers.scores import SCORE_COLUMNS
 
 # The module, which its function of the same name hides in the package.
@@ -170,6 +170,42 @@ def test_contributions_sum_to_the_embedding(family: str) -> None:
         with torch.inference_mode():
             whole = tower.run(batch)
         torch.testing.assert_close(sum(parts.values()), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_contributions_of_half_precision_are_those_of_the_same_stream(precision: str) -> None:
+    half = load_model("mini-clip", precision=precision)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    texts = half.tokenizer(["a photo of a cat", "an owl"])
+    for tower, batch in (("vision", images.to(half.input_dtype)), ("text", texts)):
+        side = half.towers[tower]
+        parts = contributions(side, batch)
+        with torch.inference_mode():
+            whole = side.run(batch).float()
+        limit = 8 * torch.finfo(half.input_dtype).eps * whole.abs().max()
+        assert (sum(parts.values()) - whole).abs().max() < limit
+        # The stream is rounded, the parts of it are not: they are near those of full precision.
+        full = contributions(load_model("mini-clip").towers[tower], batch.float()
+                             if tower == "vision" else batch)  # fmt: skip
+        for position, part in parts.items():
+            assert (part - full[position]).abs().max() < 0.1 * full[position].abs().max()
+
+
+def test_a_default_type_of_the_callers_changes_no_result() -> None:
+    """As in a script that works in double precision."""
+    model, batch = tiny.model("clip"), tiny.images(tiny.build("clip"))
+    expected, weights = contributions(model.towers["vision"], batch), load_model("mini-clip")
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = tiny.model("clip")
+        parts = contributions(model.towers["vision"], batch)
+        loaded = load_model("mini-clip")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.input_dtype == torch.float32 and loaded.weights_hash == weights.weights_hash
+    for position, part in parts.items():
+        assert torch.equal(part, expected[position])
 
 
 def test_a_batch_that_a_tower_cannot_take_apart_is_said_in_a_line() -> None:
