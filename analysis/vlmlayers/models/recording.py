@@ -99,7 +99,12 @@ def probe(tower: Tower) -> None:
         with torch.inference_mode(), block_outputs(tower, seen.__setitem__):
             tower.run(tower.example(batch))
         _require_all(tower, seen)
-        for x in seen.values():
+        for position, x in seen.items():
+            if not isinstance(x, Tensor):
+                raise UserError(
+                    f"block {position} of the {tower.name} tower ({tower.family}) gives out "
+                    f"{type(x).__name__}, not one tensor; such towers are not known"
+                )
             # A batch axis has the size of the batch at every position and for every size.
             fits = {axis for axis, size in enumerate(x.shape) if size == batch}
             axes = axes & fits if axes else fits

@@ -73,7 +73,7 @@ class Tower:
         attend: The model's own pool where it is more than picking or averaging tokens.
         attend_raw: `attend` takes the raw block output (a map), not tokens.
         attend_norms: `attend` includes the final norm; `normed` space then goes through it.
-        layout: Order of axes of a block's output: `tokens`, `nchw` or `nhwc`.
+        layout: Order of axes of a block's output: `tokens`, or that of a map, `nchw` or `nhwc`.
         embed: Text only: token ids to their embeddings, (item, token, width), where the input of
             block 1 is these plus positions.
         ends: Text only: token ids to the index of the pooled end-of-text token, (item,).
@@ -224,15 +224,15 @@ class Tower:
 
     def tokens(self, x: Tensor) -> Tensor:
         """Return a block's output as (item, token, width)."""
-        if self.layout == "nchw":
-            return x.flatten(2).transpose(1, 2)
-        if self.layout == "nhwc":
-            return x.flatten(1, 2)
+        if self.layout != "tokens":
+            if x.ndim == 3:  # of some trunks stages, or the last ones, give tokens
+                return x
+            return x.flatten(2).transpose(1, 2) if self.layout == "nchw" else x.flatten(1, 2)
         return x if self.batch_axis in (None, 0) else x.transpose(0, 1)
 
     def channels(self, x: Tensor) -> int:
         """Return the width of a block's output."""
-        return int(x.shape[1] if self.layout == "nchw" else x.shape[-1])
+        return int(x.shape[1] if self.layout == "nchw" and x.ndim > 3 else x.shape[-1])
 
     def positions(self, space: str) -> tuple[str, ...]:
         """Return the positions at which a space is defined for this tower.

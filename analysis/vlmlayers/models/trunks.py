@@ -55,6 +55,9 @@ def timm_trunk(trunk: Any, run: Apply, example: Example, head: Apply) -> Tower:
 
 
 def _timm_blocks(trunk: Any, run: Apply, example: Example, head: Apply) -> Tower:
+    pooling = {"token": "cls", "avg": "mean"}.get(trunk.global_pool, "model")
+    if pooling == "mean" and getattr(trunk, "pool_include_prefix", False):
+        pooling = "model"  # a mean with the class token and registers, which ours leaves out
     tower = Tower(
         name="vision",
         kind="blocks",
@@ -62,16 +65,21 @@ def _timm_blocks(trunk: Any, run: Apply, example: Example, head: Apply) -> Tower
         run=run,
         blocks=list(trunk.blocks),
         width=trunk.num_features,
-        pooling={"token": "cls", "avg": "mean"}.get(trunk.global_pool, "model"),
+        pooling=pooling,
         prefix=getattr(trunk, "num_prefix_tokens", 0),
         class_token=getattr(trunk, "cls_token", None) is not None,
         norm_in=getattr(trunk, "norm_pre", same),
         norm=trunk.norm,
-        norm_after=trunk.fc_norm,
+        norm_after=getattr(trunk, "fc_norm", same),
         project=lambda x: head(trunk.head(x)),
         example=example,
     )
     if tower.pooling == "model":
+        if not hasattr(trunk, "pool"):
+            raise UserError(
+                f"timm model {type(trunk).__name__} has a {trunk.global_pool} pool that is not "
+                "known; build it with global_pool='avg' or 'token'"
+            )
         tower.attend = trunk.pool
         attention = trunk.global_pool == "map"
         tower.pool_note = "attention pool" if attention else f"{trunk.global_pool} pool"

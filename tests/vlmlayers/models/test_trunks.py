@@ -115,3 +115,56 @@ def test_final_is_what_the_model_gives_out():
 def test_joint_alone_is_refused_where_there_is_none():
     with pytest.raises(UserError, match=r"no joint embedding; ask for native or normed"):
         Recorder(find_towers(Dino(0))["vision"], ("joint",))
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientformerv2_s0"])
+def test_stages_are_averaged_over_places_whatever_the_order_of_their_axes(name):
+    """Stages of LeViT give tokens, of the other maps; widths are those that timm tells itself."""
+    model = moved(timm.create_model(name))
+    tower = find_towers(model)["vision"]
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    seen = []
+    hooks = [b.register_forward_hook(lambda _m, _a, out: seen.append(out)) for b in tower.blocks]
+    with torch.inference_mode():
+        own = model.forward_head(model.forward_features(x), pre_logits=True)
+    for hook in hooks:
+        hook.remove()
+    with Recorder(tower, ("native",)) as recorder:
+        found = recorder(x)["native"]
+    for block, (out, told) in enumerate(zip(seen, model.feature_info), start=1):
+        assert tower.widths[str(block)] == told["num_chs"]
+        axes = 1 if out.ndim == 3 else (2, 3)
+        np.testing.assert_allclose(found[str(block)], out.mean(axes), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found["final"], own, rtol=1e-3, atol=1e-5)
+
+
+def test_a_mean_that_takes_in_the_class_token_is_the_models_own_pool():
+    model = moved(timm.create_model("test_vit", global_pool="avg", pool_include_prefix=True))
+    tower = find_towers(model)["vision"]
+    assert tower.pooling == "model" and tower.token_pooling == "mean"
+    x = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        tokens = model.forward_features(x)
+        own = model.forward_head(tokens, pre_logits=True)
+        torch.testing.assert_close(tower.norm_after(tower.attend(tokens)), own)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cait_xxs24_224", {"depth": 2}, "is not the model's own pooled feature"),
+        ("crossvit_tiny_240", {}, "gives out list, not one tensor"),
+        ("naflexvit_base_patch16_map", {"depth": 1}, "a map pool that is not known"),
+    ],
+)
+def test_trunks_of_other_makes_are_refused_in_a_line(name, options, message):
+    with pytest.raises(UserError, match=message):
+        Recorder(find_towers(moved(timm.create_model(name, **options)))["vision"]).shapes()
+
+
+def test_a_mixer_has_no_norm_after_its_pool():
+    model = moved(timm.create_model("mixer_s32_224"))
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode(), Recorder(find_towers(model)["vision"]) as recorder:
+        own = model.forward_head(model.forward_features(x), pre_logits=True)
+        np.testing.assert_allclose(recorder(x)["native"]["final"], own, rtol=1e-3, atol=1e-5)
