@@ -146,7 +146,9 @@ class Recorder:
 
     Raises:
         UserError: Unknown space, a pooling that the tower does not have, or `joint` alone where
-            there is no joint embedding; attention or tokens of a tower that has no blocks.
+            there is no joint embedding; attention or tokens of a tower that has no blocks; `normed`
+            or `joint` of another pooling than the tower's own, where norm or projection are part
+            of that.
     """
 
     def __init__(
@@ -164,8 +166,8 @@ class Recorder:
         if not self.spaces:
             raise UserError(f"{tower.refusal(JOINT)}; ask for native or normed")
         self.pooling = tower.resolve_pooling(pooling)
-        if self.pooling == TOKENS:
-            self._refuse_pooled_norm()
+        if pooling not in (None, "model", tower.pooling):
+            self._refuse_parted_pool()
         self._measures = {space: MEASURES[space] for space in self.spaces if space in ATTENTION}
         if self._measures:
             self._refuse_attention()
@@ -217,12 +219,15 @@ class Recorder:
             )
         return self.tower.token_names(counts.pop())
 
-    def _refuse_pooled_norm(self) -> None:
-        """Refuse tokens where the final norm is part of the pool that they would go without."""
-        if self.tower.attend_norms and {"normed", JOINT} & set(self.spaces):
+    def _refuse_parted_pool(self) -> None:
+        """Refuse tokens or another pooling where norm or projection are part of the model's own."""
+        tower, spaces = self.tower, {"normed", JOINT} & set(self.spaces)
+        part = "final norm" if tower.attend_norms else "projection" if tower.attend_raw else ""
+        if part and spaces:
+            what = "its tokens have" if self.pooling == TOKENS else f"{self.pooling!r} pooling has"
             raise UserError(
-                f"the final norm of the {self.tower.name} tower ({self.tower.family}) is part of "
-                "its attention pool, so that its tokens have native space only; ask for native"
+                f"the {part} of the {tower.name} tower ({tower.family}) is part of its attention "
+                f"pool, so that {what} native space only; ask for native"
             )
 
     def _refuse_attention(self) -> None:

@@ -131,6 +131,30 @@ def test_mean_pooling_in_joint_space_averages_normed_patches():
     assert _close(found["joint"]["proj"], _encode(clip, x))  # proj stays the model's own embedding
 
 
+@pytest.mark.parametrize(
+    ("family", "pooling", "part"),
+    [("coca", "mean", "final norm"), ("coca", "cls", "final norm"), ("coca mean", "mean", "final"),
+     ("resnet", "mean", "projection")],
+)  # fmt: skip
+def test_another_pooling_than_the_one_that_projects_has_native_space_only(family, pooling, part):
+    """CoCa's joint space would be of its own pool, a ResNet's of the width of its last stage."""
+    clip = tiny.build(family)
+    tower, x = find_towers(clip)["vision"], tiny.images(clip)
+    for spaces in (("native", "joint"), ("joint",)):
+        with pytest.raises(UserError, match=f"the {part}.* part of its attention pool, so that"):
+            Recorder(tower, spaces, pooling)
+    found = _record(tower, x, ("native",), pooling)["native"]["2"]
+    seen = []
+    hook = tower.blocks[1].register_forward_hook(lambda _m, _a, out: seen.append(out.detach()))
+    _encode(clip, x)
+    hook.remove()
+    tokens = seen[0].flatten(2).mT if family == "resnet" else seen[0]
+    if family == "resnet" or pooling == "cls":
+        assert _close(found, tokens.mean(1) if pooling == "mean" else tokens[:, 0])
+    else:
+        assert _close(found, tokens[:, 1:].mean(1))
+
+
 def test_attention_pool_is_applied_at_every_position():
     clip = tiny.build("timm vit map")
     trunk, x = clip.visual.trunk, tiny.images(clip)
