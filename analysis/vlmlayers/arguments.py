@@ -299,6 +299,9 @@ def _several(item: _Kind, lazy: bool) -> _Kind:
     """Return what takes any number of items, or one."""
 
     def take(value: Any) -> Any:
+        # Its keys would be taken for the values, such as rows for labels.
+        if isinstance(value, Mapping) and item is _ANY:
+            raise _Wrong(value)
         # One bare value first: text would otherwise be taken apart into characters. Where items may
         # be anything, only text is sure to be one of them.
         if item is not _ANY or isinstance(value, str | bytes):

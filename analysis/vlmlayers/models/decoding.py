@@ -82,6 +82,13 @@ def _collate(samples: list[tuple[int, Any]]) -> tuple[list[int], Any, dict[int, 
     # The batch keeps its place and its other images: batches are part of what a store is.
     good = [(row, image) for row, image in samples if isinstance(image, Tensor)]
     bad = {row: image for row, image in samples if not isinstance(image, Tensor)}
+    for row, image in good[1:]:
+        if image.shape != good[0][1].shape:
+            (first, whole), other = good[0], tuple(image.shape)
+            raise UserError(
+                f"images of one batch differ after preparation: row {first} is "
+                f"{tuple(whole.shape)}, row {row} {other}; prepare all to one size"
+            )
     stacked = _handed_over(torch.stack([image for _, image in good])) if good else None
     return [row for row, _ in good], stacked, bad
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from vlmlayers.arguments import Count, Seed, checked
+from vlmlayers.arguments import Count, Seed, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
@@ -29,6 +29,16 @@ from vlmlayers.prompts import PROMPTED, UNTOLD, alike
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
+
+
+def _in_order(given: Any) -> Any:
+    if isinstance(given, Set):
+        raise TypeError  # what comes first, and so which image it is of, nothing says
+    return given
+
+
+InOrder = Annotated[Sequence[Any], Takes("a sequence in order", convert=_in_order)]
+NamesInOrder = Annotated[Sequence[str], Takes("strings in the order of labels", convert=_in_order)]
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
 
 
@@ -39,9 +49,9 @@ def extract(
     data: Any,
     split: str = "train",
     *,
-    labels: Sequence[Any] | None = None,
-    class_names: Sequence[str] | None = None,
-    texts: Sequence[Any] | None = None,
+    labels: InOrder | None = None,
+    class_names: NamesInOrder | None = None,
+    texts: InOrder | None = None,
     name: str | None = None,
     items: Count | Sequence[Item] | None = None,
     root: str | Path | None = None,

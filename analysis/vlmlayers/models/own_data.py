@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -159,7 +159,9 @@ def own_data(
     numbers, names = _numbered(given, names, held.labels is not None)
     named = bool(names)
     names = names or tuple(f"class {i}" for i in range(max(numbers) + 1))
-    texts = [_texts_of(one) for one in captions] if captions is not None else held.captions
+    texts = held.captions
+    if captions is not None:
+        texts = [_texts_of(one, row) for row, one in enumerate(captions)]
     ids = held.ids or list(map(str, range(count)))
     listed = tuple(
         Item(ids[row], label, names[label], texts[row] if texts else ())
@@ -199,6 +201,11 @@ def _held(data: Any, progress: bool) -> _Held:
         )
     if isinstance(data, Mapping):
         raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
+    shape = tuple(getattr(data, "shape", ()))
+    # Of three axes it may be grey images; with channels among them it is one image in colour.
+    channels = {*shape[-1:], *(shape[:1] if isinstance(data, Tensor) else ())}
+    if len(shape) == 3 and channels & {3, 4}:
+        raise UserError(f"{_what(data)} is one image, not several; give a list of images")
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if not indexed and isinstance(data, Iterable):
         data, indexed = list(data), True
@@ -330,7 +337,7 @@ def _hugging_face(data: Any) -> _Held:
         list(data[label]) if label else None,
         names,
         str(getattr(data.info, "dataset_name", "") or ""),
-        [_texts_of(one) for one in data[captions]] if captions else None,
+        [_texts_of(one, row) for row, one in enumerate(data[captions])] if captions else None,
     )
 
 
@@ -347,8 +354,15 @@ def _of_table(data: Any, column: str, row: int) -> Any:
     return _picture(data[row][column], row)
 
 
-def _texts_of(one: Any) -> tuple[str, ...]:
-    return (one,) if isinstance(one, str) else tuple(map(str, one))
+def _texts_of(one: Any, row: int) -> tuple[str, ...]:
+    ordered = isinstance(one, Iterable) and not isinstance(one, str | Mapping | Set)
+    several = tuple(one) if ordered else (one,)
+    for text in several:
+        if not isinstance(text, str):
+            raise UserError(
+                f"{_what(text)} is no caption of image {row}; give a text, or several in a list"
+            )
+    return tuple(map(str, several))
 
 
 def _numbered(

@@ -131,6 +131,7 @@ class _Stream:
             if folder is not None:
                 self._save(folder)
             self.work.settle(self._unread())
+            self.work.tell_cut()
             name = str(self.header["dataset"])
             merged = merge_over_processes(self.sums.datasets[name], self._widths(), self.processes)
         finally:
@@ -267,7 +268,7 @@ class _Stream:
         parts = []
         with recorder:
             for rows in batches_of(len(texts), self.work.options.batch_size):
-                ids = self.work.model.tokenize([texts[row] for row in rows])
+                ids = self.work.tokens([texts[row] for row in rows])
                 parts.append(self.work.record(recorder, ids))
                 refuse_not_finite(parts[-1], rows, recorder, texts)
         return self._tower("text", tuple(texts), labels, _joined(parts), pairs)

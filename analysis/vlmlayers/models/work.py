@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -32,6 +32,7 @@ from vlmlayers.models.sink import MemorySink, Sink
 from vlmlayers.models.vlm import VLM
 from vlmlayers.positions import TOKENS
 from vlmlayers.progress import bar
+from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 MOST_TOKEN_BYTES = 8_000_000_000  # of all tokens of a tower: samples to look at, not whole datasets
@@ -68,6 +69,8 @@ class Work:
     texts: Texts | None
     recorders: Mapping[str, Recorder]
     options: ExtractOptions
+    filled: int = field(default=0, init=False)
+    context: int = field(default=0, init=False)
 
     @cached_property
     def data(self) -> DataIdentity:
@@ -215,9 +218,29 @@ class Work:
             for batch in processes.share(len(batches)):
                 if batch not in sink.done["text"]:
                     rows = batches[batch]
-                    features = self.record(recorder, self.model.tokenize([texts[r] for r in rows]))
+                    features = self.record(recorder, self.tokens([texts[r] for r in rows]))
                     refuse_not_finite(features, rows, recorder, texts)
                     sink.put("text", batch, rows, recorder.without_padding(features), {})
+        self.tell_cut()
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """Return the token ids of texts, (text, context), and count those that fill it."""
+        ids = self.model.tokenize(texts)
+        valid = self.recorders["text"].tower.valid
+        if valid is not None:
+            self.filled += int(valid(ids).all(1).sum())
+            self.context = ids.shape[1]
+        return ids
+
+    def tell_cut(self) -> None:
+        """Warn of texts that are likely not seen to their end."""
+        if self.filled:
+            LOG.warning(
+                "%s: %s all %d tokens that the text tower takes; what goes beyond is cut off",
+                self.manifest.name,
+                f"{counted(self.filled, 'text')} {'fills' if self.filled == 1 else 'fill'}",
+                self.context,
+            )
 
     def images(
         self, batches: Sequence[Sequence[int]], left: Sequence[int]

@@ -290,11 +290,53 @@ def test_workers_decode_data_in_memory(expected):
         (["faces", "signs"], {}, "faces is a dataset, not an image; give one dataset at a time"),
         (["/not/there.png"], {}, "image /not/there.png cannot be read"),
         ([{"picture": 1}], {}, "sample 0 has keys picture but no 'image'"),
+        (PIXELS, {"labels": dict(enumerate(LABELS[::-1]))}, "labels takes a sequence in order or"),
+        (PIXELS, {"labels": set(range(9))}, "labels takes a sequence in order .* type set"),
+        (PIXELS, {"labels": LABELS, "class_names": set(NAMES)}, "class_names takes strings in the"),
+        (PIXELS, {"text": "captions", "texts": frozenset("abcdefghi")}, "texts takes a sequence"),
+        (PIXELS, {"text": "captions", "texts": [1] * 9}, "a int is no caption of image 0; give a"),
+        (PIXELS, {"text": "captions", "texts": [["a"]] * 8 + [[None]]}, "a NoneType is no caption"),
+        (PIXELS[0], {}, r"a ndarray of shape \(32, 32, 3\) is one image, not several; give a list"),
+        (torch.zeros(3, 32, 32), {}, r"a Tensor of shape \(3, 32, 32\) is one image, not several"),
+        ([torch.zeros(3, 32, 32), torch.zeros(3, 32, 8)], {}, r"row 0 is .*, row 1 .*; prepare"),
     ],
 )  # fmt: skip
 def test_data_that_are_none_are_said_in_a_line(data, beside, message):
     with pytest.raises(vl.UserError, match=message):
         vl.extract(MODEL, data, **beside, **QUIET)
+
+
+def test_images_that_a_preparation_leaves_of_different_sizes_are_named_in_workers_too():
+    def grown(image):
+        return tiny.preprocess(image.resize((32, 32 + int(np.asarray(image)[0, 0, 0]) % 2)))
+
+    model = replace(MODEL, preprocess=grown)
+    for workers in (0, 1):
+        with pytest.raises(vl.UserError, match=r"row 0 is .*, row 3 .*; prepare all to one size"):
+            vl.extract(model, PIXELS, workers=workers, **QUIET)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_texts_that_fill_the_context_are_said(streamed, caplog):
+    texts = ["ant", "a bee or so", "x" * 40, *["cat"] * 6]
+    model = tiny.model()
+
+    def tokens(several):  # one letter more than those of `tiny`, so that the longest are cut off
+        ids = torch.zeros(len(several), 12, dtype=torch.long)
+        for row, text in enumerate(several):
+            letters = [1, *(3 + ord(letter) % 57 for letter in text[:10]), 63]
+            ids[row, : len(letters)] = torch.tensor(letters)
+        return ids
+
+    model.tokenizer = tokens
+    run = vl.models.stream if streamed else vl.extract
+    if streamed:
+        data = tiny.DrawnManifest(count=6, names=("cat", "x" * 30, "dog"), template="{}")
+        run(model, data, "train", progress=False)
+    else:
+        run(model, PIXELS, text="captions", texts=texts, **QUIET)
+    few = "1 text fills" if streamed else "2 texts fill"
+    assert f"{few} all 12 tokens that the text tower takes; what goes beyond" in caplog.text
 
 
 def test_two_sets_without_a_name_are_not_compared_by_their_ranges(caplog):
