@@ -209,10 +209,14 @@ def _of_transformers(
     if preprocess is None:
         processor = _read(AutoImageProcessor, source) or _processor(model, name)
         preprocess = Processed(processor)
+    elif hasattr(preprocess, "to_dict") and hasattr(preprocess, "preprocess"):
+        preprocess = Processed(preprocess)  # one of transformers
     settings = preprocess.settings if isinstance(preprocess, Processed) else described(preprocess)
     if tokenizer is None and hasattr(model, "text_model"):
         found = _read(AutoTokenizer, source)
         tokenizer = Unknown(name) if found is None else _tokens(found, model, name)
+    elif hasattr(tokenizer, "model_max_length") and hasattr(model, "text_model"):
+        tokenizer = _tokens(tokenizer, model, name)  # one of transformers, too
     return Companions(preprocess, None, tokenizer, settings, name)
 
 

@@ -55,10 +55,18 @@ class _Images(Dataset[tuple[int, Any]]):
         item = self.items[row]
         try:
             image = self.manifest.open_image(item, **self.where)
-            return row, image if isinstance(image, Tensor) else self.preprocess(image)
+            made = image if isinstance(image, Tensor) else self.preprocess(image)
         # Returned, not raised: an error in a decoding process would end the whole extraction.
         except (UserError, OSError) as error:
             return row, reason(item.path, error)
+        # Else it would be taken for the reason why an image could not be read.
+        if not isinstance(made, Tensor) or not made.is_floating_point():
+            kind = made.dtype if isinstance(made, Tensor) else f"a {type(made).__name__}"
+            raise UserError(
+                f"preprocess makes {kind} of an image; the model takes a floating tensor of "
+                "(3, height, width)"
+            )
+        return row, made
 
 
 def _handed_over(pixels: Tensor) -> Any:

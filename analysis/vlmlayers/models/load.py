@@ -175,8 +175,9 @@ def wrap_model(
             `open_clip.create_model_and_transforms` returns, the model and its transforms. One
             inside `DataParallel`, `DistributedDataParallel`, `torch.compile` or a peft wrapper is
             taken out, which the log says.
-        preprocess: Its evaluation transform; that of its files or its family where None.
-        tokenizer: Texts → token ids; likewise.
+        preprocess: Its evaluation transform, or an image processor of transformers for a model of
+            transformers; that of its files or its family where None.
+        tokenizer: Texts → token ids, (text, context), or a tokenizer of transformers; likewise.
         name: Architecture, for tables; what the model says of itself where None.
         weights: Where the weights came from, for tables.
         preprocess_train: Its training transform; `preprocess` where absent.

@@ -181,13 +181,7 @@ class Tower:
             UserError: The batch is empty, differs in shape, type or device from those that fit, or
                 holds tokens beyond the vocabulary.
         """
-        if batch.numel() and isinstance(self.embed, nn.Embedding):
-            low, high, known = batch.min().item(), batch.max().item(), self.embed.num_embeddings
-            if low < 0 or high >= known:
-                raise UserError(
-                    f"the {self.name} tower knows tokens 0 to {known - 1}, and these run from "
-                    f"{low} to {high}; take the tokenizer of the model"
-                )
+        self.refuse_unknown_tokens(batch)
         fits = self.example(1)
         needed = _described(["item", *fits.shape[1:]], fits)
         if not batch.numel() or _described(["item", *batch.shape[1:]], batch) != needed:
@@ -195,6 +189,20 @@ class Tower:
                 f"the {self.name} tower takes one item or more as {needed}, not "
                 f"{_described(batch.shape, batch)}"
             )
+
+    def refuse_unknown_tokens(self, ids: Tensor) -> None:
+        """Refuse tokens that the text tower has no embedding of.
+
+        Raises:
+            UserError: Says which it has.
+        """
+        if ids.numel() and isinstance(self.embed, nn.Embedding):
+            low, high, known = ids.min().item(), ids.max().item(), self.embed.num_embeddings
+            if low < 0 or high >= known:
+                raise UserError(
+                    f"the {self.name} tower knows tokens 0 to {known - 1}, and these run from "
+                    f"{low} to {high}; take the tokenizer of the model"
+                )
 
     def places(self, tokens: int) -> list[tuple[int, ...]]:
         """Return where each token stands that is no class token or register, from 1.

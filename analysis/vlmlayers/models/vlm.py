@@ -19,6 +19,7 @@ from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.tower import Towers
 from vlmlayers.models.towers import find_towers
 from vlmlayers.models.wrappers import unwrapped
+from vlmlayers.words import counted
 
 
 @dataclass(eq=False)
@@ -122,11 +123,27 @@ class VLM:
         """Return the token ids of texts, (text, context).
 
         Raises:
-            UserError: The model has no tokenizer.
+            UserError: The model has no tokenizer, or that gives what the text tower does not take.
         """
         if self.tokenizer is None:
             raise UserError(f"{self.name} has no tokenizer; give wrap_model(…, tokenizer=…)")
-        return self.tokenizer(texts)
+        ids: Any = self.tokenizer(texts)
+        whole = isinstance(ids, Tensor) and not ids.is_floating_point()
+        if not whole or ids.ndim != 2 or len(ids) != len(texts):
+            shape = f" of {ids.dtype}, {tuple(ids.shape)}," if isinstance(ids, Tensor) else ""
+            raise UserError(
+                f"the tokenizer of {self.name} makes a {type(ids).__name__}{shape} of "
+                f"{counted(len(texts), 'text')}; it is to make a tensor of token ids, (text, "
+                "context)" + (": its input_ids" if hasattr(ids, "input_ids") else "")
+            )
+        tower = self.towers["text"]
+        tower.refuse_unknown_tokens(ids)
+        if tower.ends is not None and (first := tower.ends(ids) == 0).any():
+            raise UserError(
+                f"the end of text is the first token of {texts[int(first.int().argmax())]!r}, "
+                f"where {self.name} would read it; let the tokenizer pad on the right"
+            )
+        return ids
 
     def adapt(
         self,

@@ -285,7 +285,15 @@ class Work:
         advice = f"lower batch_size ({size}; --batch-size), or take another device"
         with memory_errors(device, advice), autocast(device, self.options.precision):
             # From pinned memory, which `decode` was asked for, the copy runs beside the model.
-            return recorder.start(batch.to(device, kind, non_blocking=True))
+            batch = batch.to(device, kind, non_blocking=True)
+            try:
+                return recorder.start(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError):
+                if recorder.tower.name == "vision":  # texts may have any number of columns
+                    recorder.tower.refuse_misfit(batch)
+                raise
 
 
 @contextmanager

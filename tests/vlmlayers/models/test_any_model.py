@@ -167,6 +167,66 @@ def test_wrappers_are_taken_off_and_said(wrap, said, caplog):
     )
 
 
+def test_processor_and_tokenizer_of_transformers_are_taken_as_they_are(folder):
+    clip = transformers.CLIPModel.from_pretrained(folder)
+    own = {
+        "preprocess": transformers.AutoImageProcessor.from_pretrained(folder),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
+    }
+    found, expected = (
+        vl.extract(m, DRAWN, "train", progress=False)
+        for m in (wrap_model(clip, **own), wrap_model(clip))
+    )
+    for tower in ("vision", "text"):
+        np.testing.assert_array_equal(found[tower]["proj"], expected[tower]["proj"])
+    assert wrap_model(clip, **own).identity() == wrap_model(clip).identity()
+
+
+def _padded_left(texts):
+    ids = tiny.tokenizer(texts)
+    return torch.stack([torch.cat([row[row == 63], row[row != 63]]) for row in ids])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (lambda t: tiny.tokenizer(t).tolist(), "makes a list of 2 texts; it is to make a tensor"),
+        (lambda t: tiny.tokenizer(t[:1]), r"makes a Tensor of torch.int64, \(1, 12\), of 2 texts"),
+        (lambda t: tiny.tokenizer(t).float(), r"Tensor of torch.float32, \(2, 12\), of 2 texts"),
+        (lambda t: transformers.BatchEncoding({"input_ids": tiny.tokenizer(t)}), ": its input_ids"),
+        (lambda t: tiny.tokenizer(t) + 90, "knows tokens 0 to 63, and these run from 90 to 153"),
+        (_padded_left, "end of text is the first token of 'a dog', where .*; let the .* right"),
+    ],
+)
+def test_what_a_tokenizer_makes_is_looked_at(tokenizer, message):
+    """Of one text for two, both rows of features would be its own."""
+    model = wrap_model(tiny.build("clip"), tiny.preprocess, tokenizer)
+    with pytest.raises(vl.UserError, match=message):
+        model.tokenize(["a dog", "a cat"])
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "message"),
+    [
+        (
+            lambda image: np.asarray(image),
+            "preprocess makes a ndarray of an image; the model",
+        ),
+        (lambda _: torch.zeros(3, 32, 32, dtype=torch.uint8), "preprocess makes torch.uint8 of"),
+        (
+            lambda _: torch.zeros(1, 3, 32, 32),
+            r"\(item, 3, 32, 32\) of float32 on cpu, not \(6, 1",
+        ),
+        (lambda _: torch.zeros(3, 16, 16), r"as \(item, 3, 32, 32\) .*, not \(6, 3, 16, 16\)"),
+    ],
+)
+def test_what_a_preparation_makes_is_looked_at(preprocess, message):
+    model = wrap_model(tiny.build("clip"), preprocess, tiny.tokenizer)
+    for more in ({}, {"skip_unreadable": True}):
+        with pytest.raises(vl.UserError, match=message):
+            vl.extract(model, DRAWN, "train", progress=False, **more)
+
+
 def test_adapters_in_fused_attention_leave_weights_as_they_were(tmp_path):
     """peft adds them to the weights in each pass and takes them off again, but for rounding."""
     torch.manual_seed(0)
