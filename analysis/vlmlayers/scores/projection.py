@@ -16,6 +16,7 @@ from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.positions import is_block
 from vlmlayers.scores.parts import balanced_rows, refuse_not_finite
 from vlmlayers.scores.reading import partner_block
+from vlmlayers.scores.scoring import expect_one_model
 from vlmlayers.words import counted
 
 Projection = Literal["pca", "tsne", "umap"]
@@ -130,6 +131,7 @@ def _one_model(parts: Sequence[LayerFeatures]) -> None:
     if len(models) != 1:
         named = ", ".join(models) or "none"
         raise UserError(f"one picture shows features of one model, not {len(models)}: {named}")
+    expect_one_model(parts)
     names = [part.dataset for part in parts]
     for name in names:
         if names.count(name) > 1:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -281,7 +282,7 @@ def make_groups(features: Iterable[LayerFeatures], options: ScoreOptions) -> lis
     if not groups:
         raise UserError("no features to score; extract some first")
     for members in groups.values():
-        expect_one_width(members)
+        expect_one_model(members)
     count = sum(map(len, groups.values()))
     return [
         Group(key[0], key[1], key[2], tuple(members), apart=count - len(members))
@@ -296,12 +297,19 @@ def poolings(member: LayerFeatures) -> tuple[str, str]:
     return vision, text
 
 
-def expect_one_width(members: Sequence[LayerFeatures]) -> None:
-    """Refuse features of one model and place whose widths differ: one of them is another model.
+def expect_one_model(members: Sequence[LayerFeatures]) -> None:
+    """Refuse features of one name that are of several models, as their widths or identities show.
 
     Raises:
-        UserError: Names place, widths and datasets.
+        UserError: Names place and widths, or what differs, and the datasets.
     """
+    for one, other in combinations(members, 2):
+        if part := _other_model(one.identity, other.identity):
+            raise UserError(
+                f"features of {one.dataset} and {other.dataset} differ in their model's {part}, "
+                f"and both are said to be of {one.model} {one.weights}; extract them of one model, "
+                "or name their models apart"
+            )
     seen: dict[tuple[str, str, str], tuple[int, str]] = {}
     for member in members:
         for tower in member.towers:
@@ -316,6 +324,17 @@ def expect_one_width(members: Sequence[LayerFeatures]) -> None:
                             f"{array.shape[-1]} in {member.dataset}, and both are said to be of "
                             f"{member.model} {member.weights}; name their models apart"
                         )
+
+
+def _other_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return in which part of a model two identities differ, empty where none shows it."""
+    hashes = {each.get("weights_hash") for each in (one, other)} - {None}
+    if len(hashes) > 1:
+        return "weights"
+    # As far as both name a setting: features that were recorded elsewhere name none.
+    first, second = (each.get("preprocessing") or {} for each in (one, other))
+    return next((f"preprocessing ({key})" for key in first
+                 if key in second and first[key] != second[key]), "")  # fmt: skip
 
 
 def check_finite(features: LayerFeatures) -> None:

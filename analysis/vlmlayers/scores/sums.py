@@ -22,7 +22,7 @@ from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.gaps import partner_positions
 from vlmlayers.scores.options import ScoreOptions
-from vlmlayers.scores.scoring import check_finite, expect_one_width, poolings
+from vlmlayers.scores.scoring import check_finite, expect_one_model, poolings
 from vlmlayers.words import counted
 
 Key = tuple[str, str, str]  # tower, space, position
@@ -260,7 +260,7 @@ class StreamingScores:
                 f"{head.dataset}: features of {theirs} cannot join those of {ours} in "
                 f"{heads[0].dataset}; score them apart"
             )
-        expect_one_width([*heads, head])
+        expect_one_model([*heads, head])
         if head.dataset in self.datasets:
             self.datasets[head.dataset].expect_alike(head, prompts)
 

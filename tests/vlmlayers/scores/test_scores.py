@@ -34,6 +34,7 @@ from vlmlayers.scores import (
     write_scores,
 )
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
+from vlmlayers.scores.projection import project
 from vlmlayers.scores.reading import ceiling
 from vlmlayers.scores.readouts import (
     Split,
@@ -1005,6 +1006,31 @@ def test_too_few_prompts_for_dataset_accuracy_are_said() -> None:
         f"not computed: dataset_accuracy_ncm of the text tower ({why}); "
         f"dataset_confusion of the text tower ({why})"
     )
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "what"),
+    [
+        ({"weights_hash": "a"}, {"weights_hash": "b"}, "model's weights"),
+        ({"weights_hash": "a", "preprocessing": {"mean": [0.5], "size": 9}},
+         {"weights_hash": "a", "preprocessing": {"mean": [0.4]}}, r"preprocessing \(mean\)"),
+    ],
+)  # fmt: skip
+def test_two_models_of_one_name_are_not_scored_as_one(here, there, what) -> None:
+    """As of a file of weights that was written anew between two extractions, or two in memory."""
+    first, second, third = many(3)
+    first, third = (replace(one, identity=i) for one, i in ((first, here), (third, there)))
+    message = f"features of set0 and set2 differ in their .*{what}, and both .* apart"
+    with pytest.raises(UserError, match=message):
+        score([first, second, third], ["dataset_accuracy_ncm"], **QUICK)
+    with pytest.raises(UserError, match=message):
+        project([first, second, third], "1")
+    apart = replace(third, weights="another")
+    found = score([first, second, apart], ["effective_rank"], **QUICK)
+    assert found.groupby("weights", observed=True)["dataset"].nunique().to_dict() == {
+        first.weights: 2, "another": 1
+    }  # fmt: skip
+    project([replace(first, identity={}), second, third], "1")  # where nothing tells
 
 
 def test_one_model_of_two_widths_is_refused() -> None:
