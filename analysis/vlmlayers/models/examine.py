@@ -181,8 +181,9 @@ class _Inputs:
     def mean_added(self, tower: str) -> dict[int, list[Tensor]]:
         """Return what each block adds, averaged over items, per batch and in the tower's layout.
 
-        Images are averaged token by token. Texts differ in length: their end-of-text tokens are
-        averaged with each other, all tokens before with each other, and so are those that pad.
+        Images are averaged token by token, without patches that pad them. Texts differ in length:
+        their end-of-text tokens are averaged with each other, all tokens before with each other,
+        and so are those that pad.
         """
         side = self.model.towers[tower]
         sums: dict[int, Tensor] = {}
@@ -206,13 +207,16 @@ class _Inputs:
         }
 
     def _token_groups(self, side: Tower, batch: Tensor) -> Tensor:
-        """Return which tokens are averaged together, (item, token, group), each in one group."""
+        """Return which tokens are averaged together, (item, token, group), in one group at most."""
         seen: dict[str, Tensor] = {}
         with torch.inference_mode(), block_outputs(side, seen.__setitem__):
             side.run(batch[:1])
         count = side.tokens(seen[EMBED]).shape[1]
         if side.ends is None:
-            return torch.eye(count, device=batch.device).expand(len(batch), -1, -1)
+            group = torch.eye(count, device=batch.device).expand(len(batch), -1, -1)
+            if side.name == "vision" and side.valid is not None:
+                return group * side.valid(batch)[..., None]  # patches that pad are nobody's
+            return group
         place, ends = torch.arange(count, device=batch.device), side.ends(batch)[:, None]
         # How much pads a text depends on the longest one, and must not enter the mean of words.
         kind = (place >= ends).long() + (place > ends).long()

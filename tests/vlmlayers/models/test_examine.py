@@ -18,6 +18,9 @@ from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS
 from vlmlayers.metrics.declare import MODEL
 from vlmlayers.models import VLM, contributions, examine, load_model, wrap_model
+from vlmlayers.models.examine import _Inputs
+from vlmlayers.models.recording import block_outputs
+from vlmlayers.models.transformers_towers import pack
 from vlmlayers.scores import SCORE_COLUMNS
 
 # The module, which its function of the same name hides in the package.
@@ -136,6 +139,32 @@ def test_what_is_the_same_for_all_items_is_its_own_mean() -> None:
     for tower in ("vision", "text"):
         assert value(table, "mean_joint_change", tower, "2") == pytest.approx(0.0, abs=1e-6)
         assert value(table, "skip_joint_change", tower, "2") > 1e-4
+
+
+def test_what_pads_images_enters_no_mean() -> None:
+    """Images of SigLIP 2 have patches of their own number; what stands behind them is arbitrary."""
+    model = wrap_model(
+        transformers_models.build("Siglip2"), tokenizer=tiny.tokenizer, random_weights=True
+    )
+    batch = pack(transformers_models.patches())
+    there = batch[..., -3] > 0
+    other = batch.clone()
+    other[..., :-3][~there] = 9.0
+    means = [
+        _Inputs(model, "", np.arange(3), {"vision": [one]}).mean_added("vision")
+        for one in (batch, other)
+    ]
+    seen: dict[str, torch.Tensor] = {}
+    tower = model.towers["vision"]
+    with torch.inference_mode(), block_outputs(tower, seen.__setitem__):
+        tower.run(batch)
+    added = seen["2"] - seen["1"]
+    expected = (added * there[..., None]).sum(0) / there.sum(0).clamp(min=1)[:, None]
+    for block in (1, 2):
+        first, second = (mean[block][0] for mean in means)
+        torch.testing.assert_close(first, second)
+        assert first[there].abs().max() > 0.1
+    torch.testing.assert_close(means[0][2][0][there], expected.expand(3, -1, -1)[there])
 
 
 def test_what_pads_texts_enters_no_mean() -> None:
