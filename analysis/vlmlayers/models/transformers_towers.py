@@ -38,7 +38,7 @@ def find_vision(model: Any) -> Tower:
         example=_pixels(vision),
         # Spelled so in transformers.
         norm_in=getattr(vision, "pre_layrnorm", same),
-        norm=vision.post_layernorm,
+        norm=_known(vision, "post_layernorm"),
         project=getattr(model, "visual_projection", same),
     )
     if hasattr(vision.embeddings, "class_embedding"):
@@ -74,7 +74,7 @@ def find_text(model: Any) -> Tower:
         run=lambda ids: _embedding(model.get_text_features(input_ids=ids)),
         example=_ids(text),
         causal=ends is not None,
-        norm=text.final_layer_norm,
+        norm=_known(text, "final_layer_norm"),
         project=text.head if ends is None else model.text_projection,
         embed=text.embeddings.token_embedding,
         ends=ends,
@@ -141,6 +141,16 @@ def _blocks(part: Any, name: str) -> list[nn.Module]:
             "are CLIPModel, SiglipModel, Siglip2Model and models with their parts"
         )
     return list(found)
+
+
+def _known(part: Any, name: str) -> Any:
+    found = getattr(part, name, None)
+    if found is None:
+        raise UserError(
+            f"{type(part).__name__} has no {name}: known are CLIPModel, SiglipModel, Siglip2Model "
+            "and models with their parts"
+        )
+    return found
 
 
 def _embedding(output: Any) -> Tensor:

@@ -149,6 +149,16 @@ def _is_transformers(model: Any) -> bool:
 def _transformers(model: Any) -> Tower:
     """Find the tower of an image model of transformers: of its class token, or of its patches."""
     settings, norm = model.config, _part(model, _NORMS)
+    if getattr(settings, "mask_ratio", 0):
+        raise UserError(
+            f"{type(model).__name__} leaves a random part of the patches out of each pass; set its "
+            "config.mask_ratio to 0"
+        )
+    if hasattr(settings, "num_patches") and not hasattr(settings, "image_size"):
+        raise UserError(
+            f"images of {type(model).__name__} are patches of any number; give the whole "
+            "Siglip2Model, and look at its images alone: tower='vision'"
+        )
     token = any(hasattr(model.embeddings, name) for name in ("cls_token", "class_embedding"))
     registers = getattr(settings, "num_register_tokens", 0) or 0
 
@@ -159,7 +169,8 @@ def _transformers(model: Any) -> Tower:
             return mean
         # A pooler of the classification that a model was made for is no part of its features.
         learned = getattr(model, "pooler", None) is not None
-        own: Tensor = found.last_hidden_state[:, 0] if learned else found.pooler_output
+        pooled: Tensor | None = None if learned else getattr(found, "pooler_output", None)
+        own: Tensor = found.last_hidden_state[:, 0] if pooled is None else pooled
         return own
 
     return Tower(

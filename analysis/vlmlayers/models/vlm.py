@@ -116,7 +116,7 @@ class VLM:
         """
         if isinstance(self.tokenizer, HubTokenizer | SimpleTokenizer):
             return {}
-        step = -(-len(texts) // _MOST_TOLD)
+        step = max(-(-len(texts) // _MOST_TOLD), 1)
         return {"tokens_hash": hash_weights({"ids": self.tokenize(list(texts[::step]))})[:16]}
 
     def tokenize(self, texts: list[str]) -> Tensor:
@@ -138,7 +138,7 @@ class VLM:
             )
         tower = self.towers["text"]
         tower.refuse_unknown_tokens(ids)
-        if tower.ends is not None and (first := tower.ends(ids) == 0).any():
+        if tower.causal and tower.ends is not None and (first := tower.ends(ids) == 0).any():
             raise UserError(
                 f"the end of text is the first token of {texts[int(first.int().argmax())]!r}, "
                 f"where {self.name} would read it; let the tokenizer pad on the right"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,7 +52,9 @@ class Texts:
 
     def identity(self) -> dict[str, Any]:
         """Return all of the texts that values depend on, as JSON values."""
-        content = checksum("\n".join(self.texts))
+        # Lines as such only where no text has several, which would be those of other texts.
+        several = any("\n" in text for text in self.texts)
+        content = checksum(json.dumps(self.texts) if several else "\n".join(self.texts))
         found = {"text": self.kind, "template": self.template, "texts_hash": content}
         if self.pairs is not None:  # the same captions may be of other images
             found["pairs_hash"] = checksum(",".join(map(str, self.pairs.tolist())))

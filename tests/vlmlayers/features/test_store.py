@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import peft
 import pytest
 import tiny
@@ -267,6 +268,18 @@ def test_another_tokenizer_of_the_same_texts_is_told_apart(tmp_path):
         run(tmp_path / "s", model=other)
     for one in (model, other):  # where texts play no part
         run(tmp_path / "v", model=one, tower="vision", text="prompts")
+
+
+def test_texts_of_several_lines_are_those_of_their_images(tmp_path):
+    """One after the other, two lists of texts may be the same lines."""
+    model = tiny.model()
+    model.tokenizer = open_clip.SimpleTokenizer(context_length=12)  # whose tokens are not told
+    model.tokenize = lambda texts: tiny.tokenizer(texts)
+    images = [np.zeros((32, 32, 3), np.uint8)] * 2
+    given = {"text": "captions", "progress": False, "out": tmp_path / "s"}
+    extract(model, images, texts=["a\nb", "c"], **given)
+    with pytest.raises(UserError, match="texts_hash is "):
+        extract(model, images, texts=["a", "b\nc"], **given)
 
 
 def test_weights_that_change_through_data_are_told_apart(store):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
+import transformers_models
 from torch import nn
 
 from vlmlayers.errors import UserError
@@ -72,6 +73,7 @@ MODELS = {
     "ViT": (lambda: hugging_face("ViT"), 1, hidden),
     "CLIP": (lambda: hugging_face("CLIPVision", intermediate_size=64), 1, hidden),
     "Siglip": (lambda: hugging_face("SiglipVision", intermediate_size=64), 0, hidden),
+    "MSN": (lambda: hugging_face("ViTMSN"), 1, hidden),
     "DINO": (lambda: moved(Dino(2)), 3, lambda m, x: m.states(x)),
 }  # fmt: skip
 
@@ -168,3 +170,26 @@ def test_a_mixer_has_no_norm_after_its_pool():
     with torch.inference_mode(), Recorder(find_towers(model)["vision"]) as recorder:
         own = model.forward_head(model.forward_features(x), pre_logits=True)
         np.testing.assert_allclose(recorder(x)["native"]["final"], own, rtol=1e-3, atol=1e-5)
+
+
+def test_models_whose_passes_are_random_or_of_another_kind_are_refused():
+    """A masked autoencoder would give other features each time, of a quarter of the patches."""
+    masked = hugging_face("ViTMAE")
+    with pytest.raises(UserError, match=r"a random part of the patches .*mask_ratio to 0"):
+        find_towers(masked)
+    masked.config.mask_ratio = 0.0
+    tower = find_towers(masked)["vision"]
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    found = []
+    for _ in range(2):
+        with Recorder(tower) as recorder:
+            found.append(recorder(x)["native"])
+    for position, values in found[0].items():
+        np.testing.assert_allclose(values, found[1][position], atol=1e-4)
+    config = transformers.Siglip2VisionConfig(**SIZES, intermediate_size=64, num_patches=16)
+    with pytest.raises(UserError, match="give the whole Siglip2Model"):
+        find_towers(transformers.Siglip2VisionModel(config))
+    two = transformers_models.build("CLIP")
+    del two.vision_model.post_layernorm
+    with pytest.raises(UserError, match="has no post_layernorm: known are CLIPModel"):
+        find_towers(two)
