@@ -116,10 +116,10 @@ def token_ids(lengths: tuple[int, ...] = (3, 6, 4), context: int = 12) -> torch.
 
 
 def tokenizer(texts: list[str]) -> torch.Tensor:
-    """Return ids by letters, ended by 63."""
+    """Return ids by letters, ended by 63 and, for models that read there, 2."""
     ids = torch.zeros(len(texts), 12, dtype=torch.long)
     for row, text in enumerate(texts):
-        letters = [1, *(3 + ord(letter) % 57 for letter in text[-9:]), 63]
+        letters = [1, *(3 + ord(letter) % 57 for letter in text[-9:]), 63, 2]
         ids[row, : len(letters)] = torch.tensor(letters)
     return ids
 

@@ -110,26 +110,28 @@ def examine(
         raise UserError("examine needs a metric; name one, or leave metrics out for all of them")
     for name in names:
         check_one_of("metric", name, _MEASURES)
-    inputs = _Inputs.of(
-        model,
-        data,
-        split,
-        ExtractOptions(
-            items=items,
-            root=None if root is None else Path(root),
-            template=template,
-            batch_size=batch_size,
-            seed=seed if isinstance(items, int) else 0,
-            progress=progress,
-        ),
-    )
-    with at_rest(model.clip), torch.autocast(model.device.type, enabled=False):
-        table = _Rows(inputs, split, seed, bootstrap)
-        for name in bar(names, "examining", unit="metric", show=progress):
-            try:
-                _MEASURES[name](table, name)
-            except UserError as error:
-                table.refuse(name, str(error))
+    # The caller may hold inference mode, which knows no gradients, or autocast of its own.
+    with torch.inference_mode(False), torch.autocast(model.device.type, enabled=False):
+        inputs = _Inputs.of(
+            model,
+            data,
+            split,
+            ExtractOptions(
+                items=items,
+                root=None if root is None else Path(root),
+                template=template,
+                batch_size=batch_size,
+                seed=seed if isinstance(items, int) else 0,
+                progress=progress,
+            ),
+        )
+        with at_rest(model.clip):
+            table = _Rows(inputs, split, seed, bootstrap)
+            for name in bar(names, "examining", unit="metric", show=progress):
+                try:
+                    _MEASURES[name](table, name)
+                except UserError as error:
+                    table.refuse(name, str(error))
     if not table.rows:
         raise NothingScored(table.refused[0]["reason"], table.refused)
     protocol = {"items": len(inputs.labels), "seed": seed, "bootstrap": bootstrap}

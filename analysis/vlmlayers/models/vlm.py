@@ -139,9 +139,10 @@ class VLM:
         tower = self.towers["text"]
         tower.refuse_unknown_tokens(ids)
         if tower.causal and tower.ends is not None and (first := tower.ends(ids) == 0).any():
+            text = texts[int(first.int().argmax())]
             raise UserError(
-                f"the end of text is the first token of {texts[int(first.int().argmax())]!r}, "
-                f"where {self.name} would read it; let the tokenizer pad on the right"
+                f"no end of text is behind the first token of {text!r}, where {self.name} would "
+                "read it; give its own tokenizer, padding on the right"
             )
         return ids
 

@@ -195,7 +195,10 @@ def _padded_left(texts):
         (lambda t: tiny.tokenizer(t).float(), r"Tensor of torch.float32, \(2, 12\), of 2 texts"),
         (lambda t: transformers.BatchEncoding({"input_ids": tiny.tokenizer(t)}), ": its input_ids"),
         (lambda t: tiny.tokenizer(t) + 90, "knows tokens 0 to 63, and these run from 90 to 153"),
-        (_padded_left, "end of text is the first token of 'a dog', where .*; let the .* right"),
+        (
+            _padded_left,
+            "no end of text is behind the first token of 'a dog', .* on the right",
+        ),
     ],
 )
 def test_what_a_tokenizer_makes_is_looked_at(tokenizer, message):

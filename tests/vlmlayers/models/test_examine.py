@@ -395,6 +395,16 @@ def test_the_null_of_gradients_is_the_mean_of_what_each_shuffle_gives(
         assert row.null == pytest.approx(np.mean(nulls), abs=1e-5)
 
 
+@pytest.mark.parametrize("held", [torch.inference_mode, torch.no_grad])
+def test_gradients_do_not_depend_on_what_the_caller_holds(held: type) -> None:
+    model = load_model("mini-clip")
+    given = {"metrics": ["gradient_alignment"], "items": 24, "progress": False}
+    expected = examine(model, "textures", "val", **given)
+    with held():
+        found = examine(model, "textures", "val", **given)
+    assert np.array_equal(found["value"], expected["value"])
+
+
 def test_halves_of_classes_need_two_each() -> None:
     with pytest.raises(UserError, match="needs 4 classes"):
         examine(tiny.model("clip"), DrawnManifest(), metrics="gradient_alignment", items=12,
