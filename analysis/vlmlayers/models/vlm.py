@@ -138,12 +138,14 @@ class VLM:
             )
         tower = self.towers["text"]
         tower.refuse_unknown_tokens(ids)
-        if tower.causal and tower.ends is not None and (first := tower.ends(ids) == 0).any():
-            text = texts[int(first.int().argmax())]
-            raise UserError(
-                f"no end of text is behind the first token of {text!r}, where {self.name} would "
-                "read it; give its own tokenizer, padding on the right"
-            )
+        if tower.causal and tower.ends is not None:
+            # Of an empty text some tokenizers make nothing but its end.
+            for text, end in zip(texts, tower.ends(ids).tolist()):
+                if end == 0 and text.strip():
+                    raise UserError(
+                        f"no end of text is behind the first token of {text!r}, where {self.name} "
+                        "would read it; give its own tokenizer, padding on the right"
+                    )
         return ids
 
     def adapt(

@@ -22,7 +22,7 @@ from vlmlayers.models.devices import (
 from vlmlayers.models.modes import at_rest
 
 DATA = tiny.DrawnManifest(count=6)
-WORDS = {"vocab_size": 49408}
+WORDS = {"vocab_size": 49408, "eos_id": 49407}
 CPU = torch.device("cpu")
 
 
