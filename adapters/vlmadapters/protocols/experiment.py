@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import chain, product
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pandas as pd
@@ -40,7 +41,7 @@ from vlmadapters.protocols.zero_shot import ZeroShot
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.titles import title
-from vlmadapters.training.trainer import Trainer, TrainResult, resolved
+from vlmadapters.training.trainer import Diverged, Trainer, TrainResult, resolved
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv
 from vlmlayers.manifests import Manifest
@@ -318,6 +319,9 @@ class Experiment:
             source: Name of the dataset trained on.
             seed: Seed of draw, initialisation, order and views.
             settings: Recipes that differ in their method's settings alone.
+
+        Raises:
+            Diverged: Names those whose loss or answers are not finite; none of all is kept.
         """
         data = self.datasets[source]
         kind = self.protocol.train_kind
@@ -331,6 +335,7 @@ class Experiment:
         # Beside the training, which leaves a machine with a GPU its cores.
         tested = self.datasets.own_test(source)
         with data.images.arriving(as_first_seen(shots, seed), tested, then=then):
+            folder = self.cells.begin([self._cell(source, seed, one) for one in settings])
             trainer = Trainer(
                 self.model,
                 data.images,
@@ -341,11 +346,18 @@ class Experiment:
                 seed,
                 validation=data.validation(train.shots, seed, kind) if self._fits else (),
                 backbone=self.backbone,
-                folder=self.cells.begin([self._cell(source, seed, one) for one in settings]),
+                folder=folder,
                 progress=self.progress,
             )
-            trained = trainer.fit()
-            rows = self._test(source, settings, trained, train, task)
+            try:
+                with _named(settings):
+                    trained = trainer.fit()
+                rows = self._test(source, settings, trained, train, task)
+            except Diverged:
+                # It would again, and without what diverged the rest is another training.
+                if folder is not None and processes.is_first():
+                    rmtree(folder, ignore_errors=True)
+                raise
         if self.save_adapters and self.out is not None and processes.is_first():
             for one, result in zip(settings, trained):
                 cell = self._cell(source, seed, one)
@@ -374,7 +386,8 @@ class Experiment:
             plain = self._zero_shot.answers(target)[0]
             tested = target.dataset.task(target.kind, train.template)
             cases = [Case(result.method, tested) for result in trained]
-            found = self.evaluator.answers(target.dataset.images, items, cases)
+            with _named(settings):
+                found = self.evaluator.answers(target.dataset.images, items, cases)
             total += len(items)
             own = target.dataset is self.datasets[source]
             shared = target.dataset.tell_of_shared(target.split) if own else ""
@@ -477,6 +490,16 @@ class Experiment:
             identity["validation"] = "none"
         parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)
+
+
+@contextmanager
+def _named(settings: Sequence[Recipe]) -> Iterator[None]:
+    """Name the recipes of what diverges within."""
+    try:
+        yield
+    except Diverged as error:
+        error.settings = tuple(settings[number] for number in error.numbers)
+        raise
 
 
 def _moved(rows: Rows | None) -> bool:
