@@ -184,6 +184,24 @@ def test_saved_dataset_is_read_by_row(tmp_path: Path, monkeypatch: pytest.Monkey
         manifest.open_image(Item("train/00000009.png", 0, "ant"))
 
 
+def test_splits_that_number_their_classes_in_different_ways(tmp_path: Path) -> None:
+    def part(numbers: list[int], names: list[str]) -> object:
+        kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        content = {"image": [picture() for _ in numbers], "label": numbers}
+        return datasets.Dataset.from_dict(content, features=datasets.Features(kinds))
+
+    # As where each split was encoded by itself, after it was drawn and filtered.
+    train = part([2, 0, 1, -1], ["moth", "ant", "7"])
+    parts = {"train": train, "test": part([0, 1, 2], ["7", "bee", "moth"])}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    manifest = _manifest(tmp_path / "set")
+    assert manifest.class_names() == ("moth", "ant", "7", "bee")
+    said = [(item.label, item.class_name) for item in manifest.items("all")]
+    assert said == [
+        (2, "7"), (0, "moth"), (1, "ant"), (-1, ""), (2, "7"), (3, "bee"), (0, "moth"),
+    ]  # fmt: skip
+
+
 def test_saved_dataset_becomes_shards(tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="needs the extra 'shards'")
     _save(tmp_path / "set", {"train": ["bee", "ant", "bee"]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -77,13 +77,17 @@ class HuggingFaceLayout(Layout):
         """Return (path, label or None, caption or None) of each row of each split."""
         image, label, caption = self._columns
         read = _stored_rows if is_stored(self.place) else _file_rows
-        rows = {
-            split: [
-                (path, row.get(label) if label else None, row.get(caption) if caption else None)
+        rows = {}
+        for split, (own, data) in self._parts.items():
+            number = self._numbers(data)
+            rows[split] = [
+                (
+                    path,
+                    number(row.get(label)) if label else None,
+                    row.get(caption) if caption else None,
+                )
                 for path, row in read(self.place, own, data, (image, label, caption))
             ]
-            for split, (own, data) in self._parts.items()
-        }
         if not any(rows.values()):
             raise MissingData(
                 f"{self.place.name}: no image in {self.place.images}; {self.place.hint}"
@@ -91,11 +95,22 @@ class HuggingFaceLayout(Layout):
         return rows if label else _labelled_by_folder(rows)
 
     @cached_property
+    def _named(self) -> tuple[str, ...]:
+        """Return the names of the ClassLabel of all splits, each once; () where there is none."""
+        parts = (_named(data, self._columns[1]) for _, data in self._parts.values())
+        return tuple(dict.fromkeys(name for names in parts for name in names))
+
+    def _numbers(self, data: Any) -> Callable[[Any], Any]:
+        """Return what makes of a label of one split the label among the names of all splits."""
+        # Splits that were encoded one by one number one class in different ways.
+        numbers = {number: self._named.index(name)
+                   for number, name in enumerate(_named(data, self._columns[1]))}  # fmt: skip
+        return lambda value: numbers.get(value, value) if isinstance(value, int) else value
+
+    @cached_property
     def _classes(self) -> Classes:
-        label = self._columns[1]
-        kind = self._features.get(label) if label else None
         declared = declared_names(self.place) or tuple(
-            checked_name(name, self.place.name) for name in getattr(kind, "names", None) or ()
+            checked_name(name, self.place.name) for name in self._named
         )
         words = (_word(value) for part in self._rows.values() for _, value, _ in part)
         return read_classes(((word, "") for word in words), declared, self.place.name)
@@ -207,6 +222,12 @@ def _library(place: Place) -> Any:
 
 def _features(data: Any) -> Mapping[str, Any]:
     return data.features or {}
+
+
+def _named(data: Any, label: str | None) -> list[str]:
+    """Return the class names of a split by its labels; [] where its labels are plain values."""
+    kind = _features(data).get(label) if label else None
+    return list(getattr(kind, "names", None) or ())
 
 
 def _image_column(features: Mapping[str, Any]) -> str | None:
