@@ -291,6 +291,23 @@ def test_a_plain_folder_needs_no_manifest(tmp_path: Path, monkeypatch: pytest.Mo
         Manifest.load("")
 
 
+def test_classes_beside_the_splits_are_said_to_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = ["train/cat/1.png", "val/cat/2.png"]
+    other = ["validation/cat/3.png", "extra/dog/4.png"]
+    # No classes: figures beside the images, what a system made, and a run of this package.
+    write_pictures(tmp_path, [*used, *other, "docs/1.png", "@eaDir/cat/1.png", "out/figures/1.png"])
+    (tmp_path / "out/provenance.json").write_text("{}")
+    manifest = Manifest.load(tmp_path)
+    assert [item.path for item in manifest.items("all")] == used
+    said = "left out: folders of classes that are no split (2), first 'extra'"
+    assert said in caplog.text
+    assert manifest.check().remarks == (said,) and said in manifest.check().line()
+    deeper = folder_dataset(tmp_path, [], 'split_folders = { test = "extra", val = "." }')
+    assert not any("no split" in remark for remark in deeper.remarks())
+
+
 # Tables
 
 
