@@ -389,6 +389,11 @@ def test_table_with_numbers_and_names(tmp_path: Path) -> None:
     [
         ([{"pth": "a.jpg"}], "", "has no column 'path' (it has: ['pth']); did you mean 'pth'?"),
         (
+            [{"path": f"{i}.jpg", "label": i, "class_name": "ab"[i]} for i in range(2)],
+            'class_names = ["b", "a"]',
+            "label 0 is called 'a' beside it and 'b' by the declared names",
+        ),
+        (
             [{"a.JPG": "b.jpg", "a cat": "a dog"}],
             "",
             "write one of column names above it, as path,",
