@@ -72,6 +72,11 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
     if path.is_dir() and not (path / "manifest.toml").is_file():
         return path.resolve().name, _folder_spec(path), path
     path = path / "manifest.toml" if path.is_dir() else path
+    if path.is_file() and path.suffix.lower() != ".toml":
+        raise UserError(
+            f"{path} is neither a folder of images, nor a table ({', '.join(READERS)}), nor a "
+            "manifest (.toml), which also names what lies in shards, lists and split files"
+        )
     stem = path.resolve().parent.name if path.stem == "manifest" else path.stem
     spec = parse_spec(read_manifest(path), str(path))
     if spec.layout == "builtin":

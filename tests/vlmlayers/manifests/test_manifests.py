@@ -90,6 +90,10 @@ def test_files_that_are_no_manifests(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes('title = "é"'.encode("latin-1"))
     with pytest.raises(UserError, match="is not valid TOML"):
         Manifest.load(tmp_path / "latin.toml")
+    for name in ("image.png", "shard.tar", "items.xlsx", "split.json"):
+        (tmp_path / name).write_bytes(b"\x89")
+        with pytest.raises(UserError, match=f"{name} is neither a folder of images, nor a table"):
+            Manifest.load(tmp_path / name)
 
 
 def test_unknown_name_comes_with_the_nearest() -> None:
