@@ -486,8 +486,11 @@ class Experiment:
             "train": self._train_of(setting, source).identity(),
             **own_code([config]),
         }
-        if config.validates and not self._fits:  # cells from when values were chosen there differ
+        # Cells from when values were chosen on tested items, or on those of another draw, differ.
+        if config.validates and not self._fits:
             identity["validation"] = "none"
+        elif config.validates and "val" in identity["data"][source]:
+            identity["validation"] = "drawn after the training items"
         parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)
 
