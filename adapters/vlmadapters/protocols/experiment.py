@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, product
 from pathlib import Path
 from shutil import rmtree
@@ -36,7 +36,7 @@ from vlmadapters.protocols.results import (
     method_fields,
 )
 from vlmadapters.protocols.table import protocol_of
-from vlmadapters.protocols.trained import result_row
+from vlmadapters.protocols.trained import Target, result_row
 from vlmadapters.protocols.zero_shot import ZeroShot
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
@@ -117,6 +117,7 @@ class Experiment:
         self.datasets = Datasets(self.protocol, model, targets, root, split, options)
         self._zero_shot = ZeroShot(self.protocol.name, self.evaluator, self.train.template)
         self._next: tuple[str, int] | None = None  # what comes then, whose images are decoded early
+        self._marks: dict[tuple[str, str], str] = {}  # of the tokens of tested classes
         self._unmoved: set[str] = set()  # methods that changed nothing, as was said
 
     def run(
@@ -445,8 +446,8 @@ class Experiment:
     def _untrained_identity(self, source: str) -> dict[str, Any]:
         """Return all that zero-shot rows depend on, as JSON values."""
         templates = {
-            f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.zero_shot_template
-            for t in self.datasets.tested(source)
+            f"{target.dataset.manifest.name}/{target.kind}": self._told_by(target)
+            for target in self.datasets.tested(source)
         }
         return {
             "protocol": self.protocol.name,
@@ -462,6 +463,21 @@ class Experiment:
                 (name, self.datasets.split) for name in (source, *self.datasets.targets)
             ),
         }
+
+    def _told_by(self, target: Target) -> str:
+        """Return the template of a target's zero-shot rows, and what marks the tokens of its words.
+
+        OpenAI's tokens have no mark.
+        """
+        key = target.dataset.manifest.name, target.kind
+        if key not in self._marks:
+            task = target.dataset.task(target.kind, self.train.template)
+            prompts = [*task.prompts(), *task.prompts(task.own_template)]
+            self._marks[key] = ""
+            with suppress(UserError):  # a model without a tokenizer is refused in its place
+                self._marks[key] = self.model.tokens_mark(prompts)
+        own = target.dataset.manifest.zero_shot_template
+        return " in tokens ".join(filter(None, (own, self._marks[key])))
 
     @property
     def _fits(self) -> bool:

@@ -128,6 +128,8 @@ def prepare(
     if options.decoding == "nvjpeg":
         refuse_nvjpeg(model, manifest, items, options.root)
     names = tuple(manifest.class_names(options.root))
+    if isinstance(options.items, Sequence):
+        _refuse_relabelled(manifest, items, names)
     recorders = {
         tower: Recorder(model.towers[tower], options.spaces, options.pooling.get(tower))
         for tower in _towers(model, manifest, options)
@@ -248,6 +250,18 @@ def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
     return found
 
 
+def _refuse_relabelled(manifest: Any, items: Sequence[Item], names: Sequence[str]) -> None:
+    """Refuse items whose labels count other classes than the dataset's: prompts are by label."""
+    for item in items:
+        known = names[item.label] if 0 <= item.label < len(names) else "none"
+        if item.class_name not in ("", known):
+            raise UserError(
+                f"items are labelled by other classes than those of {manifest.name}: "
+                f"{item.path} of {item.class_name!r} has the label {item.label}, which is "
+                f"{known!r} there; give items as its manifest lists them"
+            )
+
+
 def _texts(
     manifest: Any, items: Sequence[Any], names: Sequence[str], options: ExtractOptions
 ) -> Texts:
@@ -281,6 +295,7 @@ def _texts(
 def identity_of(work: Work) -> dict[str, Any]:
     """Return all that feature values depend on, as JSON values."""
     recorders, texts = work.recorders, work.texts
+    tokens = "" if texts is None else work.model.tokens_mark(texts.texts)
     families = ["open_clip", "timm", *(r.tower.family.split()[0] for r in recorders.values())]
     return {
         **work.model.identity(),
@@ -297,6 +312,7 @@ def identity_of(work: Work) -> dict[str, Any]:
         "data": work.data.summary(),
         "items_hash": work.data.listed,
         **({} if texts is None else texts.identity()),
+        **({"tokens": tokens} if tokens else {}),
         "versions": {
             "torch": torch.__version__,
             **{name: version(package) for name, package in _MADE_BY.items() if name in families},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from html import escape
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError
 from vlmlayers.files import checksum
+from vlmlayers.models.tokenizers import tokens_mark
 from vlmlayers.models.tower import Towers
 from vlmlayers.models.towers import find_towers
 from vlmlayers.models.wrappers import unwrapped
@@ -120,6 +121,16 @@ class VLM:
         if self.tokenizer is None:
             raise UserError(f"{self.name} has no tokenizer; give wrap_model(…, tokenizer=…)")
         return self.tokenizer(texts)
+
+    def tokens_mark(self, texts: Sequence[str]) -> str:
+        """Return what tells the token ids of texts from others; empty for OpenAI's vocabulary.
+
+        The weights do not say by which vocabulary texts are read, and its files may be changed.
+
+        Raises:
+            UserError: The model has no tokenizer.
+        """
+        return tokens_mark(self.tokenize, texts)
 
     def adapt(
         self,

@@ -181,6 +181,27 @@ def test_other_preprocessing_shares_no_cell(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "cells").glob("pics-mma*.json"))) == 2
 
 
+def test_another_vocabulary_shares_no_cell(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def other_words(texts: list[str]) -> torch.Tensor:
+        ids: torch.Tensor = shared_backbone().tokenizer(texts)
+        return torch.where((ids > 300) & (ids < 40_000), ids + 1000, ids)
+
+    pics = add_classes(tmp_path / "pics", FOUR)
+    run(pics, tmp_path / "out")
+    other = replace(shared_backbone(), tokenizer=other_words)
+    table = run(pics, tmp_path / "out", model=other)
+    fresh = run(pics, tmp_path / "fresh", model=other)
+    assert table.log_likelihood.tolist() == fresh.log_likelihood.tolist()
+    assert "leaves out 2 finished cells of another" in caplog.text
+    assert len(stored(tmp_path / "out")) == len(stored(tmp_path / "fresh"))
+    # Taken again in its own vocabulary, and cells of OpenAI's say nothing of it, as ever.
+    assert run(pics, tmp_path / "out", model=other).equals(table)
+    targets = map(str, identities(tmp_path / "out", "targets"))
+    assert sorted("tokens" in one for one in targets) == [False, False, True, True]
+
+
 def test_a_cell_of_an_earlier_version_is_neither_used_nor_shown(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
