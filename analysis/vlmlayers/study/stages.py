@@ -337,6 +337,7 @@ def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
         "model": context.model_fingerprint(),
         "device": context.device_kind,
         "data": {one.name: context.whole_identity(one).hash for one in data},
+        "templates": {one.name: one.zero_shot_template for one in data},
         "files": file_marks(files),
         "version": version("vlm-layers"),
     }
