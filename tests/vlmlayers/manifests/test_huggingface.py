@@ -202,6 +202,19 @@ def test_splits_that_number_their_classes_in_different_ways(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+def test_a_dataset_of_two_kinds_of_classes_says_how_one_is_taken(tmp_path: Path) -> None:
+    kinds = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["ant", "bee"]),
+             "coarse_label": datasets.ClassLabel(names=["insect"])}  # fmt: skip
+    content = {"img": [picture()] * 2, "fine_label": [1, 0], "coarse_label": [0, 0]}
+    one = datasets.Dataset.from_dict(content, features=datasets.Features(kinds))
+    one.save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(UserError, match="has no classes to tell .*there are img, fine_label,"):
+        _manifest(tmp_path / "set").require_classes(" to tell apart")
+    (remark,) = _manifest(tmp_path / "set").remarks()
+    columns = remark.partition("write ")[2]
+    assert [i.label for i in _manifest(tmp_path / "set", columns).items("train")] == [1, 0]
+
+
 def test_saved_dataset_becomes_shards(tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="needs the extra 'shards'")
     _save(tmp_path / "set", {"train": ["bee", "ant", "bee"]})
@@ -270,3 +283,6 @@ def test_a_downloaded_repository_is_read_by_row(
     for number, item in enumerate(items):
         assert np.array_equal(manifest.open_image(item), picture(number).convert("RGB"))
     assert manifest.check(full=True).ok
+    added = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).data.table
+    parquet.write_table(added, tmp_path / "set/data/test-00000-of-00001.parquet")
+    assert Manifest.load(tmp_path / "set").splits() == ("train", "val", "test")

@@ -67,7 +67,7 @@ class HuggingFaceLayout(Layout):
             where = f"{self.place.name}: the dataset in {self.place.images}"
             raise UserError(f"{where} has no column of images")
         asked = self.place.spec.columns
-        classes = [key for key, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+        classes = _class_columns(features)
         label = next((c for c in (asked.label, asked.class_name) if c in features), None)
         label = label or (classes[0] if len(classes) == 1 else None)
         return image, label, next((c for c in (asked.caption, _TEXT) if c in features), None)
@@ -139,8 +139,19 @@ class HuggingFaceLayout(Layout):
         ]
 
     def remarks(self) -> tuple[str, ...]:
-        """Return how labels were counted."""
-        return (self._classes.remark,) if self._classes.remark else ()
+        """Return how labels were counted, and the columns of a dataset that has no classes."""
+        found = [self._classes.remark] if self._classes.remark else []
+        if not self.class_names():
+            asked, columns = self.place.spec.columns, ", ".join(map(str, self._features))
+            named = "".join(
+                f'; to take one, write columns = {{ label = "{column}" }}'
+                for column in _class_columns(self._features)[:1]
+            )
+            found.append(
+                f"no column {asked.label!r} or {asked.class_name!r} says a class; there are "
+                f"{columns[:200]}{named}"
+            )
+        return tuple(found)
 
 
 def is_stored(place: Place) -> bool:
@@ -167,13 +178,17 @@ def holds_tables(folder: Path) -> bool:
 def _table_files(folder: Path) -> tuple[Path, ...]:
     """Return the record of a saved dataset, else the Parquet files of a downloaded repository."""
     try:
-        return _found_tables(str(folder), folder.stat().st_mtime_ns)
+        changed = folder.stat().st_mtime_ns
+        known = _found_tables(str(folder), changed)
+        # A folder's own time says nothing of a file that was added further down.
+        inside = sorted({file.parent for file in known})
+        return _found_tables(str(folder), changed, *(one.stat().st_mtime_ns for one in inside))
     except OSError:
         return ()
 
 
 @lru_cache(maxsize=64)
-def _found_tables(folder: str, changed: int) -> tuple[Path, ...]:
+def _found_tables(folder: str, *changed: int) -> tuple[Path, ...]:
     saved = tuple(path for name in _SAVED if (path := Path(folder) / name).is_file())
     if saved:
         return saved[:1]
@@ -228,6 +243,10 @@ def _named(data: Any, label: str | None) -> list[str]:
     """Return the class names of a split by its labels; [] where its labels are plain values."""
     kind = _features(data).get(label) if label else None
     return list(getattr(kind, "names", None) or ())
+
+
+def _class_columns(features: Mapping[str, Any]) -> list[str]:
+    return [key for key, kind in features.items() if type(kind).__name__ == "ClassLabel"]
 
 
 def _image_column(features: Mapping[str, Any]) -> str | None:
