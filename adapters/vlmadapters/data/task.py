@@ -201,11 +201,18 @@ class TaskData:
             self.manifest.require_classes(APART, self.root)
         if len(names) == 1:
             raise UserError(f"{name} has one class, {names[0]!r}; name data of two or more")
-        labels = set(self._labels(kind))
-        absent = labels - {item.label for item in self._items(split)}
+        labels, items = set(self._labels(kind)), self._items(split)
+        absent = labels - {item.label for item in items}
         if absent == labels:
             half = "" if kind == "all" else f" of its {kind} classes"
             raise UserError(f"{name} has no image{half} in split {split!r}")
+        without = [item.path for item in items if item.label < 0]
+        if without and split not in self._told:
+            self._told.add(split)
+            LOG.warning(
+                "%s: %d of %s in split %r have no class and are left out, first %s",
+                name, len(without), counted(len(items), "image"), split, without[0],
+            )  # fmt: skip
         # A fold holds images out, as it is meant to; the whole dataset says it.
         if absent and self.share == 1.0 and (kind, split) not in self._told:
             self._told.add((kind, split))

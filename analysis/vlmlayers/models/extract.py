@@ -128,6 +128,7 @@ def prepare(
     if options.decoding == "nvjpeg":
         refuse_nvjpeg(model, manifest, items, options.root)
     names = tuple(manifest.class_names(options.root))
+    _refuse_some_unlabelled(manifest, items)
     if isinstance(options.items, Sequence):
         _refuse_relabelled(manifest, items, names)
     recorders = {
@@ -248,6 +249,16 @@ def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
     if not found:
         raise UserError(f"{manifest.name} has no items in split {split!r}")
     return found
+
+
+def _refuse_some_unlabelled(manifest: Any, items: Sequence[Item]) -> None:
+    """Refuse items without a class among others, before any is encoded: features hold no such."""
+    without = [item.path for item in items if item.label < 0]
+    if 0 < len(without) < len(items):
+        raise UserError(
+            f"{manifest.name}: {len(without):,} of {counted(len(items), 'item')} have no class, "
+            f"first {without[0]}; give them one, or leave them out of the dataset"
+        )
 
 
 def _refuse_relabelled(manifest: Any, items: Sequence[Item], names: Sequence[str]) -> None:
