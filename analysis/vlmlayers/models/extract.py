@@ -85,8 +85,9 @@ def extract(
         Features of images and texts; rows follow the items.
 
     Raises:
-        UserError: No items, unreadable images, NaN or Inf features, a store of another identity,
-            or any argument that names nothing known.
+        UserError: No items, items of other classes than the data's, or some without a class,
+            unreadable images, NaN or Inf features, a store of another identity, or any argument
+            that names nothing known.
     """
     captions = texts if options.get("text") == "captions" else None
     manifest = _manifest(data, labels, class_names, name, captions, progress)
