@@ -15,7 +15,8 @@ from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_manifest
 
 MANIFESTS_VARIABLE = "VLMLAYERS_MANIFESTS"
-_HUB_COLUMNS = Columns(path="file_name", caption="text")  # of the files in METADATA
+# Of the files in METADATA; as if by default, since not all of them have captions.
+_HUB_COLUMNS = Columns.model_construct(set(), path="file_name", caption="text")
 
 
 def folders() -> list[Path]:

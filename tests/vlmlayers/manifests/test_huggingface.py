@@ -215,6 +215,25 @@ def test_a_dataset_of_two_kinds_of_classes_says_how_one_is_taken(tmp_path: Path)
     assert [i.label for i in _manifest(tmp_path / "set", columns).items("train")] == [1, 0]
 
 
+def test_of_several_columns_of_images_the_one_called_so_or_named_is_taken(tmp_path: Path) -> None:
+    def first(folder: str, names: tuple[str, str], columns: str = "") -> int:
+        kinds = {**dict.fromkeys(names, datasets.Image()), "kind": datasets.Value("string")}
+        colours = [[Image.new("RGB", (8, 8), (c, c, c))] for c in (0, 200)]
+        content = {**dict(zip(names, colours)), "kind": ["ant"]}
+        made = datasets.Dataset.from_dict(content, features=datasets.Features(kinds))
+        made.save_to_disk(str(tmp_path / folder))
+        manifest = _manifest(tmp_path / folder, columns)
+        return int(np.asarray(manifest.open_image(manifest.items("train")[0])).max())
+
+    assert first("usual", ("mask", "image")) == 200
+    assert first("named", ("mask", "image"), 'columns = { path = "mask" }') == 0
+    assert first("one", ("left", "right"), 'columns = { path = "right", label = "kind" }') == 200
+    with pytest.raises(UserError, match="has the images left, right; name one, as in columns = "):
+        first("two", ("left", "right"))
+    with pytest.raises(UserError, match="unknown column of label 'knid' in .* mean 'kind'"):
+        first("typo", ("mask", "image"), 'columns = { label = "knid" }')
+
+
 def test_saved_dataset_becomes_shards(tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="needs the extra 'shards'")
     _save(tmp_path / "set", {"train": ["bee", "ant", "bee"]})

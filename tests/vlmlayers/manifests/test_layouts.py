@@ -389,6 +389,11 @@ def test_table_with_numbers_and_names(tmp_path: Path) -> None:
     [
         ([{"pth": "a.jpg"}], "", "has no column 'path' (it has: ['pth']); did you mean 'pth'?"),
         (
+            [{"path": f"{i}.jpg", "label": "a", "part": "train"} for i in range(2)],
+            'columns = { split = "prat" }',  # by which they were divided by a hash instead
+            "unknown column of split 'prat' in ",
+        ),
+        (
             [{"path": f"{i}.jpg", "label": i, "class_name": "ab"[i]} for i in range(2)],
             'class_names = ["b", "a"]',
             "label 0 is called 'a' beside it and 'b' by the declared names",

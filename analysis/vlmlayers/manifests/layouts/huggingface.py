@@ -11,14 +11,21 @@ from typing import Any
 from vlmlayers.data.names import IMAGE_SUFFIXES
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, checked_path
-from vlmlayers.manifests.layouts.base import Layout, checked_name, declared_names
+from vlmlayers.manifests.layouts.base import (
+    Layout,
+    checked_name,
+    declared_names,
+    refuse_lost_columns,
+)
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
 from vlmlayers.manifests.place import MissingData, Place, file_stamp
+from vlmlayers.manifests.schema import Columns
 from vlmlayers.runs import is_run
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # beside images, not of them
 _SAVED = ("dataset_dict.json", "state.json")  # of a DatasetDict, of one Dataset
 _TEXT = "text"  # the library's usual name for captions
+_IMAGE = ("image", "img")  # and for images
 
 
 class HuggingFaceLayout(Layout):
@@ -61,12 +68,14 @@ class HuggingFaceLayout(Layout):
     @cached_property
     def _columns(self) -> tuple[str, str | None, str | None]:
         """Return the columns of image, label and caption; None for one that is not there."""
-        features = self._features
-        image = _image_column(features)
+        features, asked = self._features, self.place.spec.columns
+        image = _image_column(features, asked)
+        where = f"{self.place.name}: the dataset in {self.place.images}"
         if image is None:
-            where = f"{self.place.name}: the dataset in {self.place.images}"
-            raise UserError(f"{where} has no column of images")
-        asked = self.place.spec.columns
+            several = ", ".join(_image_columns(features))
+            said = f'the images {several}; name one, as in columns = {{ path = "…" }}'
+            raise UserError(f"{where} has {said if several else 'no column of images'}")
+        refuse_lost_columns(asked, features, where)
         classes = _class_columns(features)
         label = next((c for c in (asked.label, asked.class_name) if c in features), None)
         label = label or (classes[0] if len(classes) == 1 else None)
@@ -208,7 +217,7 @@ def stored_image(place: Place, path: str) -> bytes:
     data, row = _stored(place).get(own), PurePosixPath(name).stem
     if data is None or not row.isdecimal() or int(row) >= len(data):
         raise UserError(f"{place.name}: {place.images} has no item {path[:200]!r}")
-    column = _image_column(_features(data)) or ""
+    column = _image_column(_features(data), place.spec.columns) or ""
     content = (data[int(row)].get(column) or {}).get("bytes")
     if not content:
         raise UserError(f"{place.name}: the row of {path[:200]!r} holds no image")
@@ -249,8 +258,16 @@ def _class_columns(features: Mapping[str, Any]) -> list[str]:
     return [key for key, kind in features.items() if type(kind).__name__ == "ClassLabel"]
 
 
-def _image_column(features: Mapping[str, Any]) -> str | None:
-    return next((key for key, kind in features.items() if type(kind).__name__ == "Image"), None)
+def _image_columns(features: Mapping[str, Any]) -> list[str]:
+    return [key for key, kind in features.items() if type(kind).__name__ == "Image"]
+
+
+def _image_column(features: Mapping[str, Any], columns: Columns) -> str | None:
+    """Return the column of images: of several, as of masks, the one named or called an image."""
+    found = _image_columns(features)
+    named = "path" in columns.model_fields_set
+    usual = (columns.path,) if named else (*_IMAGE, *(found if len(found) == 1 else ()))
+    return next((column for column in usual if column in found), None)
 
 
 def _undecoded(data: Any) -> Any:
@@ -261,9 +278,10 @@ def _undecoded(data: Any) -> Any:
     import datasets
 
     features = _features(data)
-    plain = (key for key, kind in features.items() if isinstance(kind, dict) and "bytes" in kind)
-    column = _image_column(features) or next(plain, None)
-    return data if column is None else data.cast_column(column, datasets.Image(decode=False))
+    plain = [key for key, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
+    for column in _image_columns(features) or plain[:1]:
+        data = data.cast_column(column, datasets.Image(decode=False))
+    return data
 
 
 def _refusal(place: Place, error: Exception) -> UserError:
