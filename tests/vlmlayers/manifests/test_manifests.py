@@ -61,6 +61,20 @@ def shared_root(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ('layout = "folder"\ncounts = { dev = 3 }', "'dev' is not a split"),
         ('layout = "folder"\ncounts = { test = -3 }', "counts.test is -3; at least 0"),
         ('layout = "folder"\ncarve = { test = 0.1 }', "carve can only make 'val'"),
+        (
+            'layout = "coop"\nsplit_file = "s.json"\nclass_names = ["a"]',
+            "layout 'coop' does not read 'class_names'",
+        ),
+        ('layout = "folder"\ncolumns = { label = "a" }', "layout 'folder' does not read 'columns'"),
+        (
+            'layout = "captions"\nsplit_file = "c"\nfractions = { train = 0.5, test = 0.5 }',
+            "layout 'captions' does not read 'fractions'",
+        ),
+        (
+            'layout = "folder"\nsplit_folders = { train = "a" }\n'
+            "fractions = { train = 0.5, test = 0.5 }",
+            "fractions divide a folder without split_folders",
+        ),
         ('layout = "folder"\nfractions = { train = 0.5, test = 0.1 }', "add up to 0.6, not to 1"),
         (
             'layout = "folder"\ncolumns = { pth = "x" }',
