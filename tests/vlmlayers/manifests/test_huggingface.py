@@ -227,6 +227,12 @@ def test_of_several_columns_of_images_the_one_called_so_or_named_is_taken(tmp_pa
 
     assert first("usual", ("mask", "image")) == 200
     assert first("named", ("mask", "image"), 'columns = { path = "mask" }') == 0
+    kept = {
+        manifest.identity(manifest.items("train")).hash
+        for columns in ("", 'columns = { path = "mask" }')
+        for manifest in (_manifest(tmp_path / "named", columns),)
+    }
+    assert len(kept) == 2  # features of the one are not taken for those of the other
     assert first("one", ("left", "right"), 'columns = { path = "right", label = "kind" }') == 200
     with pytest.raises(UserError, match="has the images left, right; name one, as in columns = "):
         first("two", ("left", "right"))
