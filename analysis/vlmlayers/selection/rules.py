@@ -25,6 +25,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run
 from vlmlayers.selection.curves import (
     EXACT,
+    WIDE,
     Array,
     BlockTable,
     agreement_curve,
@@ -66,20 +67,33 @@ class Rule:
 
 
 def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
-    """Return a note where a curve varies less over the blocks than its interval is wide."""
+    """Return a note where a curve varies less over the blocks than noise alone may make it.
+
+    That is the 95 % quantile of the range of so many values of one mean, whose errors are as wide
+    as the intervals say: the studentized range. Errors that blocks share make it too large, as
+    items that are hard for all of them do, so that a curve is doubted rather than trusted.
+
+    Reference: Tukey, The problem of multiple comparisons, 1953.
+    """
     widths = table.interval_widths(metric, tower)
     widths = widths[~np.isnan(widths)]
     curve = table.curve(metric, tower)
     span = 0.0 if is_flat(curve) else float(np.ptp(curve))
     # The median: a single wide interval says little of the curve.
     width = float(np.median(widths)) if len(widths) else 0.0
-    if not 0 < span < width:
+    # Far above any quantile nothing has to be imported to say so.
+    if not 0 < span < 2 * width:
+        return []
+    from scipy.stats import studentized_range
+
+    limit = width / WIDE * float(studentized_range.ppf(0.95, len(curve), np.inf))
+    if span >= limit:
         return []
     most = table.ceiling(metric, tower)
     bound = f"; at most {most:.2g} can be reached, as datasets share prompts" if most < 1 else ""
     return [
-        f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, less than its "
-        f"95 % interval of {width:.2g}{bound}"
+        f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, and by up to "
+        f"{limit:.2g} where all are alike, as its 95 % interval is {width:.2g} wide{bound}"
     ]
 
 
