@@ -92,8 +92,8 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     most = table.ceiling(metric, tower)
     bound = f"; at most {most:.2g} can be reached, as datasets share prompts" if most < 1 else ""
     return [
-        f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, and by up to "
-        f"{limit:.2g} where all are alike, as its 95 % interval is {width:.2g} wide{bound}"
+        f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, where equal "
+        f"ones vary by up to {limit:.2g} with 95 % intervals {width:.2g} wide{bound}"
     ]
 
 
