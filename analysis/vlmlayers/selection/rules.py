@@ -97,6 +97,17 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     ]
 
 
+def _doubts_of(table: BlockTable, metric: str, tower: str) -> list[str]:
+    """Return why the curve of a metric ranks no blocks: it is flat, or noise would look alike."""
+    if is_flat(table.curve(metric, tower)):
+        return [_flat(metric, tower)]
+    return _within_noise(table, metric, tower)
+
+
+def _flat(metric: str, tower: str) -> str:
+    return f"{metric} is the same at every {tower} block"
+
+
 def _refuse_distance(agreement_metric: str) -> None:
     """Refuse a metric that grows where towers agree less: the rule would choose those blocks."""
     if agreement_metric in ("none", Threshold.agreement_metric):
@@ -185,7 +196,7 @@ class Threshold(Rule):
                 "threshold": cut,
             }
             if is_flat(curve):
-                notes.append(f"{name} is the same at every {tower} block")
+                notes.append(_flat(name, tower))
         notes += _within_noise(table, self.metric, tower)
         chosen = _passing(passes)
         if self.fill and chosen:
@@ -216,15 +227,15 @@ class Knee(Rule):
         for tower, depth in table.blocks.items():
             curve = table.curve(self.metric, tower)
             fit = fit_knee(curve)
-            notes = (
-                ()
-                if fit["better_than_line"]
-                else (f"one straight line fits {self.metric} of the {tower} tower as well as two",)
-            )
+            notes = _doubts_of(table, self.metric, tower)
+            if not fit["better_than_line"]:
+                notes.append(
+                    f"one straight line fits {self.metric} of the {tower} tower as well as two"
+                )
             picks[tower] = Pick(
                 tuple(range(fit["knee"], depth + 1)),
                 {self.metric: {"value": curve.tolist(), "fit": fit["fitted"]}},
-                notes,
+                tuple(notes),
                 {"knee": fit},
             )
         return picks
@@ -315,8 +326,15 @@ class Budget(Rule):
                 chosen = tuple(range(first, first + n))
             else:
                 chosen = tuple(sorted(int(b) + 1 for b in np.argsort(-even, kind="stable")[:n]))
+            # Agreement has no interval of one block: its pairs are those of two towers.
+            notes = [
+                note
+                for metric in self.reads(table.blocks)
+                if table.has_curve(metric, tower)
+                for note in _doubts_of(table, metric, tower)
+            ]
             picks[tower] = Pick(
-                chosen, {self.score: {"value": values.tolist()}}, details={"budget": n}
+                chosen, {self.score: {"value": values.tolist()}}, tuple(notes), {"budget": n}
             )
         return picks
 
