@@ -16,6 +16,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
@@ -25,7 +26,7 @@ from vlmadapters.data.task import Task, TaskData
 from vlmadapters.files import save_method
 from vlmadapters.methods import own_code
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.protocols.cells import ADAPTERS, Cell, CellFolder, Rows
+from vlmadapters.protocols.cells import ADAPTERS, Cell, CellFolder, Like, Rows
 from vlmadapters.protocols.datasets import Datasets
 from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.protocols.results import (
@@ -98,14 +99,6 @@ class Experiment:
             raise UserError("give one recipe of each method; there are none, or two of one method")
         # Zero-shot rows, precision and savings of evaluation are those of the first.
         self.model, self.train = model, resolved(recipes[0].train, model.device)
-        # Recipes that ship differ in precision on a GPU, which is no fault of the user's.
-        for key, what, level in (
-            ("template", "zero-shot CLIP has", logging.WARNING),
-            ("precision", "all are tested in", logging.INFO),
-        ):
-            others = {getattr(resolved(one.train, model.device), key) for one in recipes[1:]}
-            if others - {first := getattr(self.train, key)}:
-                LOG.log(level, "recipes differ in %s; %s that of the first, %r", key, what, first)
         self.out = Path(out) if out is not None else None
         self.options, self.progress = options, progress
         self.save_adapters, self.table = save_adapters, table
@@ -119,6 +112,7 @@ class Experiment:
         self._next: tuple[str, int] | None = None  # what comes then, whose images are decoded early
         self._marks: dict[tuple[str, str], str] = {}  # of the tokens of tested classes
         self._unmoved: set[str] = set()  # methods that changed nothing, as was said
+        self._differing: set[str] = set()  # what differs from zero-shot CLIP's, as was said
 
     def run(
         self,
@@ -147,11 +141,12 @@ class Experiment:
         # dataset would otherwise show after hours.
         asked = list(self.recipes.values() if settings is None else settings)
         recipes = [self._recipe_of(one) for one in asked]
-        self._check_configs([one.method for one in recipes])
         sources = list(dict.fromkeys(self.datasets.add(one).manifest.name for one in datasets))
         seeds = list(seeds)
         if together < 1:
             raise UserError(f"together is {together}; train at least 1 placement at a time")
+        self._check_configs(recipes, sources)
+        self._tell_differing(recipes, sources)
         self.datasets.check(sources)
         for pair in {pair: None for one in sources for pair in self.datasets.read(one)}:
             self.cells.see(*pair, self.datasets.identity(*pair), self.datasets[pair[0]].drawn_by)
@@ -186,7 +181,7 @@ class Experiment:
         if self.out is not None and self.table is not None and first and rows:
             # Any seed will do: cells of all seeds belong in the table.
             like = [
-                (self._cell(source, 0, one).identity, title(one))
+                Like(self._cell(source, 0, one).identity, title(one), one.amount)
                 for source, one in product(sources, recipes)
             ]
             write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
@@ -253,16 +248,35 @@ class Experiment:
             return setting
         return self.recipes[config.name].with_method(config)
 
-    def _check_configs(self, configs: Sequence[MethodConfig]) -> None:
+    def _check_configs(self, recipes: Sequence[Recipe], sources: Sequence[str]) -> None:
         depths = {name: walk.tower.depth for name, walk in self.backbone.walks.items()}
         other_classes = self.protocol.transfer or "novel" in self.protocol.own_kinds
-        for config in configs:
+        for recipe, source in product(recipes, sources):
+            config = recipe.method_for(self.datasets[source].origin)
             config.check_depths(depths)
             if config.class_bound and other_classes:
                 raise UserError(
                     f"{config.name} as set here learns something of each class and cannot be "
                     f"tested on others; use the protocol few-shot, not {self.protocol.name}"
                 )
+
+    def _tell_differing(self, recipes: Sequence[Recipe], sources: Sequence[str]) -> None:
+        """Say once where a training has another template or precision than zero-shot CLIP."""
+        # Recipes that ship differ in precision on a GPU, which is no fault of the user's.
+        for key, what, level in (
+            ("template", "zero-shot CLIP has", logging.WARNING),
+            ("precision", "all are tested in", logging.INFO),
+        ):
+            first = getattr(self.train, key)
+            for recipe, source in product(recipes, sources):
+                own = getattr(self._train_of(recipe, source), key)
+                if own != first and key not in self._differing:
+                    self._differing.add(key)
+                    LOG.log(
+                        level,
+                        "recipes differ in %s (%s on %s: %r); %s that of the first, %r",
+                        key, recipe.method.name, source, own, what, first,
+                    )  # fmt: skip
 
     def _cells(
         self,
@@ -380,11 +394,14 @@ class Experiment:
         task: Task,
     ) -> list[Rows]:
         rows: list[Rows] = [[] for _ in trained]
-        differing = [0] * len(trained)
+        # From zero-shot CLIP in its template, and in that of the training: a method may start from
+        # either, and other words alone are no change.
+        differing = np.zeros((len(trained), 2), dtype=int)
         total = 0
         for target in self.datasets.tested(source):
             items, truth = target.items(), target.truth()
-            plain = self._zero_shot.answers(target)[0]
+            plain = [self._zero_shot.answers(target)[0].labels]
+            plain.append(self._zero_shot.labels_in(target, train.template))
             tested = target.dataset.task(target.kind, train.template)
             cases = [Case(result.method, tested) for result in trained]
             with _named(settings):
@@ -393,7 +410,7 @@ class Experiment:
             own = target.dataset is self.datasets[source]
             shared = target.dataset.tell_of_shared(target.split) if own else ""
             for index, (result, answers) in enumerate(zip(trained, found)):
-                differing[index] += int((answers.labels != plain.labels).sum())
+                differing[index] += [(answers.labels != one).sum() for one in plain]
                 rows[index].append(
                     result_row(
                         self.protocol.name,
@@ -413,7 +430,7 @@ class Experiment:
                 )
         for index, result in enumerate(trained):
             # By predictions, not accuracy: changes both ways may leave accuracy as it was.
-            share = differing[index] / max(total, 1)
+            share = float(differing[index].min() / max(total, 1))
             in_steps = any(group["params"] for group in result.method.parameter_groups())
             note = UNMOVED if in_steps else UNMOVED_FIT
             note = note if share < EFFECT else ""

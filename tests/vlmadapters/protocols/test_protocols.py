@@ -27,6 +27,7 @@ from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
 from vlmadapters.methods.tip import Tip
 from vlmadapters.protocols.cells import Cell, CellFolder
+from vlmadapters.protocols.evaluate import Evaluator
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.published import published_titles, with_published
 from vlmadapters.protocols.results import (
@@ -50,6 +51,7 @@ from vlmlayers.files import lock
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.manifests.items import balanced_sample
 from vlmlayers.models.decoding import decode_pixels
+from vlmlayers.placement import Placement
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
 RECIPE = Recipe("test", TrainConfig(lr=0.3, epochs=1, batch_size=8, shots=2), CONFIG)
@@ -57,8 +59,8 @@ QUICK: dict[str, Any] = {"limit": 48, "progress": False}
 
 
 def run(out: Path | None = None, **options: Any) -> pd.DataFrame:
-    values = {"seeds": (1, 2), **QUICK, **options}
-    return base_to_novel(shared_backbone(), ["shapes_filled"], RECIPE, out, **values)
+    values = {"seeds": (1, 2), "recipe": RECIPE, **QUICK, **options}
+    return base_to_novel(shared_backbone(), ["shapes_filled"], out=out, **values)
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +276,22 @@ def test_one_cell_serves_two_names_of_the_same_values(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(tables[0][columns], tables[1][columns])
 
 
+def test_a_cell_that_an_earlier_command_named_otherwise_stands_in_the_table_once(
+    tmp_path: Path,
+) -> None:
+    """Of an amount and of a recipe with its values; both names stood there, as two settings."""
+    run(tmp_path, seeds=(1, 2), placement=["2@lr=0.2", "3@lr=0.2"])
+    run(tmp_path, recipe=RECIPE.changed({"lr": 0.2}), seeds=(1,), placement=["2"])
+    stored = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
+    trained = stored[stored.seed > 0]
+    assert set(trained.placement) == {"v2,t2", "v3,t3"} and trained.recipe.nunique() == 1
+    assert len(trained) == 2 * 2 * 2  # placements, seeds, halves
+    run(tmp_path, seeds=(1,), placement=["2@lr=0.2"])
+    stored = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
+    assert set(stored[stored.seed > 0].placement) == {"v2,t2@lr=0.2", "v3,t3@lr=0.2"}
+    assert "lr" not in stored.recipe.iloc[-1]
+
+
 def test_a_results_file_as_pandas_reads_it_is_summarised(tmp_path: Path) -> None:
     """Empty notes and placements are NaN there."""
     found = run(tmp_path, seeds=(1,))
@@ -457,6 +475,31 @@ def test_what_is_tested_chooses_no_setting(split: str, monkeypatch: pytest.Monke
     options = {"recipe": "mini", "method": ["tip"], "seeds": (1,), "limit": 16, "progress": False}
     train(shared_backbone(), ["shapes_filled"], split=split, **options)
     assert [one is None for one in given] == [split == "val"]
+
+
+def test_a_source_among_its_targets_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"protocol": "cross-dataset", "seeds": (1,), **QUICK}
+    tested: list[str] = []
+    answers = Evaluator.answers
+
+    def noted(own: Evaluator, images: Images, *given: Any) -> list[Any]:
+        tested.append(images.manifest.name)
+        return answers(own, images, *given)
+
+    monkeypatch.setattr(Evaluator, "answers", noted)
+    names = ["textures", "shapes_filled"]
+    among = train(shared_backbone(), "shapes_filled", RECIPE, targets=names, **options)
+    assert sorted(tested) == 2 * ["shapes_filled"] + 2 * ["textures"]
+    apart = train(shared_backbone(), "shapes_filled", RECIPE, targets=names[:1], **options)
+    # Its answers counted twice in the share that training changed.
+    pd.testing.assert_frame_equal(among.drop(columns="seconds"), apart.drop(columns="seconds"))
+
+
+def test_one_placement_may_be_a_value_or_a_mapping() -> None:
+    """What `search` returns as its placement was taken apart and refused as a layer choice."""
+    for one in (Placement((2,), (3,)), {"vision": (2,), "text": (3,)}, [Placement((2,), (3,))]):
+        found = run(seeds=(1,), placement=one)
+        assert set(found.placement) == {"", "v2,t3"}
 
 
 def test_few_shot_trains_all_classes() -> None:
