@@ -23,6 +23,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.images import as_first_seen
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
+from vlmadapters.device import own_modes
 from vlmadapters.files import save_method
 from vlmadapters.methods import own_code
 from vlmadapters.methods.config import MethodConfig
@@ -103,7 +104,8 @@ class Experiment:
         self.options, self.progress = options, progress
         self.save_adapters, self.table = save_adapters, table
         self.cells = CellFolder(self.out)
-        self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
+        with own_modes():
+            self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
         self.evaluator = Evaluator(
             model, self.backbone, precision=self.train.precision, progress=progress
         )
@@ -114,6 +116,7 @@ class Experiment:
         self._unmoved: set[str] = set()  # methods that changed nothing, as was said
         self._differing: set[str] = set()  # what differs from zero-shot CLIP's, as was said
 
+    @own_modes()
     def run(
         self,
         datasets: Iterable[str | Path | Manifest | TaskData],

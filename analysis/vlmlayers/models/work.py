@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -268,8 +268,15 @@ class Work:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Return autocast to a precision; for fp32 and tf32 what holds products at it."""
     if precision not in _AUTOCAST:
-        return products_in(precision)
+        return _single(device, precision)
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+@contextmanager
+def _single(device: torch.device, precision: str) -> Iterator[None]:
+    # A caller's own autocast would else decide, under a precision that is recorded as another.
+    with torch.autocast(device.type, enabled=False), products_in(precision):
+        yield
 
 
 def _refuse_large(bytes_per_item: int, tower: str, ids: Sequence[str]) -> None:

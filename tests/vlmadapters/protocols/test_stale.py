@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,25 @@ def test_a_model_in_train_mode_is_measured_in_eval_mode_and_given_back(tmp_path:
     assert tables[0][columns].equals(tables[1][columns])
     assert all(module.training for module in busy.clip.modules())
     assert all(parameter.requires_grad for parameter in busy.clip.parameters())
+
+
+@pytest.mark.parametrize(
+    "around",
+    [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", dtype=torch.bfloat16)],
+)
+def test_a_run_computes_as_its_recipe_says_whatever_is_switched_on_around_it(
+    around: Callable[[], Any], tmp_path: Path
+) -> None:
+    """Without gradients there was a traceback, and `fp32` stood beside what autocast had made."""
+    pics, model = add_classes(tmp_path / "pics", FOUR), backbone()
+    plain = run(pics, tmp_path / "plain", model=model)
+    with around():
+        before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        within = run(pics, tmp_path / "within", model=model)
+        assert before == (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+        (zero_shot, *_) = evaluate_methods(model, [pics], {}, progress=False).log_likelihood
+    pd.testing.assert_frame_equal(within.drop(columns="seconds"), plain.drop(columns="seconds"))
+    assert zero_shot == plain.log_likelihood[0]
 
 
 STEPS = replace(RECIPE.train, schedule="step", warmup_epochs=1, epochs=2)

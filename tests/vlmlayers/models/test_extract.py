@@ -230,6 +230,15 @@ def test_autocast_is_close_and_features_stay_float32():
             assert torch.is_autocast_enabled("cpu") is there
 
 
+def test_what_is_asked_for_holds_within_a_callers_own_autocast():
+    """Features in bfloat16 were stored as those of fp32."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = run(precision="fp32")
+    for tower in ("vision", "text"):
+        own, other = (getattr(one, tower).array("2") for one in (run(), within))
+        assert np.array_equal(own, other)
+
+
 def test_pooling_may_differ_between_towers():
     found = run(pooling={"vision": "mean"})
     assert (found.vision.pooling, found.text.pooling) == ("mean", "eot")
