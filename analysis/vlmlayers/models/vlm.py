@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from html import escape
@@ -83,12 +83,13 @@ class VLM:
         Computed once, and again after weights were changed in place or replaced.
         """
         state = self.clip.state_dict()
-        stamp = tuple(
-            # A new tensor lies elsewhere, one changed in place has another version; those made in
-            # inference mode have none.
+        # A new tensor lies elsewhere, one changed in place has another version; those made in
+        # inference mode have none.
+        places = [
             (key, value.data_ptr(), 0 if value.is_inference() else value._version)
             for key, value in state.items()
-        )
+        ]
+        stamp = places, _samples(state.values())
         if self._hash is None or self._hash[0] != stamp:
             self._hash = (stamp, hash_weights(state))
         if self.adapter_hash:
@@ -165,6 +166,7 @@ class VLM:
         return f"<p>{title}</p>{self.towers._repr_html_()}"
 
 
+SAMPLES = 8  # about so many numbers of each tensor tell whether its weights have to be hashed again
 LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]
 
 
@@ -199,6 +201,20 @@ def shared_structure(*structures: Mapping[str, list[str]]) -> list[dict[str, lis
     """Return structures as far as all of them name a setting, as versions of a library differ."""
     shared = set(structures[0]).intersection(*structures)
     return [{key: one[key] for key in sorted(shared)} for one in structures]
+
+
+def _samples(values: Iterable[Tensor]) -> bytes:
+    """Return the bytes of a few numbers of each tensor, of those of one device in one copy.
+
+    Versions do not count what is written by way of `parameter.data`, as moving averages are.
+    """
+    found: dict[torch.device, list[Tensor]] = {}
+    for value in values:
+        # Of others a flat view would be a copy of all.
+        flat = value.detach().flatten() if value.is_contiguous() else value.detach()[:1].flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLES)]
+        found.setdefault(value.device, []).append(some.float())
+    return b"".join(torch.cat(some).cpu().numpy().tobytes() for some in found.values())
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
