@@ -251,6 +251,32 @@ def test_a_run_computes_as_its_recipe_says_whatever_is_switched_on_around_it(
     assert zero_shot == plain.log_likelihood[0]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_whose_weights_are_written_by_way_of_data_is_another(
+    precision: str, tmp_path: Path
+) -> None:
+    """Its cells were taken for the model that it had been, and in bf16 its cast weights."""
+
+    def averaged(model: Any) -> Any:
+        generator = torch.Generator().manual_seed(3)
+        for weight in model.clip.parameters():
+            weight.data.mul_(1 + torch.rand(weight.shape, generator=generator))
+        return model
+
+    pics, model = add_classes(tmp_path / "pics", FOUR), backbone()
+    recipe = RECIPE.changed({"precision": precision})
+    first, second, fresh = (
+        train(one(), pics, recipe, tmp_path / out, protocol="few-shot", seeds=1, progress=False)
+        for one, out in (
+            (lambda: model, "out"),
+            (lambda: averaged(model), "out"),
+            (lambda: averaged(backbone()), "fresh"),
+        )
+    )
+    assert second.log_likelihood.tolist() == fresh.log_likelihood.tolist()
+    assert second.log_likelihood.tolist() != first.log_likelihood.tolist()
+
+
 STEPS = replace(RECIPE.train, schedule="step", warmup_epochs=1, epochs=2)
 
 
