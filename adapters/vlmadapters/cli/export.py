@@ -48,7 +48,7 @@ def export(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Hand a trained adapter over to code that does not know this toolkit."""
+    """Write a trained adapter for code without this toolkit."""
     if form is not None:
         check_one_of("form", form, FORMS, where="--form")
     if classes is not None and form not in (None, "classes"):

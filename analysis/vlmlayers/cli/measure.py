@@ -11,8 +11,8 @@ from pydantic import Field
 from vlmlayers.cli.options import (
     DataRoot,
     Model,
-    Settings,
     named,
+    repeated,
     several,
     with_options,
 )
@@ -119,14 +119,23 @@ def score(
     metrics: Annotated[
         list[str] | None,
         several(
-            "A metric, an installed one, or path.py:function; the first ones where absent.",
+            "A metric, an installed one, or path.py:function; those that --list marks * where "
+            "absent.",
             "--metric",
             "-m",
         ),
     ] = None,
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None,
+        repeated(
+            "An option of scoring, as in bootstrap=50; --list says which.",
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
     show: Annotated[
-        bool, typer.Option("--list", help="Say what each metric is, and stop.")
+        bool, typer.Option("--list", help="Say what metrics and options are, and stop.")
     ] = False,
     streaming: Annotated[
         bool,
@@ -140,7 +149,10 @@ def score(
         ),
     ] = None,
 ) -> None:
-    """Score every position: features in, score table out."""
+    """Score every position: features in, score table out.
+
+    A table that is there is replaced: name all metrics that it should hold.
+    """
     if run is not None and not show:
         Run(run).stores()  # before what takes seconds to import
     from vlmlayers.options import parse_settings
@@ -173,7 +185,10 @@ def select(
             "installed rule, or path.py:function."
         ),
     ] = "threshold",
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None,
+        repeated("An option of the rule, as in accuracy=0.6.", "--set", "-s", metavar="KEY=VALUE"),
+    ] = None,
     resamples: Annotated[
         int, typer.Option(help="Resampled tables behind the stability, 0 for none.")
     ] = RESAMPLES,

@@ -116,11 +116,11 @@ def test_wrong_weights_are_one_line_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_options_of_weights_reach_the_features(tmp_path: Path) -> None:
-    options = ("--image-size", "96", "--mean", "0.5", "--interpolation", "bilinear")
+    options = ("--image-size", "96,64", "--mean", "0.5", "--interpolation", "bilinear")
     words = ("digits", "--split", "val", "--items", "4", "--quiet", "--out", str(tmp_path / "run"))
     code, errors = vlmlayers("extract", "mini-clip", *words, *options)
     assert code == 0, errors
     assert "positional_embedding resized" in errors
     store = json.loads((tmp_path / "run" / "features" / "digits-val" / "store.json").read_text())
     made = json.dumps(store)
-    assert '"mean": [0.5, 0.5, 0.5]' in made and '"size": [96, 96]' in made and "bilinear" in made
+    assert '"mean": [0.5, 0.5, 0.5]' in made and '"size": [96, 64]' in made and "bilinear" in made
