@@ -182,9 +182,10 @@ def _nothing_compared(
             f"default; name smaller amounts. Of {name}, {why}"
         )
     least = min(race.price(default, [one]) for one in rivals)
+    fewer = ", or take fewer folds" if race.track.rounds > 2 else ""  # two are the fewest
     return (
         f"a budget of {budget:g} times a full training allows no comparison; one with the default "
-        f"takes {least:.1f}; raise the budget, or take fewer folds"
+        f"takes {least:.1f}; raise the budget{fewer}"
     )
 
 

@@ -25,11 +25,12 @@ from vlmlayers.study.schema import ExtractPart
 
 def models(
     check: Annotated[
-        bool, typer.Option("--check", help="Build every architecture and find its towers.")
+        bool,
+        typer.Option("--check", help="Build each, and find its towers and how they pool."),
     ] = False,
     names: Annotated[list[str] | None, named("Architectures; all where absent.")] = None,
 ) -> None:
-    """The open_clip models: blocks, widths and pooling per tower."""
+    """The open_clip models: blocks and widths per tower."""
     from vlmlayers.study.catalogue import models_text
 
     typer.echo(models_text(names or None, check=check))

@@ -318,10 +318,10 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     assert "".join("".join(said).split()) == "".join(found.statement.split())
     least = search(shared_backbone(), [manifest], budget=1.2, **QUICK).summary
     assert [heat["stage"] for heat in least["heats"]] == ["amount"], "amount comes first"
-    with pytest.raises(
-        UserError, match=r"0\.1 times a full training allows no comparison; one .* takes"
-    ):
-        search(shared_backbone(), [manifest], budget=0.1, **QUICK)
+    for number, advice in ((2, ""), (3, ", or take fewer folds")):
+        match = rf"0\.1 times a full training allows no comparison; one .* the budget{advice}$"
+        with pytest.raises(UserError, match=match):
+            search(shared_backbone(), [manifest], budget=0.1, **QUICK | {"folds": number})
 
 
 @dataclass(frozen=True)
