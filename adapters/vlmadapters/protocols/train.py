@@ -189,3 +189,4 @@ def _recipes(
 
 
 base_to_novel = partial(train, protocol="base-to-novel")
+base_to_novel.__doc__ = "Train on half of the classes, test on both: `train` by that protocol."
