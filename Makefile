@@ -79,7 +79,7 @@ tune-methods: setup ## Search the recipes mini again (resumable; half an hour of
 	OMP_NUM_THREADS=1 $(RUN) figures/tune_methods.py --write
 
 methods: setup ## Compare all methods on the miniature CLIP again (resumable; half an hour of a core)
-	$(RUN) figures/record_methods.py
+	OMP_NUM_THREADS=1 $(RUN) figures/record_methods.py
 
 clean: ## Remove what the targets made, but not runs/
 	rm -rf .venv .venv-lowest .venv-peers .venv-thingsvision site .jupyter_cache jupyter_execute docs/reference build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,12 +1,10 @@
 """Record the comparison of all methods on the miniature CLIP: run a study, keep its table.
 
     python figures/record_methods.py [--data-root DIR] [--study FILE] [--run DIR] [--out DIR]
-                                     [--processes N]
 
-Several processes of one thread each share the cells. A run that was stopped goes on where it was.
-Beside `methods_<model>.csv`, a results table, a page says what ran, on what, and what came out.
-Tables 1 and 4 read it from the run folder where that is named; by itself a small model has no place
-among published numbers.
+A run that was stopped goes on where it was. Beside `methods_<model>.csv`, a results table, a page
+says what ran, on what, and what came out. Tables 1 and 4 read it from the run folder where that is
+named; by itself a small model has no place among published numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from record_sweep import HERE, arguments, bracketed, facts_of, train
+from record_sweep import HERE, arguments, bracketed, facts_of
 
 from vlmadapters.protocols.results import summarise
 from vlmadapters.validation.methods import compare_methods, methods_verdict
@@ -104,7 +102,6 @@ def main() -> None:
     asked = arguments(__doc__ or "", STUDY, "methods_mini")
     try:
         study = read_study(asked.study)
-        train(asked, "train")
         run = run_study(
             study, asked.run, base=asked.study.parent, source=asked.study.read_text("utf-8"),
             data_root=asked.data_root, echo=print,

@@ -1,19 +1,15 @@
 """Record the sweep behind figures 4 to 6: run a study, keep its tables and how they were made.
 
     python figures/record_sweep.py [--data-root DIR] [--study FILE] [--run DIR] [--out DIR]
-                                   [--processes N]
 
-Several processes of one thread each share the cells of the sweep. A sweep that was stopped goes on
-where it was. The tables are those of the run folder under the
+A sweep that was stopped goes on where it was. The tables are those of the run folder under the
 names that the figures look for; the page beside them says what ran, on what, and what came out.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,17 +30,6 @@ KEPT = (
     "scores.parquet", "choice.json", "validation.csv", "validation_placements.csv",
     "validation_correlations.csv",
 )  # fmt: skip
-
-
-def train(asked: argparse.Namespace, stage: str) -> None:
-    """Train the cells of a stage in processes that share the run folder, and wait for them."""
-    command = [sys.executable, "-m", "vlmlayers.cli", "study", str(asked.study)]
-    command += ["--out", str(asked.run), "--only", stage, "--quiet"]
-    command += ["--data-root", str(asked.data_root)] if asked.data_root else []
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, env=alone) for _ in range(asked.processes)]
-    if any([process.wait() for process in started]):
-        raise UserError("a process of the sweep failed, as said above; start again to go on")
 
 
 def record(run: Run, out: Path, name: str, command: str) -> list[Path]:
@@ -116,7 +101,6 @@ def arguments(description: str, study: Path, run: str) -> argparse.Namespace:
     parser.add_argument("--study", type=Path, default=study)
     parser.add_argument("--run", type=Path, default=HERE.parent / "runs" / run)
     parser.add_argument("--out", type=Path, default=HERE / "tables")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     return parser.parse_args()
 
 
@@ -141,10 +125,7 @@ def main() -> None:
     try:
         study = read_study(asked.study)
         source = {"base": asked.study.parent, "source": asked.study.read_text("utf-8")}
-        shared = {**source, "data_root": asked.data_root, "echo": print}
-        run_study(study, asked.run, only=["extract", "score", "select"], **shared)
-        train(asked, "validate")
-        run = run_study(study, asked.run, **shared)[0]
+        run = run_study(study, asked.run, data_root=asked.data_root, echo=print, **source)[0]
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

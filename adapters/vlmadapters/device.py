@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,17 @@ import torch
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import resolve_precision
 from vlmlayers.models.work import autocast
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Compute with gradients and in no other precision than is asked for, whatever is set around.
+
+    Notebooks switch gradients off at their top, and a caller may train within its own autocast.
+    """
+    cpu, gpu = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
+    with torch.inference_mode(False), torch.enable_grad(), cpu, gpu:
+        yield
 
 
 def precision_of(

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import UserError, check_one_of, looked_for, one_line
+from vlmlayers.errors import UserError, check_one_of, looked_for, no_file, one_line
 from vlmlayers.files import HUB, WEIGHT_SUFFIXES, find_weights
 
 LOCAL = "local"
@@ -258,7 +258,7 @@ def weights_of(
     if checkpoint is None and tags and file.suffix not in WEIGHT_SUFFIXES and len(file.parts) == 1:
         check_one_of("pretrained tag", str(asked), tags, where=f"model {name}")
     hint = "" if tags else f"; {name} has no tags, its weights are named by a file"
-    raise UserError(f"checkpoint {asked} does not exist{looked_for(file)}{hint}")
+    raise UserError(f"checkpoint {asked} {no_file(file)}{hint}")
 
 
 def check_model(

@@ -56,6 +56,13 @@ def looked_for(path: str | os.PathLike[str]) -> str:
     return "" if found.is_absolute() else f" (looked for {found.absolute()})"
 
 
+def no_file(path: str | os.PathLike[str]) -> str:
+    """Return, for a message about a path that is no file, whether it is a folder or not there."""
+    if Path(path).expanduser().is_dir():
+        return "is a folder; name a file in it"
+    return f"does not exist{looked_for(path)}"
+
+
 def first_cause(error: BaseException) -> BaseException:
     """Return the error that the others were raised from."""
     while (earlier := error.__cause__ or error.__context__) is not None:

@@ -95,6 +95,14 @@ def _numbers(given: Any) -> Any:
 Channels = Annotated[float | tuple[float, ...], BeforeValidator(_numbers)]
 
 
+def _sides(given: Any) -> Any:
+    """Return the parts of a text such as 224,160; anything else as it is."""
+    return tuple(given.split(",")) if isinstance(given, str) and "," in given else given
+
+
+Sides = Annotated[int | tuple[int, int], BeforeValidator(_sides)]
+
+
 class WeightsOptions(Options):
     """Which weights a model gets, how images are prepared for them, and at what size."""
 
@@ -109,8 +117,10 @@ class WeightsOptions(Options):
     std: Channels | None = Field(default=None, description="Their standard deviation, likewise.")
     interpolation: str | None = Field(default=None, description="bicubic or bilinear.")
     resize_mode: str | None = Field(default=None, description="shortest, longest or squash.")
-    image_size: int | tuple[int, int] | None = Field(
-        default=None, description="Side of the images, where it is not the model's own."
+    image_size: Sides | None = Field(
+        default=None,
+        description="Side of the images, or height and width as in 224,160, where it is not the "
+        "model's own.",
     )
 
     def arguments(self) -> dict[str, Any]:

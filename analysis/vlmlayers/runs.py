@@ -95,9 +95,15 @@ class Run:
         """
         found = sorted(path for path in self.features.glob("*") if path.is_dir())
         if not found:
+            streamed = self.read_provenance().get("extract", {}).get("streaming")
             raise UserError(
                 f"{self.features} holds no features{looked_for(self.features)}; "
-                "run `vlmlayers extract` first"
+                + (
+                    "they were streamed, which scored them; extract without --streaming to score "
+                    "them anew"
+                    if streamed
+                    else "run `vlmlayers extract` first"
+                )
             )
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,10 @@ def test_a_wrong_word_is_refused_before_torch_is_imported(words: list[str]) -> N
     )
     assert done.stdout.split() == ["2", "False"], done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_every_public_name_says_itself_what_it_is() -> None:
+    """A partial function has the words of `functools.partial` where it is given none."""
+    for name in va.__all__:
+        public = getattr(va, name)
+        assert public.__doc__ and public.__doc__ != partial.__doc__, name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmadapters.methods import METHODS
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, no_file
 from vlmlayers.files import file_checksum
 
 
@@ -45,7 +45,7 @@ class Attach:
         path = Path(path)
         if not path.is_file():
             raise UserError(
-                f"there is no adapter {path}; `vlmlayers train` writes them to adapters/"
+                f"adapter {path} {no_file(path)}; `vlmlayers train` writes them to adapters/"
             )
         adapter = load_trained(path, model, method=method)
         made = read_info(path).provenance if path.suffix == OURS else {}

@@ -13,7 +13,7 @@ from vlmadapters.cli.inputs import load_backbone
 from vlmadapters.methods import BUILT_IN, METHODS
 from vlmlayers.architectures import check_model
 from vlmlayers.cli.options import Device, Model, several, with_options
-from vlmlayers.errors import UserError, check_one_of, looked_for
+from vlmlayers.errors import UserError, check_one_of, no_file
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.prompts import TEMPLATE
 from vlmlayers.words import UNTRAINED
@@ -48,13 +48,13 @@ def export(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Hand a trained adapter over to code that does not know this toolkit."""
+    """Write a trained adapter for code without this toolkit."""
     if form is not None:
         check_one_of("form", form, FORMS, where="--form")
     if classes is not None and form not in (None, "classes"):
         raise UserError(f"--classes are embedded, and --form {form} embeds none; leave one out")
     if not adapter.is_file():
-        raise UserError(f"adapter {adapter} does not exist{looked_for(adapter)}")
+        raise UserError(f"adapter {adapter} {no_file(adapter)}")
     if form == "merged":
         _refuse_unmergeable(adapter)
     check_model(model, **weights.arguments())

@@ -42,10 +42,10 @@ def search(
     device: Device = "auto",
     data_root: DataRoot = None,
 ) -> None:
-    """Find how much and where to train, from training shots of base classes alone.
+    """Find how much and where to train, on training shots alone.
 
-    A stopped search resumes with the same command. `vlmlayers train --placement` takes the setting
-    that it picks.
+    Those of base classes: test images and novel classes are not looked at. A stopped search resumes
+    with the same command. `vlmlayers train --placement` takes the setting that it picks.
     """
     from vlmlayers.options import parse_settings
 

@@ -34,7 +34,7 @@ from vlmlayers.cli.options import (
     several,
     with_options,
 )
-from vlmlayers.errors import UserError, check_one_of, looked_for
+from vlmlayers.errors import UserError, check_one_of, no_file
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.placement import CHOICE
 from vlmlayers.prompts import TEMPLATE, Template
@@ -258,7 +258,7 @@ def _unstored(
         raise UserError(f"{option} is for an adapter in its authors' layout; name it by --adapter")
     for path in files:
         if not path.is_file():
-            raise UserError(f"adapter {path} does not exist{looked_for(path)}")
+            raise UserError(f"adapter {path} {no_file(path)}")
         if given and path.suffix == OURS:
             raise UserError(f"{path} holds its settings; {option} is for authors' layouts")
     return given

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmadapters.clip.logits import scaled_cosines
+from vlmadapters.clip.remembered import forget_written
 from vlmadapters.clip.savings import Savings
 from vlmadapters.clip.towers import backbone_towers
 from vlmadapters.clip.walk import State, Walk
@@ -44,6 +45,7 @@ class Backbone:
         self, clip: nn.Module, savings: Savings | None = None, tokenizer: Any = None
     ) -> None:
         self.clip, self.savings, self.tokenizer = _single(clip), savings or Savings(), tokenizer
+        forget_written(self.clip.parameters())
         towers = backbone_towers(self.clip)
         options = {name: getattr(self.savings, name) for name in ("last_token", "fused", "onednn")}
         self.vision = Walk(towers["vision"], **options)

@@ -8,7 +8,7 @@ long as the tensor lives and is not changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +42,24 @@ def scaled(weight: Tensor, factor: float) -> Tensor:
 def _usable(make: Callable[[Any], Tensor], of: Any) -> Tensor:
     with torch.inference_mode(False):  # else training could not use what a test made
         return make(of)
+
+
+def forget_written(weights: Iterable[Tensor]) -> None:
+    """Drop the copies of weights that are no copies any more.
+
+    Neither version nor storage tells of what is written by way of `weight.data`, as averages of
+    weights are. Compared where a backbone is taken apart, not at every use, for which the host
+    would have to wait.
+    """
+    for weight in weights:
+        for kept in (_CASTS, _SCALED):
+            found: tuple[Any, Tensor] | None = kept.get(weight)
+            if found is None:
+                continue
+            (_, _, how), made = found
+            now = weight.detach().to(how) if kept is _CASTS else weight.detach().mul(how)
+            if made.device != now.device or not torch.equal(made, now):
+                del kept[weight]
 
 
 def is_causal(mask: Tensor) -> bool:

@@ -16,6 +16,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Item
 
 SPLIT_KINDS = ("all", "base", "novel")
+MOST_VALIDATING = 4  # items of a class: a large validation set would be no few-shot setting
 
 
 @checked
@@ -34,17 +35,47 @@ def few_shot(items: Iterable[Item], shots: int, seed: int) -> list[Item]:
     Raises:
         UserError: `shots` is below 1 or there are no items.
     """
+    return _drawn(items, shots, _generator(shots, seed))
+
+
+@checked
+def few_shot_validation(
+    items: Iterable[Item], train: Iterable[Item], shots: int, seed: int
+) -> list[Item]:
+    """Draw validation items, at most `MOST_VALIDATING` per class, in the published order.
+
+    The published code goes on with the generator that has drawn the training items, so that these
+    decide which validation items come.
+
+    Args:
+        items: Validation items in the order of the split file.
+        train: Training items, likewise.
+        shots: Training items per class, at least 1.
+        seed: As of `few_shot`.
+
+    Raises:
+        UserError: `shots` is below 1 or there are no items.
+    """
+    generator = _generator(shots, seed)
+    _drawn(train, shots, generator)
+    return _drawn(items, min(shots, MOST_VALIDATING), generator)
+
+
+def _generator(shots: int, seed: int) -> random.Random:
     if shots < 1:
         raise UserError(f"shots is {shots}; a few-shot draw needs at least 1 per class")
+    # Python's own generator, as in the published code: another would draw other items.
+    return random.Random(seed)
+
+
+def _drawn(items: Iterable[Item], shots: int, generator: random.Random) -> list[Item]:
     # By first appearance, not by label: the generator is shared, so the order of classes decides
     # which items a class gets.
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(item.label, []).append(item)
     if not groups:
-        raise UserError("there are no training items to draw from; check the split file")
-    # Python's own generator, as in the published code: another would draw other items.
-    generator = random.Random(seed)
+        raise UserError("there are no items to draw from; check the split file")
     return [
         item
         for group in groups.values()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any, Self
 
-from vlmadapters.data.fewshot import base_or_novel, few_shot, kind_labels
+from vlmadapters.data.fewshot import base_or_novel, few_shot, few_shot_validation, kind_labels
 from vlmadapters.data.images import Images
 from vlmadapters.data.options import ReadOptions
 from vlmlayers.data.unreadable import Unreadable
@@ -201,11 +201,18 @@ class TaskData:
             self.manifest.require_classes(APART, self.root)
         if len(names) == 1:
             raise UserError(f"{name} has one class, {names[0]!r}; name data of two or more")
-        labels = set(self._labels(kind))
-        absent = labels - {item.label for item in self._items(split)}
+        labels, items = set(self._labels(kind)), self._items(split)
+        absent = labels - {item.label for item in items}
         if absent == labels:
             half = "" if kind == "all" else f" of its {kind} classes"
             raise UserError(f"{name} has no image{half} in split {split!r}")
+        without = [item.path for item in items if item.label < 0]
+        if without and split not in self._told:
+            self._told.add(split)
+            LOG.warning(
+                "%s: %d of %s in split %r have no class and are left out, first %s",
+                name, len(without), counted(len(items), "image"), split, without[0],
+            )  # fmt: skip
         # A fold holds images out, as it is meant to; the whole dataset says it.
         if absent and self.share == 1.0 and (kind, split) not in self._told:
             self._told.add((kind, split))
@@ -264,14 +271,19 @@ class TaskData:
     ) -> list[Item]:
         """Return few-shot items of one half, relabelled from 0; no other item is opened.
 
-        Unless they have to be `readable` none is, and nothing is left out or refused.
+        Those of `val` are drawn as `few_shot_validation` does it. Unless items have to be
+        `readable` none is opened, and nothing is left out or refused.
         """
         wanted, key = set(self._labels(kind)), (shots, seed, kind, split)
 
         # Over all classes first, then the half: the published draw does it in this order, and
         # drawing from base classes alone would pick other items.
         def draw(items: list[Item]) -> list[Item]:
-            return [item for item in few_shot(items, shots, seed) if item.label in wanted]
+            if split == "train":
+                drawn = few_shot(items, shots, seed)
+            else:
+                drawn = few_shot_validation(items, self._items("train"), shots, seed)
+            return [item for item in drawn if item.label in wanted]
 
         if key not in self._drawn:
             self._drawn[key] = draw(self._items(split))
@@ -310,8 +322,7 @@ class TaskData:
         """Return few-shot items of the validation split, at most 4 a class; none without one."""
         if "val" not in self.splits():
             return []
-        # At most 4, as CoOp's code draws them: a large validation set would be no few-shot setting.
-        return self.shots(min(shots, 4), seed, kind, "val")
+        return self.shots(shots, seed, kind, "val")
 
     def test(self, kind: str, split: str = "test", *, readable: bool = True) -> list[Item]:
         """Return the test items of one half, relabelled from 0; `readable` is as for `shots`."""

@@ -235,8 +235,13 @@ class Method(nn.Module):
             UserError: The method changes prompts or logits, which hooks on blocks cannot.
         """
         raise UserError(
-            f"{self.config.name} changes more than the blocks of a tower and cannot be attached by "
-            "hooks; train or evaluate it with `vlmlayers train` and `evaluate`"
+            f"{self.config.title} changes more than the blocks of a tower and cannot be attached "
+            "by hooks; "
+            + (
+                "`vlmlayers export` merges it into weights, which --pretrained takes"
+                if self.config.mergeable
+                else "train or evaluate it with `vlmlayers train` and `evaluate`"
+            )
         )
 
     def merged(self, backbone: Backbone) -> dict[str, Tensor]:

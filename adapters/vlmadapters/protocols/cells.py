@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 from shutil import rmtree
@@ -25,6 +25,8 @@ from vlmlayers.errors import UserError
 from vlmlayers.features.store import differing_field, record_checksum
 from vlmlayers.files import checksum, lock, write_json, write_text
 from vlmlayers.identity import DataIdentity
+from vlmlayers.placement import Amount, Placement
+from vlmlayers.positions import TOWERS
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +52,27 @@ class Cell:
     def key(self) -> str:
         """The name of its files: no two cells of different identities share one."""
         return f"{self.name}-{digest(self.identity)}"
+
+
+@dataclass(frozen=True)
+class Like:
+    """What a trained cell has to be like to stand in one table with others, and its name there.
+
+    Attributes:
+        identity: Everything that its rows depend on, as JSON values.
+        recipe: The title of its recipe.
+        amount: The amount that its placement names, whose values are in the identity.
+    """
+
+    identity: dict[str, Any]
+    recipe: str
+    amount: Amount
+
+    def placement(self, identity: dict[str, Any]) -> str:
+        """Return how a placement is written whose blocks are those of an identity."""
+        vision, text = (tuple(identity["settings"][tower]) for tower in TOWERS)
+        placed = Placement(vision, text, self.amount)
+        return str(placed) if placed or self.amount else ""
 
 
 class CellFolder:
@@ -230,10 +253,10 @@ class CellFolder:
         assert self.out is not None
         return self.out / "data" / f"{name}-{split}.gz"
 
-    def alike(self, like: Sequence[tuple[dict[str, Any], str]]) -> Rows:
+    def alike(self, like: Sequence[Like]) -> Rows:
         """Return the rows of all finished cells whose settings are those of one of some others.
 
-        Of those others are given the identity and the title of their recipe.
+        They are named as those others are, whatever an earlier command called the same values.
 
         Source, seed, blocks and protocol may differ: tables have columns for them. A table that
         also mixed recipes, settings, splits, backbones or precisions could not tell them apart;
@@ -244,8 +267,9 @@ class CellFolder:
             return []
         rows: Rows = []
         other = changed = 0
-        like = [(json.loads(json.dumps(one)), recipe) for one, recipe in like]  # as read back
-        now = {name: hashes for one, _ in like for name, hashes in one["data"].items()}
+        # As read back.
+        like = [replace(one, identity=json.loads(json.dumps(one.identity))) for one in like]
+        now = {name: hashes for one in like for name, hashes in one.identity["data"].items()}
         known = {(name, split): mark for name, of in now.items() for split, mark in of.items()}
         for path in sorted((self.out / "cells").glob("*.json")):
             try:
@@ -253,13 +277,13 @@ class CellFolder:
             except UserError as error:
                 LOG.warning("%s", error)
                 continue
-            recipe = _recipe_of(like, content["identity"])
-            if recipe is None:
+            named = _named_as(like, content["identity"])
+            if named is None:
                 other += 1
             elif self._has_changed(content["identity"]["data"], known):
                 changed += 1
             else:
-                rows += [row | {"recipe": recipe} for row in content["rows"]]
+                rows += [row | named for row in content["rows"]]
         if other:
             LOG.warning(
                 "%s: the table leaves out %s of another recipe, method or code of it, setting, "
@@ -297,20 +321,21 @@ def _members(folder: Path) -> list[str]:
     return keys
 
 
-def _recipe_of(ours: Sequence[tuple[dict[str, Any], str]], theirs: dict[str, Any]) -> str | None:
-    """Return the title of a cell's recipe, None where it may not stand in one table with others.
+def _named_as(ours: Sequence[Like], theirs: dict[str, Any]) -> dict[str, str] | None:
+    """Return recipe and placement of a cell's rows, None where it may not stand with others.
 
-    Zero-shot cells have no recipe.
+    Zero-shot cells have neither.
     """
     for key in ("split", "limit", "left_out", "template", "model", "precision"):
-        if all(one[key] != theirs.get(key) for one, _ in ours):
+        if all(one.identity[key] != theirs.get(key) for one in ours):
             return None  # a cell of an earlier version lacks some of these
-    known = {name: template for one, _ in ours for name, template in one["targets"].items()}
+    known = {name: told for one in ours for name, told in one.identity["targets"].items()}
     if any(known.get(name, template) != template for name, template in theirs["targets"].items()):
         return None
     if "train" not in theirs:
-        return ""
-    return next((recipe for one, recipe in ours if _setup(one) == _setup(theirs)), None)
+        return {}
+    alike = (one for one in ours if _setup(one.identity) == _setup(theirs))
+    return next(({"recipe": o.recipe, "placement": o.placement(theirs)} for o in alike), None)
 
 
 def _setup(identity: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.device import precision_of
 from vlmadapters.methods.base import Method
 from vlmadapters.training import processes
-from vlmlayers.errors import UserError
+from vlmadapters.training.trainer import Diverged
 from vlmlayers.manifests import Item
 from vlmlayers.metrics.checks import Labels
 from vlmlayers.models.devices import memory_errors, placed, resolve_precision
@@ -121,7 +121,8 @@ class Evaluator:
         Under `torchrun` every process predicts its share and gets the labels of all.
 
         Raises:
-            UserError: Features are not numbers, or the device runs out of memory.
+            Diverged: Answers are not finite.
+            UserError: The device runs out of memory.
         """
         mine = processes.share(items)
         for case in cases:
@@ -175,10 +176,11 @@ class Evaluator:
             of_case = [batch[start] for start in starts]
             predicted = [_predicted(logits, right) for logits in self._batch(of_case, cases, texts)]
             found = torch.stack(predicted).cpu().numpy()  # one copy, for which alone the host waits
-            if not found[:, FINITE].all():
-                raise UserError(
+            if not (finite := found[:, FINITE].all(axis=-1)).all():
+                raise Diverged(
                     "the model gives logits that are not finite; try precision fp32, or train "
-                    "with a lower lr or scale"
+                    "with a lower lr or scale",
+                    np.flatnonzero(~finite).tolist(),
                 )
             made.append(found)
         empty = np.zeros((len(cases), 3, 0))

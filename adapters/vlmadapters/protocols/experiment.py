@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, product
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.images import as_first_seen
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
+from vlmadapters.device import own_modes
 from vlmadapters.files import save_method
 from vlmadapters.methods import own_code
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.protocols.cells import ADAPTERS, Cell, CellFolder, Rows
+from vlmadapters.protocols.cells import ADAPTERS, Cell, CellFolder, Like, Rows
 from vlmadapters.protocols.datasets import Datasets
 from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.protocols.results import (
@@ -35,12 +38,12 @@ from vlmadapters.protocols.results import (
     method_fields,
 )
 from vlmadapters.protocols.table import protocol_of
-from vlmadapters.protocols.trained import result_row
+from vlmadapters.protocols.trained import Target, result_row
 from vlmadapters.protocols.zero_shot import ZeroShot
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.titles import title
-from vlmadapters.training.trainer import Trainer, TrainResult, resolved
+from vlmadapters.training.trainer import Diverged, Trainer, TrainResult, resolved
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv
 from vlmlayers.manifests import Manifest
@@ -97,27 +100,25 @@ class Experiment:
             raise UserError("give one recipe of each method; there are none, or two of one method")
         # Zero-shot rows, precision and savings of evaluation are those of the first.
         self.model, self.train = model, resolved(recipes[0].train, model.device)
-        # Recipes that ship differ in precision on a GPU, which is no fault of the user's.
-        for key, what, level in (
-            ("template", "zero-shot CLIP has", logging.WARNING),
-            ("precision", "all are tested in", logging.INFO),
-        ):
-            others = {getattr(resolved(one.train, model.device), key) for one in recipes[1:]}
-            if others - {first := getattr(self.train, key)}:
-                LOG.log(level, "recipes differ in %s; %s that of the first, %r", key, what, first)
         self.out = Path(out) if out is not None else None
         self.options, self.progress = options, progress
         self.save_adapters, self.table = save_adapters, table
         self.cells = CellFolder(self.out)
-        self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
+        with own_modes():
+            self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
         self.evaluator = Evaluator(
             model, self.backbone, precision=self.train.precision, progress=progress
         )
         self.datasets = Datasets(self.protocol, model, targets, root, split, options)
+        # Once: every cell asks for it, several times, and looking at all weights takes a while.
+        self._model_identity = model.identity()
         self._zero_shot = ZeroShot(self.protocol.name, self.evaluator, self.train.template)
         self._next: tuple[str, int] | None = None  # what comes then, whose images are decoded early
+        self._marks: dict[tuple[str, str], str] = {}  # of the tokens of tested classes
         self._unmoved: set[str] = set()  # methods that changed nothing, as was said
+        self._differing: set[str] = set()  # what differs from zero-shot CLIP's, as was said
 
+    @own_modes()
     def run(
         self,
         datasets: Iterable[str | Path | Manifest | TaskData],
@@ -145,11 +146,12 @@ class Experiment:
         # dataset would otherwise show after hours.
         asked = list(self.recipes.values() if settings is None else settings)
         recipes = [self._recipe_of(one) for one in asked]
-        self._check_configs([one.method for one in recipes])
         sources = list(dict.fromkeys(self.datasets.add(one).manifest.name for one in datasets))
         seeds = list(seeds)
         if together < 1:
             raise UserError(f"together is {together}; train at least 1 placement at a time")
+        self._check_configs(recipes, sources)
+        self._tell_differing(recipes, sources)
         self.datasets.check(sources)
         for pair in {pair: None for one in sources for pair in self.datasets.read(one)}:
             self.cells.see(*pair, self.datasets.identity(*pair), self.datasets[pair[0]].drawn_by)
@@ -184,7 +186,7 @@ class Experiment:
         if self.out is not None and self.table is not None and first and rows:
             # Any seed will do: cells of all seeds belong in the table.
             like = [
-                (self._cell(source, 0, one).identity, title(one))
+                Like(self._cell(source, 0, one).identity, title(one), one.amount)
                 for source, one in product(sources, recipes)
             ]
             write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
@@ -251,16 +253,35 @@ class Experiment:
             return setting
         return self.recipes[config.name].with_method(config)
 
-    def _check_configs(self, configs: Sequence[MethodConfig]) -> None:
+    def _check_configs(self, recipes: Sequence[Recipe], sources: Sequence[str]) -> None:
         depths = {name: walk.tower.depth for name, walk in self.backbone.walks.items()}
         other_classes = self.protocol.transfer or "novel" in self.protocol.own_kinds
-        for config in configs:
+        for recipe, source in product(recipes, sources):
+            config = recipe.method_for(self.datasets[source].origin)
             config.check_depths(depths)
             if config.class_bound and other_classes:
                 raise UserError(
                     f"{config.name} as set here learns something of each class and cannot be "
                     f"tested on others; use the protocol few-shot, not {self.protocol.name}"
                 )
+
+    def _tell_differing(self, recipes: Sequence[Recipe], sources: Sequence[str]) -> None:
+        """Say once where a training has another template or precision than zero-shot CLIP."""
+        # Recipes that ship differ in precision on a GPU, which is no fault of the user's.
+        for key, what, level in (
+            ("template", "zero-shot CLIP has", logging.WARNING),
+            ("precision", "all are tested in", logging.INFO),
+        ):
+            first = getattr(self.train, key)
+            for recipe, source in product(recipes, sources):
+                own = getattr(self._train_of(recipe, source), key)
+                if own != first and key not in self._differing:
+                    self._differing.add(key)
+                    LOG.log(
+                        level,
+                        "recipes differ in %s (%s on %s: %r); %s that of the first, %r",
+                        key, recipe.method.name, source, own, what, first,
+                    )  # fmt: skip
 
     def _cells(
         self,
@@ -318,6 +339,9 @@ class Experiment:
             source: Name of the dataset trained on.
             seed: Seed of draw, initialisation, order and views.
             settings: Recipes that differ in their method's settings alone.
+
+        Raises:
+            Diverged: Names those whose loss or answers are not finite; none of all is kept.
         """
         data = self.datasets[source]
         kind = self.protocol.train_kind
@@ -331,6 +355,7 @@ class Experiment:
         # Beside the training, which leaves a machine with a GPU its cores.
         tested = self.datasets.own_test(source)
         with data.images.arriving(as_first_seen(shots, seed), tested, then=then):
+            folder = self.cells.begin([self._cell(source, seed, one) for one in settings])
             trainer = Trainer(
                 self.model,
                 data.images,
@@ -341,11 +366,18 @@ class Experiment:
                 seed,
                 validation=data.validation(train.shots, seed, kind) if self._fits else (),
                 backbone=self.backbone,
-                folder=self.cells.begin([self._cell(source, seed, one) for one in settings]),
+                folder=folder,
                 progress=self.progress,
             )
-            trained = trainer.fit()
-            rows = self._test(source, settings, trained, train, task)
+            try:
+                with _named(settings):
+                    trained = trainer.fit()
+                rows = self._test(source, settings, trained, train, task)
+            except Diverged:
+                # It would again, and without what diverged the rest is another training.
+                if folder is not None and processes.is_first():
+                    rmtree(folder, ignore_errors=True)
+                raise
         if self.save_adapters and self.out is not None and processes.is_first():
             for one, result in zip(settings, trained):
                 cell = self._cell(source, seed, one)
@@ -367,19 +399,23 @@ class Experiment:
         task: Task,
     ) -> list[Rows]:
         rows: list[Rows] = [[] for _ in trained]
-        differing = [0] * len(trained)
+        # From zero-shot CLIP in its template, and in that of the training: a method may start from
+        # either, and other words alone are no change.
+        differing = np.zeros((len(trained), 2), dtype=int)
         total = 0
         for target in self.datasets.tested(source):
             items, truth = target.items(), target.truth()
-            plain = self._zero_shot.answers(target)[0]
+            plain = [self._zero_shot.answers(target)[0].labels]
+            plain.append(self._zero_shot.labels_in(target, train.template))
             tested = target.dataset.task(target.kind, train.template)
             cases = [Case(result.method, tested) for result in trained]
-            found = self.evaluator.answers(target.dataset.images, items, cases)
+            with _named(settings):
+                found = self.evaluator.answers(target.dataset.images, items, cases)
             total += len(items)
             own = target.dataset is self.datasets[source]
             shared = target.dataset.tell_of_shared(target.split) if own else ""
             for index, (result, answers) in enumerate(zip(trained, found)):
-                differing[index] += int((answers.labels != plain.labels).sum())
+                differing[index] += [(answers.labels != one).sum() for one in plain]
                 rows[index].append(
                     result_row(
                         self.protocol.name,
@@ -399,7 +435,7 @@ class Experiment:
                 )
         for index, result in enumerate(trained):
             # By predictions, not accuracy: changes both ways may leave accuracy as it was.
-            share = differing[index] / max(total, 1)
+            share = float(differing[index].min() / max(total, 1))
             in_steps = any(group["params"] for group in result.method.parameter_groups())
             note = UNMOVED if in_steps else UNMOVED_FIT
             note = note if share < EFFECT else ""
@@ -432,8 +468,8 @@ class Experiment:
     def _untrained_identity(self, source: str) -> dict[str, Any]:
         """Return all that zero-shot rows depend on, as JSON values."""
         templates = {
-            f"{t.dataset.manifest.name}/{t.kind}": t.dataset.manifest.zero_shot_template
-            for t in self.datasets.tested(source)
+            f"{target.dataset.manifest.name}/{target.kind}": self._told_by(target)
+            for target in self.datasets.tested(source)
         }
         return {
             "protocol": self.protocol.name,
@@ -442,13 +478,28 @@ class Experiment:
             "limit": self.options.limit,
             "left_out": [self.options.present_only, self.options.skip_unreadable],
             "template": self.train.template,
-            "model": self.model.identity(),
+            "model": self._model_identity,
             "precision": self.evaluator.precision,
             "targets": templates,
             "data": self.datasets.hashes(
                 (name, self.datasets.split) for name in (source, *self.datasets.targets)
             ),
         }
+
+    def _told_by(self, target: Target) -> str:
+        """Return the template of a target's zero-shot rows, and what marks the tokens of its words.
+
+        OpenAI's tokens have no mark.
+        """
+        key = target.dataset.manifest.name, target.kind
+        if key not in self._marks:
+            task = target.dataset.task(target.kind, self.train.template)
+            prompts = [*task.prompts(), *task.prompts(task.own_template)]
+            self._marks[key] = ""
+            with suppress(UserError):  # a model without a tokenizer is refused in its place
+                self._marks[key] = self.model.tokens_mark(prompts)
+        own = target.dataset.manifest.zero_shot_template
+        return " in tokens ".join(filter(None, (own, self._marks[key])))
 
     @property
     def _fits(self) -> bool:
@@ -473,10 +524,23 @@ class Experiment:
             "train": self._train_of(setting, source).identity(),
             **own_code([config]),
         }
-        if config.validates and not self._fits:  # cells from when values were chosen there differ
+        # Cells from when values were chosen on tested items, or on those of another draw, differ.
+        if config.validates and not self._fits:
             identity["validation"] = "none"
+        elif config.validates and "val" in identity["data"][source]:
+            identity["validation"] = "drawn after the training items"
         parts = [source, config.name, config.placement, f"s{seed}"]
         return Cell("-".join(filter(None, parts)), identity)
+
+
+@contextmanager
+def _named(settings: Sequence[Recipe]) -> Iterator[None]:
+    """Name the recipes of what diverges within."""
+    try:
+        yield
+    except Diverged as error:
+        error.settings = tuple(settings[number] for number in error.numbers)
+        raise
 
 
 def _moved(rows: Rows | None) -> bool:

@@ -68,7 +68,7 @@ def with_published(
     """Return a summary with published numbers of the same datasets and protocol below ours.
 
     Of a transfer, one on the source stands only beside ours on what was trained on, and one on a
-    target, or the average, only beside ours of a transfer.
+    target only beside ours of a transfer. Averages stand only beside ours over the same datasets.
 
     Args:
         summary: From `summarise`.
@@ -85,12 +85,18 @@ def with_published(
     for protocol in dict.fromkeys(summary["protocol"]):
         if protocol not in COMPARED:
             continue
-        table = _table(protocol, folder)
+        table, transfer = _table(protocol, folder), PROTOCOLS[protocol].transfer
+        averaged = set(table["dataset"]) - {"average"} - ({SOURCE} if transfer else set())
         table = table[table["dataset"].isin(spelling)]
-        if PROTOCOLS[protocol].transfer:
-            ours = summary[(summary["protocol"] == protocol) & ~summary["source"].isin(["", None])]
+        ours = summary[summary["protocol"] == protocol]
+        tested = set(ours["dataset"]) - {"average"}
+        if transfer:
+            ours = ours[~ours["source"].isin(["", None])]
             kinds = set(zip(ours["dataset"], ours["dataset"] == ours["source"]))
             table = table[[(spelling[one], one == SOURCE) in kinds for one in table["dataset"]]]
+            tested -= set(ours["source"])
+        if tested != {spelling.get(one) for one in averaged}:
+            table = table[table["dataset"] != "average"]
         for row in table.to_dict("records"):
             metric = "all" if row["metric"] == "accuracy" else row["metric"]
             note = "; ".join(filter(None, (str(row["flag"] or ""), str(row["source"]))))

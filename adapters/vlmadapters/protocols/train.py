@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,13 +28,23 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest
 from vlmlayers.models.load import VLM
 from vlmlayers.options import takes, validated
+from vlmlayers.placement import Placement
 from vlmlayers.selection import LayerChoice
 
 LOG = logging.getLogger(__name__)
 Model = Annotated[VLM, Takes("a model, as `load_model` returns it")]
+
+
+def _several(placements: Any) -> Any:
+    """Return placements as several; one of both towers could pass for two things."""
+    return [placements] if isinstance(placements, (Placement, Mapping)) else placements
+
+
 Placements = Annotated[
     Sequence[Any] | None,
-    Takes("a placement such as '5-12' or 'v5-12,t7-12', or a choice", "placements"),
+    Takes(
+        "a placement such as '5-12' or 'v5-12,t7-12', or a choice", "placements", convert=_several
+    ),
 ]
 Datasets = Annotated[
     Sequence[str | Path | Manifest],
@@ -104,8 +114,10 @@ def train(
             raise UserError(f"there is no {what} to train; name one")
     if save_adapters and out is None:
         raise UserError("train saves adapters beside the cells in out; name it, or leave both out")
-    recipes = _recipes(recipe or (), method, model)
-    settings = configs
+    recipes, depths = _recipes(recipe or (), method, model), backbone_depths(model.clip)
+    settings: Sequence[MethodConfig | Recipe] | None = configs and [
+        one.fitted(depths) if isinstance(one, Recipe) else one for one in configs
+    ]
     if configs is None and placement is not None:
         settings = settings_at(recipes, placement)
     elif placement is not None:
@@ -177,3 +189,4 @@ def _recipes(
 
 
 base_to_novel = partial(train, protocol="base-to-novel")
+base_to_novel.__doc__ = "Train on half of the classes, test on both: `train` by that protocol."

@@ -9,6 +9,7 @@ from vlmadapters.protocols.cells import Rows
 from vlmadapters.protocols.evaluate import Answers, Case, Evaluator
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_OWN
 from vlmadapters.protocols.trained import Target, result_row
+from vlmlayers.metrics.checks import Labels
 
 
 @dataclass(eq=False)
@@ -27,16 +28,26 @@ class ZeroShot:
     protocol: str
     evaluator: Evaluator
     template: str
-    _found: dict[tuple[str, str], list[Answers]] = field(
+    _found: dict[tuple[str, str, tuple[str, ...]], list[Answers]] = field(
         default_factory=dict, init=False, repr=False
     )
 
     def answers(self, target: Target) -> list[Answers]:
         """Return the answers with the common and with the dataset's own template."""
-        data, key = target.dataset, (target.dataset.manifest.name, target.kind)
+        return self._answers(target, self._templates(target))
+
+    def labels_in(self, target: Target, template: str) -> Labels:
+        """Return the labels given with any template, tested anew where it is none of the two."""
+        known = self._templates(target)
+        if template in known:
+            return self.answers(target)[known.index(template)].labels
+        return self._answers(target, (template,))[0].labels
+
+    def _answers(self, target: Target, templates: tuple[str, ...]) -> list[Answers]:
+        data, key = target.dataset, (target.dataset.manifest.name, target.kind, templates)
         if key not in self._found:
             plain = Method()
-            cases = [Case(plain, data.task(target.kind, one)) for one in self._templates(target)]
+            cases = [Case(plain, data.task(target.kind, one)) for one in templates]
             self._found[key] = self.evaluator.answers(data.images, target.items(), cases)
         return self._found[key]
 

@@ -168,7 +168,7 @@ class Recipe:
         method: The method's settings.
         source: Where the values come from.
         datasets: Values that differ by dataset: name of a dataset to fields of `train`, and under
-            `settings` to those of `method`.
+            `settings` to those of `method`, but for its blocks.
         amount: The amount that `at` set, where it set one.
         loaded: Name or file, and method, that `load_recipe` was given without depths; None where
             blocks were named since.
@@ -270,12 +270,17 @@ class Recipe:
         made.refuse_unread(key for key, value in train.items() if value is not None)
         return made
 
-    def refuse_unread(self, keys: Iterable[str]) -> None:
-        """Raise a UserError where nothing reads one of some values of `train`."""
+    def refuse_unread(self, keys: Iterable[str], of: str = "") -> None:
+        """Raise a UserError where nothing reads one of some values of `train`.
+
+        Args:
+            keys: Names of the values.
+            of: What they are of, for the message: " of faces".
+        """
         unread = self.unread()
         for key in keys:
             if key in unread:
-                raise UserError(f"{key} is not read: {unread[key]}")
+                raise UserError(f"{key}{of} is not read: {unread[key]}")
 
     def unread(self) -> dict[str, str]:
         """Return each value of `train` that nothing reads beside the others, and why."""
@@ -501,8 +506,15 @@ def _recipe(
         made.refuse_unread(values)
         # Tried at once: a wrong value of one dataset would else show after others have trained.
         for dataset, own in datasets.items():
-            made.train_for(dataset)
-            config.from_dict({**config.to_dict(), **own.get("settings", {})})
+            theirs = Recipe(name, made.train_for(dataset), made.method_for(dataset))
+            if datasets is not parent.datasets:  # what is inherited is nobody's mistake
+                theirs.refuse_unread(own, f" of {dataset}")
+            # One placement for all: tables name it, and what is averaged over datasets shares it.
+            if blocks := [tower for tower in own.get("settings", {}) if tower in TOWERS]:
+                raise UserError(
+                    f"the settings of {dataset} name {blocks[0]} blocks, and a recipe acts at the "
+                    f"same ones on every dataset; train {dataset} by a recipe of its own"
+                )
         return made
     except TypeError as error:
         raise UserError(f"{where}: a value has the wrong type: {error}") from error

@@ -36,7 +36,7 @@ from vlmadapters.training import processes
 from vlmadapters.training.graphs import StepGraph
 from vlmadapters.training.memory import check_memory, view_bytes
 from vlmadapters.training.optimization import learning_rate, new_optimizer, own_draws, set_rate
-from vlmadapters.training.recipes import TrainConfig
+from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.training.state import load_training_state, save_training_state
 from vlmadapters.training.views import Views
 from vlmlayers.errors import UserError
@@ -86,6 +86,20 @@ class _Training:
     initial: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
     unread: list[Tensor] = field(default_factory=list)  # losses that are still on the device only
+
+
+class Diverged(UserError):
+    """A training came to a loss, or answers, that are not finite.
+
+    Attributes:
+        numbers: Which of the methods that are trained side by side.
+        settings: Their recipes, where an experiment trained them.
+    """
+
+    def __init__(self, message: str, numbers: Sequence[int]) -> None:
+        super().__init__(message)
+        self.numbers = tuple(numbers)
+        self.settings: tuple[Recipe, ...] = ()
 
 
 class Trainer:
@@ -224,7 +238,8 @@ class Trainer:
         """Train to the end and return one result per method.
 
         Raises:
-            UserError: A loss is not a number, or the device runs out of memory.
+            Diverged: A loss is not a number.
+            UserError: The device runs out of memory.
         """
         advice = (
             f"lower batch_size ({self.train.batch_size}), adapt later blocks, use fewer classes or "
@@ -299,25 +314,30 @@ class Trainer:
         """Read the losses of the steps since the last call and show the last one.
 
         Raises:
-            UserError: A loss is not finite; names the step that it was in.
+            Diverged: Losses are not finite; names the step that the first was in.
         """
-        for run in self.runs:
+        ends: dict[int, str] = {}
+        for index, run in enumerate(self.runs):
             # All at once: the host waits for the device once for many steps, not at each.
             found = torch.cat(run.unread).tolist() if run.unread else []
             for number, loss in enumerate(found, len(run.losses)):
                 if not math.isfinite(loss):
-                    step = number // self.train.updates_per_batch
-                    epoch, step = divmod(step, self.steps_per_epoch)
-                    raise UserError(
-                        f"the loss of {run.method.config.title} {run.method.config.placement} "
-                        f"became {loss} in epoch {epoch + 1}, step {step + 1}; lower lr "
-                        f"({self.train.lr}) or how strongly the method acts (its scale, where it "
-                        "has one)"
-                    )
+                    ends.setdefault(index, self._end(run, number, loss))
             run.losses += found
             run.unread.clear()
+        if ends:
+            raise Diverged(next(iter(ends.values())), list(ends))
         last = [run.losses[-1] for run in self.runs if run.losses]
         shown.set_postfix(loss=f"{np.mean(last):.3f}", refresh=False)
+
+    def _end(self, run: _Training, number: int, loss: float) -> str:
+        """Return that a loss is not finite, and in which update."""
+        epoch, step = divmod(number // self.train.updates_per_batch, self.steps_per_epoch)
+        return (
+            f"the loss of {run.method.config.title} {run.method.config.placement} became {loss} in "
+            f"epoch {epoch + 1}, step {step + 1}; lower lr ({self.train.lr}) or how strongly the "
+            "method acts (its scale, where it has one)"
+        )
 
     def _set_rates(self) -> None:
         done = self._steps_done()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ from vlmadapters.data.task import TaskData
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP, ZERO_SHOT_OWN
 from vlmadapters.training.recipes import Recipe
-from vlmadapters.training.trainer import count_steps
+from vlmadapters.training.trainer import Diverged, count_steps
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
 from vlmadapters.validation.options import SearchOptions, ValidateOptions
 from vlmlayers.placement import ZERO_SHOT
 
+LOG = logging.getLogger(__name__)
 AS_IS = "recipe"  # a method without placement, by the amount of its recipe
 
 
@@ -49,6 +51,7 @@ class Track:
         draws: The folds of each dataset and seed.
         rounds: Number of folds of the draw that has most.
         steps_of_one: Steps of one full training of every draw.
+        diverged: Settings whose loss or answers were not finite in some fold, and what was said.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Track:
             for apart in kinds
         }
         self._rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.diverged: dict[str, str] = {}
 
     @property
     def table(self) -> pd.DataFrame:
@@ -129,21 +133,46 @@ class Track:
         ]
         return sum(_steps(setting, *one) for one in missing) / self.steps_of_one
 
-    def run(self, stage: str, settings: Sequence[Recipe], number: int) -> None:
-        """Train settings on the fold of a number of every draw, where they have not run yet."""
+    def run(
+        self, stage: str, needed: Sequence[Recipe], rivals: Iterable[Recipe], number: int
+    ) -> None:
+        """Train settings on the fold of a number of every draw, where they have not run yet.
+
+        A rival that diverges is left out from there on, since what is tried may be too much.
+
+        Args:
+            stage: What they are trained for.
+            needed: Settings that the rest is compared with.
+            rivals: The rest.
+            number: Of the fold, from 1.
+
+        Raises:
+            Diverged: One that is needed.
+        """
+        known = {label(one): one for one in [*needed, *rivals]}
+        firm = {label(one) for one in needed}
         for (dataset, seed), parts in self.draws.items():
             if number > len(parts):
                 continue
             fold = parts[number - 1]
             name = fold.manifest.name
             # Amounts and placements meet in some settings, and folds are resumed from their cells.
-            new = {label(one): one for one in settings if (name, label(one)) not in self._rows}
-            if not new:
-                continue
-            experiment = self._experiments[fold.apart]
-            found = experiment.run([fold], list(new.values()), [seed], together=self.together)
-            steps = {key: _steps(one, dataset, fold) for key, one in new.items()}
-            self._keep(stage, name, found, steps | {ZERO_SHOT: 0})
+            new = {key: one for key, one in known.items() if (name, key) not in self._rows}
+            while new := {key: one for key, one in new.items() if key not in self.diverged}:
+                try:
+                    found = self._experiments[fold.apart].run(
+                        [fold], list(new.values()), [seed], together=self.together
+                    )
+                except Diverged as error:
+                    gone = dict.fromkeys(map(label, error.settings), str(error))
+                    if not gone or firm & gone.keys():
+                        raise
+                    self.diverged |= gone
+                    LOG.warning("left out of the %s: %s; %s", stage, ", ".join(gone), error)
+                    continue
+                steps = {key: _steps(one, dataset, fold) for key, one in new.items()}
+                self._keep(stage, name, found, steps | {ZERO_SHOT: 0})
+                break
 
     def _keep(self, stage: str, name: str, found: pd.DataFrame, steps: Mapping[str, int]) -> None:
         dataset, seed, number, held_out = self._known[name]
@@ -183,7 +212,7 @@ class Heat:
     Attributes:
         stage: `amount` or `placement`.
         default: Label of what was to beat.
-        rivals: Labels of the settings that ran.
+        rivals: Labels of the settings that ran, but for those that diverged.
         best: Label of the best rival that ran in every fold.
         difference: Its difference to the default.
         pick: Label of the best rival where it is better beyond doubt, else of the default.
@@ -254,7 +283,12 @@ class Race:
             return default
         alive = list(known)
         for number in range(1, self.track.rounds + 1):
-            self.track.run(stage, [default, *(known[one] for one in alive)], number)
+            self.track.run(stage, [default], (known[one] for one in alive), number)
+            for one in [one for one in alive if one in self.track.diverged]:
+                self.skip(stage, one, self.track.diverged[one])
+                alive.remove(one)
+            if not alive:
+                return default
             if number < self.track.rounds:
                 order = ranking(self.track.table, label(default), self.criterion)
                 alive = sorted(alive, key=lambda one: -order[one])[: _half(alive)]
@@ -263,7 +297,8 @@ class Race:
         found = difference(self.track.table, best, label(default), self.criterion)
         # In doubt the default stays; the interval is the rival's own, as searches were registered.
         pick = known[best] if found.low > 0 else default
-        self.heats.append(Heat(stage, label(default), tuple(known), best, found, label(pick)))
+        ran = tuple(one for one in known if one not in self.track.diverged)
+        self.heats.append(Heat(stage, label(default), ran, best, found, label(pick)))
         return pick
 
 

@@ -163,20 +163,29 @@ def search(
     # What amounts left of the budget is spent on placements.
     race.run("placement", tuned, crossed(tuned, placements), limit - track.cost)
     if not race.heats:
-        raise UserError(_too_little(race, default, [*rates, *placements], asked.budget))
+        raise UserError(_nothing_compared(race, default, [*rates, *placements], asked.budget))
     found = Search(track.table, _summary(race, default, model, asked))
     if out is not None and processes.is_first():
         found.write(out)
     return found
 
 
-def _too_little(race: Race, default: Recipe, rivals: Sequence[Recipe], budget: float | None) -> str:
+def _nothing_compared(
+    race: Race, default: Recipe, rivals: Sequence[Recipe], budget: float | None
+) -> str:
     if not rivals:
         return f"{default.method.name}: there is nothing to try besides the default; name amounts"
+    if race.track.diverged:
+        name, why = next(iter(race.track.diverged.items()))
+        return (
+            f"{default.method.name}: nothing was trained to the end in every fold beside the "
+            f"default; name smaller amounts. Of {name}, {why}"
+        )
     least = min(race.price(default, [one]) for one in rivals)
+    fewer = ", or take fewer folds" if race.track.rounds > 2 else ""  # two are the fewest
     return (
         f"a budget of {budget:g} times a full training allows no comparison; one with the default "
-        f"takes {least:.1f}; raise the budget, or take fewer folds"
+        f"takes {least:.1f}; raise the budget{fewer}"
     )
 
 

@@ -45,7 +45,7 @@ def tune(
 
     By successive halving over folds, as a search does, but for each placement by itself, and the
     best mean is taken even where it cannot be told from the next: a comparison of places needs an
-    amount that suits each, not one that is proved.
+    amount that suits each, not one that is proved. One that diverges is left out.
 
     Args:
         track: Where settings run.
@@ -53,15 +53,19 @@ def tune(
         amounts: Amounts to try beside it; multiples of it where None.
         also: One more, such as that of a search.
         criterion: What decides, a name of `judge.CRITERIA`.
+
+    Raises:
+        Diverged: A placement at the recipe's amount.
     """
     alive = {label(one): tried_amounts(one, amounts, also) for one in settings}
     tried = {name: [own, *rivals] for own, (name, rivals) in zip(settings, alive.items())}
     # All placements in one call for each fold, so that they train side by side.
     for number in range(1, track.rounds + 1):
-        track.run("tuning", [*settings, *(one for rest in alive.values() for one in rest)], number)
+        track.run("tuning", settings, (one for rest in alive.values() for one in rest), number)
         for name, rivals in alive.items():
             order = ranking(track.table, name, criterion)
-            kept = sorted(rivals, key=lambda one: -order[label(one)])
+            kept = [one for one in rivals if label(one) not in track.diverged]
+            kept.sort(key=lambda one: -order[label(one)])
             alive[name] = kept[: math.ceil(len(kept) / 2)] if number < track.rounds else kept
     picked = []
     for own, (name, rivals) in zip(settings, alive.items()):
@@ -97,7 +101,7 @@ def _over_amount(track: Track, tried: dict[str, list[Recipe]]) -> pd.DataFrame:
         (name, str(one.amount) or "recipe",
          times(one, settings[0], track.steps(one) / track.steps(settings[0])),
          *means.loc[label(one)], int(count[label(one)]))
-        for name, settings in tried.items() for one in settings
+        for name, settings in tried.items() for one in settings if label(one) in count
     ]  # fmt: skip
     plain = means.loc[ZERO_SHOT] if ZERO_SHOT in means.index else None
     if plain is not None:

@@ -46,7 +46,7 @@ def data_check(
         bool, typer.Option("--full", help="Decode every image, and tell the content of all.")
     ] = False,
 ) -> None:
-    """What is on disk, missing, altered or unusable, and where to get it."""
+    """What is on disk, missing, altered or unusable; where to get it."""
     from vlmlayers.manifests import check_table, exit_code
 
     table = check_table(names or (), data_root, full)

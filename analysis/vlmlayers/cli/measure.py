@@ -11,8 +11,8 @@ from pydantic import Field
 from vlmlayers.cli.options import (
     DataRoot,
     Model,
-    Settings,
     named,
+    repeated,
     several,
     with_options,
 )
@@ -25,11 +25,12 @@ from vlmlayers.study.schema import ExtractPart
 
 def models(
     check: Annotated[
-        bool, typer.Option("--check", help="Build every architecture and find its towers.")
+        bool,
+        typer.Option("--check", help="Build each, and find its towers and how they pool."),
     ] = False,
     names: Annotated[list[str] | None, named("Architectures; all where absent.")] = None,
 ) -> None:
-    """The open_clip models: blocks, widths and pooling per tower."""
+    """The open_clip models: blocks and widths per tower."""
     from vlmlayers.study.catalogue import models_text
 
     typer.echo(models_text(names or None, check=check))
@@ -119,14 +120,23 @@ def score(
     metrics: Annotated[
         list[str] | None,
         several(
-            "A metric, an installed one, or path.py:function; the first ones where absent.",
+            "A metric, an installed one, or path.py:function; those that --list marks * where "
+            "absent.",
             "--metric",
             "-m",
         ),
     ] = None,
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None,
+        repeated(
+            "An option of scoring, as in bootstrap=50; --list says which.",
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
     show: Annotated[
-        bool, typer.Option("--list", help="Say what each metric is, and stop.")
+        bool, typer.Option("--list", help="Say what metrics and options are, and stop.")
     ] = False,
     streaming: Annotated[
         bool,
@@ -140,7 +150,10 @@ def score(
         ),
     ] = None,
 ) -> None:
-    """Score every position: features in, score table out."""
+    """Score every position: features in, score table out.
+
+    A table that is there is replaced: name all metrics that it should hold.
+    """
     if run is not None and not show:
         Run(run).stores()  # before what takes seconds to import
     from vlmlayers.options import parse_settings
@@ -173,7 +186,10 @@ def select(
             "installed rule, or path.py:function."
         ),
     ] = "threshold",
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None,
+        repeated("An option of the rule, as in accuracy=0.6.", "--set", "-s", metavar="KEY=VALUE"),
+    ] = None,
     resamples: Annotated[
         int, typer.Option(help="Resampled tables behind the stability, 0 for none.")
     ] = RESAMPLES,

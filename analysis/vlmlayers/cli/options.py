@@ -62,10 +62,6 @@ DataRoot = Annotated[
         "--data-root", help="Folder that the datasets lie in; else VLMLAYERS_DATA, else ./data."
     ),
 ]
-Settings = Annotated[
-    list[str] | None,
-    repeated("An option of the rule or of scoring.", "--set", "-s", metavar="KEY=VALUE"),
-]
 
 
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:

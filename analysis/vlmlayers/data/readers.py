@@ -64,7 +64,7 @@ def open_image(
     the first frame is taken; transparency is laid over white; CMYK is converted without a colour
     profile. Grey values of more than 8 bits are scaled: white is the largest value of the smallest
     of 8, 10, 12, 14 and 16 bits that holds the brightest pixel; floating-point values may also go
-    from 0 or -1 to 1.
+    from 0 or -1 to 1. In a TIFF that says so white is 0 and black the largest.
 
     Args:
         source: Path of a file, or its bytes.
@@ -125,9 +125,10 @@ def upright(image: Image.Image, name: str) -> Image.Image:
         UnreadableImage: It is too large or too long, or its values fit no usual range.
     """
     _expect_size(image, name)
+    negative = _is_negative(image)  # which a copy does not say
     turned = image.copy()
     _turn_upright(turned)
-    return _to_rgb(turned, name)
+    return _to_rgb(turned, name, negative)
 
 
 def _used(handle: BinaryIO, name: str, size: int, use: Callable[[BinaryIO, str], T]) -> T:
@@ -141,13 +142,14 @@ def _decode(handle: BinaryIO, name: str, at_least: int | None) -> Image.Image:
     with Image.open(handle, formats=FORMATS) as image:
         _expect_size(image, name)
         wide = _is_wide(image)  # before it loads: the tiles that say so are then gone
+        negative = _is_negative(image)
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         image.load()
         if wide:
             _expect_high_bits(image, name)
         _turn_upright(image)
-        return _to_rgb(image, name)
+        return _to_rgb(image, name, negative)
 
 
 def _jpeg(handle: BinaryIO, name: str) -> tuple[bytes, int]:
@@ -207,6 +209,12 @@ def _is_wide(image: ImageFile.ImageFile) -> bool:
     return not image.mode.startswith("I") and any(";16" in mode for mode in raw)
 
 
+def _is_negative(image: Image.Image) -> bool:
+    """Return whether white is 0 in a TIFF of more than 8 bits, which Pillow leaves as it is."""
+    deep = image.mode.startswith(("I", "F"))
+    return deep and getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0
+
+
 def _expect_high_bits(image: Image.Image, name: str) -> None:
     bands = [image.getchannel(band) for band in image.getbands() if band != "A"]
     if max(int(np.asarray(band).max(initial=0)) for band in bands) < DARKEST:
@@ -215,13 +223,14 @@ def _expect_high_bits(image: Image.Image, name: str) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, negative: bool) -> Image.Image:
     if image.mode == "RGB":
         # A copy outlives the file, which is closed when the context around this ends.
         return image.copy()
     # Pillow's own conversion clips these at 255, which turns most of a 16-bit image white.
     if image.mode.startswith(("I", "F")):
-        return eight_bit(np.asarray(image), name).convert("RGB")
+        grey = eight_bit(np.asarray(image), name)
+        return (ImageOps.invert(grey) if negative else grey).convert("RGB")
     if image.has_transparency_data:
         layer = image if image.mode == "RGBA" else image.convert("RGBA")
         ground = Image.new("RGB", layer.size, (255, 255, 255))

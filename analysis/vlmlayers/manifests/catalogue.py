@@ -15,7 +15,8 @@ from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_manifest
 
 MANIFESTS_VARIABLE = "VLMLAYERS_MANIFESTS"
-_HUB_COLUMNS = Columns(path="file_name", caption="text")  # of the files in METADATA
+# Of the files in METADATA; as if by default, since not all of them have captions.
+_HUB_COLUMNS = Columns.model_construct(set(), path="file_name", caption="text")
 
 
 def folders() -> list[Path]:
@@ -72,6 +73,11 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
     if path.is_dir() and not (path / "manifest.toml").is_file():
         return path.resolve().name, _folder_spec(path), path
     path = path / "manifest.toml" if path.is_dir() else path
+    if path.is_file() and path.suffix.lower() != ".toml":
+        raise UserError(
+            f"{path} is neither a folder of images, nor a table ({', '.join(READERS)}), nor a "
+            "manifest (.toml), which also names what lies in shards, lists and split files"
+        )
     stem = path.resolve().parent.name if path.stem == "manifest" else path.stem
     spec = parse_spec(read_manifest(path), str(path))
     if spec.layout == "builtin":

@@ -50,7 +50,10 @@ def _marks(place: Place, content: bool) -> Callable[[str], str]:
     if is_stored(place):
         files = stored_files(place)
         tables = short_digest(repr([(str(one.relative_to(folder)), mark(one)) for one in files]))
-        return lambda path: f"tables {tables}"
+        columns = place.spec.columns
+        # Rows have the same paths whichever of several columns of images is read.
+        named = f" {columns.path!r}" if "path" in columns.model_fields_set else ""
+        return lambda path: f"tables {tables}{named}"
     if place.spec.layout == "shards":
         known = cache(mark)  # thousands of items share a shard
         return lambda path: known(folder / (path.partition(".tar/")[0] + ".tar"))

@@ -132,9 +132,9 @@ def stratified_split(
     """Divide items into splits, class by class, by the hash of their paths.
 
     Within a class the items are ranked by SHA-256 of the path, and the ranks are cut at the
-    cumulative fractions, rounded; the first split has one of each class at least. No random state
-    enters, so every machine gets the same split, and a file that is added moves few others. The
-    order of the items is kept.
+    cumulative fractions, rounded; `train`, or the first split where there is none of that name, has
+    one of each class at least. No random state enters, so every machine gets the same split, and a
+    file that is added moves few others. The order of the items is kept.
     """
     ranked: dict[int, list[int]] = {}
     for index, item in enumerate(items):
@@ -143,10 +143,14 @@ def stratified_split(
     names = list(fractions)
     # The last edge is 1 by name: 0.7 + 0.1 + 0.2 is a little less, and would drop an item.
     edges = [*list(accumulate(fractions.values()))[:-1], 1.0]
+    kept = names.index("train") if "train" in names else 0
     for members in ranked.values():
         members.sort(key=lambda i: checksum(items[i].path))
-        # A class of one image would be trained on and tested by none.
         ends = [max(1, round(edge * len(members))) for edge in edges]
+        # A class of one image would be tested, and trained on by none.
+        ends[:kept] = [min(end, len(members) - 1) for end in ends[:kept]]
+        ends[kept] = max([ends[kept], *(end + 1 for end in ends[:kept])])
+        ends = list(accumulate(ends, max))
         for name, start, end in zip(names, [0, *ends], ends):
             for index in members[start:end]:
                 split_of[index] = name

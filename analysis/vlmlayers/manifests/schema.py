@@ -51,6 +51,25 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 BySplit = AfterValidator(_split_names)
 
 
+# Layouts that read a key; those that are not named here are read of every one.
+_NAMED = {"folder", "table", "lists", "shards", "huggingface"}
+_READ_BY: dict[str, set[str]] = {
+    "split_file": {"coop", "captions", "table"},
+    "split_sha256": {"coop", "captions", "table"},
+    "split_files": {"table", "lists"},
+    "split_folders": {"folder", "huggingface"},
+    "shards": {"shards"},
+    "members": {"shards"},
+    "fractions": {"folder", "table"},
+    "tail": {"captions"},
+    "columns": {"table", "huggingface"},
+    "class_names": _NAMED,
+    "class_name_file": _NAMED,
+    "class_keys": _NAMED,
+    "label_order": {"folder"},
+}
+
+
 class Columns(Options):
     """Names of a table's columns."""
 
@@ -145,6 +164,13 @@ class Spec(Options):
         if not needs.get(self.layout, True):
             key = {"lists": "split_files", "shards": "shards"}.get(self.layout, "split_file")
             raise ValueError(f"layout {self.layout!r} needs the key {key!r}")
+        for key in _READ_BY:
+            if key in self.model_fields_set and self.layout not in _READ_BY[key]:
+                raise ValueError(f"layout {self.layout!r} does not read {key!r}; leave it out")
+        if self.layout == "folder" and {"fractions", "split_folders"} <= self.model_fields_set:
+            raise ValueError(
+                "fractions divide a folder without split_folders; leave one of them out"
+            )
         if abs(sum(self.fractions.values()) - 1) > 1e-6:
             raise ValueError(f"fractions add up to {sum(self.fractions.values()):g}, not to 1")
         if set(self.carve) - {"val"}:

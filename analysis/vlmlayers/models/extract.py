@@ -95,8 +95,9 @@ def extract(
         Features of images and texts; rows follow the items.
 
     Raises:
-        UserError: No items, unreadable images, NaN or Inf features, a store of another identity,
-            or any argument that names nothing known.
+        UserError: No items, items of other classes than the data's, or some without a class,
+            unreadable images, NaN or Inf features, a store of another identity, or any argument
+            that names nothing known.
     """
     captions = texts if options.get("text") == "captions" else None
     manifest = _manifest(data, labels, class_names, name, captions, progress)
@@ -138,6 +139,9 @@ def prepare(
     if options.decoding == "nvjpeg":
         refuse_nvjpeg(model, manifest, items, options.root)
     names = tuple(manifest.class_names(options.root))
+    _refuse_some_unlabelled(manifest, items)
+    if isinstance(options.items, Sequence):
+        _refuse_relabelled(manifest, items, names)
     recorders = {
         tower: Recorder(model.towers[tower], options.spaces, options.pooling.get(tower))
         for tower in _towers(model, manifest, options)
@@ -258,6 +262,28 @@ def _items(manifest: Any, split: str, options: ExtractOptions) -> list[Any]:
     return found
 
 
+def _refuse_some_unlabelled(manifest: Any, items: Sequence[Item]) -> None:
+    """Refuse items without a class among others, before any is encoded: features hold no such."""
+    without = [item.path for item in items if item.label < 0]
+    if 0 < len(without) < len(items):
+        raise UserError(
+            f"{manifest.name}: {len(without):,} of {counted(len(items), 'item')} have no class, "
+            f"first {without[0]}; give them one, or leave them out of the dataset"
+        )
+
+
+def _refuse_relabelled(manifest: Any, items: Sequence[Item], names: Sequence[str]) -> None:
+    """Refuse items whose labels count other classes than the dataset's: prompts are by label."""
+    for item in items:
+        known = names[item.label] if 0 <= item.label < len(names) else "none"
+        if item.class_name not in ("", known):
+            raise UserError(
+                f"items are labelled by other classes than those of {manifest.name}: "
+                f"{item.path} of {item.class_name!r} has the label {item.label}, which is "
+                f"{known!r} there; give items as its manifest lists them"
+            )
+
+
 def _texts(
     manifest: Any, items: Sequence[Any], names: Sequence[str], options: ExtractOptions
 ) -> Texts:
@@ -291,6 +317,7 @@ def _texts(
 def identity_of(work: Work) -> dict[str, Any]:
     """Return all that feature values depend on, as JSON values."""
     recorders, texts = work.recorders, work.texts
+    tokens = "" if texts is None else work.model.tokens_mark(texts.texts)
     families = ["open_clip", "timm", *(r.tower.family.split()[0] for r in recorders.values())]
     return {
         **work.model.identity(),
@@ -307,7 +334,7 @@ def identity_of(work: Work) -> dict[str, Any]:
         "data": work.data.summary(),
         "items_hash": work.data.listed,
         **({} if texts is None else texts.identity()),
-        **({} if texts is None else work.model.tokens_identity(texts.texts)),
+        **({"tokens": tokens} if tokens else {}),
         "versions": {
             "torch": torch.__version__,
             **{name: version(package) for name, package in _MADE_BY.items() if name in families},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import open_clip
 from torch import Tensor
 
 from vlmlayers.errors import UserError, one_line
+from vlmlayers.identity import short_digest
+
+MARKED = 10_000  # texts whose tokens are looked at; of more, so many from all over
 
 
 def make_tokenizer(text: Mapping[str, Any], folder: Path | None = None) -> Any:
@@ -42,6 +45,24 @@ def make_tokenizer(text: Mapping[str, Any], folder: Path | None = None) -> Any:
             "name the tokenizer's bpe_path in tokenizer_kwargs"
         )
     return tokenizer
+
+
+def tokens_mark(tokenizer: Callable[[list[str]], Tensor], texts: Sequence[str]) -> str:
+    """Return sixteen hexadecimal digits that change with the token ids of texts.
+
+    Empty for the ids of OpenAI's vocabulary, which no file beside a model changes: what was made of
+    them before ids were looked at stays good.
+    """
+    some = list(texts[:: 1 + len(texts) // MARKED])
+    ids = tokenizer(some).long()
+    if ids.equal(_openais()(some, context_length=ids.shape[-1])):
+        return ""
+    return short_digest(str(ids.tolist()))
+
+
+@cache
+def _openais() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer()
 
 
 @dataclass

@@ -9,13 +9,12 @@ from html import escape
 from typing import Annotated, Any
 
 import torch
-from open_clip import SimpleTokenizer
 from torch import Tensor, nn
 
 from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError
 from vlmlayers.files import checksum
-from vlmlayers.models.tokenizers import HubTokenizer
+from vlmlayers.models.tokenizers import tokens_mark
 from vlmlayers.models.tower import Towers
 from vlmlayers.models.towers import find_towers
 from vlmlayers.models.wrappers import unwrapped
@@ -109,16 +108,6 @@ class VLM:
             "mode": "eval",
         }
 
-    def tokens_identity(self, texts: Sequence[str]) -> dict[str, str]:
-        """Return a hash of the token ids of texts, of at most a thousand from first to last.
-
-        Nothing for open_clip's own tokenizers, which follow from the model.
-        """
-        if isinstance(self.tokenizer, HubTokenizer | SimpleTokenizer):
-            return {}
-        step = max(-(-len(texts) // _MOST_TOLD), 1)
-        return {"tokens_hash": hash_weights({"ids": self.tokenize(list(texts[::step]))})[:16]}
-
     def tokenize(self, texts: list[str]) -> Tensor:
         """Return the token ids of texts, (text, context).
 
@@ -147,6 +136,16 @@ class VLM:
                         "would read it; give its own tokenizer, padding on the right"
                     )
         return ids
+
+    def tokens_mark(self, texts: Sequence[str]) -> str:
+        """Return what tells the token ids of texts from others; empty for OpenAI's vocabulary.
+
+        The weights do not say by which vocabulary texts are read, and its files may be changed.
+
+        Raises:
+            UserError: The model has no tokenizer.
+        """
+        return tokens_mark(self.tokenize, texts)
 
     def adapt(
         self,
@@ -184,7 +183,6 @@ class VLM:
 LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]
 
 
-_MOST_TOLD = 1000  # texts whose tokens tell a tokenizer
 # Settings of modules that change what equal weights compute.
 _SETTINGS = (
     "num_heads", "heads", "eps", "approximate", "pool_type", "global_pool", "final_ln_after_pool",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Places = NDArray[np.int64]
 T = TypeVar("T")
 EXACT = 1e-9  # share by which rounding may part equal means, or a block from its threshold
+WIDE = 2 * 1.959963984540054  # standard deviations that a 95 % interval spans
 
 
 class NoValues(UserError):

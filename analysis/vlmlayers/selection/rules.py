@@ -25,6 +25,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run
 from vlmlayers.selection.curves import (
     EXACT,
+    WIDE,
     Array,
     BlockTable,
     agreement_curve,
@@ -66,21 +67,45 @@ class Rule:
 
 
 def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
-    """Return a note where a curve varies less over the blocks than its interval is wide."""
+    """Return a note where a curve varies less over the blocks than noise alone may make it.
+
+    That is the 95 % quantile of the range of so many values of one mean, whose errors are as wide
+    as the intervals say: the studentized range. Errors that blocks share make it too large, as
+    items that are hard for all of them do, so that a curve is doubted rather than trusted.
+
+    Reference: Tukey, The problem of multiple comparisons, 1953.
+    """
     widths = table.interval_widths(metric, tower)
     widths = widths[~np.isnan(widths)]
     curve = table.curve(metric, tower)
     span = 0.0 if is_flat(curve) else float(np.ptp(curve))
     # The median: a single wide interval says little of the curve.
     width = float(np.median(widths)) if len(widths) else 0.0
-    if not 0 < span < width:
+    # Far above any quantile nothing has to be imported to say so.
+    if not 0 < span < 2 * width:
+        return []
+    from scipy.stats import studentized_range
+
+    limit = width / WIDE * float(studentized_range.ppf(0.95, len(curve), np.inf))
+    if span >= limit:
         return []
     most = table.ceiling(metric, tower)
     bound = f"; at most {most:.2g} can be reached, as datasets share prompts" if most < 1 else ""
     return [
-        f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, less than its "
-        f"95 % interval of {width:.2g}{bound}"
+        f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, where equal "
+        f"ones vary by up to {limit:.2g} with 95 % intervals {width:.2g} wide{bound}"
     ]
+
+
+def _doubts_of(table: BlockTable, metric: str, tower: str) -> list[str]:
+    """Return why the curve of a metric ranks no blocks: it is flat, or noise would look alike."""
+    if is_flat(table.curve(metric, tower)):
+        return [_flat(metric, tower)]
+    return _within_noise(table, metric, tower)
+
+
+def _flat(metric: str, tower: str) -> str:
+    return f"{metric} is the same at every {tower} block"
 
 
 def _refuse_distance(agreement_metric: str) -> None:
@@ -171,7 +196,7 @@ class Threshold(Rule):
                 "threshold": cut,
             }
             if is_flat(curve):
-                notes.append(f"{name} is the same at every {tower} block")
+                notes.append(_flat(name, tower))
         notes += _within_noise(table, self.metric, tower)
         chosen = _passing(passes)
         if self.fill and chosen:
@@ -202,15 +227,15 @@ class Knee(Rule):
         for tower, depth in table.blocks.items():
             curve = table.curve(self.metric, tower)
             fit = fit_knee(curve)
-            notes = (
-                ()
-                if fit["better_than_line"]
-                else (f"one straight line fits {self.metric} of the {tower} tower as well as two",)
-            )
+            notes = _doubts_of(table, self.metric, tower)
+            if not fit["better_than_line"]:
+                notes.append(
+                    f"one straight line fits {self.metric} of the {tower} tower as well as two"
+                )
             picks[tower] = Pick(
                 tuple(range(fit["knee"], depth + 1)),
                 {self.metric: {"value": curve.tolist(), "fit": fit["fitted"]}},
-                notes,
+                tuple(notes),
                 {"knee": fit},
             )
         return picks
@@ -301,8 +326,15 @@ class Budget(Rule):
                 chosen = tuple(range(first, first + n))
             else:
                 chosen = tuple(sorted(int(b) + 1 for b in np.argsort(-even, kind="stable")[:n]))
+            # Agreement has no interval of one block: its pairs are those of two towers.
+            notes = [
+                note
+                for metric in self.reads(table.blocks)
+                if table.has_curve(metric, tower)
+                for note in _doubts_of(table, metric, tower)
+            ]
             picks[tower] = Pick(
-                chosen, {self.score: {"value": values.tolist()}}, details={"budget": n}
+                chosen, {self.score: {"value": values.tolist()}}, tuple(notes), {"budget": n}
             )
         return picks
 

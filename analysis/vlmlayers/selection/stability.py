@@ -13,7 +13,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.selection.choice import OFTEN, SELDOM, borne
-from vlmlayers.selection.curves import BlockTable
+from vlmlayers.selection.curves import WIDE, BlockTable
 from vlmlayers.selection.rules import Picks, Rule
 from vlmlayers.words import percent
 
@@ -23,7 +23,6 @@ HOW = (
     "which is cautious, since positions share them too"
 )
 SHOWN = 3  # choices without a dataset that are named
-_Z = 1.959963984540054
 # Columns that tell what a value is of, all but the seed.
 _PLACE = ("metric", "dataset", "split", "tower", "position", "space", "pooling", "other_tower",
           "other_position")  # fmt: skip
@@ -52,7 +51,7 @@ class Resampler:
         """Prepare a table for resampling."""
         low, high = (table.scores[name].to_numpy(float) for name in ("low", "high"))
         # A 95 % interval read as that of a normal value.
-        width = (high - low) / (2 * _Z)
+        width = (high - low) / WIDE
         seeds = table.scores["seed"].to_numpy(int)
         # Numbered by what they are called, so that the order of rows changes no draw.
         named = [name for name in _PLACE if name in table.scores]

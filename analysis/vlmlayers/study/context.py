@@ -25,6 +25,8 @@ from vlmlayers.user_code import is_user_code
 
 LOG = logging.getLogger(__name__)
 ADAPTERS = "vlmlayers.adapters"
+# Of a model's folder: configurations, and vocabularies of tokenizers of open_clip and transformers.
+BESIDE = ("*.json", "*.txt", "*.model", "*.gz", "*/tokenizer*", "*/vocab*", "*/merges*")
 
 
 def silent(message: str) -> None:
@@ -258,7 +260,8 @@ class StageContext:
             inside = MINIATURES[name]
         if inside is not None and inside.is_dir():
             # Configurations and tokenizers change values as much as weights do.
-            files |= {path.name: path for path in sorted(inside.glob("*.json"))}
+            found = [path for kind in BESIDE for path in sorted(inside.glob(kind))]
+            files |= {path.relative_to(inside).as_posix(): path for path in found}
             if not {"pretrained", "checkpoint"} & set(arguments) and not self.part.random_weights:
                 files["weights"] = find_weights(inside)
         adapted = self.adapter_arguments()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmlayers.architectures import MINIATURES, architectures, check_model
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Manifest
 from vlmlayers.prompts import EXAMINED, PROMPTED, UNTOLD
 from vlmlayers.study.context import StageContext, attacher
@@ -37,7 +37,7 @@ def check_before(contexts: Sequence[StageContext], picked: Sequence[str]) -> Non
                 attacher(adapted["adapter"]).check(adapted.get("method"))
             _check_texts(context)
     if "score" in picked or "select" in picked:
-        _check_names(contexts[0], both={"score", "select"} <= set(picked))
+        _check_names(contexts[0], picked)
     study = contexts[0].study
     tables = {"search": study.search, "train": study.train or None, "validate": study.validate_}
     if "score" in picked and any(map(needs_model, study.score.metrics)):
@@ -86,8 +86,8 @@ def _check_texts(context: StageContext) -> None:
             raise UserError(f"{manifest.name} {UNTOLD}")
 
 
-def _check_names(context: StageContext, *, both: bool) -> None:
-    """Check files of the user's own and, where both stages run, that scored is what is read."""
+def _check_names(context: StageContext, picked: Sequence[str]) -> None:
+    """Check files of the user's own and, of stages that run, that scored is what is read."""
     from vlmlayers.selection.making import make_rule
 
     own = [name for name in context.metrics if is_user_code(name)]
@@ -97,5 +97,9 @@ def _check_names(context: StageContext, *, both: bool) -> None:
 
         scored |= set(chosen_metrics(own))
     rule = make_rule(context.rule, context.study.select.options)
-    if both:
+    if {"score", "select"} <= {*picked}:
         check_reads(context.study, rule, scored)
+    if {"score", "report"} <= {*picked}:
+        where = "[report], which draws what [score] has"
+        for name in context.study.report.metrics:
+            check_one_of("metric", name, sorted(scored), where)

@@ -210,7 +210,12 @@ def model_record(model: Any) -> dict[str, Any]:
 
 
 def _score_inputs(context: StageContext) -> dict[str, Any]:
+    from vlmlayers.study.scoring import needs_model
+
+    # Metrics of the model draw images of their own among those that were extracted.
+    drawn = {"seed": context.seed} if any(map(needs_model, context.study.score.metrics)) else {}
     return {
+        **drawn,
         "extract": context.ledger().get("extract", {}).get("inputs"),
         "left_out": sorted(context.left_out),
         "metrics": context.study.score.metrics,
@@ -332,6 +337,7 @@ def _trained_on(context: StageContext, stage: str) -> dict[str, Any]:
         "model": context.model_fingerprint(),
         "device": context.device_kind,
         "data": {one.name: context.whole_identity(one).hash for one in data},
+        "templates": {one.name: one.zero_shot_template for one in data},
         "files": file_marks(files),
         "version": version("vlm-layers"),
     }

@@ -87,7 +87,19 @@ def metrics_text(names: Sequence[str] | None = None) -> str:
         lines += _wrapped("; ".join(facts))
         lines += _wrapped(f"{row['towers']}; {row['spaces']}; {row['reference']}")
     marks = "* scored by default    ~ can be streamed    + runs the model again"
-    return "\n".join([*lines, "", marks])
+    return "\n".join([*lines, "", marks, *([] if names else _options_lines())])
+
+
+def _options_lines() -> list[str]:
+    """Return what the options of scoring are, with their defaults."""
+    from vlmlayers.scores import ScoreOptions
+
+    lines = ["", "Options of scoring: --set KEY=VALUE, or `options` of [score] in a study"]
+    for name, field in ScoreOptions.model_fields.items():
+        given = field.default if isinstance(field.default, tuple) else (field.default,)
+        default = "" if field.default is None else "=" + ",".join(map(str, given))
+        lines += _wrapped(f"{name}{default}: {field.description}", "   ")
+    return lines
 
 
 def _wrapped(text: str, first: str = "     ") -> list[str]:

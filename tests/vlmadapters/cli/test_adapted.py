@@ -117,7 +117,7 @@ def test_an_adapted_model_is_another_model(
         extract(model, Manifest.load(colours), "test", out=tmp_path / "store", progress=False)
     with pytest.raises(UserError, match="a method is attached to this backbone"):
         attach_for_good(model, save_method(tmp_path / "again", new(model), model))
-    with pytest.raises(UserError, match="there is no adapter"):
+    with pytest.raises(UserError, match="adapter .* does not exist"):
         attach_for_good(plain, tmp_path / "absent.safetensors")
     with pytest.raises(UserError, match="was trained on"):
         attach_for_good(backbone("depths differ"), adapter)
@@ -197,3 +197,7 @@ def test_the_verb_extract_takes_an_adapter(
     assert "+ MMA v2-3,t2-3" in record["weights"]
     with pytest.raises(UserError, match="adapter .*nothing.* does not exist"):
         CliRunner().invoke(app, [*words, "--adapter", "nothing"], catch_exceptions=False)
+    # What is there is not said to be missing.
+    for option in ("--adapter", "--pretrained"):
+        with pytest.raises(UserError, match="is a folder; name a file in it"):
+            CliRunner().invoke(app, [*words, option, str(adapter.parent)], catch_exceptions=False)

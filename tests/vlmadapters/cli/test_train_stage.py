@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from vlmadapters import load_recipe
@@ -259,6 +260,30 @@ def test_training_at_the_choice_is_done_again_after_another(
         Run(tmp_path).choice.write_text(choice)
         found.append(inputs("train", {"placements": placements}, tmp_path))
     assert (found[0] != found[1]) is depends
+
+
+def test_another_template_of_a_dataset_is_tested_with_again(tmp_path: Path) -> None:
+    """Zero-shot rows have it, and some methods read it; the images are the same."""
+    for number, colour in enumerate(["red", "green", "blue"] * 4):
+        file = tmp_path / f"data/{('train', 'test')[number % 2]}/{colour}/{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), colour).save(file)
+    lines = 'title = "T"\nlayout = "folder"\nsplit_folders = { train = "train", test = "test" }\n'
+    part = {"method": "linear-probe", "protocol": "few-shot", "seeds": [1], "set": {"shots": 1}}
+    content = {"models": [{"name": "mini-clip"}], "datasets": ["data"], "stages": ["train"]}
+    study = check_study(content | {"train": [part]})
+
+    def results(template: str, out: str) -> tuple[list[str], list[str]]:
+        (tmp_path / "data/manifest.toml").write_text(f'{lines}zero_shot_template = "{template}"\n')
+        said: list[str] = []
+        run_study(study, tmp_path / out, base=tmp_path, progress=False, echo=said.append)
+        table = pd.read_csv(tmp_path / out / "results.csv")
+        return table["template"].tolist(), [line for line in said if "unchanged" in line]
+
+    first, _ = results("the colour {}.", "run")
+    assert results("the colour {}.", "run") == (first, ["train    unchanged"])
+    again = results("a patch of {}.", "run")
+    assert again == results("a patch of {}.", "fresh") and again[0] != first
 
 
 @pytest.mark.parametrize("stage", ["train", "search", "validate"])

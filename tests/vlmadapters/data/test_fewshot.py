@@ -14,6 +14,7 @@ from vlmadapters.data.fewshot import (
     base_novel_labels,
     base_or_novel,
     few_shot,
+    few_shot_validation,
     kind_labels,
 )
 from vlmadapters.data.folds import folds
@@ -27,12 +28,17 @@ from vlmlayers.prompts import class_prompts
 @pytest.mark.parametrize("shots", [1, 4, 16])
 def test_the_draw_is_the_published_one(dataset: str, shots: int, shared_data: Path) -> None:
     path = shared_data / "coop_splits/indices" / dataset / f"shot_{shots}-seed_1.json"
-    published = json.loads(path.read_text())["train"]["data"]
-    drawn = few_shot(Manifest.load(dataset).items("train", root=shared_data), shots, seed=1)
-    assert len(drawn) == len(published)
-    for item, expected in zip(drawn, published):
-        assert expected["impath"].endswith("/" + item.path)
-        assert (item.label, item.class_name) == (expected["label"], expected["classname"])
+    published = json.loads(path.read_text())
+    data = TaskData(dataset, shared_backbone(), shared_data)
+    train, val = (data.manifest.items(split, root=shared_data) for split in ("train", "val"))
+    drawn = few_shot(train, shots, seed=1)
+    validating = few_shot_validation(val, train, shots, seed=1)
+    for items, split in ((drawn, "train"), (validating, "val")):
+        for item, expected in zip(items, published[split]["data"], strict=True):
+            assert expected["impath"].endswith("/" + item.path)
+            assert (item.label, item.class_name) == (expected["label"], expected["classname"])
+    assert data.shots(shots, 1, "all", readable=False) == drawn
+    assert data.shots(shots, 1, "all", "val", readable=False) == validating
 
 
 def some_items(classes: int = 5, each: int = 7) -> list[Item]:
@@ -170,7 +176,7 @@ def test_prompts_replace_underscores_and_keep_braces_of_names() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="shots is 0"):
         few_shot(some_items(), 0, 1)
-    with pytest.raises(UserError, match="no training items"):
+    with pytest.raises(UserError, match="no items to draw from"):
         few_shot([], 1, 1)
     with pytest.raises(UserError, match="did you mean 'novel'"):
         kind_labels("novle", [1])

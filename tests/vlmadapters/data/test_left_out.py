@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from vlmadapters.protocols.trained import evaluate_methods
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.validation.validate import validate
 from vlmlayers.errors import UserError
+from vlmlayers.models import extract
 from vlmlayers.runs import Run
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.context import StageContext
@@ -156,6 +159,32 @@ def test_data_without_classes_name_the_columns_that_are_there(tmp_path: Path, wo
     (base / "pets.toml").write_text(text)
     with pytest.raises(UserError, match="no classes.* there are path, kind of animal, split"):
         WORK[work](str(base / "pets.toml"))
+
+
+def test_images_without_a_class_among_others_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = (write(tmp_path / "pets") / "train/ant/0.png").read_bytes()
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for name in ("0.png", "1.png", "1.cls", "2.png", "2.cls"):
+                content = picture if name.endswith("png") else name[:1].encode()
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    shards = 'title = "mixed"\nlayout = "shards"\nfolder = "./"\n[shards]\n'
+    file = tmp_path / "mixed.toml"
+    file.write_text(f'{shards}train = "train.tar"\ntest = "test.tar"')
+    data = TaskData(str(file), shared_backbone())
+    data.check("all", "test")
+    data.check("base", "test")
+    said = "mixed: 1 of 3 images in split 'test' have no class and are left out, first test.tar/0"
+    assert caplog.text.count(said) == 1
+    assert [item.label for item in data.test("all")] == [0, 1]
+    # Features would hold them, and nothing that reads features may.
+    refused = "mixed: 1 of 3 items have no class, first train.tar/0.png"
+    with pytest.raises(UserError, match=refused):
+        extract(shared_backbone(), file, "train", progress=False)
 
 
 def test_a_half_of_one_class_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

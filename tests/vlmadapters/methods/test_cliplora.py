@@ -230,6 +230,13 @@ def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> No
         load_official(path, model, method="cliplora")
 
 
+def test_hooks_cannot_attach_it_and_export_can_merge_it() -> None:
+    method, backbone = built(CONFIGS[2])
+    with pytest.raises(UserError, match="CLIP-LoRA .* `vlmlayers export` merges it into weights"):
+        method.attached(backbone.clip)
+    assert method.merged(backbone)
+
+
 def test_blocks_of_another_kind_are_refused() -> None:
     method, backbone = built(CONFIGS[2], family="layer scale, custom blocks")
     with pytest.raises(UserError, match="not open_clip's standard"):

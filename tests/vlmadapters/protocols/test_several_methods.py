@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ import vlmadapters as va
 from vlmadapters.cli.inputs import read_placements, read_recipes
 from vlmadapters.cli.train_stage import parts
 from vlmadapters.methods import METHODS
-from vlmadapters.protocols.experiment import Experiment
-from vlmadapters.protocols.results import ZERO_SHOT_CLIP, summarise
+from vlmadapters.protocols.results import UNMOVED, ZERO_SHOT_CLIP, summarise
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
@@ -139,15 +139,58 @@ def test_zero_shot_clip_of_other_words_than_a_methods_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "vlmadapters")
-    first, second = (va.load_recipe("mini", name) for name in ("mma", "coop"))
-    Experiment("few-shot", shared_backbone(), [first, second])
-    assert not caplog.text
+    first, second = (va.load_recipe("mini", name).at("t2") for name in ("mma", "coop"))
+    first, second = (one.changed({"epochs": 2, "shots": 1}) for one in (first, second))
+    faces = {"seeds": 1, "limit": 8, "progress": False}
+    va.train(shared_backbone(), "faces", [first, second], **faces)
+    assert "recipes differ" not in caplog.text
     other = second.replaced({"template": "{}!", "precision": "bf16"}, {})
-    Experiment("few-shot", shared_backbone(), [first, other])
-    assert "differ in template; zero-shot CLIP has that of the first, 'a photo of a {}.'" in (
-        caplog.text
+    va.train(shared_backbone(), "faces", [first, other], **faces)
+    said = "differ in template (coop on faces: '{}!'); zero-shot CLIP has that of the first, "
+    assert f"{said}'a photo of a {{}}.'" in caplog.text
+    assert (
+        "differ in precision (coop on faces: 'bf16'); all are tested in that of the first, 'fp32'"
+        in caplog.text
     )
-    assert "differ in precision; all are tested in that of the first, 'fp32'" in caplog.text
+    caplog.clear()
+    # Also what is given beside the recipes, and one that differs on a single dataset.
+    va.train(shared_backbone(), "faces", first, configs=[first.replaced({"template": "{}!"}, {})],
+             **faces)  # fmt: skip
+    own = replace(first, datasets={"flags": {"template": "{}?"}})
+    va.train(shared_backbone(), ["faces", "flags"], own, **faces)
+    told = [one for one in caplog.messages if "recipes differ" in one]
+    assert ["(mma on faces: '{}!')" in told[0], "(mma on flags: '{}?')" in told[1]] == [True, True]
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("method", ["mma", "coop"])
+def test_other_words_than_those_of_zero_shot_clip_are_no_change_by_training(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A recipe's template for one dataset passed for what training had changed there."""
+    scale = {"scale": 1e-9} if method == "mma" else {}
+    still = va.load_recipe("mini", method).at("t2")
+    still = still.changed({"shots": 1, "lr": 1e-12, "epochs": 2}, scale)
+    other = replace(still, datasets={"faces": {"template": "noise, an ugly {} of many"}})
+    found = va.train(shared_backbone(), "faces", other, seeds=1, limit=40, progress=False)
+    trained = found[found.seed == 1]
+    assert set(trained.note) == {UNMOVED} and set(trained.changed) == {0.0}
+    plain = found[found.method == ZERO_SHOT_CLIP]
+    # MMA's prompts are in other words, whose answers differ; CoOp's start from its own.
+    same = plain.log_likelihood.tolist() == pytest.approx(trained.log_likelihood.tolist(), abs=1e-6)
+    assert same == (method == "coop")
+
+
+def test_classes_that_one_dataset_of_several_cannot_hold_out_are_refused_before_the_first(
+    tmp_path: Path,
+) -> None:
+    """The setting of a dataset was looked at in its turn, after the others had trained."""
+    coop = va.load_recipe("mini", "coop").at("t2").changed({"shots": 1, "epochs": 2})
+    own = replace(coop, datasets={"flags": {"settings": {"class_specific": True}}})
+    with pytest.raises(UserError, match="learns something of each class and cannot be tested"):
+        va.train(shared_backbone(), ["faces", "flags"], own, tmp_path, seeds=1, limit=8,
+                 progress=False)  # fmt: skip
+    assert not (tmp_path / "cells").exists()
 
 
 @pytest.mark.parametrize(

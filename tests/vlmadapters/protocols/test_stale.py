@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,27 @@ def test_other_preprocessing_shares_no_cell(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "cells").glob("pics-mma*.json"))) == 2
 
 
+def test_another_vocabulary_shares_no_cell(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def other_words(texts: list[str]) -> torch.Tensor:
+        ids: torch.Tensor = shared_backbone().tokenizer(texts)
+        return torch.where((ids > 300) & (ids < 40_000), ids + 1000, ids)
+
+    pics = add_classes(tmp_path / "pics", FOUR)
+    run(pics, tmp_path / "out")
+    other = replace(shared_backbone(), tokenizer=other_words)
+    table = run(pics, tmp_path / "out", model=other)
+    fresh = run(pics, tmp_path / "fresh", model=other)
+    assert table.log_likelihood.tolist() == fresh.log_likelihood.tolist()
+    assert "leaves out 2 finished cells of another" in caplog.text
+    assert len(stored(tmp_path / "out")) == len(stored(tmp_path / "fresh"))
+    # Taken again in its own vocabulary, and cells of OpenAI's say nothing of it, as ever.
+    assert run(pics, tmp_path / "out", model=other).equals(table)
+    targets = map(str, identities(tmp_path / "out", "targets"))
+    assert sorted("tokens" in one for one in targets) == [False, False, True, True]
+
+
 def test_a_cell_of_an_earlier_version_is_neither_used_nor_shown(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,6 +232,51 @@ def test_a_model_in_train_mode_is_measured_in_eval_mode_and_given_back(tmp_path:
     assert all(parameter.requires_grad for parameter in busy.clip.parameters())
 
 
+@pytest.mark.parametrize(
+    "around",
+    [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", dtype=torch.bfloat16)],
+)
+def test_a_run_computes_as_its_recipe_says_whatever_is_switched_on_around_it(
+    around: Callable[[], Any], tmp_path: Path
+) -> None:
+    """Without gradients there was a traceback, and `fp32` stood beside what autocast had made."""
+    pics, model = add_classes(tmp_path / "pics", FOUR), backbone()
+    plain = run(pics, tmp_path / "plain", model=model)
+    with around():
+        before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        within = run(pics, tmp_path / "within", model=model)
+        assert before == (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+        (zero_shot, *_) = evaluate_methods(model, [pics], {}, progress=False).log_likelihood
+    pd.testing.assert_frame_equal(within.drop(columns="seconds"), plain.drop(columns="seconds"))
+    assert zero_shot == plain.log_likelihood[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_whose_weights_are_written_by_way_of_data_is_another(
+    precision: str, tmp_path: Path
+) -> None:
+    """Its cells were taken for the model that it had been, and in bf16 its cast weights."""
+
+    def averaged(model: Any) -> Any:
+        generator = torch.Generator().manual_seed(3)
+        for weight in model.clip.parameters():
+            weight.data.mul_(1 + torch.rand(weight.shape, generator=generator))
+        return model
+
+    pics, model = add_classes(tmp_path / "pics", FOUR), backbone()
+    recipe = RECIPE.changed({"precision": precision})
+    first, second, fresh = (
+        train(one(), pics, recipe, tmp_path / out, protocol="few-shot", seeds=1, progress=False)
+        for one, out in (
+            (lambda: model, "out"),
+            (lambda: averaged(model), "out"),
+            (lambda: averaged(backbone()), "fresh"),
+        )
+    )
+    assert second.log_likelihood.tolist() == fresh.log_likelihood.tolist()
+    assert second.log_likelihood.tolist() != first.log_likelihood.tolist()
+
+
 STEPS = replace(RECIPE.train, schedule="step", warmup_epochs=1, epochs=2)
 
 
@@ -215,6 +284,7 @@ STEPS = replace(RECIPE.train, schedule="step", warmup_epochs=1, epochs=2)
     ("recipe", "split"),
     [
         (Recipe("test", RECIPE.train, TipConfig(views=1)), "val"),
+        (Recipe("test", RECIPE.train, TipConfig(views=1)), "test"),
         (replace(RECIPE, train=STEPS), "test"),
     ],
 )
@@ -223,8 +293,7 @@ def test_a_cell_of_what_is_computed_in_another_way_now_is_trained_again(
 ) -> None:
     """It was taken for the same: nothing in its identity said that the code had changed."""
     pics = add_classes(tmp_path / "pics", FOUR)
-    (pics / "test").rename(pics / split)
-    add_classes(pics, FOUR)
+    shutil.copytree(pics / "test", pics / "val")
 
     def made(seed: int) -> pd.DataFrame:
         options = {"protocol": "few-shot", "seeds": (seed,), "split": split, "progress": False}

@@ -121,6 +121,11 @@ def test_what_is_asked_for_holds_on_every_dataset(recipe: Recipe) -> None:
         ("settings = { weigth = 5.0 }", "weight"),
         ("settings = { weight = -1.0 }", "weight takes a number from 0"),
         ("epoch = 7", "epochs"),
+        # These two were dropped without a word, though tables named them.
+        ("beta2 = 0.9", "beta2 of faces is not read: the optimizer is sgd"),
+        ("steps_per_shot = 2\nepochs = 3", "epochs of faces is not read: steps_per_shot"),
+        # Tables named the blocks of the other datasets for this one too.
+        ("settings = { text = [2] }", "the settings of faces name text blocks"),
     ],
 )
 def test_a_wrong_value_of_a_dataset_is_one_line(tmp_path: Path, line: str, message: str) -> None:
@@ -129,3 +134,22 @@ def test_a_wrong_value_of_a_dataset_is_one_line(tmp_path: Path, line: str, messa
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(path)
     assert "own.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_one_dataset_reads_is_taken_and_inherited_values_may_stand_unread(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('method = "kgcoop"\n[datasets.faces]\noptimizer = "adamw"\nbeta2 = 0.9\n')
+    assert load_recipe(path).train_for("faces").beta2 == 0.9
+    # The shipped one has other epochs for ImageNet, which the steps of this file replace.
+    path.write_text('method = "coop"\nextends = "few-shot"\nsteps_per_shot = 3\n')
+    assert load_recipe(path).train_for("imagenet").steps_per_shot == 3
+
+
+def test_recipes_in_place_of_settings_follow_the_depth_of_the_backbone_too() -> None:
+    """`configs` trained a recipe at the blocks of ViT-B/16, or refused it on fewer."""
+    loaded = load_recipe("mini", "cliplora").changed({"epochs": 1, "shots": 1})
+    found = va.train(shared_backbone(), "faces", loaded, configs=[loaded], seeds=1, limit=4,
+                     progress=False)  # fmt: skip
+    assert set(found["placement"]) == {"", "v1-3,t1-3"}

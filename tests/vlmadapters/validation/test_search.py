@@ -280,6 +280,31 @@ def test_trainings_that_move_no_accuracy_are_told(manifest: Manifest, finished: 
     assert told in search(shared_backbone(), [manifest], **options).statement
 
 
+def test_a_rival_that_diverges_is_left_out_and_changes_nothing_else(
+    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    amounts = {"amounts": ["scale=5", "lr=1e30,epochs=3", "lr=1e30"]}
+    found = search(shared_backbone(), [manifest], out=tmp_path, **QUICK | amounts)
+    alone = search(shared_backbone(), [manifest], **QUICK | {"amounts": ["scale=5"]})
+    columns = [name for name in SEARCH_COLUMNS if name != "seconds"]
+    pd.testing.assert_frame_equal(found.table[columns], alone.table[columns])
+    why = {one["setting"]: one["why"] for one in found.summary["skipped"]}
+    assert "became nan in epoch 2" in why["v2-3,t2-3@lr=1e+30,epochs=3"]  # and after its last step:
+    assert "logits that are not finite" in why["v2-3,t2-3@lr=1e+30"] and len(why) == 2
+    assert found.statement == f"{alone.statement} Left out: 2 settings."
+    assert "left out of the amount: v2-3,t2-3@lr=1e+30; the model gives logits" in caplog.text
+    assert not list(tmp_path.glob("folds/unfinished/*"))
+
+
+def test_a_search_in_which_all_or_the_default_diverge_says_so(manifest: Manifest) -> None:
+    lone = QUICK | {"amounts": ["lr=1e30"], "placement": ["2-3"]}
+    with pytest.raises(UserError, match=r"nothing was trained to the end .* smaller amounts"):
+        search(shared_backbone(), [manifest], **lone)
+    wild = RECIPE.changed({"lr": 1e30}, {})
+    with pytest.raises(UserError, match="logits that are not finite"):
+        search(shared_backbone(), [manifest], **QUICK | {"recipe": wild})
+
+
 def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     found = search(shared_backbone(), [manifest], budget=3.2, **QUICK)
     cost = found.summary["cost"]
@@ -293,10 +318,10 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     assert "".join("".join(said).split()) == "".join(found.statement.split())
     least = search(shared_backbone(), [manifest], budget=1.2, **QUICK).summary
     assert [heat["stage"] for heat in least["heats"]] == ["amount"], "amount comes first"
-    with pytest.raises(
-        UserError, match=r"0\.1 times a full training allows no comparison; one .* takes"
-    ):
-        search(shared_backbone(), [manifest], budget=0.1, **QUICK)
+    for number, advice in ((2, ""), (3, ", or take fewer folds")):
+        match = rf"0\.1 times a full training allows no comparison; one .* the budget{advice}$"
+        with pytest.raises(UserError, match=match):
+            search(shared_backbone(), [manifest], budget=0.1, **QUICK | {"folds": number})
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,15 @@ def test_each_placement_is_trained_at_the_amount_that_did_best(
     assert found["comparison"] == "tuned" and found["verdict"].startswith("Each placement at its")
 
 
+def test_an_amount_that_diverges_is_left_out(manifest: Manifest, tmp_path: Path) -> None:
+    amounts = {"amounts": ["scale=5", "lr=1e30"]}
+    chosen = Placement.parse("2-3")
+    validate(shared_backbone("clip"), chosen, [manifest], out=tmp_path, **QUICK | amounts)
+    tried = pd.read_csv(tmp_path / "validation_amounts.csv", keep_default_na=False)
+    assert sorted(tried["amount"]) == ["none", "recipe", "recipe", "scale=5", "scale=5"]
+    assert len(pd.read_csv(tmp_path / "validation.csv")) == 4
+
+
 def test_the_untuned_comparison_stands_beside_with_its_warning(tuned: Path) -> None:
     table = pd.read_csv(tuned / "validation.csv", keep_default_na=False)
     warned = table.groupby("comparison")["warning"].unique()

@@ -73,6 +73,7 @@ def test_help_lists_the_verbs_in_order_of_use_without_torch() -> None:
     ).stdout
     places = [out.index(f"\n  {verb} ") for verb in VERBS]
     assert places == sorted(places) and out.strip().endswith("False")
+    assert "..." not in out.split("Commands:")[1]  # each verb is said in its line
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -314,6 +315,9 @@ def test_a_forced_stream_replaces_the_sums_of_another(call, tmp_path: Path) -> N
     assert code == 0 and "not computed: dataset_accuracy_lda (1 dataset; at least 2" in err
     assert UNTRAINED in said
     assert set(vl.read_scores(out)["n"]) <= {10}
+    # Extracting as before would bring no features.
+    code, _, err = call("score", out)
+    assert code == 2 and "extract without --streaming" in err
 
 
 def test_metrics_of_the_model_refuse_captions_before_it_is_loaded(

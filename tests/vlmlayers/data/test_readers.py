@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from vlmlayers.data.readers import LARGEST, LONGEST, eight_bit, note_range, open_image
+from vlmlayers.data.readers import LARGEST, LONGEST, eight_bit, note_range, open_image, upright
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.manifests import Manifest
 
@@ -88,6 +88,20 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
         assert np.asarray(image)[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
     whole = open_image(encoded(Image.fromarray(values.astype(np.int32)), "TIFF"))
     assert np.asarray(whole)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_a_tiff_in_which_white_is_zero(kind: type) -> None:
+    """As of X-rays; Pillow turns those of 8 bits round, and no others."""
+    white = 255 if kind is np.uint8 else 65535
+    shares = np.array([[0, 0.25, 0.5, 1]])
+    content = encoded(Image.fromarray(np.rint(shares * white).astype(kind)), "TIFF")
+    black, negative = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1, 0))
+    assert content.count(black) == 1
+    content = content.replace(black, negative)
+    with Image.open(io.BytesIO(content)) as image:
+        for found in (open_image(content), upright(image, "image")):
+            np.testing.assert_allclose(np.asarray(found)[0, :, 0], 255 * (1 - shares[0]), atol=0.6)
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])

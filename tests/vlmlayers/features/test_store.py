@@ -264,7 +264,7 @@ def test_another_tokenizer_of_the_same_texts_is_told_apart(tmp_path):
     model, other = tiny.model(), tiny.model()
     other.tokenizer = lambda texts: tiny.tokenizer([text.swapcase() for text in texts])
     run(tmp_path / "s", model=model)
-    with pytest.raises(UserError, match="tokens_hash is '[0-9a-f]{16}' there"):
+    with pytest.raises(UserError, match="tokens is '[0-9a-f]{16}' there"):
         run(tmp_path / "s", model=other)
     for one in (model, other):  # where texts play no part
         run(tmp_path / "v", model=one, tower="vision", text="prompts")

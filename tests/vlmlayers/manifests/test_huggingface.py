@@ -184,6 +184,62 @@ def test_saved_dataset_is_read_by_row(tmp_path: Path, monkeypatch: pytest.Monkey
         manifest.open_image(Item("train/00000009.png", 0, "ant"))
 
 
+def test_splits_that_number_their_classes_in_different_ways(tmp_path: Path) -> None:
+    def part(numbers: list[int], names: list[str]) -> object:
+        kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        content = {"image": [picture() for _ in numbers], "label": numbers}
+        return datasets.Dataset.from_dict(content, features=datasets.Features(kinds))
+
+    # As where each split was encoded by itself, after it was drawn and filtered.
+    train = part([2, 0, 1, -1], ["moth", "ant", "7"])
+    parts = {"train": train, "test": part([0, 1, 2], ["7", "bee", "moth"])}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    manifest = _manifest(tmp_path / "set")
+    assert manifest.class_names() == ("moth", "ant", "7", "bee")
+    said = [(item.label, item.class_name) for item in manifest.items("all")]
+    assert said == [
+        (2, "7"), (0, "moth"), (1, "ant"), (-1, ""), (2, "7"), (3, "bee"), (0, "moth"),
+    ]  # fmt: skip
+
+
+def test_a_dataset_of_two_kinds_of_classes_says_how_one_is_taken(tmp_path: Path) -> None:
+    kinds = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["ant", "bee"]),
+             "coarse_label": datasets.ClassLabel(names=["insect"])}  # fmt: skip
+    content = {"img": [picture()] * 2, "fine_label": [1, 0], "coarse_label": [0, 0]}
+    one = datasets.Dataset.from_dict(content, features=datasets.Features(kinds))
+    one.save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(UserError, match="has no classes to tell .*there are img, fine_label,"):
+        _manifest(tmp_path / "set").require_classes(" to tell apart")
+    (remark,) = _manifest(tmp_path / "set").remarks()
+    columns = remark.partition("write ")[2]
+    assert [i.label for i in _manifest(tmp_path / "set", columns).items("train")] == [1, 0]
+
+
+def test_of_several_columns_of_images_the_one_called_so_or_named_is_taken(tmp_path: Path) -> None:
+    def first(folder: str, names: tuple[str, str], columns: str = "") -> int:
+        kinds = {**dict.fromkeys(names, datasets.Image()), "kind": datasets.Value("string")}
+        colours = [[Image.new("RGB", (8, 8), (c, c, c))] for c in (0, 200)]
+        content = {**dict(zip(names, colours)), "kind": ["ant"]}
+        made = datasets.Dataset.from_dict(content, features=datasets.Features(kinds))
+        made.save_to_disk(str(tmp_path / folder))
+        manifest = _manifest(tmp_path / folder, columns)
+        return int(np.asarray(manifest.open_image(manifest.items("train")[0])).max())
+
+    assert first("usual", ("mask", "image")) == 200
+    assert first("named", ("mask", "image"), 'columns = { path = "mask" }') == 0
+    kept = {
+        manifest.identity(manifest.items("train")).hash
+        for columns in ("", 'columns = { path = "mask" }')
+        for manifest in (_manifest(tmp_path / "named", columns),)
+    }
+    assert len(kept) == 2  # features of the one are not taken for those of the other
+    assert first("one", ("left", "right"), 'columns = { path = "right", label = "kind" }') == 200
+    with pytest.raises(UserError, match="has the images left, right; name one, as in columns = "):
+        first("two", ("left", "right"))
+    with pytest.raises(UserError, match="unknown column of label 'knid' in .* mean 'kind'"):
+        first("typo", ("mask", "image"), 'columns = { label = "knid" }')
+
+
 def test_saved_dataset_becomes_shards(tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="needs the extra 'shards'")
     _save(tmp_path / "set", {"train": ["bee", "ant", "bee"]})
@@ -252,3 +308,6 @@ def test_a_downloaded_repository_is_read_by_row(
     for number, item in enumerate(items):
         assert np.array_equal(manifest.open_image(item), picture(number).convert("RGB"))
     assert manifest.check(full=True).ok
+    added = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).data.table
+    parquet.write_table(added, tmp_path / "set/data/test-00000-of-00001.parquet")
+    assert Manifest.load(tmp_path / "set").splits() == ("train", "val", "test")

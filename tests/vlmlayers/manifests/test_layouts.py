@@ -291,6 +291,23 @@ def test_a_plain_folder_needs_no_manifest(tmp_path: Path, monkeypatch: pytest.Mo
         Manifest.load("")
 
 
+def test_classes_beside_the_splits_are_said_to_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = ["train/cat/1.png", "val/cat/2.png"]
+    other = ["validation/cat/3.png", "extra/dog/4.png"]
+    # No classes: figures beside the images, what a system made, and a run of this package.
+    write_pictures(tmp_path, [*used, *other, "docs/1.png", "@eaDir/cat/1.png", "out/figures/1.png"])
+    (tmp_path / "out/provenance.json").write_text("{}")
+    manifest = Manifest.load(tmp_path)
+    assert [item.path for item in manifest.items("all")] == used
+    said = "left out: folders of classes that are no split (2), first 'extra'"
+    assert said in caplog.text
+    assert manifest.check().remarks == (said,) and said in manifest.check().line()
+    deeper = folder_dataset(tmp_path, [], 'split_folders = { test = "extra", val = "." }')
+    assert not any("no split" in remark for remark in deeper.remarks())
+
+
 # Tables
 
 
@@ -371,6 +388,16 @@ def test_table_with_numbers_and_names(tmp_path: Path) -> None:
     ("rows", "extra", "message"),
     [
         ([{"pth": "a.jpg"}], "", "has no column 'path' (it has: ['pth']); did you mean 'pth'?"),
+        (
+            [{"path": f"{i}.jpg", "label": "a", "part": "train"} for i in range(2)],
+            'columns = { split = "prat" }',  # by which they were divided by a hash instead
+            "unknown column of split 'prat' in ",
+        ),
+        (
+            [{"path": f"{i}.jpg", "label": i, "class_name": "ab"[i]} for i in range(2)],
+            'class_names = ["b", "a"]',
+            "label 0 is called 'a' beside it and 'b' by the declared names",
+        ),
         (
             [{"a.JPG": "b.jpg", "a cat": "a dog"}],
             "",

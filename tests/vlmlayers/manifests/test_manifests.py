@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from data_fixtures import coop_dataset, folder_dataset, write_manifest
 
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
+from vlmlayers.manifests.items import SPLITS, stratified_split
 from vlmlayers.prompts import TEMPLATE
 
 SHIPPED = sorted(path.stem for path in Path(__file__).parents[3].glob("data_manifests/*.toml"))
@@ -59,6 +61,20 @@ def shared_root(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ('layout = "folder"\ncounts = { dev = 3 }', "'dev' is not a split"),
         ('layout = "folder"\ncounts = { test = -3 }', "counts.test is -3; at least 0"),
         ('layout = "folder"\ncarve = { test = 0.1 }', "carve can only make 'val'"),
+        (
+            'layout = "coop"\nsplit_file = "s.json"\nclass_names = ["a"]',
+            "layout 'coop' does not read 'class_names'",
+        ),
+        ('layout = "folder"\ncolumns = { label = "a" }', "layout 'folder' does not read 'columns'"),
+        (
+            'layout = "captions"\nsplit_file = "c"\nfractions = { train = 0.5, test = 0.5 }',
+            "layout 'captions' does not read 'fractions'",
+        ),
+        (
+            'layout = "folder"\nsplit_folders = { train = "a" }\n'
+            "fractions = { train = 0.5, test = 0.5 }",
+            "fractions divide a folder without split_folders",
+        ),
         ('layout = "folder"\nfractions = { train = 0.5, test = 0.1 }', "add up to 0.6, not to 1"),
         (
             'layout = "folder"\ncolumns = { pth = "x" }',
@@ -88,6 +104,10 @@ def test_files_that_are_no_manifests(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes('title = "é"'.encode("latin-1"))
     with pytest.raises(UserError, match="is not valid TOML"):
         Manifest.load(tmp_path / "latin.toml")
+    for name in ("image.png", "shard.tar", "items.xlsx", "split.json"):
+        (tmp_path / name).write_bytes(b"\x89")
+        with pytest.raises(UserError, match=f"{name} is neither a folder of images, nor a table"):
+            Manifest.load(tmp_path / name)
 
 
 def test_unknown_name_comes_with_the_nearest() -> None:
@@ -331,6 +351,26 @@ def test_splits_that_are_not_there(tmp_path: Path) -> None:
     assert Counter(item.label for item in val) == {0: 2, 1: 2}
     assert {*train, *val} == set(manifest.items("train")) and len(train) == 16
     assert carved.items("test") == manifest.items("test")
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+@pytest.mark.parametrize("shares", [(0.5, 0.2, 0.3), (0.05, 0.5, 0.45), (0.01, 0.98, 0.01)])
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_a_split_leaves_an_image_to_train_on_in_whatever_order_it_is_written(
+    count: int, shares: tuple[float, ...], order: tuple[int, ...]
+) -> None:
+    items = [Item(f"{i}.png", 0, "only") for i in range(count)]
+    fractions = {SPLITS[i]: shares[i] for i in order}
+    parts = stratified_split(items, fractions)
+    assert sorted(i.path for part in parts.values() for i in part) == [i.path for i in items]
+    assert parts["train"]
+
+
+def test_a_val_that_is_carved_leaves_the_only_image_of_a_class(tmp_path: Path) -> None:
+    rows = [["a0.jpg", 0, "a"], *([f"b{i}.jpg", 1, "b"] for i in range(5))]
+    manifest = coop_dataset(tmp_path, {"train": rows}, "carve = { val = 0.2 }")
+    assert Counter(item.class_name for item in manifest.items("train")) == {"a": 1, "b": 4}
+    assert Counter(item.class_name for item in manifest.items("val")) == {"b": 1}
 
 
 def test_data_root_comes_from_argument_then_variable_then_here(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from vlmlayers.metrics import METRICS, metric, table
 from vlmlayers.metrics.declare import MODEL, NEEDS, Metric
 from vlmlayers.positions import ATTENTION, SPACES
 from vlmlayers.report.payload import metric_entry
-from vlmlayers.scores import score, score_streaming
+from vlmlayers.scores import ScoreOptions, score, score_streaming
 from vlmlayers.scores.run import RUNNERS
 from vlmlayers.study.stages import _metric_mark
 from vlmlayers.study.verbs import metrics_text
@@ -127,6 +128,8 @@ def test_the_list_shows_what_is_declared_in_80_columns() -> None:
                  "(C − 1)/(n − C)", "unchanged by rotation", "Fisher 1936"):  # fmt: skip
         assert fact in one
     assert "silhouette" not in one
+    for option in ScoreOptions.model_fields:
+        assert re.search(rf"^   {option}[=:]", text, re.M) and f" {option}=" not in one
     with pytest.raises(UserError, match="unknown metric 'rmgg'; did you mean 'rmg'"):
         metrics_text(["rmgg"])
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
+from functools import partial
 from threading import Thread
 
 import numpy as np
+import open_clip
 import pytest
 import tiny
 import torch
@@ -18,7 +21,7 @@ from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import examine, extract, load_model
 from vlmlayers.models.decoding import FORKS, batches_of, decode, decoding_processes
-from vlmlayers.models.tokenizers import HubTokenizer
+from vlmlayers.models.tokenizers import HubTokenizer, tokens_mark
 from vlmlayers.models.work import autocast
 from vlmlayers.runs import cores
 from vlmlayers.scores import score
@@ -365,6 +368,42 @@ def test_identity_tells_apart_what_values_depend_on():
         run(model=tiny.model(seed=3)),
     ]
     assert all(other.identity != base for other in others)
+
+
+def test_items_that_count_other_classes_are_refused(tmp_path):
+    """Features of the second half of the classes were read by prompts of the first."""
+    rows = [[f"{name}.png", label, name] for label, name in enumerate("abcd")]
+    manifest = coop_dataset(tmp_path, {"train": rows, "val": rows[:1]})
+    for name in "abcd":
+        picture(size=(32, 32)).save(tmp_path / f"{name}.png")
+    items = manifest.items("train")
+    assert run(manifest, items=items[::-1]).vision.labels.tolist() == [3, 2, 1, 0]
+    half = [replace(item, label=item.label - 2) for item in items[2:]]
+    with pytest.raises(UserError, match="c.png of 'c' has the label 0, which is 'a' there"):
+        run(manifest, items=half)
+    beyond = [replace(items[0], label=7)]
+    with pytest.raises(UserError, match="a.png of 'a' has the label 7, which is 'none' there"):
+        run(manifest, items=beyond)
+    assert len(run(manifest, items=[replace(items[0], class_name="")]).vision) == 1
+
+
+def test_a_store_of_another_vocabulary_is_refused(tmp_path):
+    def other_words(texts):
+        ids = MODEL.tokenizer(texts)
+        return torch.where(ids > 0, (ids + 1) % ids.max(), ids)
+
+    other = replace(MODEL, tokenizer=other_words)
+    run(out=tmp_path)
+    with pytest.raises(UserError, match="belongs to another extraction: tokens is"):
+        run(model=other, out=tmp_path)
+    images = run(out=tmp_path / "images", tower="vision")
+    assert run(model=other, out=tmp_path / "images", tower="vision").identity == images.identity
+    own = open_clip.SimpleTokenizer()
+    texts = [f"word number {i}" for i in range(3)]
+    for length in (9, 77):
+        assert tokens_mark(partial(own, context_length=length), texts) == ""
+    marks = {tokens_mark(other_words, part) for part in (texts, texts[:2])}
+    assert len(marks) == 2 and "" not in marks
 
 
 def test_reduced_decoding_is_near_the_full_one_and_part_of_the_identity(tmp_path):

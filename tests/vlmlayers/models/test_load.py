@@ -152,6 +152,18 @@ def test_the_hash_of_a_model_is_kept_until_its_weights_change(monkeypatch):
     assert model.weights_hash == first
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_that_are_written_without_a_version_have_another_hash(mode):
+    """As averages of weights are, by way of `data`; what the old ones had given was taken again."""
+    with mode():
+        model = tiny.model()
+        model.clip.visual.proj = torch.nn.Parameter(torch.rand(8, 16).T)  # of columns
+        for name in ("visual.proj", "logit_scale", "visual.conv1.weight"):
+            before = model.weights_hash
+            model.clip.get_parameter(name).data.mul_(0.9)
+            assert model.weights_hash != before
+
+
 def test_unknown_names_get_the_nearest():
     with pytest.raises(UserError, match="nowhere/model .* is not a folder with open_clip_config"):
         load_model("nowhere/model")

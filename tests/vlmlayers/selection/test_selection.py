@@ -437,6 +437,34 @@ def test_a_curve_within_its_interval_is_undecided() -> None:
         assert ("varies by 0.02 over its blocks" in choice.statement) is not decided
 
 
+@pytest.mark.parametrize(
+    ("rule", "options", "depth"),
+    [
+        ("threshold", {"agreement_metric": "none"}, 4),
+        ("threshold", {"agreement_metric": "none"}, 24),
+        ("budget", {"score": "metric:dataset_accuracy"}, 12),
+        ("knee", {}, 12),
+    ],
+)
+def test_blocks_that_are_all_alike_seldom_pass_for_a_curve(
+    rule: str, options: dict[str, Any], depth: int
+) -> None:
+    """Of noise alone the range over many blocks is often wider than the interval of one."""
+    generator = np.random.default_rng(depth)
+    noise = 0.6 + 0.02 * generator.standard_normal((200, depth))
+    decided = [
+        select(
+            table(curve_rows("dataset_accuracy", "vision", list(values), half=1.96 * 0.02)),
+            rule,
+            resamples=0,
+            **options,
+        ).decided
+        for values in noise
+    ]
+    # 5 of 100, give or take its own error; a knee has a straight line to be told from as well.
+    assert (0.0 if rule == "knee" else 0.01) <= np.mean(decided) <= 0.09
+
+
 def test_the_mean_of_many_datasets_is_surer_than_each_of_them() -> None:
     """A rise of 0.06 is within the interval of one of 16 datasets, 0.08, not of their mean, 0.02.
 

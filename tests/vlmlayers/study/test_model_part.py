@@ -69,6 +69,21 @@ def test_the_weights_of_a_folder_are_part_of_a_model(tmp_path: Path, name: str) 
     assert marks[0] != marks[1]
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "merges.txt", "merges.txt.gz", "spiece.model", "words/tokenizer.json"]
+)
+def test_the_vocabulary_of_a_folder_is_part_of_a_model(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "base" / "snap"
+    (folder / "words").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_bytes(b"another of its name")
+    marks = []
+    for content in (b"one", b"two", b"two"):
+        (folder / name).write_bytes(content)
+        marks.append(context_of(tmp_path, path="snap").model_fingerprint())
+    assert marks[0] != marks[1] == marks[2]
+
+
 def test_a_file_that_is_not_there_is_said_before_the_first_stage(tmp_path: Path) -> None:
     for name in ("nowhere.pt", "some/where"):
         context = context_of(tmp_path, name="mini-clip", pretrained=name)
@@ -101,11 +116,11 @@ def test_wrong_weights_are_one_line_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_options_of_weights_reach_the_features(tmp_path: Path) -> None:
-    options = ("--image-size", "96", "--mean", "0.5", "--interpolation", "bilinear")
+    options = ("--image-size", "96,64", "--mean", "0.5", "--interpolation", "bilinear")
     words = ("digits", "--split", "val", "--items", "4", "--quiet", "--out", str(tmp_path / "run"))
     code, errors = vlmlayers("extract", "mini-clip", *words, *options)
     assert code == 0, errors
     assert "positional_embedding resized" in errors
     store = json.loads((tmp_path / "run" / "features" / "digits-val" / "store.json").read_text())
     made = json.dumps(store)
-    assert '"mean": [0.5, 0.5, 0.5]' in made and '"size": [96, 96]' in made and "bilinear" in made
+    assert '"mean": [0.5, 0.5, 0.5]' in made and '"size": [96, 64]' in made and "bilinear" in made

@@ -68,6 +68,39 @@ def test_weights_that_were_overwritten_since_are_not_scored_beside_the_earlier(
     assert run.scores.exists()
 
 
+def test_another_seed_examines_other_images_of_those_that_were_extracted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmlayers.study.scoring.EXAMINED", 8)
+    tiny_clip(tmp_path / "tiny-clip")
+
+    def scores(seed: int, out: str, metrics: list[str]) -> list[str]:
+        content = {
+            "models": [{"path": str(tmp_path / "tiny-clip"), "random_weights": True}],
+            "datasets": [{"name": "digits", "split": "val"}], "seed": seed,
+            "extract": {"items": 0, "device": "cpu", "batch_size": 256},
+            "score": {"metrics": metrics, "options": QUICK},
+        }  # fmt: skip
+        said: list[str] = []
+        stages = ["extract", "score"]
+        run_study(
+            check_study(content), tmp_path / out, only=stages, progress=False, echo=said.append
+        )
+        return [line for line in said if line.endswith("unchanged")]
+
+    assert scores(1, "run", MODEL) == []
+    assert scores(1, "run", MODEL) == ["extract  unchanged", "score    unchanged"]
+    first = read_scores(tmp_path / "run")
+    assert scores(2, "run", MODEL) == ["extract  unchanged"]
+    again = read_scores(tmp_path / "run")
+    assert scores(2, "other", MODEL) == []
+    assert again["value"].tolist() == read_scores(tmp_path / "other")["value"].tolist()
+    assert again["value"].tolist() != first["value"].tolist()
+    # All items were drawn, and metrics of features have seeds of their own.
+    assert scores(1, "plain", ["effective_rank"]) == []
+    assert scores(2, "plain", ["effective_rank"]) == ["extract  unchanged", "score    unchanged"]
+
+
 def test_two_splits_of_one_dataset_are_scored(tmp_path: Path) -> None:
     """What the run recorded of them had one name: that of the later one stood for both."""
     study = check_study({

@@ -257,6 +257,8 @@ def test_image_folders_are_looked_up_like_models(tmp_path: Path) -> None:
         ({"validate": {"recipe": "publishd"}}, "publishd"),
         ({"validate": {"set": {"lrr": 1}}}, "did you mean 'lr'"),
         ({"validate": {"datasets": ["digitz"]}}, "did you mean 'digits'"),
+        ({"report": {"metrics": ["twonn"]}}, r"unknown metric 'twonn' in \[report\]"),
+        ({"report": {"metrics": ["centroid_gpa"]}}, "did you mean 'centroid_gap'"),
     ],
 )
 def test_what_fails_late_is_told_before_the_first_stage(

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests.items import Item, is_text
 from vlmlayers.manifests.place import AlteredData, Place, known_checksum, read_text
+from vlmlayers.manifests.schema import Columns
 
 
 class Layout(Protocol):
@@ -94,6 +95,17 @@ def names_by_label(items: Iterable[tuple[int, str]], where: str) -> tuple[str, .
             f"{where}: labels must be 0, 1, 2, …; {missing} is missing, {max(names)} is there"
         )
     return tuple(names[label] for label in range(len(names)))
+
+
+def refuse_lost_columns(columns: Columns, found: Iterable[str], where: str) -> None:
+    """Refuse a manifest that names a column which is not there: it would be left out unnoticed.
+
+    Raises:
+        UserError: Names the column, and the nearest or all that are there.
+    """
+    known = list(map(str, found))
+    for field in sorted(columns.model_fields_set):
+        check_one_of(f"column of {field}", getattr(columns, field), known, where)
 
 
 def checked_name(name: object, where: str) -> str:

@@ -73,7 +73,8 @@ def read_classes(
         where: File or dataset, for messages.
 
     Raises:
-        UserError: A class has two names.
+        UserError: A class has two names, or declared names are in another order than those beside
+            the numbers.
     """
     pairs = {(word, name) for word, name in written if word}
     numeric = all(is_number(word) for word, _ in pairs)
@@ -98,6 +99,13 @@ def read_classes(
     else:
         label_of = {number: label for label, number in enumerate(numbers)}
     labels = {class_word(name): label for label, name in enumerate(declared)}
+    for number, label in label_of.items():
+        # Other names may be better ones; the same in another order are of the wrong images.
+        if labels.get(name := names[str(number)], label) != label:
+            raise UserError(
+                f"{where}: label {number} is called {name[:80]!r} beside it and "
+                f"{declared[label][:80]!r} by the declared names; put these in its order"
+            )
     labels |= {word: label_of[int(key)] for word, key in keys.items() if int(key) in label_of}
     remarks = []
     if any(number != label for number, label in label_of.items()):

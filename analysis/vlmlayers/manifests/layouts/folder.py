@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -75,6 +76,24 @@ class FolderLayout(Layout):
             self._left_out.setdefault("class folders without an image", []).extend(sorted(empty))
             found -= empty
         return sorted(found)
+
+    @cached_property
+    def _no_splits(self) -> list[str]:
+        """Return the folders beside those of the splits that hold folders of images, sorted."""
+        splits = {base.rstrip("/") for base in self._bases}
+        # Splits that lie deeper have other things beside them, and none is all there is.
+        if any(not split or "/" in split for split in splits):
+            return []
+        return sorted(
+            entry.name
+            for entry in _entries(self.place.images)
+            if entry.name not in splits
+            and is_text(entry.name)
+            and entry.is_dir()
+            and not is_foreign(entry.name)
+            and not is_run(Path(entry))
+            and _holds_classes(Path(entry))
+        )
 
     def _is_left_out(self, entry: os.DirEntry[str], path: str) -> bool:
         kind = "hidden or left by a system" if is_foreign(entry.name) else ""
@@ -190,9 +209,10 @@ class FolderLayout(Layout):
 
     def remarks(self) -> tuple[str, ...]:
         """Return what was left out, by what it is, and a table that may say the classes."""
+        left_out = {**self._left_out, "folders of classes that are no split": self._no_splits}
         found = [
             f"left out: {kind} ({len(set(paths)):,}), first {paths[0]!r}"
-            for kind, paths in self._left_out.items()
+            for kind, paths in left_out.items()
             if paths
         ]
         if len(self._class_folders) == 1:
@@ -203,6 +223,14 @@ class FolderLayout(Layout):
                     f"in place of its folder: {folder / table}"
                 )
         return tuple(found)
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Return whether a folder holds folders of images; one that cannot be read does not."""
+    with suppress(UserError):
+        inside = (Path(entry) for entry in _entries(folder) if entry.is_dir())
+        return any(_is_image(entry.name) for inner in inside for entry in _entries(inner))
+    return False
 
 
 def _is_image(name: str) -> bool:

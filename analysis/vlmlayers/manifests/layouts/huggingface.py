@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,14 +11,21 @@ from typing import Any
 from vlmlayers.data.names import IMAGE_SUFFIXES
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, checked_path
-from vlmlayers.manifests.layouts.base import Layout, checked_name, declared_names
+from vlmlayers.manifests.layouts.base import (
+    Layout,
+    checked_name,
+    declared_names,
+    refuse_lost_columns,
+)
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
 from vlmlayers.manifests.place import MissingData, Place, file_stamp
+from vlmlayers.manifests.schema import Columns
 from vlmlayers.runs import is_run
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # beside images, not of them
 _SAVED = ("dataset_dict.json", "state.json")  # of a DatasetDict, of one Dataset
 _TEXT = "text"  # the library's usual name for captions
+_IMAGE = ("image", "img")  # and for images
 
 
 class HuggingFaceLayout(Layout):
@@ -61,13 +68,15 @@ class HuggingFaceLayout(Layout):
     @cached_property
     def _columns(self) -> tuple[str, str | None, str | None]:
         """Return the columns of image, label and caption; None for one that is not there."""
-        features = self._features
-        image = _image_column(features)
+        features, asked = self._features, self.place.spec.columns
+        image = _image_column(features, asked)
+        where = f"{self.place.name}: the dataset in {self.place.images}"
         if image is None:
-            where = f"{self.place.name}: the dataset in {self.place.images}"
-            raise UserError(f"{where} has no column of images")
-        asked = self.place.spec.columns
-        classes = [key for key, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+            several = ", ".join(_image_columns(features))
+            said = f'the images {several}; name one, as in columns = {{ path = "…" }}'
+            raise UserError(f"{where} has {said if several else 'no column of images'}")
+        refuse_lost_columns(asked, features, where)
+        classes = _class_columns(features)
         label = next((c for c in (asked.label, asked.class_name) if c in features), None)
         label = label or (classes[0] if len(classes) == 1 else None)
         return image, label, next((c for c in (asked.caption, _TEXT) if c in features), None)
@@ -77,13 +86,17 @@ class HuggingFaceLayout(Layout):
         """Return (path, label or None, caption or None) of each row of each split."""
         image, label, caption = self._columns
         read = _stored_rows if is_stored(self.place) else _file_rows
-        rows = {
-            split: [
-                (path, row.get(label) if label else None, row.get(caption) if caption else None)
+        rows = {}
+        for split, (own, data) in self._parts.items():
+            number = self._numbers(data)
+            rows[split] = [
+                (
+                    path,
+                    number(row.get(label)) if label else None,
+                    row.get(caption) if caption else None,
+                )
                 for path, row in read(self.place, own, data, (image, label, caption))
             ]
-            for split, (own, data) in self._parts.items()
-        }
         if not any(rows.values()):
             raise MissingData(
                 f"{self.place.name}: no image in {self.place.images}; {self.place.hint}"
@@ -91,11 +104,22 @@ class HuggingFaceLayout(Layout):
         return rows if label else _labelled_by_folder(rows)
 
     @cached_property
+    def _named(self) -> tuple[str, ...]:
+        """Return the names of the ClassLabel of all splits, each once; () where there is none."""
+        parts = (_named(data, self._columns[1]) for _, data in self._parts.values())
+        return tuple(dict.fromkeys(name for names in parts for name in names))
+
+    def _numbers(self, data: Any) -> Callable[[Any], Any]:
+        """Return what makes of a label of one split the label among the names of all splits."""
+        # Splits that were encoded one by one number one class in different ways.
+        numbers = {number: self._named.index(name)
+                   for number, name in enumerate(_named(data, self._columns[1]))}  # fmt: skip
+        return lambda value: numbers.get(value, value) if isinstance(value, int) else value
+
+    @cached_property
     def _classes(self) -> Classes:
-        label = self._columns[1]
-        kind = self._features.get(label) if label else None
         declared = declared_names(self.place) or tuple(
-            checked_name(name, self.place.name) for name in getattr(kind, "names", None) or ()
+            checked_name(name, self.place.name) for name in self._named
         )
         words = (_word(value) for part in self._rows.values() for _, value, _ in part)
         return read_classes(((word, "") for word in words), declared, self.place.name)
@@ -124,8 +148,19 @@ class HuggingFaceLayout(Layout):
         ]
 
     def remarks(self) -> tuple[str, ...]:
-        """Return how labels were counted."""
-        return (self._classes.remark,) if self._classes.remark else ()
+        """Return how labels were counted, and the columns of a dataset that has no classes."""
+        found = [self._classes.remark] if self._classes.remark else []
+        if not self.class_names():
+            asked, columns = self.place.spec.columns, ", ".join(map(str, self._features))
+            named = "".join(
+                f'; to take one, write columns = {{ label = "{column}" }}'
+                for column in _class_columns(self._features)[:1]
+            )
+            found.append(
+                f"no column {asked.label!r} or {asked.class_name!r} says a class; there are "
+                f"{columns[:200]}{named}"
+            )
+        return tuple(found)
 
 
 def is_stored(place: Place) -> bool:
@@ -152,13 +187,17 @@ def holds_tables(folder: Path) -> bool:
 def _table_files(folder: Path) -> tuple[Path, ...]:
     """Return the record of a saved dataset, else the Parquet files of a downloaded repository."""
     try:
-        return _found_tables(str(folder), folder.stat().st_mtime_ns)
+        changed = folder.stat().st_mtime_ns
+        known = _found_tables(str(folder), changed)
+        # A folder's own time says nothing of a file that was added further down.
+        inside = sorted({file.parent for file in known})
+        return _found_tables(str(folder), changed, *(one.stat().st_mtime_ns for one in inside))
     except OSError:
         return ()
 
 
 @lru_cache(maxsize=64)
-def _found_tables(folder: str, changed: int) -> tuple[Path, ...]:
+def _found_tables(folder: str, *changed: int) -> tuple[Path, ...]:
     saved = tuple(path for name in _SAVED if (path := Path(folder) / name).is_file())
     if saved:
         return saved[:1]
@@ -178,7 +217,7 @@ def stored_image(place: Place, path: str) -> bytes:
     data, row = _stored(place).get(own), PurePosixPath(name).stem
     if data is None or not row.isdecimal() or int(row) >= len(data):
         raise UserError(f"{place.name}: {place.images} has no item {path[:200]!r}")
-    column = _image_column(_features(data)) or ""
+    column = _image_column(_features(data), place.spec.columns) or ""
     content = (data[int(row)].get(column) or {}).get("bytes")
     if not content:
         raise UserError(f"{place.name}: the row of {path[:200]!r} holds no image")
@@ -209,8 +248,26 @@ def _features(data: Any) -> Mapping[str, Any]:
     return data.features or {}
 
 
-def _image_column(features: Mapping[str, Any]) -> str | None:
-    return next((key for key, kind in features.items() if type(kind).__name__ == "Image"), None)
+def _named(data: Any, label: str | None) -> list[str]:
+    """Return the class names of a split by its labels; [] where its labels are plain values."""
+    kind = _features(data).get(label) if label else None
+    return list(getattr(kind, "names", None) or ())
+
+
+def _class_columns(features: Mapping[str, Any]) -> list[str]:
+    return [key for key, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+
+
+def _image_columns(features: Mapping[str, Any]) -> list[str]:
+    return [key for key, kind in features.items() if type(kind).__name__ == "Image"]
+
+
+def _image_column(features: Mapping[str, Any], columns: Columns) -> str | None:
+    """Return the column of images: of several, as of masks, the one named or called an image."""
+    found = _image_columns(features)
+    named = "path" in columns.model_fields_set
+    usual = (columns.path,) if named else (*_IMAGE, *(found if len(found) == 1 else ()))
+    return next((column for column in usual if column in found), None)
 
 
 def _undecoded(data: Any) -> Any:
@@ -221,9 +278,10 @@ def _undecoded(data: Any) -> Any:
     import datasets
 
     features = _features(data)
-    plain = (key for key, kind in features.items() if isinstance(kind, dict) and "bytes" in kind)
-    column = _image_column(features) or next(plain, None)
-    return data if column is None else data.cast_column(column, datasets.Image(decode=False))
+    plain = [key for key, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
+    for column in _image_columns(features) or plain[:1]:
+        data = data.cast_column(column, datasets.Image(decode=False))
+    return data
 
 
 def _refusal(place: Place, error: Exception) -> UserError:

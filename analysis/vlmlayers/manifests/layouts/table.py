@@ -19,6 +19,7 @@ from vlmlayers.manifests.layouts.base import (
     checked_name,
     declared_names,
     expect_hash,
+    refuse_lost_columns,
 )
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
 from vlmlayers.manifests.place import MissingData, Place, file_stamp, read_text
@@ -69,6 +70,8 @@ class TableLayout(Layout):
             listed += _listed(path, columns, place.images, ".")
         if not listed:
             raise UserError(f"{place.name}: no row of {path} lists an image")
+        found = dict.fromkeys(key for one in listed for key in one.row)
+        refuse_lost_columns(columns, found, str(path))
         return listed
 
     @cached_property
