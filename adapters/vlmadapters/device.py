@@ -11,6 +11,7 @@ import torch
 
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import resolve_precision
+from vlmlayers.models.modes import in_float32
 from vlmlayers.models.work import autocast
 
 
@@ -18,10 +19,11 @@ from vlmlayers.models.work import autocast
 def own_modes() -> Iterator[None]:
     """Compute with gradients and in no other precision than is asked for, whatever is set around.
 
-    Notebooks switch gradients off at their top, and a caller may train within its own autocast.
+    Notebooks switch gradients off or to float64 at their top, and a caller may train within its own
+    autocast.
     """
     cpu, gpu = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
-    with torch.inference_mode(False), torch.enable_grad(), cpu, gpu:
+    with torch.inference_mode(False), torch.enable_grad(), cpu, gpu, in_float32():
         yield
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
+from vlmadapters.device import own_modes
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
@@ -158,6 +159,7 @@ def _checksum(info: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     return content_checksum([json.dumps(info, sort_keys=True), state])
 
 
+@own_modes()
 def load_method(path: str | Path, model: Any) -> Method:
     """Read a trained method of ours for a backbone, in evaluation mode.
 
@@ -212,6 +214,7 @@ def save_official(path: str | Path, method: Method, epoch: int = 0) -> Path:
     return path
 
 
+@own_modes()
 def load_trained(
     path: str | Path,
     model: Any,

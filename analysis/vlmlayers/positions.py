@@ -17,6 +17,11 @@ POOLINGS = ("model", "cls", "eot", "mean")
 TOKENS = "tokens"  # in place of a pooling: every token by itself
 
 
+def unextracted(space: str) -> str:
+    """Return, for a message, that features lack a space, and what adds it."""
+    return f"no {space} features were extracted, as by --spaces {space}"
+
+
 def tower_positions(blocks: int, space: str = "native") -> tuple[str, ...]:
     """Return the positions of a tower with `blocks` blocks, in order, for one space.
 

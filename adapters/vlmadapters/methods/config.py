@@ -195,7 +195,10 @@ def placements_of(methods: Sequence[str], placements: Iterable[Any]) -> dict[str
     for one in placements:
         name, _, blocks = one.rpartition(":") if isinstance(one, str) else ("", "", one)
         if name:
-            check_one_of("method", name, methods, where=f"the placement {one!r}")
+            if name not in methods:
+                raise UserError(
+                    f"the placement {one!r} is for {name}, and {', '.join(methods)} is trained"
+                )
             found[name].append(blocks)
         else:
             for_all.append(blocks)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import TaskData
+from vlmadapters.device import own_modes
 from vlmadapters.methods.base import Method
 from vlmadapters.protocols.evaluate import Answers, Case, Evaluator, Labels
 from vlmadapters.protocols.results import (
@@ -87,6 +88,7 @@ def result_row(
 
 
 @takes(DataOptions)
+@own_modes()
 def evaluate_methods(
     model: Any,
     datasets: Iterable[Any],

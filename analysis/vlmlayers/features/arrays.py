@@ -24,6 +24,7 @@ from vlmlayers.positions import (
     relative_depth,
     sort_key,
     tower_positions,
+    unextracted,
 )
 from vlmlayers.words import counted
 
@@ -242,7 +243,7 @@ class LayerFeatures:
         check_one_of("tower", name, ("vision", "text"))
         found = self.vision if name == "vision" else self.text
         if found is None:
-            raise UserError(f"{self.dataset}: no {name} features were extracted")
+            raise UserError(f"{self.dataset}: {unextracted(name)}")
         return found
 
     @property

@@ -69,7 +69,7 @@ METRICS: dict[str, Metric] = {
     "dataset_invariance": Metric(
         dl.invariance, "dataset", "dataset confusion", "1 − normalised dataset accuracy",
         "MMA, Yang et al. 2024, Fig. 1", null=1.0, direction="less dataset-specific",
-        bounds=(0.0, INF), smallest_n=15, base="dataset_accuracy",
+        bounds=(0.0, 2.0), smallest_n=15, base="dataset_accuracy",
     ),
     "style_accuracy": Metric(
         readouts.logistic, "dataset", "styles", "style accuracy (same classes)",

@@ -20,6 +20,7 @@ from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import read_json
 from vlmlayers.models.devices import memory_errors, resolve_device
 from vlmlayers.models.hf_offline import text_config_offline
+from vlmlayers.models.modes import in_float32
 
 ImageSize = int | tuple[int, int]
 SEED = 0
@@ -130,17 +131,6 @@ def _fill_decoder(clip: nn.Module) -> None:
     head = getattr(getattr(clip, "text_decoder", None), "text_projection", None)
     if head is not None:
         nn.init.normal_(head, std=head.shape[0] ** -0.5)
-
-
-@contextmanager
-def in_float32() -> Iterator[None]:
-    """Hold the type of new parameters, which the caller may have set to another, at float32."""
-    own = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(own)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from vlmlayers.architectures import FOREIGN_CONFIG, read_foreign
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import find_weights
-from vlmlayers.models.build import in_float32
+from vlmlayers.models.modes import in_float32
 
 _SHOWN = 3
 # Where the second is not said, transformers asks at the terminal whether to run a folder's code.

@@ -74,3 +74,14 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode and without gradients, then give both back as they were."""
     with eval_mode(model), frozen(model):
         yield
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Hold the type of new parameters, which the caller may have set to another, at float32."""
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(own)

@@ -21,7 +21,7 @@ from vlmlayers.metrics.intervals import (
 )
 from vlmlayers.metrics.own import OWN
 from vlmlayers.metrics.table import METRICS, Metric
-from vlmlayers.positions import TOWERS, sort_key
+from vlmlayers.positions import TOWERS, sort_key, unextracted
 from vlmlayers.scores.options import UNKEYED, Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows, independent_rows
 from vlmlayers.scores.scoring import Point, Scoring, Source, chosen_positions, rows_of
@@ -91,7 +91,7 @@ def run_prompts(scoring: Scoring) -> None:
             for space in scoring.options.spaces_of(metric):
                 arrays = [tower.arrays.get(space, {}) for tower in (member.vision, member.text)]
                 if not all("proj" in by_position for by_position in arrays):
-                    reason = f"no {space} features were extracted"
+                    reason = unextracted(space)
                     scoring.out.refuse(name, member.dataset, "", "", reason)
                     continue
                 for moving, fixed in (("vision", "text"), ("text", "vision")):

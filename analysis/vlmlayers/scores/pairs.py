@@ -17,7 +17,7 @@ from vlmlayers.metrics.checks import Array, Labels
 from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
 from vlmlayers.metrics.table import METRICS, Metric
-from vlmlayers.positions import TOWERS
+from vlmlayers.positions import TOWERS, unextracted
 from vlmlayers.prompts import numbered, spelled
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows, independent_rows
@@ -100,7 +100,7 @@ def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
             towers = [features for _, features in sources]
             sides[tower] = _side(towers, rows, space, scoring.options)
             if not sides[tower].arrays:
-                reason = f"no {space} features were extracted"
+                reason = unextracted(space)
                 scoring.out.refuse(name, dataset, tower, "", reason)
                 continue
             captions = all(features.pairs is not None for features in towers)

@@ -71,6 +71,7 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
                 f"the score table holds {wrong.iloc[0]!r} in the column {name}, where a number is "
                 "needed; write it with `vlmlayers score`"
             )
+        scores = scores.assign(**{name: pd.to_numeric(values)})
     _refuse_wrong_rows(scores)
     scores = in_words(scores)
     _refuse_models(scores)

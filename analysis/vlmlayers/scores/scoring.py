@@ -15,7 +15,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.checks import Array
 from vlmlayers.metrics.table import Metric
-from vlmlayers.positions import relative_depth, sort_key
+from vlmlayers.positions import relative_depth, sort_key, unextracted
 from vlmlayers.scores.options import UNKEYED, ScoreOptions
 from vlmlayers.scores.parts import balanced_rows, refuse_not_finite
 from vlmlayers.scores.reading import POOLED
@@ -196,7 +196,7 @@ class Scoring:
             for position in positions:
                 yield Point(name, metric, dataset, features, space, position, self)
             if not positions:
-                reason = f"no {space} features were extracted"
+                reason = unextracted(space)
                 self.out.refuse(name, dataset, features.tower, "", reason)
 
     def refuse(self, dataset: str, tower: str, reason: str) -> None:

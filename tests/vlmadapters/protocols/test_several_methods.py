@@ -49,7 +49,7 @@ def test_a_placement_is_for_every_method_or_for_the_one_it_names() -> None:
         (["--method", "mma,mma"], "the method mma is named 2 times"),
         (["--method", "zero-shot", "--placement", "5"], "zero-shot has no placement"),
         (["--method", "mma,coop", "--placement", "v5,t5"], "coop acts at no vision block; .*mma:5"),
-        (["--method", "mma", "--placement", "coop:t1"], "unknown method 'coop' in the placement"),
+        (["--method", "mma", "--placement", "coop:t1"], "is for coop, and mma is trained"),
         (["--method", "mma,coop", "--set", "leng=4"], "unknown key 'leng' in --set"),
     ],
 )

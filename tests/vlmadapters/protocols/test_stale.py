@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -232,14 +233,27 @@ def test_a_model_in_train_mode_is_measured_in_eval_mode_and_given_back(tmp_path:
     assert all(parameter.requires_grad for parameter in busy.clip.parameters())
 
 
+@contextmanager
+def _in_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    assert torch.get_default_dtype() == torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     "around",
-    [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", dtype=torch.bfloat16)],
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+        _in_float64,
+    ],
 )
 def test_a_run_computes_as_its_recipe_says_whatever_is_switched_on_around_it(
     around: Callable[[], Any], tmp_path: Path
 ) -> None:
-    """Without gradients there was a traceback, and `fp32` stood beside what autocast had made."""
+    """Without gradients there was a traceback, and `fp32` stood beside what others had made."""
     pics, model = add_classes(tmp_path / "pics", FOUR), backbone()
     plain = run(pics, tmp_path / "plain", model=model)
     with around():

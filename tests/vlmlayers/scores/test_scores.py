@@ -938,7 +938,7 @@ def test_other_spaces_on_request() -> None:
         ),
         (
             {"metrics": "fisher_ratio", "spaces": "normed"},
-            r"fisher_ratio \(no normed features were extracted\)",
+            r"fisher_ratio \(no normed features were extracted, as by --spaces normed\)",
         ),
         (
             {"metrics": "centroid_gap", "spaces": "native"},
@@ -966,7 +966,8 @@ def test_what_was_asked_for_and_not_computed_is_named() -> None:
     with pytest.warns(UserWarning) as said:
         score(many(2), ["fisher_ratio", "style_accuracy"], spaces=["native", "normed"], **QUICK)
     assert [str(warning.message) for warning in said] == [
-        "not computed: fisher_ratio in normed space (no normed features were extracted); "
+        "not computed: fisher_ratio in normed space (no normed features were extracted, as by "
+        "--spaces normed); "
         "style_accuracy (no two datasets share four or more class names)"
     ]
     with warnings.catch_warnings():

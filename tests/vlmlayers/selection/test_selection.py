@@ -889,6 +889,9 @@ def test_bad_tables() -> None:
             select(table_)
     with pytest.raises(UserError, match="at least 4 blocks"):
         select(planted(3, 3, (2, 2)), "knee")
+    written = scores.assign(value=scores.value.map(str))  # as of a table of text
+    curve = curves(written, "dataset_accuracy")
+    pd.testing.assert_frame_equal(curve, curves(scores, "dataset_accuracy"))
 
 
 @pytest.mark.parametrize("rule", ["threshold", "knee", "budget"])
