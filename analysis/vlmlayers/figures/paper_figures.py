@@ -55,6 +55,7 @@ from vlmlayers.scores.summaries import (
 from vlmlayers.selection import LayerChoice
 
 GAP_METRICS = ("pair_distance", "centroid_gap", "rmg")
+SOURCE = ["model", "weights"]
 AGREEMENT_METRICS = ("cka_debiased", "mutual_knn")
 COST_PANELS = {
     "parameters": ("Parameters (M)", 1e6),
@@ -113,13 +114,14 @@ def fig2_gap(tables: Folders, out: Path) -> list[Path]:
     models = list(by_model(scores))
     metrics = [name for name in GAP_METRICS if (scores.metric == name).any()]
     figure, axes = panels(len(metrics), len(models), 1.6, "row")
-    drawn = []
+    # One legend is of all panels, of which some may lack a dataset.
+    drawn, datasets = [], list(dict.fromkeys(scores.dataset))
     for ax, (metric, (name, part)) in zip(axes, product(metrics, models)):
         if not (part.metric == metric).any():
             ax.set_axis_off()
             continue
         part = check_scores(part)
-        plots.gap_curves(part, metric, ax=ax)
+        plots.gap_curves(part, metric, order=datasets, ax=ax)
         finish(ax, name if metric == metrics[0] else "", last=metric == metrics[-1],
                first=name == models[0][0])  # fmt: skip
         drawn.append(in_panel(curves(part, metric), part, name))
@@ -190,16 +192,17 @@ def fig4_placement_sweep(tables: Folders, out: Path) -> list[Path]:
 def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     """Draw the quality predicted from the scores against the trained harmonic mean."""
     seen = Seen()
-    scores = dict(by_model(read_scores(tables, seen=seen)))
+    # By weights as well: names in panels may leave them out.
+    scores = dict(iter(read_scores(tables, seen=seen).groupby(SOURCE, sort=False)))
     validations = by_model(read_validations(tables, seen))
-    models = [(name, compared_cells(part)) for name, part in validations if name in scores]
+    models = [(name, compared_cells(part)) for name, part in validations if _source(part) in scores]
     if not models:
         raise MissingTable("no model has both scores and a validation; record both to draw this")
     figure, axes = panels(len(models), 1, 2.6)
     drawn, doubts = [], {}
     for (name, part), ax in zip(models, axes):
         means, doubts[name] = marked(placement_means(part), *choice_of(part, tables, seen))
-        points = predicted_means(check_scores(scores[name]), means)
+        points = predicted_means(check_scores(scores[_source(part)]), means)
         plots.predicted_vs_trained(points.assign(placement=points.short), ax=ax)
         ax.margins(x=0.12, y=0.1)
         score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
@@ -265,18 +268,27 @@ FIGURES = {
 
 
 def by_model(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the rows of each model under its name and weights, in order of appearance."""
+    """Yield the rows of each model under its name and weights, in order of appearance.
+
+    A file of weights is named only where it tells two models of one name apart.
+    """
     if "weights" not in table.columns:
         table = table.assign(weights="")
-    for (model, weights), part in table.groupby(["model", "weights"], sort=False):
-        known = weights and not str(weights).endswith(".safetensors")
+    several = (table.groupby("model")["weights"].nunique() > 1).to_dict()
+    for (model, weights), part in table.groupby(SOURCE, sort=False):
+        known = weights and (several.get(model) or not str(weights).endswith(".safetensors"))
         yield f"{model} ({weights})" if known else str(model), part.reset_index(drop=True)
+
+
+def _source(part: pd.DataFrame) -> tuple[str, str]:
+    """Return model and weights of the rows of one model."""
+    model, weights = part[SOURCE].iloc[0]
+    return str(model), str(weights)
 
 
 def in_panel(points: pd.DataFrame, part: pd.DataFrame, panel: str) -> pd.DataFrame:
     """Return the points of a panel with their model, weights and panel, as they are saved."""
-    model, weights = part[["model", "weights"]].iloc[0]
-    return with_source(points, str(model), str(weights)).assign(panel=panel)
+    return with_source(points, *_source(part)).assign(panel=panel)
 
 
 def seed_spread(scores: pd.DataFrame) -> pd.DataFrame:
@@ -310,7 +322,7 @@ def choice_of(
         tables: Where choices lie.
         seen: How the rows were made, from `read_scores` or `read_validations`.
     """
-    model = tuple(scores[["model", "weights"]].iloc[0])
+    model = _source(scores)
     paths = [path for folder in as_folders(tables) for path in sorted(folder.glob("choice*.json"))]
     choices = {
         path: choice

@@ -197,14 +197,17 @@ def gap_curves(
     *,
     tower: str = "vision",
     choice: LayerChoice | None = None,
+    order: Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a metric of the modality gap along depth, one line per dataset.
 
+    See `dataset_curves` for the arguments.
+
     Raises:
         UserError: The metric is not in the table, or not on this tower.
     """
-    return dataset_curves(scores, metric, tower=tower, choice=choice, ax=ax)
+    return dataset_curves(scores, metric, tower=tower, choice=choice, order=order, ax=ax)
 
 
 @checked
@@ -214,9 +217,19 @@ def dataset_curves(
     *,
     tower: str = "vision",
     choice: LayerChoice | None = None,
+    order: Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a metric along one tower, one line per dataset.
+
+    Args:
+        scores: Score table of one model.
+        metric: Metric to draw.
+        tower: `vision` or `text`.
+        choice: Layers whose blocks are marked under the axis.
+        order: Datasets in the order of their colours, for several axes that share a legend; those
+            of the curves follow.
+        ax: Axes to draw on; a new figure where None.
 
     Raises:
         UserError: The metric is not in the table, or not on this tower.
@@ -226,9 +239,11 @@ def dataset_curves(
         Reading().say_choice(scores, metric)
         ax = axes(ax)
         axis = DepthAxis.of(frame, depths(scores))
-        for number, (name, part) in enumerate(frame.groupby("dataset", sort=False)):
+        ranks = list(dict.fromkeys([*order, *frame["dataset"]]))
+        for name, part in frame.groupby("dataset", sort=False):
             label = "all datasets" if name == POOLED else str(name)
-            _line(ax, axis, part, tower, label=label_text(label), **category(number))
+            look = category(ranks.index(name))
+            _line(ax, axis, part, tower, label=label_text(label), **look)
         _chance(ax, axis, frame)
         axis.draw(ax)
         if choice is not None:

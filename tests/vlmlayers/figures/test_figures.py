@@ -1044,6 +1044,47 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
         paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path)
 
 
+def test_two_files_of_weights_are_two_models_of_each_figure(tmp_path: Path) -> None:
+    """Each is predicted from its own scores, and panels tell them apart."""
+    rising, falling = score_rows(), score_rows()
+    falling["value"] = np.where(falling.metric == "dataset_accuracy", 0.9 - falling.value, 0.1)
+    files = [f"{one}.safetensors" for one in "ab"]
+    for number, weights in enumerate(files):
+        one = (rising, falling)[number].assign(weights=weights, low=np.nan, high=np.nan)
+        one.to_csv(tmp_path / f"scores_{number}.csv", index=False)
+        trained = validation_rows().assign(weights=weights)
+        trained.to_csv(tmp_path / f"validation_{number}.csv", index=False)
+    paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path / "out")
+    drawn = pd.read_csv(tmp_path / "out" / "fig5_predicted_vs_trained.csv")
+    assert list(dict.fromkeys(drawn.panel)) == [f"tiny ({one})" for one in files]
+    means = outcomes.placement_means(validation_rows())
+    for weights, scores in zip(files, (rising, falling)):
+        alone = outcomes.predicted_means(scores, means)
+        found = drawn[drawn.weights == weights].set_index("placement").predicted
+        assert found.to_dict() == pytest.approx(alone.set_index("placement").predicted.to_dict())
+    (tmp_path / "validation_1.csv").unlink()
+    paper_figures.fig5_predicted_vs_trained(tmp_path, tmp_path / "out")
+    drawn = pd.read_csv(tmp_path / "out" / "fig5_predicted_vs_trained.csv")
+    assert set(drawn.weights) == {files[0]}, "also where one of them alone was trained"
+
+
+def test_a_dataset_has_one_colour_in_all_panels_of_a_legend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = score_rows("other").query("dataset != 'digits'")
+    pd.concat([score_rows(), second]).to_csv(tmp_path / "scores.csv", index=False)
+    figures = []
+    monkeypatch.setattr(paper_figures, "save", lambda figure, *rest: figures.append(figure) or [])
+    paper_figures.fig2_gap(tmp_path, tmp_path)
+    (figure,) = figures
+    (legend,) = figure.legends
+    named = {text.get_text(): line.get_color()
+             for text, line in zip(legend.get_texts(), legend.legend_handles)}  # fmt: skip
+    lines = [line for ax in figure.axes for line in ax.lines]
+    assert [line.get_label() for line in lines].count("a_b") == 4
+    assert all(line.get_color() == named[line.get_label()] for line in lines)
+
+
 def test_figure_5_compares_scores_and_trainings_of_the_same_weights(
     tables: Path, tmp_path: Path
 ) -> None:
