@@ -189,10 +189,12 @@ def _refuse_repeats(scores: pd.DataFrame) -> None:
 def ceiling(scores: pd.DataFrame, metric: str, tower: str) -> float:
     """Return the best value that a dataset accuracy can have on a tower.
 
-    It is below 1 where datasets share prompts: no read-out tells from which of them one is.
+    It is below 1 where datasets share prompts: no read-out tells from which of them one is. Of
+    several poolings or splits it is that of the one which figures read.
     """
-    own = metric.startswith("dataset_accuracy")  # a recall or confusion may reach 1 all the same
-    found = ceilings(scores[own & (scores["metric"] == metric) & (scores["tower"] == tower)])
+    if not metric.startswith("dataset_accuracy"):  # a recall or confusion may reach 1 all the same
+        return 1.0
+    found = ceilings(Reading().of_all_datasets(scores, metric, tower))
     return float(found.min()) if len(found) else 1.0
 
 

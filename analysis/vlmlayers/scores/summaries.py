@@ -205,7 +205,9 @@ def overview(scores: Scores) -> pd.DataFrame:
     made = [over_datasets(curves(scores, metric)) for metric in metric_names(bare(scores))]
     shown = pd.concat([part for part in made if len(part)], ignore_index=True)
     keys = list(dict.fromkeys(zip(shown["metric"], shown["tower"])))
-    wide = shown.pivot_table(index="position", columns=["metric", "tower"], values="value")
+    wide = shown.pivot_table(
+        index="position", columns=["metric", "tower"], values="value", dropna=False
+    )  # a tower without a number keeps its column
     return wide.loc[sorted(wide.index, key=sort_key), keys]
 
 
@@ -232,8 +234,10 @@ def agreement(
     pairs = scores[scores["other_position"].astype(str) != ""]
     rows = Reading(dataset=dataset).rows(pairs, metric, tower)
     rows = rows[rows["other_tower"] == other_tower]
-    grouped = rows.groupby(["position", "other_position"], sort=False)[["value", "null"]].mean()
-    frame = grouped.reset_index()
+    pair = ["position", "other_position"]
+    # By dataset first, so that one with more seeds does not weigh more.
+    each = rows.groupby(["dataset", *pair], sort=False)[["value", "null"]].mean()
+    frame = each.groupby(pair, sort=False).mean().reset_index()
     if len(frame):
         refuse_empty(frame["value"], metric)
     order = [

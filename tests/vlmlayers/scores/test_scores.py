@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from score_tables import row
 from synthetic import make_features, many
 
 from vlmlayers.errors import UserError
@@ -44,7 +45,7 @@ from vlmlayers.scores.readouts import (
 )
 from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
 from vlmlayers.scores.scoring import make_groups
-from vlmlayers.scores.summaries import curves
+from vlmlayers.scores.summaries import agreement, curves, how_made, over_datasets, overview
 from vlmlayers.scores.transfers import families
 from vlmlayers.selection import select
 
@@ -291,6 +292,42 @@ def agreement_of(table: pd.DataFrame, dataset: str, towers: str = "vision text")
 
 def p_of(row: pd.Series) -> float:
     return float(dict(part.split("=") for part in row.options.split(";"))["p"])
+
+
+def test_agreement_weighs_datasets_alike_whatever_their_seeds() -> None:
+    pair = {"other_tower": "text", "other_position": "1"}
+    rows = [
+        row("cka_debiased", "vision", "1", 1, value, dataset=dataset, seed=seed, null=value, **pair)
+        for dataset, seeds, value in (("a", (1, 2, 3), 0.9), ("b", (1,), 0.1))
+        for seed in seeds
+    ]
+    table = pd.DataFrame(rows)
+    found = agreement(table)
+    assert found[["value", "null"]].to_numpy().tolist() == [[pytest.approx(0.5)] * 2]
+    curve = over_datasets(curves(table, "cka_debiased"))
+    assert found["value"].tolist() == pytest.approx(curve["value"].tolist())
+
+
+def test_the_ceiling_is_that_of_the_split_that_is_read() -> None:
+    """The caption says it of the rows that are drawn; the line and the band must not differ."""
+    parts = [
+        row("dataset_accuracy", "text", "1", 1, 0.6, half=0.2, split=split, options=options)
+        for split, options in (("train", "ceiling=0.75"), ("test", "ceiling=0.65"))
+    ]
+    table = pd.DataFrame(parts)
+    assert "at most 0.75 (text)" in how_made(table, "dataset_accuracy")
+    assert ceiling(table, "dataset_accuracy", "text") == 0.75
+    assert curves(table, "dataset_accuracy")["high"].tolist() == [0.75]
+
+
+def test_an_overview_keeps_a_tower_without_a_number() -> None:
+    table = pd.DataFrame([
+        row("dataset_accuracy", tower, "1", 1, value)
+        for tower, value in (("vision", 0.5), ("text", float("nan")))
+    ])  # fmt: skip
+    wide = overview(table)
+    assert wide["dataset_accuracy"]["vision"].tolist() == [0.5]
+    assert wide["dataset_accuracy"]["text"].isna().all()
 
 
 def test_a_class_name_of_two_datasets_is_one_row_of_pooled_agreement() -> None:
