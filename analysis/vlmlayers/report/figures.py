@@ -25,6 +25,7 @@ from vlmlayers.scores.reading import has_curve
 from vlmlayers.scores.summaries import (
     DATASET_ACCURACIES,
     agreement,
+    agreement_rows,
     curves,
     metrics_by_shape,
     over_datasets,
@@ -182,10 +183,10 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
                 partial(answer.curves, metric),
             )
     for metric in shapes["matrix"][:2]:
-        if len(agreement(scores, metric)):
+        if len(rows := agreement_rows(scores, metric)):
             yield Plan(
                 f"agreement-{slug(metric)}",
-                _caption(answer, metric, "of every vision and text position"),
+                _caption(answer, metric, "of every vision and text position", rows),
                 partial(plots.agreement_matrix, scores, metric, choice=choice),
                 partial(agreement, scores, metric),
             )
@@ -214,12 +215,20 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
         return
     frame, validation = answer.validation.outcomes(), answer.validation
     warning = f" Warning: {validation.warning}." if validation.warning else ""
+    # Too few runs have no interval, and no line stands for one.
+    known = "hm_low" in frame and bool(frame["hm_low"].notna().any())
+    lines = " Lines: 95 % interval of the harmonic mean." if known else ""
+    marks = {
+        "Joined: the sweep of the first adapted block.": frame["sweep"].any(),
+        "Shaded: the chosen placement.": frame["chosen"].any(),
+        "Lines and bands: 95 % interval of the harmonic mean, wide where datasets differ; "
+        "differences to the chosen placement stand in the table.": known,
+    }
+    said = " ".join(words for words, drawn in marks.items() if drawn)
     yield Plan(
         "placement-sweep",
         f"Trained accuracy at each placement, {_source(answer)}. Means over datasets and seeds. "
-        "Joined: the sweep of the first adapted block. Shaded: the chosen placement. Lines and "
-        "bands: 95 % interval of the harmonic mean, wide where datasets differ; differences to "
-        f"the chosen placement stand in the table.{warning}",
+        f"{said}{warning}",
         lambda: mark_random(plots.placement_sweep(frame), answer.random_weights),
         lambda: frame,
     )
@@ -235,8 +244,8 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
     if "parameters" in frame.columns:
         yield Plan(
             "cost",
-            f"Trained harmonic mean against trainable parameters, {_source(answer)}. Lines: 95 % "
-            f"interval.{warning}",
+            f"Trained harmonic mean against trainable parameters, {_source(answer)}.{lines}"
+            f"{warning}",
             lambda: mark_random(drop_overlapping_texts(plots.cost(frame)), answer.random_weights),
             lambda: frame,
         )
@@ -250,7 +259,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
             yield Plan(
                 "predicted-trained",
                 f"Placement score {best} against the trained harmonic mean, {_source(answer)}. "
-                f"One point per placement; lines: 95 % interval.{warning}",
+                f"One point per placement.{lines}{warning}",
                 lambda: mark_random(
                     drop_overlapping_texts(plots.predicted_vs_trained(merged, best)),
                     answer.random_weights,
@@ -291,8 +300,8 @@ def _datasets(scores: pd.DataFrame) -> set[str]:
     return set(scores["dataset"]) - {"*"}
 
 
-def _caption(answer: Answer, metric: str, where: str) -> str:
-    entry = metric_entry(metric, answer.scores)
+def _caption(answer: Answer, metric: str, where: str, drawn: pd.DataFrame | None = None) -> str:
+    entry = metric_entry(metric, answer.scores if drawn is None else drawn)
     return f"{entry['label']} {where}, {_source(answer)}. {entry['caption']}".strip()
 
 

@@ -387,7 +387,7 @@ class Answer:
 
     def reading(self, metric: str) -> str:
         """Return what a curve shows, in one or two sentences of numbers."""
-        frame = over_datasets(self.curves(metric))
+        frame = over_datasets(self.curves(metric)).dropna(subset=["value"])
         sentences = []
         for tower, part in frame.groupby("tower", sort=False):
             first, last = part.iloc[0], part.iloc[-1]

@@ -32,10 +32,11 @@ MOST, SHOWN = 6, 4  # answers of single datasets listed one by one; datasets nam
 def sensitivity_table(answer: Answer) -> Table | None:
     """Return what other settings would choose; None where the scores allow no rule that reads them.
 
-    Each row is the rule run once, without resampling. Blocks of single datasets are chosen by class
+    Each row is the rule run once, without resampling; of a choice by threshold all that the row
+    does not name stays as it was chosen with. Blocks of single datasets are chosen by class
     accuracy, since one dataset alone cannot be told from others.
     """
-    metric = dataset_readout(set(answer.scores["metric"]))
+    metric = _own(answer).get("metric") or dataset_readout(set(answer.scores["metric"]))
     if not metric:
         return None
     rows = [
@@ -49,9 +50,9 @@ def sensitivity_table(answer: Answer) -> Table | None:
 
 
 def _thresholds(answer: Answer, metric: str) -> Iterator[list[str]]:
-    table = _read(answer.scores, (metric, AGREEMENT))
+    table = _read(answer.scores, (metric, _agreement(answer)))
     for share in SHARES:
-        options = _threshold(table, metric) | {"accuracy": share}
+        options = _threshold(answer, table, metric) | {"accuracy": share}
         if options["agreement_metric"] != "none":
             options["agreement"] = share
         yield from _row(answer, f"threshold at {share:g} of the range", table, "threshold", options)
@@ -66,17 +67,18 @@ def _poolings(answer: Answer, metric: str) -> Iterator[list[str]]:
     for name in names:
         own = {tower: set(part["pooling"]) for tower, part in found.groupby("tower")}
         kept = {tower: name if name in own.get(tower, ()) else None for tower in TOWERS}
-        table = _read(answer.scores, (metric, AGREEMENT), kept)
-        yield from _row(answer, f"pooling {name}", table, "threshold", _threshold(table, metric))
+        table = _read(answer.scores, (metric, _agreement(answer)), kept)
+        options = _threshold(answer, table, metric)
+        yield from _row(answer, f"pooling {name}", table, "threshold", options)
 
 
 def _rules(answer: Answer, metric: str) -> Iterator[list[str]]:
-    table = _read(answer.scores, (metric, AGREEMENT))
+    table = _read(answer.scores, (metric, _agreement(answer)))
     for rule in READING_RULES:
         if rule == answer.choice.rule:
             continue
         options = {
-            "threshold": _threshold(table, metric),
+            "threshold": _threshold(answer, table, metric),
             "knee": {"metric": metric},
         }.get(rule, {} if metric == DATASET_ACCURACIES[0] else {"score": f"metric:{metric}"})
         yield from _row(answer, f"rule {rule}", table, rule, options)
@@ -99,7 +101,8 @@ def _datasets(answer: Answer) -> Iterator[list[str]]:
     if metric is None:
         return
     table = _read(answer.scores, (metric,))
-    options = {"metric": metric, "agreement_metric": "none"}
+    kept = {key: value for key, value in _own(answer).items() if key in ("accuracy", "fill")}
+    options = kept | {"metric": metric, "agreement_metric": "none"}
     answers: dict[tuple[str, ...], list[str]] = {}
     for name, rows in table[table["dataset"] != POOLED].groupby("dataset", sort=False):
         parts = dict(iter(rows.groupby("tower")))
@@ -122,10 +125,24 @@ def _some(names: list[str]) -> str:
     return join(names) if more <= 1 else join([*names[:SHOWN], f"{more} more"])
 
 
-def _threshold(table: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """Return the options of the rule `threshold` that fit what the table holds."""
-    between = table[(table["metric"] == AGREEMENT) & (table["other_tower"] != table["tower"])]
-    return {"metric": metric, "agreement_metric": AGREEMENT if len(between) else "none"}
+def _own(answer: Answer) -> dict[str, Any]:
+    """Return the options that the choice was made with, if by threshold."""
+    options = answer.choice.evidence.get("options", {})
+    return dict(options) if answer.choice.rule == "threshold" else {}
+
+
+def _agreement(answer: Answer) -> str:
+    return str(_own(answer).get("agreement_metric", AGREEMENT))
+
+
+def _threshold(answer: Answer, table: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """Return options of the rule `threshold`, the choice's own where the table allows them."""
+    agreement, own = _agreement(answer), _own(answer) | {"metric": metric}
+    between = table[(table["metric"] == agreement) & (table["other_tower"] != table["tower"])]
+    if len(between):
+        return own | {"agreement_metric": agreement}
+    alone = {key: value for key, value in own.items() if key not in ("agreement", "partner")}
+    return alone | {"agreement_metric": "none"}
 
 
 def _row(

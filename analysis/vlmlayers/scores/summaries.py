@@ -230,10 +230,7 @@ def agreement(
     Raises:
         UserError: The metric is not in the table.
     """
-    scores = of_metric(scores, metric)
-    pairs = scores[scores["other_position"].astype(str) != ""]
-    rows = Reading(dataset=dataset).rows(pairs, metric, tower)
-    rows = rows[rows["other_tower"] == other_tower]
+    rows = agreement_rows(of_metric(scores, metric), metric, tower, other_tower, dataset)
     pair = ["position", "other_position"]
     # By dataset first, so that one with more seeds does not weigh more.
     each = rows.groupby(["dataset", *pair], sort=False)[["value", "null"]].mean()
@@ -250,6 +247,19 @@ def agreement(
         .drop(columns="_order")
         .reset_index(drop=True)
     )
+
+
+def agreement_rows(
+    scores: pd.DataFrame,
+    metric: str,
+    tower: str = "vision",
+    other_tower: str = "text",
+    dataset: str | None = None,
+) -> pd.DataFrame:
+    """Return the rows that `agreement` is of, for what is said of them."""
+    pairs = scores[scores["other_position"].astype(str) != ""]
+    rows = Reading(dataset=dataset).rows(pairs, metric, tower)
+    return rows[rows["other_tower"] == other_tower]
 
 
 def metrics_by_shape(scores: pd.DataFrame) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from vlmlayers.files import read_json, write_json
 from vlmlayers.placement import describe_blocks
 from vlmlayers.report import write_comparison, write_figures, write_report
 from vlmlayers.report.comparable import ALIKE, comparability
+from vlmlayers.report.figures import plans
 from vlmlayers.report.glossary import explained as glossary
 from vlmlayers.report.made import made_tables, remarks
 from vlmlayers.report.next_steps import next_steps
@@ -517,6 +518,63 @@ def test_both_poolings_answer_where_both_were_scored(tmp_path: Path) -> None:
     assert table is not None
     rows = {row[0]: row[1] for row in table.rows}
     assert rows["pooling cls"] == "5–12" and rows["pooling mean"] == "8–12"
+
+
+def test_other_settings_leave_what_they_do_not_name_as_it_was_chosen(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    scores = read_answer(run.folder).scores
+    rules = (
+        {"accuracy": 0.7, "metric": "class_accuracy", "agreement_metric": "none"},
+        {"accuracy": 0.5, "metric": "class_accuracy", "agreement_metric": "none"},
+    )
+    for options in rules:
+        choice = select(scores, "threshold", resamples=0, **options)
+        choice.save(run.choice)
+        table = sensitivity_table(read_answer(run.folder))
+        assert table is not None
+        rows = {row[0]: row[1:] for row in table.rows}
+        chosen = tuple(describe_blocks(choice.blocks(tower)) for tower in ("vision", "text"))
+        assert rows[f"threshold at {options['accuracy']} of the range"] == chosen
+        (alone,) = (blocks for what, blocks in rows.items() if "alone, by class accuracy" in what)
+        assert alone == chosen, "curves of all datasets are parallel, and the share is the choice's"
+
+
+def test_a_caption_of_agreement_counts_the_pairs_that_are_drawn(tmp_path: Path) -> None:
+    """Agreement within a tower and of single datasets has other items and is not drawn."""
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    pairs = scores[scores["metric"] == "cka_debiased"]
+    within = pairs.assign(other_tower="vision", n=400, options="pairs=items")
+    single = pairs.assign(dataset="digits", n=16)
+    write_scores(pd.concat([scores, within, single]), run.folder)
+    plan = next(p for p in plans(read_answer(run.folder)) if p.name == "agreement-cka-debiased")
+    assert "n = 300 (vision)" in plan.caption and "items" not in plan.caption.partition("How")[2]
+
+
+def test_captions_of_trainings_promise_no_mark_that_is_not_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", validated=True)
+    for ends in (True, False):
+        captions = {plan.name: plan.caption for plan in plans(read_answer(run.folder))}
+        for name in ("placement-sweep", "cost", "predicted-trained"):
+            assert ("95 % interval" in captions[name]) == ends, name
+        assert ("Joined" in captions["placement-sweep"]) == ends
+        placed = pd.read_csv(run.folder / "validation_placements.csv")
+        placed.assign(hm_low=float("nan"), hm_high=float("nan")).to_csv(
+            run.folder / "validation_placements.csv", index=False
+        )
+        cells = pd.read_csv(run.validation)
+        cells.assign(kind=cells["kind"].str.replace("start", "single")).to_csv(
+            run.validation, index=False
+        )
+
+
+def test_a_reading_starts_and_ends_where_there_is_a_number(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    ends = (scores["metric"] == "dataset_accuracy") & scores["position"].isin(["embed", "proj"])
+    write_scores(scores.assign(value=scores["value"].mask(ends)), run.folder)
+    read = read_answer(run.folder).reading("dataset_accuracy")
+    assert read.startswith("Vision: 0.40 at 1, 0.90 at 12. Text: 0.40 at 1, 0.90 at 12.")
 
 
 @pytest.mark.parametrize(("column", "other"), [("pooling", "mean"), ("split", "test")])
