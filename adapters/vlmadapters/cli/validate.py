@@ -52,6 +52,9 @@ def validate(
         Path | None, typer.Option(help="Score table that outcomes are predicted from.")
     ] = None,
     options: ValidateOptions,
+    seed: Annotated[
+        int, typer.Option(help="Seed of random placements and of resampling, not of trainings.")
+    ] = 0,
     recipe: RecipeName = None,
     settings: Settings = None,
     method: Method = "mma",
@@ -90,12 +93,13 @@ def validate(
         recipe=made,
         out=out,
         root=data_root,
+        seed=seed,
         **dict(options),
     )
     if loaded.random_weights:
         typer.echo(RANDOM)
     typer.echo(wrapped(found.verdict) if found.void else _text(found, out))
-    asked = {"datasets": datasets, "method": method, "recipe": recipe, "set": values}
+    asked = {"datasets": datasets, "method": method, "recipe": recipe, "set": values, "seed": seed}
     asked |= options.model_dump(exclude={"together", *ReadOptions.model_fields})
     # In place of what a study of the run asked for: the files are no longer of that.
     given = {key: one for key, one in asked.items() if one is not None}

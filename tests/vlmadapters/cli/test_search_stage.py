@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 from vlmlayers.cli import app
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_json
+from vlmlayers.report.next_steps import next_steps
+from vlmlayers.report.numbers import read_answer
 from vlmlayers.runs import Run, writing_alone
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study import check_study, run_study
@@ -65,6 +68,11 @@ def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
     other = study.model_copy(update={"seed": 7})  # which random placements are drawn by
     (run,) = run_study(other, tmp_path, only=["validate"], progress=False, echo=said.append)
     assert "validate unchanged" not in said and run.read_provenance()["validate"]["seed"] == 7
+    words = shlex.split(next_steps(read_answer(run))[0].code)[1:]
+    done = CliRunner().invoke(app, [*words, "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "as long as the 2 took here" in next_steps(read_answer(run))[0].text
+    assert run.read_provenance()["validate"]["seed"] == 7, "the same random placements again"
 
 
 @pytest.mark.parametrize("verb", ["search", "validate"])
