@@ -12,6 +12,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.reading import (
+    PLACE,
     POOLED,
     Reading,
     as_read,
@@ -60,6 +61,9 @@ ROW_OPTIONS = (
     "ceiling",
     "floor",
 )  # differ by row, not by run
+# What of a place is averaged in a curve, in words, by the option of ROW_KEYS that tells it apart.
+AVERAGED = {"predicted": "predicted datasets", "source": "sources", "family": "families",
+            "head": "heads"}  # fmt: skip
 # The normal quantile of 97.5 %, written out: reading a table should not import scipy.
 _Z = 1.959963984540054
 
@@ -312,6 +316,7 @@ def how_made(
         f"{_names(rows['space'])} space",
         f"pooling {' and '.join(pooling)}",
         f"n = {' and '.join(counts)}",
+        *_mean_over(rows),
         *options,
         *(
             f"at most {most:.2g} ({tower}), as datasets share prompts"
@@ -321,6 +326,20 @@ def how_made(
         *_most_by_dataset(rows, metric),
     ]
     return "; ".join(facts)
+
+
+def _mean_over(rows: pd.DataFrame) -> list[str]:
+    """Return in words over what a curve is a mean besides seeds, such as the heads of a block."""
+    place = [name for name in PLACE if name in rows.columns]
+    several = rows[rows.duplicated(place, keep=False)]
+    said = []
+    for key, words in AVERAGED.items():
+        values = several["options"].astype(str).str.extract(rf"(?:^|;){key}=([^;]+)")[0]
+        counts = values.groupby([several[name] for name in place]).nunique()
+        if len(counts) and counts.max() > 1:
+            ends = dict.fromkeys(f"{end}" for end in (counts.min(), counts.max()))
+            said.append(f"{'–'.join(ends)} {words}")
+    return [f"mean over {' and '.join(said)}"] if said else []
 
 
 def _most_by_dataset(rows: pd.DataFrame, metric: str) -> list[str]:

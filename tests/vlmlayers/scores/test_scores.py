@@ -320,6 +320,21 @@ def test_the_ceiling_is_that_of_the_split_that_is_read() -> None:
     assert curves(table, "dataset_accuracy")["high"].tolist() == [0.75]
 
 
+def test_a_caption_says_over_what_a_curve_is_a_mean() -> None:
+    def made(*options: str) -> str:
+        rows = [
+            row("attention_distance", "vision", block, 2, 0.5, dataset="a", options=one)
+            for one in options
+            for block in "12"
+        ]
+        return how_made(pd.DataFrame(rows), "attention_distance")
+
+    assert "mean over 3 heads" in made(*(f"interval=bootstrap;head={i}" for i in (1, 2, 3)))
+    both = made(*(f"source={s};family={f}" for s, f in (("a", "x"), ("b", "x"), ("a", "y"))))
+    assert "mean over 2 sources and 2 families" in both
+    assert "mean over" not in made("interval=bootstrap;head=1")
+
+
 def test_an_overview_keeps_a_tower_without_a_number() -> None:
     table = pd.DataFrame([
         row("dataset_accuracy", tower, "1", 1, value)
