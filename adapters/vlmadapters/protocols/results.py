@@ -183,7 +183,9 @@ def summarise(results: Results) -> pd.DataFrame:
     # Empty fields of a table read from a file are NaN, whose groups pandas drops by default.
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
-        cost = {"parameters": int(part["parameters"].max()), "seconds": part["seconds"].mean()}
+        # A training has a row for each half that it is tested on.
+        seconds = part.drop_duplicates(["dataset", "seed"])["seconds"].mean()
+        cost = {"parameters": int(part["parameters"].max()), "seconds": seconds}
         rows += [head | row | cost for row in _datasets(part, trained[str(head["protocol"])])]
     summary = pd.DataFrame(rows)
     averages = summary.loc[summary["dataset"] == "average"]

@@ -301,6 +301,18 @@ def test_a_results_file_as_pandas_reads_it_is_summarised(tmp_path: Path) -> None
     pd.testing.assert_frame_equal(read[columns], summarise(found)[columns])
 
 
+def test_the_seconds_of_a_summary_are_of_trainings_not_of_rows() -> None:
+    """A dataset of one half has one row, another two rows of the same training."""
+    halves = [("a", "base", 10.0), ("a", "novel", 10.0), ("b", "base", 40.0)]
+    rows = [
+        {"protocol": "base-to-novel", "method": "MMA", "model": "m", "weights": "w", "seed": 1,
+         "dataset": dataset, "source": dataset, "split_kind": kind, "placement": "v1", "shots": 4,
+         "accuracy": 0.5, "note": "", "parameters": 5, "seconds": seconds}
+        for dataset, kind, seconds in halves
+    ]  # fmt: skip
+    assert set(summarise(pd.DataFrame(rows))["seconds"]) == {25.0}
+
+
 def test_another_recipe_has_cells_of_its_own(tmp_path: Path) -> None:
     run(tmp_path, seeds=(1,))
     changed = RECIPE.changed({"lr": 0.1}, {})
