@@ -56,7 +56,9 @@ def trained(
     """
     runs: dict[str, list[str]] = {}
     for model, part in validation.groupby(["model", "weights"], sort=False):
-        runs.setdefault(_trained_on(part), []).append(" ".join(filter(None, map(str, model))))
+        runs.setdefault(_trained_on(part) + _amounts(part), []).append(
+            " ".join(filter(None, map(str, model)))
+        )
     said = [f"{' and '.join(of)} on {on}" for on, of in runs.items()]
     where = f"Trained: {'; '.join(said)}" if len(runs) > 1 else f"Trained on {next(iter(runs))}"
     return _caption(". ".join([opening, *doubted(doubts)]), validation, [where])
@@ -77,6 +79,12 @@ def _trained_on(cells: pd.DataFrame) -> str:
     if len(set(seeds.values())) == 1:
         return f"{several} ({', '.join(seeds)}), {next(iter(seeds.values()))}"
     return f"{several} ({'; '.join(f'{name}, {of}' for name, of in seeds.items())})"
+
+
+def _amounts(cells: pd.DataFrame) -> str:
+    """Return that placements were trained at amounts of their own, where they were."""
+    tuned = "comparison" in cells.columns and (cells["comparison"] == "tuned").any()
+    return ", each placement at its own tuned amount" if tuned else ""
 
 
 def clauses(opening: str, drawn: Mapping[str, bool]) -> str:

@@ -1068,6 +1068,19 @@ def test_two_files_of_weights_are_two_models_of_each_figure(tmp_path: Path) -> N
     assert set(drawn.weights) == {files[0]}, "also where one of them alone was trained"
 
 
+def test_a_caption_says_that_amounts_were_tuned(tables: Path, tmp_path: Path) -> None:
+    shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
+    for comparison in ("given", "tuned"):
+        cells = validation_rows().assign(comparison=comparison)
+        cells.to_csv(tmp_path / "validation.csv", index=False)
+        for name in ("fig4_placement_sweep", "fig5_predicted_vs_trained"):
+            paper_figures.FIGURES[name](tmp_path, tmp_path / "out")
+            said = (tmp_path / "out" / f"{name}.tex").read_text()
+            assert ("seeds 1, 2, each placement at its own tuned amount" in said) == (
+                comparison == "tuned"
+            )
+
+
 def test_a_dataset_has_one_colour_in_all_panels_of_a_legend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
