@@ -38,7 +38,7 @@ class AttentionWatch(TorchFunctionMode):
         """Run a function of PyTorch as it was called, and look where it is attention."""
         given = kwargs or {}
         if function is functional.scaled_dot_product_attention:
-            self.look(attention_weights(*args, **given), _seen(*args, **given))
+            self.look(*attention(*args, **given))
         elif function is functional.multi_head_attention_forward:
             asked = {**given, "need_weights": True, "average_attn_weights": False}
             # A second call: one that gives out weights takes another path, of other rounding.
@@ -49,7 +49,7 @@ class AttentionWatch(TorchFunctionMode):
         return function(*args, **given)
 
 
-def attention_weights(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -58,36 +58,22 @@ def attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """Return the weights inside PyTorch's `scaled_dot_product_attention`, of the same arguments."""
+) -> tuple[Tensor, Tensor]:
+    """Return the weights inside PyTorch's `scaled_dot_product_attention`, of the same arguments.
+
+    And whether a query may see a key, of a shape that spreads to theirs. That is not read off the
+    weights: those of keys far behind the others round to 0, in half precision soon.
+    """
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     found = (query @ key.transpose(-2, -1) * scale).float()  # (item, head, query, key)
-    if is_causal:
-        attn_mask = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        found = found.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        found = found + attn_mask
-    return found.softmax(-1)
-
-
-# Not read off the weights: those of keys far behind the others round to 0, in half precision soon.
-def _seen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **_: Any,
-) -> Tensor:
-    """Return which keys a query may see by the arguments of `scaled_dot_product_attention`."""
-    if attn_mask is not None:
-        return attn_mask if attn_mask.dtype == torch.bool else _open(attn_mask)
-    every = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
-    return every.tril() if is_causal else every
+    if attn_mask is None:
+        attn_mask = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device)
+        attn_mask = attn_mask.tril() if is_causal else attn_mask
+    if attn_mask.dtype == torch.bool:
+        return found.masked_fill(~attn_mask, -torch.inf).softmax(-1), attn_mask
+    return (found + attn_mask).softmax(-1), _open(attn_mask)
 
 
 def _seen_of_heads(weights: Tensor, called: Mapping[str, Any]) -> Tensor:

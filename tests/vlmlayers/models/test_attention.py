@@ -14,7 +14,7 @@ import transformers_models
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import attention_distance, attention_entropy
 from vlmlayers.models import Recorder, extract, find_towers
-from vlmlayers.models.attention import AttentionWatch, attention_weights, entropy_share
+from vlmlayers.models.attention import AttentionWatch, attention, entropy_share
 from vlmlayers.plots import layer_curves
 from vlmlayers.scores import read_scores, score, write_scores
 from vlmlayers.scores.summaries import curves
@@ -149,7 +149,7 @@ def test_weights_reproduce_what_pytorch_makes_of_the_same_arguments(masked):
         k, v = k[:, :2], v[:, :2]
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
     values = v.repeat_interleave(2, 1) if masked == "grouped" else v
-    torch.testing.assert_close(attention_weights(q, k, v, **options) @ values, expected)
+    torch.testing.assert_close(attention(q, k, v, **options)[0] @ values, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
