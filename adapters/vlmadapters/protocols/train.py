@@ -157,7 +157,7 @@ def tell_of_choice(
     if not isinstance(choice, LayerChoice):
         return ""
     choice.placed(backbone_depths(model.clip))
-    if other := choice.of_another(model.name, model.weights):
+    if other := choice.of_another(model.name, model.weights, model.weights_hash):
         LOG.warning("the choice was made from scores %s, which is trained", other)
     given = (one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets)
     seen = dict.fromkeys(one.name for one in given if choice.chosen_on(one.name, split))

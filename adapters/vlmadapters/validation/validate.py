@@ -39,6 +39,7 @@ from vlmlayers.options import takes, validated
 from vlmlayers.placement import Amount
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection import predict
+from vlmlayers.selection.choice import not_of
 
 LOG = logging.getLogger(__name__)
 
@@ -144,9 +145,9 @@ def validate(
 def _check_scores(scores: pd.DataFrame, model: Model, trained: Sequence[Competitor]) -> None:
     """Refuse scores that predict nothing of placements, before these are trained for hours."""
     predict(scores, {one.placement.label: one.placement for one in trained})
-    of, ours = tuple(scores[["model", "weights"]].iloc[0]), (model.name, model.weights)
-    if of != ours:
-        LOG.warning("the scores that predict are of %s (%s), and %s (%s) is trained", *of, *ours)
+    of = {**scores.attrs, **scores[["model", "weights"]].iloc[0]}
+    if other := not_of(of, model.name, model.weights, model.weights_hash):
+        LOG.warning("the scores that predict are %s, which is trained", other)
 
 
 def _recorded(experiment: Experiment, recipe: Recipe, data: Sequence[TaskData]) -> dict[str, Any]:

@@ -82,6 +82,9 @@ def _usage(error: Any) -> str:
 
 
 def _terminate(*_: Any) -> None:
+    # `timeout` and schedulers send it to a process and to its group: once is heard, and what has to
+    # be put away then is put away in peace.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 
 

@@ -445,7 +445,8 @@ def _not_of(choice: LayerChoice, scores: pd.DataFrame) -> str:
     Of rules that ship the values are recorded that they read, of others a mark of all values.
     """
     evidence = choice.evidence
-    if other := choice.of_another(*map(str, scores[["model", "weights"]].iloc[0])):
+    ours = [*scores[["model", "weights"]].iloc[0], scores.attrs.get("weights_hash", "")]
+    if other := choice.of_another(*map(str, ours)):
         return other
     read = {t: one["values"] for t, one in evidence.get("towers", {}).items() if one.get("values")}
     if "scores" in evidence and evidence["scores"] != values_mark(scores):

@@ -159,7 +159,7 @@ def score(
         LOG.debug("%s took %.2f s", name, seconds)
     say_missing(out, chosen, settled, asked=metrics is not None)
     table = out.table(settled)
-    table.attrs["features"] = source_marks(given)
+    table.attrs.update(source_marks(given))
     return table
 
 

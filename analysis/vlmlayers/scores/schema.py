@@ -41,7 +41,7 @@ EXTRA_COLUMNS = ("other_tower", "other_position", "options")
 SCORE_COLUMNS = CONTRACT_COLUMNS + EXTRA_COLUMNS
 NUMBERS = ("depth", "value", "low", "high", "null")
 COUNTS = ("n", "seed")
-ATTRIBUTES = ("cost", "refused", "protocol", "features")
+ATTRIBUTES = ("cost", "refused", "protocol", "features", "weights_hash")
 SIDECAR = "scores.json"
 LOG = logging.getLogger(__name__)
 

@@ -15,16 +15,22 @@ if TYPE_CHECKING:
 _ROUNDING = ("batch_size", "device", "versions")
 
 
-def source_marks(features: Iterable[LayerFeatures]) -> dict[str, list[str]]:
-    """Return the marks of the features of each dataset and split; those without identity have none.
+def source_marks(features: Iterable[LayerFeatures]) -> dict[str, Any]:
+    """Return what attributes of a score table tell of the features that it is made from.
 
-    One dataset has several where it is scored by several models or poolings.
+    Returns:
+        `features`: the marks of the features of each dataset and split; those without identity have
+        none. One dataset has several where it is scored by several models or poolings.
+        `weights_hash`: that of the weights, where all features tell it and it is one.
     """
     found: dict[str, list[str]] = {}
+    hashes = set()
     for one in features:
+        hashes.add(str(one.identity.get("weights_hash", "")))
         if one.identity:
             found.setdefault(_name(one.dataset, one.split), []).append(_mark(one.identity))
-    return found
+    known = hashes.pop() if len(hashes) == 1 else ""
+    return {"features": found} | ({"weights_hash": known} if known else {})
 
 
 def other_features(run: Run, attributes: Mapping[Any, Any]) -> str:

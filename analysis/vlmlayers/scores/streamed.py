@@ -137,8 +137,8 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
     chosen = {name: METRICS[name] for name in names}
     say_missing(scoring.out, chosen, options, asked=metrics is not None)
     table = scoring.out.table(options)
-    table.attrs["features"] = source_marks(
-        source for of_dataset in datasets.values() for source in of_dataset.sources()
+    table.attrs.update(
+        source_marks(source for of_dataset in datasets.values() for source in of_dataset.sources())
     )
     return table
 

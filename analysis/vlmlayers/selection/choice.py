@@ -57,11 +57,15 @@ class LayerChoice:
         return str(self.evidence.get("statement", ""))
 
     @checked
-    def of_another(self, model: str, weights: str) -> str:
-        """Return whose scores it was made from, and not whose; empty where of these, or unsaid."""
-        ours = (model, weights)
-        found = tuple(self.evidence.get(key, one) for key, one in zip(("model", "weights"), ours))
-        return "" if found == ours else "of {} ({}), not of {} ({})".format(*found, *ours)
+    def of_another(self, model: str, weights: str, weights_hash: str = "") -> str:
+        """Return whose scores it was made from, and not whose; empty where of these, or unsaid.
+
+        Args:
+            model: Name of the model.
+            weights: Name of its weights, which is that of the file for those of a file.
+            weights_hash: Hash of its weights, which tells two files of one name apart.
+        """
+        return not_of(self.evidence, model, weights, weights_hash)
 
     @checked
     def chosen_on(self, dataset: str, split: str = "test") -> bool:
@@ -292,6 +296,23 @@ class LayerChoice:
             f"{html.escape(self.rule)}</caption>{rows}"
             f"</table><p>{html.escape(self.statement)}</p>"
         )
+
+
+def not_of(found: Mapping[Any, Any], model: str, weights: str, weights_hash: str = "") -> str:
+    """Return of which model something is, and not of which; empty where of this, or unsaid.
+
+    Args:
+        found: What it says of itself, under the names of the other arguments.
+        model: Name of the model.
+        weights: Name of its weights.
+        weights_hash: Hash of its weights; compared where both are known.
+    """
+    ours = (model, weights)
+    theirs = tuple(found.get(key, one) for key, one in zip(("model", "weights"), ours))
+    hashes = (str(found.get("weights_hash", "")), weights_hash)
+    if theirs == ours and all(hashes) and hashes[0] != hashes[1]:
+        theirs, ours = ((model, f"{weights}, {one[:12]}") for one in hashes)
+    return "" if theirs == ours else "of {} ({}), not of {} ({})".format(*theirs, *ours)
 
 
 def borne(block: int, chosen: bool, without: Mapping[str, Sequence[int]]) -> bool:

@@ -92,6 +92,8 @@ def select(
     if moves:
         picks = {tower: _with_unmoved(pick, seen, tower) for tower, pick in picks.items()}
     evidence = _evidence(table, chooser, blocks, picks, found)
+    if known := scores.attrs.get("weights_hash"):
+        evidence["weights_hash"] = str(known)
     if name not in UNSAMPLED:
         evidence["chosen_on"] = _splits(table, chooser.reads(blocks))
     evidence["resamples"] = {"n": moves, "seed": seed, "how": HOW if moves else "none"}

@@ -620,7 +620,7 @@ def test_scores_of_another_model_are_told_and_a_dataset_is_tuned_on_once(
             shared_backbone("clip"), CHOICE, [manifest, manifest], recipe=RECIPE,
             scores=scores(), seeds=(1, 2), kinds=("all",), progress=False,
         )  # fmt: skip
-    assert "the scores that predict are of m (w), and " in caplog.text
+    assert "the scores that predict are of m (w), not of " in caplog.text
 
 
 @pytest.mark.parametrize("start", ["validate", "train", "train at its path"])
@@ -631,15 +631,25 @@ def test_a_choice_of_another_model_is_told(
     """Its blocks are there in a model of equal depth, and were not chosen for it."""
     monkeypatch.setattr(Experiment, "run", lambda *_, **__: sys.exit("it trains"))
     model = shared_backbone("clip")
-    for of, told in (((model.name, model.weights), False), (("m", "w"), True)):
-        choice = replace(CHOICE, evidence=dict(zip(("model", "weights"), of)))
+    ours = {"model": model.name, "weights": model.weights}
+    same, other = ({"weights_hash": one} for one in (model.weights_hash, "0123456789abcdef"))
+    for evidence, told in (
+        (ours, ""),
+        (ours | same, ""),
+        (ours | other, f"{model.name} ({model.weights}, 0123456789ab)"),
+        ({"model": "m", "weights": "w"}, "m (w)"),
+    ):
+        caplog.clear()
+        choice = replace(CHOICE, evidence=evidence)
         path = choice.save(tmp_path / "choice.json")
         with pytest.raises(SystemExit, match="it trains"):
             if start == "validate":
                 validate(model, choice, [manifest], recipe=RECIPE, amount="given")
             else:
                 train(model, [manifest], RECIPE, placement=[choice if start == "train" else path])
-        assert ("the choice was made from scores of m (w), not of " in caplog.text) == told
+        text = caplog.text
+        assert (f"the choice was made from scores of {told}, not of " in text) == bool(told), text
+        assert told or "made from scores" not in text
 
 
 def test_a_choice_among_another_number_of_blocks_is_not_trained(manifest: Manifest) -> None:

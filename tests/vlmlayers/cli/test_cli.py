@@ -493,6 +493,17 @@ def test_torchrun_ends_what_waits_for_a_process_that_died(processes: str, ends: 
     assert done.returncode == ends, done.stderr
 
 
+def test_a_stop_that_is_sent_twice_ends_as_one() -> None:
+    """As `timeout` sends it: to the process, and again to its group while that ends."""
+    code = (
+        "import atexit, os, signal\nfrom vlmlayers.cli import command\n"
+        "def stop(**_): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "atexit.register(stop)\ncommand.app = stop\ncommand.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [("score", "nowhere"), ("report", "nowhere")])
 def test_a_wrong_folder_is_said_before_anything_large_is_imported(
     arguments: tuple[str, ...], tmp_path: Path

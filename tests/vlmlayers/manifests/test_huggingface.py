@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,21 @@ def test_metadata_gives_labels_and_captions(tmp_path: Path) -> None:
     assert manifest.items("test") == [Item("test/y/3.png", 1, "wasp", ("three",))]
     (tmp_path / "set/test/y/3.png").unlink()
     assert [item.path for item in manifest.missing(manifest.items("all"))] == ["test/y/3.png"]
+
+
+def test_a_row_may_list_its_captions(tmp_path: Path) -> None:
+    """As Flickr30k does on the hub: five captions of an image in one row."""
+    write_pictures(tmp_path / "set", ["1.png", "2.png"])
+    rows = [{"file_name": "1.png", "text": ["one", "uno"]}, {"file_name": "2.png", "text": []}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "set/metadata.jsonl").write_text(lines)
+    listed = _manifest(tmp_path / "set")
+    assert [item.captions for item in listed.items("train")] == [("one", "uno"), ()]
+    datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "set")).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    saved = _manifest(tmp_path / "saved")
+    assert [item.captions for item in saved.items("train")] == [("one", "uno"), ()]
 
 
 def test_metadata_without_labels_leaves_the_class_folders(tmp_path: Path) -> None:

@@ -346,6 +346,21 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path, suffix: str) -> None:
     assert manifest.items("test") == [Item("c.jpg", 0, "NA")]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_row_may_list_its_captions(tmp_path: Path, suffix: str) -> None:
+    rows: list[dict[str, object]] = [
+        {"path": "b.jpg", "caption": ["one", "uno", ""]},
+        {"path": "a.jpg", "caption": []},
+        {"path": "b.jpg", "caption": ["ein"]},
+    ]
+    write_table(tmp_path / f"t.{suffix}", [{**row, "split": "train"} for row in rows])
+    items = table_dataset(tmp_path, f"t.{suffix}").items("train")
+    assert items == [Item("b.jpg", -1, "", ("one", "uno", "ein")), Item("a.jpg", -1, "")]
+    write_table(tmp_path / f"u.{suffix}", [{"path": "a.jpg", "caption": [1, 2]}])
+    with pytest.raises(UserError, match="row 1 of .* has '1' where text is expected"):
+        table_dataset(tmp_path, f"u.{suffix}").items("train")
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_a_plain_table_needs_no_manifest(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ from vlmlayers.manifests import Manifest
 from vlmlayers.report import write_report
 from vlmlayers.runs import Run, fingerprint, writing_alone
 from vlmlayers.scores import read_scores
+from vlmlayers.selection import LayerChoice
 from vlmlayers.study import STAGES, check_study, read_study, run_study
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.demo import demo_source, demo_study, position_table
@@ -766,6 +767,8 @@ def test_a_streamed_run_says_of_itself_what_a_plain_one_does(
     marks = [read_scores(run.scores).attrs["features"] for run in (streamed, plain)]
     assert marks[0] == marks[1] and len(marks[0]) == 2
     select_run(streamed.folder, "budget", {"score": "metric:effective_rank"}, 0, 0)
+    evidence = LayerChoice.load(streamed.folder).evidence
+    assert evidence["weights_hash"] == ours["model"]["weights_hash"]
     page = write_report(streamed.folder).read_text()
     digits = ours["datasets"]["digits"]
     for fact in (digits["title"], digits["manifest_hash"], ours["model"]["weights_hash"]):

@@ -108,6 +108,16 @@ def refuse_lost_columns(columns: Columns, found: Iterable[str], where: str) -> N
         check_one_of(f"column of {field}", getattr(columns, field), known, where)
 
 
+def caption_texts(value: object, where: str) -> list[str]:
+    """Return the captions of a row, which gives a text or a list of texts; empty ones are left out.
+
+    Raises:
+        UserError: One is not text that UTF-8 can hold.
+    """
+    texts = value if isinstance(value, list) else [value]
+    return [checked_name(text, where) for text in texts if text not in (None, "")]
+
+
 def checked_name(name: object, where: str) -> str:
     """Return a class name or caption.
 

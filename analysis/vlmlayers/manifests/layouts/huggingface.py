@@ -13,6 +13,7 @@ from vlmlayers.errors import UserError, one_line
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, checked_path
 from vlmlayers.manifests.layouts.base import (
     Layout,
+    caption_texts,
     checked_name,
     declared_names,
     refuse_lost_columns,
@@ -82,8 +83,8 @@ class HuggingFaceLayout(Layout):
         return image, label, next((c for c in (asked.caption, _TEXT) if c in features), None)
 
     @cached_property
-    def _rows(self) -> dict[str, list[tuple[str, Any, str | None]]]:
-        """Return (path, label or None, caption or None) of each row of each split."""
+    def _rows(self) -> dict[str, list[tuple[str, Any, Any]]]:
+        """Return (path, label or None, caption or captions or None) of each row of each split."""
         image, label, caption = self._columns
         read = _stored_rows if is_stored(self.place) else _file_rows
         rows = {}
@@ -139,8 +140,7 @@ class HuggingFaceLayout(Layout):
             label = classes.label(word, where) if word else -1
             if labels.setdefault(path, label) != label:
                 raise UserError(f"{where} has a second label")
-            if text not in (None, ""):
-                captions.setdefault(path, []).append(checked_name(text, where))
+            captions.setdefault(path, []).extend(caption_texts(text, where))
         names = (*classes.names, "")  # that of -1
         return [
             Item(path, label, checked_name(names[label], path), tuple(captions.get(path, ())))
@@ -358,8 +358,8 @@ def _stored_rows(
 
 
 def _labelled_by_folder(
-    rows: dict[str, list[tuple[str, Any, str | None]]],
-) -> dict[str, list[tuple[str, Any, str | None]]]:
+    rows: dict[str, list[tuple[str, Any, Any]]],
+) -> dict[str, list[tuple[str, Any, Any]]]:
     """Label files by their folder where every split has several, all at one depth.
 
     The library does so itself unless there is a file of metadata.

@@ -16,6 +16,7 @@ from vlmlayers.errors import UserError, nearest, shortened
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, listed_path, stratified_split
 from vlmlayers.manifests.layouts.base import (
     Layout,
+    caption_texts,
     checked_name,
     declared_names,
     expect_hash,
@@ -115,9 +116,8 @@ class TableLayout(Layout):
             key, label = (listed.split, listed.path), self._label(listed)
             if labels.setdefault(key, label) != label:
                 raise UserError(f"{listed.where} gives {listed.path[:200]!r} a second label")
-            text = listed.row.get(self.columns.caption)
-            if text not in (None, ""):
-                captions.setdefault(key, []).append(checked_name(text, listed.where))
+            texts = caption_texts(listed.row.get(self.columns.caption), listed.where)
+            captions.setdefault(key, []).extend(texts)
         return {
             key: Item(key[1], label, name, tuple(captions.get(key, ())))
             for key, (label, name) in labels.items()
