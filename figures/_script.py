@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vlmlayers.errors import UserError
@@ -24,12 +26,19 @@ def folders(description: str) -> tuple[list[Path], Path]:
     return list(arguments.tables), arguments.out
 
 
-def main(draw: Drawing) -> None:
-    """Draw one figure or table; leave with code 2 and one line where a table is missing."""
-    tables, out = folders(draw.__doc__ or "")
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Leave with code 2 and one line where the input is wrong or something is missing."""
     try:
-        paths = draw(tables, out)
+        yield
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+
+
+def main(draw: Drawing) -> None:
+    """Draw one figure or table."""
+    tables, out = folders(draw.__doc__ or "")
+    with errors_in_one_line():
+        paths = draw(tables, out)
     print(*paths, sep="\n")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 
-from _script import folders
+from _script import errors_in_one_line, folders
 
 from vlmlayers.figures import draw_all
 
 if __name__ == "__main__":
     tables, out = folders("Redraw every figure and table.")
     start = time.perf_counter()
-    outcomes = draw_all(tables, out)
+    with errors_in_one_line():
+        outcomes = draw_all(tables, out)
     for outcome in outcomes:
         print(outcome.line)
     drawn = sum(bool(outcome.paths) for outcome in outcomes)

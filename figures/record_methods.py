@@ -10,16 +10,15 @@ named; by itself a small model has no place among published numbers.
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from _script import errors_in_one_line
 from record_sweep import HERE, arguments, bracketed, facts_of
 
 from vlmadapters.protocols.results import summarise
 from vlmadapters.validation.methods import compare_methods, methods_verdict
-from vlmlayers.errors import UserError
 from vlmlayers.files import read_csv
 from vlmlayers.runs import Run
 from vlmlayers.study import read_study, run_study
@@ -98,20 +97,18 @@ def _by_dataset(results: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    """Run the study and record it; leave with code 2 and one line where something is missing."""
+    """Run the study and record it."""
     asked = arguments(__doc__ or "", STUDY, "methods_mini")
-    try:
+    with errors_in_one_line():
         study = read_study(asked.study)
         run = run_study(
             study, asked.run, base=asked.study.parent, source=asked.study.read_text("utf-8"),
             data_root=asked.data_root, echo=print,
         )[0]  # fmt: skip
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    name = study.models[0].title.replace("-", "_")
-    other = "" if asked.study == STUDY else f" --study {asked.study.name}"
-    print(*record(run, asked.out, name, f"python figures/record_methods.py{other}"), sep="\n")
+        name = study.models[0].title.replace("-", "_")
+        other = "" if asked.study == STUDY else f" --study {asked.study.name}"
+        command = f"python figures/record_methods.py{other}"
+        print(*record(run, asked.out, name, command), sep="\n")
 
 
 if __name__ == "__main__":

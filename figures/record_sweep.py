@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from _script import errors_in_one_line
 
-from vlmlayers.errors import UserError
 from vlmlayers.files import read_csv, read_json
 from vlmlayers.runs import Run
 from vlmlayers.study import read_study, run_study
@@ -120,19 +119,16 @@ def _rows(table: pd.DataFrame, words: Words, spans: Words, plain: Words = ()) ->
 
 
 def main() -> None:
-    """Run the study and record it; leave with code 2 and one line where something is missing."""
+    """Run the study and record it."""
     asked = arguments(__doc__ or "", STUDY, "placement_sweep")
-    try:
+    with errors_in_one_line():
         study = read_study(asked.study)
         source = {"base": asked.study.parent, "source": asked.study.read_text("utf-8")}
         run = run_study(study, asked.run, data_root=asked.data_root, echo=print, **source)[0]
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    name = study.models[0].title.replace("-", "_")
-    other = "" if asked.study == STUDY else f" --study {asked.study.name}"
-    command = f"python figures/record_sweep.py{other}"
-    print(*record(run, asked.out, name, command), sep="\n")
+        name = study.models[0].title.replace("-", "_")
+        other = "" if asked.study == STUDY else f" --study {asked.study.name}"
+        command = f"python figures/record_sweep.py{other}"
+        print(*record(run, asked.out, name, command), sep="\n")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from _script import errors_in_one_line
 from record_sweep import HERE, facts_of
 
 import vlmlayers as vl
@@ -28,7 +28,6 @@ from vlmadapters.methods import BUILT_IN
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_METHODS
 from vlmadapters.training.recipes import load_recipe
-from vlmlayers.errors import UserError
 from vlmlayers.runs import environment
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.study.stages import model_record
@@ -115,7 +114,7 @@ def page(means: pd.DataFrame, model: vl.VLM, asked: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Search, record, and with `--write` change the recipes; code 2 where something is missing."""
+    """Search, record, and with `--write` change the recipes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--run", type=Path, default=HERE.parent / "runs" / "tune_methods")
@@ -127,12 +126,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
-    try:
+    with errors_in_one_line():
         model = vl.load_model("mini-clip")
         means = averages(search(asked, model))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     asked.out.mkdir(parents=True, exist_ok=True)
     means.to_csv(asked.out / "tuning_mini_clip.csv", index=False)
     (asked.out / "tuning_mini_clip.md").write_text(page(means, model, asked), "utf-8")

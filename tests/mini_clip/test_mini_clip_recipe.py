@@ -134,12 +134,17 @@ def test_a_changed_recipe_is_refused_but_a_longer_one_goes_on(tmp_path: Path) ->
         load_recipe(batch_sizes=3)
 
 
-def test_a_loss_that_is_not_finite_stops(tmp_path: Path, sources: list[Source]) -> None:
+def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(
+    tmp_path: Path, sources: list[Source]
+) -> None:
     run = Training(tiny_recipe(), tmp_path)
+    run.save()
     with torch.no_grad():
         run.model.visual.proj.fill_(float("nan"))
     with pytest.raises(UserError, match="lower the rate"):
         train(run, sources, show=False)
+    again = Training(tiny_recipe(), tmp_path)
+    assert again.resume() and all(p.isfinite().all() for p in again.model.parameters())
 
 
 def test_an_unknown_set_without_images_is_named(tmp_path: Path) -> None:

@@ -500,6 +500,7 @@ def train(
             )
         losses: list[Tensor] = []
         begun = saved = time.perf_counter()
+        sound = True
         try:
             while run.step < recipe["steps"]:
                 losses.append(run.train_step(images, next(feed)))
@@ -507,7 +508,7 @@ def train(
                 if run.step % LOGGED and run.step < recipe["steps"]:
                     continue
                 loss = float(torch.stack(losses).mean())
-                if not math.isfinite(loss):
+                if not (sound := math.isfinite(loss)):
                     raise UserError(f"the loss is {loss} at step {run.step}; lower the rate")
                 spent, begun = time.perf_counter() - begun, time.perf_counter()
                 run.seconds += spent
@@ -532,5 +533,6 @@ def train(
                     run.save()
                     saved = time.perf_counter()
         finally:
-            run.save()
+            if sound:  # else the last checkpoint is worth more
+                run.save()
     run.export(run.folder / "export")

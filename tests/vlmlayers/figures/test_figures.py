@@ -608,12 +608,15 @@ def test_all_scripts_are_thin_and_draw_without_torch(
 
 
 def test_a_script_without_its_table_says_so_in_one_line(repository: Path, tmp_path: Path) -> None:
-    script = repository / "figures" / "fig6_cost.py"
-    run = subprocess.run([sys.executable, script, tmp_path, "--out", tmp_path / "out"],
-                         capture_output=True, text=True, check=False)  # fmt: skip
-    assert run.returncode == 2
-    assert run.stderr.count("\n") == 1
-    assert "no validation*.csv" in run.stderr
+    for name, folder, said in (
+        ("fig6_cost", tmp_path, "no validation*.csv"),
+        ("all", tmp_path / "absent", "absent is not a folder"),
+    ):
+        script = repository / "figures" / f"{name}.py"
+        run = subprocess.run([sys.executable, script, folder, "--out", tmp_path / "out"],
+                             capture_output=True, text=True, check=False)  # fmt: skip
+        assert run.returncode == 2 and said in run.stderr
+        assert run.stderr.count("\n") == 1
     skipped = draw_all(tmp_path, tmp_path / "out", ["fig1_dataset_recognition"])
     assert skipped[0].words.startswith("skipped: no scores*.csv")
     assert max(map(len, skipped[0].line.splitlines())) <= 80
