@@ -60,7 +60,8 @@ def measure_pair(
         pairs: How often.
         wait: Waits for the device, such as `torch.cuda.synchronize`.
     """
-    ours(), other(), wait()
+    ours(), other()
+    wait()
     times: dict[int, list[float]] = {0: [], 1: []}
     for number in range(pairs):
         for side in (0, 1) if number % 2 == 0 else (1, 0):

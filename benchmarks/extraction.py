@@ -156,7 +156,7 @@ def times_of(model: VLM, device: str, pairs: int, batch: int) -> list[dict[str, 
     )
     # A GPU takes as long for 10 as for 77 tokens of few prompts: it waits for launches.
     prompts = 1024 if device == "cuda" else batch
-    ids = model.tokenizer([f"a photo of a {name}." for name in NAMES] * (prompts // len(NAMES)))
+    ids = model.tokenize([f"a photo of a {name}." for name in NAMES] * (prompts // len(NAMES)))
     ids = ids.to(device)
     tower = model.towers["text"]
 
@@ -342,7 +342,7 @@ def files_row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("device", nargs="?", default=default, choices=("cpu", "cuda"))
     parser.add_argument("--pairs", type=int, default=12)

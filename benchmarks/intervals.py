@@ -100,7 +100,7 @@ def coverage(tables: list[pd.DataFrame]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=200)
     asked = parser.parse_args()
     of_rows = partial(

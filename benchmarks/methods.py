@@ -79,7 +79,7 @@ def updates(loss: Callable[[], Tensor], parameters: list[Any]) -> Callable[[], f
 
 def public_side(name: str, clip: Any, method: Method, task: Task, data: tuple[Tensor, ...]) -> Side:
     """Return the step of a public recipe from our initial parameters."""
-    kind = PUBLIC[name]
+    kind: Any = PUBLIC[name]
     if hasattr(kind, "templates"):
         kind.templates = templates_of(name)
     if isinstance(method, Tip):

@@ -118,7 +118,9 @@ def case_suite(jobs: int) -> list[dict[str, Any]]:
     start = time.perf_counter()
     table = score(features, jobs=jobs)
     total = time.perf_counter() - start
-    rows = [{"metric": "(all)", "seconds": round(total, 2), "rows": len(table)}]
+    rows: list[dict[Any, Any]] = [
+        {"metric": "(all)", "seconds": round(total, 2), "rows": len(table)}
+    ]
     rows += score_cost(table).round(3).to_dict("records")
     shape = {
         "datasets": 8,
@@ -136,7 +138,7 @@ def case_positions() -> list[dict[str, Any]]:
     from vlmlayers.scores import score, score_cost
 
     features = suite_features()
-    bare = {"bootstrap": 20, "jackknife": 2, "shuffles": 1, "permutations": 1}
+    bare: dict[str, Any] = {"bootstrap": 20, "jackknife": 2, "shuffles": 1, "permutations": 1}
     cost = {
         (where, what): score_cost(score(features, jobs=1, positions=positions, **options))
         .set_index("metric")["seconds"]
@@ -394,15 +396,15 @@ RUNS: dict[str, Callable[[], None]] = {
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--case"]:
         name, *rest = arguments[1:]
-        case = {
+        cases: dict[str, Callable[..., Any]] = {
             "cka": lambda form, n: case_cka(form, int(n)),
             "suite": lambda jobs: case_suite(int(jobs)),
             "positions": case_positions,
             "growth": case_growth,
             "tables": case_tables,
             "stream": lambda n: case_stream(int(n)),
-        }[name]
-        print(json.dumps(case(*rest)))
+        }
+        print(json.dumps(cases[name](*rest)))
         return 0
     unknown = sorted(set(arguments) - set(RUNS))
     if unknown:

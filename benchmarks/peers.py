@@ -67,7 +67,8 @@ def timm_features() -> Work:
     import timm
     import torch
 
-    model, batch = timm.create_model(TIMM_MODEL).eval(), images()
+    model: Any = timm.create_model(TIMM_MODEL).eval()
+    batch = images()
 
     def work() -> None:
         with torch.inference_mode():

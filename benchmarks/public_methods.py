@@ -40,8 +40,8 @@ class Public:
             name.removeprefix("prompt_learner."): nn.Parameter(value.clone())
             for name, value in parameters.items()
         }
-        self.vision = [Block(b, None) for b in clip.visual.transformer.resblocks]
-        self.text = [Block(b, clip.attn_mask) for b in clip.transformer.resblocks]
+        self.vision: list[Any] = [Block(b, None) for b in clip.visual.transformer.resblocks]
+        self.text: list[Any] = [Block(b, clip.attn_mask) for b in clip.transformer.resblocks]
         for block in (*self.vision, *self.text):
             block.requires_grad_(False).to(self.device)
         self.tokens = self.tokenize(self.names)
@@ -205,8 +205,9 @@ class MaPLe(Public):
 
     def deep(self) -> tuple[Prompts, Prompts]:
         """Return prompts of the vision and of the text tower by block."""
-        p, text = self.p, {1: self.p["ctx"]}
-        vision = {1: F.linear(p["ctx"], p["proj.weight"], p["proj.bias"])}
+        p = self.p
+        text: Prompts = {1: p["ctx"]}
+        vision: Prompts = {1: F.linear(p["ctx"], p["proj.weight"], p["proj.bias"])}
         later = (name for name in p if name.startswith("compound_prompts_text."))
         for number in sorted(int(name.rpartition(".")[2]) for name in later):
             text[number + 2] = p[f"compound_prompts_text.{number}"]
@@ -232,7 +233,8 @@ class IVLP(MaPLe):
 
     def deep(self) -> tuple[Prompts, Prompts]:
         """Return prompts of the vision and of the text tower by block."""
-        vision, text = {1: self.p["image_encoder.VPT"]}, {1: self.p["ctx"]}
+        vision: Prompts = {1: self.p["image_encoder.VPT"]}
+        text: Prompts = {1: self.p["ctx"]}
         for name, value in self.p.items():
             if name.endswith("VPT_shallow"):
                 tower = vision if name.startswith("image") else text
@@ -299,7 +301,7 @@ class RPO(Public):
         return F.cross_entropy(logits, labels)
 
 
-def _through(blocks: Sequence[Block], x: Tensor, mask: Tensor) -> Tensor:
+def _through(blocks: Sequence[Any], x: Tensor, mask: Tensor) -> Tensor:
     x = x.transpose(0, 1)
     for block in blocks:
         y = block.ln_1(x)
@@ -381,13 +383,15 @@ class _LowRank(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, need_weights: bool, attn_mask: Tensor | None
     ) -> tuple[Tensor, None]:
         """Return the attention's output, as torch's own does."""
-        attn, made = self.frozen, []
+        attn = self.frozen
+        made: list[Any] = []
         weights, biases = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
         for name, x, weight, bias in zip("qkv", (q, k, v), weights, biases):
             down, up = (self.terms[f"{self.start}{name}_proj.w_lora_{one}"] for one in "AB")
             y = F.linear(x, weight, bias) + F.linear(F.linear(x, down), up) * self.scale
             made.append(y.unflatten(-1, (attn.num_heads, -1)).permute(1, 2, 0, 3))
-        out = F.scaled_dot_product_attention(*made, attn_mask=attn_mask)
+        q, k, v = made
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return attn.out_proj(out.permute(2, 0, 1, 3).flatten(2)), None
 
 
@@ -414,14 +418,15 @@ class LwEIB(Public):
 class _Convolving(nn.Module):
     """A block over (token, item, width) with a convolution before attention and in the MLP."""
 
-    def __init__(self, block: Block, p: dict[str, nn.Parameter], start: str, alpha: float) -> None:
+    def __init__(self, block: Any, p: dict[str, nn.Parameter], start: str, alpha: float) -> None:
         super().__init__()
         self.block, self.alpha = block, alpha
         self.kernels = [p[f"{start}{place}_conv.conv.weight"] for place in ("att", "mlp")]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
-        block, (first, second) = self.block, self.kernels
+        block: Any = self.block
+        first, second = self.kernels
         y = self.convolved(block.ln_1(x), first)
         x = x + block.attn(y, y, y, need_weights=False, attn_mask=block.mask)[0]
         mlp = block.mlp

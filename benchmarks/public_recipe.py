@@ -35,7 +35,7 @@ class ScaleGradient(torch.autograd.Function):
 class Block(nn.Module):
     """One residual block over (token, item, width) with the weights of an open_clip block."""
 
-    def __init__(self, block: nn.Module, mask: Tensor | None) -> None:
+    def __init__(self, block: Any, mask: Tensor | None) -> None:
         super().__init__()
         width, heads = block.attn.embed_dim, block.attn.num_heads
         self.attn = nn.MultiheadAttention(width, heads)
@@ -102,11 +102,12 @@ class PublicMMA(nn.Module):
 
     def _run(self, x: Tensor, blocks: nn.ModuleList, adapters: nn.ModuleDict) -> Tensor:
         scale = self.config.scale
+        block: Any
         for number, block in enumerate(blocks, start=1):
             if str(number) not in adapters:
                 x = block(x)
                 continue
-            adapter = adapters[str(number)]
+            adapter: Any = adapters[str(number)]
             y = block.ln_1(ScaleGradient.apply(x, scale))
             y = self.shared_adapter[str(number)](adapter["down"](y))
             y = ScaleGradient.apply(adapter["up"](y) * scale, 1 / scale)

@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def run(asked: argparse.Namespace) -> None:
             work = asked.out / "work" / file.stem
             row = pd.DataFrame([cell(model, asked.method, drawn, seed, work)]).assign(model=name)
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomically(file, lambda part, row=row: row.to_csv(part, index=False))
+            atomically(file, partial(row.to_csv, index=False))
             print(row.to_string(index=False, header=False))
 
 

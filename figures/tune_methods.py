@@ -28,6 +28,7 @@ from vlmadapters.methods import BUILT_IN
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.protocols.results import ZERO_SHOT_METHODS
 from vlmadapters.training.recipes import load_recipe
+from vlmlayers.models.vlm import VLM
 from vlmlayers.runs import environment
 from vlmlayers.scores.summaries import harmonic_mean
 from vlmlayers.study.stages import model_record
@@ -44,7 +45,7 @@ def trained_methods() -> list[str]:
     return [name for name in BUILT_IN if name not in fitted]
 
 
-def search(asked: argparse.Namespace, model: vl.VLM) -> pd.DataFrame:
+def search(asked: argparse.Namespace, model: VLM) -> pd.DataFrame:
     """Return base, novel and harmonic mean of every trial, in percent, by dataset and seed."""
     recipes = []
     for method in asked.methods.split(","):
@@ -89,7 +90,7 @@ def write_rate(path: Path, rate: float) -> None:
     path.write_text(text.replace(table, changed), "utf-8")
 
 
-def page(means: pd.DataFrame, model: vl.VLM, asked: argparse.Namespace) -> str:
+def page(means: pd.DataFrame, model: VLM, asked: argparse.Namespace) -> str:
     """Return the page that says what was searched, on what, and what was picked."""
     made = {"model": model_record(model), "environment": environment()}
     facts = [
@@ -100,9 +101,9 @@ def page(means: pd.DataFrame, model: vl.VLM, asked: argparse.Namespace) -> str:
         *facts_of(made),
     ]
     rows = [
-        [row.method, f"{row.lr:g}", *(f"{v:.2f}" for v in (row.base, row.novel, row.hm)),
-         f"{row.seconds:.0f}", "picked" if row.picked else ""]
-        for row in means.itertuples()
+        [row["method"], f"{row['lr']:g}", *(f"{row[one]:.2f}" for one in ("base", "novel", "hm")),
+         f"{row['seconds']:.0f}", "picked" if row["picked"] else ""]
+        for row in means.to_dict("records")
     ]  # fmt: skip
     heads = ["method", "rate", "base", "novel", "hm", "seconds", ""]
     return "\n".join([
@@ -132,10 +133,10 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     means.to_csv(asked.out / "tuning_mini_clip.csv", index=False)
     (asked.out / "tuning_mini_clip.md").write_text(page(means, model, asked), "utf-8")
-    for row in means[means["picked"]].itertuples():
-        print(f"{row.method}: {row.lr:g}")
-        if asked.write and row.method != "mma":
-            write_rate(RECIPES / f"{row.method}.toml", row.lr)
+    for row in means[means["picked"]].to_dict("records"):
+        print(f"{row['method']}: {row['lr']:g}")
+        if asked.write and row["method"] != "mma":
+            write_rate(RECIPES / f"{row['method']}.toml", row["lr"])
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ _ROUNDING = 1e-3  # of the largest logit: what products of another shape may dif
 
 @checked
 def export(
-    adapter: Path,
+    adapter: str | Path,
     model: VLM,
-    out: Path,
+    out: str | Path,
     *,
     form: str | None = None,
     classes: Sequence[str] | None = None,
@@ -64,6 +64,7 @@ def export(
             raise UserError(f"classes are embedded, and form {form!r} embeds none; leave one out")
         form = "classes"
         _check_classes(classes)
+    out = Path(out)
     if out.exists() and out.samefile(adapter):
         raise UserError(f"{out} is the adapter itself, which would be lost; name another file")
     method, info = load_method(adapter, model), read_info(adapter)

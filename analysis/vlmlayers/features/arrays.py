@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from importlib import import_module
@@ -258,11 +258,11 @@ class LayerFeatures:
         vision: Mapping[Position, Any] | None = None,
         text: Mapping[Position, Any] | None = None,
         *,
-        labels: Sequence[Any] | None = None,
+        labels: Collection[Any] | None = None,
         class_names: Sequence[str] = (),
         space: str = "native",
-        pairs: Sequence[Any] | None = None,
-        text_labels: Sequence[Any] | None = None,
+        pairs: Collection[Any] | None = None,
+        text_labels: Collection[Any] | None = None,
         model: str = "own features",
         weights: str = "own",
         dataset: str = "own data",
@@ -468,7 +468,7 @@ def _numbers(values: Any, where: str) -> NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def _whole(name: str, values: Sequence[Any]) -> NDArray[np.int64]:
+def _whole(name: str, values: Collection[Any]) -> NDArray[np.int64]:
     """Return numbers that are whole as int64, (item,).
 
     Raises:

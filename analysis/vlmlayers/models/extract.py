@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +37,7 @@ def _in_order(given: Any) -> Any:
     return given
 
 
-InOrder = Annotated[Sequence[Any], Takes("a sequence in order", convert=_in_order)]
+InOrder = Annotated[Collection[Any], Takes("a sequence in order", convert=_in_order)]
 NamesInOrder = Annotated[Sequence[str], Takes("strings in the order of labels", convert=_in_order)]
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
 
@@ -101,7 +101,9 @@ def extract(
     """
     captions = texts if options.get("text") == "captions" else None
     manifest = _manifest(data, labels, class_names, name, captions, progress)
-    own = {"items": items, "root": root, "template": template, "seed": seed, "progress": progress}
+    own: dict[str, Any] = {
+        "items": items, "root": root, "template": template, "seed": seed, "progress": progress,
+    }  # fmt: skip
     own["texts"] = None if captions else texts
     asked = validated(ExtractOptions, {**own, **options}, "extract")
     work, header, identity = prepare(model, manifest, split, asked)
@@ -173,10 +175,10 @@ def refuse_textless(model: VLM, manifest: Any, items: Sequence[Item], **options:
 
 def _manifest(
     data: Any,
-    labels: Sequence[Any] | None,
+    labels: Collection[Any] | None,
     class_names: Sequence[str] | None,
     name: str | None,
-    captions: Sequence[Any] | None,
+    captions: Collection[Any] | None,
     progress: bool,
 ) -> Any:
     """Return the dataset of any data.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -118,10 +118,10 @@ class OwnData:
 
 def own_data(
     data: Any,
-    labels: Sequence[Any] | None = None,
+    labels: Collection[Any] | None = None,
     class_names: Sequence[str] | None = None,
     name: str | None = None,
-    captions: Sequence[Any] | None = None,
+    captions: Collection[Any] | None = None,
     progress: bool = False,
 ) -> OwnData:
     """Return any common holder of images as extraction takes a dataset.

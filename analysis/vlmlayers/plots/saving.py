@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ NO_LAYOUT: Any = {"figure.constrained_layout.use": False, "figure.autolayout": F
 
 @checked
 def save_figure(
-    figure: Figure | Axes,
+    figure: Figure | Axes | np.ndarray,
     stem: str | Path,
     data: pd.DataFrame | None = None,
     formats: Sequence[str] = FORMATS,
@@ -34,7 +35,7 @@ def save_figure(
     Files carry no date, so that the same data give the same bytes.
 
     Args:
-        figure: Figure, or axes of one.
+        figure: Figure, or axes of one: what a plot returns.
         stem: Path without suffix.
         data: Table that was drawn.
         formats: Any of `svg`, `png`, `pdf`.
@@ -43,18 +44,25 @@ def save_figure(
         The files written.
 
     Raises:
-        UserError: A format is unknown, or none is named.
+        UserError: A format is unknown, or none is named; an array holds no axes.
     """
     if not formats:
         raise UserError(f"no format is named; leave formats out for all of {', '.join(FORMATS)}")
-    drawn: Any = figure.figure if isinstance(figure, Axes) else figure
+    for kind in formats:
+        check_one_of("figure format", kind, FORMATS)
+    first: Any = next(figure.flat, None) if isinstance(figure, np.ndarray) else figure
+    if not isinstance(first, Figure | Axes):
+        raise UserError(
+            "save_figure: figure takes a figure, or axes of one, not an array of others"
+        )
+    whole: Any = first.figure
+    drawn = whole.figure  # of a subfigure the one that it is in
     folder, name = Path(stem).parent, Path(stem).name
     written = []
     # Each format stamps files in a field of its own.
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
     with style(), mpl.rc_context(NO_LAYOUT):
         for kind in formats:
-            check_one_of("figure format", kind, FORMATS)
             written.append(folder / f"{name}.{kind}")
             atomically(written[-1], partial(drawn.savefig, format=kind, metadata=dates[kind]))
             # Laid out once, all formats alike; with any layout engine each would be drawn twice.

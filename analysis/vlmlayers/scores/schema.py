@@ -55,7 +55,7 @@ def score_frame(rows: Sequence[dict[str, Any]], **attributes: Any) -> pd.DataFra
 
 
 @checked
-def write_scores(scores: Scores, folder: Path) -> tuple[Path, Path]:
+def write_scores(scores: Scores, folder: str | Path) -> tuple[Path, Path]:
     """Write `scores.parquet`, `scores.csv` and a sidecar with checksums, cost and refusals.
 
     Each file appears whole or not at all.
@@ -67,6 +67,7 @@ def write_scores(scores: Scores, folder: Path) -> tuple[Path, Path]:
         UserError: The table lacks columns, or the folder is named like a file or cannot be written.
     """
     _check_columns(scores, "the table")
+    folder = Path(folder)
     if folder.suffix in (".csv", ".parquet"):
         raise UserError(f"write_scores takes a run folder; {folder} is named like a file in one")
     paths = folder / "scores.parquet", folder / "scores.csv"
@@ -86,7 +87,7 @@ def write_scores(scores: Scores, folder: Path) -> tuple[Path, Path]:
 
 
 @checked
-def read_scores(path: Path) -> pd.DataFrame:
+def read_scores(path: str | Path) -> pd.DataFrame:
     """Read a score table from a run folder, a Parquet or a CSV file.
 
     Raises:

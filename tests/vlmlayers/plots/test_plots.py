@@ -309,7 +309,20 @@ def test_saved_files_are_complete_and_reproducible(tmp_path: Path) -> None:
         assert one.read_bytes() == other.read_bytes(), one.suffix
     assert pd.read_csv(first[-1])["value"].tolist() == pytest.approx(data["value"].tolist())
     with pytest.raises(UserError, match="did you mean 'png'"):
-        plots.save_figure(plots.layer_curves(scores), tmp_path / "x", formats=("pngg",))
+        plots.save_figure(plots.layer_curves(scores), tmp_path / "x", formats=("svg", "pngg"))
+    assert not (tmp_path / "x.svg").exists()
+    with pytest.raises(UserError, match="figure takes a figure, or axes of one, not an array"):
+        plots.save_figure(np.zeros(2), tmp_path / "x")
+
+
+def test_several_axes_are_saved_as_the_figure_that_they_are_in(tmp_path: Path) -> None:
+    figure = Figure()
+    left, right = figure.subfigures(1, 2)
+    right.subplots()
+    axes = left.subplots(1, 2)
+    of = {"figure": figure, "several": axes, "one": axes[1], "other": right.axes[0]}
+    files = [plots.save_figure(one, tmp_path / name, formats="png")[0] for name, one in of.items()]
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_a_figure_is_drawn_once_for_its_layout_and_once_for_each_file(tmp_path: Path) -> None:
