@@ -303,7 +303,9 @@ class Work:
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Hold a pass at a precision: by autocast, or for fp32 and tf32 by that of products."""
     if precision in _AUTOCAST:
-        with torch.autocast(device.type, dtype=_AUTOCAST[precision]):
+        # Without torch's cache of cast weights, which is emptied where the outermost autocast ends:
+        # inside a caller's, each step after the first would be taken with the weights of that.
+        with torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=False):
             yield
         return
     # The caller may be inside an autocast of its own.

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from backbones import shared_backbone
+from stepping import trainer_of
 
+import vlmadapters as va
 from vlmadapters.clip import products
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.products import TimedProduct, has_onednn
@@ -24,6 +26,8 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.data.fewshot import base_or_novel, few_shot
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
+from vlmadapters.device import own_modes
+from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.configs import CoOpConfig, KgCoOpConfig
 from vlmadapters.methods.deep_configs import PromptSRCConfig
@@ -383,6 +387,20 @@ def test_mistakes_are_named(make: Callable[[], object], message: str) -> None:
 def test_bf16_autocast_trains_close_to_fp32() -> None:
     low = fit(replace(TRAIN, precision="bf16"))
     np.testing.assert_allclose(low.losses, fit().losses, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"zero-shot"}))
+def test_half_precision_within_a_callers_autocast_is_that_without(name: str) -> None:
+    """Torch forgets the weights it has cast where the outermost autocast ends: after all steps."""
+    recipe = va.load_recipe("published", name)
+    config = type(recipe.method).published({"vision": 3, "text": 3}, **recipe.method.settings())
+    train = TrainConfig(lr=0.1, epochs=2, batch_size=4, shots=2, precision="bf16")
+    alone = trainer_of(config, train).fit()[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16), own_modes():
+        within = trainer_of(config, train).fit()[0]
+    np.testing.assert_array_equal(within.losses, alone.losses)
+    for key, value in alone.method.state_dict().items():
+        torch.testing.assert_close(within.method.state_dict()[key], value, atol=0, rtol=0)
 
 
 def test_evaluation_after_an_update_is_fresh() -> None:
