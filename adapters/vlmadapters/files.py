@@ -327,7 +327,11 @@ def _official_states(
     for key, value in state.items():  # a small file may claim a view larger than memory
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path} holds less data than the shape of {key[:80]!r} asks for")
-    return state, {key: value for key, value in state.items() if kind.is_official_key(key)}
+    own = {key: value for key, value in state.items() if kind.is_official_key(key)}
+    for key, value in own.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path} holds NaN or Inf in {key[:80]!r}: its training diverged")
+    return state, own
 
 
 def _writers(state: Mapping[str, Tensor], backbone: Backbone, task: Task, least: int) -> list[str]:

@@ -185,6 +185,15 @@ def test_damaged_files_are_named(content: bytes | None, message: str, tmp_path: 
         load_method(path, shared_backbone())
 
 
+def test_a_checkpoint_of_a_training_that_diverged_is_refused(tmp_path: Path) -> None:
+    """Its answers were not finite, for which the learning rate was blamed."""
+    adapter = new_adapter(shared_backbone().clip, CONFIG)
+    with torch.no_grad():
+        next(adapter.parameters()).view(-1)[3] = torch.nan
+    with pytest.raises(UserError, match="holds NaN or Inf in '.*': its training diverged"):
+        load_official(save_official(tmp_path / "a.pth.tar", adapter), shared_backbone())
+
+
 def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.pth.tar"
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
