@@ -82,6 +82,31 @@ def test_features_of_every_usual_type_are_read_in_their_order(values: Any) -> No
     assert features.vision.array("1").tolist() == [[1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize("captions", [0, 2])
+def test_a_mask_takes_the_items_that_it_marks(captions: int) -> None:
+    """Its values are no row numbers, which False and True would be as well."""
+    features = next(iter(many(1, captions=captions)))
+    marked = features.vision.labels == 1
+    rows = np.flatnonzero(marked)
+    assert 0 < len(rows) < len(marked)
+    for mask in (marked, pd.Series(marked), marked.tolist()):
+        found = features.take_images(mask)
+        assert found.vision.ids == tuple(features.vision.ids[row] for row in rows)
+        assert (found.vision.labels == 1).all()
+        expected = features.take_images(rows)
+        assert found.text.ids == expected.text.ids
+        for tower in found:
+            for position in found[tower]:
+                assert np.array_equal(found[tower][position], expected[tower][position])
+    assert features.vision.take([-1, 0]).ids == (features.vision.ids[-1], features.vision.ids[0])
+
+
+def test_features_are_walked_by_the_names_that_brackets_take() -> None:
+    features = arrays()
+    assert list(features) == ["vision"] and "vision" in features and "text" not in features
+    assert list(features.vision) == ["1"] and "2" not in features.vision
+
+
 @pytest.mark.parametrize(
     ("call", "line"),
     [
@@ -95,6 +120,11 @@ def test_features_of_every_usual_type_are_read_in_their_order(values: Any) -> No
         (lambda: extract(skip_unreadable="yes"), "skip_unreadable is 'yes'; true or false"),
         (lambda: extract(skip_unreadable=1), "skip_unreadable is 1; true or false is needed"),
         (lambda: extract("no/such/folder"), "no/such/folder"),
+        (lambda: arrays().vision.take([4]), "there is no row 4; valid: 0 to 3"),
+        (lambda: arrays().take_images([-5]), "there is no row -5; valid: 0 to 3"),
+        (lambda: arrays().take_images([0.5]), "0.5 at item 0; expected whole numbers"),
+        (lambda: arrays().take_images(np.array([True])), "a mask of 1 rows does not fit 4 items"),
+        (lambda: score(many(1)[0].vision), "features takes LayerFeatures, not 'embed'"),
         (lambda: extract(pooling="cls,mean"), "pooling"),
         (lambda: score(positions="12"), "unknown position '12'"),
         (lambda: vl.extract(tiny.build("clip"), FACES, "val"), "as `load_model` or `wrap_model`"),  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ from vlmlayers.placement import Amount
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection import predict
 from vlmlayers.selection.choice import not_of
+from vlmlayers.words import UNTRAINED
 
 LOG = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ def validate(
     else:
         summary = {"verdict": _void(made, model, table), **recorded, "void": True}
         found = Validation(table, pd.DataFrame(), summary)
-    if seen := "".join(f"WARNING: {one}. " for one in told if one):
+    seen = f"{UNTRAINED}. " if model.random_weights else ""
+    if seen := seen + "".join(f"WARNING: {one}. " for one in told if one):
         found = replace(found, summary={**found.summary, "verdict": f"{seen}{found.verdict}"})
     if out is not None and processes.is_first():
         found.write(out)

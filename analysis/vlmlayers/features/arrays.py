@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from importlib import import_module
@@ -186,9 +186,20 @@ class TowerFeatures:
         """Return the pooling used in a space."""
         return self.joint_pooling or self.pooling if space == "joint" else self.pooling
 
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> TowerFeatures:
-        """Return the same features for some items, in the order given."""
-        index = np.asarray(rows, dtype=np.int64)
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the positions that `[]` takes."""
+        return iter(self.positions(self.spaces[0]))
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> TowerFeatures:
+        """Return the same features for some items, in the order given.
+
+        Args:
+            rows: Rows of the items, those from the end negative; or a mask, (item,) of bool.
+
+        Raises:
+            UserError: A row is no whole number or not there, or a mask is of other length.
+        """
+        index = _row_numbers(rows, len(self))
         arrays = {s: {p: a[index] for p, a in by.items()} for s, by in self.arrays.items()}
         return replace(
             self,
@@ -322,20 +333,27 @@ class LayerFeatures:
         names = class_names or tuple(f"class {i}" for i in range(max(known) + 1))
         return cls(model, weights, dataset, split, tuple(names), images, words)
 
-    def take_images(self, rows: Sequence[int] | NDArray[np.int64]) -> LayerFeatures:
+    def take_images(
+        self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]
+    ) -> LayerFeatures:
         """Return the features of some images, in the order given, and of their captions alone.
 
-        Class prompts, which belong to no image, all stay.
+        Class prompts, which belong to no image, all stay. `rows` is as of `TowerFeatures.take`.
         """
         vision, text = self.tower("vision"), self.text
+        rows = _row_numbers(rows, len(vision))
         if text is not None and text.pairs is not None:
             # A caption follows its image to that image's new row.
             place = np.full(len(vision), -1, dtype=np.int64)
-            place[np.asarray(rows, dtype=np.int64)] = np.arange(len(rows))
+            place[rows] = np.arange(len(rows))
             text = text.take(np.flatnonzero(place[text.pairs] >= 0))
             assert text.pairs is not None
             text = replace(text, pairs=place[text.pairs])
         return replace(self, vision=vision.take(rows), text=text)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the towers that were extracted."""
+        return (tower.tower for tower in self.towers)
 
     def __getitem__(self, tower: str) -> TowerFeatures:
         """Return one tower's features; see `tower`."""
@@ -486,6 +504,20 @@ def _whole(name: str, values: Collection[Any]) -> NDArray[np.int64]:
     if len(cut):
         raise UserError(f"{name} has {given[cut[0]]:g} at item {cut[0]}; expected whole numbers")
     return given.astype(np.int64)
+
+
+def _row_numbers(rows: Any, count: int) -> NDArray[np.int64]:
+    """Return rows of `count` items by number; of a mask, the rows that it marks."""
+    if np.asarray(rows).dtype == bool:
+        # As numbers, False and True would be the first two rows, again and again.
+        if len(rows) != count:
+            raise UserError(f"a mask of {len(rows)} rows does not fit {counted(count, 'item')}")
+        return np.flatnonzero(rows)
+    index = _whole("rows", rows)
+    outside = index[(index < -count) | (index >= count)]
+    if len(outside):
+        raise UserError(f"there is no row {outside[0]}; valid: 0 to {count - 1}")
+    return index
 
 
 def _check_range(name: str, values: NDArray[np.int64], below: int, what: str) -> None:

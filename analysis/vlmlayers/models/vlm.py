@@ -177,7 +177,8 @@ class VLM:
 
     def _repr_html_(self) -> str:
         title = escape(f"{self.name} [{self.weights}], {self.precision} on {self.device}")
-        return f"<p>{title}</p>{self.towers._repr_html_()}"
+        note = " <b>(random weights: untrained)</b>" if self.random_weights else ""
+        return f"<p>{title}{note}</p>{self.towers._repr_html_()}"
 
 
 LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` gives it", "models")]

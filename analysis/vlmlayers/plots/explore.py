@@ -13,7 +13,7 @@ from vlmlayers.arguments import Count, Position, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.plots.features import thumbnails
-from vlmlayers.plots.style import position_label
+from vlmlayers.plots.style import CATEGORY_COLOURS, RANDOM_COLOUR, position_label
 from vlmlayers.positions import is_block
 from vlmlayers.scores.projection import Projection, ShownTower, Space, project
 
@@ -21,6 +21,7 @@ COLOURS = ("dataset", "class", "modality")
 SIDE = 48  # pixels of a thumbnail
 QUALITY = 70
 FRAME = (680, 640)  # pixels of the view with its legend and controls
+NAMED = 30  # categories at most in the legend, each in a colour of its own
 
 
 @checked
@@ -81,7 +82,8 @@ def explore(
         for row in _rows(parts, name, place, method, tower, space, seed, limit)
     ]
     pictures = _pictures(parts, rows, data) if pictured else []
-    return _chart(rows, pictures, [_title(name) for name in shown], list(methods))
+    untrained = any(part.random_weights for part in parts)
+    return _chart(rows, pictures, [_title(name) for name in shown], list(methods), untrained)
 
 
 def _title(position: str) -> str:
@@ -152,9 +154,11 @@ def _chart(
     pictures: list[dict[str, str]],
     titles: list[str],
     methods: list[str],
+    untrained: bool,
 ) -> Any:
     """Return the chart: points filtered by slider and choice, pictures joined on."""
     import altair as alt
+    import seaborn as sns
 
     # Values inline: the limit of rows that Altair sets for tables does not hold for these.
     depth = alt.param(
@@ -183,6 +187,9 @@ def _chart(
             lookup="key",
             from_=alt.LookupData(alt.InlineData(values=pictures), key="key", fields=["image"]),
         )
+    more = sns.color_palette("husl", NAMED - len(CATEGORY_COLOURS)).as_hex()
+    said = "random weights" if untrained else alt.Undefined
+    title = alt.Title(alt.expr("named"), anchor="start", subtitle=said, subtitleColor=RANDOM_COLOUR)
     hidden = alt.Axis(labels=False, ticks=False, title=None, grid=False)
     tips = [alt.Tooltip("image:N")] if pictures else []
     return (
@@ -193,8 +200,8 @@ def _chart(
             color=alt.Color(
                 "group:N",
                 title=None,
-                scale=alt.Scale(scheme="tableau20"),
-                legend=alt.Legend(symbolLimit=30),
+                scale=alt.Scale(range=[*CATEGORY_COLOURS, *more]),
+                legend=alt.Legend(symbolLimit=NAMED),
             ),
             shape=alt.Shape(
                 "modality:N",
@@ -204,6 +211,6 @@ def _chart(
             tooltip=[*tips, "class:N", "dataset:N", "modality:N"],
         )
         .add_params(depth, colour, method, named)
-        .properties(width=480, height=480, title=alt.Title(alt.expr("named"), anchor="start"))
+        .properties(width=480, height=480, title=title)
         .interactive()
     )

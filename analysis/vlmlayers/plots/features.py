@@ -26,7 +26,7 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import is_block
-from vlmlayers.scores.projection import Projection, ShownTower, Space, nearest, project
+from vlmlayers.scores.projection import Projection, ShownTower, Space, class_name, nearest, project
 
 MOST_NAMED = 12  # categories beyond are coloured, not named: a legend would hide the points
 PANELS = 6
@@ -65,9 +65,12 @@ def scatter(
         The axes; one row of axes for several positions.
 
     Raises:
-        UserError: As `vlmlayers.scores.projection.project`; or `ax` with several positions.
+        UserError: As `vlmlayers.scores.projection.project`; `ax` with several positions; or the
+            colour is the class where there are none, as of captioned images.
     """
     parts = [features] if isinstance(features, LayerFeatures) else list(features)
+    if colour == "class" and not all(part.class_names for part in parts):
+        raise UserError("these features have no classes; colour='dataset' or 'modality' is left")
     tower = tower or ("both" if colour == "modality" else "vision")
     options: dict[str, Any] = {
         "method": method, "tower": tower, "seed": seed, "limit": limit,
@@ -174,7 +177,7 @@ def neighbours(
         ax.tick_params(length=0)
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
-        name = features.class_names[images.labels[item]]
+        name = class_name(features, images.labels[item]) or Path(images.ids[item]).name
         ax.set_title(f"Nearest to “{label_text(shorten(name, 30, placeholder='…'))}”")
         return mark_random(ax, features.random_weights)
 

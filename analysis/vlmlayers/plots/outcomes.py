@@ -15,7 +15,15 @@ from matplotlib.ticker import LogLocator, NullLocator
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import ZERO_SHOT, Placement, of_kind, sweep_first
-from vlmlayers.plots.style import CATEGORY_COLOURS, axes, axis_label, new_grid, style
+from vlmlayers.plots.style import (
+    CATEGORY_COLOURS,
+    axes,
+    axis_label,
+    mark_random,
+    new_grid,
+    style,
+)
+from vlmlayers.scores.reading import is_random
 
 Outcomes = Annotated[pd.DataFrame, Takes("a table of trained placements", "such tables")]
 OUTCOMES = {
@@ -123,7 +131,7 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
         ax.set_ylabel("Accuracy (%)")
         _label_axis(ax, "", outcomes)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
-        return ax
+        return mark_random(ax, is_random(outcomes))
 
 
 @checked
@@ -226,7 +234,7 @@ def predicted_vs_trained(
         _label_axis(ax, axis_label(name) + (", mean of blocks" if of_metric else ""), outcomes)
         ax.set_ylabel("Trained harmonic mean (%)")
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
-        return ax
+        return mark_random(ax, is_random(outcomes))
 
 
 @checked

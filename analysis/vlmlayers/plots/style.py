@@ -45,6 +45,7 @@ SCRIPTS = (  # fonts of other scripts, used where they are installed
 )  # fmt: skip
 OPEN_ALPHA = 0.3  # of marks of blocks on which resamples disagree
 CHANCE_COLOUR = "#6B6B6B"
+RANDOM_COLOUR = "#9C2F2F"  # of the words that say so of an untrained backbone
 # Even in lightness: it reads the same in grey and for colour-blind readers.
 SEQUENTIAL = "cividis"
 STYLE: dict[str, Any] = {
@@ -275,7 +276,7 @@ def mark_random(ax: Axes, random_weights: bool) -> Axes:
     if not random_weights:
         return ax
     words = "random weights"
-    look: dict[str, Any] = {"fontsize": 7, "fontweight": "bold", "color": "#9C2F2F"}
+    look: dict[str, Any] = {"fontsize": 7, "fontweight": "bold", "color": RANDOM_COLOUR}
     legend = ax.get_legend()
     if legend is not None and legend.get_bbox_to_anchor().width == 0:  # anchored to a point above
         legend.set_title(words)

@@ -118,12 +118,19 @@ def nearest(
         rows += [
             {
                 "position": position, "rank": rank, "row": int(row), "item": part.ids[row],
-                "class": features.class_names[part.labels[row]], "cosine": float(cosine[row]),
-                "same_class": bool(part.labels[row] == part.labels[item]),
+                "class": class_name(features, part.labels[row]), "cosine": float(cosine[row]),
+                "same_class": bool(
+                    features.class_names and part.labels[row] == part.labels[item]
+                ),
             }
             for rank, row in enumerate(order, 1)
         ]  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def class_name(features: LayerFeatures, label: int) -> str:
+    """Return the name of a class; empty where there are none, as of captioned images."""
+    return features.class_names[label] if features.class_names else ""
 
 
 def _one_model(parts: Sequence[LayerFeatures]) -> None:
@@ -152,7 +159,7 @@ def _points(
     rows = balanced_rows(tower.labels, limit, np.random.default_rng(seed))
     frame = pd.DataFrame({
         "dataset": features.dataset,
-        "class": [features.class_names[label] for label in tower.labels[rows]],
+        "class": [class_name(features, label) for label in tower.labels[rows]],
         "modality": MODALITIES[tower.tower],
         "item": [tower.ids[row] for row in rows],
         "row": rows,

@@ -120,7 +120,7 @@ def of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
     Raises:
         UserError: The table lacks the metric or columns, or holds several models or scorings.
     """
-    if "metric" in scores.columns:
+    if "metric" in scores.columns and len(scores):
         check_one_of("metric", metric, metric_names(scores), where="the score table")
         scores = bare(scores)[scores["metric"] == metric]
     return check_scores(scores)

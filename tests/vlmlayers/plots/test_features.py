@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,6 +187,42 @@ def test_explore_holds_every_position_item_and_thumbnail() -> None:
     chart = vl.explore(features, methods=["pca"], tower="both", thumbnail=False, positions=[1, 2])
     both = json.loads(chart.to_json())
     assert {row["modality"] for row in inline(both, both["data"])} == {"image", "text"}
+
+
+def test_explore_says_that_weights_are_random_and_tells_thirty_classes_apart() -> None:
+    pytest.importorskip("vl_convert", reason="needs the extra 'notebooks'")
+    for random in (False, True):
+        features = replace(planted(), random_weights=random)
+        chart = vl.explore(features, methods="pca", positions=1, space="joint", thumbnail=False)
+        drawn = json.loads(chart.to_json())
+        assert (drawn["title"].get("subtitle") == "random weights") is random
+    colours = drawn["encoding"]["color"]
+    assert len(set(colours["scale"]["range"])) == colours["legend"]["symbolLimit"] == 30
+
+
+def test_captioned_images_without_classes_are_drawn() -> None:
+    """Labels of -1 name no class; nothing is of the same one."""
+    values = np.random.default_rng(0).normal(size=(6, 4))
+    features = vl.LayerFeatures.from_arrays(
+        {"1": values}, {"1": values}, pairs=range(6), space="joint", class_names=["none"]
+    )
+    none = np.full(6, -1)
+    features = replace(
+        features,
+        vision=replace(features["vision"], labels=none),
+        text=replace(features["text"], labels=none),
+        class_names=(),
+    )
+    ids = features["vision"].ids
+    images = {name: np.zeros((8, 8, 3), np.uint8) for name in ids}
+    ax = vl.plots.neighbours(features, 2, space="joint", data=images)
+    assert ax.get_title(loc="left") == f"Nearest to “{ids[2]}”"
+    assert not any(to_hex(patch.get_edgecolor()) == "#007e5d" for patch in ax.patches)
+    assert not nearest(features, 2, space="joint")["same_class"].any()
+    table = project(features, 1, tower="both", space="joint")
+    assert len(table) == 12 and set(table["class"]) == {""}
+    with pytest.raises(UserError, match="no classes; colour='dataset' or 'modality'"):
+        vl.plots.scatter(features, 1, space="joint", colour="class")
 
 
 def test_explore_shows_itself_without_a_network() -> None:

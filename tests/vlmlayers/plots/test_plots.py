@@ -276,9 +276,12 @@ def test_random_weights_are_announced_on_the_figure() -> None:
         plots.dataset_heatmap(scores),
         plots.selection_frequency(select(scores, resamples=20)),
         plots.dataset_curves(scores, "class_accuracy"),
+        plots.placement_sweep(OUTCOMES.assign(weights="random")),
+        plots.cost(OUTCOMES.assign(weights="random")),
     ):
         assert announced(ax)
-    assert not announced(plots.layer_curves(full()))
+    for ax in (plots.layer_curves(full()), plots.placement_sweep(OUTCOMES)):
+        assert not announced(ax)
 
 
 def announced(ax: Axes) -> bool:
