@@ -46,6 +46,7 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
             lambda: va.base_to_novel(shared_backbone(), "/data/pics", placement="2"),
             "/data/pics does not exist",
         ),
+        (lambda: va.attach(shared_backbone(), None).__enter__(), "such as `model.clip`, not"),  # type: ignore[arg-type]
         (lambda: train(recipe="minni"), "did you mean 'mini'"),
         (lambda: train(recipe=3), "recipe takes Recipe or strings or paths or None, not 3"),
         (lambda: train(placement="3-2"), "the block range 3-2 is reversed; write 2-3"),
@@ -126,7 +127,7 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: va.summarise(RESULTS.drop(columns="accuracy")), "lacks accuracy"),
         (lambda: va.summarise(RESULTS.assign(accuracy="high")), "text in the column accuracy"),
         (lambda: va.summarise(RESULTS.assign(accuracy=np.nan)), "has no accuracy in any row"),
-        (lambda: va.class_logits(shared_backbone(), None, None), "clip takes Module"),
+        (lambda: va.class_logits(shared_backbone(), None, None), "clip takes a torch module, such as `model.clip`, not"),
         (
             lambda: logits(lambda x: x[:, :1]),
             r"vision tower takes one item or more as \(item, 3, .*, not \(2, 1, .* of float32 on",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from vlmadapters.clip.towers import Clip
 from vlmlayers.arguments import checked
 from vlmlayers.models.towers import find_towers
 from vlmlayers.models.wrappers import unwrapped
@@ -44,7 +45,7 @@ def single(x: Tensor) -> Tensor:
 
 
 @checked
-def class_logits(clip: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+def class_logits(clip: Clip, images: Tensor, tokens: Tensor) -> Tensor:
     """Return exp(logit scale) · cosine between images and class prompts, differentiable.
 
     Args:

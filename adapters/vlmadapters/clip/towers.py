@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import nn
 
+from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError
 from vlmlayers.models.towers import Tower, find_towers
 
+# `train` takes a model whole, and what takes its module alone has to say so.
+Clip = Annotated[nn.Module, Takes("a torch module, such as `model.clip`", "torch modules")]
 # Names of the norm that blocks apply to their input: open_clip, timm, Hugging Face.
 FIRST_NORMS = ("ln_1", "norm1", "layer_norm1")
 

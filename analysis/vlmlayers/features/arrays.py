@@ -186,9 +186,8 @@ class TowerFeatures:
         """Return the pooling used in a space."""
         return self.joint_pooling or self.pooling if space == "joint" else self.pooling
 
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the positions that `[]` takes."""
-        return iter(self.positions(self.spaces[0]))
+    # Brackets take positions and the length is that of items: to walk it might mean either.
+    __iter__ = None
 
     def take(self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> TowerFeatures:
         """Return the same features for some items, in the order given.

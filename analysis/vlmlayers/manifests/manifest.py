@@ -344,6 +344,7 @@ class Manifest:
         path = item.path.partition(".tar/")[0] + ".tar" if self.layout == "shards" else item.path
         return place.inside(path)
 
+    @checked
     def open_image(
         self, item: Item, root: Root = None, size: int | None = None, *, reduced: bool = False
     ) -> Image.Image:

@@ -113,7 +113,7 @@ def load_model(
         placed = {"random_weights": random_weights or None,
                   "device": None if device == "cpu" else device,
                   "precision": None if precision == "fp32" else precision}  # fmt: skip
-        _refuse_options({**how, **placed}, "a model in memory is taken as it is")
+        _refuse_options({**how, **placed}, "a model in memory is taken as it is; see wrap_model")
         return wrap_model(name)
     folder, title = _folder(str(name))
     if folder is not None and not (folder / CONFIG_FILE).is_file() and is_model_folder(folder):

@@ -23,6 +23,8 @@ from vlmlayers.models import transformers_towers
 from vlmlayers.models.tower import Apply, Tower, before_trailing_run, same, until
 from vlmlayers.models.trunks import find_trunk, is_trunk, pixels, timm_trunk
 
+OTHERS = "; features that you recorded of another model: vlmlayers.LayerFeatures.from_arrays"
+
 
 @checked
 def find_towers(clip: nn.Module) -> dict[str, Tower]:
@@ -68,7 +70,7 @@ def _vision(clip: nn.Module) -> Tower:
         return timm_trunk(visual.trunk, run, pixels(visual, visual.image_size), visual.head)
     raise UserError(
         f"no vision tower is known in {type(clip).__name__}: `visual` is "
-        f"{type(visual).__name__}; expected an open_clip or timm image model"
+        f"{type(visual).__name__}; expected an open_clip or timm image model{OTHERS}"
     )
 
 
@@ -114,7 +116,7 @@ def _encoder(clip: nn.Module, method: str) -> Apply:
         raise UserError(
             f"a {type(clip).__name__} has no {method}: pass an open_clip CLIP, CustomTextCLIP or "
             "CoCa, a CLIPModel, SiglipModel or Siglip2Model of transformers, or an image model of "
-            "timm, transformers or DINO"
+            f"timm, transformers or DINO{OTHERS}"
         )
 
     def run(batch: Tensor) -> Tensor:

@@ -221,9 +221,12 @@ def _complete(table: BlockTable, name: str) -> bool:
     return True
 
 
+Placements = Annotated[Mapping[str, Any], Takes("a mapping from names to placements")]
+
+
 @checked
 def predict(
-    scores: Scores, placements: Mapping[str, Any], names: Sequence[str] | None = None
+    scores: Scores, placements: Placements, names: Sequence[str] | None = None
 ) -> pd.DataFrame:
     """Return every placement score of every placement.
 

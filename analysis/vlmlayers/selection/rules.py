@@ -202,7 +202,8 @@ class Threshold(Rule):
         if self.fill and chosen:
             chosen = tuple(range(chosen[0], chosen[-1] + 1))
         if not chosen:
-            notes.append(f"no {tower} block passes {' and '.join(curves)} together")
+            together = " together" if len(curves) > 1 else ""
+            notes.append(f"no {tower} block passes {' and '.join(curves)}{together}")
         return Pick(chosen, values, tuple(notes))
 
 

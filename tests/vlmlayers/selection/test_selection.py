@@ -210,6 +210,11 @@ def test_threshold_needs_both_accuracy_and_agreement() -> None:
     alone = select(scores, agreement_metric="none", resamples=0)
     assert alone.vision == span(3, 8)
     assert both.vision == span(5, 8)  # (i − 1)/7 ≥ 0.5 first holds at block 5
+    flat = scores.assign(value=0.5)
+    none = select(flat, resamples=0), select(flat, agreement_metric="none", resamples=0)
+    said = [choice.evidence["towers"]["vision"]["notes"][-1] for choice in none]
+    assert said[0] == "no vision block passes dataset_accuracy and cka_debiased together"
+    assert said[1] == "no vision block passes dataset_accuracy", "one metric is not together"
 
 
 @pytest.mark.parametrize("metric", ["procrustes", "centroid_gap"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.clip.towers import backbone_towers
+from vlmadapters.clip.towers import Clip, backbone_towers
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.hooks import attached
@@ -155,7 +155,7 @@ class Adapter(Method):
 
 @contextmanager
 @checked
-def attach(clip: nn.Module, config: MMAConfig, seed: int = 0) -> Iterator[Adapter]:
+def attach(clip: Clip, config: MMAConfig, seed: int = 0) -> Iterator[Adapter]:
     """Attach a freshly initialised adapter to a CLIP for the length of the context.
 
     The backbone's code and weights are untouched; on every exit, also by an exception, the hooks
