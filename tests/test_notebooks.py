@@ -43,6 +43,25 @@ def test_every_plot_is_shown_in_a_notebook_and_none_of_those_only_saved() -> Non
     assert ["image/png" in found for found in kinds] == [True, True, False]
 
 
+def test_a_bar_leaves_nothing_in_a_saved_notebook_unless_it_stopped() -> None:
+    """Beside the widget a notebook saves its first text, which would say 0 % for ever."""
+    cells = (
+        "from vlmlayers.progress import bar, track\nlist(track(range(3), 'counting'))",
+        "with bar(total=3, description='by hand') as shown:\n    shown.update(3)",
+        "with bar(total=3, description='stopped') as shown:\n    shown.update(1)",
+        "list(track(range(3), 'hidden', show=False))",
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3").execute()
+    nbformat.validate(notebook)
+    texts = [
+        [output.data["text/plain"] for output in cell.outputs if output.output_type != "stream"]
+        for cell in notebook.cells
+    ]
+    assert texts[0] == ["", "[0, 1, 2]"] and texts[1] == [""] and texts[3] == ["[0, 1, 2]"]
+    assert len(texts[2]) == 1 and "stopped" in texts[2][0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, tmp_path: Path) -> None:

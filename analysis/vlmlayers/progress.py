@@ -93,15 +93,37 @@ def bar(
     notebook = sys.modules.get("tqdm.notebook")
     widget = notebook is not None and issubclass(tqdm, notebook.tqdm_notebook)
     # In a log file a bar would be thousands of lines.
-    seen = (widget or sys.stderr.isatty()) and not is_hidden()
-    return tqdm(
+    seen = show and (widget or sys.stderr.isatty()) and not is_hidden()
+    made = tqdm(
         items,
         desc=description,
         total=total,
         unit=unit,
-        disable=not (show and seen),
+        disable=not seen,
         dynamic_ncols=True,
         leave=False,
         smoothing=0.1,
+        **({"display": False} if widget else {}),
         **options,
     )
+    if widget and seen:
+        _show_until_done(made)
+    return made
+
+
+def _show_until_done(made: Any) -> None:
+    """Show a bar in a notebook, and leave nothing of it once it is done.
+
+    A saved notebook keeps the text beside each widget, which is that of the first moment: 0 %.
+    """
+    from IPython.display import display
+
+    shown, close = display(made.container, display_id=True), made.close
+
+    def close_and_clear() -> None:
+        closed = made.disable
+        close()
+        if not closed and not (made.total and made.n < made.total):  # else it says where it stopped
+            shown.update({"text/plain": ""}, raw=True)
+
+    made.close = close_and_clear

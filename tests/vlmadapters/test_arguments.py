@@ -127,7 +127,10 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: va.summarise(RESULTS.drop(columns="accuracy")), "lacks accuracy"),
         (lambda: va.summarise(RESULTS.assign(accuracy="high")), "text in the column accuracy"),
         (lambda: va.summarise(RESULTS.assign(accuracy=np.nan)), "has no accuracy in any row"),
-        (lambda: va.class_logits(shared_backbone(), None, None), "clip takes a torch module, such as `model.clip`, not"),
+        (
+            lambda: va.class_logits(shared_backbone(), None, None),
+            "clip takes a torch module, such as `model.clip`, not",
+        ),
         (
             lambda: logits(lambda x: x[:, :1]),
             r"vision tower takes one item or more as \(item, 3, .*, not \(2, 1, .* of float32 on",

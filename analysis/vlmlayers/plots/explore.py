@@ -187,7 +187,9 @@ def _chart(
             lookup="key",
             from_=alt.LookupData(alt.InlineData(values=pictures), key="key", fields=["image"]),
         )
-    more = sns.color_palette("husl", NAMED - len(CATEGORY_COLOURS)).as_hex()
+    count = NAMED - len(CATEGORY_COLOURS)
+    hues = sns.color_palette("husl", count).as_hex()
+    more = [hues[7 * i % count] for i in range(count)]  # those in a row are far apart
     said = "random weights" if untrained else alt.Undefined
     title = alt.Title(alt.expr("named"), anchor="start", subtitle=said, subtitleColor=RANDOM_COLOUR)
     hidden = alt.Axis(labels=False, ticks=False, title=None, grid=False)
@@ -200,6 +202,7 @@ def _chart(
             color=alt.Color(
                 "group:N",
                 title=None,
+                sort=None,  # as they come, which is how `scatter` colours them
                 scale=alt.Scale(range=[*CATEGORY_COLOURS, *more]),
                 legend=alt.Legend(symbolLimit=NAMED),
             ),

@@ -197,6 +197,7 @@ def test_explore_says_that_weights_are_random_and_tells_thirty_classes_apart() -
         drawn = json.loads(chart.to_json())
         assert (drawn["title"].get("subtitle") == "random weights") is random
     colours = drawn["encoding"]["color"]
+    assert colours["sort"] is None, "the first dataset is the first colour, as in `scatter`"
     assert len(set(colours["scale"]["range"])) == colours["legend"]["symbolLimit"] == 30
 
 
