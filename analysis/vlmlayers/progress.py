@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from logging import Logger
@@ -90,10 +90,12 @@ def bar(
     from tqdm.auto import tqdm
 
     # Imported where tqdm shows widgets, and nowhere else: IPython takes a fifth of a second.
-    notebook = sys.modules.get("tqdm.notebook")
+    notebook: Any = sys.modules.get("tqdm.notebook")
     widget = notebook is not None and issubclass(tqdm, notebook.tqdm_notebook)
     # In a log file a bar would be thousands of lines.
     seen = show and (widget or sys.stderr.isatty()) and not is_hidden()
+    if widget:
+        options["display"] = False
     made = tqdm(
         items,
         desc=description,
@@ -103,21 +105,18 @@ def bar(
         dynamic_ncols=True,
         leave=False,
         smoothing=0.1,
-        **({"display": False} if widget else {}),
         **options,
     )
     if widget and seen:
-        _show_until_done(made)
+        _show_until_done(made, notebook.display)
     return made
 
 
-def _show_until_done(made: Any) -> None:
+def _show_until_done(made: Any, display: Callable[..., Any]) -> None:
     """Show a bar in a notebook, and leave nothing of it once it is done.
 
     A saved notebook keeps the text beside each widget, which is that of the first moment: 0 %.
     """
-    from IPython.display import display
-
     shown, close = display(made.container, display_id=True), made.close
 
     def close_and_clear() -> None:
