@@ -198,9 +198,11 @@ class BlockTable:
             where = partial(_between, shape[1])
             self._once(("even", metric), partial(self._refuse_uneven, metric, place, known, where))
         else:
+            why = self.reason(metric)
             raise UserError(
-                f"the score table has no {metric} between vision and text blocks; score it "
-                "with both towers, or choose with agreement_metric=none"
+                f"the score table has no {metric} between vision and text blocks"
+                f"{f' ({why}); ' if why else '; score it with both towers, or '}choose with "
+                "agreement_metric='none'"
             )
         return matrix.reshape(shape)
 

@@ -217,6 +217,21 @@ def test_threshold_needs_both_accuracy_and_agreement() -> None:
     assert said[1] == "no vision block passes dataset_accuracy", "one metric is not together"
 
 
+def test_agreement_that_was_not_computed_is_not_asked_for_again() -> None:
+    within = pair_rows("cka_debiased", 8, 8, lambda i, j: 0.5)
+    scores = table(
+        curve_rows("class_accuracy", "vision", step(8, 3)),
+        curve_rows("class_accuracy", "text", step(8, 3)),
+        [{**row, "other_tower": "vision"} for row in within],
+    )
+    with pytest.raises(UserError, match="score it with both towers, or choose with agreement_met"):
+        select(scores, resamples=0)
+    note = {"dataset": "a", "tower": "text", "position": "", "reason": "3 items; at least 4"}
+    scores.attrs["refused"] = [{"metric": "cka_debiased", **note}]
+    with pytest.raises(UserError, match=r"blocks \(3 items; at least 4\); choose with agreement_m"):
+        select(scores, resamples=0)
+
+
 @pytest.mark.parametrize("metric", ["procrustes", "centroid_gap"])
 def test_a_distance_is_not_taken_for_agreement(metric: str) -> None:
     """From block 5 on towers agree: their distance is small there, and 1–4 would have passed."""
