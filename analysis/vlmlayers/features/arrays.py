@@ -509,8 +509,8 @@ def _row_numbers(rows: Any, count: int) -> NDArray[np.int64]:
     """Return rows of `count` items by number; of a mask, the rows that it marks."""
     if np.asarray(rows).dtype == bool:
         # As numbers, False and True would be the first two rows, again and again.
-        if len(rows) != count:
-            raise UserError(f"a mask of {len(rows)} rows does not fit {counted(count, 'item')}")
+        if np.shape(rows) != (count,):
+            raise UserError(f"a mask of shape {np.shape(rows)} is not of {counted(count, 'item')}")
         return np.flatnonzero(rows)
     index = _whole("rows", rows)
     outside = index[(index < -count) | (index >= count)]
