@@ -36,7 +36,7 @@ def save_figure(
 
     Args:
         figure: Figure, or axes of one: what a plot returns.
-        stem: Path without suffix.
+        stem: Path without suffix; one of a format is taken off.
         data: Table that was drawn.
         formats: Any of `svg`, `png`, `pdf`.
 
@@ -57,7 +57,9 @@ def save_figure(
         )
     whole: Any = first.figure
     drawn = whole.figure  # of a subfigure the one that it is in
-    folder, name = Path(stem).parent, Path(stem).name
+    path = Path(stem)
+    # Matplotlib's own way of saving takes the suffix; other dots are part of a name.
+    folder, name = path.parent, path.stem if path.suffix[1:] in FORMATS else path.name
     written = []
     # Each format stamps files in a field of its own.
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}

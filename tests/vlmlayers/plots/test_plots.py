@@ -302,6 +302,16 @@ def test_crowded_ends_of_a_matrix_leave_room_for_the_last() -> None:
         assert [label.get_text() for label in ax.get_yticklabels()][-2:] == expected
 
 
+@pytest.mark.parametrize(("given", "name"), [("x.png", "x"), ("v1.2", "v1.2"), ("x", "x")])
+def test_a_suffix_is_not_doubled_in_the_name_of_a_file(
+    given: str, name: str, tmp_path: Path
+) -> None:
+    ax = plots.layer_curves(full())
+    found = plots.save_figure(ax, tmp_path / given, full(), formats="png")
+    assert found == [tmp_path / f"{name}.png", tmp_path / f"{name}.csv"]
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in found}
+
+
 def test_saved_files_are_complete_and_reproducible(tmp_path: Path) -> None:
     scores = full()
     data = curves(scores, "dataset_accuracy")
