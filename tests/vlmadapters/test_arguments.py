@@ -48,7 +48,7 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         ),
         (lambda: va.attach(shared_backbone(), None).__enter__(), "such as `model.clip`, not"),  # type: ignore[arg-type]
         (lambda: train(recipe="minni"), "did you mean 'mini'"),
-        (lambda: train(recipe=3), "recipe takes Recipe or strings or paths or None, not 3"),
+        (lambda: train(recipe=3), "its name or its path, or one of each method or None, not 3"),
         (lambda: train(placement="3-2"), "the block range 3-2 is reversed; write 2-3"),
         (lambda: train(placement="2-13"), "names vision block 4, but the vision tower has 3"),
         (lambda: train(placement="2", configs=va.MMAConfig.span(2, 3)), "configs or placement"),

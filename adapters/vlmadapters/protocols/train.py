@@ -52,12 +52,18 @@ Datasets = Annotated[
 ]
 
 
+Recipes = Annotated[
+    Recipe | str | Path | Sequence[Recipe | str | Path],
+    Takes("a recipe, its name or its path, or one of each method", "recipes"),
+]
+
+
 @takes(TrainOptions, IN_RECIPE)
 @checked
 def train(
     model: Model,
     datasets: Datasets,
-    recipe: Recipe | str | Path | Sequence[Recipe | str | Path] | None = None,
+    recipe: Recipes | None = None,
     out: str | Path | None = None,
     *,
     method: Sequence[str] = ("mma",),
