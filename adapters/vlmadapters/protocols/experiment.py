@@ -48,6 +48,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.files import write_csv
 from vlmlayers.manifests import Manifest
 from vlmlayers.progress import bar, timed
+from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 # Share of predictions that have to differ from zero-shot for training to count as having an effect.
@@ -263,6 +264,15 @@ class Experiment:
                 raise UserError(
                     f"{config.name} as set here learns something of each class and cannot be "
                     f"tested on others; use the protocol few-shot, not {self.protocol.name}"
+                )
+            train = self._train_of(recipe, source)
+            # The trainer refuses it too, but only after the datasets before it were trained.
+            short = not train.steps_per_shot and train.epochs <= train.warmup_epochs
+            if config.in_steps and short:
+                raise UserError(
+                    f"{config.name} would train {counted(train.epochs, 'epoch')} on {source}, all "
+                    f"of them warm-up; train {train.warmup_epochs + 1} epochs or more there or set "
+                    "warmup_epochs=0"
                 )
 
     def _tell_differing(self, recipes: Sequence[Recipe], sources: Sequence[str]) -> None:

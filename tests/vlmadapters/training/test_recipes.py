@@ -11,6 +11,7 @@ import vlmadapters as va
 from vlmadapters.cli.inputs import read_recipes
 from vlmadapters.methods.configs import KgCoOpConfig
 from vlmadapters.training.recipes import Recipe, load_recipe
+from vlmadapters.training.trainer import Trainer
 from vlmlayers.errors import UserError
 
 TEXT = """
@@ -32,6 +33,35 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 DEEP = {"vision": 24, "text": 12}
+# Learning rate, epochs, batch and warm-up epochs, of the authors' papers, scripts or logs.
+PUBLISHED = {
+    ("mma", "published", ""): (0.0015, 5, 16, 0),
+    ("mma", "published", "imagenet"): (0.0015, 5, 128, 0),
+    ("coop", "published", ""): (0.002, 200, 32, 1),
+    ("coop", "published", "imagenet"): (0.002, 50, 32, 1),
+    ("coop", "few-shot-4", ""): (0.002, 100, 32, 1),
+    ("coop", "few-shot-2", ""): (0.002, 100, 32, 1),
+    ("coop", "few-shot-1", ""): (0.002, 50, 32, 1),
+    ("cocoop", "published", ""): (0.002, 10, 1, 1),
+    ("kgcoop", "published", ""): (0.002, 100, 128, 1),
+    ("proda", "published", ""): (0.001, 100, 4, 1),
+    ("lasp", "published", "oxford_pets"): (0.032, 25, 32, 3),
+    ("lasp", "published", "caltech101"): (0.032, 50, 32, 5),
+    ("lasp", "published", "eurosat"): (0.032, 300, 32, 7),
+    ("lasp", "published", "food101"): (0.002, 10, 1, 1),
+    ("maple", "published", ""): (0.0035, 5, 4, 1),
+    ("maple", "transfer", ""): (0.0026, 2, 4, 1),
+    ("ivlp", "published", ""): (0.0035, 5, 4, 1),
+    ("ivlp", "published-text", ""): (0.0025, 5, 4, 1),
+    ("ivlp", "published-vision", ""): (0.0025, 5, 4, 1),
+    ("promptsrc", "published", ""): (0.0025, 20, 4, 1),
+    ("promptsrc", "few-shot", ""): (0.0025, 50, 4, 1),
+    ("rpo", "published", ""): (0.01, 15, 4, 1),
+    ("rpo", "transfer", ""): (0.005, 15, 4, 1),
+    ("lweib", "published", ""): (0.28, 25, 16, 0),
+    ("lweib", "transfer", ""): (0.15, 10, 128, 0),
+    ("clipadapter", "published", ""): (0.002, 200, 32, 1),
+}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +85,27 @@ def test_a_recipe_acts_at_the_published_blocks_of_any_depth(
     assert read_recipes(name, {}, [method], "mini-clip")[0] == load_recipe(name, method)
     loaded = load_recipe(name, method).changed({"template": "one {}"})
     assert loaded.fitted(DEEP).method.placement == placement
+
+
+@pytest.mark.parametrize("key", PUBLISHED, ids=" ".join)
+def test_recipes_of_sgd_have_the_published_values(key: tuple[str, str, str]) -> None:
+    method, name, dataset = key
+    train = load_recipe(name, method).train_for(dataset)
+    assert (train.lr, train.epochs, train.batch_size, train.warmup_epochs) == PUBLISHED[key]
+    assert (train.optimizer, train.momentum, train.weight_decay) == ("sgd", 0.9, 5e-4)
+    assert (train.schedule, train.final_lr, train.warmup_lr) == ("epoch", 0.0, 1e-5)
+    assert (train.crop_scale, train.flip, train.drop_last) == ((0.08, 1.0), 0.5, True)
+    shots = name.removeprefix("few-shot-")
+    assert train.shots == (int(shots) if shots.isdecimal() else 16)
+
+
+@pytest.mark.parametrize(("dataset", "epochs"), [("dtd", 20), ("eurosat", 100)])
+def test_the_recipe_of_tip_adapter_f_has_the_published_values(dataset: str, epochs: int) -> None:
+    train = load_recipe("published", "tip-f").train_for(dataset)
+    assert (train.optimizer, train.lr, train.eps, train.weight_decay) == ("adamw", 1e-3, 1e-4, 0.01)
+    assert (train.schedule, train.final_lr, train.warmup_epochs) == ("step", 0.0, 0)
+    assert (train.epochs, train.batch_size, train.drop_last) == (epochs, 256, False)
+    assert (train.momentum, train.beta2, train.crop_scale) == (0.9, 0.999, (0.5, 1.0))
 
 
 def test_blocks_that_a_file_names_stay(tmp_path: Path) -> None:
@@ -145,6 +196,20 @@ def test_what_one_dataset_reads_is_taken_and_inherited_values_may_stand_unread(
     # The shipped one has other epochs for ImageNet, which the steps of this file replace.
     path.write_text('method = "coop"\nextends = "few-shot"\nsteps_per_shot = 3\n')
     assert load_recipe(path).train_for("imagenet").steps_per_shot == 3
+
+
+def test_a_dataset_whose_training_is_all_warm_up_is_refused_before_another_one_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It showed when its turn came, after hours of others."""
+    path = tmp_path / "own.toml"
+    path.write_text(
+        'method = "coop"\nepochs = 2\nshots = 1\n[datasets.shapes_filled]\nwarmup_epochs = 2\n'
+    )
+    monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("something was trained"))
+    with pytest.raises(UserError, match=r"coop .* 2 epochs on shapes_filled, .* train 3 epochs"):
+        va.train(shared_backbone(), ["faces", "shapes_filled"], path, method="coop", seeds=1,
+                 progress=False)  # fmt: skip
 
 
 def test_recipes_in_place_of_settings_follow_the_depth_of_the_backbone_too() -> None:
