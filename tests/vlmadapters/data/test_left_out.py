@@ -89,6 +89,14 @@ def test_broken_images_stop_the_work_or_are_left_out(
     )
 
 
+def test_what_was_trained_without_broken_images_does_not_pass_for_a_run_with_them(
+    broken: Path, tmp_path: Path
+) -> None:
+    WORK["train"](broken, out=tmp_path / "out", skip_unreadable=True)
+    with pytest.raises(UserError, match="skip-unreadable"):
+        WORK["train"](broken, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("work", WORK)
 def test_absent_images_stop_the_work_or_are_left_out(
     work: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

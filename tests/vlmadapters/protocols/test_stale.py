@@ -125,6 +125,32 @@ def test_a_copy_with_the_same_times_is_the_same_dataset(
     assert run(moved, tmp_path / "out").equals(before)
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    "items": {"limit": 8},
+    "shots": {"recipe": RECIPE.changed({"shots": 1})},
+    "template": {"recipe": RECIPE.changed({"template": "{}"})},
+    "rate": {"recipe": RECIPE.changed({"lr": 0.1})},
+    "settings": {"recipe": RECIPE.changed({}, {"scale": 0.2})},
+    "seed": {"seeds": (2,)},
+    "protocol": {"protocol": "base-to-novel"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_of_other_values_gives_what_an_empty_one_does(change: str, tmp_path: Path) -> None:
+    pics, model = add_classes(tmp_path / "pics", FOUR), shared_backbone()
+
+    def table(out: Path | None, **changed: Any) -> pd.DataFrame:
+        asked = {"recipe": RECIPE, "protocol": "few-shot", "seeds": (1,), "limit": 12} | changed
+        found = train(model, pics, out=out, progress=False, **asked)
+        return found.drop(columns="seconds")
+
+    before = table(tmp_path / "out")
+    after, fresh = (table(out, **CHANGES[change]) for out in (tmp_path / "out", None))
+    pd.testing.assert_frame_equal(after, fresh)
+    assert not after.equals(before)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_an_image_under_the_same_name_counts(tmp_path: Path, split: str) -> None:
     pics = add_classes(tmp_path / "pics", FOUR)
