@@ -255,7 +255,8 @@ class Recipe:
         new = {key: value for key, value in asked.items() if value != own[key]}
         kept = {name: _without(values, {}, new) for name, values in self.datasets.items()}
         loaded = self.loaded if method is self.method else None
-        return replace(self, method=method, datasets=kept, loaded=loaded)
+        amount = _left(self.amount, new)
+        return replace(self, method=method, datasets=kept, amount=amount, loaded=loaded)
 
     def changed(self, train: Mapping[str, Any], method: Mapping[str, Any] | None = None) -> Recipe:
         """Return the recipe with some values replaced, for every dataset; None keeps a value.
@@ -308,14 +309,12 @@ class Recipe:
         kept = {
             name: _without(values, new_train, new_method) for name, values in self.datasets.items()
         }
-        # Tables would go on naming an amount that is replaced.
-        gone = dict.fromkeys(self.amount.given().keys() & (new_train.keys() | new_method.keys()))
         return replace(
             self,
             train=replace(self.train, **new_train),
             method=replace(self.method, **new_method),
             datasets=kept,
-            amount=replace(self.amount, **gone),
+            amount=_left(self.amount, new_train | new_method),
             loaded=None if new_method.keys() & {*TOWERS} else self.loaded,
         )
 
@@ -340,6 +339,11 @@ class Recipe:
     def varied(self) -> set[str]:
         """Which settings of the method follow the dataset."""
         return {key for values in self.datasets.values() for key in values.get("settings", {})}
+
+
+def _left(amount: Amount, replaced: Iterable[str]) -> Amount:
+    """Return an amount without values that are replaced, which tables would go on naming."""
+    return replace(amount, **dict.fromkeys(amount.given().keys() & {*replaced}))
 
 
 def _without(

@@ -125,6 +125,18 @@ def test_blocks_that_are_named_of_a_loaded_recipe_stay() -> None:
     assert loaded.at("@epochs=2").fitted(DEEP).method.placement == "v9-24,t5-12"
 
 
+def test_a_placement_names_no_amount_that_was_replaced_since() -> None:
+    """Tables named the scale of the placement where settings of the method had another."""
+    named = load_recipe("mini").at("5-12@scale=0.3,lr=0.2")
+    for made, left in (
+        (named.with_method(va.MMAConfig.span(5, 12, scale=0.1)), "@lr=0.2"),
+        (named.changed({}, {"scale": 0.1}), "@lr=0.2"),
+        (named.changed({"lr": 0.1}), "@scale=0.3"),
+        (named.with_method(va.MMAConfig.span(5, 12, scale=0.3)), "@scale=0.3,lr=0.2"),
+    ):
+        assert made.label == f"v5-12,t5-12{left}"
+
+
 @pytest.mark.parametrize("depth", range(1, 33))
 def test_blocks_of_a_recipe_are_a_block_or_more_of_any_depth(depth: int) -> None:
     depths = {"vision": depth, "text": 12}
