@@ -20,6 +20,7 @@ from vlmadapters.files import load_method, load_official, save_method, save_offi
 from vlmadapters.methods.configs import CoOpConfig, LASPConfig
 from vlmadapters.methods.coop import CoOp
 from vlmadapters.methods.lasp import LASP
+from vlmadapters.protocols.train import train
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
 
@@ -223,3 +224,27 @@ def test_a_task_without_other_names_uses_its_own() -> None:
     step = step_of(method, backbone, Task(TASK.class_names))
     assert step.classes.references.shape == (3, 3, 32)
     assert method.loss(step).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "settings", "told"),
+    [
+        ("base-to-novel", {}, True),
+        ("base-to-novel", {"other_names": "virtual", "weight": 0.0}, True),
+        ("base-to-novel", {"other_names": "none"}, False),
+        ("base-to-novel", {"weight": 0.0}, False),  # the loss that reads them is left out
+        ("few-shot", {}, False),  # which has no untrained class
+    ],
+)
+def test_rows_tell_where_training_saw_names_of_the_classes_it_is_tested_on(
+    protocol: str, settings: dict[str, Any], told: bool
+) -> None:
+    recipe = load_recipe("mini", "lasp").changed({"shots": 1, "epochs": 1}, settings)
+    found = train(
+        shared_backbone(), "shapes_filled", recipe.changed({}, {"templates": TEMPLATES}),
+        protocol=protocol, method="lasp", seeds=1, limit=8, progress=False,
+    )  # fmt: skip
+    trained = found[found["method"] == "LASP"]
+    assert trained["note"].str.contains("names of the untrained classes").tolist() == [
+        told for _ in range(len(trained))
+    ]

@@ -165,6 +165,20 @@ def test_training_and_settings_follow_the_dataset(recipe: Recipe) -> None:
     assert recipe.method_for("pets") == KgCoOpConfig(weight=2.0)
 
 
+@pytest.mark.parametrize("own", ["lr = 0.3", "settings = { scale = 0.9 }"])
+def test_a_dataset_is_trained_by_its_own_values(own: str, tmp_path: Path) -> None:
+    def trained(text: str) -> list[float]:
+        path = tmp_path / "own.toml"
+        path.write_text(f'extends = "mini"\nepochs = 1\nshots = 1\n{text}\n')
+        found = va.train(shared_backbone(), "faces", path, placement="1-3", seeds=1, limit=8,
+                         progress=False)  # fmt: skip
+        return found["log_likelihood"].tolist()
+
+    common = trained(own)
+    assert trained(f"[datasets.faces]\n{own}") == common != trained("")
+    assert trained(f"[datasets.pets]\n{own}") == trained("")
+
+
 def test_what_is_asked_for_holds_on_every_dataset(recipe: Recipe) -> None:
     placed = KgCoOpConfig(text=(2,), weight=3.0)
     assert recipe.with_method(placed).method_for("faces").settings() | {"weight": 3.0} == (
