@@ -25,6 +25,7 @@ from vlmadapters.methods.deep_configs import CLIPLoRAConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
+from vlmadapters.training.trainer import Trainer
 from vlmadapters.validation.candidates import crossed, tried_amounts
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
 from vlmadapters.validation.race import Heat
@@ -504,12 +505,29 @@ def test_more_folds_draw_inner_classes_and_shots_anew(manifest: Manifest) -> Non
     assert len(splits) > 2, "four classes split in more ways than one pair of halves"
 
 
-def test_steps_per_shot_shrink_with_the_share_that_a_fold_trains_on(manifest: Manifest) -> None:
-    made = RECIPE.changed({"steps_per_shot": 8}, {})
+@pytest.mark.parametrize("of_dataset", [False, True])
+def test_a_fold_trains_on_its_share_of_steps_per_shot_by_the_values_of_its_dataset(
+    of_dataset: bool, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, updates = {"steps_per_shot": 8}, []
+    made = RECIPE.changed({} if of_dataset else values)
+    made = replace(made, datasets={manifest.name: values} if of_dataset else {})
+    update = Trainer.update
+
+    def counting(self: Trainer, *arguments: Any) -> None:
+        updates.extend(self.configs)
+        update(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "update", counting)
     options = QUICK | {"recipe": made, "amounts": ["scale=5"], "placement": ()}
     table = search(shared_backbone(), [manifest], **options).table
     steps = table.loc[table["stage"] == "amount", "steps"]
     assert set(steps) == {8 * 4 / 4}, "of 4 shots of 4 classes a fold trains 2 of 2 classes"
+    assert len(updates) == table["steps"].sum(), "as many are made"
+
+
+def test_a_whole_draw_keeps_its_steps_and_epochs_shrink_by_themselves() -> None:
+    made = RECIPE.changed({"steps_per_shot": 8})
     assert made.train.of_share(1.0) == made.train and RECIPE.train.of_share(0.1) == RECIPE.train
 
 
