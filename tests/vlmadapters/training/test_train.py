@@ -577,3 +577,35 @@ def test_methods_on_one_backbone_share_the_features_of_frozen_images(
     plain = new()
     plain.savings = Savings.none()
     np.testing.assert_allclose(fitted(plain, *asked[1])[0], losses, atol=1e-5)
+
+
+def test_frozen_features_are_kept_apart_by_precision_seed_and_augmentation() -> None:
+    """Of methods that train and are tested on one backbone by recipes that differ in these."""
+    model = shared_backbone()
+    shared = Backbone(model.clip, tokenizer=model.tokenizer)
+    images, task = Images(model, MANIFEST), Task(MANIFEST.class_names())
+    config, items = CoOpConfig(text=(1,)), MANIFEST.items("test")[:20]
+    first = replace(TRAIN, epochs=1)
+
+    def outcome(backbone: Backbone, train: TrainConfig, seed: int) -> tuple[list[float], Any]:
+        made = trainer(train, (config,), backbone=backbone, seed=seed)  # type: ignore[arg-type]
+        made.images = made.views.images = images  # as an experiment shares them
+        evaluator = Evaluator(model, backbone, precision=train.precision, progress=False)
+        (answers,) = evaluator.answers(images, items, [Case(Method(), task)])
+        return made.fit()[0].losses, answers.log_likelihoods
+
+    found = []
+    for train, seed in (
+        (first, 1),
+        (first, 2),
+        (replace(first, crop_scale=(0.5, 1.0)), 1),
+        (replace(first, flip=0.0), 1),
+        (replace(first, precision="bf16"), 1),
+    ):
+        losses, answers = outcome(shared, train, seed)
+        alone = outcome(Backbone(model.clip, tokenizer=model.tokenizer), train, seed)
+        assert losses == alone[0]
+        np.testing.assert_array_equal(answers, alone[1])
+        found.append((losses, answers))
+    assert len({tuple(losses) for losses, _ in found}) == len(found)
+    assert not np.array_equal(found[0][1], found[-1][1])
