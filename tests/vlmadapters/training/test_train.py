@@ -17,6 +17,7 @@ import pytest
 import torch
 from backbones import shared_backbone
 from stepping import trainer_of
+from torch import nn
 
 import vlmadapters as va
 from vlmadapters.clip import products
@@ -55,6 +56,7 @@ def trainer(
     model = shared_backbone(options.pop("family", "clip"))
     items = base_or_novel(few_shot(MANIFEST.items("train"), train.shots, 1), "base", LABELS)
     names = MANIFEST.class_names()[: max(item.label for item in items) + 1]
+    names = options.pop("names", names)
     return Trainer(
         model, Images(model, MANIFEST), items, names, configs, train, progress=False, **options
     )
@@ -252,11 +254,24 @@ def test_a_training_that_goes_on_multiplies_by_the_library_it_began_with(
         products.forget_products()
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"train": replace(TRAIN, lr=0.5)}, r"train\.lr"),
+        ({"seed": 2}, "seed"),
+        ({"configs": (replace(CONFIG, scale=0.2),)}, "methods"),
+        ({"names": [f"class {label}" for label in LABELS]}, "task"),
+        ({"family": "custom text"}, "model"),
+        ({"validation": MANIFEST.items("val")[:1]}, "of other images"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(
+    other: dict[str, Any], named: str, tmp_path: Path
+) -> None:
     fit(folder=tmp_path)
     assert (tmp_path / STATE_FILE).exists()
-    with pytest.raises(UserError, match=r"belongs to another run: train\."):
-        fit(replace(TRAIN, lr=0.5), folder=tmp_path)
+    with pytest.raises(UserError, match=f"belongs to another run: .*{named}"):
+        fit(folder=tmp_path, **other)
 
 
 def test_a_loss_that_is_no_number_stops_with_what_to_do() -> None:
@@ -609,3 +624,46 @@ def test_frozen_features_are_kept_apart_by_precision_seed_and_augmentation() -> 
         found.append((losses, answers))
     assert len({tuple(losses) for losses, _ in found}) == len(found)
     assert not np.array_equal(found[0][1], found[-1][1])
+
+
+def test_every_update_is_numbered_and_has_draws_of_its_own() -> None:
+    """The same dropout or noise at every step would be no dropout and no noise."""
+    train = replace(TRAIN, updates_per_batch=2)
+
+    def updates(seed: int) -> list[tuple[int, int, tuple[float, ...]]]:
+        made, seen = trainer(train, seed=seed), []
+        loss = made.runs[0].method.loss
+
+        def noting(step: Step) -> torch.Tensor:
+            drawn = torch.rand(3, generator=step.generator).tolist()
+            seen.append((step.number, step.repeat, tuple(drawn)))
+            return loss(step)
+
+        made.runs[0].method.loss = noting
+        assert len(made.fit()[0].losses) == len(seen) == 2 * made.total_steps
+        return seen
+
+    first, second = updates(1), updates(2)
+    assert [(number, repeat) for number, repeat, _ in first] == [
+        (number, number % 2) for number in range(len(first))
+    ]
+    draws = [drawn for _, _, drawn in first + second]
+    assert len(set(draws)) == len(draws)
+    assert updates(1) == first
+
+
+def test_gradients_are_clipped_to_a_norm_over_all_parameters() -> None:
+    """One step of plain SGD goes as far as the rate times the norm, in the direction it had."""
+    one = replace(TRAIN, epochs=1, batch_size=128, momentum=0.0, weight_decay=0.0)
+
+    def moved(max_norm: float) -> torch.Tensor:
+        made = trainer(replace(one, max_norm=max_norm))
+        before = nn.utils.parameters_to_vector(made.runs[0].method.parameters()).detach().double()
+        method = made.fit()[0].method
+        return nn.utils.parameters_to_vector(method.parameters()).detach().double() - before
+
+    free, clipped = moved(0.0), moved(0.1)
+    assert free.norm() > 2 * clipped.norm()
+    assert clipped.norm().item() == pytest.approx(0.1 * one.lr, rel=1e-3)
+    assert torch.cosine_similarity(free, clipped, dim=0) > 0.999
+    torch.testing.assert_close(moved(1e6), free)
