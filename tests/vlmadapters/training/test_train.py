@@ -9,7 +9,9 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -667,3 +669,64 @@ def test_gradients_are_clipped_to_a_norm_over_all_parameters() -> None:
     assert clipped.norm().item() == pytest.approx(0.1 * one.lr, rel=1e-3)
     assert torch.cosine_similarity(free, clipped, dim=0) > 0.999
     torch.testing.assert_close(moved(1e6), free)
+
+
+@pytest.mark.parametrize("config", [CONFIG, CoOpConfig(text=(1,))], ids=["blocks", "plain"])
+def test_cached_views_come_round_in_turn(config: Any) -> None:
+    """At a rate of next to nothing the loss of all items at once tells the views apart."""
+    still = replace(TRAIN, epochs=5, batch_size=128, lr=1e-12)
+    fresh = fit(still, (config,)).losses
+    turning = fit(replace(still, cached_views=2), (config,)).losses
+    assert len(set(np.round(fresh, 4))) == 5
+    np.testing.assert_allclose(turning, [*fresh[:2], *fresh[:2], fresh[0]], atol=1e-5)
+
+
+def test_a_training_counted_in_steps_ends_within_an_epoch_that_counts_as_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends: list[tuple[int, int]] = []
+    end_epoch = PromptSRC.end_epoch
+
+    def noting(self: PromptSRC, epoch: int, epochs: int) -> None:
+        ends.append((epoch, epochs))
+        end_epoch(self, epoch, epochs)
+
+    monkeypatch.setattr(PromptSRC, "end_epoch", noting)
+    made = trainer(replace(TRAIN, steps_per_shot=3), (PromptSRCConfig((2,), (2,), centre=1.0),))  # type: ignore[arg-type]
+    assert made.steps_per_epoch == 4
+    assert len(made.fit()[0].losses) == 3 * TRAIN.shots == 6
+    assert ends == [(1, 2), (2, 2)]
+
+
+def test_seconds_are_shared_evenly_and_count_what_was_spent_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr("vlmadapters.training.trainer.time", clock)
+    both = (CONFIG, replace(CONFIG, dim=8))
+    first = trainer(configs=both, folder=tmp_path).fit()
+    passed = next(ticks)
+    assert first[0].seconds == first[1].seconds > 1
+    assert first[0].seconds + first[1].seconds <= passed
+    again = trainer(configs=both, folder=tmp_path).fit()  # there is nothing left to do
+    assert again[0].seconds >= first[0].seconds - 1
+
+
+def test_a_loss_that_is_no_number_is_placed_in_its_epoch_and_step() -> None:
+    made = trainer(replace(TRAIN, updates_per_batch=2))
+    loss, at = made.runs[0].method.loss, 2 * (made.steps_per_epoch + 1) + 1
+    made.runs[0].method.loss = lambda step: loss(step) * (np.nan if step.number == at else 1)
+    with pytest.raises(UserError, match="became nan in epoch 2, step 2;"):
+        made.fit()
+
+
+def test_the_change_is_relative_to_the_largest_initial_value() -> None:
+    made = trainer()
+    before = {name: one.clone() for name, one in made.runs[0].method.named_parameters()}
+    result = made.fit()[0]
+    after = dict(result.method.named_parameters())
+    moved = max(float((after[name] - one).detach().abs().max()) for name, one in before.items())
+    largest = max(float(one.detach().abs().max()) for one in before.values())
+    assert largest > 1.1
+    assert result.change == pytest.approx(moved / largest)
