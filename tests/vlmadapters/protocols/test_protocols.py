@@ -38,6 +38,7 @@ from vlmadapters.protocols.results import (
     ZERO_SHOT_CLIP,
     ZERO_SHOT_METHODS,
     accuracy_fields,
+    half_fields,
     names,
     summarise,
 )
@@ -560,6 +561,11 @@ def test_a_test_whose_answers_are_those_of_zero_shot_clip_says_so() -> None:
     found = evaluate_methods(model, ["shapes_filled"], methods, limit=40, progress=False)
     assert found.note.tolist() == ["", "", "", UNMOVED_TEST]
     assert found.changed.tolist()[2] > 0
+    # What changed is told from zero-shot CLIP in the words of the test, not in the dataset's own.
+    other = evaluate_methods(
+        model, ["shapes_filled"], {Path("still"): still}, template="{}", limit=40, progress=False
+    )
+    assert other.changed.tolist()[2] == 0
 
 
 def test_an_evaluation_tells_of_test_images_that_are_listed_for_training(
@@ -604,6 +610,23 @@ def test_means_harmonic_means_and_averages_by_hand() -> None:
     base, novel = (0.85 + 0.4) / 2, (0.55 + 0.2) / 2
     assert found["mean"]["average", "hm"] == pytest.approx(2 * base * novel / (base + novel))
     assert found["seeds"]["average", "base"] == 2
+
+
+def test_datasets_of_few_shot_trainings_are_averaged_too() -> None:
+    """Each was trained on by itself, so that no source sets them apart."""
+    table = rows(dataset=["a", "b"], source=["a", "b"], split_kind="all", seed=1,
+                 accuracy=[0.8, 0.4], protocol="few-shot")  # fmt: skip
+    assert summarise(table).set_index("dataset")["mean"]["average"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("truth", [[0, 1] * 4, [0] * 4 + [1] * 4, [1, 0, 0, 1, 1, 0, 0, 1]])
+def test_two_halves_of_a_test_hold_the_same_classes(truth: list[int]) -> None:
+    labels = np.array(truth)
+    found = half_fields(labels, labels == 1)
+    assert found == {"first_half": 0.5, "second_half": 0.5}
+    one = np.zeros(8, dtype=bool)
+    one[0] = True  # each item is in one of the halves
+    assert sorted(half_fields(labels, one).values()) == [0.0, 0.25]
 
 
 def test_a_note_of_one_half_is_not_told_of_the_other() -> None:

@@ -172,6 +172,9 @@ def test_a_dataset_is_trained_by_its_own_values(own: str, tmp_path: Path) -> Non
         path.write_text(f'extends = "mini"\nepochs = 1\nshots = 1\n{text}\n')
         found = va.train(shared_backbone(), "faces", path, placement="1-3", seeds=1, limit=8,
                          progress=False)  # fmt: skip
+        # What differs by dataset is no setting that datasets are averaged by.
+        shown = found["settings"][found["method"] == "MMA"].str.contains("scale=")
+        assert shown.tolist() == [not ("datasets" in text and "scale" in text)] * len(shown)
         return found["log_likelihood"].tolist()
 
     common = trained(own)
