@@ -67,6 +67,23 @@ def test_an_image_no_crop_fits_gives_the_central_one(
     assert (top, left) == ((shape[0] - h) // 2, (shape[1] - w) // 2)
 
 
+def test_ratios_are_even_in_their_logarithm_and_places_reach_both_edges() -> None:
+    """Half of the crops are taller than wide; a box of 90 in 100 has eleven places either way."""
+    n = 4000
+
+    def boxes(augmentation: Augmentation, size: int) -> np.ndarray[Any, Any]:
+        return np.array([augmentation.box(d, size, size) for d in augmentation.draws(n, 1, 0)])
+
+    error = 4 * np.sqrt(0.25 / n)
+    drawn = boxes(Augmentation((0.25, 0.25), (3 / 4, 4 / 3)), 1000)
+    assert np.mean(drawn[:, 3] < drawn[:, 2]) == pytest.approx(0.5, abs=error)
+    square = boxes(Augmentation((0.81, 0.81), (1.0, 1.0)), 100)
+    assert set(square[:, 2]) == set(square[:, 3]) == {90}
+    for place in (square[:, 0], square[:, 1]):
+        assert np.mean(place >= 6) == pytest.approx(5 / 11, abs=error)
+        assert (place.min(), place.max()) == (0, 10)
+
+
 def test_flips_have_their_chance_and_views_differ() -> None:
     augmentation = Augmentation(flip=0.25)
     draws = augmentation.draws(4000, 1, 0)
@@ -185,6 +202,7 @@ def test_every_step_sees_other_items_and_the_rest_is_dropped() -> None:
     again = epoch_batches(22, 4, seed=1, epoch=0)
     assert all(np.array_equal(a, b) for a, b in zip(batches, again))
     assert not np.array_equal(batches[0], epoch_batches(22, 4, seed=1, epoch=1)[0])
+    assert not np.array_equal(batches[0], epoch_batches(22, 4, seed=2, epoch=0)[0])
     assert [len(b) for b in epoch_batches(3, 16, 1, 0)] == [3]
 
 
