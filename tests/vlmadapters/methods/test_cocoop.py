@@ -110,3 +110,15 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     torch.save({"ctx": torch.zeros(3, 4, 32)}, path)
     with pytest.raises(UserError, match=r"holds no CoCoOp: its ctx has the shape \(3, 4, 32\)"):
         load_official(path, model, method="cocoop")
+
+
+def test_weights_and_biases_of_the_small_network_start_as_torch_draws_linear_layers() -> None:
+    """Uniform within 1/√(width in), the biases too: the shift of an image is not 0 at the start."""
+    method, _ = built(CONFIGS[0])
+    for linear in (method.meta_net.linear1, method.meta_net.linear2):
+        bound = linear.in_features**-0.5
+        for values in (linear.weight.detach(), linear.bias.detach()):
+            assert 0 < values.abs().max() <= bound
+    # Of many values the mean square is a third of the bound's.
+    weights = method.meta_net.linear2.weight.detach()
+    assert weights.square().mean().item() == pytest.approx(bound**2 / 3, rel=0.3)

@@ -46,6 +46,18 @@ def test_savings_change_neither_loss_nor_gradients_at_the_published_placement(na
         torch.testing.assert_close(saved[key], value, atol=1e-4 * max(scale, 1e-2), rtol=1e-4)
 
 
+# Methods whose start is drawn; others start from words or from nothing.
+DRAWN = ["mma", "cocoop", "proda", "maple", "ivlp", "promptsrc", "cliplora", "lweib", "rpo",
+         "clipadapter"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_seed_decides_where_a_method_starts(name: str) -> None:
+    first, again, other = (built(name, seed=seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    assert not all(torch.equal(value, other[key]) for key, value in first.items())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_of_ours_brings_back_every_parameter_and_the_classes(
     name: str, tmp_path: Path

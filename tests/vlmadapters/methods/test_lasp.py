@@ -20,6 +20,7 @@ from vlmadapters.files import load_method, load_official, save_method, save_offi
 from vlmadapters.methods.configs import CoOpConfig, LASPConfig
 from vlmadapters.methods.coop import CoOp
 from vlmadapters.methods.lasp import LASP
+from vlmadapters.methods.lasp import TEMPLATES as HAND_MADE
 from vlmadapters.protocols.train import train
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
@@ -224,6 +225,11 @@ def test_a_task_without_other_names_uses_its_own() -> None:
     step = step_of(method, backbone, Task(TASK.class_names))
     assert step.classes.references.shape == (3, 3, 32)
     assert method.loss(step).isfinite()
+
+
+def test_the_hand_made_prompts_are_the_authors_of_which_one_stands_there_twice() -> None:
+    assert (len(HAND_MADE), len(set(HAND_MADE))) == (35, 34)
+    assert HAND_MADE.count("a bad photo of the {}.") == 2
 
 
 @pytest.mark.parametrize(

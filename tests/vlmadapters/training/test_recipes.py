@@ -9,6 +9,8 @@ from backbones import shared_backbone
 
 import vlmadapters as va
 from vlmadapters.cli.inputs import read_recipes
+from vlmadapters.methods import BUILT_IN, METHODS
+from vlmadapters.methods.config import VIT_B_16
 from vlmadapters.methods.configs import KgCoOpConfig
 from vlmadapters.training.recipes import Recipe, load_recipe
 from vlmadapters.training.trainer import Trainer
@@ -97,6 +99,12 @@ def test_recipes_of_sgd_have_the_published_values(key: tuple[str, str, str]) -> 
     assert (train.crop_scale, train.flip, train.drop_last) == ((0.08, 1.0), 0.5, True)
     shots = name.removeprefix("few-shot-")
     assert train.shots == (int(shots) if shots.isdecimal() else 16)
+
+
+@pytest.mark.parametrize("method", BUILT_IN)
+def test_settings_that_nobody_names_are_those_of_the_published_recipe(method: str) -> None:
+    """Python's `CoOpConfig()` and the command line's default are one method."""
+    assert METHODS.config(method).published(VIT_B_16) == load_recipe("published", method).method
 
 
 @pytest.mark.parametrize(("dataset", "epochs"), [("dtd", 20), ("eurosat", 100)])

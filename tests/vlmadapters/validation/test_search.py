@@ -131,6 +131,18 @@ def test_folds_hold_out_every_shot_once_and_half_of_the_classes_in_turn(
     assert {item.path for fold in whole for item in fold.test("all")} == drawn
 
 
+def test_a_class_of_one_shot_is_trained_on_and_seeds_draw_other_inner_classes(
+    tmp_path: Path,
+) -> None:
+    """Held out, the one shot would test a class that its fold never saw."""
+    data = TaskData(dataset(tmp_path, images=1), shared_backbone())
+    for fold in folds(data, 4, 1, 4):
+        trained = {item.label for item in fold.shots(4, 1, "base")}
+        assert trained == set(range(len(fold.names("base"))))
+    drawn = {frozenset(folds(data, 4, seed, 2)[0].names("base")) for seed in range(8)}
+    assert len(drawn) > 2
+
+
 @pytest.mark.parametrize(
     ("classes", "images", "shots", "message"),
     [
