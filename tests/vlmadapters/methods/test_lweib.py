@@ -186,7 +186,8 @@ class Seen(LwEIB):
 
 
 @pytest.mark.parametrize(
-    ("negatives", "classes", "columns"), [(-1, 6, 6), (0, 6, 2), (1, 6, 4), (7, 6, 6), (0, 3, 3)]
+    ("negatives", "classes", "columns"),
+    [(-1, 6, 6), (0, 6, 2), (1, 6, 4), (7, 6, 6), (0, 4, 4), (0, 3, 3)],
 )
 def test_the_columns_of_a_step_are_its_classes_and_some_others(
     negatives: int, classes: int, columns: int
@@ -197,11 +198,11 @@ def test_the_columns_of_a_step_are_its_classes_and_some_others(
     config = LwEIBConfig((1,), (2,), alpha=1e-6, negatives=negatives)
     method = Seen.build(config, backbone, task)
     step = step_of(method, backbone, task)
-    step.labels = torch.tensor([2, 1, 1, 2]) if classes > 4 else step.labels
+    step.labels = torch.tensor([2, 1, 1, 2]) if classes > 3 else step.labels
     losses = set()
     for _ in range(8):
         loss = float(method.loss(step))
-        losses.add(loss)
+        losses.add(round(loss, 3))  # α is next to nothing, and so is what fast blocks change
         assert method.seen.shape == (4, columns)
     assert len(losses) > 1  # other descriptions, and other classes
 

@@ -152,6 +152,8 @@ def test_a_text_without_room_for_the_prompts_says_how_many_fit() -> None:
         method.prepare(backbone, task)
     fitting, _ = built(RPOConfig((1,), (1,), pairs=30))
     fitting.prepare(backbone, task)
+    with pytest.raises(UserError, match="use 30 pairs at most"):
+        built(RPOConfig((1,), (1,), pairs=31))[0].prepare(backbone, task)
 
 
 @pytest.mark.parametrize("family", ["layer scale, custom blocks", "timm ViT, average pool"])
