@@ -467,6 +467,27 @@ def test_the_interval_is_that_of_nadeau_and_bengio() -> None:
     assert ranking(table, "a", "log_likelihood") == pytest.approx({"b": paired.mean(), "a": 0.0})
 
 
+def test_draws_weigh_the_same_and_their_variances_add_up() -> None:
+    """Eight folds of one dataset are no more than four of another; their errors are independent."""
+    parts = [planted(0.2, 0.1, 5), planted(0.6, 0.1, 6, 8).assign(dataset="e")]
+    one, two = (difference(part, "b", "a", "log_likelihood") for part in parts)
+    both = difference(pd.concat(parts), "b", "a", "log_likelihood")
+    assert both.mean == pytest.approx((one.mean + two.mean) / 2)
+    assert both.spread == pytest.approx(np.hypot(one.spread, two.spread) / 2)
+    order = ranking(pd.concat(parts), "a", "log_likelihood")
+    assert order == pytest.approx({"b": both.mean, "a": 0.0})
+
+
+def test_the_log_likelihood_is_the_mean_of_both_halves_or_of_the_one_there_is() -> None:
+    table = planted(0.2, 0.0, 1)
+    better = table["setting"] == "b"
+    table.loc[better, "novel_log_likelihood"] += 0.4
+    assert difference(table, "b", "a", "log_likelihood").mean == pytest.approx(0.4)
+    assert difference(table, "b", "a", "base_log_likelihood").mean == pytest.approx(0.2)
+    bare = table.assign(novel_log_likelihood=np.nan)
+    assert difference(bare, "b", "a", "log_likelihood").mean == pytest.approx(0.2)
+
+
 def test_a_planted_difference_is_found_and_none_is_not() -> None:
     strong = [difference(planted(0.5, 0.05, s), "b", "a", "log_likelihood") for s in range(50)]
     assert all(one.low > 0 for one in strong)
