@@ -126,7 +126,9 @@ def test_folds_hold_out_every_shot_once_and_half_of_the_classes_in_turn(
     for one, other in zip(made[::2], made[1::2]):
         assert set(one.names("base")) == set(other.names("novel"))
     assert max(held.values()) == 1
+    assert {fold.held_out for fold in made} == {1 / 4}
     whole = folds(data, 4, 1, 2, apart=False)
+    assert {fold.held_out for fold in whole} == {1 / 2}
     assert all(len(fold.names("all")) == 4 and not fold.apart for fold in whole)
     assert {item.path for fold in whole for item in fold.test("all")} == drawn
 
