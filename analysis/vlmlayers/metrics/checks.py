@@ -221,6 +221,19 @@ def class_ids(labels: Any, n: int, count: int, name: str = "labels") -> Labels:
     return given.astype(np.int64, copy=False)
 
 
+def refuse_width(x: Array, name: str, other: Array, other_name: str) -> None:
+    """Refuse features that are not as wide as others.
+
+    Raises:
+        UserError: Names both and their widths.
+    """
+    if x.shape[1] != other.shape[1]:
+        raise UserError(
+            f"{name} have width {x.shape[1]}, {other_name} {other.shape[1]}; they must be of one "
+            "space"
+        )
+
+
 def ratio(top: Array, bottom: Array) -> Array:
     """Return top / bottom, NaN where the bottom is not positive: a draw that holds no pair."""
     out = np.full(np.broadcast(top, bottom).shape, np.nan)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vlmlayers.arguments import checked
+from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.agreement import biased_signature, debiased_signature, linear_kernel
-from vlmlayers.metrics.checks import Array, matrix, varies
+from vlmlayers.metrics.checks import ROUNDING, Array, matrix, varies
 from vlmlayers.words import counted
 
 GRAM_BYTES = 2**29  # kept Gram matrices may take half a gigabyte, else features are summed
@@ -23,7 +23,7 @@ def cka_matrix(
     *,
     debiased: bool = True,
     form: str = "auto",
-    block: int = 8192,
+    block: Count = 8192,
 ) -> Array:
     """Return linear CKA of each of `xs` with each of `ys`, (len(xs), len(ys)).
 
@@ -130,4 +130,5 @@ def _hsic(
     total = np.array([np.square(c).sum() for c in cross])
     if not debiased:
         return total
-    return np.asarray(total - n / (n - 2) * joint + own * sizes / ((n - 1) * (n - 2)))
+    found = total - n / (n - 2) * joint + own * sizes / ((n - 1) * (n - 2))
+    return np.where(np.abs(found) > ROUNDING * total, found, 0.0)  # as in `moments.hsic`

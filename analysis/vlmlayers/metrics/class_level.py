@@ -20,6 +20,7 @@ from vlmlayers.metrics.checks import (
     classes,
     nearest_shares,
     one_hot,
+    refuse_width,
     squared_distances,
     unit,
 )
@@ -180,7 +181,9 @@ def zero_shot_values(x: Any, prompts: Any, labels: Any) -> Array:
 
     Items tied between several prompts count with their share, so a constant is exactly chance.
     """
-    similarity = unit(x) @ unit(prompts, "prompts").T  # (item, class)
+    x, prompts = unit(x), unit(prompts, "prompts")
+    refuse_width(prompts, "prompts", x, "images")
+    similarity = x @ prompts.T  # (item, class)
     # Equal prompts differ by rounding, which must not pick one of them.
     best = similarity >= similarity.max(axis=1, keepdims=True) - ROUNDING
     own = best[np.arange(len(similarity)), class_ids(labels, *similarity.shape)]

@@ -27,8 +27,12 @@ def confusion_shares(counts: Array) -> Array:
     """Return the share of each true class that is predicted as each class, (…, class, class).
 
     Raises:
-        UserError: A class has no held-out item.
+        UserError: These are no counts, or a class has no held-out item.
     """
+    if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2] or counts.shape[-1] < 2:
+        raise UserError(f"counts have shape {counts.shape}; expected two classes or more, by two")
+    if not (counts >= 0).all():
+        raise UserError("counts hold NaN, or less than 0")
     total = counts.sum(axis=-1, keepdims=True)
     if not total.all():
         raise UserError("a class has no held-out item; extract more items or use fewer folds")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.arguments import checked
-from vlmlayers.metrics.checks import Array, Given, class_ids, matrix, unit, unit_rows
+from vlmlayers.metrics.checks import Array, Given, class_ids, matrix, refuse_width, unit, unit_rows
 
 
 @checked
@@ -81,7 +81,9 @@ def zero_shot_margins(x: Given, prompts: Given, labels: Any) -> Array:
 
     Reference: Radford et al. 2021, section 3.1.
     """
-    similar = unit(x) @ unit(prompts, "prompts", 2).T  # (item, class)
+    x, prompts = unit(x), unit(prompts, "prompts", 2)
+    refuse_width(prompts, "prompts", x, "images")
+    similar = x @ prompts.T  # (item, class)
     own = np.eye(similar.shape[1], dtype=bool)[class_ids(labels, *similar.shape)]
     return np.asarray(similar[own] - np.where(own, -np.inf, similar).max(axis=1))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import Array, Labels, triangle
+from vlmlayers.metrics.checks import ROUNDING, Array, Labels, triangle
 from vlmlayers.words import counted
 
 
@@ -185,7 +185,7 @@ def cka_from(x: Moments, y: Moments, cross: CrossMoments, *, debiased: bool = Tr
     # Equal items leave no zero but the rounding of their mean.
     spread = [float(np.trace(m.scatter)) > 1e-12 * n * float(m.mean @ m.mean) for m in (x, y)]
     if min(own) <= 0.0 or not all(spread):
-        raise UserError(f"the features of all {n} items are the same")
+        raise UserError(f"the features of all {n} items are the same, or equally far apart")
     return both / float(np.sqrt(own[0] * own[1]))
 
 
@@ -327,4 +327,6 @@ def hsic(n: int, cross: Array, xx: float, yy: float, x2y2: float, debiased: bool
     if not debiased:
         return total
     # Rows of K sum to zero where features are centred, and so those of K̃ to −‖x‖².
-    return total - n / (n - 2) * x2y2 + float(xx * yy) / ((n - 1) * (n - 2))
+    found = total - n / (n - 2) * x2y2 + float(xx * yy) / ((n - 1) * (n - 2))
+    # Of items that are all equally far apart only the rounding of the three terms is left.
+    return found if abs(found) > ROUNDING * total else 0.0

@@ -23,6 +23,7 @@ from vlmlayers.metrics.checks import (
     class_ids,
     matrix,
     nearest_shares,
+    refuse_width,
     squared_distances,
     unit_rows,
 )
@@ -52,11 +53,7 @@ def normalised(fit: Array, *others: Array, how: str = "columns") -> list[Array]:
     check_one_of("normalise", how, NORMALISE)
     parts = [matrix(part) for part in (fit, *others)]
     for part in parts[1:]:
-        if part.shape[1] != parts[0].shape[1]:
-            raise UserError(
-                f"features to classify have width {part.shape[1]}, those that are fitted "
-                f"{parts[0].shape[1]}"
-            )
+        refuse_width(part, "features to classify", parts[0], "those that are fitted")
     if how == "rows":
         parts = [unit_rows(part) for part in parts]
     mean, factor = standardiser(parts[0])
@@ -199,10 +196,16 @@ def k_nearest(
 
 
 def class_means(x: Array, labels: Labels, classes: int) -> Array:
-    """Return the mean of each class, (class, width)."""
+    """Return the mean of each class, (class, width).
+
+    Raises:
+        UserError: A class has no item.
+    """
     counts = np.bincount(labels, minlength=classes)
-    sums = np.eye(classes)[:, labels] @ x
-    return sums / np.maximum(counts, 1)[:, None]
+    # A mean of nothing would lie at the centre, and be the nearest one to items there.
+    if not counts.all():
+        raise UserError(f"class {int(counts.argmin())} of {classes} has no item to take a mean of")
+    return np.eye(classes)[:, labels] @ x / counts[:, None]
 
 
 def _rotate(fit: Array, others: list[Array]) -> tuple[Array, list[Array]]:

@@ -22,6 +22,7 @@ from vlmlayers.metrics.checks import (
     classes,
     matrix,
     one_hot,
+    refuse_width,
     varies,
 )
 from vlmlayers.metrics.readouts import class_means
@@ -117,8 +118,10 @@ def transfer_predict(
 
     Reference: Mensink et al. 2013, Distance-based image classification.
     """
+    geometry, support, x = matrix(geometry), matrix(support, "support"), matrix(x)
+    for part, name in ((support, "shots"), (x, "features to classify")):
+        refuse_width(part, name, geometry, "those of the geometry")
     factor = within_scatter(geometry, geometry_labels).factor()
-    support, x = matrix(support, "support"), matrix(x)
     labels = class_ids(support_labels, len(support), classes, "support_labels")
     return few_shot_predict(factor, support, labels, x, classes=classes)
 

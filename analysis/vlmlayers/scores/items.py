@@ -20,7 +20,7 @@ from vlmlayers.metrics.intervals import (
     percentile_about,
 )
 from vlmlayers.metrics.own import OWN
-from vlmlayers.metrics.table import METRICS, Metric
+from vlmlayers.metrics.table import Metric
 from vlmlayers.positions import TOWERS, sort_key, unextracted
 from vlmlayers.scores.options import UNKEYED, Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows, independent_rows
@@ -213,17 +213,18 @@ def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int, shared:
         return float(metric.null(len(x), given[0] if given else width))
     if metric.null == "none":
         return float("nan")
+    arguments = point.arguments(width=width)
     if metric.null == "gaussian":
-        return _gaussian_null(point.name, len(x), width)
+        return _gaussian_null(metric.function, len(x), width, tuple(arguments.items()))
     if metric.null == "columns":
         rng = generator(Draw.SHUFFLED_COLUMNS)
         draws = (rng.permuted(x, axis=0) for _ in range(point.options.shuffles))
-        return float(np.mean([metric.function(draw) for draw in draws]))
+        return float(np.mean([metric.function(draw, **arguments) for draw in draws]))
     if not given:
         raise UserError(
             f"the null {metric.null!r} of {point.name} needs labels; declare another one"
         )
-    rng, arguments = generator(Draw.SHUFFLED_LABELS), point.arguments(width=width)
+    rng = generator(Draw.SHUFFLED_LABELS)
     labels = np.stack([rng.permutation(given[0]) for _ in range(point.options.shuffles)])
     if metric.relabelled is not None:
         return float(metric.relabelled(x, labels, **arguments).mean())
@@ -233,11 +234,13 @@ def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int, shared:
     return float(np.mean([metric.function(x, y, **arguments) for y in labels]))
 
 
-# Of n and width alone, and so the same at every position.
+# The same at every position of one width.
 @lru_cache(maxsize=256)
-def _gaussian_null(name: str, n: int, width: int) -> float:
+def _gaussian_null(
+    function: Callable[..., float], n: int, width: int, arguments: tuple[tuple[str, Any], ...]
+) -> float:
     noise = np.random.default_rng(UNKEYED).standard_normal((n, width))
-    return float(METRICS[name].function(noise))
+    return float(function(noise, **dict(arguments)))
 
 
 class _Shared:

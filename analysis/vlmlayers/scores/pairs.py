@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,11 +69,16 @@ def run_pairs(scoring: Scoring, *, within: bool = True) -> None:
     for name, metric in scoring.metrics.items():
         wanted.setdefault(metric.base or name, set()).add(name)
     for base, names in wanted.items():
-        for space in scoring.options.spaces_of(METRICS[base]):
+        for space in scoring.options.spaces_of(_entry(scoring, base)):
             with scoring.out.timed(base):
                 for pairing in pairings(scoring, base, space):
                     if within or not pairing.within:
                         _run_matrix(scoring, pairing, base, names)
+
+
+def _entry(scoring: Scoring, name: str) -> Metric:
+    """Return a metric that is scored, which a package may offer, or one that its values need."""
+    return scoring.metrics.get(name) or METRICS[name]
 
 
 def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
@@ -90,7 +96,8 @@ def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
     for members in [*single, pooled] if len(single) > 1 else single:
         dataset = members[0].dataset if len(members) == 1 else POOLED
         # Kernels are n × n, so that it is the number of rows of all datasets that is bounded.
-        share = max(METRICS[name].largest_n // len(members), 1)
+        most = _entry(scoring, name).largest_n or sys.maxsize
+        share = max(most // len(members), 1)
         sides: dict[str, Side] = {}
         for tower in TOWERS:
             sources = replace(scoring.group, members=tuple(members)).sources(tower)
@@ -222,7 +229,7 @@ def _aligned(
 
 
 def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) -> None:
-    metric, options = METRICS[base], scoring.options
+    metric, options = _entry(scoring, base), scoring.options
     point = Point(
         base, metric, pairing.dataset, pairing.sides[0].features, pairing.space, "", scoring
     )
@@ -248,8 +255,8 @@ def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) 
     left_out = np.stack([engine.values(rows) if enough else value * np.nan for rows in kept])
     noted: dict[str, Any] = {"pairs": pairing.kind, "interval": "jackknife"}
     noted |= engine.options | {"permutations": len(shuffled)}
-    # Inner products of signatures grow with agreement, distances fall to 0.
-    best = 1.0 if metric.parts else 0.0
+    # Distances fall to 0 with agreement, all else grows to 1.
+    best = 0.0 if metric.direction == "less alike" else 1.0
     matrix = _Matrix(
         point, pairing, labels, value, left_out, shuffled, best, engine.rounding, noted
     )
@@ -270,7 +277,7 @@ def _usable(side: Side, point: Point) -> list[str]:
                 kernel, signature = metric.parts
                 signature(kernel(x), **point.arguments() if metric.takes else {})
             else:
-                metric.function(x, x)
+                metric.function(x, x, **point.arguments())
             good.append(position)
     return good
 
@@ -315,7 +322,11 @@ class _Matrix:
         other = self.pairing.sides[1].features.tower, self.labels[1][j]
         # Of its own bounds: what is calibrated falls below chance, where the metric cannot be.
         return replace(
-            self.point, name=name, metric=METRICS[name], position=self.labels[0][i], other=other
+            self.point,
+            name=name,
+            metric=_entry(self.point.scoring, name),
+            position=self.labels[0][i],
+            other=other,
         )
 
     def add_cells(self, name: str, calibrate: bool) -> None:
@@ -430,6 +441,7 @@ class _Cells:
         self, metric: Metric, pairing: Pairing, labels: list[list[str]], options: ScoreOptions
     ) -> None:
         self.metric, self.within = metric, pairing.within
+        self.function = partial(metric.function, **options.arguments(metric))
         exact = {"rotation", "translation"} <= set(metric.invariances)
         self.arrays = [
             [reduce_rows(side.arrays[p]) if exact else side.arrays[p] for p in chosen]
@@ -454,7 +466,7 @@ class _Cells:
         for i, x in enumerate(first):
             for j, y in enumerate(second):
                 mirrored = self.within and j < i
-                result[i, j] = result[j, i] if mirrored else self.metric.function(x, y)
+                result[i, j] = result[j, i] if mirrored else self.function(x, y)
         return result
 
     def values(self, rows: Labels | None) -> Array:
@@ -478,7 +490,7 @@ class _Cells:
     def _is_defined(self, x: Array) -> bool:
         """Return whether there is agreement with features, as there is not where all are alike."""
         try:
-            self.metric.function(x, x)
+            self.function(x, x)
         except UserError:
             return False
         return True

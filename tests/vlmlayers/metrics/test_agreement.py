@@ -16,6 +16,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.metrics import calibrated, cka, cka_matrix, mutual_knn, procrustes, rsa
 from vlmlayers.metrics.agreement import shape_angles, shapes
 from vlmlayers.metrics.cka_matrix import cheaper_form
+from vlmlayers.metrics.moments import CrossMoments, Moments, cka_from
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,25 @@ def test_both_forms_of_cka_agree(n: int, a: int, b: int, debiased: bool, seed: i
     assert forms[0] == pytest.approx(forms[1], abs=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_items_that_are_all_equally_far_apart_agree_with_nothing(seed: int) -> None:
+    """Whatever the form: of unbiased HSIC there is nothing left but rounding."""
+    rng = np.random.default_rng(seed)
+    n = 4 + 3 * seed
+    x = np.linalg.qr(rng.normal(size=(n + 5, n + 5)))[0][:n] * 37.3 + rng.normal(size=n + 5)
+    y = rng.normal(size=(n, 5))
+    for function in (cka, rsa):
+        with pytest.raises(UserError, match="all items are equally similar"):
+            function(x, y, **({"form": "gram"} if function is cka else {}))
+    with pytest.raises(UserError, match="no agreement with themselves"):
+        cka(x, y, form="feature")
+    for form in ("gram", "feature"):
+        with pytest.raises(UserError, match="equally similar|no agreement with themselves"):
+            cka_matrix([x], [y], form=form)
+    with pytest.raises(UserError, match="equally far apart"):
+        cka_from(Moments.of(x), Moments.of(y), CrossMoments.of(x, y))
+
+
 def test_unrelated_features_show_why_debiasing_matters() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(32, 768)), rng.normal(size=(32, 512))
@@ -112,6 +132,8 @@ def test_mutual_knn_counts_common_neighbours() -> None:
     expected = np.mean([len(near(x, i) & near(y, i)) / k for i in range(25)])
     assert mutual_knn(x, y, k=k) == pytest.approx(expected)
     assert mutual_knn(x, x, k=k) == pytest.approx(1.0)
+    # Of all others, any two layers would share all: half of them is the most.
+    assert mutual_knn(x, y, k=24) == mutual_knn(x, y, k=12) < 0.8
 
 
 def test_mutual_knn_of_unrelated_features_lands_at_its_null() -> None:

@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import (
+    balanced_accuracy,
     fisher_ratio,
     h_score,
     k_nearest,
@@ -21,6 +22,7 @@ from vlmlayers.metrics import (
     logme,
     nearest_mean,
     neighbourhood_overlap,
+    normalised_accuracy,
     silhouette,
     transfer_predict,
     zero_shot_accuracy,
@@ -240,6 +242,36 @@ def test_zero_shot_is_exactly_chance_for_a_constant() -> None:
     prompts = np.eye(4)
     assert zero_shot_accuracy(np.ones((8, 4)), prompts, np.arange(8) % 4) == pytest.approx(0.25)
     assert zero_shot_accuracy(prompts[[0, 1, 2]], prompts, [0, 1, 3]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("readout", [nearest_mean, transfer_predict])
+def test_a_class_without_an_item_to_learn_it_from_is_refused(readout) -> None:
+    """Its mean would lie at the centre, nearest to items that lie there."""
+    x, y = planted(30, classes=3)
+    middle = x.mean(axis=0)[None]
+    assert readout(x, y, x, y, middle, classes=3) in (0, 1, 2)
+    known = y != 1
+    with pytest.raises(UserError, match="class 1 of 3 has no item to take a mean of"):
+        readout(x[known], y[known], x[known], y[known], middle, classes=3)
+
+
+def test_features_of_other_widths_are_refused_by_name() -> None:
+    x, y = planted(30, classes=3)
+    with pytest.raises(UserError, match="prompts have width 5, images 12"):
+        zero_shot_accuracy(x, np.ones((3, 5)), y)
+    with pytest.raises(UserError, match="shots have width 5, those of the geometry 12"):
+        transfer_predict(x, y, x[:, :5], y, x[:, :5], classes=3)
+    with pytest.raises(UserError, match="to classify have width 5, those of the geometry 12"):
+        transfer_predict(x, y, x, y, x[:, :5], classes=3)
+
+
+def test_what_is_no_confusion_has_no_accuracy() -> None:
+    for counts in (np.ones(3), np.ones((2, 3)), np.ones((1, 1))):
+        with pytest.raises(UserError, match="expected two classes or more"):
+            normalised_accuracy(counts)
+    for wrong in (np.nan, -1.0):
+        with pytest.raises(UserError, match="counts hold NaN, or less than 0"):
+            balanced_accuracy([[3, wrong], [1, 1]])
 
 
 def test_a_geometry_learned_elsewhere_helps_novel_classes() -> None:

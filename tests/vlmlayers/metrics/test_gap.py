@@ -39,6 +39,7 @@ from vlmlayers.metrics.gap import (
 from vlmlayers.metrics.geometry import (
     alignment_weighted,
     centred_null,
+    distinct,
     mean_cosine_weighted,
     uniformity_null,
     uniformity_weighted,
@@ -78,6 +79,9 @@ def test_frechet_gap_by_matrix_roots(clouds) -> None:
     expected = np.trace(a) + np.trace(b) - 2 * np.trace(sqrtm(root @ b @ root)).real
     assert frechet_gap(*clouds) ** 2 == pytest.approx(expected, abs=1e-9)
     assert frechet_gap(x, x) == pytest.approx(0.0, abs=1e-6)
+    few = np.cov(y[:9].T)  # of a prompt per class there are fewer
+    expected = np.trace(a) + np.trace(few) - 2 * np.trace(sqrtm(root @ few @ root)).real
+    assert frechet_gap(x, y[:9]) ** 2 == pytest.approx(expected, abs=1e-9)
 
 
 def test_rmg_has_its_two_landmarks() -> None:
@@ -104,6 +108,20 @@ def test_class_prompts_pair_with_many_images() -> None:
     assert pair_distance(images, prompts, pairs) == pytest.approx(0.0)
     assert retrieval(images, prompts, pairs, k=1) == 1.0
     assert retrieval(prompts, images, pairs[:, ::-1], k=1) == 1.0
+
+
+def test_a_query_without_a_match_is_not_asked() -> None:
+    x, pairs = np.eye(3), [[0, 0], [1, 1]]
+    assert retrieval(x, x[:2], pairs) == 1.0
+    assert retrieval(x, x[:2], [[0, 0], [1, 0]]) == 0.5
+
+
+def test_rounding_decides_between_no_equal_candidates() -> None:
+    """Texts of one direction and of many lengths, whose cosines differ in their last digit."""
+    x = np.random.default_rng(3).normal(size=(40, 7))
+    texts = np.random.default_rng(4).normal(size=7) * np.geomspace(0.01, 90, 40)[:, None]
+    assert len(np.unique(unit(texts) @ unit(x)[0])) > 1
+    assert retrieval(x, texts, k=3) == pytest.approx(3 / 40)
 
 
 def test_retrieval_ranks_by_hand(clouds) -> None:
@@ -171,12 +189,26 @@ def test_weights_of_gaps_repeat_items(clouds, which: str) -> None:
         assert rmg_weighted(x, y, pairs, w[None], w[None])[0] == pytest.approx(expected)
 
 
+def test_a_pair_is_drawn_with_its_image_where_texts_are_prompts(clouds) -> None:
+    """Two draws of images whose prompts stay: what is left out counts in no pair."""
+    x, prompts = clouds[0], clouds[1][:4]
+    owner = np.arange(14) % 4
+    pairs = np.stack([np.arange(14), owner], axis=1)
+    kept = np.flatnonzero(np.random.default_rng(6).random(14) < 0.6)
+    weights = np.isin(np.arange(14), kept).astype(float)
+    found = rmg_weighted(x, prompts, pairs, weights[None], np.ones((1, 4)))[0]
+    left = np.stack([np.arange(len(kept)), owner[kept]], axis=1)
+    assert 4 < len(kept) < 14 and found == pytest.approx(rmg(x[kept], prompts, left))
+
+
 def test_bad_clouds_are_refused(clouds) -> None:
     x, y = clouds
     with pytest.raises(UserError, match="pass `pairs`"):
         pair_distance(x, y[:-1])
     with pytest.raises(UserError, match="`joint` space only"):
         rmg(x, y[:, :-1])
+    with pytest.raises(UserError, match="x has 1 item; at least 2"):
+        rmg(x[:1], y[:1])
     with pytest.raises(UserError, match="all images and texts coincide"):
         rmg(np.ones((3, 2)), np.ones((3, 2)))
     with pytest.raises(UserError, match="row of zeros"):
@@ -310,6 +342,23 @@ def test_twonn_counts_items_that_coincide_up_to_rounding_once(jitter: float) -> 
     assert twonn(np.vstack([x, near, near[:10]])) == pytest.approx(twonn(x))
     with pytest.raises(UserError, match="9 distinct items; TwoNN needs at least 10"):
         twonn(np.vstack([x[:9], near[:9]]))
+
+
+@pytest.mark.parametrize(("size", "offset"), [(1.0, 0.0), (1000.0, 0.0), (1.0, 1000.0)])
+def test_items_apart_by_more_than_rounding_are_distinct(size: float, offset: float) -> None:
+    """Whatever the scale and the mean: by a ten-thousandth of the spread, not by a millionth."""
+    x = np.random.default_rng(14).normal(size=(40, 4))
+    for apart, expected in ((2e-4, 80), (2e-6, 40)):
+        both = np.vstack([x, x + [apart, 0, 0, 0]])
+        assert len(distinct(size * both + offset)) == expected
+    assert twonn(x[:10]) > 0
+
+
+def test_directions_without_spread_count_for_nothing() -> None:
+    """Rounding leaves hundreds of them a little each."""
+    left, right = (np.linalg.qr(np.random.default_rng(s).normal(size=(400, 4)))[0] for s in (1, 2))
+    left = np.linalg.qr(left - left.mean(axis=0))[0]
+    assert effective_rank(left @ right.T) == pytest.approx(4.0, abs=1e-9)
 
 
 def test_twonn_may_use_every_item_with_a_finite_height() -> None:

@@ -168,9 +168,18 @@ def spread(x):
     \"\"\"Return the largest distance of a row from the mean.\"\"\"
     return float(((x - x.mean(axis=0)) ** 2).sum(axis=1).max() ** 0.5)
 
+def sizes_match(x, y, power):
+    \"\"\"Return the correlation of the lengths of rows that belong together.\"\"\"
+    a, b = ((z**2).sum(axis=1) ** (power / 2) for z in (x, y))
+    return float(((a - a.mean()) * (b - b.mean())).mean() / (a.std() * b.std()))
+
 radius = Metric(
     spread, "geometry", "features", "radius of the cloud", "", bounds=(0.0, float("inf")),
-    direction="wider", spaces=("native",), towers=("vision",),
+    direction="wider", spaces=("native",), towers=("vision",), null="gaussian",
+)
+sizes = Metric(
+    sizes_match, "agreement", "pairs", "correlation of lengths", "", bounds=(-1.0, 1.0),
+    direction="more alike", null="shuffle", settings={"power": 1},
 )
 number = 3
 """
@@ -183,7 +192,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     info = tmp_path / "my_measures-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-measures\nVersion: 1.0\n")
-    names = ("spread", "radius", "number", "lost", "fisher_ratio = my_measures:spread")
+    names = ("spread", "radius", "sizes", "number", "lost", "fisher_ratio = my_measures:spread")
     lines = [name if "=" in name else f"{name} = my_measures:{name}" for name in names]
     (info / "entry_points.txt").write_text("\n".join(["[vlmlayers.metrics]", *lines]))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -208,6 +217,27 @@ def test_metrics_of_an_installed_package_are_scored_by_name(package: Path) -> No
         metric("spred")
     with pytest.raises(UserError, match="'spread'; valid"):
         score_streaming([member], ["spread"])
+
+
+def test_agreement_and_a_null_of_noise_of_a_package_are_scored_as_shipped_ones(
+    package: Path,
+) -> None:
+    member = make_features()
+    scores = score(member, ["sizes", "radius"], jobs=1, shuffles=19)
+    sides = [member.tower(name).arrays["native"]["2"] for name in ("vision", "text")]
+    means = sides[0].reshape(10, 6, -1).mean(axis=0)  # labels are 0 to 5, over and over
+    lengths = [np.linalg.norm(x, axis=1) for x in (means, sides[1])]
+    rows = scores[(scores.position == "2") & (scores.other_position == "2")]
+    found = rows.set_index(["tower", "other_tower"])
+    expected = np.corrcoef(*lengths)[0, 1]
+    assert found.loc[("vision", "text"), "value"] == pytest.approx(expected, abs=1e-5)
+    own = found.loc[("vision", "vision")]  # of all images, and no shuffle comes near itself
+    assert (own["value"], own["n"]) == (pytest.approx(1.0), 60) and "p=0.05" in own["options"]
+    assert abs(own["null"]) < 0.1
+    noise = np.random.default_rng(8).normal(size=(200, *sides[0].shape))
+    largest = np.linalg.norm(noise - noise.mean(axis=1, keepdims=True), axis=2).max(axis=1)
+    null = scores.loc[(scores.metric == "radius") & (scores.position == "2"), "null"].item()
+    assert largest.min() <= null <= largest.max()
 
 
 def test_what_a_package_offers_wrongly_is_named(package: Path) -> None:

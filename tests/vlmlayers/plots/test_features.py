@@ -75,6 +75,24 @@ def test_neighbours_are_those_of_the_cosine() -> None:
         nearest(features, 30)
 
 
+def test_captioned_images_without_classes_have_neighbours_and_a_place() -> None:
+    features = planted()
+    images = replace(features.tower("vision"), labels=np.full(30, -1))
+    features = replace(features, vision=images, text=None, class_names=())
+    plain = nearest(planted(), 4, positions=["2"], space="joint")
+    table = nearest(features, 4, positions=["2"], space="joint")
+    assert list(table["row"]) == list(plain["row"])
+    assert set(table["class"]) == {""} and not table["same_class"].any()
+    places = project(features, 2, space="joint")[["x", "y"]]
+    assert np.linalg.norm(places, axis=1) == pytest.approx(
+        np.linalg.norm(project(planted(), 2, space="joint")[["x", "y"]], axis=1)
+    )
+    thumbs = dict.fromkeys(images.ids, np.zeros((8, 8, 3), np.uint8))
+    ax = vl.plots.neighbours(features, 4, positions=[2], data=thumbs, space="joint")
+    assert images.ids[4] in ax.get_title(loc="left")
+    assert isinstance(vl.plots.scatter(features, 2, space="joint", colour="class"), Axes)
+
+
 def test_a_scatter_follows_the_conventions_of_seaborn() -> None:
     ax = Figure().subplots()
     drawn = vl.plots.scatter(
