@@ -192,7 +192,7 @@ def test_the_annotations_of_every_checked_function_can_be_evaluated() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["", "features", "figures", "metrics", "models", "plots", "report", "study"],
+    ["", "features", "figures", "metrics", "models", "plots", "report", "selection", "study"],
 )
 def test_every_public_function_is_checked(module: str) -> None:
     home = importlib.import_module(f"vlmlayers.{module}".rstrip("."))

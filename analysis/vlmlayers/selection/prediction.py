@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 
-from vlmlayers.arguments import Takes, checked
+from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
@@ -32,7 +32,7 @@ Adapted = Annotated[Sequence[int], Takes("blocks such as '5-12' or [5, 6]", conv
 def block_scores(
     scores: Scores,
     name: str,
-    blocks: Mapping[str, int] | None = None,
+    blocks: Mapping[str, Count] | None = None,
     *,
     partial: bool = False,
 ) -> dict[str, Array]:
@@ -224,6 +224,19 @@ def _complete(table: BlockTable, name: str) -> bool:
 Placements = Annotated[Mapping[str, Any], Takes("a mapping from names to placements")]
 
 
+def _pair(label: str, given: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the blocks of both towers of a placement, however it is given."""
+    placed = Placement.parse(given) if isinstance(given, str) else given
+    if hasattr(placed, "vision") and hasattr(placed, "text"):
+        placed = placed.vision, placed.text
+    if not isinstance(placed, Sequence) or len(placed) != 2:
+        raise UserError(
+            f"placement {label!r} takes text such as 'v5-12,t5-12' or a (vision, text) pair, not "
+            f"{given!r}"
+        )
+    return parse_blocks(placed[0]), parse_blocks(placed[1])
+
+
 @checked
 def predict(
     scores: Scores, placements: Placements, names: Sequence[str] | None = None
@@ -244,8 +257,7 @@ def predict(
     for name in names if names is not None else available_scores(scores):
         score = scorer(scores, name)
         for label, given in placements.items():
-            placed = Placement.parse(given) if isinstance(given, str) else given
-            vision, text = (placed.vision, placed.text) if hasattr(placed, "vision") else placed
+            vision, text = _pair(label, given)
             rows.append(
                 {
                     "placement": label,

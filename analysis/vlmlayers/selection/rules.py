@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from vlmlayers.arguments import Natural, Share, checked
+from vlmlayers.arguments import Count, Natural, Share, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_json
+from vlmlayers.metrics.checks import Given
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run
@@ -242,15 +243,18 @@ class Knee(Rule):
         return picks
 
 
-def fit_knee(curve: Array) -> dict[str, Any]:
+@checked
+def fit_knee(curve: Given) -> dict[str, Any]:
     """Fit y = a + b·x + c·max(0, x − k) over blocks and return the best knee k.
 
     `better_than_line` compares the Bayesian information criterion of this fit (four parameters)
     with that of one line (two).
 
     Raises:
-        UserError: The tower has fewer than four blocks.
+        UserError: The tower has fewer than four blocks, or the curve a value that is not finite.
     """
+    if curve.ndim != 1 or not np.isfinite(curve).all():
+        raise UserError("fit_knee takes a finite number for each block")
     depth = len(curve)
     if depth < 4:
         raise UserError(f"the rule 'knee' needs at least 4 blocks, not {depth}; use 'threshold'")
@@ -349,7 +353,8 @@ class Paper(Rule):
         return {tower: Pick(paper_blocks(depth)) for tower, depth in table.blocks.items()}
 
 
-def paper_blocks(depth: int) -> tuple[int, ...]:
+@checked
+def paper_blocks(depth: Count) -> tuple[int, ...]:
     """Return the paper's placement scaled to `depth` blocks: 5–12 of 12, 9–24 of 24."""
     return tuple(range(depth // 3 + 1, depth + 1))
 

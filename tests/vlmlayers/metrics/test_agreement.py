@@ -231,13 +231,16 @@ def test_rounding_orders_no_equal_distances() -> None:
 
 
 def test_calibration_puts_chance_at_zero_and_identity_at_one() -> None:
-    shuffled = np.array([0.4, 0.6])
+    shuffled = np.array([0.2, 0.2, 1.1])  # whose mean is chance, not what is in their middle
     assert calibrated(np.array([0.5, 1.0]), shuffled[:, None], 1.0) == pytest.approx([0.0, 1.0])
 
 
 @pytest.mark.parametrize("function", [cka, mutual_knn, rsa, procrustes])
 def test_bad_pairs_are_refused(function) -> None:
     x = np.random.default_rng(0).normal(size=(10, 3))
+    if function in (cka, rsa):
+        with pytest.raises(UserError, match="x has 3 items; at least 4"):
+            function(x[:3], x[:3])
     with pytest.raises(UserError, match="rows must be paired"):
         function(x, x[:9])
     with pytest.raises(UserError, match="at least"):
@@ -282,6 +285,8 @@ def test_the_cheaper_form_is_chosen() -> None:
     layers = [768] * 12, [512] * 12
     assert cheaper_form(1_000, *layers) == "gram"
     assert cheaper_form(50_000, *layers) == "feature"
+    # Fewer operations, but 150 GB of Gram matrices.
+    assert cheaper_form(20_000, [4096] * 24, [4096] * 24) == "feature"
     x = np.random.default_rng(7).normal(size=(40, 3))
     assert cka_matrix([x], [x])[0, 0] == pytest.approx(1.0)
 

@@ -27,7 +27,12 @@ from vlmlayers.metrics import (
     transfer_predict,
     zero_shot_accuracy,
 )
-from vlmlayers.metrics.class_level import reduce_rows, shrinkage_of
+from vlmlayers.metrics.class_level import (
+    fisher_null,
+    reduce_rows,
+    same_label_null,
+    shrinkage_of,
+)
 from vlmlayers.metrics.readouts import (
     C_GRID,
     logistic_logits,
@@ -238,8 +243,27 @@ def test_neighbourhood_overlap_of_a_constant_is_that_of_any_others(sizes: tuple[
     assert neighbourhood_overlap(x, [0, 0, 1, 1], k=1) == pytest.approx((0.5 + 1) / 4)
 
 
+def test_with_all_others_as_neighbours_overlap_is_chance() -> None:
+    x, _ = planted(12)
+    y = np.repeat([0, 1, 2], [6, 4, 2])
+    expected = np.mean([np.mean(np.delete(y, i) == y[i]) for i in range(12)])
+    assert neighbourhood_overlap(x, y, k=99) == pytest.approx(expected)
+    assert same_label_null(12, y) == pytest.approx(expected)
+
+
+def test_the_fisher_ratio_of_shuffled_labels_is_its_null() -> None:
+    rng, y = np.random.default_rng(5), np.repeat([0, 1, 2], [8, 8, 4])
+    x = rng.normal(size=(20, 30))
+    found = [fisher_ratio(x, rng.permutation(y)) for _ in range(300)]
+    assert fisher_null(20, y) == pytest.approx(np.mean(found), rel=0.05)
+
+
 def test_zero_shot_is_exactly_chance_for_a_constant() -> None:
     prompts = np.eye(4)
+    same = np.random.default_rng(1).normal(size=4) * np.geomspace(0.01, 90, 4)[:, None]
+    images = np.random.default_rng(2).normal(size=(40, 4))
+    # Prompts of one direction, whose cosines differ by rounding.
+    assert zero_shot_accuracy(images, same, np.arange(40) % 4) == pytest.approx(0.25)
     assert zero_shot_accuracy(np.ones((8, 4)), prompts, np.arange(8) % 4) == pytest.approx(0.25)
     assert zero_shot_accuracy(prompts[[0, 1, 2]], prompts, [0, 1, 3]) == pytest.approx(2 / 3)
 
@@ -313,8 +337,9 @@ def test_constant_features_are_refused(function) -> None:
 
 @pytest.mark.parametrize("function", [fisher_ratio, lda_criterion])
 def test_items_equal_to_their_class_mean_are_refused(function) -> None:
-    with pytest.raises(UserError, match="no scatter within classes"):
-        function(np.eye(3)[np.arange(12) % 3], np.arange(12) % 3)
+    for size, offset in ((1.0, 0.0), (1 / 3, 0.1)):  # the means of the second are off by rounding
+        with pytest.raises(UserError, match="no scatter within classes"):
+            function(size * np.eye(3)[np.arange(21) % 3] + offset, np.arange(21) % 3)
 
 
 def test_a_row_of_zeros_has_no_neighbours() -> None:

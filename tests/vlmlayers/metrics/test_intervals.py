@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.intervals import (
@@ -16,6 +16,7 @@ from vlmlayers.metrics.intervals import (
     bootstrap_weights,
     jackknife,
     jackknife_groups,
+    jackknife_interval,
     mean_interval,
     mean_share_draws,
     percentile,
@@ -138,6 +139,15 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     groups = jackknife_groups(np.zeros(200, int), 200, rng)
     low, high = jackknife(lambda rows: float(x[rows].mean()), float(x.mean()), groups)
     assert (high - low) / 2 == pytest.approx(1.972 * x.std(ddof=1) / np.sqrt(200), rel=1e-3)
+
+
+def test_the_jackknife_of_five_items_is_students_interval() -> None:
+    x = np.array([0.3, 1.9, -0.4, 2.2, 0.8])
+    groups = jackknife_groups(np.zeros(5, int), 10, np.random.default_rng(0))
+    found = jackknife(lambda rows: float(x[rows].mean()), float(x.mean()), groups)
+    assert found == pytest.approx(ttest_1samp(x, 0).confidence_interval(0.95))
+    # What all groups miss alike is a bias of fewer items, and no spread.
+    assert jackknife_interval(0.9, np.ones(10)) == (0.9, 0.9)
 
 
 def test_draws_without_a_value_are_refused_where_they_are_most() -> None:

@@ -56,6 +56,8 @@ def test_projection_keeps_planted_distances() -> None:
     centred = centred - centred.mean(axis=0)
     _, directions = np.linalg.eigh(np.cov(centred.T))
     assert abs(np.corrcoef(centred @ directions[:, -1], table["x"])[0, 1]) == pytest.approx(1)
+    for axis in ("x", "y"):  # of two signs that fit as well the one with the farthest item above 0
+        assert table[axis].iloc[table[axis].abs().argmax()] > 0
     same = project(planted(), "embed", space="joint")
     assert not same[["x", "y"]].to_numpy().any(), "rounding noise is no picture"
     for method in ("pca", "tsne"):

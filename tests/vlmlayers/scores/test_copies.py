@@ -8,14 +8,14 @@ import pytest
 from vlmlayers import LayerFeatures, score
 
 
-def features(name: str, x: np.ndarray, pooling: str = "mean") -> LayerFeatures:
+def features(name: str, x: np.ndarray, pooling: str = "mean", split: str = "val") -> LayerFeatures:
     labels = np.arange(len(x)) % 3
     return LayerFeatures.from_arrays(
         {1: x[:, ::-1].copy(), 2: x},
         labels=labels,
         class_names=list("abc"),
         dataset=name,
-        split="val",
+        split=split,
         pooling=pooling,
     )
 
@@ -38,6 +38,9 @@ def test_images_of_two_datasets_are_told(x: np.ndarray, caplog: pytest.LogCaptur
     other[3] = x[7]
     score([features("one", x), features("two", other)], ["dataset_accuracy_ncm"], progress=False)
     assert "one (val) and two (val) share 1 image" in caplog.text
+    both = [features("one", x), features("one", other, split="test")]
+    score(both, ["fisher_ratio"], progress=False)
+    assert "one (val) and one (test) share 1 image" in caplog.text
 
 
 def test_one_dataset_recorded_twice_holds_no_copies(

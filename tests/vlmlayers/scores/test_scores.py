@@ -899,6 +899,11 @@ def test_jackknife_groups_leave_each_item_out_once() -> None:
     left_out = np.concatenate([np.setdiff1d(np.arange(47), rows) for rows in kept])
     assert sorted(left_out) == list(range(47))
     assert max(47 - len(rows) for rows in kept) - min(47 - len(rows) for rows in kept) <= 1
+    # Of each of four classes every group takes as many, or one more.
+    sizes = np.array([np.bincount(rows % 4, minlength=4) for rows in kept])
+    assert np.ptp(sizes, axis=0).max() <= 1
+    few = jackknife_groups(np.zeros(3, int), 10, np.random.default_rng(0))
+    assert sorted(map(len, few)) == [2, 2, 2]  # a group without an item would count as a draw
 
 
 def test_balanced_rows_deal_and_shots() -> None:

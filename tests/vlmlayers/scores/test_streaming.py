@@ -227,6 +227,9 @@ def test_streamed_values_are_those_of_the_features(features: list[LayerFeatures]
         row = streamed.loc[[("captioned", "vision", "2", metric, space)]].iloc[0]
         assert row["value"] == pytest.approx(value, rel=1e-6), metric
         assert row["low"] <= row["value"] <= row["high"] and row["n"] == 300
+    plain = score([member], ["fisher_ratio"], bootstrap=20, positions=["2"])
+    place = ("captioned", "vision", "2", "fisher_ratio", "native")
+    assert streamed.loc[[place], "null"].item() == pytest.approx(plain["null"].iloc[0])
 
 
 @pytest.mark.parametrize(("classes", "items"), [(5, 60), (300, 3000)])
@@ -512,6 +515,8 @@ def test_streamed_gaps_are_those_of_the_features_also_with_odd_prompts() -> None
         both = stored.merge(streamed, on=["metric", "position", "other_position"])
         assert len(both) == len(stored) == len(streamed)
         np.testing.assert_allclose(both["value_x"], both["value_y"], atol=1e-6)
+        centroids = both[both.metric == "centroid_gap"]
+        np.testing.assert_allclose(centroids["null_x"], centroids["null_y"])
 
 
 def test_streamed_captions_are_read_out_from_their_sums() -> None:

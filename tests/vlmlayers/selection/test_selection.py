@@ -735,6 +735,52 @@ def test_datasets_of_other_seeds_are_refused() -> None:
         select(pairs, "budget", n=1, score="metric:cka_debiased")
 
 
+def test_a_placement_is_predicted_however_it_is_written() -> None:
+    ways = {
+        "text": "v3-5,t4", "pair": ((3, 4, 5), (4,)), "of text": ("3-5", "4"),
+        "choice": LayerChoice((3, 4, 5), (4,), "mine"),
+    }  # fmt: skip
+    found = predict(planted(), ways, ["contrast_accuracy"])
+    expected = placement_score(planted(), "3-5", "4", "contrast_accuracy")
+    assert (found["predicted"] == expected).all() and set(found["vision"]) == {"3 4 5"}
+    for wrong in (3, ((1, 2),), {"vision": [1]}):
+        with pytest.raises(UserError, match="placement 'a' takes text such as"):
+            predict(planted(), {"a": wrong}, ["contrast_accuracy"])
+
+
+def test_a_knee_is_fitted_to_any_finite_curve() -> None:
+    curve = [0.1, 0.1, 0.1, 0.3, 0.5, 0.7]
+    assert fit_knee(curve) == fit_knee(np.array(curve)) and fit_knee(curve)["knee"] == 3
+    # Up to the last block but one, behind which a single step is left.
+    assert fit_knee([0.1, 0.1, 0.1, 0.1, 0.1, 0.7])["knee"] == 5
+    for wrong in ([0.1, np.nan, 0.3, 0.4], np.ones((5, 2))):
+        with pytest.raises(UserError, match="finite number for each block"):
+            fit_knee(wrong)
+    with pytest.raises(UserError, match="blocks takes .*whole numbers from 1"):
+        block_scores(planted(), "accuracy", {"vision": 0})
+
+
+def test_the_threshold_that_is_told_is_the_one_that_blocks_pass() -> None:
+    curve = [0.4, 0.5, 0.61, 0.7, 0.59, 0.9]
+    scores = table(curve_rows("class_accuracy", "vision", curve))
+    asked = {"metric": "class_accuracy", "agreement_metric": "none", "resamples": 0}
+    choice = select(scores, accuracy=0.4, **asked)
+    told = choice.evidence["towers"]["vision"]["values"]["class_accuracy"]["threshold"]
+    assert told == pytest.approx(0.6) and choice.vision == (3, 4, 6)
+
+
+@pytest.mark.parametrize(("span", "doubted"), [(0.0455, True), (0.0470, False)])
+def test_noise_is_told_by_the_published_point_of_the_studentized_range(
+    span: float, doubted: bool
+) -> None:
+    """Its upper 5 % point for 12 means and known variance is 4.62 standard errors, here of 0.01."""
+    rows = curve_rows("class_accuracy", "vision", np.linspace(0.5, 0.5 + span, 12), half=0.0196)
+    rows[3] |= {"low": 0.1, "high": 0.9}  # one wide interval says nothing of the others
+    choice = select(table(rows), "knee", metric="class_accuracy", resamples=0)
+    notes = choice.evidence["towers"]["vision"]["notes"]
+    assert any("varies by" in note for note in notes) is doubted
+
+
 def test_a_block_exactly_at_its_threshold_passes() -> None:
     """Whatever the mean over seeds rounds to."""
     for low, high in ((7, 19), (11, 37), (13, 59)):
