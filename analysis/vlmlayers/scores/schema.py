@@ -15,7 +15,7 @@ from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, file_checksum, write_csv, write_text
 from vlmlayers.positions import sort_key
 from vlmlayers.runs import score_table
-from vlmlayers.scores.reading import check_columns, check_scores, in_words
+from vlmlayers.scores.reading import Reading, check_columns, check_scores, in_words
 
 
 def _with_columns(table: Any) -> Any:
@@ -150,7 +150,8 @@ def score_matrix(
 ) -> pd.DataFrame:
     """Return an agreement as a full position × position matrix, rows along `tower`.
 
-    Within a tower the table keeps each pair once; the matrix is filled symmetrically.
+    Within a tower the table keeps each pair once; the matrix is filled symmetrically. Of several
+    splits or poolings it is that of the first one, as in figures.
 
     Raises:
         UserError: The table has no such rows, or those of several models.
@@ -164,10 +165,9 @@ def score_matrix(
     ]
     if chosen.empty:
         raise UserError(f"no {metric} between {tower} and {other_tower} for dataset {dataset!r}")
-    # Checked first: pivot_table averages whatever shares a cell, two models included.
-    grid = check_scores(chosen).pivot_table(
-        index="position", columns="other_position", values="value"
-    )
+    # Checked first, and read at one split and pooling: pivot_table averages what shares a cell.
+    read = Reading(space=space).of_all_datasets(check_scores(chosen), metric, tower)
+    grid = read.pivot_table(index="position", columns="other_position", values="value")
     if tower == other_tower:
         grid = grid.combine_first(grid.T)
     return grid.loc[sorted(grid.index, key=sort_key), sorted(grid.columns, key=sort_key)]

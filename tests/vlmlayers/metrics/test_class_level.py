@@ -39,6 +39,7 @@ from vlmlayers.metrics.readouts import (
     logistic_of_parts,
     normalised,
 )
+from vlmlayers.metrics.regression import balanced_weights
 from vlmlayers.metrics.transfer import discriminant, within_scatter
 
 LABELLED = [fisher_ratio, lda_criterion, silhouette, h_score, logme, neighbourhood_overlap]
@@ -106,6 +107,13 @@ def test_the_order_of_items_that_tie_decides_no_vote() -> None:
     assert (first == (shares / np.bincount(y)).argmax(axis=1)).all()
 
 
+def test_of_classes_with_equal_votes_the_nearer_neighbours_win() -> None:
+    fit, y = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]), [0, 0, 1, 1]
+    asked = [[2, 1], [1, 2], [-1, 2], [-2, -1]]  # one of the two nearest is of either class
+    found = k_nearest(fit, y, fit, y, asked, classes=2, k=2, normalise="none")
+    assert found.tolist() == [0, 1, 1, 0]
+
+
 class _Within:
     """Hands scikit-learn's LDA one covariance for every class, shrunk by scikit-learn."""
 
@@ -153,8 +161,8 @@ def test_regressions_fitted_side_by_side_are_those_fitted_alone() -> None:
 @pytest.mark.parametrize("readout", [logistic, nearest_mean, k_nearest, discriminant])
 def test_a_constant_predicts_one_class(readout) -> None:
     x, y = np.full((30, 8), 1000.3, dtype=np.float32), np.arange(30) % 3
-    noise = 1e-4 * np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
-    assert len(np.unique(readout(x + noise, y, x, y, x, classes=3))) == 1
+    noise = 1e-4 * np.random.default_rng(0).normal(size=(2, 30, 8)).astype(np.float32)
+    assert len(np.unique(readout(x + noise[0], y, x, y, x + noise[1], classes=3))) == 1
 
 
 def test_fisher_ratio_from_scatter_matrices() -> None:
@@ -277,6 +285,19 @@ def test_a_class_without_an_item_to_learn_it_from_is_refused(readout) -> None:
     known = y != 1
     with pytest.raises(UserError, match="class 1 of 3 has no item to take a mean of"):
         readout(x[known], y[known], x[known], y[known], middle, classes=3)
+
+
+def test_a_geometry_of_one_direction_still_tells_classes_apart() -> None:
+    """Items vary along one axis alone, and by one amount: nothing calls for shrinkage."""
+    axis, apart = np.eye(5)[0], np.eye(5)[1]
+    x = np.stack([axis, -axis, apart + axis, apart - axis])
+    y, asked = np.array([0, 0, 1, 1]), np.stack([9 * axis + 0.9 * apart, -9 * axis + 0.1 * apart])
+    assert transfer_predict(x, y, x, y, asked, classes=2).tolist() == [1, 0]
+
+
+def test_weights_of_classes_have_a_mean_of_one_where_a_class_is_missing() -> None:
+    weights = balanced_weights(np.array([0, 0, 0, 2]), 3)
+    assert weights.mean() == pytest.approx(1.0) and weights[:3].sum() == pytest.approx(weights[3])
 
 
 def test_features_of_other_widths_are_refused_by_name() -> None:

@@ -34,6 +34,7 @@ from vlmlayers.scores import (
     stated_options,
     write_scores,
 )
+from vlmlayers.scores.gaps import match
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
 from vlmlayers.scores.projection import project
 from vlmlayers.scores.reading import ceiling
@@ -430,6 +431,20 @@ def test_a_matrix_is_square_and_symmetric_within_a_tower(scores: pd.DataFrame) -
     assert across.shape == (6, 6)
     with pytest.raises(UserError, match="no rsa between vision and text for dataset 'nowhere'"):
         score_matrix(scores, "rsa", dataset="nowhere")
+
+
+def test_a_matrix_is_of_one_split_and_pooling_not_their_mean() -> None:
+    one, other, unseen = (make_features(seed=seed) for seed in range(3))
+    assert other.vision is not None
+    features = [
+        one,
+        replace(other, vision=replace(other.vision, pooling="mean")),
+        replace(unseen, split="val"),
+    ]
+    asked = {"positions": ["1", "2"], "permutations": 2}
+    table, alone = (score(given, ["cka_debiased"], **asked) for given in (features, one))
+    found, expected = (score_matrix(t, "cka_debiased", dataset="alpha") for t in (table, alone))
+    pd.testing.assert_frame_equal(found, expected)
 
 
 def test_the_gap_is_that_of_the_plain_function(scores: pd.DataFrame) -> None:
@@ -892,6 +907,15 @@ def test_items_that_coincide_count_once_in_all_that_is_said_of_an_intrinsic_dime
     few = once.take_images(np.repeat(np.arange(12), 5))
     with pytest.raises(UserError, match="12 distinct items; at least 20 are needed"):
         score(few, ["twonn"], **options)
+
+
+def test_captions_are_drawn_as_often_as_their_image_and_prompts_once() -> None:
+    draws = np.random.default_rng(0).integers(0, 4, (3, 60)).astype(float)
+    captioned = match(make_features(captions=2), 0, ScoreOptions())
+    found = captioned.text_weights(draws)
+    assert found.shape == (3, 120)
+    assert all((found[:, text] == draws[:, image]).all() for image, text in captioned.pairs)
+    assert (match(make_features(), 0, ScoreOptions()).text_weights(draws) == 1).all()
 
 
 def test_jackknife_groups_leave_each_item_out_once() -> None:

@@ -584,6 +584,12 @@ def test_of_knees_that_fit_alike_the_lower_one_is_taken(curve: list[float], knee
         assert select(scores, "knee", metric="class_accuracy", resamples=0).vision[0] == knee
 
 
+def test_half_of_a_tower_of_one_block_is_that_block() -> None:
+    scores = table(curve_rows("class_accuracy", "vision", [0.5]))
+    choice = select(scores, "budget", score="metric:class_accuracy", resamples=0)
+    assert choice.vision == (1,)
+
+
 def test_budget_without_span_takes_the_best_blocks() -> None:
     scores = table(curve_rows("class_accuracy", "vision", [0.1, 0.9, 0.2, 0.8, 0.3, 0.7]))
     choice = select(scores, "budget", n=2, span=False, score="metric:class_accuracy", resamples=0)
@@ -1019,6 +1025,9 @@ def test_placement_scores_are_what_they_say_of_blocks_in_the_middle() -> None:
     everywhere = placement_score(scores, span(1, 6), span(1, 3), "contrast_accuracy")
     assert everywhere == pytest.approx(np.mean([*taken, *left]))  # nothing is left to compare with
     assert placement_score(scores, (2, 3), (2,), "blocks_adapted") == pytest.approx(3 / 9)
+    # All of the score for half the price of all blocks, as `PLACEMENT_SCORES` says.
+    whole = placement_score(planted(), span(1, 12), span(1, 12), "captured_minus_cost")
+    assert whole == pytest.approx(0.5)
 
 
 def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
