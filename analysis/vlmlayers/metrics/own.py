@@ -10,11 +10,18 @@ from importlib.metadata import EntryPoint
 from inspect import Parameter, signature
 from typing import Any
 
-from vlmlayers.errors import UserError, one_line
-from vlmlayers.metrics.declare import INF, MODEL, Metric
+from vlmlayers.errors import UserError, check_one_of, one_line
+from vlmlayers.metrics.declare import INF, MODEL, NEEDS, Metric
 from vlmlayers.user_code import name_of
 
 OWN = "own"  # the level of such a metric
+# What some protocols read of an entry beside its function.
+READ = {
+    "prompts": ("per_item",),
+    "queries": ("per_item",),
+    "novel classes": ("parts",),
+    "other datasets": ("parts",),
+}
 
 
 def own_metric(function: Callable[..., Any], taken: Collection[str]) -> tuple[str, Metric]:
@@ -52,6 +59,13 @@ def packaged_metric(offer: EntryPoint) -> Metric:
         return _entry(offer.name, found)
     if found.needs == MODEL or found.base:
         raise UserError(f"{offer.value} needs more than features, as metrics of packages cannot")
+    check_one_of("needs", found.needs, NEEDS, where=offer.value)
+    lacking = [name for name in READ.get(found.needs, ()) if not getattr(found, name)]
+    if lacking or (found.needs == "queries" and not callable(found.null)):
+        raise UserError(
+            f"{offer.value} needs {found.needs!r}, whose protocol reads "
+            f"{' and '.join(lacking) or 'a null that is a function'}; declare it"
+        )
     return found
 
 

@@ -225,6 +225,25 @@ def test_logme_reaches_the_maximum_of_the_evidence(n: int, width: int) -> None:
     assert logme(x, y) == pytest.approx(-min(starts), abs=1e-3)
 
 
+def test_logme_of_features_that_say_nothing_is_that_of_no_features() -> None:
+    """Orthogonal to the labels, so that the best head has no weights: a normal density is left."""
+    y = np.arange(40) % 2
+    target = (y == 0) - 0.5
+    x = np.random.default_rng(3).normal(size=(40, 6))
+    x = x - x.mean(axis=0)
+    x -= np.outer(target, target @ x) / (target @ target)
+    variance = (target @ target) / 39
+    assert logme(x, y) == pytest.approx(-0.5 * (np.log(2 * np.pi * variance) + 1), abs=1e-6)
+
+
+def test_logme_reads_directions_in_any_order() -> None:
+    """Rotated features come with the largest direction last, principal components with it first."""
+    y = np.arange(40) % 3
+    rows = np.random.default_rng(4).normal(size=(40, 6)) + np.eye(6)[y] * 2
+    axes = np.linalg.qr(rows - rows.mean(axis=0))[0] * np.geomspace(1e4, 1e-4, 6)
+    assert logme(axes, y) == pytest.approx(logme(axes[:, ::-1], y), abs=1e-9)
+
+
 def test_logme_is_not_fooled_by_a_missing_label_id() -> None:
     x, y = planted()
     assert logme(x, y * 10) == pytest.approx(logme(x, y))

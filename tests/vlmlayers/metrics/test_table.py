@@ -181,6 +181,10 @@ sizes = Metric(
     sizes_match, "agreement", "pairs", "correlation of lengths", "", bounds=(-1.0, 1.0),
     direction="more alike", null="shuffle", settings={"power": 1},
 )
+right = Metric(spread, "class", "prompts", "right", "")
+found = Metric(spread, "gap", "queries", "found", "", per_item=spread, null=0.0)
+novel = Metric(spread, "dataset", "novel classes", "novel", "")
+typo = Metric(spread, "geometry", "feature", "typo", "")
 number = 3
 """
 
@@ -192,7 +196,18 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     info = tmp_path / "my_measures-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-measures\nVersion: 1.0\n")
-    names = ("spread", "radius", "sizes", "number", "lost", "fisher_ratio = my_measures:spread")
+    names = (
+        "spread",
+        "radius",
+        "sizes",
+        "right",
+        "found",
+        "novel",
+        "typo",
+        "number",
+        "lost",
+        "fisher_ratio = my_measures:spread",
+    )
     lines = [name if "=" in name else f"{name} = my_measures:{name}" for name in names]
     (info / "entry_points.txt").write_text("\n".join(["[vlmlayers.metrics]", *lines]))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -245,6 +260,11 @@ def test_what_a_package_offers_wrongly_is_named(package: Path) -> None:
         metric("number")
     with pytest.raises(UserError, match="'lost' of an installed package cannot be read"):
         metric("lost")
+    for name, lacks in (("right", "per_item"), ("found", "a null that is"), ("novel", "parts")):
+        with pytest.raises(UserError, match=f"my_measures:{name} needs '.*', whose .* {lacks}"):
+            metric(name)
+    with pytest.raises(UserError, match="unknown needs 'feature' in my_.*; did you mean 'feat"):
+        metric("typo")
 
 
 def test_a_study_scores_again_where_a_packages_metric_has_changed(package: Path) -> None:
