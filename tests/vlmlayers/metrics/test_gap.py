@@ -263,7 +263,7 @@ def test_modality_auc_without_a_fold_is_that_of_the_other_items(dims: int, promp
     data, told = np.vstack([unit(x), unit(y)]), np.repeat([1, 0], [40, len(y)])
     fold = np.concatenate([folds[owner], folds])
     expected = []
-    for left in range(5):
+    for left in (*range(5), -1):  # last without none of them, which is the value itself
         parts, sizes = [], []
         for held in set(range(5)) - {left}:
             fit = (fold != left) & (fold != held)
@@ -276,8 +276,21 @@ def test_modality_auc_without_a_fold_is_that_of_the_other_items(dims: int, promp
             sizes.append(int((folds[owner] == held).sum()))
         expected.append(np.average(parts, weights=sizes))
     found = modality_auc_left_out(x, y, pairs, dims=dims)
-    assert found == pytest.approx(expected, abs=0.01)
+    assert found == pytest.approx(expected[:-1], abs=0.01)
     assert np.ptp(found) > 0.01
+    assert modality_auc(x, y, pairs, dims=dims) == pytest.approx(expected[-1], abs=0.003)
+
+
+def test_captions_of_an_image_are_held_out_together_as_images_of_a_prompt_are() -> None:
+    """Images and texts change places: four of the one to each of the other, in equal folds."""
+    rng = np.random.default_rng(7)
+    few, many = rng.normal(size=(10, 6)) + 0.3, rng.normal(size=(40, 6)) - 0.3
+    pairs = np.stack([np.repeat(np.arange(10), 4), np.arange(40)], axis=1)
+    expected = modality_auc(many, few, pairs[:, ::-1])
+    assert 0.5 < expected < 0.99
+    assert modality_auc(few, many, pairs) == pytest.approx(expected, abs=1e-3)
+    two = pairs[:8]  # of two images none is left to fit on where one is out and one held out
+    assert np.isnan(modality_auc_left_out(few[:2], many[:8], two)).all()
 
 
 def test_pairwise_geometry_by_loops() -> None:

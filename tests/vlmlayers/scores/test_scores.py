@@ -918,6 +918,19 @@ def test_captions_are_drawn_as_often_as_their_image_and_prompts_once() -> None:
     assert (match(make_features(), 0, ScoreOptions()).text_weights(draws) == 1).all()
 
 
+def test_images_are_matched_with_the_first_prompt_of_their_class_or_left_out() -> None:
+    """Class 1 has no prompt, 4 two of them, 5 no image."""
+    whole = make_features()
+    assert whole.vision is not None and whole.text is not None
+    text = whole.text.take([5, 4, 0, 4, 3, 2])
+    member = replace(whole.take_images(np.flatnonzero(whole.vision.labels < 5)), text=text)
+    found = match(member, 0, ScoreOptions())
+    labels = member.tower("vision").labels
+    assert (labels[found.images] == text.labels[found.texts][found.pairs[:, 1]]).all()
+    assert sorted(found.images) == np.flatnonzero(labels != 1).tolist()
+    assert sorted(found.texts) == [1, 2, 4, 5]
+
+
 def test_jackknife_groups_leave_each_item_out_once() -> None:
     kept = jackknife_groups(np.arange(47) % 4, 10, np.random.default_rng(0))
     left_out = np.concatenate([np.setdiff1d(np.arange(47), rows) for rows in kept])
