@@ -26,6 +26,8 @@ from vlmlayers.selection import (
     select,
 )
 from vlmlayers.selection.curves import BlockTable, agreement_curve
+from vlmlayers.selection.rules import Pick
+from vlmlayers.selection.stability import doubts, stability
 from vlmlayers.study.stages import _rule_mark
 
 
@@ -269,6 +271,47 @@ def test_resampling_finds_the_noise_that_was_put_in() -> None:
     assert not choice.decided
     assert f"vision block 5 could be chosen or not (chosen in {share}" in choice.statement
     assert (found["start"]["low"], found["start"]["high"]) == (5, 6)
+
+
+@pytest.mark.parametrize(("rare", "ends"), [(6, (2, 9)), (4, (5, 5))])
+def test_the_interval_of_the_start_leaves_a_fortieth_out_on_either_side(
+    rare: int, ends: tuple[int, int]
+) -> None:
+    """Of 200 resamples so many start at block 2, and as many at 9; all others at 5."""
+    starts = iter([5, *[2] * rare, *[9] * rare, *[5] * (200 - 2 * rare)])
+    scores = table(curve_rows("dataset_accuracy", "vision", step(12, 5)))
+    seen = BlockTable.of(scores, {"vision": 12})
+    found = stability(lambda _: {"vision": Pick(span(next(starts), 12))}, seen, 200, 0)
+    start = found["vision"]["start"]
+    assert (start["low"], start["high"]) == ends
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, ""),
+        ({"share": {5: 0.75, 4: 0.25}}, ""),
+        ({"share": {5: 0.74}}, "block 5 could be chosen or not"),
+        ({"share": {4: 0.26}}, "block 4 could be chosen or not"),
+        ({"start": {"value": 5, "low": 4, "high": 8}}, ""),
+        ({"start": {"value": 5, "low": 4, "high": 9}}, "start lies anywhere in 4–9"),
+        ({"empty": 0.05}, ""),
+        ({"empty": 0.055}, "choose no vision block"),
+    ],
+)
+def test_a_choice_is_doubted_from_a_quarter_a_third_and_a_twentieth_on(
+    changed: dict[str, Any], said: str
+) -> None:
+    """Of resamples that disagree, of the depth that the start spans, of empty resamples."""
+    share = dict(zip(span(1, 12), [0.0] * 4 + [1.0] * 8)) | changed.get("share", {})
+    found = {
+        "frequency": list(share.values()),
+        "start": changed.get("start", {"value": 5, "low": 5, "high": 5}),
+        "empty": changed.get("empty", 0.0),
+        "without": {},
+    }
+    reasons = doubts("vision", 12, span(5, 12), found)
+    assert [said in one for one in reasons] == ([True] if said else [])
 
 
 def test_seeds_that_disagree_widen_the_start() -> None:
