@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.arguments import checked
+from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import Array, Given, class_ids, matrix, refuse_width, unit, unit_rows
 
 
@@ -24,7 +25,9 @@ def accuracy_drops(right: Given, changed: Given) -> Array:
 
     Reference: Veit, Wilber and Belongie 2016 (skip); Wang et al. 2023 (mean).
     """
-    return np.asarray(right, np.float64) - np.asarray(changed, np.float64)
+    before, after = (matrix(given[..., None]) for given in (right, changed))
+    _refuse_unpaired(before, after)
+    return (before - after)[:, 0]
 
 
 @checked
@@ -37,7 +40,9 @@ def joint_changes(x: Given, changed: Given) -> Array:
 
     Reference: Veit, Wilber and Belongie 2016 (skip); Wang et al. 2023 (mean).
     """
-    return 1.0 - cosines(matrix(x), matrix(changed, "changed"))
+    x, changed = matrix(x), matrix(changed, "changed")
+    _refuse_unpaired(x, changed)
+    return 1.0 - cosines(x, changed)
 
 
 @checked
@@ -51,6 +56,7 @@ def contribution_shares(part: Given, x: Given) -> Array:
     Reference: Gandelsman, Efros and Steinhardt 2024.
     """
     part, x = matrix(part, "part"), matrix(x)
+    _refuse_unpaired(part, x)
     # By ‖x‖² and not by both norms as a cosine: so the shares of all parts sum to 1.
     return np.asarray((part * x).sum(axis=1) / np.square(x).sum(axis=1))
 
@@ -65,7 +71,9 @@ def gradient_alignment(base: Given, novel: Given) -> float:
 
     Reference: Yu et al. 2020.
     """
-    return float(cosines(np.asarray(base)[None], np.asarray(novel)[None])[0])
+    one, other = matrix(base[None], "base"), matrix(novel[None], "novel")
+    _refuse_unpaired(one, other)
+    return float(cosines(one, other)[0])
 
 
 @checked
@@ -86,6 +94,12 @@ def zero_shot_margins(x: Given, prompts: Given, labels: Any) -> Array:
     similar = x @ prompts.T  # (item, class)
     own = np.eye(similar.shape[1], dtype=bool)[class_ids(labels, *similar.shape)]
     return np.asarray(similar[own] - np.where(own, -np.inf, similar).max(axis=1))
+
+
+def _refuse_unpaired(x: Array, y: Array) -> None:
+    # Of one row numpy would make as many as the other has.
+    if x.shape != y.shape:
+        raise UserError(f"shapes {x.shape} and {y.shape} differ; items must be paired")
 
 
 def cosines(x: Array, y: Array) -> Array:

@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import (
+    METRICS,
     balanced_accuracy,
     fisher_ratio,
     h_score,
@@ -317,6 +318,29 @@ def test_a_geometry_of_one_direction_still_tells_classes_apart() -> None:
 def test_weights_of_classes_have_a_mean_of_one_where_a_class_is_missing() -> None:
     weights = balanced_weights(np.array([0, 0, 0, 2]), 3)
     assert weights.mean() == pytest.approx(1.0) and weights[:3].sum() == pytest.approx(weights[3])
+
+
+def test_what_a_block_does_has_the_sign_that_its_metric_says() -> None:
+    drops, changes, shares, cosine, margins = (
+        METRICS[name].function
+        for name in ("skip_accuracy_drop", "skip_joint_change", "contribution",
+                     "gradient_alignment", "zero_shot_margin")
+    )  # fmt: skip
+    # Lost by the skip, right either way, won by it.
+    assert drops([1, 1, 0], [0, 1, 1]).tolist() == [1, 0, -1]
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    turned = x * [[2.0], [-1.0], [1.0]]
+    assert changes(x, turned) == pytest.approx([0.0, 2.0, 0.0])
+    part = np.random.default_rng(1).normal(size=(3, 4))
+    assert shares(part, x) + shares(x - part, x) == pytest.approx(np.ones(3))
+    assert cosine([3.0, 4.0], [-6.0, -8.0]) == pytest.approx(-1.0)
+    prompts = np.array([[1.0, 0.0], [0.6, 0.8]])
+    assert margins(prompts, prompts, [0, 0]) == pytest.approx([0.4, -0.4])
+    for call in (lambda: drops([1], [1, 0]), lambda: changes(x[:1], x), lambda: shares(x[:1], x)):
+        with pytest.raises(UserError, match="differ; items must be paired"):
+            call()
+    with pytest.raises(UserError, match="novel has NaN"):
+        cosine([1.0, 2.0], [np.nan, 1.0])
 
 
 def test_features_of_other_widths_are_refused_by_name() -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import hypergeom
 from score_tables import row
 from synthetic import make_features, many
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.metrics import METRICS, Metric, rmg
+from vlmlayers.metrics import METRICS, Metric, rmg, transfer_predict
 from vlmlayers.metrics.declare import MODEL
 from vlmlayers.metrics.intervals import bootstrap_weights, jackknife_groups, mean_interval
 from vlmlayers.report.payload import metric_entry
@@ -35,6 +36,7 @@ from vlmlayers.scores import (
     write_scores,
 )
 from vlmlayers.scores.gaps import match
+from vlmlayers.scores.options import Draw, generator
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
 from vlmlayers.scores.projection import project
 from vlmlayers.scores.reading import ceiling
@@ -47,7 +49,7 @@ from vlmlayers.scores.readouts import (
 from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
 from vlmlayers.scores.scoring import make_groups
 from vlmlayers.scores.summaries import agreement, curves, how_made, over_datasets, overview
-from vlmlayers.scores.transfers import families
+from vlmlayers.scores.transfers import base_and_novel, families
 from vlmlayers.selection import select
 
 # Those of blocks run the model, and those of heads need spaces that extraction adds where asked.
@@ -464,6 +466,59 @@ def test_the_gap_is_that_of_the_plain_function(scores: pd.DataFrame) -> None:
             position,
             120,
         )
+
+
+@pytest.mark.parametrize("metric", ["pair_distance", "matched_cosine"])
+def test_the_null_of_pairs_is_what_all_others_give(metric: str) -> None:
+    x = np.random.default_rng(0).normal(size=(50, 8))
+    y = x + 0.3 * np.random.default_rng(1).normal(size=x.shape)
+    member = LayerFeatures.from_arrays({1: x}, {1: y}, pairs=np.arange(50), space="joint")
+    found = score(member, [metric], bootstrap=20, shuffles=100).iloc[0]
+    cosine = (x / np.linalg.norm(x, axis=1)[:, None]) @ (y / np.linalg.norm(y, axis=1)[:, None]).T
+    every = cosine if metric == "matched_cosine" else np.sqrt(2 - 2 * cosine)
+    assert found["value"] == pytest.approx(np.diag(every).mean())
+    assert found["null"] == pytest.approx(every.mean(), abs=0.02)
+    assert abs(found["value"] - found["null"]) > 0.5
+
+
+def test_recall_by_chance_is_of_the_candidates_and_refused_where_they_are_few() -> None:
+    """Six prompts for sixty images: of the images ten are of each class."""
+    table = score(make_features(), ["retrieval_r5", "retrieval_r10"], positions=["2"], bootstrap=20)
+    five = table[table.metric == "retrieval_r5"].set_index("tower")["null"]
+    assert five["vision"] == pytest.approx(5 / 6)
+    assert five["text"] == pytest.approx(hypergeom.sf(0, 60, 10, 5))
+    assert table[table.metric == "retrieval_r10"]["tower"].tolist() == ["text"]
+    assert "6 candidates; at least 11 are needed" in refusals(table)["reason"].tolist()
+
+
+def test_chance_of_zero_shot_is_among_all_prompts() -> None:
+    whole = make_features()
+    assert whole.vision is not None
+    few = whole.take_images(np.flatnonzero(whole.vision.labels < 4))
+    table = score(few, ["zero_shot_accuracy"], positions=["2"], bootstrap=20)
+    assert len(table) and table["null"].to_numpy() == pytest.approx(1 / 6)
+
+
+def test_a_left_out_dataset_lends_nothing_to_its_own_geometry() -> None:
+    """What varies inside its classes is learned on the other one, whose columns differ in scale."""
+    ours, theirs = many(2)
+    assert ours.vision is not None and theirs.vision is not None
+    scale = np.geomspace(0.05, 20, 24)[np.random.default_rng(0).permutation(24)]
+    arrays = {"native": {"2": theirs.vision.array("2") * scale}}
+    theirs = replace(theirs, text=None, vision=replace(theirs.vision, arrays=arrays))
+    asked = {"positions": ["2"], "seeds": (1,), "shots": 2, "bootstrap": 20}
+    table = score([replace(ours, text=None), theirs], ["left_out_accuracy"], **asked)
+    x, y = ours.vision.array("2"), ours.vision.labels
+    shots, rest = shots_and_queries(y, 2, generator(Draw.SHOTS, 1))
+    geometry = theirs.vision.array("2"), theirs.vision.labels
+    found = transfer_predict(*geometry, x[shots], y[shots], x[rest], classes=6)
+    both = np.vstack([x, geometry[0]]), np.concatenate([y, geometry[1] + 6])
+    leaked = transfer_predict(*both, x[shots], y[shots], x[rest], classes=6)
+    right, wrong = (np.mean([np.mean(p[y[rest] == c] == c) for c in range(6)])
+                    for p in (found, leaked))  # fmt: skip
+    assert table.set_index("dataset").loc["set0", "value"] == pytest.approx(right) != wrong
+    base, novel = base_and_novel(np.repeat(np.arange(5), 2))
+    assert (base.tolist(), novel.tolist()) == (list(range(6)), list(range(6, 10)))
 
 
 def test_zero_shot_holds_the_other_tower_at_proj(scores: pd.DataFrame) -> None:

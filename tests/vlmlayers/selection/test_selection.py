@@ -314,6 +314,19 @@ def test_a_choice_is_doubted_from_a_quarter_a_third_and_a_twentieth_on(
     assert [said in one for one in reasons] == ([True] if said else [])
 
 
+@pytest.mark.parametrize(("empty", "doubted"), [(0.95, False), (0.94, True)])
+def test_no_block_is_a_choice_where_nineteen_of_twenty_resamples_make_it(
+    empty: float, doubted: bool
+) -> None:
+    found = {
+        "frequency": [0.05] * 12,
+        "start": {"value": None, "low": 5, "high": 5},
+        "empty": empty,
+        "without": {},
+    }
+    assert bool(doubts("vision", 12, (), found)) is doubted
+
+
 def test_seeds_that_disagree_widen_the_start() -> None:
     early = curve_rows("dataset_accuracy", "vision", step(12, 3), seeds=(0,))
     late = curve_rows("dataset_accuracy", "vision", step(12, 10), seeds=(1,))
