@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import hypergeom
+from scipy.stats import binomtest, hypergeom
 from score_tables import row
 from synthetic import make_features, many
 
@@ -44,6 +44,7 @@ from vlmlayers.scores.readouts import (
     Split,
     _ceiling,
     _numbered,
+    accuracy_interval,
     dataset_split,
 )
 from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
@@ -309,6 +310,16 @@ def test_agreement_weighs_datasets_alike_whatever_their_seeds() -> None:
     assert found[["value", "null"]].to_numpy().tolist() == [[pytest.approx(0.5)] * 2]
     curve = over_datasets(curves(table, "cka_debiased"))
     assert found["value"].tolist() == pytest.approx(curve["value"].tolist())
+
+
+def test_the_band_of_a_curve_joins_its_interval_and_its_seeds_as_a_root_of_squares() -> None:
+    """Intervals reach 1.47 deviations of 0.1 and seeds 1.96 of them: a triangle of 3, 4 and 5."""
+    table = pd.DataFrame([
+        row("class_accuracy", "vision", "1", 1, value, half=0.147, seed=seed)
+        for seed, value in enumerate((0.4, 0.5, 0.6))
+    ])  # fmt: skip
+    found = curves(table, "class_accuracy").iloc[0]
+    assert found[["value", "low", "high"]].tolist() == pytest.approx([0.5, 0.255, 0.745], abs=1e-4)
 
 
 def test_the_ceiling_is_that_of_the_split_that_is_read() -> None:
@@ -935,6 +946,14 @@ def test_the_fisher_interval_covers_its_expectation() -> None:
     rows = pd.concat([t[t.tower == "vision"] for t in tables])
     assert rows["value"].mean() == pytest.approx(rows["null"].iloc[0], rel=0.1)
     assert ((rows["low"] <= rows["null"]) & (rows["null"] <= rows["high"])).mean() >= 0.8
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_an_accuracy_without_a_mistake_or_a_hit_has_the_interval_of_its_items(right: bool) -> None:
+    sizes = np.array([10, 20])
+    counts = np.diag(sizes) if right else np.diag(sizes)[:, ::-1]
+    expected = binomtest(30 if right else 0, 30).proportion_ci(method="wilson")
+    assert accuracy_interval(counts, 50) == pytest.approx((expected.low, expected.high))
 
 
 def test_one_query_per_class_still_has_an_interval() -> None:
