@@ -956,6 +956,22 @@ def test_an_accuracy_without_a_mistake_or_a_hit_has_the_interval_of_its_items(ri
     assert accuracy_interval(counts, 50) == pytest.approx((expected.low, expected.high))
 
 
+@pytest.mark.parametrize(("shared", "found"), [(4, 0), (5, 1)])
+def test_a_family_shares_half_of_its_names(shared: int, found: int) -> None:
+    one = make_features(classes=10)
+    names = (*one.class_names[:shared], *(f"other {i}" for i in range(10 - shared)))
+    sources = [(each, each.tower("vision")) for each in (one, replace(one, class_names=names))]
+    assert len(families(sources)) == found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_differ_by_one_group_at_most_however_large_the_groups_are(seed: int) -> None:
+    groups = np.repeat(np.arange(20), [6] * 10 + [1] * 10)
+    alike = [0] * len(groups)
+    fold = deal(alike, groups.tolist(), alike, 2, np.random.default_rng(seed))
+    assert np.ptp(np.bincount(fold)) <= 6
+
+
 def test_one_query_per_class_still_has_an_interval() -> None:
     member = make_features(items=60, classes=30, strength=1.0)
     table = score(member, ["novel_class_accuracy"], positions=["2"], seeds=(1,), bootstrap=100)
