@@ -36,6 +36,7 @@ from vlmlayers.metrics.class_level import (
 )
 from vlmlayers.metrics.readouts import (
     C_GRID,
+    _best_c,
     logistic_logits,
     logistic_of_parts,
     normalised,
@@ -139,6 +140,13 @@ def test_c_is_chosen_on_the_validation_part() -> None:
     chosen = logistic(x, y, val, val_y, x, classes=2)
     best = [i for i, value in enumerate(accuracy) if value == max(accuracy)]
     assert any((logits[1][i].argmax(axis=1) == chosen).all() for i in best)
+
+
+def test_the_strength_is_chosen_by_classes_that_weigh_the_same() -> None:
+    """One calls all nine items of the large class right, one five of them and the other."""
+    labels = np.array([0] * 9 + [1])
+    said = np.array([[0] * 10, [0] * 5 + [1] * 5])
+    assert _best_c(np.eye(2)[said], labels, 2) == 1
 
 
 def test_regressions_fitted_side_by_side_are_those_fitted_alone() -> None:
