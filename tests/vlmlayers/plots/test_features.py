@@ -92,7 +92,7 @@ def test_captioned_images_without_classes_have_neighbours_and_a_place() -> None:
     thumbs = dict.fromkeys(images.ids, np.zeros((8, 8, 3), np.uint8))
     ax = vl.plots.neighbours(features, 4, positions=[2], data=thumbs, space="joint")
     assert images.ids[4] in ax.get_title(loc="left")
-    assert isinstance(vl.plots.scatter(features, 2, space="joint", colour="class"), Axes)
+    assert isinstance(vl.plots.scatter(features, 2, space="joint"), Axes)
 
 
 def test_a_scatter_follows_the_conventions_of_seaborn() -> None:
