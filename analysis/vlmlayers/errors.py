@@ -27,6 +27,20 @@ class UserError(Exception):
     def __init__(self, message: str = "") -> None:
         super().__init__(shortened(" ".join(str(message).splitlines()), LONGEST))
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the caller's own lines and the message, not ten of ours."""
+        import traceback  # late, as commands start without it
+
+        of_caller = []
+        for frame, line in traceback.walk_tb(self.__traceback__):
+            package = str(frame.f_globals.get("__name__")).partition(".")[0]
+            if package in ("vlmlayers", "vlmadapters"):
+                break
+            if package != "IPython":
+                of_caller.append((frame, line))
+        lines = traceback.StackSummary.extract(iter(of_caller)).format()
+        return [*(line.rstrip() for line in lines), f"{type(self).__name__}: {self}"]
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as of a scheduler that needs the machine: work ends as on Ctrl-C, which it is."""

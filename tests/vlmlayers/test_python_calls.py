@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,3 +178,21 @@ def test_what_cannot_be_meant_is_one_line(call: Callable[[], Any], line: str) ->
     with pytest.raises(UserError) as refused:
         call()
     assert line in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_notebook_shows_the_callers_lines_and_the_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interactive = pytest.importorskip("IPython.core.interactiveshell")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    shell = interactive.InteractiveShell()
+    shell.run_cell("import vlmlayers as vl\ndef mine(name):\n    return vl.Manifest.load(name)")
+    shell.run_cell("count = 1\nmine('facse')")
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in shown[1::2]] == [
+        "mine('facse')",
+        "return vl.Manifest.load(name)",
+    ]
+    assert len(shown) == 5 and shown[4].startswith("UserError: unknown dataset 'facse'; did you")
+    shell.run_cell("vl.Manifest.load('faces').items(1 / 0)")
+    assert "ZeroDivisionError" in capsys.readouterr().out
