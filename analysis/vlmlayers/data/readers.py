@@ -125,7 +125,7 @@ def upright(image: Image.Image, name: str) -> Image.Image:
         UnreadableImage: It is too large or too long, or its values fit no usual range.
     """
     _expect_size(image, name)
-    negative = _is_negative(image)  # which a copy does not say
+    negative = is_negative(image)  # which a copy does not say
     turned = image.copy()
     _turn_upright(turned)
     return _to_rgb(turned, name, negative)
@@ -142,7 +142,7 @@ def _decode(handle: BinaryIO, name: str, at_least: int | None) -> Image.Image:
     with Image.open(handle, formats=FORMATS) as image:
         _expect_size(image, name)
         wide = _is_wide(image)  # before it loads: the tiles that say so are then gone
-        negative = _is_negative(image)
+        negative = is_negative(image)
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         image.load()
@@ -209,7 +209,7 @@ def _is_wide(image: ImageFile.ImageFile) -> bool:
     return not image.mode.startswith("I") and any(";16" in mode for mode in raw)
 
 
-def _is_negative(image: Image.Image) -> bool:
+def is_negative(image: Image.Image) -> bool:
     """Return whether white is 0 in a TIFF of more than 8 bits, which Pillow leaves as it is."""
     deep = image.mode.startswith(("I", "F"))
     return deep and getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0

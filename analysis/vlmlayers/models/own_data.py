@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import (
@@ -22,7 +23,14 @@ from torch.utils.data import (
     default_convert,
 )
 
-from vlmlayers.data.readers import eight_bit, forget_ranges, note_range, open_image, upright
+from vlmlayers.data.readers import (
+    eight_bit,
+    forget_ranges,
+    is_negative,
+    note_range,
+    open_image,
+    upright,
+)
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Manifest
@@ -394,6 +402,7 @@ def _picture(image: Any, row: int) -> Any:
     """Return an image as PIL image, upright and RGB; a floating tensor as it is."""
     where = f"image {row}"
     if isinstance(image, Tensor):
+        image = _here(image)
         if image.is_floating_point():
             return image
         image = image.numpy()
@@ -417,6 +426,12 @@ def _picture(image: Any, row: int) -> Any:
     return upright(eight_bit(array, where) if wide else Image.fromarray(array), where)
 
 
+def _here(image: Tensor) -> Tensor:
+    """Return a tensor as numpy can read it: in memory, without gradient, bfloat16 widened."""
+    image = image.detach().cpu()
+    return image.float() if image.dtype == torch.bfloat16 else image
+
+
 def _what(image: Any) -> str:
     shape = getattr(image, "shape", None)
     return f"a {type(image).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}")
@@ -437,7 +452,8 @@ def _mark(image: Any) -> str:
         turned = image.getexif().get(ExifTags.Base.Orientation)
         beside = (turned, image.getpalette(), image.info.get("transparency"))
         head += f" {beside}" if any(one is not None for one in beside) else ""
+        head += " negative" if is_negative(image) else ""
     else:
-        array = np.ascontiguousarray(image.numpy() if isinstance(image, Tensor) else image)
+        array = np.ascontiguousarray(_here(image).numpy() if isinstance(image, Tensor) else image)
         content, head = array.tobytes(), f"{array.dtype} {array.shape}"
     return f"{head} {hashlib.sha256(content).hexdigest()[:16]}"

@@ -47,15 +47,24 @@ def make_tokenizer(text: Mapping[str, Any], folder: Path | None = None) -> Any:
     return tokenizer
 
 
-def tokens_mark(tokenizer: Callable[[list[str]], Tensor], texts: Sequence[str]) -> str:
+def tokens_mark(
+    tokenizer: Callable[[list[str]], Tensor], texts: Sequence[str], context: int
+) -> str:
     """Return sixteen hexadecimal digits that change with the token ids of texts.
 
     Empty for the ids of OpenAI's vocabulary, which no file beside a model changes: what was made of
-    them before ids were looked at stays good.
+    them before ids were looked at stays good. Not where texts are cut off at another length than
+    the model's, which nothing else tells.
+
+    Args:
+        tokenizer: Texts → (text, context) token ids.
+        texts: The texts.
+        context: Number of tokens that the text tower takes.
     """
     some = list(texts[:: 1 + len(texts) // MARKED])
     ids = tokenizer(some).long()
-    if ids.equal(_openais()(some, context_length=ids.shape[-1])):
+    usual = ids.shape[-1] == context or not ids[:, -1].any()
+    if usual and ids.equal(_openais()(some, context_length=ids.shape[-1])):
         return ""
     return short_digest(str(ids.tolist()))
 

@@ -138,14 +138,15 @@ class VLM:
         return ids
 
     def tokens_mark(self, texts: Sequence[str]) -> str:
-        """Return what tells the token ids of texts from others; empty for OpenAI's vocabulary.
+        """Return what tells the token ids of texts from others; see the function of this name.
 
         The weights do not say by which vocabulary texts are read, and its files may be changed.
 
         Raises:
             UserError: The model has no tokenizer.
         """
-        return tokens_mark(self.tokenize, texts)
+        context = self.towers["text"].example(1).shape[1]
+        return tokens_mark(self.tokenize, texts, context)
 
     def adapt(
         self,

@@ -151,9 +151,9 @@ def test_pixels_that_are_no_numbers_are_told_and_nothing_else_is_no_image(
 
 
 def test_floats_around_zero_and_a_little_out_of_range() -> None:
-    signed = np.array([[-1, 0, 1]], dtype=np.float32)
+    signed = np.array([[-1, 0, 1, np.nan]], dtype=np.float32)
     pixels = np.asarray(open_image(encoded(Image.fromarray(signed), "TIFF")))
-    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+    assert pixels[0, :, 0].tolist() == [0, 128, 255, 0]
     resized = np.array([[-0.02, 0.5, 1.03]], dtype=np.float32)
     pixels = np.asarray(open_image(encoded(Image.fromarray(resized), "TIFF")))
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
@@ -166,6 +166,7 @@ def test_floats_around_zero_and_a_little_out_of_range() -> None:
         np.array([[-400, 900]], np.int32),
         np.array([[0, 5]], np.float32),
         np.array([[-40, 60]], np.float32),
+        np.array([[-40, 1]], np.float32),
         np.array([[0, 1e9]], np.float32),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -80,8 +81,10 @@ def test_conversion_is_deterministic_and_goes_on(tmp_path: Path) -> None:
 
 def test_conversion_of_captions(tmp_path: Path) -> None:
     write_pictures(tmp_path / "from", ["1.png", "2.png"])
-    (tmp_path / "from/c.tsv").write_text("1.png\tone\n1.png\ta first\n2.png\ttwo\n")
-    text = 'folder = "."\nlayout = "captions"\nsplit_file = "c.tsv"'
+    captions = {"1.png": ["one", "a\nfirst"], "2.png": "two"}
+    rows = [{"path": path, "caption": text, "split": "train"} for path, text in captions.items()]
+    (tmp_path / "from/c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = 'folder = "."\nlayout = "table"\nsplit_file = "c.jsonl"'
     captioned = Manifest.load(write_manifest(tmp_path / "from", text))
     shards = Manifest.load(write_shards(captioned, "train", tmp_path / "to", progress=False))
     assert [(i.label, i.captions) for i in shards.items("train")] == [
@@ -235,6 +238,26 @@ def test_members_of_one_sample_may_lie_apart(tmp_path: Path) -> None:
     assert [i.class_name for i in shards_dataset(tmp_path).items("train")] == ["a", "b"]
     write_tar(path, [("a.png", png()), ("b.png", png()), ("a.png", png()), ("a.cls", b"1")])
     assert [i.label for i in shards_dataset(tmp_path).items("train")] == [-1, -1, 0]
+
+
+def test_a_key_that_comes_again_at_once_is_another_sample(tmp_path: Path) -> None:
+    names = [("a.png", png(1)), ("a.cls", b"0"), ("a.png", png(2)), ("a.cls", b"1")]
+    write_tar(tmp_path / "train-0.tar", names)
+    manifest = shards_dataset(tmp_path)
+    items = manifest.items("train")
+    assert [item.label for item in items] == [0, 1]
+    for item, seed in zip(items, (1, 2), strict=True):
+        np.testing.assert_array_equal(np.asarray(manifest.open_image(item)), picture(seed))
+
+
+def test_shards_of_a_pattern_are_read_by_name_whatever_was_written_first(tmp_path: Path) -> None:
+    for number in (2, 0, 1):
+        members = [("x.PNG", png()), ("x.CLS", b"%d" % number)]  # endings in any case
+        write_tar(tmp_path / f"train-{number}.tar", members)
+    items = shards_dataset(tmp_path).items("train")
+    assert [(item.path.partition("/")[0], item.label) for item in items] == [
+        (f"train-{number}.tar", number) for number in range(3)
+    ]
 
 
 ODD = ["README", "README.md", "._0.png", "./._0.cls", "__MACOSX/0.png", "meta.json", ".x/0.png"]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +38,16 @@ from vlmlayers.features.writer import StoreWriter
 from vlmlayers.files import atomically
 from vlmlayers.models import extract, wrap_model
 from vlmlayers.models.companions import described
+from vlmlayers.models.load import build_clip
 from vlmlayers.scores import score
 
 MODEL = tiny.model()
 HERE = Path(__file__).parent
 
 
-def run(out, manifest=None, model=MODEL, **options):
+def run(out, manifest=None, model=MODEL, split="train", **options):
     options = {"batch_size": 4, "progress": False, "text": "captions", **options}
-    return extract(model, manifest or tiny.DrawnManifest(), "train", out=out, **options)
+    return extract(model, manifest or tiny.DrawnManifest(), split, out=out, **options)
 
 
 def content(folder):
@@ -164,6 +166,9 @@ def test_a_whole_store_is_reused_without_opening_an_image(store):
         ({"items": 7}, "22 images then, 7 now: 15 removed, first 'train/007.png'"),
         ({"text": "prompts"}, "text is 'captions' there, 'prompts' here"),
         ({"spaces": ("native",)}, "spaces is"),
+        ({"manifest": tiny.DrawnManifest(name="b")}, "dataset is 'drawn' there, 'b' here"),
+        ({"split": "test", "items": tiny.DrawnManifest().items("train")}, "split is 'train' there"),
+        ({"model": replace(MODEL, name="a")}, "model is 'tiny clip' there, 'a' here"),
     ],
 )
 def test_a_store_of_another_identity_is_refused_and_left_alone(store, change, field):
@@ -198,6 +203,23 @@ def test_unfinished_work_does_images_again_that_were_altered_since(tmp_path):
     assert altered.opened == [f"train/{i:03d}.png" for i in (0, 1, 2, 3, *range(8, 22))]
     run(tmp_path / "calm", Redrawn())
     assert content(tmp_path / "s") == content(tmp_path / "calm")
+
+
+def test_what_goes_into_joint_space_is_told_apart(tmp_path):
+    """By the model's own attention pool or by a mean: native space is the same mean in both."""
+    model = tiny.model("timm vit map")
+    model.preprocess = lambda image: tiny.preprocess(image.resize((160, 160)))
+    images = {"tower": "vision", "text": "prompts", "items": 4}
+    run(tmp_path / "s", model=model, **images)
+    with pytest.raises(UserError, match=r"joint_pooling.vision is 'model' there, 'mean' here"):
+        run(tmp_path / "s", model=model, pooling="mean", **images)
+
+
+def test_another_version_of_a_library_is_told_apart(store, monkeypatch):
+    module = sys.modules[extract.__module__]
+    monkeypatch.setattr(module, "version", lambda package: f"{package} 0")
+    with pytest.raises(UserError, match="versions.open_clip is .* 'open_clip_torch 0' here"):
+        run(store)
 
 
 def test_other_weights_of_the_same_name_are_told_apart(store):
@@ -268,6 +290,23 @@ def test_another_tokenizer_of_the_same_texts_is_told_apart(tmp_path):
         run(tmp_path / "s", model=other)
     for one in (model, other):  # where texts play no part
         run(tmp_path / "v", model=one, tower="vision", text="prompts")
+
+
+def test_a_tokenizer_that_cuts_texts_off_sooner_is_told_apart(tmp_path):
+    """Of one vocabulary: its ids alone say nothing of where texts end."""
+    clip = build_clip(tiny.config(text={"vocab_size": 49408}), seed=0)
+    read = open_clip.SimpleTokenizer()
+    whole, cut = (
+        wrap_model(clip, tiny.preprocess, partial(read, context_length=length), name="one")
+        for length in (12, 8)
+    )
+    texts = {"text": "prompts", "tower": "text", "template": "a photo of one very old and big {}"}
+    made = run(tmp_path / "s", model=whole, **texts)
+    assert not np.array_equal(run(None, model=cut, **texts).text["proj"], made.text["proj"])
+    with pytest.raises(UserError, match="tokens is absent there"):
+        run(tmp_path / "s", model=cut, **texts)
+    for model in (whole, cut):  # short texts are the same
+        run(tmp_path / "short", model=model, tower="text", text="prompts", texts=["a", "b", "c"])
 
 
 def test_texts_of_several_lines_are_those_of_their_images(tmp_path):

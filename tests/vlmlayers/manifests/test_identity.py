@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,29 @@ def test_what_changed_is_said(tmp_path: Path, change, said: str) -> None:
     assert after.changes(then) == said
 
 
+def test_a_file_of_another_size_and_the_same_time_is_another(tmp_path: Path) -> None:
+    """As where an archive is unpacked again, which sets the times that it holds."""
+    then = now(pictures(tmp_path / "pics"))
+    file = tmp_path / "pics" / PATHS[0]
+    stamp = file.stat()
+    picture(9, (30, 20)).save(file)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert (
+        now(Manifest.load(tmp_path / "pics"))
+        .changes(then)
+        .endswith(f"1 altered, first {PATHS[0]!r}")
+    )
+
+
+def test_a_file_that_is_listed_in_the_other_unicode_form_is_known(tmp_path: Path) -> None:
+    listed, stored = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    manifest = coop_dataset(tmp_path, {"train": [[listed, 0, "x"]]})
+    write_pictures(tmp_path, [stored])
+    then = now(manifest)
+    later(tmp_path / stored)
+    assert "1 altered" in now(manifest).changes(then)
+
+
 def test_lists_count_with_labels_captions_and_order(tmp_path: Path) -> None:
     rows = [["a.jpg", 0, "x"], ["b.jpg", 1, "y"], ["c.jpg", 1, "y"]]
     then = now(coop_dataset(tmp_path / "1", {"train": rows}))
@@ -135,10 +159,13 @@ def test_a_conversion_takes_altered_images_and_leaves_the_other_shards(tmp_path:
     assert shards.open_image(shards.items("train")[5]).size == (30, 20)
 
 
-def test_what_is_drawn_has_the_version_of_its_code() -> None:
+def test_what_is_drawn_has_the_version_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.load("digits")
-    assert now(manifest) == now(manifest)
-    assert {mark.split()[0] for *_, mark in now(manifest).items} == {"drawn"}
+    then = now(manifest)
+    assert now(manifest) == then
+    assert {mark.split()[0] for *_, mark in then.items} == {"drawn"}
+    monkeypatch.setattr("vlmlayers.manifests.identify.code_hash", lambda: "of another version")
+    assert now(manifest).altered(then) == list(range(len(then.items)))
 
 
 def test_a_stored_dataset_is_marked_by_its_tables(tmp_path: Path) -> None:

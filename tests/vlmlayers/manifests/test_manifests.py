@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 from collections import Counter
+from hashlib import sha256
 from itertools import permutations
 from pathlib import Path
 
@@ -311,6 +312,8 @@ def test_samples_are_balanced_nested_and_in_order(tmp_path: Path) -> None:
     assert [items.index(item) for item in large] == sorted(items.index(item) for item in large)
     assert manifest.sample("train", 12, seed=3) == small != manifest.sample("train", 12, seed=4)
     assert manifest.sample("train", 1000) == items
+    # Which class has one item more is drawn as well.
+    assert {manifest.sample("train", 1, seed=seed)[0].label for seed in range(30)} == {0, 1, 2}
     state = random.getstate()
     manifest.sample("train", 5)
     assert random.getstate() == state
@@ -364,6 +367,18 @@ def test_a_split_leaves_an_image_to_train_on_in_whatever_order_it_is_written(
     parts = stratified_split(items, fractions)
     assert sorted(i.path for part in parts.values() for i in part) == [i.path for i in items]
     assert parts["train"]
+
+
+def test_images_are_divided_by_the_hash_of_their_paths() -> None:
+    """Files of one scene follow each other by name: shares of names would be of other scenes."""
+    items = [Item(f"{name}/{i:02d}.png", k, name) for k, name in enumerate("ab") for i in range(10)]
+    parts = stratified_split(items, {"train": 0.7, "val": 0.1, "test": 0.2})
+    for name in "ab":
+        paths = [item.path for item in items if item.class_name == name]
+        ranked = sorted(paths, key=lambda path: sha256(path.encode()).hexdigest())
+        drawn = (ranked[:7], ranked[7:8], ranked[8:])  # 0.7 + 0.1 is a little less than 0.8
+        for part, expected in zip(parts.values(), drawn, strict=True):
+            assert [i.path for i in part if i.class_name == name] == sorted(expected)
 
 
 def test_a_val_that_is_carved_leaves_the_only_image_of_a_class(tmp_path: Path) -> None:

@@ -401,8 +401,10 @@ def test_a_store_of_another_vocabulary_is_refused(tmp_path):
     own = open_clip.SimpleTokenizer()
     texts = [f"word number {i}" for i in range(3)]
     for length in (9, 77):
-        assert tokens_mark(partial(own, context_length=length), texts) == ""
-    marks = {tokens_mark(other_words, part) for part in (texts, texts[:2])}
+        assert tokens_mark(partial(own, context_length=length), texts, 12) == ""
+    cut = {length: tokens_mark(partial(own, context_length=length), texts, 4) for length in (4, 3)}
+    assert cut[4] == "" != cut[3]
+    marks = {tokens_mark(other_words, part, 12) for part in (texts, texts[:2])}
     assert len(marks) == 2 and "" not in marks
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import replace
 
 import datasets
@@ -16,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 import vlmlayers as vl
 from vlmlayers.manifests import Item
+from vlmlayers.models.own_data import own_data
 
 NAMES = ("ant", "bee", "cat")
 LABELS = [row % 3 for row in range(9)]
@@ -183,6 +186,66 @@ def test_a_store_knows_palette_and_orientation_of_the_same_bytes(tmp_path):
             vl.extract(MODEL, images, labels=LABELS, out=tmp_path / "store", **QUIET)
 
 
+BYTES = bytes(range(192))
+SHOWN = Image.frombytes("P", (16, 12), BYTES)
+CLEAR = SHOWN.copy()
+CLEAR.info["transparency"] = 3
+
+
+def tiff(white):
+    """Return an open TIFF of 16 bits in which white is 0 or the largest value."""
+    pixels = Image.fromarray(np.frombuffer(BYTES, np.uint16).reshape(8, 12))
+    pixels.save(file := io.BytesIO(), "TIFF", tiffinfo={262: white})
+    return Image.open(file)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Image.frombytes("L", (16, 12), BYTES), Image.frombytes("L", (12, 16), BYTES)),
+        (Image.frombytes("RGB", (8, 8), BYTES), Image.frombytes("HSV", (8, 8), BYTES)),
+        (SHOWN, CLEAR),
+        (tiff(0), tiff(1)),
+        (
+            np.frombuffer(BYTES, np.uint8).reshape(8, 24),
+            np.frombuffer(BYTES, np.uint8).reshape(24, 8),
+        ),
+        (np.zeros((6, 8), np.float32), np.zeros((6, 8), np.int32)),
+    ],
+)
+def test_the_same_bytes_of_another_image_are_told_apart(one, other):
+    first, again, second = (own_data([image]) for image in (one, one, other))
+    assert first.identity(first.listed) == again.identity(again.listed)
+    assert first.identity(first.listed).hash != second.identity(second.listed).hash
+
+
+def test_a_file_in_a_list_is_known_by_its_size_and_its_time(tmp_path):
+    file = tmp_path / "a.png"
+
+    def mark(pixels, seconds):
+        Image.fromarray(pixels).save(file)
+        os.utime(file, (seconds, seconds))
+        held = own_data([file])
+        return held.identity(held.listed)
+
+    first = mark(PIXELS[0], 1)
+    assert mark(PIXELS[0], 1) == first
+    assert first not in (mark(PIXELS[0], 2), mark(PIXELS[0][:9], 1))
+
+
+def test_prepared_tensors_may_be_of_half_precision_and_have_gradients():
+    """As another network makes them; the pixels are what counts."""
+    prepared = [tiny.preprocess(Image.fromarray(pixels)) for pixels in PIXELS]
+    plain = vl.extract(MODEL, prepared, **QUIET)
+    graded = vl.extract(MODEL, [x.clone().requires_grad_() for x in prepared], **QUIET)
+    np.testing.assert_array_equal(graded.vision["proj"], plain.vision["proj"])
+    assert graded.identity == plain.identity
+    halves = [x.bfloat16() for x in prepared]
+    widened = vl.extract(MODEL, [x.float() for x in halves], **QUIET)
+    half = vl.extract(MODEL, halves, **QUIET)
+    np.testing.assert_array_equal(half.vision["proj"], widened.vision["proj"])
+
+
 PART = torch.utils.data.SubsetRandomSampler([0, 2, 4])
 IN_ORDER = torch.utils.data.SequentialSampler(PIXELS)
 
@@ -345,6 +408,11 @@ def test_two_sets_without_a_name_are_not_compared_by_their_ranges(caplog):
     assert "scaled by its own" not in caplog.text
     vl.extract(MODEL, [PIXELS[0] / 255, PIXELS[1] * 257.0], **QUIET)
     assert "own data: each image is scaled by its own brightest pixel" in caplog.text
+    gappy = PIXELS[0] / 255
+    gappy[0, 0] = np.nan
+    for _ in range(2):
+        vl.extract(MODEL, [gappy], **QUIET)
+    assert caplog.text.count("pixels of 0 are no numbers") == 2
 
 
 def test_features_are_read_by_position_as_array_and_as_table(tmp_path):
