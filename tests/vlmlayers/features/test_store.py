@@ -110,6 +110,14 @@ def test_the_store_holds_what_memory_holds(whole):
     assert stored.text.pairs.tolist() == memory.text.pairs.tolist()
 
 
+def test_tokens_of_several_batches_are_stored_as_memory_holds_them(tmp_path):
+    options = {"items": 6, "pooling": "tokens", "spaces": "native", "batch_size": 2}
+    stored, held = (run(out, **options) for out in (tmp_path / "s", None))
+    for tower in ("vision", "text"):
+        for position in held[tower].positions():
+            np.testing.assert_array_equal(stored[tower][position], held[tower][position])
+
+
 def test_arrays_are_plain_npy_files(whole):
     array = np.load(whole / "vision" / "native" / "embed.npy")
     assert (array.shape, array.dtype) == ((22, 48), np.float32)

@@ -120,6 +120,9 @@ def test_lists_count_with_labels_captions_and_order(tmp_path: Path) -> None:
     assert turned.changes(then) == "3 images then, 3 now: in another order"
     assert moved.changes(then) == "3 images then, 3 now: 1 altered, first 'c.jpg'"
     assert "class 0 'x' then, 'z' now" in named.changes(then)
+    assert same.altered(then) == []
+    for other in (turned, moved, named):  # no files of one list: work on it cannot go on
+        assert other.altered(then) is None
     captions = []
     for text in ("one", "two"):
         (tmp_path / "captions.txt").write_text(f"a.jpg\t{text}\n")

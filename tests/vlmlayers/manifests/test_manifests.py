@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import random
 from collections import Counter
@@ -12,7 +13,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from data_fixtures import coop_dataset, folder_dataset, write_manifest
+from data_fixtures import coop_dataset, folder_dataset, write_manifest, write_pictures
 
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Item, Manifest
@@ -321,6 +322,16 @@ def test_samples_are_balanced_nested_and_in_order(tmp_path: Path) -> None:
         manifest.sample("train", 0)
 
 
+def test_a_draw_among_what_is_there_is_as_large_as_one_of_all(tmp_path: Path) -> None:
+    paths = [f"train/{name}/{i}.png" for name in "ab" for i in range(6)]
+    rows = [[path, int("/b/" in path), path[6]] for path in paths]
+    manifest = coop_dataset(tmp_path, {"train": rows})
+    write_pictures(tmp_path, there := paths[::2])
+    drawn = manifest.sample("train", 4, present_only=True)
+    assert Counter(item.label for item in drawn) == {0: 2, 1: 2}
+    assert {item.path for item in drawn} <= set(there)
+
+
 def test_renames_and_filters_close_the_labels_up(tmp_path: Path) -> None:
     rows = [[f"{i}.jpg", i % 4, "abcd"[i % 4]] for i in range(8)]
     extra = 'drop_classes = ["b"]\nrenames = { d = "delta" }'
@@ -331,6 +342,12 @@ def test_renames_and_filters_close_the_labels_up(tmp_path: Path) -> None:
     ]  # fmt: skip
     only = coop_dataset(tmp_path / "2", {"train": rows}, 'only_classes = ["d", "b"]')
     assert only.class_names() == ("b", "d")
+    renamed = 'renames = { d = "delta" }\n'
+    for name in ("d", "delta"):  # as the files have it, or as it is called here
+        left = coop_dataset(tmp_path / name, {"train": rows}, f'{renamed}drop_classes = ["{name}"]')
+        assert left.class_names() == ("a", "b", "c")
+        one = coop_dataset(tmp_path / name, {"train": rows}, f'{renamed}only_classes = ["{name}"]')
+        assert [(i.label, i.class_name) for i in one.items("train")] == [(0, "delta")] * 2
     wrong = coop_dataset(tmp_path / "3", {"train": rows}, 'only_classes = ["abcd"]')
     with pytest.raises(UserError, match="unknown class 'abcd' in only_classes of"):
         wrong.items("train")
@@ -354,6 +371,24 @@ def test_splits_that_are_not_there(tmp_path: Path) -> None:
     assert Counter(item.label for item in val) == {0: 2, 1: 2}
     assert {*train, *val} == set(manifest.items("train")) and len(train) == 16
     assert carved.items("test") == manifest.items("test")
+    first = sorted(train + val, key=lambda item: sha256(item.path.encode()).hexdigest())
+    for name in "ab":  # those of the lowest hashes
+        paths = [item.path for item in first if item.class_name == name]
+        assert {item.path for item in val if item.class_name == name} == {*paths[:2]}
+
+
+def test_a_val_that_is_there_is_not_carved_again(tmp_path: Path) -> None:
+    rows = {part: [[f"{part}{i}.jpg", 0, "a"] for i in range(5)] for part in ("train", "val")}
+    plain = coop_dataset(tmp_path / "1", rows)
+    both = coop_dataset(tmp_path / "2", rows, "carve = { val = 0.4 }")
+    assert [both.items(part) for part in rows] == [plain.items(part) for part in rows]
+
+
+def test_captions_stay_with_images_whose_class_is_renamed(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("path,class_name,caption\na.png,x,one\na.png,x,two\n")
+    text = 'layout = "table"\nsplit_file = "items.csv"\nrenames = { x = "y" }'
+    (item,) = Manifest.load(write_manifest(tmp_path, text)).items("train")
+    assert item == Item("a.png", 0, "y", ("one", "two"))
 
 
 @pytest.mark.parametrize("count", range(1, 8))
@@ -386,6 +421,21 @@ def test_a_val_that_is_carved_leaves_the_only_image_of_a_class(tmp_path: Path) -
     manifest = coop_dataset(tmp_path, {"train": rows}, "carve = { val = 0.2 }")
     assert Counter(item.class_name for item in manifest.items("train")) == {"a": 1, "b": 4}
     assert Counter(item.class_name for item in manifest.items("val")) == {"b": 1}
+
+
+def test_a_list_beside_its_manifest_goes_before_one_under_the_data_root(tmp_path: Path) -> None:
+    manifest = coop_dataset(tmp_path / "mine", {"train": [["a.jpg", 0, "x"]]})
+    coop_dataset(tmp_path / "root", {"train": [["b.jpg", 0, "x"]] * 2})
+    assert [i.path for i in manifest.items("train", root=tmp_path / "root")] == ["a.jpg"]
+    (tmp_path / "mine" / "split.json").unlink()
+    assert len(manifest.items("train", root=tmp_path / "root")) == 2
+
+
+def test_a_list_that_changed_is_read_again_though_its_time_is_the_same(tmp_path: Path) -> None:
+    for count in (1, 2):
+        manifest = coop_dataset(tmp_path, {"train": [["a.jpg", 0, "x"]] * count})
+        os.utime(tmp_path / "split.json", (1, 1))
+        assert len(manifest.items("train")) == count
 
 
 def test_data_root_comes_from_argument_then_variable_then_here(
