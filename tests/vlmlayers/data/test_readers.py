@@ -17,7 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from vlmlayers.data.readers import LARGEST, LONGEST, eight_bit, note_range, open_image, upright
+from vlmlayers.data.readers import (
+    LARGEST,
+    LONGEST,
+    eight_bit,
+    note_range,
+    open_image,
+    read_jpeg,
+    upright,
+)
 from vlmlayers.errors import UnreadableImage, UserError
 from vlmlayers.manifests import Manifest
 
@@ -55,6 +63,14 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif[0x0112] = orientation
     content = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
     np.testing.assert_array_equal(np.asarray(open_image(content)), pixels)
+
+
+@pytest.mark.parametrize(("written", "told"), [(1, 1), (6, 6), (8, 8), (0, 1), (9, 1)])
+def test_a_jpeg_is_handed_on_with_an_orientation_that_there_is(written: int, told: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = written
+    content = encoded(picture(), "JPEG", exif=exif)
+    assert read_jpeg(content) == (content, told)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

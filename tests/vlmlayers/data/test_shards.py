@@ -353,6 +353,16 @@ def test_an_unreadable_image_in_a_shard_is_named(tmp_path: Path) -> None:
     assert manifest.open_image(good).size == (12, 8)
 
 
+@pytest.mark.parametrize("name", ["part-0", "a.TAR", "x.tar/part-0.tar"])
+def test_a_shard_whose_name_does_not_tell_it_from_its_images_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    write_tar(tmp_path / name, [("0.png", png())])
+    text = f'folder = "."\nlayout = "shards"\nshards = {{ train = "{name}" }}'
+    with pytest.raises(UserError, match=f"the shard .*{name} is to end in .tar, and no folder"):
+        Manifest.load(write_manifest(tmp_path, text)).items("train")
+
+
 def test_a_shard_may_be_a_link(tmp_path: Path) -> None:
     outside = write_tar(tmp_path / "outside.tar", [("a.png", png())])
     (tmp_path / "data").mkdir()

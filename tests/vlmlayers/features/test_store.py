@@ -496,6 +496,15 @@ def test_unreadable_images_keep_the_work_and_are_tried_again(whole, tmp_path):
     assert content(tmp_path / "s") == content(whole)
 
 
+def test_captions_stay_with_their_images_where_others_are_left_out(tmp_path):
+    broken = {f"train/{row:03d}.png" for row in (0, 5, 6)}
+    found = run(tmp_path / "s", tiny.DrawnManifest(broken=broken), skip_unreadable=True)
+    images = [int(Path(one).stem) for one in found.vision.ids]
+    assert images == [row for row in range(22) if row not in (0, 5, 6)]
+    told = [int(caption.split()[1]) for caption in found.text.ids]  # "first 7" is of image 7
+    assert len(told) == 2 * 19 and [images[row] for row in found.text.pairs] == told
+
+
 def test_many_stores_hold_few_files_open(whole, tmp_path):
     """A store of 12 + 12 blocks has 58 arrays; a system often allows 256 open files, or 1024."""
     stores = [Path(shutil.copytree(whole, tmp_path / f"{number}")) for number in range(20)]

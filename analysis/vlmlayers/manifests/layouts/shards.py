@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from vlmlayers.data.shards import Sample, index_shard, other_members
+from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, Item, checked_path
 from vlmlayers.manifests.layouts.base import Layout, checked_name, declared_names
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
@@ -26,7 +27,8 @@ class ShardsLayout(Layout):
         """Return the tar files of a split, sorted within each pattern.
 
         Raises:
-            UserError: A pattern matches no file.
+            UserError: A pattern matches no file, or one by whose name an item's path is not told
+                from the image's name in it.
         """
         folder, found = self.place.folder, []
         for pattern in self.place.spec.shards[split]:
@@ -36,6 +38,13 @@ class ShardsLayout(Layout):
                     f"{self.place.name}: no shard {folder / pattern}; {self.place.hint}"
                 )
             found += matches
+        for file in found:
+            name = file.relative_to(folder).as_posix()
+            if f"{name}/".partition(".tar/")[1:] != (".tar/", ""):
+                raise UserError(
+                    f"{self.place.name}: the shard {folder / name} is to end in .tar, and no "
+                    "folder on the way to it; rename it"
+                )
         return found
 
     @cached_property
