@@ -36,7 +36,7 @@ from vlmlayers.features.store import (
 )
 from vlmlayers.features.writer import StoreWriter
 from vlmlayers.files import atomically
-from vlmlayers.models import extract, wrap_model
+from vlmlayers.models import VLM, extract, wrap_model
 from vlmlayers.models.companions import described
 from vlmlayers.models.load import build_clip
 from vlmlayers.scores import score
@@ -221,6 +221,13 @@ def test_what_goes_into_joint_space_is_told_apart(tmp_path):
     run(tmp_path / "s", model=model, **images)
     with pytest.raises(UserError, match=r"joint_pooling.vision is 'model' there, 'mean' here"):
         run(tmp_path / "s", model=model, pooling="mean", **images)
+
+
+def test_what_a_gpu_computed_is_told_apart(store, monkeypatch):
+    """Without a GPU here: the identity is compared before the model runs."""
+    monkeypatch.setattr(VLM, "device", torch.device("cuda"))
+    with pytest.raises(UserError, match="device is 'cpu' there, 'cuda' here"):
+        run(store)
 
 
 def test_another_version_of_a_library_is_told_apart(store, monkeypatch):

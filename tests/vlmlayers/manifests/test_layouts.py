@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
@@ -80,6 +81,22 @@ def test_coop_missing_and_altered_split_files(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"split file not found at .* get it: https://example.org/s"
     ):
+        manifest.items("train")
+
+
+@pytest.mark.parametrize(
+    ("layout", "row"), [("table", "path,class_name\na.jpg,{}\n"), ("captions", "a.jpg\t{}\n")]
+)
+def test_other_lists_are_compared_with_their_hash_too(
+    tmp_path: Path, layout: str, row: str
+) -> None:
+    known = sha256(row.format("x").encode()).hexdigest()
+    text = f'layout = "{layout}"\nsplit_file = "items.csv"\nsplit_sha256 = "{known}"'
+    manifest = Manifest.load(write_manifest(tmp_path, text))
+    (tmp_path / "items.csv").write_text(row.format("x"))
+    assert [item.path for item in manifest.items("train")] == ["a.jpg"]
+    (tmp_path / "items.csv").write_text(row.format("other"))
+    with pytest.raises(UserError, match="items.csv is altered: its sha256 is"):
         manifest.items("train")
 
 

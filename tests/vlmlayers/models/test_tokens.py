@@ -59,6 +59,17 @@ def test_mean_and_picked_tokens_are_the_pooled_features(family):
                     )
 
 
+def test_the_mean_of_a_text_leaves_out_the_class_token_behind_it():
+    tower, lengths = find_towers(tiny.build("coca"))["text"], (3, 6, 4)
+    seen = []
+    handle = tower.blocks[0].register_forward_hook(lambda _m, _a, out: seen.append(out))
+    mean = _pooled(tower, tiny.token_ids(lengths), "mean")["native"]["1"]
+    handle.remove()
+    assert seen[-1].shape[1] == 13  # of 12 words and a class token
+    words = [text[:length].mean(0) for text, length in zip(seen[-1], lengths, strict=True)]
+    np.testing.assert_allclose(torch.stack(words).detach(), mean, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", transformers_models.KINDS[:-1])
 def test_towers_of_transformers_give_their_hidden_states(kind):
     model = transformers_models.build(kind)
