@@ -100,6 +100,24 @@ def test_other_lists_are_compared_with_their_hash_too(
         manifest.items("train")
 
 
+def test_numbers_of_declared_names_count_from_one_only_where_all_of_them_fit(
+    tmp_path: Path,
+) -> None:
+    def read(*numbers: int) -> list[str]:
+        rows = "".join(f"{number}.jpg,{number}\n" for number in numbers)
+        (tmp_path / "items.csv").write_text(f"path,label\n{rows}")
+        text = 'layout = "table"\nsplit_file = "items.csv"\nclass_names = ["x", "y", "z"]'
+        manifest = Manifest.load(write_manifest(tmp_path, text))
+        items = [item for split in manifest.splits() for item in manifest.items(split)]
+        return [item.class_name for item in sorted(items, key=lambda item: item.path)]
+
+    assert read(0, 1, 2) == ["x", "y", "z"]
+    assert read(1, 2, 3) == ["x", "y", "z"]
+    assert read(1, 2) == ["y", "z"]  # images of the first class are missing
+    with pytest.raises(UserError, match="has label 3; labels are 0 to 2"):
+        read(0, 1, 2, 3)
+
+
 def test_coop_reads_a_file_again_after_it_changed(tmp_path: Path) -> None:
     manifest = coop_dataset(tmp_path, {"train": [["a.jpg", 0, "x"]]})
     assert len(manifest.items("train")) == 1
