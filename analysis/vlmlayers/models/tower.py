@@ -40,8 +40,8 @@ def before_trailing_run(ids: Tensor) -> Tensor:
     """Return the mask of tokens before the run of equal ids that pads a text on the right."""
     # By the run itself: which id pads depends on the tokenizer, which a tower does not know.
     differs = ids != ids[:, -1:]
+    # Of a text of one id alone none differs: 0 from the end, so that all of it counts.
     last = ids.shape[1] - 1 - differs.flip(1).int().argmax(1)
-    last = torch.where(differs.any(1), last, ids.shape[1] - 1)
     return torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
 
 

@@ -224,3 +224,15 @@ def test_what_a_hook_keeps_owns_its_memory(family, monkeypatch):
         assert len(held) >= find_towers(clip)[side].depth + 1
         for value in held:
             assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def test_final_is_normed_whatever_else_is_asked_for():
+    clip = tiny.build("clip")
+    for tower, batch in zip(find_towers(clip).values(), (tiny.images(clip), tiny.token_ids())):
+        found = []
+        for spaces in (("native",), ("native", "normed")):
+            with Recorder(tower, spaces, "mean") as recorder:
+                found.append(recorder(batch))
+        last = str(tower.depth)
+        np.testing.assert_array_equal(found[0]["native"]["final"], found[1]["normed"][last])
+        assert not np.allclose(found[0]["native"]["final"], found[0]["native"][last])

@@ -11,6 +11,7 @@ import transformers_models
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.models import Recorder, extract, find_towers, work
+from vlmlayers.models.load import build_clip
 from vlmlayers.scores import score
 from vlmlayers.scores.projection import nearest, project
 
@@ -123,6 +124,13 @@ def test_extraction_names_tokens_and_its_store_keeps_them(tmp_path):
     with pytest.raises(UserError, match="belongs to another extraction: pooling"):
         extract(model, tiny.DrawnManifest(), "train", out=tmp_path / "store",
                 **{**options, "pooling": "mean"})  # fmt: skip
+
+
+def test_patches_of_an_oblong_image_are_named_by_row_and_column():
+    tower = find_towers(build_clip(tiny.config({"image_size": (32, 64)}), seed=0))["vision"]
+    names = tower.token_names(1 + 4 * 8)
+    assert names[1] == "patch 1,1" and names[8:10] == ("patch 1,8", "patch 2,1")
+    assert names[-1] == "patch 4,8"
 
 
 def test_tokens_are_named_by_what_they_are():

@@ -34,6 +34,15 @@ def inputs(kind, side):
     return {"pixel_values": tiny.images()}, tiny.images()
 
 
+def test_a_text_ends_at_the_token_that_the_model_names_and_not_at_the_largest():
+    model, ids = tiny.build("CLIP"), tiny.token_ids()
+    model.text_model.eos_token_id = model.text_model.config.eos_token_id = 1
+    for row, text in enumerate(ids):
+        text[row + 3] = 1  # behind words of 3 to 57, before padding of 59
+    found = record(find_towers(model)["text"], ids)["joint"]
+    np.testing.assert_allclose(found["3"], found["proj"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("side", ["vision", "text"])
 def test_positions_are_the_states_of_the_model_and_the_last_is_its_own_embedding(kind, side):
