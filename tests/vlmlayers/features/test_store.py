@@ -116,6 +116,9 @@ def test_tokens_of_several_batches_are_stored_as_memory_holds_them(tmp_path):
     for tower in ("vision", "text"):
         for position in held[tower].positions():
             np.testing.assert_array_equal(stored[tower][position], held[tower][position])
+    assert np.isnan(held.text["1"]).any()  # where a text has ended
+    for _ in range(2):  # the same again, NaN and all
+        held.save(tmp_path / "t")
 
 
 def test_arrays_are_plain_npy_files(whole):
@@ -218,7 +221,8 @@ def test_what_goes_into_joint_space_is_told_apart(tmp_path):
     model = tiny.model("timm vit map")
     model.preprocess = lambda image: tiny.preprocess(image.resize((160, 160)))
     images = {"tower": "vision", "text": "prompts", "items": 4}
-    run(tmp_path / "s", model=model, **images)
+    found = run(tmp_path / "s", model=model, **images).vision
+    assert (found.pooling_in("native"), found.pooling_in("joint")) == ("mean", "model")
     with pytest.raises(UserError, match=r"joint_pooling.vision is 'model' there, 'mean' here"):
         run(tmp_path / "s", model=model, pooling="mean", **images)
 
