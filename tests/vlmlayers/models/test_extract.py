@@ -449,6 +449,17 @@ def test_summary_and_representations_say_what_is_there():
     assert "tiny clip" in found._repr_html_()
 
 
+def test_captions_follow_their_images_into_another_order():
+    images, words = np.arange(6.0).reshape(3, 2), np.arange(8.0).reshape(4, 2)
+    pairs = [0, 2, 2, 1]
+    found = LayerFeatures.from_arrays({"1": images}, {"1": words}, pairs=pairs, labels=[0, 1, 2])
+    taken = found.take_images([2, 0])
+    np.testing.assert_array_equal(taken.vision["1"], images[[2, 0]])
+    assert taken.vision.labels.tolist() == [2, 0]
+    np.testing.assert_array_equal(taken.text["1"], words[[0, 1, 2]])
+    assert taken.text.pairs.tolist() == [1, 0, 0] and taken.text.labels.tolist() == [0, 2, 2]
+
+
 def test_own_arrays_become_features():
     rng = np.random.default_rng(0)
     images = {p: rng.normal(size=(6, 4)) for p in ("embed", "1", "2", "proj")}
