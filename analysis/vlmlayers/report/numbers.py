@@ -379,7 +379,7 @@ class Answer:
         text = f"best {best} with harmonic mean {_number(frame.max())}"
         for name, label in (
             (self.validation.chosen, "chosen"),
-            (self.validation.reference, "the paper's"),
+            (self.validation.reference, self.validation.reference_words),
         ):
             if name in frame.index:
                 text = f"{label} {_number(frame[name])}, {text}"

@@ -176,7 +176,10 @@ def validation_entry(validation: RecordedValidation) -> dict[str, Any]:
     points = [
         {
             "chosen": bool(row["chosen"]),
-            "reference": str(row["placement"]) == validation.reference,
+            # What a chart calls it; of others nothing.
+            "reference": ("paper" if validation.published else "reference")
+            if str(row["placement"]) == validation.reference
+            else "",
             "sweep": bool(row["sweep"]),
             "kind": validation.kind(str(row["placement"])),
             **_outcome_entry(row),

@@ -40,6 +40,7 @@ def search_tables(answer: Answer) -> list[Table]:
 
 def _pairs(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
     """Return what is compared with what: label, setting and difference."""
+    plain = found["to_zero_shot"]
     pairs = [
         (f"Best of the {heat['stage']} search against {heat['default']}", heat["best"],
          heat["difference"])
@@ -47,9 +48,9 @@ def _pairs(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]
     ]  # fmt: skip
     for label, key in (("Pick", "difference"), ("Runner-up", "runner_up_difference")):
         if found.get(key):
-            setting = found["pick"] if key == "difference" else found["runner_up"]
+            # Not the answer `pick`, which is zero-shot CLIP where training does not pay.
+            setting = plain["setting"] if key == "difference" else found["runner_up"]
             pairs.append((f"{label} against the default", setting, found[key]))
-    plain = found["to_zero_shot"]
     whether = "Against zero-shot CLIP: whether to adapt"
     # Searches of earlier versions judged everything by one criterion and named it once.
     if plain.get("criterion", own := found["criterion"]["name"]) != own:

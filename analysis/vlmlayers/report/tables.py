@@ -147,7 +147,7 @@ def comparison_table(validation: RecordedValidation | None) -> Table | None:
     named: dict[str, list[str]] = {}
     for label, placement in (
         ("chosen", validation.chosen),
-        ("the paper's", validation.reference),
+        (validation.reference_words, validation.reference),
         (validation.best_words, validation.best),
     ):
         if placement in set(frame["placement"]):
@@ -240,7 +240,7 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
         caption = "All at the recipe's amount, beside the tuned comparison. "
         tables.append(outcomes(caption + validation.untuned_words, validation.untuned))
     if len(validation.judged):
-        tables.append(_predictors_table(validation.judged))
+        tables.append(_predictors_table(validation.judged, validation.reference_words))
     if len(validation.correlations):
         columns = [
             name
@@ -294,8 +294,8 @@ REPEATS = {
 }
 
 
-def _predictors_table(judged: pd.DataFrame) -> Table:
-    """Return scores and free baselines as predictors, beside the ceiling."""
+def _predictors_table(judged: pd.DataFrame, reference: str) -> Table:
+    """Return scores and free baselines as predictors, beside the ceiling, against a reference."""
     rows = [
         [str(row["predictor"]), str(row["kind"]), _bracketed(row, "tau", "low", "high", 2),
          row["p_holm"], str(row["pick"]), _bracketed(row, "gain", "gain_low", "gain_high", 1),
@@ -303,7 +303,7 @@ def _predictors_table(judged: pd.DataFrame) -> Table:
         for row in judged.to_dict("records")
     ]  # fmt: skip
     headings = ["Predictor", "Kind", "Mean τ in a cell [95 %]", "p, corrected", "Picks",
-                "HM against the paper's [95 %]", "p of that, corrected"]  # fmt: skip
+                f"HM against {reference} [95 %]", "p of that, corrected"]  # fmt: skip
     count = int(judged["n"].iloc[0])
     return tabular(
         f"Predictors against the ceiling and free baselines, {count} cells; null 0", headings, rows

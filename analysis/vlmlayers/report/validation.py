@@ -116,6 +116,17 @@ class RecordedValidation:
         words = "best of all at tuned amounts" if tuned else "best of all trained"
         return f"{words}, with {tied - 1} equal" if tied > 1 else words
 
+    @property
+    def published(self) -> bool:
+        """Whether the reference is the published placement, as it is where nobody asks for one."""
+        kinds = self.kind(self.reference)
+        return not kinds or "paper" in kinds.split("+")
+
+    @property
+    def reference_words(self) -> str:
+        """What the reference is called in tables and sentences."""
+        return "the paper's" if self.published else "the reference"
+
     def kind(self, placement: str) -> str:
         """Return why a placement was trained, such as `start+paper`; empty where unknown."""
         rows = self.cells[self.cells["placement"] == placement]

@@ -171,6 +171,25 @@ def test_the_answer_shows_every_placement_where_they_are_few(validated: Run) -> 
     assert [rest[name] for name in others] == sorted((rest[name] for name in others), reverse=True)
 
 
+def test_only_the_papers_placement_is_called_so(validated: Run) -> None:
+    answer = read_answer(validated.folder)
+    found = answer.validation
+    assert found is not None and found.reference_words == "the paper's"
+    columns = "predictor kind tau low high p_holm pick gain gain_low gain_high gain_p_holm n"
+    judged = pd.DataFrame([dict.fromkeys(columns.split(), 0.5)])
+    whole = next(name for name in found.placements["placement"] if "all" in found.kind(name))
+    other = replace(found, reference=whole, best=found.chosen, verdict="", judged=judged)
+    table = comparison_table(other)
+    assert table is not None
+    assert f"{whole} (the reference)" in [row[0] for row in table.rows]
+    assert {one["placement"]: one["reference"] for one in validation_entry(other)["points"]
+            if one["reference"]} == {whole: "reference"}  # fmt: skip
+    heads = [head for one in validation_tables(other) for head in one.headings]
+    assert "HM against the reference [95 %]" in heads
+    proof = dict(replace(answer, validation=other).facts())["Proved by training"]
+    assert "the reference " in proof and "paper" not in proof + "".join(heads)
+
+
 def test_the_choice_stands_there_as_text_to_copy(validated: Run) -> None:
     choice = LayerChoice.load(validated.choice)
     text = validated.report.with_suffix(".md").read_text()

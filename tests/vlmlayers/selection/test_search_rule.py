@@ -14,6 +14,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.placement import Placement
 from vlmlayers.report import write_report
 from vlmlayers.report.numbers import read_answer
+from vlmlayers.report.searched import search_tables
 from vlmlayers.selection import LayerChoice, select
 from vlmlayers.study.verbs import select_run
 
@@ -85,6 +86,18 @@ def test_the_report_answers_what_the_search_found(
     text = (run.folder / "report.md").read_text().replace("\\", "")
     for part in ("6.5 full trainings", "4 of 4 folds", "+0.200 [0.100, 0.300]", "+0.500"):
         assert part in page and part in text
+
+
+def test_differences_to_the_default_name_the_setting_that_was_trained(tmp_path: Path) -> None:
+    """Where training does not pay the pick is zero-shot CLIP, which ran against no default."""
+    run = make_run(tmp_path / "run", small=True)
+    worse = {"setting": "v12,t12", "adapt": "no", **difference(-0.5, -0.6, -0.4)}
+    gain, second = difference(0.2, 0.1, 0.3), difference(0.125, 0.1, 0.15)
+    written(run.folder, pick="zero-shot", runner_up="v9,t9", to_zero_shot=worse, difference=gain,
+            runner_up_difference=second)  # fmt: skip
+    rows = {row[0]: row[1:3] for row in search_tables(read_answer(run.folder))[0].rows}
+    assert rows["Pick against the default"] == ("v12,t12", "+0.200 [0.100, 0.300]")
+    assert rows["Runner-up against the default"] == ("v9,t9", "+0.125 [0.100, 0.150]")
 
 
 @pytest.mark.parametrize(("low", "decided"), [(-0.1, False), (0.05, True)])

@@ -338,7 +338,7 @@
         stroke: "#fff", "stroke-width": 1.5, class: "point" }));
       const away = X(p.x) > right - 40 ? -10 : 10; // to the left where the page would end within the word
       if (p.chosen || p.reference) svg.append(node("text", { x: X(p.x) + away, y: Y(p.y) - 8, "text-anchor": away < 0 ? "end" : "start", fill: "#1B1B1F", class: "over" },
-        p.chosen ? "chosen" : "paper"));
+        p.chosen ? "chosen" : p.reference));
     }
     explore(plot, area, spec.points.length, (x, y) => {
       const far = spec.points.map((p) => Math.hypot(X(p.x) - x, Y(p.y) - y)), near = far.indexOf(Math.min(...far));
