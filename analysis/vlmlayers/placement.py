@@ -153,6 +153,10 @@ class Placement:
         )
         return ",".join(named) + amount
 
+    def __repr__(self) -> str:
+        amount = f", amount={self.amount!r}" if self.amount else ""
+        return f"Placement(vision={self.vision}, text={self.text}{amount})"
+
     def __bool__(self) -> bool:
         return bool(self.vision or self.text)
 

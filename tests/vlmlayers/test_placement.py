@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
-from vlmlayers.placement import Placement, describe_blocks, parse_blocks
+from vlmlayers.placement import Amount, Placement, describe_blocks, parse_blocks
 
 BLOCKS = st.sets(st.integers(1, 48)).map(sorted).map(tuple)
 
@@ -43,6 +43,13 @@ def test_what_the_grammar_reads(text: str, vision: tuple[int, ...], words: tuple
 )
 def test_placements_are_written_as_they_are_read(text: str) -> None:
     assert str(Placement.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["v5-6,t2", "v5-6,t2@scale=0.3"])
+def test_python_shows_a_placement_with_the_amount_that_it_has(text: str) -> None:
+    placed = Placement.parse(text)
+    assert ("Amount" in repr(placed)) is ("@" in text)
+    assert eval(repr(placed), {"Placement": Placement, "Amount": Amount}) == placed
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # beside other work

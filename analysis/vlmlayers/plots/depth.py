@@ -34,9 +34,22 @@ from vlmlayers.plots.style import (
     style,
 )
 from vlmlayers.positions import TOWERS, sort_key
-from vlmlayers.scores.reading import POOLED, Reading, ceiling, depths, is_random
+from vlmlayers.scores.reading import (
+    POOLED,
+    Reading,
+    ceiling,
+    depths,
+    is_random,
+    metric_names,
+)
 from vlmlayers.scores.schema import Scores
-from vlmlayers.scores.summaries import curves, over_datasets
+from vlmlayers.scores.summaries import (
+    DATASET_ACCURACIES,
+    curves,
+    dataset_readout,
+    metrics_by_shape,
+    over_datasets,
+)
 from vlmlayers.selection import LayerChoice
 
 LOG = logging.getLogger(__name__)
@@ -47,7 +60,7 @@ ROW = 0.12  # inches that a row of names takes
 @checked
 def layer_curves(
     scores: Scores,
-    metric: str = "dataset_accuracy",
+    metric: str | None = None,
     *,
     hue: Literal["model", "pooling", "dataset"] | None = None,
     tower: str | None = None,
@@ -66,7 +79,8 @@ def layer_curves(
 
     Args:
         scores: Score table; of one model, or of several with `hue="model"`.
-        metric: Metric to draw.
+        metric: Metric to draw; dataset accuracy where None, or the first that a table without one
+            has, as that of a single dataset.
         hue: What gets a line and a colour each; None draws one line per tower.
         tower: `vision` or `text`; None draws both, with `hue` in different dashes.
         label: Name of the lines in the legend, for several calls on the same axes.
@@ -85,6 +99,9 @@ def layer_curves(
         raise UserError("palette colours the values of hue; name a hue, and no color beside it")
     if color is not None and not is_color_like(color):
         raise UserError(f"color is {color!r}, which is no colour; write it as 'red' or '#2F8FC4'")
+    if metric is None:
+        curved = metrics_by_shape(scores)["curve"] or metric_names(scores)
+        metric = dataset_readout(curved) or next(iter(curved), DATASET_ACCURACIES[0])
     with style():
         parts = _parts(scores, metric, hue, dataset, space)
         if tower is not None:

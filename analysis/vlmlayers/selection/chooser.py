@@ -154,12 +154,12 @@ def _splits(scores: pd.DataFrame, names: Sequence[str] = ()) -> dict[str, str]:
 
 def _used(scores: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Keep the rows that a rule reads, so that running it again on resamples is quick."""
-    if not names or not set(names) <= set(scores["metric"]):  # the rule itself says what is missing
+    # Agreement within a tower says nothing of blocks, and its matrices are most of a table.
+    rows = scores[scores["metric"].isin(names) & (scores["other_tower"] != scores["tower"])]
+    if not names or not set(names) <= set(rows["metric"]):  # the rule itself says what is missing
         return scores
     for name in names:
         Reading().say_choice(scores, name)
-    # Agreement within a tower says nothing of blocks, and its matrices are most of a table.
-    rows = scores[scores["metric"].isin(names) & (scores["other_tower"] != scores["tower"])]
     return pd.concat([Reading().rows(rows, name, tower) for name in names for tower in TOWERS])
 
 

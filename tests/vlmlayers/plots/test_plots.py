@@ -22,7 +22,7 @@ from vlmlayers import plots
 from vlmlayers.errors import UserError
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import slug
-from vlmlayers.plots.style import OPEN_ALPHA, category, short_names
+from vlmlayers.plots.style import OPEN_ALPHA, axis_label, category, short_names
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.summaries import (
     agreement,
@@ -73,6 +73,17 @@ def test_curves_draw_the_values_of_the_table() -> None:
     labels = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
     assert not any(box.overlaps(label) for box in strips for label in labels)
     assert "ccuracy" in ax.get_ylabel()
+
+
+def test_where_no_metric_is_named_one_is_drawn_that_the_table_has() -> None:
+    """Of a single dataset there is no dataset accuracy."""
+    scores = full()
+    assert plots.layer_curves(scores).get_ylabel() == "Dataset accuracy (linear probe)"
+    kept = scores[~scores["metric"].str.startswith("dataset_accuracy")]
+    drawn = next(name for name in kept["metric"].unique() if name != "cka_debiased")
+    assert plots.layer_curves(kept).get_ylabel() == axis_label(drawn)
+    with pytest.raises(UserError, match="the score table is empty"):
+        plots.layer_curves(scores.head(0))
 
 
 def test_what_shared_prompts_leave_possible_is_drawn() -> None:

@@ -750,6 +750,14 @@ def test_agreement_reads_equal_relative_depth() -> None:
     assert [partner_block(b, 24, 12) for b in (1, 2, 23, 24)] == [1, 1, 12, 12]
 
 
+def test_agreement_within_a_tower_alone_is_told_from_none() -> None:
+    scores = planted(12, 12, (5, 5))
+    scores.loc[scores["metric"] == "cka_debiased", "other_tower"] = "vision"
+    said = "has no cka_debiased between vision and text blocks; score it with both towers, or"
+    with pytest.raises(UserError, match=said):
+        select(scores)
+
+
 def test_agreement_of_too_few_pairs_is_refused() -> None:
     depths = {"vision": 4, "text": 4}
     whole = pair_rows("cka_debiased", 4, 4, lambda i, j: 0.1 * i, dataset="a")
