@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import Folders, MissingTable, Seen, read_each, refuse_unlike
 from vlmlayers.files import read_json
+from vlmlayers.metrics.checks import Array
 from vlmlayers.placement import Placement, complete_cells, how_trained, of_kind, untrained
 from vlmlayers.selection import LayerChoice, available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
@@ -18,6 +20,7 @@ from vlmlayers.selection.prediction import PLACEMENT_SCORES
 OUTCOMES = ("base", "novel", "hm")
 NEEDS = ("model", "weights", "dataset", "seed", "placement", "kind", *OUTCOMES)
 DEFAULT_SCORE = "contrast_accuracy_x_agreement"
+PERMUTATIONS = 9999
 
 
 def read_validations(tables: Folders, scored: Seen | None = None) -> pd.DataFrame:
@@ -176,18 +179,39 @@ def predicted_means(
         two-sided p by permutation of the placements (NaN where all are equal, predicted or trained)
         and a short label, for each score; chosen and published placements first.
     """
-    from scipy.stats import kendalltau  # half a second to import: only where it is needed
-
     if names is None:
         supported = [name for name in available_scores(scores) if name in PLACEMENT_SCORES]
         names = [DEFAULT_SCORE if DEFAULT_SCORE in supported else supported[0]]
     placements = {name: Placement.parse(name) for name in means.placement}
     predicted = predict(scores, placements, names)[["placement", "score", "predicted"]]
     joined = predicted.dropna(subset="predicted").merge(means, on="placement")
-    found = {score: kendalltau(part.predicted, part.hm) for score, part in joined.groupby("score")}
+    found = {
+        score: _tau(part.predicted.to_numpy(float), part.hm.to_numpy(float))
+        for score, part in joined.groupby("score")
+    }
     joined = joined.sort_values(["chosen", "published", "start"], ascending=[False, False, True])
     return joined.assign(
-        tau=joined.score.map({score: float(one.statistic) for score, one in found.items()}),
-        p=joined.score.map({score: float(one.pvalue) for score, one in found.items()}),
+        tau=joined.score.map({score: tau for score, (tau, _) in found.items()}),
+        p=joined.score.map({score: p for score, (_, p) in found.items()}),
         short=[placements[name].label for name in joined.placement],
     )
+
+
+def _tau(predicted: np.ndarray, trained: np.ndarray) -> tuple[float, float]:
+    """Return Kendall's τ-b and its two-sided p by permutation, NaN where all of one are equal."""
+    from scipy.stats import kendalltau  # half a second to import: only where it is needed
+
+    found = kendalltau(predicted, trained)
+    tau, p = float(found.statistic), float(found.pvalue)
+    tied = min(len(np.unique(predicted)), len(np.unique(trained))) < len(trained)
+    # With ties scipy's p is that of a normal distribution, of few placements far too small.
+    if tied and np.isfinite(tau):
+        first, second = np.triu_indices(len(trained), 1)
+        order = np.sign(trained[first] - trained[second])  # (pair,)
+        drawn = np.random.default_rng(0).permuted(
+            np.broadcast_to(predicted, (PERMUTATIONS, len(predicted))), axis=1
+        )
+        null = np.sign(drawn[:, first] - drawn[:, second]) @ order
+        own = np.sign(predicted[first] - predicted[second]) @ order
+        p = float((1 + np.sum(np.abs(null) >= abs(own))) / (PERMUTATIONS + 1))
+    return tau, p
