@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from vlmadapters.validation.ranking import holm, predictors, rank_correlation
-from vlmadapters.validation.verdict import compare, outcomes, regret, verdict
+from vlmadapters.validation.verdict import compare, interval, outcomes, regret, verdict
 from vlmlayers.errors import UserError
 
 PLACEMENTS = ("v5-12,t5-12", "v1-12,t1-12", "v9-12,t9-12", "v12,t12")
@@ -275,6 +275,35 @@ def test_incomplete_cells_are_left_out_and_an_empty_table_is_refused() -> None:
     for chosen, reference in (("v5-12,t5-13", PLACEMENTS[1]), (PLACEMENTS[0], "v5-12,t5-13")):
         with pytest.raises(UserError, match="unknown placement 'v5-12,t5-13'"):
             verdict(cells, chosen, reference)
+
+
+def test_intervals_of_accuracies_stay_among_accuracies() -> None:
+    """Four datasets at an end and one far from it: t ± reaches beyond 0 and 100 percent."""
+    cells = table((0, 0, 0, 0))
+    far = np.where(cells["dataset"] == "d0", 20.0, 0.0)
+    cells["hm"] = np.where(cells["placement"] == PLACEMENTS[0], 100 - far, far)
+    compared = compare(cells, PLACEMENTS[0]).set_index("placement")
+    assert compared.loc[PLACEMENTS[0], "hm_high"] == 100
+    assert compared.loc[PLACEMENTS[1], "hm_low"] == 0
+    assert compared.loc[PLACEMENTS[1], "difference_low"] < -100, "a difference has no such end"
+
+
+def test_of_1001_draws_25_lie_beyond_either_end() -> None:
+    draws = np.random.default_rng(0).permutation(1001).astype(float)
+    assert interval(draws) == (25, 975)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "said"),
+    [
+        (1, "3 runs of one dataset, which speak of their test images alone;"),
+        (2, "6 runs of two datasets, which speak of their test images alone;"),
+        (3, "9 runs of 3 datasets;"),
+    ],
+)
+def test_three_datasets_are_a_sample_of_datasets(datasets: int, said: str) -> None:
+    cells = table((60, 57, 55, 50), datasets=datasets)
+    assert said in verdict(cells, PLACEMENTS[0], PLACEMENTS[1])
 
 
 def test_a_tie_is_called_one() -> None:
