@@ -81,7 +81,8 @@ class PromptSRCConfig(IVLPConfig):
         image_weight: Weight of the distance of image features to the frozen ones.
         templates: Templates over which frozen class features are averaged; empty takes the 60
             published ones.
-        centre: Epoch that weighs most in the mean of the prompts, counted from 1.
+        centre: Epoch that weighs most in the mean of the prompts, counted from 1; an amount with
+            other epochs leaves it where it is, so that epochs long after it weigh nothing.
         spread: Standard deviation of the weights, in epochs.
     """
 
