@@ -164,6 +164,15 @@ def test_of_two_placements_no_ranking_is_told() -> None:
     assert found.empty and "fewer than three placements" in predictors(found)
 
 
+def test_a_score_that_lacks_a_placement_is_not_ranked_with_the_others() -> None:
+    """Its τ would be that of other pairs."""
+    rows = [(name, score, value) for score in ("whole", "part")
+            for value, name in enumerate(PLACEMENTS)][:-1]  # fmt: skip
+    predicted = pd.DataFrame(rows, columns=["placement", "score", "predicted"])
+    found = rank_correlation(table((60, 57, 55, 50)), predicted, draws=20)
+    assert found["score"].tolist() == ["whole"]
+
+
 def test_holm_on_a_worked_example() -> None:
     """0.005 × 4, 0.01 × 3, 0.03 × 2, then not less than before: Holm 1979, by hand."""
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
