@@ -91,6 +91,10 @@ def test_datasets_weigh_the_same_however_many_seeds_they_have() -> None:
     )
     found = cells.repeats(values, cells.seeds)
     assert found is not None and found.tau == pytest.approx((1 - 1 - 1) / 3) and found.n == 8
+    # Of three pairs of datasets one agrees, whose cells are four of nine.
+    values, cells = np.array([up] * 5 + [up[::-1]]), Cells(np.array(list("aaaabc")), 20, 0)
+    found = cells.repeats(values, cells.others)
+    assert found is not None and found.tau == pytest.approx((1 - 1 - 1) / 3) and found.n == 9
 
 
 def test_the_seed_is_that_of_all_permutations() -> None:
