@@ -97,6 +97,13 @@ def test_datasets_weigh_the_same_however_many_seeds_they_have() -> None:
     assert found is not None and found.tau == pytest.approx((1 - 1 - 1) / 3) and found.n == 9
 
 
+def test_chance_that_repeats_as_well_counts_against_a_ranking() -> None:
+    """Two cells rank three placements alike: by chance one in six orders does."""
+    cells = Cells(np.array(["a", "b"]), 2000, 0)
+    found = cells.repeats(np.array([[1.0, 2, 3]] * 2), cells.others)
+    assert found is not None and found.tau == 1 and found.p == pytest.approx(1 / 6, abs=0.04)
+
+
 def test_the_seed_is_that_of_all_permutations() -> None:
     table = simulated(0, 0, 1, datasets=3, seeds=2).assign(hm_second_half=range(48, 0, -1))
     found = [repeatability(table, draws=500, seed=seed) for seed in (0, 0, 1)]
