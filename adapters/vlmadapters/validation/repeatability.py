@@ -237,8 +237,9 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
     accuracies of few test images, or runs that are copies, show nothing of how far others vary.
 
     Every cell's mean is taken out. What is left is analysed as placement + placement × dataset +
-    rest, all random, by mean squares; the interval of the placement's share follows from the F
-    distribution of the ratio of mean squares, the other components taken as estimated.
+    rest, all random, by mean squares, of unweighted means where datasets have unequal seeds; the
+    interval of the placement's share follows from the F distribution of the ratio of mean squares,
+    the other components taken as estimated.
 
     Reference: McGraw and Wong, Forming inferences about some intraclass correlation coefficients,
     1996; Searle, Casella and McCulloch, Variance Components, 1992.
@@ -254,13 +255,16 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
     size = np.bincount(of)
     # How hard a draw is shifts all placements of a cell alike: it is no part of the question.
     centred = values - values.mean(1, keepdims=True)
-    own = centred.mean(0)
     by_dataset = np.stack([centred[of == d].mean(0) for d in range(len(names))])
+    # Datasets weigh the same: else what one with many seeds shows alone passes for what all do.
+    own = by_dataset.mean(0)
     free = placements - 1
-    between = cells * np.square(own).sum() / free
-    interaction = (size @ np.square(by_dataset - own)).sum()
+    per_dataset = len(names) / (1 / size).sum()  # seeds, their harmonic mean
+    units = len(names) * per_dataset  # the cells, where all datasets have as many
+    between = units * np.square(own).sum() / free
+    interaction = per_dataset * np.square(by_dataset - own).sum()
     rest = np.square(centred - by_dataset[of]).sum()
-    residual = (interaction + rest) / (free * (cells - 1))
+    residual = np.square(centred - centred.mean(0)).sum() / (free * (cells - 1))
     if residual < ROUNDING:
         return None
     # With one seed per dataset the interaction cannot be told from the rest.
@@ -271,7 +275,6 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
         freedom = free * (len(names) - 1)
         rest_freedom = free * (cells - len(names))
         error = rest / rest_freedom
-        per_dataset = (cells - np.square(size).sum() / cells) / (len(names) - 1)
         against = interaction / freedom
         mixed = max(0.0, float((against - error) / per_dataset))
     left = mixed + error
@@ -284,7 +287,7 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
         varies, known = left, left**2 / sum(part**2 / of for part, of in parts)
 
     def share(ratio: float) -> float:
-        own_variance = max(0.0, ratio - 1) * against / cells
+        own_variance = max(0.0, ratio - 1) * against / units
         return float(own_variance / (own_variance + left))
 
     ratio = between / against
