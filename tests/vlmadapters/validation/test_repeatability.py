@@ -378,6 +378,38 @@ def test_predictors_are_judged_in_cells_beside_ceiling_and_baselines() -> None:
     assert "the ceiling" in said and f"({gain:+.1f}; named by " in said and "n = 18 cells" in said
 
 
+def test_predictors_may_tie_reverse_or_lack_placements_and_the_ceiling_is_no_candidate() -> None:
+    table = simulated(2, 0.5, 0.5)
+    wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values="hm")[
+        PLACEMENTS
+    ]
+    truth = wide.mean().to_numpy()
+    guesses = {
+        "reverse": -truth,
+        "tied": np.array([1.0, 1.0, *np.linspace(0.5, 0, len(truth) - 2)]),
+        "part": np.where(np.arange(len(truth)) == 3, np.nan, truth),
+    }
+    long = [(name, score, value) for score, values in guesses.items()
+            for name, value in zip(PLACEMENTS, values)]  # fmt: skip
+    scores = pd.DataFrame(long, columns=["placement", "score", "predicted"])
+    judged = judge_predictors(table, scores, PLACEMENTS[4]).set_index("predictor")
+    assert "part" not in judged.index
+    assert judged.loc["reverse", "tau"] < -0.5 and judged.loc["reverse", "p"] < 0.01
+    assert judged.loc["tied", "pick"] == "2 tied"
+    gain = (wide[PLACEMENTS[:2]].mean(axis=1) - wide[PLACEMENTS[4]]).mean()
+    assert judged.loc["tied", "gain"] == pytest.approx(gain)
+    assert judged.loc["fewest_blocks", "pick"] == PLACEMENTS[-1]
+    known = {
+        str(name): wide[wide.index.get_level_values(0) != name].mean() for name, _ in wide.index
+    }
+    taus = [kendalltau(known[name], row).statistic for (name, _), row in wide.iterrows()]
+    assert judged.loc["other cells", "tau"] == pytest.approx(np.mean(taus))
+    candidates = judged[judged["kind"] != "ceiling"]["p"].dropna()
+    least = candidates.idxmin()
+    assert judged.loc[least, "p_holm"] == pytest.approx(min(1, candidates.min() * len(candidates)))
+    assert judged.loc["other cells", "p_holm"] == judged.loc["other cells", "p"]
+
+
 def test_scores_that_share_the_best_tau_are_all_named() -> None:
     """One of them was, by the order in which they were sorted."""
     table = simulated(2, 0.5, 0.5)
