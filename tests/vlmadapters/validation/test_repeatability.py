@@ -408,6 +408,9 @@ def test_predictors_may_tie_reverse_or_lack_placements_and_the_ceiling_is_no_can
     least = candidates.idxmin()
     assert judged.loc[least, "p_holm"] == pytest.approx(min(1, candidates.min() * len(candidates)))
     assert judged.loc["other cells", "p_holm"] == judged.loc["other cells", "p"]
+    sure = np.where(judged["kind"] == "ceiling", 0.001, 0.9)
+    said = predictors_statement(judged.reset_index().assign(gain_p_holm=sure), PLACEMENTS[4])
+    assert "After correction no pick did better" in said
 
 
 def test_scores_that_share_the_best_tau_are_all_named() -> None:
