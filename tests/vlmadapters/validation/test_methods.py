@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from vlmadapters.protocols.results import ZERO_SHOT_CLIP
 from vlmadapters.validation.methods import compare_methods, methods_verdict
@@ -76,6 +78,23 @@ def test_of_equal_methods_none_is_said_to_do_worse() -> None:
         alone += " did worse by its own interval alone (" in said
         assert ("does not for all 5 at once." in said) == (" alone (" in said)
     assert worse <= 6 and alone >= 10
+
+
+def test_of_two_differences_each_takes_half_of_the_level() -> None:
+    """Six datasets give the second method a p of 0.02 against the best, zero-shot CLIP far less."""
+    noise = np.array([1.0, -1, 2, -2, 0.5, -0.5])
+    error = noise.std(ddof=1) / math.sqrt(6)
+    apart = noise / error / stats.t.isf(0.01, 5) - 1  # mean −1, at t of a two-sided 0.02
+    assert stats.ttest_1samp(apart, 0).pvalue == pytest.approx(0.02)
+    moved = {"A": np.zeros(6), "B": apart, ZERO_SHOT_CLIP: np.full(6, -20) + noise / 10}
+    table = pd.DataFrame([
+        {"method": method, "placement": "", "dataset": f"d{dataset}", "split_kind": kind,
+         "seed": -1 if method == ZERO_SHOT_CLIP else 1, "parameters": 1,
+         "accuracy": (60 + 3 * dataset + by[dataset]) / 100}
+        for method, by in moved.items() for dataset in range(6) for kind in ("base", "novel")
+    ])  # fmt: skip
+    said = methods_verdict(table)
+    assert said.startswith("A did best") and "B did worse (-1.0" in said
 
 
 def test_methods_of_one_best_mean_are_named_together_whichever_stands_first() -> None:

@@ -551,6 +551,18 @@ def test_a_training_that_both_comparisons_share_is_counted_once(manifest: Manife
     assert summarise(both).summary["training_seconds"] == pytest.approx(expected, abs=0.1)
 
 
+def test_what_is_said_beside_tuned_amounts_is_of_the_recipes(manifest: Manifest) -> None:
+    given = run(manifest, seeds=(1,)).query("comparison == 'given'")
+    tuned = given.assign(comparison="tuned", hm=given["hm"] + 7)
+    found = summarise(pd.concat([tuned, given], ignore_index=True))
+    own = given.loc[given["placement"] == found.summary["chosen"], "hm"].item()
+    assert f"harmonic mean {own:.1f}" in found.summary["untuned"]["verdict"]
+    assert f"harmonic mean {own + 7:.1f}" in found.summary["verdict"]
+    assert found.untuned is not None
+    plain = found.untuned.set_index("placement")["hm"]
+    assert plain[found.summary["chosen"]] == pytest.approx(own)
+
+
 def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlmadapters.cli import validate as validate_verb
     from vlmlayers.cli import app
