@@ -82,6 +82,7 @@ def test_the_report_answers_what_the_search_found(
     select_run(run.folder, "search", {}, 0, 0)
     answer = read_answer(run.folder)
     assert answer.headline == headline and answer.choice.decided is decided
+    assert any(firm for _, firm in answer.headline_parts) is decided, "bold where it is decided"
     page = write_report(run.folder).read_text()
     text = (run.folder / "report.md").read_text().replace("\\", "")
     for part in ("6.5 full trainings", "4 of 4 folds", "+0.200 [0.100, 0.300]", "+0.500"):
