@@ -476,6 +476,11 @@ def test_draws_weigh_the_same_and_their_variances_add_up() -> None:
     both = difference(pd.concat(parts), "b", "a", "log_likelihood")
     assert both.mean == pytest.approx((one.mean + two.mean) / 2)
     assert both.spread == pytest.approx(np.hypot(one.spread, two.spread) / 2)
+    half = stats.t.isf(0.025, 3 + 7) * both.spread
+    assert (both.low, both.high) == pytest.approx((both.mean - half, both.mean + half))
+    lone = planted(5, 0.1, 7, 1).assign(dataset="f")  # one fold, which has no variance
+    more = difference(pd.concat([*parts, lone]), "b", "a", "log_likelihood")
+    assert (more.mean, more.low, more.high) == (both.mean, both.low, both.high)
     order = ranking(pd.concat(parts), "a", "log_likelihood")
     assert order == pytest.approx({"b": both.mean, "a": 0.0})
 
@@ -502,6 +507,8 @@ def test_accuracy_as_criterion_is_the_harmonic_mean() -> None:
     table.loc[table["setting"] == "b", "novel"] = 30.0
     found = difference(table, "b", "a", "accuracy")
     assert found.mean == pytest.approx(2 * 50 * 30 / 80 - 50)
+    bare = table.assign(novel=np.nan, base=table["base"].mask(table["setting"] == "b", 60.0))
+    assert difference(bare, "b", "a", "accuracy").mean == pytest.approx(10), "base alone"
 
 
 @pytest.mark.parametrize(
