@@ -110,6 +110,17 @@ def test_chance_is_drawn_per_tower_and_position_where_it_differs() -> None:
     assert np.allclose(line(ax, "Chance")[:, 1], [one["null"] for one in vision])
 
 
+def test_chance_of_datasets_that_have_their_own_is_a_band_between_them() -> None:
+    values = step(12, 5)
+    rows = [curve_rows("class_accuracy", "vision", values, dataset=name, null=null)
+            for name, null in (("digits", 0.1), ("shapes", 0.3))]  # fmt: skip
+    ax = plots.dataset_curves(table(*rows), "class_accuracy")
+    assert line(ax, "Chance")[:, 1].tolist() == pytest.approx([0.2, 0.2])
+    (band,) = ax.patches
+    drawn = band.get_path().transformed(band.get_patch_transform()).vertices[:, 1]
+    assert (drawn.min(), drawn.max()) == pytest.approx((0.1, 0.3))
+
+
 def test_mean_over_datasets_keeps_the_order_where_one_lacks_a_position() -> None:
     """A value that does not exist at `embed` of one dataset must not shift its other positions."""
     whole = curve_rows("effective_rank", "text", step(12, 5), dataset="digits")
@@ -149,8 +160,13 @@ def test_only_the_sweep_is_joined() -> None:
     assert len(labels) == 12 and labels[:4] == [f"v{i}–12" for i in (1, 2, 3, 5)]
     (shaded,) = [one.get_x() for one in again.patches]
     assert shaded == pytest.approx(3 - 0.4), "the chosen one"
-    marked = plots.cost(plain).get_legend_handles_labels()[1]
-    assert marked == ["Placement", "Published", "Chosen"]
+    (band,) = again.collections[0].get_paths()
+    assert set(band.vertices[:, 1]) == {69.0, 72.0}, "the interval of the table"
+    costs = plots.cost(plain)
+    assert costs.get_legend_handles_labels()[1] == ["Placement", "Published", "Chosen"]
+    drawn = [one.get_offsets() for one in costs.collections if isinstance(one, PathCollection)]
+    assert [len(one) for one in drawn] == [11, 1, 1], "the published one is chosen as well"
+    assert costs.xaxis.get_major_formatter()(3000, 0) == "3", "in thousands"
     ax = plots.placement_sweep(frame.assign(sweep=False, placement="v1-12,t1-12").head(1))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1–12"]
     assert len(ax.get_legend_handles_labels()[1]) == 3
@@ -422,8 +438,8 @@ def test_summaries_know_shapes_and_datasets() -> None:
         (lambda: plots.layer_curves(full().assign(low="x")), "'x' in the column low, where a num"),
         (lambda: plots.layer_curves(full().drop(columns="null")), "lacks the columns null"),
         (
-            lambda: plots.layer_curves(full(), choice=LayerChoice((14,), (5,), "explicit")),
-            "of 14 vision blocks or more, and 12 are drawn",
+            lambda: plots.layer_curves(full(), choice=LayerChoice((13,), (5,), "explicit")),
+            "of 13 vision blocks or more, and 12 are drawn",
         ),
         (
             lambda: plots.agreement_matrix(
@@ -616,6 +632,10 @@ def test_heat_maps_mark_open_blocks_pale() -> None:
     ):
         marks = [(one.get_label().split(" ", 1)[1], one.get_alpha()) for one in ax.lines]
         assert sorted(marks) == sorted([("6-8 open", 0.3), ("9-12 firm", 1.0)] * towers)
+        along = {one.get_label(): list(one.get_xdata()) for one in ax.lines}
+        where = ax.get_xlabel().split()[0].lower()
+        first = 5.5 if towers == 1 else 4.5  # `embed` comes before the blocks of a heat map
+        assert along[f"_{where} 6-8 open"] == [first, first + 3], "whole cells"
 
 
 def test_of_a_tower_in_doubt_the_chosen_blocks_alone_are_marked() -> None:
