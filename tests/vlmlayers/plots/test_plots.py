@@ -164,8 +164,12 @@ def test_only_the_sweep_is_joined() -> None:
     assert set(band.vertices[:, 1]) == {69.0, 72.0}, "the interval of the table"
     costs = plots.cost(plain)
     assert costs.get_legend_handles_labels()[1] == ["Placement", "Published", "Chosen"]
-    drawn = [one.get_offsets() for one in costs.collections if isinstance(one, PathCollection)]
-    assert [len(one) for one in drawn] == [11, 1, 1], "the published one is chosen as well"
+    for shown, counts in (
+        (costs, [11, 1, 1]),  # the published one is chosen as well
+        (plots.cost(frame.assign(chosen=frame.index == 0)), [10, 1, 1]),
+    ):
+        points = [one for one in shown.collections if isinstance(one, PathCollection)]
+        assert [len(one.get_offsets()) for one in points] == counts
     assert costs.xaxis.get_major_formatter()(3000, 0) == "3", "in thousands"
     ax = plots.placement_sweep(frame.assign(sweep=False, placement="v1-12,t1-12").head(1))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1–12"]
