@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from backbones import FAMILIES, backbone, shared_backbone, some_images, some_tokens
@@ -10,7 +12,7 @@ from torch import nn
 
 from vlmadapters.clip.arithmetic import feed_forward, is_standard
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.clip.logits import class_logits
+from vlmadapters.clip.logits import class_logits, scaled_cosines
 from vlmadapters.clip.savings import Savings
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import attach
@@ -41,6 +43,13 @@ def test_logits_and_gradients_of_the_walk_are_those_of_the_hooks(family: str) ->
         if key in gradients:
             error = (parameter.grad - gradients[key]).norm() / gradients[key].norm()
             assert error < 1e-4, key
+
+
+def test_logits_are_scaled_cosines_and_the_bias_of_sigmoid_losses() -> None:
+    clip = SimpleNamespace(logit_scale=torch.tensor(2.0).log(), logit_bias=torch.tensor(-3.0))
+    images, texts = torch.tensor([[5.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, -4.0]])
+    expected = torch.tensor([[2 - 3, 0 - 3, 2 * 0.6 - 3]])
+    torch.testing.assert_close(scaled_cosines(clip, images, texts), expected)
 
 
 @pytest.mark.parametrize("quick", [True, False])

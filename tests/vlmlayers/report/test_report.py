@@ -155,6 +155,10 @@ def test_the_best_placement_says_where_amounts_were_tuned(tmp_path: Path) -> Non
     table = comparison_table(RecordedValidation.read(run))
     assert table is not None
     assert f"{recorded.best} (best of all at tuned amounts)" in [row[0] for row in table.rows]
+    given = cells.assign(comparison="given", hm=1.0)
+    pd.concat([given, cells]).to_csv(run.validation, index=False)
+    both = RecordedValidation.read(run)
+    assert both is not None and both.cells["hm"].tolist() == pytest.approx(cells["hm"].tolist())
 
 
 def test_the_answer_shows_every_placement_where_they_are_few(validated: Run) -> None:
