@@ -175,6 +175,22 @@ def test_the_answer_shows_every_placement_where_they_are_few(validated: Run) -> 
     assert [rest[name] for name in others] == sorted((rest[name] for name in others), reverse=True)
 
 
+def test_a_tie_for_the_best_and_what_intervals_are_over_are_said(validated: Run) -> None:
+    found = read_answer(validated.folder).validation
+    assert found is not None
+    level = replace(found, placements=found.placements.assign(hm=50.0))
+    assert level.best_words == f"best of all trained, with {len(found.placements) - 1} equal"
+    third = found.cells[found.cells["dataset"] == "digits"].assign(dataset="third")
+    more = replace(found, cells=pd.concat([found.cells, third], ignore_index=True))
+    for one, said in ((found, "runs of these datasets alone"), (more, "datasets")):
+        table = comparison_table(one)
+        assert table is not None and table.caption.endswith(f"95 % intervals over {said}")
+    whole = next(one for one in validation_tables(found) if "best first" in one.caption)
+    means = [float(row[3].partition(" ")[0]) for row in whole.rows]
+    assert means == sorted(means, reverse=True) and len(means) == len(found.placements) + 1
+    assert "v5-12,t5-12 (chosen and the paper's)" in [row[0] for row in whole.rows]
+
+
 def test_only_the_papers_placement_is_called_so(validated: Run) -> None:
     answer = read_answer(validated.folder)
     found = answer.validation
