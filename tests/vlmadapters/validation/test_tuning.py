@@ -145,7 +145,7 @@ def test_the_amount_of_a_search_is_tried_at_every_placement(
 def test_a_comparison_at_one_amount_says_so_in_front(manifest: Manifest, tmp_path: Path) -> None:
     options = QUICK | {"amount": "given", "out": tmp_path}
     found = validate(shared_backbone("clip"), Placement.parse("2-3"), [manifest], **options)
-    assert found.verdict.startswith("WARNING: placements of 4 to 6 blocks")
+    assert found.verdict.startswith(f"{UNTRAINED}. WARNING: placements of 4 to 6 blocks")
     recorded = RecordedValidation.read(Run(tmp_path))
     assert recorded is not None and "one amount" in recorded.warning
     assert size_warning(["v2-3,t2-3", "v1-2,t1-2", "zero-shot"]) == ""
