@@ -12,7 +12,6 @@ import pandas as pd
 from vlmlayers.errors import UserError
 from vlmlayers.figures.inputs import Folders, MissingTable, Seen, read_each, refuse_unlike
 from vlmlayers.files import read_json
-from vlmlayers.metrics.checks import Array
 from vlmlayers.placement import Placement, complete_cells, how_trained, of_kind, untrained
 from vlmlayers.selection import LayerChoice, available_scores, predict
 from vlmlayers.selection.prediction import PLACEMENT_SCORES

@@ -498,6 +498,8 @@ def test_the_log_likelihood_is_the_mean_of_both_halves_or_of_the_one_there_is() 
 def test_a_planted_difference_is_found_and_none_is_not() -> None:
     strong = [difference(planted(0.5, 0.05, s), "b", "a", "log_likelihood") for s in range(50)]
     assert all(one.low > 0 for one in strong)
+    turned = difference(planted(0.5, 0.05, 0), "a", "b", "log_likelihood")
+    assert turned.decided and turned.high < 0, "worse beyond doubt is decided as well"
     none = [difference(planted(0.0, 0.05, s), "b", "a", "log_likelihood") for s in range(300)]
     assert np.mean([one.decided for one in none]) <= 0.05
 
