@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -99,6 +99,11 @@ def own_draws(method: str, seed: int, device: torch.device) -> Iterator[None]:
     if not METHODS.code(method):
         yield
         return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if gpu else []):
+        # Not `torch.manual_seed`: it seeds all GPUs, and others are not given their states back.
+        torch.default_generator.manual_seed(seed)
+        with torch.cuda.device(device) if gpu else nullcontext():
+            if gpu:
+                torch.cuda.manual_seed(seed)
         yield

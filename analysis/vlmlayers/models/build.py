@@ -20,7 +20,7 @@ from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import read_json
 from vlmlayers.models.devices import memory_errors, resolve_device
 from vlmlayers.models.hf_offline import text_config_offline
-from vlmlayers.models.modes import in_float32
+from vlmlayers.models.modes import in_float32, seeded
 
 ImageSize = int | tuple[int, int]
 SEED = 0
@@ -89,9 +89,7 @@ def build_clip(
         if "multimodal_cfg" in settings:
             kind = CoCa
         try:
-            # No devices: to save the state of GPUs would start CUDA where it may not be needed.
-            with torch.random.fork_rng(devices=[]), in_float32():
-                torch.manual_seed(seed)
+            with seeded(seed), in_float32():
                 clip = kind(**settings, cast_dtype=get_cast_dtype(precision))
                 _fill_decoder(clip)
                 _size_trunk(clip.visual)

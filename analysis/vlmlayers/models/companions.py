@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import torch
 from open_clip.hf_model import HFTextEncoder
 from PIL import Image
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from vlmlayers.architectures import title_of
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import hub_folder
 from vlmlayers.models.folders import LOCALLY
+from vlmlayers.models.modes import seeded
 from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.transformers_towers import pack
 from vlmlayers.models.vlm import hash_weights
@@ -159,8 +159,7 @@ def _made_by(transform: Callable[..., Any]) -> str:
     own = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         # A random one makes the same each time, and moves no state of the caller's.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002 from which transforms of others draw
             made = transform(Image.fromarray(pixels))

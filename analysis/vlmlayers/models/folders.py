@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from vlmlayers.architectures import FOREIGN_CONFIG, read_foreign
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import find_weights
-from vlmlayers.models.modes import in_float32
+from vlmlayers.models.modes import in_float32, seeded
 
 _SHOWN = 3
 # Where the second is not said, transformers asks at the terminal whether to run a folder's code.
@@ -42,8 +41,7 @@ def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.M
     weights = "random" if random_weights else find_weights(folder).name
     make = _timm if timms else _transformers
     try:
-        with torch.random.fork_rng(devices=[]), in_float32():
-            torch.manual_seed(seed)
+        with seeded(seed), in_float32():
             model = make(folder, random_weights)
     except UserError:
         raise

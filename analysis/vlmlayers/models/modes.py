@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,6 +77,18 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let the CPU's own generator draw as a seed says, then give its state back.
+
+    Those of GPUs are left alone: to save their states would start CUDA where it may not be needed,
+    and `torch.manual_seed` seeds them as well.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def in_float32() -> Iterator[None]:
     """Hold the type of new parameters, which the caller may have set to another, at float32."""
     own = torch.get_default_dtype()
@@ -85,3 +97,12 @@ def in_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(own)
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Make tensors on the CPU where nothing says where; the caller may have set a GPU."""
+    elsewhere = torch.get_default_device().type != "cpu"
+    # Only then: torch sends each call by way of such a context.
+    with torch.device("cpu") if elsewhere else nullcontext():
+        yield

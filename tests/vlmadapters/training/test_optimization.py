@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from vlmadapters.training.optimization import learning_rate, new_optimizer, set_rate
+from vlmadapters.methods import Methods
+from vlmadapters.training.optimization import learning_rate, new_optimizer, own_draws, set_rate
 from vlmadapters.training.recipes import TrainConfig
 
+GPU = torch.device("cuda", 1)
 GRADIENTS = (1.0, -2.0, 0.5, 0.25)
 
 
@@ -70,3 +74,33 @@ def test_groups_have_their_share_of_the_rate_but_in_the_warm_up() -> None:
     for warming_up, expected in ((True, [0.5, 0.5]), (False, [0.05, 0.5])):
         set_rate(optimizer, 0.5, warming_up)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked"),
+    [
+        (torch.device("cpu"), []),
+        (GPU, ["state", GPU, "on", GPU, "seed", 3, "back", GPU]),
+    ],
+)
+def test_a_users_method_seeds_the_gpu_that_it_is_on_and_no_other(
+    device: torch.device, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def note(word: str, given: Any = None) -> Any:
+        return lambda *arguments: seen.extend([word, arguments[-1]]) or given
+
+    monkeypatch.setattr(Methods, "code", lambda self, name: "of a user")
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", note("all"))
+    monkeypatch.setattr(torch.cuda, "manual_seed", note("seed"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", note("state"))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _, device: note("back")(device))
+    monkeypatch.setattr(torch.cuda, "device", note("on", nullcontext()))
+    before = torch.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        with own_draws("mine", 3, device):
+            drawn.append(torch.rand(2))
+    assert torch.equal(*drawn) and torch.equal(before, torch.get_rng_state())
+    assert seen == 2 * asked

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from vlmlayers.architectures import MINIATURES, refuse_quickgelu_mismatch
 from vlmlayers.errors import UserError
-from vlmlayers.models import list_models, load, load_model, vlm
+from vlmlayers.models import list_models, load, load_model, vlm, wrap_model
 from vlmlayers.models.build import build_clip
 from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.vlm import hash_weights
@@ -27,6 +27,14 @@ from vlmlayers.progress import hidden
 
 CONFIG = tiny.config(text={"vocab_size": 49408})  # as many as open_clip's tokenizer has
 tiny.FAMILIES["loaded"] = CONFIG
+
+
+def test_generators_of_gpus_are_left_as_they_are(monkeypatch):
+    seeded, before = [], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # torch.manual_seed calls it
+    load_model("mini-clip", random_weights=True)
+    wrap_model(tiny.build("clip"), tiny.preprocess)
+    assert seeded == [] and torch.equal(before, torch.get_rng_state())
 
 
 @pytest.fixture
