@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from vlmlayers.errors import UserError
-from vlmlayers.models.devices import resolve_precision
-from vlmlayers.models.modes import in_float32
+from vlmlayers.models.devices import products_in, resolve_precision
+from vlmlayers.models.modes import in_float32, on_cpu
 from vlmlayers.models.work import autocast
 
 
@@ -19,11 +19,12 @@ from vlmlayers.models.work import autocast
 def own_modes() -> Iterator[None]:
     """Compute with gradients and in no other precision than is asked for, whatever is set around.
 
-    Notebooks switch gradients off or to float64 at their top, and a caller may train within its own
-    autocast.
+    Notebooks switch gradients off, and to float64, TF32 or tensors on a GPU at their top, and a
+    caller may train within its own autocast.
     """
     cpu, gpu = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
-    with torch.inference_mode(False), torch.enable_grad(), cpu, gpu, in_float32():
+    gradients, products = torch.enable_grad(), products_in("fp32")
+    with torch.inference_mode(False), gradients, cpu, gpu, in_float32(), products, on_cpu():
         yield
 
 

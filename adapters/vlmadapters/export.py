@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
+from vlmadapters.device import own_modes
 from vlmadapters.files import OURS, load_method, read_info, save_whole
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import UNMERGED
@@ -29,6 +30,7 @@ FORMS = ("merged", "classes", "official")
 _ROUNDING = 1e-3  # of the largest logit: what products of another shape may differ by
 
 
+@own_modes()
 @checked
 def export(
     adapter: str | Path,

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from vlmadapters import MMAConfig
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import TaskData
+from vlmadapters.device import own_modes
 from vlmadapters.export import class_embeddings, export, merged_weights
 from vlmadapters.files import save_method
 from vlmadapters.methods import BUILT_IN, METHODS
@@ -66,6 +67,26 @@ def _logits(method: Any, images: Tensor) -> Tensor:
         method.class_features(backbone, method.prepare(backbone, TASK)),
     )
     return found
+
+
+@pytest.mark.parametrize("name", ["coop", "cliplora"])
+def test_a_callers_precision_enters_no_export(name: str, tmp_path: Path) -> None:
+    """In bfloat16 the embeddings of classes gave no logits, and another form was written."""
+    model = shared_backbone()
+    file = save_method(tmp_path / "adapter", _built(name), model, TASK)
+    plain, within = (tmp_path / f"{one}.safetensors" for one in ("plain", "within"))
+    form = export(file, model, plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert export(file, model, within) == form
+    assert plain.read_bytes() == within.read_bytes()
+
+
+def test_what_the_caller_has_set_for_products_of_a_gpu_is_set_aside() -> None:
+    torch.set_float32_matmul_precision("high")
+    with own_modes():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import Moments
 from vlmlayers.models.decoding import decode, decoding_processes
 from vlmlayers.models.devices import memory_errors, resolve_precision
+from vlmlayers.models.modes import on_cpu
 from vlmlayers.models.nvjpeg import refuse_nvjpeg
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
@@ -108,6 +109,7 @@ def _widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return {position: shape[-1] for position, shape in shapes.items()}
 
 
+@on_cpu()
 def measure_costs(
     model: VLM,
     manifest: Any,
@@ -251,6 +253,7 @@ def _add_seconds(features: Mapping[str, Mapping[str, Any]], repeats: int) -> flo
     return min(_timed(add)[1] for _ in range(repeats)) / times
 
 
+@on_cpu()
 @checked
 def estimate(
     model: LoadedModel,

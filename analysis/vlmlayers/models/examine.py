@@ -39,12 +39,13 @@ from vlmlayers.metrics.model_level import (
     zero_shot_margins,
 )
 from vlmlayers.models.extract import prepare
-from vlmlayers.models.modes import at_rest
+from vlmlayers.models.modes import at_rest, in_float32, on_cpu
 from vlmlayers.models.options import Dataset, ExtractOptions
 from vlmlayers.models.recording import block_outputs
 from vlmlayers.models.residual import BIAS, Change, changed, contributions, require_stream
 from vlmlayers.models.tower import Tower
 from vlmlayers.models.vlm import LoadedModel
+from vlmlayers.models.work import autocast
 from vlmlayers.positions import EMBED, JOINT, PROJ, relative_depth
 from vlmlayers.progress import bar
 from vlmlayers.prompts import EXAMINED
@@ -61,6 +62,7 @@ _GROUPS = 10  # of the jackknife over gradients
 _SHUFFLES = 5  # behind the null of gradients; one is mostly noise, and each is a backward pass
 
 
+@on_cpu()
 @checked
 def examine(
     model: LoadedModel,
@@ -110,8 +112,8 @@ def examine(
         raise UserError("examine needs a metric; name one, or leave metrics out for all of them")
     for name in names:
         check_one_of("metric", name, _MEASURES)
-    # The caller may hold inference mode, which knows no gradients, or autocast of its own.
-    with torch.inference_mode(False), torch.autocast(model.device.type, enabled=False):
+    # The caller may hold inference mode, which knows no gradients, or types of its own.
+    with torch.inference_mode(False), autocast(model.device, "fp32"), in_float32():
         inputs = _Inputs.of(
             model,
             data,

@@ -18,6 +18,7 @@ from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.devices import resolve_precision
+from vlmlayers.models.modes import on_cpu
 from vlmlayers.models.nvjpeg import refuse_nvjpeg
 from vlmlayers.models.options import ExtractOptions, dataset_of, is_manifest
 from vlmlayers.models.own_data import OwnData, own_data
@@ -42,6 +43,7 @@ NamesInOrder = Annotated[Sequence[str], Takes("strings in the order of labels", 
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
 
 
+@on_cpu()
 @takes(RecordOptions)
 @checked
 def extract(

@@ -33,6 +33,7 @@ from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_check
 from vlmlayers.models.companions import companions_of
 from vlmlayers.models.devices import memory_errors, resolve_device
 from vlmlayers.models.folders import is_model_folder, load_folder
+from vlmlayers.models.modes import on_cpu
 from vlmlayers.models.preprocessing import check_settings, of_file, of_tag
 from vlmlayers.models.recording import probe
 from vlmlayers.models.tokenizers import make_tokenizer
@@ -55,6 +56,7 @@ AnyModel = Annotated[
 ]
 
 
+@on_cpu()
 @checked
 def load_model(
     name: AnyModel,
@@ -156,6 +158,7 @@ def load_model(
     return model
 
 
+@on_cpu()
 @checked
 def wrap_model(
     clip: nn.Module | tuple[Any, ...],

@@ -32,6 +32,7 @@ from vlmlayers.identity import DATA, DataIdentity
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.decoding import batches_of
 from vlmlayers.models.extract import prepare, refuse_hooks
+from vlmlayers.models.modes import on_cpu
 from vlmlayers.models.options import Dataset, ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features
@@ -48,6 +49,7 @@ CHUNK = 1024  # images between two updates of the sums, whose cost does not depe
 _PARTS: dict[str, Any] = {"moments": Moments, "classes": ClassMoments, "cross": CrossMoments}
 
 
+@on_cpu()
 @checked
 def stream(
     model: LoadedModel,

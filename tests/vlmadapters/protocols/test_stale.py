@@ -274,6 +274,7 @@ def _in_float64() -> Iterator[None]:
         torch.inference_mode,
         partial(torch.autocast, "cpu", dtype=torch.bfloat16),
         _in_float64,
+        lambda: torch.device("meta"),  # as `torch.set_default_device` of a GPU
     ],
 )
 def test_a_run_computes_as_its_recipe_says_whatever_is_switched_on_around_it(

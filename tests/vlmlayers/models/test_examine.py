@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from vlmlayers.metrics.declare import MODEL
 from vlmlayers.models import VLM, contributions, examine, load_model, wrap_model
 from vlmlayers.models.examine import _Inputs
 from vlmlayers.models.recording import block_outputs
+from vlmlayers.models.tower import Tower
 from vlmlayers.models.transformers_towers import pack
 from vlmlayers.scores import SCORE_COLUMNS
 
@@ -236,6 +239,47 @@ def test_a_default_type_of_the_callers_changes_no_result() -> None:
     assert again.input_dtype == torch.float32 and loaded.weights_hash == weights.weights_hash
     for position, part in parts.items():
         assert torch.equal(part, expected[position])
+
+
+@contextmanager
+def _in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def _in_tf32():
+    torch.set_float32_matmul_precision("high")
+    yield
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        _in_float64,
+        _in_tf32,
+        lambda: torch.device("meta"),  # as `torch.set_default_device` of a GPU
+        partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+    ],
+)
+def test_what_the_caller_has_switched_on_changes_no_table(around, monkeypatch) -> None:
+    model, asked = tiny.model("clip"), (drawn(), "val", ("mean_joint_change", "gradient_alignment"))
+    weights = load_model("mini-clip").weights_hash
+    plain = examine(model, *asked, progress=False)
+    seen, run = set(), Tower.tokens
+    monkeypatch.setattr(
+        Tower,
+        "tokens",
+        lambda *given: seen.add(torch.get_float32_matmul_precision()) or run(*given),
+    )
+    with around():
+        within = examine(model, *asked, progress=False)
+        assert load_model("mini-clip").weights_hash == weights
+    pd.testing.assert_frame_equal(within, plain)
+    assert seen == {"highest"}
 
 
 def test_a_batch_that_a_tower_cannot_take_apart_is_said_in_a_line() -> None:
