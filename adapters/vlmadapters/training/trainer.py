@@ -203,10 +203,13 @@ class Trainer:
         """Return whether steps are recorded: as asked for, or wherever they can be."""
         varying = [config.title for config in self.configs if METHODS[config.name].varies]
         _, size = processes.rank_and_size()
+        # Class prompts that are prepared in each step are read by a tokenizer on the host.
+        anew = not self.train.savings.text_prefix
         if self.train.cuda_graph is None:
-            return self.device.type == "cuda" and not varying and size == 1
-        if self.train.cuda_graph and (varying or size > 1):
+            return self.device.type == "cuda" and not varying and not anew and size == 1
+        if self.train.cuda_graph and (varying or anew or size > 1):
             why = f"steps of {varying[0]} vary" if varying else f"there are {size} processes"
+            why = "text_prefix=false prepares the prompts in each" if anew else why
             raise UserError(f"cuda_graph records steps that stay the same, but {why}; leave it off")
         return self.train.cuda_graph
 

@@ -62,7 +62,7 @@ def tokens_mark(
         context: Number of tokens that the text tower takes.
     """
     some = list(texts[:: 1 + len(texts) // MARKED])
-    ids = tokenizer(some).long()
+    ids = tokenizer(some).long().cpu()  # of the user's own, maybe on the model's device
     usual = ids.shape[-1] == context or not ids[:, -1].any()
     if usual and ids.equal(_openais()(some, context_length=ids.shape[-1])):
         return ""

@@ -17,6 +17,7 @@ from stepping import trainer_of
 from torch import Tensor
 
 import vlmadapters as va
+from vlmadapters.clip.savings import Savings
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Step
 from vlmadapters.methods.mma.config import MMAConfig
@@ -201,3 +202,17 @@ def test_methods_whose_steps_vary_are_refused(monkeypatch: pytest.MonkeyPatch) -
     train = replace(TRAIN, cuda_graph=True, precision="fp32")
     with pytest.raises(UserError, match="steps of ProDA vary; leave it off"):
         trainer_of(recipe.method, train)
+
+
+def test_prompts_that_are_prepared_in_each_step_are_not_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tokenizer reads them on the host."""
+    monkeypatch.setattr("vlmadapters.training.trainer.resolved", lambda train, device: train)
+    anew = replace(TRAIN, savings=Savings(text_prefix=False), precision="fp32")
+    with pytest.raises(UserError, match="text_prefix=false prepares the prompts .*leave it off"):
+        trainer_of(CONFIG, replace(anew, cuda_graph=True))
+    for train, recorded in ((TRAIN, True), (anew, False)):
+        made = trainer_of(CONFIG, train)
+        made.train, made.device = train, torch.device("cuda")
+        assert made._records() is recorded

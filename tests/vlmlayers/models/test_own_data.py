@@ -79,6 +79,24 @@ def table(**more):
     return datasets.Dataset.from_dict(held, features=features)
 
 
+class Elsewhere(torch.Tensor):
+    """Stands in for a tensor on a GPU, which gives no array and is not compared with others."""
+
+    def numpy(self, *, force=False):
+        assert force, "can't convert cuda:0 device type tensor to numpy"
+        return self.cpu().numpy()
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def equal(self, other):
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+
+def elsewhere(made):
+    return made.as_subclass(Elsewhere)
+
+
 HOLDERS = {
     "images": (lambda: [Image.fromarray(p) for p in PIXELS], {"labels": LABELS}),
     "pairs": (lambda: list(zip(map(Image.fromarray, PIXELS), LABELS)), {}),
@@ -88,6 +106,14 @@ HOLDERS = {
     "tensors of pixels": (lambda: Pairs(lambda p: torch.from_numpy(p).permute(2, 0, 1)), {}),
     "floats": (lambda: Pairs(lambda p: p.astype(np.float32) / 255), {}),
     "prepared tensors": (lambda: Pairs(lambda p: tiny.preprocess(Image.fromarray(p))), {}),
+    "pixels elsewhere": (
+        lambda: Pairs(lambda p: elsewhere(torch.from_numpy(p).permute(2, 0, 1))),
+        {},
+    ),
+    "with gradients": (
+        lambda: Pairs(lambda p: tiny.preprocess(Image.fromarray(p)).requires_grad_()),
+        {},
+    ),
     "a loader": (lambda: DataLoader(Named(), batch_size=2, shuffle=True), {}),
     "a subset": (lambda: Subset(Named(), range(9)), {}),
     "a stream": (lambda: DataLoader(Stream()), {}),
@@ -106,6 +132,15 @@ def test_every_holder_of_images_gives_the_same_features(kind, expected):
     known = kind in ("words", "a loader", "a subset", "a table")
     assert (features.class_names == NAMES) is known
     assert (features.text is not None) is known  # there is nothing to make prompts of
+
+
+def test_token_ids_may_be_on_the_device_of_the_model(expected):
+    words = {"labels": [NAMES[label] for label in LABELS]}
+    on_gpu = replace(MODEL, tokenizer=lambda texts: elsewhere(MODEL.tokenizer(texts)))
+    here, there = (vl.extract(model, PIXELS, **words, **QUIET) for model in (MODEL, on_gpu))
+    assert here.identity == there.identity
+    for key in (1, "proj"):
+        np.testing.assert_array_equal(here["text"][key], there["text"][key])
 
 
 def test_an_image_folder_is_the_folder(folder):
