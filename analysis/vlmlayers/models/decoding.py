@@ -66,7 +66,7 @@ class _Images(Dataset[tuple[int, Any]]):
                 f"preprocess makes {kind} of an image; the model takes a floating tensor of "
                 "(3, height, width)"
             )
-        return row, made
+        return row, made.detach().cpu()  # a batch leaves from pinned memory, whoever prepared it
 
 
 def _handed_over(pixels: Tensor) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -308,3 +309,20 @@ def fresh(first: int, last: int, **options: int) -> Adapter:
 def test_mistakes_are_named(make: Callable[[], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("default", ["device", "type"])
+def test_a_callers_defaults_change_no_adapter(default: str) -> None:
+    """As `torch.set_default_device` of a GPU, where the CPU's generator does not draw."""
+    clip, config = backbone().clip, MMAConfig.span(2, 3)
+    with attach(clip, config, seed=3) as mma:
+        expected = mma.state_dict()
+    torch.set_default_dtype(torch.float64 if default == "type" else torch.float32)
+    with torch.device("meta") if default == "device" else nullcontext():
+        try:
+            with attach(clip, config, seed=3) as mma:
+                found = mma.state_dict()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32 and torch.equal(found[key], value)

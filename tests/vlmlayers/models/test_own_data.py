@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 import vlmlayers as vl
 from vlmlayers.manifests import Item
+from vlmlayers.models.decoding import batches_of, decode
 from vlmlayers.models.own_data import own_data
 
 NAMES = ("ant", "bee", "cat")
@@ -141,6 +142,17 @@ def test_token_ids_may_be_on_the_device_of_the_model(expected):
     assert here.identity == there.identity
     for key in (1, "proj"):
         np.testing.assert_array_equal(here["text"][key], there["text"][key])
+
+
+def test_images_that_are_prepared_on_a_gpu_come_back_to_be_handed_over():
+    asked = {"root": None, "size": 16, "workers": 0}
+    data = tiny.DrawnManifest(count=5)
+    here, there = (
+        list(decode(data, data.items("train"), batches_of(5, 2), preprocess=make, **asked))
+        for make in (tiny.preprocess, lambda image: elsewhere(tiny.preprocess(image)))
+    )
+    for (_, plain, _), (_, moved, _) in zip(here, there):
+        assert type(moved) is torch.Tensor and torch.equal(plain, moved)
 
 
 def test_an_image_folder_is_the_folder(folder):

@@ -22,6 +22,7 @@ from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.official import PARTS, agreed, placement_of
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
+from vlmlayers.models.modes import in_float32, on_cpu
 
 PREFIX = {"vision": "visual_adapter", "text": "text_adapter"}
 
@@ -177,4 +178,5 @@ def attach(clip: Clip, config: MMAConfig, seed: int = 0) -> Iterator[Adapter]:
 def new_adapter(clip: nn.Module, config: MMAConfig, seed: int = 0) -> Adapter:
     """Return a freshly initialised adapter for a backbone, on its device, not attached."""
     device = next(clip.parameters()).device
-    return Adapter._for(config, backbone_towers(clip), device, seed)
+    with in_float32(), on_cpu():  # the caller may have set other defaults
+        return Adapter._for(config, backbone_towers(clip), device, seed)
