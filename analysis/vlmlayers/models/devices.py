@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from vlmlayers.arguments import PRECISIONS
 from vlmlayers.errors import UserError, check_one_of, one_line
 
+T = TypeVar("T")
 CGROUP = Path("/sys/fs/cgroup")
 _CPU_IS_FULL = ("can't allocate memory", "not enough memory")  # torch has no type of error for it
 
@@ -76,14 +78,39 @@ def products_in(precision: str) -> Iterator[None]:
 
     The setting is the process's, so it holds for backward passes too, which know no autocast.
     """
-    own = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn, newer = torch.backends.cudnn, _newer_settings()
+    own = [(part, part.fp32_precision) for part in newer]
+    products = _unless_mixed(torch.get_float32_matmul_precision)
+    convolutions = _unless_mixed(lambda: cudnn.allow_tf32)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    cudnn.allow_tf32 = precision == "tf32"
+    for part in newer:  # where the older way leaves it to what is set for all of torch
+        part.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(own[0])
-        torch.backends.cudnn.allow_tf32 = own[1]
+        torch.set_float32_matmul_precision(products or "highest")
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        for part, before in own:
+            part.fp32_precision = before
+
+
+def _newer_settings() -> list[Any]:
+    """Return what torch sets TF32 at since 2.9, of products and convolutions; none before."""
+    backends: Any = torch.backends
+    cudnn = (backends.cudnn, "conv"), (backends.cudnn, "rnn")
+    places = (backends.cuda, "matmul"), *cudnn, (backends.mkldnn, "matmul")
+    found = [getattr(backend, name, None) for backend, name in places]
+    return [part for part in found if hasattr(part, "fp32_precision")]
+
+
+def _unless_mixed(read: Callable[[], T]) -> T | None:
+    """Return a setting of the older way; None where the caller used the newer, and torch raises."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 def placed(tensor: Tensor, device: torch.device) -> Tensor:

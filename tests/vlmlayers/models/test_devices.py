@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -221,6 +222,57 @@ def test_products_are_held_at_a_precision_and_given_back(precision, on):
     with products_in(precision):
         assert (cudnn.allow_tf32, matmul()) == (on, "high" if on else "highest")
     assert (cudnn.allow_tf32, matmul()) == before
+
+
+BACKENDS = torch.backends
+NEWER = {
+    "all": BACKENDS,
+    "products": BACKENDS.cuda.matmul,
+    "cudnn": BACKENDS.cudnn,
+    "convolutions": getattr(BACKENDS.cudnn, "conv", None),
+}
+
+
+def settings_of_products():
+    """Return all that says how products are taken, as far as torch lets it be read."""
+    cudnn, matmul = BACKENDS.cudnn, BACKENDS.cuda.matmul
+    found = []
+    for read in (
+        torch.get_float32_matmul_precision,
+        lambda: cudnn.allow_tf32,
+        lambda: matmul.allow_tf32,
+        *(
+            partial(getattr, part, "fp32_precision")
+            for part in (matmul, cudnn.conv, cudnn.rnn, BACKENDS.mkldnn.matmul, BACKENDS)
+        ),
+    ):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("mixed")
+    return found
+
+
+@pytest.mark.skipif(not hasattr(BACKENDS, "fp32_precision"), reason="torch has them since 2.9")
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+@pytest.mark.parametrize("place", NEWER)
+def test_the_newer_settings_of_tf32_are_set_aside_and_given_back(place, value):
+    """Torch raises where the older way, which knows no such settings, is read beside them."""
+    untouched, cudnn = settings_of_products(), BACKENDS.cudnn
+    parts = [BACKENDS, cudnn, BACKENDS.cuda.matmul, cudnn.conv, cudnn.rnn, BACKENDS.mkldnn.matmul]
+    own = [part.fp32_precision for part in parts]
+    try:
+        NEWER[place].fp32_precision = value
+        before = settings_of_products()
+        for precision, held in (("fp32", "ieee"), ("tf32", "tf32")):
+            with products_in(precision):
+                within = settings_of_products()
+                assert set(within[3:7]) == {held} and "mixed" not in within
+            assert settings_of_products() == before
+    finally:
+        for part, one in zip(parts, own):
+            part.fp32_precision = one
+    assert settings_of_products() == untouched
 
 
 def test_a_copy_to_a_gpu_goes_through_pinned_memory(monkeypatch):
