@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from vlmlayers.placement import Amount, Placement
 GRID = ((3.0, 1), (3.0, 3), (1.0, 3), (10.0, 1), (1 / 3, 1))
 MORE = 3.0  # a placement is also tried at so many times the rate: few blocks need more of it
 KINDS = ("paper", "all", "upper", "last", "vision", "text")
+_AMOUNTS = ("scale", "lr", "epochs", "steps_per_shot")
+LOG = logging.getLogger(__name__)
 
 
 def check_searchable(method: MethodConfig) -> None:
@@ -46,6 +49,22 @@ def tried_amounts(
     # One that says what the default says already would race against itself.
     others = [one for one in found if replace(one, amount=default.amount) != default]
     return list(dict.fromkeys(others))
+
+
+def tell_own_amounts(default: Recipe, datasets: Iterable[str]) -> None:
+    """Warn of datasets whose own rate or epochs in the recipe each multiple replaces."""
+    told = []
+    for name in dict.fromkeys(datasets):
+        values = default.datasets.get(name, {})
+        own = {**values, **values.get("settings", {})}
+        if amount := ", ".join(f"{key}={own[key]}" for key in _AMOUNTS if key in own):
+            told.append(f"{name} ({amount})")
+    if told:
+        LOG.warning(
+            "%s: the recipe has values of its own for %s, which multiples of its common values "
+            "replace; name amounts that fit",
+            default.method.title, ", ".join(told),
+        )  # fmt: skip
 
 
 def tried_placements(

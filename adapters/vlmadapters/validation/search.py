@@ -35,6 +35,7 @@ from vlmadapters.training.recipes import (
 from vlmadapters.validation.candidates import (
     check_searchable,
     crossed,
+    tell_own_amounts,
     tried_amounts,
     tried_placements,
 )
@@ -147,6 +148,8 @@ def search(
     manifests = [one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets]
     if not manifests or not seeds:
         raise UserError(f"there is no {'seed' if manifests else 'dataset'} to search on; name one")
+    if asked.given_amounts is None:
+        tell_own_amounts(default, [one.name for one in manifests])
     # What is learned for each class cannot be tested on classes that were held out.
     apart = asked.novel and not default.method.class_bound
     data = [TaskData(one, model, root, asked) for one in distinct(manifests, root)]

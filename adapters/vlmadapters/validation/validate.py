@@ -28,6 +28,7 @@ from vlmadapters.training.recipes import (
     default_recipe,
     load_recipe,
 )
+from vlmadapters.validation.candidates import tell_own_amounts
 from vlmadapters.validation.competitors import Competitor, chosen_placement, competitors
 from vlmadapters.validation.options import ValidateOptions
 from vlmadapters.validation.outcome import Validation, summarise, validation_table
@@ -117,6 +118,8 @@ def validate(
     settings = {"given": [made.at(one.placement) for one in trained]}
     tuning = None
     if asked.amount == "tuned":
+        if asked.given_amounts is None:
+            tell_own_amounts(made, [one.manifest.name for one in data])
         track = Track(data, made, model, seeds[:1], asked, out, progress=progress)
         tuning = tune(track, settings["given"], asked.given_amounts, _amount(choice))
         settings = {"tuned": list(tuning.settings), **settings}  # the first may be found void

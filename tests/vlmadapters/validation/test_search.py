@@ -26,7 +26,7 @@ from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
-from vlmadapters.validation.candidates import crossed, tried_amounts
+from vlmadapters.validation.candidates import crossed, tell_own_amounts, tried_amounts
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
 from vlmadapters.validation.race import Heat
 from vlmadapters.validation.search import Search, _statement, search
@@ -394,6 +394,18 @@ def test_placements_of_what_no_step_trains_are_tried_at_one_amount() -> None:
 def test_the_recipes_own_amount_is_no_rival() -> None:
     given = [Amount.parse(words) for words in ("scale=0.5", "epochs=1", "lr=0.05", "scale=5")]
     assert [one.label for one in tried_amounts(RECIPE, given)] == ["v2-3,t2-3@scale=5"]
+
+
+def test_values_of_one_dataset_that_multiples_replace_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipe = load_recipe("published", "lasp")
+    tell_own_amounts(recipe, ["flickr8k"])
+    assert not caplog.text
+    tell_own_amounts(recipe, ["eurosat", "flickr8k", "food101"])
+    assert (
+        "of its own for eurosat (epochs=300), food101 (lr=0.002, epochs=10), which" in caplog.text
+    )
 
 
 def test_a_rival_that_ties_in_every_fold_is_not_called_worse() -> None:
