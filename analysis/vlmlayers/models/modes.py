@@ -102,7 +102,8 @@ def in_float32() -> Iterator[None]:
 @contextmanager
 def on_cpu() -> Iterator[None]:
     """Make tensors on the CPU where nothing says where; the caller may have set a GPU."""
-    elsewhere = torch.get_default_device().type != "cpu"
+    # Torch 2.6 does not name there what `with torch.device(…)` set.
+    elsewhere = torch.get_default_device().type != "cpu" or torch.empty(0).device.type != "cpu"
     # Only then: torch sends each call by way of such a context.
     with torch.device("cpu") if elsewhere else nullcontext():
         yield
