@@ -27,6 +27,13 @@ def test_notebooks_are_thin_and_stripped(path: Path) -> None:
         assert len(cell.source.splitlines()) <= 17
 
 
+def executed(*cells: str) -> nbformat.NotebookNode:
+    """Return a notebook of these cells after a kernel has run them."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3").execute()
+    return notebook
+
+
 def test_every_plot_is_shown_in_a_notebook_and_none_of_those_only_saved() -> None:
     """From the first figure on, also where nobody imported pyplot before."""
     cells = (
@@ -36,8 +43,7 @@ def test_every_plot_is_shown_in_a_notebook_and_none_of_those_only_saved() -> Non
         "vl.plots.agreement_matrix(scores)",
         "with vl.plots.unseen():\n    vl.plots.agreement_matrix(scores)",
     )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3").execute()
+    notebook = executed(*cells)
     kinds = [{kind for output in cell.outputs for kind in output.get("data", {})}
              for cell in notebook.cells[1:]]  # fmt: skip
     assert ["image/png" in found for found in kinds] == [True, True, False]
@@ -51,8 +57,7 @@ def test_a_bar_leaves_nothing_in_a_saved_notebook_unless_it_stopped() -> None:
         "with bar(total=3, description='stopped') as shown:\n    shown.update(1)",
         "list(track(range(3), 'hidden', show=False))",
     )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3").execute()
+    notebook = executed(*cells)
     nbformat.validate(notebook)
     texts = [
         [output.data["text/plain"] for output in cell.outputs if output.output_type != "stream"]
