@@ -77,6 +77,28 @@ def gradient_alignment(base: Given, novel: Given) -> float:
 
 
 @checked
+def relative_gradient_norm(gradient: Given, weights: Given) -> float:
+    """Return ‖gradient‖ / ‖weights‖ of one block, its parameters laid end to end.
+
+    Args:
+        gradient: Of the mean zero-shot cross-entropy of a batch, by each parameter, (parameter,).
+        weights: The parameters, (parameter,).
+
+    Raises:
+        UserError: Other shapes, values that are not finite, or weights that are all zero.
+
+    Reference: Lee et al. 2023, Surgical fine-tuning improves adaptation to distribution shifts,
+    where a layer's learning rate is set by it.
+    """
+    one, other = matrix(gradient[None], "gradient"), matrix(weights[None], "weights")
+    _refuse_unpaired(one, other)
+    size = np.linalg.norm(other)
+    if size == 0:
+        raise UserError("the weights are all zero; nothing is relative to them")
+    return float(np.linalg.norm(one) / size)
+
+
+@checked
 def zero_shot_margins(x: Given, prompts: Given, labels: Any) -> Array:
     """Return each item's cosine with its class prompt, less that with the nearest other prompt.
 

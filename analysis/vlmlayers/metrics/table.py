@@ -320,6 +320,11 @@ METRICS: dict[str, Metric] = {
         "cosine of gradients of inner-base and inner-novel loss", "Yu et al. 2020",
         bounds=(-1.0, 1.0), direction="more alike", null="shuffle", smallest_n=4, spaces=JOINT,
     ),
+    "relative_gradient_norm": Metric(
+        ml.relative_gradient_norm, "model", MODEL,
+        "gradient norm / weight norm of the block", "Lee et al. 2023",
+        bounds=(0.0, INF), direction="more to change", null="shuffle", smallest_n=4, spaces=JOINT,
+    ),
     "zero_shot_margin": Metric(
         ml.zero_shot_margins, "model", MODEL, "zero-shot margin (cosine, right less nearest wrong)",
         "Radford et al. 2021", bounds=(-2.0, 2.0), direction="nearer to the pretraining",

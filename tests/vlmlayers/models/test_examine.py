@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,15 +18,13 @@ import vlmlayers as vl
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS
 from vlmlayers.metrics.declare import MODEL
-from vlmlayers.models import VLM, contributions, examine, load_model, wrap_model
-from vlmlayers.models.examine import _Inputs
+from vlmlayers.models import VLM, contributions, examine, gradients, load_model, wrap_model
+from vlmlayers.models.examined import Inputs
 from vlmlayers.models.recording import block_outputs
 from vlmlayers.models.tower import Tower
 from vlmlayers.models.transformers_towers import pack
 from vlmlayers.scores import SCORE_COLUMNS
 
-# The module, which its function of the same name hides in the package.
-examining = sys.modules["vlmlayers.models.examine"]
 NAMES = ("cat", "frog", "hut", "owl", "pine", "rose")
 
 
@@ -154,7 +151,7 @@ def test_what_pads_images_enters_no_mean() -> None:
     other = batch.clone()
     other[..., :-3][~there] = 9.0
     means = [
-        _Inputs(model, "", np.arange(3), {"vision": [one]}).mean_added("vision")
+        Inputs(model, "", np.arange(3), {"vision": [one]}).mean_added("vision")
         for one in (batch, other)
     ]
     seen: dict[str, torch.Tensor] = {}
@@ -423,14 +420,14 @@ def test_the_null_of_gradients_is_the_mean_of_what_each_shuffle_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shuffles that share a forward pass give what each gives by itself."""
-    of = examining._Alignment.of
+    of = gradients.Alignment.of
     alone: list[dict] = []
 
     def one_by_one(inputs, labellings, halves, dealt) -> list:
         alone[:] = [of(inputs, one[None], halves, dealt)[0].whole() for one in labellings]
         return of(inputs, labellings, halves, dealt)
 
-    monkeypatch.setattr(examining._Alignment, "of", one_by_one)
+    monkeypatch.setattr(gradients.Alignment, "of", one_by_one)
     table = examine(tiny.model("clip"), drawn(), metrics="gradient_alignment", items=24,
                     progress=False)  # fmt: skip
     assert len(alone) == 6
@@ -440,10 +437,84 @@ def test_the_null_of_gradients_is_the_mean_of_what_each_shuffle_gives(
         assert row.null == pytest.approx(np.mean(nulls), abs=1e-5)
 
 
+class Alike(Drawn):
+    """Every image of a class is the same one, or every image of all classes."""
+
+    one = False
+
+    def open_image(self, item, **where) -> Image.Image:
+        return super().open_image(self.items("train")[0 if self.one else item.label])
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "clip"])
+def test_gradient_norms_are_those_of_one_backward_pass(monkeypatch, kind: str) -> None:
+    """Where each batch holds each class alike and images of a class are one, as of the whole."""
+    monkeypatch.setattr(gradients, "_GROUPS", 2)
+    build = transformers_models.build if kind == "CLIP" else tiny.build
+    clip, plain = build(kind), build(kind)
+    words = letters if kind == "CLIP" else tiny.tokenizer
+    model = wrap_model(clip, tiny.preprocess, words, name=kind, weights="seed 0")
+    data = Alike(names=NAMES, count=24, captioned=False)
+    table = examine(model, data, metrics="relative_gradient_norm", items=24, progress=False)
+
+    other = wrap_model(plain, tiny.preprocess, words, name=kind, weights="seed 0")
+    pixels = torch.stack([model.preprocess(data.open_image(i)) for i in data.items("train")[:6]])
+    prompts = model.tokenize([data.prompt(name) for name in NAMES])
+    plain.requires_grad_(True)
+    with torch.enable_grad():
+        x, w = (other.towers[t].run(b) for t, b in (("vision", pixels), ("text", prompts)))
+        logits = torch.cosine_similarity(x[:, None], w[None], dim=2) * plain.logit_scale.exp()
+        torch.nn.functional.cross_entropy(logits, torch.arange(6)).backward()
+    for row in table.itertuples():
+        block = other.towers[row.tower].blocks[int(row.position) - 1]
+        squares = [(p.grad.square().sum().item(), p.square().sum().item())
+                   for p in block.parameters()]  # fmt: skip
+        expected = np.sqrt(sum(g for g, _ in squares) / sum(p for _, p in squares))
+        assert row.value == pytest.approx(expected, rel=1e-3)
+        assert (row.low, row.high) == pytest.approx((row.value, row.value), rel=1e-3)
+    assert abs(table["null"] / table["value"] - 1).max() > 0.02
+    assert len(table) == sum(tower.depth for tower in model.towers.values())
+
+
+def test_labels_that_say_nothing_leave_gradient_norms_at_their_null() -> None:
+    """All images are one: shuffled labels are as good. Ten batches of two or three differ."""
+    data = Alike(names=NAMES, count=24, captioned=False)
+    data.one = True
+    table = examine(
+        tiny.model("clip"), data, metrics="relative_gradient_norm", items=24, progress=False
+    )
+    assert table["null"].to_numpy() == pytest.approx(table["value"].to_numpy(), rel=1e-5)
+    assert (table["low"] < table["value"]).all() and (table["low"] >= 0).all()
+
+
+def test_the_gradient_norm_is_a_ratio_of_two_lengths() -> None:
+    ratio = METRICS["relative_gradient_norm"].function
+    assert ratio(np.array([3.0, 4.0]), np.array([0.0, 10.0])) == pytest.approx(0.5)
+    with pytest.raises(UserError, match="all zero"):
+        ratio(np.ones(3), np.zeros(3))
+    with pytest.raises(UserError, match="differ"):
+        ratio(np.ones(3), np.ones(2))
+
+
+def test_gradient_norms_refuse_what_has_none_to_tell() -> None:
+    half = tiny.model("clip")
+    half.clip.half()
+    for model, data, message in (
+        (half, drawn(), "does not fit float16"),
+        (tiny.model("clip"), Drawn(names=NAMES, count=3, captioned=False), "4 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            examine(model, data, metrics="relative_gradient_norm", items=24, progress=False)
+
+
 @pytest.mark.parametrize("held", [torch.inference_mode, torch.no_grad])
 def test_gradients_do_not_depend_on_what_the_caller_holds(held: type) -> None:
     model = load_model("mini-clip")
-    given = {"metrics": ["gradient_alignment"], "items": 24, "progress": False}
+    given = {
+        "metrics": ["gradient_alignment", "relative_gradient_norm"],
+        "items": 24,
+        "progress": False,
+    }
     expected = examine(model, "textures", "val", **given)
     with held():
         found = examine(model, "textures", "val", **given)
