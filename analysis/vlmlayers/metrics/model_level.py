@@ -81,8 +81,9 @@ def relative_gradient_norm(gradient: Given, weights: Given) -> float:
     """Return ‖gradient‖ / ‖weights‖ of one block, its parameters laid end to end.
 
     Args:
-        gradient: Of the mean zero-shot cross-entropy of a batch, by each parameter, (parameter,).
-        weights: The parameters, (parameter,).
+        gradient: Of the mean zero-shot cross-entropy of a batch, by each parameter, (parameter,);
+            or the length of the gradient by each tensor, which gives the same.
+        weights: The parameters, or the length of each tensor.
 
     Raises:
         UserError: Other shapes, values that are not finite, or weights that are all zero.

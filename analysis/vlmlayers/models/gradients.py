@@ -172,6 +172,8 @@ def norms(table: Rows, name: str) -> None:
         for tower in inputs.batches
         for block, module in enumerate(inputs.model.towers[tower].blocks, start=1)
     }
+    if not all(blocks.values()):
+        raise UserError(f"{name} is of a block's weights; one of {inputs.model.name} has none")
     if any(one.dtype == torch.float16 for own in blocks.values() for one in own):
         raise UserError(f"{name} does not fit float16, in which small gradients are 0; use float32")
     rng = np.random.default_rng([table.seed, BATCHES])
@@ -218,13 +220,15 @@ def _norms_of_batch(
         left = iter(parts)
         found.append(
             [
-                relative_gradient_norm(_flat([next(left) for _ in group]), _flat(group))
+                relative_gradient_norm(_lengths([next(left) for _ in group]), _lengths(group))
                 for group in blocks.values()
             ]
         )
     return np.array(found)
 
 
-def _flat(parts: Sequence[Tensor]) -> Array:
-    """Return tensors laid end to end, (number,)."""
-    return np.concatenate([one.detach().double().cpu().numpy().ravel() for one in parts])
+def _lengths(parts: Sequence[Tensor]) -> Array:
+    """Return the length of each tensor, (tensor,), which together have that of them all."""
+    # On the device: a block's gradients are megabytes, their lengths a dozen numbers.
+    found = [torch.linalg.vector_norm(one.detach(), dtype=torch.float64) for one in parts]
+    return np.asarray(torch.stack(found).cpu().numpy())
