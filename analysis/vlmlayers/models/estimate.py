@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.moments import Moments
+from vlmlayers.metrics.moments import ClassMoments, Moments
 from vlmlayers.models.decoding import decode, decoding_processes
 from vlmlayers.models.devices import memory_errors, resolve_precision
 from vlmlayers.models.modes import on_cpu
@@ -178,7 +178,7 @@ def measure_costs(
     added = {s: by for s, by in features.items() if s in SPACES and recorder.pooling != TOKENS}
     kept = {space: shapes[space] for space in added}
     own = 8 * sum(shape[-1] ** 2 for by in kept.values() for shape in by.values())
-    sums = stream_bytes(kept, texts, classes, sample=0, captions=captions)
+    joint = stream_bytes(kept, texts, 0, sample=0, captions=captions)
     return Costs(
         forward / len(batch),
         decoding_seconds / len(batch),
@@ -188,7 +188,7 @@ def measure_costs(
         len(batch),
         _write_seconds(rows, repeats, disk) / len(batch) * stored / bytes_per_image(shapes),
         # Both towers and their pairs are added at the rate of the vision tower.
-        _add_seconds(added, repeats) / len(batch) * sums / own if added else 0.0,
+        _add_seconds(added, classes, joint / own, repeats) / len(batch) if added else 0.0,
     )
 
 
@@ -233,10 +233,18 @@ def _write_seconds(rows: NDArray[np.floating], repeats: int, disk: Path | None) 
     return seconds * rows.nbytes / len(content)
 
 
-def _add_seconds(features: Mapping[str, Mapping[str, Any]], repeats: int) -> float:
-    """Return the time to add a batch to the moments of the vision tower.
+def _add_seconds(
+    features: Mapping[str, Mapping[str, Any]], classes: int, share: float, repeats: int
+) -> float:
+    """Return the time to add a batch to the sums.
 
     The rows are repeated to the chunk that streaming adds at once.
+
+    Args:
+        features: Those of the vision tower.
+        classes: Number of classes, of which means are kept; 0 where there are none.
+        share: What all moments take, as a multiple of those of the vision tower.
+        repeats: Timed runs, of which the fastest counts.
     """
     count = len(next(iter(next(iter(features.values())).values())))
     times = -(-CHUNK // count)
@@ -245,12 +253,23 @@ def _add_seconds(features: Mapping[str, Mapping[str, Any]], repeats: int) -> flo
         for by in features.values()
         for x in by.values()
     ]
+    labels = np.arange(times * count) % max(classes, 1)
 
     def add() -> None:
         for x in tiled:
-            Moments.of(x)
+            made = Moments.of(x)
+            made + made  # as a chunk joins those before it
 
-    return min(_timed(add)[1] for _ in range(repeats)) / times
+    def add_means() -> None:
+        for x in tiled:
+            made = ClassMoments.of(x, labels, classes)
+            made + made
+
+    spent = share * min(_timed(add)[1] for _ in range(repeats))
+    # Apart: they grow with the width and not with its square.
+    if classes:
+        spent += min(_timed(add_means)[1] for _ in range(repeats))
+    return spent / times
 
 
 @on_cpu()

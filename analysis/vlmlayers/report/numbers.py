@@ -305,7 +305,7 @@ class Answer:
         """Return how far the datasets are from the pretraining, the farthest first, if scored."""
         rows = as_read(self.scores, "zero_shot_margin").sort_values("value")
         listed = [
-            # `z` shows −0.000 as 0.000.
+            # `z`, here and below, shows −0.000 as 0.000.
             f"{row['dataset']} {row['value']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}], chance "
             f"{row['null']:z.3f}"
             for row in rows.head(FARTHEST).to_dict("records")
@@ -392,15 +392,15 @@ class Answer:
         for tower, part in frame.groupby("tower", sort=False):
             first, last = part.iloc[0], part.iloc[-1]
             sentence = (
-                f"{str(tower).capitalize()}: {first['value']:.2f} at {first['position']}, "
-                f"{last['value']:.2f} at {last['position']}"
+                f"{str(tower).capitalize()}: {first['value']:z.2f} at {first['position']}, "
+                f"{last['value']:z.2f} at {last['position']}"
             )
             top = float(part["value"].max())
             if top - max(first["value"], last["value"]) > 0.005:
                 equal = part[part["value"].round(2) == round(top, 2)]["position"].astype(str)
                 tied = f" (equal within 0.01: {', '.join(equal)})" if len(equal) > 1 else ""
                 peak = part["position"].iloc[int(part["value"].argmax())]
-                sentence += f", highest {top:.2f} at {peak}{tied}"
+                sentence += f", highest {top:z.2f} at {peak}{tied}"
             sentences.append(sentence)
         nulls = frame.dropna(subset=["null"]).groupby("tower", sort=False)["null"]
         chance = {str(name): _ends(float(null.min()), float(null.max())) for name, null in nulls}
@@ -432,7 +432,7 @@ def _blocks(blocks: tuple[int, ...]) -> str:
 
 def _ends(low: float, high: float) -> str:
     """Return `0.10`, or `0.71 to 0.98`."""
-    return " to ".join(dict.fromkeys((f"{low:.2f}", f"{high:.2f}")))
+    return " to ".join(dict.fromkeys((f"{low:z.2f}", f"{high:z.2f}")))
 
 
 def _number(value: Any) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pytest
 import tiny
 
 from vlmlayers.errors import UserError
+from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models import extract, stream
 from vlmlayers.models.estimate import (
     Costs,
@@ -20,7 +25,9 @@ from vlmlayers.models.estimate import (
     stream_bytes,
 )
 from vlmlayers.models.recording import Recorder
+from vlmlayers.scores.sums import StreamingScores
 
+module = sys.modules[measure_costs.__module__]
 COSTS = Costs(
     forward=0.002,
     decode=0.008,
@@ -92,6 +99,122 @@ def test_the_text_names_the_plan(tmp_path):
     assert "free on this disk" in text
     with pytest.raises(UserError, match="nothing to estimate"):
         estimate(tiny.model(), [(manifest, [])])
+
+
+class Clock:
+    """A stopped clock: known work takes a known time, and the first of its kind far more."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.begun = {"pairs"}  # which the estimate does not time
+
+    def spend(self, kind, seconds):
+        self.now += seconds if kind in self.begun else 100 * seconds
+        self.begun.add(kind)
+
+    def charge(self, monkeypatch, owner, name, cost):
+        """Have each call of a function take what `cost` says of what it is given and returns."""
+        real = getattr(owner, name)
+
+        def charged(*given):
+            made = real(*given)
+            self.spend(*cost(made, *given))
+            return made
+
+        monkeypatch.setattr(owner, name, charged)
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_what_is_foretold_is_what_known_work_takes(monkeypatch, tmp_path, captions):
+    """Two captions an image; forward and decode by image, sums by numbers, disk by bytes."""
+    clock, model, manifest = Clock(), tiny.model(), tiny.DrawnManifest(count=30)
+    for tower, each in (("vision", 0.001), ("text", 0.003)):
+        clock.charge(
+            monkeypatch,
+            model.towers[tower],
+            "run",
+            lambda made, x, t=tower, s=each: (t, s * len(x)),
+        )
+    opened = manifest.open_image
+
+    def open_image(*given, **where):
+        clock.now += 0.007
+        return opened(*given, **where)
+
+    manifest.open_image = open_image
+    written = []
+    temporary = tempfile.TemporaryFile
+    monkeypatch.setattr(
+        module.tempfile, "TemporaryFile",
+        lambda **where: written.append(where["dir"]) or temporary(**where),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        module.os, "fsync",
+        lambda handle: clock.spend("disk", 1e-8 * os.fstat(handle).st_size),
+    )  # fmt: skip
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
+
+    def per_number(rows, *widths):
+        return len(rows) * math.prod(widths) * 1e-9
+
+    clock.charge(
+        monkeypatch, Moments, "of",
+        lambda made, x: ("moments", per_number(x, x.shape[1], x.shape[1])),
+    )  # fmt: skip
+    clock.charge(
+        monkeypatch, CrossMoments, "of",
+        lambda made, x, y: ("pairs", per_number(x, x.shape[1], y.shape[1])),
+    )  # fmt: skip
+    clock.charge(
+        monkeypatch, ClassMoments, "of",
+        lambda made, x, labels, classes: ("means", per_number(x, x.shape[1])),
+    )  # fmt: skip
+    items = manifest.items("train")
+    found = measure_costs(
+        model, manifest, items, batch_size=8, captions=captions, disk=tmp_path
+    )  # fmt: skip
+    assert set(written) == {tmp_path}
+    assert found.forward == pytest.approx(0.001 + 2 * 0.003 * captions)
+    assert found.decode == pytest.approx(0.007)
+    assert found.write == pytest.approx(1e-8 * found.bytes_per_image)
+    features = extract(
+        model, manifest, "train", text="captions" if captions else "prompts", progress=False
+    )
+    sums = StreamingScores()
+    sums.update(features)
+    (kept,) = sums.datasets.values()
+    began = clock.now
+    kept.absorb(kept.sample, kept.labels)  # counts what a stream adds of items beyond its sample
+    assert found.add == pytest.approx((clock.now - began) / len(items))
+
+    def columns(**more):
+        text = estimate(
+            model, [(manifest, items)], batch_size=8, captions=captions, out=tmp_path, **more
+        )
+        names, row = text.splitlines()[4:6]
+        return dict(zip(names.split(), row.split()))
+
+    told = columns(workers=0)
+    assert float(told["encode"]) == pytest.approx(1e3 * found.forward, abs=0.01)
+    assert float(told["decode"]) == pytest.approx(7, abs=0.01)
+    assert float(told["write"]) == pytest.approx(1e3 * found.write, abs=0.001)
+    assert float(told["add"]) == pytest.approx(1e3 * found.add, abs=0.001)
+    assert float(told["stream_mb"]) == pytest.approx(found.stream_bytes / 1e6, abs=0.1)
+
+
+def test_hours_and_gigabytes_are_those_of_all_images(monkeypatch):
+    costs = replace(COSTS, bytes_per_image=2_000_000, forward=3.6, decode=7.2)
+    monkeypatch.setattr(module, "measure_costs", lambda *given, **options: costs)
+    for workers, hours in ((0, "6.000"), (4, "2.000")):
+        text = estimate(
+            tiny.model(), [(tiny.DrawnManifest(name="a" * 19), range(2000))], workers=workers
+        )
+        names, row = text.splitlines()[4:6]
+        told = dict(zip(names.split(), row.split()))
+        assert (told["hours"], told["store_gb"]) == (hours, "4.000")
+        assert told["dataset"] == "a" * 17 + "…" and "free on this disk" not in text
+    whole = estimate(tiny.model(), [(tiny.DrawnManifest(name="a" * 18), [0])])
+    assert whole.splitlines()[5].split()[0] == "a" * 18
 
 
 def test_several_datasets_are_added_up():

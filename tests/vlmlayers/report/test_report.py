@@ -999,6 +999,30 @@ def test_reading_is_computed_from_the_table(validated: Run) -> None:
     assert DATASETS[2] in set(answer.scores["dataset"])
 
 
+def test_a_reading_says_where_a_curve_peaks_which_tie_and_chance_by_tower(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    scores = scores[scores["metric"] == "dataset_accuracy"]
+    vision, text = (scores["tower"] == tower for tower in ("vision", "text"))
+    at = scores["position"].isin
+    value = scores["value"].where(scores["value"].isna(), 0.2)
+    value = value.mask(vision & at(["4", "7"]), 0.604).mask(vision & at(["5"]), 0.5959)
+    null = scores["null"].mask(vision | text, -0.001).mask(vision & at(["2"]), 0.03)
+    peak = "Vision: 0.20 at embed, 0.20 at proj, highest 0.60 at 4 (equal within 0.01: 4, 5, 7). "
+    for lowest, tail in ((0.2, ""), (0.196, ""), (0.19, ", highest 0.20 at 1 (equal within 0.01:")):
+        ends = value.mask(text & at(["embed", "proj"]), lowest)
+        write_scores(scores.assign(value=ends, null=null), run.folder)
+        read = read_answer(run.folder).reading("dataset_accuracy")
+        assert read.startswith(peak) and tail in read
+        assert (", highest 0.20" in read) == bool(tail)
+        # −0.001 is shown as 0, and one tower's range is not the other's.
+        assert read.endswith("Chance 0.00 to 0.03 for vision and 0.00 for text.")
+    write_scores(scores.assign(value=-0.001, null=-0.001), run.folder)
+    assert read_answer(run.folder).reading("dataset_accuracy") == (
+        "Vision: 0.00 at embed, 0.00 at proj. Text: 0.00 at embed, 0.00 at proj. Chance 0.00."
+    )
+
+
 def test_figures_verb_and_bad_input(validated: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "x", small=True)
     files = write_figures(run.folder, formats=("pdf", "png"))
