@@ -218,6 +218,8 @@ class ViewCache:
         self.filled = np.zeros(rows, dtype=bool)
         self.stored: dict[int, Tensor] = {}
         self.form: State | None = None
+        # By start, the block whose input is stored: block 1 of all where no prefix is saved.
+        self.entered: dict[int, int] = {}
         self._place: dict[str, Any] = {}
 
     def states(
@@ -240,14 +242,14 @@ class ViewCache:
         inputs = self.form.inputs[:1].expand(len(rows), -1, -1, -1)
         depth = self.backbone.vision.tower.depth
         kept = {
-            block: replace(
+            start: replace(
                 self.form,
                 x=placed(x[index], device),
-                block=block,
+                block=self.entered[start],
                 inputs=inputs,
-                finished=block > depth,
+                finished=self.entered[start] > depth,
             )
-            for block, x in self.stored.items()
+            for start, x in self.stored.items()
         }
         if len(kept) == len(self.starts):
             return kept
@@ -263,6 +265,7 @@ class ViewCache:
             first = states[self.starts[0]]
             # Cloned: a slice would keep the pixels of the whole first batch alive.
             self.form = replace(first, inputs=first.inputs[:1].clone())
+            self.entered = {start: state.block for start, state in states.items()}
             views = len(self.filled)
             size = views * sum(x[0].numel() * x.element_size() for x in made.values())
             # The lowest state leads to all others, at the cost of the blocks between.

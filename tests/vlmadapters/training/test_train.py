@@ -97,8 +97,9 @@ def test_cached_views_repeat_the_first_epochs_views() -> None:
     """With one epoch there is nothing to repeat, so losses are those of fresh views."""
     once = replace(TRAIN, epochs=1)
     fresh = fit(once)
-    cached = fit(replace(once, cached_views=1))
-    np.testing.assert_allclose(cached.losses, fresh.losses, atol=1e-5)
+    for savings in (Savings(), Savings(image_prefix=False)):
+        cached = fit(replace(once, cached_views=1, savings=savings))
+        np.testing.assert_allclose(cached.losses, fresh.losses, atol=1e-5)
     made = trainer(replace(TRAIN, epochs=3, cached_views=1))
     calls: list[int] = []
     original = made.images.augmented
