@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import extract, stream
 from vlmlayers.models import stream as stream_function
+from vlmlayers.models.processes import Processes
 from vlmlayers.scores import read_scores, write_scores
 from vlmlayers.scores.streamed import streamed_scores
 
@@ -226,6 +228,76 @@ def test_sums_resume_where_they_stopped_and_refuse_what_is_not_theirs(
         )
     with pytest.raises(UserError, match="leaves out 1 unreadable image; allow it with skip_unr"):
         stream(tiny.model(), broken, "train", **skipping | {"skip_unreadable": False})
+
+
+def test_sums_of_several_processes_are_taken_up_and_none_counted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files as processes leave them that were killed: parts, and parts that were merged before."""
+    folder, (first, parts) = tmp_path / "sums", (tmp_path / name for name in ("first", "parts"))
+    options: dict[str, Any] = {**QUIET, "sample": 20, "out": folder}
+    at_once = stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **QUIET, sample=20)
+    expected = streamed_scores(at_once)["value"]
+
+    def batches(file: Path) -> set[int]:
+        with np.load(file) as archive:
+            return set(archive["batches"].tolist())
+
+    def share_of(*numbers: int) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(Processes, "share", lambda self, batches: list(numbers))
+            stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **options)
+
+    def whole() -> None:
+        manifest = tiny.DrawnManifest(count=60)
+        found = stream(tiny.model(), manifest, "train", **options)
+        assert found.datasets["drawn"].n == 60
+        np.testing.assert_allclose(streamed_scores(found)["value"], expected, rtol=1e-7)
+        assert [file.name for file in folder.glob("sums.*")] == ["sums.0.npz"]
+        assert batches(folder / "sums.0.npz") == set(range(15))
+        opened.append(len(manifest.opened))
+
+    opened: list[int] = []
+    share_of(*range(0, 9, 2))
+    shutil.copytree(folder, first)
+    shutil.rmtree(folder)
+    share_of(1, 3, 14)
+    shutil.copy(first / "sums.0.npz", folder / "sums.1.npz")
+    shutil.copytree(folder, parts)
+    whole()
+    shutil.copy(first / "sums.0.npz", folder / "sums.2.npz")  # merged, and then not removed
+    whole()
+    assert opened == [28, 0]
+    # Neither holds the other.
+    shutil.rmtree(folder)
+    shutil.copytree(parts, folder)
+    (folder / "sums.1.npz").unlink()
+    share_of(0, 1)
+    shutil.copy(first / "sums.0.npz", folder / "sums.1.npz")
+    with pytest.raises(UserError, match=r"sums\.0\.npz counts batches twice; delete"):
+        stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **options)
+    shutil.rmtree(folder)
+    share_of(1, 3)
+    with pytest.raises(UserError, match="sample is 20 there, 30 here"):
+        stream(tiny.model(), tiny.DrawnManifest(count=60), "train", **options | {"sample": 30})
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_mended_image_joins_sums_that_it_is_not_counted_in(skipped: bool, tmp_path: Path) -> None:
+    """Where it was left out its batch is done; where it stopped the run its batch is made now."""
+    broken = tiny.DrawnManifest(count=60, broken={"train/057.png"})
+    options: dict[str, Any] = {**QUIET, "out": tmp_path / "sums", "skip_unreadable": skipped}
+    try:
+        stream(tiny.model(), broken, "train", **options)
+    except UserError:
+        assert not skipped
+    mended = tiny.DrawnManifest(count=60)
+    if skipped:
+        with pytest.raises(UserError, match="of other data: 60 images then, 60 now: 1 altered"):
+            stream(tiny.model(), mended, "train", **options)
+        return
+    found = stream(tiny.model(), mended, "train", **options)
+    assert found.datasets["drawn"].n == 60 and len(mended.opened) == 4
 
 
 def test_training_on_a_disk_that_fills_up(small_disk: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from vlmlayers.features.store import (
 )
 from vlmlayers.features.writer import StoreWriter
 from vlmlayers.files import atomically
-from vlmlayers.models import VLM, extract, wrap_model
+from vlmlayers.models import VLM, extract, stream, wrap_model
 from vlmlayers.models.companions import described
 from vlmlayers.models.load import build_clip
 from vlmlayers.scores import score
@@ -393,7 +393,12 @@ def test_a_model_with_an_adapter_attached_is_not_stored(tmp_path):
     with pytest.raises(UserError, match=r"visual.ln_post has a hook .an attached adapter"):
         run(tmp_path / "s", model=model)
     assert len(run(None, model=model).vision) == 22
+    summed = partial(stream, model, tiny.DrawnManifest(), "train", batch_size=8, progress=False)
+    with pytest.raises(UserError, match=r"visual.ln_post has a hook .an attached adapter"):
+        summed(out=tmp_path / "sums")
+    assert summed().datasets["drawn"].n == 22
     handle.remove()
+    assert summed(out=tmp_path / "sums").datasets["drawn"].n == 22
     assert len(run(tmp_path / "s", model=model).vision) == 22
 
 
