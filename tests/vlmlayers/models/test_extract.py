@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
-from vlmlayers.models import examine, extract, load_model
+from vlmlayers.models import examine, extract, load_model, stream
 from vlmlayers.models.decoding import FORKS, batches_of, decode, decoding_processes
 from vlmlayers.models.tokenizers import HubTokenizer, tokens_mark
 from vlmlayers.models.work import autocast
@@ -315,11 +315,11 @@ def test_features_that_are_not_finite_stop_the_run(value):
     model = tiny.model()
     with torch.no_grad():
         model.clip.visual.transformer.resblocks[1].mlp.c_fc.weight[0, 0] = value
-    with pytest.raises(
-        UserError,
-        match="NaN or Inf in vision features at 2 .native., 8 of 8 items.*first 'train/000.png'",
-    ):
+    told = "NaN or Inf in vision features at 2 .native., 8 of 8 items.*first 'train/000.png'"
+    with pytest.raises(UserError, match=told):
         run(model=model)
+    with pytest.raises(UserError, match=told):
+        stream(model, tiny.DrawnManifest(), "train", batch_size=8, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +351,10 @@ def test_texts_that_are_not_there_are_named():
         run(tiny.DrawnManifest(captioned=False), text="captions")
     with pytest.raises(UserError, match="has no classes to make prompts of"):
         run(tiny.DrawnManifest(names=()))
+    manifest = tiny.DrawnManifest()
+    items = [*manifest.items("train")[:3], replace(manifest.items("train")[3], captions=())]
+    with pytest.raises(UserError, match="^drawn: train/003.png has no caption$"):
+        stream(tiny.model(), manifest, "train", items=items, text="captions", progress=False)
 
 
 def test_identity_tells_apart_what_values_depend_on():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -99,6 +100,31 @@ def test_another_seed_examines_other_images_of_those_that_were_extracted(
     # All items were drawn, and metrics of features have seeds of their own.
     assert scores(1, "plain", ["effective_rank"]) == []
     assert scores(2, "plain", ["effective_rank"]) == ["extract  unchanged", "score    unchanged"]
+
+
+def test_metrics_of_the_model_are_those_of_its_own_prompts_seed_and_draws(tmp_path: Path) -> None:
+    """With the template, split and items that the run was extracted with."""
+    folder, template = tiny_clip(tmp_path / "tiny-clip"), "a blurred {} indeed"
+    study = check_study({
+        "models": [{"path": str(folder), "random_weights": True}],
+        "datasets": [{"name": "digits", "split": "test"}], "seed": 5,
+        "extract": {"items": 20, "device": "cpu", "template": template},
+    })  # fmt: skip
+    run = run_study(study, tmp_path / "run", only=["extract"], progress=False)[0]
+    metrics = ["skip_joint_change", "gradient_alignment"]
+    score_run(run.folder, metrics, {"seeds": [3, 4], "bootstrap": 30}, progress=False)
+    digits = vl.Manifest.load("digits")
+    expected = vl.models.examine(
+        vl.load_model(str(folder), random_weights=True, device="cpu"), digits, "test", metrics,
+        items=digits.sample("test", 20, seed=5), template=template, seed=3, bootstrap=30,
+        progress=False,
+    )  # fmt: skip
+    keys = ["metric", "tower", "position", "split", "seed", "n"]
+    numbers = ["value", "low", "high", "null"]
+    found = [
+        table.set_index(keys)[numbers].sort_index() for table in (read_scores(run.folder), expected)
+    ]
+    pd.testing.assert_frame_equal(*found, check_exact=False, rtol=1e-6)
 
 
 def test_two_splits_of_one_dataset_are_scored(tmp_path: Path) -> None:
