@@ -8,14 +8,16 @@ import pytest
 import torch
 from backbones import FAMILIES, backbone, shared_backbone, some_images, some_tokens
 from open_clip.transformer import QuickGELU
-from torch import nn
+from torch import Tensor, nn
 
-from vlmadapters.clip.arithmetic import feed_forward, is_standard
+from vlmadapters.clip.arithmetic import at, feed_forward, is_standard
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.logits import class_logits, scaled_cosines
 from vlmadapters.clip.savings import Savings
+from vlmadapters.clip.walk import Inside
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import attach
+from vlmlayers.positions import TOWERS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,6 +45,53 @@ def test_logits_and_gradients_of_the_walk_are_those_of_the_hooks(family: str) ->
         if key in gradients:
             error = (parameter.grad - gradients[key]).norm() / gradients[key].norm()
             assert error < 1e-4, key
+
+
+@pytest.mark.parametrize("savings", [Savings(), Savings.none()], ids=["all", "none"])
+def test_a_method_may_act_inside_a_block_and_beside_it(savings: Savings) -> None:
+    """What it computes inside is the block itself here, so that only what is beside changes."""
+    model = shared_backbone()
+    images, tokens = some_images(model), some_tokens(model)
+    with attach(model.clip, MMAConfig.span(1, 3, scale=0.5)) as mma, torch.no_grad():
+        expected = class_logits(model.clip, images, tokens)
+    seen = []
+
+    class Both:
+        before, beside, reads_norm = mma.before, mma.beside, mma.reads_norm
+
+        @staticmethod
+        def inside(tower: str, block: int) -> Inside:
+            def whole(
+                module: nn.Module, x: Tensor, mask: Tensor | None, rows: Tensor | None
+            ) -> Tensor:
+                seen.append((tower, block, rows is None))
+                out = module(x, attn_mask=mask)
+                return out if rows is None else at(out, rows)
+
+            return whole
+
+    walk = Backbone(model.clip, savings)
+    with torch.no_grad():
+        states = walk.images(images, [1])[1], walk.prompts(tokens, [1])[1]
+        features = [walk.walks[state].finish(one, Both()) for state, one in zip(TOWERS, states)]
+        found = scaled_cosines(model.clip, *features)
+        plain = class_logits(model.clip, images, tokens)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert (found - plain).abs().max() > 0.1
+    assert seen == [
+        (tower, block, block < 3 or not savings.last_token)
+        for tower in TOWERS
+        for block in (1, 2, 3)
+    ]
+
+
+def test_room_behind_prompts_is_kept_for_a_method_that_asks_for_it() -> None:
+    model = shared_backbone()
+    tokens = some_tokens(model)
+    longest = int(tokens.argmax(-1).max()) + 1
+    for margin, columns in ((0, longest), (3, longest + 3), (100, 77)):
+        state = Backbone(model.clip).prompts(tokens, [2], margin)[2]
+        assert state.x is not None and state.inputs.shape[1] == columns == state.x.shape[1]
 
 
 def test_logits_are_scaled_cosines_and_the_bias_of_sigmoid_losses() -> None:
