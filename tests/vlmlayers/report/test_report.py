@@ -490,6 +490,116 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     assert f"- {doubts[1]}" in (run.folder / "report.md").read_text()
 
 
+def test_facts_say_what_the_curves_are_read_on_and_which_datasets_are_far(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+
+    def fact(label: str, table: pd.DataFrame) -> str | None:
+        write_scores(table, run.folder)
+        return dict(read_answer(run.folder).facts()).get(label)
+
+    def behind(*parts: pd.DataFrame) -> str | None:
+        return fact("Behind the curves", pd.concat([others, *parts], ignore_index=True))
+
+    told = "Dataset accuracy (linear probe) is read on "
+    accuracy = scores[scores["metric"] == "dataset_accuracy"]
+    others = scores[scores["metric"] != "dataset_accuracy"]
+    digits, shapes = (accuracy.assign(dataset=name) for name in ("digits", "shapes"))
+    # Each dataset counts once, whatever its positions, and pooled rows stand for all.
+    digits = digits.assign(n=1000 + 200 * (digits["position"] == "3"))
+    shapes = shapes.assign(n=34).where(shapes["tower"] == "vision", shapes.assign(n=6))
+    assert behind(digits, shapes) == told + "1,234 images and 1,206 texts"
+    assert behind(digits, accuracy.assign(n=77)) == told + "77 images and 77 texts"
+    assert behind(digits.assign(n=5 * (digits["tower"] == "vision"))) == told + "5 images"
+    assert behind() is None
+
+    values = {"far": -0.2, "near": 0.3, "at chance": -0.0004, "top": 0.7, "low": 0.1, "high": 0.5}
+    margins = [
+        accuracy.iloc[:1].assign(
+            metric="zero_shot_margin", dataset=name, position="proj", other_tower="text",
+            other_position="proj", space="joint", value=value, low=value - 0.05, high=value + 0.1,
+            null=-0.0001,
+        )
+        for name, value in values.items()
+    ]  # fmt: skip
+    shown = [
+        "far -0.200 [-0.250, -0.100], chance 0.000",
+        "at chance 0.000 [-0.050, 0.100], chance 0.000",
+        "low 0.100 [0.050, 0.200], chance 0.000", "near 0.300 [0.250, 0.400], chance 0.000",
+    ]  # fmt: skip
+    tail = "smaller is farther from the pretraining"
+    assert fact("Zero-shot margin", pd.concat([scores, *margins], ignore_index=True)) == "; ".join(
+        [*shown, "2 more", tail]
+    )
+    four = [margins[number] for number in (0, 1, 2, 4)]
+    assert fact("Zero-shot margin", pd.concat([scores, *four], ignore_index=True)) == "; ".join(
+        [*shown, tail]
+    )
+    assert fact("Zero-shot margin", scores) is None
+
+
+def test_facts_of_a_validation_without_a_verdict_are_its_means(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True, validated=True)
+    facts = dict(read_answer(run.folder).facts())
+    assert facts["Trained parameters"] == "8,000 at the chosen placement"
+    (run.folder / "validation.json").unlink()
+    means = pd.read_csv(run.validation).groupby("placement")["hm"].mean()
+    proved = dict(read_answer(run.folder).facts())["Proved by training"]
+    ours = f"{means['v5-12,t5-12']:.3g}"
+    assert proved == (
+        f"the paper's {ours}, chosen {ours}, best {means.idxmax()} with harmonic mean "
+        f"{means.max():.3g}"
+    )
+    placed = pd.read_csv(run.folder / "validation_placements.csv")
+    tie = placed["hm"].mask(placed["placement"] == "v5-12,t5-12", placed["hm"].max())
+    placed.assign(hm=tie).drop(columns="parameters").to_csv(
+        run.folder / "validation_placements.csv", index=False
+    )
+    facts = dict(read_answer(run.folder).facts())
+    assert "Trained parameters" not in facts
+    assert "best v5-12,t5-12 and v5-12,t- with harmonic mean 62.9" in facts["Proved by training"]
+    run.validation.unlink()
+    assert dict(read_answer(run.folder).facts())["Proved by training"].startswith("not yet; ")
+
+
+def test_the_papers_placement_is_that_of_this_depth(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 24, 12, small=True)
+    scaled = "vision 9–24, text 5–12"
+    assert dict(read_answer(run.folder).facts())["The paper's placement"] == f"the same: {scaled}"
+    LayerChoice(tuple(range(9, 25)), tuple(range(6, 13)), "mine").save(run.choice)
+    answer = read_answer(run.folder)
+    assert dict(answer.facts())["The paper's placement"] == (
+        f"{scaled} (5–12 of 12, scaled to this depth)"
+    )
+    assert dict(answer.facts())["Rule"] == "mine"
+    # A tower without scores has the depth that was recorded of it.
+    write_scores(answer.scores[answer.scores["tower"] == "text"], run.folder)
+    assert read_answer(run.folder).paper.vision == tuple(range(9, 25))
+    assert read_answer(run.folder).unscored == ["vision"]
+    assert "they hold nothing of the vision tower" in read_answer(run.folder).stale
+
+
+def test_a_search_of_another_model_says_nothing_of_this_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    found = {"statement": "Train v9.", "cost": {"trainings": 6.5},
+             "to_zero_shot": {"folds": {"1": 0, "2": 0, "3": 0}}}  # fmt: skip
+    ours = {"model": "toy", "weights": "toy.safetensors", "weights_hash": "abc"}
+    told = "Train v9. Cost: 6.5 full trainings, 3 folds."
+    for theirs, foreign in (
+        ({}, ""),
+        (ours, ""),
+        (ours | {"model": "other"}, "other (toy.safetensors)"),
+        (ours | {"weights": "b.pt"}, "toy (b.pt)"),
+        (ours | {"weights_hash": "xyz"}, "toy (toy.safetensors, xyz)"),
+    ):
+        write_json(run.search, found | theirs)
+        answer = read_answer(run.folder)
+        assert answer.foreign_search == foreign
+        shown = dict(answer.facts()).get("Search on training shots")
+        assert shown == (None if foreign else told)
+        assert bool(answer.search) is not bool(foreign)
+
+
 def test_a_rule_that_reads_no_measurement_is_never_bold(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", small=True)
     select(read_answer(run.folder).scores, "explicit", vision="7-9").save(run.choice)
