@@ -707,6 +707,73 @@ def test_only_tables_made_alike_are_averaged_as_seeds(
     assert set(drawn.seeds) == {3} and len(drawn) == 2 * len(POSITIONS)
 
 
+def test_seeds_whose_parts_are_split_by_class_may_have_other_numbers_of_items(
+    tmp_path: Path,
+) -> None:
+    scores = score_rows().query("metric == 'dataset_accuracy'")
+    scores = scores.assign(n=scores.n + scores.seed)
+    for split, refused in (("item", True), ("class", False)):
+        for seed in (1, 2):
+            part = scores[scores.seed == seed].assign(options=f"split_by={split}")
+            part.to_csv(tmp_path / f"scores_{seed}.csv", index=False)
+        if refused:
+            with pytest.raises(UserError, match="scored tiny with n=42, .*scores_1 with n=41"):
+                paper_figures.fig1_dataset_recognition(tmp_path, tmp_path)
+        else:
+            paper_figures.fig1_dataset_recognition(tmp_path, tmp_path)
+
+
+def test_captions_name_untrained_models_and_what_is_averaged() -> None:
+    def table(*models: tuple[str, str]) -> pd.DataFrame:
+        return pd.DataFrame(models, columns=["model", "weights"]).assign(
+            dataset=["a", "b", "b"][: len(models)], seed=1, comparison="given"
+        )
+
+    words = "RANDOM WEIGHTS, which says nothing about a trained model"
+    for models, first, rest in (
+        ((("x", "w"), ("y", "")), "Drawn.", "x (w) and y. Trained: x w on 1"),
+        ((("x", "w"), ("y", "random")), f"Drawn. x (w) and y (random); y (random): {words}.", "Tr"),
+        ((("y", "random"),), f"Drawn. y (random): {words}.", "Trained on 1 dataset (a), seed 1."),
+    ):
+        said = captions.trained("Drawn", table(*models))
+        assert said[0] == first and said[1].startswith(rest)
+    both = table(("x", "w"), ("x", "w"))
+    assert captions.mean_over([both[:1], both], "dataset", "seed") == ", mean over datasets"
+    assert captions.mean_over([both.assign(seed=[1, 2])], "dataset", "seed") == (
+        ", mean over datasets and seeds"
+    )
+    assert captions.mean_over([both[:1], both[1:]], "dataset", "seed") == ""
+    assert captions.trained("Drawn", both, {"x (w)": "nothing holds", "y": ""})[0] == (
+        "Drawn. Of x (w) nothing holds."
+    )
+
+
+def test_a_line_parts_own_rows_from_published_ones_and_a_note_counts_their_seeds(
+    published: Path, tmp_path: Path
+) -> None:
+    rows = results({"mma": 0.1}, MANIFEST_NAMES)
+    all_classes = rows[rows.split_kind == "base"].assign(split_kind="all")
+    lone = all_classes.assign(protocol="few-shot")
+    moved = [
+        all_classes.assign(protocol=name, source="imagenet")
+        for name in ("cross-dataset", "domain-generalization")
+    ]
+    pd.concat([rows, lone[(lone.dataset != "eurosat") | (lone.seed == 1)], *moved]).to_csv(
+        tmp_path / "results.csv", index=False
+    )
+    for name, draw in paper_tables.TABLES.items():
+        alone, table = draw(published), draw([tmp_path, published])
+        if name == "table1_base_to_novel":
+            starts = {row for row, (_, metric) in enumerate(table.rows) if metric == "Base"}
+            assert table.rules == starts - {0}
+        else:
+            own = [row for row, (method,) in enumerate(table.rows) if method.startswith("own: ")]
+            assert not alone.rules and table.rules == {len(alone.rows)} == {own[0]}, name
+        assert not alone.notes
+        counted = "1 to 3" if name == "table5_few_shot" else "3"
+        assert f"over seeds ({counted} in a cell)" in table.notes[0], name
+
+
 def test_values_without_a_seed_of_other_items_are_told_as_such(tmp_path: Path) -> None:
     """They were called scorings with other options."""
     for name, items in (("first", 9), ("second", 8)):
