@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from backbones import FAMILIES, backbone, shared_backbone, some_images, some_tokens
+from backbones import FAMILIES, backbone, config, shared_backbone, some_images, some_tokens
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.clip.walk import Inside
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import attach
+from vlmlayers.models.load import build_clip
 from vlmlayers.positions import TOWERS
 
 
@@ -25,8 +26,7 @@ def test_logits_and_gradients_of_the_walk_are_those_of_the_hooks(family: str) ->
     model = shared_backbone(family)
     images, tokens = some_images(model), some_tokens(model)
     depth = min(tower.depth for tower in model.towers.values())
-    config = MMAConfig.span(2, depth, scale=0.5)
-    with attach(model.clip, config) as mma:
+    with attach(model.clip, MMAConfig.span(2, depth, scale=0.5)) as mma:
         expected = class_logits(model.clip, images, tokens)
         expected.square().sum().backward()
         gradients = {k: p.grad.clone() for k, p in mma.named_parameters() if p.grad is not None}
@@ -85,6 +85,24 @@ def test_a_method_may_act_inside_a_block_and_beside_it(savings: Savings) -> None
     ]
 
 
+def test_towers_of_one_block_are_walked() -> None:
+    clip = build_clip(config({"layers": 1}, {"layers": 1}))
+    walk, images = Backbone(clip), some_images(shared_backbone())
+    assert walk.steps
+    with torch.no_grad():
+        expected = clip.encode_image(images)
+        for state in walk.images(images, [1, 2]).values():
+            found = walk.features("vision", state)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_tokens_can_be_appended_where_blocks_are_given_tokens_alone() -> None:
+    plain = Backbone(shared_backbone().clip)
+    assert plain.vision.takes_more and not plain.text.takes_more, "a mask has a size of its own"
+    rotary = Backbone(shared_backbone("timm EVA").clip)
+    assert rotary.steps and not rotary.vision.takes_more
+
+
 def test_room_behind_prompts_is_kept_for_a_method_that_asks_for_it() -> None:
     model = shared_backbone()
     tokens = some_tokens(model)
@@ -137,10 +155,9 @@ def test_standard_blocks_are_recognised_and_others_left_to_themselves() -> None:
 def test_a_backbone_that_cannot_be_taken_apart_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_backbone()
     images, tokens = some_images(model), some_tokens(model)
-    config = MMAConfig.span(2, 3, scale=0.5)
     monkeypatch.setattr("vlmadapters.clip.walk.Walk.agrees", lambda self: False)
     walk = Backbone(model.clip, Savings())
-    with attach(model.clip, config) as mma, torch.no_grad():
+    with attach(model.clip, MMAConfig.span(2, 3, scale=0.5)) as mma, torch.no_grad():
         expected = class_logits(model.clip, images, tokens)
     with torch.no_grad():
         found = walk.logits(walk.images(images, [2])[2], walk.prompts(tokens, [2])[2], mma)

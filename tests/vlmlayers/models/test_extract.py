@@ -297,6 +297,20 @@ def test_missing_images_are_told_before_the_first_is_opened(tmp_path, caplog):
     assert run(manifest, skip_unreadable=True).vision.ids == found.vision.ids
 
 
+@pytest.mark.parametrize("work", [extract, stream])
+def test_missing_images_are_told_before_any_is_opened_unless_they_may_be_left_out(work):
+    class Missing(tiny.DrawnManifest):
+        def refuse_missing(self, items, root=None):
+            raise UserError(f"put {len(items)} images there")
+
+    manifest = Missing()
+    with pytest.raises(UserError, match="^put 22 images there$"):
+        work(tiny.model(), manifest, "train", progress=False)
+    assert manifest.opened == []
+    work(tiny.model(), manifest, "train", skip_unreadable=True, progress=False)
+    assert len(manifest.opened) == 22
+
+
 def test_a_dataset_without_a_single_readable_image_stops_in_each_case():
     broken = {f"train/{i:03d}.png" for i in range(22)}
     with pytest.raises(UserError, match="22 of 22 images"):
