@@ -67,6 +67,7 @@ def scores_of(
 
     from vlmlayers.scores import score
     from vlmlayers.scores.missing import NothingScored
+    from vlmlayers.scores.sources import source_marks
 
     of_features = [name for name in metrics if not needs_model(name)]
     inside = [name for name in metrics if needs_model(name)]
@@ -89,8 +90,9 @@ def scores_of(
     for gaps in filter(None, (error.gaps for error in empty)):
         warnings.warn(f"not computed: {gaps}", UserWarning, stacklevel=2)
     whole = pd.concat(tables, ignore_index=True)
-    # concat keeps attributes only where those of all parts are equal.
-    whole.attrs.update(tables[0].attrs)
+    # concat keeps attributes only where those of all parts are equal. What the features were is
+    # known of metrics of the model too, which ran on the same images and weights.
+    whole.attrs.update(tables[0].attrs | source_marks(features))
     refused = [one for table in tables for one in table.attrs.get("refused", ())]
     whole.attrs["refused"] = refused + [one for error in empty for one in error.refused]
     return whole

@@ -13,8 +13,10 @@ from score_tables import planted
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
+from vlmlayers.features.store import open_features
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores, refusals
+from vlmlayers.scores.sources import other_features
 from vlmlayers.study import check_study, run_study
 from vlmlayers.study.verbs import score_run, select_run
 
@@ -125,6 +127,25 @@ def test_metrics_of_the_model_are_those_of_its_own_prompts_seed_and_draws(tmp_pa
         table.set_index(keys)[numbers].sort_index() for table in (read_scores(run.folder), expected)
     ]
     pd.testing.assert_frame_equal(*found, check_exact=False, rtol=1e-6)
+
+
+@pytest.mark.parametrize("metrics", [MODEL, ["effective_rank", *MODEL]])
+def test_scores_that_hold_metrics_of_the_model_are_known_by_their_features(
+    metrics: list[str], tmp_path: Path
+) -> None:
+    """So that those of an earlier extraction, or of weights that were overwritten, are told."""
+    run = extracted(tmp_path)
+    plain = vl.score(open_features(run.features / "digits-train"), ["effective_rank"], **QUICK)
+    score_run(run.folder, metrics, QUICK, progress=False)
+    found = read_scores(run.folder).attrs
+    for name in ("features", "weights_hash"):
+        assert found[name] == plain.attrs[name]
+    assert set(found.get("cost", {})) == set(metrics) - set(MODEL)
+    assert not other_features(run, found)
+    study = {"models": [{"path": str(tmp_path / "tiny-clip"), "random_weights": True}],
+             "datasets": ["digits"], "extract": {"items": 8, "device": "cpu"}}  # fmt: skip
+    run_study(check_study(study), run.folder, only=["extract"], force=True, progress=False)
+    assert other_features(run, read_scores(run.folder).attrs) == "digits (train)"
 
 
 def test_two_splits_of_one_dataset_are_scored(tmp_path: Path) -> None:
