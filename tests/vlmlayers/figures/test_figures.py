@@ -251,6 +251,24 @@ def results(settings: dict[str, float], datasets: tuple[str, ...], seeds: int = 
     return pd.DataFrame(rows)
 
 
+def test_an_average_that_several_sources_print_is_the_papers(
+    published: Path, tmp_path: Path
+) -> None:
+    for name in ("three_benchmarks", "base_to_novel"):
+        table = pd.read_csv(published / f"published_{name}.csv", keep_default_na=False)
+        table = table.assign(value=table["value"].mask(table["dataset"] == "average", 1.0))
+        table.to_csv(tmp_path / f"published_{name}.csv", index=False)
+    paper = numbers(published, "base_to_novel_average")
+    table = paper_tables.averages([tmp_path, published])
+    for (method, _, metric), value in paper.items():
+        assert table.cell(
+            (method,), {"base": "Base", "novel": "Novel", "hm": "HM"}[metric]
+        ).value == (pytest.approx(value))
+    filled = [row for row in table.rows if row[0] not in {method for method, _, _ in paper.index}]
+    found = {table.cell(row, column).value for row in filled for column in table.columns}
+    assert 1.0 in found and found <= {1.0, None}, "of what the paper does not print"
+
+
 def test_own_runs_fill_in(published: Path, tmp_path: Path) -> None:
     """All eleven datasets under their manifest names: columns, averages and HM of averages."""
     results({"mma": 0.1}, MANIFEST_NAMES).to_csv(tmp_path / "results.csv", index=False)
@@ -292,6 +310,9 @@ def test_an_own_average_over_some_datasets_is_not_shown(published: Path, tmp_pat
     assert table.cell(("EuroSAT", "Base"), own).value == pytest.approx(60.2)
     assert table.cell(("Average", "Base"), own).value is None
     assert table.cell(("my-leaves", "Base"), own).value == pytest.approx(61.2)
+    # Published datasets and their average stand once, and behind them what is the user's own.
+    names = list(dict.fromkeys(name for name, _ in table.rows))
+    assert names[-2:] == ["Average", "my-leaves"] and len(table.rows) == 3 * len(names) == 39
     assert (
         paper_tables.averages([tmp_path, published]).rows == paper_tables.averages(published).rows
     )

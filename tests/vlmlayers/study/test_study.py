@@ -800,6 +800,35 @@ def test_a_stream_ends_what_an_earlier_extraction_counts_for(
     assert set(read_scores(Run(out).scores)["n"]) >= {30}
 
 
+def test_a_stopped_stream_goes_on_from_its_sums_unless_it_is_forced(
+    to_stream: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, drawn = tmp_path / "out", []
+    original = Manifest.open_image
+
+    def counting(self: Manifest, item: Any, *args: Any, **more: Any) -> Any:
+        if self.name == "shapes_filled" and stops:
+            raise KeyboardInterrupt
+        drawn.append(self.name)
+        return original(self, item, *args, **more)
+
+    monkeypatch.setattr(Manifest, "open_image", counting)
+    places: dict[str, Any] = {"base": tmp_path, "progress": False, "metrics": ["effective_rank"]}
+    with pytest.raises(UserError, match="class_accuracy"):
+        stream_study(to_stream, out, **places | {"metrics": ["class_accuracy"]})
+    assert not out.exists()
+    for force, again in ((False, 30), (True, 60)):
+        stops = True
+        with pytest.raises(KeyboardInterrupt):
+            stream_study(to_stream, out, **places)
+        assert (out / "streams" / "digits-val" / "sums.0.npz").exists()
+        drawn.clear()
+        stops = False
+        stream_study(to_stream, out, force=force, **places)
+        assert len(drawn) == again
+        assert not (out / "streams").exists()
+
+
 def test_a_stream_leaves_out_a_dataset_that_fails(to_stream: Any, tmp_path: Path) -> None:
     for name in ("cat/1.png", "dog/1.png"):
         (tmp_path / "broken" / name).parent.mkdir(parents=True)
