@@ -302,7 +302,9 @@ def test_a_choice_by_an_own_rule_from_other_scores_is_told(tmp_path: Path) -> No
     write_scores(alone, run.folder)
     answer = read_answer(run.folder)
     assert "other scores than these (they hold other values)" in answer.stale
-    assert answer.headline.endswith("blocks 10–12 of the text tower.")
+    assert answer.headline == (
+        "Adapt blocks 11–12 of the vision tower and blocks 10–12 of the text tower."
+    )
     assert answer.paper.text == tuple(range(5, 13))
     write_report(run.folder)
     assert "blocks 10–12 of the text tower" in run.report.read_text()
@@ -576,6 +578,8 @@ def test_the_papers_placement_is_that_of_this_depth(tmp_path: Path) -> None:
     write_scores(answer.scores[answer.scores["tower"] == "text"], run.folder)
     assert read_answer(run.folder).paper.vision == tuple(range(9, 25))
     assert read_answer(run.folder).unscored == ["vision"]
+    LayerChoice(tuple(range(9, 25)), (), "mine").save(run.choice)
+    assert read_answer(run.folder).headline == "Adapt blocks 9–24 of the vision tower."
     assert "they hold nothing of the vision tower" in read_answer(run.folder).stale
 
 
