@@ -305,6 +305,7 @@ def test_a_choice_by_an_own_rule_from_other_scores_is_told(tmp_path: Path) -> No
     assert answer.headline == (
         "Adapt blocks 11–12 of the vision tower and blocks 10–12 of the text tower."
     )
+    assert not any(firm for words, firm in answer.headline_parts if "text" in words)
     assert answer.paper.text == tuple(range(5, 13))
     write_report(run.folder)
     assert "blocks 10–12 of the text tower" in run.report.read_text()
