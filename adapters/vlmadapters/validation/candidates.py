@@ -17,7 +17,6 @@ from vlmlayers.placement import Amount, Placement
 GRID = ((3.0, 1), (3.0, 3), (1.0, 3), (10.0, 1), (1 / 3, 1))
 MORE = 3.0  # a placement is also tried at so many times the rate: few blocks need more of it
 KINDS = ("paper", "all", "upper", "last", "vision", "text")
-_AMOUNTS = ("scale", "lr", "epochs", "steps_per_shot")
 LOG = logging.getLogger(__name__)
 
 
@@ -51,13 +50,22 @@ def tried_amounts(
     return list(dict.fromkeys(others))
 
 
-def tell_own_amounts(default: Recipe, datasets: Iterable[str]) -> None:
-    """Warn of datasets whose own rate or epochs in the recipe each multiple replaces."""
+def tell_own_amounts(default: Recipe, datasets: Iterable[str], steps: bool = True) -> None:
+    """Warn of datasets whose own rate or epochs in the recipe multiples replace.
+
+    Args:
+        default: The setting.
+        datasets: Names of the datasets.
+        steps: Whether steps are multiplied as well as the rate.
+    """
+    if not default.method.in_steps:
+        return
+    replaced = [_rate(default)[0], *(("epochs", "steps_per_shot") if steps else ())]
     told = []
     for name in dict.fromkeys(datasets):
         values = default.datasets.get(name, {})
         own = {**values, **values.get("settings", {})}
-        if amount := ", ".join(f"{key}={own[key]}" for key in _AMOUNTS if key in own):
+        if amount := ", ".join(f"{key}={own[key]}" for key in replaced if key in own):
             told.append(f"{name} ({amount})")
     if told:
         LOG.warning(
@@ -84,11 +92,10 @@ def tried_placements(
     Raises:
         UserError: The method cannot act at a placement that is asked for.
     """
-    chosen = Placement(default.method.vision, default.method.text)
     usual = asked is None
     found, refused = [], {}
     for place in dict.fromkeys(asked if asked is not None else _usual(default, depths)):
-        if place == chosen or not (place or place.amount):
+        if not (place or place.amount):
             continue
         try:
             setting = default.at(place)
@@ -99,7 +106,9 @@ def tried_placements(
                 raise
             refused[str(place)] = str(error)
             continue
-        found.append(setting)
+        # What is the default under another name would race against itself.
+        if replace(setting, amount=default.amount) != default:
+            found.append(setting)
     return found, refused
 
 
@@ -129,14 +138,18 @@ def amount_times(setting: Recipe, rate: float, steps: int) -> Amount:
     """
     train, values = setting.train, setting.amount.given()
     if rate != 1:
-        scale = getattr(setting.method, "scale", None)
-        key, value = ("scale", scale) if scale else ("lr", train.lr)
+        key, value = _rate(setting)
         # Three digits: 3 × 0.001 should read 0.003 in tables and in file names.
         values[key] = float(f"{rate * value:.3g}")
     if steps != 1:
         key = "steps_per_shot" if train.steps_per_shot else "epochs"
         values[key] = steps * getattr(train, key)
     return Amount(**values)
+
+
+def _rate(setting: Recipe) -> tuple[str, float]:
+    scale = getattr(setting.method, "scale", None)
+    return ("scale", scale) if scale else ("lr", setting.train.lr)
 
 
 def _by(setting: Recipe, amount: Amount) -> Recipe:

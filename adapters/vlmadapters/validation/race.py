@@ -49,7 +49,7 @@ class Track:
 
     Attributes:
         draws: The folds of each dataset and seed.
-        rounds: Number of folds of the draw that has most.
+        rounds: Number of folds of every draw.
         steps_of_one: Steps of one full training of every draw.
         diverged: Settings whose loss or answers were not finite in some fold, and what was said.
     """
@@ -74,7 +74,7 @@ class Track:
             for one in data
             for seed in seeds
         }
-        self.rounds = max(map(len, draws.values()))
+        self.rounds = options.folds
         # Cost in steps, not seconds: a budget has to cut the same settings on every machine.
         self.steps_of_one = self.steps(recipe)
         self._known = {
@@ -128,8 +128,7 @@ class Track:
         missing = [
             (dataset, parts[number - 1])
             for (dataset, _), parts in self.draws.items()
-            if number <= len(parts)
-            and (parts[number - 1].manifest.name, label(setting)) not in self._rows
+            if (parts[number - 1].manifest.name, label(setting)) not in self._rows
         ]
         return sum(_steps(setting, *one) for one in missing) / self.steps_of_one
 
@@ -152,8 +151,6 @@ class Track:
         known = {label(one): one for one in [*needed, *rivals]}
         firm = {label(one) for one in needed}
         for (dataset, seed), parts in self.draws.items():
-            if number > len(parts):
-                continue
             fold = parts[number - 1]
             name = fold.manifest.name
             # Amounts and placements meet in some settings, and folds are resumed from their cells.
@@ -259,12 +256,13 @@ class Race:
 
     def price(self, default: Recipe, rivals: Sequence[Recipe]) -> float:
         """Return the most that a heat can cost: the costliest rivals stay in to the end."""
-        total, alive = 0.0, list(rivals)
+        total, left = 0.0, len(rivals)
         for number in range(1, self.track.rounds + 1):
-            prices = {label(one): self.track.price(one, number) for one in alive}
-            total += self.track.price(default, number) + sum(prices.values())
-            # Which half survives is not known yet: the costlier one is the worst case.
-            alive = sorted(alive, key=lambda one: -prices[label(one)])[: _half(alive)]
+            # Which half survives is not known yet: the costliest of all are the worst case. Not
+            # those of the fold before, where one that an earlier heat has run costs nothing.
+            prices = sorted((self.track.price(one, number) for one in rivals), reverse=True)
+            total += self.track.price(default, number) + sum(prices[:left])
+            left = _half(left)
         return total
 
     def run(
@@ -272,12 +270,17 @@ class Race:
     ) -> Recipe:
         """Run a heat and return the setting that it picks.
 
-        Rivals are left out from the end until the heat fits the budget, in full trainings.
+        Rivals that alone are beyond the budget, in full trainings, are left out, then others from
+        the end until the heat fits it.
         """
         # A rival at the default's own setting would be compared with itself.
         known = {label(one): one for one in rivals if label(one) != label(default)}
-        # The likeliest rivals come first; a price barely above the budget is rounding.
-        while known and self.price(default, list(known.values())) > budget + 1e-9:
+        # First what is too dear by itself, or it would take the rest with it.
+        for one in [one for one in known if self._beyond(budget, default, [known[one]])]:
+            self.skip(stage, one, "budget")
+            del known[one]
+        # The likeliest rivals come first.
+        while self._beyond(budget, default, list(known.values())):
             self.skip(stage, known.popitem()[0], "budget")
         if not known:
             return default
@@ -291,7 +294,7 @@ class Race:
                 return default
             if number < self.track.rounds:
                 order = ranking(self.track.table, label(default), self.criterion)
-                alive = sorted(alive, key=lambda one: -order[one])[: _half(alive)]
+                alive = sorted(alive, key=lambda one: -order[one])[: _half(len(alive))]
         order = ranking(self.track.table, label(default), self.criterion)
         best = max(alive, key=lambda one: order[one])
         found = difference(self.track.table, best, label(default), self.criterion)
@@ -301,6 +304,10 @@ class Race:
         self.heats.append(Heat(stage, label(default), ran, best, found, label(pick)))
         return pick
 
+    def _beyond(self, budget: float, default: Recipe, rivals: Sequence[Recipe]) -> bool:
+        # A price barely above the budget is rounding.
+        return bool(rivals) and self.price(default, rivals) > budget + 1e-9
 
-def _half(rivals: Sequence[Any]) -> int:
-    return max(1, math.ceil(len(rivals) / 2))
+
+def _half(rivals: int) -> int:
+    return math.ceil(rivals / 2)

@@ -148,8 +148,9 @@ def search(
     manifests = [one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets]
     if not manifests or not seeds:
         raise UserError(f"there is no {'seed' if manifests else 'dataset'} to search on; name one")
-    if asked.given_amounts is None:
-        tell_own_amounts(default, [one.name for one in manifests])
+    if asked.given_amounts is None or not all(one.amount for one in placements):
+        steps = asked.given_amounts is None  # placements are tried at multiples of the rate alone
+        tell_own_amounts(default, [one.name for one in manifests], steps)
     # What is learned for each class cannot be tested on classes that were held out.
     apart = asked.novel and not default.method.class_bound
     data = [TaskData(one, model, root, asked) for one in distinct(manifests, root)]
@@ -184,7 +185,8 @@ def _nothing_compared(
             f"{default.method.name}: nothing was trained to the end in every fold beside the "
             f"default; name smaller amounts. Of {name}, {why}"
         )
-    least = min(race.price(default, [one]) for one in rivals)
+    # Rounded up, since a budget of what is named here has to do.
+    least = math.ceil(10 * min(race.price(default, [one]) for one in rivals) - 1e-9) / 10
     fewer = ", or take fewer folds" if race.track.rounds > 2 else ""  # two are the fewest
     return (
         f"a budget of {budget:g} times a full training allows no comparison; one with the default "
@@ -326,7 +328,8 @@ def _statement(
             advice += f" It is the best of {tried}; for all at once: [{low:z.3f}, {high:z.3f}]"
             advice += ", so that as such it cannot be told from the default." if low <= 0 else "."
     else:
-        best = max(race.heats, key=lambda heat: heat.difference.mean)
+        # Of several heats' best, one that may be as good comes before one that is worse by less.
+        best = max(race.heats, key=lambda heat: (heat.difference.high >= 0, heat.difference.mean))
         found = best.difference
         advice = (
             f"Keep the default {default}: the best rival, {best.best}, cannot be told from it "

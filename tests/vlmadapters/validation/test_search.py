@@ -26,7 +26,12 @@ from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
-from vlmadapters.validation.candidates import crossed, tell_own_amounts, tried_amounts
+from vlmadapters.validation.candidates import (
+    crossed,
+    tell_own_amounts,
+    tried_amounts,
+    tried_placements,
+)
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
 from vlmadapters.validation.race import Heat
 from vlmadapters.validation.search import Search, _statement, search
@@ -190,6 +195,64 @@ def test_the_runner_up_ran_in_every_fold(manifest: Manifest) -> None:
         assert said["runner_up_difference"] == expected.to_dict()
 
 
+def test_a_search_over_datasets_and_seeds_counts_each_draw(
+    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of few classes beside one of many, each by the values that the recipe has for it."""
+    few = dataset(tmp_path / "few", classes=6)
+    (tmp_path / "few" / "manifest.toml").rename(tmp_path / "few" / "small.toml")
+    few = Manifest.load(tmp_path / "few" / "small.toml")
+    own = {few.name: {"epochs": 3, "shots": 2}}
+    options = QUICK | {"recipe": replace(RECIPE, datasets=own), "out": tmp_path / "out"}
+    options |= {"amounts": ["lr=0.5"], "criterion": "accuracy", "seeds": (2, 3)}
+    found = search(shared_backbone(), [manifest, few], **options)
+    said, table = json.loads((tmp_path / "out" / "search.json").read_text()), found.table
+    assert (said["datasets"], said["seeds"]) == ([manifest.name, few.name], [2, 3])
+    assert f"{few.name} (epochs=3)" not in caplog.text, "placements are tried at other rates alone"
+    draws = table[table["setting"] == "v2-3,t2-3"].set_index(["dataset", "seed", "fold"])
+    assert list(draws.index) == [
+        (one.name, seed, fold)
+        for fold in (1, 2) for one in (manifest, few) for seed in (2, 3)
+    ]  # fmt: skip
+    # 4 of 16 shots of 4 classes are trained on, 3 of 6 of 3 classes, in batches of 4 at most.
+    small = draws.index.get_level_values("dataset") == few.name
+    assert draws["steps"].tolist() == np.where(small, 3, 1).tolist()
+    assert draws["novel"].isna().tolist() == small.tolist() and said["novel_held_out"] is True
+    assert f" {few.name}: too few base classes to hold any out whole." in found.statement
+    cost = said["cost"]
+    assert cost["steps_of_one"] == 2 * (4 + 3), (
+        "of either seed four batches and three epochs of one"
+    )
+    assert cost["steps"] == table["steps"].sum() > 0
+    assert cost["trainings"] == pytest.approx(cost["steps"] / 14, abs=0.01)
+    once = table.drop_duplicates(["dataset", "seed", "fold", "setting"])
+    assert len(once) == len(table) and cost["seconds"] == pytest.approx(table["seconds"].sum(), 0.1)
+    assert said["criterion"]["name"] == "accuracy" and "harmonic mean" in said["criterion"]["means"]
+    assert f" Compared by {said['criterion']['means']}." in found.statement
+    order = ranking(table, "v2-3,t2-3", "accuracy")
+    assert list(said["mean_differences"].items()) == list(order.items())
+    model = shared_backbone()
+    assert (said["model"], said["weights_hash"]) == (model.name, model.weights_hash)
+    assert said["towers"] == {"vision": 3, "text": 3}
+    assert (said["method"], said["settings"]["scale"]) == ("mma", 0.5)
+    # Each fold by itself: what is drawn for one seed or dataset is not what is for another.
+    for seed in (2, 3):
+        fold = folds(TaskData(few, model), 2, seed, 2)[0]
+        items = fold.test("all")
+        pixels = torch.cat(list(fold.images.batches(items, 50)))
+        with torch.no_grad():
+            classes = model.tokenizer(fold.task("all").prompts())
+            logits = va.class_logits(model.clip, pixels, classes).double()
+        labels = torch.tensor([item.label for item in items])
+        plain = table.set_index(["dataset", "seed", "fold", "setting"]).loc[
+            (few.name, seed, 1, "zero-shot")
+        ]
+        expected = -torch.nn.functional.cross_entropy(logits, labels).item()
+        assert plain["base_log_likelihood"] == pytest.approx(expected, abs=1e-4)
+        assert plain["base"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean())
+        assert (plain["steps"], plain["held_out"]) == (0, 0.5)
+
+
 def test_log_likelihood_of_zero_shot_is_that_of_the_model(manifest: Manifest) -> None:
     model, data = shared_backbone(), TaskData(manifest, shared_backbone())
     fold = folds(data, 4, 1, 2)[0]
@@ -331,8 +394,22 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     first, *said = repr(found).splitlines()
     assert first == f"Search(pick {found.summary['pick']})"
     assert "".join("".join(said).split()) == "".join(found.statement.split())
+    assert len(found.summary["heats"][0]["rivals"]) == 2, "0.6 of it pay for both amounts"
     least = search(shared_backbone(), [manifest], budget=1.2, **QUICK).summary
     assert [heat["stage"] for heat in least["heats"]] == ["amount"], "amount comes first"
+    half = search(shared_backbone(), [manifest], budget=2.0, **QUICK).summary["heats"]
+    assert [heat["stage"] for heat in half] == ["amount", "placement"], "0.4 are left for places"
+    assert half[0]["rivals"] == ["v2-3,t2-3@scale=5"]
+    usual = QUICK | {"amounts": None, "placement": ()}
+    (heat,) = search(shared_backbone(), [manifest], budget=1.0, **usual).summary["heats"]
+    assert heat["rivals"] == ["v2-3,t2-3@scale=1.5"], "of multiples three times the rate alone"
+    # A fold takes 2 steps, a full training 6: two folds of two settings 1.33. A budget of 1.3,
+    # which was named here, was refused in its turn.
+    uneven = RECIPE.changed({"batch_size": 3, "drop_last": False})
+    tight = QUICK | {"recipe": uneven, "amounts": ["scale=5"], "placement": ()}
+    with pytest.raises(UserError, match=r"one with the default takes 1\.4; raise"):
+        search(shared_backbone(), [manifest], budget=1.3, **tight)
+    assert search(shared_backbone(), [manifest], budget=1.4, **tight).summary["heats"]
     for number, advice in ((2, ""), (3, ", or take fewer folds")):
         match = rf"0\.1 times a full training allows no comparison; one .* the budget{advice}$"
         with pytest.raises(UserError, match=match):
@@ -394,6 +471,13 @@ def test_placements_of_what_no_step_trains_are_tried_at_one_amount() -> None:
 def test_the_recipes_own_amount_is_no_rival() -> None:
     given = [Amount.parse(words) for words in ("scale=0.5", "epochs=1", "lr=0.05", "scale=5")]
     assert [one.label for one in tried_amounts(RECIPE, given)] == ["v2-3,t2-3@scale=5"]
+    places = map(Placement.parse, ("2-3", "2-3@scale=0.5", "@lr=0.05", "@scale=5", "3", "3"))
+    found, refused = tried_placements(RECIPE, {"vision": 3, "text": 3}, places)
+    assert [one.label for one in found] == ["v2-3,t2-3@scale=5", "v3,t3"] and not refused
+    again, _ = tried_placements(
+        RECIPE.at("@scale=5"), {"vision": 3, "text": 3}, [Placement.parse("@scale=5")]
+    )
+    assert again == []
 
 
 def test_values_of_one_dataset_that_multiples_replace_are_told(
@@ -406,6 +490,18 @@ def test_values_of_one_dataset_that_multiples_replace_are_told(
     assert (
         "of its own for eurosat (epochs=300), food101 (lr=0.002, epochs=10), which" in caplog.text
     )
+    # What multiples leave as it is stays unsaid: a method with a scale keeps each dataset's lr.
+    caplog.clear()
+    own = {"a": {"lr": 0.1}, "b": {"epochs": 9, "lr": 1.0}, "c": {"settings": {"scale": 2.0}}}
+    scaled = replace(RECIPE, datasets=own)
+    tell_own_amounts(scaled, own)
+    assert "for b (epochs=9), c (scale=2.0), which" in caplog.text
+    multiple = scaled.at("@scale=1.5")
+    assert multiple.train_for("a").lr == 0.1 and multiple.method_for("c").settings()["scale"] == 1.5
+    fitted = Recipe("fitted", RECIPE.train, FittedConfig((2, 3), (2, 3)), datasets=own)
+    caplog.clear()
+    tell_own_amounts(fitted, own)
+    assert not caplog.text
 
 
 def test_a_rival_that_ties_in_every_fold_is_not_called_worse() -> None:
