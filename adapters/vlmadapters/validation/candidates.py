@@ -77,45 +77,34 @@ def tell_own_amounts(default: Recipe, datasets: Iterable[str], steps: bool = Tru
 
 def tried_placements(
     default: Recipe, depths: Mapping[str, int], asked: Iterable[Placement] | None = None
-) -> tuple[list[Recipe], dict[str, str]]:
-    """Return the placements to try at the recipe's amount, and why others cannot be.
+) -> list[Recipe]:
+    """Return the placements to try at the recipe's amount, other than the default.
 
     Args:
         default: The setting that they compete with.
         depths: Blocks of each tower.
-        asked: Placements; the usual competitors in the method's towers where None.
-
-    Returns:
-        Settings other than the default, and the reason by placement of those usual ones that the
-        method refuses. A method that has no placement has neither.
+        asked: Placements; the usual competitors that the method can take where None. A method that
+            has no placement has none.
 
     Raises:
         UserError: The method cannot act at a placement that is asked for.
     """
-    usual = asked is None
-    found, refused = [], {}
+    found = []
     for place in dict.fromkeys(asked if asked is not None else _usual(default, depths)):
         if not (place or place.amount):
             continue
-        try:
-            setting = default.at(place)
-            setting.method.check_depths(depths)
-        except UserError as error:
-            # What the user names has to work; of the usual ones each method takes what it can.
-            if not usual:
-                raise
-            refused[str(place)] = str(error)
-            continue
+        setting = default.at(place)
+        setting.method.check_depths(depths)
         # What is the default under another name would race against itself.
         if replace(setting, amount=default.amount) != default:
             found.append(setting)
-    return found, refused
+    return found
 
 
 def _usual(default: Recipe, depths: Mapping[str, int]) -> list[Placement]:
     """Return the usual competitors of a setting's placement in its method's towers."""
     chosen = Placement(default.method.vision, default.method.text)
-    if not default.method.towers or not chosen:
+    if not chosen:
         return []
     return [one.placement for one in competitors(chosen, depths, KINDS, method=default.method)]
 

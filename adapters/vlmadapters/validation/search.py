@@ -143,7 +143,7 @@ def search(
     check_searchable(recipe.method)
     default = recipe.changed({"shots": asked.shots}, {})
     rates = tried_amounts(default, asked.given_amounts)
-    placements, refused = tried_placements(default, depths, asked.placement)
+    placements = tried_placements(default, depths, asked.placement)
     seeds = list(asked.seeds)
     manifests = [one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets]
     if not manifests or not seeds:
@@ -158,8 +158,6 @@ def search(
     for one in data:
         one.tell_of_shared()
     race = Race(track, asked.criterion)
-    for place, why in refused.items():
-        race.skip("placement", place, why)
     limit = math.inf if asked.budget is None else asked.budget
     # Amount comes first: where the budget allows one comparison, it is one of amounts.
     share = max(limit * AMOUNT_SHARE, race.price(default, rates[:1])) if placements else limit

@@ -66,7 +66,7 @@ def tune(
             order = ranking(track.table, name, criterion)
             kept = [one for one in rivals if label(one) not in track.diverged]
             kept.sort(key=lambda one: -order[label(one)])
-            alive[name] = kept[: math.ceil(len(kept) / 2)] if number < track.rounds else kept
+            alive[name] = kept[: math.ceil(len(kept) / 2)]
     picked = []
     for own, (name, rivals) in zip(settings, alive.items()):
         order = ranking(track.table, name, criterion)

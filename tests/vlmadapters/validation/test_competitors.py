@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from backbones import shared_backbone
 
@@ -40,6 +42,9 @@ def test_every_placement_lies_in_its_towers_and_is_listed_once(vision: int, text
     assert len({c.placement for c in found}) == len(found)
     for c in found:
         assert c.placement.check(depths)
+        assert len(set(c.kind.split("+"))) == len(c.kind.split("+")), "each kind is named once"
+        if {"start", "single", "last"} & {*c.kind.split("+")}:
+            assert c.placement.vision and c.placement.text, "scaled beyond a tower, it is empty"
 
 
 def test_the_halves_of_both_towers_share_no_block_and_leave_none_out() -> None:
@@ -66,6 +71,10 @@ def test_random_placements_repeat_and_pair_where_the_choice_does() -> None:
     assert len(draw) == 6
     assert all(len(c.placement.vision) == 7 for c in draw)
     assert all(c.placement.vision == c.placement.text for c in draw)
+    more = competitors(CHOSEN, TWELVE, ["random"], random_count=8, seed=3)
+    assert more[:6] == draw, "more of them leave the first ones as they were"
+    others = [competitors(CHOSEN, TWELVE, ["random"], seed=seed)[1:] for seed in range(5)]
+    assert len({tuple(one) for one in others}) == 5, "each seed draws its own"
 
 
 @pytest.mark.parametrize(
@@ -168,3 +177,17 @@ def test_an_explicit_placement_has_to_fit_and_a_choice_gives_what_fits() -> None
     assert str(chosen_placement(coop, LayerChoice((5,), (1, 3), "rule"))) == "v-,t1+3"
     found = competitors(Placement((1, 2), (1, 2)), TWELVE, ["text", "vision"], method=maple)
     assert [one.kind for one in found] == ["chosen", "vision"]
+    found = competitors(Placement((), (1,)), TWELVE, ["all", "upper", "vision"], method=coop)
+    assert [str(one.placement) for one in found] == ["v-,t1", "v-,t1-12", "v-,t7-12"]
+
+
+def test_only_a_search_may_choose_no_block() -> None:
+    mma = load_recipe("published").method
+    assert str(chosen_placement(mma, "v5-6,t-")) == "v5-6,t-"
+    assert str(chosen_placement(mma, LayerChoice((), (3,), "rule"))) == "v-,t3"
+    assert chosen_placement(mma, LayerChoice((), (), "search")) == Placement()
+    with pytest.raises(UserError, match="the choice adapts no block in either tower"):
+        chosen_placement(mma, LayerChoice((), (), "explicit"))
+    for wrong in (12, SimpleNamespace(vision=(5,))):
+        with pytest.raises(UserError, match=f"'5-12', not {type(wrong).__name__}"):
+            chosen_placement(mma, wrong)

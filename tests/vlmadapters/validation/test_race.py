@@ -36,12 +36,14 @@ class Planted:
         costs: Of one fold of each setting.
         rounds: Number of folds.
         wild: Settings that diverge, and in which fold.
+        novel: Accuracy on novel classes; that on base classes is the gain turned round.
     """
 
     gains: dict[str, list[float]]
     costs: dict[str, float]
     rounds: int
     wild: dict[str, int] = field(default_factory=dict)
+    novel: float = np.nan
     ran: dict[tuple[str, int], str] = field(default_factory=dict)
     diverged: dict[str, str] = field(default_factory=dict)
 
@@ -71,7 +73,7 @@ class Planted:
         if "zero-shot" in self.gains:
             ran |= {("zero-shot", fold): "zero-shot" for _, fold in self.ran}
         rows = [
-            (stage, "d", 1, fold, 0.25, name, -gain, np.nan, gain, np.nan, 1, 0.0)
+            (stage, "d", 1, fold, 0.25, name, -gain, self.novel, gain, np.nan, 1, 0.0)
             for (name, fold), stage in ran.items()
             for gain in [self.gains[name][fold - 1]]
         ]
@@ -314,6 +316,7 @@ def test_each_placement_is_tuned_by_itself(rounds: int) -> None:
         # One diverges in its second fold: it is out, whatever it promised.
         wild = "v1-3,t1-3@lr=1"
         track.wild = {wild: 2} if seed % 2 else {}
+        track.novel = 40.0
         found = tune(track, settings, amounts, Amount(lr=1))  # type: ignore[arg-type]
         for own, picked in zip(settings, found.settings):
             names = rivals[own.label]
@@ -328,10 +331,22 @@ def test_each_placement_is_tuned_by_itself(rounds: int) -> None:
                 row = rows.loc[name.partition("@")[2]]
                 assert row["n"] == folds[name]
                 # The planted accuracy is the gain turned round.
-                assert row["base"] == pytest.approx(-np.mean(track.gains[name][: folds[name]]))
+                base = -np.array(track.gains[name][: folds[name]])
+                assert row["base"] == pytest.approx(base.mean())
+                assert row["hm"] == pytest.approx((2 / (1 / base + 1 / 40)).mean())
             assert rows["times"].to_dict() == {
                 "recipe": 1.0, "scale=5": 10.0, "scale=2": 4.0, "epochs=2": 2.0, "lr=1": 20.0,
             }  # fmt: skip
             kept.add(picked is own)
         assert found.trainings == track.cost
     assert kept == {True, False}
+
+
+def test_where_amounts_tie_the_recipes_own_is_kept() -> None:
+    names = [OWN.label, *(f"{OWN.label}@scale={scale}" for scale in (5, 2))]
+    track = Planted({name: [0.0, 0.0] for name in names}, dict.fromkeys(names, 1.0), 2, novel=0.0)
+    found = tune(track, [OWN], [Amount(scale=5), Amount(scale=2)])  # type: ignore[arg-type]
+    assert found.settings == (OWN,)
+    assert found.table["hm"].tolist() == [0.0, 0.0, 0.0], (
+        "of 0 and 0, which have no mean by formula"
+    )

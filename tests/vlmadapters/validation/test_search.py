@@ -27,6 +27,7 @@ from vlmadapters.protocols.experiment import Experiment
 from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
 from vlmadapters.validation.candidates import (
+    check_searchable,
     crossed,
     tell_own_amounts,
     tried_amounts,
@@ -350,6 +351,18 @@ def test_folds_of_other_shots_are_not_taken_for_changed_data(
     assert any("-f1 train has changed since" in message for message in changes(4))
 
 
+def test_the_pick_of_a_search_is_a_placement_with_its_amount() -> None:
+    for pick, blocks, amount in (
+        ("v3,t1-3@scale=2", ((3,), (1, 2, 3)), "scale=2"),
+        ("@lr=0.5", ((), ()), "lr=0.5"),
+        ("recipe", ((), ()), ""),
+        ("zero-shot", ((), ()), ""),
+    ):
+        found = Search(pd.DataFrame(), {"pick": pick, "decided": bool(amount)})
+        assert (tuple(found.placement), str(found.placement.amount)) == (blocks, amount)
+        assert found.decided is bool(amount)
+
+
 def test_trainings_that_move_no_accuracy_are_told(manifest: Manifest, finished: Path) -> None:
     told = "No setting's accuracy is other than zero-shot CLIP's in any fold"
     assert told not in json.loads((finished / "search.json").read_text())["statement"]
@@ -464,17 +477,49 @@ class FittedConfig(MMAConfig):
 
 def test_placements_of_what_no_step_trains_are_tried_at_one_amount() -> None:
     recipe = Recipe("fitted", RECIPE.train, FittedConfig((2, 3), (2, 3)))
+    check_searchable(recipe.method)
     assert tried_amounts(recipe) == []
     assert [one.label for one in crossed(recipe, [recipe.at("3")])] == ["v3,t3"]
+
+
+def test_placements_are_tried_at_the_amount_found_and_at_three_times_its_rate() -> None:
+    """The rate is a method's scale where it has one; what a placement names itself stays."""
+    places = [RECIPE.at(one) for one in ("3", "1-3@lr=0.01")]
+
+    def tried(amount: str) -> list[str]:
+        return [one.label for one in crossed(RECIPE.at(amount), places)]
+
+    assert [one.label for one in crossed(RECIPE, places)] == [
+        "v3,t3", "v3,t3@scale=1.5", "v1-3,t1-3@lr=0.01",
+    ]  # fmt: skip
+    assert tried("@scale=5,epochs=2")[:2] == [
+        "v3,t3@scale=5,epochs=2", "v3,t3@scale=15,epochs=2",
+    ]  # fmt: skip
+    assert tried("@epochs=2")[1] == "v3,t3@scale=1.5,epochs=2"
+    per_shot = RECIPE.changed({"steps_per_shot": 6})
+    assert [str(one.amount) for one in tried_amounts(per_shot)] == [
+        "scale=1.5", "scale=1.5,steps_per_shot=18", "steps_per_shot=18", "scale=5", "scale=0.167",
+    ]  # fmt: skip
+    steps = [
+        one.train.steps_per_shot * one.method.to_dict()["scale"] for one in tried_amounts(per_shot)
+    ]
+    assert steps == pytest.approx([9, 27, 9, 30, 1], rel=0.01)
 
 
 def test_the_recipes_own_amount_is_no_rival() -> None:
     given = [Amount.parse(words) for words in ("scale=0.5", "epochs=1", "lr=0.05", "scale=5")]
     assert [one.label for one in tried_amounts(RECIPE, given)] == ["v2-3,t2-3@scale=5"]
     places = map(Placement.parse, ("2-3", "2-3@scale=0.5", "@lr=0.05", "@scale=5", "3", "3"))
-    found, refused = tried_placements(RECIPE, {"vision": 3, "text": 3}, places)
-    assert [one.label for one in found] == ["v2-3,t2-3@scale=5", "v3,t3"] and not refused
-    again, _ = tried_placements(
+    found = tried_placements(RECIPE, {"vision": 3, "text": 3}, places)
+    assert [one.label for one in found] == ["v2-3,t2-3@scale=5", "v3,t3"]
+    usual = tried_placements(RECIPE, {"vision": 12, "text": 12})
+    assert [one.label for one in usual] == [
+        "v5-12,t5-12", "v1-12,t1-12", "v7-12,t7-12", "v12,t12", "v2-3,t-", "v-,t2-3",
+    ]  # fmt: skip
+    rpo = load_recipe("published", "rpo")  # which reads in both towers or not at all
+    usual = tried_placements(rpo, {"vision": 12, "text": 12})
+    assert [one.label for one in usual] == ["v7-12,t7-12", "v12,t12"]
+    again = tried_placements(
         RECIPE.at("@scale=5"), {"vision": 3, "text": 3}, [Placement.parse("@scale=5")]
     )
     assert again == []
@@ -486,7 +531,7 @@ def test_values_of_one_dataset_that_multiples_replace_are_told(
     recipe = load_recipe("published", "lasp")
     tell_own_amounts(recipe, ["flickr8k"])
     assert not caplog.text
-    tell_own_amounts(recipe, ["eurosat", "flickr8k", "food101"])
+    tell_own_amounts(recipe, ["eurosat", "flickr8k", "eurosat", "food101"])
     assert (
         "of its own for eurosat (epochs=300), food101 (lr=0.002, epochs=10), which" in caplog.text
     )

@@ -181,6 +181,8 @@ def test_the_figure_has_a_line_per_placement(tuned: Path) -> None:
     amounts = pd.read_csv(tuned / "validation_amounts.csv")
     assert tuple(amounts.columns) == AMOUNT_COLUMNS
     trained = amounts[amounts["placement"] != "zero-shot"]
+    plain = amounts[amounts["placement"] == "zero-shot"]
+    assert plain[["amount", "times"]].to_numpy().tolist() == [["none", 0.0]]
     assert set(trained.groupby("placement")["amount"].nunique()) == {6}
     axes = vl.plots.amount_curves(amounts)
     titles = [ax.get_title("left") for ax in axes]
