@@ -208,6 +208,10 @@ def test_a_search_over_datasets_and_seeds_counts_each_draw(
     options |= {"amounts": ["lr=0.5"], "criterion": "accuracy", "seeds": (2, 3)}
     found = search(shared_backbone(), [manifest, few], **options)
     said, table = json.loads((tmp_path / "out" / "search.json").read_text()), found.table
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    # A training's `results.csv` and cells may lie in the same run folder.
+    assert {"search.csv", "search.json", "folds"} <= written
+    assert not written & {"cells", "results.csv"}
     assert (said["datasets"], said["seeds"]) == ([manifest.name, few.name], [2, 3])
     assert f"{few.name} (epochs=3)" not in caplog.text, "placements are tried at other rates alone"
     draws = table[table["setting"] == "v2-3,t2-3"].set_index(["dataset", "seed", "fold"])
@@ -349,6 +353,24 @@ def test_folds_of_other_shots_are_not_taken_for_changed_data(
     for image in (tmp_path / "data" / "images").glob("train-*.png"):
         Image.new("RGB", (8, 8), "white").save(image)
     assert any("-f1 train has changed since" in message for message in changes(4))
+
+
+def test_a_recipe_by_name_or_as_loaded_is_searched_at_the_blocks_of_the_model(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Recipe] = []
+
+    def track(_data: Any, default: Recipe, *_: Any, **__: Any) -> None:
+        given.append(default)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlmadapters.validation.search.Track", track)
+    for recipe in (None, "published", load_recipe("published")):
+        with pytest.raises(KeyboardInterrupt):
+            search(shared_backbone(), [manifest], recipe=recipe)
+    assert [one.label for one in given] == 3 * ["v2-3,t2-3"], "of 12 blocks it is 5 to 12"
+    with pytest.raises(UserError, match="the recipe is of mma, not of coop"):
+        search(shared_backbone(), [manifest], "coop", recipe=RECIPE)
 
 
 def test_the_pick_of_a_search_is_a_placement_with_its_amount() -> None:
