@@ -58,7 +58,7 @@ lab: setup ## Open JupyterLab on the notebooks
 docs: demo ## Build the site under site/: guide, notebooks as executed, gallery, reference
 	$(BIN)/sphinx-build -W --keep-going -q -c docs . site
 
-bench: setup ## All benchmarks; tables go to benchmarks/results/
+bench: setup ## The benchmarks that need nothing else; tables go to benchmarks/results/
 	$(RUN) benchmarks/run.py
 
 gpu: setup ## On a GPU: its tests, benchmarks and a small run in eight minutes, a short table last

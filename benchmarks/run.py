@@ -1,8 +1,9 @@
-"""Run every benchmark in turn, each in a process of its own so that peak memory is its own.
+"""Run the benchmarks in turn, each in a process of its own so that peak memory is its own.
 
     python benchmarks/run.py [NAME …]
 
-Each script writes tidy tables with machine and versions to benchmarks/results/.
+Each script writes tidy tables with machine and versions to benchmarks/results/. Started by
+themselves: `methods.py`, which takes long, `peers.py`, `gpu.py` and `registered_search.py`.
 """
 
 from __future__ import annotations

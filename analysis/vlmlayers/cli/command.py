@@ -41,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Which layers of a vision-language model should be adapted? Measure every layer of both "
-    "towers, choose, and prove the choice by training.",
+    "towers, choose, and test the choice by training.",
 )
 app.add_typer(data_app, name="data")
 for verb in (demo, init, study, models, extract, score, select, report, figures):
