@@ -24,7 +24,7 @@ def models_text(names: Sequence[str] | None = None, *, check: bool = False) -> s
     """
     rows = configurations(names)
     if not check:
-        return text_table(rows, {"model": 29, "vision": 18, "text": 16})
+        return text_table(rows, {"model": 29, "vision": 17, "text": 16})
     from vlmlayers.models.check import models_check, summary
 
     table = models_check(names, progress=True)

@@ -73,6 +73,11 @@ def test_the_check_reads_well_at_80_columns(monkeypatch):
     ]
 
 
+def test_the_list_of_all_architectures_fits_a_terminal() -> None:
+    lines = models_text().splitlines()
+    assert len(lines) > 100 and max(map(len, lines)) <= 80
+
+
 def test_unknown_architecture_is_refused():
     with pytest.raises(UserError, match="did you mean 'ViT-B-32'"):
         models_check(["VITB32"])
