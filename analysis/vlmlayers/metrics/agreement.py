@@ -43,7 +43,10 @@ def rbf_kernel(x: Array, *, sigma: float = 0.5) -> Array:
 
     The median is over all n² pairs, as published: an item with itself counts.
     """
-    squares = squared_distances(_spread_out(x))
+    return _rbf(distance_kernel(x), sigma)
+
+
+def _rbf(squares: Array, sigma: float) -> Array:
     # Relative to the data: with an absolute width the norm of a layer would decide, not its shape.
     median = float(np.median(squares))
     if median <= ROUNDING * squares.max():  # what rounding leaves between items that coincide
@@ -101,6 +104,15 @@ def debiased_signature(kernel: Array) -> Array:
     hollow += rows.sum() / ((n - 1) * (n - 2))
     np.fill_diagonal(hollow, 0.0)
     return _normalised(hollow, np.linalg.norm(kernel))
+
+
+def rbf_signature(squares: Array, *, sigma: float = 0.5) -> Array:
+    """Return the debiased signature of the RBF kernel, from squared distances.
+
+    From these and not from the kernel: some of the items have a median distance of their own, and
+    what is left without a group of them is the metric of the rest.
+    """
+    return debiased_signature(_rbf(squares, sigma))
 
 
 def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:

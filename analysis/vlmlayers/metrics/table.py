@@ -168,7 +168,7 @@ METRICS: dict[str, Metric] = {
         ag.cka, "agreement", "pairs", "CKA (RBF, debiased)",
         "Kornblith et al. 2019; debiased by Song et al. 2012",
         bounds=(-1.0, 1.0), direction="more alike", null="shuffle", smallest_n=4, largest_n=400,
-        parts=(ag.rbf_kernel, ag.debiased_signature), invariances=SIMILARITY, sensitive="columns",
+        parts=(ag.distance_kernel, ag.rbf_signature), invariances=SIMILARITY, sensitive="columns",
         settings={"kernel": "rbf"},
     ),
     "mutual_knn": Metric(

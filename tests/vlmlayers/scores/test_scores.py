@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,12 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics import METRICS, Metric, rmg, transfer_predict
 from vlmlayers.metrics.declare import MODEL
-from vlmlayers.metrics.intervals import bootstrap_weights, jackknife_groups, mean_interval
+from vlmlayers.metrics.intervals import (
+    bootstrap_weights,
+    jackknife_groups,
+    jackknife_interval,
+    mean_interval,
+)
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores import (
     CONTRACT_COLUMNS,
@@ -1439,3 +1445,25 @@ def test_the_number_of_neighbours_is_noted_as_it_was_used() -> None:
         assert noted(table, "class_accuracy_knn", "alpha") == "3"
     classes = [t.loc[(t["metric"] == metrics[0]) & (t["dataset"] == "alpha")] for t in (many, same)]
     pd.testing.assert_frame_equal(*classes)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, entry in METRICS.items() if entry.needs == "pairs"]
+)
+def test_the_interval_of_an_agreement_is_a_jackknife_of_the_metric_itself(name: str) -> None:
+    """What all rows have in common, such as the width of a kernel, is made anew without some."""
+    features = make_features(classes=30, items=60)
+    assert features.vision is not None and features.text is not None
+    found = score([features], [name], permutations=2, shuffles=2)
+    across = found["other_tower"] != found["tower"]
+    cell = found[across & (found["position"] == "2") & (found["other_position"] == "3")].iloc[0]
+    x = features.vision.arrays["native"]["2"].astype(float)
+    x = np.stack([x[features.vision.labels == c].mean(axis=0) for c in range(30)])
+    y = features.text.arrays["native"]["3"].astype(float)
+    metric = partial(METRICS[name].function, **METRICS[name].settings)
+    kept = jackknife_groups(np.zeros(30, int), 10, generator(Draw.ALIGNED_GROUPS))
+    value = metric(x, y)
+    ends = jackknife_interval(value, np.array([metric(x[rows], y[rows]) for rows in kept]))
+    assert cell["value"] == pytest.approx(value)
+    least, most = METRICS[name].bounds
+    assert cell[["low", "high"]].tolist() == pytest.approx(np.clip(ends, least, most), rel=1e-6)
