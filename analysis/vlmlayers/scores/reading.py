@@ -412,12 +412,22 @@ def metric_names(scores: pd.DataFrame) -> list[str]:
 def has_curve(scores: pd.DataFrame, metric: str, tower: str) -> bool:
     """Return whether the metric has values of its own at the blocks of this tower.
 
-    Values that relate every block to one and the same position count as its own.
+    Values that relate every block to one and the same position count as its own. So do those
+    beside a partner where the other tower has some too, as a retrieval is one either way.
     """
     rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]
-    if not _relates_to_one(rows, tower):
+    if not (_relates_to_one(rows, tower) or _is_both_ways(scores, metric)):
         rows = rows[rows["other_tower"].astype(str) == ""]
     return bool(rows["position"].astype(str).str.isdecimal().any())
+
+
+def _is_both_ways(scores: pd.DataFrame, metric: str) -> bool:
+    """Return whether a metric relates the towers by rows of both, of which each asks the other."""
+    rows = scores[scores["metric"] == metric]
+    theirs = rows["other_tower"].astype(str)
+    across = rows[(theirs != "") & (theirs != rows["tower"])]
+    partners = across.groupby(["tower", "position"])["other_position"].nunique()
+    return across["tower"].nunique() > 1 and bool((partners == 1).all())
 
 
 def partnered(rows: pd.DataFrame, tower: str, blocks: Mapping[str, int]) -> pd.DataFrame:

@@ -162,7 +162,8 @@ def placement_score(
         vision: Adapted vision blocks, from 1.
         text: Adapted text blocks, from 1.
         name: A name of `PLACEMENT_SCORES`, or `metric:NAME` for the mean over adapted blocks of
-            any metric of the table, scaled to its range in each tower.
+            any metric of the table, scaled to its range in each tower. What is between the towers,
+            such as an agreement or a gap, is of both blocks of a pair at equal depth.
 
     Returns:
         The number; NaN where the score says nothing of the towers that are adapted.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from score_tables import curve_rows, full, pair_rows, planted, step, table
+from score_tables import curve_rows, full, pair_rows, planted, row, step, table
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError
@@ -25,7 +25,7 @@ from vlmlayers.selection import (
     predict,
     select,
 )
-from vlmlayers.selection.curves import BlockTable, agreement_curve
+from vlmlayers.selection.curves import BlockTable, agreement_curve, normalise
 from vlmlayers.selection.rules import Pick
 from vlmlayers.selection.stability import doubts, stability
 from vlmlayers.study.stages import _rule_mark
@@ -180,6 +180,28 @@ def test_zero_shot_accuracy_is_a_curve_although_it_names_a_partner() -> None:
     deep = BlockTable.of(full(24, 12), {"vision": 24, "text": 12})
     gap = deep.curve("centroid_gap", "vision")
     assert gap == pytest.approx([1.2 - 0.4 * b / 24 + 0.05 for b in range(1, 25)])
+
+
+def test_a_retrieval_is_of_the_tower_that_asks_and_a_gap_of_both() -> None:
+    """By `curve`, which rules read, and by block scores alike."""
+    rows = []
+    for block, asks, answers in ((1, 0.1, 0.9), (2, 0.4, 0.6), (3, 0.5, 0.5)):
+        place = {"other_position": str(block), "space": "joint"}
+        for tower, value, other in (("vision", asks, "text"), ("text", answers, "vision")):
+            beside = {**place, "other_tower": other}
+            rows.append(row("retrieval_r1", tower, str(block), 3, value, **beside))
+        beside = {**place, "other_tower": "text"}
+        rows.append(row("rmg", "vision", str(block), 3, 1 - asks, **beside))
+    scores = table(rows)
+    ranks = {"vision": [0.0, 0.75, 1.0], "text": [1.0, 0.25, 0.0]}
+    found = block_scores(scores, "metric:retrieval_r1")
+    read = BlockTable.of(scores, {"vision": 3, "text": 3})
+    for tower, expected in ranks.items():
+        assert found[tower] == pytest.approx(expected)
+        assert normalise(read.curve("retrieval_r1", tower)) == pytest.approx(expected)
+    assert placement_score(scores, [3], [1], "metric:retrieval_r1") == pytest.approx(1.0)
+    gaps = block_scores(scores, "metric:rmg")
+    assert gaps["vision"].tolist() == gaps["text"].tolist() == pytest.approx([1.0, 0.25, 0.0])
 
 
 def test_budget_finds_the_planted_span() -> None:
