@@ -24,6 +24,8 @@ def _validate(context: Any, part: ValidatePart, given: dict[str, Any]) -> None:
         **given,
     )
     asked = part.model_dump(exclude_unset=True)
+    if part.datasets is not None:  # a verb does not look for them under the data root
+        asked["datasets"] = [context.dataset_name(name) for name in part.datasets]
     # That of the extraction, by which items were drawn, may have been another.
     context.run.record(validate={**asked, "seed": context.seed})
     placements = counted(found.table["placement"].nunique(), "placement")

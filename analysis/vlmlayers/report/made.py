@@ -22,6 +22,7 @@ DATASET_HEADINGS = {
     "Texts": "texts",
     "Text": "text",
     "Template": "template",
+    "Present only": "present_only",
     "Manifest": "manifest_hash",
 }
 

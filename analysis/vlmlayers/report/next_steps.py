@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vlmlayers.files import read_toml
@@ -81,11 +82,21 @@ def _validate(answer: Answer, seeds: tuple[int, ...], asked: dict[str, Any]) -> 
     scored = sorted(set(answer.scores["dataset"]) - {"*"})
     names = asked.get("datasets") or given.get("datasets") or scored
     folder = str(answer.run.folder)
-    words += [*_several(names), "--choice", folder, "--out", folder]
+    words += [*(_place(name, given) for name in _several(names)), "--choice", folder]
+    words += ["--out", folder]
     if given.get("data_root"):
         words += ["--data-root", given["data_root"]]
+    asked = given.get("leaving_out", {}) | asked
     words += _as_asked({key: value for key, value in asked.items() if key != "datasets"})
     return shlex.join([*map(str, words), "--seeds", ",".join(map(str, seeds))])
+
+
+def _place(name: str, given: Mapping[str, Any]) -> str:
+    """Return a dataset as the command line takes it, where a study names it by its folder alone."""
+    # A study looks beside itself and under the data root, a verb where it is started.
+    known = given.get("datasets", ())
+    places = {key: place for place in known for key in (Path(place).stem, Path(place).name)}
+    return str(places.get(name, name))
 
 
 def _as_asked(part: dict[str, Any]) -> list[str]:

@@ -134,6 +134,8 @@ def extract_each(
 def _given(context: StageContext) -> dict[str, Any]:
     """Return model, datasets and data root as the command line takes them, for the next command.
 
+    `leaving_out` has what training leaves out as extraction did, by which cells are found again.
+
     `from_run` says where those of relative paths lie from the run folder, as both may be moved.
     """
     datasets = [context.dataset_name(part.name) for part in context.study.datasets]
@@ -143,6 +145,7 @@ def _given(context: StageContext) -> dict[str, Any]:
         "model": context.model_arguments(),
         "datasets": datasets,
         "data_root": root,
+        "leaving_out": {key: True for key, left in context.leaving_out.items() if left},
         "from_run": {one: seen for one in paths if (seen := context.run.path_to(one))},
         **context.adapter_arguments(),
     }

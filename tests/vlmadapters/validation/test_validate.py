@@ -479,6 +479,14 @@ def test_the_stage_writes_what_the_report_reads(manifest: Manifest, tmp_path: Pa
     )
 
 
+def test_the_stage_records_where_its_datasets_are(manifest: Manifest, tmp_path: Path) -> None:
+    """The next command is a verb's, which does not look under the data root of a study."""
+    of_study = context(tmp_path, manifest, [], kinds=["all"], datasets=[manifest.name])
+    of_study.dataset_name = lambda name: f"data/{name}"
+    validate_stage.validate(of_study)
+    assert Run(tmp_path).read_provenance()["validate"]["datasets"] == [f"data/{manifest.name}"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -770,6 +770,29 @@ def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
     compile(adapt.code, "next", "exec")
 
 
+def test_the_next_command_names_folders_and_what_was_left_out(validated: Run) -> None:
+    """A study finds `photos` under its data root, and leaves out what is not on disk."""
+    validated.record(
+        given={"model": {"name": "mini-clip"}, "datasets": ["my data/photos", "own/signs.toml"],
+               "data_root": "my data", "leaving_out": {"present_only": True}},
+        validate={"datasets": ["photos", "signs", "faces"]},
+    )  # fmt: skip
+    words = shlex.split(next_steps(read_answer(validated.folder))[0].code)
+    assert words[2:6] == ["mini-clip", "my data/photos", "own/signs.toml", "faces"]
+    assert "--present-only" in words and "True" not in words
+    validated.record(validate={"present_only": False})  # as a verb was told
+    assert "--present-only" not in next_steps(read_answer(validated.folder))[0].code
+
+
+def test_a_dataset_of_which_images_were_left_out_says_so(tmp_path: Path) -> None:
+    """The options of the stage are those of most datasets: there it was "no"."""
+    run = make_run(tmp_path, small=True)
+    run.record(datasets={"digits": {"items": 9, "present_only": True}, "flags": {"items": 9}})
+    (found,) = (t for t in made_tables(read_answer(run.folder)) if t.caption == "Datasets")
+    place = found.headings.index("Present only")
+    assert [row[place] for row in found.rows] == ["yes", "–"]
+
+
 def test_the_time_of_a_proof_is_that_of_images_and_not_of_loading_the_model(tmp_path: Path) -> None:
     """640 images in 20 s beside a load of 40 s: 32 a second, not 11."""
     run = make_run(tmp_path / "run", small=True)

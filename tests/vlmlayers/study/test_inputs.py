@@ -11,6 +11,7 @@ import pytest
 from vlmlayers.files import write_json
 from vlmlayers.runs import Run, fingerprint
 from vlmlayers.study import STAGES, StageContext, check_study
+from vlmlayers.study.stages import _given
 
 STUDY: dict[str, Any] = {
     "title": "Mine",
@@ -121,3 +122,15 @@ def changed(before: dict[tuple[str, str], str], after: dict[tuple[str, str], str
     """Return stage and name of each input that differs, sorted."""
     every = sorted({*before, *after})
     return [" ".join(key) for key in every if before.get(key) != after.get(key)]
+
+
+def test_the_next_command_gets_what_a_study_looked_up(tmp_path: Path) -> None:
+    """A verb looks where it is started, and leaves nothing out that is not said."""
+    photos = tmp_path / "data" / "photos"
+    photos.mkdir(parents=True)
+    part = {"name": "photos", "present_only": True}
+    study = check_study(STUDY | {"datasets": [part, "digits"]})
+    run = Run(tmp_path / "run")
+    found = _given(StageContext(run, study, study.models[0], tmp_path, tmp_path / "data"))
+    assert found["datasets"] == [str(photos), "digits"]
+    assert found["leaving_out"] == {"present_only": True}
