@@ -26,8 +26,10 @@ def tower_positions(blocks: int, space: str = "native") -> tuple[str, ...]:
     """Return the positions of a tower with `blocks` blocks, in order, for one space.
 
     In `joint` space every position already went through final norm and projection, so `final`
-    does not exist there and `proj` repeats the last block. In `normed` space `final` repeats the
-    last block and `proj` does not exist. Attention is in the blocks alone.
+    does not exist there and `proj` repeats the last block, as long as the pooling is the model's
+    own: `proj` is the embedding that the model gives, and other poolings do not change it. In
+    `normed` space `final` repeats the last block and `proj` does not exist. Attention is in the
+    blocks alone.
     """
     check_one_of("space", space, SPACES + ATTENTION)
     body = (EMBED, *(str(block) for block in range(1, blocks + 1)))

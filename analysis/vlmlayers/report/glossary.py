@@ -11,11 +11,12 @@ GLOSSARY = {
     "position": "A place on a tower: the input of block 1 (embed), each block, the final norm "
     "(final), the joint embedding (proj).",
     "embed": "The input of block 1.",
-    "proj": "The joint embedding: final norm and projection.",
-    "pooling": "How the tokens of an item become one vector: cls, eot, mean, or the model's own.",
+    "proj": "The joint embedding as the model gives it, whatever pooling other positions have.",
+    "pooling": "How the tokens of an item become one vector: cls, eot, mean, or the model's own, "
+    "which proj always has.",
     "native": "Features as the block put them out, before any norm or projection.",
     "joint space": "Final norm and projection applied at every position, so that images and texts "
-    "have the same width.",
+    "have the same width; of a mean over tokens each token is normed first.",
     "resamples": "Score tables drawn anew from seeds and intervals; the rule is run on each.",
     "firm": "Chosen, here and in at least three quarters of the resamples (and, where scores are "
     "of single datasets, of the choices without one), by a rule that sees no reason to doubt the "
